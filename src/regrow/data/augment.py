@@ -1,0 +1,119 @@
+"""Augmentation of training examples, exactly reproducible per (seed, epoch, example).
+
+Images that live in memory are augmented a batch at a time. An object such as `CropFlip` lays them
+out once (`store`), draws one table of random numbers per epoch, a row per example (`table`), and
+reads augmented examples by index (`gather`): what an example looks like does not depend on the
+batch it is in. Images in files are augmented one by one in the workers by any callable on a PIL
+image, such as `Photo`; torch, numpy and `random` are seeded for each example before the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Store(Protocol):
+    def table(self, generator: Generator) -> Tensor:
+        """Random choices of an epoch, (N, …) on the CPU, row i for example i."""
+        ...
+
+    def gather(self, indices: Tensor, table: Tensor) -> Tensor:
+        """Augmented examples at `indices` (B,), given the rows of the table at `indices`."""
+        ...
+
+
+class Augmentation(Protocol):
+    def store(self, images: Tensor) -> Store: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropFlip:
+    """Shift by up to `pad` pixels each way, zeros coming in, and mirror half of the images."""
+
+    pad: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        if self.pad < 0:
+            raise UserError(f"data.augmentation.pad={self.pad} is negative. Use 0 or more pixels.")
+
+    def store(self, images: Tensor) -> _Crops:
+        return _Crops(images, self.pad, self.flip)
+
+
+class _Crops:
+    """Every crop of every padded image, and of its mirror, as one overlapping view of flat memory.
+
+    Entry s of the view is the crop whose first pixel is byte s of the padded images, so one
+    `index_select` reads a batch of crops at the speed of a copy, with no index per pixel.
+    """
+
+    def __init__(self, images: Tensor, pad: int, flip: bool) -> None:
+        self.num, channels, height, width = images.shape  # (N, C, H, W) uint8
+        self.pad, self.flip = pad, flip
+        padded = F.pad(images, (pad, pad, pad, pad))
+        if flip:
+            padded = torch.cat([padded, padded.flip(3)])
+        self.rows, self.columns = height + 2 * pad, width + 2 * pad
+        self.stride = channels * self.rows * self.columns
+        plane = self.rows * self.columns
+        reach = (channels - 1) * plane + (height - 1) * self.columns + width
+        self.crops = padded.contiguous().as_strided(
+            (padded.numel() - reach + 1, channels, height, width), (1, plane, self.columns, 1)
+        )
+
+    def table(self, generator: Generator) -> Tensor:
+        """Where in its image each example's crop starts; beyond the last image: in its mirror."""
+        size = (self.num,)
+        top = torch.randint(0, 2 * self.pad + 1, size, generator=generator)
+        left = torch.randint(0, 2 * self.pad + 1, size, generator=generator)
+        offsets = top * self.columns + left
+        if self.flip:
+            mirror = torch.randint(0, 2, size, generator=generator)
+            offsets += mirror * (self.num * self.stride)
+        return offsets
+
+    def gather(self, indices: Tensor, table: Tensor) -> Tensor:
+        return self.crops.index_select(0, indices * self.stride + table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """RandomResizedCrop to (C, H, W), a mirror for half, and ColorJitter, on one PIL image."""
+
+    input_shape: list[int]
+    crop_scale: list[float]
+    crop_ratio: list[float]
+    flip: bool
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+
+    def __call__(self, image: Image) -> Image:
+        result: Image = self._transform(image)
+        return result
+
+    @cached_property
+    def _transform(self) -> Any:
+        from torchvision.transforms import v2
+
+        size = self.input_shape[1:]
+        steps: list[Any] = [v2.RandomResizedCrop(size, self.crop_scale, self.crop_ratio)]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        jitter = (self.brightness, self.contrast, self.saturation, self.hue)
+        if any(jitter):
+            steps.append(v2.ColorJitter(*jitter))
+        return v2.Compose(steps)

@@ -1,0 +1,95 @@
+"""One process's examples of one optimizer step, and how they are cut into slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """The same inputs with `function` applied to every tensor."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, dict):
+        return {name: function(value) for name, value in inputs.items()}
+    return tuple(function(value) for value in inputs)
+
+
+class Batch:
+    """Inputs (B, …), targets (B, …) and weights (B,) or None for all one, on the device.
+
+    `num_local` counts the real examples in it, `num_global` those of the whole window over all
+    processes. A process without an example gets one of weight zero, so that its forward and
+    backward pass take part in what the others do: `num_local` is then 0.
+    """
+
+    __slots__ = ("inputs", "num_global", "num_local", "targets", "weights")
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        targets: Tensor,
+        weights: Tensor | None,
+        num_local: int,
+        num_global: int,
+    ) -> None:
+        self.inputs = inputs
+        self.targets = targets
+        self.weights = weights
+        self.num_local = num_local
+        self.num_global = num_global
+
+    def split(self, slices: int) -> list[Batch]:
+        """Cut into `slices` of nearly equal size; one beyond the examples is one of weight zero."""
+        if slices == 1:
+            return [self]
+        return [self._slice(index, slices) for index in range(slices)]
+
+    def _slice(self, index: int, slices: int) -> Batch:
+        start, stop = share(0, self.num_local, index, slices)
+        num_local = stop - start
+        if num_local == 0:
+            start, stop = 0, 1
+            weights: Tensor | None = self.targets.new_zeros(1, dtype=torch.float32)
+        else:
+            weights = None if self.weights is None else self.weights[start:stop]
+        inputs = each(self.inputs, lambda tensor: tensor[start:stop])
+        return Batch(inputs, self.targets[start:stop], weights, num_local, self.num_global)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on the device; the host does not wait where memory is pinned."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        weights = None if self.weights is None else move(self.weights)
+        inputs = each(self.inputs, move)
+        return Batch(inputs, move(self.targets), weights, self.num_local, self.num_global)
+
+
+def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The part of `start … stop` that is this rank's: contiguous, sizes differ by at most one."""
+    size, extra = divmod(stop - start, world_size)
+    first = start + rank * size + min(rank, extra)
+    return first, first + size + (rank < extra)
+
+
+def tensors_of(item: object) -> tuple[Inputs, Tensor, Tensor | None]:
+    """Inputs, targets and weights of a collated batch: a pair, a triple or a mapping."""
+    if isinstance(item, dict) and {"inputs", "targets"} <= item.keys():
+        inputs, targets, weights = item["inputs"], item["targets"], item.get("weights")
+    elif isinstance(item, list | tuple) and len(item) in (2, 3):
+        inputs, targets, weights = (*item, None)[:3]
+    else:
+        keys = f" with keys {sorted(map(str, item))}" if isinstance(item, dict) else ""
+        raise TypeError(f"{type(item).__name__}{keys}")
+    if isinstance(inputs, list | tuple):
+        inputs = tuple(inputs)
+    if targets.dtype == torch.float64:  # what the default collate makes of Python numbers
+        targets = targets.float()
+    return cast(Inputs, inputs), targets, weights if weights is None else weights.float()

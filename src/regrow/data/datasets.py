@@ -1,0 +1,275 @@
+"""What to read. Each function here is a `data.source` and returns train, val and test as `Splits`.
+
+A source of your own is a function that returns `Splits` of `Examples` (tensors, kept on the
+device) or of map-style data sets (read by DataLoader workers); `from_datasets` makes one of your
+own `torch.utils.data.Dataset`s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import importlib.util
+import io
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.data.images import image_folder as image_folder
+from regrow.data.splits import (
+    Examples,
+    MapStyle,
+    Splits,
+    check_fractions,
+    cut_examples,
+    strata_of,
+)
+from regrow.data.tables import csv as csv
+from regrow.errors import DataError, UserError
+from regrow.randomness import generator
+
+ATTRIBUTES = {
+    "even": (0, 2, 4, 6, 8),
+    "prime": (2, 3, 5, 7),
+    "above_four": (5, 6, 7, 8, 9),
+    "has_a_loop": (0, 6, 8, 9),
+}
+
+
+def digits(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+    """1,797 handwritten digits of 8x8 pixels in 0 … 16 (UCI, Alpaydin and Kaynak, 1998)."""
+    images, classes = _digits()
+    return _cut(images, classes, val_fraction, test_fraction, seed, input_max=16.0)
+
+
+def digits_attributes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+    """Four labels of the same digits, in the same splits: even, prime, above four, has a loop."""
+    images, classes = _digits()
+    members = [torch.isin(classes, torch.tensor(values)) for values in ATTRIBUTES.values()]
+    labels = torch.stack(members, 1).float()
+    strata = strata_of(classes)
+    return _cut(images, labels, val_fraction, test_fraction, seed, input_max=16.0, strata=strata)
+
+
+def breast_cancer(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+    """569 tumours, 30 measures, malignant (0) or benign (1) (UCI, Wolberg et al., 1995)."""
+    rows = _bundled("breast_cancer.csv", delimiter=",", skiprows=1)
+    inputs, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, -1]).float()
+    return _cut(inputs, targets, val_fraction, test_fraction, seed)
+
+
+def diabetes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+    """442 patients, 10 measures, disease progression after a year (Efron et al., 2004)."""
+    inputs = torch.from_numpy(_bundled("diabetes_data_raw.csv.gz"))
+    targets = torch.from_numpy(_bundled("diabetes_target.csv.gz")).float()
+    return _cut(inputs, targets, val_fraction, test_fraction, seed)
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    rows = _bundled("digits.csv.gz", delimiter=",", dtype=np.uint8)
+    images = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 8, 8).copy())
+    return images, torch.from_numpy(rows[:, -1].astype(np.int64))
+
+
+def _bundled(file: str, **options: Any) -> Any:
+    """A table that scikit-learn ships, read without importing it, which takes over a second."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "This data set comes with scikit-learn. Install it: pip install scikit-learn"
+        )
+    path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / file
+    if not path.exists():
+        raise UserError(f"scikit-learn no longer ships {path}. Install scikit-learn 1.9.")
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        return np.loadtxt(lines, **options)
+
+
+def _cut(
+    inputs: Tensor,
+    targets: Tensor,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    *,
+    input_max: float = 255.0,
+    strata: Any = None,
+) -> Splits:
+    train, val, test = cut_examples(
+        Examples(inputs, targets),
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        strata=strata,
+    )
+    return Splits(train, val, test, input_max=input_max)
+
+
+def synthetic(
+    *,
+    input_shape: list[int],
+    target_kind: str,
+    num_outputs: int,
+    num_train: int,
+    num_val: int,
+    num_test: int,
+    noise: float,
+    seed: int,
+) -> Splits:
+    """Examples of any shape with targets that can be learnt; images, (C, H, W), are uint8.
+
+    Targets come from a random linear map of the inputs, plus `noise` times a normal deviate.
+    """
+    width = int(np.prod(input_shape))
+    teacher = torch.randn(width, num_outputs, generator=generator(seed, "teacher")) / width**0.5
+
+    def draw(name: str, count: int) -> Examples | None:
+        if count == 0:
+            return None
+        random = generator(seed, name)
+        inputs = torch.randn(count, width, generator=random)
+        scores = inputs @ teacher + noise * torch.randn(count, num_outputs, generator=random)
+        targets = {
+            "multiclass": lambda: scores.argmax(1),
+            "binary": lambda: (scores[:, 0] > 0).float(),
+            "multilabel": lambda: (scores > 0).float(),
+            "regression": lambda: scores.squeeze(1),
+        }[target_kind]()
+        if len(input_shape) == 3:
+            inputs = (inputs * 40 + 128).round().clamp(0, 255).to(torch.uint8)
+        return Examples(inputs.view(count, *input_shape), targets)
+
+    train = draw("train", num_train)
+    if train is None:
+        raise DataError("split train is empty: data.source.num_train=0. Raise it.")
+    return Splits(train, draw("val", num_val), draw("test", num_test))
+
+
+def mnist(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
+    """70,000 handwritten digits of 28x28 pixels; the 10,000 for testing as published."""
+    return _torchvision("MNIST", "mnist", root, download, val_fraction, seed)
+
+
+def fashion_mnist(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
+    """70,000 articles of clothing of 28x28 pixels; the 10,000 for testing as published."""
+    return _torchvision("FashionMNIST", "fashion_mnist", root, download, val_fraction, seed)
+
+
+def cifar10(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
+    """60,000 colour photographs of 32x32 pixels; the 10,000 for testing as published."""
+    return _torchvision("CIFAR10", "cifar10", root, download, val_fraction, seed)
+
+
+def cifar100(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
+    """The same in 100 classes."""
+    return _torchvision("CIFAR100", "cifar100", root, download, val_fraction, seed)
+
+
+def _torchvision(
+    kind: str, name: str, root: str, download: bool, val_fraction: float, seed: int
+) -> Splits:
+    check_fractions(val_fraction, 0.0)
+    class_names: list[str] = []
+
+    def read(train: bool) -> Examples:
+        found = _find_or_download(kind, name, root, train, download)
+        class_names.extend(found.classes[len(class_names) :])
+        inputs = torch.as_tensor(found.data)  # (N, H, W) grey or (N, H, W, 3)
+        images = inputs.unsqueeze(1) if inputs.ndim == 3 else inputs.permute(0, 3, 1, 2)
+        return Examples(images.contiguous(), torch.as_tensor(found.targets, dtype=torch.int64))
+
+    train, val, _ = cut_examples(
+        read(train=True), val_fraction=val_fraction, test_fraction=0.0, seed=seed
+    )
+    return Splits(train, val, read(train=False), class_names=class_names)
+
+
+def _find_or_download(kind: str, name: str, root: str, train: bool, download: bool) -> Any:
+    """torchvision's data set from `root`; one line where it is not there and cannot be had."""
+    import torchvision.datasets
+
+    make = getattr(torchvision.datasets, kind)
+    missing = "it is not there"
+    try:
+        return make(root, train=train, download=False)
+    except Exception as error:  # a RuntimeError says that files are not there or not whole
+        if not isinstance(error, RuntimeError) or "not found" not in str(error):
+            raise DataError(_broken(kind, root, error)) from None
+    if download:
+        try:
+            with _alone(Path(root)), _quiet():
+                return make(root, train=train, download=True)
+        except (ValueError, EOFError) as error:  # the files are there and cannot be parsed
+            raise DataError(_broken(kind, root, error)) from None
+        except Exception as error:
+            # URLError, HTTPError, ConnectionError, a RuntimeError over all mirrors, an OSError …
+            reason = " ".join(str(error).split()) or type(error).__name__
+            found = re.search(r"<urlopen error (.*?)>", reason)
+            missing = f"the download failed ({found[1] if found else reason[:120]})"
+    way_out = "give the machine network" if download else "set data.source.download=true"
+    raise UserError(
+        f"data={name}: no {kind} under data.root={root}, and {missing}. Put torchvision's files "
+        f"there, {way_out}, or use data=digits, which needs no download."
+    )
+
+
+def _broken(kind: str, root: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{kind} under data.root={root} is broken: {reason}. Delete it there to get it anew."
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process at a time downloads; the others find the files when it is their turn."""
+    import fcntl
+
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".download.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torchvision's progress and retry lines, and with an end to waiting for a server."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30.0)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def from_datasets(
+    *,
+    train: MapStyle,
+    val: MapStyle | None,
+    test: MapStyle | None,
+    collate: Callable[[list[Any]], Any] | None,
+) -> Splits:
+    """Your own map-style data sets; the classes are named in YAML, the rest of `data` stays as is.
+
+        data:
+          source:
+            _target_: regrow.data.datasets.from_datasets
+            train: {_target_: my_project.Spectra, folder: spectra/train, augment: ${data.augment}}
+            val: {_target_: my_project.Spectra, folder: spectra/val, augment: false}
+            test: null
+            collate: null # or a function from a list of items to a batch
+          normalize: none
+          augmentation: null
+
+    An item is `(inputs, targets)` or a mapping with inputs, targets and, if wanted, weights;
+    inputs are a tensor, or a tuple or mapping of tensors. torch, numpy and `random` are seeded
+    for each item from (seed, epoch, index), so draw from them as you like; a data set that keeps
+    random state of its own is outside the promise of equal batches. uint8 images (C, H, W) can
+    be normalised with `normalize: imagenet` or given mean and std.
+    """
+    return Splits(train, val, test, collate=collate)

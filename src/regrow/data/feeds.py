@@ -1,0 +1,275 @@
+"""Two ways from places in an order to batches on the device, the same to the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from regrow.data.augment import Store
+from regrow.data.batch import Batch, tensors_of
+from regrow.data.preprocess import Normalizer
+from regrow.data.sampling import Windows
+from regrow.data.splits import Examples, MapStyle
+from regrow.errors import DataError
+from regrow.randomness import generator, key
+
+CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
+RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
+
+
+class MemoryFeed:
+    """A split whose tensors live on the device; several windows are gathered at once.
+
+    Chunks lie at fixed places of the epoch, so that a batch has the same alignment in memory, and
+    with it the same bits, whether the epoch was entered at its start or in its middle.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        normalize: Normalizer,
+        device: torch.device,
+        *,
+        store: Store | None,
+        seed: int,
+    ) -> None:
+        self.targets = examples.targets.to(device)
+        self.weights = None if examples.weights is None else examples.weights.to(device)
+        self.num_elements = examples.inputs[:1].numel()
+        self.normalize, self.device, self.seed, self.store = normalize, device, seed, store
+        self.inputs: Tensor | None = None
+        self.resident = store is None and 4 * examples.inputs.numel() <= RESIDENT_BYTES
+        if self.resident:
+            normalized = normalize(examples.inputs)
+            assert isinstance(normalized, Tensor)
+            self.inputs = normalized.to(device)
+        elif store is None:
+            self.inputs = examples.inputs.to(device)
+
+    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+        """Batches of the windows `start …` of an epoch whose examples come in `order` (N,)."""
+        table = None
+        if self.store is not None:
+            table = self.store.table(generator(self.seed, "augment", epoch)).to(self.device)
+        order = order.to(self.device)
+        per_chunk = max(1, CHUNK_BYTES // (4 * self.num_elements * windows.size))
+        zero = torch.zeros(1, device=self.device)
+        for first in range(start - start % per_chunk, len(windows), per_chunk):
+            numbers = range(first, min(first + per_chunk, len(windows)))
+            shares = [windows.share(number) for number in numbers]
+            if windows.world_size == 1:
+                indices = order[shares[0].start : shares[-1].stop]
+            else:
+                indices = torch.cat([order[share.start : share.stop] for share in shares])
+            sizes = [share.stop - share.start for share in shares]
+            inputs = torch.split(self._gather(indices, table), sizes)
+            targets = torch.split(self.targets.index_select(0, indices), sizes)
+            weights: Any = (None,) * len(shares)
+            if self.weights is not None:
+                weights = torch.split(self.weights.index_select(0, indices), sizes)
+            for number, share, x, y, w in zip(
+                numbers, shares, inputs, targets, weights, strict=True
+            ):
+                if number >= start:
+                    w = w if share.num_local else zero
+                    yield Batch(x, y, w, share.num_local, share.num_global)
+
+    def _gather(self, indices: Tensor, table: Tensor | None) -> Tensor:
+        if self.store is not None and table is not None:
+            inputs = self.store.gather(indices, table.index_select(0, indices))
+        else:
+            assert self.inputs is not None
+            inputs = self.inputs.index_select(0, indices)
+        if self.resident:
+            return inputs
+        normalized = self.normalize(inputs)
+        assert isinstance(normalized, Tensor)
+        return normalized
+
+
+class FileFeed:
+    """A map-style data set read by DataLoader workers; batches do not depend on their number."""
+
+    def __init__(
+        self,
+        dataset: MapStyle,
+        normalize: Normalizer,
+        device: torch.device,
+        *,
+        name: str,
+        seed: int,
+        num_classes: int | None,
+        collate: Callable[[list[Any]], Any] | None,
+        num_workers: int,
+        pin_memory: bool,
+        persistent_workers: bool,
+    ) -> None:
+        self.normalize, self.device = normalize, device
+        self.plan = _Plan()
+        with _no_advice_on_workers():
+            self.loader: DataLoader[Any] = DataLoader(
+                _Seeded(dataset, name, seed, num_classes),  # type: ignore[arg-type]
+                batch_sampler=self.plan,
+                num_workers=num_workers,
+                collate_fn=_Collate(collate or default_collate),
+                pin_memory=pin_memory and device.type == "cuda",
+                persistent_workers=persistent_workers and num_workers > 0,
+                worker_init_fn=_leave_signals_to_the_parent,
+                generator=generator(seed, "workers"),  # or each epoch draws from the global one
+            )
+
+    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+        """Batches of the windows `start …`; the next one is on its way while one is worked on."""
+        self.plan.point_at(windows, order, epoch, start)
+        with _no_advice_on_workers():
+            items = iter(self.loader)
+        ready: Batch | None = None
+        try:
+            for number in range(start, len(windows)):
+                coming = self._batch(next(items), windows, number)
+                if ready is not None:
+                    yield ready
+                ready = coming
+            if ready is not None:
+                yield ready
+        except Exception:
+            self.close()
+            raise
+        finally:
+            if not self.loader.persistent_workers:
+                _end_workers(items)
+
+    def close(self) -> None:
+        """End persistent workers; the next `read` starts new ones."""
+        _end_workers(self.loader._iterator)
+        self.loader._iterator = None
+
+    def _batch(self, item: Any, windows: Windows, number: int) -> Batch:
+        if isinstance(item, _Broken):
+            raise DataError(item.message)
+        inputs, targets, weights = item
+        share = windows.share(number)
+        if share.num_local == 0:
+            weights = torch.zeros(1)
+        batch = Batch(inputs, targets, weights, share.num_local, share.num_global).to(self.device)
+        batch.inputs = self.normalize(batch.inputs)
+        return batch
+
+
+class _Plan:
+    """The DataLoader's batch_sampler: lists of (epoch, index), so that the epoch travels along."""
+
+    def point_at(self, windows: Windows, order: Tensor, epoch: int, start: int) -> None:
+        self.windows, self.order, self.epoch, self.start = windows, order, epoch, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        windows, order, epoch = self.windows, self.order, self.epoch
+        for number in range(self.start, len(windows)):
+            share = windows.share(number)
+            yield [(epoch, index) for index in order[share.start : share.stop].tolist()]
+
+    def __len__(self) -> int:
+        return len(self.windows) - self.start
+
+
+class _Broken:
+    """A broken example, on its way out of a worker as a value: an exception would be wrapped."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Seeded:
+    """Seeds torch, numpy and `random` for each example from (seed, epoch, index)."""
+
+    def __init__(self, dataset: MapStyle, name: str, seed: int, num_classes: int | None) -> None:
+        self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        try:
+            with _seeded(key(self.seed, "example", self.name, epoch, index)):
+                item = self.dataset[index]
+            self._check(item, index)
+            return item
+        except DataError as error:
+            return _Broken(str(error))
+
+    def _check(self, item: Any, index: int) -> None:
+        """A class index out of range, but for -100, which torch's losses ignore."""
+        if self.num_classes is None:
+            return
+        targets = torch.as_tensor(item["targets"] if isinstance(item, dict) else item[1])
+        if targets.is_floating_point():
+            return
+        if bool((((targets < 0) & (targets != -100)) | (targets >= self.num_classes)).any()):
+            files = getattr(self.dataset, "files", None)
+            where = f" ({files[index]})" if files is not None else ""
+            raise DataError(
+                f"{self.name} example {index}{where}: class {targets.max().item()} is out of range "
+                f"for data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
+            )
+
+
+class _Collate:
+    """Items to (inputs, targets, weights); a class, because a closure does not reach a worker."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        for item in items:
+            if isinstance(item, _Broken):
+                return item
+        try:
+            return tensors_of(self.collate(items))
+        except TypeError as error:
+            return _Broken(
+                f"A batch of the data set is {error}. It must be (inputs, targets), or a mapping "
+                f"with inputs, targets and, if wanted, weights."
+            )
+
+
+@contextlib.contextmanager
+def _seeded(value: int) -> Iterator[None]:
+    """Ambient random states seeded from `value`, and put back: the loop may rely on its own."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+@contextlib.contextmanager
+def _no_advice_on_workers() -> Iterator[None]:
+    """More workers than cores is the user's choice; torch warns of it at each epoch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+
+
+def _end_workers(items: object) -> None:
+    """Now, rather than by the garbage collector, which may wait five seconds for each."""
+    end = getattr(items, "_shutdown_workers", None)
+    if end is not None:
+        end()
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; what it means is for the run to decide."""
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,293 @@
+"""`Data`: what every `conf/data/*.yaml` makes, and the batches the loop takes from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.data.batch import Batch
+from regrow.data.feeds import FileFeed, MemoryFeed
+from regrow.data.preprocess import Normalizer, Preprocessing, preprocessing
+from regrow.data.sampling import Windows, permutation
+from regrow.data.splits import Examples, Split, Splits, check_overlap
+from regrow.errors import DataError, UserError
+
+KINDS = ("multiclass", "binary", "multilabel", "regression")
+
+
+class TrainBatches:
+    """One rank's share of the training windows; an epoch can be entered at any window at once."""
+
+    def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows, seed: int, rows: int) -> None:
+        self._feed, self._windows, self._seed = feed, windows, seed
+        self.num_examples = rows
+        self.steps_per_epoch = len(windows)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of the windows `start …` of the epoch; nothing before `start` is read."""
+        order = permutation(self._seed, epoch, self.num_examples)
+        return self._feed.read(self._windows, order, epoch, start)
+
+
+class EvalBatches:
+    """One rank's share of a split in its own order: each example once, none padded or dropped.
+
+    All ranks see equally many batches, so that their forward passes meet. A rank that has no
+    example left in one takes an example of weight zero, with `num_local` 0.
+    """
+
+    def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows) -> None:
+        self._feed, self._windows = feed, windows
+        self.num_examples = windows.num_examples
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._feed.read(self._windows, torch.arange(self.num_examples), 0, 0)
+
+
+class Data:
+    """The three splits, checked, and how their examples become batches.
+
+    `batch_size` counts the examples of an optimizer step over all processes, `eval_batch_size`
+    those of a forward pass in one. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary;
+    (B, L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the
+    training split if `normalize_targets`: `target_mean` and `target_std` then undo it.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Splits,
+        seed: int,
+        root: str,
+        target_kind: str,
+        num_classes: int | None,
+        num_outputs: int,
+        input_shape: list[int],
+        class_names: list[str] | None,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        persistent_workers: bool,
+        drop_last: bool,
+        augment: bool,
+        augmentation: Any,
+        normalize: str | dict[str, list[float]],
+        normalize_targets: bool,
+        overlap: str,
+    ) -> None:
+        self.source, self.seed, self.root = source, seed, root
+        self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
+        self.input_shape = list(input_shape)
+        self.class_names = class_names if class_names is not None else source.class_names
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.persistent_workers, self.drop_last = persistent_workers, drop_last
+        self.augmentation = augmentation if augment else None
+        self.overlap = overlap
+        self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
+        self._check(augment, augmentation, normalize_targets)
+        self.num_overlapping = check_overlap(source, overlap)
+        self.preprocessing: Preprocessing = preprocessing(
+            source,
+            input_shape=self.input_shape,
+            normalize=normalize,
+            normalize_targets=normalize_targets,
+        )
+        self.target_mean = self.preprocessing.target_mean
+        self.target_std = self.preprocessing.target_std
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """Of each split that there is."""
+        return {name: len(split) for name, split in self.source.items()}
+
+    def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
+        count = len(self.source.train)
+        windows = Windows(count, self.batch_size, self.drop_last, rank, world_size)
+        if len(windows) == 0:
+            raise UserError(
+                f"data.batch_size={self.batch_size} is more than the {count} training examples, "
+                f"and data.drop_last=true drops them all. Lower one or set the other to false."
+            )
+        feed = self._feed("train", self.augmentation is not None, device)
+        return TrainBatches(feed, windows, self.seed, count)
+
+    def evaluation(
+        self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> EvalBatches:
+        """The split without augmentation. Raises UserError where there is no such split."""
+        found = dict(self.source.items()).get(split)
+        if found is None:
+            raise UserError(
+                f"split={split} does not exist in this data. It has {', '.join(self.num_examples)}."
+            )
+        size = self.eval_batch_size * world_size
+        windows = Windows(len(found), size, False, rank, world_size)
+        return EvalBatches(self._feed(split, False, device), windows)
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Standardised regression targets or outputs (N,) or (N, K) in the data's own units."""
+        if self.target_mean is None or self.target_std is None:
+            return values
+        return values * values.new_tensor(self.target_std) + values.new_tensor(self.target_mean)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Count and SHA-256 of each split, over tensors' content or files' names and sizes."""
+        return {
+            name: {"examples": len(split), "sha256": _sha256(split)}
+            for name, split in self.source.items()
+        }
+
+    def predict_inputs(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        """As `Preprocessing.read`, for one who has the data at hand."""
+        return self.preprocessing.read(path, batch_size)
+
+    def close(self) -> None:
+        """End the workers and let go of device memory."""
+        for feed in self._feeds.values():
+            if isinstance(feed, FileFeed):
+                feed.close()
+        self._feeds.clear()
+
+    def _feed(self, name: str, augmented: bool, device: torch.device) -> MemoryFeed | FileFeed:
+        place = (name, augmented, device)
+        if place not in self._feeds:
+            self._feeds[place] = self._new_feed(name, augmented, device)
+        return self._feeds[place]
+
+    def _new_feed(self, name: str, augmented: bool, device: torch.device) -> MemoryFeed | FileFeed:
+        split: Any = dict(self.source.items())[name]
+        normalizer = Normalizer(self.preprocessing)
+        if isinstance(split, Examples):
+            augmentation: Any = self.augmentation
+            store = augmentation.store(split.inputs.to(device)) if augmented else None
+            standard = self._standardised(split)
+            return MemoryFeed(standard, normalizer, device, store=store, seed=self.seed)
+        if augmented:
+            split = split.augmented(self.augmentation)
+        return FileFeed(
+            split,
+            normalizer,
+            device,
+            name=name,
+            seed=self.seed,
+            num_classes=self.num_classes if self.target_kind == "multiclass" else None,
+            collate=self.source.collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.persistent_workers,
+        )
+
+    def _standardised(self, split: Examples) -> Examples:
+        if self.target_mean is None or self.target_std is None:
+            return split
+        mean, std = torch.tensor(self.target_mean).double(), torch.tensor(self.target_std).double()
+        targets = (split.targets.double() - mean) / std
+        return Examples(split.inputs, targets.float().view_as(split.targets), split.weights)
+
+    def _check(self, augment: bool, augmentation: Any, normalize_targets: bool) -> None:
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be 1 or more.")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers={self.num_workers} must be 0 or more.")
+        if self.target_kind not in KINDS:
+            raise UserError(f"data.target_kind={self.target_kind} is none of {', '.join(KINDS)}.")
+        for name, split in self.source.items():
+            if len(split) == 0:
+                raise DataError(
+                    f"split {name} is empty. Give it examples, or null for no such split."
+                )
+            if isinstance(split, Examples):
+                self._check_examples(name, split)
+        names = self.class_names
+        if names is not None and self.num_classes is not None and len(names) != self.num_classes:
+            raise UserError(
+                f"data.class_names has {len(names)} names for data.num_classes={self.num_classes}."
+            )
+        if normalize_targets and self.target_kind != "regression":
+            raise UserError(
+                f"data.normalize_targets=true is for regression, not {self.target_kind}. Set false."
+            )
+        if augment and augmentation is not None:
+            self._check_augmentation(augmentation)
+
+    def _check_augmentation(self, augmentation: Any) -> None:
+        train = self.source.train
+        if not isinstance(train, Examples):
+            if not hasattr(train, "augmented"):
+                raise UserError(
+                    "data.augmentation does not reach into a data set of your own. Augment there, "
+                    "and set data.augmentation=null."
+                )
+        elif train.inputs.dtype != torch.uint8 or not hasattr(augmentation, "store"):
+            kind = str(train.inputs.dtype).removeprefix("torch.")
+            raise UserError(
+                f"data.augmentation={type(augmentation).__name__} does not fit {kind} inputs of "
+                f"shape {self.input_shape} in memory. Use CropFlip for images, or null."
+            )
+
+    def _check_examples(self, name: str, split: Examples) -> None:
+        found = list(split.inputs.shape[1:])
+        if found != self.input_shape:
+            columns = self.source.columns
+            what = f": the columns {', '.join(columns[:20])}" if columns else ""
+            raise UserError(
+                f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
+                f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."
+            )
+        if len(split.targets) != len(split.inputs):
+            raise DataError(
+                f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
+            )
+        targets = split.targets
+        if self.target_kind == "multiclass" and not targets.is_floating_point():
+            self._check_classes(name, targets)
+        elif not bool(targets.isfinite().all()):
+            row = int((~targets.isfinite()).nonzero()[0][0])
+            raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
+        width = {"binary": 1, "multiclass": self.num_classes}.get(
+            self.target_kind, targets[0].numel()
+        )
+        if width != self.num_outputs:
+            raise UserError(
+                f"data.num_outputs={self.num_outputs}, but {self.target_kind} targets of shape "
+                f"{list(targets.shape)} take {width}. Set data.num_outputs={width}."
+            )
+
+    def _check_classes(self, name: str, targets: Tensor) -> None:
+        number = self.num_classes
+        if number is None:
+            raise UserError(
+                "data.num_classes=null, and multiclass targets need it. Set the number."
+            )
+        wrong = (((targets < 0) & (targets != -100)) | (targets >= number)).nonzero()
+        if len(wrong):
+            row = int(wrong[0][0])
+            raise DataError(
+                f"split {name}, example {row}: class {targets[row].item()} is out of range for "
+                f"data.num_classes={number}: 0 … {number - 1}."
+            )
+
+
+def _sha256(split: Split) -> str:
+    digest = hashlib.sha256()
+    if isinstance(split, Examples):
+        for tensor in (split.inputs, split.targets, split.weights):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+    if hasattr(split, "fingerprint"):
+        return str(split.fingerprint())
+    digest.update(f"{type(split).__qualname__} {len(split)}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,323 @@
+"""From raw examples to the model's inputs, the same in training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from regrow.data.batch import Inputs, each
+from regrow.data.images import EXTENSIONS, find_images, fit, load_image, to_tensor
+from regrow.data.splits import Examples, Splits
+from regrow.data.tables import read_table
+from regrow.errors import DataError, UserError
+
+# Of ImageNet's training images in 0 … 1: what torchvision's pretrained models were trained with.
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+NUM_SAMPLED = 1024  # images in files that `normalize: train` looks at, spread over the split
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """All that prediction needs, as plain values, so that a run's folder can keep it as JSON.
+
+    kind: image (uint8 pixels), table (floating features) or tensor (handed on as they are).
+    mean, std: per channel of pixels in 0 … 1, or per feature in raw units; None: not normalised.
+    input_max: the raw value of white. resize: shorter side before the centre crop, or None to
+    scale straight to the input size. target_mean, target_std: what a regression's standardised
+    targets and outputs are multiplied and shifted by to be in their own units again.
+    """
+
+    kind: str
+    input_shape: list[int]
+    input_max: float
+    mean: list[float] | None
+    std: list[float] | None
+    resize: int | None
+    columns: list[str] | None
+    delimiter: str
+    target_mean: list[float] | None
+    target_std: list[float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        return cls(**values)
+
+    def read(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Names and model inputs (B, …) on the CPU, batch by batch, from what lies at `path`.
+
+        An image, a folder of images, an .npy array (N, …) in the data set's own raw units, or a
+        .csv with the feature columns by name. Names are file paths, or row numbers from 0.
+        Raises UserError or DataError, which name the file and the row.
+        """
+        normalize = Normalizer(self)
+        for names, raw in self._raw(path, batch_size):
+            inputs = normalize(raw)
+            assert isinstance(inputs, Tensor)
+            yield names, inputs
+
+    def _raw(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        suffix = path.suffix.lower()
+        if not path.exists():
+            raise UserError(f"input={path} does not exist. Give an image, a folder, .npy or .csv.")
+        if path.is_dir() or suffix in EXTENSIONS:
+            self._must_be("image", path)
+            files = find_images(path) if path.is_dir() else [path]
+            if not files:
+                raise UserError(f"input={path} holds no images ({', '.join(EXTENSIONS)}).")
+            for start in range(0, len(files), batch_size):
+                chosen = files[start : start + batch_size]
+                yield [str(file) for file in chosen], torch.stack([self._file(f) for f in chosen])
+        elif suffix == ".npy":
+            array = self._array(path)
+            for start in range(0, len(array), batch_size):
+                part = self._part(np.asarray(array[start : start + batch_size]), path, start)
+                yield [str(start + row) for row in range(len(part))], part
+        elif suffix in (".csv", ".tsv", ".txt"):
+            self._must_be("table", path)
+            columns = self.columns
+            if columns is None:
+                raise UserError(
+                    f"input={path}: this run's features have no names. Give an .npy array (N, "
+                    f"{self.input_shape[0]}) instead."
+                )
+            rows = torch.from_numpy(read_table(path, self.delimiter, columns, []).features)
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                yield [str(start + row) for row in range(len(part))], part
+        else:
+            raise UserError(f"input={path} is no image, folder of images, .npy or .csv.")
+
+    def _must_be(self, kind: str, path: Path) -> None:
+        if self.kind != kind:
+            takes = {"image": "images", "table": "rows of numbers (.csv, .npy)"}
+            raise UserError(
+                f"input={path}: this run's model takes {takes.get(self.kind, 'arrays (.npy)')} of "
+                f"shape {self.input_shape}."
+            )
+
+    def _file(self, path: Path) -> Tensor:
+        channels, *size = self.input_shape
+        pixels = to_tensor(fit(load_image(path, channels), size, self.resize))
+        return pixels if self.input_max == 255 else pixels.float() * (self.input_max / 255)
+
+    def _array(self, path: Path) -> npt.NDArray[Any]:
+        """The file as numbers (N, …); a single example becomes N = 1."""
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path} is no readable array: {reason}.") from None
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+            raise DataError(f"{path} holds no plain numbers. Save one numeric array with np.save.")
+        shape = tuple(self.input_shape)
+        single = [shape, (*shape[1:], shape[0]) if self.kind == "image" else shape]
+        if self.kind == "image" and shape[0] == 1:
+            single.append(shape[1:])
+        array = array[None] if array.shape in single else array
+        if array.ndim == 0 or len(array) == 0:
+            raise DataError(f"{path} holds no examples: its shape is {array.shape}.")
+        return array
+
+    def _part(self, array: npt.NDArray[Any], path: Path, start: int) -> Tensor:
+        shape = tuple(self.input_shape)
+        tensor = torch.from_numpy(np.array(array, order="C"))
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
+            raise DataError(f"{path}, row {start + row}: a value is NaN or infinite.")
+        if self.kind != "image":
+            if tuple(tensor.shape[1:]) != shape:
+                raise DataError(
+                    f"{path}: rows of shape {list(tensor.shape[1:])}, this run's model takes "
+                    f"{list(shape)}."
+                )
+            return tensor
+        images = self._images(tensor, path)
+        flat = images.flatten(1).float()
+        low, high = flat.amin(1), flat.amax(1)
+        wrong = ((low < 0) | (high > self.input_max)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{path}, row {start + row}: values {low[row]:g} … {high[row]:g}, this run's "
+                f"images are in 0 … {self.input_max:g}."
+            )
+        if tensor.is_floating_point() and 0 < float(high.max()) <= 1:
+            raise DataError(
+                f"{path}: values reach only {high.max():g}, this run's images are in "
+                f"0 … {self.input_max:g}. Multiply by {self.input_max:g}."
+            )
+        return images
+
+    def _images(self, tensor: Tensor, path: Path) -> Tensor:
+        """(N, C, H, W) from that, (N, H, W, C), (N, H, W), (N, C·H·W), or uint8 of other sizes."""
+        channels, *size = self.input_shape
+        if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.input_shape):
+            return tensor.view(-1, channels, *size)
+        if tensor.ndim == 3 and channels == 1:
+            tensor = tensor.unsqueeze(1)
+        elif tensor.ndim == 4 and tensor.shape[3] == channels and tensor.shape[1] != channels:
+            tensor = tensor.permute(0, 3, 1, 2)
+        if tensor.ndim == 4 and tensor.shape[1] == channels:
+            if list(tensor.shape[2:]) == size and self.resize is None:
+                return tensor.contiguous()
+            if tensor.dtype == torch.uint8 and self.input_max == 255:
+                return torch.stack([self._fitted(image) for image in tensor])
+        raise DataError(
+            f"{path}: an array of shape (N, {', '.join(map(str, tensor.shape[1:]))}), this run's "
+            f"model takes images (N, {channels}, {size[0]}, {size[1]})."
+        )
+
+    def _fitted(self, image: Tensor) -> Tensor:
+        from PIL import Image
+
+        pixels = image.permute(1, 2, 0).numpy() if image.shape[0] == 3 else image[0].numpy()
+        fitted = fit(Image.fromarray(pixels), self.input_shape[1:], self.resize)
+        return to_tensor(fitted)
+
+
+class Normalizer:
+    """Raw inputs to float32 model inputs, on the device of the inputs."""
+
+    def __init__(self, how: Preprocessing) -> None:
+        self.kind = how.kind
+        self.mean = self.std = None
+        if how.mean is not None and how.std is not None:
+            self.mean = torch.tensor(how.mean, dtype=torch.float64)
+            self.std = torch.tensor(how.std, dtype=torch.float64)
+        if how.kind == "image":
+            one = torch.ones(how.input_shape[0], dtype=torch.float64)
+            mean = one * 0 if self.mean is None else self.mean
+            std = one if self.std is None else self.std
+            self.scale = (1 / (how.input_max * std)).float().view(-1, 1, 1)
+            self.shift = (-mean / std).float().view(-1, 1, 1)
+        elif self.mean is not None and self.std is not None and len(how.input_shape) > 1:
+            per_channel = (-1, *[1] * (len(how.input_shape) - 1))
+            self.mean, self.std = self.mean.view(per_channel), self.std.view(per_channel)
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        """Images (B, C, H, W) or features (B, …) to float32, normalised."""
+        if self.kind == "image":
+            return each(inputs, self.image)
+        if self.kind == "table":
+            return each(inputs, self.features)
+        return inputs
+
+    def image(self, pixels: Tensor) -> Tensor:
+        if self.scale.device != pixels.device:
+            self.scale, self.shift = self.scale.to(pixels.device), self.shift.to(pixels.device)
+        return pixels.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift)
+
+    def features(self, rows: Tensor) -> Tensor:
+        if self.mean is None or self.std is None:
+            return rows.float()
+        return ((rows.double() - self.mean) / self.std).float()
+
+
+def preprocessing(
+    splits: Splits, *, input_shape: list[int], normalize: Any, normalize_targets: bool
+) -> Preprocessing:
+    """Statistics of the training split alone, or those given, and what was found in `splits`."""
+    train = splits.train
+    kind = _kind(splits, input_shape)
+    mean, std = _statistics(splits, kind, input_shape, normalize)
+    target_mean = target_std = None
+    if normalize_targets:
+        if not isinstance(train, Examples):
+            raise UserError(
+                "data.normalize_targets=true needs targets in memory. Set it to false, and scale "
+                "the targets in the data set."
+            )
+        columns = train.targets.double().view(len(train), -1)
+        target_mean, target_std = columns.mean(0).tolist(), _nonzero(columns.std(0, correction=0))
+    return Preprocessing(
+        kind=kind,
+        input_shape=list(input_shape),
+        input_max=splits.input_max,
+        mean=mean,
+        std=std,
+        resize=splits.resize,
+        columns=splits.columns,
+        delimiter=splits.delimiter,
+        target_mean=target_mean,
+        target_std=target_std,
+    )
+
+
+def _kind(splits: Splits, input_shape: list[int]) -> str:
+    """image: uint8 tensors of three dimensions; the rest of a user's own data sets is untouched."""
+    if isinstance(splits.train, Examples):
+        return "image" if splits.train.inputs.dtype == torch.uint8 else "table"
+    if splits.resize is not None:
+        return "image"
+    return "tensor"
+
+
+def _statistics(
+    splits: Splits, kind: str, input_shape: list[int], normalize: Any
+) -> tuple[list[float] | None, list[float] | None]:
+    number = input_shape[0]
+    if normalize == "none":
+        return None, None
+    if isinstance(normalize, dict) and normalize.keys() == {"mean", "std"}:
+        mean, std = list(normalize["mean"]), list(normalize["std"])
+    elif normalize == "imagenet":
+        mean, std = IMAGENET if number == 3 else ([0.449], [0.226])  # their mean for one channel
+    elif normalize != "train":
+        raise UserError(
+            f"data.normalize={normalize} is none of train, imagenet, none, {{mean: […], std: […]}}."
+        )
+    elif kind == "tensor":
+        raise UserError(
+            "data.normalize=train cannot look into a data set of your own. Use none, or give "
+            "{mean: […], std: […]}."
+        )
+    else:
+        return _train_statistics(splits, kind)
+    if len(mean) != number or len(std) != number or not all(value > 0 for value in std):
+        raise UserError(
+            f"data.normalize={normalize} does not fit data.input_shape={input_shape}: it takes "
+            f"{number} means and {number} positive deviations."
+        )
+    return mean, std
+
+
+def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[float]]:
+    train = splits.train
+    if kind == "image":
+        if isinstance(train, Examples):
+            images = [train.inputs]
+        else:
+            step = max(1, -(-len(train) // NUM_SAMPLED))
+            images = [train[index][0].unsqueeze(0) for index in range(0, len(train), step)]
+        counts = sum(_histogram(image) for image in images).double()  # type: ignore[union-attr]
+        levels = torch.arange(256, dtype=torch.float64) / splits.input_max
+        share = counts / counts.sum(1, keepdim=True)
+        mean = (share * levels).sum(1)
+        return mean.tolist(), _nonzero(((share * levels**2).sum(1) - mean**2).clamp(min=0).sqrt())
+    assert isinstance(train, Examples)
+    values = train.inputs.double()
+    if values.ndim > 2:  # per channel
+        values = values.transpose(0, 1).flatten(1).T
+    return values.mean(0).tolist(), _nonzero(values.std(0, correction=0))
+
+
+def _histogram(images: Tensor) -> Tensor:
+    """(C, 256) counts of the pixels' values: exact, and one pass over bytes."""
+    channels = images.transpose(0, 1).flatten(1)
+    return torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+
+
+def _nonzero(std: Tensor) -> list[float]:
+    """A constant feature is shifted and not scaled."""
+    return torch.where(std > 0, std, torch.ones_like(std)).tolist()

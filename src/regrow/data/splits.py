@@ -1,0 +1,219 @@
+"""What a source hands over: the three splits, cut by fixed keys and free of overlap."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from regrow.errors import DataError, UserError
+from regrow.randomness import generator
+
+NAMES = ("train", "val", "test")
+log = logging.getLogger("regrow.data")
+
+
+class MapStyle(Protocol):
+    """A data set as torch's DataLoader takes it; item i is always the same example."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A split that lives in memory as tensors.
+
+    inputs: (N, C, H, W) uint8 images, or (N, …) floating features in their raw units.
+    targets: (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or
+    (N,) or (N, K) float32 values. weights: (N,) float32, or None for all one.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def subset(self, indices: Tensor) -> Examples:
+        weights = None if self.weights is None else self.weights[indices]
+        return Examples(self.inputs[indices], self.targets[indices], weights)
+
+    def keys(self) -> list[Hashable]:
+        """One key per example, equal for equal inputs, whatever their targets."""
+        rows = self.inputs.contiguous().flatten(1).numpy()
+        return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
+
+
+Split = Examples | MapStyle
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train, validation and test examples, and what was found out while reading them.
+
+    A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
+    white, `columns` the features of a table, `resize` and `collate` belong to files.
+    """
+
+    train: Split
+    val: Split | None
+    test: Split | None
+    class_names: list[str] | None = None
+    input_max: float = 255.0
+    resize: int | None = None
+    columns: list[str] | None = None
+    delimiter: str = ","
+    collate: Callable[[list[Any]], Any] | None = None
+
+    def items(self) -> list[tuple[str, Split]]:
+        splits = zip(NAMES, (self.train, self.val, self.test), strict=True)
+        return [(name, split) for name, split in splits if split is not None]
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+        raise UserError(
+            f"data.source.val_fraction={val_fraction} and test_fraction={test_fraction} leave "
+            f"nothing to train on. Both must be 0 or more, and their sum below 1."
+        )
+
+
+def cut(
+    keys: Sequence[Hashable],
+    strata: npt.NDArray[Any],
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Indices of train, val and test, each stratum cut in proportion; a fraction of 0 gives None.
+
+    Examples with equal keys (true duplicates) always land in the same split. The test examples
+    depend on the data and on `test_fraction` alone, not on the seed or on how validation is cut:
+    what was ever tested on is never trained on by another run. The seed cuts train from val.
+    """
+    check_fractions(val_fraction, test_fraction)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    group = np.fromiter((numbers[key] for key in keys), np.int64, len(keys))
+    first = np.unique(group, return_index=True)[1]
+    test = _sample(strata[first], test_fraction, generator(0, "test split"))
+    val = np.zeros_like(test)
+    rest = np.flatnonzero(~test)
+    val[rest] = _sample(
+        strata[first][rest], val_fraction / (1 - test_fraction), generator(seed, "val split")
+    )
+
+    def indices(name: str, chosen: npt.NDArray[np.bool_], fraction: float) -> Tensor | None:
+        found = torch.from_numpy(np.flatnonzero(chosen[group]))
+        if fraction > 0 and len(found) == 0:
+            raise DataError(
+                f"split {name} is empty: data.source.{name}_fraction={fraction} of "
+                f"{len(first)} distinct examples. Raise it, or set it to 0 for no such split."
+            )
+        return found if fraction > 0 else None
+
+    train = cast(Tensor, indices("train", ~(test | val), 1 - val_fraction - test_fraction))
+    return train, indices("val", val, val_fraction), indices("test", test, test_fraction)
+
+
+def _sample(
+    strata: npt.NDArray[Any], fraction: float, random: torch.Generator
+) -> npt.NDArray[np.bool_]:
+    """Systematic sampling of the shuffled, then sorted list: ±1 of each stratum's proportion."""
+    shuffled = torch.randperm(len(strata), generator=random).numpy()
+    ordered = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    counts = np.floor(np.arange(len(strata) + 1) * fraction + 0.5)
+    chosen = np.zeros(len(strata), bool)
+    chosen[ordered[np.diff(counts) > 0]] = True
+    return chosen
+
+
+def strata_of(targets: Tensor) -> npt.NDArray[Any]:
+    """What to stratify by: the class, the combination of labels, or the decile of the value."""
+    values = targets.numpy()
+    if values.ndim > 1:
+        return np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
+    distinct = np.unique(values)
+    if not targets.is_floating_point() or len(distinct) <= 2:
+        return values
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return cast(npt.NDArray[Any], ranks * 10 // len(values))
+
+
+def cut_examples(
+    examples: Examples,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    strata: npt.NDArray[Any] | None = None,
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """Cut one set of examples into three, by `cut`."""
+    train, val, test = cut(
+        examples.keys(),
+        strata_of(examples.targets) if strata is None else strata,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
+    return (
+        examples.subset(train),
+        None if val is None else examples.subset(val),
+        None if test is None else examples.subset(test),
+    )
+
+
+def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
+    """Count examples that are in two splits, by content; refuse them, or say so in the log.
+
+    Looks at tensors, at files, and at `torch.utils.data.Subset`s of one data set. Other data sets
+    are seen only where they are the same object, or offer `keys()`, one hashable per example.
+    """
+    if policy not in ("refuse", "report", "ignore"):
+        raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
+    if policy == "ignore":
+        return {}
+    keys = {name: _keys(split) for name, split in splits.items()}
+    found: dict[str, int] = {}
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        ours, theirs = keys.get(one), keys.get(other)
+        if not ours or not theirs:
+            continue
+        seen = set(ours)
+        both = [index for index, key in enumerate(theirs) if key in seen]
+        if not both:
+            continue
+        found[f"{one}/{other}"] = len(both)
+        message = (
+            f"{len(both)} of the {len(theirs)} {other} examples are in {one} too, the first is "
+            f"{_describe(dict(splits.items())[other], both[0])}."
+        )
+        if policy == "refuse":
+            raise DataError(
+                f"{message} Remove them, or set data.overlap=report to go on all the same."
+            )
+        log.warning("data.overlap=report: %s", message)
+    return found
+
+
+def _keys(split: Split) -> list[Hashable] | None:
+    if isinstance(split, torch.utils.data.Subset):
+        return [(id(split.dataset), int(index)) for index in split.indices]
+    keys = getattr(split, "keys", None)
+    if callable(keys):
+        return list(keys())
+    return [(id(split), index) for index in range(len(split))]
+
+
+def _describe(split: Split, index: int) -> str:
+    files = getattr(split, "files", None)
+    return str(files[index]) if files is not None else f"number {index}"

@@ -1,0 +1,75 @@
+"""Data as a user gets it: composed from conf/data, with overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from regrow.data.batch import Batch
+from regrow.data.loaders import Data
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+
+
+@pytest.fixture
+def make_data() -> Callable[..., Data]:
+    def make(name: str, *overrides: str, seed: int = 0) -> Data:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose(name, overrides=list(overrides))
+        root = OmegaConf.create({"seed": seed, "data": config})
+        try:
+            data = instantiate(root.data, _convert_="all")
+        except InstantiationException as error:
+            raise (error.__cause__ or error) from None
+        assert isinstance(data, Data)
+        return data
+
+    return make
+
+
+@pytest.fixture
+def cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+def _same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.inputs, b.inputs)
+        and torch.equal(a.targets, b.targets)
+        and (a.num_local, a.num_global) == (b.num_local, b.num_global)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.fixture
+def same() -> Callable[[list[Batch], list[Batch]], bool]:
+    return _same
+
+
+@pytest.fixture
+def image_root(tmp_path: Path) -> Path:
+    """24 images of 20x26 pixels in two classes, no two alike."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "images" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (20, 26, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def global_state_unchanged() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())

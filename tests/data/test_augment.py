@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regrow.data.augment import CropFlip
+from regrow.errors import UserError
+from regrow.randomness import generator
+
+
+def slowly(image: torch.Tensor, top: int, left: int, mirror: bool, pad: int) -> torch.Tensor:
+    padded = F.pad(image, (pad, pad, pad, pad))
+    padded = padded.flip(2) if mirror else padded
+    return padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "pad"), [(1, 8, 8, 1), (3, 6, 9, 2), (3, 5, 5, 0)]
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_read_from_flat_memory_is_the_crop_of_the_padded_image(
+    channels: int, height: int, width: int, pad: int, flip: bool
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    shape = (6, channels, height, width)
+    images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=random)
+    store = CropFlip(pad=pad, flip=flip).store(images)
+    columns, plane = width + 2 * pad, (width + 2 * pad) * (height + 2 * pad)
+    for index in range(6):
+        for mirror in (False, True)[: 1 + flip]:
+            for top in range(2 * pad + 1):
+                for left in range(2 * pad + 1):
+                    offset = top * columns + left + mirror * 6 * channels * plane
+                    got = store.gather(torch.tensor([index]), torch.tensor([offset]))[0]
+                    assert torch.equal(got, slowly(images[index], top, left, mirror, pad))
+
+
+def test_the_table_uses_every_shift_and_both_mirrors_evenly() -> None:
+    images = torch.zeros(9000, 1, 4, 4, dtype=torch.uint8)
+    store = CropFlip(pad=1, flip=True).store(images)
+    counts = store.table(generator(0, "augment", 0)).unique(return_counts=True)[1]
+    assert len(counts) == 18
+    assert counts.min() > 400 and counts.max() < 600
+    assert not torch.equal(
+        store.table(generator(0, "augment", 0)), store.table(generator(0, "augment", 1))
+    )
+
+
+def test_a_negative_pad_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.augmentation\.pad=-1"):
+        CropFlip(pad=-1, flip=False)

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import multiprocessing
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from regrow.data import feeds
+from regrow.data.augment import Photo
+from regrow.data.batch import Batch
+from regrow.data.loaders import Data
+from regrow.errors import DataError, UserError
+
+Make = Callable[..., Data]
+Same = Callable[[list[Batch], list[Batch]], bool]
+CPU = torch.device("cpu")
+SMALL = ("num_classes=2", "input_shape=[3,16,16]", "source.resize=18", "batch_size=5")
+
+
+class Noisy:
+    """A user's data set whose transform draws from all three ambient random states."""
+
+    def __init__(self, count: int, offset: int) -> None:
+        self.count, self.offset = count, offset
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        noise = [float(torch.rand(())), float(np.random.rand()), random.random()]
+        return torch.tensor([self.offset + index, *noise]), index % 3
+
+
+class Mapped:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        text = {"tokens": torch.full((4,), index), "length": torch.tensor(4)}
+        return {"inputs": text, "targets": float(index), "weights": index / 8}
+
+
+def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
+    """As a user's YAML would have it; `_target_` paths of this file are given as objects here."""
+    node = {
+        "_target_": "regrow.data.loaders.Data",
+        "source": {
+            "_target_": "regrow.data.datasets.from_datasets",
+            "train": train, "val": val, "test": None, "collate": None,
+        },
+        "seed": 0, "root": ".", "target_kind": "multiclass", "num_classes": 3, "num_outputs": 3,
+        "input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 4,
+        "num_workers": 0, "pin_memory": True, "persistent_workers": True, "drop_last": False,
+        "augment": True, "augmentation": None, "normalize": "none", "normalize_targets": False,
+        "overlap": "refuse",
+    } | changes  # fmt: skip
+    data = instantiate(node, _convert_="all")
+    assert isinstance(data, Data)
+    return data
+
+
+def two_epochs(data: Data, start: int = 0) -> tuple[list[Batch], list[Batch]]:
+    train = data.train(device=CPU)
+    return list(train.epoch(0, start)), list(train.epoch(1, start))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_batches_are_the_same_for_any_number_of_workers(same: Same, num_workers: int) -> None:
+    first, second = two_epochs(of_ones_own(Noisy(13, 0)))
+    many = of_ones_own(Noisy(13, 0), num_workers=num_workers)
+    ours, next_ours = two_epochs(many)
+    assert same(first, ours) and same(second, next_ours)
+    assert not same(first, second)
+    # Persistent workers see the new epoch's noise, not only its order.
+    noise = {row[0].item(): row[1:] for batch in ours for row in batch.inputs}
+    later = {row[0].item(): row[1:] for batch in next_ours for row in batch.inputs}
+    assert all((noise[index] != later[index]).all() for index in noise)
+    many.close()
+    assert not multiprocessing.active_children()
+
+
+def test_without_a_seed_per_example_the_number_of_workers_would_show(
+    same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control."""
+    import contextlib
+
+    monkeypatch.setattr(feeds, "_seeded", lambda value: contextlib.nullcontext())
+    runs = [
+        list(of_ones_own(Noisy(13, 0), num_workers=n).train(device=CPU).epoch(0)) for n in (0, 1)
+    ]
+    assert not same(*runs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_entered_in_its_middle_is_its_rest(same: Same, num_workers: int) -> None:
+    whole, later = two_epochs(of_ones_own(Noisy(13, 0)))
+    data = of_ones_own(Noisy(13, 0), num_workers=num_workers)
+    rest, later_rest = two_epochs(data, start=2)
+    assert same(rest, whole[2:]) and same(later_rest, later[2:]) and not same(rest, whole[:2])
+    assert list(data.train(device=CPU).epoch(0, 4)) == []
+
+
+def test_an_epoch_left_half_way_does_not_disturb_the_next(same: Same) -> None:
+    _, second = two_epochs(of_ones_own(Noisy(13, 0)))
+    train = of_ones_own(Noisy(13, 0), num_workers=2).train(device=CPU)
+    iterator = train.epoch(0)
+    next(iterator)
+    del iterator
+    assert same(list(train.epoch(1)), second)
+
+
+def test_workers_that_are_not_persistent_end_with_the_epoch(same: Same) -> None:
+    data = of_ones_own(Noisy(13, 0), num_workers=2, persistent_workers=False)
+    assert same(list(data.train(device=CPU).epoch(0)), two_epochs(of_ones_own(Noisy(13, 0)))[0])
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.usefixtures("global_state_unchanged")
+def test_reading_draws_nothing_from_the_ambient_random_states(num_workers: int) -> None:
+    states = random.getstate(), np.random.get_state()[1].copy()
+    data = of_ones_own(Noisy(13, 0), Noisy(5, 100), num_workers=num_workers)
+    two_epochs(data)
+    list(data.evaluation("val", device=CPU))
+    assert states[0] == random.getstate() and (states[1] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_shares_of_files_are_the_window(world_size: int) -> None:
+    alone = list(of_ones_own(Noisy(13, 0)).train(device=CPU).epoch(0))
+    data = of_ones_own(Noisy(13, 0))
+    ranks = [
+        list(data.train(device=CPU, rank=rank, world_size=world_size).epoch(0))
+        for rank in range(world_size)
+    ]
+    for window, batch in enumerate(alone):
+        shares = [batches[window] for batches in ranks]
+        assert torch.equal(torch.cat([s.inputs[: s.num_local] for s in shares]), batch.inputs)
+        assert all(s.weights is not None and not s.weights.any() for s in shares if not s.num_local)
+    assert any(share.num_local == 0 for share in shares)  # the last window holds one example
+
+
+def test_items_may_be_mappings_with_mappings_of_inputs_and_weights() -> None:
+    data = of_ones_own(Mapped(), target_kind="regression", num_classes=None, num_outputs=1)
+    for batch in data.train(device=CPU).epoch(0):
+        assert batch.inputs.keys() == {"tokens", "length"} and batch.inputs["tokens"].shape == (
+            4,
+            4,
+        )
+        assert batch.targets.dtype == torch.float32
+        assert batch.weights is not None and torch.allclose(batch.weights, batch.targets / 8)
+        assert sum(part.num_local for part in batch.split(3)) == 4
+
+
+def test_a_class_out_of_range_and_a_foreign_item_are_named() -> None:
+    data = of_ones_own(Noisy(13, 0), num_classes=2, num_workers=1)
+    with pytest.raises(DataError, match=r"train example \d+: class 2 is out of range.*0 … 1"):
+        list(data.train(device=CPU).epoch(0))
+    with pytest.raises(DataError, match="must be \\(inputs, targets\\)"):
+        numbers = of_ones_own([torch.ones(2)] * 4, num_classes=None, target_kind="regression")
+        list(numbers.train(device=CPU).epoch(0))
+
+
+# Folders of images
+
+
+def test_an_image_folder_becomes_batches(make_data: Make, image_root: Path, same: Same) -> None:
+    runs = []
+    for workers in (0, 2):
+        data = make_data("image_folder", f"root={image_root}", f"num_workers={workers}", *SMALL)
+        assert data.class_names == ["cat", "dog"]
+        assert data.num_examples == {"train": 17, "val": 2, "test": 5}
+        runs.append(two_epochs(data))
+        evaluated = list(data.evaluation("train", device=CPU))
+        assert sum(batch.num_local for batch in evaluated) == 17
+        plain = torch.cat([batch.inputs for batch in evaluated])
+        assert plain.mean((0, 2, 3)).abs().max() < 1e-5 and plain.shape == (17, 3, 16, 16)
+    assert same(runs[0][0], runs[1][0]) and same(runs[0][1], runs[1][1])
+    assert not same(*runs[0])
+    data = make_data("image_folder", f"root={image_root}", "num_workers=0", "augment=false", *SMALL)
+    first, second = two_epochs(data)
+    images = [sorted(x.sum().item() for b in run for x in b.inputs) for run in (first, second)]
+    assert np.allclose(images[0], images[1])  # another order of the same, untouched images
+
+
+def test_evaluation_sees_torchvisions_resize_and_centre_crop(
+    make_data: Make, image_root: Path
+) -> None:
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    data = make_data(
+        "image_folder", f"root={image_root}", "num_workers=0", "normalize=imagenet", *SMALL
+    )
+    theirs = v2.Compose([
+        v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ])  # fmt: skip
+    files = data.source.test.files
+    want = torch.stack([theirs(Image.open(file)) for file in files])
+    got = torch.cat([batch.inputs for batch in data.evaluation("test", device=CPU)])
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_splits_may_have_folders_of_their_own_and_a_copy_in_two_is_refused(
+    make_data: Make, image_root: Path
+) -> None:
+    root = image_root.parent / "split"
+    for name in ("cat", "dog"):
+        for number, file in enumerate(sorted((image_root / name).iterdir())):
+            target = root / ("test" if number < 3 else "train") / name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    arguments = ("image_folder", f"root={root}", "num_workers=0", *SMALL)
+    assert make_data(*arguments).num_examples == {"train": 16, "val": 2, "test": 6}
+    copied = next((root / "train" / "dog").iterdir())
+    shutil.copy(copied, root / "test" / "cat" / "another_name.png")
+    with pytest.raises(DataError, match=r"test examples are in (train|val) too.*another_name\.png"):
+        make_data(*arguments)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
+def test_a_corrupt_image_is_named_in_one_line(
+    make_data: Make, image_root: Path, num_workers: int, content: str
+) -> None:
+    data = make_data(
+        "image_folder", f"root={image_root}", f"num_workers={num_workers}", "normalize=none", *SMALL
+    )
+    broken = Path(data.source.train.files[3])
+    whole = broken.read_bytes()
+    broken.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "text": b"no image", "empty": b""}[content]
+    )
+    with pytest.raises(DataError) as caught:
+        list(data.train(device=CPU).epoch(0))
+    assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+    data.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_classes=3", "holds 2 class folders: cat, dog. Set data.num_classes=2"),
+        ("class_names=[cat,cow]", "holds 2 class folders: cat, dog"),
+        ("source.resize=8", "data.source.resize=8 is smaller than the crop 16 x 16"),
+        ("root=/nowhere", "data.root=/nowhere is no folder"),
+        ("input_shape=[5]", "is no image"),
+        ("normalize=nonsense", "data.normalize=nonsense is none of"),
+        ("normalize={mean:[0.5],std:[0.5]}", "it takes 3 means"),
+    ],
+)
+def test_what_was_found_in_the_folder_is_said(
+    make_data: Make, image_root: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_data("image_folder", f"root={image_root}", *SMALL, override)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_class_without_images_is_an_empty_split(make_data: Make, image_root: Path) -> None:
+    for file in (image_root / "cat").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="cat holds no images"):
+        make_data("image_folder", f"root={image_root}", *SMALL)
+
+
+def test_a_photo_is_a_pure_function_of_the_seed() -> None:
+    from PIL import Image
+
+    photo = Photo(
+        input_shape=[3, 8, 8], crop_scale=[0.5, 1.0], crop_ratio=[0.75, 1.3], flip=True,
+        brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
+    )  # fmt: skip
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+
+    def seeded(value: int) -> bytes:
+        with feeds._seeded(value):
+            return photo(image).tobytes()
+
+    assert seeded(1) == seeded(1) != seeded(2)

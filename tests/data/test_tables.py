@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow.data.loaders import Data
+from regrow.errors import DataError, UserError
+
+Make = Callable[..., Data]
+CPU = torch.device("cpu")
+CROP = "augmentation={_target_: regrow.data.augment.CropFlip, pad: 1, flip: false}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [f"{n},{n * 0.5},{'abc'[n % 3]},{n % 2},{n % 4 // 2},{n / 10}" for n in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["x,y,kind,even,half,w", *rows]) + "\n")
+    return tmp_path
+
+
+def arguments(
+    folder: Path, kind: str, target: str, outputs: int, shape: int, *more: str
+) -> list[str]:
+    classes = {"multiclass": "3", "binary": "2"}.get(kind, "null")
+    return [
+        "csv", f"root={folder}", "source.train_file=rows.csv", f"source.target_columns=[{target}]",
+        f"target_kind={kind}", f"num_classes={classes}", f"num_outputs={outputs}",
+        f"input_shape=[{shape}]", *more,
+    ]  # fmt: skip
+
+
+def test_classes_by_name_become_indices(make_data: Make, folder: Path) -> None:
+    columns = "source.feature_columns=[x,y]"
+    data = make_data(*arguments(folder, "multiclass", "kind", 3, 2, columns))
+    assert data.class_names == ["a", "b", "c"] and data.num_examples == {
+        "train": 42,
+        "val": 6,
+        "test": 12,
+    }
+    for _, split in data.source.items():
+        assert torch.equal(split.inputs[:, 0].long() % 3, split.targets)
+    renamed = make_data(
+        *arguments(folder, "multiclass", "kind", 3, 2, columns, "class_names=[c,b,a]")
+    )
+    split = renamed.source.train
+    assert torch.equal(2 - split.inputs[:, 0].long() % 3, split.targets)
+
+
+def test_every_kind_of_target_and_weights_are_read(make_data: Make, folder: Path) -> None:
+    xy = "source.feature_columns=[x,y]"
+    binary = make_data(*arguments(folder, "binary", "even", 1, 2, xy, "source.weight_column=w"))
+    train = binary.source.train
+    assert torch.equal(train.inputs[:, 0].float() % 2, train.targets)
+    assert torch.allclose(train.weights, train.inputs[:, 0].float() / 10)
+    batch = next(binary.train(device=CPU).epoch(0))
+    assert batch.weights is not None and batch.weights.shape == batch.targets.shape
+    labels = make_data(*arguments(folder, "multilabel", "even,half", 2, 2, xy))
+    assert labels.source.train.targets.shape == (42, 2) and labels.class_names == ["even", "half"]
+    values = make_data(*arguments(folder, "regression", "y,w", 2, 1, "source.feature_columns=[x]",
+                                  "normalize_targets=true"))  # fmt: skip
+    assert values.source.train.targets.shape == (42, 2) and len(values.target_mean or []) == 2
+
+
+def test_splits_in_files_of_their_own_and_a_row_in_two_is_refused(
+    make_data: Make, folder: Path
+) -> None:
+    header, *rows = (folder / "rows.csv").read_text().splitlines()
+    (folder / "rows.csv").write_text("\n".join([header, *rows[:40]]))
+    (folder / "test.csv").write_text("\n".join([header, *rows[40:]]))
+    call = arguments(folder, "binary", "even", 1, 2, "source.feature_columns=[x,y]",
+                     "source.test_file=test.csv")  # fmt: skip
+    assert make_data(*call).num_examples == {"train": 36, "val": 4, "test": 20}
+    (folder / "test.csv").write_text("\n".join([header, *rows[39:]]))
+    with pytest.raises(DataError, match=r"1 of the 21 test examples are in (train|val) too"):
+        make_data(*call)
+    assert make_data(*call, "overlap=report").num_examples["test"] == 21
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1,2,a,0,0", "line 62: 5 cells where the header names 6"),
+        ("1,zwei,a,0,0,1", "line 62, column 'y': the cell holds 'zwei'"),
+        ("1,,a,0,0,1", "line 62, column 'y': the cell is empty"),
+        ("1,nan,a,0,0,1", "line 62, column 'y': the cell holds 'nan'"),
+        ('1,"2,a,0,0,1', "line 62: unexpected end of data"),
+        ("1,2,\udcff,0,0,1", "no UTF-8"),
+    ],
+)
+def test_a_broken_line_is_named(make_data: Make, folder: Path, line: str, message: str) -> None:
+    with (folder / "rows.csv").open("a", errors="surrogateescape") as file:
+        file.write(line)
+    with pytest.raises(DataError) as caught:
+        make_data(*arguments(folder, "binary", "even", 1, 2, "source.feature_columns=[x,y]"))
+    assert f"{folder / 'rows.csv'}, " in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "line", "message"),
+    [
+        (
+            "binary",
+            "even",
+            "1,2,a,7,0,1",
+            "line 62, column 'even': class '7' is none of the 2 classes",
+        ),
+        ("multilabel", "even,half", "1,2,a,0,0.5,1", "line 62, column 'half': a label is 0 or 1"),
+        ("regression", "half", "1,2,a,0,much,1", "line 62, column 'half': the cell holds 'much'"),
+    ],
+)
+def test_a_target_out_of_range_is_named(
+    make_data: Make, folder: Path, kind: str, target: str, line: str, message: str
+) -> None:
+    with (folder / "rows.csv").open("a") as file:
+        file.write(line)
+    with pytest.raises(DataError) as caught:
+        make_data(*arguments(folder, kind, target, 2, 2, "source.feature_columns=[x,y]"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([CROP], "does not fit float64"),
+        (["input_shape=[4]"], "shape [2]: the columns x, y. Set data.input_shape=[2]"),
+        (["num_classes=4"], "3 classes were found in column 'kind'"),
+        (["num_outputs=5"], "data.num_outputs=5, but multiclass"),
+        (["source.feature_columns=[x,z]"], "has no column 'z'; it has x, y, kind"),
+        (["source.feature_columns=[x,kind]"], "cannot be the features"),
+        (["source.target_columns=[]"], "names no column"),
+        (["source.target_columns=[x,y]"], "takes one"),
+        (["source.train_file=nowhere.csv"], "nowhere.csv cannot be read: No such file"),
+        (["source.delimiter=';;'"], "is not one character"),
+        (["source.delimiter=';'"], "has no column 'x'"),
+        (["source.test_fraction=0.001"], "split test is empty"),
+        (["normalize_targets=true"], "is for regression"),
+    ],
+)  # fmt: skip
+def test_what_was_found_in_the_table_is_said(
+    make_data: Make, folder: Path, overrides: list[str], message: str
+) -> None:
+    call = arguments(folder, "multiclass", "kind", 3, 2, "source.feature_columns=[x,y]")
+    with pytest.raises(UserError) as caught:
+        make_data(*call, *overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_file_and_one_without_rows_are_named(make_data: Make, folder: Path) -> None:
+    for text, message in (
+        ("", "is empty"),
+        ("x,y,even\n", "a header and no rows"),
+        ("x,x,even\n1,1,1\n", "twice"),
+    ):
+        (folder / "rows.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            make_data(*arguments(folder, "binary", "even", 1, 2))
