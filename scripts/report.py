@@ -1,0 +1,54 @@
+"""Write the page of a run, or one page of several side by side.
+
+python scripts/report.py outputs/digits/latest               writes report.html in the run's folder
+python scripts/report.py outputs/digits/a outputs/digits/b   writes comparison.html here
+python scripts/report.py outputs/digits/sweeps/latest        writes comparison.html in that folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from regrow.errors import UserError
+from regrow.record import plots, report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
+    parser.add_argument("--output", type=Path, help="the page; in the folder unless given")
+    options = parser.parse_args(arguments)
+    try:
+        print(make(options.folders, options.output))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make(folders: list[Path], output: Path | None) -> Path:
+    runs: dict[Path, None] = {}  # resolved: `latest` and the run it names are one
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is no folder. Give a run's folder, such as outputs/…/latest."
+            )
+        found = report.find_runs(folder)
+        if not found:
+            raise UserError(f"{folder} holds no run. Give a run's folder or one of runs.")
+        runs |= dict.fromkeys(run.resolve() for run in found)
+    if len(runs) == 1 and report.is_run(folders[0]):
+        run = next(iter(runs))
+        plots.draw(run)
+        return report.write(run, output)
+    if output is None:
+        output = (folders[0] if len(folders) == 1 else Path()) / "comparison.html"
+    return report.compare(list(runs), output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""A run's folder: made once, written by one process at a time, and readable after any crash."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from regrow.errors import UserError
+from regrow.record.redact import redact
+
+log = logging.getLogger(__name__)
+
+State = Literal["running", "completed", "interrupted", "failed"]
+METRICS = "metrics.jsonl"
+STATUS = "status.json"
+SUMMARY = "summary.json"
+_SUFFIX = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: read aloud and typed without mistakes
+
+
+class FolderBusy(UserError):
+    """Another living process holds the folder."""
+
+
+def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
+    """Make outputs/<name>/<date>_<time>-<suffix>; never one that another process was given."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise UserError(
+            f"name={name!r} cannot name a folder under {outputs}. Use letters, - and _."
+        )
+    parent = outputs.joinpath(*parts)
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        stamp = f"{now or datetime.now():%Y-%m-%d_%H-%M-%S}"
+        suffix = "".join(secrets.choice(_SUFFIX) for _ in range(4))
+        folder = parent / f"{stamp}-{suffix}"
+        try:
+            folder.mkdir()  # the kernel decides who made it; a check beforehand could not
+        except FileExistsError:
+            continue
+        return folder
+
+
+def link_latest(folder: Path, parent: Path | None = None) -> None:
+    """Point <parent>/latest at the folder, in one step; `parent` is the folder's own, or given."""
+    link = (parent or folder.parent) / "latest"
+    if link.exists() and not link.is_symlink():
+        log.warning("%s is no link, left as it is", link)
+        return
+    target = os.path.relpath(folder.resolve(), link.parent.resolve())
+    temporary = link.with_name(f".latest-{secrets.token_hex(8)}")
+    try:
+        temporary.symlink_to(target, target_is_directory=True)
+        temporary.replace(link)
+    except OSError as error:  # a file system without links: the run does not need one
+        log.warning("%s was not updated: %s", link, error)
+        temporary.unlink(missing_ok=True)
+
+
+# -- one writer ------------------------------------------------------------------------------------
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+class Lock:
+    """The right to write into a folder; the kernel takes it back when its holder dies.
+
+    `with Lock(folder):` or acquire() and release(). Raises FolderBusy when another has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.descriptor: int | None = None
+
+    def acquire(self) -> Lock:
+        if self.descriptor is not None:
+            return self
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        for attempt in range(6):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    os.close(descriptor)
+                    raise
+                if attempt == 5:  # waited a quarter of a second: no mere look by is_locked()
+                    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                    os.close(descriptor)
+                    raise FolderBusy(
+                        f"{self.folder} is in use by {holder or 'another process'}. "
+                        "Wait for it, stop it, or use another folder."
+                    ) from None
+                time.sleep(0.05)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        self.descriptor = descriptor
+        _held.add(self)
+        for leftover in self.folder.glob(".*.tmp"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
+        return self
+
+    def release(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+            _held.discard(self)
+
+    def __enter__(self) -> Lock:
+        return self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def _let_go_in_a_fork() -> None:
+    # A forked data worker that outlives its killed parent would keep the lock for seconds.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_a_fork)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process, this one included, holds the folder's lock."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file in one step: after a crash it holds the old text or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Like write_text. A NaN is written as NaN, which Python's json reads back."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy's and torch's numbers and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def dump_line(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, default=_plain) + "\n").encode()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. One that a crash tore is left out; no file, no lines."""
+    return list(iterate_metrics(folder))
+
+
+def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / METRICS
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield values
+
+
+# -- status ----------------------------------------------------------------------------------------
+
+
+def set_status(
+    folder: Path,
+    state: State,
+    *,
+    step: int,
+    pids: Sequence[int],
+    error: str | None = None,
+    **more: Any,
+) -> None:
+    """Write status.json. It only tells: on a full disk the run goes on, with a warning."""
+    if error is not None:
+        error = redact(re.sub(r"\s+", " ", error).strip())
+    status = {"state": state, "step": step, "pids": list(pids), "error": error, **more}
+    status["updated"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    try:
+        write_json(folder / STATUS, status)
+    except OSError as failure:
+        log.warning("%s was not written: %s", folder / STATUS, failure)
+
+
+def load_status(folder: Path) -> dict[str, Any] | None:
+    """What status.json says, or None; `running` with nobody holding the lock is `interrupted`."""
+    try:
+        status = read_json(folder / STATUS)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(status, dict):
+        return None
+    if status.get("state") == "running" and not is_locked(folder):
+        status["state"] = "interrupted"
+        status["error"] = status.get("error") or "its process ended without a word"
+    return status

@@ -1,0 +1,487 @@
+"""Trackers. metrics.jsonl is the record; the others are views of it that can be made again.
+
+A resumed run first cuts metrics.jsonl back to its checkpoint (`Jsonl.rewind`), then opens its
+trackers, which fill what a crash took from them out of metrics.jsonl and show each step once.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import logging
+import os
+import re
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from regrow.errors import UserError
+from regrow.record.folder import (
+    METRICS,
+    dump_line,
+    iterate_metrics,
+    read_json,
+    sync_folder,
+    write_json,
+)
+from regrow.record.redact import redact_all
+
+log = logging.getLogger(__name__)
+
+
+class Logger(Protocol):
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None: ...
+    def flush(self) -> None:
+        """Called at each checkpoint: hand over what is buffered."""
+
+    def close(self, exit_code: int = 0) -> None: ...
+
+
+class Jsonl:
+    """metrics.jsonl: one object per line. Each line reaches the kernel at once; only sync()
+    waits for the disk. NaN and infinities are written NaN and Infinity, as Python's json reads
+    them. Lines that find no room are kept in memory and written when there is some again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.end = _whole_lines(self.path)  # a killed writer's half line is cut off
+        os.ftruncate(self.descriptor, self.end)
+        sync_folder(folder)
+        self.waiting: deque[bytes] = deque()
+        self.full = False
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        self.waiting.append(dump_line({"step": step, "epoch": epoch, **values}))
+        self._write()
+
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
+        """Nothing: histograms are no record."""
+
+    def _write(self) -> None:
+        try:
+            while self.waiting:
+                line, written = self.waiting[0], 0
+                while written < len(line):
+                    written += os.pwrite(self.descriptor, line[written:], self.end + written)
+                self.end += written
+                self.waiting.popleft()
+        except OSError as error:
+            with suppress(OSError):  # no half line for a reader to stumble over
+                os.ftruncate(self.descriptor, self.end)
+            if not self.full:
+                log.warning("%s: %s. Its lines wait in memory.", self.path, error.strerror)
+            self.full = True
+            return
+        if self.full:
+            log.warning("%s: written again, nothing is missing.", self.path)
+            self.full = False
+
+    def position(self) -> int:
+        """The length in bytes, which goes into the checkpoint once sync() has returned."""
+        self.flush()
+        return self.end
+
+    def sync(self) -> None:
+        """Wait until what was logged is on the disk. May be called from another thread."""
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            log.warning("%s: %s", self.path, error.strerror)
+
+    def rewind(self, position: int) -> None:
+        """Forget what was logged after the checkpoint that holds this position."""
+        if position > self.end:
+            log.warning(
+                "%s holds %d bytes, the checkpoint knew %d: some lines are lost.",
+                self.path,
+                self.end,
+                position,
+            )
+            return
+        self.waiting.clear()
+        os.ftruncate(self.descriptor, position)
+        self.end = position
+
+    def flush(self) -> None:
+        if self.waiting:
+            self._write()
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.descriptor < 0:
+            return
+        self.flush()
+        self.sync()
+        if self.waiting:
+            log.warning("%s: %d lines found no room.", self.path, len(self.waiting))
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            cut = file.read(end - start).rfind(b"\n")
+            if cut >= 0:
+                return start + cut + 1
+            end = start
+    return 0
+
+
+class Csv:
+    """metrics.csv: the same numbers as a table; a column is added when its key first appears."""
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        resume_step: int | None,
+        run_name: str,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        self.path = folder / "metrics.csv"
+        self.columns: list[str] = []
+        self._rewrite(list(iterate_metrics(folder)))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        columns = dict.fromkeys(["step", "epoch", *self.columns])
+        for row in rows:
+            columns.update(dict.fromkeys(row))
+        self.columns = list(columns)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        row = {"step": step, "epoch": epoch, **values}
+        if row.keys() <= set(self.columns):
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        self._rewrite([*rows, row])
+
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
+        """Nothing: a table has no place for them."""
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self, exit_code: int = 0) -> None:
+        # Rows that a full disk refused are in metrics.jsonl by now.
+        self._rewrite(list(iterate_metrics(self.path.parent)))
+
+
+class TensorBoard:
+    """tensorboard/: `tensorboard --logdir <run folder>`."""
+
+    def __init__(
+        self,
+        *,
+        flush_seconds: float,
+        folder: Path,
+        resume_step: int | None,
+        run_name: str,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "tensorboard"
+        kept = -1 if resume_step is None else resume_step
+        old = sorted(path.glob("events.out.tfevents.*"))
+        self.shown = {event for event in _events(old) if event[0] <= kept}
+        # Files are read in the order of their names, which begin with a time in seconds: a run that
+        # is resumed within the same second still comes after.
+        self.writer = SummaryWriter(
+            str(path),
+            purge_step=kept + 1 if old else None,
+            flush_secs=flush_seconds,
+        )
+        for line in iterate_metrics(folder):
+            self.log(line["step"], line.get("epoch", 0), _numbers(line))
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            if not self._is_shown(step, tag):
+                self.writer.add_scalar(tag, value, step)
+
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
+        for tag, tensor in tensors.items():
+            finite = tensor[tensor.isfinite()]  # a histogram of a NaN raises
+            if finite.numel() and not self._is_shown(step, tag):
+                self.writer.add_histogram(tag, finite, step)
+
+    def _is_shown(self, step: int, tag: str) -> bool:
+        return bool(self.shown) and (step, tag) in self.shown
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self, exit_code: int = 0) -> None:
+        self.writer.close()
+
+
+def _events(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
+    """(step, tag) of all that TensorBoard would show, purges by earlier resumes included."""
+    paths = list(paths)
+    if not paths:
+        return
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    seen: set[tuple[int, str]] = set()
+    for path in paths:
+        for event in EventFileLoader(str(path)).Load():
+            if event.HasField("session_log"):
+                seen = {item for item in seen if item[0] < event.step}
+            for value in event.summary.value:
+                seen.add((event.step, value.tag))
+    yield from seen
+
+
+_NO_LOGIN = (
+    "logger.wandb.mode=online needs a login. Run `wandb login`, set WANDB_API_KEY, or use "
+    "logger.wandb.mode=offline."
+)
+
+
+class Wandb:
+    """Weights & Biases. The id stays in wandb.json, so a resumed run goes on in the same place.
+
+    The environment's WANDB_MODE wins over `mode`. Offline runs are sent with `wandb sync`.
+    Raises UserError when `mode` is online and nobody is logged in.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        group: str | None,
+        tags: list[str],
+        notes: str | None,
+        mode: str,
+        timeout_seconds: float,
+        folder: Path,
+        resume_step: int | None,
+        run_name: str,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        chosen = wandb_mode(mode)
+        self.run: Any = None
+        self.first_step = 0
+        if chosen == "disabled":
+            return
+        import wandb
+
+        common: dict[str, Any] = {"silent": True, "console": "off", "quiet": True}
+        with _wandb_environment(chosen):
+            wandb.setup(wandb.Settings(**common))
+            if chosen == "online" and not wandb.login(verify=False, prompt=False):
+                raise UserError(_NO_LOGIN)
+            identity = _wandb_identity(folder)
+            if chosen == "offline":
+                # An offline run cannot look up what was sent: each attempt holds the whole run.
+                _set_aside_offline_runs(folder)
+            arguments: dict[str, Any] = {
+                "project": project,
+                "entity": entity,
+                "group": group,
+                "tags": tags or None,
+                "notes": notes or None,
+                "name": run_name,
+                "id": identity,
+                "resume": "allow",
+                "dir": str(folder),
+                "config": redact_all(dict(config)) if config is not None else None,
+                "settings": wandb.Settings(init_timeout=timeout_seconds, **common),
+            }
+            try:
+                self.run = wandb.init(mode=chosen, **arguments)
+            except wandb.errors.CommError as error:
+                reason = " ".join(str(error).split())[:200]
+                log.warning("wandb is not reached, this run is kept offline: %s", reason)
+                chosen = "offline"
+                os.environ["WANDB_MODE"] = chosen
+                wandb.teardown()  # or it says that the id is in use
+                wandb.setup(wandb.Settings(**common))
+                self.run = wandb.init(mode=chosen, **arguments)
+        self.histogram = wandb.Histogram
+        where = (
+            self.run.url if chosen == "online" else f"send it with: wandb sync {self._sync_path()}"
+        )
+        log.info("wandb: %s, id %s, %s", chosen, identity, where)
+        self.first_step = int(self.run.starting_step)
+        for line in iterate_metrics(folder):
+            self.log(line["step"], line.get("epoch", 0), _numbers(line))
+
+    def _sync_path(self) -> Path:
+        return Path(self.run.dir).parent
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        # What the server already holds is not sent again: a resumed run logs the same numbers.
+        if self.run is not None and step >= self.first_step:
+            self.run.log({**values, "epoch": epoch}, step=step)
+
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
+        if self.run is None or step < self.first_step:
+            return
+        histograms = {}
+        for tag, tensor in tensors.items():
+            finite = tensor[tensor.isfinite()]
+            if finite.numel():
+                histograms[tag] = self.histogram(finite.detach().float().cpu().numpy())
+        self.run.log(histograms, step=step)
+
+    def flush(self) -> None:
+        """wandb's own process sends; the newest step goes out with the one after it."""
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.run is not None:
+            self.run.finish(exit_code=exit_code)
+            self.run = None
+
+
+def wandb_mode(mode: str) -> Literal["online", "offline", "disabled"]:
+    """The mode in force: the environment's wins. Raises UserError on an unknown one."""
+    key, value = "logger.wandb.mode", mode
+    if os.environ.get("WANDB_MODE"):
+        key, value = "WANDB_MODE", os.environ["WANDB_MODE"]
+    match value:
+        case "online" | "run":
+            return "online"
+        case "offline" | "dryrun":
+            return "offline"
+        case "disabled":
+            return "disabled"
+    raise UserError(f"{key}={value} is no mode. Use online, offline or disabled.")
+
+
+@contextmanager
+def _wandb_environment(mode: str) -> Iterator[None]:
+    """WANDB_MODE as resolved, as long as wandb reads it."""
+    before = os.environ.get("WANDB_MODE")
+    os.environ["WANDB_MODE"] = mode
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_MODE"]
+        else:
+            os.environ["WANDB_MODE"] = before
+
+
+def _wandb_identity(folder: Path) -> str:
+    path = folder / "wandb.json"
+    if path.exists():
+        return str(read_json(path)["id"])
+    identity = secrets.token_hex(4)  # not from `random`, which belongs to the run
+    write_json(path, {"id": identity})
+    return identity
+
+
+def _set_aside_offline_runs(folder: Path) -> None:
+    for old in (folder / "wandb").glob("offline-run-*"):
+        if old.is_dir():
+            aside = old.parent / "superseded"
+            aside.mkdir(exist_ok=True)
+            old.rename(aside / f"{old.name}-{secrets.token_hex(2)}")
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in line.items() if key not in ("step", "epoch")}
+
+
+class Loggers:
+    """metrics.jsonl and the chosen trackers as one. A tracker that breaks is named once and left
+    out; the run and the record go on."""
+
+    def __init__(self, jsonl: Jsonl, trackers: Mapping[str, Logger]) -> None:
+        self.jsonl = jsonl
+        self.trackers = dict(trackers)
+        self.complained: set[str] = set()
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        self.jsonl.log(step, epoch, values)
+        self._each(lambda tracker: tracker.log(step, epoch, values))
+
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.log_histograms(step, tensors))
+
+    def position(self) -> int:
+        self._each(lambda tracker: tracker.flush())
+        return self.jsonl.position()
+
+    def sync(self) -> None:
+        self.jsonl.sync()
+
+    def close(self, exit_code: int = 0) -> None:
+        self.jsonl.close(exit_code)
+        self._each(lambda tracker: tracker.close(exit_code))
+
+    def _each(self, do: Callable[[Logger], None]) -> None:
+        for name, tracker in self.trackers.items():
+            try:
+                do(tracker)
+            except Exception as error:
+                if name not in self.complained:
+                    self.complained.add(name)
+                    reason = re.sub(r"\s+", " ", str(error))[:200]
+                    log.warning("logger %s: %s: %s", name, type(error).__name__, reason)
+
+
+def open_loggers(
+    folder: Path,
+    nodes: Mapping[str, Callable[..., Logger]],
+    *,
+    position: int | None,
+    resume_step: int | None,
+    run_name: str,
+    config: Mapping[str, Any] | None,
+) -> Loggers:
+    """metrics.jsonl, cut back to `position` (None: to nothing), then each of the config's nodes."""
+    jsonl = Jsonl(folder)
+    jsonl.rewind(position or 0)
+    trackers = {
+        name: node(folder=folder, resume_step=resume_step, run_name=run_name, config=config)
+        for name, node in nodes.items()
+    }
+    return Loggers(jsonl, trackers)
+
+
+def check_choice(nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Before any folder is made, and without importing them: packages present, modes known."""
+    needs = {"tensorboard": "tensorboard", "wandb": "wandb"}
+    for name, node in nodes.items():
+        if name in needs and importlib.util.find_spec(needs[name]) is None:
+            raise UserError(
+                f"logger={name} needs the package {needs[name]}. Install it (pip install "
+                f"{needs[name]}) or leave it out of logger."
+            )
+        if (
+            name == "wandb"
+            and wandb_mode(str(node["mode"])) == "online"
+            and not _wandb_login_is_possible()
+        ):
+            raise UserError(_NO_LOGIN)
+
+
+def _wandb_login_is_possible() -> bool:
+    """False only where wandb would find no credentials in any of its places."""
+    settings = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")) / "settings"
+    files = [Path(os.environ.get("NETRC", "~/.netrc")), Path("~/_netrc"), settings]
+    return any(map(os.environ.get, ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))) or any(
+        file.expanduser().exists() for file in files
+    )

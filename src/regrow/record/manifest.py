@@ -1,0 +1,229 @@
+"""manifest.json: what made this run. Command, code, versions, hardware, data and seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from regrow.record.folder import read_json, write_json, write_text
+from regrow.record.redact import redact, redact_all
+
+NAME = "manifest.json"
+DIFF_BYTES = 1_000_000  # of the diff that is kept; its hash is over what was read
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "scikit-learn",
+    "tensorboard",
+    "wandb",
+    "matplotlib",
+    "optuna",
+)
+# Variables that change results or speed. All others stay unread, whatever they hold.
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTHONHASHSEED",
+    "NCCL_P2P_DISABLE",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+    "LOCAL_WORLD_SIZE",
+    "WORLD_SIZE",
+)
+
+
+def write(
+    folder: Path,
+    *,
+    command: Sequence[str],
+    root: Path,
+    data: Mapping[str, Any] | None,
+    seeds: Mapping[str, Any],
+    step: int = 0,
+) -> dict[str, Any]:
+    """Write manifest.json and, for code with changes, git.diff; return the manifest.
+
+    Where there is one already, it stays and this start is added to its `resumes`, with the step.
+    `root` is the repository's folder, `data` the data's fingerprint.
+    """
+    now: dict[str, Any] = {
+        "command": shlex.join(command),
+        "folder": _relative(Path.cwd(), root),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git": git(root),
+        "code_sha256": code_sha256(root),
+        "python": platform.python_version(),
+        "packages": packages(),
+        "hardware": hardware(),
+        "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+        "data": data,
+        "seeds": dict(seeds),
+    }
+    diff = now["git"].pop("diff") if now["git"] else ""
+    now = redact_all(now)
+    with contextlib.suppress(OSError, ValueError):
+        first: dict[str, Any] = read_json(folder / NAME)
+        same = {key for key, value in now.items() if first.get(key) == value}
+        resume = {"step": step, **{k: v for k, v in now.items() if k not in same}}
+        first.setdefault("resumes", []).append(resume)
+        if "git" in resume and diff:
+            _write_diff(folder, f"git.{len(first['resumes'])}.diff", diff, resume["git"])
+        write_json(folder / NAME, first)
+        return first
+    if diff:
+        _write_diff(folder, "git.diff", diff, now["git"])
+    write_json(folder / NAME, now)
+    return now
+
+
+def _write_diff(folder: Path, name: str, diff: str, entry: dict[str, Any]) -> None:
+    write_text(folder / name, redact(diff))
+    entry["diff"] = name
+
+
+def code_changes(folder: Path, root: Path) -> str | None:
+    """One line on how the code differs from the run's, or None when it does not."""
+    recorded: dict[str, Any] = read_json(folder / NAME)
+    recorded = {**recorded, **(recorded.get("resumes") or [{}])[-1]}
+    if recorded.get("code_sha256") == code_sha256(root):
+        return None
+    before, after = recorded.get("git") or {}, git(root) or {}
+    if before.get("commit") != after.get("commit"):
+        old, new = (str(it.get("commit") or "unknown")[:10] for it in (before, after))
+        return f"The code has changed since: commit {old} then, {new} now."
+    return "The code has changed since: files under src, scripts or conf differ."
+
+
+def code_sha256(root: Path) -> str:
+    """Over names and bytes of the Python files of src and scripts and the YAML files of conf."""
+    digest = hashlib.sha256()
+    for part, pattern in (("src", "*.py"), ("scripts", "*.py"), ("conf", "*.yaml")):
+        for path in sorted((root / part).rglob(pattern)):
+            if path.is_file():
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def git(root: Path) -> dict[str, Any] | None:
+    """Commit, branch, remote, whether there are changes, and the diff; None outside a repository.
+
+    Time and size are bounded: what does not come within seconds is null or left out.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None:
+        return None
+    status = _git(root, "status", "--porcelain")
+    untracked = [line[3:] for line in (status or "").splitlines() if line.startswith("??")]
+    diff = _git(root, "diff", "--no-ext-diff", "--no-color", "HEAD", limit=DIFF_BYTES) or ""
+    return {
+        "commit": _git(root, "rev-parse", "--verify", "-q", "HEAD"),
+        "branch": _git(root, "symbolic-ref", "--short", "-q", "HEAD"),
+        "remote": _git(root, "config", "--get", "remote.origin.url"),
+        "dirty": None if status is None else bool(status),
+        "untracked": untracked[:100],
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "diff_is_cut": len(diff.encode()) >= DIFF_BYTES,
+        "diff": diff,
+    }
+
+
+def _git(root: Path, *arguments: str, limit: int = 100_000, seconds: float = 5.0) -> str | None:
+    """The first `limit` bytes that git prints, or None when it fails or takes too long."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        process = subprocess.Popen(
+            ["git", "-C", str(root), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        return None
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    with process:
+        assert process.stdout is not None
+        output = process.stdout.read(limit)
+        if len(output) == limit:  # a huge diff is never held in memory
+            process.kill()
+        code = process.wait()
+    timer.cancel()
+    if code != 0 and len(output) < limit:
+        return None
+    text = output.decode("utf-8", errors="replace")
+    return text if arguments[0] in ("diff", "status") else text.strip() or None
+
+
+def packages() -> dict[str, str]:
+    """Versions of the stack's installed packages, without importing them."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """Host, system, processor and memory; accelerators as far as torch is loaded."""
+    facts: dict[str, Any] = {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "cpus_usable": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gib": None,
+        "accelerators": [],
+    }
+    with contextlib.suppress(OSError, ValueError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        facts["memory_gib"] = round(total / 2**30, 1)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = round(properties.total_memory / 2**30, 1)
+            facts["accelerators"].append({"name": properties.name, "memory_gib": memory})
+        facts["cuda"] = torch.version.cuda
+    elif torch is not None and torch.backends.mps.is_available():
+        facts["accelerators"].append({"name": "Apple GPU (MPS)", "memory_gib": None})
+    return facts
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _relative(path: Path, root: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(root.resolve()))
+    except ValueError:
+        return str(path)

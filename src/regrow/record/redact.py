@@ -1,0 +1,74 @@
+"""Secrets kept out of everything that a run writes about itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+# The last word of a name, so that max_tokens, monkey and keyboard stay readable.
+_NAME = (
+    r"(?:[\w.-]*?[_.-])?(?:api_?key|access_?key|secret_?key|private_?key|secret|token|"
+    r"password|passwd|passphrase|credentials?|auth)"
+)
+_SECRET_NAME = re.compile(_NAME + r"\Z", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"""(?ix) ((?<![\w.-]) ["']? {_NAME} ["']? \s* [=:] \s* )
+    ( "[^"\n]{{4,}}" | '[^'\n]{{4,}}' | [^\s"',;&\\)\]}}]{{4,}} )"""
+)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
+_KNOWN_FORMS = re.compile(
+    r"(?:\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bhf_[A-Za-z0-9]{20,}"
+    r"|\bsk-[\w-]{20,}|\bAKIA[A-Z0-9]{16}\b|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}"
+    r"|\bwandb_v1_\w{20,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=Bearer )[\w.~+/-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
+)
+_HARMLESS = {"null", "none", "true", "false", "str", MASK}
+
+
+def redact(text: str) -> str:
+    """The text with credentials in URLs, assigned secrets, known forms of token and the values of
+    this process's secret environment variables masked."""
+    for value in _environment_secrets():
+        text = text.replace(value, MASK)
+    text = _IN_URL.sub(rf"\1{MASK}@", text)
+    text = _KNOWN_FORMS.sub(MASK, text)
+    return _ASSIGNED.sub(_mask_assigned, text)
+
+
+def redact_all(value: Any) -> Any:
+    """The same for every string of a nested value; under a secret key, whatever stands there."""
+    if isinstance(value, Mapping):
+        return {
+            key: MASK
+            if isinstance(item, str) and item and is_secret_name(str(key))
+            else redact_all(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact_all(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def is_secret_name(name: str) -> bool:
+    return _SECRET_NAME.match(name) is not None
+
+
+def _mask_assigned(match: re.Match[str]) -> str:
+    value = match[2].strip("\"'")
+    if value.lower() in _HARMLESS or value.startswith(("$", "<", "os.", "self.")):
+        return match[0]  # a reference, or a marker such as <pad>, is no secret
+    return match[1] + MASK
+
+
+def _environment_secrets() -> list[str]:
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 8
+        and (is_secret_name(name) or name.upper().endswith(("_KEY", "_PASS", "_PWD")))
+    }
+    # A path (SSH_AUTH_SOCK, GOOGLE_APPLICATION_CREDENTIALS) names a secret and is none.
+    return sorted((v for v in values if not v.startswith("/")), key=len, reverse=True)

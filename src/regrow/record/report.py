@@ -1,0 +1,411 @@
+"""report.html: one self-contained page of a run, or of several side by side."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from regrow.errors import UserError
+from regrow.record import plots
+from regrow.record.folder import (
+    METRICS,
+    STATUS,
+    SUMMARY,
+    load_status,
+    read_json,
+    read_metrics,
+    write_text,
+)
+from regrow.record.redact import redact, redact_all
+
+DRAWN_RUNS = 40  # in one picture; the table holds all
+# Differ between any two runs and say nothing about either.
+BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder tells; missing or torn files are empty."""
+
+    folder: Path
+    name: str
+    status: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("state") or self.summary.get("status") or "unknown")
+
+    def metrics(self, split: str) -> dict[str, Any]:
+        """`val` or `test`, without the split in the keys; else the last that was logged."""
+        found = self.summary.get(split) or {}
+        if not found:
+            for line in self.lines:
+                found |= {k: v for k, v in line.items() if k.startswith(f"{split}/")}
+        return {key.removeprefix(f"{split}/"): value for key, value in found.items()}
+
+
+def load(folder: Path) -> Run:
+    """Raises UserError when the folder holds no run."""
+    if not is_run(folder):
+        raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
+    manifest, config = _mapping(folder / "manifest.json"), _mapping(folder / "config.yaml")
+    name = str(config.get("name") or folder.resolve().parent.name)
+    status = load_status(folder) or {}
+    return Run(
+        folder=folder,
+        name=name,
+        status=redact_all(status),
+        summary=_mapping(folder / SUMMARY),
+        manifest=redact_all(manifest),
+        config=redact_all(config),
+        lines=read_metrics(folder),
+    )
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (METRICS, STATUS, SUMMARY))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself when it is a run's; else the runs below it, links not followed."""
+    if is_run(folder):
+        return [folder]
+    found = []
+    for root, folders, files in os.walk(folder):
+        if {METRICS, STATUS, SUMMARY} & set(files):
+            found.append(Path(root))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return sorted(found, key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".yaml":
+            import yaml
+
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        else:
+            value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    except Exception as error:  # YAML's own errors, without importing it for their names
+        return {"unreadable": f"{path.name}: {' '.join(str(error).split())}"}
+    return value if isinstance(value, dict) else {}
+
+
+# -- one run ---------------------------------------------------------------------------------------
+
+
+def write(folder: Path, output: Path | None = None) -> Path:
+    """(Re)write the run's page, report.html in its folder unless said otherwise; its path."""
+    run = load(folder)
+    pictures = "".join(
+        _picture(_CAPTIONS.get(name.partition("_")[0], ""), name, figure)
+        for name, figure in plots.figures(folder).items()
+    )
+    body = (
+        _head(run)
+        + _results(run)
+        + _section("Pictures", pictures)
+        + _section("Facts", _facts(run))
+        + _section("Record", _records(run))
+    )
+    path = output or folder / "report.html"
+    write_text(path, _page(f"{run.name} · {folder.resolve().name}", body))
+    return path
+
+
+_CAPTIONS = {
+    "learning": "",
+    "confusion": "Rows are the true classes; colour is the share of the row.",
+    "predicted": "The dashed line is where predicted equals true.",
+}
+
+
+def _head(run: Run) -> str:
+    error = run.status.get("error")
+    tags = "".join(f"<span class=tag>{_text(tag)}</span>" for tag in run.config.get("tags") or [])
+    notes = run.config.get("notes")
+    return (
+        f"<header><h1>{_text(run.name)}</h1><p class=where>{_text(run.folder.resolve().name)} "
+        f"{_badge(run.state)} {tags}</p>"
+        + (f"<p class=error>{_text(error)}</p>" if error and run.state != "completed" else "")
+        + (f"<p>{_text(notes)}</p>" if notes else "")
+        + "</header>"
+    )
+
+
+def _results(run: Run) -> str:
+    val, test = run.metrics("val"), run.metrics("test")
+    best = run.summary.get("best") or {}
+    rows = [
+        [_text(name), _number(val.get(name)), _number(test.get(name))]
+        for name in dict.fromkeys([*val, *test])
+        if not isinstance(val.get(name, test.get(name)), list | dict)
+    ]
+    if not rows:
+        return _section("Result", "<p class=muted>Nothing has been evaluated yet.</p>")
+    chosen = ""
+    if best.get("metric"):
+        chosen = (
+            f"<p class=muted>Best {_text(best['metric'])} {_number(best.get('value'))} "
+            f"at step {_number(best.get('step'))}.</p>"
+        )
+    return _section("Result", _table(["metric", "val", "test"], rows) + chosen)
+
+
+def _facts(run: Run) -> str:
+    manifest, summary = run.manifest, run.summary
+    git = manifest.get("git") or {}
+    hardware = manifest.get("hardware") or {}
+    commit = str(git.get("commit") or "")[:10]
+    changed = ", with changes" if git.get("dirty") else ""
+    accelerators = ", ".join(str(it.get("name")) for it in hardware.get("accelerators") or [])
+    memory = hardware.get("memory_gib")
+    machine = [
+        f"{hardware.get('cpus')} x {hardware.get('cpu')}" if hardware.get("cpu") else None,
+        f"{memory} GiB" if memory else None,
+        accelerators,
+    ]
+    packages = manifest.get("packages") or {}
+    facts = {
+        "command": _code(manifest.get("command")),
+        "folder": _code(str(run.folder)),
+        "commit": _text(f"{commit} ({git.get('branch') or 'no branch'}{changed})")
+        if commit
+        else "",
+        "started": _text(manifest.get("started")),
+        "resumed": _text(len(manifest.get("resumes") or []) or None, after=" times"),
+        "steps": _number(summary.get("steps", run.status.get("step"))),
+        "epochs": _number(summary.get("epochs")),
+        "time": _duration(summary.get("seconds")),
+        "machine": _text(", ".join(part for part in machine if part)),
+        "versions": _text(
+            ", ".join(f"{k} {v}" for k, v in packages.items() if k in ("torch", "hydra-core"))
+        ),
+        "weights": _code(summary.get("weights_sha256")),
+    }
+    rows = [[name, value] for name, value in facts.items() if value]
+    return "<table class=facts>" + "".join(f"<tr><th>{n}<td>{v}" for n, v in rows) + "</table>"
+
+
+def _records(run: Run) -> str:
+    parts = ""
+    if run.config:
+        import yaml
+
+        text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
+        parts += _details("config.yaml", redact(text))
+    if run.manifest:
+        import json
+
+        parts += _details("manifest.json", json.dumps(run.manifest, indent=2, ensure_ascii=False))
+    return parts
+
+
+# -- several runs ----------------------------------------------------------------------------------
+
+
+def compare(folders: Sequence[Path], output: Path) -> Path:
+    """Write one page with the runs side by side: what differs in their configs, what came out."""
+    runs = [load(folder) for folder in folders]
+    labels = _labels([run.folder for run in runs])
+    keys = differing_keys([run.config for run in runs])
+    columns = _metric_columns(runs)
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        flat = flatten(run.config)
+        report = run.folder / "report.html"
+        link = os.path.relpath(report, output.parent)
+        cell = f'<a href="{_text(link)}">{_text(label)}</a>' if report.exists() else _text(label)
+        rows.append(
+            [
+                cell,
+                _badge(run.state),
+                *(_value(flat.get(key, _MISSING)) for key in keys),
+                *(_number(run.metrics(split).get(name)) for split, name in columns),
+                _number(run.summary.get("steps", run.status.get("step"))),
+                _duration(run.summary.get("seconds")),
+            ]
+        )
+    header = ["run", "status", *keys, *(f"{split}/{name}" for split, name in columns)]
+    drawn = {
+        _legend(label, run, keys): run.lines
+        for label, run in zip(labels[:DRAWN_RUNS], runs, strict=False)
+    }
+    names = list(dict.fromkeys(name for run in runs for name in plots.panel_names(run.lines)))
+    figure = plots.overlay(drawn, names[: plots.PANELS])
+    more = f"The first {DRAWN_RUNS} of {len(runs)} runs." if len(runs) > DRAWN_RUNS else ""
+    picture = _picture(more, "validation curves", figure) if figure else ""
+    title = f"{len(runs)} runs"
+    body = (
+        f"<header><h1>{title}</h1><p class=where>{_text(_summary_of_states(runs))}</p></header>"
+        + _section("Runs", _table([*header, "steps", "time"], rows, text_columns=2 + len(keys)))
+        + ("" if keys else "<p class=muted>Their configs do not differ.</p>")
+        + _section("Curves", picture)
+    )
+    write_text(output, _page(title, body, kind="wide"))
+    return output
+
+
+def _legend(label: str, run: Run, keys: Sequence[str]) -> str:
+    """The label, and what the run alone has, where that is short."""
+    flat = flatten(run.config)
+    settings = [f"{key.rpartition('.')[2]}={flat[key]}" for key in keys[:3] if key in flat]
+    long = f"{label}  {' '.join(settings)}"
+    return long if len(long) <= 46 else label
+
+
+_MISSING = object()
+_NOTHING = "<span class=muted>&ndash;</span>"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a list is one value, as on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys, in the order of the configs, whose values are not the same in all of them."""
+    flats = [flatten(config) for config in configs]
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    return [
+        key
+        for key in keys
+        if key.split(".")[0] not in BOOKKEEPING
+        and any(not _same(flat.get(key, _MISSING), flats[0].get(key, _MISSING)) for flat in flats)
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other and isinstance(one, bool) == isinstance(other, bool)) or (
+        one != one and other != other  # NaN
+    )
+
+
+def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Test metrics, then of val what was chosen by, or all where nothing was tested. Per-class
+    metrics stay on the run's own page."""
+    chosen = {str((run.summary.get("best") or {}).get("metric")) for run in runs}
+    found: dict[tuple[str, str], None] = {}
+    for split in ("test", "val"):
+        names = [name for run in runs for name in run.metrics(split) if "/" not in name]
+        tested = any(run.metrics("test") for run in runs)
+        for name in names:
+            if split == "test" or f"val/{name}" in chosen or not tested:
+                found.setdefault((split, name))
+    return list(found)[:12]
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell the runs apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{path} ({index})" for index, path in enumerate(folders)]
+
+
+def _summary_of_states(runs: Sequence[Run]) -> str:
+    states = [run.state for run in runs]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+# -- html ------------------------------------------------------------------------------------------
+
+
+def _page(title: str, body: str, kind: str = "") -> str:
+    template = resources.files("regrow.record").joinpath("report.template.html")
+    text = template.read_text(encoding="utf-8")
+    return Template(text).substitute(title=_text(title), body=body, kind=kind)
+
+
+def _text(value: Any, after: str = "") -> str:
+    return "" if value is None else html.escape(redact(str(value)) + after)
+
+
+def _code(value: Any) -> str:
+    return f"<code>{_text(value)}</code>" if value else ""
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return _NOTHING
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _text(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f")
+    if not math.isfinite(value):
+        return f"<strong>{'NaN' if math.isnan(value) else f'{value:+}'}</strong>"
+    short = f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.4g}"
+    return f'<span title="{value!r}">{short}</span>'
+
+
+def _value(value: Any) -> str:
+    if value is _MISSING:
+        return _NOTHING
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()  # as one types it
+    return _text(value)
+
+
+def _duration(seconds: Any) -> str:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return _NOTHING if seconds is not None else ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _badge(state: str) -> str:
+    return f'<span class="badge {_text(state)}">{_text(state)}</span>'
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{content}</section>" if content else ""
+
+
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{_text(title)}</summary><pre>{_text(content)}</pre></details>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Cells are HTML already; the first `text_columns` columns are text, the others numbers."""
+    kinds = ["" if index < text_columns else " class=number" for index in range(len(header))]
+    head = "".join(f"<th{k}>{_text(name)}" for k, name in zip(kinds, header, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{cell}" for k, cell in zip(kinds, row, strict=True))
+        for row in rows
+    )
+    return f"<div class=scroll><table><thead><tr>{head}<tbody>{body}</table></div>"
+
+
+def _picture(caption: str, name: str, figure: Any) -> str:
+    note = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    label = _text(name.replace("_", " "))
+    svg = plots.to_svg(figure).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return f"<figure><div class=scroll>{svg}</div>{note}</figure>"

@@ -1,0 +1,504 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrow.errors import UserError
+from regrow.record.folder import read_metrics
+from regrow.record.loggers import (
+    Csv,
+    Jsonl,
+    Loggers,
+    TensorBoard,
+    check_choice,
+    open_loggers,
+    wandb_mode,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def runtime(folder: Path, resume_step: int | None = None) -> dict[str, Any]:
+    return {"folder": folder, "resume_step": resume_step, "run_name": "x/y", "config": {"a": 1}}
+
+
+# -- metrics.jsonl ---------------------------------------------------------------------------------
+
+
+def test_a_line_is_readable_at_once_and_keeps_every_bit(tmp_path: Path) -> None:
+    jsonl = Jsonl(tmp_path)
+    jsonl.log(1, 0, {"train/loss": 0.1 + 0.2, "train/lr": 1e-300, "val/auroc": math.nan})
+    (line,) = read_metrics(tmp_path)
+    assert list(line)[:2] == ["step", "epoch"]
+    assert (line["train/loss"], line["train/lr"]) == (0.1 + 0.2, 1e-300)
+    assert math.isnan(line["val/auroc"])
+    assert "NaN" in (tmp_path / "metrics.jsonl").read_text()
+    jsonl.close()
+    jsonl.close()
+
+
+def test_numbers_of_numpy_and_torch_are_written_as_numbers(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    jsonl = Jsonl(tmp_path)
+    jsonl.log(1, 0, {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3)})  # type: ignore[dict-item]
+    assert read_metrics(tmp_path) == [{"step": 1, "epoch": 0, "a": 0.5, "b": 0.25, "c": 3}]
+    jsonl.close()
+
+
+def test_rewind_gives_the_file_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    def log(jsonl: Jsonl, steps: range) -> None:
+        for step in steps:
+            jsonl.log(step, 0, {"train/loss": 1 / step})
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = Jsonl(tmp_path / "whole")
+    log(whole, range(1, 10))
+    cut = Jsonl(tmp_path / "cut")
+    log(cut, range(1, 5))
+    position = cut.position()
+    log(cut, range(5, 8))  # lost with the crash
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "tr')  # and a half line
+    (tmp_path / "broken").mkdir()
+    shutil.copy(tmp_path / "cut" / "metrics.jsonl", tmp_path / "broken")
+    broken = Jsonl(tmp_path / "broken")  # a resume that forgets to rewind
+    log(broken, range(5, 10))
+    resumed = Jsonl(tmp_path / "cut")
+    resumed.rewind(position)
+    log(resumed, range(5, 10))
+    expected = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == expected
+    assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() != expected
+    for jsonl in (whole, cut, resumed, broken):
+        jsonl.close()
+
+
+def test_a_half_line_is_cut_before_the_first_new_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    jsonl = Jsonl(tmp_path)
+    jsonl.log(2, 0, {})
+    jsonl.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_file_shorter_than_its_checkpoint_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jsonl = Jsonl(tmp_path)
+    jsonl.rewind(100)
+    assert "some lines are lost" in caplog.text
+    jsonl.close()
+
+
+FULL = """
+import logging, resource, sys
+from pathlib import Path
+from regrow.record.loggers import Csv, Jsonl, Loggers
+logging.basicConfig(format="%(message)s")
+folder = Path(sys.argv[1])
+jsonl = Jsonl(folder)
+loggers = Loggers(jsonl, {"csv": Csv(folder=folder, resume_step=None, run_name="x", config=None)})
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+for step in range(50):
+    loggers.log(step, 0, {"train/loss": 1 / (step + 1)})
+import json
+lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+assert 0 < len(lines) < 50 and loggers.position() <= 1000, len(lines)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+loggers.log(50, 0, {"train/loss": 0.0})
+loggers.close()
+"""
+
+
+def test_a_full_disk_is_said_once_and_nothing_is_missing_when_there_is_room_again(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Its lines wait in memory") == 1
+    assert done.stderr.count("nothing is missing") == 1
+    assert done.stderr.count("logger csv") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(51))
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(51))
+
+
+# -- csv -------------------------------------------------------------------------------------------
+
+
+def test_csv_adds_columns_as_they_come_and_holds_what_jsonl_holds(tmp_path: Path) -> None:
+    jsonl = Jsonl(tmp_path)
+    table = Csv(**runtime(tmp_path))
+    loggers = Loggers(jsonl, {"csv": table})
+    loggers.log(1, 0, {"train/loss": 0.1 + 0.2})
+    loggers.log(2, 0, {"train/loss": 1.0})
+    loggers.log(2, 0, {"val/loss": math.nan})
+    text = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert text == [
+        "step,epoch,train/loss,val/loss",
+        "1,0,0.30000000000000004,",
+        "2,0,1.0,",
+        "2,0,,nan",
+    ]
+    loggers.close()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == text
+
+
+def test_csv_forgets_on_resume_what_jsonl_forgot(tmp_path: Path) -> None:
+    nodes = {"csv": Csv}
+    first = open_loggers(tmp_path, nodes, position=None, **without_folder(tmp_path, None))
+    first.log(1, 0, {"a": 1.0})
+    position = first.position()
+    first.log(2, 0, {"a": 2.0})
+    second = open_loggers(tmp_path, nodes, position=position, **without_folder(tmp_path, 1))
+    second.log(2, 0, {"b": 2.5})
+    text = (tmp_path / "metrics.csv").read_text()
+    assert text.splitlines() == ["step,epoch,a,b", "1,0,1.0,", "2,0,,2.5"]
+    second.close()
+    first.jsonl.close()
+
+
+def without_folder(folder: Path, resume_step: int | None) -> dict[str, Any]:
+    return {k: v for k, v in runtime(folder, resume_step).items() if k != "folder"}
+
+
+# -- TensorBoard -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """TensorBoard's own deprecation warnings are not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def accumulated(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0}
+    )
+    events.Reload()
+    return events
+
+
+def shown(folder: Path, tag: str) -> list[tuple[int, float]]:
+    with quietly():
+        return [(event.step, event.value) for event in accumulated(folder).Scalars(tag)]
+
+
+def tensorboard(folder: Path, resume_step: int | None) -> TensorBoard:
+    return TensorBoard(flush_seconds=30, **runtime(folder, resume_step))
+
+
+def test_tensorboard_shows_each_step_once_after_a_crash_and_a_resume(tmp_path: Path) -> None:
+    import torch
+
+    with quietly():
+        jsonl = Jsonl(tmp_path)
+        first = Loggers(jsonl, {"tensorboard": tensorboard(tmp_path, None)})
+        for step in range(1, 8):
+            first.log(step, 0, {"train/loss": 1 / step})
+            first.log_histograms(step, {"weights/w": torch.arange(4.0) * step})
+            if step == 4:
+                position = first.position()
+                first.log(step, 0, {"val/loss": 9.0})  # after the checkpoint of the same step
+        first.trackers["tensorboard"].flush()
+        # killed here: never closed
+        second = open_loggers(
+            tmp_path,
+            {"tensorboard": lambda **given: TensorBoard(flush_seconds=30, **given)},
+            position=position,
+            **without_folder(tmp_path, 4),
+        )
+        second.log(4, 0, {"val/loss": 9.0})
+        for step in range(5, 10):
+            second.log(step, 0, {"train/loss": 1 / step})
+            second.log_histograms(step, {"weights/w": torch.arange(4.0) * step})
+        second.close()
+        jsonl.close()
+        assert [step for step, _ in shown(tmp_path, "train/loss")] == list(range(1, 10))
+        assert shown(tmp_path, "val/loss") == [(4, 9.0)]
+        steps = [event.step for event in accumulated(tmp_path).Histograms("weights/w")]
+        assert steps == list(range(1, 10))
+
+
+def test_without_the_purge_steps_would_show_twice(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with quietly():
+        for start in (1, 3):
+            writer = SummaryWriter(str(tmp_path / "tensorboard"))
+            for step in range(start, 6):
+                writer.add_scalar("train/loss", 1.0, step)
+            writer.close()
+        assert len(shown(tmp_path, "train/loss")) == 8
+
+
+def test_tensorboard_is_filled_from_the_record_when_a_kill_emptied_its_buffer(
+    tmp_path: Path,
+) -> None:
+    with quietly():
+        jsonl = Jsonl(tmp_path)
+        for step in range(1, 6):
+            jsonl.log(step, 0, {"train/loss": float(step)})
+        resumed = tensorboard(tmp_path, 5)  # added on the resume, or its file never written
+        resumed.log(6, 0, {"train/loss": 6.0})
+        resumed.close()
+        jsonl.close()
+        assert shown(tmp_path, "train/loss") == [(step, float(step)) for step in range(1, 7)]
+
+
+def test_a_run_that_begins_again_shows_nothing_of_the_first_attempt(tmp_path: Path) -> None:
+    with quietly():
+        for value in (1.0, 2.0):
+            writer = tensorboard(tmp_path, None)
+            writer.log(0, 0, {"val/loss": value})
+            writer.log(1, 0, {"train/loss": value})
+            writer.close()
+        assert shown(tmp_path, "train/loss") == [(1, 2.0)]
+        assert shown(tmp_path, "val/loss") == [(0, 2.0)]
+
+
+def test_a_histogram_of_not_finite_values_does_not_stop_the_run(tmp_path: Path) -> None:
+    import torch
+
+    with quietly():
+        writer = tensorboard(tmp_path, None)
+        writer.log_histograms(1, {"w": torch.tensor([math.nan]), "v": torch.tensor([1, math.inf])})
+        writer.close()
+        assert accumulated(tmp_path).Tags()["histograms"] == ["v"]
+
+
+# -- wandb -----------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {
+    "project": "p",
+    "entity": None,
+    "group": "g",
+    "tags": ["one"],
+    "notes": None,
+    "mode": "offline",
+    "timeout_seconds": 30,
+}
+
+WANDB_RUN = """
+import json, logging, os, sys
+from pathlib import Path
+from regrow.record.loggers import Wandb, open_loggers
+logging.basicConfig(format="%(message)s", level="INFO", stream=sys.stderr)
+folder, position, resume_step, first, last, end = json.loads(sys.argv[1])
+settings = json.loads(sys.argv[2])
+loggers = open_loggers(Path(folder), {"wandb": lambda **given: Wandb(**settings, **given)},
+    position=position, resume_step=resume_step, run_name="x/y",
+    config={"optimizer": {"lr": 0.001}, "service_token": "planted-in-the-config"})
+if end == "histograms":
+    import torch
+    loggers.log_histograms(first, {"weights/w": torch.arange(5.0)})
+    end = "close"
+for step in range(first, last):
+    loggers.log(step, 0, {"train/loss": 1 / step})
+    if step == 4: print(loggers.position())
+if end == "close": loggers.close()
+else: os._exit(9)
+"""
+
+
+def wandb_run(arguments: list[Any], environment: dict[str, str] | None = None, **more: Any) -> Any:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    return subprocess.run(
+        [sys.executable, "-c", WANDB_RUN, json.dumps(arguments), json.dumps({**SETTINGS, **more})],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**clean, "WANDB_ERROR_REPORTING": "false", **(environment or {})},
+        timeout=120,
+    )
+
+
+def offline_records(folder: Path) -> list[dict[str, Any]]:
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    tool = Path(sys.executable).with_name("wandb")
+    done = subprocess.run(
+        [tool, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_whole_in_wandbs_own_file_after_a_crash_and_a_resume(
+    tmp_path: Path,
+) -> None:
+    secret = {"MY_API_KEY": "planted-in-the-environment"}
+    killed = wandb_run([str(tmp_path), None, None, 1, 8, "kill"], secret)
+    assert killed.returncode == 9, killed.stderr
+    position = int(killed.stdout)
+    resumed = wandb_run([str(tmp_path), position, 4, 5, 10, "histograms"], secret)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == "" and len(resumed.stderr.strip().splitlines()) == 1, resumed.stderr
+    assert "wandb sync" in resumed.stderr
+    records = offline_records(tmp_path)
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    identity = json.loads((tmp_path / "wandb.json").read_text())["id"]
+    assert (run["run_id"], run["project"], run["tags"]) == (identity, "p", ["one"])
+    assert run["config"]["update"]["optimizer"] == {"lr": 0.001}
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    losses = {item["_step"]: item["train/loss"] for item in history}
+    assert losses == {step: pytest.approx(1 / step) for step in range(1, 10)}
+    assert len(history) == 9
+    assert any("weights/w._type" in item or "weights/w" in item for item in history)
+    (before,) = (tmp_path / "wandb" / "superseded").iterdir()
+    assert identity in before.name
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert b"planted-in" not in path.read_bytes(), path
+
+
+def test_disabled_makes_nothing_and_imports_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from regrow.record.loggers import Wandb\n"
+        f"w = Wandb(**{SETTINGS | {'mode': 'disabled'}}, folder=Path({str(tmp_path)!r}), "
+        "resume_step=None, run_name='x', config=None)\n"
+        "w.log(1, 0, {'a': 1.0}); w.log_histograms(1, {}); w.flush(); w.close()\n"
+        "assert not {'wandb', 'torch', 'matplotlib', 'tensorboard', 'yaml'} & set(sys.modules)"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    subprocess.run([sys.executable, "-c", script], check=True, env=clean)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environments_mode_wins(tmp_path: Path) -> None:
+    done = wandb_run(
+        [str(tmp_path), None, None, 1, 3, "close"], {"WANDB_MODE": "disabled"}, mode="online"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_online_without_a_login_is_one_line_and_no_prompt(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    (tmp_path / "run").mkdir()
+    arguments = [str(tmp_path / "run"), None, None, 1, 3, "close"]
+    done = wandb_run(arguments, home, mode="online")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "logger.wandb.mode=offline" in last and "UserError" in last
+
+
+@pytest.mark.slow
+def test_online_without_a_network_goes_on_offline(tmp_path: Path) -> None:
+    environment = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = wandb_run(
+        [str(tmp_path), None, None, 1, 3, "close"], environment, mode="online", timeout_seconds=4
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kept offline" in done.stderr
+    history = [it for it in offline_records(tmp_path) if it["type"] == "history"]
+    assert len(history) == 2
+    assert "a" * 40 not in done.stderr
+
+
+def test_the_choice_is_checked_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    check_choice({"wandb": {"mode": "offline"}, "csv": {}})
+    with pytest.raises(UserError, match=r"logger\.wandb\.mode=on"):
+        check_choice({"wandb": {"mode": "on"}})
+    with pytest.raises(UserError, match="needs a login"):
+        check_choice({"wandb": {"mode": "online"}})
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE=sometimes"):
+        check_choice({"wandb": {"mode": "offline"}})
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert wandb_mode("online") == "offline"
+
+
+# -- all together ----------------------------------------------------------------------------------
+
+
+class Broken:
+    def log(self, *_: Any) -> None:
+        raise RuntimeError("no\nroom")
+
+    log_histograms = log
+
+    def flush(self) -> None:
+        raise OSError("no room")
+
+    def close(self, exit_code: int = 0) -> None:
+        raise OSError("no room")
+
+
+def test_a_broken_tracker_is_named_once_and_the_record_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        loggers = Loggers(Jsonl(tmp_path), {"theirs": Broken()})
+        for step in range(3):
+            loggers.log(step, 0, {"a": 1.0})
+        loggers.position()
+        loggers.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "logger theirs: RuntimeError: no room"
+    ]
+    assert len(read_metrics(tmp_path)) == 3
+
+
+def test_logging_leaves_the_ambient_random_state_alone(tmp_path: Path) -> None:
+    before = random.getstate()
+    loggers = open_loggers(tmp_path, {"csv": Csv}, position=None, **without_folder(tmp_path, None))
+    loggers.log(1, 0, {"a": 1.0})
+    loggers.close()
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ([], []),
+        (["logger=[]"], []),
+        (["logger=jsonl"], []),
+        (["logger=wandb", "logger.wandb.mode=offline"], ["wandb"]),
+        (["logger=[tensorboard,wandb]"], ["tensorboard", "wandb"]),
+        (["logger=[csv,tensorboard,wandb,jsonl]"], ["csv", "tensorboard", "wandb"]),
+    ],
+)
+def test_options_merge_into_one_mapping(
+    tmp_path: Path, choice: list[str], names: list[str]
+) -> None:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    (tmp_path / "logger").symlink_to(ROOT / "conf" / "logger")
+    (tmp_path / "config.yaml").write_text(
+        "defaults:\n  - _self_\n  - logger: [jsonl]\nlogger: {}\ntags: [a]\nnotes: null\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        composed: Any = OmegaConf.to_container(compose("config", choice), resolve=True)
+    assert list(composed["logger"]) == names
+    assert all(node["_partial_"] for node in composed["logger"].values())

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from fakes import make_run, write_lines
+
+from regrow.errors import UserError
+from regrow.record import plots, report
+from regrow.record.folder import read_metrics, write_json
+
+ROOT = Path(__file__).parents[2]
+EVIL = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on"), name
+            if name in ("href", "src", "xlink:href"):
+                self.links.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.mark.parametrize(
+    ("task", "picture"),
+    [
+        ("multiclass", "confusion_test"),
+        ("multilabel", "confusion_test"),
+        ("regression", "predicted_test"),
+    ],
+)
+def test_a_run_gets_its_pictures_and_its_page(tmp_path: Path, task: str, picture: str) -> None:
+    folder = make_run(tmp_path / "run", task=task)
+    drawn = plots.draw(folder)
+    assert [path.stem for path in drawn] == ["learning_curves", "learning_rate", picture]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    page = Page(report.write(folder))
+    assert page.tags.count("svg") == 3
+    for words in ("completed", "loss", "optimizer.lr=0.001", "4f1d0c9e4f", "240", "torch 2.15.0"):
+        assert words in page.text
+    metric = "rmse" if task == "regression" else "accuracy"
+    value = read_metrics(folder)[-2][f"val/{metric}"]
+    assert f"{value:.4f}" in page.text
+    assert "weight_decay: 0.01" in page.text
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    page = Page(report.write(make_run(tmp_path / "run")))
+    assert not [link for link in page.links if not link.startswith(("#", "data:"))]
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "@import" not in text and "url(http" not in text
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", name=EVIL, state="failed")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"tags": [EVIL], "notes": EVIL, EVIL: EVIL, "model": {"hidden": EVIL}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    write_json(
+        folder / "plots" / "test.json",
+        {"confusion_matrix": [[1, 0], [0, 1]], "class_names": ["a $x$ <b>", EVIL]},
+    )
+    write_json(folder / "status.json", {"state": EVIL, "error": EVIL})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"command": EVIL, "packages": {EVIL: EVIL}}
+    manifest["git"]["branch"] = EVIL
+    write_json(folder / "manifest.json", manifest)
+    lines = read_metrics(folder)
+    lines.append({"step": 300, "epoch": 1, f"val/{EVIL}": 1.0, "val/<img src=x>": 2.0})
+    write_lines(folder, lines)
+    other = make_run(tmp_path / EVIL.replace("/", "_"), lr=0.5)
+    for path in (report.write(folder), report.compare([folder, other], tmp_path / "c.html")):
+        assert not {"script", "img", "b"} & set(Page(path).tags)
+    control = tmp_path / "control.html"
+    control.write_text(f"<p>{EVIL}</p>")
+    assert "script" in Page(control).tags
+
+
+def test_no_secret_enters_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "run")
+    monkeypatch.setenv("MY_TOKEN", "planted-value-1")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"notes": "see planted-value-1", "store": {"password": "planted-value-2"}}
+    config["data"] = {"url": "https://me:planted-value-3@host/x"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    text = report.write(folder).read_text()
+    assert "planted-value" not in text and "***" in text
+
+
+def test_a_run_cut_at_any_line_has_a_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1, steps_per_epoch=5)
+    lines = read_metrics(folder)
+    for name in ("summary.json", "manifest.json", "config.yaml", "plots/test.json"):
+        (folder / name).unlink()
+    for count in range(len(lines) + 1):
+        write_lines(folder, lines[:count])
+        report.write(folder)
+    (folder / "status.json").write_text("{")
+    (folder / "config.yaml").write_text("a: [1")
+    (folder / "manifest.json").write_text("[]")
+    assert "unknown" in Page(report.write(folder)).text
+
+
+def test_nan_is_shown_as_nan(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2)
+    nan: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "epoch": 0,
+            "train/loss": math.nan,
+            "train/lr": math.inf,
+            "train/grad_norm": -math.inf,
+            "val/loss": math.nan if step % 2 else 1.0,
+            "val/accuracy": math.nan,
+        }
+        for step in range(5)
+    ]
+    write_lines(folder, nan)
+    write_json(folder / "summary.json", {"val": {"val/accuracy": math.nan}, "seconds": math.nan})
+    write_json(folder / "plots" / "test.json", {"true": [1.0, 2.0], "predicted": [math.nan, 1.0]})
+    plots.draw(folder)
+    assert "NaN" in Page(report.write(folder)).text
+
+
+def test_many_classes_empty_rows_and_missing_names_can_be_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1)
+    size = 50
+    matrix = [[row % 3 if row == column else 0 for column in range(size)] for row in range(size)]
+    for details in (
+        {"confusion_matrix": matrix, "class_names": None},
+        {"confusion_matrix": [[[1, 0], [0, 0]]] * 30},
+        {"true": [[1.0, 2.0]] * 4, "predicted": [[1.0, 2.0]] * 4},
+        {"true": [], "predicted": []},
+        {"something": "else"},
+        [],
+    ):
+        write_json(folder / "plots" / "test.json", details)
+        plots.draw(folder)
+
+
+def test_of_a_step_that_was_logged_twice_the_later_counts() -> None:
+    lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2}, {"step": 2, "a": 3.0}, {"step": 3}]
+    assert plots.series(lines, "a") == ([1, 2], [1.0, 3.0])
+
+
+def test_side_by_side_shows_only_the_keys_that_differ(tmp_path: Path) -> None:
+    for index, (lr, speed) in enumerate([(0.001, 5.0), (0.01, 3.0), (0.1, 1.0)]):
+        make_run(tmp_path / "sweep" / str(index), lr=lr, speed=speed)
+    runs = report.find_runs(tmp_path / "sweep")
+    assert [run.name for run in runs] == ["0", "1", "2"]
+    configs = [report.load(run).config for run in runs]
+    assert report.differing_keys(configs) == ["optimizer.lr"]
+    report.write(runs[0])
+    page = Page(report.compare(runs, tmp_path / "sweep" / "comparison.html"))
+    assert "optimizer.lr" in page.text and "weight_decay" not in page.text
+    assert [link for link in page.links if not link.startswith("#")] == ["0/report.html"]
+    accuracy = json.loads((runs[2] / "summary.json").read_text())["test"]["test/accuracy"]
+    assert f"{accuracy:.4f}" in page.text and "test/accuracy" in page.text
+
+
+def test_a_key_that_only_one_has_differs_and_one_is_not_true() -> None:
+    configs = [{"a": {"b": 1}, "c": True, "d": [1], "resume": "auto"}, {"a": {}, "c": 1, "d": [1]}]
+    assert report.differing_keys(configs) == ["a.b", "c", "a"]
+
+
+def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(i), epochs=2, steps_per_epoch=5, seed=i) for i in range(45)]
+    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert page.tags.count("tr") == len(runs) + 1
+    assert "The first 40 of 45 runs" in page.text
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts" / "report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_one_page_for_one_run_and_one_for_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = script().main
+    first, second = make_run(tmp_path / "s" / "a"), make_run(tmp_path / "s" / "b", lr=0.1)
+    (tmp_path / "s" / "latest").symlink_to("b")
+    assert main([str(first)]) == 0
+    assert (first / "report.html").exists() and (first / "plots" / "learning_curves.png").exists()
+    assert main([str(tmp_path / "s")]) == 0
+    assert "2 runs" in Page(tmp_path / "s" / "comparison.html").text
+    assert main([str(first), str(second), "--output", str(tmp_path / "x.html")]) == 0
+    assert main([str(second), "--output", str(tmp_path / "y.html")]) == 0
+    assert (tmp_path / "x.html").exists() and (tmp_path / "y.html").exists()
+    assert not (second / "report.html").exists()
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    for wrong in ("empty", "nowhere"):
+        assert main([str(tmp_path / wrong)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        report.write(tmp_path)
+
+
+def test_nothing_heavy_is_imported_until_a_picture_is_drawn() -> None:
+    code = (
+        "import sys\nimport regrow.record.folder, regrow.record.loggers, regrow.record.manifest\n"
+        "import regrow.record.plots, regrow.record.report\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'tensorboard', 'wandb', 'yaml', 'hydra'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pictures_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1)
+    code = (
+        "import sys; from pathlib import Path; from regrow.record import plots, report\n"
+        f"plots.draw(Path({str(folder)!r})); report.write(Path({str(folder)!r}))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules\n"
+        "import matplotlib; assert matplotlib.rcParams['svg.fonttype'] == 'path'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
