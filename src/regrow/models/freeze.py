@@ -1,0 +1,44 @@
+"""Freezing parts of a model by the names of its modules."""
+
+from __future__ import annotations
+
+import difflib
+from fnmatch import fnmatchcase
+from types import MethodType
+
+from torch import nn
+
+from regrow.errors import UserError
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Stop training of all modules whose name matches a pattern such as `layer[12].*`.
+
+    A module is frozen with all that is in it. Norms with running statistics among them stay in
+    evaluation mode also after `model.train()`: else their statistics would go on moving. Returns
+    the names of the frozen parameters. Raises `UserError` for a pattern that matches nothing, and
+    if nothing is left to train.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        matching = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
+        if not matching:
+            close = difflib.get_close_matches(pattern, modules, n=1, cutoff=0.5)
+            children = ", ".join(name for name, _ in model.named_children())
+            hint = f"Did you mean {close[0]}?" if close else f"Its top modules are {children}."
+            raise UserError(f"model.freeze={pattern} matches no module of the model. {hint}")
+        for module in matching:
+            module.requires_grad_(False)
+            for part in module.modules():
+                if getattr(part, "running_mean", None) is not None:
+                    part.eval()
+                    # Bound to the instance: the loop need not know, and a deep copy keeps it.
+                    part.train = MethodType(_stay_in_evaluation, part)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if patterns and len(frozen) == len(list(model.parameters())):
+        raise UserError(f"model.freeze={patterns} leaves nothing to train. Take a pattern out.")
+    return frozen
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module

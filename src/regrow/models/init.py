@@ -1,0 +1,53 @@
+"""How weights start: one scheme over all linear and convolutional layers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from regrow.errors import UserError
+
+
+def _he(weight: Tensor) -> None:
+    nn.init.kaiming_normal_(weight, nonlinearity="relu")
+
+
+def _truncated_normal(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+
+
+SCHEMES: dict[str, Callable[[Tensor], object]] = {
+    "he": _he,  # He et al. 2015, for ReLU: normal, variance 2 / fan_in
+    "kaiming": _he,
+    "xavier": nn.init.xavier_uniform_,  # Glorot and Bengio 2010
+    "orthogonal": nn.init.orthogonal_,  # Saxe et al. 2014
+    "truncated_normal": _truncated_normal,  # standard deviation 0.02, cut at two of them
+}
+
+
+def apply(model: nn.Module, scheme: str) -> None:
+    """Draw the weights of linear, convolutional and attention layers anew; biases become zero.
+
+    Norms keep their ones and zeros. `default` leaves all as the layers made themselves. Draws from
+    torch's global generator, in the order of `model.modules()`.
+    """
+    if scheme == "default":
+        return
+    if scheme not in SCHEMES:
+        known = ["default", *SCHEMES]
+        close = difflib.get_close_matches(scheme, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(known)}."
+        raise UserError(f"model.init={scheme} is unknown. {hint}")
+    draw = SCHEMES[scheme]
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            for part in module.in_proj_weight.data.chunk(3):  # query, key and value have own fans
+                draw(part)
+            if module.in_proj_bias is not None:
+                nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            draw(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

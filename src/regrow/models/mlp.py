@@ -1,0 +1,72 @@
+"""A multilayer perceptron."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+
+from torch import Tensor, nn
+
+from regrow.errors import UserError
+from regrow.models import freeze as freezing
+from regrow.models import init as initialisation
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+}
+NORMS = ("none", "layer", "batch")
+
+
+class MLP(nn.Module):
+    """Inputs of any shape (B, *input_shape), flattened, to (B, num_outputs).
+
+    Each width in `hidden` is a linear layer, norm, activation and dropout; none is a linear model.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: list[int],
+        num_outputs: int,
+        hidden: list[int],
+        activation: str,
+        norm: str,
+        dropout: float,
+        init: str,
+        freeze: list[str],
+    ) -> None:
+        super().__init__()
+        widths = [math.prod(input_shape), *hidden]
+        if min(widths) < 1:
+            raise UserError(f"model.hidden={hidden} is wrong. Give widths of one or more.")
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers.append(nn.Linear(before, after))
+            if choice("norm", norm, NORMS) != "none":
+                layers.append(nn.LayerNorm(after) if norm == "layer" else nn.BatchNorm1d(after))
+            layers.append(ACTIVATIONS[choice("activation", activation, ACTIVATIONS)]())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], num_outputs)
+        initialisation.apply(self, init)
+        freezing.freeze(self, freeze)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.body(inputs.flatten(1)))
+        return outputs
+
+
+def choice(key: str, value: str, known: dict[str, type[nn.Module]] | tuple[str, ...]) -> str:
+    """The value, if it is known."""
+    if value not in known:
+        close = difflib.get_close_matches(value, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(known)}."
+        raise UserError(f"model.{key}={value} is unknown. {hint}")
+    return value

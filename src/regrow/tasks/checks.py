@@ -1,0 +1,217 @@
+"""What the first batch tells: shapes, types and ranges that do not fit; probabilities as logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.errors import UserError
+from regrow.tasks.losses import Loss, LossOutput, attribute, matched
+
+# Nodes of the graph that only move values, and those that surely end in logits.
+_MOVES = (
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "ToCopy",
+    "Transpose",
+    "Permute",
+    "Slice",
+)
+_LINEAR = ("Addmm", "Mm", "Bmm", "Linear", "Convolution", "Relu")
+
+
+def fits(loss: Loss, kind: str) -> None:
+    """Raise `UserError` if the loss says that it is for other tasks."""
+    kinds = attribute(loss, "kinds", None)
+    if kinds is not None and kind not in kinds:
+        raise UserError(
+            f"loss={attribute(loss, 'name', loss)} does not fit task={kind}, it is for "
+            f"{' and '.join(kinds)}. Leave loss out to get the task's own, or change task."
+        )
+
+
+def one_per_class(loss: Loss, name: str, num_classes: int) -> None:
+    """Raise `UserError` if the loss holds a list of factors of another length than the classes."""
+    factors = attribute(loss, name, None)
+    if isinstance(factors, list) and len(factors) != num_classes:
+        raise UserError(
+            f"loss.{name} has {len(factors)} numbers for {num_classes} classes. Give one for each."
+        )
+
+
+def multiclass(
+    outputs: Tensor, targets: Tensor, *, num_classes: int, ignore_index: int | None, logits: bool
+) -> None:
+    """(B, C, …) outputs; (B, …) int64 class indices or (B, C, …) probabilities as targets."""
+    _real("multiclass", outputs)
+    shape, expected = tuple(targets.shape), (outputs.shape[0], *outputs.shape[2:])
+    if outputs.ndim < 2 or outputs.shape[1] != num_classes:
+        raise UserError(
+            f"task=multiclass needs outputs of shape (B, {num_classes}), got "
+            f"{tuple(outputs.shape)}. Set model.num_outputs=${{data.num_classes}}."
+        )
+    if targets.is_floating_point():
+        if shape != tuple(outputs.shape):
+            raise UserError(
+                f"task=multiclass needs int64 class indices or probabilities of shape "
+                f"{tuple(outputs.shape)}, got {targets.dtype} of shape {shape}. "
+                "For real values use task=regression."
+            )
+        if not _probabilities(targets):
+            raise UserError(
+                "task=multiclass needs probabilities as soft targets, got rows that do not sum to "
+                "one. For 0 and 1 per label use task=multilabel, for real values task=regression."
+            )
+    elif shape != expected:
+        raise UserError(
+            f"task=multiclass needs class indices of shape {expected}, got {shape}. "
+            "For several labels per example use task=multilabel."
+            if len(shape) > len(expected) and shape[-1] > 1
+            else f"task=multiclass needs class indices of shape {expected}, got {shape}. "
+            "Let the data give one index per example."
+        )
+    elif targets.dtype != torch.int64:
+        raise UserError(
+            f"task=multiclass needs class indices of dtype torch.int64, got {targets.dtype}. "
+            "Let the data give targets.long()."
+        )
+    else:
+        valid = targets if ignore_index is None else targets[targets != ignore_index]
+        if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
+            wrong = int(valid.min()) if int(valid.min()) < 0 else int(valid.max())
+            raise UserError(
+                f"task=multiclass got class index {wrong} with data.num_classes={num_classes}. "
+                f"Classes count from 0 to {num_classes - 1}; for targets to be left out set "
+                "loss.ignore_index."
+            )
+    if logits and _probabilities(outputs):
+        raise UserError(
+            "model ends in a softmax (its outputs are non-negative and sum to one), and "
+            "loss=cross_entropy applies one itself. Remove it from the model: return logits."
+        )
+
+
+def binary(outputs: Tensor, targets: Tensor, *, logits: bool) -> None:
+    """(B,) or (B, 1) outputs; (B,) or (B, 1) targets of 0 to 1."""
+    _real("binary", outputs)
+    if outputs.ndim == 0 or outputs.shape[1:] not in ((), (1,)):
+        raise UserError(
+            f"task=binary needs outputs of shape (B,) or (B, 1), got {tuple(outputs.shape)}. "
+            "Set data.num_outputs=1, or use task=multiclass."
+        )
+    if targets.shape[:1] != outputs.shape[:1] or targets.shape[1:] not in ((), (1,)):
+        raise UserError(
+            f"task=binary needs targets of shape (B,), got {tuple(targets.shape)} for outputs of "
+            f"shape {tuple(outputs.shape)}. For several labels per example use task=multilabel."
+        )
+    _zero_to_one("binary", targets)
+    _no_sigmoid(outputs, logits)
+
+
+def multilabel(outputs: Tensor, targets: Tensor, *, num_classes: int, logits: bool) -> None:
+    """(B, C) outputs and targets of 0 to 1."""
+    _real("multilabel", outputs)
+    if targets.ndim != 2 or targets.shape[1] != num_classes:
+        labels = num_classes if targets.ndim > 1 else "C"
+        raise UserError(
+            f"task=multilabel needs targets of shape (B, {labels}), got {tuple(targets.shape)}. "
+            "For class indices use task=multiclass."
+        )
+    if outputs.shape != targets.shape:
+        raise UserError(
+            f"task=multilabel needs outputs of shape {tuple(targets.shape)}, got "
+            f"{tuple(outputs.shape)}. Set model.num_outputs=${{data.num_outputs}}."
+        )
+    _zero_to_one("multilabel", targets)
+    _no_sigmoid(outputs, logits)
+
+
+def regression(outputs: Tensor, targets: Tensor) -> None:
+    """(B,), (B, 1) or (B, D) floating-point outputs and targets."""
+    _real("regression", outputs)
+    if not targets.is_floating_point():
+        raise UserError(
+            f"task=regression needs floating-point targets, got {targets.dtype}. "
+            "Let the data give targets.float(); for class indices use task=multiclass."
+        )
+    if not targets.isfinite().all():
+        raise UserError(
+            "task=regression got a target that is NaN or infinite. Leave such examples out of data."
+        )
+    matched(outputs, targets)
+
+
+def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    """Call the loss once: one value per example, unless it says that it is no sum over them."""
+    with torch.no_grad():
+        result = loss(outputs.detach(), targets)
+    output = LossOutput(result) if isinstance(result, Tensor) else LossOutput(*result)
+    shape, num_examples = output.values.shape, outputs.shape[0]
+    if attribute(loss, "sums_over_examples", True) and shape[:1] != (num_examples,):
+        raise UserError(
+            f"loss returned values of shape {tuple(shape)} for {num_examples} examples. Return one "
+            "value per example (reduction='none'), or set sums_over_examples=False on the loss."
+        )
+    for name, tensor in {"weights": output.weights, **output.components}.items():
+        if tensor is not None and tensor.shape != shape:
+            raise UserError(
+                f"loss returned {name} of shape {tuple(tensor.shape)} and values of shape "
+                f"{tuple(shape)}. Give them one shape."
+            )
+
+
+def _real(kind: str, outputs: Tensor) -> None:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        got = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(
+            f"task={kind} needs the model to return one floating-point tensor, got {got}. "
+            "Return the logits or values alone from the model's forward."
+        )
+
+
+def _zero_to_one(kind: str, targets: Tensor) -> None:
+    values = targets.float()
+    if values.numel() and not (values.ge(0) & values.le(1)).all():
+        raise UserError(
+            f"task={kind} needs targets of 0 and 1, got {values.min():g} to {values.max():g}. "
+            "For class indices use task=multiclass, for real values task=regression."
+        )
+
+
+def _probabilities(rows: Tensor) -> bool:
+    """Whether (B, C, …) values are non-negative and sum to one over C."""
+    rows = rows.detach()
+    tolerance = 1e-3 if rows.dtype in (torch.float32, torch.float64) else 2e-2
+    sums = rows.float().sum(1)
+    return bool(rows.numel() and (rows >= 0).all() and ((sums - 1).abs() < tolerance).all())
+
+
+def _no_sigmoid(outputs: Tensor, logits: bool) -> None:
+    if logits and _ends_in_sigmoid(outputs):
+        raise UserError(
+            "model ends in a sigmoid (its outputs are probabilities), and loss=bce_with_logits "
+            "applies one itself. Remove it from the model: return logits."
+        )
+
+
+def _ends_in_sigmoid(outputs: Tensor) -> bool:
+    """By the graph where it tells; else by values.
+
+    All in [0, 1] is not enough: the logits of a fresh model can lie there by chance, small and on
+    one side of zero. Probabilities centre on a half or reach for both ends.
+    """
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(_MOVES) and node.next_functions:
+        node = node.next_functions[0][0]
+    if node is not None and node.name().startswith(("Sigmoid", "Softmax")):
+        return True
+    if node is not None and node.name().startswith(_LINEAR):
+        return False
+    values = outputs.detach().float()
+    if not values.numel() or not ((values > 0) & (values <= 1)).all():  # a ReLU has zeros
+        return False
+    centred = abs(float(values.mean()) - 0.5) < 0.15
+    return centred or bool(values.min() < 0.1 and values.max() > 0.9)

@@ -1,0 +1,212 @@
+"""Losses as values and their weights: the loop adds up and divides once, over everything.
+
+A loss is any callable of `(outputs, targets)`. It returns one value per example (or per token),
+alone or as `(values, weights)` or as a `LossOutput` with named components to log. What a step
+reports and follows is `sum(values * weights) / sum(weights)` over all its micro-batches and
+processes, so a loss never takes a mean over examples itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regrow.errors import UserError
+
+_NO_TARGET = -(1 << 40)  # torch's own default, -100, would leave out a broken target in silence
+
+
+class LossOutput(NamedTuple):
+    """`values` and `weights` of one shape, (B,) or (B, …) for tokens; None means one each."""
+
+    values: Tensor
+    weights: Tensor | None = None
+    components: Mapping[str, Tensor] = MappingProxyType({})  # each shaped like values
+
+
+Loss = Callable[[Tensor, Tensor], Any]
+
+
+def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutput:
+    """What a loss returned, with the examples' weights (B,) multiplied in.
+
+    Weights are None only for one value per example. A single number, of a loss that is no sum over
+    examples, is given to each example, so that their mean is that number.
+    """
+    if isinstance(result, Tensor):
+        result = LossOutput(result)
+    elif type(result) is tuple:
+        result = LossOutput(*result)
+    values, own, components = result
+    if values.ndim == 0:
+        values = values.expand(num_examples)
+        components = {name: part.expand(num_examples) for name, part in components.items()}
+        result = LossOutput(values, None, components)
+    if values.ndim > 1 and own is None:
+        own = torch.ones_like(values)
+        result = LossOutput(values, own, components)
+    if weights is None:
+        return cast(LossOutput, result)
+    if values.ndim > 1:
+        weights = weights.view(-1, *[1] * (values.ndim - 1)).expand(values.shape)
+    return LossOutput(values, weights if own is None else own * weights, components)
+
+
+def attribute(loss: Loss, name: str, default: Any) -> Any:
+    """What a loss says of itself, also through `functools.partial`."""
+    return getattr(loss, name, getattr(getattr(loss, "func", None), name, default))
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor on the device, copied there once."""
+    with torch.inference_mode(False):  # the first call may be an evaluation's
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Cross entropy of logits (B, C, …) with class indices (B, …) or probabilities (B, C, …).
+
+    With class weights w the result is torch's own: the weighted losses' sum over the sum of
+    w[target]; for probabilities the mean over examples. See `torch.nn.CrossEntropyLoss` for the
+    formula with label smoothing (Szegedy et al. 2016). Targets of `ignore_index` have weight zero.
+    """
+
+    label_smoothing: float  # 0 to 1, mass that is spread over all classes
+    class_weights: list[float] | None  # one for each class
+    ignore_index: int | None
+
+    name = "cross_entropy"
+    kinds = ("multiclass",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise UserError(
+                f"loss.label_smoothing={self.label_smoothing} is out of range. Choose 0 to 1."
+            )
+        weights = self.class_weights
+        if weights is not None and (min(weights, default=0) < 0 or max(weights, default=0) <= 0):
+            raise UserError(
+                f"loss.class_weights={weights} holds a negative number or nothing above zero. "
+                "Give one weight of zero or more for each class."
+            )
+        if weights is not None and self.label_smoothing and min(weights) == 0:
+            raise UserError(
+                f"loss.class_weights={weights} has a zero, which label_smoothing would bring back. "
+                "Use loss.label_smoothing=0, or loss.ignore_index for the class that is left out."
+            )
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> LossOutput:
+        outputs = full_precision(outputs)
+        soft = targets.is_floating_point()
+        table = None
+        if self.class_weights is not None:
+            table = _constant(tuple(self.class_weights), outputs.dtype, outputs.device)
+        values = F.cross_entropy(
+            outputs,
+            targets.to(outputs.dtype) if soft else targets,
+            # Without smoothing the class weight is a plain factor, so it may also be zero.
+            weight=table if soft or self.label_smoothing else None,
+            ignore_index=_NO_TARGET if self.ignore_index is None else self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        if soft or (table is None and self.ignore_index is None):
+            return LossOutput(values)
+        valid = None if self.ignore_index is None else targets != self.ignore_index
+        if table is None:
+            assert valid is not None
+            return LossOutput(values, valid.to(values.dtype))
+        weights = table[targets if valid is None else targets.where(valid, 0)]
+        if self.label_smoothing:
+            values = values / weights
+        return LossOutput(values, weights if valid is None else weights * valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BCEWithLogits:
+    """Binary cross entropy of logits (B,) or (B, C) with targets 0 to 1; the mean over C labels."""
+
+    pos_weight: float | list[float] | None  # factor on the positive part, one or one per label
+
+    name = "bce_with_logits"
+    kinds = ("binary", "multilabel")
+
+    def __post_init__(self) -> None:
+        if min(self._factors, default=0) <= 0:
+            raise UserError(f"loss.pos_weight={self.pos_weight} is wrong. Give numbers above zero.")
+
+    @property
+    def _factors(self) -> tuple[float, ...]:
+        if self.pos_weight is None:
+            return (1.0,)
+        return tuple(self.pos_weight) if isinstance(self.pos_weight, list) else (self.pos_weight,)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> LossOutput:
+        outputs, targets = matched(outputs, targets)
+        table = None
+        if self.pos_weight is not None:
+            table = _constant(self._factors, outputs.dtype, outputs.device)
+        values = F.binary_cross_entropy_with_logits(
+            outputs, targets, pos_weight=table, reduction="none"
+        )
+        return LossOutput(per_example(values))
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error, (B,); the mean over D outputs."""
+    return per_example(F.mse_loss(*matched(outputs, targets), reduction="none"))
+
+
+def l1(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Absolute error, (B,); the mean over D outputs."""
+    return per_example(F.l1_loss(*matched(outputs, targets), reduction="none"))
+
+
+def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
+    """Absolute error, squared / (2 beta) below `beta`, (B,); the mean over D outputs."""
+    if beta < 0:
+        raise UserError(f"loss.beta={beta} is negative. Give zero (plain L1) or more.")
+    outputs, targets = matched(outputs, targets)
+    return per_example(F.smooth_l1_loss(outputs, targets, reduction="none", beta=beta))
+
+
+def huber(outputs: Tensor, targets: Tensor, *, delta: float) -> Tensor:
+    """Half the squared error, linear beyond `delta` (Huber 1964), (B,); the mean over D outputs."""
+    if delta <= 0:
+        raise UserError(f"loss.delta={delta} is not above zero. Give the error where it bends.")
+    outputs, targets = matched(outputs, targets)
+    return per_example(F.huber_loss(outputs, targets, reduction="none", delta=delta))
+
+
+def per_example(values: Tensor) -> Tensor:
+    """(B, …) values to (B,): the mean over everything but the examples."""
+    return values if values.ndim == 1 else values.flatten(1).mean(1)
+
+
+def full_precision(outputs: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32: a sum of many losses needs the digits."""
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def matched(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and targets of one shape and dtype; (B, 1) becomes (B,), nothing is broadcast."""
+    if outputs.ndim == 2 and outputs.shape[1] == 1:
+        outputs = outputs.squeeze(1)
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets.squeeze(1)
+    if outputs.shape != targets.shape:
+        raise UserError(
+            f"the model's outputs have shape {tuple(outputs.shape)} and the targets "
+            f"{tuple(targets.shape)}. Make data.num_outputs the number of values per example."
+        )
+    outputs = full_precision(outputs)
+    return outputs, targets if targets.dtype == outputs.dtype else targets.to(outputs.dtype)

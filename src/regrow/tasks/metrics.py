@@ -1,0 +1,371 @@
+"""Metrics on torchmetrics, exact over any number of batches and processes.
+
+They count examples, not their weights: a weight of zero leaves an example out, others change the
+loss only. A class that occurs neither in the targets nor in the predictions has NaN for its values
+and is left out of averages; one that occurs but is never predicted has a precision of 0, as in
+scikit-learn. One NaN among the outputs makes every metric NaN: what would be predicted there is
+arbitrary.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+CHUNK_EXAMPLES = 65_536  # an update of torchmetrics costs some 50 µs for each metric
+CHUNK_ELEMENTS = 1 << 24  # at most 64 MB of waiting outputs
+MAX_PAIRS = 2_000  # true and predicted values kept for the picture
+
+Rows = tuple[Tensor, Tensor]  # (N, …) outputs and (N, …) targets
+SHAPED = ("auroc", "r2")  # states shaped like the rows: no rows must still have their shape
+AVERAGED = ("accuracy", "precision", "recall", "f1", "auroc")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one kind of task measures."""
+
+    names: tuple[str, ...]  # all that `scalars` gives
+    build: Callable[[], dict[str, Metric]]  # imports torchmetrics, so it is called late
+    flatten: Callable[[Tensor, Tensor], Rows]  # a batch to rows of one shape, without copies
+    finish: Callable[[Tensor, Tensor], Rows]  # rows to what torchmetrics takes
+    no_rows: Rows  # for a process that has no examples
+    scalars: Callable[[dict[str, Tensor]], dict[str, float]]
+    details: Callable[[dict[str, Tensor]], dict[str, Any]]
+
+
+class Metrics:
+    """One pass over a split. `update` waits for nothing until a chunk is full.
+
+    With several processes all of them call `scalars`, also one that had no examples: torchmetrics
+    gathers there. `details` after it is local.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.names = recipe.names
+        self._recipe, self._device = recipe, torch.device(device)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._num_waiting = self._num_elements = 0
+        self._metrics: dict[str, Any] | None = None
+        self._values: dict[str, Tensor] | None = None
+
+    def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Take a batch: outputs and targets as the loss has them, weights (B,)."""
+        num_examples = outputs.shape[0]
+        rows = self._recipe.flatten(outputs.detach(), targets)
+        if weights is not None and rows[0].shape[0] != num_examples:  # tokens
+            weights = weights.repeat_interleave(rows[0].shape[0] // max(num_examples, 1))
+        self._waiting.append((*rows, weights))
+        self._num_waiting += rows[0].shape[0]
+        self._num_elements += outputs.numel()
+        self._values = None
+        if self._num_waiting >= CHUNK_EXAMPLES or self._num_elements >= CHUNK_ELEMENTS:
+            self._feed()
+
+    def scalars(self) -> dict[str, float]:
+        """The metrics by name, NaN where one is not defined."""
+        values = self._compute()
+        if values["_count"] == 0 or values["_nan"] > 0:
+            return dict.fromkeys(self.names, math.nan)
+        return self._recipe.scalars(values)
+
+    def details(self) -> dict[str, Any]:
+        """What pictures need: confusion matrices, or pairs of true and predicted values."""
+        values = self._compute()
+        return {} if values["_count"] == 0 else self._recipe.details(values)
+
+    @torch.no_grad()
+    def _feed(self) -> None:
+        outputs, targets = self._taken()
+        outputs, targets = self._recipe.finish(widest(outputs), targets)
+        if self._metrics is None:
+            from torchmetrics import SumMetric
+
+            counts = {name: SumMetric(nan_strategy="disable") for name in ("_count", "_nan")}
+            made = {**counts, **self._recipe.build()}
+            self._metrics = {
+                k: m.to(self._device).set_dtype(outputs.dtype) for k, m in made.items()
+            }
+        for name, metric in self._metrics.items():
+            if name == "_count":
+                metric.update(outputs.shape[0])
+            elif name == "_nan":
+                metric.update(outputs.isnan().sum())
+            elif name == "_pairs":
+                pairs = torch.stack([targets, outputs], -1).reshape(-1)
+                metric.update(pairs[: 2 * MAX_PAIRS - sum(map(len, metric.value))])
+            elif outputs.shape[0] or name in SHAPED:
+                metric.update(outputs, targets)
+
+    def _taken(self) -> Rows:
+        """All that waits, without the examples of weight zero."""
+        waiting = self._waiting or [(*self._recipe.no_rows, None)]
+        self._waiting, self._num_waiting, self._num_elements = [], 0, 0
+        outputs = torch.cat([o.to(self._device) for o, _, _ in waiting])
+        targets = torch.cat([t.to(self._device) for _, t, _ in waiting])
+        if all(weights is None for _, _, weights in waiting):
+            return outputs, targets
+        kept = [o.new_ones(o.shape[0]) if w is None else w for o, _, w in waiting]
+        keep = torch.cat([weights.to(self._device) != 0 for weights in kept])
+        return outputs[keep], targets[keep]
+
+    @torch.no_grad()
+    def _compute(self) -> dict[str, Tensor]:
+        if self._values is not None:
+            return self._values
+        if self._waiting or self._metrics is None:
+            self._feed()
+        assert self._metrics is not None
+        values = {name: self._metrics[name].compute() for name in ("_count", "_nan")}
+        if values["_count"] > 0:  # gathered, so that all processes decide alike
+            with warnings.catch_warnings():
+                # AUROC of a class with examples of one side only: shown as NaN. And a process
+                # without examples, which computes from what the others have counted.
+                warnings.filterwarnings("ignore", "No (posi|nega)tive samples in targets")
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called")
+                values |= {k: m.compute() for k, m in self._metrics.items() if k not in values}
+        self._values = values
+        return values
+
+
+def widest(outputs: Tensor) -> Tensor:
+    """In float64 where the device has it: float32 probabilities tie where logits do not."""
+    return outputs.float() if outputs.device.type == "mps" else outputs.double()
+
+
+def names_of(class_names: list[str] | None, num_classes: int) -> list[str]:
+    """The classes' names, or their indices."""
+    if class_names is None:
+        return [str(index) for index in range(num_classes)]
+    names = [str(name) for name in class_names]
+    if len(names) != num_classes:
+        raise UserError(f"data.class_names has {len(names)} names for {num_classes} classes.")
+    if len(set(names)) != num_classes:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"data.class_names holds {twice} twice. Give each class a name of its own.")
+    return names
+
+
+def multiclass_metrics(
+    class_names: list[str], ignore_index: int | None, *, per_class: bool, auroc: bool
+) -> Recipe:
+    """Accuracy over examples; precision, recall, F1 and AUROC as means over classes."""
+    num_classes = len(class_names)
+
+    def build() -> dict[str, Any]:
+        from torchmetrics import classification as tm
+
+        same: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+        metrics: dict[str, Any] = {
+            "micro_accuracy": tm.MulticlassAccuracy(average="micro", **same),
+            "accuracy": tm.MulticlassAccuracy(average="none", **same),
+            "precision": tm.MulticlassPrecision(average="none", **same),
+            "recall": tm.MulticlassRecall(average="none", **same),
+            "f1": tm.MulticlassF1Score(average="none", **same),
+            "confusion": tm.MulticlassConfusionMatrix(**same),
+        }
+        return metrics | ({"auroc": tm.MulticlassAUROC(average="none", **same)} if auroc else {})
+
+    def flatten(outputs: Tensor, targets: Tensor) -> Rows:
+        if targets.is_floating_point():
+            targets = targets.argmax(1)
+        if outputs.ndim > 2:
+            outputs = outputs.movedim(1, -1).reshape(-1, num_classes)
+        return outputs, targets.reshape(-1)
+
+    def finish(outputs: Tensor, targets: Tensor) -> Rows:
+        if ignore_index is not None:
+            keep = targets != ignore_index
+            outputs, targets = outputs[keep], targets[keep]
+        return outputs.softmax(1), targets
+
+    def scalars(values: dict[str, Tensor]) -> dict[str, float]:
+        counts = values["confusion"]
+        true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
+        absent, one_sided = true + predicted == 0, (true == 0) | (true == total)
+        result = _by_class(values, class_names, absent, one_sided, per_class=per_class)
+        return result | {"accuracy": float(values["micro_accuracy"])}
+
+    return Recipe(
+        names=_names(class_names, per_class=per_class, auroc=auroc),
+        build=build,
+        flatten=flatten,
+        finish=finish,
+        no_rows=(torch.empty(0, num_classes), torch.empty(0, dtype=torch.int64)),
+        scalars=scalars,
+        details=lambda values: _confusion(values, class_names),
+    )
+
+
+def binary_metrics(class_names: list[str], threshold: float, *, auroc: bool) -> Recipe:
+    """Accuracy; precision, recall, F1 and AUROC of the positive class."""
+
+    def build() -> dict[str, Any]:
+        from torchmetrics import classification as tm
+
+        same: dict[str, Any] = {"threshold": threshold, "validate_args": False}
+        metrics: dict[str, Any] = {
+            "accuracy": tm.BinaryAccuracy(**same),
+            "precision": tm.BinaryPrecision(**same),
+            "recall": tm.BinaryRecall(**same),
+            "f1": tm.BinaryF1Score(**same),
+            "confusion": tm.BinaryConfusionMatrix(**same),
+        }
+        return metrics | ({"auroc": tm.BinaryAUROC(validate_args=False)} if auroc else {})
+
+    def scalars(values: dict[str, Tensor]) -> dict[str, float]:
+        counts = values["confusion"]
+        true, total = counts[1].sum(), counts.sum()
+        undefined = {
+            **dict.fromkeys(("precision", "recall", "f1"), true + counts[:, 1].sum() == 0),
+            "auroc": (true == 0) | (true == total),
+        }
+        return {
+            name: math.nan if undefined.get(name, False) else float(values[name])
+            for name in _names([], per_class=False, auroc=auroc)
+        }
+
+    return Recipe(
+        names=_names([], per_class=False, auroc=auroc),
+        build=build,
+        flatten=lambda outputs, targets: (outputs.reshape(-1), targets.reshape(-1)),
+        finish=lambda outputs, targets: (outputs.sigmoid(), (targets > 0.5).long()),
+        no_rows=(torch.empty(0), torch.empty(0, dtype=torch.int64)),
+        scalars=scalars,
+        details=lambda values: _confusion(values, class_names),
+    )
+
+
+def multilabel_metrics(
+    class_names: list[str], threshold: float, *, per_class: bool, auroc: bool
+) -> Recipe:
+    """All as means over labels, and the share of examples with every label right."""
+    num_labels = len(class_names)
+
+    def build() -> dict[str, Any]:
+        from torchmetrics import classification as tm
+
+        one: dict[str, Any] = {"num_labels": num_labels, "validate_args": False}
+        same = {"threshold": threshold, **one}
+        metrics: dict[str, Any] = {
+            "exact_match": tm.MultilabelExactMatch(**same),
+            "accuracy": tm.MultilabelAccuracy(average="none", **same),
+            "precision": tm.MultilabelPrecision(average="none", **same),
+            "recall": tm.MultilabelRecall(average="none", **same),
+            "f1": tm.MultilabelF1Score(average="none", **same),
+            "confusion": tm.MultilabelConfusionMatrix(**same),
+        }
+        return metrics | ({"auroc": tm.MultilabelAUROC(average="none", **one)} if auroc else {})
+
+    def scalars(values: dict[str, Tensor]) -> dict[str, float]:
+        counts = values["confusion"]  # (C, true, predicted)
+        true, predicted, total = counts[:, 1].sum(1), counts[:, :, 1].sum(1), counts.sum((1, 2))
+        absent, one_sided = true + predicted == 0, (true == 0) | (true == total)
+        result = _by_class(values, class_names, absent, one_sided, per_class=per_class)
+        everywhere = values["accuracy"]  # defined for every label, absent ones too
+        if per_class:
+            named = zip(class_names, everywhere.tolist(), strict=True)
+            result |= {f"accuracy/{name}": value for name, value in named}
+        exact_match = float(values["exact_match"])
+        return result | {"accuracy": float(everywhere.mean()), "exact_match": exact_match}
+
+    return Recipe(
+        names=("exact_match", *_names(class_names, per_class=per_class, auroc=auroc)),
+        build=build,
+        flatten=lambda outputs, targets: (outputs, targets),
+        finish=lambda outputs, targets: (outputs.sigmoid(), (targets > 0.5).long()),
+        no_rows=(torch.empty(0, num_labels), torch.empty(0, num_labels)),
+        scalars=scalars,
+        details=lambda values: _confusion(values, class_names),
+    )
+
+
+def regression_metrics(num_outputs: int, in_units: Callable[[Tensor], Tensor]) -> Recipe:
+    """MAE and RMSE over all values; R², the mean over outputs, NaN for constant targets.
+
+    `in_units` undoes a standardisation of the targets, on outputs and targets alike.
+    """
+    names = ("mae", "rmse", "r2")
+
+    def build() -> dict[str, Any]:
+        from torchmetrics import CatMetric, MeanAbsoluteError, MeanSquaredError, R2Score
+
+        class ExactR2(R2Score):
+            """R² without torchmetrics' tolerance, which takes small targets for constant ones."""
+
+            def compute(self) -> Tensor:
+                scatter = self.sum_squared_error - self.sum_error**2 / self.total
+                rounding = torch.finfo(scatter.dtype).eps * self.sum_squared_error * 4
+                defined = scatter > rounding
+                return torch.where(defined, 1 - self.residual / scatter, math.nan).mean()
+
+        return {
+            "mae": MeanAbsoluteError(),
+            "rmse": MeanSquaredError(squared=False),
+            "r2": ExactR2(),
+            "_pairs": CatMetric(nan_strategy="disable"),
+        }
+
+    def flatten(outputs: Tensor, targets: Tensor) -> Rows:
+        shape = (-1,) if num_outputs == 1 else (-1, num_outputs)
+        return outputs.reshape(shape), targets.reshape(shape)
+
+    def details(values: dict[str, Tensor]) -> dict[str, Any]:
+        pairs = values["_pairs"].reshape(-1, 2)[:MAX_PAIRS]
+        return {"true": pairs[:, 0].tolist(), "predicted": pairs[:, 1].tolist()}
+
+    shape = (0,) if num_outputs == 1 else (0, num_outputs)
+    return Recipe(
+        names=names,
+        build=build,
+        flatten=flatten,
+        finish=lambda outputs, targets: (in_units(outputs), in_units(targets.to(outputs.dtype))),
+        no_rows=(torch.empty(shape), torch.empty(shape)),
+        scalars=lambda values: {name: float(values[name]) for name in names},
+        details=details,
+    )
+
+
+def _names(class_names: list[str], *, per_class: bool, auroc: bool) -> tuple[str, ...]:
+    averaged = AVERAGED if auroc else AVERAGED[:-1]
+    each = [f"{name}/{of}" for name in averaged for of in class_names] if per_class else []
+    return (*averaged, *each)
+
+
+def _by_class(
+    values: dict[str, Tensor],
+    class_names: list[str],
+    absent: Tensor,
+    one_sided: Tensor,
+    *,
+    per_class: bool,
+) -> dict[str, float]:
+    """The mean of each metric over the classes for which it is defined, then each class's own."""
+    averages: dict[str, float] = {}
+    each: dict[str, float] = {}
+    for name in AVERAGED:
+        if name not in values:
+            continue
+        undefined = one_sided if name == "auroc" else absent
+        by_class = values[name].masked_fill(undefined, math.nan)
+        averages[name] = float(by_class.nanmean())
+        if per_class:
+            named = zip(class_names, by_class.tolist(), strict=True)
+            each |= {f"{name}/{of}": value for of, value in named}
+    return averages | each
+
+
+def _confusion(values: dict[str, Tensor], class_names: list[str]) -> dict[str, Any]:
+    """Counts with rows for the true class; a matrix of two by two per label for several labels."""
+    return {"confusion_matrix": values["confusion"].long().tolist(), "class_names": class_names}

@@ -1,0 +1,263 @@
+"""What is learnt: how outputs become a loss, a prediction and metrics; a class per kind of target.
+
+All four have the same methods (`Task`). Shapes: B examples, C classes or labels, D values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from regrow.errors import UserError
+from regrow.tasks import checks
+from regrow.tasks.losses import Loss, LossOutput, attribute, matched, per_example, weighted
+from regrow.tasks.metrics import (
+    Metrics,
+    binary_metrics,
+    multiclass_metrics,
+    multilabel_metrics,
+    names_of,
+    regression_metrics,
+    widest,
+)
+
+
+class Task(Protocol):
+    """What the loop, the scripts and the record use of a task."""
+
+    kind: str
+    monitor: str  # the metric that chooses the best weights
+    mode: str  # whether more of it is better: max or min
+    running_name: str | None
+    sums_over_examples: bool  # False: a batch cannot be cut into slices
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        """Values and weights; the examples' `weights` (B,) are multiplied in."""
+        ...
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise `UserError` where a batch does not fit the task.
+
+        Best with gradients enabled: the outputs' graph tells a sigmoid for sure, values do not.
+        """
+        ...
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """A score per example for the progress bar, without a wait for the device."""
+        ...
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        """`prediction`, and `probability` where there is one."""
+        ...
+
+    def metrics(self, device: torch.device) -> Metrics:
+        """Counters for one pass over a split. Weights only leave out examples of weight zero."""
+        ...
+
+
+class Multiclass:
+    """One class of C per example: logits (B, C, …), int64 indices (B, …) or probabilities."""
+
+    kind = "multiclass"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        class_names: list[str] | None,
+        monitor: str,
+        mode: str,
+        per_class: bool,
+        auroc: bool,
+        loss: Loss,
+    ) -> None:
+        checks.fits(loss, self.kind)
+        checks.one_per_class(loss, "class_weights", num_classes)
+        self.monitor, self.mode = monitor, _mode(mode)
+        self.num_classes = num_classes
+        self.class_names = names_of(class_names, num_classes)
+        self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
+        self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.ignore_index: int | None = attribute(loss, "ignore_index", None)
+        # How many targets are left out is not known without a wait for the device.
+        self.running_name = "accuracy" if self.ignore_index is None else None
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        return weighted(self.loss_fn(outputs, targets), weights, len(outputs))
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        logits = attribute(self.loss_fn, "name", None) == "cross_entropy"
+        checks.multiclass(
+            outputs,
+            targets,
+            num_classes=self.num_classes,
+            ignore_index=self.ignore_index,
+            logits=logits,
+        )
+        checks.returned(self.loss_fn, outputs, targets)
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        if self.running_name is None:
+            return None
+        if targets.is_floating_point():
+            targets = targets.argmax(1)
+        right = outputs.argmax(1).eq(targets)
+        return right if right.ndim == 1 else per_example(right.float())
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        probability = widest(outputs).softmax(1)
+        return {"prediction": outputs.argmax(1), "probability": probability.float()}
+
+    def metrics(self, device: torch.device) -> Metrics:
+        recipe = multiclass_metrics(
+            self.class_names, self.ignore_index, per_class=self.per_class, auroc=self.auroc
+        )
+        return Metrics(recipe, device)
+
+
+class Binary:
+    """Yes or no per example: logits (B,) or (B, 1), targets (B,) or (B, 1) of 0 and 1."""
+
+    kind = "binary"
+    running_name = "accuracy"
+
+    def __init__(
+        self,
+        *,
+        class_names: list[str] | None,
+        threshold: float,
+        monitor: str,
+        mode: str,
+        auroc: bool,
+        loss: Loss,
+    ) -> None:
+        checks.fits(loss, self.kind)
+        checks.one_per_class(loss, "pos_weight", 1)
+        self.monitor, self.mode = monitor, _mode(mode)
+        self.class_names = names_of(class_names, 2)
+        self.auroc, self.loss_fn = auroc, loss
+        self.threshold, self.logit = threshold, _logit(threshold)
+        self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        logits = attribute(self.loss_fn, "name", None) == "bce_with_logits"
+        checks.binary(outputs, targets, logits=logits)
+        checks.returned(self.loss_fn, *matched(outputs, targets))
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        outputs, targets = matched(outputs, targets)
+        return outputs.gt(self.logit).eq(targets)
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        outputs = outputs.flatten()
+        probability = widest(outputs).sigmoid()
+        prediction = probability.gt(self.threshold).long()
+        return {"prediction": prediction, "probability": probability.float()}
+
+    def metrics(self, device: torch.device) -> Metrics:
+        recipe = binary_metrics(self.class_names, self.threshold, auroc=self.auroc)
+        return Metrics(recipe, device)
+
+
+class Multilabel:
+    """Any of C labels per example: logits (B, C), targets (B, C) of 0 and 1."""
+
+    kind = "multilabel"
+    running_name = "accuracy"  # over all labels
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        class_names: list[str] | None,
+        threshold: float,
+        monitor: str,
+        mode: str,
+        per_class: bool,
+        auroc: bool,
+        loss: Loss,
+    ) -> None:
+        checks.fits(loss, self.kind)
+        checks.one_per_class(loss, "pos_weight", num_classes)
+        self.monitor, self.mode = monitor, _mode(mode)
+        self.num_classes = num_classes
+        self.class_names = names_of(class_names, num_classes)
+        self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
+        self.threshold, self.logit = threshold, _logit(threshold)
+        self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        return weighted(self.loss_fn(outputs, targets), weights, len(outputs))
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        logits = attribute(self.loss_fn, "name", None) == "bce_with_logits"
+        checks.multilabel(outputs, targets, num_classes=self.num_classes, logits=logits)
+        checks.returned(self.loss_fn, outputs, targets)
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return outputs.gt(self.logit).eq(targets).float().mean(1)
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        probability = widest(outputs).sigmoid()
+        prediction = probability.gt(self.threshold).long()
+        return {"prediction": prediction, "probability": probability.float()}
+
+    def metrics(self, device: torch.device) -> Metrics:
+        recipe = multilabel_metrics(
+            self.class_names, self.threshold, per_class=self.per_class, auroc=self.auroc
+        )
+        return Metrics(recipe, device)
+
+
+class Regression:
+    """Real values: outputs and targets (B,), (B, 1) or (B, D). Nothing is broadcast.
+
+    Where the data standardises its targets, `in_units` leads back: predictions and metrics are in
+    the targets' own units, the loss is not.
+    """
+
+    kind = "regression"
+    running_name = None
+
+    def __init__(self, *, num_outputs: int, monitor: str, mode: str, loss: Loss) -> None:
+        checks.fits(loss, self.kind)
+        self.monitor, self.mode = monitor, _mode(mode)
+        self.num_outputs, self.loss_fn = num_outputs, loss
+        self.in_units: Callable[[Tensor], Tensor] = lambda values: values
+        self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        checks.regression(outputs, targets)
+        checks.returned(self.loss_fn, *matched(outputs, targets))
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return None
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        one = outputs.ndim == 2 and outputs.shape[1] == 1
+        return {"prediction": self.in_units(outputs.squeeze(1) if one else outputs)}
+
+    def metrics(self, device: torch.device) -> Metrics:
+        return Metrics(regression_metrics(self.num_outputs, self.in_units), device)
+
+
+def _mode(mode: str) -> str:
+    if mode not in ("max", "min"):
+        raise UserError(f"task.mode={mode} is unknown. Choose max (more is better) or min.")
+    return mode
+
+
+def _logit(threshold: float) -> float:
+    if not 0 < threshold < 1:
+        raise UserError(f"task.threshold={threshold} is out of range. Choose between 0 and 1.")
+    return math.log(threshold / (1 - threshold))
