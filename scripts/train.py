@@ -1,0 +1,21 @@
+"""Train: `python scripts/train.py optimizer=adamw scheduler=cosine`. Every option is in `conf/`."""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from regrow.config import entry_point
+
+
+@entry_point("train")
+def main(config: DictConfig) -> float | None:
+    from regrow.launch import launch  # torch comes with it: only once the config is right
+
+    return launch(config)
+
+
+if __name__ == "__main__":
+    main()

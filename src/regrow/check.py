@@ -1,0 +1,351 @@
+"""Everything about a config that can be wrong, found before torch is imported.
+
+Keys and types are held against the YAML that ships with the repository, which a test proves equal
+to the signatures behind it. Only a target that does not ship is imported, to look at its signature.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from regrow.config import CONF, did_you_mean, fail, plain, read_yaml
+from regrow.errors import UserError
+from regrow.record import loggers
+
+GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values a key takes, and how to say so."""
+
+    says: str
+    allows: Callable[[Any], bool]
+
+
+def integer(low: int) -> Rule:
+    return Rule(
+        f"an integer of at least {low}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
+    )
+
+
+def number(low: float = float("-inf"), high: float = float("inf"), *, above: bool = False) -> Rule:
+    ranges = f"above {low:g}" if above else f"from {low:g}"
+    ranges += "" if high == float("inf") else f" to {high:g}"
+    return Rule(
+        f"a number {ranges}",
+        lambda v: _is_number(v) and (v > low if above else v >= low) and v <= high,
+    )
+
+
+def choice(*options: str) -> Rule:
+    return Rule(f"one of {', '.join(options)}", lambda v: v in options)
+
+
+def optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.says}, or null", lambda v: v is None or rule.allows(v))
+
+
+def text() -> Rule:
+    return Rule("text", lambda v: isinstance(v, str))
+
+
+# Types follow from the shipped values. Here stand the ranges, and what a null may be instead.
+RULES: dict[str, Rule] = {
+    "seed": integer(0),
+    "init_from": optional(text()),
+    "data.batch_size": integer(1),
+    "data.eval_batch_size": integer(1),
+    "data.num_workers": integer(0),
+    "optimizer.lr": number(0, above=True),
+    "optimizer.weight_decay": number(0),
+    "optimizer.momentum": number(0, 1),
+    "optimizer.eps": number(0),
+    "scheduler.warmup_steps": optional(integer(0)),
+    "scheduler.warmup_fraction": optional(number(0, 1)),
+    "scheduler.every_epochs": integer(1),
+    "scheduler.gamma": number(0, 1),
+    "scheduler.final_factor": number(0, 1),
+    "scheduler.initial_factor": number(0, 1),
+    "scheduler.peak_fraction": number(0, 1),
+    "scheduler.factor": number(0, 1),
+    "scheduler.patience": integer(0),
+    "scheduler.min_delta": number(0),
+    "scheduler.min_factor": number(0, 1),
+    "trainer.max_epochs": optional(integer(1)),
+    "trainer.max_steps": optional(integer(1)),
+    "trainer.max_seconds": optional(number(0, above=True)),
+    "trainer.device": choice("auto", "cpu", "cuda", "mps"),
+    "trainer.devices": integer(1),
+    "trainer.strategy": choice("auto", "single", "ddp", "fsdp"),
+    "trainer.accumulation_steps": integer(1),
+    "trainer.num_threads": optional(integer(1)),
+    "trainer.precision": choice("fp32", "bf16", "fp16"),
+    "trainer.clip_norm": optional(number(0, above=True)),
+    "trainer.clip_value": optional(number(0, above=True)),
+    "trainer.ema_decay": optional(number(0, 1)),
+    "trainer.max_skipped_steps": integer(1),
+    "trainer.eval_every_epochs": optional(integer(1)),
+    "trainer.eval_every_steps": optional(integer(1)),
+    "trainer.log_every_steps": integer(1),
+    "trainer.log_histograms_every_steps": optional(integer(1)),
+    "trainer.mode": choice("max", "min"),
+    "trainer.early_stopping.patience": optional(integer(0)),
+    "trainer.early_stopping.min_delta": number(0),
+    "trainer.checkpoint.save_every_epochs": optional(integer(1)),
+    "trainer.checkpoint.save_every_steps": optional(integer(1)),
+    "trainer.checkpoint.keep_last": integer(1),
+    "trainer.checkpoint.keep_best": integer(1),
+    "trainer.checkpoint.milestones_every_epochs": optional(integer(1)),
+    "find_lr.min_lr": number(0, above=True),
+    "find_lr.max_lr": number(0, above=True),
+    "find_lr.num_steps": integer(20),
+    "find_lr.divergence_factor": number(1, above=True),
+}
+
+# The tasks that each shipped loss is for.
+LOSSES = {
+    "CrossEntropy": ("multiclass",),
+    "BCEWithLogits": ("binary", "multilabel"),
+    **dict.fromkeys(("mse", "l1", "smooth_l1", "huber", "mse_plus_mae"), ("regression",)),
+}
+
+
+class CheckBeforeStart(Callback):
+    """Hydra's callback: a bad config ends here, before Hydra makes a folder."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
+        try:
+            check(config, config.hydra.runtime.choices)
+        except UserError as error:
+            fail(str(error))
+
+
+def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Raise UserError with one line for the first thing that is wrong with a composed config.
+
+    `config` may hold the node `hydra`; `choices` are the options that its groups were composed of.
+    """
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    missing = [key for key, value in _leaves(plain(config, resolve=False)) if value == "???"]
+    if missing:
+        raise UserError(
+            f"{missing[0]} has to be given: add {missing[0]}=…"
+            + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
+        )
+    values = plain(config)
+    _check_keys(values, choices)
+    for path, value in _leaves(values):
+        if path in RULES and not RULES[path].allows(value):
+            raise UserError(f"{path}={_shown(value)} has to be {RULES[path].says}.")
+    loggers.check_choice(values["logger"])
+    _check_combinations(values)
+
+
+def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+    top = {
+        key: node for file in sorted(CONF.glob("*.yaml")) for key, node in read_yaml(file).items()
+    }
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    for key, value in values.items():
+        if key not in top and key not in groups:
+            raise UserError(f"{key}: there is no such key.{did_you_mean(key, {*top, *groups})}")
+        if key in top:
+            _check_node(value, top[key], key)
+    shipped_loggers: dict[str, Any] = {}
+    for path in sorted((CONF / "logger").glob("*.yaml")):
+        shipped_loggers |= read_yaml(path)
+    for name, node in values["logger"].items():
+        if name in shipped_loggers:
+            _check_node(node, shipped_loggers[name], f"logger.{name}")
+        else:
+            check_signature(node, f"logger.{name}")
+    for group in GROUPS:
+        option = choices.get(group)
+        if not isinstance(option, str) or not isinstance(values.get(group), Mapping):
+            continue
+        shipped = shipped_node(group, option)
+        if shipped is not None:
+            _check_node(values[group], shipped, group)
+
+
+def shipped_node(group: str, option: str) -> dict[str, Any] | None:
+    """A group's option as the YAML says it, with what it inherits; None where there is no file."""
+    path = CONF / group / f"{option}.yaml"
+    if not path.is_file():
+        return None
+    content = read_yaml(path)
+    node: dict[str, Any] = {}
+    for parent in content.pop("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            node = _merged(node, shipped_node(group, parent) or {})
+    return _merged(node, content)
+
+
+def _check_node(node: Any, shipped: Any, path: str) -> None:
+    """Hold a node's keys and types against the shipped ones."""
+    if not isinstance(shipped, Mapping):
+        _check_type(node, shipped, path)
+        return
+    if not isinstance(node, Mapping):
+        raise UserError(f"{path}={_shown(node)} has to be a mapping of keys to values.")
+    if not shipped:  # an open mapping, such as param_groups.lr_scale
+        return
+    target = node.get("_target_")
+    if target != shipped.get("_target_"):
+        check_signature(node, path)
+        return
+    for key, value in node.items():
+        if key not in shipped:
+            full = f"{path}.{key}"
+            hint = did_you_mean(full, (f"{path}.{known}" for known in shipped))
+            raise UserError(f"{full}: {target or path} has no such key.{hint}")
+        _check_node(value, shipped[key], f"{path}.{key}")
+
+
+def _check_type(value: Any, shipped: Any, path: str) -> None:
+    if path in RULES or shipped is None or value is None or shipped == "???":
+        return
+    if isinstance(shipped, str) and "${" in shipped:
+        return
+    if isinstance(shipped, bool):
+        right, says = isinstance(value, bool), "true or false"
+    elif isinstance(shipped, int):
+        right, says = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif isinstance(shipped, float):
+        right, says = _is_number(value), "a number"
+    elif isinstance(shipped, str):
+        right, says = isinstance(value, str), "text"
+    elif isinstance(shipped, list):
+        right, says = isinstance(value, list), "a list, such as [1,2]"
+    else:
+        return
+    if not right:
+        raise UserError(f"{path}={_shown(value)} has to be {says}.")
+
+
+def check_signature(node: Mapping[str, Any], path: str) -> None:
+    """Hold a node against its target's own signature. Imports the target's module."""
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{path}._target_={target!r} has to name a class or a function.")
+    function = locate(target, path)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return  # some builtins have none
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in node:
+        if key not in parameters and not (key.startswith("_") and key.endswith("_")):
+            hint = did_you_mean(key, parameters)
+            raise UserError(
+                f"{path}.{key}: {target} takes no such argument.{hint} "
+                f"To leave out a key that the option brings: ~{path}.{key}"
+            )
+
+
+def locate(target: str, path: str) -> Any:
+    """The object behind a dotted name. Raises UserError."""
+    module, _, name = target.rpartition(".")
+    while module:
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(error.name)):
+                raise UserError(f"{path}._target_={target}: {error}.") from error
+            module, _, first = module.rpartition(".")
+            name = f"{first}.{name}"
+            continue
+        except Exception as error:
+            raise UserError(f"{path}._target_={target}: importing {module}: {error}.") from error
+        for part in name.split("."):
+            if not hasattr(found, part):
+                hint = did_you_mean(part, dir(found))
+                raise UserError(f"{path}._target_={target}: there is no {part}.{hint}")
+            found = getattr(found, part)
+        return found
+    raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
+
+
+def _check_combinations(values: Mapping[str, Any]) -> None:
+    trainer, data = values["trainer"], values["data"]
+    task, loss = (values[group].get("_target_", "").split(".")[-1] for group in ("task", "loss"))
+    kind = task.lower()
+    shipped_task = values["task"].get("_target_", "").startswith("regrow.")
+    if shipped_task and data.get("target_kind") not in (None, kind):
+        raise UserError(
+            f"task={kind} does not fit {data['target_kind']} targets, which this data set has. "
+            f"Use task={data['target_kind']}."
+        )
+    if shipped_task and kind not in LOSSES.get(loss, (kind,)):
+        fitting = " or ".join(LOSSES[loss])
+        raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
+    if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
+        raise UserError(
+            f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
+            "Use trainer.precision=bf16."
+        )
+    if all(trainer[key] is None for key in ("max_epochs", "max_steps", "max_seconds")):
+        raise UserError(
+            "trainer.max_epochs, max_steps and max_seconds are all null: "
+            "the run would never end. Set one."
+        )
+    if trainer["devices"] > 1 and trainer["strategy"] == "single":
+        raise UserError(
+            f"trainer.devices={trainer['devices']} needs several processes, and "
+            "trainer.strategy=single. Use trainer.strategy=ddp."
+        )
+    if trainer["devices"] > 1 and trainer["device"] == "mps":
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: there is one MPS device. Use trainer.devices=1."
+        )
+    scheduler = values["scheduler"]
+    if None not in (scheduler.get("warmup_steps"), scheduler.get("warmup_fraction")):
+        raise UserError(
+            f"scheduler.warmup_steps={scheduler['warmup_steps']} and "
+            f"warmup_fraction={scheduler['warmup_fraction']} say the same thing twice. Set one."
+        )
+    if not str(trainer["monitor"]).startswith("val/"):
+        raise UserError(
+            f"trainer.monitor={trainer['monitor']} has to be a metric of the validation split, "
+            "such as val/loss."
+        )
+    resume = values["resume"]
+    if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
+        raise UserError(f"resume={resume} has to be auto, never or the folder of a run.")
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

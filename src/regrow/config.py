@@ -1,0 +1,150 @@
+"""Hydra at one place: the entry point, its errors as one line, and objects from a config."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from regrow.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """`hydra.main` over `conf/`, whose errors are one line and exit code 2."""
+    import hydra
+
+    from regrow.resume import expand
+
+    arguments = {"config_path": str(CONF), "config_name": config_name}
+    # Hydra 1.3 warns when version_base is missing, 1.4 when it is there.
+    default = inspect.signature(hydra.main).parameters["version_base"].default
+    if hydra.__version__ < "1.4" or default is inspect.Parameter.empty:
+        arguments["version_base"] = None  # type: ignore[assignment]
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        def main() -> None:
+            OmegaConf.register_new_resolver(
+                "random_suffix", _random_suffix, use_cache=True, replace=True
+            )
+            # So that Hydra raises what it would otherwise print with its own hints.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                sys.argv[1:] = expand(sys.argv[1:])
+                hydra.main(**arguments)(task)()
+            except UserError as error:
+                fail(str(error))
+            except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+                fail(composition_error(error))
+
+        return main
+
+    return decorate
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong in one line and end with exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def composition_error(error: Exception) -> str:
+    """What Hydra or OmegaConf says of a config, in one line with the nearest right word."""
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        hint = did_you_mean(option, error.options)
+        return f"{group}={option}: there is no such option.{hint} Use {', '.join(error.options)}."
+    text = str(error)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        name = found.group(1)
+        if not name.count(".") and (match := re.search(r"Did you mean (.*)\?", text)):
+            return f"{name}: there is no such key. Did you mean {match.group(1)}?"
+        group, _, _ = name.partition(".")
+        return f"{name}: there is no such key.{did_you_mean(name, known_keys(group))}"
+    if found := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
+        name = found.group(2)
+        return f"{name}: there is no such key.{did_you_mean(name, known_keys(name.split('.')[0]))}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """ " Did you mean …?" with the nearest of `words`, or nothing."""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def known_keys(group: str) -> list[str]:
+    """All keys, dotted, that the shipped options of a group have, and those of the top level."""
+    files = sorted((CONF / group).glob("*.yaml"))
+    keys = {key for file in files for key in _dotted(read_yaml(file), prefix=f"{group}.")}
+    top = _dotted({k: v for k, v in read_yaml(CONF / "train.yaml").items() if k != "hydra"})
+    groups = (folder.name for folder in CONF.iterdir() if folder.is_dir())
+    return sorted({*keys, *top, *groups} - {"defaults"})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    with path.open() as file:
+        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+
+
+def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """The config as plain dicts, lists and values."""
+    container = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
+    """The object that a node describes; `arguments` are those that only the run knows.
+
+    Raises UserError with one line for a target that cannot be imported or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as hydra_instantiate
+
+    try:
+        if not arguments:
+            return hydra_instantiate(dict(node), _convert_="all")
+        # Called here: Hydra would make configs of objects that are dataclasses.
+        return hydra_instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        raise UserError(f"_target_={node['_target_']}: {_first_lines(error)}") from error
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _dotted(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        if key in ("defaults", "_target_", "_partial_"):
+            continue
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            keys += _dotted(value, f"{prefix}{key}.")
+    return keys
+
+
+def _random_suffix() -> str:
+    import secrets
+
+    return "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(4))

@@ -1,0 +1,139 @@
+"""Which folder a run is in, and whether it begins there or goes on."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regrow.config import read_yaml
+from regrow.errors import UserError
+from regrow.record.folder import load_status
+
+log = logging.getLogger(__name__)
+
+# What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
+# moves the maths beyond float rounding. Everything else has to be named to be changed.
+MAY_CHANGE = (
+    "resume",
+    "tags",
+    "notes",
+    "logger.*",
+    "data.root",
+    "data.source.root",
+    "data.num_workers",
+    "data.pin_memory",
+    "data.persistent_workers",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_seconds",
+    "trainer.device",
+    "trainer.devices",
+    "trainer.strategy",
+    "trainer.accumulation_steps",
+    "trainer.num_threads",
+    "trainer.log_every_steps",
+    "trainer.log_histograms_every_steps",
+    "trainer.check_first_batch",
+    "trainer.progress_bar",
+    "trainer.profile",
+    "trainer.detect_anomaly",
+    "trainer.checkpoint.*",
+)
+LIMITS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_seconds")
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """`resume=<folder> …` as the run's recorded overrides, then the new ones, in that folder.
+
+    Any other command line is left as it is. Raises UserError for a folder that holds no run.
+    """
+    named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not named or named[-1] in ("auto", "never"):
+        return list(arguments)
+    folder = Path(named[-1].strip("'\""))
+    recorded = folder / ".hydra" / "overrides.yaml"
+    if not recorded.is_file():
+        raise UserError(
+            f"resume={folder}: there is no run in that folder. Give the folder that a run printed "
+            "at its start, such as outputs/digits/latest."
+        )
+    if any(a in ("-m", "--multirun") for a in arguments):
+        raise UserError(f"resume={folder} goes on with one run. Leave out --multirun.")
+    new = [a for a in arguments if not a.startswith("resume=")]
+    keys = {key_of(a) for a in new}
+    old = [a for a in yaml.safe_load(recorded.read_text()) or [] if key_of(a) not in keys]
+    return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
+
+
+def key_of(override: str) -> str:
+    """The key that an override such as `+a.b@c=1` or `~a.b` is about."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def continues(folder: Path, config: dict[str, Any], new_overrides: Sequence[str]) -> bool:
+    """Whether `folder` holds a run that this one goes on with. Raises UserError if it must not.
+
+    A null `trainer.num_threads` becomes what the recorded run had: bits depend on it.
+    """
+    if not (folder / "config.yaml").is_file():
+        return False
+    recorded = read_yaml(folder / "config.yaml")
+    if config["resume"] == "never":
+        raise UserError(
+            f"hydra.run.dir={folder} holds a run already, and resume=never. Use another folder, or "
+            "leave out resume=never to go on with it."
+        )
+    if config["trainer"]["num_threads"] is None:
+        config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
+    by_name = config["resume"] not in ("auto", "never")
+    named = {key_of(override) for override in new_overrides} if by_name else set()
+    refused = []
+    for key, (old, new) in differences(recorded, config).items():
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
+            log.info("changed: %s from %s to %s", key, old, new)
+        elif any(key == name or key.startswith(f"{name}.") for name in named):
+            log.warning("changed by name: %s from %s to %s", key, old, new)
+        else:
+            refused.append(f"{key} was {old} and would be {new}")
+    if refused:
+        way_out = (
+            "Name a key on the command line to change it all the same, or start a new run."
+            if by_name
+            else f"Use another folder, or resume={folder} with the keys to change."
+        )
+        raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
+    return True
+
+
+def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder's run is complete and no limit was raised since."""
+    status = load_status(folder)
+    if status is None or status["state"] != "completed":
+        return False
+    changed = differences(read_yaml(folder / "config.yaml"), config)
+    return not any(limit in changed for limit in LIMITS)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both; a key that is not there shows as "absent"."""
+    before, after = _flat(old), _flat(new)
+    return {
+        key: (before.get(key, "absent"), after.get(key, "absent"))
+        for key in sorted({*before, *after})
+        if before.get(key, "absent") != after.get(key, "absent")
+    }
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

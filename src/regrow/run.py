@@ -1,0 +1,288 @@
+"""From a composed config to objects, in order, and from objects to a finished run.
+
+All objects are made here and nowhere else. `build` touches no folder, so that whatever is wrong
+with the data, the model or their fit shows before anything is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.config import did_you_mean, instantiate
+from regrow.errors import UserError
+from regrow.randomness import key, seed_everything
+from regrow.record import folder as records
+from regrow.record import loggers, plots, report
+from regrow.training import checkpoint, loop, optim
+from regrow.training.interrupt import StopRequest
+from regrow.training.options import TrainerOptions
+from regrow.training.parallel import World
+from regrow.training.precision import LossScale
+from regrow.training.schedules import RunLength
+from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a config describes, made."""
+
+    options: TrainerOptions
+    data: Any
+    task: Any
+    state: TrainState
+    train: loop.TrainBatches
+    val: loop.EvalBatches
+    total_steps: int | None
+    parameters: list[nn.Parameter]
+
+
+def build(config: Mapping[str, Any], world: World) -> Objects:
+    """Every object of a run, in the order in which they need each other. Writes nothing."""
+    seed = config["seed"]
+    options: TrainerOptions = instantiate(config["trainer"])
+    set_numerics(options, world.device)
+
+    data = instantiate(config["data"])
+    train = data.train(device=world.device, rank=world.rank, world_size=world.size)
+    val = data.evaluation("val", device=world.device, rank=world.rank, world_size=world.size)
+
+    seed_everything(key(seed, "model"))
+    model: nn.Module = instantiate(config["model"])
+    if config["init_from"]:
+        from regrow.load import load_weights
+
+        load_weights(model, Path(config["init_from"]))
+    model.to(world.device)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    task_node = dict(config["task"])
+    if task_node.get("class_names", ...) is None:
+        task_node["class_names"] = data.class_names  # found in the data, such as folders' names
+    task = instantiate(task_node, loss=instantiate(config["loss"]))
+    task.in_units = data.in_units  # a regression's metrics are in the targets' own units
+    measured = ["val/loss", *(f"val/{name}" for name in task.metrics(world.device).names)]
+    if options.monitor not in measured:
+        hint = did_you_mean(options.monitor, measured)
+        raise UserError(
+            f"trainer.monitor={options.monitor} is not measured.{hint}"
+            f" There are {', '.join(name for name in measured if name.count('/') == 1)}."
+        )
+    slices = options.accumulation_steps
+    if slices > 1 and not task.sums_over_examples:
+        raise UserError(
+            f"trainer.accumulation_steps={slices}: this loss is no sum over examples, so the batch "
+            "cannot be cut into slices. Use trainer.accumulation_steps=1."
+        )
+
+    total_steps = steps_of(options, train.steps_per_epoch)
+    groups = optim.parameter_groups(model, **config["param_groups"])
+    optimizer = optim.build(instantiate(config["optimizer"]), groups)
+    schedule = instantiate(config["scheduler"])(
+        length=RunLength(total_steps=total_steps, steps_per_epoch=train.steps_per_epoch)
+    )
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        averaged=average_of(model) if options.ema_decay is not None else None,
+        loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
+        sums=torch.zeros(4, dtype=loop.sum_dtype(world.device), device=world.device),
+        skips=torch.zeros(2, device=world.device),
+        steps_per_epoch=train.steps_per_epoch,
+    )
+    state.progress.slices = slices
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if options.compile:
+        model.compile()
+    return Objects(options, data, task, state, train, val, total_steps, parameters)
+
+
+def check_first_batch(objects: Objects, world: World) -> None:
+    """Find what does not fit, before a folder is made. Leaves no trace in the run."""
+    model, options = objects.state.model, objects.options
+    loop.check_first_batch(model, objects.task, objects.val, options.precision)
+
+
+def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
+    """Optimizer steps of the whole run; None when only time limits it."""
+    if options.max_steps is not None:
+        return options.max_steps
+    return None if options.max_epochs is None else options.max_epochs * steps_per_epoch
+
+
+def train(
+    objects: Objects, config: Mapping[str, Any], folder: Path, world: World, stop: StopRequest
+) -> dict[str, Any]:
+    """Train in `folder`, going on where its last checkpoint is, and write the record of it.
+
+    Returns the content of `summary.json`; its `status` is "completed" or "interrupted".
+    """
+    options, state = objects.options, objects.state
+    writer = checkpoint.CheckpointWriter(folder / "checkpoints", options.checkpoint, options.mode)
+    loaded = checkpoint.load_newest(writer.folder)
+    position = 0
+    if loaded is not None:
+        parts, facts = loaded
+        state.load_state_dict(parts)
+        position = facts["metrics_bytes"]
+        writer.saved = (state.step, state.progress.evaluated_step == state.step)
+        log.info("going on from step %d (%s)", state.step, f"checkpoints/step_{state.step:08d}")
+    record = loggers.open_loggers(
+        folder,
+        {name: instantiate(node) for name, node in config["logger"].items()},
+        position=position,
+        resume_step=state.step if loaded else None,
+        run_name=f"{folder.parent.name}/{folder.name}",
+        config=config,
+    )
+    plan = loop.Plan(
+        options=options,
+        task=objects.task,
+        train=objects.train,
+        val=objects.val,
+        forward=state.model,
+        world=world,
+        seed=config["seed"],
+        total_steps=objects.total_steps,
+        parameters=objects.parameters,
+        clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
+        buffers=Buffers(state.model),
+        checkpoints=writer,
+        record=record,
+        stop=stop,
+    )
+    started = time.perf_counter()
+    try:
+        with profiling(options, folder):
+            status = loop.fit(state, plan)
+        summary = summarise(status, state, options, started)
+        if status == "completed":
+            summary |= test_once(objects, plan, folder)
+            records.write_json(folder / "summary.json", summary)
+    finally:
+        writer.wait()
+        record.close()
+        objects.data.close()
+    if status == "completed":
+        draw(folder)
+    return summary
+
+
+def summarise(
+    status: str, state: TrainState, options: TrainerOptions, started: float
+) -> dict[str, Any]:
+    progress = state.progress
+    return {
+        "status": status,
+        "steps": state.step,
+        "epochs": state.epoch,
+        "best": {
+            "metric": options.monitor,
+            "value": progress.best_value,
+            "step": progress.best_step,
+        },
+        "val": progress.best_values,
+        "test": {},
+        "stopped_early": progress.stopped_early,
+        "skipped_steps": int(state.skips[0].item()),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "weights_sha256": weights_sha256(state.model),
+        "seconds": progress.seconds,
+        "seconds_of_this_part": time.perf_counter() - started,
+    }
+
+
+def test_once(objects: Objects, plan: loop.Plan, folder: Path) -> dict[str, Any]:
+    """Measure the test split, once, with the best weights; averaged ones where there are any."""
+    state = objects.state
+    best = folder / "checkpoints" / "best"
+    if best.exists():
+        parts, facts = checkpoint.load(best.resolve())
+        state.evaluated.load_state_dict(parts.get("averaged", parts["model"]))
+        log.info("testing the weights of step %d", facts["step"])
+    batches = objects.data.evaluation(
+        "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
+    )
+    values, details = loop.evaluate(state, batches, plan, name="test")
+    plan.record.log(state.step, state.epoch, values)
+    (folder / "plots").mkdir(exist_ok=True)
+    records.write_json(folder / "plots" / "test.json", details)
+    return {"test": values}
+
+
+def draw(folder: Path) -> None:
+    """The pictures and the page. They come last and never fail a run that is done."""
+    try:
+        plots.draw(folder)
+        report.write(folder)
+    except Exception:
+        log.warning("no pictures: the run itself is complete", exc_info=True)
+
+
+def profiling(options: TrainerOptions, folder: Path) -> Any:
+    """torch.profiler over the training, its trace in the run folder; for runs of a few steps."""
+    import contextlib
+
+    if not options.profile:
+        return contextlib.nullcontext()
+    from torch.profiler import profile
+
+    def finish(profiler: Any) -> None:
+        (folder / "profile").mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "profile" / "trace.json"))
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+        (folder / "profile" / "operators.txt").write_text(table)
+        log.info("profile: %s (open in a browser at ui.perfetto.dev)", folder / "profile")
+
+    return profile(on_trace_ready=finish, profile_memory=True, with_stack=False)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU, and says so."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        chosen = "cuda" if cuda else "mps" if mps else "cpu"
+        log.debug("trainer.device=auto: %s", chosen)
+        return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise UserError(
+            f"trainer.device={name}: this machine has none that torch {torch.__version__} can use. "
+            "Use trainer.device=auto or trainer.device=cpu."
+        )
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def set_numerics(options: TrainerOptions, device: torch.device) -> None:
+    """The switches of the process that bits and speed depend on."""
+    if options.precision == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"trainer.precision=fp16 needs CUDA, and the device is {device.type}. "
+            "Use trainer.precision=bf16."
+        )
+    torch.set_num_threads(options.num_threads or usable_cores())
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = options.tf32
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(options.deterministic)
+    torch.autograd.set_detect_anomaly(options.detect_anomaly)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

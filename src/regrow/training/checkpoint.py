@@ -1,0 +1,334 @@
+"""Checkpoints: folders that are complete or absent, verified when read, rotated when written.
+
+A checkpoint is written under a temporary name, its files are synced, a manifest with the size and
+SHA-256 of each is written last, and the folder is renamed. So at every instant at least one
+complete checkpoint exists once the first was written. `torch.load` accepts a flipped bit without a
+word; the manifest does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from regrow.errors import UserError
+from regrow.training.options import CheckpointOptions
+
+log = logging.getLogger(__name__)
+
+Parts = dict[str, dict[str, Any]]
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpoint(Exception):
+    """Says in one line what is wrong with which file."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint's manifest says beside its files."""
+
+    step: int
+    epoch: int
+    value: float | None  # the monitored value, if this step was evaluated
+    milestone: bool
+    metrics_bytes: int  # how much of metrics.jsonl belongs to this step
+
+
+class CheckpointWriter:
+    """Saves beside the loop: the loop waits for a copy of the state, never for the disk.
+
+    One copy of the state is kept in memory and used again. There is never more than one write under
+    way; one that failed is reported at the next save, and the older checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, options: CheckpointOptions, mode: str) -> None:
+        self.folder, self.options, self.mode = folder, options, mode
+        self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: OSError | None = None
+        folder.mkdir(exist_ok=True)
+        _clear_up(folder)
+
+    def save(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
+        """Copy `parts` and write them in the background. `sync` makes the metrics file durable."""
+        self.wait()
+        snapshot = self._copy(parts)
+        self._thread = threading.Thread(
+            target=self._write, args=(snapshot, facts, sync), name="checkpoint"
+        )
+        self._thread.start()
+        if not self.options.background:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Wait for the write under way. Returns whether it went well; says so when it did not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is None:
+            return True
+        log.warning(
+            "checkpoint not saved: %s. The run goes on; the checkpoints before it are untouched.",
+            self._failure,
+        )
+        self._failure = None
+        return False
+
+    def _copy(self, parts: Parts) -> Parts:
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+
+        def copied(value: Any, path: str) -> Any:
+            if isinstance(value, Tensor):
+                copy = self._copies.get(path)
+                if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                    copy = torch.empty(
+                        value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
+                    )
+                    self._copies[path] = copy
+                sources.append(value.detach())
+                targets.append(copy)
+                return copy
+            if isinstance(value, Mapping):
+                return {key: copied(item, f"{path}/{key}") for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(copied(item, f"{path}/{i}") for i, item in enumerate(value))
+            return value
+
+        snapshot = {name: copied(part, name) for name, part in parts.items()}
+        with torch.no_grad():
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+        if any(source.device.type == "cuda" for source in sources):
+            torch.cuda.synchronize()
+        return snapshot
+
+    def _write(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
+        try:
+            sync()
+            write(self.folder, parts, facts)
+            rotate(self.folder, self.options, self.mode, written=facts.step)
+        except OSError as error:
+            self._failure = error
+
+
+def write(folder: Path, parts: Parts, facts: Facts) -> Path:
+    """One checkpoint, `folder/step_<8 digits>`, whole or not at all. Raises OSError."""
+    target = folder / f"step_{facts.step:08d}"
+    temporary = folder / f".tmp-{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        files = {}
+        for name, part in parts.items():
+            with (temporary / f"{name}.pt").open("wb") as file:
+                hashed = _HashingFile(file)
+                torch.save(part, cast(BinaryIO, hashed))
+                _sync(file)
+            files[f"{name}.pt"] = {"bytes": hashed.size, "sha256": hashed.sha256.hexdigest()}
+        content = {"format": 1, **vars(facts), "files": files}
+        with (temporary / MANIFEST).open("wb") as file:
+            file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
+            _sync(file)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except RuntimeError as error:  # torch's zip writer wraps a failed write
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(str(error).splitlines()[0]) from error
+    if target.exists():  # of this run before it went back to an older one
+        old = folder / f".old-{target.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    _sync_folder(folder)
+    shutil.rmtree(folder / f".old-{target.name}", ignore_errors=True)
+    return target
+
+
+def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int) -> None:
+    """Delete what is neither newest, nor best, nor a milestone, nor just written.
+
+    `last` and `best` are made to name theirs first. Incomplete folders do not count, and nothing
+    but checkpoints of this folder is touched.
+    """
+    manifests = {path: read_manifest(path) for path in complete(folder)}
+    newest_first = sorted(manifests, reverse=True)
+    sign = 1 if mode == "max" else -1
+    ranked = sorted(
+        (path for path, facts in manifests.items() if _is_number(facts["value"])),
+        key=lambda path: (-sign * manifests[path]["value"], manifests[path]["step"]),
+    )
+    kept = {
+        *newest_first[: max(1, options.keep_last)],
+        *ranked[: max(1, options.keep_best)],
+        *(path for path, facts in manifests.items() if facts["milestone"]),
+        folder / f"step_{written:08d}",
+    }
+    _point(folder / "last", newest_first[0])
+    if ranked:
+        _point(folder / "best", ranked[0])
+    for path in newest_first:
+        if path not in kept:
+            old = folder / f".old-{path.name}"
+            path.rename(old)  # from here on it is incomplete for every reader
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints whose manifest can be read, oldest first. Their files are not looked at."""
+    found = []
+    for path in sorted(folder.glob("step_????????")):
+        with contextlib.suppress(DamagedCheckpoint):
+            read_manifest(path)
+            found.append(path)
+    return found
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises DamagedCheckpoint."""
+    try:
+        content: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        digest = content.pop("sha256")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST} is missing") from None
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST} cannot be read: {error}") from None
+    if digest != _digest(content):
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST} does not match its own SHA-256")
+    return content
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, once every file agrees with it. Raises DamagedCheckpoint."""
+    content = read_manifest(path)
+    for name, expected in content["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{path.name}/{name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise DamagedCheckpoint(
+                f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            )
+        with file.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != expected["sha256"]:
+                raise DamagedCheckpoint(f"{path.name}/{name} does not match its SHA-256")
+    return content
+
+
+def load(path: Path) -> tuple[Parts, dict[str, Any]]:
+    """A verified checkpoint: its parts on the CPU, and its manifest. Raises DamagedCheckpoint."""
+    content = verify(path)
+    parts = {
+        Path(name).stem: torch.load(path / name, map_location="cpu", weights_only=True)
+        for name in content["files"]
+    }
+    return parts, content
+
+
+def load_newest(folder: Path) -> tuple[Parts, dict[str, Any]] | None:
+    """The newest checkpoint that verifies; None where none was ever written.
+
+    Says which it skipped and why, and renames those out of the way (they are kept). Raises
+    UserError when there are some and all are damaged: that is never taken for a fresh start.
+    """
+    reasons = []
+    for path in sorted(folder.glob("step_????????"), reverse=True):
+        try:
+            loaded = load(path)
+        except DamagedCheckpoint as damage:
+            reasons.append(str(damage))
+            continue
+        for reason in reasons:
+            log.warning("checkpoint skipped: %s. Going back to %s.", reason, path.name)
+        for newer in folder.glob("step_????????"):
+            if newer.name > path.name:
+                _set_aside(newer)
+        return loaded
+    if reasons:
+        raise UserError(
+            f"{folder}: every checkpoint is damaged ({'; '.join(reasons)}). Nothing was changed. "
+            "Restore one from a copy, or start anew in another folder."
+        )
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    for number in range(1000):
+        aside = path.with_name(f"damaged_{path.name}" + (f"_{number}" if number else ""))
+        if not aside.exists():
+            path.rename(aside)
+            return
+
+
+def _clear_up(folder: Path) -> None:
+    """Remove what a killed process left half-done; put back what it had half replaced."""
+    for old in folder.glob(".old-step_????????"):
+        target = folder / old.name.removeprefix(".old-")
+        if not target.exists():
+            with contextlib.suppress(DamagedCheckpoint):
+                read_manifest(old)
+                old.rename(target)
+    for leftover in (*folder.glob(".tmp-*"), *folder.glob(".old-*")):
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _HashingFile:
+    """A binary file that knows the size and SHA-256 of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and value == value
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(link: Path, target: Path) -> None:
+    """Let the symbolic link name `target`, in one step."""
+    temporary = link.with_name(f".tmp-{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(link)

@@ -1,0 +1,71 @@
+"""Stopping when asked to: SIGTERM, SIGINT and SIGUSR1 end a run after a last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """Raised where waiting for the end of a step would take too long, as in an evaluation."""
+
+
+class StopRequest:
+    """Notes the first signal and leaves the loop to stop at its next safe place.
+
+    A second signal stops at once. As a context manager it puts the handlers back. Outside the main
+    thread it handles nothing and only answers that nobody asked.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._waiting = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def while_waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, with the wait for each cut short by raising Interrupted."""
+        iterator = iter(items)
+        while True:
+            self._waiting = True
+            try:
+                if self.requested:
+                    raise Interrupted
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting = False
+            yield item
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        if self._waiting:
+            raise Interrupted

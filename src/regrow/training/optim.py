@@ -1,0 +1,230 @@
+"""Parameter groups by rule, the update itself, and Muon for matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow.errors import UserError
+
+
+def parameter_groups(
+    model: nn.Module, *, lr_scale: Mapping[str, float], decay_norms_and_biases: bool
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups that share a rate and a decay.
+
+    `lr_scale` maps a pattern of parameter or module names to a factor of the rate; the first that
+    matches counts. Vectors (norms, biases) get no weight decay unless `decay_norms_and_biases`.
+    Raises UserError for a pattern that matches nothing and for a model with nothing to train.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    unused = set(lr_scale)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        for pattern, factor in lr_scale.items():
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
+                scale = factor
+                unused.discard(pattern)
+                break
+        decays = decay_norms_and_biases or parameter.ndim > 1
+        groups.setdefault((scale, decays), []).append(parameter)
+    if unused:
+        names = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
+        raise UserError(
+            f"param_groups.lr_scale={dict(lr_scale)}: no trainable parameter matches "
+            f"{', '.join(sorted(unused))}. The model's parts are {', '.join(names)}."
+        )
+    if not groups:
+        raise UserError("model.freeze leaves nothing to train. Freeze fewer modules.")
+    return [
+        {"params": parameters, "lr_scale": scale} | ({} if decays else {"weight_decay": 0.0})
+        for (scale, decays), parameters in groups.items()
+    ]
+
+
+def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer over `groups`, each with the rate that the schedule multiplies, `base_lr`."""
+    for group in groups:
+        group["lr_scale"] = float(group["lr_scale"])
+    optimizer = make(groups)
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"] * group["lr_scale"]
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """The rate of every group for the next update. It follows from the step alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+@dataclass(frozen=True)
+class Clipping:
+    norm: float | None
+    value: float | None
+
+
+# Their fused kernels take `found_inf` and leave weights and moments alone where it is 1.
+_SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+@contextlib.contextmanager
+def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
+    """Lets a schedule-free optimizer show the weights it stands for, and puts back the others.
+
+    Such optimizers (Defazio et al., "The road less scheduled", 2024) train one point and evaluate
+    another. Their own way back is not exact to the bit, so the weights are kept and copied back.
+    """
+    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+        yield
+        return
+    parameters = [p.data for p in model.parameters()]
+    before = [p.clone() for p in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        torch._foreach_copy_(parameters, before)
+
+
+def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether a bad step can be skipped without asking the device first."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return device.type != "cpu" and fused and type(optimizer) in _SKIP_ON_DEVICE
+
+
+def update(
+    optimizer: Optimizer,
+    gradients: list[Tensor],
+    norm: Tensor,
+    *,
+    factor: float | Tensor,
+    clipping: Clipping,
+    valid: Tensor,
+) -> Tensor:
+    """One update with `gradients * factor`, clipped; nothing at all where it would not be finite.
+
+    `norm` is the norm of `gradients` before the factor, `valid` a () tensor that is finite if the
+    loss is. Returns () 1.0 where the update was skipped, else 0.0, on the device of `norm`.
+    """
+    true_norm = norm * factor
+    found_inf = (true_norm + valid * 0).isfinite().logical_not().float()
+    on_device = skips_on_device(optimizer, norm.device)
+    if not on_device and found_inf.item():  # the one synchronisation of such a step
+        return found_inf
+    scale = factor
+    if clipping.norm is not None:
+        # As torch.nn.utils.clip_grad_norm_, with the factor multiplied in: one pass for both.
+        scale = factor * (clipping.norm / (true_norm + 1e-6)).clamp(max=1.0)
+    if isinstance(scale, Tensor) and norm.device.type == "cpu":
+        scale = scale.item()
+    if not isinstance(scale, float) or scale != 1.0:
+        torch._foreach_mul_(gradients, scale)
+    if clipping.value is not None:
+        torch._foreach_clamp_min_(gradients, -clipping.value)
+        torch._foreach_clamp_max_(gradients, clipping.value)
+    if on_device:
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    optimizer.step()
+    return found_inf
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices inside the network, AdamW for everything else, as one optimizer.
+
+    Muon orthogonalises the momentum of a matrix (Jordan et al., "Muon", 2024); it is not meant for
+    vectors, embeddings or convolution kernels, which AdamW takes.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        ns_steps: int,
+        weight_decay: float,
+        adjust_lr_fn: str,
+        adamw_betas: tuple[float, float],
+        adamw_eps: float,
+    ) -> None:
+        groups = list(params)
+        super().__init__(_split_by_rank(groups), {"lr": lr, "weight_decay": weight_decay})
+        matrices = [g for g in self.param_groups if g["is_matrix"]]
+        others = [g for g in self.param_groups if not g["is_matrix"]]
+        self.parts: list[Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    momentum=momentum,
+                    nesterov=nesterov,
+                    ns_steps=ns_steps,
+                    adjust_lr_fn=adjust_lr_fn,
+                )
+            )
+        if others:
+            beta1, beta2 = adamw_betas
+            self.parts.append(
+                torch.optim.AdamW(others, lr=lr, betas=(beta1, beta2), eps=adamw_eps, fused=True)
+            )
+        # The parts hold the groups and the moments; this object shows them as one.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def _split_by_rank(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    split = []
+    for group in groups:
+        for is_matrix in (True, False):
+            params = [p for p in group["params"] if (p.ndim == 2) is is_matrix]
+            if params:
+                split.append({**group, "params": params, "is_matrix": is_matrix})
+    return split
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """() the global 2-norm; NaN or inf if any element is."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter whose gradient, or else value, is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return name
+    for name, parameter in model.named_parameters():
+        if not math.isfinite(parameter.detach().float().sum().item()):
+            return name
+    return None

@@ -1,0 +1,55 @@
+"""The trainer's settings, as frozen values. Their defaults stand in `conf/trainer/`, only there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    patience: int | None  # evaluations
+    min_delta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    save_every_epochs: int | None
+    save_every_steps: int | None
+    keep_last: int
+    keep_best: int
+    milestones_every_epochs: int | None
+    background: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    max_epochs: int | None
+    max_steps: int | None
+    max_seconds: float | None
+    device: str
+    devices: int
+    strategy: str
+    accumulation_steps: int
+    num_threads: int | None
+    precision: str
+    clip_norm: float | None
+    clip_value: float | None
+    ema_decay: float | None
+    max_skipped_steps: int
+    deterministic: bool
+    tf32: bool
+    cudnn_benchmark: bool
+    channels_last: bool
+    compile: bool
+    detect_anomaly: bool
+    profile: bool
+    eval_every_epochs: int | None
+    eval_every_steps: int | None
+    log_every_steps: int
+    log_histograms_every_steps: int | None
+    check_first_batch: bool
+    progress_bar: bool
+    monitor: str
+    mode: str
+    early_stopping: EarlyStopping
+    checkpoint: CheckpointOptions

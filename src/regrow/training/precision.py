@@ -1,0 +1,48 @@
+"""Autocast, and the loss scale of fp16."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context of a forward pass and its loss. It may be entered again and again."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, _AUTOCAST[precision])
+
+
+class LossScale:
+    """The factor that keeps fp16 gradients from vanishing, on the device.
+
+    It halves after a step whose gradient overflowed and doubles after `growth_interval` steps
+    without one (Micikevicius et al., "Mixed precision training", ICLR 2018). The factor is a
+    tensor, so that the search costs no host synchronisation.
+    """
+
+    def __init__(
+        self, device: torch.device, *, initial: float = 2.0**16, growth_interval: int = 2000
+    ) -> None:
+        self.value = torch.full((), initial, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.growth_interval = growth_interval
+
+    def update(self, skipped: Tensor) -> None:
+        """`skipped`: () 1.0 where the gradient was not finite, else 0.0."""
+        good_steps = (self.good_steps + 1) * (1 - skipped)
+        grows = (good_steps >= self.growth_interval).float()
+        self.value.mul_(1 - 0.5 * skipped).mul_(1 + grows)
+        self.good_steps.copy_(good_steps * (1 - grows))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value.clone(), "good_steps": self.good_steps.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value.copy_(state["value"])
+        self.good_steps.copy_(state["good_steps"])

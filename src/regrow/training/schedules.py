@@ -1,0 +1,240 @@
+"""Learning rates as functions of the step: `step -> factor` of `optimizer.lr`.
+
+A rate depends on the step alone, so there is nothing to save and a resumed run takes up the same
+curve. Only the plateau depends on what happened; its history is in the checkpoint. Every schedule
+is told the run's length by the run, never by the user, and takes a linear warm-up in steps or as a
+fraction of all steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from regrow.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run will be, handed in by the run."""
+
+    total_steps: int | None  # None: limited by time alone
+    steps_per_epoch: int
+
+    def total(self, name: str) -> int:
+        if self.total_steps is None:
+            raise UserError(
+                f"scheduler={name} needs the number of steps, and trainer.max_epochs and "
+                "trainer.max_steps are both null. Set one, or use scheduler=constant or plateau."
+            )
+        return self.total_steps
+
+    def warmup(self, steps: int | None, fraction: float | None) -> int:
+        """Steps of warm-up, given as a number or as a fraction of all steps."""
+        if fraction is None:
+            return steps or 0
+        if self.total_steps is None:
+            raise UserError(
+                f"scheduler.warmup_fraction={fraction} needs the number of steps, and "
+                "trainer.max_epochs and trainer.max_steps are both null. "
+                "Use scheduler.warmup_steps."
+            )
+        return round(fraction * self.total_steps)
+
+
+class Schedule(Protocol):
+    """The factor of the rate for the update that follows `step` updates."""
+
+    def __call__(self, step: int) -> float: ...
+
+
+def constant(
+    *,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return _warmed_up(lambda step: 1.0, warmup)
+
+
+def step(
+    *,
+    every_epochs: int,
+    gamma: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    """`gamma` to the power of the number of full periods of `every_epochs` epochs."""
+    period = every_epochs * length.steps_per_epoch
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return _warmed_up(lambda step: gamma ** (step // period), warmup)
+
+
+def multistep(
+    *,
+    milestones_epochs: Sequence[int],
+    gamma: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    """`gamma` to the power of the number of milestones passed."""
+    milestones = [epoch * length.steps_per_epoch for epoch in milestones_epochs]
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return _warmed_up(lambda step: gamma ** sum(step >= m for m in milestones), warmup)
+
+
+def exponential(
+    *,
+    gamma: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    """`gamma` per epoch, in equal parts over its steps."""
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return _warmed_up(lambda step: gamma ** (step / length.steps_per_epoch), warmup)
+
+
+def linear(
+    *,
+    final_factor: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    """From 1 after the warm-up straight to `final_factor` at the end."""
+    total = length.total("linear")
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return _warmed_up(
+        lambda step: _between(1.0, final_factor, _progress(step, warmup, total)), warmup
+    )
+
+
+def cosine(
+    *,
+    final_factor: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    """Half a cosine from 1 to `final_factor` (Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5)."""
+    total = length.total("cosine")
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return _warmed_up(
+        lambda step: _half_cosine(1.0, final_factor, _progress(step, warmup, total)), warmup
+    )
+
+
+def onecycle(
+    *,
+    peak_fraction: float,
+    initial_factor: float,
+    final_factor: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Schedule:
+    """Up to the peak and down, each half a cosine (Smith and Topin, "Super-convergence", 2018)."""
+    total = length.total("onecycle")
+    peak = max(1, round(peak_fraction * total))
+
+    def factor(step: int) -> float:
+        if step < peak:
+            return _half_cosine(initial_factor, 1.0, step / peak)
+        return _half_cosine(1.0, final_factor, _progress(step, peak, total))
+
+    return _warmed_up(factor, length.warmup(warmup_steps, warmup_fraction))
+
+
+class Plateau:
+    """Times `factor` whenever `patience` evaluations in a row brought no improvement."""
+
+    def __init__(
+        self,
+        *,
+        factor: float,
+        patience: int,
+        min_delta: float,
+        min_factor: float,
+        warmup_steps: int,
+    ) -> None:
+        self.factor, self.patience, self.min_delta = factor, patience, min_delta
+        self.min_factor, self.warmup_steps = min_factor, warmup_steps
+        self.best: float | None = None
+        self.waited = 0
+        self.current = 1.0
+
+    def __call__(self, step: int) -> float:
+        return self.current * _ramp(step, self.warmup_steps)
+
+    def update(self, value: float, mode: str) -> None:
+        """Take in a monitored value. A NaN is no improvement."""
+        if improves(value, self.best, mode=mode, min_delta=self.min_delta):
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited > self.patience:
+            self.waited = 0
+            self.current = max(self.min_factor, self.current * self.factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "current": self.current}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited, self.current = state["best"], state["waited"], state["current"]
+
+
+def plateau(
+    *,
+    factor: float,
+    patience: int,
+    min_delta: float,
+    min_factor: float,
+    warmup_steps: int | None,
+    warmup_fraction: float | None,
+    length: RunLength,
+) -> Plateau:
+    warmup = length.warmup(warmup_steps, warmup_fraction)
+    return Plateau(
+        factor=factor,
+        patience=patience,
+        min_delta=min_delta,
+        min_factor=min_factor,
+        warmup_steps=warmup,
+    )
+
+
+def improves(value: float, best: float | None, *, mode: str, min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` by more than `min_delta`. A NaN never does."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value > best + min_delta if mode == "max" else value < best - min_delta
+
+
+def _warmed_up(factor: Callable[[int], float], warmup_steps: int) -> Schedule:
+    return lambda step: factor(step) * _ramp(step, warmup_steps)
+
+
+def _ramp(step: int, warmup_steps: int) -> float:
+    # The first update has 1/warmup_steps of the rate, not zero: no update is wasted.
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def _progress(step: int, start: int, total: int) -> float:
+    """0 at `start`, 1 when all `total` updates are done: the last one still moves something."""
+    return min(1.0, max(0.0, (step - start) / max(1, total - start)))
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * progress
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,163 @@
+"""All that changes during a run, and so exactly what a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow.training import optim
+from regrow.training.precision import LossScale
+from regrow.training.schedules import Plateau, Schedule
+
+
+@dataclass
+class Progress:
+    """The plain values: counters, and the history that decisions were taken from."""
+
+    step: int = 0  # optimizer steps, skipped ones too: the run's position
+    evaluated_step: int = -1  # the last step whose evaluation is done
+    best_value: float | None = None
+    best_step: int | None = None
+    best_values: dict[str, float] = field(default_factory=dict)  # all that was measured there
+    evaluations_without_improvement: int = 0  # of early stopping's own reference
+    reference_value: float | None = None  # what early stopping compares with
+    stopped_early: bool = False
+    slices: int = 1  # per process and step; grows after an out-of-memory
+    seconds: float = 0.0  # of training, over all parts of the run
+    train_means: dict[str, float] = field(default_factory=dict)  # of the last whole epoch
+    latest: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+
+@dataclass
+class TrainState:
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    averaged: nn.Module | None  # the exponential moving average of the model
+    loss_scale: LossScale | None  # of fp16
+    sums: Tensor  # (4,) float64: loss, score, weight, examples since the epoch began
+    skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
+    steps_per_epoch: int
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed, and so the number of the epoch that the next step is in."""
+        return self.progress.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.progress.step % self.steps_per_epoch
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and kept: the averaged one, if there is one."""
+        return self.averaged if self.averaged is not None else self.model
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """One entry for each file of a checkpoint. Tensors and plain containers only."""
+        parts: dict[str, dict[str, Any]] = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {**vars(self.progress), "sums": self.sums, "skips": self.skips},
+        }
+        if self.averaged is not None:
+            parts["averaged"] = self.averaged.state_dict()
+        elif hasattr(self.optimizer, "eval"):  # schedule-free: the weights it stands for
+            with optim.evaluating(self.optimizer, self.model):
+                parts["averaged"] = {k: v.clone() for k, v in self.model.state_dict().items()}
+        if self.loss_scale is not None:
+            parts["loss_scale"] = self.loss_scale.state_dict()
+        if isinstance(self.schedule, Plateau):
+            parts["schedule"] = self.schedule.state_dict()
+        return parts
+
+    def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
+        """Take up a checkpoint's state, whole. Raises ValueError for a part too many or too few."""
+        expected = set(self.state_dict())
+        if set(parts) != expected:
+            missing = ", ".join(sorted(expected - set(parts))) or "nothing"
+            unexpected = ", ".join(sorted(set(parts) - expected)) or "nothing"
+            raise ValueError(f"the checkpoint lacks {missing} and has {unexpected} too many")
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        progress = dict(parts["progress"])
+        self.sums.copy_(progress.pop("sums"))
+        self.skips.copy_(progress.pop("skips"))
+        self.progress = Progress(**progress)
+        if self.averaged is not None:
+            self.averaged.load_state_dict(parts["averaged"])
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(parts["loss_scale"])
+        if isinstance(self.schedule, Plateau):
+            self.schedule.load_state_dict(parts["schedule"])
+
+
+def average_of(model: nn.Module) -> nn.Module:
+    """A copy to hold the moving average: starts as the model, is never trained."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_average(averaged: nn.Module, model: nn.Module, decay: float, skipped: Tensor) -> None:
+    """`averaged += (1 - decay) (model - averaged)`, unless the step was skipped.
+
+    Buffers (BatchNorm's statistics) are taken over as they are.
+    """
+    if skipped.device.type == "cpu" and skipped.item():
+        return
+    averages: list[Tensor] = list(averaged.parameters())
+    parameters: list[Tensor] = list(model.parameters())
+    if skipped.device.type == "cpu":
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
+    else:  # without asking the device whether it skipped
+        weight = (1 - decay) * (1 - skipped)
+        differences = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(differences, weight)
+        torch._foreach_add_(averages, differences)
+    for average, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
+        average.copy_(buffer)
+
+
+class Buffers:
+    """The model's buffers before a step, to put back if the step is skipped.
+
+    A forward pass moves BatchNorm's statistics before anybody knows that the step is bad.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = [buffer for buffer in model.buffers() if buffer.numel()]
+        self.before = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.before, self.buffers)
+
+    @torch.no_grad()
+    def restore(self, skipped: Tensor) -> None:
+        if not self.buffers or (skipped.device.type == "cpu" and not skipped.item()):
+            return
+        bad = skipped.bool()
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every entry, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

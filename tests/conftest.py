@@ -1,0 +1,22 @@
+"""What all tests share: one thread, no display, no environment of a cluster or tracker."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+os.environ["MPLBACKEND"] = "Agg"
+# Set by torchrun, Slurm or a user's profile; a test that means them sets them itself.
+OUTSIDE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in list(os.environ):
+    if name in OUTSIDE or name.startswith(("SLURM_", "WANDB_", "TORCHELASTIC_", "HYDRA_")):
+        del os.environ[name]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread: bits depend on their number. Does not import torch where no test needs it."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)

@@ -1,0 +1,208 @@
+"""Runs for tests: composed like the real ones, trained in this process, in a folder of their own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from regrow import run as runs
+from regrow.config import CONF, plain
+from regrow.data.batch import Batch
+from regrow.training import loop, optim
+from regrow.training.interrupt import StopRequest
+from regrow.training.options import TrainerOptions
+from regrow.training.parallel import World
+from regrow.training.precision import LossScale
+from regrow.training.state import Buffers, TrainState, average_of
+
+CPU = World(device=torch.device("cpu"))
+# Ragged on purpose: 50 examples in windows of 16, so that each epoch ends in a window of 2.
+TINY = (
+    "data=synthetic",
+    "data.source.num_train=50",
+    "data.source.num_val=20",
+    "data.source.num_test=10",
+    "data.input_shape=[6]",
+    "data.num_classes=3",
+    "data.num_outputs=3",
+    "data.batch_size=16",
+    "model.hidden=[12]",
+    "trainer.max_epochs=3",
+    "trainer.num_threads=1",
+    "trainer.log_every_steps=1",
+    "trainer.device=cpu",
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The config with its `hydra` node, as Hydra's job gets it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return config
+
+
+def config_of(*overrides: str) -> dict[str, Any]:
+    return copy.deepcopy(_config_of(overrides))
+
+
+@functools.cache
+def _config_of(overrides: tuple[str, ...]) -> dict[str, Any]:
+    config = composed(*overrides)
+    names = [str(key) for key in config if key != "hydra"]
+    return plain(OmegaConf.masked_copy(config, names))
+
+
+class StopAtStep(StopRequest):
+    """Asks to stop once the state has reached a step, as a signal at that moment would."""
+
+    def __init__(self, state: Any, step: int | None) -> None:
+        super().__init__()
+        self.state, self.step = state, step
+
+    @property
+    def requested(self) -> bool:
+        if self.step is not None and self.state.step >= self.step and self.signal is None:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+def train(folder: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+    """Train in `folder`, or go on there; stop gracefully at step `stop_at`."""
+    config = config_of(*overrides)
+    return train_config(folder, config, stop_at=stop_at)
+
+
+def train_config(
+    folder: Path, config: dict[str, Any], *, stop_at: int | None = None
+) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    objects = runs.build(config, CPU)
+    return runs.train(objects, config, folder, CPU, StopAtStep(objects.state, stop_at))
+
+
+class InMemory:
+    """A record that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        self.lines.append({"step": step, "epoch": epoch, **values})
+
+    def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def position(self) -> int:
+        return len(self.lines)
+
+    def sync(self) -> None: ...
+
+
+def options_of(**changes: Any) -> TrainerOptions:
+    options: TrainerOptions = runs.instantiate(config_of(*TINY)["trainer"])
+    return dataclasses.replace(options, **changes)
+
+
+class Bench:
+    """The loop's own step over any model, task and batches, without a folder or a data set."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        task: Any,
+        make: Callable[..., Any],
+        *,
+        slices: int = 1,
+        schedule: Callable[[int], float] = lambda step: 1.0,
+        loss_scale: LossScale | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = options_of(**{"log_every_steps": 1, **options})
+        averaged = average_of(model) if self.options.ema_decay is not None else None
+        groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=True)
+        self.state = TrainState(
+            model=model,
+            optimizer=optim.build(make, groups),
+            schedule=schedule,
+            averaged=averaged,
+            loss_scale=loss_scale,
+            sums=torch.zeros(4, dtype=torch.float64),
+            skips=torch.zeros(2),
+            steps_per_epoch=1000,
+        )
+        self.state.progress.slices = slices
+        self.record = InMemory()
+        fields = dict.fromkeys((f.name for f in dataclasses.fields(loop.Plan)), None)
+        known = {
+            "options": self.options,
+            "task": task,
+            "forward": model,
+            "world": CPU,
+            "seed": 0,
+            "parameters": [p for p in model.parameters() if p.requires_grad],
+            "clipping": optim.Clipping(self.options.clip_norm, self.options.clip_value),
+            "buffers": Buffers(model),
+            "record": self.record,
+            "stop": StopRequest(),
+        }
+        self.plan = loop.Plan(**{**fields, **known})  # type: ignore[arg-type]
+        model.train()
+
+    def step(self, batch: Batch) -> dict[str, Any]:
+        """One step; returns its line of the log."""
+        result = loop.train_step(self.state, batch, self.plan)
+        self.state.progress.step += 1
+        loop.report(self.state, result, self.plan)
+        return self.record.lines[-1]
+
+
+def batch_of(inputs: Any, targets: torch.Tensor, weights: torch.Tensor | None = None) -> Batch:
+    return Batch(inputs, targets, weights, len(targets), len(targets))
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the last checkpoint's content and the metrics, the clock aside."""
+    from regrow.training import checkpoint
+
+    parts, _ = checkpoint.load((folder / "checkpoints" / "last").resolve())
+    digest = hashlib.sha256()
+    _add(digest, parts)
+    # repr, not equality: a NaN is the same as a NaN here.
+    digest.update(repr(metrics_of(folder)).encode())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any, name: str = "") -> None:
+    if name.endswith("/seconds") or "/time/" in name:
+        return
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            _add(digest, value[key], f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _add(digest, item, f"{name}/{index}")
+    elif isinstance(value, torch.Tensor):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        digest.update(f"{name} {value!r}".encode())

@@ -1,0 +1,232 @@
+"""Bad input is one line and exit code 2, nothing is written; the YAML is what the code takes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import composed
+
+from regrow.check import RULES, check, locate, shipped_node
+from regrow.config import CONF, read_yaml
+from regrow.errors import UserError
+
+TRAIN = CONF.parent / "scripts" / "train.py"
+
+BAD = {
+    "optimizer.lrr=1": "optimizer.lrr: there is no such key. Did you mean optimizer.lr?",
+    "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
+    "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
+    "optimizr=adam": "optimizr: there is no such key. Did you mean optimizer?",
+    "sed=1": "Did you mean seed?",
+    "+foo=1": "foo: there is no such key.",
+    "optimizer.lr=abc": "optimizer.lr=abc has to be a number above 0.",
+    "optimizer.lr=-1": "optimizer.lr=-1 has to be a number above 0.",
+    "optimizer.lr=": "optimizer.lr= has to be a number",
+    "optimizer.betas=3": "optimizer.betas=3 has to be a list",
+    "optimizer.amsgrad=1": "optimizer.amsgrad=1 has to be true or false",
+    "model.hidden=3": "model.hidden=3 has to be a list",
+    "data.batch_size=[1]": "data.batch_size=[1] has to be an integer",
+    "data.batch_size=2.5": "data.batch_size=2.5 has to be an integer",
+    "trainer.max_epochs=0": "trainer.max_epochs=0 has to be an integer of at least 1, or null.",
+    "trainer.precision=fp8": "has to be one of fp32, bf16, fp16.",
+    "trainer.checkpoint.keep_lst=1": "Did you mean trainer.checkpoint.keep_last?",
+    "trainer.max_epochs=null": "the run would never end",
+    "trainer.monitor=train/loss": "has to be a metric of the validation split",
+    "task=regression": "Use task=multiclass.",
+    "loss=mse": "loss=mse is for task=regression",
+    "data=csv": "has to be given",
+    "model._target_=nope.Net": "there is no such module",
+    "model._target_=torch.nn.Linearr": "Did you mean Linear?",
+    "model._target_=torch.nn.Linear": "torch.nn.Linear takes no such argument",
+    "resume=/no/such/folder": "there is no run in that folder",
+    "logger=wandbb": "Did you mean wandb?",
+    "trainer": "Error parsing override",
+    "optimizer.lr=1 optimizer.lr": "Error parsing override",
+    "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
+    "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
+    "trainer.devices=2 trainer.strategy=single": "Use trainer.strategy=ddp.",
+    "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
+}
+
+
+def run_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_bad_config_is_one_line_and_leaves_nothing(arguments: str, tmp_path: Path) -> None:
+    done = run_train(tmp_path, *arguments.split())
+    assert done.returncode == 2
+    assert BAD[arguments] in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_needs_torch_to_be_found_is_one_line_too(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has what the test asks for in vain")
+    done = run_train(tmp_path, "trainer.device=cuda", "hydra.run.dir=mine")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "trainer.device=cuda" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_ends_in_softmax_is_found_before_a_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(width):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(-1))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    keys = read_yaml(CONF / "model" / "mlp.yaml")
+    removed = [f"~model.{key}" for key in keys if key not in ("_target_", "defaults")]
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), "model._target_=mine.net", "+model.width=1", *removed],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "softmax" in done.stderr.lower() and done.stderr.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from nodes(value, f"{path}.{key}")
+
+
+def options() -> list[tuple[str, str]]:
+    groups = ("model", "optimizer", "scheduler", "data", "task", "loss", "trainer", "logger")
+    return [
+        (group, path.stem)
+        for group in groups
+        for path in sorted((CONF / group).glob("*.yaml"))
+        if not path.stem.startswith("_")
+    ]
+
+
+# What the run hands in: these are no keys of a config.
+HANDED_IN = {
+    "optimizer": {"params"},
+    "scheduler": {"length"},
+    "task": {"loss"},
+    "loss": {"outputs", "targets"},
+    "logger": {"folder", "resume_step", "run_name", "config"},
+    "data": {"images", "inputs"},
+}
+# Of torch's own optimizers, left at torch's defaults: how it computes, not what.
+NOT_CONFIGURED = {"maximize", "foreach", "capturable", "differentiable", "fused"} | {
+    "decoupled_weight_decay",
+    "nesterov",
+    "ns_coefficients",
+}
+
+
+def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
+    """Keys that the target does not take, and parameters without a key."""
+    target = locate(node["_target_"], path)
+    parameters = inspect.signature(target).parameters
+    keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
+    absent = set(parameters) - keys - HANDED_IN.get(group, set())
+    if node["_target_"].startswith("torch.optim."):
+        absent -= NOT_CONFIGURED
+    return (keys - set(parameters)) | absent
+
+
+@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
+def test_the_keys_of_a_node_are_its_targets_parameters(group: str, option: str) -> None:
+    shipped = shipped_node(group, option)
+    assert shipped is not None
+    for path, node in nodes(shipped, group):
+        assert mismatches(group, node, path) == set(), f"{path} of {group}={option}"
+
+
+def test_a_key_that_no_parameter_answers_to_is_found() -> None:
+    node = {**(shipped_node("optimizer", "adamw") or {}), "lrr": 1.0}
+    assert mismatches("optimizer", node, "optimizer") == {"lrr"}
+    del node["lr"]
+    assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
+
+
+def test_floats_in_yaml_are_floats() -> None:
+    """PyYAML takes 1e-3 for text."""
+    for path in CONF.rglob("*.yaml"):
+        for word in path.read_text().replace(",", " ").split():
+            if word[:1].isdigit() and "e" in word:
+                assert isinstance(read_text_as_yaml(word), float), f"{word} in {path}"
+
+
+def read_text_as_yaml(word: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(word)
+
+
+def test_every_trainer_key_that_may_be_null_says_what_else_it_may_be() -> None:
+    shipped = shipped_node("trainer", "default") or {}
+    nulls = [f"trainer.{key}" for key, value in flat(shipped) if value is None]
+    assert [key for key in nulls if key not in RULES] == []
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [("binary", "breast_cancer"), ("multilabel", "digits_attributes"), ("regression", "diabetes")],
+)
+def test_a_task_brings_its_loss_and_monitor(task: str, data: str) -> None:
+    config = composed(f"task={task}", f"data={data}")
+    check(config, config.hydra.runtime.choices)
+    assert config.trainer.monitor == config.task.monitor
+    if task == "regression":
+        assert config.loss["_target_"].endswith(".mse")
+
+
+def test_a_task_without_its_data_is_refused() -> None:
+    config = composed("task=binary")
+    with pytest.raises(UserError, match="Use task=multiclass"):
+        check(config, config.hydra.runtime.choices)
+
+
+def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
+    code = (
+        f"import sys, runpy; sys.argv = ['train.py', '--cfg', 'job']\n"
+        f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        f"finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "lr: 0.0" in done.stdout
+    assert done.stderr.strip().endswith("False")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+"""The house plan: imports run one way, and what is slow is imported when it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
+# What each wing or room may import of the others. `errors` and `randomness` serve all.
+ALLOWED = {
+    "launch": {"run", "resume", "check", "config", "record", "training"},
+    "run": {"config", "load", "training", "tasks", "data", "record"},
+    "load": {"config", "training"},
+    "resume": {"config", "record"},
+    "check": {"config", "record"},
+    "config": {"resume"},
+    "training": set(),
+    "tasks": set(),
+    "data": set(),
+    "models": set(),
+    "record": set(),
+}
+KNOW_HYDRA = {"run", "launch", "config", "check", "resume", "sweep"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def crossings(path: Path) -> set[str]:
+    """Rooms of this package that a file imports against the plan."""
+    room = room_of(path)
+    parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("regrow.")}
+    return parts - {room, "errors", "randomness"} - ALLOWED.get(room, set())
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_one_way(path: Path) -> None:
+    assert crossings(path) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_few_rooms_know_hydra(path: Path) -> None:
+    names = {name.split(".")[0] for name in imports_of(path)}
+    assert room_of(path) in KNOW_HYDRA or not names & {"hydra", "omegaconf"}
+
+
+def test_a_crossing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
+    (tmp_path / "data").mkdir()
+    bad = tmp_path / "data" / "bad.py"
+    bad.write_text("def f():\n    from regrow.tasks import losses\n")
+    assert crossings(bad) == {"tasks"}
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); {code}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_a_config_is_checked_without_torch() -> None:
+    loaded = modules_after("import regrow.config, regrow.check, regrow.resume")
+    assert not loaded & {"torch", "torchvision", "sklearn", "matplotlib", "wandb", "numpy"}
+
+
+def test_a_run_starts_without_what_only_its_end_needs() -> None:
+    loaded = modules_after(
+        "import regrow.launch, regrow.data.datasets, regrow.tasks.tasks, regrow.tasks.losses, "
+        "regrow.models.mlp, regrow.training.schedules"
+    )
+    slow = {"torchvision", "torchmetrics", "sklearn", "matplotlib", "wandb", "tensorboard", "PIL"}
+    assert not loaded & slow
+    assert "torch" in loaded

@@ -1,0 +1,218 @@
+"""The command as a user types it: the folder it leaves, how it goes on, what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf, open_dict
+from running import TINY, composed, fingerprint, metrics_of
+
+from regrow.config import CONF
+from regrow.launch import launch
+from regrow.record.folder import Lock, read_json
+from regrow.resume import expand
+
+ROOT = CONF.parent
+TRAIN = ROOT / "scripts" / "train.py"
+SMALL = ("model.hidden=[16]", "trainer.max_epochs=2", "trainer.num_threads=1")
+
+
+def launched(*overrides: str) -> float | None:
+    """Hydra's job in this process, in the current folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    config = composed(*TINY, *overrides)
+    folder = Path(config.hydra.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.set_readonly(config.hydra, False)
+    with open_dict(config):
+        config.hydra.mode = "RUN"
+        config.hydra.runtime.output_dir = str(folder.resolve())
+        HydraConfig.instance().set_config(config)
+        del config["hydra"]
+    return launch(config)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = launched("trainer.checkpoint.keep_last=1", "logger=[csv]")
+    folder = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.yaml",
+        ".hydra",
+        "manifest.json",
+        "status.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "summary.json",
+        "checkpoints",
+        "plots",
+        "report.html",
+        "train.log",
+        "preprocessing.json",
+    } <= names
+    summary = read_json(folder / "summary.json")
+    assert summary["status"] == "completed" and read_json(folder / "status.json")["step"] == 12
+    assert summary["steps"] == 12 and summary["epochs"] == 3
+    assert summary["best"]["value"] == best
+    assert set(summary["test"]) >= {"test/loss", "test/accuracy"}
+    assert metrics_of(folder)[-1]["test/accuracy"] == summary["test"]["test/accuracy"]
+    out = capsys.readouterr().out
+    assert "batch: 16 = 1 device × 1 slice × 16" in out
+    assert f"resume={folder.relative_to(tmp_path)}" in out
+    assert "[rank 0]" in (folder / "train.log").read_text()
+
+
+def test_the_same_command_again_says_that_the_run_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = launched("hydra.run.dir=mine")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert launched("hydra.run.dir=mine") == best
+    assert "is complete" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    changed = {p.name for p in after if before.get(p) != after[p]}
+    assert changed <= {".lock"}
+
+
+def test_a_folder_of_another_config_is_refused_with_the_differences(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched("hydra.run.dir=mine", "optimizer.lr=0.01")
+    with pytest.raises(SystemExit) as stop:
+        launched("hydra.run.dir=mine", "optimizer.lr=0.02", "seed=3")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "optimizer.lr was 0.01 and would be 0.02" in error and "seed was 0" in error
+    assert error.count("\n") == 1
+
+
+def test_resume_never_does_not_touch_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    launched("hydra.run.dir=mine")
+    with pytest.raises(SystemExit):
+        launched("hydra.run.dir=mine", "resume=never")
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) -> None:
+    """With a rate that does not depend on the limit."""
+    launched("hydra.run.dir=whole", "scheduler=constant", "trainer.max_epochs=4")
+    launched("hydra.run.dir=parts", "scheduler=constant", "trainer.max_epochs=2")
+    launched("hydra.run.dir=parts", "scheduler=constant", "trainer.max_epochs=4")
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "parts")
+    summaries = [read_json(tmp_path / name / "summary.json") for name in ("whole", "parts")]
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+    assert summaries[0]["test"] == summaries[1]["test"]
+
+
+def test_a_second_writer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    with Lock(tmp_path / "mine"):
+        with pytest.raises(SystemExit) as stop:
+            launched("hydra.run.dir=mine")
+        assert stop.value.code == 2
+    assert "is in use by process" in capsys.readouterr().err
+
+
+def test_a_broken_model_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        launched("hydra.run.dir=mine", "data.num_classes=3", "data.num_outputs=5")
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "mine").exists()
+
+
+def test_resume_by_folder_takes_the_recorded_overrides_and_the_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- model=cnn\n- seed=3\n")
+    assert expand(["resume=run", "seed=4", "trainer.max_epochs=9"]) == [
+        "model=cnn",
+        "seed=4",
+        "trainer.max_epochs=9",
+        "resume=run",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    assert expand(["resume=auto", "seed=4"]) == ["resume=auto", "seed=4"]
+
+
+def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.slow
+def test_the_next_commands_work_as_printed(tmp_path: Path) -> None:
+    done = command("optimizer=adamw", "scheduler=cosine", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("next:"))
+    commands = [line.removeprefix("next:").strip() for line in lines[start : start + 3]]
+    folder = (tmp_path / "outputs" / "digits" / "latest").resolve()
+    python = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}"}
+    for line in commands:
+        assert line.startswith("python ")
+        again = subprocess.run(
+            line, shell=True, env=environment, capture_output=True, text=True, check=False
+        )
+        assert again.returncode == 0, f"{line}\n{again.stderr}"
+    resumed = read_json(folder / "summary.json")
+    assert resumed["epochs"] == 4
+    sweeps = [*tmp_path.glob("outputs/digits/sweeps/*/[012]")]
+    assert len(sweeps) == 3
+    hashes = {read_json(job / "summary.json")["weights_sha256"] for job in sweeps}
+    assert len(hashes) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_cut_run_grows_back(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = ("data.augment=true", "model.hidden=[64]", "trainer.max_epochs=40")
+    arguments += ("trainer.num_threads=1", "model.dropout=0.2", "trainer.ema_decay=0.9")
+    whole = command("hydra.run.dir=whole", *arguments)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "hydra.run.dir=cut", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("val/loss") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number is signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number, errors
+        assert json.loads((tmp_path / "cut" / "status.json").read_text())["state"] == "interrupted"
+        assert "resume=" in errors
+    assert not (tmp_path / "cut" / "summary.json").exists(), "it was over before it was cut"
+    again = command("hydra.run.dir=cut", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+    one, other = (read_json(tmp_path / name / "summary.json") for name in ("cut", "whole"))
+    assert one["weights_sha256"] == other["weights_sha256"] and one["test"] == other["test"]
