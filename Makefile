@@ -1,0 +1,59 @@
+# Every command of this repository. `make train` and `make test` need nothing but Python >= 3.11.
+# Works with GNU make 3.81 and any POSIX shell.
+
+SHELL := /bin/sh
+PY := .venv/bin/python
+ARGS =
+
+.PHONY: help train test test-slow test-all check format bench lock clean setup
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# PYTHON=… chooses the interpreter; otherwise the first new enough is taken.
+setup: ## build .venv, or bring it up to date
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+			exec "$$python" scripts/set_up.py; \
+		fi; \
+	done; \
+	echo 'set-up: no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3 …' >&2; \
+	exit 1
+
+train: setup ## train: make train ARGS="optimizer=adamw scheduler=cosine"
+	@$(PY) scripts/train.py $(ARGS)
+
+test: setup ## the tests, without the slow ones (under five minutes on two cores)
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## the slow tests alone
+	@$(PY) -m pytest -m slow $(ARGS)
+
+test-all: ## all tests
+	@$(MAKE) test
+	@$(MAKE) test-slow
+
+check: setup ## formatting, lint and types
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+format: setup ## format, and mend what the linter can
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+bench: setup ## the figures of benchmarks/RESULTS.md, measured anew
+	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
+	@$(PY) -m benchmarks $(ARGS)
+
+lock: ## pin again after a change of requirements (newest versions: ARGS=--upgrade)
+	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
+	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
+		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
+		$(ARGS) requirements-dev.txt --output-file requirements.lock
+
+clean: ## remove caches; outputs, data and .venv stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	@find . \( -path ./outputs -o -path ./data -o -path ./.venv -o -path ./.git \) -prune \
+		-o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,292 @@
+"""Write a renamed copy of this repository: python scripts/new_project.py "My Project" ../my-project
+
+Package, configs, tests and documents carry the new name; runs, data and history stay behind. Needs
+nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import keyword
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "regrow"
+TITLE = "Regrow"
+
+# Copied as they are: the licence names its holders, the lock only what others wrote.
+KEPT = {"LICENSE", "requirements.lock"}
+# Where git cannot tell what belongs to the repository.
+NEVER = {".git", ".venv", "__pycache__", "data", "dist", "build", "wandb", "multirun", ".env"}
+NOTES_OF_OUTPUTS = {"outputs/README.md", "outputs/.gitkeep"}
+
+
+class Refused(Exception):
+    """The request cannot be carried out. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """One name in the forms in which a repository carries it."""
+
+    title: str  # Deep Fish
+    package: str  # deep_fish
+
+    @property
+    def distribution(self) -> str:  # deep-fish
+        return self.package.replace("_", "-")
+
+    @property
+    def constant(self) -> str:  # DEEP_FISH
+        return self.package.upper()
+
+    @property
+    def camel(self) -> str:  # DeepFish
+        return "".join(word.capitalize() for word in self.package.split("_"))
+
+
+OLD = Names(title=TITLE, package=PACKAGE)
+
+
+def names_of(name: str) -> Names:
+    """The forms of `name`; raises Refused where no package could be called so."""
+    title = " ".join(name.split())
+    package = re.sub(r"[\s.-]+", "_", title).lower()
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", package):
+        raise Refused(
+            f"NAME={name!r} gives no package name. Use letters, digits, spaces, - and _, "
+            "a letter first: 'Deep Fish' becomes deep_fish."
+        )
+    if keyword.iskeyword(package) or keyword.issoftkeyword(package):
+        raise Refused(f"NAME={name!r} is a keyword of Python. Choose another name.")
+    if package == PACKAGE:
+        raise Refused(f"NAME={name!r} is this repository's own name. Choose another name.")
+    if taken := who_has(package):
+        raise Refused(f"NAME={name!r} would hide {taken} named {package}. Choose another name.")
+    if title == title.lower() and " " not in title:
+        title = " ".join(word.capitalize() for word in package.split("_"))
+    return Names(title=title, package=package)
+
+
+def who_has(package: str) -> str | None:
+    """What else goes by the name `package`, in words; None if it is free."""
+    if package in sys.stdlib_module_names:
+        return "a module of Python"
+    if (ROOT / package).is_dir() or (ROOT / "scripts" / f"{package}.py").exists():
+        return "a folder or script of this repository"
+    if package in required() or importlib.util.find_spec(package) is not None:
+        return "an installed or required module"
+    return None
+
+
+def required() -> set[str]:
+    """Names of what the lock pins, and the modules that are imported under another name."""
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].strip().replace("-", "_") for line in lines if "==" in line}
+    return pinned | {"hydra", "hydra_plugins", "sklearn", "pil", "yaml", "google", "opentelemetry"}
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git printed; None if it failed or is not there."""
+    # A hook's GIT_DIR would win over the folder.
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    }
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            env=environment,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.decode()
+
+
+def files_to_copy(root: Path) -> list[PurePosixPath]:
+    """What git tracks or would track; where git cannot tell, all but caches, runs and data."""
+    listed = git(root, "ls-files", "-z", "-co", "--exclude-standard", "--", ".") or ""
+    names = [name for name in listed.split("\0") if name]
+    if not names:
+        names = [str(path.relative_to(root)) for path in walk(root)]
+    return [
+        path
+        for path in sorted(set(map(PurePosixPath, names)))
+        if (root / path).is_symlink() or (root / path).is_file()
+        if path.parts[0] != "outputs" or str(path) in NOTES_OF_OUTPUTS
+    ]
+
+
+def walk(folder: Path, depth: int = 0) -> Iterable[Path]:
+    for path in folder.iterdir():
+        is_cache = path.name == "__pycache__" or path.name.endswith((".egg-info", "_cache"))
+        if is_cache or (depth == 0 and path.name in NEVER | {".venv.lock"}):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from walk(path, depth + 1)
+        elif path.parent.name != "local" or path.suffix != ".yaml":  # this machine's own
+            yield path
+
+
+def rename(text: str, old: Names, new: Names) -> str:
+    """`text` with every whole mention of `old` replaced; words that only contain it stay."""
+    forms = {
+        old.camel: new.camel,
+        old.constant: new.constant,
+        old.distribution: new.distribution,
+        old.package: new.package,
+        old.title: new.title,  # of equal forms the title wins: Regrow alone is prose
+    }
+    whole = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
+    # RegrowSearch and the like are class names.
+    pattern = rf"(?<![A-Za-z0-9])(?:(?:{whole})(?![A-Za-z0-9])|{old.camel}(?=[A-Z]))"
+
+    def replacement(found: re.Match[str]) -> str:
+        is_part_of_a_name = text[found.end() : found.end() + 1].isupper()
+        return new.camel if is_part_of_a_name else forms[found.group()]
+
+    return re.sub(pattern, replacement, text)
+
+
+def copy_file(source: Path, target: Path, old: Names, new: Names) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        target.symlink_to(rename(str(source.readlink()), old, new))
+        return
+    content = source.read_bytes()
+    with contextlib.suppress(UnicodeDecodeError):  # a picture
+        content = rename(content.decode(), old, new).encode()
+    target.write_bytes(content)
+    shutil.copymode(source, target)
+
+
+def fresh_changelog(new: Names, old: Names) -> str:
+    return f"""# Changelog
+
+All notable changes to {new.title}. The format is that of \
+[Keep a Changelog](https://keepachangelog.com/en/1.1.0/).
+
+## [Unreleased]
+
+### Added
+
+- {new.title}, begun as a copy of {old.title} on {datetime.date.today().isoformat()}.
+"""
+
+
+def write_copy(folder: Path, new: Names, *, without_benchmarks: bool) -> None:
+    """The renamed files of this repository, into the empty `folder`."""
+    for path in files_to_copy(ROOT):
+        if without_benchmarks and path.parts[0] == "benchmarks":
+            continue
+        if path.name in KEPT and len(path.parts) == 1:
+            shutil.copy(ROOT / path, folder / path)
+        else:
+            copy_file(ROOT / path, folder / rename(str(path), OLD, new), OLD, new)
+    project = folder / "pyproject.toml"
+    text = project.read_text(encoding="utf-8")
+    project.write_text(
+        text.replace(f'\nname = "{new.package}"\n', f'\nname = "{new.distribution}"\n'),
+        encoding="utf-8",
+    )
+    (folder / "CHANGELOG.md").write_text(fresh_changelog(new, OLD), encoding="utf-8")
+    if importlib.util.find_spec("ruff"):
+        # Another name: another order of the imports, other line breaks, texts that grew too long.
+        for command in (
+            ["check", "--select", "I", "--fix-only"],
+            ["format"],
+            ["check", "--select", "E501", "--add-noqa"],
+        ):
+            subprocess.run(
+                [sys.executable, "-m", "ruff", *command, "--quiet", "--no-cache", "."],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+            )
+
+
+def first_commit(folder: Path, message: str) -> str:
+    """Make `folder` a repository with one commit, as far as git allows; says how far."""
+
+    if shutil.which("git") is None:
+        return "git is not installed: no repository was made"
+    if git(folder, "init", "-q") is None:
+        return "git init failed: no repository was made"
+    git(folder, "symbolic-ref", "HEAD", "refs/heads/main")  # the name that CI looks at
+    if git(folder, "add", "-A") is None:
+        return "git add failed: the repository is empty"
+    if git(folder, "commit", "-q", "--no-verify", "-m", message) is None:
+        return "git could not commit (are user.name and user.email set?): files are added only"
+    return "one commit on main"
+
+
+def make_project(name: str, destination: Path, *, without_benchmarks: bool = False) -> str:
+    """Write the copy; returns how far git got. `destination` appears complete or not at all."""
+    new = names_of(name)
+    destination = destination.expanduser().absolute()
+    if destination.resolve().is_relative_to(ROOT):
+        raise Refused(f"DEST={destination} lies inside this repository. Choose a folder outside.")
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise Refused(f"DEST={destination} exists and is no folder. Choose another.")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise Refused(f"DEST={destination} is not empty. Choose another folder, or empty it.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        half.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
+        write_copy(half, new, without_benchmarks=without_benchmarks)
+        done = first_commit(half, f"{new.title}, begun as a copy of {OLD.title}")
+        half.rename(destination)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    return done
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("name", metavar="NAME", help="'Deep Fish' gives the package deep_fish")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="a folder that is new or empty")
+    parser.add_argument(
+        "--without-benchmarks",
+        action="store_true",
+        help="leave out benchmarks/, which measure the template and not your work",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        done = make_project(
+            options.name, options.dest, without_benchmarks=options.without_benchmarks
+        )
+    except (Refused, OSError) as error:
+        print(f"new_project: {error}", file=sys.stderr)
+        return 2
+    if not importlib.util.find_spec("ruff"):
+        done += "; run `make format` there, as another name makes other line breaks"
+    print(f"{options.dest}: {done}. Next:")
+    print(f"  cd {options.dest} && make test")
+    print("  make train")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

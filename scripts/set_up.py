@@ -1,0 +1,217 @@
+"""Make .venv complete: build it, mend a half-made one, or bring it up to date. Called by make.
+
+Needs nothing but the standard library of Python 3.11 or newer. A stamp, put in place last by one
+rename, says that .venv is complete and from what it was made; as long as it holds, a call costs a
+few hundredths of a second. Without a stamp everything is made anew, so a set-up may be killed at
+any moment. Set-ups of one folder wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".set-up-complete"
+UNFINISHED = VENV / ".set-up-unfinished"
+LOCK_FILE = ROOT / ".venv.lock"
+PINNED = "requirements.lock"
+RANGES = "requirements-dev.txt"  # includes requirements.txt
+MADE_FROM = (PINNED, RANGES, "requirements.txt")
+
+
+def say(line: str) -> None:
+    print(f"set-up: {line}", file=sys.stderr, flush=True)
+
+
+def wanted() -> dict[str, str]:
+    """What a complete environment was made from: the requirements, the interpreter, the place.
+
+    The place counts because scripts in .venv and the editable install hold absolute paths.
+    """
+    digest = hashlib.sha256()
+    for name in MADE_FROM:
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    return {
+        "requirements": digest.hexdigest(),
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "place": str(ROOT),
+    }
+
+
+def read(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_complete() -> bool:
+    stamp = read(STAMP)
+    return PYTHON.exists() and all(stamp.get(key) == value for key, value in wanted().items())
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[int | None]:
+    """Hold the lock of this folder; yields its descriptor.
+
+    Installers inherit the descriptor, so that the lock outlives us while one of them still writes.
+    """
+    with LOCK_FILE.open("a") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("waiting for another set-up of this folder")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            yield None
+            return
+        yield file.fileno()
+
+
+def call(*command: str | Path, lock: int | None) -> bool:
+    """Run an installer; whether it succeeded."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        # uv's own list of certificates lacks those that a company adds to the system's.
+        env={"UV_SYSTEM_CERTS": "1"} | os.environ,
+        pass_fds=() if lock is None else (lock,),
+    )
+    return done.returncode == 0
+
+
+def working_uv() -> str | None:
+    """The path of uv, if there is one that runs (a version manager's stand-in may not)."""
+    uv = shutil.which("uv")
+    if uv is None:
+        return None
+    tried = subprocess.run([uv, "--version"], capture_output=True, stdin=subprocess.DEVNULL)
+    return uv if tried.returncode == 0 else None
+
+
+def empty_venv() -> None:
+    """Empty the folder, the mark last; the folder itself stays, as it may be a link."""
+    for path in VENV.iterdir():
+        if path == UNFINISHED:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def begin() -> bool:
+    """Mark .venv as unfinished; whether it has to be made from nothing."""
+    VENV.mkdir(exist_ok=True)
+    target = wanted()
+    if STAMP.exists():
+        stamp = read(STAMP)
+        STAMP.replace(UNFINISHED)
+        same = all(stamp.get(key) == target[key] for key in ("python", "place"))
+        if same and PYTHON.exists():
+            say("requirements changed, bringing .venv up to date")
+            return False
+        say("making .venv anew: another Python, or the folder was moved")
+        return True
+    if UNFINISHED.exists():
+        adopted = read(UNFINISHED).get("adopted") == "yes"
+        say("an earlier set-up was cut short, " + ("going on" if adopted else "making .venv anew"))
+        return not adopted
+    if any(VENV.iterdir()):
+        # Someone made it by hand: never emptied, only added to.
+        version = "import sys; sys.exit(sys.version_info < (3, 11))"
+        if not PYTHON.exists() or subprocess.run([PYTHON, "-c", version]).returncode:
+            sys.exit("set-up: .venv is no environment of Python >= 3.11; move it away, then again")
+        say("installing into the .venv that is here")
+        UNFINISHED.write_text(json.dumps({"adopted": "yes"}))
+        return False
+    say(f"making .venv with Python {target['python']}; on Linux some 3 GB to fetch, 6 GB on disk")
+    UNFINISHED.write_text("{}")
+    return True
+
+
+def create(uv: str | None, lock: int | None) -> None:
+    empty_venv()
+    base = getattr(sys, "_base_executable", None) or sys.executable  # .venv's own may be running
+    if importlib.util.find_spec("ensurepip"):
+        made = call(base, "-m", "venv", VENV, lock=lock)
+    elif uv:
+        made = call(uv, "venv", "-q", "--allow-existing", "--python", base, VENV, lock=lock)
+    else:
+        sys.exit(f"set-up: {base} cannot make environments; install its venv module, or uv")
+    if not made:
+        sys.exit("set-up: .venv could not be made (the message is above)")
+
+
+def install(uv: str | None, lock: int | None) -> str:
+    """Install the pinned packages, or, where they do not fit, the ranges; returns which."""
+    installers = [[uv, "pip", "install", "--python", str(PYTHON)]] if uv else []
+    if subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0:
+        pip = [str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+        installers.append(pip if sys.stderr.isatty() else [*pip, "--quiet"])
+    for requirements in (PINNED, RANGES):
+        if requirements == RANGES:
+            say(f"{PINNED} could not be installed here; trying the ranges of requirements.txt")
+        for installer in installers:
+            if not call(*installer, "-r", requirements, lock=lock):
+                continue
+            # The build tool is installed already: nothing more to fetch.
+            if call(*installer, "--no-deps", "--no-build-isolation", "-e", ".", lock=lock):
+                return requirements
+    sys.exit(
+        "set-up: no installer succeeded (their messages are above); the same command tries again"
+    )
+
+
+def finish(installed_from: str) -> None:
+    content = wanted() | {"installed_from": installed_from}
+    with UNFINISHED.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    UNFINISHED.replace(STAMP)
+
+
+def main() -> None:
+    if is_complete():
+        return
+    with alone() as lock:
+        if is_complete():  # made by the one we waited for
+            return
+        from_nothing = begin()
+        uv = working_uv()
+        if from_nothing:
+            create(uv, lock)
+        finish(install(uv, lock))
+    say("complete")
+
+
+def stopped(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stopped)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("set-up: stopped; the same command goes on")
+    except OSError as error:
+        sys.exit(f"set-up: {error}")
