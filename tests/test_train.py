@@ -184,15 +184,26 @@ def test_the_next_commands_work_as_printed(tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
+LONGER = (
+    *("data.augment=true", "model.hidden=[64]", "trainer.max_epochs=40", "model.dropout=0.2"),
+    *("trainer.num_threads=1", "trainer.ema_decay=0.9"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing cut."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = command(f"hydra.run.dir={folder}", *LONGER)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_cut_run_grows_back(tmp_path: Path, number: signal.Signals) -> None:
-    arguments = ("data.augment=true", "model.hidden=[64]", "trainer.max_epochs=40")
-    arguments += ("trainer.num_threads=1", "model.dropout=0.2", "trainer.ema_decay=0.9")
-    whole = command("hydra.run.dir=whole", *arguments)
-    assert whole.returncode == 0, whole.stderr
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
+def test_a_cut_run_grows_back(tmp_path: Path, number: signal.Signals, whole: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "hydra.run.dir=cut", *arguments],
+        [sys.executable, str(TRAIN), "hydra.run.dir=cut", *LONGER],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -211,8 +222,8 @@ def test_a_cut_run_grows_back(tmp_path: Path, number: signal.Signals) -> None:
         assert json.loads((tmp_path / "cut" / "status.json").read_text())["state"] == "interrupted"
         assert "resume=" in errors
     assert not (tmp_path / "cut" / "summary.json").exists(), "it was over before it was cut"
-    again = command("hydra.run.dir=cut", *arguments)
+    again = command("hydra.run.dir=cut", *LONGER)
     assert again.returncode == 0, again.stderr
-    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
-    one, other = (read_json(tmp_path / name / "summary.json") for name in ("cut", "whole"))
+    assert fingerprint(tmp_path / "cut") == fingerprint(whole)
+    one, other = (read_json(folder / "summary.json") for folder in (tmp_path / "cut", whole))
     assert one["weights_sha256"] == other["weights_sha256"] and one["test"] == other["test"]

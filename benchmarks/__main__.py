@@ -1,0 +1,51 @@
+"""`python -m benchmarks [NAME …]`: measure, and write `benchmarks/RESULTS.md`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from benchmarks import start, step
+from benchmarks.measure import Table
+
+HERE = Path(__file__).resolve().parent
+
+BENCHMARKS: dict[str, Callable[[], Table]] = {
+    "step": step.measure,
+    "start": start.measure,
+}
+
+
+def main(names: list[str]) -> None:
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        sys.exit(f"benchmarks: no {unknown[0]}; there are {', '.join(BENCHMARKS)}")
+    sections = []
+    for name in names or BENCHMARKS:
+        table = BENCHMARKS[name]()
+        print(table.text(), flush=True)
+        sections.append(table.text())
+    if not names:
+        (HERE / "RESULTS.md").write_text("\n".join([head(), *sections]))
+
+
+def head() -> str:
+    import torch
+
+    load = os.getloadavg()[0]
+    return (
+        "# Measured with `make bench`\n\n"
+        f"{date.today():%Y-%m-%d}, {platform.system()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, load {load:.1f} at the end.\n"
+        "Each pair ran in turn in one go; a ratio is the median over the rounds, with the least "
+        "and the most.\nAbsolute times depend on the machine and on what else it did; the ratios "
+        "less so.\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

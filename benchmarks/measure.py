@@ -1,0 +1,48 @@
+"""Timing in turn: every round runs each candidate once, so that a noisy machine is noisy to all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    note: str
+    unit: str
+    reference: str  # whose time the ratios are over
+    seconds: Mapping[str, list[float]]  # a value for each round
+    per: float = 1.0  # divides the seconds: steps in a round, for example
+    scale: float = 1.0  # unit per second
+
+    def ratios(self, name: str) -> list[float]:
+        pairs = zip(self.seconds[name], self.seconds[self.reference], strict=True)
+        return [mine / reference for mine, reference in pairs]
+
+    def text(self) -> str:
+        lines = [f"## {self.title}", "", self.note, ""]
+        lines += [f"| | median, {self.unit} | least | over {self.reference} | range |"]
+        lines += ["| --- | ---: | ---: | ---: | --- |"]
+        for name, values in self.seconds.items():
+            shown = [value / self.per * self.scale for value in values]
+            ratios = self.ratios(name)
+            lines.append(
+                f"| {name} | {statistics.median(shown):.4g} | {min(shown):.4g} "
+                f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
+            )
+        return "\n".join(lines) + "\n"
+
+
+def in_turn(candidates: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after a round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(rounds + 1):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            if index:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
