@@ -1,8 +1,8 @@
 """A training step of `train.py`'s loop beside loops written by hand that do the same arithmetic.
 
 All train the default MLP on digits without augmentation: batch 64, AdamW with decay on the
-matrices alone, cosine rate, gradient clipped at norm 1, running loss and accuracy, loss logged every
-50 steps.
+matrices alone, cosine rate, gradient clipped at norm 1, running loss and accuracy, and the loss
+logged every 50 steps.
 """
 
 from __future__ import annotations

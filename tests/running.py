@@ -1,4 +1,4 @@
-"""Runs for tests: composed like the real ones, trained in this process, in a folder of their own."""
+"""Runs for tests: composed like the real ones, trained in this process, in their own folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -158,6 +159,7 @@ class Bench:
             "buffers": Buffers(model),
             "record": self.record,
             "stop": StopRequest(),
+            "checkpoints": SimpleNamespace(saved=None),
         }
         self.plan = loop.Plan(**{**fields, **known})  # type: ignore[arg-type]
         model.train()

@@ -51,7 +51,7 @@ BAD = {
     "optimizer.lr=1 optimizer.lr": "Error parsing override",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
-    "trainer.devices=2 trainer.strategy=single": "Use trainer.strategy=ddp.",
+    "trainer.devices=2": "this version trains in one process",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
 }
 

@@ -12,9 +12,14 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. `errors` and `randomness` serve all.
 ALLOWED = {
-    "launch": {"run", "resume", "check", "config", "record", "training"},
-    "run": {"config", "load", "training", "tasks", "data", "record"},
-    "load": {"config", "training"},
+    "launch": {"run", "load", "resume", "check", "config", "record", "training"},
+    "run": {"config", "weights", "training", "tasks", "data", "record"},
+    "find_lr": {"launch", "run", "resume", "check", "config", "record", "training"},
+    "inference": {"load", "training"},
+    "load": {"run", "config", "roles", "training", "data", "record"},
+    "weights": {"training"},
+    "roles": {"check", "config"},
+    "arguments": {"config"},
     "resume": {"config", "record"},
     "check": {"config", "record"},
     "config": {"resume"},
@@ -24,7 +29,7 @@ ALLOWED = {
     "models": set(),
     "record": set(),
 }
-KNOW_HYDRA = {"run", "launch", "config", "check", "resume", "sweep"}
+KNOW_HYDRA = {"run", "launch", "config", "check", "resume", "find_lr", "sweep"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -87,7 +87,6 @@ RULES: dict[str, Rule] = {
     "trainer.max_seconds": optional(number(0, above=True)),
     "trainer.device": choice("auto", "cpu", "cuda", "mps"),
     "trainer.devices": integer(1),
-    "trainer.strategy": choice("auto", "single", "ddp", "fsdp"),
     "trainer.accumulation_steps": integer(1),
     "trainer.num_threads": optional(integer(1)),
     "trainer.precision": choice("fp32", "bf16", "fp16"),
@@ -130,6 +129,9 @@ class CheckBeforeStart(Callback):
             check(config, config.hydra.runtime.choices)
         except UserError as error:
             fail(str(error))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir
 
 
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
@@ -302,14 +304,10 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
             "trainer.max_epochs, max_steps and max_seconds are all null: "
             "the run would never end. Set one."
         )
-    if trainer["devices"] > 1 and trainer["strategy"] == "single":
+    if trainer["devices"] > 1:
         raise UserError(
-            f"trainer.devices={trainer['devices']} needs several processes, and "
-            "trainer.strategy=single. Use trainer.strategy=ddp."
-        )
-    if trainer["devices"] > 1 and trainer["device"] == "mps":
-        raise UserError(
-            f"trainer.devices={trainer['devices']}: there is one MPS device. Use trainer.devices=1."
+            f"trainer.devices={trainer['devices']}: this version trains in one process. "
+            "Use trainer.devices=1."
         )
     scheduler = values["scheduler"]
     if None not in (scheduler.get("warmup_steps"), scheduler.get("warmup_fraction")):

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow.errors import UserError
 
+MULTIRUN = ("-m", "--multirun")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -26,21 +27,20 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
     from regrow.resume import expand
 
-    arguments = {"config_path": str(CONF), "config_name": config_name}
-    # Hydra 1.3 warns when version_base is missing, 1.4 when it is there.
-    default = inspect.signature(hydra.main).parameters["version_base"].default
-    if hydra.__version__ < "1.4" or default is inspect.Parameter.empty:
-        arguments["version_base"] = None  # type: ignore[assignment]
+    arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
+    # Hydra 1.3 wants to be told a version; 1.4 what our own config may call.
+    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
+        arguments["execution_whitelist"] = ["regrow.check.CheckBeforeStart"]
+    else:
+        arguments["version_base"] = None
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         def main() -> None:
-            OmegaConf.register_new_resolver(
-                "random_suffix", _random_suffix, use_cache=True, replace=True
-            )
             # So that Hydra raises what it would otherwise print with its own hints.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                sys.argv[1:] = expand(sys.argv[1:])
+                # Hydra's parser loses overrides on one side of -m: it goes first.
+                sys.argv[1:] = sorted(expand(sys.argv[1:]), key=lambda a: a not in MULTIRUN)
                 hydra.main(**arguments)(task)()
             except UserError as error:
                 fail(str(error))
@@ -90,7 +90,10 @@ def known_keys(group: str) -> list[str]:
     """All keys, dotted, that the shipped options of a group have, and those of the top level."""
     files = sorted((CONF / group).glob("*.yaml"))
     keys = {key for file in files for key in _dotted(read_yaml(file), prefix=f"{group}.")}
-    top = _dotted({k: v for k, v in read_yaml(CONF / "train.yaml").items() if k != "hydra"})
+    roots = [read_yaml(file) for file in sorted(CONF.glob("*.yaml"))]
+    top = [
+        key for root in roots for key in _dotted({k: v for k, v in root.items() if k != "hydra"})
+    ]
     groups = (folder.name for folder in CONF.iterdir() if folder.is_dir())
     return sorted({*keys, *top, *groups} - {"defaults"})
 
@@ -112,14 +115,19 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
 
     Raises UserError with one line for a target that cannot be imported or refuses its arguments.
     """
+    from hydra import utils
     from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as hydra_instantiate
 
+    options: dict[str, Any] = {"_convert_": "all"}
+    if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):
+        # Hydra 1.4 asks which targets are trusted. A command line is its user's own; a recorded
+        # config has passed `roles.check_roles`, which knows which target fits which place.
+        options["_execution_whitelist_"] = utils.UNSAFE_DISABLE_EXECUTION_CHECKS
     try:
         if not arguments:
-            return hydra_instantiate(dict(node), _convert_="all")
+            return utils.instantiate(dict(node), **options)
         # Called here: Hydra would make configs of objects that are dataclasses.
-        return hydra_instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
+        return utils.instantiate({**node, "_partial_": True}, **options)(**arguments)
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
@@ -142,9 +150,3 @@ def _dotted(node: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             keys += _dotted(value, f"{prefix}{key}.")
     return keys
-
-
-def _random_suffix() -> str:
-    import secrets
-
-    return "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(4))

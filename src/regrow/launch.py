@@ -23,6 +23,7 @@ from regrow import resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.errors import UserError
+from regrow.load import preprocessing_record
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact, redact_all
@@ -140,7 +141,7 @@ def write_start(
         ("config.yaml", OmegaConf.create(redact_all(dict(config)))),
     ):
         records.write_text(folder / name, redact(OmegaConf.to_yaml(content)))
-    records.write_json(folder / "preprocessing.json", objects.data.preprocessing.to_dict())
+    records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):
         log.warning("%s", changes)
     manifest.write(

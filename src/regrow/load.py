@@ -1,135 +1,321 @@
-"""Trained models back from a run's folder: for the scripts, for notebooks, and to start from."""
+"""Trained models back from a run's folder: for the scripts, for notebooks, and to start from.
+
+from regrow.load import load_run
+run = load_run("outputs/digits/latest")
+outputs = run.model(inputs)
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from regrow.config import instantiate, read_yaml
+from regrow import run as runs
+from regrow.config import did_you_mean, instantiate, read_yaml
+from regrow.data.preprocess import Preprocessing
 from regrow.errors import UserError
+from regrow.record.folder import read_json
+from regrow.roles import check_roles
 from regrow.training import checkpoint
 
 log = logging.getLogger("regrow")
 
+PREPROCESSING = "preprocessing.json"
+# What the trained model was made for. Other data must be like it.
+OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
+
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's config and data, and its model with the weights of one checkpoint, ready to use."""
+    """A run's model with the weights of one checkpoint, ready to use, and all it was made with.
 
-    folder: Path
+    The data is read when `data` is first asked for; `preprocessing` and `class_names` come from
+    the folder alone where the run recorded them.
+    """
+
+    folder: Path  # the run's own, also when a link to it was given
     config: dict[str, Any]
     model: nn.Module  # in evaluation mode, on `device`
-    data: Any
     task: Any
+    checkpoint: str  # the checkpoint's own name, such as step_00000460
     step: int
     device: torch.device
+    precision: str
+    recorded: Preprocessing | None  # as the run kept it
+    class_names: list[str] | None
+
+    @cached_property
+    def data(self) -> Any:
+        """The run's data, normalised by the statistics of what the run was trained on."""
+        data = instantiate(self.config["data"])
+        if self.recorded is not None:
+            data.preprocessing = self.recorded
+            data.target_mean = self.recorded.target_mean
+            data.target_std = self.recorded.target_std
+        return data
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """From raw examples to the model's inputs; read from the data where it was not kept."""
+        if self.recorded is not None:
+            return self.recorded
+        how: Preprocessing = self.data.preprocessing
+        return how
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Regression outputs (N,) or (N, K) in the targets' own units."""
+        how = self.preprocessing
+        if how.target_mean is None or how.target_std is None:
+            return values
+        return values * values.new_tensor(how.target_std) + values.new_tensor(how.target_mean)
+
+
+def preprocessing_record(data: Any) -> dict[str, Any]:
+    """What prediction needs of the data, as the run's folder keeps it in preprocessing.json."""
+    return {**data.preprocessing.to_dict(), "class_names": data.class_names}
 
 
 def load_run(
-    folder: str | Path, *, which: str = "best", device: str = "cpu", **data_overrides: Any
+    folder: str | Path,
+    *,
+    which: str = "best",
+    device: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> LoadedRun:
-    """The run in `folder` as it was, from the folder alone.
+    """The run in `folder` as it was, from the folder alone. The data need not be there.
 
     `which` names a checkpoint: "best", "last" or a folder such as "step_00000460". Where the run
-    kept an average of its weights, that is what one gets. `data_overrides` replace keys of the
-    data, such as `batch_size=1`. Raises UserError for a folder without a run or checkpoint.
+    kept an average of its weights, that is what one gets. `device` is auto, cpu, cuda or mps; None
+    takes the run's own, or the CPU where that is missing. `data` replaces keys of the data, such as
+    {"batch_size": 1} or {"source.test_file": "new.csv"}. Raises UserError for a folder without a
+    run, a missing or damaged checkpoint, or a config that would make what is foreign to its place.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run={folder}: there is no run in that folder (no config.yaml).")
-    config = read_yaml(folder / "config.yaml")
-    unknown = [key for key in data_overrides if key not in config["data"]]
-    if unknown:
-        raise UserError(
-            f"data.{unknown[0]}: the run's data has no such key. "
-            f"It has {', '.join(key for key in config['data'] if not key.startswith('_'))}."
-        )
-    config["data"].update(data_overrides)
-    parts, facts = _checkpoint(folder / "checkpoints", which)
-    data = instantiate(config["data"])
+    given, folder = Path(folder), Path(folder).resolve()
+    config = _config(folder, given)
+    recorded, class_names = _recorded(folder, given)
+    class_names = class_names or config["data"].get("class_names")
+    check_roles(config, ("data", "model", "task", "loss"), f"run={given}")
+    swap(config["data"], data or {})
+    if class_names is None and config["task"].get("class_names", ...) is None:
+        class_names = _names_in(config["data"])  # of a run that did not keep them
+    if data:
+        columns = recorded.columns if recorded is not None else None
+        _pin(config["data"], class_names=class_names, feature_columns=columns)
+    path, parts, facts = _checkpoint(folder / "checkpoints", which)
+    chosen = _device(device, config["trainer"]["device"])
+    if "pretrained" in config["model"]:  # all weights come from the checkpoint: no download
+        config["model"]["pretrained"] = False
     model: nn.Module = instantiate(config["model"])
-    model.load_state_dict(parts.get("averaged", parts["model"]))
-    model.to(device).eval()
-    task = instantiate(config["task"], loss=instantiate(config["loss"]))
-    return LoadedRun(folder, config, model, data, task, facts["step"], torch.device(device))
-
-
-def _checkpoint(folder: Path, which: str) -> tuple[checkpoint.Parts, dict[str, Any]]:
-    path = folder / which
-    if not path.is_dir():
-        there = ", ".join(p.name for p in checkpoint.complete(folder)) or "none"
-        raise UserError(f"checkpoint={which}: {folder} has no such checkpoint. There is {there}.")
+    weights = parts.get("averaged", parts.get("model", {}))
     try:
-        return checkpoint.load(path.resolve())
-    except checkpoint.DamagedCheckpoint as damage:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"checkpoint={which}: {damage}. Choose another with checkpoint=…."
+            f"checkpoint={which}: its weights are not those of the model in config.yaml: {reason}"
+        ) from None
+    model.to(chosen).eval()
+    if config["trainer"]["channels_last"]:
+        model.to(memory_format=torch.channels_last)
+    task = dict(config["task"])
+    if task.get("class_names", ...) is None:
+        task["class_names"] = class_names  # as the run took them from its data
+    run = LoadedRun(
+        folder=folder,
+        config=config,
+        model=model,
+        task=instantiate(task, loss=instantiate(config["loss"])),
+        checkpoint=path.name,
+        step=facts["step"],
+        device=chosen,
+        precision=_precision(config["trainer"]["precision"], chosen),
+        recorded=recorded,
+        class_names=None if class_names is None else [str(name) for name in class_names],
+    )
+    run.task.in_units = run.in_units
+    return run
+
+
+def set_numerics(run: LoadedRun) -> None:
+    """Set the process's switches as the run had them: threads and kernels that its bits depend on.
+
+    For scripts; a notebook's process is its own.
+    """
+    # Not the trainer's options themselves: a folder may be older than one of them.
+    options = {**run.config["trainer"], "precision": run.precision, "detect_anomaly": False}
+    runs.set_numerics(cast(Any, SimpleNamespace(**options)), run.device)
+
+
+def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Replace keys of a recorded data node; whatever the model was made with stays as it was.
+
+    Raises UserError for a key that is not there, one that belongs to the model, and a wrong type.
+    """
+    source = data.get("source")
+    for name, value in new.items():
+        *parents, leaf = name.split(".")
+        node: Any = data
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, Mapping) else None
+        if not isinstance(node, dict) or leaf not in node or leaf.startswith("_"):
+            there = [key for key in _dotted(data) if key.split(".")[-1] not in OF_THE_MODEL]
+            known = [f"data.{key}" for key in there]
+            raise UserError(
+                f"data.{name}: the run's data has no such key.{did_you_mean(f'data.{name}', known)}"
+                f" It has {', '.join(known)}."
+            )
+        if leaf in OF_THE_MODEL:
+            raise UserError(
+                f"data.{name} belongs to the trained model and stays {node[leaf]}. "
+                "Swap what is read, such as data.root."
+            )
+        _check_type(name, value, node[leaf])
+        # In conf/data these were one value, so that they are swapped together.
+        if not parents and isinstance(source, dict) and source.get(leaf, value) == node[leaf]:
+            source[leaf] = value
+        node[leaf] = value
+
+
+def _pin(data: dict[str, Any], **found: Any) -> None:
+    """What was found in the training data once: other data is read by the same, in their order."""
+    for node in (data, data.get("source")):
+        for key, value in found.items():
+            if isinstance(node, dict) and key in node and node[key] is None:
+                node[key] = value
+
+
+def _check_type(name: str, value: Any, old: Any) -> None:
+    if name in ("batch_size", "eval_batch_size") and (type(value) is not int or value < 1):
+        raise UserError(f"data.{name}={value} has to be an integer of at least 1.")
+    if name == "num_workers" and (type(value) is not int or value < 0):
+        raise UserError(f"data.{name}={value} has to be an integer of at least 0.")
+    kinds = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list",
+    }
+    kind = type(old)
+    fits = type(value) in (int, float) if kind is float else type(value) is kind
+    if kind in kinds and not fits and name != "normalize":
+        raise UserError(f"data.{name}={value} has to be {kinds[kind]}.")
+
+
+def _dotted(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            keys += _dotted(value, f"{prefix}{key}.")
+        elif not key.startswith("_"):
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _config(folder: Path, given: Path) -> dict[str, Any]:
+    if not (folder / "config.yaml").is_file():
+        what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
+        raise UserError(
+            f"run={given} is no run's folder: {what}. Give the folder that a run printed at its "
+            "start, such as outputs/digits/latest."
+        )
+    try:
+        config = read_yaml(folder / "config.yaml")
+    except Exception as error:  # the YAML reader raises a dozen different kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"run={given}: its config.yaml cannot be read: {reason}") from None
+    groups = ("data", "model", "task", "loss", "trainer")
+    absent = [key for key in groups if not isinstance(config, dict) or key not in config]
+    absent += [key for key in groups if not absent and not isinstance(config[key], dict)]
+    if absent:
+        raise UserError(f"run={given}: its config.yaml has no node {absent[0]}. Is it a run's?")
+    return config
+
+
+def _recorded(folder: Path, given: Path) -> tuple[Preprocessing | None, list[str] | None]:
+    path = folder / PREPROCESSING
+    if not path.is_file():
+        return None, None
+    try:
+        content: dict[str, Any] = read_json(path)
+        class_names = content.pop("class_names", None)
+        return Preprocessing.from_dict(content), class_names
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"run={given}: its {PREPROCESSING} cannot be read: {error}. Without that file the "
+            "same is found in the data."
         ) from None
 
 
-def load_weights(model: nn.Module, source: Path) -> None:
-    """Start `model` from the weights of a run folder, a checkpoint, or a bare state_dict file.
-
-    Entries of another shape, such as a head for other classes, keep their fresh values and are
-    named; a name that is missing or unknown on either side is said. Raises UserError when nothing
-    fits.
-    """
-    weights = _weights(source)
-    own = model.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    if not fitting:
-        raise UserError(
-            f"init_from={source}: none of its {len(weights)} tensors fits this model. "
-            "Is it the same model=…?"
-        )
-    for name, value in weights.items():
-        if name in own and own[name].shape != value.shape:
-            shapes = f"{tuple(value.shape)} there, {tuple(own[name].shape)} here"
-            log.warning("init_from: %s starts fresh (%s)", name, shapes)
-    for title, names in (
-        ("not in the model", weights.keys() - own.keys()),
-        ("not in the weights, start fresh", own.keys() - weights.keys()),
-    ):
-        if names:
-            log.warning("init_from: %s: %s", title, ", ".join(sorted(names)))
-    model.load_state_dict(fitting, strict=False)
-    log.info("init_from: %d of %d tensors from %s", len(fitting), len(own), source)
-
-
-def _weights(source: Path) -> Mapping[str, Tensor]:
-    if (source / "checkpoints").is_dir():
-        which = "best" if (source / "checkpoints" / "best").exists() else "last"
-        source = source / "checkpoints" / which
+def _names_in(data: Mapping[str, Any]) -> list[str] | None:
     try:
-        if source.is_dir():
-            parts, _ = checkpoint.load(source.resolve())
-            return parts.get("averaged", parts["model"])
-        if not source.is_file():
-            raise UserError(f"init_from={source}: there is no such file or folder.")
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except checkpoint.DamagedCheckpoint as damage:
-        raise UserError(f"init_from={source}: {damage}.") from None
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"init_from={source}: no state_dict can be read: {reason}") from None
-    except Exception as error:  # pickle.UnpicklingError: it holds more than tensors
+        names: list[str] | None = instantiate(data).class_names
+    except UserError:
+        return None  # the data is gone: the classes go by their numbers
+    return names
+
+
+def _device(name: str | None, recorded: str) -> torch.device:
+    if name is not None:
+        if name not in ("auto", "cpu", "cuda", "mps"):
+            raise UserError(f"device={name} has to be one of auto, cpu, cuda, mps.")
+        try:
+            return runs.resolve_device(name)
+        except UserError as error:
+            raise UserError(str(error).replace("trainer.device", "device")) from None
+    try:
+        return runs.resolve_device(recorded)
+    except UserError:
+        log.warning("the run's device, %s, is missing here: using the CPU", recorded)
+        return torch.device("cpu")
+
+
+def _precision(recorded: str, device: torch.device) -> str:
+    if recorded == "fp16" and device.type != "cuda":
+        log.warning("the run's precision, fp16, needs CUDA: using fp32 on the %s", device.type)
+        return "fp32"
+    return recorded
+
+
+def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[str, Any]]:
+    """The folder, parts and manifest of a checkpoint, also of a run that is still rotating its."""
+    there = checkpoint.complete(folder)
+    names = [name for name in ("best", "last") if (folder / name).is_dir()]
+    names += [path.name for path in there]
+    if which not in names:
         raise UserError(
-            f"init_from={source}: it holds more than tensors and plain values, and is not opened."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(
-            f"init_from={source}: a dict of tensors is expected, as model.state_dict() gives."
+            f"checkpoint={which}: {_shown(folder)} has no such checkpoint. "
+            f"There is {', '.join(names) or 'none'}."
         )
-    prefixes = ("module.", "_orig_mod.")  # of DDP and torch.compile, written by other programs
-    cleaned = {}
-    for name, value in content.items():
-        for prefix in prefixes:
-            name = name.removeprefix(prefix)
-        cleaned[name] = value
-    return cleaned
+    while True:
+        path = (folder / which).resolve()
+        try:
+            return path, *checkpoint.load(path)
+        except (checkpoint.DamagedCheckpoint, OSError) as damage:
+            if (folder / which).resolve() != path:
+                continue  # replaced by a newer one while it was read
+            others = [p.name for p in there if p.name != path.name]
+            raise UserError(
+                f"checkpoint={which}: {damage}. "
+                + (f"Choose another: {', '.join(others)}." if others else "There is no other.")
+            ) from None
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint={which}: {path.name} holds more than tensors and plain values, and "
+                "is not opened."
+            ) from error
+
+
+def _shown(path: Path) -> str:
+    here = Path(os.path.realpath(os.curdir))
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

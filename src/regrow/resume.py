@@ -33,7 +33,6 @@ MAY_CHANGE = (
     "trainer.max_seconds",
     "trainer.device",
     "trainer.devices",
-    "trainer.strategy",
     "trainer.accumulation_steps",
     "trainer.num_threads",
     "trainer.log_every_steps",

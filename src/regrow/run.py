@@ -23,11 +23,13 @@ from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, plots, report
 from regrow.training import checkpoint, loop, optim
-from regrow.training.interrupt import StopRequest
+from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
 from regrow.training.parallel import World
+from regrow.training.plan import EvalBatches, Plan, TrainBatches
 from regrow.training.precision import LossScale
 from regrow.training.schedules import RunLength
+from regrow.training.show import evaluation_bar
 from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,8 @@ class Objects:
     data: Any
     task: Any
     state: TrainState
-    train: loop.TrainBatches
-    val: loop.EvalBatches
+    train: TrainBatches
+    val: EvalBatches
     total_steps: int | None
     parameters: list[nn.Parameter]
 
@@ -60,7 +62,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
     if config["init_from"]:
-        from regrow.load import load_weights
+        from regrow.weights import load_weights
 
         load_weights(model, Path(config["init_from"]))
     model.to(world.device)
@@ -147,7 +149,7 @@ def train(
         run_name=f"{folder.parent.name}/{folder.name}",
         config=config,
     )
-    plan = loop.Plan(
+    plan = Plan(
         options=options,
         task=objects.task,
         train=objects.train,
@@ -169,13 +171,15 @@ def train(
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
         if status == "completed":
-            summary |= test_once(objects, plan, folder)
+            summary["test"] = test_once(objects, plan, folder)
             records.write_json(folder / "summary.json", summary)
+    except Interrupted:  # while testing: the training is done and saved
+        summary = summarise("interrupted", state, options, started)
     finally:
         writer.wait()
         record.close()
         objects.data.close()
-    if status == "completed":
+    if summary["status"] == "completed":
         draw(folder)
     return summary
 
@@ -204,22 +208,35 @@ def summarise(
     }
 
 
-def test_once(objects: Objects, plan: loop.Plan, folder: Path) -> dict[str, Any]:
+def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     """Measure the test split, once, with the best weights; averaged ones where there are any."""
     state = objects.state
     best = folder / "checkpoints" / "best"
     if best.exists():
-        parts, facts = checkpoint.load(best.resolve())
+        try:
+            parts, facts = checkpoint.load(best.resolve())
+        except checkpoint.DamagedCheckpoint as damage:
+            raise UserError(
+                f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
+                f"test its final weights: scripts/evaluate.py run={folder} checkpoint=last"
+            ) from None
         state.evaluated.load_state_dict(parts.get("averaged", parts["model"]))
         log.info("testing the weights of step %d", facts["step"])
+        if facts["step"] != state.progress.best_step:
+            log.warning("the best weights, of step %s, were not saved", state.progress.best_step)
     batches = objects.data.evaluation(
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
     )
-    values, details = loop.evaluate(state, batches, plan, name="test")
+    # Not by loop.evaluate: these weights already are those that a schedule-free optimizer shows.
+    shown = plan.stop.while_waiting(evaluation_bar(batches, "test", plan))
+    measured, details = loop.measure(
+        state.evaluated, plan.task, shown, plan.world, plan.options.precision
+    )
+    values = {f"test/{name}": value for name, value in measured.items()}
     plan.record.log(state.step, state.epoch, values)
     (folder / "plots").mkdir(exist_ok=True)
     records.write_json(folder / "plots" / "test.json", details)
-    return {"test": values}
+    return values
 
 
 def draw(folder: Path) -> None:
@@ -254,7 +271,8 @@ def resolve_device(name: str) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         chosen = "cuda" if cuda else "mps" if mps else "cpu"
-        log.debug("trainer.device=auto: %s", chosen)
+        if chosen == "cpu":
+            log.info("trainer.device=auto: no CUDA and no MPS here, so the CPU")
         return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(

@@ -59,7 +59,7 @@ class CheckpointWriter:
         self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         folder.mkdir(exist_ok=True)
         _clear_up(folder)
 
@@ -83,7 +83,7 @@ class CheckpointWriter:
             return True
         log.warning(
             "checkpoint not saved: %s. The run goes on; the checkpoints before it are untouched.",
-            self._failure,
+            str(self._failure) or type(self._failure).__name__,
         )
         self._failure = None
         return False
@@ -122,7 +122,7 @@ class CheckpointWriter:
             sync()
             write(self.folder, parts, facts)
             rotate(self.folder, self.options, self.mode, written=facts.step)
-        except OSError as error:
+        except Exception as error:  # whatever it is, a thread's end would hide it
             self._failure = error
 
 
@@ -206,7 +206,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         digest = content.pop("sha256")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} is missing") from None
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} cannot be read: {error}") from None
     if digest != _digest(content):
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} does not match its own SHA-256")
@@ -281,7 +281,7 @@ def _clear_up(folder: Path) -> None:
         target = folder / old.name.removeprefix(".old-")
         if not target.exists():
             with contextlib.suppress(DamagedCheckpoint):
-                read_manifest(old)
+                verify(old)  # its files too: a rotation may have deleted some of them
                 old.rename(target)
     for leftover in (*folder.glob(".tmp-*"), *folder.glob(".old-*")):
         if leftover.is_symlink():

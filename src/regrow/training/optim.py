@@ -57,15 +57,37 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
     for group in groups:
         group["lr_scale"] = float(group["lr_scale"])
     optimizer = make(groups)
+    if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
+        optimizer.train()  # schedule-free ones refuse to step otherwise
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"] * group["lr_scale"]
     return optimizer
+
+
+def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take up moments and counters. What the config sets stays, or a new rate would be lost."""
+    configured = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, fresh in zip(optimizer.param_groups, configured, strict=True):
+        group.update({name: fresh[name] for name in SETTINGS & fresh.keys()})
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
     """The rate of every group for the next update. It follows from the step alone."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+# Whether a step was left out as not finite: known to the host, or () 1.0 or 0.0 on the device.
+Skipped = bool | Tensor
+
+
+# Of a parameter group, those that are no state of any optimizer.
+SETTINGS = {
+    *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
+    *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
+    *("fused", "foreach"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,32 +134,38 @@ def update(
     factor: float | Tensor,
     clipping: Clipping,
     valid: Tensor,
-) -> Tensor:
+) -> Skipped:
     """One update with `gradients * factor`, clipped; nothing at all where it would not be finite.
 
     `norm` is the norm of `gradients` before the factor, `valid` a () tensor that is finite if the
-    loss is. Returns () 1.0 where the update was skipped, else 0.0, on the device of `norm`.
+    loss is. Returns whether the update was skipped: as a bool if the host had to know, else as a
+    () tensor of 1.0 or 0.0 that nobody has waited for.
     """
-    true_norm = norm * factor
-    found_inf = (true_norm + valid * 0).isfinite().logical_not().float()
-    on_device = skips_on_device(optimizer, norm.device)
-    if not on_device and found_inf.item():  # the one synchronisation of such a step
-        return found_inf
-    scale = factor
-    if clipping.norm is not None:
-        # As torch.nn.utils.clip_grad_norm_, with the factor multiplied in: one pass for both.
-        scale = factor * (clipping.norm / (true_norm + 1e-6)).clamp(max=1.0)
-    if isinstance(scale, Tensor) and norm.device.type == "cpu":
-        scale = scale.item()
+    scale: float | Tensor
+    skipped: Skipped
+    if skips_on_device(optimizer, norm.device):
+        true_norm = norm * factor
+        skipped = (true_norm + valid * 0).isfinite().logical_not().float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        scale = factor
+        if clipping.norm is not None:
+            scale = factor * (clipping.norm / (true_norm + 1e-6)).clamp(max=1.0)
+    else:
+        read = torch.stack([norm, valid, torch.as_tensor(factor, device=norm.device)])
+        norm_read, valid_read, scale = read.tolist()  # the one synchronisation of such a step
+        if not (math.isfinite(norm_read * scale) and math.isfinite(valid_read)):
+            return True
+        skipped = False
+        if clipping.norm is not None:
+            scale *= min(1.0, clipping.norm / (norm_read * scale + 1e-6))
+    # As torch.nn.utils.clip_grad_norm_, with the factor multiplied in: one pass for both.
     if not isinstance(scale, float) or scale != 1.0:
         torch._foreach_mul_(gradients, scale)
     if clipping.value is not None:
         torch._foreach_clamp_min_(gradients, -clipping.value)
         torch._foreach_clamp_max_(gradients, clipping.value)
-    if on_device:
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.step()
-    return found_inf
+    return skipped
 
 
 class MuonWithAdamW(Optimizer):

@@ -28,7 +28,6 @@ class TrainerOptions:
     max_seconds: float | None
     device: str
     devices: int
-    strategy: str
     accumulation_steps: int
     num_threads: int | None
     precision: str

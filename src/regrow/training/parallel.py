@@ -36,14 +36,6 @@ class World:
             dist.barrier()
 
 
-def distribute(model: nn.Module, world: World, strategy: str) -> nn.Module:
-    """What the forward pass goes through: the model itself, or DDP around it."""
-    if world.size == 1:
-        return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
 def synchronises(forward: nn.Module, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
     """Gradients are summed over the processes once per step, in its last slice's backward pass."""
     if last_slice or not isinstance(forward, DistributedDataParallel):

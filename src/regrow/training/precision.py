@@ -33,8 +33,9 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
         self.growth_interval = growth_interval
 
-    def update(self, skipped: Tensor) -> None:
-        """`skipped`: () 1.0 where the gradient was not finite, else 0.0."""
+    def update(self, skipped: bool | Tensor) -> None:
+        """`skipped`: whether the gradient was not finite; a tensor of 1.0 or 0.0, or a bool."""
+        skipped = torch.as_tensor(skipped, dtype=torch.float32, device=self.value.device)
         good_steps = (self.good_steps + 1) * (1 - skipped)
         grows = (good_steps >= self.growth_interval).float()
         self.value.mul_(1 - 0.5 * skipped).mul_(1 + grows)

@@ -90,8 +90,10 @@ class TrainState:
             unexpected = ", ".join(sorted(set(parts) - expected)) or "nothing"
             raise ValueError(f"the checkpoint lacks {missing} and has {unexpected} too many")
         self.model.load_state_dict(parts["model"])
-        self.optimizer.load_state_dict(parts["optimizer"])
+        optim.load(self.optimizer, parts["optimizer"])
         progress = dict(parts["progress"])
+        if lost := {*vars(self.progress), "sums", "skips"} - set(progress):
+            raise ValueError(f"the checkpoint's progress lacks {', '.join(sorted(lost))}")
         self.sums.copy_(progress.pop("sums"))
         self.skips.copy_(progress.pop("skips"))
         self.progress = Progress(**progress)
@@ -109,16 +111,18 @@ def average_of(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_average(averaged: nn.Module, model: nn.Module, decay: float, skipped: Tensor) -> None:
+def update_average(
+    averaged: nn.Module, model: nn.Module, decay: float, skipped: optim.Skipped
+) -> None:
     """`averaged += (1 - decay) (model - averaged)`, unless the step was skipped.
 
     Buffers (BatchNorm's statistics) are taken over as they are.
     """
-    if skipped.device.type == "cpu" and skipped.item():
+    if skipped is True:
         return
     averages: list[Tensor] = list(averaged.parameters())
     parameters: list[Tensor] = list(model.parameters())
-    if skipped.device.type == "cpu":
+    if skipped is False:
         torch._foreach_lerp_(averages, parameters, 1 - decay)
     else:  # without asking the device whether it skipped
         weight = (1 - decay) * (1 - skipped)
@@ -145,12 +149,13 @@ class Buffers:
             torch._foreach_copy_(self.before, self.buffers)
 
     @torch.no_grad()
-    def restore(self, skipped: Tensor) -> None:
-        if not self.buffers or (skipped.device.type == "cpu" and not skipped.item()):
-            return
-        bad = skipped.bool()
-        for buffer, before in zip(self.buffers, self.before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
+    def restore(self, skipped: optim.Skipped) -> None:
+        if isinstance(skipped, Tensor):
+            bad = skipped.bool()
+            for buffer, before in zip(self.buffers, self.before, strict=True):
+                buffer.copy_(torch.where(bad, before, buffer))
+        elif skipped and self.buffers:
+            torch._foreach_copy_(self.buffers, self.before)
 
 
 def weights_sha256(model: nn.Module) -> str:

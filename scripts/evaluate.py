@@ -1,0 +1,90 @@
+"""Measure a trained run on a split. All comes from the run's folder; data keys can be swapped.
+
+python scripts/evaluate.py run=outputs/digits/latest split=test
+python scripts/evaluate.py run=outputs/digits/latest split=val checkpoint=last data.root=/new/data
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from regrow.arguments import Arguments, Option, parse
+from regrow.config import fail
+from regrow.errors import UserError
+from regrow.output import refuse_existing
+
+OPTIONS = {
+    "run": Option("the run's folder", required=True),
+    "split": Option("train, val or test", "test", choices=("train", "val", "test")),
+    "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
+    "device": Option(
+        "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
+    ),
+    "output": Option("a .json file; without it evaluation_<split>.json in the run's folder"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        given = sys.argv[1:] if arguments is None else arguments
+        evaluate(parse(given, OPTIONS, text=__doc__ or "", takes_data=True))
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def evaluate(options: Arguments) -> None:
+    output = Path(options["output"]) if options["output"] else None
+    if output is not None:
+        refuse_existing(output, overwrite=True)
+    # torch comes with these: only once the arguments are right.
+    from regrow.inference import evaluate as measured
+    from regrow.launch import console
+    from regrow.load import load_run, set_numerics
+    from regrow.record.folder import read_json, write_json
+
+    with console():
+        split, checkpoint = options["split"], options["checkpoint"]
+        run = load_run(
+            options["run"], which=checkpoint, device=options["device"], data=options.data
+        )
+        name = f"evaluation_{split}{'' if checkpoint == 'best' else f'_{checkpoint}'}.json"
+        output = output or run.folder / name
+        set_numerics(run)
+        values = measured(run, split)
+
+    shown = {key: value for key, value in values.items() if key.count("/") == 1}
+    width = max(len(key) for key in shown)
+    print(f"{options['run']}, step {run.step} ({checkpoint}), {split}: ", end="")
+    print(f"{run.data.num_examples[split]:,} examples, on {run.device} in {run.precision}\n")
+    for key, value in shown.items():
+        print(f"  {key.ljust(width)}  {value:.5g}")
+    content = {
+        "run": str(run.folder),
+        "checkpoint": run.checkpoint,
+        "step": run.step,
+        "split": split,
+        "examples": run.data.num_examples[split],
+        "swapped": options.data,
+        "device": str(run.device),
+        "precision": run.precision,
+        "values": values,
+    }
+    try:
+        write_json(output, content)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error.strerror}.") from None
+    summary = run.folder / "summary.json"
+    if split == "test" and checkpoint == "best" and not options.data and summary.is_file():
+        told = read_json(summary).get("test") or values
+        same = repr(sorted(told.items())) == repr(sorted(values.items()))  # a NaN is a NaN
+        print(f"\nThe run itself measured {'the same' if same else 'other numbers'}.")
+    print(f"\nwritten: {output}")
+
+
+if __name__ == "__main__":
+    main()

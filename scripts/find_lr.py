@@ -1,0 +1,22 @@
+"""Look for a learning rate: `python scripts/find_lr.py model=cnn`. Options as of train.py, and
+`find_lr.…` (see `conf/find_lr.yaml`)."""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from regrow.config import entry_point
+
+
+@entry_point("find_lr")
+def main(config: DictConfig) -> float:
+    from regrow.find_lr import find_lr  # torch comes with it: only once the config is right
+
+    return find_lr(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Predict with a trained run, from its folder alone.
+
+python scripts/predict.py run=outputs/digits/latest input=pictures/ output=predictions.csv
+
+The input is an image, a folder of images, an .npy array (N, …) in the data's own raw units, or a
+.csv with the columns that the run was trained on. The output has a line per example: its name, the
+predicted class and the probability of each, or the value in the targets' own units.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from regrow.arguments import Arguments, Option, parse
+from regrow.config import fail
+from regrow.errors import UserError
+from regrow.output import refuse_existing, write_csv
+
+OPTIONS = {
+    "run": Option("the run's folder", required=True),
+    "input": Option("an image, a folder of images, .npy or .csv", required=True),
+    "output": Option("the .csv file to write", "predictions.csv"),
+    "overwrite": Option("write over a file that is there", False, kind="boolean"),
+    "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
+    "device": Option(
+        "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
+    ),
+    "batch_size": Option("examples per forward pass", 256, kind="integer"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        given = sys.argv[1:] if arguments is None else arguments
+        predict(parse(given, OPTIONS, text=__doc__ or ""))
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def predict(options: Arguments) -> None:
+    source, output = Path(options["input"]), Path(options["output"])
+    if not source.exists():
+        raise UserError(f"input={source} does not exist. Give an image, a folder, .npy or .csv.")
+    if output.exists() and output.samefile(source):
+        raise UserError(f"output={output} is the input itself. Choose another name.")
+    refuse_existing(output, options["overwrite"])
+    # torch comes with these: only once the arguments are right.
+    from tqdm import tqdm
+
+    from regrow.inference import predict as predictions
+    from regrow.launch import console
+    from regrow.load import load_run, set_numerics
+
+    with console():
+        run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
+        set_numerics(run)
+        rows = predictions(run, source, options["batch_size"])
+        bar = tqdm(rows, unit="example", leave=False, disable=None)
+        count = write_csv(bar, output, overwrite=options["overwrite"])
+    print(f"{count:,} predictions of step {run.step} ({options['checkpoint']}) in {output}")
+
+
+if __name__ == "__main__":
+    main()

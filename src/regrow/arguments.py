@@ -1,0 +1,99 @@
+"""`key=value` arguments of the scripts that are no Hydra apps, read without torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from regrow.config import did_you_mean
+from regrow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key. Without a default it has to be given; `kind` is text, integer or boolean."""
+
+    help: str
+    default: Any = None
+    kind: str = "text"
+    choices: Sequence[str] = ()
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Arguments:
+    values: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)  # `data.<key>=…`, the key dotted
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+
+def parse(
+    arguments: Sequence[str], options: Mapping[str, Option], *, text: str, takes_data: bool = False
+) -> Arguments:
+    """Read a command line. `--help` prints `text` and the options, and ends the process.
+
+    Raises UserError for whatever is no option or no value of one.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(usage(options, text, takes_data=takes_data))
+        sys.exit(0)
+    values = {key: option.default for key, option in options.items()}
+    data: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"{argument}: arguments are key=value. --help lists the keys.")
+        if takes_data and key.startswith("data."):
+            data[key.removeprefix("data.")] = _plain(key, value)
+        elif key not in options:
+            known = f"{', '.join(options)}{' and data.…' if takes_data else ''}"
+            raise UserError(
+                f"{key}: there is no such key.{did_you_mean(key, options)} There are {known}; "
+                "all else comes from the run."
+            )
+        else:
+            values[key] = _value(key, value, options[key])
+    for key, option in options.items():
+        if option.required and values[key] in (None, ""):
+            raise UserError(f"{key} has to be given: add {key}=…")
+    return Arguments(values, data)
+
+
+def usage(options: Mapping[str, Option], text: str, *, takes_data: bool = False) -> str:
+    lines = [text.strip(), ""]
+    for key, option in options.items():
+        default = "" if option.default is None else f" [{_shown(option.default)}]"
+        lines.append(f"  {key + '=…':14} {option.help}{default}")
+    if takes_data:
+        lines.append("  data.<key>=…   swaps a key of the run's data, such as data.root")
+    return "\n".join(lines)
+
+
+def _value(key: str, value: str, option: Option) -> Any:
+    if option.choices and value not in option.choices:
+        raise UserError(f"{key}={value} has to be one of {', '.join(option.choices)}.")
+    if option.kind == "text":
+        return value
+    read = _plain(key, value)
+    if option.kind == "boolean" and not isinstance(read, bool):
+        raise UserError(f"{key}={value} has to be true or false.")
+    if option.kind == "integer" and (type(read) is not int or read < 1):
+        raise UserError(f"{key}={value} has to be an integer of at least 1.")
+    return read
+
+
+def _plain(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        raise UserError(f"{key}={value} cannot be read. Put text with signs into quotes.") from None
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

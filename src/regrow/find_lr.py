@@ -1,0 +1,161 @@
+"""The learning-rate range test as a program: from a composed config to one suggestion."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from regrow import config as configs
+from regrow import launch, resume
+from regrow import run as runs
+from regrow.check import check
+from regrow.errors import UserError
+from regrow.record import folder as records
+from regrow.training import lr_finder, optim
+from regrow.training.interrupt import StopRequest
+from regrow.training.lr_finder import Curve, RangeTest
+from regrow.training.parallel import World
+from regrow.training.plan import Plan
+from regrow.training.state import Buffers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger("regrow")
+
+
+def find_lr(cfg: DictConfig) -> float:
+    """Test what `cfg` describes, write the curve and return the suggested rate.
+
+    No run is started or touched. Raises UserError before anything is written.
+    """
+    try:
+        return _find_lr(cfg)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # Hydra tells which job it was
+        configs.fail(str(error))
+
+
+def _find_lr(cfg: DictConfig) -> float:
+    hydra = HydraConfig.get()
+    check(cfg, hydra.runtime.choices)
+    config = configs.plain(cfg)
+    if config["resume"] not in ("auto", "never"):
+        raise UserError(
+            f"resume={config['resume']}: the range test goes on with no run. To start from that "
+            f"run's weights use init_from={config['resume']}."
+        )
+    trainer = config["trainer"]
+    if trainer["devices"] > 1:
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: the range test is one process, which finds "
+            "the same rate, since data.batch_size counts all. Use trainer.devices=1."
+        )
+    with launch.console():
+        test: RangeTest = configs.instantiate(config["find_lr"])
+        world = World(device=runs.resolve_device(trainer["device"]))
+        trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
+        objects = runs.build(config, world)
+        if trainer["check_first_batch"]:
+            runs.check_first_batch(objects, world)
+        curve = lr_finder.range_test(objects.state, plan_of(objects, config, world), test)
+        lr = lr_finder.suggest(curve)
+        if lr_finder.still_falling(curve):
+            log.warning(
+                "the loss was still falling at the last rate, %.2g: a higher find_lr.max_lr may "
+                "find a better one",
+                curve.lrs[-1],
+            )
+        command = train_command(lr, config, list(hydra.overrides.task))
+        folder = new_folder(config, hydra)
+        write(folder, curve, lr, command)
+        log.info("%d steps from %.2g to %.2g: %s", len(curve.lrs), *_ends(curve), curve.ended)
+        log.info("written: %s", folder / "lr_finder.png")
+        log.info("suggestion: %s", command)
+    return lr
+
+
+def plan_of(objects: runs.Objects, config: dict[str, Any], world: World) -> Plan:
+    """What a step of the run looks at. Nothing is recorded and nothing saved."""
+    options, state = objects.options, objects.state
+    return Plan(
+        options=options,
+        task=objects.task,
+        train=objects.train,
+        val=objects.val,
+        forward=state.model,
+        world=world,
+        seed=config["seed"],
+        total_steps=objects.total_steps,
+        parameters=objects.parameters,
+        clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
+        buffers=Buffers(state.model),
+        checkpoints=cast(Any, None),
+        record=cast(Any, None),
+        stop=StopRequest(),
+    )
+
+
+def train_command(lr: float, config: dict[str, Any], overrides: list[str]) -> str:
+    """The command of the run that was tested, at the suggested rate."""
+    kept = [
+        override
+        for override in overrides
+        if not resume.key_of(override).startswith(("find_lr.", "hydra."))
+        and resume.key_of(override) not in ("optimizer.lr", "resume")
+    ]
+    sign = "" if "lr" in config["optimizer"] else "+"
+    return launch.command(*kept, f"{sign}optimizer.lr={lr:g}")
+
+
+def new_folder(config: dict[str, Any], hydra: Any) -> Path:
+    """The folder named by hydra.run.dir or a sweep; else outputs/<name>/find_lr/<time>."""
+    if hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd():
+        return Path(hydra.runtime.output_dir)
+    return records.create(Path("outputs"), f"{config['name']}/find_lr")
+
+
+def write(folder: Path, curve: Curve, lr: float, command: str) -> None:
+    """lr_finder.csv, lr_finder.json and lr_finder.png."""
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["lr", "loss", "smoothed"])
+    writer.writerows(zip(curve.lrs, curve.losses, curve.smoothed, strict=True))
+    records.write_text(folder / "lr_finder.csv", table.getvalue())
+    content = {"lr": lr, "ended": curve.ended, "command": command}
+    records.write_text(folder / "lr_finder.json", json.dumps(content, indent=2) + "\n")
+    draw(curve, lr).savefig(folder / "lr_finder.png", dpi=130)
+
+
+def draw(curve: Curve, lr: float) -> Figure:
+    """Loss against rate, and where the suggestion lies."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve.lrs, curve.losses, color="#d8dee4", label="loss of each step")
+    axes.plot(curve.lrs, curve.smoothed, color="#0072b2", linewidth=2, label="smoothed")
+    axes.axvline(lr, color="#d55e00", linestyle="--", label=f"suggestion: {lr:g}")
+    axes.set_xscale("log")
+    # The end of a test that diverged would leave the rest no room.
+    low, start = min(curve.smoothed), max(curve.losses[: max(2, len(curve.losses) // 10)])
+    axes.set_ylim(low - 0.1 * (start - low), start + 0.5 * (start - low))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _ends(curve: Curve) -> tuple[float, float]:
+    return curve.lrs[0], curve.lrs[-1]

@@ -1,0 +1,81 @@
+"""A trained model at work: exact numbers over a split, and predictions for new inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from regrow.errors import UserError
+from regrow.load import LoadedRun
+from regrow.training.loop import call, measure
+from regrow.training.parallel import World
+from regrow.training.precision import autocast
+
+
+def evaluate(run: LoadedRun, split: str) -> dict[str, float]:
+    """The run's numbers over a split, such as "test/accuracy", without augmentation."""
+    batches = run.data.evaluation(split, device=run.device)
+    bar = tqdm(batches, desc=split, unit="batch", leave=False, disable=None)
+    values, _ = measure(run.model, run.task, bar, World(run.device), run.precision)
+    return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, str]]:
+    """A row of text per example of what lies at `path`: an image, a folder, .npy or .csv.
+
+    `input`, then for classes `prediction` (the name) and `probability/<class>`; for yes or no
+    `prediction` and `probability` (of yes, the second class); for labels `predicted/<label>` (1 or
+    0) and `probability/<label>`; for a regression `prediction` in the targets' own units, or
+    `prediction/<target>` where there are several. Raises UserError or DataError.
+    """
+    row = _rows(run)
+    for names, inputs in run.preprocessing.read(path, batch_size):
+        with torch.no_grad(), autocast(run.device, run.precision):
+            outputs = call(run.model, inputs.to(run.device))
+        found = {key: value.cpu() for key, value in run.task.predict(outputs).items()}
+        for index, name in enumerate(names):
+            one = {key: value[index] for key, value in found.items()}
+            yield {"input": name, **row(one)}
+
+
+def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
+    """The columns of one example's prediction, by the kind of the task."""
+    kind = run.task.kind
+    if kind == "regression":
+        return lambda one: _values(run, one["prediction"])
+    count = 2 if kind == "binary" else run.task.num_classes
+    names = run.class_names or [str(index) for index in range(count)]
+
+    def multiclass(one: dict[str, Tensor]) -> dict[str, str]:
+        shares = zip(names, one["probability"].tolist(), strict=True)
+        row = {f"probability/{name}": f"{share:.9g}" for name, share in shares}
+        return {"prediction": names[int(one["prediction"])], **row}
+
+    def binary(one: dict[str, Tensor]) -> dict[str, str]:
+        share = f"{one['probability'].item():.9g}"
+        return {"prediction": names[int(one["prediction"])], "probability": share}
+
+    def multilabel(one: dict[str, Tensor]) -> dict[str, str]:
+        chosen = zip(names, one["prediction"].tolist(), strict=True)
+        shares = zip(names, one["probability"].tolist(), strict=True)
+        row = {f"predicted/{name}": str(int(value)) for name, value in chosen}
+        return row | {f"probability/{name}": f"{share:.9g}" for name, share in shares}
+
+    kinds = {"multiclass": multiclass, "binary": binary, "multilabel": multilabel}
+    if kind not in kinds:
+        raise UserError(f"run={run.folder}: predictions of a task of kind {kind} have no columns.")
+    return kinds[kind]
+
+
+def _values(run: LoadedRun, prediction: Tensor) -> dict[str, str]:
+    values = prediction.flatten().tolist()
+    if len(values) == 1:
+        return {"prediction": f"{values[0]:.9g}"}
+    source = run.config["data"].get("source")
+    columns = source.get("target_columns") if isinstance(source, dict) else None
+    names = columns if columns and len(columns) == len(values) else range(len(values))
+    return {f"prediction/{name}": f"{v:.9g}" for name, v in zip(names, values, strict=True)}

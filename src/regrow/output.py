@@ -1,0 +1,74 @@
+"""Files that a script writes where the user says: never half, and never over another unasked."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from regrow.errors import UserError
+
+# A spreadsheet takes a cell that begins so for a formula.
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: bool) -> int:
+    """Write rows, whole or not at all, and return their number.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it. Raises UserError
+    where `target` exists, unless it may be overwritten.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        # Names of files can be bytes that are no text.
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            for row in rows:
+                if count == 0:
+                    csv.writer(file).writerow([_harmless(key) for key in row])
+                csv.writer(file).writerow([_harmless(value) for value in row.values()])
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            temporary.replace(target)
+        else:
+            _move_where_nothing_is(temporary, target)
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise UserError for an output that cannot be written, before any work is done."""
+    if target.is_dir():
+        raise UserError(f"output={target} is a folder. Name a file, such as {target}/out.csv.")
+    if target.exists() and not overwrite:
+        raise UserError(
+            f"output={target} exists already. Choose another name, or add overwrite=true."
+        )
+    if not target.parent.is_dir():
+        raise UserError(f"output={target}: there is no folder {target.parent}. Make it first.")
+
+
+def _move_where_nothing_is(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)  # unlike a rename, this fails where there is a file by now
+    except FileExistsError:
+        refuse_existing(target, overwrite=False)
+    except OSError:  # a file system without links
+        refuse_existing(target, overwrite=False)
+        temporary.replace(target)
+
+
+def _harmless(text: str) -> str:
+    if not text.startswith(FORMULA_SIGNS):
+        return text
+    try:
+        float(text)  # a negative number stays one
+    except ValueError:
+        return f"'{text}"
+    return text

@@ -1,0 +1,86 @@
+"""All that stays the same during a run, and what the loop expects of the things in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from regrow.training import optim
+from regrow.training.checkpoint import CheckpointWriter
+from regrow.training.interrupt import StopRequest
+from regrow.training.options import TrainerOptions
+from regrow.training.parallel import World
+from regrow.training.state import Buffers
+
+
+class Batch(Protocol):
+    """This process's share of one optimizer step, on the device."""
+
+    inputs: Any  # a tensor (B, …), or a tuple or mapping of them: the model's arguments
+    targets: Tensor  # (B, …)
+    weights: Tensor | None  # (B,) of the examples; None: all one
+    num_local: int  # examples in it; an empty share is one example of weight zero
+    num_global: int  # examples of the step, over all processes
+
+    def split(self, slices: int) -> list[Any]: ...
+
+
+class TrainBatches(Protocol):
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+
+class EvalBatches(Protocol):
+    num_examples: int
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+
+
+class Metrics(Protocol):
+    def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> None: ...
+    def scalars(self) -> dict[str, float]: ...
+    def details(self) -> dict[str, Any]: ...
+
+
+class Task(Protocol):
+    running_name: str | None
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Any: ...
+    def check(self, outputs: Tensor, targets: Tensor) -> None: ...
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None: ...
+    def metrics(self, device: torch.device) -> Metrics: ...
+
+
+class Record(Protocol):
+    """Where the numbers go."""
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
+    def log_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
+    def position(self) -> int: ...
+    def sync(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that stays the same during a run."""
+
+    options: TrainerOptions
+    task: Task
+    train: TrainBatches
+    val: EvalBatches
+    forward: nn.Module  # the model, or DDP around it
+    world: World
+    seed: int
+    total_steps: int | None
+    parameters: list[nn.Parameter]  # those that are trained
+    clipping: optim.Clipping
+    buffers: Buffers
+    checkpoints: CheckpointWriter
+    record: Record
+    stop: StopRequest

@@ -1,0 +1,89 @@
+"""What a run shows while it goes: bars, a line per epoch, running means, time and memory."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from regrow.training.plan import EvalBatches, Plan
+from regrow.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accuracy")
+
+
+def running(state: TrainState, plan: Plan, prefix: str = "") -> dict[str, float]:
+    """The exact means over the epoch so far."""
+    loss, score, weight, examples = state.sums.tolist()
+    values = {f"{prefix}loss": ratio(loss, weight)}
+    if plan.task.running_name:
+        values[f"{prefix}{plan.task.running_name}"] = ratio(score, examples)
+    return values
+
+
+def ratio(total: float, divisor: float) -> float:
+    return total / divisor if divisor else float("nan")
+
+
+def clock(state: TrainState, device: torch.device) -> dict[str, float]:
+    """What depends on the clock and the machine."""
+    seconds = state.progress.seconds
+    values = {"time/seconds": seconds, "time/memory_mb": memory_mb()}
+    if seconds > 0:
+        values["time/steps_per_second"] = state.step / seconds
+    if device.type == "cuda":
+        values["time/gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return values
+
+
+def memory_mb() -> float:
+    """Peak memory of this process, in MiB."""
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def histograms(model: nn.Module) -> dict[str, Tensor]:
+    weights = {f"weights/{n}": p.detach() for n, p in model.named_parameters()}
+    gradients = {
+        f"gradients/{n}": p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
+    return {**weights, **gradients}
+
+
+def progress_bar(state: TrainState, plan: Plan) -> Any:
+    """A bar for the epoch, quiet when the output is no terminal."""
+    shown = plan.options.progress_bar and plan.world.is_main
+    total = state.steps_per_epoch
+    return tqdm(
+        total=total,
+        initial=state.step_in_epoch,
+        desc=f"epoch {state.epoch + 1}",
+        unit="step",
+        leave=False,
+        disable=None if shown else True,
+    )
+
+
+def evaluation_bar(batches: EvalBatches, name: str, plan: Plan) -> Any:
+    shown = plan.options.progress_bar and plan.world.is_main
+    disable = None if shown else True
+    return tqdm(batches, desc=name, unit="batch", leave=False, disable=disable)
+
+
+def announce(state: TrainState, plan: Plan) -> None:
+    """One line per epoch or evaluation."""
+    progress = state.progress
+    values = {**progress.train_means, **progress.latest}
+    shown = [f"{name} {values[name]:.4g}" for name in HEADLINES if name in values]
+    if plan.options.monitor in values and plan.options.monitor not in HEADLINES:
+        shown.append(f"{plan.options.monitor} {values[plan.options.monitor]:.4g}")
+    best = " (best)" if progress.best_step == state.step else ""
+    log.info("epoch %d, step %d: %s%s", state.epoch, state.step, ", ".join(shown), best)

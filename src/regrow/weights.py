@@ -1,0 +1,92 @@
+"""Weights to start a new run from: `init_from=` a run folder, a checkpoint or a bare state_dict."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from regrow.errors import UserError
+from regrow.training import checkpoint
+
+log = logging.getLogger("regrow")
+
+
+def load_weights(model: nn.Module, source: Path) -> None:
+    """Start `model` from the weights of a run folder, a checkpoint, or a bare state_dict file.
+
+    Entries of another shape, such as a head for other classes, keep their fresh values and are
+    named; a name that is missing or unknown on either side is said. Raises UserError when nothing
+    fits.
+    """
+    own = model.state_dict()
+    weights = {_clean(name, own): value for name, value in _weights(source).items()}
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise UserError(
+            f"init_from={source}: none of its {len(weights)} tensors fits this model. "
+            "Is it the same model=…?"
+        )
+    for name, value in weights.items():
+        if name in own and own[name].shape != value.shape:
+            shapes = f"{tuple(value.shape)} there, {tuple(own[name].shape)} here"
+            log.warning("init_from: %s starts fresh (%s)", name, shapes)
+    for title, names in (
+        ("not in the model", weights.keys() - own.keys()),
+        ("not in the weights, start fresh", own.keys() - weights.keys()),
+    ):
+        if names:
+            log.warning("init_from: %s: %s", title, ", ".join(sorted(names)))
+    model.load_state_dict(fitting, strict=False)
+    log.info("init_from: %d of %d tensors from %s", len(fitting), len(own), source)
+
+
+def _clean(name: str, own: Mapping[str, Tensor]) -> str:
+    """The name without what DDP and torch.compile put before it in other programs' files."""
+    while name not in own:
+        shorter = name.removeprefix("module.").replace("_orig_mod.", "")
+        if shorter == name:
+            break
+        name = shorter
+    return name
+
+
+def _weights(source: Path) -> Mapping[str, Tensor]:
+    if (source / "checkpoints").is_dir():
+        which = "best" if (source / "checkpoints" / "best").exists() else "last"
+        source = source / "checkpoints" / which
+        if not source.is_dir():
+            raise UserError(f"init_from={source.parents[1]}: that run has no checkpoint yet.")
+    if not source.exists():
+        raise UserError(f"init_from={source}: there is no such file or folder.")
+    try:
+        if source.is_dir():
+            parts, _ = checkpoint.load(source.resolve())
+            content = parts.get("averaged", parts.get("model"))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols; what matters is an error
+                content = torch.load(source, map_location="cpu", weights_only=True)
+    except checkpoint.DamagedCheckpoint as damage:
+        raise UserError(f"init_from={source}: {damage}.") from None
+    except pickle.UnpicklingError as error:
+        # torch's own words tell how to open it all the same, which would run what is in there.
+        raise UserError(
+            f"init_from={source}: it holds more than tensors and plain values, and is not opened."
+        ) from error
+    except Exception as error:  # the readers of zip and pickle raise a dozen different kinds
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}".strip()
+        raise UserError(f"init_from={source}: no state_dict can be read ({reason}).") from None
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        items = content.items() if isinstance(content, dict) else ()
+        nested = [str(key) for key, value in items if isinstance(value, dict)]
+        hint = f" Save its entry {nested[0]!r} alone." if nested else ""
+        raise UserError(
+            f"init_from={source}: a dict of tensors is expected, as model.state_dict() gives.{hint}"
+        )
+    return content

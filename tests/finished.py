@@ -1,0 +1,72 @@
+"""Runs from start to end for tests: in this process, with all that a run leaves in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from running import CPU, composed
+
+from regrow import launch
+from regrow import run as runs
+from regrow.config import CONF, plain
+from regrow.record.folder import Lock
+
+SCRIPTS = CONF.parent / "scripts"
+QUICK = ("trainer.max_steps=4", "trainer.num_threads=1", "trainer.device=cpu")
+
+
+def finished(folder: Path, *overrides: str) -> Path:
+    """A complete run in `folder`, without its pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = composed(*QUICK, *overrides)
+    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, Lock(folder):
+        patch.setattr(runs, "draw", lambda folder: None)
+        launch.run_in(folder, plain(cfg), cfg, CPU)
+    return folder
+
+
+def script(name: str) -> ModuleType:
+    """A script as a module, so that its `main` can be called in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def process(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script as a user starts it, from `folder`."""
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@contextlib.contextmanager
+def one_line_and_exit_code_2(capsys: Any, message: str) -> Iterator[None]:
+    """What is said and how it ends where the user has something to mend."""
+    with pytest.raises(SystemExit) as ended:
+        yield
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0]
+    assert message in errors[0]

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished import SCRIPTS, finished, one_line_and_exit_code_2, process, script
+
+from regrow.config import read_yaml
+from regrow.record.folder import read_json
+
+main = script("evaluate").main
+
+
+def evaluated(run: Path, *arguments: str, output: Path) -> dict[str, Any]:
+    main([f"run={run}", f"output={output / 'numbers.json'}", *arguments])
+    values: dict[str, Any] = read_json(output / "numbers.json")["values"]
+    return values
+
+
+@pytest.mark.parametrize("fixture", ["digits", "diabetes", "table"])
+def test_the_numbers_are_those_of_the_run(
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
+) -> None:
+    run: Path = request.getfixturevalue(fixture)
+    run = run if (run / "config.yaml").exists() else run / "run"
+    told = read_json(run / "summary.json")["test"]
+    # As text, for a NaN is the same as a NaN here.
+    assert json.dumps(evaluated(run, output=tmp_path)) == json.dumps(told)
+    other = evaluated(run, "split=val", output=tmp_path)
+    assert {f"test/{k.removeprefix('val/')}": v for k, v in other.items()} != told
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data=digits_attributes", "task=multilabel", "model=cnn"),
+        ("data=breast_cancer", "task=binary", "trainer.precision=bf16"),
+        ("model=cnn", "trainer.channels_last=true"),
+        ("data=diabetes", "task=regression", "loss=mse_plus_mae", "data.eval_batch_size=7"),
+    ],
+    ids=" ".join,
+)
+def test_the_numbers_are_those_of_the_run_for_every_task(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    run = finished(tmp_path / "run", *overrides)
+    told = read_json(run / "summary.json")["test"]
+    assert json.dumps(evaluated(run, output=tmp_path)) == json.dumps(told)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that trains one point and evaluates another (Defazio et al. 2024), as small as can be."""
+
+    def __init__(self, params: Any, *, lr: float, beta: float) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "training": True, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                x = p.lerp(z, 1 - 1 / group["beta"])
+                z.sub_(group["lr"] * p.grad)
+                p.copy_(x.lerp(z, 1 / group["steps"]).lerp(z, 1 - group["beta"]))
+
+    def eval(self) -> None:
+        self._move(to_training=False)
+
+    def train(self) -> None:
+        self._move(to_training=True)
+
+    @torch.no_grad()
+    def _move(self, to_training: bool) -> None:
+        for group in self.param_groups:
+            if group["training"] is to_training:
+                continue
+            group["training"] = to_training
+            weight = 1 - group["beta"] if to_training else 1 - 1 / group["beta"]
+            for p in group["params"]:
+                if "z" in self.state[p]:
+                    p.lerp_(self.state[p]["z"], weight)
+
+
+def test_the_weights_of_a_schedule_free_optimizer_are_measured_once_moved(tmp_path: Path) -> None:
+    target = f"+optimizer._target_={__name__}.ScheduleFree"
+    rest = ("+optimizer._partial_=true", "+optimizer.lr=0.3", "+optimizer.beta=0.9")
+    run = finished(tmp_path / "run", "~optimizer", target, *rest, "trainer.max_steps=40")
+    told = read_json(run / "summary.json")["test"]
+    assert json.dumps(evaluated(run, output=tmp_path)) == json.dumps(told)
+
+
+def test_what_is_printed_and_written(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(digits, tmp_path / "copy", symlinks=True)
+    main([f"run={run}"])
+    out = capsys.readouterr().out
+    summary = read_json(run / "summary.json")
+    assert f"test/accuracy   {summary['test']['test/accuracy']:.5g}" in out
+    assert "The run itself measured the same." in out and "359 examples" in out
+    written = read_json(run / "evaluation_test.json")
+    assert written["values"] == summary["test"] and written["step"] == summary["best"]["step"]
+    main([f"run={run}", "checkpoint=last", "split=val"])
+    assert read_json(run / "evaluation_val_last.json")["step"] == 60
+
+
+def test_another_checkpoint_gives_other_numbers(digits: Path, tmp_path: Path) -> None:
+    best = evaluated(digits, "split=train", output=tmp_path)
+    names = sorted(path.name for path in (digits / "checkpoints").glob("step_*"))
+    assert len(names) > 1
+    others = [evaluated(digits, f"checkpoint={n}", "split=train", output=tmp_path) for n in names]
+    assert best in others and any(other != best for other in others)
+
+
+def test_the_size_of_the_batches_changes_no_metric(digits: Path, tmp_path: Path) -> None:
+    one = evaluated(digits, output=tmp_path)
+    other = evaluated(digits, "data.eval_batch_size=50", output=tmp_path)
+    assert {k: v for k, v in one.items() if "loss" not in k} == {
+        k: v for k, v in other.items() if "loss" not in k
+    }
+    assert one["test/loss"] == pytest.approx(other["test/loss"], rel=1e-6)
+
+
+def test_other_data_is_normalised_as_the_training_data_was(table: Path, tmp_path: Path) -> None:
+    rows = (table / "rows.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join([rows[0], *rows[1:40]]))
+    far = [f"{line.split(',')[0]},1e6,{index}" for index, line in enumerate(rows[1:])]
+    (tmp_path / "far.csv").write_text("\n".join(["label,x,y", *far]))
+    (tmp_path / "rows.csv").write_text((table / "rows.csv").read_text())
+    swapped = [f"data.root={tmp_path}", "data.source.test_file=test.csv", "data.overlap=ignore"]
+    near = evaluated(table / "run", *swapped, output=tmp_path)
+    other = [*swapped, "data.source.train_file=far.csv"]
+    assert evaluated(table / "run", *other, output=tmp_path) == near
+    # Without the record of the training data, its statistics would be those of the other file.
+    run = shutil.copytree(table / "run", tmp_path / "run", symlinks=True)
+    (run / "preprocessing.json").unlink()
+    assert evaluated(run, *other, output=tmp_path) != near
+
+
+def test_a_root_given_once_reaches_all_that_was_read_from_it(table: Path, tmp_path: Path) -> None:
+    before = evaluated(table / "run", output=tmp_path)
+    shutil.copytree(table, tmp_path / "moved", symlinks=True)
+    (tmp_path / "moved" / "run" / "config.yaml").write_text(
+        (table / "run" / "config.yaml").read_text().replace(str(table), "/no/such/folder")
+    )
+    run = tmp_path / "moved" / "run"
+    assert read_yaml(run / "config.yaml")["data"]["source"]["root"] == "/no/such/folder"
+    assert evaluated(run, f"data.root={tmp_path / 'moved'}", output=tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run has to be given: add run=…"),
+        (["run=nowhere"], "run=nowhere is no run's folder: there is no such folder"),
+        (["run=DIGITS", "splt=test"], "splt: there is no such key. Did you mean split?"),
+        (["run=DIGITS", "model=cnn"], "model: there is no such key."),
+        (["run=DIGITS", "split=tests"], "split=tests has to be one of train, val, test."),
+        (["run=DIGITS", "test"], "test: arguments are key=value."),
+        (["run=DIGITS", "--split=test"], "--split=test: arguments are key=value."),
+        (["run=DIGITS", "data=mnist"], "data: there is no such key."),
+        (["run=DIGITS", "data.batch_sizes=1"], "Did you mean data.batch_size?"),
+        (["run=DIGITS", "data.num_classes=3"], "belongs to the trained model and stays 10"),
+        (["run=DIGITS", "data.source.digits=1"], "data.source.digits: the run's data has no"),
+        (["run=DIGITS", "data.source._target_=os.system"], "has no such key"),
+        (["run=DIGITS", "data.eval_batch_size=0"], "has to be an integer of at least 1"),
+        (["run=DIGITS", "data.augment=1"], "data.augment=1 has to be true or false"),
+        (["run=DIGITS", "data.root=[a"], "cannot be read"),
+        (["run=DIGITS", "checkpoint=step_1"], "has no such checkpoint. There is best, last, step_"),
+        (["run=DIGITS", "checkpoint=../checkpoints/best"], "has no such checkpoint"),
+        (["run=DIGITS", "device=tpu"], "device=tpu has to be one of auto, cpu, cuda, mps."),
+        (["run=DIGITS", "output=/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["run=DIGITS", "output=DIGITS"], "is a folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_is_wrong_is_one_line(
+    digits: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = sorted(path.name for path in digits.iterdir())
+    with one_line_and_exit_code_2(capsys, message):
+        main([argument.replace("DIGITS", str(digits)) for argument in arguments])
+    assert sorted(path.name for path in digits.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+def test_help_and_a_wrong_key_need_no_torch(name: str, tmp_path: Path) -> None:
+    for argument, code in (("--help", 0), ("nope=1", 2)):
+        program = (
+            "import runpy, sys; sys.argv = ['x', sys.argv[2]] + [sys.argv[1]][1:]\n"
+            f"try: runpy.run_path({str(SCRIPTS / f'{name}.py')!r}, run_name='__main__')\n"
+            "except SystemExit as end: print('ended', end.code or 0, 'torch' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, "", argument], capture_output=True, text=True
+        )
+        assert f"ended {code} False" in done.stdout
+    assert process(name, "--help", folder=tmp_path).stdout.count("run=…") == 1
+
+
+@pytest.mark.slow
+def test_a_run_made_and_measured_from_outside(tmp_path: Path) -> None:
+    done = process("train", "debug=fast", "trainer.num_threads=1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = next(line for line in done.stdout.splitlines() if "evaluate.py" in line)
+    arguments = printed.split()[2:]
+    done = process("evaluate", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "The run itself measured the same." in done.stdout
+    (written,) = (tmp_path / "outputs" / "debug" / "latest").glob("evaluation_*.json")
+    assert written.name == "evaluation_test.json"

@@ -1,0 +1,364 @@
+"""A run back from its folder, and weights to start from: nothing foreign made, nothing silent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from finished import finished
+from running import TINY, config_of
+from torch import nn
+
+from regrow.config import instantiate, read_yaml
+from regrow.errors import UserError
+from regrow.load import load_run
+from regrow.training import checkpoint
+from regrow.training.state import weights_sha256
+from regrow.weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(
+        tmp_path_factory.mktemp("outputs") / "run",
+        *(*TINY, "trainer.max_steps=12", "trainer.checkpoint.keep_last=3"),
+    )
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(original, tmp_path / "run", symlinks=True))
+
+
+def changed(run: Path, **groups: dict[str, Any]) -> Path:
+    config = read_yaml(run / "config.yaml")
+    for group, values in groups.items():
+        config[group].update(values)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def resealed(folder: Path) -> None:
+    """A checkpoint's manifest made to fit its files: what somebody who means harm would do."""
+    content = json.loads((folder / "manifest.json").read_text())
+    content.pop("sha256")
+    for name in content["files"]:
+        data = (folder / name).read_bytes()
+        content["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content["sha256"] = checkpoint._digest(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+class Evil:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+def test_a_run_comes_back_as_it_was(run: Path) -> None:
+    last = load_run(run, which="last")
+    summary = json.loads((run / "summary.json").read_text())
+    assert weights_sha256(last.model) == summary["weights_sha256"]
+    assert last.step == 12 and last.checkpoint == "step_00000012"
+    assert not last.model.training and last.device.type == "cpu"
+    assert load_run(run).step == summary["best"]["step"]
+    older = load_run(run, which="step_00000004")
+    assert older.step == 4 and weights_sha256(older.model) != summary["weights_sha256"]
+
+
+def test_the_averaged_weights_are_those_one_gets(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY, "trainer.ema_decay=0.9")
+    parts, _ = checkpoint.load((run / "checkpoints" / "best").resolve())
+    weights = load_run(run).model.state_dict()
+    assert all(torch.equal(weights[name], parts["averaged"][name]) for name in weights)
+    assert not all(torch.equal(weights[name], parts["model"][name]) for name in weights)
+
+
+def test_latest_stays_the_run_that_it_was_when_asked(run: Path) -> None:
+    latest = run.parent / "latest"
+    latest.symlink_to(run.name)
+    loaded = load_run(latest)
+    assert loaded.folder == run.resolve()
+    latest.unlink()
+    assert loaded.data.num_examples["test"] == 10
+
+
+def test_the_data_is_read_only_when_it_is_asked_for(run: Path) -> None:
+    changed(run, data={"_target_": "regrow.data.loaders.Data", "batch_size": 0})
+    loaded = load_run(run)
+    assert loaded.preprocessing.input_shape == [6]
+    with pytest.raises(UserError, match=r"data\.batch_size=0"):
+        _ = loaded.data
+    assert load_run(run, data={"batch_size": 5}).data.batch_size == 5
+
+
+def test_a_missing_device_is_an_error_only_where_it_was_asked_for(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    changed(run, trainer={"device": "cuda", "precision": "fp16"})
+    loaded = load_run(run)
+    assert loaded.device.type == "cpu" and loaded.precision == "fp32"
+    assert "the run's device, cuda, is missing here" in caplog.text
+    with pytest.raises(UserError, match=r"^device=cuda: this machine has none"):
+        load_run(run, device="cuda")
+    with pytest.raises(UserError, match="device=gpu has to be one of"):
+        load_run(run, device="gpu")
+
+
+def test_a_run_still_in_training_is_read_again_where_its_checkpoint_went(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, read = run / "checkpoints" / "best", checkpoint.load
+    first = best.resolve()
+    other = next(path for path in checkpoint.complete(run / "checkpoints") if path != first)
+
+    def rotated(path: Path) -> Any:
+        if path == first and path.exists():  # at this very moment the run moves on
+            best.unlink()
+            best.symlink_to(other.name)
+            shutil.rmtree(path)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "load", rotated)
+    assert load_run(run).checkpoint == other.name
+
+
+def test_a_damaged_checkpoint_is_named_with_what_else_there_is(run: Path) -> None:
+    target = (run / "checkpoints" / "last").resolve() / "model.pt"
+    content = bytearray(target.read_bytes())
+    content[len(content) // 2] ^= 1
+    target.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_run(run, which="last")
+    message = str(caught.value)
+    assert "step_00000012/model.pt does not match its SHA-256" in message and "\n" not in message
+    assert "Choose another: " in message and "step_00000004" in message
+    assert load_run(run, which="step_00000004").step == 4
+    target.unlink()
+    with pytest.raises(UserError, match=r"step_00000012/model.pt is missing"):
+        load_run(run, which="last")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "config.yaml").unlink(), "it holds no config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml cannot be read"),
+        (lambda run: (run / "config.yaml").write_text("a: 1"), "has no node data"),
+        (lambda run: (run / "config.yaml").write_text("- 1"), "has no node data"),
+        (lambda run: (run / "preprocessing.json").write_text("{"), "json cannot be read"),
+        (lambda run: (run / "preprocessing.json").write_text("[]"), "json cannot be read"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "There is none."),
+        (lambda run: changed(run, model={"hidden": [13]}), "not those of the model"),
+        (lambda run: changed(run, model={"hiden": [13]}), "hiden"),
+    ],
+)
+def test_a_spoilt_folder_is_one_line(run: Path, spoil: Any, message: str) -> None:
+    spoil(run)
+    with pytest.raises(UserError) as caught:
+        load_run(run)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("group", ["model", "loss", "task", "data"])
+def test_a_foreign_target_is_not_made(run: Path, tmp_path: Path, group: str) -> None:
+    made = tmp_path / "executed"
+    evil = {"_target_": "os.makedirs", "name": str(made)}
+    config = read_yaml(run / "config.yaml")
+    config[group] = evil
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=rf"{group}._target_=os.makedirs, which no file in conf/"):
+        load_run(run)
+    assert not made.exists()
+    instantiate(evil)  # the negative control: made, it would have run
+    assert made.exists()
+
+
+def test_a_foreign_target_is_not_made_below_or_in_a_list(run: Path, tmp_path: Path) -> None:
+    evil = {"_target_": "os.makedirs", "name": str(tmp_path / "executed")}
+    for group, values in (("model", {"dropout": evil}), ("data", {"class_names": [evil]})):
+        spoilt = shutil.copytree(run, tmp_path / group, symlinks=True)
+        with pytest.raises(UserError, match="is not made"):
+            load_run(changed(spoilt, **{group: values}))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_target_of_another_role_is_foreign(run: Path) -> None:
+    changed(run, model={"_target_": "regrow.data.datasets.digits"})  # ours, but no model
+    with pytest.raises(UserError, match="which no file in conf/model names"):
+        load_run(run)
+    changed(run, model={"_target_": "torch.hub.load"})  # torch's, but no module
+    with pytest.raises(UserError, match="which no file in conf/model names"):
+        load_run(run)
+
+
+def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY)
+    config = read_yaml(run / "config.yaml")
+    config["model"] = {"_target_": "torch.nn.Linear", "in_features": 6, "out_features": 3}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="not those of the model"):  # made, and of other weights
+        load_run(run)
+
+
+def test_an_interpolation_is_not_resolved(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRIVATE", "secret")
+    changed(run, data={"root": "${oc.env:PRIVATE}"})
+    with pytest.raises(UserError, match="where a plain value is expected"):
+        load_run(run)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_opened(run: Path, tmp_path: Path) -> None:
+    made = tmp_path / "executed"
+    folder = (run / "checkpoints" / "best").resolve()
+    torch.save({"weight": Evil(made)}, folder / "model.pt")
+    resealed(folder)
+    with pytest.raises(UserError, match="holds more than tensors and plain values"):
+        load_run(run)
+    with pytest.raises(UserError, match="holds more than tensors and plain values"):
+        load_weights(nn.Linear(1, 1), run)
+    assert not made.exists()
+    torch.load(folder / "model.pt", weights_only=False)  # the negative control
+    assert made.exists()
+
+
+# -- weights to start from ------------------------------------------------------------------------
+
+
+def model_of(*overrides: str) -> nn.Module:
+    torch.manual_seed(1)
+    model: nn.Module = instantiate(config_of(*TINY, *overrides)["model"])
+    return model
+
+
+def test_weights_come_from_a_run_a_checkpoint_or_a_file(run: Path, tmp_path: Path) -> None:
+    expected = load_run(run).model
+    torch.save(expected.state_dict(), tmp_path / "weights.pt")
+    for source in (run, run / "checkpoints" / "best", tmp_path / "weights.pt"):
+        model = model_of()
+        assert weights_sha256(model) != weights_sha256(expected)
+        load_weights(model, source)
+        assert weights_sha256(model) == weights_sha256(expected)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_other_programs_are_taken_off(run: Path, tmp_path: Path, prefix: str) -> None:
+    expected = load_run(run).model.state_dict()
+    torch.save({f"{prefix}{name}": v for name, v in expected.items()}, tmp_path / "weights.pt")
+    model = model_of()
+    load_weights(model, tmp_path / "weights.pt")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_a_part_that_is_itself_called_module_keeps_its_name(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    torch.manual_seed(0)
+    torch.save(Wrapper().state_dict(), tmp_path / "weights.pt")
+    model = Wrapper()
+    load_weights(model, tmp_path / "weights.pt")
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert torch.equal(model.module.weight, found["module.weight"])
+
+
+def test_a_head_of_another_size_starts_fresh_and_is_named(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="regrow")
+    model = model_of("data.num_classes=5", "data.num_outputs=5")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_weights(model, run)
+    after, expected = model.state_dict(), load_run(run).model.state_dict()
+    fresh = [name for name in after if after[name].shape != expected[name].shape]
+    assert len(fresh) == 2
+    for name, value in after.items():
+        assert torch.equal(value, before[name] if name in fresh else expected[name])
+    for name in fresh:
+        assert f"init_from: {name} starts fresh" in caplog.text
+    assert "(3, 12) there, (5, 12) here" in caplog.text
+
+
+def test_a_new_run_starts_from_the_weights_of_another(run: Path, tmp_path: Path) -> None:
+    lr = ("optimizer.lr=1.0e-12", "optimizer.weight_decay=0.0", "trainer.max_steps=1")
+    tuned = finished(tmp_path / "tuned", *TINY, *lr, f"init_from={run}")
+    expected = load_run(run).model.state_dict()
+    for name, value in load_run(tuned).model.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-9)
+
+
+def test_names_on_one_side_only_are_said(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = dict(load_run(run).model.state_dict())
+    dropped = sorted(weights)[0]
+    torch.save({**weights, "extra": torch.ones(1)} | {}, tmp_path / "more.pt")
+    load_weights(model_of(), tmp_path / "more.pt")
+    assert "not in the model: extra" in caplog.text
+    del weights[dropped]
+    torch.save(weights, tmp_path / "fewer.pt")
+    load_weights(model_of(), tmp_path / "fewer.pt")
+    assert f"not in the weights, start fresh: {dropped}" in caplog.text
+
+
+def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
+    made = tmp_path / "executed"
+    torch.save({"weight": Evil(made)}, tmp_path / "evil.pt")
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "nested.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"other": torch.ones(7)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("hello world")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:200])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name, message in (
+        ("evil.pt", "holds more than tensors and plain values, and is not opened"),
+        ("nested.pt", "Save its entry 'state_dict' alone."),
+        ("list.pt", "a dict of tensors is expected"),
+        ("other.pt", "none of its 1 tensors fits this model"),
+        ("text.pt", "no state_dict can be read"),
+        ("empty.pt", "no state_dict can be read"),
+        ("cut.pt", "no state_dict can be read"),
+        ("folder", "manifest.json is missing"),
+        ("run", "has no checkpoint yet"),
+        ("nothing.pt", "there is no such file or folder"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_weights(nn.Linear(1, 1), tmp_path / name)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert f"init_from={tmp_path / name}" in str(caught.value)
+    assert not made.exists()
+
+
+def test_a_pretrained_model_is_not_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regrow.models import vision
+
+    small = ("data.source.num_train=8", "data.source.num_val=8", "data.source.num_test=8")
+    shape = ("data.input_shape=[3,8,8]", "data.batch_size=4", "trainer.max_steps=1")
+    run = finished(tmp_path / "run", "data=synthetic", "model=resnet18", *small, *shape)
+    changed(run, model={"pretrained": True})
+    monkeypatch.setattr(vision, "_download", lambda weights: pytest.fail("downloads"))
+    assert load_run(run).config["model"]["pretrained"] is False
+
+
+def test_a_run_is_used_in_a_notebook_in_two_lines(run: Path) -> None:
+    loaded = load_run(str(run))
+    assert loaded.model(torch.zeros(2, 6)).shape == (2, 3)

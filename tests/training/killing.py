@@ -1,0 +1,161 @@
+"""A crash harness: runs a run in forked children, kills them at chosen instants, starts them again.
+
+Started as a process of its own, `python killing.py <request.json>`. It imports, with one thread,
+what a run needs, and only then forks, so that a child begins to train within milliseconds. The
+request holds the config and, for each folder, where to kill: after so many seconds, or at a named
+point. The answer, on the last line of its output, says how often each folder's run was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchmetrics.classification  # noqa: F401
+
+from regrow import run as runs
+from regrow.record import loggers
+from regrow.training import checkpoint, loop
+from regrow.training.parallel import World
+
+DONE, FAILED = 0, 3
+
+
+def child(config: dict[str, Any], folder: Path, prepare: Callable[[], None]) -> None:
+    """Train to the end in a forked process. Never returns."""
+    code = FAILED
+    try:
+        torch.set_num_threads(1)
+        prepare()
+        runs.draw = lambda folder: None
+        world = World(device=torch.device("cpu"))
+        with contextlib.redirect_stderr(io.StringIO()):
+            objects = runs.build(config, world)
+            summary = runs.train(objects, config, folder, world, runs.StopRequest())
+        code = DONE if summary["status"] == "completed" else FAILED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def run_until_killed(
+    config: dict[str, Any], folder: Path, after: float | None, prepare: Callable[[], None]
+) -> bool:
+    """Whether the child came to its end before it was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        child(config, folder, prepare)
+    if after is not None:
+        time.sleep(after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if os.waitstatus_to_exitcode(status) != DONE:
+        raise RuntimeError(f"the child ended with {status}")
+    return True
+
+
+# Named points: just before and just after each of these, as the n-th call comes.
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "step": (loop, "train_step"),
+    "report": (loop, "report"),
+    "evaluate": (loop, "evaluate"),
+    "decide": (loop, "take_in"),
+    "save": (checkpoint.CheckpointWriter, "save"),
+    "copy": (checkpoint.CheckpointWriter, "_copy"),
+    "write": (checkpoint, "write"),
+    "sync": (checkpoint, "_sync"),
+    "sync_folder": (checkpoint, "_sync_folder"),
+    "rotate": (checkpoint, "rotate"),
+    "point": (checkpoint, "_point"),
+    "rename": (Path, "rename"),
+    "rmtree": (checkpoint.shutil, "rmtree"),
+    "line": (loggers.Jsonl, "log"),
+    "rewind": (loggers.Jsonl, "rewind"),
+    "load": (checkpoint, "load_newest"),
+    "test": (runs, "test_once"),
+    "summary": (runs.records, "write_json"),
+}
+
+
+def dies_at(point: str, when: str, count: int) -> Callable[[], None]:
+    """Prepares a child to kill itself before or after the n-th call of a named point."""
+
+    def prepare() -> None:
+        owner, name = POINTS[point]
+        function, calls = getattr(owner, name), [0]
+
+        def deadly(*args: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if when == "before" and calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **named)
+            if when == "after" and calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, deadly)
+
+    return prepare
+
+
+def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def prepare() -> None:
+        first()
+        second()
+
+    return prepare
+
+
+# Mistakes that the comparison has to catch: prepared in every child.
+
+
+def without_rewind() -> None:
+    loggers.Jsonl.rewind = lambda self, position: None  # type: ignore[method-assign]
+
+
+def without_seeds() -> None:
+    loop.seed_step = lambda value: None  # type: ignore[assignment]
+
+
+MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_seeds": without_seeds}
+
+
+def main(request: dict[str, Any]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    config, answers = request["config"], []
+    for job in request["jobs"]:
+        folder, kills, killed = Path(job["folder"]), job["kills"], 0
+        mistake = MISTAKES[job["mistake"]]
+        for kill in kills:
+            if isinstance(kill, list):
+                over = run_until_killed(config, folder, None, both(mistake, dies_at(*kill)))
+            else:
+                over = run_until_killed(config, folder, kill, mistake)
+            if over:
+                break
+            killed += 1
+        else:
+            if not run_until_killed(config, folder, None, mistake):
+                raise RuntimeError("killed by somebody else")
+        answers.append({**job, "killed": killed})
+    return answers
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,657 @@
+"""Checkpoints: damage is found, the older one is used, rotation keeps what must stay."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import CPU, TINY, config_of, fingerprint, train
+
+from regrow import run as runs
+from regrow.errors import UserError
+from regrow.training import checkpoint, loop
+from regrow.training.checkpoint import CheckpointWriter, DamagedCheckpoint, Facts
+from regrow.training.options import CheckpointOptions
+
+RUN = (
+    *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),
+    *("trainer.ema_decay=0.9", "scheduler=plateau", "trainer.checkpoint.save_every_steps=3"),
+    *("trainer.monitor=val/loss", "trainer.mode=min", "optimizer.lr=0.02"),
+)
+OPTIONS = CheckpointOptions(
+    save_every_epochs=1,
+    save_every_steps=None,
+    keep_last=2,
+    keep_best=1,
+    milestones_every_epochs=None,
+    background=True,
+)
+FILES = ("model", "optimizer", "progress", "averaged", "schedule")
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def cut_off_the_last_byte(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def flip_one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def zero_a_block(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(len(content[middle : middle + 64]))
+    file.write_bytes(content)
+
+
+def append(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def delete(file: Path) -> None:
+    file.unlink()
+
+
+def folder_in_its_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = (
+    *(truncate, cut_off_the_last_byte, empty, flip_one_bit),
+    *(zero_a_block, append, delete, folder_in_its_place),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    quiet = pytest.MonkeyPatch()
+    quiet.setattr(runs, "draw", lambda folder: None)
+    assert train(folder, *RUN)["status"] == "completed"
+    quiet.undo()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run stopped at step 7, whose checkpoints are those of steps 6 and 7 and the best."""
+    folder = tmp_path_factory.mktemp("stopped")
+    assert train(folder, *RUN, stop_at=7)["steps"] == 7
+    return folder
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def test_the_stopped_run_is_what_the_tests_of_damage_take_it_for(stopped: Path) -> None:
+    assert checkpoints_of(stopped)[-2:] == ["step_00000006", "step_00000007"]
+    newest = stopped / "checkpoints" / "last"
+    assert newest.readlink() == Path("step_00000007")
+    found = {path.name for path in newest.iterdir()}
+    assert found == {"manifest.json", *(f"{name}.pt" for name in FILES)}
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
+    return " ".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["manifest.json", *(f"{name}.pt" for name in FILES)])
+def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_is_used(
+    name: str,
+    damage: Callable[[Path], None],
+    stopped: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(stopped / "checkpoints", folder, symlinks=True)
+    damage(folder / "step_00000007" / name)
+    loaded = checkpoint.load_newest(folder)
+    assert loaded is not None
+    assert loaded[1]["step"] == 6
+    warned = warnings_of(caplog)
+    assert f"step_00000007/{name}" in warned
+    assert "Going back to step_00000006" in warned
+    assert (folder / "damaged_step_00000007").is_dir()  # out of the way, and kept
+    assert not (folder / "step_00000007").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_the_same(
+    damage: Callable[[Path], None], whole: Path, stopped: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    damage(folder / "checkpoints" / "step_00000007" / "model.pt")
+    train(folder, *RUN)
+    assert fingerprint(folder) == fingerprint(whole)
+    assert (folder / "checkpoints" / "damaged_step_00000007").is_dir()
+
+
+def test_an_empty_checkpoint_folder_is_passed_over(
+    whole: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    for file in (folder / "checkpoints" / "step_00000007").iterdir():
+        file.unlink()
+    train(folder, *RUN)
+    assert "step_00000007/manifest.json is missing" in warnings_of(caplog)
+    assert fingerprint(folder) == fingerprint(whole)
+
+
+def test_torch_alone_takes_a_flipped_bit_and_the_end_differs(
+    whole: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: without the manifest's sums the same damage goes unseen."""
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    file = folder / "checkpoints" / "step_00000007" / "model.pt"
+    weights = torch.load(file, weights_only=True)["head.weight"].numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    content[content.index(weights) + 2] ^= 4
+    file.write_bytes(content)
+    monkeypatch.setattr(checkpoint, "verify", checkpoint.read_manifest)
+    train(folder, *RUN)
+    assert fingerprint(folder) != fingerprint(whole)
+
+
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "checkpoints" / "step_00000007", tmp_path / "step_00000007")
+    folder = tmp_path / "step_00000007"
+    manifest = folder / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        manifest.write_bytes(flipped)
+        with pytest.raises(DamagedCheckpoint):
+            checkpoint.read_manifest(folder)
+    manifest.write_bytes(content)
+    checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", "7", '"text"', "{", "\x00" * 50])
+def test_a_manifest_that_is_something_else_is_damage(content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(DamagedCheckpoint, match=r"step_00000001/manifest\.json"):
+        checkpoint.read_manifest(folder)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_when_all_are_damaged_one_line_says_so_and_nothing_is_deleted(
+    stopped: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    names = checkpoints_of(folder)
+    for name in names:
+        flip_one_bit(folder / "checkpoints" / name / "optimizer.pt")
+    before = contents_of(folder)
+    for _ in range(2):  # trying again makes nothing worse
+        with pytest.raises(UserError, match="every checkpoint is damaged") as caught:
+            train(folder, *RUN)
+        assert "\n" not in str(caught.value)
+        assert all(f"{name}/optimizer.pt" in str(caught.value) for name in names)
+        assert contents_of(folder) == before
+
+
+def test_a_damaged_best_checkpoint_is_named_when_it_is_to_be_tested(tmp_path: Path) -> None:
+    # The highest loss is that of the first evaluation, at step 4.
+    run = (*RUN, "trainer.monitor=val/loss", "trainer.mode=max")
+    train(tmp_path, *run, stop_at=9)
+    flip_one_bit(tmp_path / "checkpoints" / "step_00000004" / "averaged.pt")
+    with pytest.raises(UserError, match=r"step_00000004/averaged\.pt") as caught:
+        train(tmp_path, *run)
+    assert "\n" not in str(caught.value)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_part_is_an_error(name: str, stopped: Path) -> None:
+    objects = runs.build(config_of(*RUN), CPU)
+    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    del parts[name]
+    with pytest.raises(ValueError, match=f"lacks {name} and has nothing too many"):
+        objects.state.load_state_dict(parts)
+
+
+def test_an_unexpected_part_is_an_error(stopped: Path) -> None:
+    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    plain = tuple(o for o in RUN if "ema_decay" not in o)
+    objects = runs.build(config_of(*plain), CPU)
+    with pytest.raises(ValueError, match="lacks nothing and has averaged too many"):
+        objects.state.load_state_dict(parts)
+    objects = runs.build(config_of(*RUN), CPU)
+    objects.state.load_state_dict(parts)
+    assert objects.state.step == 7
+
+
+@pytest.mark.parametrize("name", ["best_value", "slices", "evaluated_step", "sums"])
+def test_a_missing_field_of_the_progress_is_an_error(name: str, stopped: Path) -> None:
+    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    del parts["progress"][name]
+    objects = runs.build(config_of(*RUN), CPU)
+    with pytest.raises((ValueError, KeyError, TypeError), match=name):
+        objects.state.load_state_dict(parts)
+
+
+def test_a_missing_or_unexpected_weight_is_an_error(stopped: Path) -> None:
+    for change in (lambda p: p.pop("head.bias"), lambda p: p.update(more=torch.zeros(1))):
+        parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+        change(parts["model"])
+        with pytest.raises(RuntimeError, match=r"head\.bias|more"):
+            runs.build(config_of(*RUN), CPU).state.load_state_dict(parts)
+
+
+def names_in(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [str(k) for k in value] + [n for v in value.values() for n in names_in(v)]
+    if isinstance(value, list | tuple):
+        return [name for item in value for name in names_in(item)]
+    return []
+
+
+def test_no_key_carries_the_prefix_of_a_wrapper(stopped: Path) -> None:
+    compiled = runs.build(config_of(*RUN, "trainer.compile=true"), CPU)
+    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    for found in (names_in(parts), names_in(compiled.state.state_dict())):
+        assert "head.weight" in found
+        assert not [name for name in found if "module." in name or "_orig_mod" in name]
+    wrapped = torch.compile(compiled.state.model).state_dict()
+    assert [name for name in wrapped if "_orig_mod" in name]  # which the other way has
+
+
+# Rotation
+
+
+def facts(step: int, value: float | None = None, **more: Any) -> Facts:
+    known = {"epoch": step, "milestone": False, "metrics_bytes": 0}
+    return Facts(step=step, value=value, **{**known, **more})
+
+
+def part(value: float = 0.0) -> dict[str, dict[str, Any]]:
+    return {"model": {"weight": torch.full((4,), value)}}
+
+
+def written(folder: Path, values: list[float | None], options: Any, mode: str = "max") -> set[int]:
+    """The steps that are left after a checkpoint and a rotation for each value."""
+    for step, value in enumerate(values, 1):
+        milestone = bool(options.milestones_every_epochs) and step % 3 == 0
+        checkpoint.write(folder, part(step), facts(step, value, milestone=milestone))
+        checkpoint.rotate(folder, options, mode, written=step)
+        names = {path.name for path in folder.glob("step_*")}
+        assert f"step_{step:08d}" in names  # the one just written
+        assert (folder / "last").resolve().name == f"step_{step:08d}"
+        known = [v for v in values[:step] if v is not None and v == v]
+        if known:
+            best = (max if mode == "max" else min)(known)
+            first = values.index(best) + 1
+            assert (folder / "best").resolve().name == f"step_{first:08d}"
+        checkpoint.load((folder / "last").resolve())
+    return {int(path.name[5:]) for path in folder.glob("step_????????")}
+
+
+def options_of(**changes: Any) -> CheckpointOptions:
+    return CheckpointOptions(**{**vars(OPTIONS), **changes})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "values", "left"),
+    [
+        ({}, "max", [0.9, 0.1, 0.2, 0.3, 0.4], {1, 4, 5}),
+        ({}, "min", [0.9, 0.1, 0.2, 0.3, 0.4], {2, 4, 5}),
+        ({}, "max", [None, None, None, None], {3, 4}),
+        ({}, "max", [0.5, 0.5, 0.5, 0.5], {1, 3, 4}),
+        ({}, "max", [NAN, 0.5, NAN, 0.1, NAN], {2, 4, 5}),
+        ({"keep_last": 1}, "max", [0.1, 0.2, 0.3], {3}),
+        ({"keep_last": 0, "keep_best": 0}, "max", [0.3, 0.2, 0.1], {1, 3}),
+        ({"keep_best": 3}, "max", [0.9, 0.8, 0.7, 0.1, 0.2, 0.3], {1, 2, 3, 5, 6}),
+        ({"milestones_every_epochs": 3}, "max", [0.1] * 8, {1, 3, 6, 7, 8}),
+    ],
+)
+def test_rotation_keeps_newest_best_and_milestones(
+    changes: dict[str, Any], mode: str, values: list[float | None], left: set[int], tmp_path: Path
+) -> None:
+    assert written(tmp_path, values, options_of(**changes), mode) == left
+
+
+def test_rotation_touches_nothing_but_checkpoints_of_its_folder(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious.pt").write_bytes(b"x")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step_final").mkdir()
+    (folder / "damaged_step_00000001").mkdir()
+    (folder / ".tmp-step_00000099").symlink_to(outside)
+    (folder / ".old-step_00000098").symlink_to(outside)
+    CheckpointWriter(folder, OPTIONS, "max")
+    written(folder, [0.1, 0.2, 0.3, 0.4], OPTIONS)
+    assert contents_of(outside) == {"precious.pt": b"x"}
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "step_final").is_dir()
+    assert (folder / "damaged_step_00000001").is_dir()
+
+
+def test_incomplete_folders_do_not_count_as_kept_ones(tmp_path: Path) -> None:
+    written(tmp_path, [0.1, 0.2], OPTIONS)
+    for step in (8, 9):  # newer, and without a manifest
+        (tmp_path / f"step_{step:08d}").mkdir()
+    checkpoint.rotate(tmp_path, OPTIONS, "max", written=2)
+    assert {path.name for path in checkpoint.complete(tmp_path)} == {
+        "step_00000001",
+        "step_00000002",
+    }
+    assert (tmp_path / "last").resolve().name == "step_00000002"
+
+
+def test_what_a_killed_writer_left_is_cleared_and_what_it_had_set_aside_put_back(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path, [0.1, 0.2], OPTIONS)
+    shutil.copytree(tmp_path / "step_00000002", tmp_path / ".tmp-step_00000003")
+    (tmp_path / "step_00000002").rename(tmp_path / ".old-step_00000002")  # about to be replaced
+    CheckpointWriter(tmp_path, OPTIONS, "max")
+    assert checkpoints_of_folder(tmp_path) == ["step_00000001", "step_00000002"]
+    assert not list(tmp_path.glob(".*"))
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded[1]["step"] == 2
+
+
+def test_what_a_killed_rotation_had_half_deleted_does_not_come_back(tmp_path: Path) -> None:
+    written(tmp_path, [0.1, 0.2, 0.3], OPTIONS)
+    old = tmp_path / ".old-step_00000001"
+    shutil.copytree(tmp_path / "step_00000002", old)
+    (old / "model.pt").unlink()
+    CheckpointWriter(tmp_path, OPTIONS, "max")
+    assert checkpoints_of_folder(tmp_path) == ["step_00000002", "step_00000003"]
+
+
+def checkpoints_of_folder(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step_*"))
+
+
+# Writing beside the loop
+
+
+def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -> None:
+    go_on = threading.Event()
+    write = checkpoint.write
+
+    def late(*args: Any) -> Path:
+        assert go_on.wait(10)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    writer = CheckpointWriter(tmp_path, OPTIONS, "max")
+    weights = torch.ones(4)
+    writer.save({"model": {"weight": weights, "list": [1, (2, weights)]}}, facts(1), lambda: None)
+    weights.zero_()  # the next step
+    assert not list(tmp_path.glob("step_*"))
+    go_on.set()
+    assert writer.wait()
+    parts, _ = checkpoint.load(tmp_path / "step_00000001")
+    assert parts["model"]["weight"].tolist() == [1.0] * 4
+    assert parts["model"]["list"][1][1].tolist() == [1.0] * 4
+    # Written without a copy, the same would hold the weights of the next step.
+    monkeypatch.setattr(CheckpointWriter, "_copy", lambda self, parts: parts)
+    go_on.clear()
+    weights.fill_(1)
+    writer.save({"model": {"weight": weights}}, facts(2), lambda: None)
+    weights.zero_()
+    go_on.set()
+    writer.wait()
+    assert checkpoint.load(tmp_path / "step_00000002")[0]["model"]["weight"].tolist() == [0.0] * 4
+
+
+def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) -> None:
+    write, active, most = checkpoint.write, [0], [0]
+
+    def counted(*args: Any) -> Path:
+        active[0] += 1
+        most[0] = max(most[0], active[0])
+        time.sleep(0.02)
+        path = write(*args)
+        active[0] -= 1
+        return path
+
+    monkeypatch.setattr(checkpoint, "write", counted)
+    for waits, expected in ((True, 1), (False, 2)):
+        most[0] = 0
+        writer = CheckpointWriter(tmp_path, OPTIONS, "max")
+        if not waits:  # the negative control
+            writer.wait = lambda: True  # type: ignore[method-assign]
+        threads = []
+        for step in range(1, 5):
+            writer.save(part(step), facts(step), lambda: None)
+            threads.append(writer._thread)
+        for thread in threads:
+            assert thread is not None
+            thread.join()
+        assert (most[0] > 1) == (expected > 1)
+
+
+class FullDisk:
+    """Lets every sync of a file fail, while it is on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on = False
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            if self.on:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_failed_write_is_reported_at_the_next_save_and_the_older_one_loads(
+    background: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk = FullDisk(monkeypatch)
+    writer = CheckpointWriter(tmp_path, options_of(background=background), "max")
+    writer.save(part(1), facts(1), lambda: None)
+    assert writer.wait()
+    disk.on = True
+    writer.save(part(2), facts(2), lambda: None)
+    if writer._thread is not None:
+        writer._thread.join()
+    disk.on = False
+    assert ("No space left" in warnings_of(caplog)) is not background
+    writer.save(part(3), facts(3), lambda: None)
+    assert "checkpoint not saved" in warnings_of(caplog)
+    assert "No space left" in warnings_of(caplog)
+    assert writer.wait()
+    assert checkpoints_of_folder(tmp_path) == ["step_00000001", "step_00000003"]
+    assert not list(tmp_path.glob(".tmp-step*"))
+    for step in (1, 3):
+        checkpoint.load(tmp_path / f"step_{step:08d}")
+
+
+def test_a_run_on_a_full_disk_goes_on_and_ends_the_same(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk = FullDisk(monkeypatch)
+    train_step = loop.train_step
+
+    def full_from_five_to_eight(state: Any, *args: Any) -> Any:
+        disk.on = 5 <= state.step < 8
+        return train_step(state, *args)
+
+    monkeypatch.setattr(loop, "train_step", full_from_five_to_eight)
+    summary = train(tmp_path, *RUN)
+    assert summary["status"] == "completed"
+    assert summary["best"]["step"] == 12  # its weights were saved
+    assert "checkpoint not saved" in warnings_of(caplog)
+    assert fingerprint(tmp_path) == fingerprint(whole)
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_named_when_another_is_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = checkpoint.write
+
+    def full_at_the_end(folder: Path, parts: Any, facts: Facts) -> Path:
+        if facts.step > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(folder, parts, facts)
+
+    monkeypatch.setattr(checkpoint, "write", full_at_the_end)
+    summary = train(tmp_path, *RUN)
+    assert summary["best"]["step"] == 12
+    assert "step 12" in warnings_of(caplog)
+
+
+def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by permissions: those do not bind an administrator."""
+    writer = CheckpointWriter(tmp_path, OPTIONS, "max")
+    writer.save(part(1), facts(1), lambda: None)
+    writer.wait()
+    mkdir = Path.mkdir
+
+    def refused(self: Path, *args: Any, **named: Any) -> None:
+        if self.parent == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        mkdir(self, *args, **named)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    writer.save(part(2), facts(2), lambda: None)
+    assert not writer.wait()
+    assert "Permission denied" in warnings_of(caplog)
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded[1]["step"] == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), MemoryError(), ValueError("boom")])
+def test_any_failure_of_the_writer_is_reported(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*args: Any, **named: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "rotate", fail)
+    writer = CheckpointWriter(tmp_path, OPTIONS, "max")
+    writer.save(part(1), facts(1), lambda: None)
+    assert not writer.wait()
+    assert "checkpoint not saved" in warnings_of(caplog)
+
+
+LIMITED = """
+import logging, resource, signal, sys
+from pathlib import Path
+import torch
+from regrow.training import checkpoint
+from test_checkpoint import OPTIONS, facts
+folder = Path(sys.argv[1])
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = checkpoint.CheckpointWriter(folder, OPTIONS, "max")
+def save(step):
+    parts = {"model": {"weight": torch.full((50_000,), float(step))}}
+    writer.save(parts, facts(step), lambda: None)
+    print(step, writer.wait())
+save(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+save(2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+save(3)
+"""
+
+
+def test_a_real_limit_of_file_size_loses_one_checkpoint_and_no_more(tmp_path: Path) -> None:
+    paths = [str(Path(runs.__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line for line in said if line[0].isdigit()] == ["1 True", "2 False", "3 True"]
+    (warning,) = (line for line in said if not line[0].isdigit())
+    assert warning.startswith("checkpoint not saved: ")
+    assert checkpoints_of_folder(tmp_path) == ["step_00000001", "step_00000003"]
+    assert not list(tmp_path.glob(".tmp-*"))
+    for step in (1, 3):
+        parts, _ = checkpoint.load(tmp_path / f"step_{step:08d}")
+        assert parts["model"]["weight"].unique().tolist() == [step]
+
+
+def test_a_checkpoint_holds_tensors_and_plain_containers_only(stopped: Path) -> None:
+    folder = (stopped / "checkpoints" / "last").resolve()
+    content = json.loads((folder / "manifest.json").read_text())
+    assert set(content["files"]) == {f"{name}.pt" for name in FILES}
+    for name in content["files"]:
+        torch.load(folder / name, weights_only=True)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    checkpoint.write(tmp_path, {"model": {"weight": Evil()}}, facts(1))
+    with pytest.raises(Exception, match=r"[Ww]eights.only|mkdir|Unsupported"):
+        checkpoint.load(tmp_path / "step_00000001")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "step_00000001" / "model.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()  # as it would without the refusal

@@ -1,0 +1,117 @@
+"""A run that is killed, wherever and however often, grows back into the one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import TINY, config_of, fingerprint, train
+
+from regrow import run as runs
+
+RUN = (
+    *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),
+    *("trainer.ema_decay=0.9", "scheduler=plateau", "scheduler.patience=0"),
+    *("trainer.checkpoint.save_every_steps=3", "trainer.accumulation_steps=2"),
+)
+HARNESS = Path(__file__).with_name("killing.py")
+POINTS = (
+    *("step", "report", "evaluate", "decide", "save", "copy", "write", "sync", "sync_folder"),
+    *("rotate", "point", "rename", "rmtree", "line", "rewind", "load", "test", "summary"),
+)
+
+
+def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> list[dict[str, Any]]:
+    """Start a run for each job, kill it as the job says, and again until it is complete."""
+    jobs = [
+        {"mistake": "none", **job, "folder": str(tmp_path / f"{i}")} for i, job in enumerate(jobs)
+    ]
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"config": config_of(*RUN), "jobs": jobs}))
+    source, tests = Path(runs.__file__).parents[1], Path(__file__).parents[1]
+    paths = os.pathsep.join([str(source), str(tests)])
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HARNESS), str(request)],
+        env={**os.environ, **threads, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def differing(answers: list[dict[str, Any]], whole: Path) -> list[dict[str, Any]]:
+    """Those that did not end as the uninterrupted run."""
+    expected, weights = fingerprint(whole), weights_of(whole)
+    return [
+        answer
+        for answer in answers
+        if fingerprint(Path(answer["folder"])) != expected
+        or weights_of(Path(answer["folder"])) != weights
+    ]
+
+
+def weights_of(folder: Path) -> str:
+    return str(json.loads((folder / "summary.json").read_text())["weights_sha256"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    quiet = pytest.MonkeyPatch()
+    quiet.setattr(runs, "draw", lambda folder: None)
+    train(folder, *RUN)
+    quiet.undo()
+    return folder
+
+
+def instants(number: int, in_a_row: int, *, seed: int, longest: float) -> list[list[Any]]:
+    """Random delays: several kills of a run, one after the other."""
+    drawn = random.Random(seed)
+    return [[drawn.uniform(0.0, longest) for _ in range(in_a_row)] for _ in range(number)]
+
+
+def points(count: int, seed: int) -> list[list[Any]]:
+    """Deaths at every named point, before and after it, each followed by another one."""
+    drawn = random.Random(seed)
+    return [
+        [[point, when, drawn.randint(1, count)], [drawn.choice(POINTS), "before", 2]]
+        for point in POINTS
+        for when in ("before", "after")
+    ]
+
+
+def test_a_run_killed_at_random_instants_and_points_ends_the_same(
+    whole: Path, tmp_path: Path
+) -> None:
+    kills = [*instants(3, 4, seed=0, longest=0.15), *points(3, seed=0)[::5]]
+    # Mistakes that the same comparison has to catch, in the same process: it is slow to start.
+    broken: list[dict[str, Any]] = [
+        {"mistake": mistake, "kills": [["report", "after", 8]]}
+        for mistake in ("without_rewind", "without_seeds")
+    ]
+    answers = killed(tmp_path, [*({"kills": k} for k in kills), *broken], seconds=120)
+    good = [answer for answer in answers if answer["mistake"] == "none"]
+    bad = [answer for answer in answers if answer["mistake"] != "none"]
+    assert sum(answer["killed"] for answer in good) >= 12
+    assert differing(good, whole) == []
+    assert [answer["killed"] for answer in bad] == [1, 1]
+    assert differing(bad, whole) == bad
+
+
+@pytest.mark.slow
+def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Path) -> None:
+    kills = [*instants(60, 5, seed=1, longest=0.2), *points(2, seed=1), *points(6, seed=2)]
+    answers = killed(tmp_path, [{"kills": k} for k in kills], seconds=900)
+    assert sum(answer["killed"] for answer in answers) >= 200
+    assert differing(answers, whole) == []

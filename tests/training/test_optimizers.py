@@ -1,0 +1,189 @@
+"""The optimizers: groups by rule, Muon beside AdamW; each shipped one learns and resumes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import TINY, Bench, batch_of, fingerprint, metrics_of, train
+from torch import nn
+
+from regrow.config import CONF
+from regrow.errors import UserError
+from regrow.tasks import losses
+from regrow.tasks.tasks import Regression
+from regrow.training import optim
+from regrow.training.optim import Clipping, MuonWithAdamW
+
+OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_and_resumes_exactly(name: str, tmp_path: Path) -> None:
+    run = (*TINY, f"optimizer={name}", "trainer.max_epochs=6", "optimizer.lr=0.01")
+    whole = train(tmp_path / "whole", *run)
+    for stop in (5, 10):
+        train(tmp_path / "cut", *run, stop_at=stop)
+    again = train(tmp_path / "cut", *run)
+    assert whole["weights_sha256"] == again["weights_sha256"]
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "cut")
+    means = [x["train/epoch_loss"] for x in metrics_of(tmp_path / "cut") if "train/epoch_loss" in x]
+    assert means[-1] < means[0] - 0.01
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("sgd", "adagrad")])
+def test_moments_that_are_not_restored_are_caught(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (*TINY, f"optimizer={name}", "trainer.max_epochs=2", "optimizer.lr=0.01")
+    whole = train(tmp_path / "whole", *run)
+    train(tmp_path / "cut", *run, stop_at=5)
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda self, state: None)
+    assert train(tmp_path / "cut", *run)["weights_sha256"] != whole["weights_sha256"]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Unflatten(1, (2, 4))
+    return nn.Sequential(*layers, nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(6, 4))
+
+
+def learn(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        model.zero_grad()
+        inputs = torch.randn(9, 6, generator=random)
+        F.mse_loss(model(inputs), inputs[:, :4]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+MUON: dict[str, Any] = {
+    "lr": 0.01,
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_steps": 5,
+    "weight_decay": 0.1,
+    "adjust_lr_fn": "match_rms_adamw",
+}
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest_as_torchs_own_do() -> None:
+    model = net()
+    groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
+    make = functools.partial(MuonWithAdamW, **MUON, adamw_betas=(0.9, 0.999), adamw_eps=1e-8)
+    together = learn(model, [optim.build(make, groups)])
+
+    model = net()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    kernels = [p for p in model.parameters() if p.ndim == 3]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    assert matrices
+    assert kernels
+    adamw = torch.optim.AdamW(
+        [{"params": kernels, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=0.01,
+        fused=True,
+    )
+    by_hand = learn(model, [torch.optim.Muon(matrices, **MUON), adamw])
+    for a, b in zip(together, by_hand, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+    model = net()
+    adamw_alone = learn(model, [torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)])
+    with pytest.raises(AssertionError):
+        for a, b in zip(together, adamw_alone, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
+    model = net()
+    groups = optim.parameter_groups(model, lr_scale={"6": 0.1}, decay_norms_and_biases=False)
+    optimizer = optim.build(functools.partial(torch.optim.SGD, lr=0.5, weight_decay=0.2), groups)
+    optim.set_lr(optimizer, 0.5)
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        lr, decay = found[id(parameter)]
+        assert lr == pytest.approx(0.025 if name.startswith("6.") else 0.25), name
+        assert decay == (0.2 if parameter.ndim > 1 else 0.0), name
+    with pytest.raises(UserError, match="no trainable parameter matches backbone"):
+        optim.parameter_groups(model, lr_scale={"backbone": 0.1}, decay_norms_and_biases=False)
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
+
+
+# The path of devices that skip a step themselves, with the CPU's fused kernels in their place.
+
+
+def steps_of(make: Any, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Weights after a good, a bad and a good step."""
+    monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
+    torch.manual_seed(1)
+    model = nn.Linear(6, 1)
+    task = Regression(num_outputs=1, monitor="val/rmse", mode="min", loss=losses.mse)
+    bench = Bench(model, task, make, clip_norm=0.1, clip_value=0.05, ema_decay=0.5)
+    random = torch.Generator().manual_seed(2)
+    for bad in (False, True, False):
+        inputs = torch.randn(5, 6, generator=random)
+        inputs[2, 3] = torch.inf if bad else 1.0
+        bench.step(batch_of(inputs, torch.randn(5, generator=random)))
+    assert bench.state.averaged is not None
+    return [p.detach() for m in (model, bench.state.averaged) for p in m.parameters()]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_device_that_skips_by_itself_ends_with_the_same_weights(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    make = functools.partial(kind, lr=0.1, fused=True, **options)
+    asked = steps_of(make, False, monkeypatch)
+    by_itself = steps_of(make, True, monkeypatch)
+    for a, b in zip(asked, by_itself, strict=True):
+        assert a.isfinite().all()
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    # Without the flag, the same path lets the bad numbers in.
+    monkeypatch.setattr(kind, "found_inf", None, raising=False)
+    monkeypatch.setattr(kind, "__setattr__", _without_flag)
+    broken = steps_of(make, True, monkeypatch)
+    assert not all(b.isfinite().all() for b in broken)
+
+
+def _without_flag(self: Any, name: str, value: Any) -> None:
+    if name != "found_inf":
+        object.__setattr__(self, name, value)
+
+
+def test_clipping_on_a_device_does_not_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor has no value to wait for: any host synchronisation raises."""
+    monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: True)
+    parameter = nn.Parameter(torch.zeros(3, device="meta"))
+    parameter.grad = torch.zeros(3, device="meta")
+
+    class Sink(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([parameter], {})
+
+        def step(self, closure: Any = None) -> None:
+            assert self.found_inf.device.type == "meta"  # type: ignore[attr-defined]
+
+    gradients = [parameter.grad]
+    norm = optim.gradient_norm(gradients)
+    factor = torch.ones((), device="meta")
+    valid = torch.ones((), device="meta")
+    for clipping in (Clipping(1.0, 0.1), Clipping(None, None)):
+        optim.update(Sink(), gradients, norm, factor=factor, clipping=clipping, valid=valid)
+    monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: False)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        optim.update(Sink(), gradients, norm, factor=factor, clipping=clipping, valid=valid)
