@@ -25,10 +25,10 @@ train: setup ## train: make train ARGS="optimizer=adamw scheduler=cosine"
 	@$(PY) scripts/train.py $(ARGS)
 
 test: setup ## the tests, without the slow ones (under five minutes on two cores)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
 
 test-slow: setup ## the slow tests alone
-	@$(PY) -m pytest -m slow $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 -m slow $(ARGS)
 
 test-all: ## all tests
 	@$(MAKE) test

@@ -20,7 +20,7 @@ ALLOWED = {
     "weights": {"training"},
     "roles": {"check", "config"},
     "arguments": {"config"},
-    "resume": {"config", "record"},
+    "resume": {"config", "record", "roles"},
     "check": {"config", "record"},
     "config": {"resume"},
     "training": set(),

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from running import TINY, composed, fingerprint, metrics_of
 
 from regrow.config import CONF
+from regrow.errors import UserError
 from regrow.launch import launch
 from regrow.record.folder import Lock, read_json
 from regrow.resume import expand
@@ -147,6 +148,47 @@ def test_resume_by_folder_takes_the_recorded_overrides_and_the_new_ones(tmp_path
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     assert expand(["resume=auto", "seed=4"]) == ["resume=auto", "seed=4"]
+
+
+def test_what_a_folder_recorded_cannot_run_anything(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    for override in (
+        "hydra.callbacks.mine._target_=os.system",
+        "+hydra.callbacks.mine._target_=os.system",
+        "--config-dir=/tmp",
+        "hydra/launcher=joblib",
+    ):
+        (folder / ".hydra" / "overrides.yaml").write_text(f"- {override!r}\n")
+        with pytest.raises(UserError, match="is not followed"):
+            expand([f"resume={folder}"])
+
+
+def test_a_recorded_target_that_is_foreign_to_its_place_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched("hydra.run.dir=mine")
+    target = "+data.augmentation={_target_:os.system,command:touch was_here}"
+    (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text(f"- {target!r}\n")
+    with pytest.raises(SystemExit):
+        launched("hydra.run.dir=mine", "resume=mine", target)
+    assert "is not made" in capsys.readouterr().err
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_recipe_that_changed_since_is_refused_unless_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The option was recorded, its file says something else now: that is not what was named."""
+    launched("hydra.run.dir=mine", "optimizer=sgd", "trainer.max_epochs=1")
+    recorded = tmp_path / "mine" / "config.yaml"
+    recorded.write_text(recorded.read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text("- optimizer=sgd\n")
+    rest = ("hydra.run.dir=mine", "resume=mine", "optimizer=sgd")
+    with pytest.raises(SystemExit):
+        launched(*rest)
+    assert "optimizer.momentum was 0.8 and would be 0.9" in capsys.readouterr().err
+    assert launched(*rest, "optimizer.momentum=0.9") is not None
 
 
 def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

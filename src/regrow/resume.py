@@ -13,6 +13,7 @@ import yaml
 from regrow.config import read_yaml
 from regrow.errors import UserError
 from regrow.record.folder import load_status
+from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,25 @@ def expand(arguments: Sequence[str]) -> list[str]:
         raise UserError(f"resume={folder} goes on with one run. Leave out --multirun.")
     new = [a for a in arguments if not a.startswith("resume=")]
     keys = {key_of(a) for a in new}
-    old = [a for a in yaml.safe_load(recorded.read_text()) or [] if key_of(a) not in keys]
+    old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
+    for override in old:  # a folder may come from anybody
+        if override.startswith("-") or key_of(override).startswith("hydra"):
+            raise UserError(
+                f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
+                "keys. It is not followed."
+            )
     return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
+
+
+def recorded_overrides(folder: Path) -> list[str]:
+    """What the run in `folder` was started with. Raises UserError if it cannot be read."""
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        overrides = yaml.safe_load(path.read_text()) or []
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
+    return [str(override) for override in overrides]
 
 
 def key_of(override: str) -> str:
@@ -74,8 +92,11 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def continues(folder: Path, config: dict[str, Any], new_overrides: Sequence[str]) -> bool:
+def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
     """Whether `folder` holds a run that this one goes on with. Raises UserError if it must not.
+
+    `overrides` are those of this start, recorded ones included: see `expand`. What was recorded may
+    make only what fits its place; what was typed now is the user's own.
 
     A null `trainer.num_threads` becomes what the recorded run had: bits depend on it.
     """
@@ -90,7 +111,14 @@ def continues(folder: Path, config: dict[str, Any], new_overrides: Sequence[str]
     if config["trainer"]["num_threads"] is None:
         config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
     by_name = config["resume"] not in ("auto", "never")
-    named = {key_of(override) for override in new_overrides} if by_name else set()
+    named = set()
+    if by_name:
+        old_overrides = recorded_overrides(folder)
+        named = {key_of(override) for override in overrides if override not in old_overrides}
+        groups = [
+            g for g in config if not any(n.startswith(f"{g}.") and "_target_" in n for n in named)
+        ]
+        check_roles(config, tuple(groups), f"resume={folder}")
     refused = []
     for key, (old, new) in differences(recorded, config).items():
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):

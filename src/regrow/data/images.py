@@ -130,7 +130,8 @@ def _file_key(file: str) -> tuple[int, bytes]:
 
 def find_images(folder: Path) -> list[Path]:
     """Image files below the folder, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in found if path.is_file())
 
 
 def image_folder(
