@@ -132,7 +132,7 @@ class Bench:
         loss_scale: LossScale | None = None,
         **options: Any,
     ) -> None:
-        self.options = options_of(**{"log_every_steps": 1, **options})
+        self.options = options_of(**{"log_every_steps": 1, "accumulation_steps": slices, **options})
         averaged = average_of(model) if self.options.ema_decay is not None else None
         groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=True)
         self.state = TrainState(
@@ -145,7 +145,6 @@ class Bench:
             skips=torch.zeros(2),
             steps_per_epoch=1000,
         )
-        self.state.progress.slices = slices
         self.record = InMemory()
         fields = dict.fromkeys((f.name for f in dataclasses.fields(loop.Plan)), None)
         known = {

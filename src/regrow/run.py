@@ -104,7 +104,6 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         skips=torch.zeros(2, device=world.device),
         steps_per_epoch=train.steps_per_epoch,
     )
-    state.progress.slices = slices
     parameters = [p for p in model.parameters() if p.requires_grad]
     if options.compile:
         model.compile()
@@ -115,6 +114,10 @@ def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
     loop.check_first_batch(model, objects.task, objects.val, options.precision)
+    batch, count = objects.data.batch_size, objects.train.num_examples
+    smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
+    if smallest // (options.accumulation_steps * world.size) <= 1:
+        loop.check_one_example(model, objects.val, options.precision)
 
 
 def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:

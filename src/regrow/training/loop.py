@@ -7,6 +7,7 @@ To change what a run does, change these functions. `TrainState` holds what chang
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regrow.errors import UserError
 from regrow.randomness import key, seed_step
 from regrow.training import optim
 from regrow.training.checkpoint import Facts
@@ -32,7 +34,9 @@ from regrow.training.show import (
     ratio,
     running,
 )
-from regrow.training.state import TrainState, update_average
+from regrow.training.state import Buffers, TrainState, update_average
+
+log = logging.getLogger(__name__)
 
 LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in a step's sums; then the components
 
@@ -78,17 +82,10 @@ def fit(state: TrainState, plan: Plan) -> str:
 def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     """One update of the weights from one global batch, in as many slices as fit."""
     plan.buffers.remember()
-    for parameter in plan.parameters:
-        parameter.grad = None
     optim.set_lr(state.optimizer, state.schedule(state.step))
-
-    slices = batch.split(state.progress.slices)
-    parts = []
-    for index, micro_batch in enumerate(slices):
-        # What the model draws (dropout) follows from the step, not from what was drawn before.
-        seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
-        with synchronises(plan.forward, last_slice=index == len(slices) - 1):
-            parts.append(forward_backward(state, micro_batch, plan))
+    while (parts := gradients(state, batch, plan)) is None:
+        halve_slices(state, batch, plan)
+        plan.buffers.restore(True)
     sums = parts[0].sums if len(parts) == 1 else torch.stack([part.sums for part in parts]).sum(0)
     plan.world.sum_(sums)
 
@@ -99,10 +96,10 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         factor = batch.num_global / sums[WEIGHT]
     if state.loss_scale is not None:
         factor = factor / state.loss_scale.value
-    gradients = [p.grad for p in plan.parameters if p.grad is not None]
-    norm = optim.gradient_norm(gradients)
+    found = [p.grad for p in plan.parameters if p.grad is not None]
+    norm = optim.gradient_norm(found)
     skipped = optim.update(
-        state.optimizer, gradients, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
+        state.optimizer, found, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
     )
     plan.buffers.restore(skipped)
     if state.loss_scale is not None:
@@ -111,6 +108,25 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         update_average(state.averaged, state.model, plan.options.ema_decay, skipped)
     count(state, sums[:COUNTED], skipped)
     return StepResult(sums, parts[0].components, norm * factor)
+
+
+def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None:
+    """Forward and backward over all slices of the batch; None where memory did not suffice."""
+    for parameter in plan.parameters:
+        parameter.grad = None
+    slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)
+    parts = []
+    try:
+        for index, micro_batch in enumerate(slices):
+            # What the model draws (dropout) follows from the step, not from what was drawn before.
+            seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
+            with synchronises(plan.forward, last_slice=index == len(slices) - 1):
+                parts.append(forward_backward(state, micro_batch, plan))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None  # the traceback, and all that it holds in memory, ends here
+    return parts
 
 
 def forward_backward(state: TrainState, batch: Batch, plan: Plan) -> Slice:
@@ -298,6 +314,25 @@ def check_first_batch(model: nn.Module, task: Task, val: EvalBatches, precision:
     model.train()
 
 
+@torch.no_grad()
+def check_one_example(model: nn.Module, val: EvalBatches, precision: str) -> None:
+    """Whether the model can train on a slice of one example, for runs that will come to one."""
+    buffers = Buffers(model)
+    batch = next(iter(val))
+    batch = batch.split(batch.num_local)[0]
+    try:
+        with autocast(batch.targets.device, precision):
+            call(model.train(), batch.inputs)
+    except ValueError as error:  # BatchNorm has no variance to divide by
+        raise UserError(
+            "the smallest slice of a step is one example, and this model cannot train on one: "
+            f"{str(error).splitlines()[0]}. Use data.drop_last=true, another data.batch_size, "
+            "fewer trainer.accumulation_steps or a model without BatchNorm."
+        ) from None
+    finally:
+        buffers.restore(True)
+
+
 def refuse_endless_skipping(state: TrainState, plan: Plan) -> None:
     """End the run after too many steps in a row without a finite gradient."""
     in_a_row = int(state.skips[1].item())
@@ -311,6 +346,32 @@ def refuse_endless_skipping(state: TrainState, plan: Plan) -> None:
             + (f"; the last checkpoint is of step {saved[0]}" if saved else "")
             + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
         )
+
+
+def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
+    """Do the step again in twice as many slices, and every step after it. The maths stays."""
+    slices = plan.options.accumulation_steps << state.progress.halvings
+    where = (
+        f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
+    )
+    if not plan.task.sums_over_examples:
+        raise UserError(f"{where}, and this loss cannot be cut. Use a smaller data.batch_size.")
+    if slices >= batch.num_local:
+        raise UserError(
+            f"{where}: nothing is left to halve. Use a smaller model or input, "
+            "trainer.precision=bf16, or a device with more memory."
+        )
+    state.progress.halvings += 1
+    for parameter in plan.parameters:
+        parameter.grad = None
+    if plan.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    log.warning("%s: going on in %d", where, 2 * slices)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of CUDA, or of the CPU's allocator, which has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

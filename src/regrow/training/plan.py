@@ -30,6 +30,7 @@ class Batch(Protocol):
 
 
 class TrainBatches(Protocol):
+    num_examples: int
     steps_per_epoch: int
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
@@ -50,6 +51,7 @@ class Metrics(Protocol):
 
 class Task(Protocol):
     running_name: str | None
+    sums_over_examples: bool
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Any: ...
     def check(self, outputs: Tensor, targets: Tensor) -> None: ...

@@ -28,7 +28,7 @@ class Progress:
     evaluations_without_improvement: int = 0  # of early stopping's own reference
     reference_value: float | None = None  # what early stopping compares with
     stopped_early: bool = False
-    slices: int = 1  # per process and step; grows after an out-of-memory
+    halvings: int = 0  # of the slices, each after an out-of-memory
     seconds: float = 0.0  # of training, over all parts of the run
     train_means: dict[str, float] = field(default_factory=dict)  # of the last whole epoch
     latest: dict[str, float] = field(default_factory=dict)  # of the last evaluation

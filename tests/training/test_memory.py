@@ -1,0 +1,167 @@
+"""Out of memory: the step is done again in smaller slices, and nothing shows that it was tried."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, metrics_of, train
+from torch import Tensor, nn
+
+from regrow import run as runs
+from regrow.errors import UserError
+from regrow.tasks import losses
+from regrow.tasks.tasks import Multiclass
+from regrow.training import loop
+from regrow.training.interrupt import StopRequest
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+class Crowded(nn.Module):
+    """Fails like CUDA's allocator for more than `room` examples at once, in forward or backward."""
+
+    def __init__(self, room: int, *, in_backward: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        self.room, self.in_backward, self.failures = room, in_backward, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layers(inputs)
+        if self.training and len(inputs) > self.room:
+            if not self.in_backward:
+                self.fail()
+            outputs.register_hook(self.fail)
+        return outputs
+
+    def fail(self, *_: Any) -> None:
+        self.failures += 1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def task_of() -> Multiclass:
+    return Multiclass(
+        num_classes=3,
+        class_names=None,
+        monitor="val/accuracy",
+        mode="max",
+        per_class=False,
+        auroc=False,
+        loss=losses.CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None),
+    )
+
+
+def batches() -> list[Any]:
+    random = torch.Generator().manual_seed(3)
+    return [
+        batch_of(torch.randn(n, 6, generator=random), torch.randint(0, 3, (n,), generator=random))
+        for n in (16, 16, 8)
+    ]
+
+
+def trained(room: int, *, slices: int = 1, **options: Any) -> tuple[Bench, list[Any]]:
+    torch.manual_seed(1)
+    bench = Bench(Crowded(room, **options), task_of(), SGD, slices=slices)
+    return bench, [bench.step(batch) for batch in batches()]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_step_without_room_is_done_again_in_slices_that_fit(in_backward: bool) -> None:
+    """BatchNorm and momentum show any trace that the abandoned tries would leave."""
+    cramped, lines = trained(4, in_backward=in_backward)
+    roomy, expected = trained(1000, slices=4)
+    assert cramped.state.model.failures == 2  # 16, then 8; 4 fits from then on
+    assert cramped.state.progress.halvings == 2
+    for a, b in zip(
+        cramped.state.model.state_dict().values(),
+        roomy.state.model.state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    for line, other in zip(lines, expected, strict=True):
+        assert line["train/loss"] == other["train/loss"]
+
+
+def test_a_trace_of_an_abandoned_try_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy, _ = trained(1000, slices=4)
+    monkeypatch.setattr("regrow.training.state.Buffers.restore", lambda self, skipped: None)
+    cramped, _ = trained(4)
+    found, expected = (b.state.model.layers[1].running_mean for b in (cramped, roomy))
+    assert not torch.equal(found, expected)
+
+
+def test_when_nothing_is_left_to_halve_one_line_says_what_to_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nn, "BatchNorm1d", nn.LayerNorm)  # which trains on one example too
+    with pytest.raises(UserError, match="nothing is left to halve") as caught:
+        trained(0)
+    assert "trainer.precision=bf16" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_loss_that_cannot_be_cut_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Multiclass, "sums_over_examples", False, raising=False)
+    monkeypatch.setattr(
+        Multiclass,
+        "__setattr__",
+        lambda s, n, v: n == "sums_over_examples" or s.__dict__.update({n: v}),
+    )
+    with pytest.raises(UserError, match="this loss cannot be cut"):
+        trained(4)
+
+
+def test_batchnorm_on_one_example_is_found_before_the_run_starts() -> None:
+    small = ("model.norm=batch", "trainer.accumulation_steps=4")  # the last window has 2 examples
+    with pytest.raises(UserError, match="cannot train on one"):
+        checked(*TINY, *small)
+    checked(*TINY, *small, "data.drop_last=true")
+    checked(*TINY, "model.norm=layer", "trainer.accumulation_steps=4")
+
+
+def checked(*overrides: str) -> None:
+    objects = runs.build(config_of(*overrides), CPU)
+    before = [b.clone() for b in objects.state.model.buffers()]
+    runs.check_first_batch(objects, CPU)
+    after = list(objects.state.model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_any_other_error_is_no_lack_of_memory() -> None:
+    assert not loop.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert loop.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough"))
+
+
+def test_the_number_of_slices_grows_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run goes on in the slices that were found, without running out again."""
+    failures = []
+    forward = loop.forward_backward
+
+    def crowded(state: Any, batch: Any, plan: Any) -> Any:
+        if batch.num_local > 8:
+            failures.append(state.step)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(state, batch, plan)
+
+    monkeypatch.setattr(loop, "forward_backward", crowded)
+    train(tmp_path / "whole", *TINY)
+    assert failures == [0]
+    train(tmp_path / "cut", *TINY, stop_at=5)
+    train(tmp_path / "cut", *TINY)
+    assert failures == [0, 0]
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "cut")
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "cut")
+
+
+def test_a_run_without_room_for_one_example_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crowded(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(loop, "forward_backward", crowded)
+    config = config_of(*TINY)
+    with pytest.raises(UserError, match="out of memory"):
+        runs.train(runs.build(config, CPU), config, tmp_path, CPU, StopRequest())
