@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = {
     "data.batch_size": integer(1),
     "data.eval_batch_size": integer(1),
     "data.num_workers": integer(0),
+    "data.limit_train": optional(integer(1)),
     "optimizer.lr": number(0, above=True),
     "optimizer.weight_decay": number(0),
     "optimizer.momentum": number(0, 1),

@@ -78,6 +78,7 @@ class Data:
         pin_memory: bool,
         persistent_workers: bool,
         drop_last: bool,
+        limit_train: int | None,
         augment: bool,
         augmentation: Any,
         normalize: str | dict[str, list[float]],
@@ -91,6 +92,7 @@ class Data:
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.persistent_workers, self.drop_last = persistent_workers, drop_last
+        self.limit_train = limit_train
         self.augmentation = augmentation if augment else None
         self.overlap = overlap
         self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
@@ -112,6 +114,8 @@ class Data:
 
     def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
         count = len(self.source.train)
+        if self.limit_train is not None:
+            count = min(count, self.limit_train)
         windows = Windows(count, self.batch_size, self.drop_last, rank, world_size)
         if len(windows) == 0:
             raise UserError(

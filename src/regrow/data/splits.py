@@ -97,15 +97,14 @@ def cut(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Indices of train, val and test, each stratum cut in proportion; a fraction of 0 gives None.
 
-    Examples with equal keys (true duplicates) always land in the same split. The test examples
-    depend on the data and on `test_fraction` alone, not on the seed or on how validation is cut:
-    what was ever tested on is never trained on by another run. The seed cuts train from val.
+    Examples with equal keys (true duplicates) always land in the same split. Which examples are
+    tested depends on the data, `seed` and `test_fraction` alone, not on how validation is cut.
     """
     check_fractions(val_fraction, test_fraction)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     group = np.fromiter((numbers[key] for key in keys), np.int64, len(keys))
     first = np.unique(group, return_index=True)[1]
-    test = _sample(strata[first], test_fraction, generator(0, "test split"))
+    test = _sample(strata[first], test_fraction, generator(seed, "test split"))
     val = np.zeros_like(test)
     rest = np.flatnonzero(~test)
     val[rest] = _sample(
