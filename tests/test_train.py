@@ -158,6 +158,10 @@ def test_what_a_folder_recorded_cannot_run_anything(tmp_path: Path) -> None:
         "+hydra.callbacks.mine._target_=os.system",
         "--config-dir=/tmp",
         "hydra/launcher=joblib",
+        "experiment=../../elsewhere/evil",
+        "debug=[fast,/tmp/evil]",
+        "+model@hydra.callbacks.mine=mlp",
+        "notes=${oc.env:HOME}",
     ):
         (folder / ".hydra" / "overrides.yaml").write_text(f"- {override!r}\n")
         with pytest.raises(UserError, match="is not followed"):
@@ -174,6 +178,25 @@ def test_a_recorded_target_that_is_foreign_to_its_place_is_not_made(
         launched("hydra.run.dir=mine", "resume=mine", target)
     assert "is not made" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
+
+
+def test_data_that_changed_since_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched("hydra.run.dir=mine", "trainer.max_epochs=1")
+    path = tmp_path / "mine" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["data"]["train"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        launched("hydra.run.dir=mine", "trainer.max_epochs=2")
+    assert stop.value.code == 2
+    assert "the data has changed since that run began (train)" in capsys.readouterr().err
+
+
+def test_a_run_without_a_test_split_ends_well(tmp_path: Path) -> None:
+    launched("hydra.run.dir=mine", "data.source.num_test=0")
+    assert read_json(tmp_path / "mine" / "summary.json")["test"] == {}
 
 
 def test_a_recipe_that_changed_since_is_refused_unless_named(

@@ -63,6 +63,7 @@ def text() -> Rule:
 # Types follow from the shipped values. Here stand the ranges, and what a null may be instead.
 RULES: dict[str, Rule] = {
     "seed": integer(0),
+    "name": text(),
     "init_from": optional(text()),
     "data.batch_size": integer(1),
     "data.eval_batch_size": integer(1),
@@ -148,6 +149,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
         )
     values = plain(config)
+    for group in GROUPS:
+        if not isinstance(values.get(group), Mapping):
+            raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     _check_keys(values, choices)
     for path, value in _leaves(values):
         if path in RULES and not RULES[path].allows(value):

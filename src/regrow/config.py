@@ -46,6 +46,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(str(error))
             except (hydra.errors.HydraException, OmegaConfBaseException) as error:
                 fail(composition_error(error))
+            except yaml.YAMLError as error:
+                fail(f"a file in conf/ is no YAML: {error}")
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
 
         return main
 

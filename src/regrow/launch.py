@@ -130,8 +130,14 @@ def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) 
 def write_start(
     folder: Path, config: Mapping[str, Any], cfg: DictConfig, objects: runs.Objects
 ) -> None:
-    """What a run can be made again from: config, overrides, code, environment, data."""
+    """What a run can be made again from: config, overrides, code, environment, data.
+
+    Raises UserError, before anything is written, if the data is not what the run was trained on.
+    """
     hydra = HydraConfig.get()
+    data = objects.data.fingerprint()
+    if (folder / manifest.NAME).is_file():
+        resume.refuse_other_data(folder, data, hydra.overrides.task)
     (folder / ".hydra").mkdir(exist_ok=True)
     overrides = [o for o in hydra.overrides.task if resume.key_of(o) != "resume"]
     for name, content in (
@@ -148,7 +154,7 @@ def write_start(
         folder,
         command=[Path(sys.executable).name, *sys.argv],
         root=ROOT,
-        data=objects.data.fingerprint(),
+        data=data,
         seeds={"seed": config["seed"]},
     )
 
@@ -197,7 +203,8 @@ def conclude(
     log.info("record: %s", folder / "report.html")
     overrides = [o for o in HydraConfig.get().overrides.task if resume.key_of(o) != "resume"]
     log.info("next:   %s", longer(folder, config))
-    log.info("        %s", command(f"run={folder}", "split=test", script="evaluate.py"))
+    split = "test" if summary["test"] else "val"
+    log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     kept = [o for o in overrides if resume.key_of(o) != "seed"]
     log.info("        %s", command("-m", *kept, "seed=0,1,2"))
 

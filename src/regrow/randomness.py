@@ -66,3 +66,5 @@ def seed_step(value: int) -> None:
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)

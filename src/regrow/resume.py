@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from regrow.config import read_yaml
+from regrow.config import CONF, read_yaml
 from regrow.errors import UserError
-from regrow.record.folder import load_status
+from regrow.record import manifest
+from regrow.record.folder import load_status, read_json
 from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,26 @@ def expand(arguments: Sequence[str]) -> list[str]:
     keys = {key_of(a) for a in new}
     old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
     for override in old:  # a folder may come from anybody
-        if override.startswith("-") or key_of(override).startswith("hydra"):
+        if is_foreign(override):
             raise UserError(
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
                 "keys. It is not followed."
             )
     return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
+
+
+def is_foreign(override: str) -> bool:
+    """Whether an override reaches beyond the config of this repository: Hydra's own options, a file
+    of another folder, another package, or the environment."""
+    key, _, value = override.partition("=")
+    names = value.strip("[]'\"").split(",") if (CONF / key_of(override)).is_dir() else []
+    return (
+        override.startswith("-")
+        or key_of(override).startswith("hydra")
+        or "@" in key
+        or "${" in value
+        or any(".." in name or name.strip(" '\"").startswith("/") for name in names)
+    )
 
 
 def recorded_overrides(folder: Path) -> list[str]:
@@ -135,6 +150,25 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         )
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return True
+
+
+def refuse_other_data(
+    folder: Path, fingerprint: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """Raise UserError if the data's content changed since the run began, unless it was named."""
+    recorded = read_json(folder / manifest.NAME)
+    for later in recorded.get("resumes", []):
+        recorded |= later
+    old_overrides = recorded_overrides(folder)
+    if any(key_of(o).split(".")[0] == "data" for o in overrides if o not in old_overrides):
+        return
+    before = recorded.get("data") or {}
+    changed = [name for name in fingerprint if fingerprint[name] != before.get(name)]
+    if changed:
+        raise UserError(
+            f"{folder}: the data has changed since that run began ({', '.join(changed)}). Put it "
+            "back, start a new run, or name a key of data to go on with it all the same."
+        )
 
 
 def is_done(folder: Path, config: Mapping[str, Any]) -> bool:

@@ -174,7 +174,8 @@ def train(
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
         if status == "completed":
-            summary["test"] = test_once(objects, plan, folder)
+            if "test" in objects.data.num_examples:
+                summary["test"] = test_once(objects, plan, folder)
             records.write_json(folder / "summary.json", summary)
     except Interrupted:  # while testing: the training is done and saved
         summary = summarise("interrupted", state, options, started)

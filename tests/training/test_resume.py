@@ -59,6 +59,8 @@ IMAGES = (
 CASES = {
     "everything": EVERYTHING,
     "augmentation_and_batchnorm": IMAGES,
+    "channels_last": (*IMAGES, "trainer.channels_last=true"),
+    "channels_last_sgd": (*IMAGES, "trainer.channels_last=true", "optimizer=sgd"),
     "bf16": (*TINY, *LEAN, "model.dropout=0.3", "trainer.precision=bf16", "trainer.ema_decay=0.9"),
     "muon": (*TINY, *LEAN, "model.dropout=0.3", "optimizer=muon", "scheduler=onecycle"),
     "never_evaluated": (*TINY, *LEAN, "trainer.eval_every_epochs=null"),

@@ -65,7 +65,7 @@ class Batch:
         """The same batch on the device; the host does not wait where memory is pinned."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            return tensor.to(device, non_blocking=device.type == "cuda")
 
         weights = None if self.weights is None else move(self.weights)
         inputs = each(self.inputs, move)

@@ -112,7 +112,7 @@ class CheckpointWriter:
         snapshot = {name: copied(part, name) for name, part in parts.items()}
         with torch.no_grad():
             for source, target in zip(sources, targets, strict=True):
-                target.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=source.is_cuda)
         if any(source.device.type == "cuda" for source in sources):
             torch.cuda.synchronize()
         return snapshot
@@ -150,6 +150,7 @@ def write(folder: Path, parts: Parts, facts: Facts) -> Path:
     except RuntimeError as error:  # torch's zip writer wraps a failed write
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(str(error).splitlines()[0]) from error
+    _sync_folder(temporary)
     if target.exists():  # of this run before it went back to an older one
         old = folder / f".old-{target.name}"
         shutil.rmtree(old, ignore_errors=True)

@@ -207,6 +207,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
     saves = (
         due(state.step, options.checkpoint.save_every_steps)
         or (ends_epoch and due(state.epoch, options.checkpoint.save_every_epochs))
+        or (ends_epoch and due(state.epoch, options.checkpoint.milestones_every_epochs))
         or progress.best_step == state.step
     )
     if saves or over or stops:

@@ -56,7 +56,10 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
     """The optimizer over `groups`, each with the rate that the schedule multiplies, `base_lr`."""
     for group in groups:
         group["lr_scale"] = float(group["lr_scale"])
-    optimizer = make(groups)
+    try:
+        optimizer = make(groups)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"optimizer: {' '.join(str(error).split())}.") from error
     if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
         optimizer.train()  # schedule-free ones refuse to step otherwise
     for group in optimizer.param_groups:
@@ -70,6 +73,13 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
         group.update({name: fresh[name] for name in SETTINGS & fresh.keys()})
+    # A checkpoint holds contiguous tensors; fused kernels walk memory in the parameter's own order.
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for parameter, moments in part.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    layout = torch.empty_like(parameter, dtype=value.dtype)
+                    moments[name] = layout.copy_(value)
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
@@ -123,7 +133,10 @@ def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
 def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether a bad step can be skipped without asking the device first."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    return device.type != "cpu" and fused and type(optimizer) in _SKIP_ON_DEVICE
+    if device.type != "cuda" or not fused or type(optimizer) not in _SKIP_ON_DEVICE:
+        return False
+    # SGD's first step makes its momentum from uninitialised memory and fills it only if it runs.
+    return not (optimizer.defaults.get("momentum") and not optimizer.state)
 
 
 def update(
