@@ -229,7 +229,7 @@ def test_a_run_limited_by_time_alone_goes_on_from_the_seconds_it_had(tmp_path: P
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_a_rate_and_decay_changed_on_a_resume_take_effect(name: str, tmp_path: Path) -> None:
     run = (*TINY, *LEAN, f"optimizer={name}", "scheduler=constant", "optimizer.lr=0.01")
-    new = ("optimizer.lr=0.002", "optimizer.weight_decay=0.5")
+    new = ("optimizer.lr=0.002", "optimizer.weight_decay=0.3")
     train(tmp_path / "changed", *run, stop_at=5)
     changed = train(tmp_path / "changed", *run, *new)
     rates = [x["train/lr"] for x in metrics_of(tmp_path / "changed") if "train/lr" in x]
