@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from regrow.config import entry_point
+from regrow.ranks import follows
 
 
 @entry_point("train")
@@ -18,4 +19,9 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    if follows():  # torchrun or srun started several: the first composes the config for all
+        from regrow import worker
+
+        worker.main()
+    else:
+        main()

@@ -25,7 +25,7 @@ from regrow.data.batch import Batch
 from regrow.training import loop, optim
 from regrow.training.interrupt import StopRequest
 from regrow.training.options import TrainerOptions
-from regrow.training.parallel import World
+from regrow.training.parallel import Exchange, World
 from regrow.training.precision import LossScale
 from regrow.training.state import Buffers, TrainState, average_of
 
@@ -158,6 +158,7 @@ class Bench:
             "buffers": Buffers(model),
             "record": self.record,
             "stop": StopRequest(),
+            "exchange": Exchange(CPU, StopRequest()),
             "checkpoints": SimpleNamespace(saved=None),
         }
         self.plan = loop.Plan(**{**fields, **known})  # type: ignore[arg-type]

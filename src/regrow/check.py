@@ -88,7 +88,12 @@ RULES: dict[str, Rule] = {
     "trainer.max_steps": optional(integer(1)),
     "trainer.max_seconds": optional(number(0, above=True)),
     "trainer.device": choice("auto", "cpu", "cuda", "mps"),
-    "trainer.devices": integer(1),
+    "trainer.devices": Rule(
+        "an integer of at least 1, or auto", lambda v: v == "auto" or integer(1).allows(v)
+    ),
+    "trainer.strategy": choice("ddp"),
+    "trainer.max_restarts": integer(0),
+    "trainer.timeout_seconds": number(0, above=True),
     "trainer.accumulation_steps": integer(1),
     "trainer.num_threads": optional(integer(1)),
     "trainer.precision": choice("fp32", "bf16", "fp16"),
@@ -308,11 +313,6 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise UserError(
             "trainer.max_epochs, max_steps and max_seconds are all null: "
             "the run would never end. Set one."
-        )
-    if trainer["devices"] > 1:
-        raise UserError(
-            f"trainer.devices={trainer['devices']}: this version trains in one process. "
-            "Use trainer.devices=1."
         )
     scheduler = values["scheduler"]
     if None not in (scheduler.get("warmup_steps"), scheduler.get("warmup_fraction")):

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,12 +19,10 @@ from regrow import run as runs
 from regrow.check import check
 from regrow.errors import UserError
 from regrow.record import folder as records
-from regrow.training import lr_finder, optim
+from regrow.training import lr_finder
 from regrow.training.interrupt import StopRequest
 from regrow.training.lr_finder import Curve, RangeTest
 from regrow.training.parallel import World
-from regrow.training.plan import Plan
-from regrow.training.state import Buffers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +53,7 @@ def _find_lr(cfg: DictConfig) -> float:
             f"run's weights use init_from={config['resume']}."
         )
     trainer = config["trainer"]
-    if trainer["devices"] > 1:
+    if trainer["devices"] != 1:
         raise UserError(
             f"trainer.devices={trainer['devices']}: the range test is one process, which finds "
             "the same rate, since data.batch_size counts all. Use trainer.devices=1."
@@ -67,7 +65,9 @@ def _find_lr(cfg: DictConfig) -> float:
         objects = runs.build(config, world)
         if trainer["check_first_batch"]:
             runs.check_first_batch(objects, world)
-        curve = lr_finder.range_test(objects.state, plan_of(objects, config, world), test)
+        nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
+        plan = runs.plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
+        curve = lr_finder.range_test(objects.state, plan, test)
         lr = lr_finder.suggest(curve)
         if lr_finder.still_falling(curve):
             log.warning(
@@ -82,27 +82,6 @@ def _find_lr(cfg: DictConfig) -> float:
         log.info("written: %s", folder / "lr_finder.png")
         log.info("suggestion: %s", command)
     return lr
-
-
-def plan_of(objects: runs.Objects, config: dict[str, Any], world: World) -> Plan:
-    """What a step of the run looks at. Nothing is recorded and nothing saved."""
-    options, state = objects.options, objects.state
-    return Plan(
-        options=options,
-        task=objects.task,
-        train=objects.train,
-        val=objects.val,
-        forward=state.model,
-        world=world,
-        seed=config["seed"],
-        total_steps=objects.total_steps,
-        parameters=objects.parameters,
-        clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
-        buffers=Buffers(state.model),
-        checkpoints=cast(Any, None),
-        record=cast(Any, None),
-        stop=StopRequest(),
-    )
 
 
 def train_command(lr: float, config: dict[str, Any], overrides: list[str]) -> str:

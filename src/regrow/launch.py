@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import textwrap
 import traceback
@@ -19,16 +21,17 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from regrow import config as configs
-from regrow import resume
+from regrow import ranks, resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.errors import UserError
+from regrow.job import Job
 from regrow.load import preprocessing_record
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact, redact_all
 from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
+from regrow.training.parallel import World, lost_the_others
 
 log = logging.getLogger("regrow")
 
@@ -46,123 +49,176 @@ def launch(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra tells which job it was
         configs.fail(str(error))
+    except FloatingPointError as error:  # said already, and a traceback would not tell more
+        raise SystemExit(1) from error
 
 
 def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check(cfg, hydra.runtime.choices)
-    config = configs.plain(cfg)
-    with console(), claimed_folder(config, hydra) as (folder, goes_on):
-        world = World(device=runs.resolve_device(config["trainer"]["device"]))
-        if goes_on and resume.is_done(folder, config):
-            log.info("%s is complete. To go on with it, raise its limit:", folder)
-            log.info("  %s", longer(folder, config))
-            best: float | None = records.read_json(folder / "summary.json")["best"]["value"]
-            return best
-        return run_in(folder, config, cfg, world)
+    job = job_of(cfg)
+    trainer = job.config["trainer"]
+    if ranks.started_from_outside():
+        if hydra.mode == RunMode.MULTIRUN:
+            raise UserError("--multirun starts its processes itself. Start it without torchrun.")
+        from regrow import worker
+
+        return worker.lead(job)
+    with console():
+        count = trainer["devices"] = ranks.count_of(trainer)
+        if count > 1 or trainer["max_restarts"]:
+            return ranks.run(job, count)
+        return run_job(job, World(device=runs.resolve_device(trainer["device"])))
+
+
+def job_of(cfg: DictConfig) -> Job:
+    """What Hydra composed, as plain data."""
+    hydra = HydraConfig.get()
+    named = hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd()
+    folder = Path(hydra.runtime.output_dir)
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    overrides = list(hydra.overrides.task)
+    kept = [o for o in overrides if resume.key_of(o) != "resume"]
+    composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": hydra}
+    return Job(
+        config=configs.plain(cfg),
+        folder=str(folder) if named else None,
+        overrides=overrides,
+        choices={str(group): option for group, option in hydra.runtime.choices.items()},
+        composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
+        command=[Path(sys.executable).name, *sys.argv],
+    )
+
+
+def run_job(job: Job, world: World) -> float | None:
+    """Run the job, or this process's part of it, and return the best monitored value."""
+    trainer = job.config["trainer"]
+    with contextlib.ExitStack() as stack:
+        done = False
+        if job.folder is not None and world.is_main:
+            goes_on = stack.enter_context(claimed(Path(job.folder), job))
+            done = goes_on and resume.is_done(Path(job.folder), job.config)
+        # The main process looks into the folder; what it found there goes for all.
+        found = json.dumps({"done": done, "num_threads": trainer["num_threads"]})
+        found = json.loads(world.from_main(found))
+        trainer["num_threads"] = found["num_threads"]
+        if not found["done"]:
+            return run_in(job, world)
+    folder = Path(str(job.folder))
+    log.info("%s is complete. To go on with it, raise its limit:", folder)
+    log.info("  %s", longer(folder, job.config))
+    best: float | None = records.read_json(folder / "summary.json")["best"]["value"]
+    return best
 
 
 @contextlib.contextmanager
-def claimed_folder(config: dict[str, Any], hydra: Any) -> Iterator[tuple[Path, bool]]:
-    """The run's folder under its lock, and whether a run goes on there.
-
-    A folder that nobody asked for by name is made only when the first file is written into it, so
-    the path of a new one comes from `new_folder` below; see `run_in`.
-    """
-    chosen = hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd()
-    if not chosen:
-        yield Path(), False
-        return
-    folder = Path(hydra.runtime.output_dir)
-    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+def claimed(folder: Path, job: Job) -> Iterator[bool]:
+    """The named folder under its lock, and whether a run goes on there."""
+    folder.mkdir(parents=True, exist_ok=True)
     with records.Lock(folder):
         try:
-            yield folder, resume.continues(folder, config, hydra.overrides.task)
+            yield resume.continues(folder, job.config, job.overrides)
         finally:
             if [path.name for path in folder.iterdir()] == [".lock"]:  # refused: leave nothing
                 (folder / ".lock").unlink()
                 folder.rmdir()
 
 
-def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) -> float | None:
-    """Build, then train in `folder`, or in a new one if that is none yet."""
-    trainer = config["trainer"]
-    trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
+def run_in(job: Job, world: World) -> float | None:
+    """Build, then train in the job's folder, or in a new one if it names none."""
+    config, trainer = job.config, job.config["trainer"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    trainer["num_threads"] = trainer["num_threads"] or max(1, runs.usable_cores() // local)
     objects = runs.build(config, world)
+    objects.state.progress.halvings = job.halvings
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
+    world.barrier()  # until here any process may find that the job cannot run
     with contextlib.ExitStack() as stack:
-        if folder == Path():
-            folder = records.create(Path("outputs"), config["name"])
-            stack.enter_context(records.Lock(folder))
-        stack.enter_context(log_file(folder))
-        write_start(folder, config, cfg, objects)
-        records.link_latest(folder)
-        introduce(folder, config, objects, world)
-        status: dict[str, Any] = {"step": 0, "pids": [os.getpid()]}
-        records.set_status(folder, "running", **status)
+        folder = open_folder(job, world, stack)
+        stack.enter_context(log_file(folder, world.rank))
+        pids = world.gather(os.getpid())
+        if world.is_main:
+            write_start(folder, job, objects)
+            records.link_latest(folder)
+            introduce(folder, job, objects, world)
+            records.set_status(folder, "running", step=0, pids=pids)
         with StopRequest() as stop:
             try:
                 summary = runs.train(objects, config, folder, world, stop)
             except BaseException as error:
-                status["step"] = objects.state.step
-                line = f"{type(error).__name__}: {error}"
-                records.set_status(folder, "failed", error=line, **status)
-                if isinstance(error, UserError):
-                    raise
-                log.error("failed at step %d: %s", objects.state.step, error)
-                logging.getLogger("regrow.file").error("%s", traceback.format_exc())
-                if isinstance(error, FloatingPointError):
-                    raise SystemExit(1) from error
+                note_failure(error, folder, objects.state.step, world)
                 raise
-        status["step"] = summary["steps"]
-        records.set_status(folder, summary["status"], **status)
+        number = max(world.gather(stop.signal or 0))  # of whichever process got it
+        if world.is_main:
+            records.set_status(folder, summary["status"], step=summary["steps"], pids=pids)
         if summary["status"] == "interrupted":
-            assert stop.signal is not None
-            log.warning("stopped by %s at step %d. Go on with:", stop.signal.name, summary["steps"])
-            log.warning("  %s", command(f"resume={folder}"))
-            raise SystemExit(128 + stop.signal.value)
-        conclude(folder, config, summary, cfg)
+            name = signal.Signals(number).name
+            if world.is_main:
+                log.warning("stopped by %s at step %d. Go on with:", name, summary["steps"])
+                log.warning("  %s", command(f"resume={folder}"))
+            world.barrier()
+            raise SystemExit(128 + number)
+        if world.is_main:
+            conclude(folder, job, summary)
         best: float | None = summary["best"]["value"]
         return best
 
 
-def write_start(
-    folder: Path, config: Mapping[str, Any], cfg: DictConfig, objects: runs.Objects
-) -> None:
+def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
+    """The run's folder, in every process; a new one is made and locked until `stack` closes."""
+    name = job.folder or ""
+    if job.folder is None and world.is_main:
+        created = records.create(Path("outputs"), job.config["name"])
+        stack.enter_context(records.Lock(created))
+        name = str(created)
+    name = world.from_main(name)
+    if world.store is not None and world.is_main:
+        world.store.set("folder", json.dumps(name))
+    return Path(name)
+
+
+def note_failure(error: BaseException, folder: Path, step: int, world: World) -> None:
+    """Write down why the run failed, once: the others fail because this process does."""
+    error.step = step  # type: ignore[attr-defined]  # for whoever has to tell of it
+    if lost_the_others(error) or not world.is_first("to fail"):
+        return
+    line = f"{type(error).__name__}: {error}"
+    records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line)
+    if not isinstance(error, UserError):
+        log.error("failed at step %d: %s", step, error)
+        logging.getLogger("regrow.file").error("%s", traceback.format_exc())
+
+
+def write_start(folder: Path, job: Job, objects: runs.Objects) -> None:
     """What a run can be made again from: config, overrides, code, environment, data.
 
     Raises UserError, before anything is written, if the data is not what the run was trained on.
     """
-    hydra = HydraConfig.get()
     data = objects.data.fingerprint()
     if (folder / manifest.NAME).is_file():
-        resume.refuse_other_data(folder, data, hydra.overrides.task)
+        resume.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
-    overrides = [o for o in hydra.overrides.task if resume.key_of(o) != "resume"]
-    for name, content in (
-        (".hydra/overrides.yaml", overrides),
-        (".hydra/config.yaml", cfg),
-        (".hydra/hydra.yaml", hydra),
-        ("config.yaml", OmegaConf.create(redact_all(dict(config)))),
-    ):
-        records.write_text(folder / name, redact(OmegaConf.to_yaml(content)))
+    for name, content in job.composed.items():
+        records.write_text(folder / ".hydra" / name, redact(content))
+    recorded = OmegaConf.create(redact_all(dict(job.config)))
+    records.write_text(folder / "config.yaml", redact(OmegaConf.to_yaml(recorded)))
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):
         log.warning("%s", changes)
     manifest.write(
         folder,
-        command=[Path(sys.executable).name, *sys.argv],
+        command=job.command,
         root=ROOT,
         data=data,
-        seeds={"seed": config["seed"]},
+        seeds={"seed": job.config["seed"]},
     )
 
 
-def introduce(folder: Path, config: Mapping[str, Any], objects: runs.Objects, world: World) -> None:
+def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:
     """What is about to run, and how to go on with it should it be cut."""
-    options, state = objects.options, objects.state
-    for line in config_tree(config):
+    options, state, config = objects.options, objects.state, job.config
+    for line in config_tree(config, job.choices):
         log.info("%s", line)
     sizes = objects.data.num_examples
     log.info("data: %s", ", ".join(f"{count:,} {name}" for name, count in sizes.items()))
@@ -186,9 +242,7 @@ def introduce(folder: Path, config: Mapping[str, Any], objects: runs.Objects, wo
     log.info("if it is cut, go on with: %s", command(f"resume={folder}"))
 
 
-def conclude(
-    folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any], cfg: DictConfig
-) -> None:
+def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     """The result as a table, the folder, and what one may want to type next."""
     rows = [(name, value) for name, value in summary["test"].items() if name.count("/") == 1]
     best = summary["best"]
@@ -201,17 +255,15 @@ def conclude(
         log.info("  %s  %.5g", name.ljust(width), value)
     log.info("")
     log.info("record: %s", folder / "report.html")
-    overrides = [o for o in HydraConfig.get().overrides.task if resume.key_of(o) != "resume"]
-    log.info("next:   %s", longer(folder, config))
+    log.info("next:   %s", longer(folder, job.config))
     split = "test" if summary["test"] else "val"
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
-    kept = [o for o in overrides if resume.key_of(o) != "seed"]
+    kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
     log.info("        %s", command("-m", *kept, "seed=0,1,2"))
 
 
-def config_tree(config: Mapping[str, Any]) -> list[str]:
+def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
     """The config as a tree: a line for each group, wrapped."""
-    choices = HydraConfig.get().runtime.choices
     lines = []
     width = max(80, min(140, _terminal_width()))
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}

@@ -25,8 +25,14 @@ from regrow.record import loggers, plots, report
 from regrow.training import checkpoint, loop, optim
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
-from regrow.training.parallel import World
-from regrow.training.plan import EvalBatches, Plan, TrainBatches
+from regrow.training.parallel import (
+    Exchange,
+    World,
+    distribute,
+    stopping_together,
+    synchronise_batch_norm,
+)
+from regrow.training.plan import EvalBatches, Plan, Record, TrainBatches
 from regrow.training.precision import LossScale
 from regrow.training.schedules import RunLength
 from regrow.training.show import evaluation_bar
@@ -66,6 +72,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
         load_weights(model, Path(config["init_from"]))
     model.to(world.device)
+    if options.sync_batch_norm:
+        model = synchronise_batch_norm(model, world.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
 
@@ -110,9 +118,23 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     return Objects(options, data, task, state, train, val, total_steps, parameters)
 
 
+class Silence:
+    """The record of a process that writes none."""
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
+    def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def position(self) -> int:
+        return 0
+
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
 def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
+    if len(objects.val) == 0:  # more processes than examples
+        return
     loop.check_first_batch(model, objects.task, objects.val, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
@@ -127,6 +149,27 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
     return None if options.max_epochs is None else options.max_epochs * steps_per_epoch
 
 
+def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
+    """What a step looks at; `record` says where its numbers and the state go."""
+    options, model = objects.options, objects.state.model
+    return Plan(
+        options=options,
+        task=objects.task,
+        train=objects.train,
+        val=objects.val,
+        forward=distribute(model, options.ddp, world),
+        world=world,
+        seed=seed,
+        total_steps=objects.total_steps,
+        parameters=objects.parameters,
+        clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
+        buffers=Buffers(model),
+        stop=stop,
+        exchange=Exchange(world, stop),
+        **record,
+    )
+
+
 def train(
     objects: Objects, config: Mapping[str, Any], folder: Path, world: World, stop: StopRequest
 ) -> dict[str, Any]:
@@ -135,57 +178,62 @@ def train(
     Returns the content of `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
-    writer = checkpoint.CheckpointWriter(folder / "checkpoints", options.checkpoint, options.mode)
-    loaded = checkpoint.load_newest(writer.folder)
-    position = 0
-    if loaded is not None:
-        parts, facts = loaded
-        state.load_state_dict(parts)
-        position = facts["metrics_bytes"]
-        writer.saved = (state.step, state.progress.evaluated_step == state.step)
-        log.info("going on from step %d (%s)", state.step, f"checkpoints/step_{state.step:08d}")
-    record = loggers.open_loggers(
-        folder,
-        {name: instantiate(node) for name, node in config["logger"].items()},
-        position=position,
-        resume_step=state.step if loaded else None,
-        run_name=f"{folder.parent.name}/{folder.name}",
-        config=config,
+    writer = checkpoint.CheckpointWriter(
+        folder / "checkpoints", options.checkpoint, options.mode, writes=world.is_main
     )
-    plan = Plan(
-        options=options,
-        task=objects.task,
-        train=objects.train,
-        val=objects.val,
-        forward=state.model,
-        world=world,
-        seed=config["seed"],
-        total_steps=objects.total_steps,
-        parameters=objects.parameters,
-        clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
-        buffers=Buffers(state.model),
-        checkpoints=writer,
-        record=record,
-        stop=stop,
-    )
+    facts = go_on(state, writer, world)
+    record: Record = Silence()
+    if world.is_main:
+        record = loggers.open_loggers(
+            folder,
+            {name: instantiate(node) for name, node in config["logger"].items()},
+            position=facts["metrics_bytes"] if facts else 0,
+            resume_step=state.step if facts else None,
+            run_name=f"{folder.parent.name}/{folder.name}",
+            config=config,
+        )
+    plan = plan_of(objects, config["seed"], world, stop, checkpoints=writer, record=record)
     started = time.perf_counter()
     try:
-        with profiling(options, folder):
+        with profiling(options, folder, world):
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
         if status == "completed":
             if "test" in objects.data.num_examples:
                 summary["test"] = test_once(objects, plan, folder)
-            records.write_json(folder / "summary.json", summary)
+            if world.is_main:
+                records.write_json(folder / "summary.json", summary)
     except Interrupted:  # while testing: the training is done and saved
         summary = summarise("interrupted", state, options, started)
     finally:
         writer.wait()
         record.close()
         objects.data.close()
-    if summary["status"] == "completed":
+    if summary["status"] == "completed" and world.is_main:
         draw(folder)
     return summary
+
+
+def go_on(
+    state: TrainState, writer: checkpoint.CheckpointWriter, world: World
+) -> dict[str, Any] | None:
+    """Take up the newest checkpoint that is whole, if there is one. Returns its manifest.
+
+    The main process looks for it and says which it is; the others read the same.
+    """
+    loaded = None
+    if world.is_main:
+        loaded = checkpoint.load_newest(writer.folder)
+    found = world.from_main(f"step_{loaded[1]['step']:08d}" if loaded else "")
+    if not found:
+        return None
+    parts, facts = loaded or checkpoint.load(writer.folder / found)
+    halvings = state.progress.halvings
+    state.load_state_dict(parts)
+    state.progress.halvings = max(halvings, state.progress.halvings)
+    writer.saved = (state.step, state.progress.evaluated_step == state.step)
+    log.info("going on from step %d (%s)", state.step, f"checkpoints/{found}")
+    return facts
 
 
 def summarise(
@@ -232,14 +280,17 @@ def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
     )
     # Not by loop.evaluate: these weights already are those that a schedule-free optimizer shows.
-    shown = plan.stop.while_waiting(evaluation_bar(batches, "test", plan))
+    plan.world.copy_buffers(state.evaluated)
+    bar = evaluation_bar(batches, "test", plan)
+    shown = stopping_together(bar, len(batches), plan.stop, plan.world)
     measured, details = loop.measure(
         state.evaluated, plan.task, shown, plan.world, plan.options.precision
     )
     values = {f"test/{name}": value for name, value in measured.items()}
     plan.record.log(state.step, state.epoch, values)
-    (folder / "plots").mkdir(exist_ok=True)
-    records.write_json(folder / "plots" / "test.json", details)
+    if plan.world.is_main:
+        (folder / "plots").mkdir(exist_ok=True)
+        records.write_json(folder / "plots" / "test.json", details)
     return values
 
 
@@ -252,11 +303,11 @@ def draw(folder: Path) -> None:
         log.warning("no pictures: the run itself is complete", exc_info=True)
 
 
-def profiling(options: TrainerOptions, folder: Path) -> Any:
+def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:
     """torch.profiler over the training, its trace in the run folder; for runs of a few steps."""
     import contextlib
 
-    if not options.profile:
+    if not (options.profile and world.is_main):
         return contextlib.nullcontext()
     from torch.profiler import profile
 
@@ -270,20 +321,23 @@ def profiling(options: TrainerOptions, folder: Path) -> Any:
     return profile(on_trace_ready=finish, profile_memory=True, with_stack=False)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU, and says so."""
+def resolve_device(name: str, index: int = 0) -> torch.device:
+    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU, and says so.
+
+    `index` is this process's place among those of its machine.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         chosen = "cuda" if cuda else "mps" if mps else "cpu"
         if chosen == "cpu":
             log.info("trainer.device=auto: no CUDA and no MPS here, so the CPU")
-        return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
+        return torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(
             f"trainer.device={name}: this machine has none that torch {torch.__version__} can use. "
             "Use trainer.device=auto or trainer.device=cpu."
         )
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    return torch.device(name, index) if name == "cuda" else torch.device(name)
 
 
 def set_numerics(options: TrainerOptions, device: torch.device) -> None:

@@ -54,14 +54,17 @@ class CheckpointWriter:
     way; one that failed is reported at the next save, and the older checkpoints stay.
     """
 
-    def __init__(self, folder: Path, options: CheckpointOptions, mode: str) -> None:
+    def __init__(
+        self, folder: Path, options: CheckpointOptions, mode: str, *, writes: bool = True
+    ) -> None:
         self.folder, self.options, self.mode = folder, options, mode
         self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        folder.mkdir(exist_ok=True)
-        _clear_up(folder)
+        if writes:
+            folder.mkdir(exist_ok=True)
+            _clear_up(folder)
 
     def save(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
         """Copy `parts` and write them in the background. `sync` makes the metrics file durable."""

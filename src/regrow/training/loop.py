@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from regrow.training import optim
 from regrow.training.checkpoint import Facts
 from regrow.training.interrupt import Interrupted
 from regrow.training.options import TrainerOptions
-from regrow.training.parallel import World, synchronises
+from regrow.training.parallel import World, stopping_together, synchronises
 from regrow.training.plan import Batch, EvalBatches, Plan, Task
 from regrow.training.precision import autocast
 from regrow.training.schedules import Plateau, improves
@@ -55,19 +54,18 @@ class StepResult(NamedTuple):
 
 def fit(state: TrainState, plan: Plan) -> str:
     """Train from where `state` is to the end. Returns "completed" or "interrupted"."""
+    together = plan.world.size > 1  # then nobody may end a wait alone: see Exchange
     try:
         state.model.train()
         over = state.step > 0 and settle(state, plan)
         while not over:
             with progress_bar(state, plan) as bar:
-                clock = time.perf_counter()
+                plan.exchange.start_clock()
                 batches = plan.train.epoch(state.epoch, start=state.step_in_epoch)
-                for batch in plan.stop.while_waiting(batches):
+                for batch in batches if together else plan.stop.while_waiting(batches):
                     result = train_step(state, batch, plan)
                     state.progress.step += 1
-                    now = time.perf_counter()
-                    state.progress.seconds += now - clock
-                    clock = now
+                    state.progress.seconds += plan.exchange.seconds
                     if bar.update(1):
                         bar.set_postfix(running(state, plan), refresh=False)
                     report(state, result, plan)
@@ -76,6 +74,7 @@ def fit(state: TrainState, plan: Plan) -> str:
     except Interrupted:
         save(state, plan)
     plan.checkpoints.wait()
+    plan.world.barrier()  # all may read what was saved
     return "completed" if finished(state, plan) else "interrupted"
 
 
@@ -87,7 +86,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         halve_slices(state, batch, plan)
         plan.buffers.restore(True)
     sums = parts[0].sums if len(parts) == 1 else torch.stack([part.sums for part in parts]).sum(0)
-    plan.world.sum_(sums)
+    sums = plan.exchange.sum_(sums)
 
     # What the slices left is the gradient of the summed loss over the number of examples. Where
     # that is not the sum of the weights, or fp16 scaled the loss, one factor puts it right.
@@ -200,10 +199,11 @@ def settle(state: TrainState, plan: Plan) -> bool:
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
+        plan.exchange.start_clock()
     if ends_epoch or evaluates:
         announce(state, plan)
     over = finished(state, plan)
-    stops = plan.stop.requested
+    stops = plan.exchange.stops
     saves = (
         due(state.step, options.checkpoint.save_every_steps)
         or (ends_epoch and due(state.epoch, options.checkpoint.save_every_epochs))
@@ -223,7 +223,9 @@ def evaluate(
     Training is left as it was. Raises Interrupted when a stop is asked for in between.
     """
     with optim.evaluating(state.optimizer, state.model):
-        shown = plan.stop.while_waiting(evaluation_bar(batches, name, plan))
+        plan.world.copy_buffers(state.evaluated)
+        bar = evaluation_bar(batches, name, plan)
+        shown = stopping_together(bar, len(batches), plan.stop, plan.world)
         precision = plan.options.precision
         values, details = measure(state.evaluated, plan.task, shown, plan.world, precision)
     state.model.train()
@@ -362,6 +364,10 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
             f"{where}: nothing is left to halve. Use a smaller model or input, "
             "trainer.precision=bf16, or a device with more memory."
         )
+    if plan.world.size > 1:  # the others are beyond this slice: all start again, in smaller ones
+        error = MemoryError(where)
+        error.halvings = state.progress.halvings + 1  # type: ignore[attr-defined]
+        raise error
     state.progress.halvings += 1
     for parameter in plan.parameters:
         parameter.grad = None

@@ -22,12 +22,26 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DDPOptions:
+    """Arguments of torch.nn.parallel.DistributedDataParallel, by its own names."""
+
+    find_unused_parameters: bool
+    gradient_as_bucket_view: bool
+    static_graph: bool
+    bucket_cap_mb: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
     max_epochs: int | None
     max_steps: int | None
     max_seconds: float | None
     device: str
-    devices: int
+    devices: int | str
+    strategy: str
+    max_restarts: int
+    timeout_seconds: float
+    sync_batch_norm: bool
     accumulation_steps: int
     num_threads: int | None
     precision: str
@@ -51,4 +65,5 @@ class TrainerOptions:
     monitor: str
     mode: str
     early_stopping: EarlyStopping
+    ddp: DDPOptions
     checkpoint: CheckpointOptions

@@ -1,15 +1,34 @@
-"""The processes of a run, and exact sums over them."""
+"""The processes of a run: exact sums over them, and what all of them have to decide alike."""
 
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from regrow.errors import UserError
+from regrow.training.interrupt import Interrupted, StopRequest
+from regrow.training.options import DDPOptions
+
+T = TypeVar("T")
+
+ASK_EVERY_BATCHES = 8  # of an evaluation: a question costs a message to every process
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Whether this is what a process sees when another one is gone."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError)
+        or "closed by peer" in str(error)
+        or "reset by peer" in str(error)
+    )
 
 
 @dataclass(frozen=True)
@@ -19,6 +38,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    store: Any = None  # dist.Store None in a run of one process
 
     @property
     def is_main(self) -> bool:
@@ -31,9 +51,112 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: int) -> list[int]:
+        """Every process's value, by rank."""
+        values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        return [int(v) for v in self.sum_(values).tolist()]
+
+    def from_main(self, text: str) -> str:
+        """The main process's text, in every process."""
+        if self.size == 1:
+            return text
+        content = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, 0)
+        if not self.is_main:
+            content = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
+        dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's buffers: BatchNorm's statistics follow the slices."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def is_first(self, what: str) -> bool:
+        """Whether no other process has asked for `what` before."""
+        return self.store is None or self.store.add(what, 1) == 1
+
+
+class Exchange:
+    """One sum over all processes for each step: what the step reports, and what has to be decided.
+
+    A signal reaches one process and every process has a clock of its own. So that all stop at the
+    same step, the wish to stop and the main process's seconds travel along with the step's sums. On
+    a GPU what came back is read one step late, for the host must not wait for the step under way.
+    """
+
+    def __init__(self, world: World, stop: StopRequest) -> None:
+        self.world, self.stop = world, stop
+        self.seconds = 0.0  # since the exchange before, by the main process's clock
+        self._wished = False
+        self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
+        self.start_clock()
+
+    @property
+    def stops(self) -> bool:
+        """Whether to stop after this step. The same in every process."""
+        return self.stop.requested if self.world.size == 1 else self._wished
+
+    def start_clock(self) -> None:
+        self._clock = time.perf_counter()
+
+    def sum_(self, sums: Tensor) -> Tensor:
+        """`sums` over all processes."""
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if self.world.size == 1:
+            self.seconds = seconds
+            return sums
+        own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
+        packed = torch.cat([sums, torch.tensor(own, dtype=sums.dtype).to(sums.device)])
+        dist.all_reduce(packed)
+        self._read(packed[-2:])
+        return packed[:-2]
+
+    def _read(self, common: Tensor) -> None:
+        ready: Tensor | None = common
+        if common.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            host = torch.empty(2, dtype=common.dtype, pin_memory=True)
+            host.copy_(common, non_blocking=True)
+            event.record()
+            before, self._on_its_way = self._on_its_way, (host, event)
+            ready = None
+            if before is not None:
+                before[1].synchronize()
+                ready = before[0]
+        wishes, self.seconds = (0.0, 0.0) if ready is None else ready.tolist()
+        self._wished = self._wished or wishes > 0
+
+
+def stopping_together(
+    batches: Iterable[T], count: int, stop: StopRequest, world: World
+) -> Iterator[T]:
+    """`batches`, `count` of them here, ended by Interrupted in all processes at the same place."""
+    if world.size == 1:
+        yield from stop.while_waiting(batches)
+        return
+    iterator = iter(batches)
+    for number in range(max(world.gather(count))):
+        if number % ASK_EVERY_BATCHES == 0 and any(world.gather(stop.requested)):
+            raise Interrupted
+        if number < count:
+            yield next(iterator)
+
+
+def distribute(model: nn.Module, options: DDPOptions, world: World) -> nn.Module:
+    """The model as a step calls it: itself, or DDP around it."""
+    if world.size == 1:
+        return model
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **vars(options))
 
 
 def synchronises(forward: nn.Module, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
@@ -41,3 +164,15 @@ def synchronises(forward: nn.Module, last_slice: bool) -> contextlib.AbstractCon
     if last_slice or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """BatchNorm over the slices of all processes. Raises UserError where torch has no kernel."""
+    if device.type != "cuda":
+        raise UserError(
+            f"trainer.sync_batch_norm=true needs CUDA, and the device is {device.type}. "
+            "Use trainer.sync_batch_norm=false."
+        )
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    converted: nn.Module = convert(model)
+    return converted

@@ -13,7 +13,7 @@ from regrow.training import optim
 from regrow.training.checkpoint import CheckpointWriter
 from regrow.training.interrupt import StopRequest
 from regrow.training.options import TrainerOptions
-from regrow.training.parallel import World
+from regrow.training.parallel import Exchange, World
 from regrow.training.state import Buffers
 
 
@@ -66,6 +66,7 @@ class Record(Protocol):
     def log_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
     def position(self) -> int: ...
     def sync(self) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,4 @@ class Plan:
     checkpoints: CheckpointWriter
     record: Record
     stop: StopRequest
+    exchange: Exchange

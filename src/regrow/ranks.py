@@ -1,0 +1,203 @@
+"""The processes of a job, started inside it and watched until the last one has ended.
+
+PyTorch starts and ends them (torch.distributed.elastic.multiprocessing); here stands what they are
+told, and what is done when one of them fails. torchrun and srun do the same from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import UserError
+from regrow.job import Job
+from regrow.record import folder as records
+
+log = logging.getLogger("regrow")
+
+STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a start ended."""
+
+    exit_code: int  # 0 when all processes did
+    folder: str | None  # the run's, once there is one
+    best: float | None
+    error: dict[str, Any] | None  # what the first process that failed said of it
+
+
+def count_of(trainer: Mapping[str, Any]) -> int:
+    """The number of processes on this machine. Raises UserError for one that cannot be."""
+    import torch
+
+    devices, device = trainer["devices"], trainer["device"]
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if devices == "auto":
+        if gpus == 0:
+            raise UserError(
+                "trainer.devices=auto counts GPUs, and there is none to use here. "
+                "Give the number of processes: trainer.devices=2."
+            )
+        return gpus
+    if devices > 1 and device == "mps":
+        raise UserError(f"trainer.devices={devices}: MPS takes one process. Use trainer.devices=1.")
+    if 0 < gpus < devices:
+        raise UserError(
+            f"trainer.devices={devices}: this machine has {gpus} GPU{'s'[: gpus > 1]}. "
+            f"Use trainer.devices={gpus}, or trainer.device=cpu."
+        )
+    return int(devices)
+
+
+def run(job: Job, count: int) -> float | None:
+    """Run the job in `count` processes and return the best monitored value.
+
+    A process that dies ends all. They start again from the last checkpoint, together, as often as
+    trainer.max_restarts says; and, in smaller slices, after one that ran out of memory.
+    """
+    restarts = job.config["trainer"]["max_restarts"]
+    while True:
+        outcome = start(job, count)
+        if outcome.exit_code == 0:
+            return outcome.best
+        if outcome.exit_code in STOPPED:
+            raise SystemExit(outcome.exit_code)
+        error = outcome.error or {"kind": "lost", "text": "no process said why"}
+        if error["kind"] == "user":
+            raise UserError(error["text"])
+        if outcome.folder is not None:
+            records.set_status(
+                Path(outcome.folder), "failed", step=error["step"], pids=[], error=error["text"]
+            )
+        memory = error["kind"] == "memory"
+        if outcome.folder is None or not (memory or restarts):
+            log.error("failed: %s", error["text"])
+            raise SystemExit(1)
+        restarts -= not memory
+        log.warning("%s. Starting again from the last checkpoint.", error["text"])
+        job = dataclasses.replace(
+            job,
+            folder=outcome.folder,
+            config={**job.config, "resume": "auto"},
+            halvings=error.get("halvings", job.halvings),
+        )
+
+
+def start(job: Job, count: int) -> Outcome:
+    """One start of all processes, to their end."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    server = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+    store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
+    store.set("job", job.to_json())
+    envs = {rank: environment(rank, count, server.port) for rank in range(count)}
+    with tempfile.TemporaryDirectory(prefix="regrow-") as logs, signals_kept():
+        context = start_processes(
+            name="train",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(count), ("-u", "-m", "regrow.worker")),
+            envs=envs,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            signals = forward_signals(list(context.pids().values()))
+            result = context.wait(period=0.05)
+        finally:
+            context.close(signal.SIGKILL)
+    assert result is not None
+    said = {name: read(store, name) for name in ("folder", "best", "error", "lost")}
+    codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    if signals and codes:  # some may have been too young to end in good order
+        return Outcome(128 + signals[0], said["folder"], None, None)
+    stopped = [code for code in codes.values() if code in STOPPED]
+    error = said["error"]
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    if error is None and killed:
+        rank, number = next(iter(killed.items()))
+        name = signal.Signals(number).name
+        error = {"kind": "killed", "text": f"rank {rank} was killed by {name}"}
+        stopped = []
+    error = error or said["lost"]
+    if error is not None and "step" not in error:
+        error["step"] = (said["lost"] or {}).get("step", 0)
+    code = 0 if not codes else 1 if error is not None or not stopped else stopped[0]
+    return Outcome(code, said["folder"], said["best"], error)
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torch's env:// rendezvous reads. The store is in this process, on a free port."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "REGROW_PARENT": str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+
+
+def read(store: Any, name: str) -> Any:
+    return json.loads(store.get(name)) if store.check([name]) else None
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """torch replaces the handlers of some signals and leaves them so."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def forward_signals(pids: list[int]) -> list[int]:
+    """A signal to this process is one to each of the ranks, which know what to do with it.
+
+    Returns a list to which each signal is added as it comes.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        return came
+
+    def forward(number: int, frame: object) -> None:
+        came.append(number)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, forward)
+    return came
+
+
+def started_from_outside() -> bool:
+    """Whether torchrun or srun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "REGROW_PARENT" not in os.environ
+
+
+def follows() -> bool:
+    """Whether another process composes the config for this one."""
+    return started_from_outside() and int(os.environ["RANK"]) > 0

@@ -1,0 +1,141 @@
+"""One process of several: `python -m regrow.worker`, or what torchrun and srun started.
+
+It meets the others, takes the job from the store, and does its part. Whoever fails first says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from regrow import launch
+from regrow import run as runs
+from regrow.errors import UserError
+from regrow.job import Job
+from regrow.ranks import started_from_outside
+from regrow.training.parallel import World, lost_the_others
+
+log = logging.getLogger("regrow")
+
+
+def main() -> None:
+    """Do the part of this process in the job that another one composed."""
+    die_with_parent()
+    store = meet()
+    work(Job.from_json(store.get("job")), store)
+
+
+def meet() -> Any:
+    """The store that all processes share, by the environment that the starter has set."""
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep its store
+    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+
+
+def lead(job: Job) -> float | None:
+    """As the first of the processes that were started from outside: give the job to the others."""
+    trainer = job.config["trainer"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if trainer["devices"] not in ("auto", 1, local):
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: {local} were started on this machine. "
+            "Leave out trainer.devices, or give the same number to both."
+        )
+    trainer["devices"] = local
+    store = meet()
+    store.set("job", job.to_json())
+    return work(job, store)
+
+
+def work(job: Job, store: Any) -> float | None:
+    """This process's part of the job. Does not return from a failure: the process ends."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        with launch.console() if rank == 0 else contextlib.nullcontext():
+            return run_part(job, store, rank, size)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except KeyboardInterrupt:  # before the run could take it as a wish to stop
+        code = 128 + signal.SIGINT
+    except BaseException as error:
+        report(error, store, rank)
+        code = 2 if isinstance(error, UserError) else 1
+    leave(code)
+
+
+def run_part(job: Job, store: Any, rank: int, size: int) -> float | None:
+    """Meet the others and run."""
+    trainer = job.config["trainer"]
+    device = runs.resolve_device(trainer["device"], int(os.environ.get("LOCAL_RANK", rank)))
+    world = World(device=device, rank=rank, size=size, store=store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=trainer["timeout_seconds"]),
+    )
+    best = launch.run_job(job, world)
+    if world.is_main:
+        store.set("best", json.dumps(best))
+    world.barrier()
+    dist.destroy_process_group()
+    return best
+
+
+def report(error: BaseException, store: Any, rank: int) -> None:
+    """Say what ended this process, unless it ended because of another."""
+    text = f"rank {rank}: {type(error).__name__}: {error}"
+    said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
+    if isinstance(error, UserError):
+        said |= {"kind": "user", "text": str(error)}
+    elif isinstance(error, MemoryError):
+        said |= {"kind": "memory", "halvings": getattr(error, "halvings", 0)}
+    with contextlib.suppress(RuntimeError):  # the store is gone: so are those who would read it
+        if lost_the_others(error):
+            store.set("lost", json.dumps(said))
+            return
+        if store.add("failures", 1) > 1:
+            return
+        store.set("error", json.dumps(said))
+    if said["kind"] == "user":
+        if started_from_outside():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    elif not isinstance(error, MemoryError | FloatingPointError):
+        traceback.print_exception(error)
+
+
+def leave(code: int) -> NoReturn:
+    """End now: what is left of a process group may wait for processes that are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is killed (Linux)."""
+    parent = os.environ.get("REGROW_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it was killed before this line
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Parts of a model that misbehave on cue, named by `_target_` in the tests of several processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Hungry(nn.Module):
+    """An MLP for which more than `room` examples at once are out of memory, in one rank."""
+
+    def __init__(self, input_shape: list[int], num_outputs: int, room: int, rank: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], num_outputs))
+        self.room, self.rank = room, rank
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mine = int(os.environ.get("RANK", 0)) == self.rank
+        if mine and self.training and len(inputs) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        outputs: Tensor = self.body(inputs)
+        return outputs
+
+
+class Failing(nn.Module):
+    """An MLP that fails in one rank, at its third step."""
+
+    def __init__(self, input_shape: list[int], num_outputs: int, rank: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], num_outputs))
+        self.rank, self.calls = rank, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 3 and int(os.environ.get("RANK", 0)) == self.rank:
+            raise ArithmeticError("on cue")
+        outputs: Tensor = self.body(inputs)
+        return outputs
+
+
+class Slow(nn.Module):
+    """An MLP whose every call takes `seconds`, once the file `gate` exists."""
+
+    def __init__(self, input_shape: list[int], num_outputs: int, seconds: float, gate: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], num_outputs))
+        self.seconds, self.gate = seconds, Path(gate)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            self.gate.touch()
+            time.sleep(self.seconds)
+        outputs: Tensor = self.body(inputs)
+        return outputs

@@ -1,0 +1,234 @@
+"""The command with several processes: one folder, one result, and what happens when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import TINY, fingerprint, metrics_of, train
+
+from regrow.config import CONF
+from regrow.record.folder import read_json
+
+TRAIN = CONF.parent / "scripts" / "train.py"
+TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")
+LONG = ("trainer.max_epochs=60", "trainer.eval_every_epochs=20")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def start(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: Any) -> Any:
+    command = [*(by or (sys.executable,)), str(TRAIN), *overrides, f"hydra.run.dir={folder}"]
+    return subprocess.Popen(
+        command, cwd=folder.parent, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def run(folder: Path, *overrides: str, code: int = 0, by: tuple[str, ...] = ()) -> str:
+    """Run to the end; returns what it said on stderr."""
+    process = start(folder, *overrides, by=by)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    return str(err)
+
+
+def until(happened: Any, process: Any) -> None:
+    deadline = time.monotonic() + 90
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    return list(read_json(folder / "status.json")["pids"])
+
+
+def test_two_processes_leave_one_record_with_the_numbers_of_one(tmp_path: Path) -> None:
+    run(tmp_path / "two", *TWO)
+    train(tmp_path / "one", *TINY)
+    two, one = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
+    assert [line.keys() for line in two] == [line.keys() for line in one]
+    for line, expected in zip(two, one, strict=True):
+        assert line == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    log = (tmp_path / "two" / "train.log").read_text()
+    assert log.count("batch: 16 = 2 devices × 1 slice × 8") == 1
+    assert read_json(tmp_path / "two" / "status.json")["state"] == "completed"
+    assert len(set(ranks_of(tmp_path / "two"))) == 2
+
+
+@pytest.mark.slow
+def test_what_started_outside_is_the_same_run(tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    port = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    run(tmp_path / "outside", *TINY, "trainer=ddp", "trainer.device=cpu", by=(*torchrun, *port))
+    run(tmp_path / "inside", *TWO)
+    assert fingerprint(tmp_path / "outside") == fingerprint(tmp_path / "inside")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
+    rank: int, tmp_path: Path
+) -> None:
+    often = ("trainer.checkpoint.save_every_steps=7",)
+    run(tmp_path / "whole", *TWO, *LONG, *often)
+    folder = tmp_path / "killed"
+    process = start(folder, *TWO, *LONG, *often)
+    until((folder / "checkpoints" / "last").exists, process)
+    os.kill(ranks_of(folder)[rank], signal.SIGKILL)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 1 and f"rank {rank} was killed by SIGKILL" in err
+    status = read_json(folder / "status.json")
+    assert status["state"] == "failed" and "SIGKILL" in status["error"]
+    run(folder, *TWO, *LONG, *often)
+    assert fingerprint(folder) == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_starts_again_by_itself_after_a_process_was_killed(tmp_path: Path) -> None:
+    run(tmp_path / "whole", *TWO, *LONG)
+    folder = tmp_path / "killed"
+    process = start(folder, *TWO, *LONG, "trainer.max_restarts=1")
+    until((folder / "checkpoints" / "last").exists, process)
+    os.kill(ranks_of(folder)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0 and "Starting again from the last checkpoint" in err
+    assert fingerprint(folder) == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
+    run(tmp_path / "whole", *TWO, *LONG)
+    folder = tmp_path / "stopped"
+    codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+    for number, code in codes.items():
+        process = start(folder, *TWO, *LONG)
+        until(lambda: (folder / "checkpoints" / "last").exists() and running(folder), process)
+        os.kill(ranks_of(folder)[1], number)
+        _, err = process.communicate(timeout=40)
+        if process.returncode == 0:  # it was done before the signal came
+            break
+        assert process.returncode == code, err
+        assert read_json(folder / "status.json")["state"] == "interrupted"
+    else:
+        run(folder, *TWO, *LONG)
+    assert fingerprint(folder) == fingerprint(tmp_path / "whole")
+
+
+def running(folder: Path) -> bool:
+    return bool(read_json(folder / "status.json")["state"] == "running")
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_stops_all(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    slow = ("~model.init", "~model.hidden", "~model.dropout", "~model.activation", "~model.norm")
+    model = ("model._target_=blocks.Slow", "+model.seconds=0.2", f"+model.gate={gate}")
+    sizes = ("data.source.num_val=200", "data.eval_batch_size=2", "trainer.check_first_batch=false")
+    folder = tmp_path / "stopped"
+    process = start(folder, *TWO, *slow, *model, *sizes)
+    until(gate.exists, process)
+    os.kill(ranks_of(folder)[1], signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert read_json(folder / "status.json")["state"] == "interrupted"
+    assert (folder / "checkpoints" / "last").exists()
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change_in_between(tmp_path: Path) -> None:
+    train(tmp_path / "whole", *TINY, "trainer.max_epochs=6")
+    folder = tmp_path / "changing"
+    run(folder, *TWO, "trainer.max_epochs=2")
+    run(folder, *TINY, "trainer.max_epochs=4", "trainer.strategy=ddp")
+    run(folder, *TINY, "trainer.max_epochs=6", "trainer.devices=3")
+    changed, whole = metrics_of(folder), metrics_of(tmp_path / "whole")
+    losses = [line["train/loss"] for line in changed if "train/loss" in line]
+    expected = [line["train/loss"] for line in whole if "train/loss" in line]
+    assert len(losses) == len(expected)
+
+
+@pytest.mark.slow
+def test_a_failing_process_tells_why_and_ends_all(tmp_path: Path) -> None:
+    drop = ("~model.init", "~model.hidden", "~model.dropout", "~model.activation", "~model.norm")
+    err = run(
+        tmp_path / "failing", *TWO, *drop, "model._target_=blocks.Failing", "+model.rank=1", code=1
+    )
+    assert "rank 1: ArithmeticError: on cue" in err and "blocks.py" in err
+    status = read_json(tmp_path / "failing" / "status.json")
+    assert status["state"] == "failed" and "on cue" in status["error"]
+
+
+@pytest.mark.slow
+def test_out_of_memory_in_one_process_starts_all_again_in_smaller_slices(tmp_path: Path) -> None:
+    drop = ("~model.init", "~model.hidden", "~model.dropout", "~model.activation", "~model.norm")
+    hungry = ("model._target_=blocks.Hungry", "+model.rank=1")
+    err = run(tmp_path / "hungry", *TWO, *drop, *hungry, "+model.room=4")
+    assert "out of memory" in err and "Starting again" in err
+    run(tmp_path / "fed", *TWO, *drop, *hungry, "+model.room=100")
+    hungry_lines, fed_lines = metrics_of(tmp_path / "hungry"), metrics_of(tmp_path / "fed")
+    for line, expected in zip(hungry_lines, fed_lines, strict=True):
+        assert line == pytest.approx(expected, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("trainer.devices=0",), "trainer.devices=0"),
+        (("trainer=ddp", "trainer.device=cpu"), "trainer.devices=2"),
+        (("trainer.devices=2", "trainer.device=mps"), "trainer.devices=1"),
+    ],
+)
+def test_a_wrong_number_of_devices_is_one_line(
+    overrides: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    err = run(tmp_path / "wrong", *TINY[:-1], *overrides, code=2)
+    assert len(err.splitlines()) == 1 and says in err
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_line_from_several_processes(tmp_path: Path) -> None:
+    missing = ("data=csv", f"data.root={tmp_path}/none.csv", "data.target_columns=[a]",
+               "data.num_classes=2", "data.num_outputs=2", "data.input_shape=[1]")  # fmt: skip
+    err = run(tmp_path / "bad", "trainer.devices=2", "trainer.device=cpu", *missing, code=2)
+    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+def test_two_jobs_on_one_machine_do_not_meet(tmp_path: Path) -> None:
+    processes = [start(tmp_path / name, *TWO) for name in ("a", "b")]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_the_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
+    folder = tmp_path / "orphan"
+    process = start(folder, *TWO, *LONG)
+    until((folder / "checkpoints" / "last").exists, process)
+    pids = ranks_of(folder)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_json_carries_a_job_whole() -> None:
+    from regrow.job import Job
+
+    job = Job({"a": [1, None, 0.1]}, None, ["a=1"], {"model": "mlp"}, {"x.yaml": "é"}, ["p"], 2)
+    assert Job.from_json(job.to_json()) == job
+    assert json.loads(job.to_json())["halvings"] == 2

@@ -1,0 +1,165 @@
+"""What several processes do together, for test_ranks.py: each writes down what it saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from regrow import run as runs
+from regrow.data.batch import share
+from regrow.tasks.metrics import Metrics as Measured
+from regrow.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
+from regrow.training import loop
+from regrow.training.interrupt import Interrupted, StopRequest
+from regrow.training.parallel import World, stopping_together
+
+Config = dict[str, Any]
+BATCH = 2  # of an evaluation
+
+
+def together(size: int, config: Config, folder: Path) -> list[dict[str, Any]]:
+    """What each of `size` processes saw, by rank."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(part, args=(size, store.port, config, folder), nprocs=size, join=True)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def part(rank: int, size: int, port: int, config: Config, folder: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    world = World(device=torch.device("cpu"), rank=rank, size=size, store=store)
+    torch.save(
+        {name: check(world, config, folder) for name, check in CHECKS.items()},
+        folder / f"{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Six steps: the weights, and of each step the loss and the norm."""
+    objects = runs.build({**config, "trainer": {**config["trainer"], **changes}}, world)
+    saved = SimpleNamespace(saved=None)
+    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    return steps(objects, plan)
+
+
+def steps(objects: Any, plan: Any) -> dict[str, Any]:
+    state, seen = objects.state, []
+    while state.step < 6:
+        for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
+            result = loop.train_step(state, batch, plan)
+            state.progress.step += 1
+            loss = result.sums[loop.LOSS] / result.sums[loop.WEIGHT]
+            seen.append((loss.item(), result.grad_norm.item(), result.sums[loop.EXAMPLES].item()))
+            if state.step == 6:
+                break
+    weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    return {"weights": weights, "seen": seen, "skipped": int(state.skips[0])}
+
+
+def trained_in_slices(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    return trained(world, config, folder, accumulation_steps=3)
+
+
+def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """The broken variant: the mean over processes, as if each had the same number of examples."""
+    objects = runs.build(config, world)
+    saved = SimpleNamespace(saved=None)
+    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    alone = dataclasses.replace(plan, world=dataclasses.replace(world, size=1))
+    return steps(objects, alone)
+
+
+def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """A NaN in one example, in the share of the last process."""
+    objects = runs.build(config, world)
+    saved = SimpleNamespace(saved=None)
+    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    before = {name: tensor.clone() for name, tensor in objects.state.model.state_dict().items()}
+    batch = next(objects.train.epoch(0, 0))
+    if world.rank == world.size - 1:
+        batch.inputs = batch.inputs.clone()
+        batch.inputs[0, 0] = float("nan")
+    loop.train_step(objects.state, batch, plan)
+    after = objects.state.model.state_dict()
+    return {
+        "skipped": int(objects.state.skips[0]),
+        "moved": any(not torch.equal(before[name], after[name]) for name in before),
+        "moments": len(objects.state.optimizer.state),
+    }
+
+
+def rows(kind: str, count: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(count)
+    if kind == "multiclass":
+        return torch.randn(count, 3, generator=source), torch.randint(3, (count,), generator=source)
+    if kind == "binary":
+        return torch.randn(count, generator=source), torch.randint(2, (count,), generator=source)
+    return torch.randn(count, 2, generator=source), torch.randn(count, 2, generator=source)
+
+
+RECIPES: dict[str, Callable[[], Any]] = {
+    "multiclass": lambda: multiclass_metrics(["a", "b", "c"], None, per_class=False, auroc=True),
+    "binary": lambda: binary_metrics(["no", "yes"], 0.5, auroc=True),
+    "regression": lambda: regression_metrics(2, lambda values: values),
+}
+
+
+def measured(world: World, config: Config, folder: Path) -> dict[str, dict[str, float]]:
+    """Every metric over 0 … 3·N·B+1 examples, in the share of this process."""
+    values = {}
+    for kind, recipe in RECIPES.items():
+        for count in range(3 * world.size * BATCH + 2):
+            outputs, targets = rows(kind, count)
+            first, last = share(0, count, world.rank, world.size)
+            metrics = Measured(recipe(), world.device)
+            for start in range(first, last, BATCH):
+                stop = min(start + BATCH, last)
+                metrics.update(outputs[start:stop], targets[start:stop])
+            values[f"{kind} {count}"] = metrics.scalars()
+    return values
+
+
+def stopped(world: World, config: Config, folder: Path) -> list[int]:
+    """How many batches each process saw when the last one asked to stop; their counts differ."""
+    stop, seen = StopRequest(), 0
+
+    def batches() -> Iterator[int]:
+        for number in range(40 + world.rank):
+            if world.rank == world.size - 1 and number == 13:
+                stop._note(15, None)
+            yield number
+
+    try:
+        for _ in stopping_together(batches(), 40 + world.rank, stop, world):
+            seen += 1
+    except Interrupted:
+        return [seen]
+    return []
+
+
+def told(world: World, config: Config, folder: Path) -> list[Any]:
+    firsts = world.gather(int(world.is_first("a thing")))
+    return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts]
+
+
+CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
+    "trained": trained,
+    "trained_in_slices": trained_in_slices,
+    "trained_as_if_alone": trained_as_if_alone,
+    "trained_with_a_nan": trained_with_a_nan,
+    "measured": measured,
+    "stopped": stopped,
+    "told": told,
+}
