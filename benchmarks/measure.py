@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,13 @@ class Table:
     unit: str
     reference: str  # whose time the ratios are over
     seconds: Mapping[str, list[float]]  # a value for each round
+    against: Mapping[str, str] = field(default_factory=dict)  # names with a reference of their own
     per: float = 1.0  # divides the seconds: steps in a round, for example
     scale: float = 1.0  # unit per second
 
     def ratios(self, name: str) -> list[float]:
-        pairs = zip(self.seconds[name], self.seconds[self.reference], strict=True)
+        reference = self.against.get(name, self.reference)
+        pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
         return [mine / reference for mine, reference in pairs]
 
     def text(self) -> str:
@@ -29,8 +31,9 @@ class Table:
         for name, values in self.seconds.items():
             shown = [value / self.per * self.scale for value in values]
             ratios = self.ratios(name)
+            other = f", over {self.against[name]}" if name in self.against else ""
             lines.append(
-                f"| {name} | {statistics.median(shown):.4g} | {min(shown):.4g} "
+                f"| {name}{other} | {statistics.median(shown):.4g} | {min(shown):.4g} "
                 f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
             )
         return "\n".join(lines) + "\n"

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.measure import Table, in_turn
+from regrow.training.interrupt import StopRequest
+from regrow.training.parallel import World
 
 STEPS = 600
 TOTAL = 100_000
@@ -26,7 +28,7 @@ TOTAL = 100_000
 
 def measure() -> Table:
     torch.set_num_threads(1)
-    ours, inputs, targets = train_py()
+    ours, inputs, targets = train_py(World(device=torch.device("cpu")), steps=STEPS)
     candidates = {
         "train.py": ours,
         "hand-tuned, in memory": by_hand(inputs, targets, loader=False),
@@ -44,25 +46,28 @@ def measure() -> Table:
     )
 
 
-def train_py() -> tuple[Callable[[], None], Tensor, Tensor]:
-    """The real loop with its real record; evaluation is not part of a step and is left out."""
+def train_py(
+    world: World, *overrides: str, steps: int
+) -> tuple[Callable[[], None], Tensor, Tensor]:
+    """The real loop with its real record; evaluation is not part of a step and is left out.
+
+    Returns what runs `steps` steps, and this process's inputs and targets of one epoch.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from regrow import run as runs
     from regrow.config import CONF, plain
-    from regrow.training.interrupt import StopRequest
-    from regrow.training.parallel import World
 
     class After(StopRequest):
-        """Asks to stop after so many steps."""
+        """Asks to stop after so many steps; several processes ask before the step is counted."""
 
-        steps = 0
+        last = 0
 
         @property
         def requested(self) -> bool:
-            return objects.state.step >= self.steps
+            return objects.state.step + (world.size > 1) >= self.last
 
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose(
@@ -71,19 +76,18 @@ def train_py() -> tuple[Callable[[], None], Tensor, Tensor]:
                 *("data.augment=false", "trainer.device=cpu", "trainer.num_threads=1"),
                 *("trainer.clip_norm=1.0", "trainer.eval_every_epochs=null"),
                 *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
-                "trainer.checkpoint.save_every_steps=300",
+                *("trainer.checkpoint.save_every_steps=300", *overrides),
             ],
             return_hydra_config=True,
         )
     HydraConfig.instance().set_config(config)
     config = plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
-    world = World(device=torch.device("cpu"))
     objects = runs.build(config, world)
     folder = Path(tempfile.mkdtemp())
     stop = After()
 
     def run() -> None:
-        stop.steps = objects.state.step + STEPS
+        stop.last = objects.state.step + steps
         runs.train(objects, config, folder, world, stop)
 
     batches = list(objects.train.epoch(0))
@@ -94,11 +98,16 @@ def train_py() -> tuple[Callable[[], None], Tensor, Tensor]:
     )
 
 
-def by_hand(inputs: Tensor, targets: Tensor, *, loader: bool) -> Callable[[], None]:
-    model = nn.Sequential(
-        *(nn.Flatten(), nn.Linear(64, 256), nn.ReLU()),
-        *(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)),
+def mlp() -> nn.Module:
+    """The default model, written out."""
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(64, 256), nn.LayerNorm(256), nn.ReLU()),
+        *(nn.Linear(256, 256), nn.LayerNorm(256), nn.ReLU(), nn.Linear(256, 10)),
     )
+
+
+def by_hand(inputs: Tensor, targets: Tensor, *, loader: bool) -> Callable[[], None]:
+    model = mlp()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
