@@ -56,8 +56,9 @@ def _launch(cfg: DictConfig) -> float | None:
         world = World(device=runs.resolve_device(config["trainer"]["device"]))
         if goes_on and resume.is_done(folder, config):
             log.info("%s is complete. To go on with it, raise its limit:", folder)
-            log.info("  %s", longer(folder, config))
-            best: float | None = records.read_json(folder / "summary.json")["best"]["value"]
+            summary = records.read_json(folder / "summary.json")
+            log.info("  %s", longer(folder, config, summary))
+            best: float | None = summary["best"]["value"]
             return best
         return run_in(folder, config, cfg, world)
 
@@ -202,7 +203,7 @@ def conclude(
     log.info("")
     log.info("record: %s", folder / "report.html")
     overrides = [o for o in HydraConfig.get().overrides.task if resume.key_of(o) != "resume"]
-    log.info("next:   %s", longer(folder, config))
+    log.info("next:   %s", longer(folder, config, summary))
     split = "test" if summary["test"] else "val"
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     kept = [o for o in overrides if resume.key_of(o) != "seed"]
@@ -234,13 +235,10 @@ def config_tree(config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def longer(folder: Path, config: Mapping[str, Any]) -> str:
+def longer(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """The command that goes on with a complete run, for as long again."""
-    trainer = config["trainer"]
-    for key in ("max_steps", "max_epochs", "max_seconds"):
-        if trainer[key] is not None:
-            return command(f"resume={folder}", f"trainer.{key}={2 * trainer[key]}")
-    raise AssertionError("a run has a limit")
+    limits = resume.reached(summary, config["trainer"])
+    return command(f"resume={folder}", *(f"{key}={more}" for key, more in limits.items()))
 
 
 def command(*arguments: str, script: str = "train.py") -> str:
