@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 from running import composed
 
 from regrow.check import RULES, check, locate, shipped_node
-from regrow.config import CONF, read_yaml
+from regrow.config import CONF, plain, read_yaml
 from regrow.errors import UserError
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -41,7 +42,10 @@ BAD = {
     "trainer.monitor=train/loss": "has to be a metric of the validation split",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
-    "data=csv": "has to be given",
+    "data=csv": "data.target_kind has to be given: add data.target_kind=… (and data.num_classes",
+    "data=image_folder": "data.num_classes has to be given",
+    "data=image_folder data.num_classes=2": "data.root has to be given: add data.root=…",
+    "data=cifar10 data.root=null": "data.root has to be given: add data.root=…",
     "model._target_=nope.Net": "there is no such module",
     "model._target_=torch.nn.Linearr": "Did you mean Linear?",
     "model._target_=torch.nn.Linear": "torch.nn.Linear takes no such argument",
@@ -172,6 +176,29 @@ def test_a_key_that_no_parameter_answers_to_is_found() -> None:
     assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
 
 
+def missing(node: Any) -> set[str]:
+    """Keys, dotted, whose value is still to be given."""
+    return {key for key, value in flat(node) if value == "???"}
+
+
+@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
+def test_what_a_file_says_has_to_be_given_has_to_be(group: str, option: str) -> None:
+    """A ??? does not replace a value that the file inherits."""
+    written = missing(read_yaml(CONF / group / f"{option}.yaml"))
+    left = missing(
+        plain(
+            composed(f"{group}=[{option}]" if group == "logger" else f"{group}={option}"),
+            resolve=False,
+        )[group]
+    )
+    assert written <= left
+
+
+def test_a_value_that_is_inherited_would_be_found() -> None:
+    merged = OmegaConf.merge({"root": "data"}, {"root": "???", "source": "???"})
+    assert missing(plain(cast(DictConfig, merged), resolve=False)) == {"source"}
+
+
 def test_floats_in_yaml_are_floats() -> None:
     """PyYAML takes 1e-3 for text."""
     for path in CONF.rglob("*.yaml"):
@@ -216,6 +243,14 @@ def test_a_task_without_its_data_is_refused() -> None:
     config = composed("task=binary")
     with pytest.raises(UserError, match="Use task=multiclass"):
         check(config, config.hydra.runtime.choices)
+
+
+def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:
+    done = run_train(tmp_path, "--help", "model=cnn")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "optimizer: adagrad, adam, " in done.stdout and "_base" not in done.stdout
+    assert "channels:" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:

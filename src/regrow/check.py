@@ -299,6 +299,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if shipped_task and kind not in LOSSES.get(loss, (kind,)):
         fitting = " or ".join(LOSSES[loss])
         raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
+    source = data["source"]
+    if isinstance(source, Mapping) and source.get("root", "") is None:
+        raise UserError("data.root has to be given: add data.root=…")
     if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "

@@ -38,6 +38,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def main() -> None:
             # So that Hydra raises what it would otherwise print with its own hints.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            OmegaConf.register_new_resolver("options", option_list, replace=True)  # of --help
             try:
                 # Hydra's parser loses overrides on one side of -m: it goes first.
                 sys.argv[1:] = sorted(expand(sys.argv[1:]), key=lambda a: a not in MULTIRUN)
@@ -68,8 +69,9 @@ def composition_error(error: Exception) -> str:
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        hint = did_you_mean(option, error.options)
-        return f"{group}={option}: there is no such option.{hint} Use {', '.join(error.options)}."
+        options = [option for option in error.options if not option.startswith("_")]
+        hint = did_you_mean(option, options)
+        return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         name = found.group(1)
@@ -82,6 +84,15 @@ def composition_error(error: Exception) -> str:
         return f"{name}: there is no such key.{did_you_mean(name, known_keys(name.split('.')[0]))}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
+
+
+def option_list() -> str:
+    """A line for each config group; a file whose name begins with _ is a part of others."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        if not path.stem.startswith("_"):
+            groups.setdefault(path.parent.name, []).append(path.stem)
+    return "\n".join(f"{group}: {', '.join(options)}" for group, options in groups.items())
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
