@@ -16,7 +16,7 @@ from running import composed
 
 from regrow.check import RULES, check, locate, shipped_node
 from regrow.config import CONF, plain, read_yaml
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -48,11 +48,19 @@ BAD = {
     "data=cifar10 data.root=null": "data.root has to be given: add data.root=…",
     "model._target_=nope.Net": "there is no such module",
     "model._target_=torch.nn.Linearr": "Did you mean Linear?",
-    "model._target_=torch.nn.Linear": "torch.nn.Linear takes no such argument",
+    "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
+    "brings: ~model.input_shape ~model.num_outputs ~model.hidden",
     "resume=/no/such/folder": "there is no run in that folder",
     "logger=wandbb": "Did you mean wandb?",
-    "trainer": "Error parsing override",
-    "optimizer.lr=1 optimizer.lr": "Error parsing override",
+    "trainer": "trainer: arguments are key=value",
+    "optimizer.lr=1 optimizer.lr": "optimizer.lr: arguments are key=value",
+    "--lr 0.1": "--lr: arguments are key=value, without dashes or spaces",
+    "lr = 0.1": "Did you mean optimizer.lr?",
+    "lr=0.1": "lr: there is no such key. Did you mean optimizer.lr?",
+    "trainer.lr=0.1": "trainer.lr: there is no such key. Did you mean optimizer.lr?",
+    "loss.beta=1": "the chosen loss has no such key. It is one of loss=smooth_l1.",
+    "data.source.delimiter=,": "goes into quotes",
+    "data.source.delimiter=;": "goes into quotes",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
     "trainer.devices=2": "this version trains in one process",
@@ -242,6 +250,22 @@ def test_a_task_without_its_data_is_refused() -> None:
     config = composed("task=binary")
     with pytest.raises(UserError, match="Use task=multiclass"):
         check(config, config.hydra.runtime.choices)
+
+
+@pytest.mark.parametrize(
+    ("word", "words", "meant"),
+    [
+        ("val/acc", ["val/auc", "val/accuracy", "val/accuracy/cat"], "val/accuracy"),
+        ("lr", ["param_groups.lr_scale", "optimizer.lr"], "optimizer.lr"),
+        ("trainer.lr", ["trainer.mode", "trainer.clip_norm"], ""),
+        ("adma", ["adam", "adamw"], "adam"),
+        ("beta", ["beta"], ""),
+    ],
+)
+def test_what_is_meant_is_near_and_never_the_word_itself(
+    word: str, words: list[str], meant: str
+) -> None:
+    assert did_you_mean(word, words) == (f" Did you mean {meant}?" if meant else "")
 
 
 def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:

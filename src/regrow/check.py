@@ -17,8 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from regrow.config import CONF, did_you_mean, fail, plain, read_yaml
-from regrow.errors import UserError
+from regrow.config import CONF, fail, plain, read_yaml
+from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
 
 GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer")
@@ -254,13 +254,18 @@ def check_signature(node: Mapping[str, Any], path: str) -> None:
         return  # some builtins have none
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in node:
-        if key not in parameters and not (key.startswith("_") and key.endswith("_")):
-            hint = did_you_mean(key, parameters)
-            raise UserError(
-                f"{path}.{key}: {target} takes no such argument.{hint} "
-                f"To leave out a key that the option brings: ~{path}.{key}"
-            )
+    foreign = [
+        str(key)
+        for key in node
+        if key not in parameters and not (key.startswith("_") and key.endswith("_"))
+    ]
+    if foreign:
+        named = ", ".join(f"{path}.{key}" for key in foreign)
+        hint = did_you_mean(foreign[0], parameters) if len(foreign) == 1 else ""
+        raise UserError(
+            f"{named}: {target} takes no such argument.{hint} To leave out what the option "
+            f"brings: {' '.join(f'~{path}.{key}' for key in foreign)}"
+        )
 
 
 def locate(target: str, path: str) -> Any:

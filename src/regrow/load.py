@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow import run as runs
-from regrow.config import did_you_mean, instantiate, read_yaml
+from regrow.config import instantiate, read_yaml
 from regrow.data.preprocess import Preprocessing
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
 from regrow.roles import check_roles
 from regrow.training import checkpoint

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.config import did_you_mean, instantiate
-from regrow.errors import UserError
+from regrow.config import instantiate
+from regrow.errors import UserError, did_you_mean
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, plots, report
