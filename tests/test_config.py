@@ -14,8 +14,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from running import composed
 
-from regrow.check import RULES, check, locate, shipped_node
-from regrow.config import CONF, plain, read_yaml
+from regrow import config as configs
+from regrow.check import RULES, check, shipped_node
+from regrow.config import CONF, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -121,6 +122,18 @@ def test_a_model_that_ends_in_softmax_is_found_before_a_folder_is_made(tmp_path:
     assert done.returncode == 2, done.stderr
     assert "softmax" in done.stderr.lower() and done.stderr.count("\n") == 1
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_module_in_the_root_of_the_repository_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_module_of_ones_own.py").write_text("class Net: ...\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(UserError, match="there is no such module"):
+        locate("a_module_of_ones_own.Net", "model")
+    monkeypatch.setattr(configs, "ROOT", tmp_path)
+    configs.find_own_modules()
+    assert locate("a_module_of_ones_own.Net", "model").__name__ == "Net"
 
 
 def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -194,6 +194,36 @@ def test_a_foreign_target_is_not_made_below_or_in_a_list(run: Path, tmp_path: Pa
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("where", ["run", "package"])
+def test_a_module_that_came_with_the_run_is_not_imported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also where Python would find it: in the current folder, as in a notebook."""
+    made = tmp_path / "executed"
+    code = f"import pathlib, torch\npathlib.Path({str(made)!r}).mkdir()\nNet = torch.nn.Identity\n"
+    (run / "evil_module.py").write_text(code)
+    (run / "__init__.py").touch()
+    monkeypatch.chdir(run if where == "run" else tmp_path)
+    monkeypatch.syspath_prepend("")
+    target = "evil_module.Net" if where == "run" else "run.evil_module.Net"
+    changed(run, model={"_target_": target})
+    with pytest.raises(UserError, match="It is not imported"):
+        load_run(run)
+    assert not made.exists()
+    instantiate({"_target_": target})  # the negative control: found, it would have run
+    assert made.exists()
+
+
+def test_nothing_of_pythons_own_is_imported_to_look_at_it(run: Path) -> None:
+    import sys
+
+    sys.modules.pop("this", None)
+    changed(run, model={"_target_": "this.Net"})
+    with pytest.raises(UserError, match="which no file in conf/model names"):
+        load_run(run)
+    assert "this" not in sys.modules
+
+
 def test_a_target_of_another_role_is_foreign(run: Path) -> None:
     changed(run, model={"_target_": "regrow.data.datasets.digits"})  # ours, but no model
     with pytest.raises(UserError, match="which no file in conf/model names"):

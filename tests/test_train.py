@@ -224,6 +224,24 @@ def test_a_recorded_target_that_is_foreign_to_its_place_is_not_made(
     assert not (tmp_path / "was_here").exists()
 
 
+def test_a_recorded_target_is_judged_before_its_module_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched("hydra.run.dir=mine")
+    target = "model._target_=evil_in_the_run.Net"
+    (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text(f"- {target!r}\n")
+    code = f"import os\nos.mkdir({str(tmp_path / 'was_here')!r})\n"
+    (tmp_path / "mine" / "evil_in_the_run.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    with pytest.raises(SystemExit):
+        launched("hydra.run.dir=mine", "resume=mine", target)
+    assert "It is not imported" in capsys.readouterr().err
+    assert not (tmp_path / "was_here").exists()
+    with pytest.raises(SystemExit):  # the negative control: typed anew, it is the user's own
+        launched("hydra.run.dir=new", target)
+    assert (tmp_path / "was_here").exists()
+
+
 def test_data_that_changed_since_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

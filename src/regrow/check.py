@@ -6,7 +6,6 @@ to the signatures behind it. Only a target that does not ship is imported, to lo
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from regrow.config import CONF, fail, plain, read_yaml
+from regrow.config import CONF, fail, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
+from regrow.resume import check_recorded
 
 GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer")
 
@@ -152,6 +152,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     for group in GROUPS:
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+    check_recorded(values, HydraConfig.get().overrides.task)
     _check_keys(values, choices)
     for path, value in _leaves(values):
         if path in RULES and not RULES[path].allows(value):
@@ -266,29 +267,6 @@ def check_signature(node: Mapping[str, Any], path: str) -> None:
             f"{named}: {target} takes no such argument.{hint} To leave out what the option "
             f"brings: {' '.join(f'~{path}.{key}' for key in foreign)}"
         )
-
-
-def locate(target: str, path: str) -> Any:
-    """The object behind a dotted name. Raises UserError."""
-    module, _, name = target.rpartition(".")
-    while module:
-        try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module == error.name or module.startswith(error.name)):
-                raise UserError(f"{path}._target_={target}: {error}.") from error
-            module, _, first = module.rpartition(".")
-            name = f"{first}.{name}"
-            continue
-        except Exception as error:
-            raise UserError(f"{path}._target_={target}: importing {module}: {error}.") from error
-        for part in name.split("."):
-            if not hasattr(found, part):
-                hint = did_you_mean(part, dir(found))
-                raise UserError(f"{path}._target_={target}: there is no {part}.{hint}")
-            found = getattr(found, part)
-        return found
-    raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
 
 
 def _check_combinations(values: Mapping[str, Any]) -> None:

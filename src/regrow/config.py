@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -25,7 +26,8 @@ FLAGS_WITH_A_VALUE = (
     *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"),
     *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
 )
-CONF = Path(__file__).resolve().parents[2] / "conf"
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
@@ -46,6 +48,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             # So that Hydra raises what it would otherwise print with its own hints.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             OmegaConf.register_new_resolver("options", option_list, replace=True)  # of --help
+            find_own_modules()
             try:
                 check_arguments(sys.argv[1:])
                 # Hydra's parser loses overrides on one side of -m: it goes first.
@@ -63,6 +66,15 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+def find_own_modules() -> None:
+    """Let a `_target_` name a module that lies in the repository, beside `src/`.
+
+    Python itself looks beside the script. Last, so that it hides no installed module.
+    """
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -189,6 +201,29 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         if cause is not None:
             raise cause from None
         raise UserError(f"_target_={node['_target_']}: {_first_lines(error)}") from error
+
+
+def locate(target: str, path: str) -> Any:
+    """The object behind a dotted name. Raises UserError."""
+    module, _, name = target.rpartition(".")
+    while module:
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(error.name)):
+                raise UserError(f"{path}._target_={target}: {error}.") from error
+            module, _, first = module.rpartition(".")
+            name = f"{first}.{name}"
+            continue
+        except Exception as error:
+            raise UserError(f"{path}._target_={target}: importing {module}: {error}.") from error
+        for part in name.split("."):
+            if not hasattr(found, part):
+                hint = did_you_mean(part, dir(found))
+                raise UserError(f"{path}._target_={target}: there is no {part}.{hint}")
+            found = getattr(found, part)
+        return found
+    raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
 
 
 def _first_lines(error: Exception) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import run as runs
-from regrow.config import instantiate, read_yaml
+from regrow.config import find_own_modules, instantiate, read_yaml
 from regrow.data.preprocess import Preprocessing
 from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
@@ -104,7 +104,8 @@ def load_run(
     config = _config(folder, given)
     recorded, class_names = _recorded(folder, given)
     class_names = class_names or config["data"].get("class_names")
-    check_roles(config, ("data", "model", "task", "loss"), f"run={given}")
+    find_own_modules()
+    check_roles(config, ("data", "model", "task", "loss"), folder, f"run={given}")
     swap(config["data"], data or {})
     if class_names is None and config["task"].get("class_names", ...) is None:
         class_names = _names_in(config["data"])  # of a run that did not keep them

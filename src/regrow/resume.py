@@ -113,11 +113,24 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UserError if what a run that is to be resumed by name recorded does not fit its place.
+
+    `overrides` are those of this start, recorded ones included. What was typed now is the user's
+    own. This goes first, since looking at a target imports it.
+    """
+    if config["resume"] in ("auto", "never"):
+        return
+    folder = Path(config["resume"])
+    recorded = recorded_overrides(folder)
+    typed = [key_of(o) for o in overrides if "_target_" in o and o not in recorded]
+    check_roles(config, tuple(config), folder, f"resume={folder}", typed)
+
+
 def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
     """Whether `folder` holds a run that this one goes on with. Raises UserError if it must not.
 
-    `overrides` are those of this start, recorded ones included: see `expand`. What was recorded may
-    make only what fits its place; what was typed now is the user's own.
+    `overrides` are those of this start, recorded ones included: see `expand`.
 
     A null `trainer.num_threads` becomes what the recorded run had: bits depend on it.
     """
@@ -136,10 +149,6 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if by_name:
         old_overrides = recorded_overrides(folder)
         named = {key_of(override) for override in overrides if override not in old_overrides}
-        groups = [
-            g for g in config if not any(n.startswith(f"{g}.") and "_target_" in n for n in named)
-        ]
-        check_roles(config, tuple(groups), f"resume={folder}")
     refused = []
     for key, (old, new) in differences(recorded, config).items():
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
