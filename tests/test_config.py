@@ -34,6 +34,17 @@ BAD = {
     "optimizer.betas=3": "optimizer.betas=3 has to be a list",
     "optimizer.amsgrad=1": "optimizer.amsgrad=1 has to be true or false",
     "model.hidden=3": "model.hidden=3 has to be a list",
+    "model.hidden=[a,b]": "model.hidden=['a', 'b'] has to be a list, each an integer of at least 1",
+    "model.hidden=[0]": "model.hidden=[0] has to be a list",
+    "model.dropout=2": "model.dropout=2 has to be a number from 0 to 1.",
+    "optimizer.lr=inf": "optimizer.lr=inf has to be a number above 0.",
+    "optimizer.betas=[0.9,1.0]": "two numbers, 0 or more and below 1",
+    "init_from=": "init_from= has to be text, or null.",
+    "data.normalize=tran": "has to be one of train, imagenet, none, or {mean: […], std: […]}.",
+    "data.normalize={mean:[0.5]}": "has to be one of train, imagenet, none",
+    "data=csv data.source.target_columns=y data.source.train_file=t.csv data.target_kind=binary "
+    "data.num_classes=2 data.num_outputs=1 data.input_shape=[1] task=binary": "columns=y has to be",
+    "param_groups.lr_scale={head:x}": "has to be a mapping to a number from 0, or null.",
     "data.batch_size=[1]": "data.batch_size=[1] has to be an integer",
     "data.batch_size=2.5": "data.batch_size=2.5 has to be an integer",
     "trainer.max_epochs=0": "trainer.max_epochs=0 has to be an integer of at least 1, or null.",
@@ -279,6 +290,30 @@ def test_what_is_meant_is_near_and_never_the_word_itself(
     word: str, words: list[str], meant: str
 ) -> None:
     assert did_you_mean(word, words) == (f" Did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.normalize={mean:[0.5],std:[0.5]}",
+        "data.augmentation=null",
+        "param_groups.lr_scale={body.0:0.1}",
+        "loss.class_weights=[1,2,1,1,1,1,1,1,1,0.5]",
+    ],
+)
+def test_what_the_yaml_says_may_be_written_needs_no_plus(override: str) -> None:
+    made = composed(override)
+    check(made, made.hydra.runtime.choices)
+
+
+def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
+    removed = [f"~model.{key}" for key in (shipped_node("model", "mlp") or {}) if key[0] != "_"]
+    target = ("model._target_=torch.nn.Transformer", "+model.dropout=7")
+    made = composed(*removed, *target)
+    check(made, made.hydra.runtime.choices)
+    with pytest.raises(UserError, match=r"model\.dropout=7"):
+        made = composed("model.dropout=7")
+        check(made, made.hydra.runtime.choices)
 
 
 def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ ALLOWED = {
     "find_lr": {"launch", "run", "resume", "check", "config", "record", "training"},
     "inference": {"load", "training"},
     "load": {"run", "config", "roles", "training", "data", "record"},
-    "weights": {"training"},
+    "weights": {"config", "training"},
     "roles": {"config"},
     "arguments": {"config"},
     "resume": {"config", "record", "roles"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 import torch
 import yaml
 from finished import finished
-from running import TINY, config_of
+from running import CPU, TINY, config_of
 from torch import nn
 
 from regrow.config import instantiate, read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
+from regrow.run import build
 from regrow.training import checkpoint
 from regrow.training.state import weights_sha256
 from regrow.weights import load_weights
@@ -330,6 +332,19 @@ def test_a_new_run_starts_from_the_weights_of_another(run: Path, tmp_path: Path)
     expected = load_run(run).model.state_dict()
     for name, value in load_run(tuned).model.state_dict().items():
         assert torch.allclose(value, expected[name], atol=1e-9)
+
+
+def test_weights_of_a_run_that_was_cut_otherwise_are_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished(tmp_path / "run", "model.hidden=[4]")
+    monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
+    build(config_of("model.hidden=[4]", f"init_from={run}"), CPU)
+    assert "may be validated or tested on" not in caplog.text
+    for source in (run, run / "checkpoints" / "best", run / "checkpoints" / "best" / "model.pt"):
+        caplog.clear()
+        build(config_of("model.hidden=[4]", f"init_from={source}", "seed=1"), CPU)
+        assert "data.source.seed was 0 and is 1" in caplog.text
 
 
 def test_names_on_one_side_only_are_said(

@@ -62,9 +62,10 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
     if config["init_from"]:
-        from regrow.weights import load_weights
+        from regrow.weights import load_weights, warn_of_other_splits
 
         load_weights(model, Path(config["init_from"]))
+        warn_of_other_splits(Path(config["init_from"]), config["data"])
     model.to(world.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
