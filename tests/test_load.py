@@ -48,6 +48,12 @@ def changed(run: Path, **groups: dict[str, Any]) -> Path:
     return run
 
 
+def without(run: Path, group: str, key: str) -> None:
+    config = read_yaml(run / "config.yaml")
+    del config[group][key]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
 def resealed(folder: Path) -> None:
     """A checkpoint's manifest made to fit its files: what somebody who means harm would do."""
     content = json.loads((folder / "manifest.json").read_text())
@@ -159,6 +165,8 @@ def test_a_damaged_checkpoint_is_named_with_what_else_there_is(run: Path) -> Non
         (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml cannot be read"),
         (lambda run: (run / "config.yaml").write_text("a: 1"), "has no node data"),
         (lambda run: (run / "config.yaml").write_text("- 1"), "has no node data"),
+        (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
+        (lambda run: without(run, "model", "_target_"), "has no model._target_"),
         (lambda run: (run / "preprocessing.json").write_text("{"), "json cannot be read"),
         (lambda run: (run / "preprocessing.json").write_text("[]"), "json cannot be read"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "There is none."),
@@ -263,6 +271,27 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(run: Path, tmp_path: Path) -> No
     assert not made.exists()
     torch.load(folder / "model.pt", weights_only=False)  # the negative control
     assert made.exists()
+
+
+def test_a_resume_goes_back_from_a_checkpoint_that_holds_no_tensors(
+    run: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "executed"
+    folder = (run / "checkpoints" / "last").resolve()
+    for content in (b"no zip at all", b""):
+        (folder / "optimizer.pt").write_bytes(content)
+        resealed(folder)
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"optimizer\.pt (holds|cannot be)"):
+            checkpoint.load(folder)
+    torch.save([1], folder / "optimizer.pt")
+    resealed(folder)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="holds a list instead of a dict"):
+        checkpoint.load(folder)
+    torch.save({"weight": Evil(made)}, folder / "optimizer.pt")
+    resealed(folder)
+    loaded = checkpoint.load_newest(run / "checkpoints")
+    assert loaded is not None and loaded[1]["step"] < 12
+    assert not made.exists()
 
 
 # -- weights to start from ------------------------------------------------------------------------

@@ -242,6 +242,27 @@ def test_a_recorded_target_is_judged_before_its_module_is_imported(
     assert (tmp_path / "was_here").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hidden=[5]", "body.0.bias is (12,) there and (5,) here"),
+        ("trainer.ema_decay=0.9", "the checkpoint lacks averaged"),
+    ],
+)
+def test_a_resume_with_another_model_is_one_line_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    launched("hydra.run.dir=mine", "trainer.max_epochs=1")
+    before = (tmp_path / "mine" / "config.yaml").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        launched("hydra.run.dir=mine", "resume=mine", override, "trainer.max_epochs=2")
+    assert stop.value.code == 2
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:"))
+    assert message in line and "init_from=" in line
+    assert (tmp_path / "mine" / "config.yaml").read_bytes() == before
+
+
 def test_data_that_changed_since_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from regrow.load import preprocessing_record
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact, redact_all
+from regrow.training import checkpoint
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World
 
@@ -92,6 +93,8 @@ def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) 
     objects = runs.build(config, world)
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
+    if folder != Path() and (outline := checkpoint.outline(folder / "checkpoints")):
+        objects.state.refuse_other(outline)
     with contextlib.ExitStack() as stack:
         if folder == Path():
             folder = records.create(Path("outputs"), config["name"])
