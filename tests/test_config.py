@@ -326,7 +326,8 @@ def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:
 
 def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
     code = (
-        f"import sys, runpy; sys.argv = ['train.py', '--cfg', 'job']\n"
+        f"import sys, runpy; sys.path.insert(0, {str(TRAIN.parent)!r})\n"
+        "sys.argv = ['train.py', '--cfg', 'job']\n"
         f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
         f"finally: print('torch' in sys.modules, file=sys.stderr)"
     )
