@@ -107,6 +107,7 @@ def test_without_network_one_line_says_what_to_do(
     assert f"data={name}: " in line and "the download failed" in line and "data=digits" in line
     assert str(tmp_path) in line and "\n" not in line and len(line) < 330
     assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
 
 
 @pytest.mark.parametrize(
