@@ -1,12 +1,8 @@
 """Look for a learning rate: `python scripts/find_lr.py model=cnn`. Options as of train.py, and
 `find_lr.…` (see `conf/find_lr.yaml`)."""
 
-import sys
-from pathlib import Path
-
+import _start  # noqa: F401  finds the package, or says what to set up
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from regrow.config import entry_point
 

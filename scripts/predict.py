@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.arguments import Arguments, Option, parse
 from regrow.config import fail

@@ -1,11 +1,7 @@
 """Train: `python scripts/train.py optimizer=adamw scheduler=cosine`. Every option is in `conf/`."""
 
-import sys
-from pathlib import Path
-
+import _start  # noqa: F401  finds the package, or says what to set up
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from regrow.config import entry_point
 from regrow.ranks import follows

@@ -40,6 +40,8 @@ def finished(folder: Path, *overrides: str) -> Path:
 
 def script(name: str) -> ModuleType:
     """A script as a module, so that its `main` can be called in this process."""
+    if str(SCRIPTS) not in sys.path:  # as Python has it for a script
+        sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

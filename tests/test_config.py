@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 from running import composed
 
-from regrow.check import RULES, check, locate, shipped_node
-from regrow.config import CONF, read_yaml
-from regrow.errors import UserError
+from regrow import config as configs
+from regrow.check import RULES, check, shipped_node
+from regrow.config import CONF, locate, plain, read_yaml
+from regrow.errors import UserError, did_you_mean
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -32,6 +34,17 @@ BAD = {
     "optimizer.betas=3": "optimizer.betas=3 has to be a list",
     "optimizer.amsgrad=1": "optimizer.amsgrad=1 has to be true or false",
     "model.hidden=3": "model.hidden=3 has to be a list",
+    "model.hidden=[a,b]": "model.hidden=['a', 'b'] has to be a list, each an integer of at least 1",
+    "model.hidden=[0]": "model.hidden=[0] has to be a list",
+    "model.dropout=2": "model.dropout=2 has to be a number from 0 to 1.",
+    "optimizer.lr=inf": "optimizer.lr=inf has to be a number above 0.",
+    "optimizer.betas=[0.9,1.0]": "two numbers, 0 or more and below 1",
+    "init_from=": "init_from= has to be text, or null.",
+    "data.normalize=tran": "has to be one of train, imagenet, none, or {mean: […], std: […]}.",
+    "data.normalize={mean:[0.5]}": "has to be one of train, imagenet, none",
+    "data=csv data.source.target_columns=y data.source.train_file=t.csv data.target_kind=binary "
+    "data.num_classes=2 data.num_outputs=1 data.input_shape=[1] task=binary": "columns=y has to be",
+    "param_groups.lr_scale={head:x}": "has to be a mapping to a number from 0, or null.",
     "data.batch_size=[1]": "data.batch_size=[1] has to be an integer",
     "data.batch_size=2.5": "data.batch_size=2.5 has to be an integer",
     "trainer.max_epochs=0": "trainer.max_epochs=0 has to be an integer of at least 1, or null.",
@@ -41,14 +54,25 @@ BAD = {
     "trainer.monitor=train/loss": "has to be a metric of the validation split",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
-    "data=csv": "has to be given",
+    "data=csv": "data.target_kind has to be given: add data.target_kind=… (and data.num_classes",
+    "data=image_folder": "data.num_classes has to be given",
+    "data=image_folder data.num_classes=2": "data.root has to be given: add data.root=…",
+    "data=cifar10 data.root=null": "data.root has to be given: add data.root=…",
     "model._target_=nope.Net": "there is no such module",
     "model._target_=torch.nn.Linearr": "Did you mean Linear?",
-    "model._target_=torch.nn.Linear": "torch.nn.Linear takes no such argument",
+    "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
+    "brings: ~model.input_shape ~model.num_outputs ~model.hidden",
     "resume=/no/such/folder": "there is no run in that folder",
     "logger=wandbb": "Did you mean wandb?",
-    "trainer": "Error parsing override",
-    "optimizer.lr=1 optimizer.lr": "Error parsing override",
+    "trainer": "trainer: arguments are key=value",
+    "optimizer.lr=1 optimizer.lr": "optimizer.lr: arguments are key=value",
+    "--lr 0.1": "--lr: arguments are key=value, without dashes or spaces",
+    "lr = 0.1": "Did you mean optimizer.lr?",
+    "lr=0.1": "lr: there is no such key. Did you mean optimizer.lr?",
+    "trainer.lr=0.1": "trainer.lr: there is no such key. Did you mean optimizer.lr?",
+    "loss.beta=1": "the chosen loss has no such key. It is one of loss=smooth_l1.",
+    "data.source.delimiter=,": "goes into quotes",
+    "data.source.delimiter=;": "goes into quotes",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
     "trainer.devices=2": "this version trains in one process",
@@ -111,6 +135,18 @@ def test_a_model_that_ends_in_softmax_is_found_before_a_folder_is_made(tmp_path:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_module_in_the_root_of_the_repository_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_module_of_ones_own.py").write_text("class Net: ...\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(UserError, match="there is no such module"):
+        locate("a_module_of_ones_own.Net", "model")
+    monkeypatch.setattr(configs, "ROOT", tmp_path)
+    configs.find_own_modules()
+    assert locate("a_module_of_ones_own.Net", "model").__name__ == "Net"
+
+
 def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(node, dict):
         if "_target_" in node:
@@ -138,23 +174,20 @@ HANDED_IN = {
     "logger": {"folder", "resume_step", "run_name", "config"},
     "data": {"images", "inputs"},
 }
-# Of torch's own optimizers, left at torch's defaults: how it computes, not what.
-NOT_CONFIGURED = {"maximize", "foreach", "capturable", "differentiable", "fused"} | {
-    "decoupled_weight_decay",
-    "nesterov",
-    "ns_coefficients",
-}
 
 
 def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
-    """Keys that the target does not take, and parameters without a key."""
-    target = locate(node["_target_"], path)
-    parameters = inspect.signature(target).parameters
+    """Keys that the target does not take, and parameters of our own targets without a key or with
+    a default of their own: defaults stand in YAML, only there."""
+    parameters = inspect.signature(locate(node["_target_"], path)).parameters
     keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
-    absent = set(parameters) - keys - HANDED_IN.get(group, set())
-    if node["_target_"].startswith("torch.optim."):
-        absent -= NOT_CONFIGURED
-    return (keys - set(parameters)) | absent
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return set()
+    if not node["_target_"].startswith("regrow."):
+        return keys - set(parameters)
+    asked = set(parameters) - HANDED_IN.get(group, set())
+    defaults = {name for name in asked if parameters[name].default is not inspect.Parameter.empty}
+    return (keys ^ asked) | defaults
 
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
@@ -166,10 +199,35 @@ def test_the_keys_of_a_node_are_its_targets_parameters(group: str, option: str) 
 
 
 def test_a_key_that_no_parameter_answers_to_is_found() -> None:
-    node = {**(shipped_node("optimizer", "adamw") or {}), "lrr": 1.0}
+    node = {**(shipped_node("optimizer", "muon") or {}), "lrr": 1.0}
     assert mismatches("optimizer", node, "optimizer") == {"lrr"}
     del node["lr"]
     assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
+    others = {"_target_": "torch.optim.Adamax", "lr": 0.1, "lrr": 0.1}  # theirs may be left out
+    assert mismatches("optimizer", others, "optimizer") == {"lrr"}
+
+
+def missing(node: Any) -> set[str]:
+    """Keys, dotted, whose value is still to be given."""
+    return {key for key, value in flat(node) if value == "???"}
+
+
+@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
+def test_what_a_file_says_has_to_be_given_has_to_be(group: str, option: str) -> None:
+    """A ??? does not replace a value that the file inherits."""
+    written = missing(read_yaml(CONF / group / f"{option}.yaml"))
+    left = missing(
+        plain(
+            composed(f"{group}=[{option}]" if group == "logger" else f"{group}={option}"),
+            resolve=False,
+        )[group]
+    )
+    assert written <= left
+
+
+def test_a_value_that_is_inherited_would_be_found() -> None:
+    merged = OmegaConf.merge({"root": "data"}, {"root": "???", "source": "???"})
+    assert missing(plain(cast(DictConfig, merged), resolve=False)) == {"source"}
 
 
 def test_floats_in_yaml_are_floats() -> None:
@@ -218,9 +276,58 @@ def test_a_task_without_its_data_is_refused() -> None:
         check(config, config.hydra.runtime.choices)
 
 
+@pytest.mark.parametrize(
+    ("word", "words", "meant"),
+    [
+        ("val/acc", ["val/auc", "val/accuracy", "val/accuracy/cat"], "val/accuracy"),
+        ("lr", ["param_groups.lr_scale", "optimizer.lr"], "optimizer.lr"),
+        ("trainer.lr", ["trainer.mode", "trainer.clip_norm"], ""),
+        ("adma", ["adam", "adamw"], "adam"),
+        ("beta", ["beta"], ""),
+    ],
+)
+def test_what_is_meant_is_near_and_never_the_word_itself(
+    word: str, words: list[str], meant: str
+) -> None:
+    assert did_you_mean(word, words) == (f" Did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.normalize={mean:[0.5],std:[0.5]}",
+        "data.augmentation=null",
+        "param_groups.lr_scale={body.0:0.1}",
+        "loss.class_weights=[1,2,1,1,1,1,1,1,1,0.5]",
+    ],
+)
+def test_what_the_yaml_says_may_be_written_needs_no_plus(override: str) -> None:
+    made = composed(override)
+    check(made, made.hydra.runtime.choices)
+
+
+def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
+    removed = [f"~model.{key}" for key in (shipped_node("model", "mlp") or {}) if key[0] != "_"]
+    target = ("model._target_=torch.nn.Transformer", "+model.dropout=7")
+    made = composed(*removed, *target)
+    check(made, made.hydra.runtime.choices)
+    with pytest.raises(UserError, match=r"model\.dropout=7"):
+        made = composed("model.dropout=7")
+        check(made, made.hydra.runtime.choices)
+
+
+def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:
+    done = run_train(tmp_path, "--help", "model=cnn")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "optimizer: adagrad, adam, " in done.stdout and "_base" not in done.stdout
+    assert "channels:" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
     code = (
-        f"import sys, runpy; sys.argv = ['train.py', '--cfg', 'job']\n"
+        f"import sys, runpy; sys.path.insert(0, {str(TRAIN.parent)!r})\n"
+        "sys.argv = ['train.py', '--cfg', 'job']\n"
         f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
         f"finally: print('torch' in sys.modules, file=sys.stderr)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 import torch
 import yaml
 from finished import finished
-from running import TINY, config_of
+from running import CPU, TINY, config_of
 from torch import nn
 
 from regrow.config import instantiate, read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
+from regrow.run import build
 from regrow.training import checkpoint
 from regrow.training.state import weights_sha256
 from regrow.weights import load_weights
@@ -44,6 +46,12 @@ def changed(run: Path, **groups: dict[str, Any]) -> Path:
         config[group].update(values)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
+
+
+def without(run: Path, group: str, key: str) -> None:
+    config = read_yaml(run / "config.yaml")
+    del config[group][key]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 def resealed(folder: Path) -> None:
@@ -157,6 +165,8 @@ def test_a_damaged_checkpoint_is_named_with_what_else_there_is(run: Path) -> Non
         (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml cannot be read"),
         (lambda run: (run / "config.yaml").write_text("a: 1"), "has no node data"),
         (lambda run: (run / "config.yaml").write_text("- 1"), "has no node data"),
+        (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
+        (lambda run: without(run, "model", "_target_"), "has no model._target_"),
         (lambda run: (run / "preprocessing.json").write_text("{"), "json cannot be read"),
         (lambda run: (run / "preprocessing.json").write_text("[]"), "json cannot be read"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "There is none."),
@@ -192,6 +202,36 @@ def test_a_foreign_target_is_not_made_below_or_in_a_list(run: Path, tmp_path: Pa
         with pytest.raises(UserError, match="is not made"):
             load_run(changed(spoilt, **{group: values}))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("where", ["run", "package"])
+def test_a_module_that_came_with_the_run_is_not_imported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also where Python would find it: in the current folder, as in a notebook."""
+    made = tmp_path / "executed"
+    code = f"import pathlib, torch\npathlib.Path({str(made)!r}).mkdir()\nNet = torch.nn.Identity\n"
+    (run / "evil_module.py").write_text(code)
+    (run / "__init__.py").touch()
+    monkeypatch.chdir(run if where == "run" else tmp_path)
+    monkeypatch.syspath_prepend("")
+    target = "evil_module.Net" if where == "run" else "run.evil_module.Net"
+    changed(run, model={"_target_": target})
+    with pytest.raises(UserError, match="It is not imported"):
+        load_run(run)
+    assert not made.exists()
+    instantiate({"_target_": target})  # the negative control: found, it would have run
+    assert made.exists()
+
+
+def test_nothing_of_pythons_own_is_imported_to_look_at_it(run: Path) -> None:
+    import sys
+
+    sys.modules.pop("this", None)
+    changed(run, model={"_target_": "this.Net"})
+    with pytest.raises(UserError, match="which no file in conf/model names"):
+        load_run(run)
+    assert "this" not in sys.modules
 
 
 def test_a_target_of_another_role_is_foreign(run: Path) -> None:
@@ -231,6 +271,27 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(run: Path, tmp_path: Path) -> No
     assert not made.exists()
     torch.load(folder / "model.pt", weights_only=False)  # the negative control
     assert made.exists()
+
+
+def test_a_resume_goes_back_from_a_checkpoint_that_holds_no_tensors(
+    run: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "executed"
+    folder = (run / "checkpoints" / "last").resolve()
+    for content in (b"no zip at all", b""):
+        (folder / "optimizer.pt").write_bytes(content)
+        resealed(folder)
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"optimizer\.pt (holds|cannot be)"):
+            checkpoint.load(folder)
+    torch.save([1], folder / "optimizer.pt")
+    resealed(folder)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="holds a list instead of a dict"):
+        checkpoint.load(folder)
+    torch.save({"weight": Evil(made)}, folder / "optimizer.pt")
+    resealed(folder)
+    loaded = checkpoint.load_newest(run / "checkpoints")
+    assert loaded is not None and loaded[1]["step"] < 12
+    assert not made.exists()
 
 
 # -- weights to start from ------------------------------------------------------------------------
@@ -300,6 +361,19 @@ def test_a_new_run_starts_from_the_weights_of_another(run: Path, tmp_path: Path)
     expected = load_run(run).model.state_dict()
     for name, value in load_run(tuned).model.state_dict().items():
         assert torch.allclose(value, expected[name], atol=1e-9)
+
+
+def test_weights_of_a_run_that_was_cut_otherwise_are_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished(tmp_path / "run", "model.hidden=[4]")
+    monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
+    build(config_of("model.hidden=[4]", f"init_from={run}"), CPU)
+    assert "may be validated or tested on" not in caplog.text
+    for source in (run, run / "checkpoints" / "best", run / "checkpoints" / "best" / "model.pt"):
+        caplog.clear()
+        build(config_of("model.hidden=[4]", f"init_from={source}", "seed=1"), CPU)
+        assert "data.source.seed was 0 and is 1" in caplog.text
 
 
 def test_names_on_one_side_only_are_said(

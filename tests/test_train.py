@@ -119,6 +119,50 @@ def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) 
     assert summaries[0]["test"] == summaries[1]["test"]
 
 
+@pytest.mark.parametrize("limit", ["trainer.max_epochs=2", "trainer.max_steps=12"])
+def test_a_complete_run_is_refused_a_limit_that_it_has_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
+) -> None:
+    launched("hydra.run.dir=mine")
+    before = {p: p.read_bytes() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        launched("hydra.run.dir=mine", limit)
+    assert stop.value.code == 2
+    error, (key, _, value) = capsys.readouterr().err, limit.partition("=")
+    assert error.count("\n") == 1 and f"{key} was " in error and "at step 12" in error
+    assert f"would be {value}" in error
+    after = {p: p.read_bytes() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    assert after == before | {p: after[p] for p in after if p.name == ".lock"}
+    launched("hydra.run.dir=mine", f"{key}={2 * int(value)}" if "epochs" in key else f"{key}=13")
+    assert read_json(tmp_path / "mine" / "summary.json")["steps"] > 12
+
+
+IMPATIENT = (
+    *("trainer.early_stopping.patience=0", "trainer.early_stopping.min_delta=9.0"),
+    *("trainer.max_epochs=30", "scheduler=constant"),
+)
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience_as_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched("hydra.run.dir=mine", *IMPATIENT)
+    summary = read_json(tmp_path / "mine" / "summary.json")
+    assert summary["stopped_early"] and summary["epochs"] == 2
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("next:"))
+    arguments = expand(line.split("train.py ")[1].split())
+    with pytest.raises(SystemExit):
+        launched(*expand(["resume=mine", "trainer.max_epochs=50"]))
+    error = capsys.readouterr().err
+    assert "raise it: trainer.early_stopping.patience=2" in error and error.count("\n") == 1
+    launched(*arguments)
+    assert read_json(tmp_path / "mine" / "summary.json")["epochs"] == 4
+    launched("hydra.run.dir=whole", *IMPATIENT, "trainer.early_stopping.patience=2")
+    assert fingerprint(tmp_path / "mine") == fingerprint(tmp_path / "whole")
+
+
 def test_a_second_writer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     with Lock(tmp_path / "mine"):
@@ -178,6 +222,45 @@ def test_a_recorded_target_that_is_foreign_to_its_place_is_not_made(
         launched("hydra.run.dir=mine", "resume=mine", target)
     assert "is not made" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
+
+
+def test_a_recorded_target_is_judged_before_its_module_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched("hydra.run.dir=mine")
+    target = "model._target_=evil_in_the_run.Net"
+    (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text(f"- {target!r}\n")
+    code = f"import os\nos.mkdir({str(tmp_path / 'was_here')!r})\n"
+    (tmp_path / "mine" / "evil_in_the_run.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    with pytest.raises(SystemExit):
+        launched("hydra.run.dir=mine", "resume=mine", target)
+    assert "It is not imported" in capsys.readouterr().err
+    assert not (tmp_path / "was_here").exists()
+    with pytest.raises(SystemExit):  # the negative control: typed anew, it is the user's own
+        launched("hydra.run.dir=new", target)
+    assert (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hidden=[5]", "body.0.bias is (12,) there and (5,) here"),
+        ("trainer.ema_decay=0.9", "the checkpoint lacks averaged"),
+    ],
+)
+def test_a_resume_with_another_model_is_one_line_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    launched("hydra.run.dir=mine", "trainer.max_epochs=1")
+    before = (tmp_path / "mine" / "config.yaml").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        launched("hydra.run.dir=mine", "resume=mine", override, "trainer.max_epochs=2")
+    assert stop.value.code == 2
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:"))
+    assert message in line and "init_from=" in line
+    assert (tmp_path / "mine" / "config.yaml").read_bytes() == before
 
 
 def test_data_that_changed_since_is_refused(

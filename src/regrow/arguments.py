@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from regrow.config import did_you_mean
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)

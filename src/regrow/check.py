@@ -6,8 +6,8 @@ to the signatures behind it. Only a target that does not ship is imported, to lo
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from regrow.config import CONF, did_you_mean, fail, plain, read_yaml
-from regrow.errors import UserError
+from regrow.config import CONF, fail, locate, plain, read_yaml
+from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
+from regrow.resume import check_recorded
 
 GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer")
 
@@ -49,7 +50,7 @@ def number(low: float = float("-inf"), high: float = float("inf"), *, above: boo
 
 
 def choice(*options: str) -> Rule:
-    return Rule(f"one of {', '.join(options)}", lambda v: v in options)
+    return Rule(f"one of {', '.join(options)}", lambda v: isinstance(v, str) and v in options)
 
 
 def optional(rule: Rule) -> Rule:
@@ -57,7 +58,39 @@ def optional(rule: Rule) -> Rule:
 
 
 def text() -> Rule:
-    return Rule("text", lambda v: isinstance(v, str))
+    return Rule("text", lambda v: isinstance(v, str) and v != "")
+
+
+def list_of(rule: Rule) -> Rule:
+    return Rule(
+        f"a list, each {rule.says}",
+        lambda v: isinstance(v, list) and all(rule.allows(item) for item in v),
+    )
+
+
+def mapping_to(rule: Rule) -> Rule:
+    return Rule(
+        f"a mapping to {rule.says}",
+        lambda v: isinstance(v, Mapping) and all(rule.allows(item) for item in v.values()),
+    )
+
+
+def either(one: Rule, other: Rule) -> Rule:
+    return Rule(f"{one.says}, or {other.says}", lambda v: one.allows(v) or other.allows(v))
+
+
+BETAS = Rule(
+    "a list of two numbers, 0 or more and below 1",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+)
+NORMALIZE = Rule(
+    "one of train, imagenet, none, or {mean: […], std: […]}",
+    lambda v: (
+        v in ("train", "imagenet", "none")
+        if isinstance(v, str)
+        else mapping_to(list_of(number())).allows(v) and set(v) == {"mean", "std"}
+    ),
+)
 
 
 # Types follow from the shipped values. Here stand the ranges, and what a null may be instead.
@@ -69,13 +102,49 @@ RULES: dict[str, Rule] = {
     "data.eval_batch_size": integer(1),
     "data.num_workers": integer(0),
     "data.limit_train": optional(integer(1)),
+    "data.num_classes": optional(integer(1)),
+    "data.num_outputs": integer(1),
+    "data.input_shape": list_of(integer(1)),
+    "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
+    "data.normalize": NORMALIZE,
+    "data.overlap": choice("refuse", "report", "ignore"),
+    "data.augmentation.pad": integer(0),
+    "data.source.val_fraction": number(0, 1),
+    "data.source.test_fraction": number(0, 1),
+    "data.source.num_train": integer(1),
+    "data.source.num_val": integer(0),
+    "data.source.num_test": integer(0),
+    "data.source.resize": optional(integer(1)),
+    "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
+    "data.source.feature_columns": optional(list_of(text())),
+    "data.source.target_columns": list_of(text()),
+    "model.hidden": list_of(integer(1)),
+    "model.channels": list_of(integer(1)),
+    "model.dropout": number(0, 1),
+    "model.width": integer(1),
+    "model.depth": integer(1),
+    "model.heads": integer(1),
+    "model.patch_size": optional(integer(1)),
+    "loss.label_smoothing": number(0, 1),
+    "loss.class_weights": optional(list_of(number(0))),
+    "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
+    "loss.delta": number(0, above=True),
+    "loss.beta": number(0),
+    "task.threshold": number(0, 1),
+    "param_groups.lr_scale": optional(mapping_to(number(0))),
     "optimizer.lr": number(0, above=True),
     "optimizer.weight_decay": number(0),
     "optimizer.momentum": number(0, 1),
     "optimizer.eps": number(0),
+    "optimizer.betas": BETAS,
+    "optimizer.adamw_betas": BETAS,
+    "optimizer.alpha": number(0, 1),
+    "optimizer.dampening": number(0),
+    "optimizer.ns_steps": integer(1),
     "scheduler.warmup_steps": optional(integer(0)),
     "scheduler.warmup_fraction": optional(number(0, 1)),
     "scheduler.every_epochs": integer(1),
+    "scheduler.milestones_epochs": list_of(integer(1)),
     "scheduler.gamma": number(0, 1),
     "scheduler.final_factor": number(0, 1),
     "scheduler.initial_factor": number(0, 1),
@@ -157,9 +226,10 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     for group in GROUPS:
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+    check_recorded(values, HydraConfig.get().overrides.task)
     _check_keys(values, choices)
     for path, value in _leaves(values):
-        if path in RULES and not RULES[path].allows(value):
+        if path in RULES and not RULES[path].allows(value) and _is_ours(values, path):
             raise UserError(f"{path}={_shown(value)} has to be {RULES[path].says}.")
     loggers.check_choice(values["logger"])
     _check_combinations(values)
@@ -210,9 +280,11 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
     if not isinstance(shipped, Mapping):
         _check_type(node, shipped, path)
         return
+    if path == "data.augmentation" and node is None:
+        return
     if not isinstance(node, Mapping):
         raise UserError(f"{path}={_shown(node)} has to be a mapping of keys to values.")
-    if not shipped:  # an open mapping, such as param_groups.lr_scale
+    if not shipped:  # an open mapping
         return
     target = node.get("_target_")
     if target != shipped.get("_target_"):
@@ -259,36 +331,18 @@ def check_signature(node: Mapping[str, Any], path: str) -> None:
         return  # some builtins have none
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in node:
-        if key not in parameters and not (key.startswith("_") and key.endswith("_")):
-            hint = did_you_mean(key, parameters)
-            raise UserError(
-                f"{path}.{key}: {target} takes no such argument.{hint} "
-                f"To leave out a key that the option brings: ~{path}.{key}"
-            )
-
-
-def locate(target: str, path: str) -> Any:
-    """The object behind a dotted name. Raises UserError."""
-    module, _, name = target.rpartition(".")
-    while module:
-        try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module == error.name or module.startswith(error.name)):
-                raise UserError(f"{path}._target_={target}: {error}.") from error
-            module, _, first = module.rpartition(".")
-            name = f"{first}.{name}"
-            continue
-        except Exception as error:
-            raise UserError(f"{path}._target_={target}: importing {module}: {error}.") from error
-        for part in name.split("."):
-            if not hasattr(found, part):
-                hint = did_you_mean(part, dir(found))
-                raise UserError(f"{path}._target_={target}: there is no {part}.{hint}")
-            found = getattr(found, part)
-        return found
-    raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
+    foreign = [
+        str(key)
+        for key in node
+        if key not in parameters and not (key.startswith("_") and key.endswith("_"))
+    ]
+    if foreign:
+        named = ", ".join(f"{path}.{key}" for key in foreign)
+        hint = did_you_mean(foreign[0], parameters) if len(foreign) == 1 else ""
+        raise UserError(
+            f"{named}: {target} takes no such argument.{hint} To leave out what the option "
+            f"brings: {' '.join(f'~{path}.{key}' for key in foreign)}"
+        )
 
 
 def _check_combinations(values: Mapping[str, Any]) -> None:
@@ -304,6 +358,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if shipped_task and kind not in LOSSES.get(loss, (kind,)):
         fitting = " or ".join(LOSSES[loss])
         raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
+    source = data["source"]
+    if isinstance(source, Mapping) and source.get("root", "") is None:
+        raise UserError("data.root has to be given: add data.root=…")
     if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
@@ -330,9 +387,16 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise UserError(f"resume={resume} has to be auto, never or the folder of a run.")
 
 
+def _is_ours(values: Mapping[str, Any], path: str) -> bool:
+    """Whether the key's meaning is known: another's model may have a `dropout` that is a list."""
+    for key in path.split(".")[:-1]:
+        values = values[key]
+    return str(values.get("_target_", "regrow.")).startswith(("regrow.", "torch.optim."))
+
+
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in RULES:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -347,7 +411,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,10 +15,19 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 
 MULTIRUN = ("-m", "--multirun")
-CONF = Path(__file__).resolve().parents[2] / "conf"
+FLAGS = (
+    *(*MULTIRUN, "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"),
+    *("-sc", "--shell-completion"),
+)
+FLAGS_WITH_A_VALUE = (
+    *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"),
+    *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
+)
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
@@ -38,7 +47,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def main() -> None:
             # So that Hydra raises what it would otherwise print with its own hints.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            OmegaConf.register_new_resolver("options", option_list, replace=True)  # of --help
+            find_own_modules()
             try:
+                check_arguments(sys.argv[1:])
                 # Hydra's parser loses overrides on one side of -m: it goes first.
                 sys.argv[1:] = sorted(expand(sys.argv[1:]), key=lambda a: a not in MULTIRUN)
                 hydra.main(**arguments)(task)()
@@ -56,6 +68,35 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     return decorate
 
 
+def find_own_modules() -> None:
+    """Let a `_target_` name a module that lies in the repository, beside `src/`.
+
+    Python itself looks beside the script. Last, so that it hides no installed module.
+    """
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UserError for the first argument that is neither `key=value` nor an option of Hydra's,
+    whose own parser would answer with its usage."""
+    before = ""
+    for argument in arguments:
+        flag = argument.startswith("-")
+        known = (
+            argument.partition("=")[0] in (*FLAGS, *FLAGS_WITH_A_VALUE)
+            if flag
+            else ("=" in argument[1:] or argument.startswith("~") or before in FLAGS_WITH_A_VALUE)
+        )
+        if not known:
+            hint = did_you_mean(argument.partition("=")[0].lstrip("-"), known_keys())
+            raise UserError(
+                f"{argument}: arguments are key=value, without dashes or spaces, such as "
+                f"optimizer.lr=0.1.{hint}"
+            )
+        before = argument
+
+
 def fail(message: str) -> NoReturn:
     """Say what is wrong in one line and end with exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -64,42 +105,63 @@ def fail(message: str) -> NoReturn:
 
 def composition_error(error: Exception) -> str:
     """What Hydra or OmegaConf says of a config, in one line with the nearest right word."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        hint = did_you_mean(option, error.options)
-        return f"{group}={option}: there is no such option.{hint} Use {', '.join(error.options)}."
+        options = [option for option in error.options if not option.startswith("_")]
+        hint = did_you_mean(option, options)
+        return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        return (
+            f"{error.override} cannot be read. Text with signs or spaces goes into quotes, and all "
+            f"of it into the shell's: '{key}=\"{value}\"'"
+        )
     text = str(error)
-    if found := re.search(r"Could not override '([^']+)'", text):
-        name = found.group(1)
-        if not name.count(".") and (match := re.search(r"Did you mean (.*)\?", text)):
-            return f"{name}: there is no such key. Did you mean {match.group(1)}?"
-        group, _, _ = name.partition(".")
-        return f"{name}: there is no such key.{did_you_mean(name, known_keys(group))}"
-    if found := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
-        name = found.group(2)
-        return f"{name}: there is no such key.{did_you_mean(name, known_keys(name.split('.')[0]))}"
+    for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
+        if found := re.search(pattern, text):
+            return unknown_key(found.group(1))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """ " Did you mean …?" with the nearest of `words`, or nothing."""
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]}?" if near else ""
+def option_list() -> str:
+    """A line for each config group; a file whose name begins with _ is a part of others."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        if not path.stem.startswith("_"):
+            groups.setdefault(path.parent.name, []).append(path.stem)
+    return "\n".join(f"{group}: {', '.join(options)}" for group, options in groups.items())
 
 
-def known_keys(group: str) -> list[str]:
-    """All keys, dotted, that the shipped options of a group have, and those of the top level."""
-    files = sorted((CONF / group).glob("*.yaml"))
-    keys = {key for file in files for key in _dotted(read_yaml(file), prefix=f"{group}.")}
-    roots = [read_yaml(file) for file in sorted(CONF.glob("*.yaml"))]
-    top = [
-        key for root in roots for key in _dotted({k: v for k, v in root.items() if k != "hydra"})
-    ]
-    groups = (folder.name for folder in CONF.iterdir() if folder.is_dir())
-    return sorted({*keys, *top, *groups} - {"defaults"})
+def unknown_key(name: str) -> str:
+    """What to say of a key that the composed config has not."""
+    keys = known_keys()
+    group = name.partition(".")[0]
+    if options := [option for option in keys.get(name, []) if not option.startswith("_")]:
+        return (
+            f"{name}: the chosen {group} has no such key. "
+            f"It is one of {group}={', '.join(options)}."
+        )
+    here = [key for key in keys if key.startswith(f"{group}.")]
+    hint = did_you_mean(name, here or keys) or did_you_mean(name.rpartition(".")[2], keys)
+    return f"{name}: there is no such key.{hint}"
+
+
+def known_keys() -> dict[str, list[str]]:
+    """All keys, dotted, that the files in conf/ have, with the options that have it; none for those
+    of the top level."""
+    keys: dict[str, list[str]] = {folder.name: [] for folder in CONF.iterdir() if folder.is_dir()}
+    for path in sorted(CONF.glob("*.yaml")):
+        content = {key: value for key, value in read_yaml(path).items() if key != "hydra"}
+        keys |= {key: [] for key in _dotted(content)}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        group = path.parent.name
+        if group not in ("experiment", "debug", "local"):  # those hold keys of all groups
+            for key in _dotted(read_yaml(path), prefix=f"{group}."):
+                keys[key] = [*keys.get(key, []), path.stem]
+    return keys
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -139,6 +201,29 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         if cause is not None:
             raise cause from None
         raise UserError(f"_target_={node['_target_']}: {_first_lines(error)}") from error
+
+
+def locate(target: str, path: str) -> Any:
+    """The object behind a dotted name. Raises UserError."""
+    module, _, name = target.rpartition(".")
+    while module:
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(error.name)):
+                raise UserError(f"{path}._target_={target}: {error}.") from error
+            module, _, first = module.rpartition(".")
+            name = f"{first}.{name}"
+            continue
+        except Exception as error:
+            raise UserError(f"{path}._target_={target}: importing {module}: {error}.") from error
+        for part in name.split("."):
+            if not hasattr(found, part):
+                hint = did_you_mean(part, dir(found))
+                raise UserError(f"{path}._target_={target}: there is no {part}.{hint}")
+            found = getattr(found, part)
+        return found
+    raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
 
 
 def _first_lines(error: Exception) -> str:

@@ -30,6 +30,7 @@ from regrow.load import preprocessing_record
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact, redact_all
+from regrow.training import checkpoint
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World, lost_the_others
 
@@ -105,9 +106,10 @@ def run_job(job: Job, world: World) -> float | None:
         if not found["done"]:
             return run_in(job, world)
     folder = Path(str(job.folder))
+    summary = records.read_json(folder / "summary.json")
     log.info("%s is complete. To go on with it, raise its limit:", folder)
-    log.info("  %s", longer(folder, job.config))
-    best: float | None = records.read_json(folder / "summary.json")["best"]["value"]
+    log.info("  %s", longer(folder, job.config, summary))
+    best: float | None = summary["best"]["value"]
     return best
 
 
@@ -133,6 +135,10 @@ def run_in(job: Job, world: World) -> float | None:
     objects.state.progress.halvings = job.halvings
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
+    if job.folder is not None and world.is_main:
+        outline = checkpoint.outline(Path(job.folder) / "checkpoints")
+        if outline:
+            objects.state.refuse_other(outline)
     world.barrier()  # until here any process may find that the job cannot run
     with contextlib.ExitStack() as stack:
         folder = open_folder(job, world, stack)
@@ -255,7 +261,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
         log.info("  %s  %.5g", name.ljust(width), value)
     log.info("")
     log.info("record: %s", folder / "report.html")
-    log.info("next:   %s", longer(folder, job.config))
+    log.info("next:   %s", longer(folder, job.config, summary))
     split = "test" if summary["test"] else "val"
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
@@ -286,13 +292,10 @@ def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[s
     return lines
 
 
-def longer(folder: Path, config: Mapping[str, Any]) -> str:
+def longer(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """The command that goes on with a complete run, for as long again."""
-    trainer = config["trainer"]
-    for key in ("max_steps", "max_epochs", "max_seconds"):
-        if trainer[key] is not None:
-            return command(f"resume={folder}", f"trainer.{key}={2 * trainer[key]}")
-    raise AssertionError("a run has a limit")
+    limits = resume.reached(summary, config["trainer"])
+    return command(f"resume={folder}", *(f"{key}={more}" for key, more in limits.items()))
 
 
 def command(*arguments: str, script: str = "train.py") -> str:

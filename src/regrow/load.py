@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow import run as runs
-from regrow.config import did_you_mean, instantiate, read_yaml
+from regrow.config import find_own_modules, instantiate, read_yaml
 from regrow.data.preprocess import Preprocessing
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
 from regrow.roles import check_roles
 from regrow.training import checkpoint
@@ -33,6 +32,11 @@ log = logging.getLogger("regrow")
 PREPROCESSING = "preprocessing.json"
 # What the trained model was made for. Other data must be like it.
 OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
+# What of the trainer its outputs depend on.
+OF_THE_TRAINER = (
+    *("device", "precision", "channels_last", "num_threads", "tf32", "cudnn_benchmark"),
+    "deterministic",
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def load_run(
     config = _config(folder, given)
     recorded, class_names = _recorded(folder, given)
     class_names = class_names or config["data"].get("class_names")
-    check_roles(config, ("data", "model", "task", "loss"), f"run={given}")
+    find_own_modules()
+    check_roles(config, ("data", "model", "task", "loss"), folder, f"run={given}")
     swap(config["data"], data or {})
     if class_names is None and config["task"].get("class_names", ...) is None:
         class_names = _names_in(config["data"])  # of a run that did not keep them
@@ -239,6 +244,12 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
     absent += [key for key in groups if not absent and not isinstance(config[key], dict)]
     if absent:
         raise UserError(f"run={given}: its config.yaml has no node {absent[0]}. Is it a run's?")
+    needed = {**dict.fromkeys(groups, ("_target_",)), "trainer": OF_THE_TRAINER}
+    lost = [
+        f"{group}.{key}" for group in groups for key in needed[group] if key not in config[group]
+    ]
+    if lost:
+        raise UserError(f"run={given}: its config.yaml has no {', '.join(lost)}. Is it a run's?")
     return config
 
 
@@ -309,11 +320,6 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[
                 f"checkpoint={which}: {damage}. "
                 + (f"Choose another: {', '.join(others)}." if others else "There is no other.")
             ) from None
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise UserError(
-                f"checkpoint={which}: {path.name} holds more than tensors and plain values, and "
-                "is not opened."
-            ) from error
 
 
 def _shown(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from regrow.config import CONF, read_yaml
 from regrow.errors import UserError
 from regrow.record import manifest
-from regrow.record.folder import load_status, read_json
+from regrow.record.folder import SUMMARY, load_status, read_json
 from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,12 @@ MAY_CHANGE = (
     "trainer.detect_anomaly",
     "trainer.checkpoint.*",
 )
-LIMITS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_seconds")
+LIMITS = (
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_seconds",
+    "trainer.early_stopping.patience",
+)
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -111,11 +117,24 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UserError if what a run that is to be resumed by name recorded does not fit its place.
+
+    `overrides` are those of this start, recorded ones included. What was typed now is the user's
+    own. This goes first, since looking at a target imports it.
+    """
+    if config["resume"] in ("auto", "never"):
+        return
+    folder = Path(config["resume"])
+    recorded = recorded_overrides(folder)
+    typed = [key_of(o) for o in overrides if "_target_" in o and o not in recorded]
+    check_roles(config, tuple(config), folder, f"resume={folder}", typed)
+
+
 def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
     """Whether `folder` holds a run that this one goes on with. Raises UserError if it must not.
 
-    `overrides` are those of this start, recorded ones included: see `expand`. What was recorded may
-    make only what fits its place; what was typed now is the user's own.
+    `overrides` are those of this start, recorded ones included: see `expand`.
 
     A null `trainer.num_threads` becomes what the recorded run had: bits depend on it.
     """
@@ -134,10 +153,6 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if by_name:
         old_overrides = recorded_overrides(folder)
         named = {key_of(override) for override in overrides if override not in old_overrides}
-        groups = [
-            g for g in config if not any(n.startswith(f"{g}.") and "_target_" in n for n in named)
-        ]
-        check_roles(config, tuple(groups), f"resume={folder}")
     refused = []
     for key, (old, new) in differences(recorded, config).items():
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
@@ -176,12 +191,45 @@ def refuse_other_data(
 
 
 def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the folder's run is complete and no limit was raised since."""
+    """Whether the folder's run is complete and `config` asks for no more of it.
+
+    Raises UserError if a limit was changed all the same, to one that does not let it go on.
+    """
     status = load_status(folder)
     if status is None or status["state"] != "completed":
         return False
+    try:
+        summary = read_json(folder / SUMMARY)
+    except (OSError, ValueError):
+        return False  # written again by going on from the last step
     changed = differences(read_yaml(folder / "config.yaml"), config)
-    return not any(limit in changed for limit in LIMITS)
+    ended = reached(summary, config["trainer"])
+    if ended and any(limit in changed for limit in LIMITS):
+        key, more = next(iter(ended.items()))
+        value = _flat(config)[key]
+        was = f" was {changed[key][0]} and would be {value}" if key in changed else f"={value}"
+        raise UserError(
+            f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
+            f"To go on, raise it: {key}={more}"
+        )
+    return bool(ended)
+
+
+def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, int]:
+    """The limits that a complete run has come to, each with a value that is as much again."""
+    patience = trainer["early_stopping"]["patience"]
+    waited = summary["evaluations_without_improvement"]
+    spent = {"max_steps": summary["steps"], "max_seconds": summary["seconds"]}
+    if trainer["max_steps"] is None:  # it wins over max_epochs
+        spent["max_epochs"] = summary["epochs"]
+    found = {
+        f"trainer.{key}": 2 * math.ceil(max(trainer[key], value))
+        for key, value in spent.items()
+        if trainer[key] is not None and value >= trainer[key]
+    }
+    if patience is not None and waited > patience:
+        found["trainer.early_stopping.patience"] = 2 * waited
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

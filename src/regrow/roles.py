@@ -3,18 +3,21 @@
 A folder may come from anybody, and a `_target_` can name any function that is installed. So a
 target is made only if a file in `conf/` names it for that group, or if it is a class of the role's
 own kind, such as an `nn.Module` in the model's place. No list of trusted packages would do: torch
-itself holds functions that run a shell.
+itself holds functions that run a shell. To tell a class's kind its module is imported, which runs
+it: so not one that lies with the run, nor one of Python's own.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from regrow.check import locate
-from regrow.config import CONF, read_yaml
+from regrow.config import CONF, ROOT, locate, read_yaml
 from regrow.errors import UserError
 
 # Where any class of a kind is in its place.
@@ -26,11 +29,18 @@ KINDS = {
 }
 
 
-def check_roles(config: Mapping[str, Any], groups: tuple[str, ...], where: str) -> None:
+def check_roles(
+    config: Mapping[str, Any],
+    groups: Collection[str],
+    folder: Path,
+    where: str,
+    typed: Collection[str] = (),
+) -> None:
     """Raise UserError for the first target, in the groups that are about to be made, that is
     foreign to its place, and for an interpolation, which a recorded config has none of.
 
-    `where` names the folder as the user did, such as run=outputs/digits/latest.
+    `folder` is the run's, and `where` names it as the user did, such as run=outputs/digits/latest.
+    Targets at or below the keys that were `typed` are the user's own.
     """
     for group in groups:
         for path, key, value in _entries(config.get(group), group):
@@ -39,11 +49,38 @@ def check_roles(config: Mapping[str, Any], groups: tuple[str, ...], where: str) 
                     f"{where}: its config.yaml has {path}.{key}={value}, where a plain value "
                     "is expected. It is not made."
                 )
-            if key == "_target_" and not _fits(value, group, path):
+            own = any(f"{path}._target_.".startswith(f"{name}.") for name in typed)
+            if key != "_target_" or own:
+                continue
+            if isinstance(value, str) and not is_apart(value, folder.resolve()):
+                raise UserError(
+                    f"{where}: its config.yaml has {path}._target_={value}, from a module in the "
+                    "run's own or the current folder. It is not imported."
+                )
+            if not _fits(value, group, path):
                 raise UserError(
                     f"{where}: its config.yaml has {path}._target_={value}, which no file in "
                     f"conf/{group} names. It is not made. If it is yours, add such a file."
                 )
+
+
+def is_apart(target: str, folder: Path) -> bool:
+    """Whether a target's module lies neither in a run's folder nor where Python finds it only for
+    the current folder's sake. Imports nothing."""
+    try:
+        spec = importlib.util.find_spec(target.partition(".")[0])
+    except (ImportError, ValueError):
+        return False
+    if spec is None or spec.origin in ("built-in", "frozen"):
+        return True
+    found = spec.submodule_search_locations or [spec.origin or ""]
+    places = [Path(place).resolve() for place in found]
+    return not any(
+        place.is_relative_to(folder)
+        or folder.is_relative_to(place)
+        or place.parent == Path.cwd() != ROOT
+        for place in places
+    )
 
 
 def _fits(target: Any, group: str, path: str) -> bool:
@@ -51,6 +88,8 @@ def _fits(target: Any, group: str, path: str) -> bool:
         return False
     if target in listed(group):
         return True
+    if target.partition(".")[0] in sys.stdlib_module_names or "__" in target:
+        return False  # holds none of the kinds; some of these do things when they are imported
     kinds = [kind for place, kind in KINDS.items() if f"{path}.".startswith(f"{place}.")]
     if not kinds:
         return False

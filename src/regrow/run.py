@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.config import did_you_mean, instantiate
-from regrow.errors import UserError
+from regrow.config import instantiate
+from regrow.errors import UserError, did_you_mean
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, plots, report
@@ -68,9 +68,10 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
     if config["init_from"]:
-        from regrow.weights import load_weights
+        from regrow.weights import load_weights, warn_of_other_splits
 
         load_weights(model, Path(config["init_from"]))
+        warn_of_other_splits(Path(config["init_from"]), config["data"])
     model.to(world.device)
     if options.sync_batch_norm:
         model = synchronise_batch_norm(model, world.device)
@@ -251,7 +252,8 @@ def summarise(
         },
         "val": progress.best_values,
         "test": {},
-        "stopped_early": progress.stopped_early,
+        "stopped_early": loop.stopped_early(state, options),
+        "evaluations_without_improvement": progress.evaluations_without_improvement,
         "skipped_steps": int(state.skips[0].item()),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "weights_sha256": weights_sha256(state.model),

@@ -7,10 +7,12 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regrow.config import read_yaml
 from regrow.errors import UserError
 from regrow.training import checkpoint
 
@@ -44,6 +46,28 @@ def load_weights(model: nn.Module, source: Path) -> None:
             log.warning("init_from: %s: %s", title, ", ".join(sorted(names)))
     model.load_state_dict(fitting, strict=False)
     log.info("init_from: %d of %d tensors from %s", len(fitting), len(own), source)
+
+
+def warn_of_other_splits(source: Path, data: Mapping[str, Any]) -> None:
+    """Say so if the run that the weights come from cut the same data in another way than `data`."""
+    folders = [source, *source.resolve().parents[:3]]  # a run, or a checkpoint of one
+    recorded = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    if recorded is None:
+        return
+    there, here = (read_yaml(recorded).get("data") or {}).get("source"), data["source"]
+    if not isinstance(there, dict) or there.get("_target_") != here.get("_target_"):
+        return
+    changed = [
+        f"data.source.{key} was {there[key]} and is {here[key]}"
+        for key in ("seed", "val_fraction", "test_fraction")
+        if key in there and key in here and there[key] != here[key]
+    ]
+    if changed:
+        log.warning(
+            "init_from: %s, so this run may be validated or tested on what the weights were "
+            "trained on",
+            ", ".join(changed),
+        )
 
 
 def _clean(name: str, own: Mapping[str, Tensor]) -> str:

@@ -72,6 +72,20 @@ def two_epochs(data: Data, start: int = 0) -> tuple[list[Batch], list[Batch]]:
     return list(train.epoch(0, start)), list(train.epoch(1, start))
 
 
+def test_uint8_images_of_ones_own_are_normalised_as_asked() -> None:
+    pixels = [(torch.full((3, 2, 2), 10 * n, dtype=torch.uint8), n % 3) for n in range(4)]
+    given = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    data = of_ones_own(pixels, input_shape=[3, 2, 2], normalize=given)
+    batch = next(iter(data.evaluation("train", device=CPU)))
+    raw = torch.stack([image for image, _ in pixels]) / 255
+    mean, std = (torch.tensor(given[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert torch.allclose(batch.inputs, (raw - mean) / std, atol=1e-6)
+    floats = [(image.float(), target) for image, target in pixels]
+    data = of_ones_own(floats, input_shape=[3, 2, 2], normalize=given)
+    with pytest.raises(UserError, match="this data set gives float32"):
+        next(iter(data.evaluation("train", device=CPU)))
+
+
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_batches_are_the_same_for_any_number_of_workers(same: Same, num_workers: int) -> None:
     first, second = two_epochs(of_ones_own(Noisy(13, 0)))

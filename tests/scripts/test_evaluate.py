@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -190,11 +191,24 @@ def test_what_is_wrong_is_one_line(
     assert sorted(path.name for path in digits.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["train", "find_lr", "evaluate", "predict"])
+def test_a_python_without_the_requirements_is_told_how_to_get_them(name: str) -> None:
+    done = subprocess.run(  # -S: without site-packages
+        [sys.executable, "-S", str(SCRIPTS / f"{name}.py")],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "make setup" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["evaluate", "predict"])
 def test_help_and_a_wrong_key_need_no_torch(name: str, tmp_path: Path) -> None:
     for argument, code in (("--help", 0), ("nope=1", 2)):
         program = (
-            "import runpy, sys; sys.argv = ['x', sys.argv[2]] + [sys.argv[1]][1:]\n"
+            f"import runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+            "sys.argv = ['x', sys.argv[2]]\n"
             f"try: runpy.run_path({str(SCRIPTS / f'{name}.py')!r}, run_name='__main__')\n"
             "except SystemExit as end: print('ended', end.code or 0, 'torch' in sys.modules)"
         )

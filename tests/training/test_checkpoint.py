@@ -276,7 +276,7 @@ def test_a_missing_or_unexpected_weight_is_an_error(stopped: Path) -> None:
     for change in (lambda p: p.pop("head.bias"), lambda p: p.update(more=torch.zeros(1))):
         parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
         change(parts["model"])
-        with pytest.raises(RuntimeError, match=r"head\.bias|more"):
+        with pytest.raises(UserError, match=r"head\.bias|more"):
             runs.build(config_of(*RUN), CPU).state.load_state_dict(parts)
 
 
@@ -650,7 +650,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     checkpoint.write(tmp_path, {"model": {"weight": Evil()}}, facts(1))
-    with pytest.raises(Exception, match=r"[Ww]eights.only|mkdir|Unsupported"):
+    with pytest.raises(DamagedCheckpoint, match="is not opened"):
         checkpoint.load(tmp_path / "step_00000001")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "step_00000001" / "model.pt", weights_only=False)

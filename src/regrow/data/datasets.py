@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import importlib.util
 import io
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -230,9 +231,13 @@ def _alone(root: Path) -> Iterator[None]:
     import fcntl
 
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".download.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = os.open(root, os.O_RDONLY)  # a folder can be locked too, and leaves no file
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ class Normalizer:
         if how.mean is not None and how.std is not None:
             self.mean = torch.tensor(how.mean, dtype=torch.float64)
             self.std = torch.tensor(how.std, dtype=torch.float64)
-        if how.kind == "image":
+        if how.kind == "image" or (how.kind == "tensor" and self.mean is not None):
             one = torch.ones(how.input_shape[0], dtype=torch.float64)
             mean = one * 0 if self.mean is None else self.mean
             std = one if self.std is None else self.std
@@ -211,7 +211,16 @@ class Normalizer:
             return each(inputs, self.image)
         if self.kind == "table":
             return each(inputs, self.features)
-        return inputs
+        return inputs if self.mean is None else each(inputs, self.pixels)
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Of a data set of one's own, whose floats may be in any unit."""
+        if inputs.dtype != torch.uint8:
+            raise UserError(
+                "data.normalize is for uint8 images, and this data set gives "
+                f"{str(inputs.dtype).removeprefix('torch.')}. Use none, and normalise in it."
+            )
+        return self.image(inputs)
 
     def image(self, pixels: Tensor) -> Tensor:
         if self.scale.device != pixels.device:
@@ -221,6 +230,8 @@ class Normalizer:
     def features(self, rows: Tensor) -> Tensor:
         if self.mean is None or self.std is None:
             return rows.float()
+        if self.mean.device != rows.device:
+            self.mean, self.std = self.mean.to(rows.device), self.std.to(rows.device)
         return ((rows.double() - self.mean) / self.std).float()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from fnmatch import fnmatchcase
 from types import MethodType
 
 from torch import nn
 
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
@@ -23,10 +22,9 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
     for pattern in patterns:
         matching = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
         if not matching:
-            close = difflib.get_close_matches(pattern, modules, n=1, cutoff=0.5)
             children = ", ".join(name for name, _ in model.named_children())
-            hint = f"Did you mean {close[0]}?" if close else f"Its top modules are {children}."
-            raise UserError(f"model.freeze={pattern} matches no module of the model. {hint}")
+            hint = did_you_mean(pattern, modules) or f" Its top modules are {children}."
+            raise UserError(f"model.freeze={pattern} matches no module of the model.{hint}")
         for module in matching:
             module.requires_grad_(False)
             for part in module.modules():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 
 
 def _he(weight: Tensor) -> None:
@@ -37,9 +36,8 @@ def apply(model: nn.Module, scheme: str) -> None:
         return
     if scheme not in SCHEMES:
         known = ["default", *SCHEMES]
-        close = difflib.get_close_matches(scheme, known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(known)}."
-        raise UserError(f"model.init={scheme} is unknown. {hint}")
+        hint = did_you_mean(scheme, known) or f" Choose from {', '.join(known)}."
+        raise UserError(f"model.init={scheme} is unknown.{hint}")
     draw = SCHEMES[scheme]
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:

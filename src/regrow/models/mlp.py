@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 
 from torch import Tensor, nn
 
-from regrow.errors import UserError
+from regrow.errors import UserError, did_you_mean
 from regrow.models import freeze as freezing
 from regrow.models import init as initialisation
 
@@ -66,7 +65,6 @@ class MLP(nn.Module):
 def choice(key: str, value: str, known: dict[str, type[nn.Module]] | tuple[str, ...]) -> str:
     """The value, if it is known."""
     if value not in known:
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(known)}."
-        raise UserError(f"model.{key}={value} is unknown. {hint}")
+        hint = did_you_mean(value, known) or f" Choose from {', '.join(known)}."
+        raise UserError(f"model.{key}={value} is unknown.{hint}")
     return value

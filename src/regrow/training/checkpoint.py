@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -208,6 +209,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         digest = content.pop("sha256")
+        _ = content["step"], content["files"]
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -237,11 +239,34 @@ def verify(path: Path) -> dict[str, Any]:
 def load(path: Path) -> tuple[Parts, dict[str, Any]]:
     """A verified checkpoint: its parts on the CPU, and its manifest. Raises DamagedCheckpoint."""
     content = verify(path)
-    parts = {
-        Path(name).stem: torch.load(path / name, map_location="cpu", weights_only=True)
-        for name in content["files"]
-    }
-    return parts, content
+    return {Path(name).stem: _read(path / name) for name in content["files"]}, content
+
+
+def outline(folder: Path) -> Parts | None:
+    """What the newest checkpoint that can be read holds: its parts, all empty but the model, whose
+    tensors are without content. None where there is none."""
+    for path in reversed(complete(folder)):
+        with contextlib.suppress(DamagedCheckpoint):
+            names = [Path(name).stem for name in read_manifest(path)["files"]]
+            return {name: {} for name in names} | {"model": _read(path / "model.pt", "meta")}
+    return None
+
+
+def _read(file: Path, device: str = "cpu") -> dict[str, Any]:
+    name = f"{file.parent.name}/{file.name}"
+    try:
+        part: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own words tell how to open it all the same, which would run what is in there.
+        raise DamagedCheckpoint(
+            f"{name} holds more than tensors and plain values, and is not opened"
+        ) from None
+    except Exception as error:  # the readers of zip and pickle raise a dozen different kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedCheckpoint(f"{name} cannot be read: {reason}") from None
+    if not isinstance(part, dict):
+        raise DamagedCheckpoint(f"{name} holds a {type(part).__name__} instead of a dict")
+    return part
 
 
 def load_newest(folder: Path) -> tuple[Parts, dict[str, Any]] | None:

@@ -281,7 +281,7 @@ def finished(state: TrainState, plan: Plan) -> bool:
     """Whether a limit is reached."""
     progress, limit = state.progress, plan.options.max_seconds
     return (
-        progress.stopped_early
+        stopped_early(state, plan.options)
         or (plan.total_steps is not None and progress.step >= plan.total_steps)
         or (limit is not None and progress.seconds >= limit)
     )
@@ -301,9 +301,12 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
         progress.reference_value, progress.evaluations_without_improvement = value, 0
     else:
         progress.evaluations_without_improvement += 1
-        if stopping.patience is not None:
-            waited = progress.evaluations_without_improvement
-            progress.stopped_early = waited > stopping.patience
+
+
+def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
+    """Whether early stopping's patience is over. Not kept: a resume may raise it."""
+    patience = options.early_stopping.patience
+    return patience is not None and state.progress.evaluations_without_improvement > patience
 
 
 def check_first_batch(model: nn.Module, task: Task, val: EvalBatches, precision: str) -> None:

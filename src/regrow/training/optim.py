@@ -17,7 +17,7 @@ from regrow.errors import UserError
 
 
 def parameter_groups(
-    model: nn.Module, *, lr_scale: Mapping[str, float], decay_norms_and_biases: bool
+    model: nn.Module, *, lr_scale: Mapping[str, float] | None, decay_norms_and_biases: bool
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups that share a rate and a decay.
 
@@ -25,6 +25,7 @@ def parameter_groups(
     matches counts. Vectors (norms, biases) get no weight decay unless `decay_norms_and_biases`.
     Raises UserError for a pattern that matches nothing and for a model with nothing to train.
     """
+    lr_scale = lr_scale or {}
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     unused = set(lr_scale)
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.errors import UserError
 from regrow.training import optim
 from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau, Schedule
@@ -27,7 +28,6 @@ class Progress:
     best_values: dict[str, float] = field(default_factory=dict)  # all that was measured there
     evaluations_without_improvement: int = 0  # of early stopping's own reference
     reference_value: float | None = None  # what early stopping compares with
-    stopped_early: bool = False
     halvings: int = 0  # of the slices, each after an out-of-memory
     seconds: float = 0.0  # of training, over all parts of the run
     train_means: dict[str, float] = field(default_factory=dict)  # of the last whole epoch
@@ -82,18 +82,41 @@ class TrainState:
             parts["schedule"] = self.schedule.state_dict()
         return parts
 
+    def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
+        """Raise UserError if a checkpoint's parts are not this state's, or the model another one.
+
+        Looks at names and shapes only, so the tensors may be on the meta device.
+        """
+        own = self.state_dict()
+        if set(parts) != set(own):
+            missing = ", ".join(sorted(set(own) - set(parts))) or "nothing"
+            unexpected = ", ".join(sorted(set(parts) - set(own))) or "nothing"
+            raise UserError(
+                f"the checkpoint lacks {missing} and has {unexpected} too many. Leave what the run "
+                "keeps (model, scheduler, trainer.ema_decay, trainer.precision) as it was, or "
+                "start a new run with init_from=…"
+            )
+        there, here = (
+            {name: tuple(getattr(value, "shape", ())) for name, value in part["model"].items()}
+            for part in (parts, own)
+        )
+        for name in sorted({*there, *here}):
+            if there.get(name) != here.get(name):
+                raise UserError(
+                    f"the checkpoint is of another model: {name} is {there.get(name, 'not')} there "
+                    f"and {here.get(name, 'not')} here. Leave the model as it was, or start a new "
+                    "run with init_from=…"
+                )
+
     def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
-        """Take up a checkpoint's state, whole. Raises ValueError for a part too many or too few."""
-        expected = set(self.state_dict())
-        if set(parts) != expected:
-            missing = ", ".join(sorted(expected - set(parts))) or "nothing"
-            unexpected = ", ".join(sorted(set(parts) - expected)) or "nothing"
-            raise ValueError(f"the checkpoint lacks {missing} and has {unexpected} too many")
+        """Take up a checkpoint's state, whole. Raises UserError for a part too many or too few, and
+        for one of another model."""
+        self.refuse_other(parts)
         self.model.load_state_dict(parts["model"])
         optim.load(self.optimizer, parts["optimizer"])
         progress = dict(parts["progress"])
         if lost := {*vars(self.progress), "sums", "skips"} - set(progress):
-            raise ValueError(f"the checkpoint's progress lacks {', '.join(sorted(lost))}")
+            raise UserError(f"the checkpoint's progress lacks {', '.join(sorted(lost))}")
         self.sums.copy_(progress.pop("sums"))
         self.skips.copy_(progress.pop("skips"))
         self.progress = Progress(**progress)

@@ -1,0 +1,20 @@
+"""What every script imports first: it finds this checkout's package, and what that needs.
+
+For any Python, also one that is too old for the rest or has nothing installed: it is that which
+this speaks to.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+if sys.version_info < (3, 11) or not all(find_spec(name) for name in ("hydra", "torch", "yaml")):
+    print(
+        f"error: {sys.executable} lacks what requirements.txt asks for. "
+        f"Run `make setup` in {ROOT}, then `source .venv/bin/activate`.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
