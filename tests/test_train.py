@@ -66,6 +66,7 @@ def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     } <= names
     summary = read_json(folder / "summary.json")
     assert summary["status"] == "completed" and read_json(folder / "status.json")["step"] == 12
+    assert '<span class="badge completed">' in (folder / "report.html").read_text()
     assert summary["steps"] == 12 and summary["epochs"] == 3
     assert summary["best"]["value"] == best
     assert set(summary["test"]) >= {"test/loss", "test/accuracy"}

@@ -122,6 +122,7 @@ def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) 
             log.warning("stopped by %s at step %d. Go on with:", stop.signal.name, summary["steps"])
             log.warning("  %s", command(f"resume={folder}"))
             raise SystemExit(128 + stop.signal.value)
+        runs.draw(folder)  # once the status is written, which the page shows
         conclude(folder, config, summary, cfg)
         best: float | None = summary["best"]["value"]
         return best

@@ -183,8 +183,6 @@ def train(
         writer.wait()
         record.close()
         objects.data.close()
-    if summary["status"] == "completed":
-        draw(folder)
     return summary
 
 

@@ -88,10 +88,7 @@ DAMAGES = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    quiet = pytest.MonkeyPatch()
-    quiet.setattr(runs, "draw", lambda folder: None)
     assert train(folder, *RUN)["status"] == "completed"
-    quiet.undo()
     return folder
 
 
