@@ -225,6 +225,23 @@ def test_the_script_writes_one_page_for_one_run_and_one_for_several(
         assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_what_a_glob_matches_beside_runs_is_left_out_with_one_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "sweeps/x/0"):
+        make_run(tmp_path / name)
+    (tmp_path / "latest").symlink_to("b")
+    (tmp_path / "find_lr" / "x").mkdir(parents=True)
+    (tmp_path / "comparison.html").write_text("")
+    output = tmp_path / "c.html"
+    arguments = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert script().main([*arguments, "--output", str(output)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("note: no run in ") and error.count("\n") == 1
+    assert "find_lr" in error and "comparison.html" in error
+    assert "3 runs" in Page(output).text
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         report.write(tmp_path)
