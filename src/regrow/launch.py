@@ -97,7 +97,7 @@ def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) 
             stack.enter_context(records.Lock(folder))
         stack.enter_context(log_file(folder))
         write_start(folder, config, cfg, objects)
-        records.link_latest(folder)
+        records.link_latest(folder, Path("outputs", config["name"]))
         introduce(folder, config, objects, world)
         status: dict[str, Any] = {"step": 0, "pids": [os.getpid()]}
         records.set_status(folder, "running", **status)
