@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -186,6 +187,48 @@ def test_side_by_side_shows_only_the_keys_that_differ(tmp_path: Path) -> None:
 def test_a_key_that_only_one_has_differs_and_one_is_not_true() -> None:
     configs = [{"a": {"b": 1}, "c": True, "d": [1], "resume": "auto"}, {"a": {}, "c": 1, "d": [1]}]
     assert report.differing_keys(configs) == ["a.b", "c", "a"]
+
+
+def test_what_follows_from_another_key_is_not_listed_as_a_difference() -> None:
+    """A reference to another key, and what comes with another class."""
+    configs: list[dict[str, Any]] = [
+        {"seed": 0, "data": {"seed": 0}, "opt": {"_target_": "a.SGD", "lr": 1.0, "momentum": 0.9}},
+        {"seed": 1, "data": {"seed": 1}, "opt": {"_target_": "a.Adam", "lr": 1.0, "eps": 1e-8}},
+        {"seed": 1, "data": {"seed": 1}, "opt": {"_target_": "a.Adam", "lr": 1.0, "eps": 1e-8}},
+    ]
+    assert report.differing_keys(configs, ["data.seed"]) == ["seed", "opt._target_"]
+    configs[2]["opt"]["eps"] = 1e-6
+    assert report.differing_keys(configs) == ["seed", "data.seed", "opt._target_", "opt.eps"]
+
+
+def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Path) -> None:
+    overrides = [["model=cnn", "seed=0", "notes=x"], ["model=cnn", "seed=1"], ["model=cnn"]]
+    for index, own in enumerate(overrides):
+        folder = make_run(tmp_path / str(index), seed=index)
+        composed = {"seed": index, "data": {"seed": "${seed}"}}
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(own))
+        (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(composed))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"seed": index}}))
+    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert {"seed=0", "seed=1", "2"} <= set(page.words)
+    assert "model=cnn" not in page.text and "notes=x" not in page.text
+    assert "data.seed" not in page.text
+    shutil.copytree(tmp_path / "0", tmp_path / "again")
+    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert {"seed=0 0", "seed=0 again", "seed=1"} <= set(page.words)
+
+
+def test_metrics_of_single_classes_are_folded_away(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["test"]["test/f1/zero"] = 0.5
+    write_json(folder / "summary.json", summary)
+    text = report.write(folder).read_text()
+    before, _, folded = text.partition("<details><summary>per class</summary>")
+    assert "f1/zero" in folded.partition("</details>")[0] and "f1/zero" not in before
+    assert "accuracy" in before
 
 
 def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
