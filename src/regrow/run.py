@@ -212,7 +212,7 @@ def summarise(
 
 def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     """Measure the test split, once, with the best weights; averaged ones where there are any."""
-    state = objects.state
+    options, state = objects.options, objects.state
     best = folder / "checkpoints" / "best"
     if best.exists():
         try:
@@ -230,9 +230,10 @@ def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
     )
     # Not by loop.evaluate: these weights already are those that a schedule-free optimizer shows.
-    shown = plan.stop.while_waiting(evaluation_bar(batches, "test", plan))
+    waited = plan.stop.while_waiting(batches)
+    bar = evaluation_bar("test", batches, options.progress_bar and plan.world.is_main)
     measured, details = loop.measure(
-        state.evaluated, plan.task, shown, plan.world, plan.options.precision
+        state.evaluated, plan.task, waited, plan.world, options.precision, bar
     )
     values = {f"test/{name}": value for name, value in measured.items()}
     plan.record.log(state.step, state.epoch, values)

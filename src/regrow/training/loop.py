@@ -26,6 +26,12 @@ from regrow.training.plan import Batch, EvalBatches, Plan, Task
 from regrow.training.precision import autocast
 from regrow.training.schedules import Plateau, improves
 from regrow.training.show import (
+    COUNTED,
+    EXAMPLES,
+    LOSS,
+    SCORE,
+    WEIGHT,
+    advance,
     announce,
     clock,
     evaluation_bar,
@@ -37,8 +43,6 @@ from regrow.training.show import (
 from regrow.training.state import Buffers, TrainState, update_average
 
 log = logging.getLogger(__name__)
-
-LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in a step's sums; then the components
 
 
 class Slice(NamedTuple):
@@ -68,8 +72,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                     now = time.perf_counter()
                     state.progress.seconds += now - clock
                     clock = now
-                    if bar.update(1):
-                        bar.set_postfix(running(state, plan), refresh=False)
+                    advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
                     if over := settle(state, plan):
                         break
@@ -177,7 +180,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
-        progress.train_means = running(state, plan, prefix="train/epoch_")
+        progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
         plan.record.log(step, state.epoch, progress.train_means)
         state.sums.zero_()
 
@@ -223,38 +226,50 @@ def evaluate(
     Training is left as it was. Raises Interrupted when a stop is asked for in between.
     """
     with optim.evaluating(state.optimizer, state.model):
-        shown = plan.stop.while_waiting(evaluation_bar(batches, name, plan))
+        waited = plan.stop.while_waiting(batches)
+        bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
         precision = plan.options.precision
-        values, details = measure(state.evaluated, plan.task, shown, plan.world, precision)
+        values, details = measure(state.evaluated, plan.task, waited, plan.world, precision, bar)
     state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, task: Task, batches: Iterable[Batch], world: World, precision: str
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Batch],
+    world: World,
+    precision: str,
+    bar: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The exact loss and metrics over all of `batches`, and what pictures need.
+    """The exact loss and metrics over all of `batches`, and what pictures need; `bar` is moved on.
 
     Sums over every example and process, divided once; nothing is padded and nothing dropped.
     Leaves the model in evaluation mode.
     """
-    sums = torch.zeros(2, dtype=sum_dtype(world.device), device=world.device)
+    sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
     model.eval()
-    for batch in batches:
-        with autocast(world.device, precision):
-            outputs = call(model, batch.inputs)
-            loss = task.loss(outputs, batch.targets, batch.weights)
-        values, weights = at_least_float32(loss.values), loss.weights
-        if weights is None:
-            sums[0] += values.sum()
-            sums[1] += values.numel()
-        else:
-            sums[0] += (values * weights).sum()
-            sums[1] += weights.sum()
-        metrics.update(outputs, batch.targets, batch.weights)
-    loss_sum, weight = world.sum_(sums).tolist()
+    with bar:
+        for batch in batches:
+            with autocast(world.device, precision):
+                outputs = call(model, batch.inputs)
+                loss = task.loss(outputs, batch.targets, batch.weights)
+            values, weights = at_least_float32(loss.values), loss.weights
+            if weights is None:
+                sums[LOSS] += values.sum()
+                sums[WEIGHT] += values.numel()
+            else:
+                sums[LOSS] += (values * weights).sum()
+                sums[WEIGHT] += weights.sum()
+            metrics.update(outputs, batch.targets, batch.weights)
+            if not bar.disable:  # for the eye only
+                score = task.running(outputs, batch.targets)
+                sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
+                sums[EXAMPLES] += batch.num_local
+            advance(bar, sums, task.running_name)
+    loss_sum, _, weight, _ = world.sum_(sums).tolist()
     return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, metrics.details()
 
 
