@@ -6,6 +6,7 @@ with the data, the model or their fit shows before anything is written.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -135,7 +136,12 @@ def train(
     Returns the content of `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
-    writer = checkpoint.CheckpointWriter(folder / "checkpoints", options.checkpoint, options.mode)
+    writer = checkpoint.CheckpointWriter(
+        folder / "checkpoints",
+        options.checkpoint,
+        options.mode,
+        written=functools.partial(records.set_step, folder),
+    )
     loaded = checkpoint.load_newest(writer.folder)
     position = 0
     if loaded is not None:
@@ -213,10 +219,10 @@ def summarise(
 def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     """Measure the test split, once, with the best weights; averaged ones where there are any."""
     options, state = objects.options, objects.state
-    best = folder / "checkpoints" / "best"
+    best = checkpoint.named(folder / "checkpoints", "best")
     if best.exists():
         try:
-            parts, facts = checkpoint.load(best.resolve())
+            parts, facts = checkpoint.load(best)
         except checkpoint.DamagedCheckpoint as damage:
             raise UserError(
                 f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "

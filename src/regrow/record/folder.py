@@ -258,6 +258,12 @@ def set_status(
         log.warning("%s was not written: %s", folder / STATUS, failure)
 
 
+def set_step(folder: Path, step: int) -> None:
+    """Note in status.json how far the run has come: of a killed one, that is all there is."""
+    with contextlib.suppress(OSError, ValueError):
+        set_status(folder, **{**read_json(folder / STATUS), "step": step})
+
+
 def load_status(folder: Path) -> dict[str, Any] | None:
     """What status.json says, or None; `running` with nobody holding the lock is `interrupted`."""
     try:
