@@ -120,6 +120,21 @@ def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) 
     assert summaries[0]["test"] == summaries[1]["test"]
 
 
+def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secrets = ("name='my password: hunter2'", "data.root=https://me:hunter2@host/x")
+    for epochs in (1, 2):
+        launched("hydra.run.dir=mine", f"trainer.max_epochs={epochs}", *secrets)
+    out = capsys.readouterr().out
+    assert "changed: trainer.max_epochs from 1 to 2" in out and "hunter2" not in out
+    assert "hunter2" not in (tmp_path / "mine" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"data.root was taken for a secret.*Give it again"):
+        expand(["resume=mine", "name=digits"])
+    with pytest.raises(SystemExit):  # what is no secret is compared as ever
+        launched("hydra.run.dir=mine", "trainer.max_epochs=2", *secrets, "seed=3")
+
+
 def test_a_second_writer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     with Lock(tmp_path / "mine"):

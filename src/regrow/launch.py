@@ -141,11 +141,12 @@ def write_start(
         resume.refuse_other_data(folder, data, hydra.overrides.task)
     (folder / ".hydra").mkdir(exist_ok=True)
     overrides = [o for o in hydra.overrides.task if resume.key_of(o) != "resume"]
+    recorded = OmegaConf.create(redact_all(dict(config)))
+    records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     for name, content in (
         (".hydra/overrides.yaml", overrides),
         (".hydra/config.yaml", cfg),
         (".hydra/hydra.yaml", hydra),
-        ("config.yaml", OmegaConf.create(redact_all(dict(config)))),
     ):
         records.write_text(folder / name, redact(OmegaConf.to_yaml(content)))
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
@@ -163,7 +164,7 @@ def write_start(
 def introduce(folder: Path, config: Mapping[str, Any], objects: runs.Objects, world: World) -> None:
     """What is about to run, and how to go on with it should it be cut."""
     options, state = objects.options, objects.state
-    for line in config_tree(config):
+    for line in config_tree(redact_all(dict(config))):
         log.info("%s", line)
     sizes = objects.data.num_examples
     log.info("data: %s", ", ".join(f"{count:,} {name}" for name, count in sizes.items()))

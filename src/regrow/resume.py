@@ -14,6 +14,7 @@ from regrow.config import CONF, read_yaml
 from regrow.errors import UserError
 from regrow.record import manifest
 from regrow.record.folder import load_status, read_json
+from regrow.record.redact import MASK, redact_all
 from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
             raise UserError(
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
                 "keys. It is not followed."
+            )
+        if MASK in override:
+            raise UserError(
+                f"resume={folder}: the value of {key_of(override)} was taken for a secret and not "
+                f"recorded. Give it again: {key_of(override)}=…"
             )
     return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
 
@@ -135,7 +141,9 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         ]
         check_roles(config, tuple(groups), f"resume={folder}")
     refused = []
-    for key, (old, new) in differences(recorded, config).items():
+    for key, (old, new) in differences(recorded, redact_all(config)).items():
+        if MASK in str(old):  # was a secret: whether it is the same cannot be told
+            continue
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
             log.info("changed: %s from %s to %s", key, old, new)
         elif any(key == name or key.startswith(f"{name}.") for name in named):

@@ -124,6 +124,7 @@ def test_no_planted_secret_enters_the_folder(
     [
         "max_tokens=128 tokenizer=bert monkey=12345 author=someone",
         "keyboard: qwerty, model.pad_token=<pad>",
+        "model.pad_token: '[PAD]', eos_token=endoftext",
         "https://example.org/a@b and user@example.org",
         "token: ${oc.env:TOKEN}",
         "optimizer.lr=0.001 tags=[authentic]",
