@@ -118,6 +118,7 @@ def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) 
     summaries = [read_json(tmp_path / name / "summary.json") for name in ("whole", "parts")]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     assert summaries[0]["test"] == summaries[1]["test"]
+    assert [it["step"] for it in read_json(tmp_path / "parts" / "manifest.json")["resumes"]] == [8]
 
 
 def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(

@@ -22,7 +22,7 @@ from regrow.config import did_you_mean, instantiate
 from regrow.errors import UserError
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
-from regrow.record import loggers, plots, report
+from regrow.record import loggers, manifest, plots, report
 from regrow.training import checkpoint, loop, optim
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
@@ -149,6 +149,7 @@ def train(
         state.load_state_dict(parts)
         position = facts["metrics_bytes"]
         writer.saved = (state.step, state.progress.evaluated_step == state.step)
+        manifest.set_step(folder, state.step)
         log.info("going on from step %d (%s)", state.step, f"checkpoints/step_{state.step:08d}")
     record = loggers.open_loggers(
         folder,
@@ -175,6 +176,7 @@ def train(
         stop=stop,
     )
     started = time.perf_counter()
+    exit_code = 1
     try:
         with profiling(options, folder):
             status = loop.fit(state, plan)
@@ -183,11 +185,13 @@ def train(
             if "test" in objects.data.num_examples:
                 summary["test"] = test_once(objects, plan, folder)
             records.write_json(folder / "summary.json", summary)
+        exit_code = 0 if status == "completed" else loggers.KILLED
     except Interrupted:  # while testing: the training is done and saved
         summary = summarise("interrupted", state, options, started)
+        exit_code = loggers.KILLED
     finally:
         writer.wait()
-        record.close()
+        record.close(exit_code)
         objects.data.close()
     return summary
 
