@@ -169,7 +169,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         for name, part in zip(result.components, components, strict=True):
             line[f"train/loss_{name}"] = ratio(part, weight)
         line["train/grad_norm"] = result.grad_norm.item()
-        line["train/lr"] = state.optimizer.param_groups[0]["lr"]
+        line |= {f"train/{name}": lr for name, lr in optim.rates(state.optimizer).items()}
         if state.loss_scale is not None:
             line["train/loss_scale"] = state.loss_scale.value.item()
         if skipped := int(state.skips[0].item()):
