@@ -121,6 +121,19 @@ def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) 
     assert [it["step"] for it in read_json(tmp_path / "parts" / "manifest.json")["resumes"]] == [8]
 
 
+def test_a_resume_tells_what_it_changes_and_says_nothing_twice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for epochs in (2, 2, 4):
+        launched("hydra.run.dir=mine", f"trainer.max_epochs={epochs}")
+    out = capsys.readouterr().out
+    assert out.count("epoch 2, step 8:") == 1 and "changed: resume" not in out
+    assert out.count("the learning rate of step 8 was ") == 1  # a cosine, over twice the length
+    launched("hydra.run.dir=flat", "trainer.max_epochs=2", "scheduler=constant")
+    launched("hydra.run.dir=flat", "trainer.max_epochs=4", "scheduler=constant")
+    assert "learning rate of step" not in capsys.readouterr().out
+
+
 def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

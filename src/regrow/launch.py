@@ -179,9 +179,10 @@ def introduce(folder: Path, config: Mapping[str, Any], objects: runs.Objects, wo
         *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1], each),
     )
     steps = "until time is up" if objects.total_steps is None else f"{objects.total_steps:,} steps"
+    chosen = " (trainer.device=auto)" if options.device == "auto" else ""
     log.info(
-        "run: %s of %d per epoch, on %s in %s with %d threads",
-        *(steps, state.steps_per_epoch, world.device, options.precision),
+        "run: %s of %d per epoch, on %s%s in %s with %d threads",
+        *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
         config["trainer"]["num_threads"],
     )
     log.info("folder: %s", folder)
@@ -212,7 +213,7 @@ def conclude(
 
 
 def config_tree(config: Mapping[str, Any]) -> list[str]:
-    """The config as a tree: a line for each group, wrapped."""
+    """The config as a tree: a line for each group, wrapped. What is off or empty is left out."""
     choices = HydraConfig.get().runtime.choices
     lines = []
     width = max(80, min(140, _terminal_width()))
@@ -221,12 +222,16 @@ def config_tree(config: Mapping[str, Any]) -> list[str]:
     for name, values in {"run": plain, **groups}.items():
         option = choices.get(name) or ""
         flat = resume.differences({}, values)
-        words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if not _is_plumbing(k)]
+        words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if _is_shown(k, new)]
+        if name == "logger":
+            words = ["jsonl", *values]  # their settings are in config.yaml
         text = " ".join([str(option), *words]).strip()
+        if not text:
+            continue
         mark = "└─" if name == [*groups][-1] else "├─"
         first, rest = f"{mark} {name:<10} ", f"{'  ' if mark == '└─' else '│ '} {'':<10} "
         lines += textwrap.wrap(
-            text or "–",
+            text,
             width,
             initial_indent=first,
             subsequent_indent=rest,
@@ -309,8 +314,10 @@ def _terminal_width() -> int:
     return shutil.get_terminal_size((100, 24)).columns
 
 
-def _is_plumbing(key: str) -> bool:
-    return key.split(".")[-1] in ("_partial_", "_target_")
+def _is_shown(key: str, value: Any) -> bool:
+    is_off = value is None or value is False or value in ("", [], {})
+    is_off = is_off or (isinstance(value, float) and value == 0)
+    return not is_off and key.split(".")[-1] not in ("_partial_", "_target_", "resume")
 
 
 def _short(value: Any) -> str:

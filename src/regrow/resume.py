@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 # What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
 # moves the maths beyond float rounding. Everything else has to be named to be changed.
 MAY_CHANGE = (
-    "resume",
     "tags",
     "notes",
     "logger.*",
@@ -142,7 +141,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         check_roles(config, tuple(groups), f"resume={folder}")
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
-        if MASK in str(old):  # was a secret: whether it is the same cannot be told
+        if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
             continue
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
             log.info("changed: %s from %s to %s", key, old, new)

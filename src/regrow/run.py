@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from regrow.training.options import TrainerOptions
 from regrow.training.parallel import World
 from regrow.training.plan import EvalBatches, Plan, TrainBatches
 from regrow.training.precision import LossScale
-from regrow.training.schedules import RunLength
+from regrow.training.schedules import Plateau, RunLength
 from regrow.training.show import evaluation_bar
 from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
 
@@ -151,6 +152,7 @@ def train(
         writer.saved = (state.step, state.progress.evaluated_step == state.step)
         manifest.set_step(folder, state.step)
         log.info("going on from step %d (%s)", state.step, f"checkpoints/step_{state.step:08d}")
+        tell_of_another_rate(state)
     record = loggers.open_loggers(
         folder,
         {name: instantiate(node) for name, node in config["logger"].items()},
@@ -194,6 +196,21 @@ def train(
         record.close(exit_code)
         objects.data.close()
     return summary
+
+
+def tell_of_another_rate(state: TrainState) -> None:
+    """Say so where a resume changes the schedule, as a raised limit stretches a cosine."""
+    if state.step == 0 or isinstance(state.schedule, Plateau):
+        return
+    before = optim.rates(state.optimizer)["lr"]
+    optim.set_lr(state.optimizer, state.schedule(state.step - 1))
+    now = optim.rates(state.optimizer)["lr"]
+    if not math.isclose(before, now):
+        log.info(
+            "the learning rate of step %d was %.3g and would now be %.3g: the schedule follows "
+            "what was changed",
+            *(state.step, before, now),
+        )
 
 
 def summarise(
@@ -280,12 +297,10 @@ def profiling(options: TrainerOptions, folder: Path) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU, and says so."""
+    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         chosen = "cuda" if cuda else "mps" if mps else "cpu"
-        if chosen == "cpu":
-            log.info("trainer.device=auto: no CUDA and no MPS here, so the CPU")
         return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(

@@ -189,7 +189,8 @@ def settle(state: TrainState, plan: Plan) -> bool:
     """Evaluate and save if they are due after this step. Returns whether the run is over.
 
     The step alone decides what is due, so a run that was cut between two of these goes on with the
-    one that is missing.
+    one that is missing. The end of a run is evaluated wherever it is; if the limit is raised later,
+    that evaluation stays in the record.
     """
     options, progress = plan.options, state.progress
     ends_epoch = state.step_in_epoch == 0
@@ -203,7 +204,8 @@ def settle(state: TrainState, plan: Plan) -> bool:
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
-    if ends_epoch or evaluates:
+    is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
+    if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
         announce(state, plan)
     over = finished(state, plan)
     stops = plan.stop.requested

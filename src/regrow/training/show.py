@@ -95,7 +95,9 @@ def advance(bar: Any, sums: Tensor, score_name: str | None) -> None:
 def announce(state: TrainState, plan: Plan) -> None:
     """One line per epoch or evaluation."""
     progress = state.progress
-    values = {**progress.train_means, **progress.latest}
+    values = {**progress.train_means}
+    if progress.evaluated_step == state.step:
+        values |= progress.latest
     shown = [f"{name} {values[name]:.4g}" for name in HEADLINES if name in values]
     if plan.options.monitor in values and plan.options.monitor not in HEADLINES:
         shown.append(f"{plan.options.monitor} {values[plan.options.monitor]:.4g}")
