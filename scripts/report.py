@@ -19,7 +19,9 @@ from regrow.record import plots, report
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # an error is one line
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
     parser.add_argument("--output", type=Path, help="the page; in the folder unless given")

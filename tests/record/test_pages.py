@@ -285,6 +285,15 @@ def test_what_a_glob_matches_beside_runs_is_left_out_with_one_note(
     assert "3 runs" in Page(output).text
 
 
+@pytest.mark.parametrize("arguments", [[], ["--nothing", "x"]])
+def test_a_wrong_command_line_of_the_script_gets_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script().main(arguments)
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         report.write(tmp_path)
