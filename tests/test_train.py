@@ -273,7 +273,7 @@ def test_the_next_commands_work_as_printed(tmp_path: Path) -> None:
         assert again.returncode == 0, f"{line}\n{again.stderr}"
     resumed = read_json(folder / "summary.json")
     assert resumed["epochs"] == 4
-    sweeps = [*tmp_path.glob("outputs/digits/sweeps/*/[012]")]
+    sweeps = [*tmp_path.glob("outputs/digits/sweeps/latest/[012]")]
     assert len(sweeps) == 3
     hashes = {read_json(job / "summary.json")["weights_sha256"] for job in sweeps}
     assert len(hashes) == 3
