@@ -27,8 +27,20 @@ TITLE = "Regrow"
 
 # Copied as they are: the licence names its holders, the lock only what others wrote.
 KEPT = {"LICENSE", "requirements.lock"}
-# Where git cannot tell what belongs to the repository.
-NEVER = {".git", ".venv", "__pycache__", "data", "dist", "build", "wandb", "multirun", ".env"}
+# Where git cannot tell what belongs to the repository: not these at its top, nor those anywhere.
+NOT_AT_TOP = {
+    ".git",
+    ".venv",
+    ".venv.lock",
+    "data",
+    "dist",
+    "build",
+    "wandb",
+    "multirun",
+    "htmlcov",
+}
+NOWHERE = {"__pycache__", ".ipynb_checkpoints", ".idea", ".vscode", ".DS_Store", ".env"}
+NO_ENDINGS = (".egg-info", "_cache", ".pyc")
 NOTES_OF_OUTPUTS = {"outputs/README.md", "outputs/.gitkeep"}
 
 
@@ -119,8 +131,8 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def files_to_copy(root: Path) -> list[PurePosixPath]:
-    """What git tracks or would track; where git cannot tell, all but caches, runs and data."""
-    listed = git(root, "ls-files", "-z", "-co", "--exclude-standard", "--", ".") or ""
+    """What git tracks; where git cannot tell, all but caches, runs and data."""
+    listed = git(root, "ls-files", "-z", "--", ".") or ""
     names = [name for name in listed.split("\0") if name]
     if not names:
         names = [str(path.relative_to(root)) for path in walk(root)]
@@ -134,8 +146,10 @@ def files_to_copy(root: Path) -> list[PurePosixPath]:
 
 def walk(folder: Path, depth: int = 0) -> Iterable[Path]:
     for path in folder.iterdir():
-        is_cache = path.name == "__pycache__" or path.name.endswith((".egg-info", "_cache"))
-        if is_cache or (depth == 0 and path.name in NEVER | {".venv.lock"}):
+        name = path.name
+        if name in NOWHERE or name.endswith(NO_ENDINGS) or name.startswith(".coverage"):
+            continue
+        if depth == 0 and name in NOT_AT_TOP:
             continue
         if path.is_dir() and not path.is_symlink():
             yield from walk(path, depth + 1)

@@ -19,7 +19,9 @@ from regrow.record import plots, report
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # an error is one line
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
     parser.add_argument("--output", type=Path, help="the page; in the folder unless given")
@@ -33,17 +35,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make(folders: list[Path], output: Path | None) -> Path:
+    """The page of the runs in `folders`; raises UserError where there is none."""
     runs: dict[Path, None] = {}  # resolved: `latest` and the run it names are one
+    without = []
     for folder in folders:
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} is no folder. Give a run's folder, such as outputs/…/latest."
-            )
         found = report.find_runs(folder)
-        if not found:
-            raise UserError(f"{folder} holds no run. Give a run's folder or one of runs.")
         runs |= dict.fromkeys(run.resolve() for run in found)
-    if len(runs) == 1 and report.is_run(folders[0]):
+        if not found:
+            without.append(str(folder))
+    if not runs:
+        raise UserError(
+            f"{', '.join(without)}: no run is there. Give a run's folder, such as "
+            "outputs/digits/latest, or a folder of runs."
+        )
+    if without:  # as outputs/digits/* matches
+        print(f"note: no run in {', '.join(without)}", file=sys.stderr)
+    if len(runs) == 1:
         run = next(iter(runs))
         plots.draw(run)
         return report.write(run, output)

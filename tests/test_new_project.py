@@ -207,11 +207,15 @@ def test_without_git_the_same_files_are_found(
     copy = tmp_path / "copy"
     new_project.make_project("Deep Fish", copy)
     (copy / "outputs" / "run").mkdir(parents=True)
-    (copy / "outputs" / "run" / "status.json").write_text("{}")
+    for name in ("outputs/run/status.json", ".env", ".coverage.1", "src/.DS_Store", "src/a.pyc"):
+        (copy / name).write_text("{}")
     with_git = new_project.files_to_copy(copy)
     monkeypatch.setattr(new_project, "git", lambda *arguments: None)
     assert new_project.files_to_copy(copy) == with_git
     assert "status.json" not in {path.name for path in with_git}
+    monkeypatch.undo()
+    (copy / "scratch.py").write_text("")
+    assert new_project.files_to_copy(copy) == with_git  # what is not tracked is left behind
 
 
 @pytest.mark.slow

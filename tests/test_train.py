@@ -66,6 +66,7 @@ def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     } <= names
     summary = read_json(folder / "summary.json")
     assert summary["status"] == "completed" and read_json(folder / "status.json")["step"] == 12
+    assert '<span class="badge completed">' in (folder / "report.html").read_text()
     assert summary["steps"] == 12 and summary["epochs"] == 3
     assert summary["best"]["value"] == best
     assert set(summary["test"]) >= {"test/loss", "test/accuracy"}
@@ -117,6 +118,35 @@ def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) 
     summaries = [read_json(tmp_path / name / "summary.json") for name in ("whole", "parts")]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     assert summaries[0]["test"] == summaries[1]["test"]
+    assert [it["step"] for it in read_json(tmp_path / "parts" / "manifest.json")["resumes"]] == [8]
+
+
+def test_a_resume_tells_what_it_changes_and_says_nothing_twice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for epochs in (2, 2, 4):
+        launched("hydra.run.dir=mine", f"trainer.max_epochs={epochs}")
+    out = capsys.readouterr().out
+    assert out.count("epoch 2, step 8:") == 1 and "changed: resume" not in out
+    assert out.count("the learning rate of step 8 was ") == 1  # a cosine, over twice the length
+    launched("hydra.run.dir=flat", "trainer.max_epochs=2", "scheduler=constant")
+    launched("hydra.run.dir=flat", "trainer.max_epochs=4", "scheduler=constant")
+    assert "learning rate of step" not in capsys.readouterr().out
+
+
+def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secrets = ("name='my password: hunter2'", "data.root=https://me:hunter2@host/x")
+    for epochs in (1, 2):
+        launched("hydra.run.dir=mine", f"trainer.max_epochs={epochs}", *secrets)
+    out = capsys.readouterr().out
+    assert "changed: trainer.max_epochs from 1 to 2" in out and "hunter2" not in out
+    assert "hunter2" not in (tmp_path / "mine" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"data.root was taken for a secret.*Give it again"):
+        expand(["resume=mine", "name=digits"])
+    with pytest.raises(SystemExit):  # what is no secret is compared as ever
+        launched("hydra.run.dir=mine", "trainer.max_epochs=2", *secrets, "seed=3")
 
 
 @pytest.mark.parametrize("limit", ["trainer.max_epochs=2", "trainer.max_steps=12"])
@@ -326,7 +356,7 @@ def test_the_next_commands_work_as_printed(tmp_path: Path) -> None:
         assert again.returncode == 0, f"{line}\n{again.stderr}"
     resumed = read_json(folder / "summary.json")
     assert resumed["epochs"] == 4
-    sweeps = [*tmp_path.glob("outputs/digits/sweeps/*/[012]")]
+    sweeps = [*tmp_path.glob("outputs/digits/sweeps/latest/[012]")]
     assert len(sweeps) == 3
     hashes = {read_json(job / "summary.json")["weights_sha256"] for job in sweeps}
     assert len(hashes) == 3

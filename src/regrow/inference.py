@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from regrow.errors import UserError
 from regrow.load import LoadedRun
 from regrow.training.loop import call, measure
 from regrow.training.parallel import World
 from regrow.training.precision import autocast
+from regrow.training.show import evaluation_bar
 
 
 def evaluate(run: LoadedRun, split: str) -> dict[str, float]:
     """The run's numbers over a split, such as "test/accuracy", without augmentation."""
     batches = run.data.evaluation(split, device=run.device)
-    bar = tqdm(batches, desc=split, unit="batch", leave=False, disable=None)
-    values, _ = measure(run.model, run.task, bar, World(run.device), run.precision)
+    bar = evaluation_bar(split, batches)
+    values, _ = measure(run.model, run.task, batches, World(run.device), run.precision, bar)
     return {f"{split}/{name}": value for name, value in values.items()}
 
 

@@ -146,7 +146,7 @@ def run_in(job: Job, world: World) -> float | None:
         pids = world.gather(os.getpid())
         if world.is_main:
             write_start(folder, job, objects)
-            records.link_latest(folder)
+            records.link_latest(folder, Path("outputs", config["name"]))
             introduce(folder, job, objects, world)
             records.set_status(folder, "running", step=0, pids=pids)
         with StopRequest() as stop:
@@ -166,6 +166,7 @@ def run_in(job: Job, world: World) -> float | None:
             world.barrier()
             raise SystemExit(128 + number)
         if world.is_main:
+            runs.draw(folder)  # once the status is written, which the page shows
             conclude(folder, job, summary)
         best: float | None = summary["best"]["value"]
         return best
@@ -205,10 +206,10 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> None:
     if (folder / manifest.NAME).is_file():
         resume.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
+    recorded = OmegaConf.create(redact_all(dict(job.config)))
+    records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     for name, content in job.composed.items():
         records.write_text(folder / ".hydra" / name, redact(content))
-    recorded = OmegaConf.create(redact_all(dict(job.config)))
-    records.write_text(folder / "config.yaml", redact(OmegaConf.to_yaml(recorded)))
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):
         log.warning("%s", changes)
@@ -223,7 +224,8 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> None:
 
 def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:
     """What is about to run, and how to go on with it should it be cut."""
-    options, state, config = objects.options, objects.state, job.config
+    options, state = objects.options, objects.state
+    config = redact_all(dict(job.config))
     for line in config_tree(config, job.choices):
         log.info("%s", line)
     sizes = objects.data.num_examples
@@ -239,9 +241,10 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1], each),
     )
     steps = "until time is up" if objects.total_steps is None else f"{objects.total_steps:,} steps"
+    chosen = " (trainer.device=auto)" if options.device == "auto" else ""
     log.info(
-        "run: %s of %d per epoch, on %s in %s with %d threads",
-        *(steps, state.steps_per_epoch, world.device, options.precision),
+        "run: %s of %d per epoch, on %s%s in %s with %d threads",
+        *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
         config["trainer"]["num_threads"],
     )
     log.info("folder: %s", folder)
@@ -269,7 +272,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
 
 
 def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """The config as a tree: a line for each group, wrapped."""
+    """The config as a tree: a line for each group, wrapped. What is off or empty is left out."""
     lines = []
     width = max(80, min(140, _terminal_width()))
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
@@ -277,12 +280,16 @@ def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[s
     for name, values in {"run": plain, **groups}.items():
         option = choices.get(name) or ""
         flat = resume.differences({}, values)
-        words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if not _is_plumbing(k)]
+        words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if _is_shown(k, new)]
+        if name == "logger":
+            words = ["jsonl", *values]  # their settings are in config.yaml
         text = " ".join([str(option), *words]).strip()
+        if not text:
+            continue
         mark = "└─" if name == [*groups][-1] else "├─"
         first, rest = f"{mark} {name:<10} ", f"{'  ' if mark == '└─' else '│ '} {'':<10} "
         lines += textwrap.wrap(
-            text or "–",
+            text,
             width,
             initial_indent=first,
             subsequent_indent=rest,
@@ -362,8 +369,10 @@ def _terminal_width() -> int:
     return shutil.get_terminal_size((100, 24)).columns
 
 
-def _is_plumbing(key: str) -> bool:
-    return key.split(".")[-1] in ("_partial_", "_target_")
+def _is_shown(key: str, value: Any) -> bool:
+    is_off = value is None or value is False or value in ("", [], {})
+    is_off = is_off or (isinstance(value, float) and value == 0)
+    return not is_off and key.split(".")[-1] not in ("_partial_", "_target_", "resume")
 
 
 def _short(value: Any) -> str:

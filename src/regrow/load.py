@@ -301,7 +301,7 @@ def _precision(recorded: str, device: torch.device) -> str:
 def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[str, Any]]:
     """The folder, parts and manifest of a checkpoint, also of a run that is still rotating its."""
     there = checkpoint.complete(folder)
-    names = [name for name in ("best", "last") if (folder / name).is_dir()]
+    names = [name for name in ("best", "last") if checkpoint.named(folder, name).is_dir()]
     names += [path.name for path in there]
     if which not in names:
         raise UserError(
@@ -309,11 +309,11 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[
             f"There is {', '.join(names) or 'none'}."
         )
     while True:
-        path = (folder / which).resolve()
+        path = checkpoint.named(folder, which)
         try:
             return path, *checkpoint.load(path)
         except (checkpoint.DamagedCheckpoint, OSError) as damage:
-            if (folder / which).resolve() != path:
+            if checkpoint.named(folder, which) != path:
                 continue  # replaced by a newer one while it was read
             others = [p.name for p in there if p.name != path.name]
             raise UserError(

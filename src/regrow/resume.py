@@ -15,6 +15,7 @@ from regrow.config import CONF, read_yaml
 from regrow.errors import UserError
 from regrow.record import manifest
 from regrow.record.folder import SUMMARY, load_status, read_json
+from regrow.record.redact import MASK, redact_all
 from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 # What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
 # moves the maths beyond float rounding. Everything else has to be named to be changed.
 MAY_CHANGE = (
-    "resume",
     "tags",
     "notes",
     "logger.*",
@@ -83,6 +83,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
             raise UserError(
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
                 "keys. It is not followed."
+            )
+        if MASK in override:
+            raise UserError(
+                f"resume={folder}: the value of {key_of(override)} was taken for a secret and not "
+                f"recorded. Give it again: {key_of(override)}=…"
             )
     return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
 
@@ -154,7 +159,9 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         old_overrides = recorded_overrides(folder)
         named = {key_of(override) for override in overrides if override not in old_overrides}
     refused = []
-    for key, (old, new) in differences(recorded, config).items():
+    for key, (old, new) in differences(recorded, redact_all(config)).items():
+        if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
+            continue
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
             log.info("changed: %s from %s to %s", key, old, new)
         elif any(key == name or key.startswith(f"{name}.") for name in named):

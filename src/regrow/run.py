@@ -6,7 +6,9 @@ with the data, the model or their fit shows before anything is written.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
-from regrow.record import loggers, plots, report
+from regrow.record import loggers, manifest, plots, report
 from regrow.training import checkpoint, loop, optim
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
@@ -34,7 +36,7 @@ from regrow.training.parallel import (
 )
 from regrow.training.plan import EvalBatches, Plan, Record, TrainBatches
 from regrow.training.precision import LossScale
-from regrow.training.schedules import RunLength
+from regrow.training.schedules import Plateau, RunLength
 from regrow.training.show import evaluation_bar
 from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
 
@@ -128,7 +130,7 @@ class Silence:
         return 0
 
     def sync(self) -> None: ...
-    def close(self) -> None: ...
+    def close(self, exit_code: int = 0) -> None: ...
 
 
 def check_first_batch(objects: Objects, world: World) -> None:
@@ -180,7 +182,11 @@ def train(
     """
     options, state = objects.options, objects.state
     writer = checkpoint.CheckpointWriter(
-        folder / "checkpoints", options.checkpoint, options.mode, writes=world.is_main
+        folder / "checkpoints",
+        options.checkpoint,
+        options.mode,
+        written=functools.partial(records.set_step, folder),
+        writes=world.is_main,
     )
     facts = go_on(state, writer, world)
     record: Record = Silence()
@@ -195,6 +201,7 @@ def train(
         )
     plan = plan_of(objects, config["seed"], world, stop, checkpoints=writer, record=record)
     started = time.perf_counter()
+    exit_code = 1
     try:
         with profiling(options, folder, world):
             status = loop.fit(state, plan)
@@ -204,14 +211,14 @@ def train(
                 summary["test"] = test_once(objects, plan, folder)
             if world.is_main:
                 records.write_json(folder / "summary.json", summary)
+        exit_code = 0 if status == "completed" else loggers.KILLED
     except Interrupted:  # while testing: the training is done and saved
         summary = summarise("interrupted", state, options, started)
+        exit_code = loggers.KILLED
     finally:
         writer.wait()
-        record.close()
+        record.close(exit_code)
         objects.data.close()
-    if summary["status"] == "completed" and world.is_main:
-        draw(folder)
     return summary
 
 
@@ -233,8 +240,26 @@ def go_on(
     state.load_state_dict(parts)
     state.progress.halvings = max(halvings, state.progress.halvings)
     writer.saved = (state.step, state.progress.evaluated_step == state.step)
+    if world.is_main:
+        manifest.set_step(writer.folder.parent, state.step)
     log.info("going on from step %d (%s)", state.step, f"checkpoints/{found}")
+    tell_of_another_rate(state)
     return facts
+
+
+def tell_of_another_rate(state: TrainState) -> None:
+    """Say so where a resume changes the schedule, as a raised limit stretches a cosine."""
+    if state.step == 0 or isinstance(state.schedule, Plateau):
+        return
+    before = optim.rates(state.optimizer)["lr"]
+    optim.set_lr(state.optimizer, state.schedule(state.step - 1))
+    now = optim.rates(state.optimizer)["lr"]
+    if not math.isclose(before, now):
+        log.info(
+            "the learning rate of step %d was %.3g and would now be %.3g: the schedule follows "
+            "what was changed",
+            *(state.step, before, now),
+        )
 
 
 def summarise(
@@ -264,11 +289,11 @@ def summarise(
 
 def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     """Measure the test split, once, with the best weights; averaged ones where there are any."""
-    state = objects.state
-    best = folder / "checkpoints" / "best"
+    options, state = objects.options, objects.state
+    best = checkpoint.named(folder / "checkpoints", "best")
     if best.exists():
         try:
-            parts, facts = checkpoint.load(best.resolve())
+            parts, facts = checkpoint.load(best)
         except checkpoint.DamagedCheckpoint as damage:
             raise UserError(
                 f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
@@ -283,10 +308,10 @@ def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     )
     # Not by loop.evaluate: these weights already are those that a schedule-free optimizer shows.
     plan.world.copy_buffers(state.evaluated)
-    bar = evaluation_bar(batches, "test", plan)
-    shown = stopping_together(bar, len(batches), plan.stop, plan.world)
+    waited = stopping_together(batches, len(batches), plan.stop, plan.world)
+    bar = evaluation_bar("test", batches, options.progress_bar and plan.world.is_main)
     measured, details = loop.measure(
-        state.evaluated, plan.task, shown, plan.world, plan.options.precision
+        state.evaluated, plan.task, waited, plan.world, options.precision, bar
     )
     values = {f"test/{name}": value for name, value in measured.items()}
     plan.record.log(state.step, state.epoch, values)
@@ -324,15 +349,13 @@ def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:
 
 
 def resolve_device(name: str, index: int = 0) -> torch.device:
-    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU, and says so.
+    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU.
 
     `index` is this process's place among those of its machine.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         chosen = "cuda" if cuda else "mps" if mps else "cpu"
-        if chosen == "cpu":
-            log.info("trainer.device=auto: no CUDA and no MPS here, so the CPU")
         return torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(

@@ -81,11 +81,11 @@ def _clean(name: str, own: Mapping[str, Tensor]) -> str:
 
 
 def _weights(source: Path) -> Mapping[str, Tensor]:
-    if (source / "checkpoints").is_dir():
-        which = "best" if (source / "checkpoints" / "best").exists() else "last"
-        source = source / "checkpoints" / which
+    if (folder := source / "checkpoints").is_dir():
+        best = checkpoint.named(folder, "best")
+        run, source = source, best if best.is_dir() else checkpoint.named(folder, "last")
         if not source.is_dir():
-            raise UserError(f"init_from={source.parents[1]}: that run has no checkpoint yet.")
+            raise UserError(f"init_from={run}: that run has no checkpoint yet.")
     if not source.exists():
         raise UserError(f"init_from={source}: there is no such file or folder.")
     try:

@@ -62,7 +62,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 def _create_at_once(outputs: Path, ready: object, found: object) -> None:
     ready.wait()  # type: ignore[attr-defined]
     folder = create(outputs, "digits", datetime(2026, 11, 21, 10, 2, 11))
-    link_latest(folder)
+    link_latest(folder, folder.parent)
     found.put(str(folder))  # type: ignore[attr-defined]
 
 
@@ -103,13 +103,29 @@ def test_latest_moves_on_and_never_replaces_a_folder_of_the_user(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = create(tmp_path, "x"), create(tmp_path, "x")
-    link_latest(first)
-    link_latest(second)
+    link_latest(first, tmp_path / "x")
+    link_latest(second, tmp_path / "x")
     assert (tmp_path / "x" / "latest").resolve() == second
     (tmp_path / "y" / "latest").mkdir(parents=True)
-    link_latest(create(tmp_path, "y"))
+    link_latest(create(tmp_path, "y"), tmp_path / "y")
     assert not (tmp_path / "y" / "latest").is_symlink()
     assert "left as it is" in caplog.text
+
+
+def test_latest_names_the_newest_run_and_of_sweeps_the_newest_sweep(tmp_path: Path) -> None:
+    runs = tmp_path / "digits"
+    for name in ("a", "chosen/by/hand", "sweeps/s/0", "sweeps/s/1"):
+        (runs / name).mkdir(parents=True)
+        link_latest(runs / name, runs)
+    assert (runs / "latest").resolve() == runs / "chosen" / "by" / "hand"
+    assert (runs / "sweeps" / "latest").resolve() == runs / "sweeps" / "s"
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path / "elsewhere", runs, runs / "sweeps"):
+        link_latest(folder, runs)
+    links = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("latest")}
+    assert links == {"digits/latest", "digits/sweeps/latest"}
+    link_latest(runs / "latest", runs)  # as hydra.run.dir=outputs/digits/latest gives it
+    assert (runs / "latest").resolve() == runs / "chosen" / "by" / "hand"
 
 
 def test_the_second_holder_is_refused_with_one_line_that_names_the_first(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from running import TINY, config_of, train_config
 
 from regrow.errors import UserError
 from regrow.record.folder import read_metrics
@@ -467,6 +468,30 @@ def test_a_broken_tracker_is_named_once_and_the_record_goes_on(
         "logger theirs: RuntimeError: no room"
     ]
     assert len(read_metrics(tmp_path)) == 3
+
+
+class Told:
+    """Of how its run ended."""
+
+    codes: ClassVar[list[int]] = []
+
+    def __init__(self, **_: Any) -> None: ...
+    def log(self, *_: Any) -> None: ...
+    def flush(self) -> None: ...
+    def close(self, exit_code: int = 0) -> None:
+        self.codes.append(exit_code)
+
+
+def test_trackers_are_told_whether_a_run_was_completed_stopped_or_failed(tmp_path: Path) -> None:
+    config = config_of(*TINY)
+    config["logger"]["told"] = {"_target_": f"{__name__}.Told", "_partial_": True}
+    train_config(tmp_path / "stopped", config, stop_at=5)
+    train_config(tmp_path / "stopped", config)
+    config["optimizer"]["lr"] = 1e38
+    config["trainer"]["max_skipped_steps"] = 2
+    with pytest.raises(FloatingPointError):
+        train_config(tmp_path / "failed", config)
+    assert Told.codes == [255, 0, 1]
 
 
 def test_logging_leaves_the_ambient_random_state_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from regrow.record import manifest
+from regrow.record.folder import read_json
 from regrow.record.redact import redact, redact_all
 
 TOKENS = {
@@ -124,6 +125,7 @@ def test_no_planted_secret_enters_the_folder(
     [
         "max_tokens=128 tokenizer=bert monkey=12345 author=someone",
         "keyboard: qwerty, model.pad_token=<pad>",
+        "model.pad_token: '[PAD]', eos_token=endoftext",
         "https://example.org/a@b and user@example.org",
         "token: ${oc.env:TOKEN}",
         "optimizer.lr=0.001 tags=[authentic]",
@@ -173,10 +175,12 @@ def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None
     (root / "src" / "a.py").write_text("x = 3\n")
     change = manifest.code_changes(tmp_path / "run", root)
     assert change is not None and "code has changed" in change and "\n" not in change
-    told = write(tmp_path / "run", root, command=["python", "x"], step=40)
+    told = write(tmp_path / "run", root, command=["python", "x"])
     assert {k: v for k, v in told.items() if k != "resumes"} == first
     (resume,) = told["resumes"]
-    assert (resume["step"], resume["command"], resume["git"]["dirty"]) == (40, "python x", True)
+    assert (resume["command"], resume["git"]["dirty"]) == ("python x", True)
+    manifest.set_step(tmp_path / "run", 40)
+    assert [it["step"] for it in read_json(tmp_path / "run" / "manifest.json")["resumes"]] == [40]
     assert "+x = 3" in (tmp_path / "run" / resume["git"]["diff"]).read_text()
     assert "packages" not in resume  # only what differs
     assert manifest.code_changes(tmp_path / "run", root) is None

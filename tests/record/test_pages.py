@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -188,6 +189,48 @@ def test_a_key_that_only_one_has_differs_and_one_is_not_true() -> None:
     assert report.differing_keys(configs) == ["a.b", "c", "a"]
 
 
+def test_what_follows_from_another_key_is_not_listed_as_a_difference() -> None:
+    """A reference to another key, and what comes with another class."""
+    configs: list[dict[str, Any]] = [
+        {"seed": 0, "data": {"seed": 0}, "opt": {"_target_": "a.SGD", "lr": 1.0, "momentum": 0.9}},
+        {"seed": 1, "data": {"seed": 1}, "opt": {"_target_": "a.Adam", "lr": 1.0, "eps": 1e-8}},
+        {"seed": 1, "data": {"seed": 1}, "opt": {"_target_": "a.Adam", "lr": 1.0, "eps": 1e-8}},
+    ]
+    assert report.differing_keys(configs, ["data.seed"]) == ["seed", "opt._target_"]
+    configs[2]["opt"]["eps"] = 1e-6
+    assert report.differing_keys(configs) == ["seed", "data.seed", "opt._target_", "opt.eps"]
+
+
+def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Path) -> None:
+    overrides = [["model=cnn", "seed=0", "notes=x"], ["model=cnn", "seed=1"], ["model=cnn"]]
+    for index, own in enumerate(overrides):
+        folder = make_run(tmp_path / str(index), seed=index)
+        composed = {"seed": index, "data": {"seed": "${seed}"}}
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(own))
+        (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(composed))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"seed": index}}))
+    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert {"seed=0", "seed=1", "2"} <= set(page.words)
+    assert "model=cnn" not in page.text and "notes=x" not in page.text
+    assert "data.seed" not in page.text
+    shutil.copytree(tmp_path / "0", tmp_path / "again")
+    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert {"seed=0 0", "seed=0 again", "seed=1"} <= set(page.words)
+
+
+def test_metrics_of_single_classes_are_folded_away(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["test"]["test/f1/zero"] = 0.5
+    write_json(folder / "summary.json", summary)
+    text = report.write(folder).read_text()
+    before, _, folded = text.partition("<details><summary>per class</summary>")
+    assert "f1/zero" in folded.partition("</details>")[0] and "f1/zero" not in before
+    assert "accuracy" in before
+
+
 def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(i), epochs=2, steps_per_epoch=5, seed=i) for i in range(45)]
     page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
@@ -223,6 +266,32 @@ def test_the_script_writes_one_page_for_one_run_and_one_for_several(
         assert main([str(tmp_path / wrong)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_what_a_glob_matches_beside_runs_is_left_out_with_one_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "sweeps/x/0"):
+        make_run(tmp_path / name)
+    (tmp_path / "latest").symlink_to("b")
+    (tmp_path / "find_lr" / "x").mkdir(parents=True)
+    (tmp_path / "comparison.html").write_text("")
+    output = tmp_path / "c.html"
+    arguments = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert script().main([*arguments, "--output", str(output)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("note: no run in ") and error.count("\n") == 1
+    assert "find_lr" in error and "comparison.html" in error
+    assert "3 runs" in Page(output).text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--nothing", "x"]])
+def test_a_wrong_command_line_of_the_script_gets_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script().main(arguments)
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ def child(config: dict[str, Any], folder: Path, prepare: Callable[[], None]) -> 
     try:
         torch.set_num_threads(1)
         prepare()
-        runs.draw = lambda folder: None
         world = World(device=torch.device("cpu"))
         with contextlib.redirect_stderr(io.StringIO()):
             objects = runs.build(config, world)

@@ -21,9 +21,11 @@ from running import CPU, TINY, config_of, fingerprint, train
 
 from regrow import run as runs
 from regrow.errors import UserError
+from regrow.record.folder import load_status, set_status
 from regrow.training import checkpoint, loop
 from regrow.training.checkpoint import CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.training.options import CheckpointOptions
+from regrow.weights import load_weights
 
 RUN = (
     *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),
@@ -88,10 +90,7 @@ DAMAGES = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    quiet = pytest.MonkeyPatch()
-    quiet.setattr(runs, "draw", lambda folder: None)
     assert train(folder, *RUN)["status"] == "completed"
-    quiet.undo()
     return folder
 
 
@@ -372,6 +371,43 @@ def test_rotation_touches_nothing_but_checkpoints_of_its_folder(tmp_path: Path) 
     assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / "step_final").is_dir()
     assert (folder / "damaged_step_00000001").is_dir()
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, [0.1], OPTIONS)
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", 2)
+        checkpoint.write(tmp_path, part(), facts(2))
+        assert checkpoint.load_newest(tmp_path) is not None
+    with pytest.raises(UserError, match="has format 2, and this code reads up to 1"):
+        checkpoint.load_newest(tmp_path)
+    assert (tmp_path / "step_00000002").is_dir()
+
+
+def test_where_links_are_not_possible_last_and_best_are_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    summary = train(tmp_path, *RUN)
+    folder = tmp_path / "checkpoints"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    for name, step in (("last", summary["steps"]), ("best", summary["best"]["step"])):
+        assert checkpoint.named(folder, name) == folder / f"step_{step:08d}"
+    assert summary["test"]["test/loss"] > 0
+    model = runs.build(config_of(*RUN), CPU).state.model
+    load_weights(model, tmp_path)
+
+
+def test_a_killed_runs_status_tells_the_step_of_its_last_checkpoint(tmp_path: Path) -> None:
+    set_status(tmp_path, "running", step=0, pids=[1])
+    train(tmp_path, *RUN, stop_at=7)
+    status = load_status(tmp_path)
+    assert status is not None and (status["step"], status["state"]) == (7, "interrupted")
 
 
 def test_incomplete_folders_do_not_count_as_kept_ones(tmp_path: Path) -> None:

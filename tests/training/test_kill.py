@@ -68,10 +68,7 @@ def weights_of(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    quiet = pytest.MonkeyPatch()
-    quiet.setattr(runs, "draw", lambda folder: None)
     train(folder, *RUN)
-    quiet.undo()
     return folder
 
 

@@ -106,6 +106,7 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
     groups = optim.parameter_groups(model, lr_scale={"6": 0.1}, decay_norms_and_biases=False)
     optimizer = optim.build(functools.partial(torch.optim.SGD, lr=0.5, weight_decay=0.2), groups)
     optim.set_lr(optimizer, 0.5)
+    assert optim.rates(optimizer) == pytest.approx({"lr": 0.25, "lr/x0.1": 0.025})
     found = {
         id(p): (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups

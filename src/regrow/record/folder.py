@@ -55,16 +55,25 @@ def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
         return folder
 
 
-def link_latest(folder: Path, parent: Path | None = None) -> None:
-    """Point <parent>/latest at the folder, in one step; `parent` is the folder's own, or given."""
-    link = (parent or folder.parent) / "latest"
+def link_latest(folder: Path, runs: Path) -> None:
+    """Let <runs>/latest name `folder`, in one step; of a job of a sweep, <runs>/sweeps/latest the
+    sweep. `runs` is outputs/<name>; a folder that lies elsewhere is not linked.
+    """
+    try:
+        inside = folder.resolve().relative_to(runs.resolve())
+    except ValueError:
+        return
+    if inside.parts[:1] == ("sweeps",):
+        runs, inside = runs / "sweeps", Path(*inside.parts[1:2])
+    if inside == Path():
+        return
+    link = runs / "latest"
     if link.exists() and not link.is_symlink():
         log.warning("%s is no link, left as it is", link)
         return
-    target = os.path.relpath(folder.resolve(), link.parent.resolve())
     temporary = link.with_name(f".latest-{secrets.token_hex(8)}")
     try:
-        temporary.symlink_to(target, target_is_directory=True)
+        temporary.symlink_to(inside, target_is_directory=True)
         temporary.replace(link)
     except OSError as error:  # a file system without links: the run does not need one
         log.warning("%s was not updated: %s", link, error)
@@ -247,6 +256,12 @@ def set_status(
         write_json(folder / STATUS, status)
     except OSError as failure:
         log.warning("%s was not written: %s", folder / STATUS, failure)
+
+
+def set_step(folder: Path, step: int) -> None:
+    """Note in status.json how far the run has come: of a killed one, that is all there is."""
+    with contextlib.suppress(OSError, ValueError):
+        set_status(folder, **{**read_json(folder / STATUS), "step": step})
 
 
 def load_status(folder: Path) -> dict[str, Any] | None:

@@ -32,6 +32,9 @@ from regrow.record.redact import redact_all
 log = logging.getLogger(__name__)
 
 
+KILLED = 255  # the exit code that wandb shows as killed and not as failed
+
+
 class Logger(Protocol):
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None: ...

@@ -60,11 +60,10 @@ def write(
     root: Path,
     data: Mapping[str, Any] | None,
     seeds: Mapping[str, Any],
-    step: int = 0,
 ) -> dict[str, Any]:
     """Write manifest.json and, for code with changes, git.diff; return the manifest.
 
-    Where there is one already, it stays and this start is added to its `resumes`, with the step.
+    Where there is one already, it stays and this start is added to its `resumes`; see `set_step`.
     `root` is the repository's folder, `data` the data's fingerprint.
     """
     now: dict[str, Any] = {
@@ -85,7 +84,7 @@ def write(
     with contextlib.suppress(OSError, ValueError):
         first: dict[str, Any] = read_json(folder / NAME)
         same = {key for key, value in now.items() if first.get(key) == value}
-        resume = {"step": step, **{k: v for k, v in now.items() if k not in same}}
+        resume = {"step": None, **{k: v for k, v in now.items() if k not in same}}
         first.setdefault("resumes", []).append(resume)
         if "git" in resume and diff:
             _write_diff(folder, f"git.{len(first['resumes'])}.diff", diff, resume["git"])
@@ -95,6 +94,14 @@ def write(
         _write_diff(folder, "git.diff", diff, now["git"])
     write_json(folder / NAME, now)
     return now
+
+
+def set_step(folder: Path, step: int) -> None:
+    """Note the step that the latest start went on from, once its checkpoint is read."""
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        content = read_json(folder / NAME)
+        content["resumes"][-1]["step"] = step
+        write_json(folder / NAME, content)
 
 
 def _write_diff(folder: Path, name: str, diff: str, entry: dict[str, Any]) -> None:

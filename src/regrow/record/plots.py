@@ -125,6 +125,7 @@ def overlay(runs: Mapping[str, Lines], names: Sequence[str]) -> Figure | None:
     for name, axis in zip(names, axes, strict=True):
         everything: list[float] = []
         for (label, lines), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+            label = label if len(label) <= 100 else f"{label[:99]}…"
             steps, values = series(lines, f"val/{name}")
             if not steps:
                 steps, values = series(lines, f"train/{name}")
@@ -136,7 +137,7 @@ def overlay(runs: Mapping[str, Lines], names: Sequence[str]) -> Figure | None:
         figure.legend(
             *labels,
             loc="outside lower left",
-            ncols=min(4, len(labels[1])),
+            ncols=max(1, min(4, 130 // (max(map(len, labels[1])) + 6))),  # as many as fit
             frameon=False,
             fontsize=9,
             labelcolor=INK,

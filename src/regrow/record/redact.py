@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-# The last word of a name, so that max_tokens, monkey and keyboard stay readable.
+# The last word of a name, so that max_tokens, monkey and keyboard stay readable. A vocabulary's own
+# tokens, such as pad_token, are none of anybody's.
 _NAME = (
-    r"(?:[\w.-]*?[_.-])?(?:api_?key|access_?key|secret_?key|private_?key|secret|token|"
+    r"(?:[\w.-]*?[_.-])?(?:api_?key|access_?key|secret_?key|private_?key|secret|"
+    r"(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)token|"
     r"password|passwd|passphrase|credentials?|auth)"
 )
 _SECRET_NAME = re.compile(_NAME + r"\Z", re.IGNORECASE)

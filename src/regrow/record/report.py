@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,7 +28,7 @@ from regrow.record.redact import redact, redact_all
 
 DRAWN_RUNS = 40  # in one picture; the table holds all
 # Differ between any two runs and say nothing about either.
-BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes")
+BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Run:
     summary: Mapping[str, Any]
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
+    overrides: Sequence[str]
     lines: Sequence[Mapping[str, Any]]
 
     @property
@@ -60,6 +62,7 @@ def load(folder: Path) -> Run:
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
     manifest, config = _mapping(folder / "manifest.json"), _mapping(folder / "config.yaml")
+    overrides = _read(folder / ".hydra" / "overrides.yaml")
     name = str(config.get("name") or folder.resolve().parent.name)
     status = load_status(folder) or {}
     return Run(
@@ -69,6 +72,7 @@ def load(folder: Path) -> Run:
         summary=_mapping(folder / SUMMARY),
         manifest=redact_all(manifest),
         config=redact_all(config),
+        overrides=[redact(str(it)) for it in overrides] if isinstance(overrides, list) else [],
         lines=read_metrics(folder),
     )
 
@@ -95,18 +99,21 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
+    value = _read(path)
+    return value if isinstance(value, dict) else {}
+
+
+def _read(path: Path) -> Any:
     try:
         if path.suffix == ".yaml":
             import yaml
 
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        else:
-            value = read_json(path)
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
-        return {}
+        return None
     except Exception as error:  # YAML's own errors, without importing it for their names
         return {"unreadable": f"{path.name}: {' '.join(str(error).split())}"}
-    return value if isinstance(value, dict) else {}
 
 
 # -- one run ---------------------------------------------------------------------------------------
@@ -154,11 +161,11 @@ def _head(run: Run) -> str:
 def _results(run: Run) -> str:
     val, test = run.metrics("val"), run.metrics("test")
     best = run.summary.get("best") or {}
-    rows = [
-        [_text(name), _number(val.get(name)), _number(test.get(name))]
+    rows = {
+        name: [_text(name), _number(val.get(name)), _number(test.get(name))]
         for name in dict.fromkeys([*val, *test])
         if not isinstance(val.get(name, test.get(name)), list | dict)
-    ]
+    }
     if not rows:
         return _section("Result", "<p class=muted>Nothing has been evaluated yet.</p>")
     chosen = ""
@@ -167,7 +174,11 @@ def _results(run: Run) -> str:
             f"<p class=muted>Best {_text(best['metric'])} {_number(best.get('value'))} "
             f"at step {_number(best.get('step'))}.</p>"
         )
-    return _section("Result", _table(["metric", "val", "test"], rows) + chosen)
+    header = ["metric", "val", "test"]
+    whole = [row for name, row in rows.items() if "/" not in name]
+    per_class = [row for name, row in rows.items() if "/" in name]  # f1/zero
+    more = _details("per class", _table(header, per_class)) if per_class else ""
+    return _section("Result", _table(header, whole) + chosen + more)
 
 
 def _facts(run: Run) -> str:
@@ -211,11 +222,12 @@ def _records(run: Run) -> str:
         import yaml
 
         text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
-        parts += _details("config.yaml", redact(text))
+        parts += _details("config.yaml", f"<pre>{_text(text)}</pre>")
     if run.manifest:
         import json
 
-        parts += _details("manifest.json", json.dumps(run.manifest, indent=2, ensure_ascii=False))
+        text = json.dumps(run.manifest, indent=2, ensure_ascii=False)
+        parts += _details("manifest.json", f"<pre>{_text(text)}</pre>")
     return parts
 
 
@@ -223,10 +235,10 @@ def _records(run: Run) -> str:
 
 
 def compare(folders: Sequence[Path], output: Path) -> Path:
-    """Write one page with the runs side by side: what differs in their configs, what came out."""
+    """Write one page with the runs side by side: what came out, what differs in their configs."""
     runs = [load(folder) for folder in folders]
-    labels = _labels([run.folder for run in runs])
-    keys = differing_keys([run.config for run in runs])
+    labels = _labels(runs)
+    keys = differing_keys([run.config for run in runs], _references(folders))
     columns = _metric_columns(runs)
     rows = []
     for run, label in zip(runs, labels, strict=True):
@@ -238,17 +250,15 @@ def compare(folders: Sequence[Path], output: Path) -> Path:
             [
                 cell,
                 _badge(run.state),
-                *(_value(flat.get(key, _MISSING)) for key in keys),
                 *(_number(run.metrics(split).get(name)) for split, name in columns),
                 _number(run.summary.get("steps", run.status.get("step"))),
                 _duration(run.summary.get("seconds")),
+                *(_value(key, flat.get(key, _MISSING)) for key in keys),
             ]
         )
-    header = ["run", "status", *keys, *(f"{split}/{name}" for split, name in columns)]
-    drawn = {
-        _legend(label, run, keys): run.lines
-        for label, run in zip(labels[:DRAWN_RUNS], runs, strict=False)
-    }
+    results = [*(f"{split}/{name}" for split, name in columns), "steps", "time"]
+    header = ["run", "status", *results, *(key.removesuffix("._target_") for key in keys)]
+    drawn = {label: run.lines for label, run in zip(labels[:DRAWN_RUNS], runs, strict=False)}
     names = list(dict.fromkeys(name for run in runs for name in plots.panel_names(run.lines)))
     figure = plots.overlay(drawn, names[: plots.PANELS])
     more = f"The first {DRAWN_RUNS} of {len(runs)} runs." if len(runs) > DRAWN_RUNS else ""
@@ -256,20 +266,12 @@ def compare(folders: Sequence[Path], output: Path) -> Path:
     title = f"{len(runs)} runs"
     body = (
         f"<header><h1>{title}</h1><p class=where>{_text(_summary_of_states(runs))}</p></header>"
-        + _section("Runs", _table([*header, "steps", "time"], rows, text_columns=2 + len(keys)))
+        + _section("Runs", _table(header, rows, numbers=range(2, 2 + len(results))))
         + ("" if keys else "<p class=muted>Their configs do not differ.</p>")
         + _section("Curves", picture)
     )
     write_text(output, _page(title, body, kind="wide"))
     return output
-
-
-def _legend(label: str, run: Run, keys: Sequence[str]) -> str:
-    """The label, and what the run alone has, where that is short."""
-    flat = flatten(run.config)
-    settings = [f"{key.rpartition('.')[2]}={flat[key]}" for key in keys[:3] if key in flat]
-    long = f"{label}  {' '.join(settings)}"
-    return long if len(long) <= 46 else label
 
 
 _MISSING = object()
@@ -287,16 +289,44 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys, in the order of the configs, whose values are not the same in all of them."""
+def differing_keys(
+    configs: Sequence[Mapping[str, Any]], references: Collection[str] = ()
+) -> list[str]:
+    """Keys, in the order of the configs, whose values are not the same in all of them.
+
+    Without those that only say again what another says: `references`, whose value is taken from
+    another key, and what all runs with the same `_target_` have alike.
+    """
     flats = [flatten(config) for config in configs]
-    keys = dict.fromkeys(key for flat in flats for key in flat)
+
+    def differs(key: str, flats: Sequence[Mapping[str, Any]]) -> bool:
+        values = [flat.get(key, _MISSING) for flat in flats]
+        return any(not _same(value, values[0]) for value in values)
+
+    def follows(key: str) -> bool:
+        target = f"{key.rpartition('.')[0]}._target_"
+        having = [flat for flat in flats if key in flat]
+        return key != target and differs(target, flats) and not differs(key, having)
+
     return [
         key
-        for key in keys
+        for key in dict.fromkeys(key for flat in flats for key in flat)
         if key.split(".")[0] not in BOOKKEEPING
-        and any(not _same(flat.get(key, _MISSING), flats[0].get(key, _MISSING)) for flat in flats)
+        and key not in references
+        and differs(key, flats)
+        and not follows(key)
     ]
+
+
+def _references(folders: Sequence[Path]) -> set[str]:
+    """Keys that take another key's value in each of the runs that have them."""
+    composed = [flatten(_mapping(folder / ".hydra" / "config.yaml")) for folder in folders]
+    keys = {key for flat in composed for key in flat}
+    return {
+        key
+        for key in keys
+        if all(re.fullmatch(r"\$\{[\w.]+\}", str(flat.get(key, "${}"))) for flat in composed)
+    }
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -319,8 +349,26 @@ def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return list(found)[:12]
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell the runs apart."""
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The overrides that not all have; where they tell nothing, the shortest endings of the paths
+    that tell the runs apart."""
+    endings = _endings([run.folder for run in runs])
+    labels = []
+    for run in runs:
+        own = [
+            override
+            for override in run.overrides
+            if re.split(r"[.=@]", override.lstrip("+~"))[0] not in BOOKKEEPING
+            and any(override not in other.overrides for other in runs)
+        ]
+        labels.append(" ".join(own))
+    return [
+        label if label and labels.count(label) == 1 else f"{label} {ending}".strip()
+        for label, ending in zip(labels, endings, strict=True)
+    ]
+
+
+def _endings(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-depth:]) for part in parts]
@@ -364,12 +412,15 @@ def _number(value: Any) -> str:
     return f'<span title="{value!r}">{short}</span>'
 
 
-def _value(value: Any) -> str:
+def _value(key: str, value: Any) -> str:
     if value is _MISSING:
         return _NOTHING
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()  # as one types it
-    return _text(value)
+    text = str(value)
+    short = text.rpartition(".")[2] if key.endswith("_target_") else text
+    short = short if len(short) <= 40 else f"{short[:39]}…"
+    return _text(text) if short == text else f'<span title="{_text(text)}">{_text(short)}</span>'
 
 
 def _duration(seconds: Any) -> str:
@@ -390,12 +441,15 @@ def _section(title: str, content: str) -> str:
 
 
 def _details(title: str, content: str) -> str:
-    return f"<details><summary>{_text(title)}</summary><pre>{_text(content)}</pre></details>"
+    """Folded away; the content is HTML already."""
+    return f"<details><summary>{_text(title)}</summary>{content}</details>"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """Cells are HTML already; the first `text_columns` columns are text, the others numbers."""
-    kinds = ["" if index < text_columns else " class=number" for index in range(len(header))]
+def _table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = (1, 2)
+) -> str:
+    """Cells are HTML already; `numbers` are the columns of numbers, all others are text."""
+    kinds = [" class=number" if index in numbers else "" for index in range(len(header))]
     head = "".join(f"<th{k}>{_text(name)}" for k, name in zip(kinds, header, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{k}>{cell}" for k, cell in zip(kinds, row, strict=True))

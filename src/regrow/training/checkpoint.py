@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Parts = dict[str, dict[str, Any]]
 MANIFEST = "manifest.json"
+FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
 
 
 class DamagedCheckpoint(Exception):
@@ -56,9 +57,16 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, options: CheckpointOptions, mode: str, *, writes: bool = True
+        self,
+        folder: Path,
+        options: CheckpointOptions,
+        mode: str,
+        written: Callable[[int], None] = lambda step: None,
+        *,
+        writes: bool = True,
     ) -> None:
         self.folder, self.options, self.mode = folder, options, mode
+        self.written = written  # is told the step of each checkpoint that is complete
         self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -126,6 +134,7 @@ class CheckpointWriter:
             sync()
             write(self.folder, parts, facts)
             rotate(self.folder, self.options, self.mode, written=facts.step)
+            self.written(facts.step)
         except Exception as error:  # whatever it is, a thread's end would hide it
             self._failure = error
 
@@ -144,7 +153,7 @@ def write(folder: Path, parts: Parts, facts: Facts) -> Path:
                 torch.save(part, cast(BinaryIO, hashed))
                 _sync(file)
             files[f"{name}.pt"] = {"bytes": hashed.size, "sha256": hashed.sha256.hexdigest()}
-        content = {"format": 1, **vars(facts), "files": files}
+        content = {"format": FORMAT, **vars(facts), "files": files}
         with (temporary / MANIFEST).open("wb") as file:
             file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
             _sync(file)
@@ -171,7 +180,7 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int)
     `last` and `best` are made to name theirs first. Incomplete folders do not count, and nothing
     but checkpoints of this folder is touched.
     """
-    manifests = {path: read_manifest(path) for path in complete(folder)}
+    manifests = complete(folder)
     newest_first = sorted(manifests, reverse=True)
     sign = 1 if mode == "max" else -1
     ranked = sorted(
@@ -194,18 +203,24 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int)
             shutil.rmtree(old, ignore_errors=True)
 
 
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints whose manifest can be read, oldest first. Their files are not looked at."""
-    found = []
+def complete(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The checkpoints whose manifest can be read, and that, oldest first. Their files are not
+    looked at."""
+    found = {}
     for path in sorted(folder.glob("step_????????")):
         with contextlib.suppress(DamagedCheckpoint):
-            read_manifest(path)
-            found.append(path)
+            found[path] = read_manifest(path)
     return found
 
 
+def named(folder: Path, name: str) -> Path:
+    """The checkpoint that `last`, `best` or its own name stands for; it may not be there."""
+    path = folder / name
+    return folder / path.read_text().strip() if path.is_file() else path.resolve()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises DamagedCheckpoint."""
+    """A checkpoint's manifest. Raises DamagedCheckpoint, and UserError where it is too new."""
     try:
         content: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         digest = content.pop("sha256")
@@ -216,6 +231,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} cannot be read: {error}") from None
     if digest != _digest(content):
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} does not match its own SHA-256")
+    if content["format"] > FORMAT:
+        raise UserError(
+            f"{path} has format {content['format']}, and this code reads up to {FORMAT}. Go on "
+            "with the version that wrote it."
+        )
     return content
 
 
@@ -356,8 +376,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Let the symbolic link name `target`, in one step."""
+    """Let the symbolic link name `target`, in one step; see `named`."""
     temporary = link.with_name(f".tmp-{link.name}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:  # a file system without links: a file that holds the name
+        temporary.write_text(target.name)
     temporary.replace(link)

@@ -25,6 +25,12 @@ from regrow.training.plan import Batch, EvalBatches, Plan, Task
 from regrow.training.precision import autocast
 from regrow.training.schedules import Plateau, improves
 from regrow.training.show import (
+    COUNTED,
+    EXAMPLES,
+    LOSS,
+    SCORE,
+    WEIGHT,
+    advance,
     announce,
     clock,
     evaluation_bar,
@@ -36,8 +42,6 @@ from regrow.training.show import (
 from regrow.training.state import Buffers, TrainState, update_average
 
 log = logging.getLogger(__name__)
-
-LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in a step's sums; then the components
 
 
 class Slice(NamedTuple):
@@ -66,8 +70,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                     result = train_step(state, batch, plan)
                     state.progress.step += 1
                     state.progress.seconds += plan.exchange.seconds
-                    if bar.update(1):
-                        bar.set_postfix(running(state, plan), refresh=False)
+                    advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
                     if over := settle(state, plan):
                         break
@@ -165,7 +168,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         for name, part in zip(result.components, components, strict=True):
             line[f"train/loss_{name}"] = ratio(part, weight)
         line["train/grad_norm"] = result.grad_norm.item()
-        line["train/lr"] = state.optimizer.param_groups[0]["lr"]
+        line |= {f"train/{name}": lr for name, lr in optim.rates(state.optimizer).items()}
         if state.loss_scale is not None:
             line["train/loss_scale"] = state.loss_scale.value.item()
         if skipped := int(state.skips[0].item()):
@@ -176,7 +179,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
-        progress.train_means = running(state, plan, prefix="train/epoch_")
+        progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
         plan.record.log(step, state.epoch, progress.train_means)
         state.sums.zero_()
 
@@ -185,7 +188,8 @@ def settle(state: TrainState, plan: Plan) -> bool:
     """Evaluate and save if they are due after this step. Returns whether the run is over.
 
     The step alone decides what is due, so a run that was cut between two of these goes on with the
-    one that is missing.
+    one that is missing. The end of a run is evaluated wherever it is; if the limit is raised later,
+    that evaluation stays in the record.
     """
     options, progress = plan.options, state.progress
     ends_epoch = state.step_in_epoch == 0
@@ -200,7 +204,8 @@ def settle(state: TrainState, plan: Plan) -> bool:
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
         plan.exchange.start_clock()
-    if ends_epoch or evaluates:
+    is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
+    if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
         announce(state, plan)
     over = finished(state, plan)
     stops = plan.exchange.stops
@@ -224,39 +229,50 @@ def evaluate(
     """
     with optim.evaluating(state.optimizer, state.model):
         plan.world.copy_buffers(state.evaluated)
-        bar = evaluation_bar(batches, name, plan)
-        shown = stopping_together(bar, len(batches), plan.stop, plan.world)
+        waited = stopping_together(batches, len(batches), plan.stop, plan.world)
+        bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
         precision = plan.options.precision
-        values, details = measure(state.evaluated, plan.task, shown, plan.world, precision)
+        values, details = measure(state.evaluated, plan.task, waited, plan.world, precision, bar)
     state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, task: Task, batches: Iterable[Batch], world: World, precision: str
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Batch],
+    world: World,
+    precision: str,
+    bar: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The exact loss and metrics over all of `batches`, and what pictures need.
+    """The exact loss and metrics over all of `batches`, and what pictures need; `bar` is moved on.
 
     Sums over every example and process, divided once; nothing is padded and nothing dropped.
     Leaves the model in evaluation mode.
     """
-    sums = torch.zeros(2, dtype=sum_dtype(world.device), device=world.device)
+    sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
     model.eval()
-    for batch in batches:
-        with autocast(world.device, precision):
-            outputs = call(model, batch.inputs)
-            loss = task.loss(outputs, batch.targets, batch.weights)
-        values, weights = at_least_float32(loss.values), loss.weights
-        if weights is None:
-            sums[0] += values.sum()
-            sums[1] += values.numel()
-        else:
-            sums[0] += (values * weights).sum()
-            sums[1] += weights.sum()
-        metrics.update(outputs, batch.targets, batch.weights)
-    loss_sum, weight = world.sum_(sums).tolist()
+    with bar:
+        for batch in batches:
+            with autocast(world.device, precision):
+                outputs = call(model, batch.inputs)
+                loss = task.loss(outputs, batch.targets, batch.weights)
+            values, weights = at_least_float32(loss.values), loss.weights
+            if weights is None:
+                sums[LOSS] += values.sum()
+                sums[WEIGHT] += values.numel()
+            else:
+                sums[LOSS] += (values * weights).sum()
+                sums[WEIGHT] += weights.sum()
+            metrics.update(outputs, batch.targets, batch.weights)
+            if not bar.disable:  # for the eye only
+                score = task.running(outputs, batch.targets)
+                sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
+                sums[EXAMPLES] += batch.num_local
+            advance(bar, sums, task.running_name)
+    loss_sum, _, weight, _ = world.sum_(sums).tolist()
     return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, metrics.details()
 
 

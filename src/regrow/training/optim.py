@@ -89,6 +89,13 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """`lr/x<scale>` of each group with a scale, and `lr` of the others, else of the first."""
+    found = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    scaled = {f"lr/x{scale:g}": lr for scale, lr in found.items() if scale != 1}
+    return {"lr": found.get(1.0, optimizer.param_groups[0]["lr"]), **scaled}
+
+
 # Whether a step was left out as not finite: known to the host, or () 1.0 or 0.0 on the device.
 Skipped = bool | Tensor
 

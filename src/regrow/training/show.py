@@ -16,15 +16,16 @@ from regrow.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in a step's sums; then the components
 HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accuracy")
 
 
-def running(state: TrainState, plan: Plan, prefix: str = "") -> dict[str, float]:
-    """The exact means over the epoch so far."""
-    loss, score, weight, examples = state.sums.tolist()
+def running(sums: Tensor, score_name: str | None, prefix: str = "") -> dict[str, float]:
+    """The exact means so far, of sums of loss, score, weight and examples."""
+    loss, score, weight, examples = sums.tolist()
     values = {f"{prefix}loss": ratio(loss, weight)}
-    if plan.task.running_name:
-        values[f"{prefix}{plan.task.running_name}"] = ratio(score, examples)
+    if score_name:
+        values[f"{prefix}{score_name}"] = ratio(score, examples)
     return values
 
 
@@ -72,16 +73,31 @@ def progress_bar(state: TrainState, plan: Plan) -> Any:
     )
 
 
-def evaluation_bar(batches: EvalBatches, name: str, plan: Plan) -> Any:
-    shown = plan.options.progress_bar and plan.world.is_main
+def evaluation_bar(name: str, batches: EvalBatches, shown: bool = True) -> Any:
+    """A bar for an evaluation, quiet when the output is no terminal."""
     disable = None if shown else True
-    return tqdm(batches, desc=name, unit="batch", leave=False, disable=disable)
+    return tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=disable)
+
+
+def advance(bar: Any, sums: Tensor, score_name: str | None) -> None:
+    """Move a bar on by one, with what `sums` of its steps or batches say by now.
+
+    They are read, which waits for the device, only when the bar is drawn: ten times a second.
+    """
+    if not bar.update(1):
+        return
+    values: dict[str, Any] = dict(running(sums, score_name))
+    if rate := bar.format_dict["rate"]:
+        values["examples/s"] = f"{rate * sums[EXAMPLES].item() / bar.n:,.0f}"
+    bar.set_postfix(values)
 
 
 def announce(state: TrainState, plan: Plan) -> None:
     """One line per epoch or evaluation."""
     progress = state.progress
-    values = {**progress.train_means, **progress.latest}
+    values = {**progress.train_means}
+    if progress.evaluated_step == state.step:
+        values |= progress.latest
     shown = [f"{name} {values[name]:.4g}" for name in HEADLINES if name in values]
     if plan.options.monitor in values and plan.options.monitor not in HEADLINES:
         shown.append(f"{plan.options.monitor} {values[plan.options.monitor]:.4g}")

@@ -1,0 +1,83 @@
+"""What a run shows while it goes, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+from running import TINY, metrics_of, train
+
+from regrow.training import show
+
+
+class Terminal:
+    """A real one, whose output is collected; standard error is connected to it."""
+
+    def __init__(self) -> None:
+        self.end, other = os.openpty()
+        termios.tcsetwinsize(other, (40, 200))
+        self.file = os.fdopen(other, "w")
+        self.pieces: list[bytes] = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        try:
+            while piece := os.read(self.end, 65536):
+                self.pieces.append(piece)
+        except OSError:  # as Linux tells that the other end was closed
+            pass
+
+    def text(self) -> str:
+        self.file.close()
+        self.reader.join()
+        os.close(self.end)
+        return b"".join(self.pieces).decode()
+
+
+@pytest.fixture
+def drawn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bars of a run of milliseconds, else never seen."""
+    monkeypatch.setattr(show, "tqdm", functools.partial(show.tqdm, mininterval=0))
+
+
+RUN = (*TINY, "data.eval_batch_size=8")
+
+
+def test_both_bars_show_running_means_rate_and_time_left_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_each_time: None
+) -> None:
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal.file)
+        train(tmp_path / "shown", *RUN)
+    text = terminal.text()
+    means = r"\[\d\d:\d\d<\d\d:\d\d, .*%s.*, loss=[\d.]+, accuracy=[\d.]+, examples/s=[\d,]+\]"
+    assert re.search(r"epoch 2: .*" + means % "step", text)
+    assert re.search(r"val: .*" + means % "batch", text)
+    assert re.search(r"test: .*" + means % "batch", text)
+    lines = [line for line in metrics_of(tmp_path / "shown") if "val/accuracy" in line]
+    assert f"accuracy={lines[0]['val/accuracy']:.3g}" in text
+
+
+def test_without_a_terminal_nothing_is_drawn_and_no_mean_is_read_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_each_time: None
+) -> None:
+    reads = []
+    running = show.running
+    monkeypatch.setattr(show, "running", lambda *given: reads.append(given) or running(*given))
+    terminal = Terminal()
+    for name, file in (("quiet", (tmp_path / "stderr").open("w")), ("shown", terminal.file)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", file)
+            train(tmp_path / name, *RUN)
+        file.close()
+        assert bool(reads) == (name == "shown")
+    assert terminal.text() and not (tmp_path / "stderr").read_text()
+    assert metrics_of(tmp_path / "quiet") == metrics_of(tmp_path / "shown")
