@@ -110,7 +110,7 @@ class InMemory:
     def position(self) -> int:
         return len(self.lines)
 
-    def sync(self) -> None: ...
+    def sync(self, position: int) -> None: ...
 
 
 def options_of(**changes: Any) -> TrainerOptions:

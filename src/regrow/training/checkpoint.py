@@ -51,7 +51,7 @@ class CheckpointWriter:
     """Saves beside the loop: the loop waits for a copy of the state, never for the disk.
 
     One copy of the state is kept in memory and used again. There is never more than one write under
-    way; one that failed is reported at the next save, and the older checkpoints stay.
+    way; one that failed is reported at the next step, and the older checkpoints stay.
     """
 
     def __init__(self, folder: Path, options: CheckpointOptions, mode: str) -> None:
@@ -63,8 +63,12 @@ class CheckpointWriter:
         folder.mkdir(exist_ok=True)
         _clear_up(folder)
 
-    def save(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
-        """Copy `parts` and write them in the background. `sync` makes the metrics file durable."""
+    def save(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
+        """Copy `parts` and write them in the background.
+
+        `sync` makes the metrics durable up to `facts.metrics_bytes`, or raises OSError: a
+        checkpoint is never ahead of its record.
+        """
         self.wait()
         snapshot = self._copy(parts)
         self._thread = threading.Thread(
@@ -72,6 +76,11 @@ class CheckpointWriter:
         )
         self._thread.start()
         if not self.options.background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Report a write that has failed meanwhile. Waits for nothing."""
+        if self._failure is not None:
             self.wait()
 
     def wait(self) -> bool:
@@ -85,7 +94,7 @@ class CheckpointWriter:
             "checkpoint not saved: %s. The run goes on; the checkpoints before it are untouched.",
             str(self._failure) or type(self._failure).__name__,
         )
-        self._failure = None
+        self._failure = self.saved = None  # so that this very step may be tried again
         return False
 
     def _copy(self, parts: Parts) -> Parts:
@@ -117,9 +126,9 @@ class CheckpointWriter:
             torch.cuda.synchronize()
         return snapshot
 
-    def _write(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
+    def _write(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
         try:
-            sync()
+            sync(facts.metrics_bytes)
             write(self.folder, parts, facts)
             rotate(self.folder, self.options, self.mode, written=facts.step)
         except Exception as error:  # whatever it is, a thread's end would hide it

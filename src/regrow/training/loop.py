@@ -71,6 +71,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                     if bar.update(1):
                         bar.set_postfix(running(state, plan), refresh=False)
                     report(state, result, plan)
+                    plan.checkpoints.poll()
                     if over := settle(state, plan):
                         break
     except Interrupted:
