@@ -11,34 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf, open_dict
-from running import TINY, composed, fingerprint, metrics_of
+from running import fingerprint, launched, metrics_of
 
 from regrow.config import CONF
 from regrow.errors import UserError
-from regrow.launch import launch
 from regrow.record.folder import Lock, read_json
 from regrow.resume import expand
 
 ROOT = CONF.parent
 TRAIN = ROOT / "scripts" / "train.py"
 SMALL = ("model.hidden=[16]", "trainer.max_epochs=2", "trainer.num_threads=1")
-
-
-def launched(*overrides: str) -> float | None:
-    """Hydra's job in this process, in the current folder."""
-    from hydra.core.hydra_config import HydraConfig
-
-    config = composed(*TINY, *overrides)
-    folder = Path(config.hydra.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.set_readonly(config.hydra, False)
-    with open_dict(config):
-        config.hydra.mode = "RUN"
-        config.hydra.runtime.output_dir = str(folder.resolve())
-        HydraConfig.instance().set_config(config)
-        del config["hydra"]
-    return launch(config)
 
 
 @pytest.fixture(autouse=True)

@@ -92,11 +92,17 @@ def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) 
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
     with contextlib.ExitStack() as stack:
-        if folder == Path():
-            folder = records.create(Path("outputs"), config["name"])
-            stack.enter_context(records.Lock(folder))
-        stack.enter_context(log_file(folder))
-        write_start(folder, config, cfg, objects)
+        try:
+            if folder == Path():
+                folder = records.create(Path("outputs"), config["name"])
+                stack.enter_context(records.Lock(folder))
+            stack.enter_context(log_file(folder))
+            write_start(folder, config, cfg, objects)
+        except OSError as error:
+            raise UserError(
+                f"hydra.run.dir={folder} cannot be written: {error.strerror or error}. Make room "
+                "there, or choose another folder."
+            ) from error
         records.link_latest(folder)
         introduce(folder, config, objects, world)
         status: dict[str, Any] = {"step": 0, "pids": [os.getpid()]}
@@ -111,8 +117,11 @@ def run_in(folder: Path, config: dict[str, Any], cfg: DictConfig, world: World) 
                 if isinstance(error, UserError):
                     raise
                 log.error("failed at step %d: %s", objects.state.step, error)
+                if isinstance(error, OSError):  # a disk that can be mended, more often than not
+                    log.error("Once that is mended, go on with:")
+                    log.error("  %s", command(f"resume={folder}"))
                 logging.getLogger("regrow.file").error("%s", traceback.format_exc())
-                if isinstance(error, FloatingPointError):
+                if isinstance(error, FloatingPointError | OSError):
                     raise SystemExit(1) from error
                 raise
         status["step"] = summary["steps"]
@@ -250,6 +259,17 @@ def command(*arguments: str, script: str = "train.py") -> str:
     return shlex.join(["python", str(shown), *arguments])
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk it loses lines; the run and its terminal do not hear of it from here."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _BarHandler(logging.Handler):
     """Writes lines above the progress bar instead of through it."""
 
@@ -263,6 +283,7 @@ def console() -> Iterator[None]:
     """The run's log on the terminal: plain lines, warnings and errors marked."""
     handler = _BarHandler()
     handler.setFormatter(_ConsoleFormat())
+    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
     with _attached(handler):
         yield
 
@@ -270,7 +291,7 @@ def console() -> Iterator[None]:
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     """The same log in `train.log`, with the time and the rank."""
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler = _LogFile(folder / "train.log", encoding="utf-8")
     text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(_FileFormat(text))
     with _attached(handler):

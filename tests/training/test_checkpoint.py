@@ -614,15 +614,16 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_named_when_another_is_test
 ) -> None:
     write = checkpoint.write
 
-    def full_at_the_end(folder: Path, parts: Any, facts: Facts) -> Path:
-        if facts.step > 8:
+    def full_at_four(folder: Path, parts: Any, facts: Facts) -> Path:
+        if facts.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, parts, facts)
 
-    monkeypatch.setattr(checkpoint, "write", full_at_the_end)
-    summary = train(tmp_path, *RUN)
-    assert summary["best"]["step"] == 12
-    assert "step 12" in warnings_of(caplog)
+    monkeypatch.setattr(checkpoint, "write", full_at_four)
+    # The highest loss is that of the first evaluation.
+    summary = train(tmp_path, *RUN, "trainer.mode=max")
+    assert summary["best"]["step"] == 4
+    assert "the best weights, of step 4, were not saved" in warnings_of(caplog)
 
 
 def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(

@@ -54,7 +54,10 @@ class StepResult(NamedTuple):
 
 
 def fit(state: TrainState, plan: Plan) -> str:
-    """Train from where `state` is to the end. Returns "completed" or "interrupted"."""
+    """Train from where `state` is to the end. Returns "completed" or "interrupted".
+
+    Raises OSError when it came to the end and the last checkpoint could not be written.
+    """
     try:
         state.model.train()
         over = state.step > 0 and settle(state, plan)
@@ -76,8 +79,12 @@ def fit(state: TrainState, plan: Plan) -> str:
                         break
     except Interrupted:
         save(state, plan)
-    plan.checkpoints.wait()
-    return "completed" if finished(state, plan) else "interrupted"
+    saved = plan.checkpoints.wait()
+    if not finished(state, plan):
+        return "interrupted"
+    if not saved:
+        raise OSError(f"the weights of step {state.step}, the last, could not be saved")
+    return "completed"
 
 
 def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
