@@ -9,13 +9,14 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import start, step
+from benchmarks import checkpoint, start, step
 from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
 
 BENCHMARKS: dict[str, Callable[[], Table]] = {
     "step": step.measure,
+    "checkpoint": checkpoint.measure,
     "start": start.measure,
 }
 
