@@ -59,6 +59,20 @@ def test_an_honest_record_is_identical(run: Path, capsys: pytest.CaptureFixture[
     assert not (Path("outputs") / "digits" / "latest").exists()  # it goes on naming the first
 
 
+def test_a_run_that_went_on_for_longer_is_identical(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_parts(name: str, *options: str) -> tuple[int, list[str]]:
+        finished(Path(name), *options, "trainer.max_steps=20")  # an epoch
+        finished(Path(name), *options, "trainer.max_steps=40")
+        assert len(read_json(Path(name) / "manifest.json")["resumes"]) == 1
+        return answer(Path(name), capsys)
+
+    assert in_parts("longer", "scheduler=constant")[0] == 0
+    code, said = in_parts("bent", "scheduler=cosine")  # its rate fell for 20 steps, then for 40
+    assert code == 1 and said[-1].startswith("The first was resumed")
+
+
 def test_an_altered_number_is_named_with_its_line(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,7 @@ def interrupted(process: Process, number: signal.Signals) -> None:
     code, errors = process.end(DEADLINE)
     assert code == 128 + number, errors
     assert f"stopped by {number.name} at step" in errors
-    assert "Traceback" not in errors
+    assert "train.py resume=run" in errors and "Traceback" not in errors
     status = json.loads((process.folder / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
     newest = (process.folder / "run" / "checkpoints" / "last").resolve().name

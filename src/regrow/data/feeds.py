@@ -145,7 +145,7 @@ class FileFeed:
                 ready = coming
             if ready is not None:
                 yield ready
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             self.close()
             raise
         finally:
