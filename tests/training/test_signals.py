@@ -21,7 +21,7 @@ RUN = (
     *("model.dropout=0.3", "trainer.ema_decay=0.9", "trainer.accumulation_steps=2"),
     *("trainer.check_first_batch=false", "task.per_class=false", "task.auroc=false"),
 )
-SMALL, SLOW_TO_SAVE = "+model.ballast=0", "+model.ballast=20_000_000"
+SMALL, SLOW_TO_SAVE = "+model.ballast=0", "+model.ballast=8_000_000"
 DEADLINE = 20.0  # seconds from the signal to the end of the process, on a busy machine
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
