@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import processes, start, step
+from benchmarks import checkpoint, processes, start, step
 from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS: dict[str, Callable[[], Table]] = {
     "step": step.measure,
     "processes": processes.measure,
+    "checkpoint": checkpoint.measure,
     "start": start.measure,
 }
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.errors import UserError
 from regrow.record import plots, report

@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from regrow import run as runs
 from regrow.config import CONF, plain
@@ -68,6 +68,22 @@ def _config_of(overrides: tuple[str, ...]) -> dict[str, Any]:
     return plain(OmegaConf.masked_copy(config, names))
 
 
+def launched(*overrides: str) -> float | None:
+    """Hydra's job in this process, in the current folder; the run is TINY."""
+    from regrow.launch import launch
+
+    config = composed(*TINY, *overrides)
+    folder = Path(config.hydra.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.set_readonly(config.hydra, False)
+    with open_dict(config):
+        config.hydra.mode = "RUN"
+        config.hydra.runtime.output_dir = str(folder.resolve())
+        HydraConfig.instance().set_config(config)
+        del config["hydra"]
+    return launch(config)
+
+
 class StopAtStep(StopRequest):
     """Asks to stop once the state has reached a step, as a signal at that moment would."""
 
@@ -110,7 +126,7 @@ class InMemory:
     def position(self) -> int:
         return len(self.lines)
 
-    def sync(self) -> None: ...
+    def sync(self, position: int) -> None: ...
 
 
 def options_of(**changes: Any) -> TrainerOptions:

@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf, open_dict
-from running import TINY, composed, fingerprint, metrics_of
+from running import fingerprint, launched, metrics_of
 
 from regrow.config import CONF
 from regrow.errors import UserError
-from regrow.launch import launch
 from regrow.record.folder import Lock, read_json
 from regrow.resume import expand
 
 ROOT = CONF.parent
 TRAIN = ROOT / "scripts" / "train.py"
 SMALL = ("model.hidden=[16]", "trainer.max_epochs=2", "trainer.num_threads=1")
-
-
-def launched(*overrides: str) -> float | None:
-    """Hydra's job in this process, in the current folder."""
-    from hydra.core.hydra_config import HydraConfig
-
-    config = composed(*TINY, *overrides)
-    folder = Path(config.hydra.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.set_readonly(config.hydra, False)
-    with open_dict(config):
-        config.hydra.mode = "RUN"
-        config.hydra.runtime.output_dir = str(folder.resolve())
-        HydraConfig.instance().set_config(config)
-        del config["hydra"]
-    return launch(config)
 
 
 @pytest.fixture(autouse=True)
@@ -360,48 +340,3 @@ def test_the_next_commands_work_as_printed(tmp_path: Path) -> None:
     assert len(sweeps) == 3
     hashes = {read_json(job / "summary.json")["weights_sha256"] for job in sweeps}
     assert len(hashes) == 3
-
-
-LONGER = (
-    *("data.augment=true", "model.hidden=[64]", "trainer.max_epochs=40", "model.dropout=0.2"),
-    *("trainer.num_threads=1", "trainer.ema_decay=0.9"),
-)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing cut."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = command(f"hydra.run.dir={folder}", *LONGER)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
-def test_a_cut_run_grows_back(tmp_path: Path, number: signal.Signals, whole: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "hydra.run.dir=cut", *LONGER],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("val/loss") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number is signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 128 + number, errors
-        assert json.loads((tmp_path / "cut" / "status.json").read_text())["state"] == "interrupted"
-        assert "resume=" in errors
-    assert not (tmp_path / "cut" / "summary.json").exists(), "it was over before it was cut"
-    again = command("hydra.run.dir=cut", *LONGER)
-    assert again.returncode == 0, again.stderr
-    assert fingerprint(tmp_path / "cut") == fingerprint(whole)
-    one, other = (read_json(folder / "summary.json") for folder in (tmp_path / "cut", whole))
-    assert one["weights_sha256"] == other["weights_sha256"] and one["test"] == other["test"]

@@ -50,8 +50,6 @@ def launch(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra tells which job it was
         configs.fail(str(error))
-    except FloatingPointError as error:  # said already, and a traceback would not tell more
-        raise SystemExit(1) from error
 
 
 def _launch(cfg: DictConfig) -> float | None:
@@ -141,11 +139,18 @@ def run_in(job: Job, world: World) -> float | None:
             objects.state.refuse_other(outline)
     world.barrier()  # until here any process may find that the job cannot run
     with contextlib.ExitStack() as stack:
-        folder = open_folder(job, world, stack)
-        stack.enter_context(log_file(folder, world.rank))
+        try:
+            folder = open_folder(job, world, stack)
+            stack.enter_context(log_file(folder, world.rank))
+            if world.is_main:
+                write_start(folder, job, objects)
+        except OSError as error:
+            raise UserError(
+                f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
+                f"{error.strerror or error}. Make room there, or choose another folder."
+            ) from error
         pids = world.gather(os.getpid())
         if world.is_main:
-            write_start(folder, job, objects)
             records.link_latest(folder, Path("outputs", config["name"]))
             introduce(folder, job, objects, world)
             records.set_status(folder, "running", step=0, pids=pids)
@@ -154,6 +159,8 @@ def run_in(job: Job, world: World) -> float | None:
                 summary = runs.train(objects, config, folder, world, stop)
             except BaseException as error:
                 note_failure(error, folder, objects.state.step, world)
+                if world.size == 1 and isinstance(error, FloatingPointError | OSError):
+                    raise SystemExit(1) from error
                 raise
         number = max(world.gather(stop.signal or 0))  # of whichever process got it
         if world.is_main:
@@ -194,6 +201,9 @@ def note_failure(error: BaseException, folder: Path, step: int, world: World) ->
     records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line)
     if not isinstance(error, UserError):
         log.error("failed at step %d: %s", step, error)
+        if isinstance(error, OSError):  # a disk that can be mended, more often than not
+            log.error("Once that is mended, go on with:")
+            log.error("  %s", command(f"resume={folder}"))
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
 
@@ -312,6 +322,17 @@ def command(*arguments: str, script: str = "train.py") -> str:
     return shlex.join(["python", str(shown), *arguments])
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk it loses lines; the run and its terminal do not hear of it from here."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _BarHandler(logging.Handler):
     """Writes lines above the progress bar instead of through it."""
 
@@ -325,6 +346,7 @@ def console() -> Iterator[None]:
     """The run's log on the terminal: plain lines, warnings and errors marked."""
     handler = _BarHandler()
     handler.setFormatter(_ConsoleFormat())
+    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
     with _attached(handler):
         yield
 
@@ -332,7 +354,7 @@ def console() -> Iterator[None]:
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     """The same log in `train.log`, with the time and the rank."""
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler = _LogFile(folder / "train.log", encoding="utf-8")
     text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(_FileFormat(text))
     with _attached(handler):

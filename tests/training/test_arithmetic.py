@@ -272,10 +272,14 @@ def test_a_missing_rescale_is_caught(case: str, monkeypatch: pytest.MonkeyPatch)
     assert difference(weights, by_torch(reference, outputs, batches)) > 1e-5
 
 
-@pytest.mark.parametrize("slices", [3, 40])
-def test_a_run_in_slices_has_the_weights_of_the_run_without(slices: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("slices", "batch"), [(3, 20), (40, 20), (7, 80)])
+def test_a_run_in_slices_has_the_weights_of_the_run_without(
+    slices: int, batch: int, tmp_path: Path
+) -> None:
+    """With a ragged window, more slices than examples, and a batch larger than the epoch of 50."""
+    run = (*TINY, f"data.batch_size={batch}", "trainer.max_steps=3")
     summaries = [
-        train(tmp_path / name, *TINY, f"trainer.accumulation_steps={number}", "trainer.max_steps=3")
+        train(tmp_path / name, *run, f"trainer.accumulation_steps={number}")
         for name, number in (("whole", 1), ("cut", slices))
     ]
     assert summaries[0]["steps"] == summaries[1]["steps"] == 3

@@ -21,6 +21,7 @@ from running import CPU, TINY, config_of, fingerprint, train
 
 from regrow import run as runs
 from regrow.errors import UserError
+from regrow.record import loggers
 from regrow.record.folder import load_status, set_status
 from regrow.training import checkpoint, loop
 from regrow.training.checkpoint import CheckpointWriter, DamagedCheckpoint, Facts
@@ -463,7 +464,9 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setattr(checkpoint, "write", late)
     writer = CheckpointWriter(tmp_path, OPTIONS, "max")
     weights = torch.ones(4)
-    writer.save({"model": {"weight": weights, "list": [1, (2, weights)]}}, facts(1), lambda: None)
+    writer.save(
+        {"model": {"weight": weights, "list": [1, (2, weights)]}}, facts(1), lambda position: None
+    )
     weights.zero_()  # the next step
     assert not list(tmp_path.glob("step_*"))
     go_on.set()
@@ -475,7 +478,7 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setattr(CheckpointWriter, "_copy", lambda self, parts: parts)
     go_on.clear()
     weights.fill_(1)
-    writer.save({"model": {"weight": weights}}, facts(2), lambda: None)
+    writer.save({"model": {"weight": weights}}, facts(2), lambda position: None)
     weights.zero_()
     go_on.set()
     writer.wait()
@@ -501,7 +504,7 @@ def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) ->
             writer.wait = lambda: True  # type: ignore[method-assign]
         threads = []
         for step in range(1, 5):
-            writer.save(part(step), facts(step), lambda: None)
+            writer.save(part(step), facts(step), lambda position: None)
             threads.append(writer._thread)
         for thread in threads:
             assert thread is not None
@@ -533,15 +536,15 @@ def test_a_failed_write_is_reported_at_the_next_save_and_the_older_one_loads(
 ) -> None:
     disk = FullDisk(monkeypatch)
     writer = CheckpointWriter(tmp_path, options_of(background=background), "max")
-    writer.save(part(1), facts(1), lambda: None)
+    writer.save(part(1), facts(1), lambda position: None)
     assert writer.wait()
     disk.on = True
-    writer.save(part(2), facts(2), lambda: None)
+    writer.save(part(2), facts(2), lambda position: None)
     if writer._thread is not None:
         writer._thread.join()
     disk.on = False
     assert ("No space left" in warnings_of(caplog)) is not background
-    writer.save(part(3), facts(3), lambda: None)
+    writer.save(part(3), facts(3), lambda position: None)
     assert "checkpoint not saved" in warnings_of(caplog)
     assert "No space left" in warnings_of(caplog)
     assert writer.wait()
@@ -549,6 +552,76 @@ def test_a_failed_write_is_reported_at_the_next_save_and_the_older_one_loads(
     assert not list(tmp_path.glob(".tmp-step*"))
     for step in (1, 3):
         checkpoint.load(tmp_path / f"step_{step:08d}")
+
+
+def test_a_failed_write_is_reported_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, train_step = checkpoint.write, loop.train_step
+    reported: dict[int, bool] = {}
+
+    def full_at_three(folder: Path, parts: Any, facts: Facts) -> Path:
+        if facts.step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(folder, parts, facts)
+
+    def after_the_write(state: Any, batch: Any, plan: Any) -> Any:
+        if plan.checkpoints._thread is not None:
+            plan.checkpoints._thread.join()
+        reported[state.step] = "No space left" in warnings_of(caplog)
+        return train_step(state, batch, plan)
+
+    monkeypatch.setattr(checkpoint, "write", full_at_three)
+    monkeypatch.setattr(loop, "train_step", after_the_write)
+    run = (*TINY, "trainer.checkpoint.save_every_steps=3", "trainer.eval_every_epochs=null")
+    train(tmp_path / "run", *run, "trainer.checkpoint.save_every_epochs=null")
+    assert [step for step, said in reported.items() if not said] == [0, 1, 2, 3]
+    # Without the look at each step, the next save would be the first to tell.
+    caplog.clear()
+    reported.clear()
+    monkeypatch.setattr(CheckpointWriter, "poll", lambda self: None)
+    train(tmp_path / "late", *run, "trainer.checkpoint.save_every_epochs=null")
+    assert [step for step, said in reported.items() if not said] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_is_never_ahead_of_its_record(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lines of steps 4 to 6 find no room, the checkpoint of step 6 would; then the run dies."""
+    train_step, pwrite = loop.train_step, os.pwrite
+    full = [False]
+
+    def no_room_for_lines(descriptor: int, *rest: Any) -> int:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, *rest)
+
+    def until_eight(state: Any, *args: Any) -> Any:
+        full[0] = 3 <= state.step < 7
+        if state.step == 7:
+            raise KeyboardInterrupt
+        return train_step(state, *args)
+
+    def dies_and_goes_on(folder: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", no_room_for_lines)
+            patch.setattr(loop, "train_step", until_eight)
+            with pytest.raises(KeyboardInterrupt):
+                train(folder, *RUN, "trainer.checkpoint.save_every_epochs=null")
+        train(folder, *RUN, "trainer.checkpoint.save_every_epochs=null")
+
+    run = tmp_path / "run"
+    dies_and_goes_on(run)
+    assert "metrics.jsonl has no room for its lines" in warnings_of(caplog)
+    assert fingerprint(run) == fingerprint(whole)
+    # With what is in the file for all there is, the lines that waited are lost.
+    with monkeypatch.context() as patch:
+        patch.setattr(loggers.Jsonl, "position", lambda self: self.end)
+        dies_and_goes_on(tmp_path / "broken")
+    assert fingerprint(tmp_path / "broken") != fingerprint(whole)
 
 
 def test_a_run_on_a_full_disk_goes_on_and_ends_the_same(
@@ -577,15 +650,16 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_named_when_another_is_test
 ) -> None:
     write = checkpoint.write
 
-    def full_at_the_end(folder: Path, parts: Any, facts: Facts) -> Path:
-        if facts.step > 8:
+    def full_at_four(folder: Path, parts: Any, facts: Facts) -> Path:
+        if facts.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, parts, facts)
 
-    monkeypatch.setattr(checkpoint, "write", full_at_the_end)
-    summary = train(tmp_path, *RUN)
-    assert summary["best"]["step"] == 12
-    assert "step 12" in warnings_of(caplog)
+    monkeypatch.setattr(checkpoint, "write", full_at_four)
+    # The highest loss is that of the first evaluation.
+    summary = train(tmp_path, *RUN, "trainer.mode=max")
+    assert summary["best"]["step"] == 4
+    assert "the best weights, of step 4, were not saved" in warnings_of(caplog)
 
 
 def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(
@@ -593,7 +667,7 @@ def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(
 ) -> None:
     """Not by permissions: those do not bind an administrator."""
     writer = CheckpointWriter(tmp_path, OPTIONS, "max")
-    writer.save(part(1), facts(1), lambda: None)
+    writer.save(part(1), facts(1), lambda position: None)
     writer.wait()
     mkdir = Path.mkdir
 
@@ -603,7 +677,7 @@ def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(
         mkdir(self, *args, **named)
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    writer.save(part(2), facts(2), lambda: None)
+    writer.save(part(2), facts(2), lambda position: None)
     assert not writer.wait()
     assert "Permission denied" in warnings_of(caplog)
     loaded = checkpoint.load_newest(tmp_path)
@@ -623,7 +697,7 @@ def test_any_failure_of_the_writer_is_reported(
 
     monkeypatch.setattr(checkpoint, "rotate", fail)
     writer = CheckpointWriter(tmp_path, OPTIONS, "max")
-    writer.save(part(1), facts(1), lambda: None)
+    writer.save(part(1), facts(1), lambda position: None)
     assert not writer.wait()
     assert "checkpoint not saved" in warnings_of(caplog)
 
@@ -640,7 +714,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 writer = checkpoint.CheckpointWriter(folder, OPTIONS, "max")
 def save(step):
     parts = {"model": {"weight": torch.full((50_000,), float(step))}}
-    writer.save(parts, facts(step), lambda: None)
+    writer.save(parts, facts(step), lambda position: None)
     print(step, writer.wait())
 save(1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from processes import Process
 from running import TINY, config_of, fingerprint, train
 
 from regrow import run as runs
@@ -112,3 +118,64 @@ def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Pat
     answers = killed(tmp_path, [{"kills": k} for k in kills], seconds=900)
     assert sum(answer["killed"] for answer in answers) >= 200
     assert differing(answers, whole) == []
+
+
+IMAGES = (
+    *("data=image_folder", "data.root=images", "data.num_classes=2", "data.input_shape=[3,8,8]"),
+    *("data.source.resize=10", "data.batch_size=16", "data.eval_batch_size=5", "model=cnn"),
+    *("model.channels=[4]", "model.dropout=0.3", "optimizer.lr=0.02", "scheduler=plateau"),
+    *("scheduler.patience=0", "trainer.max_epochs=60", "trainer.early_stopping.patience=40"),
+    *("trainer.ema_decay=0.9", "trainer.accumulation_steps=2", "trainer.log_every_steps=1"),
+    *("trainer.checkpoint.save_every_steps=3", "trainer.num_threads=1", "trainer.device=cpu"),
+    *("task.per_class=false", "task.auroc=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures of noise in two classes, dark and bright."""
+    folder = tmp_path_factory.mktemp("images")
+    noise = torch.Generator().manual_seed(0)
+    for index in range(60):
+        pixels = torch.randint(0, 128, (12, 12, 3), generator=noise) + 128 * (index % 2)
+        path = folder / ("dark", "bright")[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_command_killed_again_and_again_ends_the_same(
+    workers: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").symlink_to(images)
+    drawn = random.Random(workers)
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+
+    def trains() -> bool:
+        return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0
+
+    def kill(seconds: float, when: Callable[[Process], bool] = lambda process: True) -> None:
+        process = Process(tmp_path, *IMAGES, f"data.num_workers={workers}")
+        process.wait_for(lambda: when(process))
+        time.sleep(seconds)
+        process.process.kill()
+        assert process.end()[0] == -signal.SIGKILL, "it was over before it was killed"
+
+    def goes_on_again() -> Callable[[Process], bool]:
+        before = (run / "metrics.jsonl").stat().st_mtime_ns
+        return lambda process: (run / "metrics.jsonl").stat().st_mtime_ns > before
+
+    kill(drawn.uniform(0, 3))
+    kill(0, lambda process: trains())
+    assert not list(checkpoints.glob("step_*"))  # before the first
+    kill(0, Process.is_saving)
+    kill(drawn.uniform(0, 6))
+    for _ in range(3):
+        kill(drawn.uniform(0, 0.3), goes_on_again())
+    train(run, *IMAGES, f"data.num_workers={workers}")
+    train(tmp_path / "whole", *IMAGES)
+    assert fingerprint(run) == fingerprint(tmp_path / "whole")
+    assert weights_of(run) == weights_of(tmp_path / "whole")

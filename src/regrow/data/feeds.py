@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import warnings
@@ -24,6 +25,9 @@ from regrow.randomness import generator, key
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
+# Ctrl-C and most schedulers signal every process; what it means is for the run to decide.
+FOR_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TO_A_WORKER = signal.SIGUSR2  # the run's own word to its workers: end
 
 
 class MemoryFeed:
@@ -123,14 +127,14 @@ class FileFeed:
                 collate_fn=_Collate(collate or default_collate),
                 pin_memory=pin_memory and device.type == "cuda",
                 persistent_workers=persistent_workers and num_workers > 0,
-                worker_init_fn=_leave_signals_to_the_parent,
+                worker_init_fn=_leave_signals_to_the_run,
                 generator=generator(seed, "workers"),  # or each epoch draws from the global one
             )
 
     def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
         """Batches of the windows `start …`; the next one is on its way while one is worked on."""
         self.plan.point_at(windows, order, epoch, start)
-        with _no_advice_on_workers():
+        with _no_advice_on_workers(), _signals_held():
             items = iter(self.loader)
         ready: Batch | None = None
         try:
@@ -141,7 +145,7 @@ class FileFeed:
                 ready = coming
             if ready is not None:
                 yield ready
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             self.close()
             raise
         finally:
@@ -263,13 +267,33 @@ def _no_advice_on_workers() -> Iterator[None]:
 
 
 def _end_workers(items: object) -> None:
-    """Now, rather than by the garbage collector, which may wait five seconds for each."""
+    """Now, rather than by the garbage collector, which may wait five seconds for each.
+
+    One that is busy with an example ends too: a run that is to stop has no time to wait for it.
+    """
+    for worker in getattr(items, "_workers", ()):
+        if worker.is_alive():
+            os.kill(worker.pid, TO_A_WORKER)
     end = getattr(items, "_shutdown_workers", None)
     if end is not None:
         end()
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; what it means is for the run to decide."""
-    for name in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """So that none reaches a new worker while it still has the handlers of the run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FOR_THE_RUN, TO_A_WORKER})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """In a new worker, where they are held: see `_signals_held`."""
+    for number in FOR_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
+    # Not for ever: Python's own end terminates what is left, and waits for it.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # torch takes 0 for no failure
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FOR_THE_RUN, TO_A_WORKER})

@@ -86,16 +86,18 @@ class Jsonl:
             self.full = False
 
     def position(self) -> int:
-        """The length in bytes, which goes into the checkpoint once sync() has returned."""
+        """The length in bytes with all that was logged, lines that still wait included."""
         self.flush()
-        return self.end
+        return self.end + sum(map(len, self.waiting))
 
-    def sync(self) -> None:
-        """Wait until what was logged is on the disk. May be called from another thread."""
-        try:
-            os.fsync(self.descriptor)
-        except OSError as error:
-            log.warning("%s: %s", self.path, error.strerror)
+    def sync(self, position: int) -> None:
+        """Wait until what was logged up to `position` is on the disk. Raises OSError if it is not.
+
+        May be called from another thread.
+        """
+        if os.fstat(self.descriptor).st_size < position:  # lines are whole up to where they end
+            raise OSError(f"{self.path} has no room for its lines")
+        os.fsync(self.descriptor)
 
     def rewind(self, position: int) -> None:
         """Forget what was logged after the checkpoint that holds this position."""
@@ -119,9 +121,12 @@ class Jsonl:
         if self.descriptor < 0:
             return
         self.flush()
-        self.sync()
         if self.waiting:
             log.warning("%s: %d lines found no room.", self.path, len(self.waiting))
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            log.warning("%s: %s", self.path, error.strerror)
         os.close(self.descriptor)
         self.descriptor = -1
 
@@ -427,8 +432,8 @@ class Loggers:
         self._each(lambda tracker: tracker.flush())
         return self.jsonl.position()
 
-    def sync(self) -> None:
-        self.jsonl.sync()
+    def sync(self, position: int) -> None:
+        self.jsonl.sync(position)
 
     def close(self, exit_code: int = 0) -> None:
         self.jsonl.close(exit_code)

@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -53,7 +53,7 @@ class CheckpointWriter:
     """Saves beside the loop: the loop waits for a copy of the state, never for the disk.
 
     One copy of the state is kept in memory and used again. There is never more than one write under
-    way; one that failed is reported at the next save, and the older checkpoints stay.
+    way; one that failed is reported at the next step, and the older checkpoints stay.
     """
 
     def __init__(
@@ -75,8 +75,12 @@ class CheckpointWriter:
             folder.mkdir(exist_ok=True)
             _clear_up(folder)
 
-    def save(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
-        """Copy `parts` and write them in the background. `sync` makes the metrics file durable."""
+    def save(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
+        """Copy `parts` and write them in the background.
+
+        `sync` makes the metrics durable up to `facts.metrics_bytes`, or raises OSError: a
+        checkpoint is never ahead of its record.
+        """
         self.wait()
         snapshot = self._copy(parts)
         self._thread = threading.Thread(
@@ -84,6 +88,11 @@ class CheckpointWriter:
         )
         self._thread.start()
         if not self.options.background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Report a write that has failed meanwhile. Waits for nothing."""
+        if self._failure is not None:
             self.wait()
 
     def wait(self) -> bool:
@@ -97,7 +106,7 @@ class CheckpointWriter:
             "checkpoint not saved: %s. The run goes on; the checkpoints before it are untouched.",
             str(self._failure) or type(self._failure).__name__,
         )
-        self._failure = None
+        self._failure = self.saved = None  # so that this very step may be tried again
         return False
 
     def _copy(self, parts: Parts) -> Parts:
@@ -122,16 +131,16 @@ class CheckpointWriter:
             return value
 
         snapshot = {name: copied(part, name) for name, part in parts.items()}
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             for source, target in zip(sources, targets, strict=True):
                 target.copy_(source, non_blocking=source.is_cuda)
         if any(source.device.type == "cuda" for source in sources):
             torch.cuda.synchronize()
         return snapshot
 
-    def _write(self, parts: Parts, facts: Facts, sync: Callable[[], None]) -> None:
+    def _write(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
         try:
-            sync()
+            sync(facts.metrics_bytes)
             write(self.folder, parts, facts)
             rotate(self.folder, self.options, self.mode, written=facts.step)
             self.written(facts.step)
@@ -337,6 +346,18 @@ def _clear_up(folder: Path) -> None:
             leftover.unlink()
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Memory, not cores, limits a copy; and where cores are shared, each of hundreds of tensors
+    would wait for the slowest thread: ten times as long was measured."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _HashingFile:

@@ -57,7 +57,10 @@ class StepResult(NamedTuple):
 
 
 def fit(state: TrainState, plan: Plan) -> str:
-    """Train from where `state` is to the end. Returns "completed" or "interrupted"."""
+    """Train from where `state` is to the end. Returns "completed" or "interrupted".
+
+    Raises OSError when it came to the end and the last checkpoint could not be written.
+    """
     together = plan.world.size > 1  # then nobody may end a wait alone: see Exchange
     try:
         state.model.train()
@@ -72,13 +75,18 @@ def fit(state: TrainState, plan: Plan) -> str:
                     state.progress.seconds += plan.exchange.seconds
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
+                    plan.checkpoints.poll()
                     if over := settle(state, plan):
                         break
     except Interrupted:
         save(state, plan)
-    plan.checkpoints.wait()
+    saved = plan.checkpoints.wait()
+    if not finished(state, plan):
+        return "interrupted"
+    if not saved:
+        raise OSError(f"the weights of step {state.step}, the last, could not be saved")
     plan.world.barrier()  # all may read what was saved
-    return "completed" if finished(state, plan) else "interrupted"
+    return "completed"
 
 
 def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:

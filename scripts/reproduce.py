@@ -1,0 +1,180 @@
+"""Run a run's record again in a new folder and compare: every number, and every bit of the weights.
+
+python scripts/reproduce.py run=outputs/digits/latest
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import _start  # noqa: F401  finds the package, or says what to set up
+
+from regrow.arguments import Option, parse
+from regrow.config import CONF, composition_error, fail, plain, read_yaml
+from regrow.errors import UserError
+from regrow.record import folder as records
+from regrow.record import manifest
+from regrow.record.redact import redact_all
+from regrow.resume import differences, is_foreign, key_of, recorded_overrides
+from regrow.roles import check_roles
+
+OPTIONS = {"run": Option("the folder of a complete run", required=True)}
+ROOT = CONF.parent
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        given = sys.argv[1:] if arguments is None else arguments
+        code = reproduce(Path(parse(given, OPTIONS, text=__doc__ or "")["run"]))
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(code)
+
+
+def reproduce(given: Path) -> int:
+    """0 if the second run is the first, bit for bit, otherwise 1."""
+    run = given.resolve()  # `latest` may come to name another
+    config, before = record_of(run, given)
+    arguments = arguments_of(run, config, given)
+    if changed := manifest.code_changes(run, ROOT):
+        print(changed)
+    again = records.create(Path("outputs"), f"{config['name']}/reproduced")
+    if code := train([*arguments, f"hydra.run.dir={again}"]):
+        print(f"error: the second run ended with exit code {code}.", file=sys.stderr)
+        return 1
+    for line in changes(before, records.read_json(again / manifest.NAME)):
+        print(line)
+    if found := first_difference(run, again, given):
+        print(f"\nnot identical: {found}\n\nthe second run: {again}")
+        if before.get("resumes"):
+            print("The first was resumed: with another limit or key, no run in one go is the same.")
+        return 1
+    count, weights = len(lines_of(run)), weights_of(run)
+    print(f"\nidentical: {count} lines of {records.METRICS}, and the weights, {weights}")
+    return 0
+
+
+def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the manifest of a complete run, as they were when it last went on."""
+    status = records.load_status(run)
+    if status is None or status["state"] != "completed":
+        state = "holds no run" if status is None else f"is {status['state']}, not completed"
+        raise UserError(f"run={given} {state}. Only a complete run can be compared.")
+    try:
+        config, content = read_yaml(run / "config.yaml"), records.read_json(run / manifest.NAME)
+        name, threads = config["name"], config["trainer"]["num_threads"]
+    except Exception as error:  # the YAML reader raises a dozen different kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"run={given}: its record cannot be read: {reason}") from None
+    check_roles(config, tuple(config), f"run={given}")
+    if not isinstance(name, str) or not isinstance(threads, int):
+        raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
+    return config, {**content, **(content.get("resumes") or [{}])[-1]}
+
+
+def arguments_of(run: Path, config: Mapping[str, Any], given: Path) -> list[str]:
+    """The command line that makes the recorded config again, but for trackers.
+
+    Raises UserError where it reaches beyond a run's own keys, or makes another config by now.
+    """
+    recorded = recorded_overrides(run)
+    if foreign := [override for override in recorded if is_foreign(override)]:
+        raise UserError(
+            f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "
+            "It is not followed."
+        )
+    arguments = [o for o in recorded if key_of(o).split(".")[0] not in ("logger", "resume")]
+    arguments = [o for o in arguments if key_of(o) != "trainer.num_threads"]
+    # Bits depend on it, and unasked it is the machine's number of cores.
+    arguments += ["logger=[jsonl]", f"trainer.num_threads={config['trainer']['num_threads']}"]
+    now = redact_all(composed(arguments))
+    changed = [
+        f"{key} was {old} and would be {new}"
+        for key, (old, new) in differences(config, now).items()
+        if key.split(".")[0] not in ("logger", "resume")
+    ]
+    if changed:
+        raise UserError(
+            f"run={given}: conf/ has changed since, so that its command means another run now: "
+            f"{'; '.join(changed)}. Check out the commit in its {manifest.NAME}."
+        )
+    return arguments
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The config that train.py would compose, as plain values. Makes no object of it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONF), version_base=None):
+            config = compose("train", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        return plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(composition_error(error)) from None
+
+
+def train(arguments: list[str]) -> int:
+    """The real command, in a process of its own."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when the run was made, and may account for other bits."""
+
+    def facts(content: Mapping[str, Any]) -> dict[str, Any]:
+        hardware = {key: content["hardware"].get(key) for key in ("cpu", "accelerators")}
+        parts = {key: content.get(key) for key in ("python", "packages", "environment", "data")}
+        return {**parts, "hardware": hardware}
+
+    return [
+        f"changed since: {key} was {old} and is {new}"
+        for key, (old, new) in differences(facts(before), facts(now)).items()
+    ]
+
+
+def first_difference(run: Path, again: Path, shown: Path) -> str | None:
+    """The first line of metrics.jsonl, or else the weights, in which the second run differs."""
+    ours, theirs = lines_of(run), lines_of(again)
+    for number in range(max(len(ours), len(theirs))):
+        where = f"{shown / records.METRICS}:{number + 1}"
+        if number >= len(theirs):
+            return f"{where} is missing in the second run: {ours[number]}"
+        if number >= len(ours):
+            return f"{where} is missing, and the second run has {theirs[number]}"
+        for key, (old, new) in differences(ours[number], theirs[number]).items():
+            if repr(old) != repr(new):  # a NaN is a NaN
+                return f"{where}: {key} was {old!r} and is {new!r}"
+    if weights_of(run) != weights_of(again):
+        old, new = weights_of(run), weights_of(again)
+        return f"{shown / records.SUMMARY}: weights_sha256 was {old} and is {new}"
+    return None
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run / records.METRICS).read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
+        for line in lines
+    ]
+
+
+def weights_of(run: Path) -> str:
+    return str(records.read_json(run / records.SUMMARY)["weights_sha256"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What may differ between a run and its resume: what leaves the maths alone, or was named."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from running import TINY, config_of
+
+from regrow.errors import UserError
+from regrow.record.folder import write_text
+from regrow.resume import continues
+
+CHANGES_THE_MATHS = (
+    *("seed=1 data.seed=1", "data.batch_size=8", "data.source.num_train=40", "data.limit_train=30"),
+    *("data.drop_last=true", "model.hidden=[13]", "model.dropout=0.1", "optimizer=sgd"),
+    *("optimizer.lr=0.5", "scheduler=step", "scheduler.warmup_steps=2", "trainer.ema_decay=0.9"),
+    *("loss.label_smoothing=0.1", "trainer.precision=bf16", "trainer.clip_norm=1.0"),
+    *("trainer.early_stopping.patience=3", "trainer.eval_every_epochs=2", "trainer.mode=min"),
+)
+LEAVES_IT = (
+    *("trainer.max_epochs=9", "trainer.max_steps=5", "trainer.devices=2", "data.num_workers=2"),
+    *("trainer.accumulation_steps=4", "logger=[csv]", "notes=again", "tags=[a]"),
+    *("trainer.log_every_steps=7", "trainer.checkpoint.save_every_steps=2"),
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_of(*TINY))))
+    write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(TINY)))
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES_THE_MATHS)
+def test_what_changes_the_maths_is_refused_unless_it_is_named(
+    change: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [*TINY, *change.split()]
+    config = config_of(*overrides)
+    with pytest.raises(UserError) as refused:
+        continues(run, config, overrides)
+    assert change.partition("=")[0] in str(refused.value)
+    assert " was " in str(refused.value) and " would be " in str(refused.value)
+    assert continues(run, {**config, "resume": str(run)}, overrides)
+    assert "changed by name" in caplog.text
+
+
+@pytest.mark.parametrize("change", LEAVES_IT)
+def test_what_leaves_the_maths_alone_may_change(
+    change: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert continues(run, config_of(*TINY, change), [*TINY, change])
+    assert f"changed: {change.partition('=')[0].partition('[')[0]}" in caplog.text

@@ -1,0 +1,108 @@
+"""Signals to the real command, whatever it is at: it stops in time, saves, and grows back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from processes import Process
+from running import TINY, fingerprint, train
+
+from regrow.record.folder import load_status
+from regrow.training.interrupt import Interrupted, StopRequest
+
+RUN = (
+    *(*TINY, "data.normalize=none", "data.source._target_=holding.splits"),
+    *("data.eval_batch_size=6", "data.num_workers=2", "model._target_=holding.net"),
+    *("model.dropout=0.3", "trainer.ema_decay=0.9", "trainer.accumulation_steps=2"),
+    *("trainer.check_first_batch=false", "task.per_class=false", "task.auroc=false"),
+)
+SMALL, SLOW_TO_SAVE = "+model.ballast=0", "+model.ballast=8_000_000"
+DEADLINE = 20.0  # seconds from the signal to the end of the process, on a busy machine
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def completed(folder: Path, *arguments: str) -> str:
+    """Train to the end in this process, which starts faster, from where the run in `folder` is."""
+    for mark in folder.glob("marks/*"):
+        mark.unlink()
+    assert train(folder / "run", *arguments)["status"] == "completed"
+    return fingerprint(folder / "run")
+
+
+def interrupted(process: Process, number: signal.Signals) -> None:
+    """The process ends in time as one that was stopped by this signal, its last step saved."""
+    code, errors = process.end(DEADLINE)
+    assert code == 128 + number, errors
+    assert f"stopped by {number.name} at step" in errors
+    assert "train.py resume=run" in errors and "Traceback" not in errors
+    status = json.loads((process.folder / "run" / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    newest = (process.folder / "run" / "checkpoints" / "last").resolve().name
+    assert newest == f"step_{status['step']:08d}"
+
+
+def test_a_signal_to_the_whole_group_while_waiting_for_data_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    """As Ctrl-C and most schedulers send it: to the workers too, one of which sleeps."""
+    process = Process(tmp_path / "cut", *RUN, SMALL, stays="train_data", seconds=60)
+    process.wait_for(process.reached("train_data"))
+    os.killpg(process.process.pid, signal.SIGTERM)
+    interrupted(process, signal.SIGTERM)
+    assert completed(tmp_path / "cut", *RUN, SMALL) == completed(tmp_path / "whole", *RUN, SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return completed(tmp_path_factory.mktemp("whole"), *RUN, SLOW_TO_SAVE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_run_stopped_in_every_phase_in_turn_ends_the_same(
+    number: signal.Signals, tmp_path: Path, whole: str
+) -> None:
+    phases = ("saving", "training", "evaluation", "train_data", "val_data")
+    for index, phase in enumerate(phases):
+        stays = "" if phase == "saving" else phase
+        process = Process(tmp_path, *RUN, SLOW_TO_SAVE, stays=stays, seconds=0.5)
+        process.wait_for(process.is_saving if phase == "saving" else process.reached(phase))
+        if index % 2:
+            os.killpg(process.process.pid, number)
+        else:
+            process.process.send_signal(number)
+        interrupted(process, number)
+    assert completed(tmp_path, *RUN, SLOW_TO_SAVE) == whole
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tmp_path: Path, whole: str) -> None:
+    process = Process(tmp_path, *RUN, SLOW_TO_SAVE, stays="training", seconds=60)
+    process.wait_for(process.reached("training"))
+    process.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.process.poll() is None  # it would finish its step
+    process.process.send_signal(signal.SIGINT)
+    code, _ = process.end(5.0)
+    assert code == 130
+    status = load_status(tmp_path / "run")
+    assert status is not None and status["state"] == "interrupted"
+    assert completed(tmp_path, *RUN, SLOW_TO_SAVE) == whole
+
+
+def test_the_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequest() as stop:
+        assert [signal.getsignal(number) for number in SIGNALS] == [stop._note] * 3
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested and stop.signal is signal.SIGUSR1
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(Interrupted), StopRequest() as stop:
+        for _ in stop.while_waiting(iter(lambda: signal.raise_signal(signal.SIGTERM), 1)):
+            raise AssertionError("the wait was to be cut short")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
