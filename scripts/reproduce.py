@@ -73,7 +73,7 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:  # the YAML reader raises a dozen different kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"run={given}: its record cannot be read: {reason}") from None
-    check_roles(config, tuple(config), f"run={given}")
+    check_roles(config, tuple(config), run, f"run={given}")
     if not isinstance(name, str) or not isinstance(threads, int):
         raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
     return config, {**content, **(content.get("resumes") or [{}])[-1]}
@@ -91,9 +91,10 @@ def arguments_of(run: Path, config: Mapping[str, Any], given: Path) -> list[str]
             "It is not followed."
         )
     arguments = [o for o in recorded if key_of(o).split(".")[0] not in ("logger", "resume")]
-    arguments = [o for o in arguments if key_of(o) != "trainer.num_threads"]
-    # Bits depend on it, and unasked it is the machine's number of cores.
-    arguments += ["logger=[jsonl]", f"trainer.num_threads={config['trainer']['num_threads']}"]
+    # Bits depend on these, and unasked they are what the machine has.
+    kept = {f"trainer.{key}": config["trainer"][key] for key in ("num_threads", "devices")}
+    arguments = [o for o in arguments if key_of(o) not in kept]
+    arguments += ["logger=[jsonl]", *(f"{key}={value}" for key, value in kept.items())]
     now = redact_all(composed(arguments))
     changed = [
         f"{key} was {old} and would be {new}"

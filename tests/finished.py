@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from running import CPU, composed
+from running import CPU, as_hydra_has_it, composed
 
 from regrow import launch
 from regrow import run as runs
-from regrow.config import CONF, plain
+from regrow.config import CONF
 from regrow.record.folder import Lock
 
 SCRIPTS = CONF.parent / "scripts"
@@ -29,12 +28,12 @@ QUICK = ("trainer.max_steps=4", "trainer.num_threads=1", "trainer.device=cpu")
 def finished(folder: Path, *overrides: str) -> Path:
     """A complete run in `folder`, without its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = composed(*QUICK, *overrides)
-    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    config = composed(*QUICK, *overrides, f"hydra.run.dir={folder.resolve()}")
+    job = launch.job_of(as_hydra_has_it(config))
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, Lock(folder):
         patch.setattr(runs, "draw", lambda folder: None)
-        launch.run_in(folder, plain(cfg), cfg, CPU)
+        launch.run_in(job, CPU)
     return folder
 
 

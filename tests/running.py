@@ -72,7 +72,11 @@ def launched(*overrides: str) -> float | None:
     """Hydra's job in this process, in the current folder; the run is TINY."""
     from regrow.launch import launch
 
-    config = composed(*TINY, *overrides)
+    return launch(as_hydra_has_it(composed(*TINY, *overrides)))
+
+
+def as_hydra_has_it(config: DictConfig) -> DictConfig:
+    """What Hydra hands to its job, and the state in which it is then."""
     folder = Path(config.hydra.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.set_readonly(config.hydra, False)
@@ -81,7 +85,7 @@ def launched(*overrides: str) -> float | None:
         config.hydra.runtime.output_dir = str(folder.resolve())
         HydraConfig.instance().set_config(config)
         del config["hydra"]
-    return launch(config)
+    return config
 
 
 class StopAtStep(StopRequest):

@@ -12,7 +12,12 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. `errors` and `randomness` serve all.
 ALLOWED = {
-    "launch": {"run", "load", "resume", "check", "config", "record", "training"},
+    "worker": {"launch", "run", "ranks", "job", "training"},
+    "launch": {
+        *("run", "load", "resume", "check", "config", "record", "training"),
+        *("job", "ranks", "worker"),
+    },
+    "ranks": {"job", "record"},
     "run": {"config", "weights", "training", "tasks", "data", "record"},
     "find_lr": {"launch", "run", "resume", "check", "config", "record", "training"},
     "inference": {"load", "training"},

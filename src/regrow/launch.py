@@ -47,6 +47,10 @@ def launch(cfg: DictConfig) -> float | None:
     try:
         return _launch(cfg)
     except UserError as error:
+        named = Path(HydraConfig.get().runtime.output_dir)
+        if named.resolve() != Path.cwd():
+            with contextlib.suppress(OSError):  # it holds something
+                named.rmdir()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra tells which job it was
         configs.fail(str(error))
@@ -62,7 +66,7 @@ def _launch(cfg: DictConfig) -> float | None:
             raise UserError("--multirun starts its processes itself. Start it without torchrun.")
         from regrow import worker
 
-        return worker.lead(job)
+        worker.lead(job)
     with console():
         count = trainer["devices"] = ranks.count_of(trainer)
         if count > 1 or trainer["max_restarts"]:

@@ -43,7 +43,7 @@ def meet() -> Any:
     return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
 
 
-def lead(job: Job) -> float | None:
+def lead(job: Job) -> NoReturn:
     """As the first of the processes that were started from outside: give the job to the others."""
     trainer = job.config["trainer"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -55,15 +55,16 @@ def lead(job: Job) -> float | None:
     trainer["devices"] = local
     store = meet()
     store.set("job", job.to_json())
-    return work(job, store)
+    work(job, store)
 
 
-def work(job: Job, store: Any) -> float | None:
-    """This process's part of the job. Does not return from a failure: the process ends."""
+def work(job: Job, store: Any) -> NoReturn:
+    """This process's part of the job, and the end of the process."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         with launch.console() if rank == 0 else contextlib.nullcontext():
-            return run_part(job, store, rank, size)
+            run_part(job, store, rank, size)
+        code = 0
     except SystemExit as end:
         code = int(end.code or 0)
     except KeyboardInterrupt:  # before the run could take it as a wish to stop
@@ -74,7 +75,7 @@ def work(job: Job, store: Any) -> float | None:
     leave(code)
 
 
-def run_part(job: Job, store: Any, rank: int, size: int) -> float | None:
+def run_part(job: Job, store: Any, rank: int, size: int) -> None:
     """Meet the others and run."""
     trainer = job.config["trainer"]
     device = runs.resolve_device(trainer["device"], int(os.environ.get("LOCAL_RANK", rank)))
@@ -92,8 +93,6 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> float | None:
     if world.is_main:
         store.set("best", json.dumps(best))
     world.barrier()
-    dist.destroy_process_group()
-    return best
 
 
 def report(error: BaseException, store: Any, rank: int) -> None:
@@ -119,7 +118,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End now: what is left of a process group may wait for processes that are gone."""
+    """End now: the threads of a process group may wait for others, or fall over each other."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -22,8 +22,9 @@ from running import CPU, config_of
 from regrow import run as runs
 from regrow.config import CONF
 from regrow.errors import UserError
-from regrow.find_lr import find_lr, plan_of
+from regrow.find_lr import find_lr
 from regrow.training import loop
+from regrow.training.interrupt import StopRequest
 from regrow.training.lr_finder import (
     Curve,
     RangeTest,
@@ -53,7 +54,8 @@ def job(*overrides: str) -> DictConfig:
 def built(*overrides: str) -> tuple[runs.Objects, loop.Plan]:
     config = config_of(*SMALL, *overrides)
     objects = runs.build(config, CPU)
-    return objects, plan_of(objects, config, CPU)
+    nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
+    return objects, runs.plan_of(objects, config["seed"], CPU, StopRequest(), **nowhere)
 
 
 def fingerprint(objects: runs.Objects) -> str:
