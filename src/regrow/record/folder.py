@@ -57,7 +57,7 @@ def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
 
 def link_latest(folder: Path, runs: Path) -> None:
     """Let <runs>/latest name `folder`, in one step; of a job of a sweep, <runs>/sweeps/latest the
-    sweep. `runs` is outputs/<name>; a folder that lies elsewhere is not linked.
+    sweep. `runs` is outputs/<name>; a folder that lies elsewhere, or deeper, is not linked.
     """
     try:
         inside = folder.resolve().relative_to(runs.resolve())
@@ -65,7 +65,7 @@ def link_latest(folder: Path, runs: Path) -> None:
         return
     if inside.parts[:1] == ("sweeps",):
         runs, inside = runs / "sweeps", Path(*inside.parts[1:2])
-    if inside == Path():
+    if len(inside.parts) != 1:
         return
     link = runs / "latest"
     if link.exists() and not link.is_symlink():
