@@ -114,10 +114,10 @@ def test_latest_moves_on_and_never_replaces_a_folder_of_the_user(
 
 def test_latest_names_the_newest_run_and_of_sweeps_the_newest_sweep(tmp_path: Path) -> None:
     runs = tmp_path / "digits"
-    for name in ("a", "chosen/by/hand", "sweeps/s/0", "sweeps/s/1"):
+    for name in ("a", "chosen", "chosen/again/0", "sweeps/s/0", "sweeps/s/1"):
         (runs / name).mkdir(parents=True)
         link_latest(runs / name, runs)
-    assert (runs / "latest").resolve() == runs / "chosen" / "by" / "hand"
+    assert (runs / "latest").resolve() == runs / "chosen"
     assert (runs / "sweeps" / "latest").resolve() == runs / "sweeps" / "s"
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path / "elsewhere", runs, runs / "sweeps"):
@@ -125,7 +125,7 @@ def test_latest_names_the_newest_run_and_of_sweeps_the_newest_sweep(tmp_path: Pa
     links = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("latest")}
     assert links == {"digits/latest", "digits/sweeps/latest"}
     link_latest(runs / "latest", runs)  # as hydra.run.dir=outputs/digits/latest gives it
-    assert (runs / "latest").resolve() == runs / "chosen" / "by" / "hand"
+    assert (runs / "latest").resolve() == runs / "chosen"
 
 
 def test_the_second_holder_is_refused_with_one_line_that_names_the_first(tmp_path: Path) -> None:
