@@ -12,6 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. `errors` and `randomness` serve all.
 ALLOWED = {
+    "child": {"worker"},
     "worker": {"launch", "run", "ranks", "job", "training"},
     "launch": {
         *("run", "load", "resume", "check", "config", "record", "training"),

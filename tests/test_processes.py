@@ -116,13 +116,15 @@ def test_a_run_starts_again_by_itself_after_a_process_was_killed(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_at_one_step(whole: str, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_or_all_stops_all_at_one_step(whole: str, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
-    codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
-    for number, code in codes.items():
+    for number, code in {signal.SIGTERM: 143, signal.SIGINT: 130}.items():
         process = start(folder, *LONG)
         until(lambda: (folder / "checkpoints" / "last").exists() and running(folder), process)
-        os.kill(ranks_of(folder)[1], number)
+        ranks = ranks_of(folder)
+        # To one of them; then to all, as schedulers do, the one that started them included.
+        for pid in [ranks[1]] if number == signal.SIGTERM else [process.pid, *ranks]:
+            os.kill(pid, number)
         _, err = process.communicate(timeout=40)
         if process.returncode == 0:  # it was done before the signal came
             break
@@ -189,6 +191,22 @@ def test_out_of_memory_in_one_process_starts_all_again_in_smaller_slices(tmp_pat
         assert line == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
+@pytest.mark.slow
+def test_a_run_of_one_process_starts_again_as_often_as_it_may(tmp_path: Path) -> None:
+    hopeless = ("optimizer.lr=1e30", "optimizer=sgd", "trainer.max_skipped_steps=1")
+    err = run(tmp_path / "hopeless", *TINY, *hopeless, "trainer.max_restarts=1", code=1)
+    assert err.count("Starting again") == 1 and "failed: rank 0: FloatingPointError" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_failed_job_of_a_sweep_leaves_the_others_alone(tmp_path: Path) -> None:
+    lrs = ("-m", "optimizer.lr=1e30,0.1", "optimizer=sgd", "trainer.max_skipped_steps=1")
+    err = run(tmp_path, *TINY, *lrs, f"hydra.sweep.dir={tmp_path}/sweep", code=1)
+    states = [read_json(tmp_path / "sweep" / job / "status.json")["state"] for job in "01"]
+    assert states == ["failed", "completed"] and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -229,6 +247,7 @@ def test_the_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
     process = start(folder, *LONG)
     until((folder / "checkpoints" / "last").exists, process)
+    assert listening(process.pid) == {"0100007F"}  # 127.0.0.1: no other machine is to join
     pids = ranks_of(folder)
     process.kill()
     process.communicate(timeout=30)
@@ -236,6 +255,17 @@ def test_the_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses to which a process listens, as the kernel writes them."""
+    links = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {f[1].split(":")[0] for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in links}
 
 
 def test_json_carries_a_job_whole() -> None:

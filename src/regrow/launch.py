@@ -24,7 +24,7 @@ from regrow import config as configs
 from regrow import ranks, resume
 from regrow import run as runs
 from regrow.check import check
-from regrow.errors import UserError
+from regrow.errors import RunFailed, UserError
 from regrow.job import Job
 from regrow.load import preprocessing_record
 from regrow.record import folder as records
@@ -42,18 +42,21 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(cfg: DictConfig) -> float | None:
     """Run what `cfg` describes and return the best monitored value, for a sweeper.
 
-    Raises UserError before anything is written; ends the process with 128 + signal when stopped.
+    Raises UserError before anything is written; ends the process with 1 when the run failed, and
+    with 128 + signal when it was stopped.
     """
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return _launch(cfg)
     except UserError as error:
-        named = Path(HydraConfig.get().runtime.output_dir)
-        if named.resolve() != Path.cwd():
-            with contextlib.suppress(OSError):  # it holds something
-                named.rmdir()
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # Hydra tells which job it was
+        leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        if is_sweep:
+            raise  # Hydra tells which job it was, and goes on with the next
         configs.fail(str(error))
+    except SystemExit as end:
+        if is_sweep and end.code == 1:
+            raise RunFailed from end
+        raise
 
 
 def _launch(cfg: DictConfig) -> float | None:
@@ -123,9 +126,15 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
         try:
             yield resume.continues(folder, job.config, job.overrides)
         finally:
-            if [path.name for path in folder.iterdir()] == [".lock"]:  # refused: leave nothing
-                (folder / ".lock").unlink()
-                folder.rmdir()
+            records.remove_unused(folder)
+
+
+def leave_nothing(folder: Path) -> None:
+    """Remove a run's own folder in which nothing was written, unless somebody has it."""
+    if folder.resolve() == Path.cwd() or not folder.is_dir():
+        return
+    with contextlib.suppress(OSError, UserError), records.Lock(folder):
+        records.remove_unused(folder)
 
 
 def run_in(job: Job, world: World) -> float | None:
@@ -163,7 +172,7 @@ def run_in(job: Job, world: World) -> float | None:
                 summary = runs.train(objects, config, folder, world, stop)
             except BaseException as error:
                 note_failure(error, folder, objects.state.step, world)
-                if world.size == 1 and isinstance(error, FloatingPointError | OSError):
+                if world.store is None and is_plain(error):
                     raise SystemExit(1) from error
                 raise
         number = max(world.gather(stop.signal or 0))  # of whichever process got it
@@ -194,6 +203,11 @@ def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
     if world.store is not None and world.is_main:
         world.store.set("folder", json.dumps(name))
     return Path(name)
+
+
+def is_plain(error: BaseException) -> bool:
+    """Whether a line says it all: bad numbers or a bad disk, and no fault in the code."""
+    return isinstance(error, FloatingPointError | OSError) and hasattr(error, "step")
 
 
 def note_failure(error: BaseException, folder: Path, step: int, world: World) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -51,7 +52,10 @@ def count_of(trainer: Mapping[str, Any]) -> int:
                 "Give the number of processes: trainer.devices=2."
             )
         return gpus
-    if devices > 1 and device == "mps":
+    is_mps = device == "mps" or (
+        device == "auto" and not gpus and torch.backends.mps.is_available()
+    )
+    if devices > 1 and is_mps:
         raise UserError(f"trainer.devices={devices}: MPS takes one process. Use trainer.devices=1.")
     if 0 < gpus < devices:
         raise UserError(
@@ -74,7 +78,7 @@ def run(job: Job, count: int) -> float | None:
             return outcome.best
         if outcome.exit_code in STOPPED:
             raise SystemExit(outcome.exit_code)
-        error = outcome.error or {"kind": "lost", "text": "no process said why"}
+        error = outcome.error or {"kind": "lost", "text": "no process said why", "step": 0}
         if error["kind"] == "user":
             raise UserError(error["text"])
         if outcome.folder is not None:
@@ -101,33 +105,42 @@ def start(job: Job, count: int) -> Outcome:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # they are forwarded, below
+    listener = socket.create_server(("127.0.0.1", 0))  # a store would listen to every network
+    port = listener.getsockname()[1]
     server = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
-    store.set("job", job.to_json())
-    envs = {rank: environment(rank, count, server.port) for rank in range(count)}
-    with tempfile.TemporaryDirectory(prefix="regrow-") as logs, signals_kept():
+    with tempfile.TemporaryDirectory(prefix="regrow-") as private, forwarding() as forwarded:
+        path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
+        path.write_text(job.to_json())
         context = start_processes(
             name="train",
             entrypoint=sys.executable,
-            args=dict.fromkeys(range(count), ("-u", "-m", "regrow.worker")),
-            envs=envs,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            args=dict.fromkeys(range(count), ("-u", "-m", "regrow.child")),
+            envs={rank: environment(rank, count, port, path) for rank in range(count)},
+            logs_specs=DefaultLogsSpecs(log_dir=private),
         )
         try:
-            signals = forward_signals(list(context.pids().values()))
+            forwarded.to(list(context.pids().values()))
             result = context.wait(period=0.05)
         finally:
             context.close(signal.SIGKILL)
     assert result is not None
     said = {name: read(store, name) for name in ("folder", "best", "error", "lost")}
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-    if signals and codes:  # some may have been too young to end in good order
-        return Outcome(128 + signals[0], said["folder"], None, None)
+    if forwarded.signals and codes:  # some may have been too young to end in good order
+        return Outcome(128 + forwarded.signals[0], said["folder"], None, None)
     stopped = [code for code in codes.values() if code in STOPPED]
     error = said["error"]
-    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    # Once one has ended, PyTorch sends the others a SIGTERM, and they may be about to end too.
+    expected = {-signal.SIGTERM} if stopped else set()
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and code not in expected}
     if error is None and killed:
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name
@@ -140,7 +153,7 @@ def start(job: Job, count: int) -> Outcome:
     return Outcome(code, said["folder"], said["best"], error)
 
 
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
+def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
     """What torch's env:// rendezvous reads. The store is in this process, on a free port."""
     return {
         "RANK": str(rank),
@@ -152,6 +165,7 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "REGROW_PARENT": str(os.getpid()),
+        "REGROW_JOB": str(job),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
 
@@ -160,42 +174,48 @@ def read(store: Any, name: str) -> Any:
     return json.loads(store.get(name)) if store.check([name]) else None
 
 
-@contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
-    """torch replaces the handlers of some signals and leaves them so."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+@dataclasses.dataclass
+class Forwarded:
+    """Signals that came to this process, each of them one to every rank too."""
 
+    signals: list[int] = dataclasses.field(default_factory=list)
+    pids: list[int] = dataclasses.field(default_factory=list)
 
-def forward_signals(pids: list[int]) -> list[int]:
-    """A signal to this process is one to each of the ranks, which know what to do with it.
+    def note(self, number: int, frame: object = None) -> None:
+        self.signals.append(number)
+        self._send(number)
 
-    Returns a list to which each signal is added as it comes.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        return came
+    def to(self, pids: list[int]) -> None:
+        """The ranks, once they are there; they get what came before, too."""
+        self.pids = pids
+        for number in self.signals:
+            self._send(number)
 
-    def forward(number: int, frame: object) -> None:
-        came.append(number)
-        for pid in pids:
+    def _send(self, number: int) -> None:
+        for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, forward)
-    return came
+
+@contextlib.contextmanager
+def forwarding() -> Iterator[Forwarded]:
+    """Leave signals to the ranks, which know what to do with them."""
+    forwarded = Forwarded()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, forwarded.note) for number in numbers}
+    try:
+        yield forwarded
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def started_from_outside() -> bool:
     """Whether torchrun or srun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "REGROW_PARENT" not in os.environ
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    return several and "REGROW_PARENT" not in os.environ
 
 
 def follows() -> bool:

@@ -141,7 +141,8 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
 
     `overrides` are those of this start, recorded ones included: see `expand`.
 
-    A null `trainer.num_threads` becomes what the recorded run had: bits depend on it.
+    A null `trainer.num_threads` becomes what the recorded run had, for bits depend on it, unless
+    the number of processes is another.
     """
     if not (folder / "config.yaml").is_file():
         return False
@@ -151,7 +152,8 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
             f"hydra.run.dir={folder} holds a run already, and resume=never. Use another folder, or "
             "leave out resume=never to go on with it."
         )
-    if config["trainer"]["num_threads"] is None:
+    as_many = recorded["trainer"].get("devices") == config["trainer"]["devices"]
+    if config["trainer"]["num_threads"] is None and as_many:
         config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
     by_name = config["resume"] not in ("auto", "never")
     named = set()

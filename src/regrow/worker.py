@@ -1,12 +1,11 @@
-"""One process of several: `python -m regrow.worker`, or what torchrun and srun started.
+"""One process of several, started by `ranks.start` or from outside.
 
-It meets the others, takes the job from the store, and does its part. Whoever fails first says so.
+It meets the others, takes the job, and does its part. Whoever fails first says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ import signal
 import sys
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -31,9 +31,10 @@ log = logging.getLogger("regrow")
 
 def main() -> None:
     """Do the part of this process in the job that another one composed."""
-    die_with_parent()
+    job = os.environ.get("REGROW_JOB")
+    text = Path(job).read_text() if job else None
     store = meet()
-    work(Job.from_json(store.get("job")), store)
+    work(Job.from_json(text or store.get("job")), store)
 
 
 def meet() -> Any:
@@ -66,12 +67,14 @@ def work(job: Job, store: Any) -> NoReturn:
             run_part(job, store, rank, size)
         code = 0
     except SystemExit as end:
-        code = int(end.code or 0)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:  # before the run could take it as a wish to stop
         code = 128 + signal.SIGINT
     except BaseException as error:
         report(error, store, rank)
         code = 2 if isinstance(error, UserError) else 1
+        if rank == 0 and job.folder is not None:
+            launch.leave_nothing(Path(job.folder))
     leave(code)
 
 
@@ -101,8 +104,8 @@ def report(error: BaseException, store: Any, rank: int) -> None:
     said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
     if isinstance(error, UserError):
         said |= {"kind": "user", "text": str(error)}
-    elif isinstance(error, MemoryError):
-        said |= {"kind": "memory", "halvings": getattr(error, "halvings", 0)}
+    elif hasattr(error, "halvings"):
+        said |= {"kind": "memory", "halvings": error.halvings}
     with contextlib.suppress(RuntimeError):  # the store is gone: so are those who would read it
         if lost_the_others(error):
             store.set("lost", json.dumps(said))
@@ -113,7 +116,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
     if said["kind"] == "user":
         if started_from_outside():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    elif not isinstance(error, MemoryError | FloatingPointError):
+    elif not (hasattr(error, "halvings") or launch.is_plain(error)):
         traceback.print_exception(error)
 
 
@@ -123,18 +126,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def die_with_parent() -> None:
-    """Let the kernel end this process when the one that started it is killed (Linux)."""
-    parent = os.environ.get("REGROW_PARENT")
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was killed before this line
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -102,7 +102,24 @@ def test_the_handlers_are_put_back() -> None:
         signal.raise_signal(signal.SIGUSR1)
         assert stop.requested and stop.signal is signal.SIGUSR1
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_comes_by_two_ways_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal is signal.SIGTERM and not ended
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
+        later = time.monotonic() + 1.5
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [130, 143]
+
+
+def test_a_signal_cuts_a_wait_short() -> None:
     with pytest.raises(Interrupted), StopRequest() as stop:
         for _ in stop.while_waiting(iter(lambda: signal.raise_signal(signal.SIGTERM), 1)):
             raise AssertionError("the wait was to be cut short")
-    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -80,6 +80,13 @@ def link_latest(folder: Path, runs: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unused(folder: Path) -> None:
+    """Remove a folder that holds nothing but the lock of this process."""
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+
+
 # -- one writer ------------------------------------------------------------------------------------
 
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()

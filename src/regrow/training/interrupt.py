@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -21,12 +22,15 @@ class Interrupted(Exception):
 class StopRequest:
     """Notes the first signal and leaves the loop to stop at its next safe place.
 
-    A second signal stops at once. As a context manager it puts the handlers back. Outside the main
-    thread it handles nothing and only answers that nobody asked.
+    A second signal stops at once. The same within a second is the first by another way: schedulers
+    signal every process of a job, and the one that started it hands its signal on. As a context
+    manager it puts the handlers back. Outside the main thread it handles nothing and only answers
+    that nobody asked.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._noted = 0.0
         self._waiting = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -65,7 +69,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if number == self.signal and time.monotonic() - self._noted < 1:
+                return
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
+        self.signal, self._noted = signal.Signals(number), time.monotonic()
         if self._waiting:
             raise Interrupted

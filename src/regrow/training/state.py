@@ -115,8 +115,11 @@ class TrainState:
         self.model.load_state_dict(parts["model"])
         optim.load(self.optimizer, parts["optimizer"])
         progress = dict(parts["progress"])
-        if lost := {*vars(self.progress), "sums", "skips"} - set(progress):
-            raise UserError(f"the checkpoint's progress lacks {', '.join(sorted(lost))}")
+        if other := {*vars(self.progress), "sums", "skips"} ^ set(progress):
+            raise UserError(
+                "the checkpoint was written by another version of this code: its progress differs "
+                f"in {', '.join(sorted(other))}. Start a new run with init_from=…"
+            )
         self.sums.copy_(progress.pop("sums"))
         self.skips.copy_(progress.pop("skips"))
         self.progress = Progress(**progress)
