@@ -1,13 +1,14 @@
 """Write the page of a run, or one page of several side by side.
 
 python scripts/report.py outputs/digits/latest               writes report.html in the run's folder
-python scripts/report.py outputs/digits/a outputs/digits/b   writes comparison.html here
+python scripts/report.py outputs/digits/a outputs/digits/b   writes outputs/digits/comparison.html
 python scripts/report.py outputs/digits/sweeps/latest        writes comparison.html in that folder
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def make(folders: list[Path], output: Path | None) -> Path:
         plots.draw(run)
         return report.write(run, output)
     if output is None:
-        output = (folders[0] if len(folders) == 1 else Path()) / "comparison.html"
+        common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
+        if Path.cwd().is_relative_to(common):  # they have nothing in common
+            common = Path()
+        output = Path(os.path.relpath(common)) / "comparison.html"
     return report.compare(list(runs), output)
 
 

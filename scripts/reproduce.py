@@ -45,6 +45,8 @@ def reproduce(given: Path) -> int:
     arguments = arguments_of(run, config, given)
     if changed := manifest.code_changes(run, ROOT):
         print(changed)
+    if before.get("resumes"):
+        print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
     if code := train([*arguments, f"hydra.run.dir={again}"]):
         print(f"error: the second run ended with exit code {code}.", file=sys.stderr)
@@ -53,8 +55,6 @@ def reproduce(given: Path) -> int:
         print(line)
     if found := first_difference(run, again, given):
         print(f"\nnot identical: {found}\n\nthe second run: {again}")
-        if before.get("resumes"):
-            print("The first was resumed: with another limit or key, no run in one go is the same.")
         return 1
     count, weights = len(lines_of(run)), weights_of(run)
     print(f"\nidentical: {count} lines of {records.METRICS}, and the weights, {weights}")

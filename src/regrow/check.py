@@ -16,8 +16,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import CONF, fail, locate, plain, read_yaml
+from regrow.config import CONF, composition_error, fail, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
 from regrow.resume import check_recorded
@@ -205,6 +206,8 @@ class CheckBeforeStart(Callback):
             check(config, config.hydra.runtime.choices)
         except UserError as error:
             fail(str(error))
+        except OmegaConfBaseException as error:
+            fail(composition_error(error))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir

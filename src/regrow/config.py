@@ -124,6 +124,8 @@ def composition_error(error: Exception) -> str:
     for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
         if found := re.search(pattern, text):
             return unknown_key(found.group(1))
+    if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text):
+        return f"{found.group(2)}: ${{{found.group(1)}}} names no key of the config."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
 

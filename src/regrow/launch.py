@@ -265,15 +265,17 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
     batch, slices = config["data"]["batch_size"], options.accumulation_steps
     each = -(-batch // (world.size * slices))
     log.info(
-        "batch: %d = %d device%s × %d slice%s × %d",
-        *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1], each),
+        "batch: %d = %d device%s × %d slice%s × %s%d",
+        *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1]),
+        *("" if batch == world.size * slices * each else "at most ", each),
     )
     steps = "until time is up" if objects.total_steps is None else f"{objects.total_steps:,} steps"
+    threads = config["trainer"]["num_threads"]
     chosen = " (trainer.device=auto)" if options.device == "auto" else ""
     log.info(
-        "run: %s of %d per epoch, on %s%s in %s with %d threads",
+        "run: %s of %d per epoch, on %s%s in %s with %d thread%s",
         *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
-        config["trainer"]["num_threads"],
+        *(threads, "s"[: threads > 1]),
     )
     log.info("folder: %s", folder)
     log.info("if it is cut, go on with: %s", command(f"resume={folder}"))

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def diabetes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
     """442 patients, 10 measures, disease progression after a year (Efron et al., 2004)."""
     inputs = torch.from_numpy(_bundled("diabetes_data_raw.csv.gz"))
     targets = torch.from_numpy(_bundled("diabetes_target.csv.gz")).float()
-    return _cut(inputs, targets, val_fraction, test_fraction, seed)
+    splits = _cut(inputs, targets, val_fraction, test_fraction, seed)
+    names = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]  # as in scikit-learn
+    return replace(splits, columns=names)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
