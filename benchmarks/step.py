@@ -83,7 +83,7 @@ def train_py(
     HydraConfig.instance().set_config(config)
     config = plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
     objects = runs.build(config, world)
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(world.from_main(tempfile.mkdtemp() if world.is_main else ""))
     stop = After()
 
     def run() -> None:

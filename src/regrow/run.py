@@ -155,12 +155,13 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
     """What a step looks at; `record` says where its numbers and the state go."""
     options, model = objects.options, objects.state.model
+    exchange = Exchange(world, stop)
     return Plan(
         options=options,
         task=objects.task,
         train=objects.train,
         val=objects.val,
-        forward=distribute(model, options.ddp, world),
+        forward=distribute(model, options.ddp, world, exchange),
         world=world,
         seed=seed,
         total_steps=objects.total_steps,
@@ -168,7 +169,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
         buffers=Buffers(model),
         stop=stop,
-        exchange=Exchange(world, stop),
+        exchange=exchange,
         **record,
     )
 

@@ -70,7 +70,7 @@ def test_a_run_that_went_on_for_longer_is_identical(
 
     assert in_parts("longer", "scheduler=constant")[0] == 0
     code, said = in_parts("bent", "scheduler=cosine")  # its rate fell for 20 steps, then for 40
-    assert code == 1 and said[-1].startswith("The first was resumed")
+    assert code == 1 and said[0].startswith("This run was resumed")
 
 
 def test_an_altered_number_is_named_with_its_line(

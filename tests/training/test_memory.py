@@ -137,20 +137,20 @@ def test_any_other_error_is_no_lack_of_memory() -> None:
 def test_the_number_of_slices_grows_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run goes on in the slices that were found, without running out again."""
     failures = []
-    forward = loop.forward_backward
+    forward = loop.forward
 
-    def crowded(state: Any, batch: Any, plan: Any) -> Any:
+    def crowded(batch: Any, plan: Any) -> Any:
         if batch.num_local > 8:
-            failures.append(state.step)
+            failures.append(batch.num_local)
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(state, batch, plan)
+        return forward(batch, plan)
 
-    monkeypatch.setattr(loop, "forward_backward", crowded)
+    monkeypatch.setattr(loop, "forward", crowded)
     train(tmp_path / "whole", *TINY)
-    assert failures == [0]
+    assert failures == [16]
     train(tmp_path / "cut", *TINY, stop_at=5)
     train(tmp_path / "cut", *TINY)
-    assert failures == [0, 0]
+    assert failures == [16, 16]
     assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "cut")
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "cut")
 
@@ -161,7 +161,7 @@ def test_a_run_without_room_for_one_example_ends_in_one_line(
     def crowded(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(loop, "forward_backward", crowded)
+    monkeypatch.setattr(loop, "forward", crowded)
     config = config_of(*TINY)
     with pytest.raises(UserError, match="out of memory"):
         runs.train(runs.build(config, CPU), config, tmp_path, CPU, StopRequest())

@@ -96,8 +96,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     while (parts := gradients(state, batch, plan)) is None:
         halve_slices(state, batch, plan)
         plan.buffers.restore(True)
-    sums = parts[0].sums if len(parts) == 1 else torch.stack([part.sums for part in parts]).sum(0)
-    sums = plan.exchange.sum_(sums)
+    sums = plan.exchange.wait()
 
     # What the slices left is the gradient of the summed loss over the number of examples. Where
     # that is not the sum of the weights, or fp16 scaled the loss, one factor puts it right.
@@ -125,13 +124,18 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
     for parameter in plan.parameters:
         parameter.grad = None
     slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)
-    parts = []
+    parts: list[Slice] = []
     try:
         for index, micro_batch in enumerate(slices):
+            is_last = index == len(slices) - 1
             # What the model draws (dropout) follows from the step, not from what was drawn before.
             seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
-            with synchronises(plan.forward, last_slice=index == len(slices) - 1):
-                parts.append(forward_backward(state, micro_batch, plan))
+            with synchronises(plan.forward, is_last):
+                loss_sum, part = forward(micro_batch, plan)
+                parts.append(part)
+                if is_last:  # under way while the gradients are computed
+                    plan.exchange.send([part.sums for part in parts])
+                backward(loss_sum, state, micro_batch, plan)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -139,18 +143,13 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
     return parts
 
 
-def forward_backward(state: TrainState, batch: Batch, plan: Plan) -> Slice:
-    """The gradients of one slice, added to what is there, and what it adds to the step's sums."""
+def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
+    """The summed loss of one slice, to be differentiated, and what it adds to the step's sums."""
     with autocast(plan.world.device, plan.options.precision):
         outputs = call(plan.forward, batch.inputs)
         loss = plan.task.loss(outputs, batch.targets, batch.weights)
     values, weights = at_least_float32(loss.values), loss.weights
     loss_sum = values.sum() if weights is None else (values * weights).sum()
-    share = plan.world.size / batch.num_global  # DDP takes the mean over processes: undo that
-    if state.loss_scale is None:
-        loss_sum.backward(constant(share, loss_sum.dtype, loss_sum.device))
-    else:
-        loss_sum.backward((share * state.loss_scale.value).to(loss_sum.dtype))
     with torch.no_grad():
         score = plan.task.running(outputs, batch.targets) if batch.num_local else None
         examples = constant(batch.num_local, loss_sum.dtype, loss_sum.device)
@@ -162,7 +161,17 @@ def forward_backward(state: TrainState, batch: Batch, plan: Plan) -> Slice:
         ]
         for part in loss.components.values():
             sums.append((part if weights is None else part * weights).sum(dtype=loss_sum.dtype))
-        return Slice(torch.stack(sums), weights is not None, tuple(loss.components))
+        return loss_sum, Slice(torch.stack(sums), weights is not None, tuple(loss.components))
+
+
+def backward(loss_sum: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
+    """Add the gradients of one slice to what is there."""
+    share = 1.0 / batch.num_global
+    if state.loss_scale is None:
+        factor = constant(share, loss_sum.dtype, loss_sum.device)
+    else:
+        factor = (share * state.loss_scale.value).to(loss_sum.dtype)
+    torch.autograd.backward(loss_sum, factor)
 
 
 def report(state: TrainState, result: StepResult, plan: Plan) -> None:
