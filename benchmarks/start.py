@@ -13,6 +13,8 @@ from benchmarks.measure import Table, in_turn
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = """
 import hydra
+from omegaconf import OmegaConf
+OmegaConf.register_new_resolver("options", str)  # conf/ asks for it in its help
 @hydra.main(version_base=None, config_path={conf!r}, config_name="train")
 def main(cfg): pass
 main()
@@ -38,6 +40,11 @@ def measure() -> Table:
         note="Whole processes. The empty Hydra app composes the same `conf/` and does nothing.",
         unit="s",
         reference="empty app --help",
+        against={
+            "train.py --cfg job": "empty app --cfg job",
+            "train.py optimizer.lr=-1": "empty app --cfg job",
+            "train.py optimizer.lrr=1": "empty app --cfg job",
+        },
         seconds=in_turn(
             {
                 "empty app --help": command(str(empty), "--help"),
