@@ -162,7 +162,9 @@ def create(uv: str | None, lock: int | None) -> None:
 
 def install(uv: str | None, lock: int | None) -> str:
     """Install the pinned packages, or, where they do not fit, the ranges; returns which."""
-    installers = [[uv, "pip", "install", "--python", str(PYTHON)]] if uv else []
+    # Compiled once here, as pip does: where Python may not write, every start would do it again.
+    to_venv = ["--compile-bytecode", "--python", str(PYTHON)]
+    installers = [[uv, "pip", "install", *to_venv]] if uv else []
     if subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0:
         pip = [str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
         installers.append(pip if sys.stderr.isatty() else [*pip, "--quiet"])

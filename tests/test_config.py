@@ -75,7 +75,8 @@ BAD = {
     "data.source.delimiter=;": "goes into quotes",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
-    "trainer.strategy=dpp": "trainer.strategy=dpp has to be one of ddp",
+    "trainer.strategy=dpp": "trainer.strategy=dpp has to be one of ddp, fsdp",
+    "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half has to be one of fp32, bf16",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
 }
 

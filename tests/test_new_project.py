@@ -238,7 +238,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2700
     )
 
 

@@ -21,6 +21,7 @@ TRAIN = CONF.parent / "scripts" / "train.py"
 TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")
 LONG = (*TWO, "trainer.max_epochs=60", "trainer.eval_every_epochs=20",
         "trainer.checkpoint.save_every_steps=7")  # fmt: skip
+THREE_SHARDED = (*TINY, "trainer=fsdp", "trainer.devices=3", "trainer.device=cpu")
 # What an MLP takes and the modules of blocks.py do not.
 BARE = tuple(
     f"~model.{key}" for key in ("init", "hidden", "dropout", "activation", "norm", "freeze")
@@ -39,7 +40,7 @@ def start(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: An
 def run(folder: Path, *overrides: str, code: int = 0, by: tuple[str, ...] = ()) -> str:
     """Run to the end; returns what it said on stderr."""
     process = start(folder, *overrides, by=by)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == code, out + err
     return str(err)
 
@@ -94,12 +95,33 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
     process = start(folder, *LONG)
     until((folder / "checkpoints" / "last").exists, process)
     os.kill(ranks_of(folder)[rank], signal.SIGKILL)
-    _, err = process.communicate(timeout=40)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 1 and f"rank {rank} was killed by SIGKILL" in err
     status = read_json(folder / "status.json")
     assert status["state"] == "failed" and "SIGKILL" in status["error"]
     run(folder, *LONG)
     assert fingerprint(folder) == whole
+
+
+@pytest.mark.slow
+def test_a_sharded_run_grows_back_and_is_read_by_one_process(tmp_path: Path) -> None:
+    sharded = (*LONG, "trainer=fsdp", "trainer.devices=2", "trainer.ema_decay=0.9")
+    run(tmp_path / "whole", *sharded)
+    process = start(tmp_path / "killed", *sharded)
+    until((tmp_path / "killed" / "checkpoints" / "last").exists, process)
+    os.kill(ranks_of(tmp_path / "killed")[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1 and "rank 1 was killed by SIGKILL" in err
+    run(tmp_path / "killed", *sharded)
+    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
+    evaluated = subprocess.run(
+        [sys.executable, str(TRAIN.with_name("evaluate.py")), f"run={tmp_path / 'whole'}"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert "The run itself measured the same" in evaluated.stdout, evaluated.stderr
+    start_from = f"init_from={tmp_path / 'whole' / 'weights.pt'}"
+    train(tmp_path / "from", *TINY, start_from, "trainer.max_epochs=1")
+    assert "6 of 6 tensors" in (tmp_path / "from" / "train.log").read_text()
 
 
 @pytest.mark.slow
@@ -125,7 +147,7 @@ def test_a_signal_to_one_process_or_all_stops_all_at_one_step(whole: str, tmp_pa
         # To one of them; then to all, as schedulers do, the one that started them included.
         for pid in [ranks[1]] if number == signal.SIGTERM else [process.pid, *ranks]:
             os.kill(pid, number)
-        _, err = process.communicate(timeout=40)
+        _, err = process.communicate(timeout=90)
         if process.returncode == 0:  # it was done before the signal came
             break
         assert process.returncode == code, err
@@ -159,9 +181,11 @@ def test_the_number_of_processes_may_change_in_between(tmp_path: Path) -> None:
     plain = ("scheduler=constant", "optimizer=sgd", "optimizer.lr=0.1")
     train(tmp_path / "whole", *TINY, *plain, "trainer.max_epochs=6")
     folder = tmp_path / "changing"
-    run(folder, *TWO, *plain, "trainer.max_epochs=2")
-    run(folder, *TINY, *plain, "trainer.max_epochs=4")
-    run(folder, *TINY, *plain, "trainer.max_epochs=6", "trainer.devices=3")
+    run(folder, *TWO, *plain, "trainer.max_epochs=1")
+    run(folder, *THREE_SHARDED, *plain, "trainer.max_epochs=2")
+    run(folder, *TINY, *plain, "trainer.max_epochs=3")
+    run(folder, *TWO, *plain, "trainer.max_epochs=4", "trainer.strategy=fsdp")
+    run(folder, *TWO, *plain, "trainer.max_epochs=6")
     changed, whole = losses(folder), losses(tmp_path / "whole")
     assert len(whole) == 24 and changed == pytest.approx(whole, abs=1e-5)
 

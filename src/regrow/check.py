@@ -161,7 +161,11 @@ RULES: dict[str, Rule] = {
     "trainer.devices": Rule(
         "an integer of at least 1, or auto", lambda v: v == "auto" or integer(1).allows(v)
     ),
-    "trainer.strategy": choice("ddp"),
+    "trainer.strategy": choice("ddp", "fsdp"),
+    "trainer.fsdp.modules": optional(list_of(text())),
+    "trainer.activation_checkpointing": list_of(text()),
+    "trainer.fsdp.param_dtype": optional(choice("fp32", "bf16", "fp16")),
+    "trainer.fsdp.reduce_dtype": optional(choice("fp32", "bf16", "fp16")),
     "trainer.max_restarts": integer(0),
     "trainer.timeout_seconds": number(0, above=True),
     "trainer.accumulation_steps": integer(1),
@@ -368,6 +372,11 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
             "Use trainer.precision=bf16."
+        )
+    if trainer["strategy"] == "fsdp" and trainer["channels_last"]:
+        raise UserError(
+            "trainer.channels_last=true: FSDP shards contiguous parameters only. "
+            "Use trainer.channels_last=false."
         )
     if all(trainer[key] is None for key in ("max_epochs", "max_steps", "max_seconds")):
         raise UserError(

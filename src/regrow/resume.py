@@ -40,6 +40,8 @@ MAY_CHANGE = (
     "trainer.max_restarts",
     "trainer.timeout_seconds",
     "trainer.ddp.*",
+    "trainer.fsdp.*",
+    "trainer.activation_checkpointing",
     "trainer.accumulation_steps",
     "trainer.num_threads",
     "trainer.log_every_steps",

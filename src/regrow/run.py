@@ -24,7 +24,7 @@ from regrow.errors import UserError, did_you_mean
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, plots, report
-from regrow.training import checkpoint, loop, optim
+from regrow.training import activation_checkpointing, checkpoint, loop, optim, sharding
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
 from regrow.training.parallel import (
@@ -99,6 +99,12 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
             "cannot be cut into slices. Use trainer.accumulation_steps=1."
         )
 
+    averaged = average_of(model) if options.ema_decay is not None else None
+    activation_checkpointing.apply(model, options.activation_checkpointing)
+    if world.mesh is not None:
+        for each in (model, averaged):
+            if each is not None:
+                sharding.shard(each, options.fsdp, world.mesh)
     total_steps = steps_of(options, train.steps_per_epoch)
     groups = optim.parameter_groups(model, **config["param_groups"])
     optimizer = optim.build(instantiate(config["optimizer"]), groups)
@@ -109,7 +115,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         model=model,
         optimizer=optimizer,
         schedule=schedule,
-        averaged=average_of(model) if options.ema_decay is not None else None,
+        averaged=averaged,
         loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
         sums=torch.zeros(4, dtype=loop.sum_dtype(world.device), device=world.device),
         skips=torch.zeros(2, device=world.device),
@@ -136,13 +142,21 @@ class Silence:
 def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
-    if len(objects.val) == 0:  # more processes than examples
-        return
     loop.check_first_batch(model, objects.task, objects.val, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
     if smallest // (options.accumulation_steps * world.size) <= 1:
         loop.check_one_example(model, objects.val, options.precision)
+    sharding.free(model)
+
+
+def writers_of(world: World) -> Any:
+    """Who writes a checkpoint together, where the model is sharded."""
+    if world.mesh is None:
+        return None
+    from regrow.training.sharded_checkpoint import Writers  # a second of imports
+
+    return Writers()
 
 
 def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
@@ -188,6 +202,7 @@ def train(
         options.mode,
         written=functools.partial(records.set_step, folder),
         writes=world.is_main,
+        writers=writers_of(world),
     )
     facts = go_on(state, writer, world)
     record: Record = Silence()
@@ -208,6 +223,9 @@ def train(
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
         if status == "completed":
+            take_best(state, folder, world)
+            if world.mesh is not None:
+                export_weights(state, folder, world)
             if "test" in objects.data.num_examples:
                 summary["test"] = test_once(objects, plan, folder)
             if world.is_main:
@@ -232,11 +250,12 @@ def go_on(
     """
     loaded = None
     if world.is_main:
-        loaded = checkpoint.load_newest(writer.folder)
+        loaded = checkpoint.load_newest(writer.folder, checkpoint.read)
     found = world.from_main(f"step_{loaded[1]['step']:08d}" if loaded else "")
     if not found:
         return None
-    parts, facts = loaded or checkpoint.load(writer.folder / found)
+    parts, facts = loaded or checkpoint.read(writer.folder / found)
+    parts = checkpoint.fill(parts, writer.folder / found, world.mesh)
     halvings = state.progress.halvings
     state.load_state_dict(parts)
     state.progress.halvings = max(halvings, state.progress.halvings)
@@ -288,22 +307,40 @@ def summarise(
     }
 
 
-def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
-    """Measure the test split, once, with the best weights; averaged ones where there are any."""
-    options, state = objects.options, objects.state
+def take_best(state: TrainState, folder: Path, world: World) -> None:
+    """Put the best weights, averaged ones where there are any, into the model to evaluate."""
     best = checkpoint.named(folder / "checkpoints", "best")
-    if best.exists():
-        try:
-            parts, facts = checkpoint.load(best)
-        except checkpoint.DamagedCheckpoint as damage:
-            raise UserError(
-                f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
-                f"test its final weights: scripts/evaluate.py run={folder} checkpoint=last"
-            ) from None
-        state.evaluated.load_state_dict(parts.get("averaged", parts["model"]))
-        log.info("testing the weights of step %d", facts["step"])
-        if facts["step"] != state.progress.best_step:
-            log.warning("the best weights, of step %s, were not saved", state.progress.best_step)
+    if not best.exists():
+        return
+    try:
+        parts, facts = checkpoint.read(best)
+        parts = checkpoint.fill(parts, best, world.mesh)
+    except checkpoint.DamagedCheckpoint as damage:
+        raise UserError(
+            f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
+            f"test its final weights: scripts/evaluate.py run={folder} checkpoint=last"
+        ) from None
+    weights = parts.get("averaged", parts["model"])
+    state.evaluated.load_state_dict(sharding.as_in(weights, state.evaluated.state_dict()))
+    log.info("testing the weights of step %d", facts["step"])
+    if facts["step"] != state.progress.best_step:
+        log.warning("the best weights, of step %s, were not saved", state.progress.best_step)
+
+
+def export_weights(state: TrainState, folder: Path, world: World) -> None:
+    """The tested weights of a sharded model as one file, for programs that read no shards."""
+    weights = {
+        name: sharding.whole(tensor).cpu() for name, tensor in state.evaluated.state_dict().items()
+    }
+    if world.is_main:
+        temporary = folder / ".weights.pt.tmp"
+        torch.save(weights, temporary)
+        temporary.replace(folder / "weights.pt")
+
+
+def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
+    """Measure the test split, once, with the weights that `take_best` has put there."""
+    options, state = objects.options, objects.state
     batches = objects.data.evaluation(
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
     )
@@ -314,6 +351,7 @@ def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     measured, details = loop.measure(
         state.evaluated, plan.task, waited, plan.world, options.precision, bar
     )
+    sharding.free(state.evaluated)
     values = {f"test/{name}": value for name, value in measured.items()}
     plan.record.log(state.step, state.epoch, values)
     if plan.world.is_main:

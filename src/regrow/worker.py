@@ -6,6 +6,7 @@ It meets the others, takes the job, and does its part. Whoever fails first says 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from regrow import launch
 from regrow import run as runs
@@ -86,12 +88,14 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=trainer["timeout_seconds"]),
     )
+    if trainer["strategy"] == "fsdp" and size > 1:
+        world = dataclasses.replace(world, mesh=init_device_mesh(device.type, (size,)))
     best = launch.run_job(job, world)
     if world.is_main:
         store.set("best", json.dumps(best))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +13,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from regrow import run as runs
 from regrow.data.batch import share
 from regrow.tasks.metrics import Metrics as Measured
 from regrow.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
 from regrow.training import loop
+from regrow.training.checkpoint import CheckpointWriter, Facts
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.parallel import World, stopping_together
+from regrow.training.sharded_checkpoint import Writers
+from regrow.training.sharding import whole
 
 Config = dict[str, Any]
 BATCH = 2  # of an evaluation
@@ -53,17 +58,17 @@ def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[
     return steps(objects, plan)
 
 
-def steps(objects: Any, plan: Any) -> dict[str, Any]:
+def steps(objects: Any, plan: Any, last: int = 6) -> dict[str, Any]:
     state, seen = objects.state, []
-    while state.step < 6:
+    while state.step < last:
         for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
             result = loop.train_step(state, batch, plan)
             state.progress.step += 1
             loss = result.sums[loop.LOSS] / result.sums[loop.WEIGHT]
             seen.append((loss.item(), result.grad_norm.item(), result.sums[loop.EXAMPLES].item()))
-            if state.step == 6:
+            if state.step == last:
                 break
-    weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    weights = {name: whole(tensor).clone() for name, tensor in state.model.state_dict().items()}
     return {"weights": weights, "seen": seen, "skipped": int(state.skips[0])}
 
 
@@ -85,12 +90,57 @@ def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str,
         loop.backward = backward
 
 
+def sharded(world: World) -> World:
+    return dataclasses.replace(world, mesh=init_device_mesh("cpu", (world.size,)))
+
+
+def trained_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    return trained(sharded(world), config, folder, ema_decay=0.9)
+
+
+def trained_sharded_in_slices(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    units = {**config["trainer"]["fsdp"], "modules": ["body.0"], "reshard_after_forward": False}
+    return trained(sharded(world), config, folder, accumulation_steps=3, fsdp=units)
+
+
+def sharded_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    return trained_with_a_nan(sharded(world), config, folder)
+
+
+def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """Three steps, a checkpoint, and three more from there in objects made anew."""
+    world = sharded(world)
+    trainer = {**config["trainer"], "ema_decay": 0.9}
+    options = runs.instantiate(trainer["checkpoint"])
+    writers = Writers()
+
+    def new() -> tuple[Any, Any]:
+        objects = runs.build({**config, "trainer": trainer}, world)
+        writer = CheckpointWriter(
+            folder / "saved", options, "max", writes=world.is_main, writers=writers
+        )
+        return objects, runs.plan_of(
+            objects, 0, world, StopRequest(), record=None, checkpoints=writer
+        )
+
+    objects, plan = new()
+    steps(objects, plan, 3)
+    facts = Facts(step=3, epoch=0, value=None, milestone=False, metrics_bytes=0)
+    plan.checkpoints.save(objects.state.state_dict(), facts, lambda position: None)
+    whole_model = {k: whole(v).clone() for k, v in objects.state.model.state_dict().items()}
+    assert plan.checkpoints.wait()
+    objects, plan = new()
+    runs.go_on(objects.state, plan.checkpoints, world)
+    assert objects.state.step == 3
+    return {"at three": whole_model, **steps(objects, plan)}
+
+
 def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """A NaN in one example, in the share of the last process."""
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
-    before = {name: tensor.clone() for name, tensor in objects.state.model.state_dict().items()}
+    before = {n: whole(t).clone() for n, t in objects.state.model.state_dict().items()}
     batch = next(objects.train.epoch(0, 0))
     if world.rank == world.size - 1:
         batch.inputs = batch.inputs.clone()
@@ -99,7 +149,7 @@ def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, 
     after = objects.state.model.state_dict()
     return {
         "skipped": int(objects.state.skips[0]),
-        "moved": any(not torch.equal(before[name], after[name]) for name in before),
+        "moved": any(not torch.equal(before[name], whole(after[name])) for name in before),
         "moments": len(objects.state.optimizer.state),
     }
 
@@ -163,6 +213,10 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "trained_in_slices": trained_in_slices,
     "trained_as_if_alone": trained_as_if_alone,
     "trained_with_a_nan": trained_with_a_nan,
+    "trained_sharded": trained_sharded,
+    "trained_sharded_in_slices": trained_sharded_in_slices,
+    "sharded_with_a_nan": sharded_with_a_nan,
+    "saved_sharded": saved_sharded,
     "measured": measured,
     "stopped": stopped,
     "told": told,

@@ -475,7 +475,7 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     assert parts["model"]["weight"].tolist() == [1.0] * 4
     assert parts["model"]["list"][1][1].tolist() == [1.0] * 4
     # Written without a copy, the same would hold the weights of the next step.
-    monkeypatch.setattr(CheckpointWriter, "_copy", lambda self, parts: parts)
+    monkeypatch.setattr(CheckpointWriter, "_copy", lambda self, parts: (parts, {}))
     go_on.clear()
     weights.fill_(1)
     writer.save({"model": {"weight": weights}}, facts(2), lambda position: None)
@@ -560,10 +560,10 @@ def test_a_failed_write_is_reported_at_the_next_step(
     write, train_step = checkpoint.write, loop.train_step
     reported: dict[int, bool] = {}
 
-    def full_at_three(folder: Path, parts: Any, facts: Facts) -> Path:
+    def full_at_three(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
         if facts.step == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(folder, parts, facts)
+        return write(folder, parts, facts, *others)
 
     def after_the_write(state: Any, batch: Any, plan: Any) -> Any:
         if plan.checkpoints._thread is not None:
@@ -650,10 +650,10 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_named_when_another_is_test
 ) -> None:
     write = checkpoint.write
 
-    def full_at_four(folder: Path, parts: Any, facts: Facts) -> Path:
+    def full_at_four(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
         if facts.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(folder, parts, facts)
+        return write(folder, parts, facts, *others)
 
     monkeypatch.setattr(checkpoint, "write", full_at_four)
     # The highest loss is that of the first evaluation.

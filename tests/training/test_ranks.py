@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import in_ranks
 import pytest
 import torch
 from running import TINY, config_of
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from regrow.training import checkpoint, sharded_checkpoint
 from regrow.training.parallel import World
 
 SIZE = 3  # 50 examples in windows of 16: no share is like another, and some are empty
@@ -52,9 +58,14 @@ def measured_at_once() -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def several(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("several")
+
+
+@pytest.fixture(scope="module")
+def several(config: dict[str, Any], folder: Path) -> Seen:
     """What each of three processes sees. They are started once, for all tests of this file."""
-    return in_ranks.together(SIZE, config, tmp_path_factory.mktemp("several"))
+    return in_ranks.together(SIZE, config, folder)
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -64,7 +75,9 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     )
 
 
-@pytest.mark.parametrize("way", ["trained", "trained_in_slices"])
+@pytest.mark.parametrize(
+    "way", ["trained", "trained_in_slices", "trained_sharded", "trained_sharded_in_slices"]
+)
 def test_processes_and_slices_do_not_move_the_maths(
     way: str, one: dict[str, Any], several: Seen
 ) -> None:
@@ -87,9 +100,62 @@ def test_a_mean_over_processes_would_be_found(one: dict[str, Any], several: Seen
     assert distance(one["trained"], several[0]["trained_as_if_alone"]) > 1e-3
 
 
-def test_a_nan_in_one_process_leaves_the_step_out_in_all(several: Seen) -> None:
+@pytest.mark.parametrize("way", ["trained_with_a_nan", "sharded_with_a_nan"])
+def test_a_nan_in_one_process_leaves_the_step_out_in_all(way: str, several: Seen) -> None:
     for rank in several:
-        assert rank["trained_with_a_nan"] == {"skipped": 1, "moved": False, "moments": 0}
+        assert rank[way] == {"skipped": 1, "moved": False, "moments": 0}
+
+
+def test_a_sharded_run_grows_back_from_its_checkpoint(several: Seen) -> None:
+    for rank in several:
+        assert rank["saved_sharded"]["seen"] == rank["trained_sharded"]["seen"][3:]
+        assert distance(rank["saved_sharded"], rank["trained_sharded"]) == 0
+
+
+def test_one_process_reads_what_several_have_sharded(several: Seen, folder: Path) -> None:
+    parts, facts = checkpoint.load(folder / "saved" / "step_00000003")
+    assert facts["step"] == 3 and {*facts["files"]} > {f"shards/__{r}_0.distcp" for r in range(3)}
+    expected = several[0]["saved_sharded"]["at three"]
+    for name, tensor in parts["model"].items():
+        assert torch.equal(tensor, expected[name])
+    moments = parts["optimizer"]["state"]
+    assert not any(value.is_meta for each in moments.values() for value in each.values())
+
+
+@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata"])
+def test_damage_of_a_shard_is_found_and_named(
+    file: str, several: Seen, folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder / "saved" / "step_00000003", tmp_path / "step_00000003")
+    content = bytearray((copy / "shards" / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "shards" / file).write_bytes(content)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=f"shards/{file} does not match"):
+        checkpoint.load(copy)
+
+
+def test_an_index_of_shards_cannot_run_anything(
+    several: Seen, folder: Path, tmp_path: Path
+) -> None:
+    """Its SHA-256 does not help where the whole folder is a stranger's."""
+
+    class Foreign:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    shards = shutil.copytree(folder / "saved" / "step_00000003" / "shards", tmp_path / "shards")
+    index = pickle.loads((shards / ".metadata").read_bytes())
+    name, entry = next(iter(index.state_dict_metadata.items()))
+    empty = {name: torch.empty(entry.size, device="meta")}
+    assert name in sharded_checkpoint.read(shards, empty)
+    for foreign, says in ((Foreign(), "no place in an index"), (BytesStorageMetadata(), "no")):
+        index.state_dict_metadata[name] = foreign
+        (shards / ".metadata").write_bytes(pickle.dumps(index))
+        with pytest.raises(sharded_checkpoint.ERRORS, match=says):
+            sharded_checkpoint.read(shards, empty)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Foreign()))  # it would have
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", in_ranks.RECIPES)

@@ -16,21 +16,28 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.training import sharding
 from regrow.training.options import CheckpointOptions
+
+if TYPE_CHECKING:
+    from regrow.training.sharded_checkpoint import Writers
 
 log = logging.getLogger(__name__)
 
 Parts = dict[str, dict[str, Any]]
+Shards = dict[str, tuple[Tensor, Any]]  # this process's part of a sharded tensor, and the tensor
+T = TypeVar("T")
 MANIFEST = "manifest.json"
+SHARDS = "shards"  # the folder of sharded tensors, in a checkpoint
 FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
 
 
@@ -64,9 +71,12 @@ class CheckpointWriter:
         written: Callable[[int], None] = lambda step: None,
         *,
         writes: bool = True,
+        writers: Writers | None = None,
     ) -> None:
         self.folder, self.options, self.mode = folder, options, mode
         self.written = written  # is told the step of each checkpoint that is complete
+        self.writes = writes or writers is not None
+        self.writers = writers  # all processes, each its part, where the model is sharded
         self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -82,17 +92,20 @@ class CheckpointWriter:
         checkpoint is never ahead of its record.
         """
         self.wait()
-        snapshot = self._copy(parts)
+        snapshot, shards = self._copy(parts)
         self._thread = threading.Thread(
-            target=self._write, args=(snapshot, facts, sync), name="checkpoint"
+            target=self._write, args=(snapshot, shards, facts, sync), name="checkpoint"
         )
         self._thread.start()
         if not self.options.background:
             self.wait()
 
     def poll(self) -> None:
-        """Report a write that has failed meanwhile. Waits for nothing."""
-        if self._failure is not None:
+        """Report a write that has failed meanwhile. Waits for nothing.
+
+        Where several write, each would hear of it after another step: they wait for `wait`.
+        """
+        if self._failure is not None and self.writers is None:
             self.wait()
 
     def wait(self) -> bool:
@@ -109,11 +122,15 @@ class CheckpointWriter:
         self._failure = self.saved = None  # so that this very step may be tried again
         return False
 
-    def _copy(self, parts: Parts) -> Parts:
+    def _copy(self, parts: Parts) -> tuple[Parts, Shards]:
         sources: list[Tensor] = []
         targets: list[Tensor] = []
+        shards: Shards = {}
 
         def copied(value: Any, path: str) -> Any:
+            if sharding.is_sharded(value):
+                shards[path] = (copied(sharding.local([value])[0], path), value)
+                return torch.empty(value.shape, dtype=value.dtype, device="meta")
             if isinstance(value, Tensor):
                 copy = self._copies.get(path)
                 if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
@@ -136,51 +153,91 @@ class CheckpointWriter:
                 target.copy_(source, non_blocking=source.is_cuda)
         if any(source.device.type == "cuda" for source in sources):
             torch.cuda.synchronize()
-        return snapshot
+        return snapshot, shards
 
-    def _write(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
-        try:
-            sync(facts.metrics_bytes)
-            write(self.folder, parts, facts)
+    def _write(
+        self, parts: Parts, shards: Shards, facts: Facts, sync: Callable[[int], None]
+    ) -> None:
+        def finish() -> None:
             rotate(self.folder, self.options, self.mode, written=facts.step)
             self.written(facts.step)
+
+        on_main = alone if self.writers is None else self.writers.on_main
+        try:
+            on_main(lambda: sync(facts.metrics_bytes))
+            write(self.folder, parts, facts, shards, self.writers)
+            on_main(finish)
         except Exception as error:  # whatever it is, a thread's end would hide it
             self._failure = error
 
 
-def write(folder: Path, parts: Parts, facts: Facts) -> Path:
-    """One checkpoint, `folder/step_<8 digits>`, whole or not at all. Raises OSError."""
+def alone(work: Callable[[], T]) -> T | None:
+    return work()
+
+
+def write(
+    folder: Path,
+    parts: Parts,
+    facts: Facts,
+    shards: Shards | None = None,
+    writers: Writers | None = None,
+) -> Path:
+    """One checkpoint, `folder/step_<8 digits>`, whole or not at all. Raises OSError.
+
+    With `writers` all of them write their `shards`, and the main one all else.
+    """
     target = folder / f"step_{facts.step:08d}"
     temporary = folder / f".tmp-{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        files = {}
-        for name, part in parts.items():
-            with (temporary / f"{name}.pt").open("wb") as file:
-                hashed = _HashingFile(file)
-                torch.save(part, cast(BinaryIO, hashed))
-                _sync(file)
-            files[f"{name}.pt"] = {"bytes": hashed.size, "sha256": hashed.sha256.hexdigest()}
+    on_main = alone if writers is None else writers.on_main
+
+    def begin() -> dict[str, Any]:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        return write_parts(temporary, parts)
+
+    def end() -> None:
         content = {"format": FORMAT, **vars(facts), "files": files}
         with (temporary / MANIFEST).open("wb") as file:
             file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
             _sync(file)
+        _sync_folder(temporary)
+        put_in_place(temporary, target)
+
+    try:
+        files = on_main(begin) or {}
+        if writers is not None and shards:
+            files |= writers.write(temporary / SHARDS, shards)
+        on_main(end)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
-    except RuntimeError as error:  # torch's zip writer wraps a failed write
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(str(error).splitlines()[0]) from error
-    _sync_folder(temporary)
+    return target
+
+
+def write_parts(folder: Path, parts: Parts) -> dict[str, Any]:
+    """A file for each part; the size and SHA-256 of each. Raises OSError."""
+    files = {}
+    for name, part in parts.items():
+        try:
+            with (folder / f"{name}.pt").open("wb") as file:
+                hashed = _HashingFile(file)
+                torch.save(part, cast(BinaryIO, hashed))
+                _sync(file)
+        except RuntimeError as error:  # torch's zip writer wraps a failed write
+            raise OSError(str(error).splitlines()[0]) from error
+        files[f"{name}.pt"] = {"bytes": hashed.size, "sha256": hashed.sha256.hexdigest()}
+    return files
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a checkpoint that is whole its name."""
+    old = target.with_name(f".old-{target.name}")
     if target.exists():  # of this run before it went back to an older one
-        old = folder / f".old-{target.name}"
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     temporary.rename(target)
-    _sync_folder(folder)
-    shutil.rmtree(folder / f".old-{target.name}", ignore_errors=True)
-    return target
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int) -> None:
@@ -267,8 +324,57 @@ def verify(path: Path) -> dict[str, Any]:
 
 def load(path: Path) -> tuple[Parts, dict[str, Any]]:
     """A verified checkpoint: its parts on the CPU, and its manifest. Raises DamagedCheckpoint."""
+    parts, content = read(path)
+    return fill(parts, path), content
+
+
+def read(path: Path) -> tuple[Parts, dict[str, Any]]:
+    """As `load`, with sharded tensors left empty, on the meta device: see `fill`."""
     content = verify(path)
-    return {Path(name).stem: _read(path / name) for name in content["files"]}, content
+    names = [name for name in content["files"] if "/" not in name]
+    return {Path(name).stem: _read(path / name) for name in names}, content
+
+
+def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
+    """The parts with the tensors that were left empty: whole, or sharded over a mesh's processes,
+    which then all have to ask. Raises DamagedCheckpoint.
+    """
+    empty: dict[str, Tensor] = {}
+    content: dict[str, Any] = {}
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, Tensor) and value.is_meta:
+            empty[name] = value
+        for key, item in _items(value):
+            look(item, f"{name}/{key}")
+
+    def filled(value: Any, name: str) -> Any:
+        if name in content:
+            return content[name]
+        if isinstance(value, dict):
+            return {key: filled(item, f"{name}/{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(filled(item, f"{name}/{i}") for i, item in enumerate(value))
+        return value
+
+    for name, part in parts.items():
+        look(part, name)
+    if not empty:
+        return parts
+    from regrow.training import sharded_checkpoint  # a second of imports
+
+    try:
+        content |= sharded_checkpoint.read(path / SHARDS, empty, mesh)
+    except sharded_checkpoint.ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DamagedCheckpoint(f"{path.name}/{SHARDS} cannot be read: {reason}") from None
+    return {name: filled(part, name) for name, part in parts.items()}
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list | tuple) else ()
 
 
 def outline(folder: Path) -> Parts | None:
@@ -276,7 +382,8 @@ def outline(folder: Path) -> Parts | None:
     tensors are without content. None where there is none."""
     for path in reversed(complete(folder)):
         with contextlib.suppress(DamagedCheckpoint):
-            names = [Path(name).stem for name in read_manifest(path)["files"]]
+            files = read_manifest(path)["files"]
+            names = [Path(name).stem for name in files if "/" not in name]
             return {name: {} for name in names} | {"model": _read(path / "model.pt", "meta")}
     return None
 
@@ -298,8 +405,10 @@ def _read(file: Path, device: str = "cpu") -> dict[str, Any]:
     return part
 
 
-def load_newest(folder: Path) -> tuple[Parts, dict[str, Any]] | None:
-    """The newest checkpoint that verifies; None where none was ever written.
+def load_newest(
+    folder: Path, load: Callable[[Path], tuple[Parts, dict[str, Any]]] = load
+) -> tuple[Parts, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, by `load` or `read`; None where none was ever written.
 
     Says which it skipped and why, and renames those out of the way (they are kept). Raises
     UserError when there are some and all are damaged: that is never taken for a fresh start.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regrow.errors import UserError
 from regrow.randomness import key, seed_step
-from regrow.training import optim
+from regrow.training import optim, sharding
 from regrow.training.checkpoint import Facts
 from regrow.training.interrupt import Interrupted
 from regrow.training.options import TrainerOptions
@@ -105,8 +105,8 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         factor = batch.num_global / sums[WEIGHT]
     if state.loss_scale is not None:
         factor = factor / state.loss_scale.value
-    found = [p.grad for p in plan.parameters if p.grad is not None]
-    norm = optim.gradient_norm(found)
+    found = sharding.local([p.grad for p in plan.parameters if p.grad is not None])
+    norm = plan.world.norm(found)
     skipped = optim.update(
         state.optimizer, found, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
     )
@@ -250,6 +250,7 @@ def evaluate(
         bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
         precision = plan.options.precision
         values, details = measure(state.evaluated, plan.task, waited, plan.world, precision, bar)
+        sharding.free(state.evaluated)
     state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
@@ -296,7 +297,7 @@ def measure(
 def save(state: TrainState, plan: Plan) -> None:
     """A checkpoint of this step, written beside the loop, unless there is one already."""
     evaluated = state.progress.evaluated_step == state.step
-    if plan.checkpoints.saved == (state.step, evaluated) or not plan.world.is_main:
+    if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
     every = plan.options.checkpoint.milestones_every_epochs
     facts = Facts(
@@ -358,7 +359,7 @@ def check_one_example(model: nn.Module, val: EvalBatches, precision: str) -> Non
     """Whether the model can train on a slice of one example, for runs that will come to one."""
     buffers = Buffers(model)
     batch = next(iter(val))
-    batch = batch.split(batch.num_local)[0]
+    batch = batch.split(max(1, batch.num_local))[0]
     try:
         with autocast(batch.targets.device, precision):
             call(model.train(), batch.inputs)

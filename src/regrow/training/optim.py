@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.errors import UserError
+from regrow.training import sharding
 
 
 def parameter_groups(
@@ -65,6 +66,10 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
         optimizer.train()  # schedule-free ones refuse to step otherwise
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"] * group["lr_scale"]
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for group in part.param_groups:
+            if sharding.is_sharded(group["params"][0]) and not isinstance(part, _FUSED_ON_SHARDS):
+                group.update({"fused": False} if "fused" in group else {})
     return optimizer
 
 
@@ -80,7 +85,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     layout = torch.empty_like(parameter, dtype=value.dtype)
-                    moments[name] = layout.copy_(value)
+                    moments[name] = layout.copy_(sharding.part_like(value, parameter))
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
@@ -114,6 +119,8 @@ class Clipping:
     value: float | None
 
 
+# The others' fused kernels take no sharded parameters.
+_FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
 # Their fused kernels take `found_inf` and leave weights and moments alone where it is 1.
 _SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
@@ -128,7 +135,7 @@ def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
     if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
         yield
         return
-    parameters = [p.data for p in model.parameters()]
+    parameters = sharding.local([p.data for p in model.parameters()])
     before = [p.clone() for p in parameters]
     optimizer.eval()
     try:
@@ -269,11 +276,14 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter whose gradient, or else value, is not finite."""
+    """The name of the first parameter whose gradient, or else value, is not finite.
+
+    Of a sharded model all processes have to ask.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not sharding.whole(parameter.grad).isfinite().all():
             return name
     for name, parameter in model.named_parameters():
-        if not math.isfinite(parameter.detach().float().sum().item()):
+        if not math.isfinite(sharding.whole(parameter).detach().float().sum().item()):
             return name
     return None

@@ -32,6 +32,16 @@ class DDPOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FSDPOptions:
+    """Of torch.distributed.fsdp.fully_shard, and which modules are sharded as a unit."""
+
+    modules: list[str] | None
+    reshard_after_forward: bool
+    param_dtype: str | None
+    reduce_dtype: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
     max_epochs: int | None
     max_steps: int | None
@@ -42,6 +52,7 @@ class TrainerOptions:
     max_restarts: int
     timeout_seconds: float
     sync_batch_norm: bool
+    activation_checkpointing: list[str]
     accumulation_steps: int
     num_threads: int | None
     precision: str
@@ -66,4 +77,5 @@ class TrainerOptions:
     mode: str
     early_stopping: EarlyStopping
     ddp: DDPOptions
+    fsdp: FSDPOptions
     checkpoint: CheckpointOptions

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from regrow.errors import UserError
 from regrow.training.interrupt import Interrupted, StopRequest
+from regrow.training.optim import gradient_norm
 from regrow.training.options import DDPOptions
 
 T = TypeVar("T")
@@ -38,7 +39,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    store: Any = None  # dist.Store None in a run of one process
+    store: Any = None  # dist.Store; None in a run of one process
+    mesh: Any = None  # DeviceMesh of all processes, where the model is sharded over them
 
     @property
     def is_main(self) -> bool:
@@ -50,6 +52,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """() the 2-norm of all gradients, of which this process may hold a part of each."""
+        norm = gradient_norm(gradients)
+        return norm if self.mesh is None else self.sum_(norm.square()).sqrt()
 
     def gather(self, value: int) -> list[int]:
         """Every process's value, by rank."""
@@ -189,7 +196,7 @@ def distribute(
     model: nn.Module, options: DDPOptions, world: World, exchange: Exchange
 ) -> nn.Module:
     """The model as a step calls it: itself, or DDP around it, which sums the gradients."""
-    if world.size == 1:
+    if world.size == 1 or world.mesh is not None:  # a sharded one sums them itself
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
     distributed = DistributedDataParallel(model, device_ids=devices, **vars(options))
@@ -198,8 +205,10 @@ def distribute(
     return distributed
 
 
-def synchronises(forward: nn.Module, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
+def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
     """Gradients are summed over the processes once per step, in its last slice's backward pass."""
+    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+        forward.set_requires_gradient_sync(last_slice)
     if last_slice or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()

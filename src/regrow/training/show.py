@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from regrow.training.plan import EvalBatches, Plan
+from regrow.training.sharding import whole
 from regrow.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,9 @@ def memory_mb() -> float:
 
 
 def histograms(model: nn.Module) -> dict[str, Tensor]:
-    weights = {f"weights/{n}": p.detach() for n, p in model.named_parameters()}
-    gradients = {
-        f"gradients/{n}": p.grad for n, p in model.named_parameters() if p.grad is not None
-    }
+    parameters = [*model.named_parameters()]
+    weights = {f"weights/{n}": whole(p).detach() for n, p in parameters}
+    gradients = {f"gradients/{n}": whole(p.grad) for n, p in parameters if p.grad is not None}
     return {**weights, **gradients}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.errors import UserError
-from regrow.training import optim
+from regrow.training import optim, sharding
 from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau, Schedule
 
@@ -112,7 +112,7 @@ class TrainState:
         """Take up a checkpoint's state, whole. Raises UserError for a part too many or too few, and
         for one of another model."""
         self.refuse_other(parts)
-        self.model.load_state_dict(parts["model"])
+        self.model.load_state_dict(sharding.as_in(parts["model"], self.model.state_dict()))
         optim.load(self.optimizer, parts["optimizer"])
         progress = dict(parts["progress"])
         if other := {*vars(self.progress), "sums", "skips"} ^ set(progress):
@@ -124,7 +124,8 @@ class TrainState:
         self.skips.copy_(progress.pop("skips"))
         self.progress = Progress(**progress)
         if self.averaged is not None:
-            self.averaged.load_state_dict(parts["averaged"])
+            own = self.averaged.state_dict()
+            self.averaged.load_state_dict(sharding.as_in(parts["averaged"], own))
         if self.loss_scale is not None:
             self.loss_scale.load_state_dict(parts["loss_scale"])
         if isinstance(self.schedule, Plateau):
@@ -146,8 +147,8 @@ def update_average(
     """
     if skipped is True:
         return
-    averages: list[Tensor] = list(averaged.parameters())
-    parameters: list[Tensor] = list(model.parameters())
+    averages = sharding.local([*averaged.parameters()])
+    parameters = sharding.local([*model.parameters()])
     if skipped is False:
         torch._foreach_lerp_(averages, parameters, 1 - decay)
     else:  # without asking the device whether it skipped
@@ -185,10 +186,13 @@ class Buffers:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every entry, in the order of the names."""
+    """SHA-256 over name, dtype, shape and bytes of every entry, in the order of the names.
+
+    Of a sharded model all processes have to ask.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
+        value = sharding.whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

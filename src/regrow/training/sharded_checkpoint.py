@@ -1,0 +1,143 @@
+"""The sharded tensors of a checkpoint, each process's part in a file of its own.
+
+torch.distributed.checkpoint writes and reads them, for any number of processes. A tensor's place in
+the checkpoint's other files is held by one without content, on the meta device. Nothing that is
+read here is executed: the reader takes the classes of an index alone, and tensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import empty as empty_sharded
+
+T = TypeVar("T")
+ERRORS = (Exception, CheckpointException)  # the latter is none of the former
+
+
+class Writers:
+    """The processes that write a checkpoint together, beside their loops.
+
+    They have a group of their own, so that what they say does not meet what the loops say.
+    """
+
+    def __init__(self) -> None:
+        group: Any = dist.new_group(backend="gloo")
+        self.group = group
+        self.mesh = DeviceMesh.from_group(self.group, "cpu")  # of copies, wherever the model is
+        self.is_main = dist.get_rank() == 0
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Let the main process do it. Raises OSError in all if it failed there."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as failure:
+                error = str(failure) or type(failure).__name__
+        said = [error]
+        dist.broadcast_object_list(said, 0, group=self.group)
+        if said[0] is not None:
+            raise OSError(said[0])
+        return result
+
+    def write(self, folder: Path, tensors: Mapping[str, tuple[Tensor, Any]]) -> dict[str, Any]:
+        """Write each process's parts; the size and SHA-256 of every file, by name.
+
+        `tensors` are this process's parts and the sharded tensors that they are of. Raises OSError
+        in all processes if one failed.
+        """
+        sharded = {
+            path: DTensor.from_local(
+                part,
+                self.mesh,
+                of.placements,
+                run_check=False,
+                shape=of.shape,
+                stride=of.stride(),
+            )
+            for path, (part, of) in tensors.items()
+        }
+        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+        try:
+            save(dict(sharded), storage_writer=writer, process_group=self.group)
+        except CheckpointException as error:  # each process's reason, in every process
+            reasons = [str(reason[0]) for reason in error.failures.values()]
+            raise OSError("; ".join(reasons)) from None
+        rank = dist.get_rank()
+        own = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if rank == 0 else [])]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, {f.name: _facts(f) for f in own}, group=self.group)
+        return {f"{folder.name}/{name}": facts for part in gathered for name, facts in part.items()}
+
+
+def read(folder: Path, empty: Mapping[str, Tensor], mesh: Any = None) -> dict[str, Any]:
+    """The content of the tensors that are `empty`: whole ones on the CPU, by this process alone;
+    with a `mesh`, sharded over its processes, all of which have to ask."""
+    targets: dict[str, Any] = {}
+    for path, tensor in empty.items():
+        if mesh is None:
+            targets[path] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            targets[path] = empty_sharded(
+                *tensor.shape, dtype=tensor.dtype, device_mesh=mesh, placements=[Shard(0)]
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this process reads alone
+        load(targets, storage_reader=_Reader(folder), no_dist=mesh is None)
+    return targets
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _IndexUnpickler(file).load()
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):  # would be unpickled
+                raise pickle.UnpicklingError(f"{name} is no tensor")
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(f"{stored.relative_path} is another folder's")
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads what describes tensors and where they lie; any other class is refused."""
+
+    CLASSES: ClassVar = {
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties"),
+            *("ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", *(str(v).removeprefix("torch.") for v in vars(torch).values()
+                            if isinstance(v, torch.dtype))},
+        "pathlib": {"PosixPath"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
+        return super().find_class(module, name)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}

@@ -1,0 +1,48 @@
+"""Activations that are computed twice instead of kept change nothing but the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import TINY, config_of, fingerprint, train
+from torch import nn
+
+from regrow.errors import UserError
+from regrow.training import activation_checkpointing
+
+
+def test_it_changes_no_bit_of_a_run(tmp_path: Path) -> None:
+    options = (*TINY, "model.dropout=0.3", "trainer.ema_decay=0.9")
+    train(tmp_path / "kept", *options)
+    train(tmp_path / "again", *options, "trainer.activation_checkpointing=[body]")
+    assert fingerprint(tmp_path / "kept") == fingerprint(tmp_path / "again")
+
+
+def test_a_module_runs_again_in_the_backward_pass_and_keeps_its_names() -> None:
+    calls: list[torch.Size] = []
+
+    class Counted(nn.Linear):
+        def forward(self, inputs: Any) -> Any:
+            calls.append(inputs.shape)
+            return super().forward(inputs)
+
+    model = nn.Sequential(Counted(3, 3), Counted(3, 1))
+    names = [*model.state_dict()]
+    activation_checkpointing.apply(model, ["0"])
+    model(torch.ones(2, 3)).sum().backward()
+    assert len(calls) == 3 and [*model.state_dict()] == names
+    with torch.no_grad():
+        model(torch.ones(2, 3))
+    assert len(calls) == 5
+
+
+def test_a_pattern_without_a_module_is_one_line() -> None:
+    from regrow import run as runs
+    from regrow.training.parallel import World
+
+    config = config_of(*TINY, "trainer.activation_checkpointing=[bodi]")
+    with pytest.raises(UserError, match=r"no module matches bodi\. The model's are body"):
+        runs.build(config, World(device=torch.device("cpu")))
