@@ -4,7 +4,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 from omegaconf import DictConfig
 
 from regrow.config import entry_point
-from regrow.ranks import follows
+from regrow.start import start
 
 
 @entry_point("train")
@@ -15,9 +15,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    if follows():  # torchrun or srun started several: the first composes the config for all
-        from regrow import worker
-
-        worker.main()
-    else:
-        main()
+    start(main)

@@ -77,6 +77,7 @@ BAD = {
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
     "trainer.strategy=dpp": "trainer.strategy=dpp has to be one of ddp, fsdp",
     "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half has to be one of fp32, bf16",
+    "trainer.fsdp.param_dtype=fp16": "small gradients vanish without a loss scale",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,6 +85,33 @@ def test_what_started_outside_is_the_same_run(tmp_path: Path) -> None:
     run(tmp_path / "outside", *TINY, "trainer=ddp", "trainer.device=cpu", by=(*torchrun, *port))
     run(tmp_path / "inside", *TWO)
     assert fingerprint(tmp_path / "outside") == fingerprint(tmp_path / "inside")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_agents_make_one_run_and_a_killed_one_ends_it(
+    killed: int, whole: str, tmp_path: Path
+) -> None:
+    """As on two machines: each has a torchrun of its own."""
+    folder = tmp_path / "agents"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    one = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2")
+    one = (*one, "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}")
+    alone = [o for o in LONG if not o.startswith("trainer.devices")]
+    agents = [start(folder, *alone, by=one) for _ in range(2)]
+    until((folder / "checkpoints" / "last").exists, agents[0])
+    ranks = ranks_of(folder)
+    agents[killed].kill()
+    for agent in agents:
+        agent.communicate(timeout=60)
+        assert agent.returncode != 0
+    until_gone(ranks)
+    agents = [start(folder, *alone, by=one) for _ in range(2)]
+    said = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum(out.count("record: ") for out, _ in said) == 1
+    assert fingerprint(folder) == whole
 
 
 @pytest.mark.slow
@@ -278,6 +306,10 @@ def test_the_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
     pids = ranks_of(folder)
     process.kill()
     process.communicate(timeout=30)
+    until_gone(pids)
+
+
+def until_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
@@ -298,6 +330,5 @@ def listening(pid: int) -> set[str]:
 def test_json_carries_a_job_whole() -> None:
     from regrow.job import Job
 
-    job = Job({"a": [1, None, 0.1]}, None, ["a=1"], {"model": "mlp"}, {"x.yaml": "é"}, ["p"], 2)
-    assert Job.from_json(job.to_json()) == job
-    assert json.loads(job.to_json())["halvings"] == 2
+    job = Job({"a": [1, None, 0.1]}, None, ["a=1"], {"model": "mlp"}, {"x.yaml": "é"}, ["p"])
+    assert Job(**json.loads(job.to_json())) == job

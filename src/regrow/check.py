@@ -23,7 +23,7 @@ from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
 from regrow.resume import check_recorded
 
-GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer")
+GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", "launcher")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def either(one: Rule, other: Rule) -> Rule:
     return Rule(f"{one.says}, or {other.says}", lambda v: one.allows(v) or other.allows(v))
 
 
+PLAIN = Rule("text, a number, true or false", lambda v: isinstance(v, str | int | float))
 BETAS = Rule(
     "a list of two numbers, 0 or more and below 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
@@ -154,6 +155,20 @@ RULES: dict[str, Rule] = {
     "scheduler.patience": integer(0),
     "scheduler.min_delta": number(0),
     "scheduler.min_factor": number(0, 1),
+    "launcher.nodes": integer(1),
+    "launcher.tasks_per_node": integer(1),
+    "launcher.cpus_per_task": integer(1),
+    "launcher.gpus_per_node": integer(0),
+    "launcher.mem_gb": optional(number(0, above=True)),
+    "launcher.timeout_minutes": integer(1),
+    "launcher.partition": optional(text()),
+    "launcher.account": optional(text()),
+    "launcher.qos": optional(text()),
+    "launcher.constraint": optional(text()),
+    "launcher.save_seconds": integer(1),
+    "launcher.max_timeouts": integer(0),
+    "launcher.setup": list_of(text()),
+    "launcher.sbatch": optional(mapping_to(PLAIN)),
     "trainer.max_epochs": optional(integer(1)),
     "trainer.max_steps": optional(integer(1)),
     "trainer.max_seconds": optional(number(0, above=True)),
@@ -372,6 +387,12 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
             "Use trainer.precision=bf16."
+        )
+    fsdp_dtypes = (trainer["fsdp"]["param_dtype"], trainer["fsdp"]["reduce_dtype"])
+    if "fp16" in fsdp_dtypes and trainer["precision"] != "fp16":
+        raise UserError(
+            "trainer.fsdp.param_dtype or reduce_dtype=fp16: small gradients vanish without a loss "
+            "scale, which trainer.precision=fp16 has. Use bf16."
         )
     if trainer["strategy"] == "fsdp" and trainer["channels_last"]:
         raise UserError(

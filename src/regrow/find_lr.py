@@ -52,6 +52,11 @@ def _find_lr(cfg: DictConfig) -> float:
             f"resume={config['resume']}: the range test goes on with no run. To start from that "
             f"run's weights use init_from={config['resume']}."
         )
+    if "_target_" in config["launcher"]:
+        raise UserError(
+            f"launcher={hydra.runtime.choices['launcher']}: the range test is made here. Leave out "
+            "launcher, or call it in a job of your own."
+        )
     trainer = config["trainer"]
     if trainer["devices"] != 1:
         raise UserError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run and where. Everything in it can be written as JSON."""
+    """What is to run and where, as what JSON can say: `Job(**json.loads(job.to_json()))` is it."""
 
     config: dict[str, Any]  # resolved
     folder: str | None  # the run's own, if it was named; None: a new one under outputs/<name>
@@ -17,11 +17,6 @@ class Job:
     choices: dict[str, Any]  # the options that the config's groups were composed of
     composed: dict[str, str]  # what Hydra composed, by file name in `.hydra/`
     command: list[str]
-    halvings: int = field(default=0)  # of the slices, by starts that ran out of memory
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str | bytes) -> Job:
-        return Job(**json.loads(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from regrow import config as configs
-from regrow import ranks, resume
+from regrow import outside, ranks, resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.errors import RunFailed, UserError
@@ -63,18 +64,46 @@ def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check(cfg, hydra.runtime.choices)
     job = job_of(cfg)
-    trainer = job.config["trainer"]
-    if ranks.started_from_outside():
+    if outside.started_from_outside():
         if hydra.mode == RunMode.MULTIRUN:
             raise UserError("--multirun starts its processes itself. Start it without torchrun.")
         from regrow import worker
 
         worker.lead(job)
     with console():
-        count = trainer["devices"] = ranks.count_of(trainer)
-        if count > 1 or trainer["max_restarts"]:
-            return ranks.run(job, count)
-        return run_job(job, World(device=runs.resolve_device(trainer["device"])))
+        launcher = configs.plain(cfg)["launcher"]
+        if "_target_" in launcher:
+            typed = [o for o in HydraConfig.get().overrides.task if resume.is_of_the_launcher(o)]
+            submit(job, launcher, typed)
+            return None
+        return run_all(job)
+
+
+def run_all(job: Job) -> float | None:
+    """Run the job in as many processes as it asks for, one of which may be this."""
+    trainer = job.config["trainer"]
+    count = trainer["devices"] = ranks.count_of(trainer)
+    if count > 1 or trainer["max_restarts"]:
+        return ranks.run(job, count)
+    return run_job(job, World(device=runs.resolve_device(trainer["device"])))
+
+
+def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
+    """Give the job to Slurm, as `launcher` and the overrides `typed` for it say, and leave."""
+    from regrow import slurm
+
+    options: slurm.SlurmOptions = configs.instantiate(launcher)
+    slurm.check(options, job.config["trainer"])
+    folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))
+    with claimed(folder, job) as goes_on:
+        if goes_on and resume.is_done(folder, job.config):
+            say_complete(folder, job)
+            return
+        number = slurm.submit(dataclasses.replace(job, folder=str(folder)), options)
+    log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
+    log.info("folder: %s", folder)
+    log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
+    log.info("if it is cut, go on with: %s", command(f"resume={folder}", *typed))
 
 
 def job_of(cfg: DictConfig) -> Job:
@@ -83,14 +112,16 @@ def job_of(cfg: DictConfig) -> Job:
     named = hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd()
     folder = Path(hydra.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    overrides = list(hydra.overrides.task)
+    overrides = [o for o in hydra.overrides.task if not resume.is_of_the_launcher(o)]
     kept = [o for o in overrides if resume.key_of(o) != "resume"]
+    config = configs.plain(cfg)
+    del config["launcher"]  # no part of what is run
     composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": hydra}
     return Job(
-        config=configs.plain(cfg),
+        config=config,
         folder=str(folder) if named else None,
         overrides=overrides,
-        choices={str(group): option for group, option in hydra.runtime.choices.items()},
+        choices={str(g): option for g, option in hydra.runtime.choices.items() if g != "launcher"},
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
         command=[Path(sys.executable).name, *sys.argv],
     )
@@ -100,17 +131,24 @@ def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this process's part of it, and return the best monitored value."""
     trainer = job.config["trainer"]
     with contextlib.ExitStack() as stack:
-        done = False
+        done, halvings = False, 0
         if job.folder is not None and world.is_main:
-            goes_on = stack.enter_context(claimed(Path(job.folder), job))
-            done = goes_on and resume.is_done(Path(job.folder), job.config)
+            folder = Path(job.folder)
+            goes_on = stack.enter_context(claimed(folder, job))
+            done = goes_on and resume.is_done(folder, job.config)
+            # Of a run that ran out of memory in one of several processes, which ended it.
+            halvings = (records.load_status(folder) or {}).get("halvings", 0)
         # The main process looks into the folder; what it found there goes for all.
-        found = json.dumps({"done": done, "num_threads": trainer["num_threads"]})
-        found = json.loads(world.from_main(found))
+        found = {"done": done, "halvings": halvings, "num_threads": trainer["num_threads"]}
+        found = json.loads(world.from_main(json.dumps(found)))
         trainer["num_threads"] = found["num_threads"]
         if not found["done"]:
-            return run_in(job, world)
-    folder = Path(str(job.folder))
+            return run_in(job, world, found["halvings"])
+    return say_complete(Path(str(job.folder)), job)
+
+
+def say_complete(folder: Path, job: Job) -> float | None:
+    """How to go on all the same; returns the best monitored value."""
     summary = records.read_json(folder / "summary.json")
     log.info("%s is complete. To go on with it, raise its limit:", folder)
     log.info("  %s", longer(folder, job.config, summary))
@@ -137,13 +175,13 @@ def leave_nothing(folder: Path) -> None:
         records.remove_unused(folder)
 
 
-def run_in(job: Job, world: World) -> float | None:
+def run_in(job: Job, world: World, halvings: int) -> float | None:
     """Build, then train in the job's folder, or in a new one if it names none."""
     config, trainer = job.config, job.config["trainer"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     trainer["num_threads"] = trainer["num_threads"] or max(1, runs.usable_cores() // local)
     objects = runs.build(config, world)
-    objects.state.progress.halvings = job.halvings
+    objects.state.progress.halvings = halvings
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
     if job.folder is not None and world.is_main:
@@ -216,7 +254,8 @@ def note_failure(error: BaseException, folder: Path, step: int, world: World) ->
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
-    records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line)
+    halvings = {"halvings": error.halvings} if hasattr(error, "halvings") else {}
+    records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **halvings)
     if not isinstance(error, UserError):
         log.error("failed at step %d: %s", step, error)
         if isinstance(error, OSError):  # a disk that can be mended, more often than not

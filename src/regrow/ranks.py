@@ -81,11 +81,11 @@ def run(job: Job, count: int) -> float | None:
         error = outcome.error or {"kind": "lost", "text": "no process said why", "step": 0}
         if error["kind"] == "user":
             raise UserError(error["text"])
-        if outcome.folder is not None:
-            records.set_status(
-                Path(outcome.folder), "failed", step=error["step"], pids=[], error=error["text"]
-            )
         memory = error["kind"] == "memory"
+        if outcome.folder is not None:
+            said = {"halvings": error["halvings"]} if memory else {}
+            said |= {"step": error["step"], "error": error["text"]}
+            records.set_status(Path(outcome.folder), "failed", pids=[], **said)
         if outcome.folder is None or not (memory or restarts):
             log.error("failed: %s", error["text"])
             raise SystemExit(1)
@@ -95,7 +95,6 @@ def run(job: Job, count: int) -> float | None:
             job,
             folder=outcome.folder,
             config={**job.config, "resume": "auto"},
-            halvings=error.get("halvings", job.halvings),
         )
 
 
@@ -166,8 +165,15 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "REGROW_PARENT": str(os.getpid()),
         "REGROW_JOB": str(job),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONPATH": python_path(),
     }
+
+
+def python_path() -> str:
+    """Where another start of this Python would not look by itself."""
+    own = (sys.prefix, sys.base_prefix)
+    added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
+    return os.pathsep.join(dict.fromkeys(path for path in added if path))
 
 
 def read(store: Any, name: str) -> Any:
@@ -210,14 +216,3 @@ def forwarding() -> Iterator[Forwarded]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def started_from_outside() -> bool:
-    """Whether torchrun or srun started this process as one of several."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-    return several and "REGROW_PARENT" not in os.environ
-
-
-def follows() -> bool:
-    """Whether another process composes the config for this one."""
-    return started_from_outside() and int(os.environ["RANK"]) > 0

@@ -40,7 +40,8 @@ MAY_CHANGE = (
     "trainer.max_restarts",
     "trainer.timeout_seconds",
     "trainer.ddp.*",
-    "trainer.fsdp.*",
+    "trainer.fsdp.modules",
+    "trainer.fsdp.reshard_after_forward",
     "trainer.activation_checkpointing",
     "trainer.accumulation_steps",
     "trainer.num_threads",
@@ -95,17 +96,23 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def is_foreign(override: str) -> bool:
-    """Whether an override reaches beyond the config of this repository: Hydra's own options, a file
-    of another folder, another package, or the environment."""
+    """Whether an override reaches beyond the config of a run: Hydra's own options, the launcher's,
+    a file of another folder, another package, or the environment."""
     key, _, value = override.partition("=")
     names = value.strip("[]'\"").split(",") if (CONF / key_of(override)).is_dir() else []
     return (
         override.startswith("-")
         or key_of(override).startswith("hydra")
+        or is_of_the_launcher(override)
         or "@" in key
         or "${" in value
         or any(".." in name or name.strip(" '\"").startswith("/") for name in names)
     )
+
+
+def is_of_the_launcher(override: str) -> bool:
+    """Whether an override says where a run is made, which is no part of the run."""
+    return key_of(override).split(".")[0] == "launcher"
 
 
 def recorded_overrides(folder: Path) -> list[str]:

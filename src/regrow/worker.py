@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from regrow import launch
+from regrow import config as configs
+from regrow import launch, outside
 from regrow import run as runs
 from regrow.errors import UserError
 from regrow.job import Job
-from regrow.ranks import started_from_outside
 from regrow.training.parallel import World, lost_the_others
 
 log = logging.getLogger("regrow")
@@ -33,14 +34,35 @@ log = logging.getLogger("regrow")
 
 def main() -> None:
     """Do the part of this process in the job that another one composed."""
-    job = os.environ.get("REGROW_JOB")
-    text = Path(job).read_text() if job else None
-    store = meet()
-    work(Job.from_json(text or store.get("job")), store)
+    file = os.environ.get("REGROW_JOB")
+    text = Path(file).read_text() if file else ""
+    if "RANK" not in os.environ:
+        work_alone(Job(**json.loads(text)))
+    try:
+        store = meet()
+    except UserError as error:
+        configs.fail(str(error))
+    said = json.loads(text or store.get("job"))
+    if isinstance(said, int):  # there is no job
+        store.add("dismissed", 1)
+        leave(said)
+    work(Job(**said), store)
+
+
+def work_alone(job: Job) -> NoReturn:
+    """All of a job that was composed elsewhere."""
+    try:
+        with launch.console():
+            launch.run_all(job)
+    except UserError as error:
+        configs.fail(str(error))
+    sys.exit(0)
 
 
 def meet() -> Any:
     """The store that all processes share, by the environment that the starter has set."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.PrefixStore("attempt_0", outside.meet())  # type: ignore[attr-defined]
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep its store
     return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
@@ -59,6 +81,19 @@ def lead(job: Job) -> NoReturn:
     store = meet()
     store.set("job", job.to_json())
     work(job, store)
+
+
+def dismiss(code: int) -> NoReturn:
+    """As the first of the processes that were started from outside: there is no job, all end."""
+    store = meet()
+    store.set("job", json.dumps(code))
+    deadline = time.monotonic() + 60  # the store is in this process
+    while store.add("dismissed", 0) < int(os.environ["WORLD_SIZE"]) - 1:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    outside.have_met()
+    leave(code)
 
 
 def work(job: Job, store: Any) -> NoReturn:
@@ -94,6 +129,8 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
         world_size=size,
         timeout=timedelta(seconds=trainer["timeout_seconds"]),
     )
+    if world.is_main:
+        outside.have_met()
     if trainer["strategy"] == "fsdp" and size > 1:
         world = dataclasses.replace(world, mesh=init_device_mesh(device.type, (size,)))
     best = launch.run_job(job, world)
@@ -118,7 +155,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
             return
         store.set("error", json.dumps(said))
     if said["kind"] == "user":
-        if started_from_outside():
+        if outside.started_from_outside():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     elif not (hasattr(error, "halvings") or launch.is_plain(error)):
         traceback.print_exception(error)

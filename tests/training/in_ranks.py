@@ -58,7 +58,7 @@ def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[
     return steps(objects, plan)
 
 
-def steps(objects: Any, plan: Any, last: int = 6) -> dict[str, Any]:
+def steps(objects: Any, plan: Any, last: int = 6, *, whole_weights: bool = True) -> dict[str, Any]:
     state, seen = objects.state, []
     while state.step < last:
         for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
@@ -68,7 +68,8 @@ def steps(objects: Any, plan: Any, last: int = 6) -> dict[str, Any]:
             seen.append((loss.item(), result.grad_norm.item(), result.sums[loop.EXAMPLES].item()))
             if state.step == last:
                 break
-    weights = {name: whole(tensor).clone() for name, tensor in state.model.state_dict().items()}
+    weights = state.model.state_dict() if whole_weights else {}
+    weights = {name: whole(tensor).clone() for name, tensor in weights.items()}
     return {"weights": weights, "seen": seen, "skipped": int(state.skips[0])}
 
 
@@ -100,7 +101,16 @@ def trained_sharded(world: World, config: Config, folder: Path) -> dict[str, Any
 
 def trained_sharded_in_slices(world: World, config: Config, folder: Path) -> dict[str, Any]:
     units = {**config["trainer"]["fsdp"], "modules": ["body.0"], "reshard_after_forward": False}
-    return trained(sharded(world), config, folder, accumulation_steps=3, fsdp=units)
+    changes = {"accumulation_steps": 3, "activation_checkpointing": ["body.*"]}
+    return trained(sharded(world), config, folder, fsdp=units, **changes)
+
+
+def trained_in_bf16(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """Gathered and computed in bf16, summed and stepped in fp32."""
+    policy = {**config["trainer"]["fsdp"], "param_dtype": "bf16", "reduce_dtype": "fp32"}
+    seen = trained(sharded(world), config, folder, fsdp=policy)
+    autocast = trained(sharded(world), config, folder, fsdp=policy, precision="bf16")
+    return {**seen, "autocast": autocast["seen"]}
 
 
 def sharded_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
@@ -215,6 +225,7 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "trained_with_a_nan": trained_with_a_nan,
     "trained_sharded": trained_sharded,
     "trained_sharded_in_slices": trained_sharded_in_slices,
+    "trained_in_bf16": trained_in_bf16,
     "sharded_with_a_nan": sharded_with_a_nan,
     "saved_sharded": saved_sharded,
     "measured": measured,

@@ -91,6 +91,20 @@ def test_processes_and_slices_do_not_move_the_maths(
             assert norm == pytest.approx(norm_1, rel=1e-4)
 
 
+def test_a_sharded_model_may_be_gathered_and_computed_in_bf16(
+    one: dict[str, Any], several: Seen
+) -> None:
+    for rank in several:
+        seen = rank["trained_in_bf16"]
+        assert {weight.dtype for weight in seen["weights"].values()} == {torch.float32}
+        assert 1e-5 < distance(one["trained"], seen) < 2e-2
+        for losses in (seen["seen"], seen["autocast"]):
+            for (loss, _, count), (loss_1, _, count_1) in zip(
+                losses, one["trained"]["seen"], strict=True
+            ):
+                assert count == count_1 and loss == pytest.approx(loss_1, abs=2e-2)
+
+
 def test_every_process_ends_with_the_same_bits(several: Seen) -> None:
     for rank in several[1:]:
         assert distance(several[0]["trained"], rank["trained"]) == 0

@@ -176,11 +176,17 @@ def is_locked(folder: Path) -> bool:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file in one step: after a crash it holds the old text or the new one, whole."""
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace the file in one step: after a crash it holds the old text or the new one, whole.
+
+    A `private` one is for this user's eyes alone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    mode = 0o600 if private else 0o666
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open(
+            temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)
+        ) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,7 @@ tensors; all of it takes ordinary tensors too, and then does nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,13 +30,14 @@ def shard(model: nn.Module, options: FSDPOptions, mesh: Any) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[options.param_dtype] if options.param_dtype else None,
         reduce_dtype=DTYPES[options.reduce_dtype] if options.reduce_dtype else None,
-        cast_forward_inputs=False,  # autocast does that
+        cast_forward_inputs=options.param_dtype is not None,
     )
+    whole_model = dataclasses.replace(policy, output_dtype=torch.float32)  # for the loss
     for module in [*units(model, options.modules), model]:  # inner ones first
         fully_shard(
             module,
             mesh=mesh,
-            mp_policy=policy,
+            mp_policy=whole_model if module is model else policy,
             reshard_after_forward=options.reshard_after_forward,
         )
     for module in model.modules():

@@ -1,0 +1,182 @@
+"""Jobs for Slurm. submitit submits them; before their time is up they save and are queued again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow import outside
+from regrow.errors import UserError
+from regrow.job import Job
+from regrow.ranks import STOPPED, python_path
+from regrow.record import folder as records
+
+EARLY = 60  # Slurm may signal so many seconds before it was told to
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions:
+    """What a job asks Slurm for. Without a unit in its name, an option is sbatch's own."""
+
+    nodes: int
+    tasks_per_node: int
+    cpus_per_task: int
+    gpus_per_node: int
+    mem_gb: float | None
+    timeout_minutes: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    save_seconds: int
+    max_timeouts: int
+    setup: list[str]
+    sbatch: dict[str, Any] | None
+
+
+def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
+    """Raise UserError for what Slurm would refuse, or would only show once the job has waited."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "launcher=slurm: there is no sbatch on this machine. Submit from one that has it, or "
+            "leave out launcher to run here."
+        )
+    if options.nodes > 1 and options.tasks_per_node == 1 and trainer["devices"] != 1:
+        raise UserError(
+            f"launcher.nodes={options.nodes}: the processes of several machines are started by "
+            "Slurm. Use launcher=slurm_nodes."
+        )
+    if 60 * options.timeout_minutes <= options.save_seconds + EARLY:
+        raise UserError(
+            f"launcher.timeout_minutes={options.timeout_minutes}: the run would be told to save "
+            f"({options.save_seconds} seconds before, up to {EARLY} earlier) as it starts. Raise "
+            "it, or lower launcher.save_seconds."
+        )
+    asks = options.gpus_per_node or any(
+        "gpu" in f"{k}={v}" for k, v in (options.sbatch or {}).items()
+    )
+    if trainer["device"] == "cuda" and not asks:
+        raise UserError(
+            "trainer.device=cuda: the job asks Slurm for no GPU. Add launcher.gpus_per_node=…"
+        )
+
+
+def queued(folder: Path) -> str | None:
+    """The job of this run's folder that Slurm still has, if there is one."""
+    ids = [file.name.split("_")[0] for file in folder.glob("slurm/*_submission.sh")]
+    if not ids:
+        return None
+    command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(ids)}"]
+    answer = subprocess.run(command, capture_output=True, text=True)  # fails if it knows none
+    return next(iter(answer.stdout.split()), None)
+
+
+def submit(job: Job, options: SlurmOptions) -> str:
+    """Let Slurm run the job in its folder; returns Slurm's number of it.
+
+    Raises UserError where the run is queued already, and with sbatch's own words.
+    """
+    import submitit
+
+    assert job.folder is not None
+    folder = Path(job.folder).resolve()
+    if (waiting := queued(folder)) is not None:
+        raise UserError(
+            f"{job.folder} is queued already. To submit it anew, cancel that: scancel {waiting}"
+        )
+    (folder / "slurm").mkdir(exist_ok=True)
+    file = folder / "slurm" / "job.json"
+    records.write_text(file, job.to_json(), private=True)  # keys for services may be in it
+    executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=options.max_timeouts)
+    named = {"partition": options.partition, "account": options.account}
+    named |= {"qos": options.qos, "constraint": options.constraint}
+    if options.mem_gb is not None:
+        named["mem"] = f"{round(1024 * options.mem_gb)}M"
+    executor.update_parameters(
+        job_name=job.config["name"],
+        nodes=options.nodes,
+        ntasks_per_node=options.tasks_per_node,
+        cpus_per_task=options.cpus_per_task,
+        time=options.timeout_minutes,
+        signal_delay_s=options.save_seconds,
+        setup=[*options.setup, f"export PYTHONPATH={shlex.quote(python_path())}"],
+        stderr_to_stdout=True,
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}"],
+        additional_parameters={"requeue": True, **(options.sbatch or {})},
+        **{name: value for name, value in named.items() if value is not None},
+        **({"gpus_per_node": options.gpus_per_node} if options.gpus_per_node else {}),
+    )
+    try:
+        return str(executor.submit(Task(file)).job_id)
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"launcher=slurm: {' '.join(str(error).split())}") from None
+
+
+class Task:
+    """What srun starts: one process of the run, or, where it is the only task, all of them."""
+
+    def __init__(self, job: Path) -> None:
+        self.job = job
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        """Run to the end. Raises SystemExit if it is not a good one."""
+        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # is submitit's alone
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "regrow.child"],
+            env={
+                **os.environ,
+                **outside.srun_environment(),
+                "REGROW_JOB": str(self.job),
+                "REGROW_PARENT": str(os.getpid()),
+            },
+        )
+        signal.signal(signal.SIGUSR2, before)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.forward)
+        code = self.process.wait()
+        is_first = os.environ["SLURM_PROCID"] == "0"
+        if code == 0 or (code in STOPPED and not is_first):  # the first may want to be queued again
+            return
+        if code not in STOPPED and int(os.environ["SLURM_NTASKS"]) > 1:
+            if is_first:
+                self.start_again()
+            time.sleep(60)  # by then Slurm has ended this task; its own end would end all the rest
+        raise SystemExit(code if code > 0 else 128 - code)
+
+    def forward(self, number: int, frame: object = None) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def checkpoint(self) -> Any:
+        """What submitit calls before time is up: stop in good order, then come back."""
+        import submitit
+
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits for it
+        return submitit.helpers.DelayedSubmission(Task(self.job))
+
+    def start_again(self) -> None:
+        """As the first of several tasks, of which one failed: queue all again, as often as the
+        config says, or in smaller slices after one that ran out of memory."""
+        job = Job(**json.loads(self.job.read_text()))
+        counter = self.job.with_name("restarts")
+        restarts = int(counter.read_text()) if counter.is_file() else 0
+        status = records.load_status(self.job.parents[1]) or {}
+        out_of_memory = "halvings" in status
+        if not out_of_memory and restarts >= job.config["trainer"]["max_restarts"]:
+            raise SystemExit(1)
+        records.write_text(counter, str(restarts + (not out_of_memory)))
+        print("Starting again from the last checkpoint.", flush=True)
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

@@ -1,0 +1,35 @@
+"""How a script's `main` starts: in this process alone, or in the first of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from regrow import outside
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Run `main`; of several processes that torchrun or srun started, the first alone does.
+
+    It composes the config and gives its job to the others.
+    """
+    os.environ.update(outside.srun_environment())
+    if not outside.started_from_outside():
+        main()
+        return
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # torchrun leaves its processes behind when it is killed
+        outside.die_with_parent(os.getppid())
+    code: Any = 0
+    if os.environ["RANK"] == "0":
+        try:
+            main()  # with a job it never comes back
+        except SystemExit as end:
+            code = end.code
+    from regrow import worker  # torch comes with it
+
+    if os.environ["RANK"] == "0":
+        worker.dismiss(code if isinstance(code, int) else int(code is not None))
+    worker.main()

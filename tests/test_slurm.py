@@ -1,0 +1,316 @@
+"""Slurm starts the processes, or is given the job: the run is the same, and it comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm
+from running import TINY, fingerprint, train
+
+from regrow import outside
+from regrow.config import CONF
+from regrow.errors import UserError
+from regrow.record.folder import read_json
+from regrow.slurm import SlurmOptions, check
+
+TRAIN = CONF.parent / "scripts" / "train.py"
+TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")
+LONG = (*TWO, "trainer.max_epochs=60", "trainer.eval_every_epochs=20",
+        "trainer.checkpoint.save_every_steps=7")  # fmt: skip
+HERE = ("launcher.cpus_per_task=2",)
+WHY_NOT = slurm.why_not()
+
+
+def needs_slurm(test: Any) -> Any:
+    return pytest.mark.slow(pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)(test))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with slurm.running(tmp_path_factory.mktemp("slurm")) as environment:
+        yield {**environment, "PYTHONPATH": str(Path(__file__).parent)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `LONG` comes to when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(
+        [sys.executable, str(TRAIN), *LONG, f"hydra.run.dir={folder}"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    return fingerprint(folder)
+
+
+def call(
+    cluster: dict[str, str], folder: Path, *arguments: str, by: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command to its end; in the folder's parent."""
+    return subprocess.run(
+        [*by, sys.executable, str(TRAIN), *arguments, f"hydra.run.dir={folder.name}"],
+        cwd=folder.parent, env=cluster, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def jobs(cluster: dict[str, str]) -> dict[str, str]:
+    """The state of each job that Slurm has."""
+    command = ["squeue", "--noheader", "--format=%i %T"]
+    said = subprocess.run(command, env=cluster, capture_output=True, text=True, check=True)
+    return dict(line.split() for line in said.stdout.splitlines())  # type: ignore[misc]
+
+
+def until_done(cluster: dict[str, str], folder: Path) -> str:
+    """Wait until Slurm has no job; returns what they said."""
+    deadline = time.monotonic() + 300
+    while jobs(cluster):
+        assert time.monotonic() < deadline, output_of(folder)
+        time.sleep(0.2)
+    return output_of(folder)
+
+
+def output_of(folder: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted(folder.glob("slurm/*.out")))
+
+
+def until(happened: object, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():  # type: ignore[operator]
+        assert time.monotonic() < deadline, output_of(folder)
+        time.sleep(0.05)
+
+
+@needs_slurm
+def test_what_srun_started_is_the_same_run(
+    cluster: dict[str, str], whole: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    overrides = [o for o in LONG if not o.startswith("trainer.devices")]
+    done = call(cluster, folder, *overrides, by=("srun", "--ntasks=2"))
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(folder) == whole
+    assert done.stdout.count("record: ") == 1  # one of them speaks
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@needs_slurm
+def test_a_bad_config_ends_all_that_srun_started_with_one_line(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    done = call(cluster, tmp_path / "run", "sed=1", by=("srun", "--ntasks=2"))
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if not line.startswith("srun: ")]
+    assert ours == ["error: sed: there is no such key. Did you mean seed?"]
+    assert [*tmp_path.iterdir()] == []
+
+
+@needs_slurm
+def test_what_only_prints_ends_all_that_srun_started(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    done = call(cluster, tmp_path / "run", "--cfg", "job", by=("srun", "--ntasks=2"))
+    assert done.returncode == 0 and done.stdout.count("optimizer:") == 1
+
+
+@needs_slurm
+def test_a_signal_to_the_step_stops_all_at_one_step(
+    cluster: dict[str, str], whole: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = ["srun", "--ntasks=2", sys.executable, str(TRAIN), *LONG, "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    until((folder / "checkpoints" / "last").exists, folder)
+    (number,) = jobs(cluster)
+    subprocess.run(["scancel", "--signal=TERM", f"{number}.0"], env=cluster, check=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert read_json(folder / "status.json")["state"] == "interrupted"
+    assert call(cluster, folder, *LONG).returncode == 0
+    assert fingerprint(folder) == whole
+
+
+@needs_slurm
+def test_a_job_on_one_machine_leaves_the_same_record(
+    cluster: dict[str, str], whole: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    done = call(cluster, folder, *LONG, "launcher=slurm", *HERE)
+    assert done.returncode == 0 and "submitted to Slurm: job " in done.stdout, done.stderr
+    output = until_done(cluster, folder)
+    assert fingerprint(folder) == whole, output
+    assert f"if it is cut, go on with: python {TRAIN} resume=run launcher=slurm" in done.stdout
+    again = call(cluster, folder, *LONG, "launcher=slurm", *HERE)
+    assert again.returncode == 0 and "run is complete" in again.stdout
+    assert not jobs(cluster)
+    assert (folder / "slurm" / "job.json").stat().st_mode & 0o077 == 0
+
+
+@needs_slurm
+def test_a_job_that_waits_is_not_submitted_twice(cluster: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    held = (*LONG, "launcher=slurm", *HERE, "launcher.sbatch={hold: true}")
+    assert call(cluster, folder, *held).returncode == 0
+    (number,) = jobs(cluster)
+    again = call(cluster, folder, *held)
+    assert again.returncode == 2
+    assert again.stderr == (
+        "error: run is queued already. To submit it anew, cancel that: "
+        f"scancel {number}\n"
+    )  # fmt: skip
+    subprocess.run(["scancel", number], env=cluster, check=True)
+    until_done(cluster, folder)
+
+
+@needs_slurm
+@pytest.mark.parametrize(
+    "launcher", [("slurm",), ("slurm_nodes", "launcher.nodes=1")], ids=lambda it: it[0]
+)
+def test_a_run_whose_time_is_up_saves_and_is_queued_again(
+    cluster: dict[str, str], whole: str, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    """Slurm's signal before the end of the time, sent by hand."""
+    folder = tmp_path / "run"
+    done = call(cluster, folder, *LONG, f"launcher={launcher[0]}", *launcher[1:], *HERE)
+    assert done.returncode == 0, done.stderr
+    until((folder / "checkpoints" / "last").exists, folder)
+    (number,) = jobs(cluster)
+    before = read_json(folder / "status.json")["pids"]
+    subprocess.run(["scancel", "--signal=USR2", number], env=cluster, check=True)
+    output = until_done(cluster, folder)
+    assert fingerprint(folder) == whole, output
+    assert "stopped by SIGTERM at step" in output and "going on from step" in output
+    assert read_json(folder / "status.json")["pids"] != before
+
+
+@needs_slurm
+def test_a_cancelled_run_saves_and_is_not_queued_again(
+    cluster: dict[str, str], whole: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert call(cluster, folder, *LONG, "launcher=slurm", *HERE).returncode == 0
+    until((folder / "checkpoints" / "last").exists, folder)
+    (number,) = jobs(cluster)
+    subprocess.run(["scancel", number], env=cluster, check=True)
+    until_done(cluster, folder)
+    assert read_json(folder / "status.json")["state"] == "interrupted"
+    assert call(cluster, folder, *LONG).returncode == 0  # here, without Slurm
+    assert fingerprint(folder) == whole
+
+
+@needs_slurm
+def test_several_tasks_start_again_after_one_was_killed(
+    cluster: dict[str, str], whole: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    nodes = ("launcher=slurm_nodes", "launcher.nodes=1", *HERE, "trainer.max_restarts=1")
+    assert call(cluster, folder, *LONG, *nodes).returncode == 0
+    until((folder / "checkpoints" / "last").exists, folder)
+    os.kill(read_json(folder / "status.json")["pids"][1], signal.SIGKILL)
+    output = until_done(cluster, folder)
+    assert "Starting again from the last checkpoint." in output
+    assert fingerprint(folder) == whole, output
+
+
+@needs_slurm
+def test_without_restarts_a_killed_task_ends_the_job(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    nodes = ("launcher=slurm_nodes", "launcher.nodes=1", *HERE)
+    assert call(cluster, folder, *LONG, *nodes).returncode == 0
+    until((folder / "checkpoints" / "last").exists, folder)
+    os.kill(read_json(folder / "status.json")["pids"][0], signal.SIGKILL)
+    began = time.monotonic()
+    output = until_done(cluster, folder)
+    assert time.monotonic() - began < 60
+    assert "Starting again" not in output
+    status = read_json(folder / "status.json")
+    assert status["state"] in ("failed", "running"), status  # running, and no lock: interrupted
+
+
+@needs_slurm
+def test_a_sweep_submits_each_of_its_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+    arguments = (*TINY, "trainer.device=cpu", "launcher=slurm", *HERE, "seed=1,2")
+    command = [sys.executable, str(TRAIN), "-m", *arguments, "hydra.sweep.dir=sweep"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(jobs(cluster)) == 2
+    until_done(cluster, tmp_path)
+    for number in ("0", "1"):
+        folder = tmp_path / "sweep" / number
+        assert read_json(folder / "summary.json")["status"] == "completed"
+
+
+OPTIONS = SlurmOptions(
+    nodes=1, tasks_per_node=1, cpus_per_task=1, gpus_per_node=0, mem_gb=None, timeout_minutes=60,
+    partition=None, account=None, qos=None, constraint=None, save_seconds=120, max_timeouts=1,
+    setup=[], sbatch={},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "trainer", "says"),
+    [
+        ({"nodes": 2}, {"devices": 4}, "launcher.nodes=2"),
+        ({"timeout_minutes": 3}, {}, "launcher.timeout_minutes=3"),
+        ({}, {"device": "cuda"}, "Add launcher.gpus_per_node="),
+    ],
+)
+def test_what_would_wait_in_vain_is_said_at_once(
+    changed: dict[str, int], trainer: dict[str, object], says: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = SlurmOptions(**{**vars(OPTIONS), **changed})
+    with pytest.raises(UserError, match=says):
+        check(options, {"devices": 1, "device": "auto", **trainer})
+    check(OPTIONS, {"devices": 4, "device": "auto"})
+    check(SlurmOptions(**{**vars(OPTIONS), "gpus_per_node": 4}), {"devices": 4, "device": "cuda"})
+
+
+def test_without_slurm_it_is_one_line_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no sbatch on this machine"):
+        check(OPTIONS, {"devices": 1, "device": "auto"})
+
+
+def test_srun_says_in_its_way_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert outside.per_node("2(x3),1") == [2, 2, 2, 1]
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3",
+        "SLURM_PROCID": "6", "SLURM_LOCALID": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert outside.srun_environment() == {
+        "RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    }  # fmt: skip
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # such as a shell in an allocation
+    assert outside.srun_environment() == {}
+
+
+def test_a_run_of_another_does_not_submit_anything(tmp_path: Path) -> None:
+    """What a folder recorded is followed when its run goes on; where it was run is not."""
+    train(tmp_path / "run", *TINY)
+    file = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(["launcher=slurm", "launcher.setup=[touch /tmp/mine]"]))
+    from regrow.resume import expand
+
+    with pytest.raises(UserError, match="It is not followed"):
+        expand([f"resume={tmp_path / 'run'}"])

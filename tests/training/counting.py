@@ -1,0 +1,85 @@
+"""Run in a network namespace of its own: how many bytes a step of two processes sends, as JSON.
+
+Nothing else speaks there, so the kernel's counter of the loopback device counts the step alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import socket
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from in_ranks import Config, sharded, steps
+from running import TINY, config_of
+
+from regrow import run as runs
+from regrow.training.interrupt import StopRequest
+from regrow.training.parallel import World
+
+SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40  # linux/sockios.h, linux/if.h
+WIDTH, STEPS = 512, 8
+CONFIG = (
+    *TINY,
+    f"model.hidden=[{WIDTH},{WIDTH}]",
+    "trainer.max_epochs=null",
+    "trainer.max_steps=99",
+)
+CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {  # sharded, slices, options of FSDP
+    "ddp": (False, 1, {}),
+    "ddp, 4 slices": (False, 4, {}),
+    "fsdp": (True, 1, {}),
+    "fsdp, kept gathered": (True, 1, {"reshard_after_forward": False}),
+    "fsdp, gathered in bf16": (True, 1, {"param_dtype": "bf16", "reduce_dtype": "fp32"}),
+    "fsdp, 4 slices": (True, 4, {}),
+}
+
+
+def part(rank: int, size: int, port: int, config: Config, file: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    world = World(device=torch.device("cpu"), rank=rank, size=size, store=store)
+    found: dict[str, float] = {}
+    for name, (is_sharded, slices, fsdp) in CASES.items():
+        trainer = {**config["trainer"], "accumulation_steps": slices}
+        trainer["fsdp"] = {**trainer["fsdp"], "modules": ["body.*"], **fsdp}
+        its = sharded(world) if is_sharded else world
+        objects = runs.build({**config, "trainer": trainer}, its)
+        saved = SimpleNamespace(saved=None)
+        plan = runs.plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
+        steps(objects, plan, 2, whole_weights=False)  # connections are made, buckets built anew
+        dist.barrier()
+        before = sent()
+        steps(objects, plan, 2 + STEPS, whole_weights=False)
+        dist.barrier()
+        parameters = sum(p.numel() for p in objects.state.model.parameters())
+        found[name] = (sent() - before) / STEPS / size / (4 * parameters)
+    if rank == 0:
+        file.write_text(json.dumps(found))
+
+
+def sent() -> int:
+    (line,) = [x for x in Path("/proc/self/net/dev").read_text().splitlines() if " lo:" in f" {x}"]
+    return int(line.split(":")[1].split()[8])
+
+
+def main(size: int, file: str) -> None:
+    with socket.socket() as any_socket:  # the loopback device of a new namespace is down
+        request = struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING)
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(part, args=(size, store.port, config_of(*CONFIG), Path(file)), nprocs=size)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
