@@ -102,19 +102,21 @@ class StopAtStep(StopRequest):
         return self.signal is not None
 
 
-def train(folder: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+def train(
+    folder: Path, *overrides: str, stop_at: int | None = None, world: World = CPU
+) -> dict[str, Any]:
     """Train in `folder`, or go on there; stop gracefully at step `stop_at`."""
     config = config_of(*overrides)
-    return train_config(folder, config, stop_at=stop_at)
+    return train_config(folder, config, stop_at=stop_at, world=world)
 
 
 def train_config(
-    folder: Path, config: dict[str, Any], *, stop_at: int | None = None
+    folder: Path, config: dict[str, Any], *, stop_at: int | None = None, world: World = CPU
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    objects = runs.build(config, CPU)
-    return runs.train(objects, config, folder, CPU, StopAtStep(objects.state, stop_at))
+    objects = runs.build(config, world)
+    return runs.train(objects, config, folder, world, StopAtStep(objects.state, stop_at))
 
 
 class InMemory:

@@ -175,7 +175,7 @@ def leave_nothing(folder: Path) -> None:
         records.remove_unused(folder)
 
 
-def run_in(job: Job, world: World, halvings: int) -> float | None:
+def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     """Build, then train in the job's folder, or in a new one if it names none."""
     config, trainer = job.config, job.config["trainer"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -57,6 +57,11 @@ def count_of(trainer: Mapping[str, Any]) -> int:
     )
     if devices > 1 and is_mps:
         raise UserError(f"trainer.devices={devices}: MPS takes one process. Use trainer.devices=1.")
+    if gpus and devices > 1 and not torch.distributed.is_nccl_available():
+        raise UserError(
+            f"trainer.devices={devices}: this torch has no NCCL, through which GPUs exchange "
+            "gradients. Use trainer.devices=1, or trainer.device=cpu."
+        )
     if 0 < gpus < devices:
         raise UserError(
             f"trainer.devices={devices}: this machine has {gpus} GPU{'s'[: gpus > 1]}. "

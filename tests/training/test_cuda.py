@@ -1,0 +1,102 @@
+"""On a GPU: the same promises. Everything here skips where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from running import config_of, fingerprint, metrics_of, train
+
+from regrow import run as runs
+from regrow.training import loop
+from regrow.training.interrupt import StopRequest
+from regrow.training.parallel import World
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+GPU = World(device=torch.device("cuda", 0))
+IMAGES = (
+    "data=digits",
+    "data.batch_size=400",
+    "model=cnn",
+    "model.channels=[8]",
+    "model.dropout=0.2",
+    "trainer.max_epochs=3",
+    "trainer.num_threads=1",
+    "trainer.log_every_steps=1",
+    "trainer.device=cuda",
+)
+EXACT = ("trainer.deterministic=true", "trainer.ema_decay=0.9", "trainer.clip_norm=1")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_stop_changes_nothing_on_a_gpu(precision: str, tmp_path: Path) -> None:
+    options = (*IMAGES, *EXACT, f"trainer.precision={precision}")
+    train(tmp_path / "whole", *options, world=GPU)
+    train(tmp_path / "cut", *options, stop_at=5, world=GPU)
+    train(tmp_path / "cut", *options, world=GPU)
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2), ("fp16", 2e-2)]
+)
+def test_a_gpu_computes_what_the_cpu_does(precision: str, tolerance: float, tmp_path: Path) -> None:
+    # Dropout draws from another generator, and TF32 has 10 bits.
+    options = (*IMAGES, "model.dropout=0", "trainer.tf32=false")
+    train(tmp_path / "gpu", *options, f"trainer.precision={precision}", world=GPU)
+    train(tmp_path / "cpu", *options, "trainer.device=cpu")
+    here, there = metrics_of(tmp_path / "gpu"), metrics_of(tmp_path / "cpu")
+    losses = [(a["train/loss"], b["train/loss"]) for a, b in zip(here, there, strict=True)
+              if "train/loss" in a]  # fmt: skip
+    assert losses
+    for a, b in losses:
+        assert a == pytest.approx(b, abs=tolerance)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_grows_back_on_a_gpu(tmp_path: Path) -> None:
+    options = (*IMAGES, *EXACT, "trainer.compile=true", "trainer.precision=bf16")
+    train(tmp_path / "whole", *options, world=GPU)
+    train(tmp_path / "cut", *options, stop_at=5, world=GPU)
+    train(tmp_path / "cut", *options, world=GPU)
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_the_gpu(precision: str) -> None:
+    config = config_of(*IMAGES, f"trainer.precision={precision}", "trainer.log_every_steps=1000")
+    objects = runs.build(config, GPU)
+    plan = runs.plan_of(objects, 0, GPU, StopRequest(), record=None, checkpoints=None)
+    batches = [*objects.train.epoch(0, 0)]
+    loop.train_step(objects.state, batches[0], plan)  # kernels are chosen, memory is taken
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[1:]:
+            loop.train_step(objects.state, batch, plan)
+            objects.state.progress.step += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_gpu_without_room_halves_the_slices_and_goes_on(tmp_path: Path) -> None:
+    wide = (*IMAGES, "model.channels=[64]", "data.batch_size=1200")
+    train(tmp_path / "roomy", *wide, world=GPU)
+    needed = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.7 * needed / total)
+    try:
+        summary = train(tmp_path / "cramped", *wide, world=GPU)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert summary["status"] == "completed"
