@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,8 @@ def part(rank: int, size: int, port: int, config: Config, folder: Path) -> None:
         {name: check(world, config, folder) for name, check in CHECKS.items()},
         folder / f"{rank}.pt",
     )
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # as real runs end: the threads of a process group may fall over each other
 
 
 def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[str, Any]:
