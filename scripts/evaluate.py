@@ -91,7 +91,8 @@ def compared(told: Mapping[str, float], values: Mapping[str, float]) -> str:
     if repr(sorted(told.items())) == repr(sorted(values.items())):  # a NaN is a NaN
         return "the same"
     is_close = told.keys() == values.keys() and all(
-        math.isclose(told[key], value, rel_tol=1e-4, abs_tol=1e-6) or value != value
+        math.isclose(told[key], value, rel_tol=1e-4, abs_tol=1e-6)
+        or (value != value and told[key] != told[key])
         for key, value in values.items()
     )
     # Another number of processes or threads sums in another order.

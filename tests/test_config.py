@@ -78,6 +78,7 @@ BAD = {
     "trainer.strategy=dpp": "trainer.strategy=dpp has to be one of ddp, fsdp",
     "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half has to be one of fp32, bf16",
     "trainer.fsdp.param_dtype=fp16": "small gradients vanish without a loss scale",
+    'name="a\\ntouch mine"': "has to be text of one line",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
 }
 

@@ -280,10 +280,11 @@ def test_a_wrong_number_of_devices_is_one_line(
 
 @pytest.mark.slow
 def test_bad_data_is_one_line_from_several_processes(tmp_path: Path) -> None:
-    missing = ("data=csv", f"data.root={tmp_path}/none.csv", "data.target_columns=[a]",
-               "data.num_classes=2", "data.num_outputs=2", "data.input_shape=[1]")  # fmt: skip
+    missing = ("data=csv", f"data.source.train_file={tmp_path}/none.csv", "data.num_classes=2",
+               "data.source.target_columns=[a]", "data.target_kind=multiclass",
+               "data.num_outputs=2", "data.input_shape=[1]")  # fmt: skip
     err = run(tmp_path / "bad", "trainer.devices=2", "trainer.device=cpu", *missing, code=2)
-    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and "none.csv" in err
     assert not (tmp_path / "bad").exists()
 
 
@@ -304,6 +305,7 @@ def test_the_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
     until((folder / "checkpoints" / "last").exists, process)
     assert listening(process.pid) == {"0100007F"}  # 127.0.0.1: no other machine is to join
     pids = ranks_of(folder)
+    assert {address for pid in pids for address in listening(pid)} == {"0100007F"}
     process.kill()
     process.communicate(timeout=30)
     until_gone(pids)

@@ -98,7 +98,7 @@ NORMALIZE = Rule(
 # Types follow from the shipped values. Here stand the ranges, and what a null may be instead.
 RULES: dict[str, Rule] = {
     "seed": integer(0),
-    "name": text(),
+    "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
     "init_from": optional(text()),
     "data.batch_size": integer(1),
     "data.eval_batch_size": integer(1),

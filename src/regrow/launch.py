@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -14,7 +15,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -99,6 +100,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
         if goes_on and resume.is_done(folder, job.config):
             say_complete(folder, job)
             return
+        # A refusal leaves nothing: see `claimed`.
         number = slurm.submit(dataclasses.replace(job, folder=str(folder)), options)
     log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
     log.info("folder: %s", folder)
@@ -114,14 +116,18 @@ def job_of(cfg: DictConfig) -> Job:
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     overrides = [o for o in hydra.overrides.task if not resume.is_of_the_launcher(o)]
     kept = [o for o in overrides if resume.key_of(o) != "resume"]
-    config = configs.plain(cfg)
-    del config["launcher"]  # no part of what is run
-    composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": hydra}
+    choices = {str(g): option for g, option in hydra.runtime.choices.items() if g != "launcher"}
+    cfg, its_hydra = copy.deepcopy(cfg), cast(DictConfig, copy.deepcopy(hydra))
+    OmegaConf.set_struct(cfg, False)
+    OmegaConf.set_readonly(its_hydra, False)
+    del cfg["launcher"]  # no part of what is run
+    its_hydra.overrides.task, its_hydra.runtime.choices = overrides, choices
+    composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": its_hydra}
     return Job(
-        config=config,
+        config=configs.plain(cfg),
         folder=str(folder) if named else None,
         overrides=overrides,
-        choices={str(g): option for g, option in hydra.runtime.choices.items() if g != "launcher"},
+        choices=choices,
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
         command=[Path(sys.executable).name, *sys.argv],
     )
@@ -178,8 +184,7 @@ def leave_nothing(folder: Path) -> None:
 def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     """Build, then train in the job's folder, or in a new one if it names none."""
     config, trainer = job.config, job.config["trainer"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    trainer["num_threads"] = trainer["num_threads"] or max(1, runs.usable_cores() // local)
+    trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
     objects = runs.build(config, world)
     objects.state.progress.halvings = halvings
     if trainer["check_first_batch"]:

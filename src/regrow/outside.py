@@ -103,5 +103,5 @@ def meet() -> Any:
 
 def have_met() -> None:
     """Remove the file by which srun's processes have met, if they did."""
-    if "MASTER_ADDR" not in os.environ:
+    if "MASTER_ADDR" not in os.environ and "SLURM_JOB_ID" in os.environ:
         meeting_file().unlink(missing_ok=True)

@@ -169,6 +169,9 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "REGROW_PARENT": str(os.getpid()),
+        "REGROW_WATCHED": "1",
+        # gloo would listen wherever the machine's name leads.
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
         "REGROW_JOB": str(job),
         "PYTHONPATH": python_path(),
     }

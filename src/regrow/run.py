@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from regrow.training.show import evaluation_bar
 from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
 
 log = logging.getLogger(__name__)
+
+WEIGHTS = "weights.pt"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
         load_weights(model, Path(config["init_from"]))
         warn_of_other_splits(Path(config["init_from"]), config["data"])
-    model.to(world.device)
+    if world.mesh is None:  # sharding moves each process's part alone
+        model.to(world.device)
     if options.sync_batch_norm:
         model = synchronise_batch_norm(model, world.device)
     if options.channels_last:
@@ -150,13 +154,13 @@ def check_first_batch(objects: Objects, world: World) -> None:
     sharding.free(model)
 
 
-def writers_of(world: World) -> Any:
+def writers_of(world: World, options: TrainerOptions) -> Any:
     """Who writes a checkpoint together, where the model is sharded."""
     if world.mesh is None:
         return None
     from regrow.training.sharded_checkpoint import Writers  # a second of imports
 
-    return Writers()
+    return Writers(timedelta(seconds=options.timeout_seconds))
 
 
 def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
@@ -201,10 +205,12 @@ def train(
         options.checkpoint,
         options.mode,
         written=functools.partial(records.set_step, folder),
-        writes=world.is_main,
-        writers=writers_of(world),
+        is_main=world.is_main,
+        writers=writers_of(world, options),
     )
     facts = go_on(state, writer, world)
+    if world.is_main:
+        (folder / WEIGHTS).unlink(missing_ok=True)  # of a run that was shorter
     record: Record = Silence()
     if world.is_main:
         record = loggers.open_loggers(
@@ -255,7 +261,10 @@ def go_on(
     if not found:
         return None
     parts, facts = loaded or checkpoint.read(writer.folder / found)
-    parts = checkpoint.fill(parts, writer.folder / found, world.mesh)
+    try:
+        parts = checkpoint.fill(parts, writer.folder / found, world.mesh)
+    except checkpoint.DamagedCheckpoint as damage:  # whole, but not to be read by this torch
+        raise UserError(f"{damage}. To go on from the one before, move {found} away.") from None
     halvings = state.progress.halvings
     state.load_state_dict(parts)
     state.progress.halvings = max(halvings, state.progress.halvings)
@@ -310,17 +319,19 @@ def summarise(
 def take_best(state: TrainState, folder: Path, world: World) -> None:
     """Put the best weights, averaged ones where there are any, into the model to evaluate."""
     best = checkpoint.named(folder / "checkpoints", "best")
-    if not best.exists():
+    name = world.from_main(best.name if best.exists() else "")
+    if not name:
         return
+    best = best.with_name(name)
     try:
         parts, facts = checkpoint.read(best)
-        parts = checkpoint.fill(parts, best, world.mesh)
+        of = "averaged" if "averaged" in parts else "model"
+        weights = checkpoint.fill({of: parts[of]}, best, world.mesh)[of]
     except checkpoint.DamagedCheckpoint as damage:
         raise UserError(
             f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
             f"test its final weights: scripts/evaluate.py run={folder} checkpoint=last"
         ) from None
-    weights = parts.get("averaged", parts["model"])
     state.evaluated.load_state_dict(sharding.as_in(weights, state.evaluated.state_dict()))
     log.info("testing the weights of step %d", facts["step"])
     if facts["step"] != state.progress.best_step:
@@ -329,13 +340,17 @@ def take_best(state: TrainState, folder: Path, world: World) -> None:
 
 def export_weights(state: TrainState, folder: Path, world: World) -> None:
     """The tested weights of a sharded model as one file, for programs that read no shards."""
-    weights = {
-        name: sharding.whole(tensor).cpu() for name, tensor in state.evaluated.state_dict().items()
-    }
+    weights = {}
+    for name, tensor in state.evaluated.state_dict().items():
+        whole = sharding.whole(tensor)
+        if world.is_main:
+            weights[name] = whole.cpu()
     if world.is_main:
-        temporary = folder / ".weights.pt.tmp"
-        torch.save(weights, temporary)
-        temporary.replace(folder / "weights.pt")
+        temporary = folder / f".{WEIGHTS}.tmp"
+        with temporary.open("wb") as file:
+            torch.save(weights, file)
+            os.fsync(file.fileno())
+        temporary.replace(folder / WEIGHTS)
 
 
 def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
@@ -394,12 +409,16 @@ def resolve_device(name: str, index: int = 0) -> torch.device:
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        chosen = "cuda" if cuda else "mps" if mps else "cpu"
-        return torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
+        name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(
             f"trainer.device={name}: this machine has none that torch {torch.__version__} can use. "
             "Use trainer.device=auto or trainer.device=cpu."
+        )
+    if name == "cuda" and index >= torch.cuda.device_count():
+        raise UserError(
+            f"trainer.devices: process {index + 1} of this machine has no GPU of its own; there "
+            f"are {torch.cuda.device_count()}. Start as many processes, or use trainer.device=cpu."
         )
     return torch.device(name, index) if name == "cuda" else torch.device(name)
 
@@ -422,7 +441,12 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The cores that this process may use: its share, where it is one of several."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_PER_TASK")  # where srun has not bound the task to them
+    if given and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return min(cores, int(given))
+    cores = min(cores, int(given)) if given else cores
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

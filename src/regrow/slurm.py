@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -62,6 +64,15 @@ def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
             f"({options.save_seconds} seconds before, up to {EARLY} earlier) as it starts. Raise "
             "it, or lower launcher.save_seconds."
         )
+    if options.tasks_per_node not in (1, trainer["devices"]):
+        raise UserError(
+            f"launcher.tasks_per_node={options.tasks_per_node}: trainer.devices="
+            f"{trainer['devices']} processes run on each machine. Give the same number to both."
+        )
+    lines = [f"{k}={v}" for k, v in {**vars(options), **(options.sbatch or {})}.items()
+             if k != "setup" and re.search(r"[\r\n]", str(v))]  # fmt: skip
+    if lines:  # the script that sbatch gets would have one line more, and run it
+        raise UserError(f"launcher: {lines[0]!r} has more than one line.")
     asks = options.gpus_per_node or any(
         "gpu" in f"{k}={v}" for k, v in (options.sbatch or {}).items()
     )
@@ -94,22 +105,27 @@ def submit(job: Job, options: SlurmOptions) -> str:
         raise UserError(
             f"{job.folder} is queued already. To submit it anew, cancel that: scancel {waiting}"
         )
-    (folder / "slurm").mkdir(exist_ok=True)
+    before = {*folder.glob("slurm/*"), *folder.glob("slurm/.*")}
+    (folder / "slurm").mkdir(mode=0o700, exist_ok=True)  # keys for services may be in there
+    (folder / "slurm" / "restarts").unlink(missing_ok=True)
     file = folder / "slurm" / "job.json"
-    records.write_text(file, job.to_json(), private=True)  # keys for services may be in it
+    records.write_text(file, job.to_json(), private=True)
     executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=options.max_timeouts)
     named = {"partition": options.partition, "account": options.account}
     named |= {"qos": options.qos, "constraint": options.constraint}
     if options.mem_gb is not None:
         named["mem"] = f"{round(1024 * options.mem_gb)}M"
     executor.update_parameters(
-        job_name=job.config["name"],
+        job_name=re.sub(r"[^\w.-]+", "_", job.config["name"])[:64],
         nodes=options.nodes,
         ntasks_per_node=options.tasks_per_node,
         cpus_per_task=options.cpus_per_task,
         time=options.timeout_minutes,
         signal_delay_s=options.save_seconds,
-        setup=[*options.setup, f"export PYTHONPATH={shlex.quote(python_path())}"],
+        setup=[
+            *options.setup,
+            f"export PYTHONPATH={shlex.quote(python_path())}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
         stderr_to_stdout=True,
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}"],
         additional_parameters={"requeue": True, **(options.sbatch or {})},
@@ -119,6 +135,10 @@ def submit(job: Job, options: SlurmOptions) -> str:
     try:
         return str(executor.submit(Task(file)).job_id)
     except submitit.core.utils.FailedJobError as error:
+        for left in {*folder.glob("slurm/*"), *folder.glob("slurm/.*")} - before:
+            left.unlink()
+        with contextlib.suppress(OSError):  # there may be an earlier job's
+            (folder / "slurm").rmdir()
         raise UserError(f"launcher=slurm: {' '.join(str(error).split())}") from None
 
 
@@ -128,6 +148,7 @@ class Task:
     def __init__(self, job: Path) -> None:
         self.job = job
         self.process: subprocess.Popen[bytes] | None = None
+        self.signalled = False
 
     def __call__(self) -> None:
         """Run to the end. Raises SystemExit if it is not a good one."""
@@ -146,16 +167,22 @@ class Task:
             signal.signal(number, self.forward)
         code = self.process.wait()
         is_first = os.environ["SLURM_PROCID"] == "0"
-        if code == 0 or (code in STOPPED and not is_first):  # the first may want to be queued again
-            return
-        if code not in STOPPED and int(os.environ["SLURM_NTASKS"]) > 1:
+        if code == 0:
             if is_first:
-                self.start_again()
-            time.sleep(60)  # by then Slurm has ended this task; its own end would end all the rest
+                self.job.unlink(missing_ok=True)
+            return
+        if self.signalled or code in STOPPED:
+            if not is_first:
+                return  # to fail would end the first, which has to put the job back
+            if is_preempted():
+                requeue("preempted")
+        elif int(os.environ["SLURM_NTASKS"]) > 1 and self.may_start_again(code):
+            self.start_again()
         raise SystemExit(code if code > 0 else 128 - code)
 
     def forward(self, number: int, frame: object = None) -> None:
         assert self.process is not None
+        self.signalled = True
         self.process.send_signal(number)
 
     def checkpoint(self) -> Any:
@@ -167,16 +194,47 @@ class Task:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits for it
         return submitit.helpers.DelayedSubmission(Task(self.job))
 
-    def start_again(self) -> None:
-        """As the first of several tasks, of which one failed: queue all again, as often as the
-        config says, or in smaller slices after one that ran out of memory."""
-        job = Job(**json.loads(self.job.read_text()))
+    def may_start_again(self, code: int) -> bool:
+        """Whether the config lets a job of several tasks go on after one failed: so many times, or
+        in smaller slices after it ran out of memory."""
+        refused = self.job.with_name(f"refused-{os.environ['SLURM_JOB_ID']}")
+        if code == 2:  # a mistake of the user, which would only be made again
+            refused.touch()
+        time.sleep(2)  # in which another task, for whose sake this one failed, has said so
+        if refused.exists():
+            return False
         counter = self.job.with_name("restarts")
         restarts = int(counter.read_text()) if counter.is_file() else 0
-        status = records.load_status(self.job.parents[1]) or {}
-        out_of_memory = "halvings" in status
-        if not out_of_memory and restarts >= job.config["trainer"]["max_restarts"]:
-            raise SystemExit(1)
-        records.write_text(counter, str(restarts + (not out_of_memory)))
-        print("Starting again from the last checkpoint.", flush=True)
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        job = Job(**json.loads(self.job.read_text()))
+        return self.out_of_memory() or restarts < job.config["trainer"]["max_restarts"]
+
+    def out_of_memory(self) -> bool:
+        return "halvings" in (records.load_status(self.job.parents[1]) or {})
+
+    def start_again(self) -> None:
+        """Queue all tasks again. Each that sees a failure comes here; the first of them does it."""
+        number = os.environ.get("SLURM_RESTART_COUNT", "0")
+        with contextlib.suppress(FileExistsError):
+            self.job.with_name(f"failed-{os.environ['SLURM_JOB_ID']}.{number}").touch(
+                exist_ok=False
+            )
+            if not self.out_of_memory():
+                counter = self.job.with_name("restarts")
+                before = int(counter.read_text()) if counter.is_file() else 0
+                records.write_text(counter, str(before + 1))
+            assert self.process is not None
+            requeue(f"task {os.environ['SLURM_PROCID']} ended with {self.process.returncode}")
+        time.sleep(60)  # by then Slurm has ended this task, and all others
+
+
+def is_preempted() -> bool:
+    """Whether Slurm has asked this job to make room: it then has to put itself back."""
+    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    return re.search(r"\bPreemptTime=\d", said) is not None
+
+
+def requeue(reason: str) -> None:
+    """Put this job back into the queue, from where it goes on with the last checkpoint."""
+    print(f"{reason}: going back to the queue", flush=True)
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,7 @@ def start(main: Callable[[], Any]) -> None:
     if not outside.started_from_outside():
         main()
         return
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # torchrun leaves its processes behind when it is killed
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun leaves its processes behind
         outside.die_with_parent(os.getppid())
     code: Any = 0
     if os.environ["RANK"] == "0":
@@ -28,6 +27,9 @@ def start(main: Callable[[], Any]) -> None:
             main()  # with a job it never comes back
         except SystemExit as end:
             code = end.code
+        except Exception:  # the others wait for a word of this one
+            traceback.print_exc()
+            code = 1
     from regrow import worker  # torch comes with it
 
     if os.environ["RANK"] == "0":

@@ -43,8 +43,9 @@ def main() -> None:
     except UserError as error:
         configs.fail(str(error))
     said = json.loads(text or store.get("job"))
+    if os.environ["RANK"] != "0":
+        store.add("came", 1)
     if isinstance(said, int):  # there is no job
-        store.add("dismissed", 1)
         leave(said)
     work(Job(**said), store)
 
@@ -87,13 +88,18 @@ def dismiss(code: int) -> NoReturn:
     """As the first of the processes that were started from outside: there is no job, all end."""
     store = meet()
     store.set("job", json.dumps(code))
-    deadline = time.monotonic() + 60  # the store is in this process
-    while store.add("dismissed", 0) < int(os.environ["WORLD_SIZE"]) - 1:
+    wait_for_others(store)
+    leave(code)
+
+
+def wait_for_others(store: Any) -> None:
+    """Stay until all have come, so that none waits for the store of a process that has left."""
+    deadline = time.monotonic() + 60
+    while store.add("came", 0) < int(os.environ["WORLD_SIZE"]) - 1:
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
     outside.have_met()
-    leave(code)
 
 
 def work(job: Job, store: Any) -> NoReturn:
@@ -112,13 +118,18 @@ def work(job: Job, store: Any) -> NoReturn:
         code = 2 if isinstance(error, UserError) else 1
         if rank == 0 and job.folder is not None:
             launch.leave_nothing(Path(job.folder))
+        if rank == 0 and "REGROW_WATCHED" not in os.environ:
+            with contextlib.suppress(RuntimeError):  # torchrun has the store, and may have left
+                wait_for_others(store)
     leave(code)
 
 
 def run_part(job: Job, store: Any, rank: int, size: int) -> None:
     """Meet the others and run."""
     trainer = job.config["trainer"]
-    device = runs.resolve_device(trainer["device"], int(os.environ.get("LOCAL_RANK", rank)))
+    alone = "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1  # Slurm has bound it
+    index = 0 if alone else int(os.environ.get("LOCAL_RANK", rank))
+    device = runs.resolve_device(trainer["device"], index)
     world = World(device=device, rank=rank, size=size, store=store)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -147,15 +158,18 @@ def report(error: BaseException, store: Any, rank: int) -> None:
         said |= {"kind": "user", "text": str(error)}
     elif hasattr(error, "halvings"):
         said |= {"kind": "memory", "halvings": error.halvings}
-    with contextlib.suppress(RuntimeError):  # the store is gone: so are those who would read it
+    try:
         if lost_the_others(error):
             store.set("lost", json.dumps(said))
             return
         if store.add("failures", 1) > 1:
             return
         store.set("error", json.dumps(said))
+    except RuntimeError:  # the store is gone: so are those who would read it
+        if lost_the_others(error) or (said["kind"] == "user" and rank > 0):
+            return  # the first process, which had the store, has said the same
     if said["kind"] == "user":
-        if outside.started_from_outside():
+        if "REGROW_WATCHED" not in os.environ:  # whoever watches says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     elif not (hasattr(error, "halvings") or launch.is_plain(error)):
         traceback.print_exception(error)

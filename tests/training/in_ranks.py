@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,12 +125,12 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
     world = sharded(world)
     trainer = {**config["trainer"], "ema_decay": 0.9}
     options = runs.instantiate(trainer["checkpoint"])
-    writers = Writers()
+    writers = Writers(timedelta(seconds=60))
 
     def new() -> tuple[Any, Any]:
         objects = runs.build({**config, "trainer": trainer}, world)
         writer = CheckpointWriter(
-            folder / "saved", options, "max", writes=world.is_main, writers=writers
+            folder / "saved", options, "max", is_main=world.is_main, writers=writers
         )
         return objects, runs.plan_of(
             objects, 0, world, StopRequest(), record=None, checkpoints=writer

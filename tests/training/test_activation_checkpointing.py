@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from running import TINY, config_of, fingerprint, train
 from torch import nn
 
 from regrow.errors import UserError
-from regrow.training import activation_checkpointing
+from regrow.training import activation_checkpointing, sharding
 
 
 def test_it_changes_no_bit_of_a_run(tmp_path: Path) -> None:
@@ -19,6 +20,27 @@ def test_it_changes_no_bit_of_a_run(tmp_path: Path) -> None:
     train(tmp_path / "kept", *options)
     train(tmp_path / "again", *options, "trainer.activation_checkpointing=[body]")
     assert fingerprint(tmp_path / "kept") == fingerprint(tmp_path / "again")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_batchnorm_counts_a_batch_once(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("data=digits", "data.batch_size=400", "model=cnn", "model.channels=[4]",
+               "trainer.max_epochs=2", "trainer.num_threads=1", "trainer.device=cpu")  # fmt: skip
+    train(tmp_path / "kept", *options)
+    if broken:  # the negative control
+        nothing = contextlib.nullcontext()
+        monkeypatch.setattr(activation_checkpointing, "_without_statistics", lambda module: nothing)
+    train(tmp_path / "again", *options, "trainer.activation_checkpointing=[body]")
+    same = fingerprint(tmp_path / "kept") == fingerprint(tmp_path / "again")
+    assert same is not broken
+
+
+def test_of_nested_matches_the_outermost_is_taken() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    assert [*sharding.matching(model, ["*"], "key")] == ["0", "1"]
+    assert [*sharding.matching(model, ["0.*"], "key")] == ["0.0", "0.1"]
 
 
 def test_a_module_runs_again_in_the_backward_pass_and_keeps_its_names() -> None:

@@ -162,11 +162,16 @@ def test_an_index_of_shards_cannot_run_anything(
     name, entry = next(iter(index.state_dict_metadata.items()))
     empty = {name: torch.empty(entry.size, device="meta")}
     assert name in sharded_checkpoint.read(shards, empty)
-    for foreign, says in ((Foreign(), "no place in an index"), (BytesStorageMetadata(), "no")):
-        index.state_dict_metadata[name] = foreign
-        (shards / ".metadata").write_bytes(pickle.dumps(index))
+    # A class on the stack, and what pickle's BUILD is to give it.
+    rebound = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}S'ran'\nK\x01stb."
+    foreign = {"no place in an index": Foreign(), "has no place": BytesStorageMetadata()}
+    for says, entry in {**foreign, "is no tensor": 7, "changes no class": rebound}.items():
+        index.state_dict_metadata[name] = entry
+        content = entry if isinstance(entry, bytes) else pickle.dumps(index)
+        (shards / ".metadata").write_bytes(content)
         with pytest.raises(sharded_checkpoint.ERRORS, match=says):
             sharded_checkpoint.read(shards, empty)
+    assert not hasattr(type(index), "ran")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Foreign()))  # it would have
     assert (tmp_path / "ran").exists()

@@ -70,18 +70,18 @@ class CheckpointWriter:
         mode: str,
         written: Callable[[int], None] = lambda step: None,
         *,
-        writes: bool = True,
+        is_main: bool = True,
         writers: Writers | None = None,
     ) -> None:
         self.folder, self.options, self.mode = folder, options, mode
         self.written = written  # is told the step of each checkpoint that is complete
-        self.writes = writes or writers is not None
+        self.writes = is_main or writers is not None
         self.writers = writers  # all processes, each its part, where the model is sharded
         self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        if writes:
+        if is_main:
             folder.mkdir(exist_ok=True)
             _clear_up(folder)
 
@@ -200,7 +200,9 @@ def write(
         with (temporary / MANIFEST).open("wb") as file:
             file.write(json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
             _sync(file)
-        _sync_folder(temporary)
+        for each in (temporary, temporary / SHARDS):
+            if each.is_dir():
+                _sync_folder(each)
         put_in_place(temporary, target)
 
     try:

@@ -11,6 +11,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -36,8 +37,8 @@ class Writers:
     They have a group of their own, so that what they say does not meet what the loops say.
     """
 
-    def __init__(self) -> None:
-        group: Any = dist.new_group(backend="gloo")
+    def __init__(self, timeout: timedelta) -> None:
+        group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.group = group
         self.mesh = DeviceMesh.from_group(self.group, "cpu")  # of copies, wherever the model is
         self.is_main = dist.get_rank() == 0
@@ -73,16 +74,23 @@ class Writers:
             )
             for path, (part, of) in tensors.items()
         }
-        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+        writer = FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True)
         try:
-            save(dict(sharded), storage_writer=writer, process_group=self.group)
+            save(sharded, storage_writer=writer, process_group=self.group)
         except CheckpointException as error:  # each process's reason, in every process
             reasons = [str(reason[0]) for reason in error.failures.values()]
             raise OSError("; ".join(reasons)) from None
         rank = dist.get_rank()
         own = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if rank == 0 else [])]
+        try:
+            said: Any = {f.name: _facts(f) for f in own}
+        except OSError as error:  # all have to hear of it, or the rest would wait
+            said = str(error)
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, {f.name: _facts(f) for f in own}, group=self.group)
+        dist.all_gather_object(gathered, said, group=self.group)
+        for part in gathered:
+            if isinstance(part, str):
+                raise OSError(part)
         return {f"{folder.name}/{name}": facts for part in gathered for name, facts in part.items()}
 
 
@@ -116,8 +124,11 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads what describes tensors and where they lie; any other class is refused."""
+class _IndexUnpickler(pickle._Unpickler):
+    """Reads what describes tensors and where they lie; any other class is refused.
+
+    Written in Python as it is, it can be told not to give a class itself new attributes.
+    """
 
     CLASSES: ClassVar = {
         "torch.distributed.checkpoint.metadata": {
@@ -135,6 +146,13 @@ class _IndexUnpickler(pickle.Unpickler):
         if name not in self.CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("an index changes no class")
+        pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def shard(model: nn.Module, options: FSDPOptions, mesh: Any) -> None:
     """Leave this process its part of each parameter; the others are gathered when needed.
 
-    Raises UserError for a pattern that matches no module.
+    Raises UserError for a pattern that matches no module, and for a model that cannot be sharded.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -34,12 +34,18 @@ def shard(model: nn.Module, options: FSDPOptions, mesh: Any) -> None:
     )
     whole_model = dataclasses.replace(policy, output_dtype=torch.float32)  # for the loss
     for module in [*units(model, options.modules), model]:  # inner ones first
-        fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=whole_model if module is model else policy,
-            reshard_after_forward=options.reshard_after_forward,
-        )
+        try:
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=whole_model if module is model else policy,
+                reshard_after_forward=options.reshard_after_forward,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"trainer.strategy=fsdp: {type(module).__name__} cannot be sharded: {error} "
+                "Use trainer.fsdp.modules to name others, or trainer.strategy=ddp."
+            ) from error
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum over processes, not the mean
@@ -53,7 +59,7 @@ def units(model: nn.Module, patterns: Sequence[str] | None) -> list[nn.Module]:
     nn.ModuleList that have children themselves, outermost ones.
     """
     if patterns is not None:
-        return list(reversed(matching(model, patterns, "trainer.fsdp.modules").values()))
+        return list(matching(model, patterns, "trainer.fsdp.modules").values())
     found: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
@@ -69,7 +75,10 @@ def units(model: nn.Module, patterns: Sequence[str] | None) -> list[nn.Module]:
 
 
 def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """The modules whose names match one of `patterns`. Raises UserError for one without any."""
+    """The outermost modules whose names match one of `patterns`, by name.
+
+    Raises UserError for a pattern that matches none.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
@@ -77,11 +86,12 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
                 f"{key}={[*patterns]}: no module matches {pattern}. "
                 f"The model's are {', '.join([*modules][:20])}."
             )
-    return {
-        name: module
-        for name, module in modules.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():  # a module comes before those in it
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            found[name] = module
+    return found
 
 
 def is_sharded(tensor: Any) -> bool:
