@@ -181,7 +181,7 @@ class Bench:
             "record": self.record,
             "stop": StopRequest(),
             "exchange": Exchange(CPU, StopRequest()),
-            "checkpoints": SimpleNamespace(saved=None),
+            "checkpoints": SimpleNamespace(saved=None, newest_until=lambda step: None),
         }
         self.plan = loop.Plan(**{**fields, **known})  # type: ignore[arg-type]
         model.train()

@@ -98,6 +98,12 @@ NORMALIZE = Rule(
 # Types follow from the shipped values. Here stand the ranges, and what a null may be instead.
 RULES: dict[str, Rule] = {
     "seed": integer(0),
+    "data.seed": integer(0),
+    "data.source.seed": integer(0),
+    "loss.ignore_index": optional(
+        Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+    ),
+    "task.class_names": optional(list_of(Rule("text", lambda v: isinstance(v, str | int)))),
     "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
     "init_from": optional(text()),
     "data.batch_size": integer(1),
@@ -188,7 +194,9 @@ RULES: dict[str, Rule] = {
     "trainer.precision": choice("fp32", "bf16", "fp16"),
     "trainer.clip_norm": optional(number(0, above=True)),
     "trainer.clip_value": optional(number(0, above=True)),
-    "trainer.ema_decay": optional(number(0, 1)),
+    "trainer.ema_decay": optional(
+        Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
+    ),
     "trainer.max_skipped_steps": integer(1),
     "trainer.eval_every_epochs": optional(integer(1)),
     "trainer.eval_every_steps": optional(integer(1)),
@@ -321,8 +329,11 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
 
 
 def _check_type(value: Any, shipped: Any, path: str) -> None:
-    if path in RULES or shipped is None or value is None or shipped == "???":
+    if path in RULES or shipped is None or shipped == "???":
         return
+    ours = path.split(".")[0] in ("trainer", "data", "tags", "notes")
+    if value is None and not (ours and isinstance(shipped, bool | int | float | list)):
+        return  # another library's argument, which may well be none
     if isinstance(shipped, str) and "${" in shipped:
         return
     if isinstance(shipped, bool):

@@ -58,6 +58,15 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(str(error))
             except (hydra.errors.HydraException, OmegaConfBaseException) as error:
                 fail(composition_error(error))
+            except ValueError as error:  # Hydra's, of a group that is given a number or nothing
+                if "Config group override must be" not in str(error):
+                    raise
+                fail(wrong_option(sys.argv[1:]))
+            except OSError as error:  # Hydra's own mkdir comes before the run's
+                named = [a for a in sys.argv[1:] if a.startswith(("hydra.run.dir=", "hydra.sweep"))]
+                if not named or error.filename is None:
+                    raise
+                fail(f"{named[-1]}: {error.filename}: {error.strerror}. Choose another folder.")
             except yaml.YAMLError as error:
                 fail(f"a file in conf/ is no YAML: {error}")
             except RunFailed:
@@ -103,6 +112,16 @@ def fail(message: str) -> NoReturn:
     """Say what is wrong in one line and end with exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def wrong_option(arguments: Sequence[str]) -> str:
+    """What is wrong with the first group whose option is no name."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if (CONF / key).is_dir() and (value in ("", "null") or not re.match(r"[A-Za-z_\[]", value)):
+            options = ", ".join(sorted(path.stem for path in (CONF / key).glob("[!_]*.yaml")))
+            return f"{argument}: {key} takes the name of one of its options: {options}."
+    return "a group takes the name of one of its options; see --help."
 
 
 def composition_error(error: Exception) -> str:

@@ -6,6 +6,7 @@ with the data, the model or their fit shows before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -270,6 +271,8 @@ def go_on(
     state.progress.halvings = max(halvings, state.progress.halvings)
     writer.saved = (state.step, state.progress.evaluated_step == state.step)
     if world.is_main:
+        with contextlib.suppress(OSError):  # a kill may have come between a save and this
+            checkpoint.rotate(writer.folder, writer.options, writer.mode, written=state.step)
         manifest.set_step(writer.folder.parent, state.step)
     log.info("going on from step %d (%s)", state.step, f"checkpoints/{found}")
     tell_of_another_rate(state)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from hydra.utils import instantiate
 from regrow.data import feeds
 from regrow.data.augment import Photo
 from regrow.data.batch import Batch
+from regrow.data.images import load_image
 from regrow.data.loaders import Data
 from regrow.errors import DataError, UserError
 
@@ -185,6 +188,26 @@ def test_a_class_out_of_range_and_a_foreign_item_are_named() -> None:
 
 
 # Folders of images
+
+
+def test_an_image_that_holds_a_program_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL hands PostScript of any name to Ghostscript, unless it is told what an image may be."""
+    from PIL import Image
+
+    ghost = tmp_path / "gs"
+    ghost.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghost.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    image = tmp_path / "a.png"
+    image.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match="is no readable image"):
+        load_image(image, 3)
+    assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(OSError), Image.open(image) as file:  # it would have been
+        file.load()
+    assert (tmp_path / "ran").exists()
 
 
 def test_an_image_folder_becomes_batches(make_data: Make, image_root: Path, same: Same) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -23,9 +24,28 @@ from regrow.record.folder import (
     load_status,
     read_json,
     read_metrics,
+    remove_unused,
     set_status,
     write_json,
 )
+
+
+def test_a_lock_that_was_removed_is_not_taken_for_one(tmp_path: Path) -> None:
+    """A second process waits for the lock while the first removes the folder that it leaves."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first, second = Lock(folder).acquire(), Lock(folder)
+    waiting = threading.Thread(target=second.acquire)
+    waiting.start()
+    time.sleep(0.1)
+    remove_unused(folder)
+    first.release()
+    waiting.join()
+    assert (folder / ".lock").exists() and is_locked(folder)
+    with pytest.raises(FolderBusy):
+        Lock(folder).acquire()
+    second.release()
+
 
 HOLD = """
 import os, sys, time

@@ -87,6 +87,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "line": (loggers.Jsonl, "log"),
     "rewind": (loggers.Jsonl, "rewind"),
     "load": (checkpoint, "load_newest"),
+    "best": (runs, "take_best"),
     "test": (runs, "test_once"),
     "summary": (runs.records, "write_json"),
 }
@@ -113,6 +114,32 @@ def dies_at(point: str, when: str, count: int) -> Callable[[], None]:
     return prepare
 
 
+def counts_calls(answer: Path) -> Callable[[], None]:
+    """Prepares a child to write down how often it came to each named point."""
+
+    def prepare() -> None:
+        calls = dict.fromkeys(POINTS, 0)
+
+        def counted(point: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **named: Any) -> Any:
+                calls[point] += 1
+                return function(*args, **named)
+
+            return call
+
+        for point, (owner, name) in POINTS.items():
+            setattr(owner, name, counted(point, getattr(owner, name)))
+        ends, end = os._exit, time.monotonic()
+
+        def leave(code: int) -> None:
+            answer.write_text(json.dumps({"calls": calls, "seconds": time.monotonic() - end}))
+            ends(code)
+
+        os._exit = leave  # type: ignore[assignment]
+
+    return prepare
+
+
 def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
     def prepare() -> None:
         first()
@@ -135,23 +162,39 @@ def without_seeds() -> None:
 MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_seeds": without_seeds}
 
 
+def newest_step(folder: Path) -> int:
+    steps = [int(path.name[5:]) for path in (folder / "checkpoints").glob("step_????????")]
+    return max(steps, default=0)
+
+
 def main(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each job, with `killed`: the newest checkpoint's step at each death, null where the run was
+    over before. A kill is a share of an undisturbed run's seconds, or a point, when, and a share of
+    the calls to it."""
     torch.set_num_threads(1)
     config, answers = request["config"], []
+    undisturbed = Path(request["undisturbed"])
+    if not run_until_killed(config, undisturbed, None, counts_calls(undisturbed / "calls.json")):
+        raise RuntimeError("killed by somebody else")
+    seen = json.loads((undisturbed / "calls.json").read_text())
     for job in request["jobs"]:
-        folder, kills, killed = Path(job["folder"]), job["kills"], 0
+        folder, killed, over = Path(job["folder"]), [], False
         mistake = MISTAKES[job["mistake"]]
-        for kill in kills:
-            if isinstance(kill, list):
-                over = run_until_killed(config, folder, None, both(mistake, dies_at(*kill)))
-            else:
-                over = run_until_killed(config, folder, kill, mistake)
+        for kill in job["kills"]:
             if over:
-                break
-            killed += 1
-        else:
-            if not run_until_killed(config, folder, None, mistake):
-                raise RuntimeError("killed by somebody else")
+                killed.append(None)
+                continue
+            if isinstance(kill, list):
+                point, when, share = kill
+                call = 1 + round(share * max(0, seen["calls"][point] - 1))
+                over = run_until_killed(
+                    config, folder, None, both(mistake, dies_at(point, when, call))
+                )
+            else:
+                over = run_until_killed(config, folder, kill * seen["seconds"], mistake)
+            killed.append(None if over else newest_step(folder))
+        if not over and not run_until_killed(config, folder, None, mistake):
+            raise RuntimeError("killed by somebody else")
         answers.append({**job, "killed": killed})
     return answers
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import TINY, Bench, batch_of, config_of, metrics_of, train_config
+from running import TINY, Bench, batch_of, config_of, metrics_of, train, train_config
 from torch import Tensor, nn
 
 from regrow.data.batch import Batch
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
-from regrow.training import optim
+from regrow.training import checkpoint, optim
 from regrow.training.precision import LossScale
 from regrow.training.state import Buffers
 
@@ -166,6 +167,22 @@ def test_a_bad_parameter_is_named_where_only_it_is_bad() -> None:
         bench.state.model[3].bias[1] = torch.inf  # type: ignore[index, union-attr]
     with pytest.raises(FloatingPointError, match="first bad parameter is"):
         bench.step(batch(0))
+
+
+def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -> None:
+    """A step that goes too far is finite itself: what was saved after it is of no use."""
+    config = (*TINY, "optimizer=sgd", "optimizer.lr=0.1", "trainer.max_skipped_steps=3")
+    saving = ("trainer.checkpoint.save_every_steps=1", "trainer.checkpoint.keep_last=2")
+    train(tmp_path, *config, *saving, stop_at=5)
+    with pytest.raises(FloatingPointError, match=r"the last good checkpoint is (\w+)") as failed:
+        train(tmp_path, *config, *saving, "optimizer.lr=1e30")
+    found = re.search(r"checkpoint is (step_\d+)", str(failed.value))
+    assert found is not None
+    parts, _ = checkpoint.load(tmp_path / "checkpoints" / found[1])
+    assert all(weight.abs().max() < 100 for weight in parts["model"].values())
+    newest = checkpoint.named(tmp_path / "checkpoints", "last")
+    parts, _ = checkpoint.load(newest)  # the control: what led to it is there, too
+    assert any(weight.abs().max() > 1e6 for weight in parts["model"].values())
 
 
 def test_the_search_of_the_fp16_scale_is_no_fault() -> None:

@@ -25,11 +25,12 @@ RUN = (
     *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),
     *("trainer.ema_decay=0.9", "scheduler=plateau", "scheduler.patience=0"),
     *("trainer.checkpoint.save_every_steps=3", "trainer.accumulation_steps=2"),
+    *("trainer.monitor=val/loss", "trainer.mode=min"),  # so that the last step is the best
 )
 HARNESS = Path(__file__).with_name("killing.py")
 POINTS = (
     *("step", "report", "evaluate", "decide", "save", "copy", "write", "sync", "sync_folder"),
-    *("rotate", "point", "rename", "rmtree", "line", "rewind", "load", "test", "summary"),
+    *("rotate", "point", "rename", "rmtree", "line", "rewind", "load", "best", "test", "summary"),
 )
 
 
@@ -39,7 +40,10 @@ def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> lis
         {"mistake": "none", **job, "folder": str(tmp_path / f"{i}")} for i, job in enumerate(jobs)
     ]
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"config": config_of(*RUN), "jobs": jobs}))
+    undisturbed = str(tmp_path / "undisturbed")
+    request.write_text(
+        json.dumps({"config": config_of(*RUN), "jobs": jobs, "undisturbed": undisturbed})
+    )
     source, tests = Path(runs.__file__).parents[1], Path(__file__).parents[1]
     paths = os.pathsep.join([str(source), str(tests)])
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -74,49 +78,71 @@ def weights_of(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, *RUN)
+    summary = train(folder, *RUN)
+    assert summary["best"]["step"] == summary["steps"] == 12
     return folder
 
 
-def instants(number: int, in_a_row: int, *, seed: int, longest: float) -> list[list[Any]]:
-    """Random delays: several kills of a run, one after the other."""
+def instants(number: int, in_a_row: int, *, seed: int) -> list[list[Any]]:
+    """Several kills of a run, one after the other, at random shares of its length."""
     drawn = random.Random(seed)
-    return [[drawn.uniform(0.0, longest) for _ in range(in_a_row)] for _ in range(number)]
+    return [[drawn.uniform(0.0, 1.0) for _ in range(in_a_row)] for _ in range(number)]
 
 
-def points(count: int, seed: int) -> list[list[Any]]:
+def points(shares: tuple[float, ...], seed: int) -> list[list[Any]]:
     """Deaths at every named point, before and after it, each followed by another one."""
     drawn = random.Random(seed)
+    # Only a run that goes on winds its log back.
+    begun = {"rewind": [["step", "after", 0.5]]}
     return [
-        [[point, when, drawn.randint(1, count)], [drawn.choice(POINTS), "before", 2]]
+        [*begun.get(point, []), [point, when, share], [drawn.choice(POINTS), "before", 0.0]]
         for point in POINTS
         for when in ("before", "after")
+        for share in shares
+    ]
+
+
+def not_reached(answers: list[dict[str, Any]]) -> list[Any]:
+    """Named points at which nobody died, though it was their turn."""
+    return [
+        answer["kills"]
+        for answer in answers
+        if isinstance(answer["kills"][0], list) and None in answer["killed"][:-1]
     ]
 
 
 def test_a_run_killed_at_random_instants_and_points_ends_the_same(
     whole: Path, tmp_path: Path
 ) -> None:
-    kills = [*instants(3, 4, seed=0, longest=0.15), *points(3, seed=0)[::5]]
+    # The last rotation is the one that nothing comes after.
+    last = [["rotate", "before", 1.0], ["point", "before", 1.0], ["summary", "after", 1.0]]
+    kills = [*instants(3, 3, seed=0), *points((0.5,), seed=0)[::5], *([kill] for kill in last)]
     # Mistakes that the same comparison has to catch, in the same process: it is slow to start.
     broken: list[dict[str, Any]] = [
-        {"mistake": mistake, "kills": [["report", "after", 8]]}
+        {"mistake": mistake, "kills": [["report", "after", 0.7]]}
         for mistake in ("without_rewind", "without_seeds")
     ]
     answers = killed(tmp_path, [*({"kills": k} for k in kills), *broken], seconds=120)
     good = [answer for answer in answers if answer["mistake"] == "none"]
     bad = [answer for answer in answers if answer["mistake"] != "none"]
-    assert sum(answer["killed"] for answer in good) >= 12
+    assert sum(step is not None for answer in good for step in answer["killed"]) >= 12
+    assert not_reached(good) == []
     assert differing(good, whole) == []
-    assert [answer["killed"] for answer in bad] == [1, 1]
+    assert [None in answer["killed"] for answer in bad] == [False, False]
     assert differing(bad, whole) == bad
 
 
 @pytest.mark.slow
 def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Path) -> None:
-    kills = [*instants(60, 5, seed=1, longest=0.2), *points(2, seed=1), *points(6, seed=2)]
+    kills = [*instants(50, 4, seed=1), *points((0.0, 1.0), seed=1), *points((0.4,), seed=2)]
     answers = killed(tmp_path, [{"kills": k} for k in kills], seconds=900)
-    assert sum(answer["killed"] for answer in answers) >= 200
+    assert not_reached(answers) == []
+    deaths = [step for answer in answers for step in answer["killed"] if step is not None]
+    assert len(deaths) >= 200
+    by_chance = [s for a in answers if not isinstance(a["kills"][0], list) for s in a["killed"]]
+    assert sum(step == 0 for step in by_chance) >= 10  # before the first checkpoint
+    assert sum(step is not None and 0 < step < 12 for step in by_chance) >= 10
+    assert sum(step == 12 for step in by_chance) >= 3  # at its end: tests, pictures, summary
     assert differing(answers, whole) == []
 
 

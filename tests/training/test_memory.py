@@ -68,6 +68,20 @@ def trained(room: int, *, slices: int = 1, **options: Any) -> tuple[Bench, list[
     return bench, [bench.step(batch) for batch in batches()]
 
 
+def test_no_room_for_an_update_or_an_evaluation_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop, "measure", full)
+    with pytest.raises(UserError, match=r"an evaluation ran out .* data\.eval_batch_size"):
+        train(tmp_path / "evaluation", *TINY)
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(UserError, match=r"update of step 1 ran out of memory\. Use an optimizer"):
+        train(tmp_path / "update", *TINY)
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_step_without_room_is_done_again_in_slices_that_fit(in_backward: bool) -> None:
     """BatchNorm and momentum show any trace that the abandoned tries would leave."""

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+# PIL would go by the content, and hand PostScript of any name to Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def load_image(path: str | Path, channels: int) -> Image:
     """The file as a PIL image in grey (1 channel) or RGB (3). Raises DataError naming the file."""
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"{file.mode} pixels are of more than 8 bits")
             # A palette may hold transparency, which converts by way of RGBA only.

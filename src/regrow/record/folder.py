@@ -105,7 +105,13 @@ class Lock:
     def acquire(self) -> Lock:
         if self.descriptor is not None:
             return self
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.folder.mkdir(parents=True, exist_ok=True)  # its last holder may have removed it
+        try:
+            descriptor = os.open(
+                self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+            )
+        except FileNotFoundError:
+            return self.acquire()
         for attempt in range(6):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,6 +128,9 @@ class Lock:
                         "Wait for it, stop it, or use another folder."
                     ) from None
                 time.sleep(0.05)
+        if not self._is_in_place(descriptor):
+            os.close(descriptor)
+            return self.acquire()
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
@@ -130,6 +139,13 @@ class Lock:
         for leftover in self.folder.glob(".*.tmp"):  # of a writer that was killed
             leftover.unlink(missing_ok=True)
         return self
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        """Whether the file is still the folder's: its last holder may have removed both."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), (self.folder / ".lock").stat())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         if self.descriptor is not None:

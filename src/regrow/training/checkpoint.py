@@ -108,6 +108,14 @@ class CheckpointWriter:
         if self._failure is not None and self.writers is None:
             self.wait()
 
+    def newest_until(self, step: int) -> str | None:
+        """The name of the newest complete checkpoint that is not of a later step."""
+        self.wait()
+        names = [
+            path.name for path, facts in complete(self.folder).items() if facts["step"] <= step
+        ]
+        return names[-1] if names else None
+
     def wait(self) -> bool:
         """Wait for the write under way. Returns whether it went well; says so when it did not."""
         if self._thread is not None:
@@ -430,7 +438,7 @@ def load_newest(
         return loaded
     if reasons:
         raise UserError(
-            f"{folder}: every checkpoint is damaged ({'; '.join(reasons)}). Nothing was changed. "
+            f"{folder}: every checkpoint is damaged ({'; '.join(reasons)}). All stay as they are. "
             "Restore one from a copy, or start anew in another folder."
         )
     return None

@@ -6,9 +6,10 @@ To change what a run does, change these functions. `TrainState` holds what chang
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -107,9 +108,13 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         factor = factor / state.loss_scale.value
     found = sharding.local([p.grad for p in plan.parameters if p.grad is not None])
     norm = plan.world.norm(found)
-    skipped = optim.update(
-        state.optimizer, found, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
-    )
+    with no_room_for(
+        f"the update of step {state.step + 1}",
+        "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger device.",
+    ):
+        skipped = optim.update(
+            state.optimizer, found, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
+        )
     plan.buffers.restore(skipped)
     if state.loss_scale is not None:
         state.loss_scale.update(skipped)
@@ -232,6 +237,8 @@ def settle(state: TrainState, plan: Plan) -> bool:
         or (ends_epoch and due(state.epoch, options.checkpoint.milestones_every_epochs))
         or progress.best_step == state.step
     )
+    # Among steps that are left out no save is regular: rotation would keep what led to them alone.
+    saves = saves and not state.skips[1].item()
     if saves or over or stops:
         save(state, plan)
     return over or stops
@@ -249,7 +256,10 @@ def evaluate(
         waited = stopping_together(batches, len(batches), plan.stop, plan.world)
         bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
         precision = plan.options.precision
-        values, details = measure(state.evaluated, plan.task, waited, plan.world, precision, bar)
+        with no_room_for("an evaluation", "Use a smaller data.eval_batch_size."):
+            values, details = measure(
+                state.evaluated, plan.task, waited, plan.world, precision, bar
+            )
         sharding.free(state.evaluated)
     state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
@@ -379,11 +389,13 @@ def refuse_endless_skipping(state: TrainState, plan: Plan) -> None:
     # fp16 finds its scale by overflowing: that many halvings are a search, not a fault.
     allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
     if in_a_row >= allowed:
-        where, saved = optim.first_non_finite(state.model), plan.checkpoints.saved
+        where = optim.first_non_finite(state.model)
+        # From one that was followed by a finite step; the last before the streak led into it.
+        good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
         raise FloatingPointError(
             f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
             + (f"; the first bad parameter is {where}" if where else "; the loss itself is bad")
-            + (f"; the last checkpoint is of step {saved[0]}" if saved else "")
+            + (f"; the last good checkpoint is {good}" if good else "")
             + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
         )
 
@@ -411,6 +423,17 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
     if plan.world.device.type == "cuda":
         torch.cuda.empty_cache()
     log.warning("%s: going on in %d", where, 2 * slices)
+
+
+@contextlib.contextmanager
+def no_room_for(what: str, way_out: str) -> Iterator[None]:
+    """Say in one line where memory was short, where there is nothing to halve."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} ran out of memory. {way_out}") from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
