@@ -15,7 +15,14 @@ from typing import Any
 import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.arguments import Option, parse
-from regrow.config import CONF, composition_error, fail, plain, read_yaml
+from regrow.config import (
+    CONF,
+    composition_error,
+    fail,
+    plain,
+    read_yaml,
+    version_arguments,
+)
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record import manifest
@@ -118,7 +125,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(CONF), version_base=None):
+        with initialize_config_dir(str(CONF), **version_arguments()):
             config = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         return plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))

@@ -17,10 +17,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from regrow import run as runs
-from regrow.config import CONF, plain
+from regrow.config import CONF, plain, version_arguments
 from regrow.data.batch import Batch
 from regrow.training import loop, optim
 from regrow.training.interrupt import StopRequest
@@ -51,7 +52,7 @@ TINY = (
 def composed(*overrides: str) -> DictConfig:
     """The config with its `hydra` node, as Hydra's job gets it."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
+    with initialize_config_dir(str(CONF), **version_arguments()):
         config = compose("train", overrides=list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     return config
@@ -81,7 +82,7 @@ def as_hydra_has_it(config: DictConfig) -> DictConfig:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.set_readonly(config.hydra, False)
     with open_dict(config):
-        config.hydra.mode = "RUN"
+        config.hydra.mode = RunMode.RUN
         config.hydra.runtime.output_dir = str(folder.resolve())
         HydraConfig.instance().set_config(config)
         del config["hydra"]

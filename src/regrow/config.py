@@ -37,17 +37,18 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
-    # Hydra 1.3 wants to be told a version; 1.4 what our own config may call.
+    arguments |= version_arguments()
     if "execution_whitelist" in inspect.signature(hydra.main).parameters:
         arguments["execution_whitelist"] = ["regrow.check.CheckBeforeStart"]
-    else:
-        arguments["version_base"] = None
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         def main() -> None:
             # So that Hydra raises what it would otherwise print with its own hints.
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            OmegaConf.register_new_resolver("options", option_list, replace=True)  # of --help
+            register: Any = OmegaConf.register_resolver  # from 2.4 on; before, an older one's name
+            if "replace" not in inspect.signature(register).parameters:
+                register = OmegaConf.register_new_resolver
+            register("options", option_list, replace=True)  # of --help
             find_own_modules()
             try:
                 check_arguments(sys.argv[1:])
@@ -77,6 +78,14 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+def version_arguments() -> dict[str, Any]:
+    """What Hydra 1.3 wants to be told of the version it is to behave like, and 1.4 no more."""
+    import hydra
+
+    is_new = "execution_whitelist" in inspect.signature(hydra.main).parameters
+    return {} if is_new else {"version_base": None}
 
 
 def find_own_modules() -> None:
@@ -217,7 +226,10 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             return utils.instantiate(dict(node), **options)
         # Called here: Hydra would make configs of objects that are dataclasses.
         return utils.instantiate({**node, "_partial_": True}, **options)(**arguments)
-    except InstantiationException as error:
+    except (InstantiationException, TypeError) as error:
+        # Hydra 1.4 passes a TypeError on as it is; only one of the call itself is meant here.
+        if isinstance(error, TypeError) and "__init__() got" not in str(error):
+            raise
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from regrow.config import instantiate, plain, version_arguments
 from regrow.data.batch import Batch
 from regrow.data.loaders import Data
 
@@ -22,13 +21,10 @@ CONF = Path(__file__).parents[2] / "conf" / "data"
 @pytest.fixture
 def make_data() -> Callable[..., Data]:
     def make(name: str, *overrides: str, seed: int = 0) -> Data:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with initialize_config_dir(str(CONF), **version_arguments()):
             config = compose(name, overrides=list(overrides))
         root = OmegaConf.create({"seed": seed, "data": config})
-        try:
-            data = instantiate(root.data, _convert_="all")
-        except InstantiationException as error:
-            raise (error.__cause__ or error) from None
+        data = instantiate(plain(root.data))
         assert isinstance(data, Data)
         return data
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 
+from regrow.config import instantiate
 from regrow.data import feeds
 from regrow.data.augment import Photo
 from regrow.data.batch import Batch
+from regrow.data.datasets import from_datasets
 from regrow.data.images import load_image
 from regrow.data.loaders import Data
 from regrow.errors import DataError, UserError
@@ -54,10 +55,6 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
     """As a user's YAML would have it; `_target_` paths of this file are given as objects here."""
     node = {
         "_target_": "regrow.data.loaders.Data",
-        "source": {
-            "_target_": "regrow.data.datasets.from_datasets",
-            "train": train, "val": val, "test": None, "collate": None,
-        },
         "seed": 0, "root": ".", "target_kind": "multiclass", "num_classes": 3, "num_outputs": 3,
         "input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 4,
         "num_workers": 0, "pin_memory": True, "persistent_workers": True,
@@ -65,7 +62,7 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "augment": True, "augmentation": None, "normalize": "none", "normalize_targets": False,
         "overlap": "refuse",
     } | changes  # fmt: skip
-    data = instantiate(node, _convert_="all")
+    data = instantiate(node, source=from_datasets(train=train, val=val, test=None, collate=None))
     assert isinstance(data, Data)
     return data
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import pytest
 from running import TINY, config_of, train_config
 
+from regrow.config import version_arguments
 from regrow.errors import UserError
 from regrow.record.folder import read_metrics
 from regrow.record.loggers import (
@@ -533,7 +534,7 @@ def test_options_merge_into_one_mapping(
     (tmp_path / "config.yaml").write_text(
         "defaults:\n  - _self_\n  - logger: [jsonl]\nlogger: {}\ntags: [a]\nnotes: null\n"
     )
-    with initialize_config_dir(str(tmp_path), version_base=None):
+    with initialize_config_dir(str(tmp_path), **version_arguments()):
         composed: Any = OmegaConf.to_container(compose("config", choice), resolve=True)
     assert list(composed["logger"]) == names
     assert all(node["_partial_"] for node in composed["logger"].values())

@@ -16,11 +16,12 @@ from finished import process
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from running import CPU, config_of
 
 from regrow import run as runs
-from regrow.config import CONF
+from regrow.config import CONF, version_arguments
 from regrow.errors import UserError
 from regrow.find_lr import find_lr
 from regrow.training import loop
@@ -42,11 +43,11 @@ TEST = RangeTest(min_lr=1e-6, max_lr=10.0, num_steps=200, divergence_factor=4.0)
 def job(*overrides: str) -> DictConfig:
     """What Hydra hands to the script."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
+    with initialize_config_dir(str(CONF), **version_arguments()):
         cfg = compose("find_lr", overrides=[*SMALL, *overrides], return_hydra_config=True)
     OmegaConf.set_readonly(cfg.hydra, False)
     with open_dict(cfg):
-        cfg.hydra.mode = "RUN"
+        cfg.hydra.mode = RunMode.RUN
     HydraConfig.instance().set_config(cfg)
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
