@@ -15,14 +15,7 @@ from typing import Any
 import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.arguments import Option, parse
-from regrow.config import (
-    CONF,
-    composition_error,
-    fail,
-    plain,
-    read_yaml,
-    version_arguments,
-)
+from regrow.config import CONF, composition_error, fail, plain, read_yaml, version_arguments
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record import manifest

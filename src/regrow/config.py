@@ -37,9 +37,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
-    arguments |= version_arguments()
-    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
-        arguments["execution_whitelist"] = ["regrow.check.CheckBeforeStart"]
+    # Of 1.3 the version; of 1.4 what our own config may call.
+    arguments |= version_arguments() or {"execution_whitelist": ["regrow.check.CheckBeforeStart"]}
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         def main() -> None:
@@ -64,10 +63,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                     raise
                 fail(wrong_option(sys.argv[1:]))
             except OSError as error:  # Hydra's own mkdir comes before the run's
-                named = [a for a in sys.argv[1:] if a.startswith(("hydra.run.dir=", "hydra.sweep"))]
-                if not named or error.filename is None:
+                if (named := folder_named(sys.argv[1:], error.filename)) is None:
                     raise
-                fail(f"{named[-1]}: {error.filename}: {error.strerror}. Choose another folder.")
+                fail(f"{named}: {error.filename}: {error.strerror}. Choose another folder.")
             except yaml.YAMLError as error:
                 fail(f"a file in conf/ is no YAML: {error}")
             except RunFailed:
@@ -121,6 +119,16 @@ def fail(message: str) -> NoReturn:
     """Say what is wrong in one line and end with exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
+    """The argument that names the folder `refused`, or one in it, for a run or a sweep."""
+    for argument in arguments if isinstance(refused, str) else ():
+        key, _, value = argument.partition("=")
+        names_one = key in ("hydra.run.dir", "hydra.sweep.dir")
+        if names_one and Path(value).absolute().is_relative_to(Path(refused).absolute()):
+            return argument
+    return None
 
 
 def wrong_option(arguments: Sequence[str]) -> str:

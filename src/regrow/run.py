@@ -230,7 +230,8 @@ def train(
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
         if status == "completed":
-            take_best(state, folder, world)
+            if world.mesh is not None or "test" in objects.data.num_examples:
+                take_best(state, folder, world)
             if world.mesh is not None:
                 export_weights(state, folder, world)
             if "test" in objects.data.num_examples:

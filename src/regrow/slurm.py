@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from regrow.record import folder as records
 EARLY = 60  # Slurm may signal so many seconds before it was told to
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
     """What a job asks Slurm for. Without a unit in its name, an option is sbatch's own."""
 
@@ -109,6 +109,8 @@ def submit(job: Job, options: SlurmOptions) -> str:
     (folder / "slurm").mkdir(mode=0o700, exist_ok=True)  # keys for services may be in there
     (folder / "slurm" / "restarts").unlink(missing_ok=True)
     file = folder / "slurm" / "job.json"
+    # Once it has begun, whoever queues it again means it to go on; see `launch.submit` before.
+    job = dataclasses.replace(job, config={**job.config, "resume": "auto"})
     records.write_text(file, job.to_json(), private=True)
     executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=options.max_timeouts)
     named = {"partition": options.partition, "account": options.account}
