@@ -15,6 +15,13 @@ for name in list(os.environ):
         del os.environ[name]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures that passing tests measured, which pytest would keep to itself."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """One thread: bits depend on their number. Does not import torch where no test needs it."""

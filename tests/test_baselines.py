@@ -59,6 +59,11 @@ def ridge(train: Any, test: Any) -> float:
     return -float(np.sqrt(np.mean((model.predict(test[0]) - test[1].ravel()) ** 2)))
 
 
+def spread(values: list[float]) -> str:
+    mean = abs(statistics.mean(values))
+    return f"{mean:.4f} ± {statistics.stdev(values):.4f} (n={len(values)})"
+
+
 CASES: dict[str, tuple[str, Callable[[Any, Any], float], float]] = {
     "digits_mlp": ("test/accuracy", logistic, 1),
     "digits_attributes": ("test/f1", logistic_per_label, 1),
@@ -70,7 +75,9 @@ CASES: dict[str, tuple[str, Callable[[Any, Any], float], float]] = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_sparse.*")
 @pytest.mark.parametrize("experiment", CASES)
-def test_an_experiment_beats_its_linear_baseline(experiment: str, tmp_path: Path) -> None:
+def test_an_experiment_beats_its_linear_baseline(
+    experiment: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     metric, baseline, sign = CASES[experiment]
     ours, theirs = [], []
     for seed in SEEDS:
@@ -83,19 +90,21 @@ def test_an_experiment_beats_its_linear_baseline(experiment: str, tmp_path: Path
         source = runs.build(config, CPU).data.source
         theirs.append(baseline(table(source.train), table(source.test)))
     mine, other = statistics.mean(ours), statistics.mean(theirs)
-    print(f"{experiment}: {metric} {mine:.4f} ± {statistics.stdev(ours):.4f} (n={len(SEEDS)})")
-    print(f"  linear baseline {other:.4f} ± {statistics.stdev(theirs):.4f}")
+    record_property(f"{experiment}, {metric}", spread(ours))
+    record_property(f"{experiment}, its linear baseline", spread(theirs))
     assert mine > other
 
 
 @pytest.mark.slow
-def test_the_defaults_reach_98_percent_on_digits(tmp_path: Path) -> None:
+def test_the_defaults_reach_98_percent_on_digits(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     found, seconds = [], []
     for seed in SEEDS:
         config = config_of(f"seed={seed}", "trainer.num_threads=1", "trainer.device=cpu")
         summary = train_config(tmp_path / str(seed), config)
         found.append(summary["test"]["test/accuracy"])
         seconds.append(summary["seconds"])
-    print(f"digits, defaults: {statistics.mean(found):.4f} ± {statistics.stdev(found):.4f} (n=5)")
-    print(f"  {max(seconds):.0f} s of training at most")
+    record_property("digits with defaults, test/accuracy", spread(found))
+    record_property("digits with defaults, seconds of training", spread(seconds))
     assert statistics.mean(found) >= 0.98

@@ -104,6 +104,18 @@ def run_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.parametrize("named", ["hydra.run.dir=file/run", "-m hydra.sweep.dir=file/sweep"])
+def test_a_folder_that_cannot_be_made_is_named_with_its_argument(
+    named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = run_train(tmp_path, *named.split())
+    assert done.returncode == 2
+    said = done.stderr.strip()
+    assert said.startswith(f"error: {named.split()[-1]}: ") and "Choose another folder." in said
+    assert "\n" not in said and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("arguments", BAD)
 def test_a_bad_config_is_one_line_and_leaves_nothing(arguments: str, tmp_path: Path) -> None:
     done = run_train(tmp_path, *arguments.split())

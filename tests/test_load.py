@@ -224,6 +224,29 @@ def test_a_module_that_came_with_the_run_is_not_imported(
     assert made.exists()
 
 
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "logging.os.system", "command": "mkdir"},  # is os.system under another name
+        {"_target_": "torch.utils.collect_env.run", "command": "mkdir"},  # runs a shell
+        {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.mkdir", "path": "made"}]},
+        {"_target_": "os.mkdir", "_partial_": True},
+        {"_target_": "torch.nn.Linear", "in_features": {"_target_": "os.mkdir", "path": "made"}},
+    ],
+    ids=lambda node: node["_target_"],
+)
+def test_what_runs_a_shell_is_not_made_by_any_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "command" in node:
+        node = {**node, "command": "mkdir made"}
+    changed(run, model=node)
+    with pytest.raises(UserError, match=r"is not made|names|is not imported"):
+        load_run(run)
+    assert not Path("made").exists()
+
+
 def test_nothing_of_pythons_own_is_imported_to_look_at_it(run: Path) -> None:
     import sys
 

@@ -27,6 +27,7 @@ TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer
 LONG = (*TWO, "trainer.max_epochs=60", "trainer.eval_every_epochs=20",
         "trainer.checkpoint.save_every_steps=7")  # fmt: skip
 HERE = ("launcher.cpus_per_task=2",)
+ON_NODES = ("launcher=slurm_nodes", "launcher.nodes=1")
 WHY_NOT = slurm.why_not()
 
 
@@ -60,6 +61,15 @@ def call(
         [*by, sys.executable, str(TRAIN), *arguments, f"hydra.run.dir={folder.name}"],
         cwd=folder.parent, env=cluster, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+
+
+def submitted(cluster: dict[str, str], folder: Path, *arguments: str) -> str:
+    """The number of the job that the command became, once it has saved a checkpoint."""
+    done = call(cluster, folder, *LONG, *HERE, *arguments)
+    assert done.returncode == 0, done.stderr
+    until((folder / "checkpoints" / "last").exists, folder)
+    (number,) = jobs(cluster)
+    return number
 
 
 def jobs(cluster: dict[str, str]) -> dict[str, str]:
@@ -160,8 +170,10 @@ def test_a_job_on_one_machine_leaves_the_same_record(
 @needs_slurm
 def test_a_job_that_waits_is_not_submitted_twice(cluster: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    held = (*LONG, "launcher=slurm", *HERE, "launcher.sbatch={hold: true}")
+    held = (*LONG, "launcher=slurm", *HERE, "launcher.sbatch={hold: true}", "resume=never")
     assert call(cluster, folder, *held).returncode == 0
+    # what Slurm queues again goes on, whatever its first start was to do
+    assert read_json(folder / "slurm" / "job.json")["config"]["resume"] == "auto"
     (number,) = jobs(cluster)
     again = call(cluster, folder, *held)
     assert again.returncode == 2
@@ -182,10 +194,7 @@ def test_a_run_whose_time_is_up_saves_and_is_queued_again(
 ) -> None:
     """Slurm's signal before the end of the time, sent by hand."""
     folder = tmp_path / "run"
-    done = call(cluster, folder, *LONG, f"launcher={launcher[0]}", *launcher[1:], *HERE)
-    assert done.returncode == 0, done.stderr
-    until((folder / "checkpoints" / "last").exists, folder)
-    (number,) = jobs(cluster)
+    number = submitted(cluster, folder, f"launcher={launcher[0]}", *launcher[1:])
     before = read_json(folder / "status.json")["pids"]
     subprocess.run(["scancel", "--signal=USR2", number], env=cluster, check=True)
     output = until_done(cluster, folder)
@@ -199,9 +208,7 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(
     cluster: dict[str, str], whole: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    assert call(cluster, folder, *LONG, "launcher=slurm", *HERE).returncode == 0
-    until((folder / "checkpoints" / "last").exists, folder)
-    (number,) = jobs(cluster)
+    number = submitted(cluster, folder, "launcher=slurm")
     subprocess.run(["scancel", number], env=cluster, check=True)
     until_done(cluster, folder)
     assert read_json(folder / "status.json")["state"] == "interrupted"
@@ -214,8 +221,7 @@ def test_a_preempted_run_saves_and_goes_back_to_the_queue(
     cluster: dict[str, str], whole: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    assert call(cluster, folder, *LONG, "launcher=slurm", *HERE).returncode == 0
-    until((folder / "checkpoints" / "last").exists, folder)
+    submitted(cluster, folder, "launcher=slurm")
     urgent = ["srun", "--partition=urgent", "--exclusive", "--ntasks=1", "true"]
     subprocess.run(urgent, env=cluster, check=True, timeout=120, capture_output=True)
     output = until_done(cluster, folder)
@@ -226,7 +232,7 @@ def test_a_preempted_run_saves_and_goes_back_to_the_queue(
 @needs_slurm
 def test_a_cancelled_start_is_not_queued_again(cluster: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    nodes = ("launcher=slurm_nodes", "launcher.nodes=1", *HERE, "trainer.max_restarts=2")
+    nodes = (*ON_NODES, *HERE, "trainer.max_restarts=2")
     assert call(cluster, folder, *LONG, *nodes).returncode == 0
     (number,) = jobs(cluster)
     until(lambda: "Loading pickle" in output_of(folder), folder)
@@ -241,7 +247,7 @@ def test_a_mistake_that_shows_in_the_job_is_said_there_and_not_made_again(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    nodes = ("launcher=slurm_nodes", "launcher.nodes=1", *HERE, "trainer.max_restarts=2")
+    nodes = (*ON_NODES, *HERE, "trainer.max_restarts=2")
     wrong = ("trainer.strategy=fsdp", "trainer.fsdp.modules=[zzz]")
     assert call(cluster, folder, *LONG, *nodes, *wrong).returncode == 0
     output = until_done(cluster, folder)
@@ -262,9 +268,7 @@ def test_several_tasks_start_again_after_one_was_killed(
     cluster: dict[str, str], whole: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    nodes = ("launcher=slurm_nodes", "launcher.nodes=1", *HERE, "trainer.max_restarts=1")
-    assert call(cluster, folder, *LONG, *nodes).returncode == 0
-    until((folder / "checkpoints" / "last").exists, folder)
+    submitted(cluster, folder, *ON_NODES, "trainer.max_restarts=1")
     os.kill(read_json(folder / "status.json")["pids"][1], signal.SIGKILL)
     output = until_done(cluster, folder)
     assert "ended with -9: going back to the queue" in output or "ended with 1: going" in output
@@ -276,9 +280,7 @@ def test_without_restarts_a_killed_task_ends_the_job(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    nodes = ("launcher=slurm_nodes", "launcher.nodes=1", *HERE)
-    assert call(cluster, folder, *LONG, *nodes).returncode == 0
-    until((folder / "checkpoints" / "last").exists, folder)
+    submitted(cluster, folder, *ON_NODES)
     os.kill(read_json(folder / "status.json")["pids"][0], signal.SIGKILL)
     began = time.monotonic()
     output = until_done(cluster, folder)

@@ -32,7 +32,7 @@ from regrow.load import preprocessing_record
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact, redact_all
-from regrow.training import checkpoint
+from regrow.training import checkpoint, optim
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World, lost_the_others
 
@@ -321,6 +321,10 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
         *(threads, "s"[: threads > 1]),
     )
+    if world.device.type != "cpu" and not optim.skips_on_device(state.optimizer, world.device):
+        log.info("optimizer: it cannot skip a bad step on the device; each step waits for it once")
+    if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
+        log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)
     log.info("if it is cut, go on with: %s", command(f"resume={folder}"))
 

@@ -139,6 +139,10 @@ def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     "text",
     [
         "password=hunter2",
+        "PGPASSWORD=hunter2",
+        "GITHUB_PAT=abcdef",
+        'password: str = "hunter2"',
+        'token: str | None = "abcdef"',
         "api_key: 'abcdef'",
         '{"access_token": "abcdef"}',
         "git@ssh://me:abcdef@host/x hunter2 password=hunter2"[4:].replace("hunter2 ", "", 1),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import socket
 import struct
@@ -16,15 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from in_ranks import Config, sharded, steps
+from in_ranks import Config, joined, sharded, steps
 from running import TINY, config_of
 
 from regrow import run as runs
 from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
 
 SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40  # linux/sockios.h, linux/if.h
 WIDTH, STEPS = 512, 8
@@ -45,11 +42,7 @@ CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {  # sharded, slices, optio
 
 
 def part(rank: int, size: int, port: int, config: Config, file: Path) -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    world = World(device=torch.device("cpu"), rank=rank, size=size, store=store)
+    world = joined(rank, size, port)
     found: dict[str, float] = {}
     for name, (is_sharded, slices, fsdp) in CASES.items():
         trainer = {**config["trainer"], "accumulation_steps": slices}

@@ -39,12 +39,17 @@ def together(size: int, config: Config, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
-def part(rank: int, size: int, port: int, config: Config, folder: Path) -> None:
+def joined(rank: int, size: int, port: int) -> World:
+    """This process as one of `size`, quiet and with one thread."""
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    world = World(device=torch.device("cpu"), rank=rank, size=size, store=store)
+    return World(device=torch.device("cpu"), rank=rank, size=size, store=store)
+
+
+def part(rank: int, size: int, port: int, config: Config, folder: Path) -> None:
+    world = joined(rank, size, port)
     torch.save(
         {name: check(world, config, folder) for name, check in CHECKS.items()},
         folder / f"{rank}.pt",

@@ -13,11 +13,12 @@ MASK = "***"
 _NAME = (
     r"(?:[\w.-]*?[_.-])?(?:api_?key|access_?key|secret_?key|private_?key|secret|"
     r"(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)token|"
-    r"password|passwd|passphrase|credentials?|auth)"
+    r"\w*password|\w*passwd|passphrase|credentials?|auth|pat)"
 )
 _SECRET_NAME = re.compile(_NAME + r"\Z", re.IGNORECASE)
 _ASSIGNED = re.compile(
-    rf"""(?ix) ((?<![\w.-]) ["']? {_NAME} ["']? \s* [=:] \s* )
+    rf"""(?ix) ((?<![\w.-]) ["']? {_NAME} ["']? \s*
+    (?:: \s* str \s* (?:\| \s* None \s*)? )? [=:] \s* )
     ( "[^"\n]{{4,}}" | '[^'\n]{{4,}}' | [^\s"',;&\\)\]}}]{{4,}} )"""
 )
 _IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
