@@ -44,8 +44,8 @@ def evaluate(options: Arguments) -> None:
     if output is not None:
         refuse_existing(output, overwrite=True)
     # torch comes with these: only once the arguments are right.
+    from regrow.console import console
     from regrow.inference import evaluate as measured
-    from regrow.launch import console
     from regrow.load import load_run, set_numerics
     from regrow.record.folder import read_json, write_json
 

@@ -52,8 +52,8 @@ def predict(options: Arguments) -> None:
     # torch comes with these: only once the arguments are right.
     from tqdm import tqdm
 
+    from regrow.console import console
     from regrow.inference import predict as predictions
-    from regrow.launch import console
     from regrow.load import load_run, set_numerics
 
     with console():

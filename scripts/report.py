@@ -15,7 +15,7 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.errors import UserError
-from regrow.record import plots, report
+from regrow.record import report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,8 +53,7 @@ def make(folders: list[Path], output: Path | None) -> Path:
         print(f"note: no run in {', '.join(without)}", file=sys.stderr)
     if len(runs) == 1:
         run = next(iter(runs))
-        plots.draw(run)
-        return report.write(run, output)
+        return report.draw(run, output)
     if output is None:
         common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
         if Path.cwd().is_relative_to(common):  # they have nothing in common

@@ -18,6 +18,7 @@ from running import CPU, as_hydra_has_it, composed
 
 from regrow import launch
 from regrow import run as runs
+from regrow.compose import job_of
 from regrow.config import CONF
 from regrow.record.folder import Lock
 
@@ -29,7 +30,7 @@ def finished(folder: Path, *overrides: str) -> Path:
     """A complete run in `folder`, without its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     config = composed(*QUICK, *overrides, f"hydra.run.dir={folder.resolve()}")
-    job = launch.job_of(as_hydra_has_it(config))
+    job = job_of(as_hydra_has_it(config), folder.resolve(), ["python", "train.py"])
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, Lock(folder):
         patch.setattr(runs, "draw", lambda folder: None)

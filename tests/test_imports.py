@@ -12,18 +12,25 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. `errors` and `randomness` serve all.
 ALLOWED = {
-    "start": {"outside", "worker"},
+    "start": {"outside", "worker", "sweep"},
     "outside": {"record"},
     "child": {"outside", "worker"},
-    "worker": {"launch", "run", "outside", "config", "job", "training"},
+    "worker": {"launch", "run", "outside", "config", "console", "job", "training"},
+    "console": {"record"},
+    "compose": {"config", "resume", "job"},
     "launch": {
+        "compose",
         *("run", "load", "resume", "check", "config", "record", "training"),
-        *("job", "ranks", "outside", "worker", "slurm"),
+        *("job", "ranks", "outside", "worker", "slurm", "console", "sweep"),
+    },
+    "sweep": {
+        *("check", "compose", "config", "console", "job", "outside", "ranks", "record", "resume"),
+        *("slurm", "worker", "data", "models", "tasks", "training"),
     },
     "slurm": {"outside", "ranks", "job", "record"},
     "ranks": {"job", "record"},
     "run": {"config", "weights", "training", "tasks", "data", "record"},
-    "find_lr": {"launch", "run", "resume", "check", "config", "record", "training"},
+    "find_lr": {"console", "launch", "run", "resume", "check", "config", "record", "training"},
     "inference": {"load", "training"},
     "load": {"run", "config", "roles", "training", "data", "record"},
     "weights": {"config", "training"},
@@ -38,7 +45,7 @@ ALLOWED = {
     "models": set(),
     "record": set(),
 }
-KNOW_HYDRA = {"run", "launch", "config", "check", "resume", "find_lr", "sweep"}
+KNOW_HYDRA = {"run", "compose", "launch", "config", "check", "resume", "find_lr", "sweep"}
 
 
 def imports_of(path: Path) -> set[str]:

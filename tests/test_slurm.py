@@ -308,7 +308,7 @@ def test_a_sweep_submits_each_of_its_jobs(cluster: dict[str, str], tmp_path: Pat
 OPTIONS = SlurmOptions(
     nodes=1, tasks_per_node=1, cpus_per_task=1, gpus_per_node=0, mem_gb=None, timeout_minutes=60,
     partition=None, account=None, qos=None, constraint=None, save_seconds=120, max_timeouts=1,
-    setup=[], sbatch={},
+    jobs=None, setup=[], sbatch={},
 )  # fmt: skip
 
 

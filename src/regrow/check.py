@@ -23,7 +23,7 @@ from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
 from regrow.resume import check_recorded
 
-GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", "launcher")
+GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", "launcher", "sweep")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ BETAS = Rule(
     "a list of two numbers, 0 or more and below 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
 )
+DIRECTION = choice("maximize", "minimize")
 NORMALIZE = Rule(
     "one of train, imagenet, none, or {mean: […], std: […]}",
     lambda v: (
@@ -161,6 +162,10 @@ RULES: dict[str, Rule] = {
     "scheduler.patience": integer(0),
     "scheduler.min_delta": number(0),
     "scheduler.min_factor": number(0, 1),
+    "launcher.jobs": Rule(
+        "an integer of at least 1, or auto (local), or null (slurm)",
+        lambda v: v in ("auto", None) or integer(1).allows(v),
+    ),
     "launcher.nodes": integer(1),
     "launcher.tasks_per_node": integer(1),
     "launcher.cpus_per_task": integer(1),
@@ -210,6 +215,18 @@ RULES: dict[str, Rule] = {
     "trainer.checkpoint.keep_last": integer(1),
     "trainer.checkpoint.keep_best": integer(1),
     "trainer.checkpoint.milestones_every_epochs": optional(integer(1)),
+    "sweep.pictures": choice("best", "all", "none"),
+    "sweep.sets": Rule("a list of sets of overrides", lambda v: isinstance(v, list)),
+    "sweep.file": optional(text()),
+    "sweep.n_trials": integer(1),
+    "sweep.metric": optional(either(text(), list_of(text()))),
+    "sweep.direction": optional(either(DIRECTION, list_of(DIRECTION))),
+    "sweep.sampler": choice("tpe", "random", "grid", "nsgaii"),
+    "sweep.seed": integer(0),
+    "sweep.pruner": choice("none", "median", "hyperband"),
+    "sweep.pruner_startup_trials": integer(0),
+    "sweep.pruner_warmup_evaluations": integer(0),
+    "sweep.max_failures": integer(1),
     "find_lr.min_lr": number(0, above=True),
     "find_lr.max_lr": number(0, above=True),
     "find_lr.num_steps": integer(20),
@@ -258,11 +275,27 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     check_recorded(values, HydraConfig.get().overrides.task)
     _check_keys(values, choices)
-    for path, value in _leaves(values):
-        if path in RULES and not RULES[path].allows(value) and _is_ours(values, path):
-            raise UserError(f"{path}={_shown(value)} has to be {RULES[path].says}.")
+    _check_ranges(values)
     loggers.check_choice(values["logger"])
     _check_combinations(values)
+
+
+def check_group(config: DictConfig, group: str) -> None:
+    """The same of one group alone, where the others may not be whole yet."""
+    values = plain(config, resolve=False)
+    option = HydraConfig.get().runtime.choices.get(group)
+    if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
+        raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+    _check_node(values[group], shipped_node(group, option) or {}, group)
+    _check_ranges({group: values[group]})
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    for path, value in _leaves(values):
+        is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
+        is_known = path in RULES and not is_text and _is_ours(values, path)
+        if is_known and not RULES[path].allows(value):
+            raise UserError(f"{path}={_shown(value)} has to be {RULES[path].says}.")
 
 
 def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.errors import RunFailed, UserError, did_you_mean
+from regrow.errors import UserError, did_you_mean
 
 MULTIRUN = ("-m", "--multirun")
 FLAGS = (
@@ -68,8 +68,6 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(f"{named}: {error.filename}: {error.strerror}. Choose another folder.")
             except yaml.YAMLError as error:
                 fail(f"a file in conf/ is no YAML: {error}")
-            except RunFailed:
-                raise SystemExit(1) from None
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
 

@@ -10,10 +10,6 @@ class UserError(ValueError):
     """Something the user can mend. The message is one line; scripts print it and exit with 2."""
 
 
-class RunFailed(Exception):
-    """Of one job of several, which has told why itself."""
-
-
 class DataError(UserError):
     """Broken data. The message names the file and the row, or the example."""
 

@@ -17,6 +17,7 @@ from regrow import config as configs
 from regrow import launch, resume
 from regrow import run as runs
 from regrow.check import check
+from regrow.console import console
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.training import lr_finder
@@ -63,7 +64,7 @@ def _find_lr(cfg: DictConfig) -> float:
             f"trainer.devices={trainer['devices']}: the range test is one process, which finds "
             "the same rate, since data.batch_size counts all. Use trainer.devices=1."
         )
-    with launch.console():
+    with console():
         test: RangeTest = configs.instantiate(config["find_lr"])
         world = World(device=runs.resolve_device(trainer["device"]))
         trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()

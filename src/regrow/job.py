@@ -17,6 +17,8 @@ class Job:
     choices: dict[str, Any]  # the options that the config's groups were composed of
     composed: dict[str, str]  # what Hydra composed, by file name in `.hydra/`
     command: list[str]
+    draws: bool = True  # its pictures and its page, at its end
+    trial: dict[str, Any] | None = None  # of a search that may end it: see sweep/trial.py
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import logging
@@ -15,18 +14,18 @@ import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from regrow import config as configs
 from regrow import outside, ranks, resume
 from regrow import run as runs
 from regrow.check import check
-from regrow.errors import RunFailed, UserError
+from regrow.compose import job_of
+from regrow.console import console, log_file
+from regrow.errors import UserError
 from regrow.job import Job
 from regrow.load import preprocessing_record
 from regrow.record import folder as records
@@ -47,27 +46,20 @@ def launch(cfg: DictConfig) -> float | None:
     Raises UserError before anything is written; ends the process with 1 when the run failed, and
     with 128 + signal when it was stopped.
     """
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return _launch(cfg)
     except UserError as error:
         leave_nothing(Path(HydraConfig.get().runtime.output_dir))
-        if is_sweep:
-            raise  # Hydra tells which job it was, and goes on with the next
         configs.fail(str(error))
-    except SystemExit as end:
-        if is_sweep and end.code == 1:
-            raise RunFailed from end
-        raise
 
 
 def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check(cfg, hydra.runtime.choices)
-    job = job_of(cfg)
+    named = Path(hydra.run.dir).resolve() != Path.cwd()
+    folder = Path(hydra.runtime.output_dir) if named else None
+    job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
     if outside.started_from_outside():
-        if hydra.mode == RunMode.MULTIRUN:
-            raise UserError("--multirun starts its processes itself. Start it without torchrun.")
         from regrow import worker
 
         worker.lead(job)
@@ -106,31 +98,6 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     log.info("folder: %s", folder)
     log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
     log.info("if it is cut, go on with: %s", command(f"resume={folder}", *typed))
-
-
-def job_of(cfg: DictConfig) -> Job:
-    """What Hydra composed, as plain data."""
-    hydra = HydraConfig.get()
-    named = hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd()
-    folder = Path(hydra.runtime.output_dir)
-    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    overrides = [o for o in hydra.overrides.task if not resume.is_of_the_launcher(o)]
-    kept = [o for o in overrides if resume.key_of(o) != "resume"]
-    choices = {str(g): option for g, option in hydra.runtime.choices.items() if g != "launcher"}
-    cfg, its_hydra = copy.deepcopy(cfg), cast(DictConfig, copy.deepcopy(hydra))
-    OmegaConf.set_struct(cfg, False)
-    OmegaConf.set_readonly(its_hydra, False)
-    del cfg["launcher"]  # no part of what is run
-    its_hydra.overrides.task, its_hydra.runtime.choices = overrides, choices
-    composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": its_hydra}
-    return Job(
-        config=configs.plain(cfg),
-        folder=str(folder) if named else None,
-        overrides=overrides,
-        choices=choices,
-        composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
-        command=[Path(sys.executable).name, *sys.argv],
-    )
 
 
 def run_job(job: Job, world: World) -> float | None:
@@ -212,7 +179,7 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
             records.set_status(folder, "running", step=0, pids=pids)
         with StopRequest() as stop:
             try:
-                summary = runs.train(objects, config, folder, world, stop)
+                summary = runs.train(objects, config, folder, world, stop, trial_of(job, world))
             except BaseException as error:
                 note_failure(error, folder, objects.state.step, world)
                 if world.store is None and is_plain(error):
@@ -229,10 +196,20 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
             world.barrier()
             raise SystemExit(128 + number)
         if world.is_main:
-            runs.draw(folder)  # once the status is written, which the page shows
+            if job.draws:
+                runs.draw(folder)  # once the status is written, which the page shows
             conclude(folder, job, summary)
         best: float | None = summary["best"]["value"]
         return best
+
+
+def trial_of(job: Job, world: World) -> Any:
+    """The search that the job is a trial of, if that may end it."""
+    if job.trial is None:
+        return None
+    from regrow.sweep.trial import Reporter
+
+    return Reporter(**job.trial)
 
 
 def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
@@ -388,69 +365,6 @@ def command(*arguments: str, script: str = "train.py") -> str:
     path = ROOT / "scripts" / script
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return shlex.join(["python", str(shown), *arguments])
-
-
-class _LogFile(logging.FileHandler):
-    """On a full disk it loses lines; the run and its terminal do not hear of it from here."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-class _BarHandler(logging.Handler):
-    """Writes lines above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-
-
-@contextlib.contextmanager
-def console() -> Iterator[None]:
-    """The run's log on the terminal: plain lines, warnings and errors marked."""
-    handler = _BarHandler()
-    handler.setFormatter(_ConsoleFormat())
-    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
-    with _attached(handler):
-        yield
-
-
-@contextlib.contextmanager
-def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
-    """The same log in `train.log`, with the time and the rank."""
-    handler = _LogFile(folder / "train.log", encoding="utf-8")
-    text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
-    handler.setFormatter(_FileFormat(text))
-    with _attached(handler):
-        yield
-
-
-@contextlib.contextmanager
-def _attached(handler: logging.Handler) -> Iterator[None]:
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
-
-
-class _ConsoleFormat(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        text = redact(text)
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
-
-
-class _FileFormat(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
 
 
 def _terminal_width() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from regrow.config import CONF, read_yaml
+from regrow.config import CONF, MULTIRUN, read_yaml
 from regrow.errors import UserError
 from regrow.record import manifest
 from regrow.record.folder import SUMMARY, load_status, read_json
@@ -19,6 +19,8 @@ from regrow.record.redact import MASK, redact_all
 from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
+
+SWEEP = "sweep.json"  # of a sweep's folder
 
 # What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
 # moves the maths beyond float rounding. Everything else has to be named to be changed.
@@ -70,6 +72,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if not named or named[-1] in ("auto", "never"):
         return list(arguments)
     folder = Path(named[-1].strip("'\""))
+    new = [a for a in arguments if not a.startswith("resume=")]
+    if (folder / SWEEP).is_file():
+        return expand_sweep(folder, new)
     recorded = folder / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
         raise UserError(
@@ -78,7 +83,6 @@ def expand(arguments: Sequence[str]) -> list[str]:
         )
     if any(a in ("-m", "--multirun") for a in arguments):
         raise UserError(f"resume={folder} goes on with one run. Leave out --multirun.")
-    new = [a for a in arguments if not a.startswith("resume=")]
     keys = {key_of(a) for a in new}
     old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
     for override in old:  # a folder may come from anybody
@@ -87,12 +91,27 @@ def expand(arguments: Sequence[str]) -> list[str]:
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
                 "keys. It is not followed."
             )
+    refuse_masked(folder, old)
+    return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
+
+
+def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
+    """The sweep's own overrides, then the new ones, in that folder. Its frozen code runs again."""
+    content = read_json(folder / SWEEP)
+    keys = {key_of(a) for a in new}
+    old = [str(a) for a in content.get("overrides", []) if key_of(str(a)) not in keys]
+    refuse_masked(folder, old)
+    given = [a for a in new if a not in MULTIRUN]
+    return ["-m", *old, *given, f"hydra.sweep.dir={folder}"]
+
+
+def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
+    for override in overrides:
         if MASK in override:
             raise UserError(
                 f"resume={folder}: the value of {key_of(override)} was taken for a secret and not "
                 f"recorded. Give it again: {key_of(override)}=…"
             )
-    return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
 
 
 def is_foreign(override: str) -> bool:
@@ -111,8 +130,8 @@ def is_foreign(override: str) -> bool:
 
 
 def is_of_the_launcher(override: str) -> bool:
-    """Whether an override says where a run is made, which is no part of the run."""
-    return key_of(override).split(".")[0] == "launcher"
+    """Whether an override says where, or beside what, a run is made: no part of the run."""
+    return key_of(override).split(".")[0] in ("launcher", "sweep")
 
 
 def recorded_overrides(folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
-from regrow.record import loggers, manifest, plots, report
+from regrow.record import loggers, manifest, report
 from regrow.training import activation_checkpointing, checkpoint, loop, optim, sharding
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
@@ -36,7 +36,7 @@ from regrow.training.parallel import (
     stopping_together,
     synchronise_batch_norm,
 )
-from regrow.training.plan import EvalBatches, Plan, Record, TrainBatches
+from regrow.training.plan import EvalBatches, Plan, Record, TrainBatches, Trial
 from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau, RunLength
 from regrow.training.show import evaluation_bar
@@ -194,7 +194,12 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
 
 
 def train(
-    objects: Objects, config: Mapping[str, Any], folder: Path, world: World, stop: StopRequest
+    objects: Objects,
+    config: Mapping[str, Any],
+    folder: Path,
+    world: World,
+    stop: StopRequest,
+    trial: Trial | None = None,
 ) -> dict[str, Any]:
     """Train in `folder`, going on where its last checkpoint is, and write the record of it.
 
@@ -222,14 +227,18 @@ def train(
             run_name=f"{folder.parent.name}/{folder.name}",
             config=config,
         )
-    plan = plan_of(objects, config["seed"], world, stop, checkpoints=writer, record=record)
+    kept = {"checkpoints": writer, "record": record, "trial": trial}
+    plan = plan_of(objects, config["seed"], world, stop, **kept)
     started = time.perf_counter()
     exit_code = 1
     try:
         with profiling(options, folder, world):
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
-        if status == "completed":
+        if status == "completed" and state.progress.pruned:  # never tested: it was given up
+            if world.is_main:
+                records.write_json(folder / "summary.json", summary)
+        elif status == "completed":
             if world.mesh is not None or "test" in objects.data.num_examples:
                 take_best(state, folder, world)
             if world.mesh is not None:
@@ -310,6 +319,7 @@ def summarise(
         },
         "val": progress.best_values,
         "test": {},
+        "pruned": progress.pruned,
         "stopped_early": loop.stopped_early(state, options),
         "evaluations_without_improvement": progress.evaluations_without_improvement,
         "skipped_steps": int(state.skips[0].item()),
@@ -382,8 +392,7 @@ def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
 def draw(folder: Path) -> None:
     """The pictures and the page. They come last and never fail a run that is done."""
     try:
-        plots.draw(folder)
-        report.write(folder)
+        report.draw(folder)
     except Exception:
         log.warning("no pictures: the run itself is complete", exc_info=True)
 

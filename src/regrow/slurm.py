@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class SlurmOptions:
     constraint: str | None
     save_seconds: int
     max_timeouts: int
+    jobs: int | None
     setup: list[str]
     sbatch: dict[str, Any] | None
 
@@ -97,33 +98,61 @@ def submit(job: Job, options: SlurmOptions) -> str:
 
     Raises UserError where the run is queued already, and with sbatch's own words.
     """
-    import submitit
-
     assert job.folder is not None
     folder = Path(job.folder).resolve()
     if (waiting := queued(folder)) is not None:
         raise UserError(
             f"{job.folder} is queued already. To submit it anew, cancel that: scancel {waiting}"
         )
-    before = {*folder.glob("slurm/*"), *folder.glob("slurm/.*")}
-    (folder / "slurm").mkdir(mode=0o700, exist_ok=True)  # keys for services may be in there
-    (folder / "slurm" / "restarts").unlink(missing_ok=True)
-    file = folder / "slurm" / "job.json"
+    with submitting(folder / "slurm", options, job.config["name"]) as executor:
+        return str(executor.submit(Task(write_job(job))).job_id)
+
+
+def submit_array(
+    jobs: Mapping[int, Job], options: SlurmOptions, sweep: Path, name: str
+) -> dict[int, str]:
+    """Let Slurm run the jobs of the sweep in its folder, by number, as one array.
+
+    Returns Slurm's number of each. Raises UserError with sbatch's own words.
+    """
+    with submitting(sweep.resolve() / "slurm", options, name) as executor:
+        tasks = {n: Task(write_job(job), (sweep.resolve(), n)) for n, job in jobs.items()}
+        with executor.batch():
+            submitted = {n: executor.submit(task) for n, task in tasks.items()}
+        return {n: str(job.job_id) for n, job in submitted.items()}
+
+
+def write_job(job: Job) -> Path:
+    """What the processes of the job read, in its run's folder."""
+    file = Path(str(job.folder)).resolve() / "slurm" / "job.json"
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # keys for services may be in there
+    file.with_name("restarts").unlink(missing_ok=True)
     # Once it has begun, whoever queues it again means it to go on; see `launch.submit` before.
     job = dataclasses.replace(job, config={**job.config, "resume": "auto"})
     records.write_text(file, job.to_json(), private=True)
-    executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=options.max_timeouts)
+    return file
+
+
+@contextlib.contextmanager
+def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
+    """submitit's executor, with its files in `folder`; what sbatch refuses leaves none there."""
+    import submitit
+
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    before = {*folder.glob("*"), *folder.glob(".*")}
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=options.max_timeouts)
     named = {"partition": options.partition, "account": options.account}
     named |= {"qos": options.qos, "constraint": options.constraint}
     if options.mem_gb is not None:
         named["mem"] = f"{round(1024 * options.mem_gb)}M"
     executor.update_parameters(
-        job_name=re.sub(r"[^\w.-]+", "_", job.config["name"])[:64],
+        job_name=re.sub(r"[^\w.-]+", "_", name)[:64],
         nodes=options.nodes,
         ntasks_per_node=options.tasks_per_node,
         cpus_per_task=options.cpus_per_task,
         time=options.timeout_minutes,
         signal_delay_s=options.save_seconds,
+        array_parallelism=options.jobs,
         setup=[
             *options.setup,
             f"export PYTHONPATH={shlex.quote(python_path())}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -135,20 +164,31 @@ def submit(job: Job, options: SlurmOptions) -> str:
         **({"gpus_per_node": options.gpus_per_node} if options.gpus_per_node else {}),
     )
     try:
-        return str(executor.submit(Task(file)).job_id)
+        yield executor
     except submitit.core.utils.FailedJobError as error:
-        for left in {*folder.glob("slurm/*"), *folder.glob("slurm/.*")} - before:
+        for left in {*folder.glob("*"), *folder.glob(".*")} - before:
             left.unlink()
         with contextlib.suppress(OSError):  # there may be an earlier job's
-            (folder / "slurm").rmdir()
+            folder.rmdir()
         raise UserError(f"launcher=slurm: {' '.join(str(error).split())}") from None
+
+
+def waiting_or_running(numbers: Sequence[str]) -> set[str]:
+    """Those of Slurm's job numbers that it still has."""
+    if not numbers:
+        return set()
+    command = ["squeue", "--noheader", "--array", "--format=%i"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    # An array's job is 12_3, which Slurm may also call by a number of its own.
+    return set(answer.stdout.split()) & set(numbers)
 
 
 class Task:
     """What srun starts: one process of the run, or, where it is the only task, all of them."""
 
-    def __init__(self, job: Path) -> None:
+    def __init__(self, job: Path, sweep: tuple[Path, int] | None = None) -> None:
         self.job = job
+        self.sweep = sweep  # its folder, and the job's number there
         self.process: subprocess.Popen[bytes] | None = None
         self.signalled = False
 
@@ -169,6 +209,9 @@ class Task:
             signal.signal(number, self.forward)
         code = self.process.wait()
         is_first = os.environ["SLURM_PROCID"] == "0"
+        if is_first and self.sweep is not None:
+            told = [*map(str, self.sweep), str(code)]
+            subprocess.run([sys.executable, "-m", "regrow.sweep.finish", *told])
         if code == 0:
             if is_first:
                 self.job.unlink(missing_ok=True)
@@ -194,7 +237,7 @@ class Task:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits for it
-        return submitit.helpers.DelayedSubmission(Task(self.job))
+        return submitit.helpers.DelayedSubmission(Task(self.job, self.sweep))
 
     def may_start_again(self, code: int) -> bool:
         """Whether the config lets a job of several tasks go on after one failed: so many times, or

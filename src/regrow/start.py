@@ -15,6 +15,10 @@ def start(main: Callable[[], Any]) -> None:
 
     It composes the config and gives its job to the others.
     """
+    if os.environ.get("REGROW_SWEEP_WARM"):
+        from regrow.sweep import process  # before Hydra, which takes a while
+
+        process.context_of(fresh=False)
     os.environ.update(outside.srun_environment())
     if not outside.started_from_outside():
         main()

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from regrow import config as configs
 from regrow import launch, outside
 from regrow import run as runs
+from regrow.console import console
 from regrow.errors import UserError
 from regrow.job import Job
 from regrow.training.parallel import World, lost_the_others
@@ -37,7 +38,11 @@ def main() -> None:
     file = os.environ.get("REGROW_JOB")
     text = Path(file).read_text() if file else ""
     if "RANK" not in os.environ:
-        work_alone(Job(**json.loads(text)))
+        try:
+            work_alone(text)
+        except UserError as error:
+            configs.fail(str(error))
+        sys.exit(0)
     try:
         store = meet()
     except UserError as error:
@@ -50,14 +55,16 @@ def main() -> None:
     work(Job(**said), store)
 
 
-def work_alone(job: Job) -> NoReturn:
+def work_alone(text: str) -> None:
     """All of a job that was composed elsewhere."""
+    job = Job(**json.loads(text))
     try:
-        with launch.console():
+        with console():
             launch.run_all(job)
-    except UserError as error:
-        configs.fail(str(error))
-    sys.exit(0)
+    except UserError:
+        if job.folder is not None:
+            launch.leave_nothing(Path(job.folder))
+        raise
 
 
 def meet() -> Any:
@@ -106,7 +113,7 @@ def work(job: Job, store: Any) -> NoReturn:
     """This process's part of the job, and the end of the process."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        with launch.console() if rank == 0 else contextlib.nullcontext():
+        with console() if rank == 0 else contextlib.nullcontext():
             run_part(job, store, rank, size)
         code = 0
     except SystemExit as end:

@@ -140,6 +140,15 @@ class Lock:
             leftover.unlink(missing_ok=True)
         return self
 
+    @classmethod
+    def taken_over(cls, folder: Path, descriptor: int) -> Lock:
+        """The lock that the program before this one, in the same process, had on `folder`."""
+        os.set_inheritable(descriptor, False)
+        lock = cls(folder)
+        lock.descriptor = descriptor
+        _held.add(lock)
+        return lock
+
     def _is_in_place(self, descriptor: int) -> bool:
         """Whether the file is still the folder's: its last holder may have removed both."""
         try:

@@ -20,6 +20,7 @@ from regrow.record.folder import read_json, write_json, write_text
 from regrow.record.redact import redact, redact_all
 
 NAME = "manifest.json"
+ORIGIN = "origin.json"  # in a copy of the code: what it is a copy of
 DIFF_BYTES = 1_000_000  # of the diff that is kept; its hash is over what was read
 PACKAGES = (
     "torch",
@@ -68,7 +69,7 @@ def write(
     """
     now: dict[str, Any] = {
         "command": shlex.join(command),
-        "folder": _relative(Path.cwd(), root),
+        "folder": _relative(Path.cwd(), Path(origin(root).get("root", root))),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git(root),
         "code_sha256": code_sha256(root),
@@ -133,11 +134,29 @@ def code_sha256(root: Path) -> str:
     return digest.hexdigest()
 
 
+def write_origin(copy: Path, root: Path) -> None:
+    """Note in a `copy` of the code what `root`, of which it was made, is in git at this moment."""
+    facts = origin(root) or {"root": str(root), "git": git(root)}
+    write_json(copy / ORIGIN, redact_all(facts))
+
+
+def origin(root: Path) -> dict[str, Any]:
+    """What `root` is a copy of; nothing where it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        facts: dict[str, Any] = read_json(root / ORIGIN)
+        return facts
+    return {}
+
+
 def git(root: Path) -> dict[str, Any] | None:
     """Commit, branch, remote, whether there are changes, and the diff; None outside a repository.
 
-    Time and size are bounded: what does not come within seconds is null or left out.
+    Time and size are bounded: what does not come within seconds is null or left out. Of a copy,
+    what was noted when it was made.
     """
+    if noted := origin(root):
+        facts: dict[str, Any] | None = noted["git"]
+        return facts
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None:
         return None

@@ -26,10 +26,13 @@ DETAILED_CLASSES = 20  # beyond, numbers in the cells could not be read
 MAX_LABELS = 12
 
 
-def draw(folder: Path) -> list[Path]:
-    """Write plots/*.png of whatever the folder holds; the paths written."""
+def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
+    """Write plots/*.png of whatever the folder holds, or of figures that were `drawn` already.
+
+    Returns the paths written.
+    """
     paths = []
-    for name, figure in figures(folder).items():
+    for name, figure in (figures(folder) if drawn is None else drawn).items():
         path = folder / "plots" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=130)
@@ -52,7 +55,11 @@ def figures(folder: Path) -> dict[str, Figure]:
             )
         elif isinstance(details, dict) and details.get("true"):
             found[f"predicted_{path.stem}"] = predicted(details["true"], details["predicted"])
-    return {name: figure for name, figure in found.items() if figure is not None}
+    there = {name: figure for name, figure in found.items() if figure is not None}
+    for figure in there.values():  # lay it out once, and not for each file that it is written to
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return there
 
 
 # -- curves ----------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def _read(path: Path) -> Any:
         if path.suffix == ".yaml":
             import yaml
 
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
         return read_json(path)
     except (OSError, ValueError):
         return None
@@ -119,12 +120,22 @@ def _read(path: Path) -> Any:
 # -- one run ---------------------------------------------------------------------------------------
 
 
-def write(folder: Path, output: Path | None = None) -> Path:
-    """(Re)write the run's page, report.html in its folder unless said otherwise; its path."""
+def draw(folder: Path, output: Path | None = None) -> Path:
+    """(Re)write the run's pictures and its page; the page's path."""
+    drawn = plots.figures(folder)
+    plots.draw(folder, drawn)
+    return write(folder, output, drawn)
+
+
+def write(folder: Path, output: Path | None = None, drawn: Mapping[str, Any] | None = None) -> Path:
+    """(Re)write the run's page, report.html in its folder unless said otherwise; its path.
+
+    `drawn` are its figures, if they are there already.
+    """
     run = load(folder)
     pictures = "".join(
         _picture(_CAPTIONS.get(name.partition("_")[0], ""), name, figure)
-        for name, figure in plots.figures(folder).items()
+        for name, figure in (plots.figures(folder) if drawn is None else drawn).items()
     )
     body = (
         _head(run)
@@ -234,11 +245,22 @@ def _records(run: Run) -> str:
 # -- several runs ----------------------------------------------------------------------------------
 
 
-def compare(folders: Sequence[Path], output: Path) -> Path:
-    """Write one page with the runs side by side: what came out, what differs in their configs."""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows, as plain text
+
+
+def compare(
+    folders: Sequence[Path],
+    output: Path,
+    title: str = "",
+    tables: Mapping[str, Table] | None = None,
+) -> Path:
+    """Write one page with the runs side by side: what came out, what differs in their configs.
+
+    `tables` go before them, by their titles.
+    """
     runs = [load(folder) for folder in folders]
     labels = _labels(runs)
-    keys = differing_keys([run.config for run in runs], _references(folders))
+    keys = differing_keys([run.config for run in runs], references(folders))
     columns = _metric_columns(runs)
     rows = []
     for run, label in zip(runs, labels, strict=True):
@@ -263,9 +285,15 @@ def compare(folders: Sequence[Path], output: Path) -> Path:
     figure = plots.overlay(drawn, names[: plots.PANELS])
     more = f"The first {DRAWN_RUNS} of {len(runs)} runs." if len(runs) > DRAWN_RUNS else ""
     picture = _picture(more, "validation curves", figure) if figure else ""
-    title = f"{len(runs)} runs"
+    title = title or f"{len(runs)} runs"
+    before = "".join(
+        _section(name, _table(header, [[*map(_text, row)] for row in cells], numbers=()))
+        for name, (header, cells) in (tables or {}).items()
+    )
     body = (
-        f"<header><h1>{title}</h1><p class=where>{_text(_summary_of_states(runs))}</p></header>"
+        f"<header><h1>{_text(title)}</h1>"
+        f"<p class=where>{_text(_summary_of_states(runs))}</p></header>"
+        + before
         + _section("Runs", _table(header, rows, numbers=range(2, 2 + len(results))))
         + ("" if keys else "<p class=muted>Their configs do not differ.</p>")
         + _section("Curves", picture)
@@ -318,7 +346,7 @@ def differing_keys(
     ]
 
 
-def _references(folders: Sequence[Path]) -> set[str]:
+def references(folders: Sequence[Path]) -> set[str]:
     """Keys that take another key's value in each of the runs that have them."""
     composed = [flatten(_mapping(folder / ".hydra" / "config.yaml")) for folder in folders]
     keys = {key for flat in composed for key in flat}

@@ -225,6 +225,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
+        progress.pruned = pruned(state, plan)
         plan.exchange.start_clock()
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
     if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
@@ -326,6 +327,7 @@ def finished(state: TrainState, plan: Plan) -> bool:
     progress, limit = state.progress, plan.options.max_seconds
     return (
         stopped_early(state, plan.options)
+        or progress.pruned
         or (plan.total_steps is not None and progress.step >= plan.total_steps)
         or (limit is not None and progress.seconds >= limit)
     )
@@ -345,6 +347,14 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
         progress.reference_value, progress.evaluations_without_improvement = value, 0
     else:
         progress.evaluations_without_improvement += 1
+
+
+def pruned(state: TrainState, plan: Plan) -> bool:
+    """Tell the search, if the run is a trial of one, and hear whether to end here."""
+    if plan.trial is None:
+        return False
+    ends = plan.world.is_main and plan.trial.is_over(state.step, state.progress.latest)
+    return bool(plan.world.from_main("yes" if ends else ""))
 
 
 def stopped_early(state: TrainState, options: TrainerOptions) -> bool:

@@ -69,6 +69,12 @@ class Record(Protocol):
     def close(self, exit_code: int = 0) -> None: ...
 
 
+class Trial(Protocol):
+    """A search of which this run is one trial."""
+
+    def is_over(self, step: int, values: Mapping[str, float]) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that stays the same during a run."""
@@ -88,3 +94,4 @@ class Plan:
     record: Record
     stop: StopRequest
     exchange: Exchange
+    trial: Trial | None = None

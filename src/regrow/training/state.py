@@ -28,6 +28,7 @@ class Progress:
     best_values: dict[str, float] = field(default_factory=dict)  # all that was measured there
     evaluations_without_improvement: int = 0  # of early stopping's own reference
     reference_value: float | None = None  # what early stopping compares with
+    pruned: bool = False  # ended by a search, as others did better
     halvings: int = 0  # of the slices, each after an out-of-memory
     seconds: float = 0.0  # of training, over all parts of the run
     train_means: dict[str, float] = field(default_factory=dict)  # of the last whole epoch

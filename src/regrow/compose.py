@@ -1,0 +1,67 @@
+"""From what Hydra composed to a job: plain data, which any process can run. Without torch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from regrow import resume
+from regrow.config import plain
+from regrow.job import Job
+
+
+def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
+    """The job that `cfg` and Hydra's own config of this moment describe.
+
+    `folder` is the run's own, or None for a new one under outputs/<name>.
+    """
+    hydra = HydraConfig.get()
+    if folder is not None and folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    overrides = [o for o in hydra.overrides.task if not resume.is_of_the_launcher(o)]
+    kept = [o for o in overrides if resume.key_of(o) != "resume"]
+    elsewhere = ("launcher", "sweep")  # where and beside what a run is made is no part of it
+    choices = {str(g): option for g, option in hydra.runtime.choices.items() if g not in elsewhere}
+    cfg, its_hydra = copy.deepcopy(cfg), cast(DictConfig, copy.deepcopy(hydra))
+    OmegaConf.set_struct(cfg, False)
+    OmegaConf.set_readonly(its_hydra, False)
+    for group in elsewhere:
+        cfg.pop(group, None)
+    cfg.pop("hydra", None)
+    its_hydra.overrides.task, its_hydra.runtime.choices = overrides, choices
+    composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": its_hydra}
+    return Job(
+        config=plain(cfg),
+        folder=None if folder is None else str(folder),
+        overrides=overrides,
+        choices=choices,
+        composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
+        command=list(command),
+    )
+
+
+def with_override(job: Job, key: str, value: Any) -> Job:
+    """The job with one more override, as if it had been typed."""
+    config = copy.deepcopy(job.config)
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    line = f"{key}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+    kept = [o for o in job.overrides if resume.key_of(o) != "resume"]
+    composed = {**job.composed, "overrides.yaml": OmegaConf.to_yaml([*kept, line])}
+    return dataclasses.replace(
+        job,
+        config=config,
+        overrides=[*job.overrides, line],
+        composed=composed,
+        command=[*job.command, line],
+    )

@@ -1,0 +1,78 @@
+"""Where a run's log lines go: the terminal, above its progress bars, and a file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from regrow.record.redact import redact
+
+log = logging.getLogger("regrow")
+
+
+class _LogFile(logging.FileHandler):
+    """On a full disk it loses lines; the run and its terminal do not hear of it from here."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _BarHandler(logging.Handler):
+    """Writes lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+
+
+@contextlib.contextmanager
+def console() -> Iterator[None]:
+    """The run's log on the terminal: plain lines, warnings and errors marked."""
+    handler = _BarHandler()
+    handler.setFormatter(_ConsoleFormat())
+    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
+    with _attached(handler):
+        yield
+
+
+@contextlib.contextmanager
+def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
+    """The same log in `train.log`, with the time and the rank."""
+    handler = _LogFile(folder / "train.log", encoding="utf-8")
+    text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(_FileFormat(text))
+    with _attached(handler):
+        yield
+
+
+@contextlib.contextmanager
+def _attached(handler: logging.Handler) -> Iterator[None]:
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class _ConsoleFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        text = redact(text)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+class _FileFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

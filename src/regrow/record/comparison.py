@@ -1,0 +1,223 @@
+"""Several runs as a table: a row for each, a line for each setting over its seeds, and the best."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.record import report
+from regrow.record.folder import write_text
+from regrow.record.redact import redact
+from regrow.record.report import Run, differing_keys, flatten, references
+from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate
+
+SEEDS = ("seed",)
+UNKNOWN = "too few seeds to tell"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run, or a job that has none yet."""
+
+    job: str
+    state: str
+    swept: Mapping[str, str]  # what sets it apart
+    seed: object
+    run: Run | None
+    folder: str
+    reason: str | None = None
+    log: str | None = None
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.swept.items())
+
+    @property
+    def setting(self) -> tuple[tuple[str, str], ...]:
+        return tuple((k, v) for k, v in self.swept.items() if k not in SEEDS)
+
+    @property
+    def best(self) -> float | None:
+        """The best monitored value of a completed run."""
+        if self.run is None or self.state != "completed":
+            return None
+        value = (self.run.summary.get("best") or {}).get("value")
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+    def metrics(self) -> dict[str, Any]:
+        """The final ones, without those of single classes."""
+        if self.run is None or self.state != "completed":
+            return {}
+        found = {**(self.run.summary.get("val") or {}), **(self.run.summary.get("test") or {})}
+        return {k: v for k, v in found.items() if k.count("/") == 1 and not isinstance(v, list)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs that differ in their seed alone came to."""
+
+    label: str
+    rows: Sequence[Row]
+    monitored: Estimate
+    tested: Estimate | None
+    from_best: Difference | None  # None of the best itself, and where there are too few seeds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: Sequence[Row]
+    metric: str  # monitored
+    mode: str  # max or min
+    test_metric: str | None  # the same of the test split
+    settings: Sequence[Setting]  # the best first
+
+    @property
+    def best(self) -> Row | None:
+        """The run whose monitored value is the best."""
+        having = [row for row in self.rows if row.best is not None]
+        sign = 1 if self.mode == "max" else -1
+        return max(having, key=lambda row: sign * (row.best or 0.0), default=None)
+
+
+def rows_of(runs: Sequence[Run]) -> list[Row]:
+    """Any runs, told apart by the keys in which their configs differ."""
+    keys = differing_keys([run.config for run in runs], references([run.folder for run in runs]))
+    rows = []
+    for run in runs:
+        flat = flatten(run.config)
+        swept = {key: str(flat[key]) for key in keys if key in flat}
+        seed = run.config.get("seed")
+        rows.append(Row(run.folder.name, run.state, swept, seed, run, str(run.folder)))
+    return rows
+
+
+def compare(rows: Sequence[Row]) -> Comparison:
+    """Settings over their seeds, the best first; by what most of the runs monitored."""
+    done = [row for row in rows if row.best is not None and row.run is not None]
+    metrics = [str(row.run.summary["best"]["metric"]) for row in done if row.run is not None]
+    metric = max(set(metrics), key=metrics.count, default="")
+    done = [row for row, its in zip(done, metrics, strict=True) if its == metric]
+    mode = "max"
+    for row in done:
+        assert row.run is not None
+        mode = str((row.run.config.get("trainer") or {}).get("mode", "max"))
+    test_metric: str | None = f"test/{metric.partition('/')[2]}"
+    if not any(test_metric in row.metrics() for row in done):
+        test_metric = None
+    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in done:
+        groups.setdefault(row.setting, []).append(row)
+    sign = 1 if mode == "max" else -1
+
+    def order(rows: Sequence[Row]) -> float:
+        return -sign * estimate([row.best or 0.0 for row in rows]).mean
+
+    ordered = sorted(groups.items(), key=lambda item: order(item[1]))
+    by_seed = [{row.seed: row.best or 0.0 for row in its} for _, its in ordered]
+    apart = [None, *differences(by_seed[0], by_seed[1:])] if by_seed else []
+    settings = [
+        Setting(
+            label=" ".join(f"{k}={v}" for k, v in setting) or "all",
+            rows=its,
+            monitored=estimate([row.best or 0.0 for row in its]),
+            tested=None
+            if test_metric is None
+            else estimate([v for row in its if (v := row.metrics().get(test_metric)) is not None]),
+            from_best=difference,
+        )
+        for (setting, its), difference in zip(ordered, apart, strict=True)
+    ]
+    return Comparison(rows, metric, mode, test_metric, settings)
+
+
+def shown(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}" if abs(value) >= 100 else f"{value:.4f}"
+
+
+def spread(of: Estimate) -> str:
+    return shown(of.mean) + (f" ± {shown(of.sd)}" if of.count > 1 else "")
+
+
+def interval(of: Estimate | Difference | None) -> str:
+    if of is None or math.isnan(of.low):
+        return ""
+    return f"[{shown(of.low)}, {shown(of.high)}]"
+
+
+def verdict(setting: Setting, is_best: bool) -> str:
+    """Whether the seeds tell the setting apart from the best one."""
+    if is_best:
+        return "best"
+    if setting.from_best is None:
+        return UNKNOWN
+    return "worse" if setting.from_best.is_larger_than_noise else "within the noise"
+
+
+def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the settings, the best first."""
+    per_cent = f"{LEVEL:.0%}"
+    header = ["setting", "n", comparison.metric, f"{per_cent} interval"]
+    header += [comparison.test_metric] if comparison.test_metric else []
+    header += ["from the best", f"{per_cent} interval", "verdict"]
+    rows = []
+    for index, its in enumerate(comparison.settings):
+        row = [its.label, str(its.monitored.count), spread(its.monitored), interval(its.monitored)]
+        row += [spread(its.tested)] if its.tested else []
+        difference = f"{its.from_best.mean:+.4f}" if its.from_best else ""
+        row += [difference, interval(its.from_best), verdict(its, index == 0)]
+        rows.append(row)
+    empty = {i for i in range(1, len(header)) if not any(row[i] for row in rows)}
+    if len(rows) == 1 or {row[-1] for row in rows[1:]} == {UNKNOWN}:  # nothing to tell apart
+        empty |= {len(header) - 1}
+    kept = [i for i in range(len(header)) if i not in empty]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the columns side by side."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """A row for each run: job, status, what was swept, final metrics, weights, folder, reason."""
+    swept = list(dict.fromkeys(key for row in rows for key in row.swept))
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics()))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"]
+    )
+    for row in rows:
+        found = row.metrics()
+        weights = row.run.summary.get("weights_sha256") if row.run and found else None
+        writer.writerow(
+            [
+                *(row.job, row.state),
+                *(redact(str(row.swept.get(key, ""))) for key in swept),
+                *(found.get(name, "") for name in metrics),
+                *(weights or "", row.folder, row.reason or "", row.log or ""),
+            ]
+        )
+    write_text(path, text.getvalue())
+
+
+def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
+    """One page: the settings, what failed, the runs side by side and their curves."""
+    tables = {}
+    if comparison.settings:
+        tables["Settings"] = table_of(comparison)
+    failed = [row for row in comparison.rows if row.state != "completed" and row.reason]
+    if failed:
+        cells = [[row.job, row.label, row.state, row.reason or "", row.log or ""] for row in failed]
+        tables["Not completed"] = (["job", "setting", "status", "reason", "log"], cells)
+    folders = [row.run.folder for row in comparison.rows if row.run is not None]
+    return report.compare(folders, output, title, tables)

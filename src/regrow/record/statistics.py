@@ -1,0 +1,107 @@
+"""Runs that differ in their seed alone are one setting: its mean, its spread, and whether settings
+differ by more than their seeds make them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds; what one seed cannot tell is NaN."""
+
+    count: int
+    mean: float
+    sd: float  # of the seeds, with n - 1
+    low: float  # of the confidence interval of the mean, by Student's t
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a setting is from the best one."""
+
+    mean: float
+    low: float  # of the confidence interval
+    high: float
+    p: float  # two-sided, by Student's t, adjusted for the number of comparisons after Holm (1979)
+    paired: bool  # over the same seeds, seed by seed; else after Welch (1947)
+
+    @property
+    def is_larger_than_noise(self) -> bool:
+        return self.p < 1 - LEVEL
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of one setting's values, one for each seed."""
+    count, mean = len(values), statistics.fmean(values) if values else math.nan
+    if count < 2:
+        return Estimate(count, mean, math.nan, math.nan, math.nan)
+    sd = statistics.stdev(values)
+    reach = _t_quantile(count - 1) * sd / math.sqrt(count)
+    return Estimate(count, mean, sd, mean - reach, mean + reach)
+
+
+def differences(
+    best: Mapping[object, float], others: Sequence[Mapping[object, float]]
+) -> list[Difference | None]:
+    """Of each of `others` from `best`, each as {seed: value}; None where there are too few seeds.
+
+    Values of the same seeds are compared seed by seed, since a seed also cuts the data.
+    """
+    raw = [_difference(best, other) for other in others]
+    adjusted = _holm([None if one is None else one.p for one in raw])
+    return [
+        None if one is None or p is None else Difference(one.mean, one.low, one.high, p, one.paired)
+        for one, p in zip(raw, adjusted, strict=True)
+    ]
+
+
+def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> Difference | None:
+    paired = set(one) == set(other)
+    if paired and len(one) >= 2:
+        each = [other[seed] - one[seed] for seed in one]
+        mean, freedom = statistics.fmean(each), float(len(each) - 1)
+        error = statistics.stdev(each) / math.sqrt(len(each))
+    elif min(len(one), len(other)) >= 2:
+        parts = [statistics.variance(its.values()) / len(its) for its in (one, other)]
+        mean = statistics.fmean(other.values()) - statistics.fmean(one.values())
+        error = math.sqrt(sum(parts))
+        below = sum(part**2 / (len(its) - 1) for part, its in zip(parts, (one, other), strict=True))
+        freedom = sum(parts) ** 2 / below if below else math.inf
+        paired = False
+    else:
+        return None
+    if error == 0 or not math.isfinite(error):
+        p = 1.0 if mean == 0 or not math.isfinite(error) else 0.0
+        return Difference(mean, mean, mean, p, paired)
+    reach = _t_quantile(freedom) * error
+    return Difference(mean, mean - reach, mean + reach, _p_value(mean / error, freedom), paired)
+
+
+def _holm(values: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted so that any false difference among all of them is as rare as one was."""
+    order = sorted((p, index) for index, p in enumerate(values) if p is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    highest = 0.0
+    for rank, (p, index) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p))
+        adjusted[index] = highest
+    return adjusted
+
+
+def _t_quantile(freedom: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
+def _p_value(t: float, freedom: float) -> float:
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(freedom, -abs(t)))

@@ -1,0 +1,76 @@
+"""Jobs that Slurm runs: which it has, and, for a search, waiting for them one by one."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regrow import slurm
+from regrow.sweep import state
+from regrow.sweep.local import Ended
+from regrow.sweep.plan import Planned
+
+EVERY = 5.0  # seconds between two questions to Slurm
+AT_ONCE = 4  # trials of a search, unless launcher.jobs says otherwise
+
+
+def queued(folder: Path, numbers: Sequence[int]) -> set[int]:
+    """Those of a sweep's jobs that Slurm has, waiting or running."""
+    names = {n: str(name) for n in numbers if (name := state.noted(folder, n).get("slurm"))}
+    there = slurm.waiting_or_running([*names.values()])
+    return {number for number, name in names.items() if name in there}
+
+
+@dataclass
+class Cluster:
+    """Jobs that were given to Slurm one by one, and are waited for."""
+
+    folder: Path
+    options: slurm.SlurmOptions
+    _running: dict[int, Planned] = field(default_factory=dict)
+    _asked: float = 0.0
+
+    @property
+    def at_once(self) -> int:
+        return self.options.jobs or AT_ONCE
+
+    @property
+    def running(self) -> list[Planned]:
+        return [*self._running.values()]
+
+    def start(self, planned: Planned) -> bool:
+        """Submit the job, if there is room for it and Slurm has it not yet."""
+        if len(self._running) >= self.at_once:
+            return False
+        if not queued(self.folder, [planned.number]):
+            name = str(planned.job.config["name"])
+            jobs = {planned.number: planned.job}
+            given = slurm.submit_array(jobs, self.options, self.folder, name)
+            state.note(self.folder, planned.number, "queued", slurm=given[planned.number])
+        self._running[planned.number] = planned
+        return True
+
+    def ended(self, seconds: float) -> list[Ended]:
+        time.sleep(seconds)
+        if time.monotonic() - self._asked < EVERY:
+            return []
+        self._asked = time.monotonic()
+        try:
+            there = queued(self.folder, [*self._running])
+        except subprocess.CalledProcessError:  # its controller may be away for a while
+            return []
+        found = []
+        for number in set(self._running) - there:
+            planned = self._running.pop(number)
+            its, reason = state.state_of(self.folder, planned.entry)
+            if its not in state.ENDED:
+                its, reason = "failed", reason or "Slurm has it no more"
+            found.append(Ended(planned, its, reason))
+        return found
+
+    def send(self, number: int) -> None:
+        """What Slurm has goes on by itself, and is waited for by the search that goes on."""
+        self._running.clear()

@@ -1,0 +1,103 @@
+"""A sweep's folder, and in it the copy of the code that all of its jobs run from.
+
+The process that the user started chooses the folder, makes the copy, and becomes the same script
+of the copy. So whatever is composed, checked and run of a sweep, now or when it goes on next week,
+comes from there: edits and another git branch change nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from regrow.config import ROOT
+from regrow.errors import UserError
+from regrow.record import folder as records
+from regrow.record import manifest
+from regrow.sweep import state
+
+log = logging.getLogger("regrow")
+
+PARTS = ("src", "conf", "scripts")
+# What the script of the copy is told.
+FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
+
+
+def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) -> records.Lock:
+    """The lock of the sweep's folder: the one `named`; else the newest that the same command began
+    and that nobody goes on with; else a new one under outputs/<name>/sweeps.
+
+    Raises UserError for a named folder that holds something else, or is in use.
+    """
+    if named is not None:
+        held = [path.name for path in named.glob("*") if path.name != state.CODE]
+        if held and not (named / state.FILE).is_file():
+            raise UserError(
+                f"hydra.sweep.dir={named} holds no sweep, but {held[0]}. Choose another folder."
+            )
+        return records.Lock(named).acquire()
+    sweeps = Path("outputs", name, "sweeps")
+    for folder in sorted(sweeps.glob("*/"), reverse=True) if resume != "never" else ():
+        if folder.is_symlink() or not state.is_open(folder, overrides):
+            continue
+        with contextlib.suppress(UserError):  # in use
+            lock = records.Lock(folder).acquire()
+            if state.is_open(folder, overrides):
+                return lock
+            lock.release()
+    return records.Lock(records.create(Path("outputs"), f"{name}/sweeps")).acquire()
+
+
+def freeze(folder: Path) -> Path:
+    """Copy what the jobs run into the sweep's folder, unless that was done; where it is."""
+    code = folder / state.CODE
+    if code.is_dir():
+        return code
+    temporary = folder / f".{state.CODE}"  # of a start that was cut
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in (*PARTS, *own_packages()):
+        shutil.copytree(ROOT / part, temporary / part, ignore=shutil.ignore_patterns("*.egg-info"))
+    for module in ROOT.glob("*.py"):
+        shutil.copy2(module, temporary)
+    manifest.write_origin(temporary, ROOT)
+    temporary.rename(code)
+    return code
+
+
+def own_packages() -> list[str]:
+    """Folders in the root of the repository that a `_target_` may name, but for the tests."""
+    return [
+        path.parent.name
+        for path in sorted(ROOT.glob("*/__init__.py"))
+        if path.parent.name not in ("tests", *PARTS)
+    ]
+
+
+def become(code: Path, lock: records.Lock, arguments: Sequence[str], *, warm: bool) -> NoReturn:
+    """Go on as the same script of the frozen code, which takes the lock over.
+
+    `warm`: it is to fork its jobs, and starts the server for that at once.
+    """
+    assert lock.descriptor is not None
+    os.set_inheritable(lock.descriptor, True)
+    told = {FOLDER: str(lock.folder), LOCK: str(lock.descriptor), WARM: "1" if warm else ""}
+    script = code.resolve() / "scripts" / Path(sys.argv[0]).name
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, str(script), *arguments], {**os.environ, **told})
+
+
+def taken_over(environment: Mapping[str, str]) -> records.Lock | None:
+    """The lock, where this is the script of a frozen copy; None in the process before."""
+    if FOLDER not in environment or LOCK not in environment:
+        return None
+    lock = records.Lock.taken_over(Path(environment[FOLDER]), int(environment[LOCK]))
+    for name in (FOLDER, LOCK, WARM):  # nothing that is started from here is told
+        os.environ.pop(name)
+    return lock

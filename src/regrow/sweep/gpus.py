@@ -1,0 +1,72 @@
+"""GPUs on loan: each to one job, of whichever sweep on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Without torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    there = said.stdout.split() if said.returncode == 0 else []
+    if named is None or not there:
+        return there
+    return [name.strip() for name in named.split(",") if name.strip()]
+
+
+@dataclass
+class Leases:
+    """Which GPUs are lent. The kernel takes a loan back when its holder dies."""
+
+    names: Sequence[str]
+    folder: Path = field(
+        default_factory=lambda: Path(tempfile.gettempdir(), f"regrow-gpus-{os.getuid()}")
+    )
+    _held: dict[str, int] = field(default_factory=dict)
+
+    def take(self, count: int) -> list[str] | None:
+        """`count` GPUs that nobody has, or None while there are not so many."""
+        if len(self.names) - len(self._held) < count:
+            return None
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        taken: list[str] = []
+        for name in self.names:
+            if len(taken) == count:
+                break
+            if name not in self._held and self._lock(name):
+                taken.append(name)
+        if len(taken) < count:  # another sweep has some
+            self.give_back(taken)
+            return None
+        return taken
+
+    def _lock(self, name: str) -> bool:
+        file = self.folder / f"{name.replace('/', '_')}.lock"
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._held[name] = descriptor
+        return True
+
+    def give_back(self, names: Sequence[str]) -> None:
+        for name in names:
+            with contextlib.suppress(KeyError):
+                os.close(self._held.pop(name))

@@ -1,0 +1,129 @@
+"""Jobs on this machine: how many at once, with which GPUs and threads, and how each ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from regrow.ranks import STOPPED
+from regrow.sweep import gpus, process, state
+from regrow.sweep.plan import Planned
+
+MOST = 8  # jobs at once, unless asked for: each needs memory of its own
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gpus_for(trainer: Mapping[str, Any], there: int) -> int:
+    """How many of the machine's GPUs a job takes."""
+    if not there or trainer["device"] not in ("auto", "cuda"):
+        return 0
+    return there if trainer["devices"] == "auto" else int(trainer["devices"])
+
+
+def jobs_at_once(asked: int | str, trainers: Sequence[Mapping[str, Any]], there: int) -> int:
+    """How many jobs with such `trainer` nodes run at once; `there` are the machine's GPUs."""
+    if asked != "auto":
+        return int(asked)
+    needs = [gpus_for(trainer, there) for trainer in trainers]
+    if any(needs):
+        return max(1, there // max(needs))
+    processes = max(1 if t["devices"] == "auto" else int(t["devices"]) for t in trainers)
+    return min(MOST, max(1, cores() // processes))
+
+
+def threads_of(trainer: Mapping[str, Any], jobs: int) -> int:
+    """A process's share of the cores, where `jobs` such jobs run at once."""
+    processes = 1 if trainer["devices"] == "auto" else int(trainer["devices"])
+    return max(1, cores() // (jobs * processes))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job's process ended."""
+
+    planned: Planned
+    state: str  # completed, interrupted or failed
+    reason: str | None  # of a failure, where the process could not say it
+
+
+@dataclass
+class Local:
+    """The jobs that run now."""
+
+    folder: Path
+    jobs: int
+    context: BaseContext
+    leases: gpus.Leases
+    _running: dict[int, tuple[Planned, BaseProcess, list[str]]] = field(default_factory=dict)
+
+    @property
+    def running(self) -> list[Planned]:
+        return [planned for planned, _, _ in self._running.values()]
+
+    def start(self, planned: Planned) -> bool:
+        """Start the job, if there is room for it."""
+        if len(self._running) >= self.jobs:
+            return False
+        need = gpus_for(planned.job.config["trainer"], len(self.leases.names))
+        taken = self.leases.take(need)
+        if taken is None:
+            return False
+        state.forget(self.folder, planned.number)
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if need else {}
+        text = planned.job.to_json()
+        child = process.start(self.context, self.folder, planned.number, text, environment)
+        self._running[planned.number] = (planned, child, taken)
+        return True
+
+    def ended(self, seconds: float) -> list[Ended]:
+        """Wait so long for jobs to end; those that did."""
+        sentinels = [child.sentinel for _, child, _ in self._running.values()]
+        connection.wait(sentinels, timeout=seconds)
+        found = []
+        for number, (planned, child, taken) in list(self._running.items()):
+            if child.is_alive():
+                continue
+            child.join()
+            with contextlib.suppress(OSError):  # what it may have left, such as data workers
+                os.killpg(child.pid or 0, signal.SIGKILL)
+            self.leases.give_back(taken)
+            del self._running[number]
+            found.append(how(planned, child.exitcode or 0))
+            child.close()
+        return found
+
+    def send(self, number: int) -> None:
+        """A signal to each job, as from a terminal; SIGKILL to all its processes."""
+        for _, child, _ in self._running.values():
+            with contextlib.suppress(OSError):
+                if number == signal.SIGKILL:
+                    os.killpg(child.pid or 0, number)
+                else:
+                    os.kill(child.pid or 0, number)
+
+
+def how(planned: Planned, code: int) -> Ended:
+    """What an exit code says of a job."""
+    if code == 0:
+        return Ended(planned, "completed", None)
+    if code in STOPPED:
+        return Ended(planned, "interrupted", None)
+    if code < 0:
+        name = signal.Signals(-code).name
+        memory = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return Ended(planned, "failed", f"its process was killed by {name}{memory}")
+    return Ended(planned, "failed", None)

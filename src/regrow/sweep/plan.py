@@ -1,0 +1,214 @@
+"""From what was asked for to jobs: which there are, each of them composed and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from regrow.check import check
+from regrow.compose import job_of, with_override
+from regrow.config import composition_error
+from regrow.errors import UserError
+from regrow.job import Job
+from regrow.resume import key_of
+from regrow.sweep import state
+from regrow.sweep.options import Grid, Sets
+
+Assignments = list[tuple[str, str]]  # (key as typed, override)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that can be run."""
+
+    entry: state.Entry
+    job: Job
+
+    @property
+    def number(self) -> int:
+        return self.entry.number
+
+
+def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """Every combination of the values in `lines`, each as all its overrides and the swept ones."""
+    options: dict[str, list[str]] = {}
+    swept: list[str] = []
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(lines)):
+        key, line = override.get_key_element(), override.input_line
+        options[key] = [str(line)]
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise UserError(f"{line}: an interval has no end of values. Use sweep=optuna.")
+            if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
+                raise UserError(f"{line}: {key} is the sweep's own, and takes one value.")
+            options[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            swept.append(key)
+    keys = [*options]
+    return [
+        (list(values), [values[keys.index(key)] for key in swept])
+        for values in itertools.product(*options.values())
+    ]
+
+
+def sets_of(options: Sets) -> list[list[str]]:
+    """The sets of overrides, as lists of them. Raises UserError for what cannot be one."""
+    found = list(options.sets)
+    if options.file is not None:
+        path = Path(options.file)
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"sweep.file={options.file}: {' '.join(str(error).split())}") from None
+        lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
+        found += lines if content is None else content if isinstance(content, list) else [content]
+    sets = []
+    for number, each in enumerate(found):
+        if isinstance(each, Mapping):
+            each = [f"{key}={_typed(value)}" for key, value in each.items()]
+        elif isinstance(each, str):
+            each = shlex.split(each)
+        if not isinstance(each, list) or not all(isinstance(o, str) and "=" in o for o in each):
+            raise UserError(
+                f"sweep.sets[{number}]={each!r} has to be overrides, such as "
+                "'optimizer=sgd optimizer.lr=0.1'."
+            )
+        sets.append(each)
+    if not sets:
+        raise UserError("sweep=list: there is no set. Give sweep.sets=[…] or sweep.file=….")
+    return sets
+
+
+def combinations(
+    loader: ConfigLoader, options: Grid | Sets, arguments: Sequence[str]
+) -> Iterator[tuple[list[str], list[str]]]:
+    """All jobs of a finite sweep: their overrides, and those of them that set it apart."""
+    lines = [*lines_of(options.params), *arguments]
+    for each in sets_of(options) if isinstance(options, Sets) else [[]]:
+        named = {key_of(o) for o in each}
+        rest = [line for line in lines if key_of(line) not in named]
+        for overrides, swept in grid(loader, rest):
+            yield [*overrides, *each], [*each, *swept]
+
+
+def lines_of(params: Mapping[str, Any]) -> list[str]:
+    """`sweep.params` as overrides; a list there is as many values."""
+    return [
+        f"{key}={','.join(map(_typed, value)) if isinstance(value, list) else _typed(value)}"
+        for key, value in params.items()
+    ]
+
+
+def _typed(value: Any) -> str:
+    """A value of YAML as one types it."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value).replace('"', "'") if value is not None else "null"
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Makes jobs of overrides, by what conf/ says."""
+
+    loader: ConfigLoader
+    config: DictConfig  # of the sweep: what all jobs have in common
+    folder: Path
+
+    def plan(self, number: int, overrides: Sequence[str], swept: Sequence[str]) -> Planned:
+        """Compose and check one job. Raises UserError, which names it."""
+        overrides = [o for o in overrides if key_of(o) != "resume"]
+        values = dict(o.partition("=")[::2] for o in swept)
+        values = {key.lstrip("+"): value for key, value in values.items()}
+        try:
+            return self._planned(number, overrides, values)
+        except UserError as error:
+            what = " ".join(f"{k}={v}" for k, v in values.items())
+            raise UserError(f"{error} (job {number}: {what})" if what else str(error)) from None
+
+    def _planned(self, number: int, overrides: list[str], swept: dict[str, str]) -> Planned:
+        try:
+            cfg = self.loader.load_sweep_config(self.config, overrides)
+            with open_dict(cfg):
+                cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
+            HydraConfig.instance().set_config(cfg)
+            check(cfg, cfg.hydra.runtime.choices)
+            folder = str(cfg.hydra.sweep.subdir)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(composition_error(error)) from None
+        if not folder.strip() or Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise UserError(f"hydra.sweep.subdir={folder} has to lie in the sweep's folder.")
+        command = ["python", "scripts/train.py", *overrides]
+        job = job_of(cfg, self.folder / folder, command)
+        config = {**job.config, "resume": "auto"}
+        entry = state.Entry(number, state.identity_of(job.config), swept, folder)
+        return Planned(entry, dataclasses.replace(job, config=config))
+
+
+def numbered(
+    composer: Composer, wanted: Sequence[tuple[list[str], list[str]]], known: Sequence[state.Entry]
+) -> list[Planned]:
+    """The wanted jobs: those known by what their config is keep their numbers, others are added.
+
+    Raises UserError for the first that is wrong, and for two that would share a folder.
+    """
+    by_identity = {entry.identity: entry for entry in known}
+    following = max((entry.number for entry in known), default=-1) + 1
+    folders = {entry.folder: entry.number for entry in known}
+    planned: list[Planned] = []
+    for overrides, swept in wanted:
+        found = composer.plan(following, overrides, swept)
+        before = by_identity.get(found.entry.identity)
+        if before is not None:
+            if all(one.number != before.number for one in planned):
+                place = str(composer.folder / before.folder)
+                job = dataclasses.replace(found.job, folder=place)
+                planned.append(Planned(before, job))
+            continue
+        if found.entry.folder in folders:
+            raise UserError(
+                f"hydra.sweep.subdir={found.entry.folder}: job {found.number} would share it with "
+                f"job {folders[found.entry.folder]}. Put ${{hydra.job.num}} into it."
+            )
+        by_identity[found.entry.identity] = found.entry
+        folders[found.entry.folder] = found.number
+        planned.append(found)
+        following += 1
+    return planned
+
+
+def in_group(planned: Planned, group: str) -> Planned:
+    """The job with its group among trackers: all of a sweep share one."""
+    tracker = planned.job.config["logger"].get("wandb")
+    if not isinstance(tracker, Mapping) or tracker.get("group", ...) is not None:
+        return planned
+    job = with_override(planned.job, "logger.wandb.group", group)
+    return dataclasses.replace(planned, job=job)
+
+
+def with_threads(planned: Planned, count: int) -> Planned:
+    """The job with its share of the cores, unless it names a number."""
+    if planned.job.config["trainer"]["num_threads"] is not None:
+        return planned
+    job = with_override(planned.job, "trainer.num_threads", count)
+    return dataclasses.replace(planned, job=job)
+
+
+def overrides_of(config: DictConfig) -> list[str]:
+    """What was typed for the sweep, in Hydra's words and ours."""
+    said = OmegaConf.to_container(config.hydra.overrides)
+    assert isinstance(said, dict)
+    return [str(o) for o in (*said["hydra"], *said["task"])]

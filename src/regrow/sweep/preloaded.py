@@ -1,0 +1,26 @@
+"""What the server that jobs are forked from imports: what most runs need, and no more.
+
+Importing starts no thread and touches no GPU and no data. Imported nowhere else.
+"""
+
+# ruff: noqa: E402, F401
+import os
+
+# It would start its threads as it is imported; a job asks for them again, see `process.work`.
+_is_given = "OPENBLAS_NUM_THREADS" in os.environ
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import sklearn.datasets
+import torch._dynamo  # the first optimizer that is built would
+import torchmetrics.classification
+
+from regrow import outside, worker
+from regrow.data import augment, datasets, loaders
+from regrow.models import cnn, mlp
+from regrow.record import plots
+from regrow.tasks import losses, tasks
+from regrow.training import optim, options, schedules
+
+if not _is_given:
+    del os.environ["OPENBLAS_NUM_THREADS"]
+outside.die_with_parent(os.getppid())

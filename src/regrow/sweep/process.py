@@ -1,0 +1,111 @@
+"""A job's own process, by the standard library's multiprocessing.
+
+It is forked from a server that has imported what a run needs and done nothing else, so it starts at
+once and still shares nothing with the job before it; or it is a fresh Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess, parent_process
+from pathlib import Path
+
+from regrow import outside
+from regrow.errors import UserError
+from regrow.ranks import python_path
+from regrow.sweep import state
+
+
+def context_of(*, fresh: bool) -> BaseContext:
+    """How jobs are started. The server begins to import now, beside whatever is done next."""
+    # Python 3.11's server does not look where this process does, so not in the frozen code.
+    os.environ["PYTHONPATH"] = python_path()
+    if fresh:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["regrow.sweep.preloaded"])
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(
+    context: BaseContext, folder: Path, number: int, text: str, environment: dict[str, str]
+) -> BaseProcess:
+    """Start the job that `text` describes, as number `number` of the sweep in `folder`."""
+    log = state.log_of(folder, number)
+    log.parent.mkdir(exist_ok=True)
+    process = context.Process(  # type: ignore[attr-defined]
+        target=work, args=(str(folder), number, text, environment), name=f"job {number}"
+    )
+    process.start()
+    started: BaseProcess = process
+    return started
+
+
+def work(folder: str, number: int, text: str, environment: dict[str, str]) -> None:
+    """What the process does: the job, with its output in its log. Does not return."""
+    # As in a run that is started by itself: its data workers are forked, where that is the default.
+    multiprocessing.set_start_method(None, force=True)
+    os.setpgid(0, 0)  # a Ctrl-C is for the sweep, which passes it on
+    die_with_the_sweep()
+    log = os.open(state.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, stream in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, stream)
+    os.environ.update(environment)
+    have_threads_again()
+    code, reason = 0, None
+    try:
+        from regrow import worker
+
+        worker.work_alone(text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code, reason = 2, str(error)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException as error:
+        traceback.print_exc()
+        code, reason = 1, f"{type(error).__name__}: {error}"
+    if reason is not None:
+        with contextlib.suppress(OSError):
+            state.note(Path(folder), number, "failed", reason)
+    from regrow import worker
+
+    worker.leave(code)
+
+
+def have_threads_again() -> None:
+    """Give numpy's linear algebra the threads of a run by itself, since the server has one."""
+    if "regrow.sweep.preloaded" in sys.modules and "OPENBLAS_NUM_THREADS" not in os.environ:
+        from threadpoolctl import ThreadpoolController
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        ThreadpoolController().limit(limits=cores or os.cpu_count(), user_api="blas")
+
+
+def die_with_the_sweep() -> None:
+    """End this process when the sweep's is killed, or the server between the two."""
+    sweep = parent_process()
+    outside.die_with_parent(os.getppid())
+    if sweep is None:
+        return
+    if not sweep.is_alive():
+        os._exit(1)
+    if not sys.platform.startswith("linux"):  # where the kernel does not
+
+        def watch() -> None:
+            sweep.join()
+            os.killpg(0, signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()

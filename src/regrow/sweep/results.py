@@ -1,0 +1,97 @@
+"""What came of a sweep: results.csv, sweep.html and the table at the end. From its folder alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from pathlib import Path
+
+from regrow.errors import UserError
+from regrow.record import comparison, report
+from regrow.record.comparison import Comparison, Row
+from regrow.sweep import state
+
+log = logging.getLogger("regrow")
+
+SHOWN = 20  # settings in the terminal
+CSV, PAGE = "results.csv", "sweep.html"
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """A row for each job, in the order of their numbers."""
+    rows = []
+    for entry in state.entries(folder):
+        its, reason = state.state_of(folder, entry)
+        run = folder / entry.folder
+        log = state.log_of(folder, entry.number)
+        rows.append(
+            Row(
+                job=str(entry.number),
+                state=its,
+                swept=entry.swept,
+                seed=entry.swept.get("seed"),
+                run=report.load(run) if report.is_run(run) else None,
+                folder=entry.folder,
+                reason=reason,
+                log=str(log.relative_to(folder)) if log.exists() else None,
+            )
+        )
+    return rows
+
+
+def write_table(folder: Path) -> Comparison:
+    """(Re)write results.csv of the sweep in `folder`. Raises UserError where there is none."""
+    if not state.read(folder):
+        raise UserError(f"{folder} holds no sweep: there is no {state.FILE}.")
+    found = comparison.compare(rows_of(folder))
+    comparison.write_csv(found.rows, folder / CSV)
+    return found
+
+
+def write_page(folder: Path, found: Comparison, pictures: str = "none") -> None:
+    """(Re)write sweep.html, and with pictures="best" those of the best job before."""
+    if found.best is not None and pictures == "best":
+        draw(folder / found.best.folder)
+    title = f"{state.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
+    comparison.write_page(found, folder / PAGE, title)
+
+
+def draw(run: Path) -> None:
+    """A run's pictures and page. They never fail a sweep that is done."""
+    if (run / "report.html").exists():
+        return
+    try:
+        report.draw(run)
+    except Exception:
+        log.warning("no pictures of %s", run, exc_info=True)
+
+
+def summary_of(folder: Path, found: Comparison) -> list[str]:
+    """What one wants to know at the end, in lines."""
+    lines = []
+    if found.settings:
+        header, rows = comparison.table_of(found)
+        lines += ["", *comparison.as_text(header, rows[:SHOWN])]
+        if len(rows) > SHOWN:
+            lines.append(f"… and {len(rows) - SHOWN} more")
+        lines.append("")
+    best = found.best
+    if best is not None and best.run is not None:
+        run = Path(os.path.relpath(folder / best.folder))
+        lines += [
+            f"best:   job {best.job}, {found.metric} {comparison.shown(best.best or 0.0)}"
+            + (f": {best.label}" if best.label else ""),
+            f"        {shlex.join(['python', 'scripts/train.py', *best.run.overrides])}",
+            f"        {run / 'checkpoints' / 'best'}",
+        ]
+    for row in found.rows:
+        if row.state != "completed":
+            why = f": {row.reason}" if row.reason else ""
+            where = f" ({os.path.relpath(folder / row.log)})" if row.log else ""
+            lines.append(f"{row.state}: job {row.job}, {row.label}{why}{where}")
+    lines += [
+        f"table:  {os.path.relpath(folder / CSV)}",
+        f"page:   {os.path.relpath(folder / PAGE)}",
+    ]
+    return lines

@@ -1,0 +1,254 @@
+"""A sweep from its command to its table."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig, OmegaConf
+
+from regrow import outside, slurm
+from regrow.check import check_group
+from regrow.config import instantiate, plain
+from regrow.console import console
+from regrow.errors import UserError
+from regrow.record import folder as records
+from regrow.resume import key_of
+from regrow.sweep import cluster, frozen, gpus, local, plan, process, results, schedule, state
+from regrow.sweep.options import Options, Search
+from regrow.sweep.plan import Planned
+from regrow.sweep.show import Show
+
+log = logging.getLogger("regrow")
+
+# How a sweep is made; without them a command is the same sweep.
+BESIDE = ("hydra.sweep.dir", "resume", "sweep.retry_failed", "sweep.fail_fast")
+
+
+def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> None:
+    """Do what --multirun asks for. Ends the process, with 0 if all jobs are complete, 1 if some
+    failed, 128 + signal if it was stopped. Raises UserError before anything is written.
+    """
+    if outside.started_from_outside():
+        raise UserError(
+            "--multirun starts its processes itself. Start it without torchrun or srun."
+        )
+    for group in ("launcher", "sweep"):
+        check_group(config, group)
+    lock = frozen.taken_over(os.environ)
+    if lock is None:
+        named = Path(config.hydra.sweep.dir)
+        lock = frozen.claim(
+            None if named.resolve() == Path.cwd() else named,
+            str(config.name),
+            same_sweep(config),
+            str(config.resume),
+        )
+        warm = not config.launcher.get("fresh_processes", True)
+        frozen.become(frozen.freeze(lock.folder), lock, sys.argv[1:], warm=warm)
+    with lock, console():
+        try:
+            code = _run(loader, config, list(arguments), lock.folder)
+        except UserError:
+            leave_nothing(lock.folder)
+            raise
+    raise SystemExit(code)
+
+
+def same_sweep(config: DictConfig) -> list[str]:
+    """The overrides by which a command is known to mean this sweep."""
+    return [
+        override
+        for override in plan.overrides_of(config)
+        if key_of(override) not in BESIDE and key_of(override).split(".")[0] != "launcher"
+    ]
+
+
+def leave_nothing(folder: Path) -> None:
+    """Remove a sweep's folder in which no job was planned yet, and what was made for it."""
+    if (folder / state.FILE).exists():
+        return
+    shutil.rmtree(folder / state.CODE, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        records.remove_unused(folder)
+        for parent in folder.absolute().parents:
+            if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
+                break
+            parent.rmdir()
+
+
+def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder: Path) -> int:
+    values = plain(OmegaConf.masked_copy(config, ["name", "launcher", "sweep"]))
+    options: Options = instantiate(values["sweep"])
+    composer = plan.Composer(loader, config, folder)
+    sweep = Sweep(
+        folder=folder,
+        options=options,
+        launcher=values["launcher"],
+        facts={"name": values["name"], "overrides": same_sweep(config), "complete": False},
+    )
+    if "_target_" not in sweep.launcher:
+        sweep.context = process.context_of(fresh=sweep.launcher["fresh_processes"])
+    if isinstance(options, Search):
+        return search(sweep, composer, options, arguments)
+    wanted = list(plan.combinations(loader, options, arguments))
+    known = state.entries(folder)
+    jobs = sweep.prepared(plan.numbered(composer, wanted, known))
+    numbers = {one.number for one in jobs}
+    entries = [*(one for one in known if one.number not in numbers), *(o.entry for o in jobs)]
+    sweep.write(sorted(entries, key=lambda entry: entry.number))
+    todo = [one for one in jobs if is_to_be_run(folder, one, retry=options.retry_failed)]
+    if "_target_" in sweep.launcher:
+        return submit(sweep, jobs, todo)
+    introduce(folder, f"{len(jobs)} jobs", len(jobs) - len(todo), sweep.at_once, jobs)
+    show = Show(folder, len(jobs), len(jobs) - len(todo), sweep.at_once)
+    place = local.Local(folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus))
+    queue = schedule.Queue(todo)
+    return conclude(sweep, schedule.run(folder, queue, place, show, fail_fast=options.fail_fast))
+
+
+@dataclass
+class Sweep:
+    """What all parts of a sweep look at."""
+
+    folder: Path
+    options: Options
+    launcher: dict[str, Any]
+    facts: dict[str, Any]
+    context: Any = None  # of multiprocessing
+    gpus: list[str] = field(default_factory=gpus.visible)
+    at_once: int = 1
+    shares: int = 1  # among so many the cores are divided: bits depend on it, so it never changes
+
+    def prepared(self, planned: Sequence[Planned]) -> list[Planned]:
+        """The jobs as they are run here, beside each other."""
+        trainers = [one.job.config["trainer"] for one in planned]
+        if "_target_" in self.launcher:
+            return [self.prepare(one) for one in planned]
+        self.at_once = local.jobs_at_once(self.launcher["jobs"], trainers, len(self.gpus))
+        self.shares = state.read(self.folder).get("shares", self.at_once)
+        return [self.prepare(one) for one in planned]
+
+    def prepare(self, planned: Planned) -> Planned:
+        planned = plan.in_group(planned, self.folder.name)
+        job = dataclasses.replace(planned.job, draws=self.options.pictures == "all")
+        planned = dataclasses.replace(planned, job=job)
+        if "_target_" in self.launcher:
+            return planned
+        threads = local.threads_of(planned.job.config["trainer"], self.shares)
+        return plan.with_threads(planned, threads)
+
+    def write(self, entries: Sequence[state.Entry]) -> None:
+        """From here on the folder is a sweep's."""
+        state.write(self.folder, entries, **self.facts, shares=self.shares)
+        records.link_latest(self.folder, Path("outputs", self.facts["name"]))
+
+
+def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Sequence[str]) -> int:
+    """A sweep whose jobs Optuna proposes."""
+    from regrow.sweep import search as by_optuna  # half a second of imports
+
+    folder = sweep.folder
+    space = by_optuna.space_of(composer, options, arguments)
+    likely = by_optuna.representative(composer, space)
+    metrics, directions = by_optuna.objectives(options, likely.job.config["trainer"])
+    total = options.n_trials
+    if options.sampler == "grid":
+        total = min(total, len(space.combinations()))
+    sweep.prepared([likely])
+    place: schedule.Place = local.Local(
+        folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus)
+    )
+    if "_target_" in sweep.launcher:
+        place = cluster.Cluster(folder, slurm_options(sweep, [likely]))
+        sweep.at_once = place.at_once
+    study = by_optuna.open_study(folder, options, directions)
+    sweep.write(state.entries(folder))
+    trials = by_optuna.Trials(composer, options, space, metrics, sweep.prepare, study, total)
+    trials.take_up()
+    done = sum(state.state_of(folder, one)[0] in state.ENDED for one in state.entries(folder))
+    introduce(folder, f"{total} trials", done, sweep.at_once, [sweep.prepare(likely)])
+    show = Show(folder, total, done, sweep.at_once)
+    stop = schedule.run(folder, trials, place, show, fail_fast=options.fail_fast)
+    code = conclude(sweep, stop)
+    if len(metrics) > 1:
+        log.info("no trial beats these in all of %s:", ", ".join(metrics))
+        for one in study.best_trials:
+            log.info("  job %d: %s", one.number, "  ".join(f"{v:.5g}" for v in one.values))
+    return code
+
+
+def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
+    """What Slurm is asked for. Raises UserError for what it would refuse."""
+    options: slurm.SlurmOptions = instantiate(sweep.launcher)
+    for one in jobs:
+        slurm.check(options, one.job.config["trainer"])
+    return options
+
+
+def submit(sweep: Sweep, jobs: Sequence[Planned], todo: Sequence[Planned]) -> int:
+    """Give what is to be run to Slurm, as one array, and leave. Its last job writes the table."""
+    folder = sweep.folder
+    options = slurm_options(sweep, todo)
+    queued = cluster.queued(folder, [one.number for one in todo])
+    todo = [one for one in todo if one.number not in queued]
+    by_number = {one.number: one.job for one in todo}
+    given = {}
+    if by_number:
+        given = slurm.submit_array(by_number, options, folder, sweep.facts["name"])
+    for number, name in given.items():
+        state.note(folder, number, "queued", slurm=name)
+    where = os.path.relpath(folder)
+    if queued:
+        log.info("%d jobs are queued or running already", len(queued))
+    if given:
+        array = next(iter(given.values())).partition("_")[0]
+        log.info("submitted to Slurm: %d jobs, to be stopped with scancel %s", len(given), array)
+    log.info("folder: %s", where)
+    log.info("how it stands: python scripts/report.py %s", where)
+    return 0
+
+
+def is_to_be_run(folder: Path, planned: Planned, *, retry: bool) -> bool:
+    its, _ = state.state_of(folder, planned.entry)
+    return its not in state.ENDED or (its == "failed" and retry)
+
+
+def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[Planned]) -> None:
+    """What is about to run, and how to go on with it should it be cut."""
+    threads = {one.job.config["trainer"]["num_threads"] for one in jobs}
+    count = threads.pop() if len(threads) == 1 else None
+    each = f", each process with {count} thread{'s'[: count > 1]}" if count else ""
+    log.info("sweep: %s%s, %d at once%s", what, f", {done} done" if done else "", at_once, each)
+    where = os.path.relpath(folder)
+    log.info("folder: %s", where)
+    log.info("if it is cut, go on with: python scripts/train.py -m resume=%s", where)
+
+
+def conclude(sweep: Sweep, stop: schedule.Stop) -> int:
+    """Write and show the results; the exit code."""
+    folder = sweep.folder
+    found = results.write_table(folder)
+    states = [row.state for row in found.rows]
+    complete = bool(states) and all(its in state.GOOD for its in states)
+    state.write(folder, state.entries(folder), complete=complete)
+    for line in results.summary_of(folder, found):
+        log.info("%s", line)
+    results.write_page(folder, found, sweep.options.pictures)
+    where = os.path.relpath(folder)
+    if stop.signals:
+        log.warning("stopped. Go on with: python scripts/train.py -m resume=%s", where)
+        return 128 + stop.signals[0]
+    if "failed" in states:
+        again = f"python scripts/train.py -m resume={where} sweep.retry_failed=true"
+        log.warning("%d of %d jobs failed. Again: %s", states.count("failed"), len(states), again)
+    return 0 if complete else 1

@@ -1,0 +1,109 @@
+"""The jobs of a sweep, from the first to the last: what is started when, and what is noted."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from regrow.sweep import state
+from regrow.sweep.local import Ended
+from regrow.sweep.plan import Planned
+from regrow.sweep.show import Show
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Source(Protocol):
+    """Where jobs come from."""
+
+    def next(self) -> Planned | None:
+        """The next job; None where there is none, or none before others have ended."""
+
+    def ended(self, planned: Planned, state: str) -> None: ...
+
+
+class Place(Protocol):
+    """Where jobs run."""
+
+    @property
+    def running(self) -> list[Planned]: ...
+    def start(self, planned: Planned) -> bool: ...
+    def ended(self, seconds: float) -> list[Ended]: ...
+    def send(self, number: int) -> None: ...
+
+
+@dataclass
+class Queue:
+    """The jobs of a finite sweep, in their order."""
+
+    jobs: list[Planned]
+
+    def next(self) -> Planned | None:
+        return self.jobs.pop(0) if self.jobs else None
+
+    def ended(self, planned: Planned, state: str) -> None:
+        pass
+
+
+@dataclass
+class Stop:
+    """A wish to stop: by a signal, or by a failed job where one is enough."""
+
+    place: Place
+    signals: list[int] = field(default_factory=list)
+    failed: bool = False
+
+    @property
+    def wished(self) -> bool:
+        return bool(self.signals) or self.failed
+
+    def note(self, number: int, frame: object = None) -> None:
+        """The first signal lets all jobs save and end, the second ends them."""
+        self.signals.append(number)
+        self.place.send(number if len(self.signals) == 1 else signal.SIGKILL)
+
+    def because_one_failed(self) -> None:
+        if not self.wished:
+            self.failed = True
+            self.place.send(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def noting_signals(stop: Stop) -> Iterator[None]:
+    before = {number: signal.signal(number, stop.note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bool) -> Stop:
+    """Run all jobs to their ends, or until a wish to stop, which is returned."""
+    stop = Stop(place)
+    with noting_signals(stop), show:
+        waiting: Planned | None = None
+        while True:
+            while not stop.wished and (waiting := waiting or source.next()) is not None:
+                if not place.start(waiting):
+                    break
+                show.started(waiting)
+                waiting = None
+            if not place.running and (stop.wished or waiting is None):
+                return stop
+            for ended in place.ended(0.3):
+                entry = ended.planned.entry
+                if ended.state == "failed" and ended.reason:
+                    state.note(folder, entry.number, "failed", ended.reason)
+                elif ended.state == "failed" and not state.noted(folder, entry.number):
+                    _, reason = state.state_of(folder, entry)
+                    state.note(folder, entry.number, "failed", reason or "it ended without a word")
+                source.ended(ended.planned, ended.state)
+                show.ended(ended.planned, ended.state)
+                if ended.state == "failed" and fail_fast:
+                    stop.because_one_failed()
+            show.tick(place.running)

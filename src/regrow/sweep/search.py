@@ -1,0 +1,316 @@
+"""Jobs that Optuna proposes, one as another ends. A trial's number is its job's.
+
+Optuna's study lies in the sweep's folder. What it proposes follows from the sampler's seed and from
+the trials so far, so a search that was cut goes on with the proposals it would have made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import TrialState
+
+from regrow.errors import UserError, did_you_mean
+from regrow.record import folder as records
+from regrow.resume import key_of
+from regrow.sweep import plan, state, trial
+from regrow.sweep.options import Search
+from regrow.sweep.plan import Composer, Planned
+
+log = logging.getLogger("regrow")
+
+OF_THE_RUN = ("parameters", "steps", "seconds")  # what a summary says beside metrics
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search varies, and what it leaves as it was typed."""
+
+    fixed: list[str]
+    varied: dict[str, BaseDistribution]  # by key as typed
+
+    def overrides(self, values: dict[str, Any]) -> tuple[list[str], list[str]]:
+        swept = [f"{key}={values[key]}" for key in self.varied]
+        return [*self.fixed, *swept], swept
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """All points. Raises UserError where there is no end of them."""
+        return [
+            dict(zip(self.varied, values, strict=True))
+            for values in itertools.product(*(points(k, d) for k, d in self.varied.items()))
+        ]
+
+
+def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> Space:
+    """What is to be searched. Raises UserError where that is nothing."""
+    lines = [*plan.lines_of(options.params), *arguments]
+    fixed: dict[str, str] = {}
+    varied: dict[str, BaseDistribution] = {}
+    parser = OverridesParser.create(config_loader=composer.loader)
+    for override in parser.parse_overrides(lines):
+        key = override.get_key_element()
+        fixed.pop(key, None)
+        varied.pop(key, None)  # what comes later wins
+        if override.is_sweep_override():
+            varied[key] = distribution_of(override)
+        else:
+            fixed[key] = str(override.input_line)
+    if not varied:
+        raise UserError(
+            "sweep=optuna: nothing is varied. Give ranges, such as "
+            "'optimizer.lr=tag(log,interval(1e-4,1e-1))', or sweep.params."
+        )
+    return Space([*fixed.values()], varied)
+
+
+def distribution_of(override: Override) -> BaseDistribution:
+    """Optuna's form of Hydra's `interval`, `range`, `choice` or list of values."""
+    value, line = override.value(), override.input_line
+    try:
+        is_log = "log" in getattr(value, "tags", ())
+        if isinstance(value, IntervalSweep):
+            if isinstance(value.start, int) and isinstance(value.end, int):
+                return IntDistribution(value.start, value.end, log=is_log)
+            return FloatDistribution(float(value.start), float(value.end), log=is_log)  # type: ignore[arg-type]
+        if isinstance(value, RangeSweep):
+            numbers = [*value.range()]
+            if not numbers:
+                raise ValueError("it holds no value")
+            if all(isinstance(number, int) for number in numbers):
+                step = 1 if is_log else numbers[1] - numbers[0] if len(numbers) > 1 else 1
+                return IntDistribution(min(numbers), max(numbers), step=abs(int(step)), log=is_log)
+            return CategoricalDistribution([repr(number) for number in numbers])
+        assert isinstance(value, ChoiceSweep) or override.is_discrete_sweep()
+        return CategoricalDistribution([str(each) for each in override.sweep_string_iterator()])
+    except ValueError as error:
+        raise UserError(f"{line}: {' '.join(str(error).split())}") from None
+
+
+def points(key: str, of: BaseDistribution) -> list[Any]:
+    """All values of a distribution. Raises UserError where there is no end of them."""
+    if isinstance(of, CategoricalDistribution):
+        return list(of.choices)
+    if isinstance(of, IntDistribution):
+        return list(range(of.low, of.high + 1, of.step))
+    raise UserError(f"{key}: an interval has no end of values. sweep.sampler=grid takes a choice.")
+
+
+def first_of(of: BaseDistribution) -> Any:
+    """One value, to see whether it would do."""
+    return of.choices[0] if isinstance(of, CategoricalDistribution) else of.low  # type: ignore[attr-defined]
+
+
+@dataclass
+class Trials:
+    """Jobs by what Optuna asks for: a source for `schedule.run`."""
+
+    composer: Composer
+    options: Search
+    space: Space
+    metrics: list[str]
+    prepare: Callable[[Planned], Planned]
+    study: Any
+    total: int
+    _open: list[Planned] = field(default_factory=list)
+    _warned: bool = False
+
+    def next(self) -> Planned | None:
+        """A trial that was cut, or a new one while there are some left."""
+        if self._open:
+            return self._open.pop(0)
+        while True:
+            trials = self.study.get_trials(deepcopy=False)
+            asked = [one for one in trials if one.state != TrialState.WAITING]
+            failures = sum(one.state == TrialState.FAIL for one in trials)
+            if failures >= self.options.max_failures:
+                if not self._warned:
+                    log.warning(
+                        "%d trials failed: the search ends here. sweep.max_failures=%d",
+                        *(failures, self.options.max_failures),
+                    )
+                self._warned = True
+                return None
+            if len(asked) >= self.total:
+                return None
+            self.study.sampler = sampler_of(self.options, len(asked))
+            if self.options.sampler == "grid" and len(asked) == len(trials):
+                self.study.enqueue_trial(self.space.combinations()[len(asked)])
+            asked_for = self.study.ask(self.space.varied)
+            if (planned := self._planned(asked_for.number, asked_for.params)) is not None:
+                return planned
+
+    def take_up(self) -> None:
+        """What an earlier start left: trials whose job has ended are told, others go on."""
+        for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            planned = self._planned(one.number, one.params)
+            if planned is None:
+                continue
+            its, _ = state.state_of(self.composer.folder, planned.entry)
+            if its in state.ENDED:
+                self.ended(planned, its)
+            else:
+                self._open.append(planned)
+
+    def _planned(self, number: int, params: dict[str, Any]) -> Planned | None:
+        """The trial as a job; None for one whose config is wrong, which has failed."""
+        folder = self.composer.folder
+        try:
+            if set(params) != set(self.space.varied):
+                raise UserError("it was proposed for another search space")
+            planned = self.prepare(self.composer.plan(number, *self.space.overrides(params)))
+        except UserError as error:
+            swept = {key.lstrip("+"): str(value) for key, value in params.items()}
+            entry = state.Entry(number, "", swept, str(number))
+            add(folder, entry)
+            state.note(folder, number, "failed", str(error))
+            log.warning("trial %d failed: %s", number, error)
+            self.study.tell(number, state=TrialState.FAIL)
+            return None
+        add(folder, planned.entry)
+        told = {
+            "folder": str(folder.absolute()),
+            "number": number,
+            "metric": self.metrics[0],
+            "pruner": pruner_options(self.options),
+        }
+        job = dataclasses.replace(
+            planned.job, trial=told if self.options.pruner != "none" else None
+        )
+        return dataclasses.replace(planned, job=job)
+
+    def ended(self, planned: Planned, its: str) -> None:
+        """Tell Optuna what came of a trial; one that was cut stays open."""
+        its, _ = state.state_of(self.composer.folder, planned.entry)
+        if its == "pruned":
+            self.study.tell(planned.number, state=TrialState.PRUNED)
+        elif its == "completed":
+            values = values_of(self.composer.folder / planned.entry.folder, self.metrics)
+            failed = any(value is None for value in values)
+            how = TrialState.FAIL if failed else TrialState.COMPLETE
+            self.study.tell(planned.number, None if failed else values, state=how)
+        elif its == "failed":
+            self.study.tell(planned.number, state=TrialState.FAIL)
+
+
+def add(folder: Path, entry: state.Entry) -> None:
+    """List a job in sweep.json, unless it is there."""
+    known = state.entries(folder)
+    if all(one.number != entry.number for one in known):
+        state.write(folder, [*known, entry])
+
+
+def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
+    """What a completed run came to: its best monitored value, what was measured there, or a fact
+    of the run."""
+    summary = records.read_json(run / records.SUMMARY)
+    found: list[float | None] = []
+    for metric in metrics:
+        if metric == summary["best"]["metric"]:
+            found.append(summary["best"]["value"])
+        else:
+            found.append(summary[metric] if metric in OF_THE_RUN else summary["val"].get(metric))
+    return found
+
+
+def objectives(options: Search, trainer: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The metrics and the directions. Raises UserError for those that do not fit."""
+    named = options.metric if options.metric is not None else trainer["monitor"]
+    metrics = [named] if isinstance(named, str) else list(named)
+    for metric in metrics:
+        if not metric.startswith("val/") and metric not in OF_THE_RUN:
+            hint = did_you_mean(f"val/{metric}", OF_THE_RUN)
+            raise UserError(
+                f"sweep.metric={metric} has to be of the validation split, such as val/loss, or "
+                f"one of {', '.join(OF_THE_RUN)}.{hint}"
+            )
+    by_mode = {"max": "maximize", "min": "minimize"}[trainer["mode"]]
+    if options.direction is None:
+        unclear = [m for m in metrics if m != trainer["monitor"] and m not in OF_THE_RUN]
+        if unclear:
+            raise UserError(
+                f"sweep.metric={unclear[0]}: say whether more is better: sweep.direction=maximize."
+            )
+        directions = [by_mode if m == trainer["monitor"] else "minimize" for m in metrics]
+    else:
+        said = options.direction
+        directions = [said] if isinstance(said, str) else list(said)
+    if len(directions) != len(metrics):
+        raise UserError(
+            f"sweep.direction has {len(directions)} and sweep.metric {len(metrics)} values. "
+            "Give as many."
+        )
+    if len(metrics) > 1 and options.pruner != "none":
+        raise UserError(
+            f"sweep.pruner={options.pruner}: Optuna prunes by one metric. Use sweep.pruner=none."
+        )
+    if options.pruner != "none" and metrics[0] in OF_THE_RUN:
+        raise UserError(
+            f"sweep.pruner={options.pruner}: sweep.metric={metrics[0]} is known at the end only."
+        )
+    return metrics, directions
+
+
+def pruner_options(options: Search) -> dict[str, Any]:
+    return {
+        "name": options.pruner,
+        "startup_trials": options.pruner_startup_trials,
+        "warmup_evaluations": options.pruner_warmup_evaluations,
+    }
+
+
+def sampler_of(options: Search, trials: int) -> Any:
+    """Optuna's sampler for the next trial; its seed moves on with the number of those so far, or a
+    search that goes on would propose the same points again."""
+    seed = (options.seed * 1_000_003 + trials) % 2**32
+    if options.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    if options.sampler == "nsgaii":
+        return optuna.samplers.NSGAIISampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)  # of a grid, which is enqueued, never asked
+
+
+def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
+    """The study in the sweep's folder, made or taken up."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=trial.storage_of(folder),
+        study_name=trial.STUDY,
+        directions=list(directions),  # type: ignore[arg-type]
+        load_if_exists=True,
+    )
+    before = [direction.name.lower() for direction in study.directions]
+    if before != list(directions):
+        raise UserError(
+            f"sweep.direction: the search in {folder} has {before}, and {list(directions)} was "
+            "asked for. Use another folder."
+        )
+    return study
+
+
+def front_of(study: Any) -> list[Any]:
+    """The trials that no other beats in every metric."""
+    return [int(one.number) for one in study.best_trials]
+
+
+def representative(composer: Composer, space: Space) -> Planned:
+    """A job of the search, to be checked before anything is written. Raises UserError."""
+    values = {key: first_of(its) for key, its in space.varied.items()}
+    for key in values:
+        if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
+            raise UserError(f"{key} is the sweep's own, and takes one value.")
+    return composer.plan(0, *space.overrides(values))

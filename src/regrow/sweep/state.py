@@ -1,0 +1,116 @@
+"""What a sweep's folder says of its jobs: which there are, and how each of them stands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.record import folder as records
+from regrow.record.redact import redact, redact_all
+from regrow.resume import SWEEP
+
+FILE = SWEEP
+CODE = "code"
+JOBS, LOGS = "jobs", "logs"
+# Whatever is none of these is still to be done.
+GOOD = ("completed", "pruned")
+ENDED = (*GOOD, "failed")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job, as sweep.json lists it."""
+
+    number: int
+    identity: str  # of its config: the same again is the same job
+    swept: dict[str, str]  # what sets it apart, as typed
+    folder: str  # of its run, in the sweep's
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.swept.items()) or "the only job"
+
+
+def identity_of(config: Mapping[str, Any]) -> str:
+    """A hash over a job's config as it was composed."""
+    kept = {key: value for key, value in config.items() if key != "resume"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The content of sweep.json; empty where there is none yet."""
+    with contextlib.suppress(OSError, ValueError):
+        content: dict[str, Any] = records.read_json(folder / FILE)
+        return content
+    return {}
+
+
+def write(folder: Path, entries: Sequence[Entry], **facts: Any) -> None:
+    content = {**read(folder), **facts, "jobs": [asdict(entry) for entry in entries]}
+    records.write_json(folder / FILE, redact_all(content))
+
+
+def entries(folder: Path) -> list[Entry]:
+    return [Entry(**entry) for entry in read(folder).get("jobs", [])]
+
+
+def is_open(folder: Path, overrides: Sequence[str]) -> bool:
+    """Whether a sweep that these overrides began in `folder` has not come to its end."""
+    content = read(folder)
+    return bool(
+        content
+        and content.get("overrides") == [redact(o) for o in overrides]
+        and not content.get("complete")
+    )
+
+
+def note(folder: Path, number: int, state: str, reason: str | None = None, **more: Any) -> None:
+    """Write down of a job what its run's folder cannot say, such as that it was killed."""
+    (folder / JOBS).mkdir(exist_ok=True)
+    reason = None if reason is None else redact(" ".join(reason.split()))
+    records.write_json(folder / JOBS / f"{number}.json", {"state": state, "reason": reason, **more})
+
+
+def forget(folder: Path, number: int) -> None:
+    (folder / JOBS / f"{number}.json").unlink(missing_ok=True)
+
+
+def noted(folder: Path, number: int) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        content: dict[str, Any] = records.read_json(folder / JOBS / f"{number}.json")
+        return content
+    return {}
+
+
+def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
+    """A job's state and, where it has no good end, the reason.
+
+    The state is that of its run (running, completed, interrupted, failed), or `waiting`.
+    """
+    said = noted(folder, entry.number)
+    status = records.load_status(folder / entry.folder) or {}
+    if status.get("state") == "completed":
+        summary = folder / entry.folder / records.SUMMARY
+        with contextlib.suppress(OSError, ValueError):
+            if records.read_json(summary).get("pruned"):
+                return "pruned", None
+        return "completed", None
+    if said.get("state") == "failed":
+        return "failed", said.get("reason") or status.get("error")
+    if status:
+        return str(status["state"]), status.get("error")
+    return str(said.get("state", "waiting")), said.get("reason")
+
+
+def log_of(folder: Path, number: int) -> Path:
+    return folder / LOGS / f"{number}.log"
+
+
+def command_of(overrides: Sequence[str]) -> str:
+    return shlex.join(["python", "scripts/train.py", *overrides])

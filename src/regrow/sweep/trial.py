@@ -1,0 +1,82 @@
+"""A run as a trial of Optuna's search: it reports each evaluation and hears whether to go on."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("regrow")
+
+STORAGE, STUDY = "optuna.log", "sweep"
+
+
+def storage_of(folder: Path) -> Any:
+    """Optuna's journal in the sweep's folder: a file that several machines may append to."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(folder / STORAGE)))
+
+
+def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
+    """Optuna's pruner of that name, or None."""
+    import optuna
+
+    if name == "median":
+        return optuna.pruners.MedianPruner(
+            n_startup_trials=startup_trials,
+            n_warmup_steps=warmup_evaluations,  # a report's step is its evaluation's number
+            n_min_trials=1,
+        )
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource="auto")
+    return None
+
+
+class Reporter:
+    """What the loop tells of its evaluations. Made in the run's own process, on any machine."""
+
+    def __init__(self, folder: str, number: int, metric: str, pruner: Mapping[str, Any]) -> None:
+        self.folder, self.number, self.metric = Path(folder), number, metric
+        self.pruner = dict(pruner)
+        self._trial: Any = None
+
+    def is_over(self, step: int, values: Mapping[str, float]) -> bool:
+        """Report `values` of an evaluation at `step`; whether the pruner ends the trial here.
+
+        The pruner counts evaluations, so that trials of other batch sizes compare.
+        """
+        value = values.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return False
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        trial = self._load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a value that a run reports again after a resume
+            reported = trial.user_attrs.get("evaluations", {})
+            number = reported.setdefault(str(step), len(reported) + 1)
+            trial.set_user_attr("evaluations", reported)
+            trial.report(value, number)
+            over = bool(trial.should_prune())
+        if over:
+            log.info("pruned at step %d: other trials were better by then", step)
+        return over
+
+    def _load(self) -> Any:
+        if self._trial is None:
+            import optuna
+
+            study = optuna.load_study(
+                study_name=STUDY,
+                storage=storage_of(self.folder),
+                pruner=pruner_of(**self.pruner),
+            )
+            (frozen,) = [t for t in study.get_trials(deepcopy=False) if t.number == self.number]
+            self._trial = optuna.trial.Trial(study, frozen._trial_id)
+        return self._trial
