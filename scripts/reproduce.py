@@ -20,7 +20,7 @@ from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact_all
-from regrow.resume import differences, is_foreign, key_of, recorded_overrides
+from regrow.resume import ELSEWHERE, differences, is_foreign, key_of, recorded_overrides
 from regrow.roles import check_roles
 
 OPTIONS = {"run": Option("the folder of a complete run", required=True)}
@@ -121,7 +121,8 @@ def composed(overrides: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), **version_arguments()):
             config = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
-        return plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+        names = [str(key) for key in config if key not in ("hydra", *ELSEWHERE)]
+        return plain(OmegaConf.masked_copy(config, names))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(composition_error(error)) from None
 

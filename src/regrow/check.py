@@ -215,6 +215,7 @@ RULES: dict[str, Rule] = {
     "trainer.checkpoint.keep_last": integer(1),
     "trainer.checkpoint.keep_best": integer(1),
     "trainer.checkpoint.milestones_every_epochs": optional(integer(1)),
+    "sweep.params": optional(Rule("a mapping of keys to values", lambda v: isinstance(v, Mapping))),
     "sweep.pictures": choice("best", "all", "none"),
     "sweep.sets": Rule("a list of sets of overrides", lambda v: isinstance(v, list)),
     "sweep.file": optional(text()),

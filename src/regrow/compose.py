@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from regrow import resume
 from regrow.config import plain
 from regrow.job import Job
+from regrow.resume import ELSEWHERE
 
 
 def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
@@ -27,12 +28,11 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         folder = folder.relative_to(Path.cwd())
     overrides = [o for o in hydra.overrides.task if not resume.is_of_the_launcher(o)]
     kept = [o for o in overrides if resume.key_of(o) != "resume"]
-    elsewhere = ("launcher", "sweep")  # where and beside what a run is made is no part of it
-    choices = {str(g): option for g, option in hydra.runtime.choices.items() if g not in elsewhere}
+    choices = {str(g): option for g, option in hydra.runtime.choices.items() if g not in ELSEWHERE}
     cfg, its_hydra = copy.deepcopy(cfg), cast(DictConfig, copy.deepcopy(hydra))
     OmegaConf.set_struct(cfg, False)
     OmegaConf.set_readonly(its_hydra, False)
-    for group in elsewhere:
+    for group in ELSEWHERE:
         cfg.pop(group, None)
     cfg.pop("hydra", None)
     its_hydra.overrides.task, its_hydra.runtime.choices = overrides, choices

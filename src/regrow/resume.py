@@ -21,6 +21,7 @@ from regrow.roles import check_roles
 log = logging.getLogger(__name__)
 
 SWEEP = "sweep.json"  # of a sweep's folder
+ELSEWHERE = ("launcher", "sweep")  # groups that say where or beside what a run is made
 
 # What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
 # moves the maths beyond float rounding. Everything else has to be named to be changed.
@@ -131,7 +132,7 @@ def is_foreign(override: str) -> bool:
 
 def is_of_the_launcher(override: str) -> bool:
     """Whether an override says where, or beside what, a run is made: no part of the run."""
-    return key_of(override).split(".")[0] in ("launcher", "sweep")
+    return key_of(override).split(".")[0] in ELSEWHERE
 
 
 def recorded_overrides(folder: Path) -> list[str]:

@@ -41,10 +41,12 @@ class Cluster:
     def running(self) -> list[Planned]:
         return [*self._running.values()]
 
+    @property
+    def has_room(self) -> bool:
+        return len(self._running) < self.at_once
+
     def start(self, planned: Planned) -> bool:
-        """Submit the job, if there is room for it and Slurm has it not yet."""
-        if len(self._running) >= self.at_once:
-            return False
+        """Submit the job, unless Slurm has it already."""
         if not queued(self.folder, [planned.number]):
             name = str(planned.job.config["name"])
             jobs = {planned.number: planned.job}

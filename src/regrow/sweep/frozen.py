@@ -36,7 +36,8 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
     Raises UserError for a named folder that holds something else, or is in use.
     """
     if named is not None:
-        held = [path.name for path in named.glob("*") if path.name != state.CODE]
+        # A start that was killed may have left the copy, and names with a dot: lock and leftovers.
+        held = [path.name for path in named.glob("[!.]*") if path.name != state.CODE]
         if held and not (named / state.FILE).is_file():
             raise UserError(
                 f"hydra.sweep.dir={named} holds no sweep, but {held[0]}. Choose another folder."

@@ -74,10 +74,12 @@ class Local:
     def running(self) -> list[Planned]:
         return [planned for planned, _, _ in self._running.values()]
 
+    @property
+    def has_room(self) -> bool:
+        return len(self._running) < self.jobs
+
     def start(self, planned: Planned) -> bool:
-        """Start the job, if there is room for it."""
-        if len(self._running) >= self.jobs:
-            return False
+        """Start the job, if there are GPUs for it."""
         need = gpus_for(planned.job.config["trainer"], len(self.leases.names))
         taken = self.leases.take(need)
         if taken is None:

@@ -10,7 +10,7 @@ from typing import Any
 class Grid:
     """Every combination of values."""
 
-    params: dict[str, Any]
+    params: dict[str, Any] | None
     fail_fast: bool
     retry_failed: bool
     pictures: str
@@ -20,7 +20,7 @@ class Grid:
 class Sets:
     """Sets of overrides that belong together."""
 
-    params: dict[str, Any]
+    params: dict[str, Any] | None
     fail_fast: bool
     retry_failed: bool
     pictures: str
@@ -32,7 +32,7 @@ class Sets:
 class Search:
     """Optuna's search, by its own names where it has one."""
 
-    params: dict[str, Any]
+    params: dict[str, Any] | None
     fail_fast: bool
     retry_failed: bool
     pictures: str

@@ -105,11 +105,11 @@ def combinations(
             yield [*overrides, *each], [*each, *swept]
 
 
-def lines_of(params: Mapping[str, Any]) -> list[str]:
+def lines_of(params: Mapping[str, Any] | None) -> list[str]:
     """`sweep.params` as overrides; a list there is as many values."""
     return [
         f"{key}={','.join(map(_typed, value)) if isinstance(value, list) else _typed(value)}"
-        for key, value in params.items()
+        for key, value in (params or {}).items()
     ]
 
 

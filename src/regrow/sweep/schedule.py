@@ -31,6 +31,8 @@ class Place(Protocol):
 
     @property
     def running(self) -> list[Planned]: ...
+    @property
+    def has_room(self) -> bool: ...
     def start(self, planned: Planned) -> bool: ...
     def ended(self, seconds: float) -> list[Ended]: ...
     def send(self, number: int) -> None: ...
@@ -88,8 +90,9 @@ def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bo
     with noting_signals(stop), show:
         waiting: Planned | None = None
         while True:
-            while not stop.wished and (waiting := waiting or source.next()) is not None:
-                if not place.start(waiting):
+            # Only once there is room: a search knows more the later it is asked.
+            while place.has_room and not stop.wished:
+                if (waiting := waiting or source.next()) is None or not place.start(waiting):
                     break
                 show.started(waiting)
                 waiting = None

@@ -25,7 +25,7 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
-from regrow.errors import UserError, did_you_mean
+from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.resume import key_of
 from regrow.sweep import plan, state, trial
@@ -233,7 +233,7 @@ def objectives(options: Search, trainer: dict[str, Any]) -> tuple[list[str], lis
     metrics = [named] if isinstance(named, str) else list(named)
     for metric in metrics:
         if not metric.startswith("val/") and metric not in OF_THE_RUN:
-            hint = did_you_mean(f"val/{metric}", OF_THE_RUN)
+            hint = f" Did you mean val/{metric}?" if "/" not in metric else ""
             raise UserError(
                 f"sweep.metric={metric} has to be of the validation split, such as val/loss, or "
                 f"one of {', '.join(OF_THE_RUN)}.{hint}"

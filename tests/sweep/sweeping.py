@@ -1,0 +1,96 @@
+"""Sweeps for tests: the real command, in a folder of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from running import TINY
+
+from regrow.config import ROOT
+from regrow.record.folder import read_json
+
+SMALL = tuple(o for o in TINY if not o.startswith("trainer.num_threads"))
+# Long enough to be cut, with a checkpoint every few steps.
+LONG = (*SMALL, "trainer.max_epochs=150", "trainer.eval_every_epochs=50",
+        "trainer.checkpoint.save_every_steps=20", "trainer.log_every_steps=50")  # fmt: skip
+
+
+def command(*arguments: str, root: Path = ROOT) -> list[str]:
+    return [sys.executable, str(root / "scripts" / "train.py"), "-m", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    tests = str(Path(__file__).resolve().parents[1])
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    return {**kept, "PYTHONPATH": tests, **more}
+
+
+def sweep(
+    folder: Path, *arguments: str, root: Path = ROOT, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """A sweep to its end; started in `folder`."""
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        command(*arguments, root=root), cwd=folder, env=environment(**more),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def under_way(folder: Path, *arguments: str, root: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
+    """A sweep that has begun; ended with the block, if it has not by then."""
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        command(*arguments, root=root), cwd=folder, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def until(happened: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+def table(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(sweep: Path) -> dict[str, str]:
+    return {row["job"]: row["weights_sha256"] for row in table(sweep)}
+
+
+def pids_of(sweep: Path) -> list[int]:
+    """The processes of the jobs that are running."""
+    found: list[int] = []
+    for status in sweep.glob("*/status.json"):
+        with contextlib.suppress(ValueError):
+            content = read_json(status)
+            found += content["pids"] if content["state"] == "running" else []
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,205 @@
+"""What happens to a sweep when a job fails, when it is stopped, and when it is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from sweeping import LONG, SMALL, alive, pids_of, sweep, table, under_way, until
+
+from regrow.record.folder import load_status, read_json
+
+FOUR = (*LONG, "seed=0,1,2,3", "launcher.jobs=2", "hydra.sweep.dir=sweep")
+BOMB = """
+import os, signal
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, ends: str):
+        super().__init__()
+        self.layer, self.ends = nn.Linear(6, 3), ends
+
+    def forward(self, inputs):
+        if self.training and self.ends == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.training and self.ends == "raised":
+            raise KeyError("my own mistake")
+        if self.training and self.ends == "memory":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory")
+        endless = self.training and self.ends == "endless"
+        return self.layer(inputs) * (float("nan") if endless else 1)
+"""
+
+
+def bombs(folder: Path) -> tuple[str, ...]:
+    """A model of the user's own whose value `ends` says how it ends."""
+    (folder / "bomb.py").write_text(BOMB)
+    from regrow.config import CONF, read_yaml
+
+    keys = [key for key in read_yaml(CONF / "model" / "mlp.yaml") if key != "_target_"]
+    return ("model._target_=bomb.Net", *(f"~model.{key}" for key in keys))
+
+
+def model_of(folder: Path) -> tuple[str, ...]:
+    return (*bombs(folder), "+model.ends=fine,killed,raised,memory,endless")
+
+
+@pytest.mark.slow
+def test_failures_stay_where_they_are(tmp_path: Path) -> None:
+    arguments = (*SMALL, *model_of(tmp_path), "trainer.max_skipped_steps=2")
+    named = (*arguments, "trainer.precision=fp32", "hydra.sweep.dir=sweep")
+    done = sweep(tmp_path, *named, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[1]}")
+    assert done.returncode == 1, done.stderr
+    rows = {row["model.ends"]: row for row in table(tmp_path / "sweep")}
+    assert {ends: row["status"] for ends, row in rows.items()} == {
+        "fine": "completed", **dict.fromkeys(("killed", "raised", "memory", "endless"), "failed"),
+    }  # fmt: skip
+    assert "killed by SIGKILL" in rows["killed"]["reason"]
+    assert "my own mistake" in rows["raised"]["reason"]
+    assert "memory" in rows["memory"]["reason"]
+    assert "finite" in rows["endless"]["reason"]
+    for row in rows.values():
+        assert (tmp_path / "sweep" / row["log"]).is_file()
+    assert "my own mistake" in (tmp_path / "sweep" / rows["raised"]["log"]).read_text()
+    assert "4 of 5 jobs failed" in done.stderr and "sweep.retry_failed=true" in done.stderr
+    # The same again leaves them alone; asked to, it tries them again, mended.
+    path = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    again = sweep(tmp_path, *named, **path)
+    assert again.returncode == 1 and "started" not in again.stdout
+    (tmp_path / "bomb.py").write_text(BOMB.replace("self.training and", "False and"))
+    mended = sweep(tmp_path, *named, "sweep.retry_failed=true", **path)
+    assert mended.returncode == 0, mended.stderr
+    assert {row["status"] for row in table(tmp_path / "sweep")} == {"completed"}
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_job_finds_is_recorded(tmp_path: Path) -> None:
+    arguments = ("trainer.monitor=val/accuracy,val/nothing", "hydra.sweep.dir=sweep")
+    done = sweep(tmp_path, *SMALL, *arguments)
+    assert done.returncode == 1
+    good, bad = table(tmp_path / "sweep")
+    assert good["status"] == "completed" and bad["status"] == "failed"
+    assert bad["reason"].startswith("trainer.monitor=val/nothing is not measured")
+    assert not (tmp_path / "sweep" / "1").exists()  # as of a run by itself, nothing is left
+
+
+@pytest.mark.slow
+def test_fail_fast_stops_the_others(tmp_path: Path) -> None:
+    arguments = (*LONG, "trainer.monitor=val/nothing,val/accuracy", "seed=0,1", "launcher.jobs=2")
+    quick = ("sweep.fail_fast=true", "trainer.max_epochs=5000", "hydra.sweep.dir=sweep")
+    done = sweep(tmp_path, *arguments, *quick)
+    assert done.returncode == 1
+    states = [row["status"] for row in table(tmp_path / "sweep")]
+    assert "failed" in states and "completed" not in states
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("untouched")
+    done = sweep(folder, *FOUR)
+    assert done.returncode == 0, done.stderr
+    return table(folder / "sweep")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_lets_all_jobs_save_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, untouched: list[dict[str, str]]
+) -> None:
+    folder = tmp_path / "sweep"
+    with under_way(tmp_path, *FOUR) as process:
+        until(lambda: len([*folder.glob("*/checkpoints/last")]) >= 2)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, said
+    assert f"-m resume={folder.name}" in said
+    states = [row["status"] for row in table(folder)]
+    assert states.count("interrupted") >= 1 and set(states) <= {
+        "interrupted", "waiting", "completed"
+    }  # fmt: skip
+    assert sweep(tmp_path, *FOUR).returncode == 0
+    assert table(folder) == untouched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_sweep_takes_its_jobs_with_it_and_grows_back(
+    seed: int, tmp_path: Path, untouched: list[dict[str, str]]
+) -> None:
+    """SIGKILL of the parent at random instants, several times in a row."""
+    instants = random.Random(seed)
+    folder = tmp_path / "sweep"
+    for _ in range(3):
+        with under_way(tmp_path, *FOUR) as process:
+            time.sleep(instants.uniform(0.3, 8))
+            if process.poll() is not None:
+                break
+            pids = pids_of(folder)
+            process.kill()
+            process.wait()
+            until(lambda pids=pids: not any(alive(pid) for pid in pids), seconds=10)
+    assert sweep(tmp_path, *FOUR).returncode == 0
+    assert table(folder) == untouched
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_the_ranks_of_its_jobs_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    ranks = ("trainer=ddp", "trainer.devices=2", "launcher.jobs=2", "seed=0,1")
+    with under_way(tmp_path, *LONG, *ranks, "hydra.sweep.dir=sweep") as process:
+        until(lambda: len(pids_of(folder)) == 4)
+        pids = pids_of(folder)
+        assert all(alive(pid) for pid in pids)
+        process.kill()
+        process.wait()
+        until(lambda: not any(alive(pid) for pid in pids), seconds=10)
+
+
+@pytest.mark.slow
+def test_two_cannot_go_on_with_one_sweep(tmp_path: Path) -> None:
+    with under_way(tmp_path, *FOUR) as process:
+        until((tmp_path / "sweep" / "0" / "status.json").exists)
+        second = sweep(tmp_path, *FOUR)
+        assert second.returncode == 2 and "is in use by process" in second.stderr
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> None:
+    arguments = [o for o in FOUR if not o.startswith("hydra.")]
+    sweeps = tmp_path / "outputs" / "synthetic" / "sweeps"
+    with under_way(tmp_path, *arguments) as process:
+        until(lambda: [*sweeps.glob("*/*/checkpoints/last")])
+        process.kill()
+        process.wait()
+    (first,) = [path for path in sweeps.iterdir() if not path.is_symlink()]
+    assert sweep(tmp_path, *arguments).returncode == 0
+    assert [path for path in sweeps.iterdir() if not path.is_symlink()] == [first]
+    assert {row["status"] for row in table(first)} == {"completed"}
+    # A sweep that is complete is not taken up: the next is a new one.
+    other = [o for o in arguments if not o.startswith("trainer.max_epochs=150")]
+    assert sweep(tmp_path, *other, "trainer.max_epochs=1").returncode == 0
+    assert len([path for path in sweeps.iterdir() if not path.is_symlink()]) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_server_ends_its_jobs_and_is_said(tmp_path: Path) -> None:
+    """The process that jobs are forked from, killed alone: none of them goes on unwatched."""
+    folder = tmp_path / "sweep"
+    with under_way(tmp_path, *FOUR, "sweep.fail_fast=true") as process:
+        until(lambda: len(pids_of(folder)) == 2)
+        pids = pids_of(folder)
+        status = Path(f"/proc/{pids[0]}/status").read_text()
+        (server,) = [int(x.split()[1]) for x in status.splitlines() if x.startswith("PPid:")]
+        assert server != process.pid
+        os.kill(server, signal.SIGKILL)
+        until(lambda: not any(alive(pid) for pid in pids), seconds=10)
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "failed" in {row["status"] for row in table(folder)}
+    assert load_status(folder / "0") is not None and read_json(folder / "sweep.json")["jobs"]
