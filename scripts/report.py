@@ -1,8 +1,8 @@
-"""Write the page of a run, or one page of several side by side.
+"""Write the page of a run, or one page and one table of several, with each setting over its seeds.
 
 python scripts/report.py outputs/digits/latest               writes report.html in the run's folder
-python scripts/report.py outputs/digits/a outputs/digits/b   writes outputs/digits/comparison.html
-python scripts/report.py outputs/digits/sweeps/latest        writes comparison.html in that folder
+python scripts/report.py outputs/digits/a outputs/digits/b   writes comparison.html, .csv beside them
+python scripts/report.py outputs/digits/sweeps/latest        writes sweep.html, results.csv in there
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.errors import UserError
-from regrow.record import report
+from regrow.record import comparison, report
+from regrow.resume import SWEEP
+from regrow.sweep import results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make(folders: list[Path], output: Path | None) -> Path:
     """The page of the runs in `folders`; raises UserError where there is none."""
+    if len(folders) == 1 and (folders[0] / SWEEP).is_file():
+        return of_sweep(folders[0], output)
     runs: dict[Path, None] = {}  # resolved: `latest` and the run it names are one
     without = []
     for folder in folders:
@@ -59,7 +63,19 @@ def make(folders: list[Path], output: Path | None) -> Path:
         if Path.cwd().is_relative_to(common):  # they have nothing in common
             common = Path()
         output = Path(os.path.relpath(common)) / "comparison.html"
-    return report.compare(list(runs), output)
+    found = comparison.compare(comparison.rows_of([report.load(run) for run in runs]))
+    for line in comparison.as_text(*comparison.table_of(found)) if found.settings else ():
+        print(line)
+    comparison.write_csv(found.rows, output.with_suffix(".csv"))
+    return comparison.write_page(found, output)
+
+
+def of_sweep(folder: Path, output: Path | None) -> Path:
+    """How a sweep stands, also while it runs."""
+    found = results.write_table(folder)
+    for line in results.summary_of(folder, found):
+        print(line)
+    return results.write_page(folder, found, output=output)
 
 
 if __name__ == "__main__":

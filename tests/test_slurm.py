@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -290,19 +291,43 @@ def test_without_restarts_a_killed_task_ends_the_job(
     assert status["state"] in ("failed", "running"), status  # running, and no lock: interrupted
 
 
+def sweep(cluster: dict[str, str], cwd: Path, *arguments: str) -> Any:
+    command = [sys.executable, str(TRAIN), "-m", *TINY, "trainer.device=cpu", *arguments]
+    return subprocess.run(
+        [*command, "launcher=slurm", *HERE, "hydra.sweep.dir=sweep"],
+        cwd=cwd, env=cluster, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
 @needs_slurm
-def test_a_sweep_submits_each_of_its_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
-    arguments = (*TINY, "trainer.device=cpu", "launcher=slurm", *HERE, "seed=1,2")
-    command = [sys.executable, str(TRAIN), "-m", *arguments, "hydra.sweep.dir=sweep"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=120
-    )
+def test_a_sweep_is_submitted_as_one_array(cluster: dict[str, str], tmp_path: Path) -> None:
+    wrong = "trainer.monitor=val/loss,val/nothing"  # found in the job, not before
+    done = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min", "launcher.jobs=1")
     assert done.returncode == 0, done.stderr
-    assert len(jobs(cluster)) == 2
+    assert "submitted to Slurm: 4 jobs" in done.stdout
+    assert len({name.partition("_")[0] for name in jobs(cluster)}) == 1
+    again = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min", "launcher.jobs=1")
+    assert again.returncode == 0 and "are queued or running already" in again.stdout, again.stderr
     until_done(cluster, tmp_path)
-    for number in ("0", "1"):
+    with (tmp_path / "sweep" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["trainer.monitor"], row["status"]) for row in rows] == [
+        ("val/loss", "completed"), ("val/nothing", "failed"),
+    ] * 2  # fmt: skip
+    assert rows[1]["reason"].startswith("trainer.monitor=val/nothing is not measured")
+    assert (tmp_path / "sweep" / "sweep.html").is_file()
+    assert rows[0]["weights_sha256"] != rows[2]["weights_sha256"]
+
+
+@needs_slurm
+def test_a_search_gives_its_trials_to_slurm(cluster: dict[str, str], tmp_path: Path) -> None:
+    space = ("sweep=optuna", "sweep.n_trials=3", "optimizer.lr=interval(0.001,0.1)")
+    done = sweep(cluster, tmp_path, *space, "launcher.jobs=2")
+    assert done.returncode == 0, done.stderr + done.stdout
+    for number in ("0", "1", "2"):
         folder = tmp_path / "sweep" / number
         assert read_json(folder / "summary.json")["status"] == "completed"
+    assert not jobs(cluster)
 
 
 OPTIONS = SlurmOptions(

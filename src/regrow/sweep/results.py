@@ -49,12 +49,14 @@ def write_table(folder: Path) -> Comparison:
     return found
 
 
-def write_page(folder: Path, found: Comparison, pictures: str = "none") -> None:
-    """(Re)write sweep.html, and with pictures="best" those of the best job before."""
+def write_page(
+    folder: Path, found: Comparison, pictures: str = "none", output: Path | None = None
+) -> Path:
+    """(Re)write sweep.html, and with pictures="best" those of the best job before; its path."""
     if found.best is not None and pictures == "best":
         draw(folder / found.best.folder)
     title = f"{state.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
-    comparison.write_page(found, folder / PAGE, title)
+    return comparison.write_page(found, output or folder / PAGE, title)
 
 
 def draw(run: Path) -> None:
