@@ -1,7 +1,7 @@
 """Write the page of a run, or one page and one table of several, with each setting over its seeds.
 
 python scripts/report.py outputs/digits/latest               writes report.html in the run's folder
-python scripts/report.py outputs/digits/a outputs/digits/b   writes comparison.html, .csv beside them
+python scripts/report.py outputs/digits/a outputs/digits/b   writes comparison.html and .csv there
 python scripts/report.py outputs/digits/sweeps/latest        writes sweep.html, results.csv in there
 """
 
