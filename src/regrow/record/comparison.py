@@ -150,12 +150,15 @@ def interval(of: Estimate | Difference | None) -> str:
 
 
 def verdict(setting: Setting, is_best: bool) -> str:
-    """Whether the seeds tell the setting apart from the best one."""
+    """Whether the seeds tell the setting apart from the best one: "worse" if they do even though
+    several are compared, "probably worse" if they would were it the only one."""
     if is_best:
         return "best"
     if setting.from_best is None:
         return UNKNOWN
-    return "worse" if setting.from_best.is_larger_than_noise else "within the noise"
+    if setting.from_best.adjusted_p < 1 - LEVEL:
+        return "worse"
+    return "probably worse" if setting.from_best.p < 1 - LEVEL else "within the noise"
 
 
 def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEVEL = 0.95
 
@@ -29,12 +29,9 @@ class Difference:
     mean: float
     low: float  # of the confidence interval
     high: float
-    p: float  # two-sided, by Student's t, adjusted for the number of comparisons after Holm (1979)
+    p: float  # two-sided, by Student's t, as the interval
+    adjusted_p: float  # for the number of comparisons, after Holm (1979)
     paired: bool  # over the same seeds, seed by seed; else after Welch (1947)
-
-    @property
-    def is_larger_than_noise(self) -> bool:
-        return self.p < 1 - LEVEL
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -57,7 +54,7 @@ def differences(
     raw = [_difference(best, other) for other in others]
     adjusted = _holm([None if one is None else one.p for one in raw])
     return [
-        None if one is None or p is None else Difference(one.mean, one.low, one.high, p, one.paired)
+        None if one is None or p is None else replace(one, adjusted_p=p)
         for one, p in zip(raw, adjusted, strict=True)
     ]
 
@@ -79,9 +76,10 @@ def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> D
         return None
     if error == 0 or not math.isfinite(error):
         p = 1.0 if mean == 0 or not math.isfinite(error) else 0.0
-        return Difference(mean, mean, mean, p, paired)
+        return Difference(mean, mean, mean, p, p, paired)
     reach = _t_quantile(freedom) * error
-    return Difference(mean, mean - reach, mean + reach, _p_value(mean / error, freedom), paired)
+    p = _p_value(mean / error, freedom)
+    return Difference(mean, mean - reach, mean + reach, p, p, paired)
 
 
 def _holm(values: Sequence[float | None]) -> list[float | None]:

@@ -46,17 +46,18 @@ class Planned:
 def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     """Every combination of the values in `lines`, each as all its overrides and the swept ones."""
     options: dict[str, list[str]] = {}
-    swept: list[str] = []
+    swept: dict[str, None] = {}
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(lines)):
         key, line = override.get_key_element(), override.input_line
-        options[key] = [str(line)]
+        options[key] = [str(line)]  # what comes later wins
+        swept.pop(key, None)
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
                 raise UserError(f"{line}: an interval has no end of values. Use sweep=optuna.")
             if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
                 raise UserError(f"{line}: {key} is the sweep's own, and takes one value.")
             options[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            swept.append(key)
+            swept[key] = None
     keys = [*options]
     return [
         (list(values), [values[keys.index(key)] for key in swept])

@@ -1,0 +1,76 @@
+"""Runs side by side: what a setting came to over its seeds, and which was the best."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from regrow.record import comparison
+from regrow.record.comparison import Row
+from regrow.record.report import Run
+
+
+def row(number: int, swept: dict[str, str], value: float | None, mode: str = "max") -> Row:
+    best = {"metric": "val/accuracy", "value": value, "step": 1}
+    summary: dict[str, Any] = {
+        "best": best, "val": {"val/accuracy": value, "val/f1/zero": 0.5},
+        "test": {"test/accuracy": 0.5}, "weights_sha256": f"{number}" * 8,
+    }  # fmt: skip
+    state = "failed" if value is None else "completed"
+    run = Run(
+        folder=Path(f"{number}"), name="x", status={"state": state}, summary=summary, manifest={},
+        config={"trainer": {"mode": mode}}, overrides=[], lines=[],
+    )  # fmt: skip
+    reason = None if value is not None else "it broke"
+    return Row(f"{number}", state, swept, swept.get("seed"), run, f"{number}", reason, "logs/x")
+
+
+def grid(values: dict[str, list[float | None]], mode: str = "max") -> list[Row]:
+    jobs = [(lr, seed, v) for lr, its in values.items() for seed, v in enumerate(its)]
+    return [row(i, {"lr": lr, "seed": f"{seed}"}, v, mode) for i, (lr, seed, v) in enumerate(jobs)]
+
+
+def test_settings_are_ordered_by_their_mean_and_told_apart() -> None:
+    found = comparison.compare(
+        grid({"1": [0.50, 0.51, 0.49], "2": [0.90, 0.91, 0.89], "3": [0.92, 0.88, 0.91]})
+    )
+    assert [setting.label for setting in found.settings] == ["lr=3", "lr=2", "lr=1"]
+    header, rows = comparison.table_of(found)
+    assert header[-1] == "verdict"
+    assert [cells[-1] for cells in rows] == ["best", "within the noise", "worse"]
+    assert rows[1][header.index("n")] == "3" and " ± " in rows[1][header.index("val/accuracy")]
+    assert found.best is not None and found.best.swept == {"lr": "3", "seed": "0"}
+
+
+def test_less_is_better_where_the_mode_says_so() -> None:
+    found = comparison.compare(grid({"1": [0.5, 0.4], "2": [0.9, 0.8]}, mode="min"))
+    assert [setting.label for setting in found.settings] == ["lr=1", "lr=2"]
+    assert found.best is not None and found.best.best == 0.4
+
+
+def test_one_seed_each_claims_nothing() -> None:
+    header, rows = comparison.table_of(comparison.compare(grid({"1": [0.5], "2": [0.9]})))
+    assert header == ["setting", "n", "val/accuracy", "test/accuracy"]
+    assert [cells[0] for cells in rows] == ["lr=2", "lr=1"]
+
+
+def test_what_failed_is_in_the_table_and_in_no_mean(tmp_path: Path) -> None:
+    rows = grid({"1": [0.5, None], "2": [0.9, 0.8]})
+    found = comparison.compare(rows)
+    assert [setting.monitored.count for setting in found.settings] == [2, 1]
+    comparison.write_csv(rows, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [*written[0]] == [
+        "job", "status", "lr", "seed", "val/accuracy", "test/accuracy", "weights_sha256",
+        "folder", "reason", "log",
+    ]  # fmt: skip
+    assert [line["status"] for line in written] == ["completed", "failed", "completed", "completed"]
+    assert written[1]["reason"] == "it broke" and written[1]["weights_sha256"] == ""
+
+
+def test_nothing_is_compared_where_nothing_came_out() -> None:
+    found = comparison.compare(grid({"1": [None]}))
+    assert found.settings == [] and found.best is None
+    assert comparison.compare([]).rows == []

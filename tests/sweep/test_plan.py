@@ -1,0 +1,137 @@
+"""Which jobs there are, what each takes of the machine, and how a search space is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from regrow.errors import UserError
+from regrow.record.folder import Lock, create
+from regrow.sweep import frozen, gpus, local, plan, search, state
+
+LOADER: Any = None  # Hydra's parser needs one for glob(…) alone
+
+
+def test_a_grid_is_every_combination_in_the_order_of_the_command() -> None:
+    jobs = plan.grid(LOADER, ["a=1,2", "b=x", "+c=choice([1,2],'a b')", "~d"])
+    assert [swept for _, swept in jobs] == [
+        ["a=1", "+c=[1,2]"], ["a=1", r"+c=a\ b"], ["a=2", "+c=[1,2]"], ["a=2", r"+c=a\ b"],
+    ]  # fmt: skip
+    assert jobs[0][0] == ["a=1", "b=x", "+c=[1,2]", "~d"]
+
+
+def test_what_comes_later_wins() -> None:
+    assert [swept for _, swept in plan.grid(LOADER, ["a=1,2", "a=3,4"])] == [["a=3"], ["a=4"]]
+    assert plan.grid(LOADER, ["a=1,2", "a=3"]) == [(["a=3"], [])]
+
+
+def test_values_of_yaml_are_typed_as_one_types_them() -> None:
+    params = {"a": [0.1, None, True, "x"], "b": "1,2", "c": [[8], [8, 8]], "d": 3}
+    assert plan.lines_of(params) == ["a=0.1,null,true,x", "b=1,2", "c=[8],[8, 8]", "d=3"]
+    assert plan.lines_of(None) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("interval(0.1,1)", FloatDistribution(0.1, 1.0)),
+        ("tag(log,interval(1e-4,1e-1))", FloatDistribution(1e-4, 1e-1, log=True)),
+        ("int(interval(1,9))", IntDistribution(1, 9)),
+        ("tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
+        ("range(2,9)", IntDistribution(2, 8)),
+        ("range(8,33,8)", IntDistribution(8, 32, step=8)),
+        ("range(0,1,step=0.5)", CategoricalDistribution(["0.0", "0.5"])),
+        ("choice(adam,[8,8])", CategoricalDistribution(["adam", "[8,8]"])),
+        ("1,2", CategoricalDistribution(["1", "2"])),
+    ],
+)
+def test_hydras_ranges_are_optunas_distributions(text: str, expected: Any) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"a={text}"])
+    assert search.distribution_of(override) == expected
+
+
+@pytest.mark.parametrize("text", ["interval(1,0)", "tag(log,interval(0,1))", "range(3,1)"])
+def test_an_impossible_range_is_one_line(text: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"a={text}"])
+    with pytest.raises(UserError, match=r"^a="):
+        search.distribution_of(override)
+
+
+def trainer(device: str = "cpu", devices: int | str = 1) -> dict[str, Any]:
+    return {"device": device, "devices": devices}
+
+
+def test_jobs_share_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 16)
+    assert local.jobs_at_once("auto", [trainer()], 0) == 8
+    assert local.jobs_at_once("auto", [trainer(devices=4)], 0) == 4
+    assert local.jobs_at_once("auto", [trainer("cuda")], 4) == 4
+    assert local.jobs_at_once("auto", [trainer("auto", 2), trainer("auto")], 4) == 2
+    assert local.jobs_at_once("auto", [trainer("cuda", "auto")], 4) == 1
+    assert local.jobs_at_once("auto", [trainer("cpu")], 4) == 8
+    assert local.jobs_at_once(3, [trainer("cuda")], 4) == 3
+    assert local.threads_of(trainer(), 8) == 2
+    assert local.threads_of(trainer(devices=4), 8) == 1
+
+
+def test_a_gpu_is_lent_once_also_to_another_sweep(tmp_path: Path) -> None:
+    mine, yours = (gpus.Leases(["0", "1", "2"], tmp_path / "locks") for _ in range(2))
+    assert mine.take(2) == ["0", "1"]
+    assert yours.take(2) is None  # and the one that it could have had is free again
+    assert yours.take(1) == ["2"] and mine.take(1) is None
+    mine.give_back(["0"])
+    assert yours.take(1) == ["0"]
+    assert mine.take(0) == []
+
+
+def test_the_gpus_are_those_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert gpus.visible() == []
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+    assert gpus.visible() == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    assert gpus.visible() == ["2", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus.visible() == []
+
+
+def test_a_sweep_is_taken_up_by_the_command_that_began_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = create(Path("outputs"), "digits/sweeps")
+    state.write(folder, [], overrides=["seed=0,1"], complete=False)
+
+    def claimed(overrides: list[str], resume: str = "auto") -> Path:
+        with frozen.claim(None, "digits", overrides, resume) as lock:
+            return lock.folder
+
+    assert claimed(["seed=0,1"]) == folder
+    assert claimed(["seed=0,2"]) != folder
+    assert claimed(["seed=0,1"], "never") != folder
+    with Lock(folder):
+        assert claimed(["seed=0,1"]) != folder
+    state.write(folder, [], complete=True)
+    assert claimed(["seed=0,1"]) != folder
+
+
+def test_a_job_that_was_killed_is_told_from_one_that_was_cut(tmp_path: Path) -> None:
+    entry = state.Entry(3, "x", {"seed": "1"}, "3")
+    assert state.state_of(tmp_path, entry) == ("waiting", None)
+    state.note(tmp_path, 3, "failed", "killed\nby SIGKILL token=abcdefgh123")
+    assert state.state_of(tmp_path, entry) == ("failed", "killed by SIGKILL token=***")
+    state.forget(tmp_path, 3)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "status.json").write_text('{"state": "running", "error": null}')
+    assert state.state_of(tmp_path, entry)[0] == "interrupted"
