@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import checkpoint, processes, start, step
+from benchmarks import checkpoint, processes, start, step, sweep
 from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[], Table]] = {
     "processes": processes.measure,
     "checkpoint": checkpoint.measure,
     "start": start.measure,
+    "sweep": sweep.measure,
 }
 
 
