@@ -31,7 +31,10 @@ def command(*arguments: str, root: Path = ROOT) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     tests = str(Path(__file__).resolve().parents[1])
     kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    return {**kept, "PYTHONPATH": tests, **more}
+    path = os.pathsep.join(
+        filter(None, [more.pop("PYTHONPATH", ""), tests, kept.get("PYTHONPATH")])
+    )
+    return {**kept, **more, "PYTHONPATH": path}
 
 
 def sweep(
