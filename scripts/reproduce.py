@@ -55,6 +55,8 @@ def reproduce(given: Path) -> int:
         print(line)
     if found := first_difference(run, again, given):
         print(f"\nnot identical: {found}\n\nthe second run: {again}")
+        if before.get("resumes"):
+            print("It was resumed: with another limit or key than it began with, it cannot be.")
         return 1
     count, weights = len(lines_of(run)), weights_of(run)
     print(f"\nidentical: {count} lines of {records.METRICS}, and the weights, {weights}")

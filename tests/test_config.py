@@ -25,6 +25,8 @@ BAD = {
     "optimizer.lrr=1": "optimizer.lrr: there is no such key. Did you mean optimizer.lr?",
     "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
+    "seed=0,1,2": "seed=0,1,2: several values are a sweep: add -m. A list is seed=[0,1,2].",
+    "sweep=optuna": "sweep=optuna: one run is no sweep. Add -m, or leave it out.",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
     "data.seed=zzz": "data.seed=zzz has to be an integer of at least 0.",

@@ -302,11 +302,11 @@ def sweep(cluster: dict[str, str], cwd: Path, *arguments: str) -> Any:
 @needs_slurm
 def test_a_sweep_is_submitted_as_one_array(cluster: dict[str, str], tmp_path: Path) -> None:
     wrong = "trainer.monitor=val/loss,val/nothing"  # found in the job, not before
-    done = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min", "launcher.jobs=1")
+    done = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min")
     assert done.returncode == 0, done.stderr
     assert "submitted to Slurm: 4 jobs" in done.stdout
     assert len({name.partition("_")[0] for name in jobs(cluster)}) == 1
-    again = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min", "launcher.jobs=1")
+    again = sweep(cluster, tmp_path, "seed=1,2", wrong, "trainer.mode=min")
     assert again.returncode == 0 and "are queued or running already" in again.stdout, again.stderr
     until_done(cluster, tmp_path)
     with (tmp_path / "sweep" / "results.csv").open(newline="") as file:

@@ -155,6 +155,9 @@ def composition_error(error: Exception) -> str:
             f"of it into the shell's: '{key}=\"{value}\"'"
         )
     text = str(error)
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key, _, value = found.group(1).partition("=")
+        return f"{found.group(1)}: several values are a sweep: add -m. A list is {key}=[{value}]."
     for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
         if found := re.search(pattern, text):
             return unknown_key(found.group(1))

@@ -56,6 +56,9 @@ def launch(cfg: DictConfig) -> float | None:
 def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check(cfg, hydra.runtime.choices)
+    for override in hydra.overrides.task:
+        if resume.key_of(override).split(".")[0] == "sweep":
+            raise UserError(f"{override}: one run is no sweep. Add -m, or leave it out.")
     named = Path(hydra.run.dir).resolve() != Path.cwd()
     folder = Path(hydra.runtime.output_dir) if named else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
@@ -156,6 +159,7 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     objects.state.progress.halvings = halvings
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
+    trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
         outline = checkpoint.outline(Path(job.folder) / "checkpoints")
         if outline:
@@ -175,11 +179,11 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
         pids = world.gather(os.getpid())
         if world.is_main:
             records.link_latest(folder, Path("outputs", config["name"]))
-            introduce(folder, job, objects, world)
             records.set_status(folder, "running", step=0, pids=pids)
+            introduce(folder, job, objects, world)
         with StopRequest() as stop:
             try:
-                summary = runs.train(objects, config, folder, world, stop, trial_of(job, world))
+                summary = runs.train(objects, config, folder, world, stop, trial)
             except BaseException as error:
                 note_failure(error, folder, objects.state.step, world)
                 if world.store is None and is_plain(error):
@@ -203,13 +207,15 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
         return best
 
 
-def trial_of(job: Job, world: World) -> Any:
+def trial_of(job: Job, objects: runs.Objects, world: World) -> Any:
     """The search that the job is a trial of, if that may end it."""
     if job.trial is None:
         return None
     from regrow.sweep.trial import Reporter
 
-    return Reporter(**job.trial)
+    reporter = Reporter(**job.trial)
+    reporter.check(runs.measured_by(objects.task, world.device))
+    return reporter
 
 
 def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
@@ -318,7 +324,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     for name, value in rows:
         log.info("  %s  %.5g", name.ljust(width), value)
     log.info("")
-    log.info("record: %s", folder / "report.html")
+    log.info("record: %s", folder / "report.html" if job.draws else folder)
     log.info("next:   %s", longer(folder, job.config, summary))
     split = "test" if summary["test"] else "val"
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))

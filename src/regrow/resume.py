@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
     """The sweep's own overrides, then the new ones, in that folder. Its frozen code runs again."""
+    folder = Path(os.path.relpath(folder.resolve()))  # `latest` may come to name another
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
     old = [str(a) for a in content.get("overrides", []) if key_of(str(a)) not in keys]

@@ -90,7 +90,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         task_node["class_names"] = data.class_names  # found in the data, such as folders' names
     task = instantiate(task_node, loss=instantiate(config["loss"]))
     task.in_units = data.in_units  # a regression's metrics are in the targets' own units
-    measured = ["val/loss", *(f"val/{name}" for name in task.metrics(world.device).names)]
+    measured = measured_by(task, world.device)
     if options.monitor not in measured:
         hint = did_you_mean(options.monitor, measured)
         raise UserError(
@@ -130,6 +130,11 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     if options.compile:
         model.compile()
     return Objects(options, data, task, state, train, val, total_steps, parameters)
+
+
+def measured_by(task: Any, device: torch.device) -> list[str]:
+    """What an evaluation on the validation split gives a value for."""
+    return ["val/loss", *(f"val/{name}" for name in task.metrics(device).names)]
 
 
 class Silence:

@@ -42,7 +42,7 @@ class SlurmOptions:
     constraint: str | None
     save_seconds: int
     max_timeouts: int
-    jobs: int | None
+    jobs: int | str | None
     setup: list[str]
     sbatch: dict[str, Any] | None
 
@@ -54,6 +54,8 @@ def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
             "launcher=slurm: there is no sbatch on this machine. Submit from one that has it, or "
             "leave out launcher to run here."
         )
+    if options.jobs == "auto":
+        raise UserError("launcher.jobs=auto: Slurm takes a number, or null for as many as it lets.")
     if options.nodes > 1 and options.tasks_per_node == 1 and trainer["devices"] != 1:
         raise UserError(
             f"launcher.nodes={options.nodes}: the processes of several machines are started by "
@@ -152,7 +154,6 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         cpus_per_task=options.cpus_per_task,
         time=options.timeout_minutes,
         signal_delay_s=options.save_seconds,
-        array_parallelism=options.jobs,
         setup=[
             *options.setup,
             f"export PYTHONPATH={shlex.quote(python_path())}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -161,6 +162,7 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}"],
         additional_parameters={"requeue": True, **(options.sbatch or {})},
         **{name: value for name, value in named.items() if value is not None},
+        **({"array_parallelism": options.jobs} if options.jobs else {}),
         **({"gpus_per_node": options.gpus_per_node} if options.gpus_per_node else {}),
     )
     try:

@@ -18,7 +18,9 @@ def start(main: Callable[[], Any]) -> None:
     if os.environ.get("REGROW_SWEEP_WARM"):
         from regrow.sweep import process  # before Hydra, which takes a while
 
+        told = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("REGROW_SWEEP")}
         process.context_of(fresh=False)
+        os.environ.update(told)  # is for this process alone
     os.environ.update(outside.srun_environment())
     if not outside.started_from_outside():
         main()

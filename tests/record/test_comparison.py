@@ -46,7 +46,20 @@ def test_settings_are_ordered_by_their_mean_and_told_apart() -> None:
 def test_less_is_better_where_the_mode_says_so() -> None:
     found = comparison.compare(grid({"1": [0.5, 0.4], "2": [0.9, 0.8]}, mode="min"))
     assert [setting.label for setting in found.settings] == ["lr=1", "lr=2"]
-    assert found.best is not None and found.best.best == 0.4
+    assert found.best is not None and found.best.value("val/accuracy") == 0.4
+
+
+def test_what_was_chosen_by_another_metric_is_left_out_and_said() -> None:
+    rows = grid({"1": [0.5, 0.6, 0.7], "2": [0.1]})
+    other = rows[3]
+    assert other.run is not None
+    other.run.summary["best"]["metric"] = "val/loss"  # type: ignore[index]
+    other.run.summary["val"].clear()
+    found = comparison.compare(rows)
+    assert found.metric == "val/accuracy" and list(found.left_out) == [other]
+    assert found.best is not None and found.best.value("val/accuracy") == 0.7
+    by_loss = comparison.compare(rows, "val/loss", "min")
+    assert by_loss.best is other
 
 
 def test_one_seed_each_claims_nothing() -> None:

@@ -179,7 +179,7 @@ def test_side_by_side_shows_only_the_keys_that_differ(tmp_path: Path) -> None:
     report.write(runs[0])
     page = Page(report.compare(runs, tmp_path / "sweep" / "comparison.html"))
     assert "optimizer.lr" in page.text and "weight_decay" not in page.text
-    assert [link for link in page.links if not link.startswith("#")] == ["0/report.html"]
+    assert [link for link in page.links if not link.startswith("#")] == ["0/report.html", "1", "2"]
     accuracy = json.loads((runs[2] / "summary.json").read_text())["test"]["test/accuracy"]
     assert f"{accuracy:.4f}" in page.text and "test/accuracy" in page.text
 

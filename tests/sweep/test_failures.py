@@ -88,6 +88,46 @@ def test_a_mistake_that_only_the_job_finds_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_of_which_nothing_came_ends_with_its_table(tmp_path: Path) -> None:
+    done = sweep(tmp_path, *SMALL, "init_from=/nowhere", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [row["status"] for row in table(tmp_path / "sweep")] == ["failed", "failed"]
+    assert (tmp_path / "sweep" / "sweep.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fresh", ["false", "true"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_as_jobs_start_leaves_none_that_failed(
+    tmp_path: Path, untouched: list[dict[str, str]], fresh: str, times: int
+) -> None:
+    folder = tmp_path / "sweep"
+    arguments = (*FOUR, f"launcher.fresh_processes={fresh}")
+    with under_way(tmp_path, *arguments) as process:
+        until((folder / "logs" / "1.log").exists)
+        for _ in range(times):
+            process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "failed" not in {row["status"] for row in table(folder)}
+    assert sweep(tmp_path, *FOUR).returncode == 0
+    assert table(folder) == untouched
+
+
+@pytest.mark.slow
+def test_a_stop_while_planning_leaves_nothing(tmp_path: Path) -> None:
+    many = ("seed=range(300)", "hydra.sweep.dir=sweep")
+    with under_way(tmp_path, *SMALL, *many) as process:
+        until((tmp_path / "sweep" / "code").is_dir)
+        time.sleep(3)
+        assert not (tmp_path / "sweep" / "sweep.json").exists()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_fail_fast_stops_the_others(tmp_path: Path) -> None:
     arguments = (*LONG, "trainer.monitor=val/nothing,val/accuracy", "seed=0,1", "launcher.jobs=2")
     quick = ("sweep.fail_fast=true", "trainer.max_epochs=5000", "hydra.sweep.dir=sweep")

@@ -31,8 +31,13 @@ def test_what_comes_later_wins() -> None:
 
 
 def test_values_of_yaml_are_typed_as_one_types_them() -> None:
-    params = {"a": [0.1, None, True, "x"], "b": "1,2", "c": [[8], [8, 8]], "d": 3}
-    assert plan.lines_of(params) == ["a=0.1,null,true,x", "b=1,2", "c=[8],[8, 8]", "d=3"]
+    params: dict[str, Any] = {"a": [0.1, None, True, "x"], "b": "1,2", "c": [[8], [8, 8]], "d": 3}
+    params |= {"e": [{"body.*": 0.1}, None], "f": [["it's"]]}
+    assert plan.lines_of(params) == [
+        "a=0.1,null,true,x", "b=1,2", "c=[8],[8,8]", "d=3", "e={body.*:0.1},null", r"f=['it\'s']",
+    ]  # fmt: skip
+    for line in plan.lines_of(params):
+        OverridesParser.create().parse_overrides([line])
     assert plan.lines_of(None) == []
 
 
@@ -75,6 +80,8 @@ def test_jobs_share_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.jobs_at_once("auto", [trainer("cuda", "auto")], 4) == 1
     assert local.jobs_at_once("auto", [trainer("cpu")], 4) == 8
     assert local.jobs_at_once(3, [trainer("cuda")], 4) == 3
+    with pytest.raises(UserError, match=r"trainer.devices=2: this machine has 1 GPU "):
+        local.jobs_at_once("auto", [trainer("auto", 2)], 1)
     assert local.threads_of(trainer(), 8) == 2
     assert local.threads_of(trainer(devices=4), 8) == 1
 
@@ -102,6 +109,8 @@ def test_the_gpus_are_those_that_this_process_may_use(
     assert gpus.visible() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     assert gpus.visible() == ["2", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,-1,2")
+    assert gpus.visible() == ["1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus.visible() == []
 
@@ -135,3 +144,15 @@ def test_a_job_that_was_killed_is_told_from_one_that_was_cut(tmp_path: Path) -> 
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "status.json").write_text('{"state": "running", "error": null}')
     assert state.state_of(tmp_path, entry)[0] == "interrupted"
+
+
+def test_jobs_that_were_made_otherwise_are_not_mixed_in(tmp_path: Path) -> None:
+    fixed = plan.fixed_by(["optimizer=adamw", "seed=0,1", "tags=[a]", "sweep=grid"], ["seed=0"])
+    assert fixed == {"optimizer": "optimizer=adamw"}
+    state.write(tmp_path, [], fixed=fixed, varied=["seed"])
+    plan.refuse_another(tmp_path, fixed, ["seed=0"])
+    plan.refuse_another(tmp_path, {}, ["optimizer=adamw", "seed=5"])  # varied now
+    with pytest.raises(UserError, match="was made with optimizer=adamw"):
+        plan.refuse_another(tmp_path, {"optimizer": "optimizer=sgd"}, ["seed=0"])
+    with pytest.raises(UserError, match="was made with no such override"):
+        plan.refuse_another(tmp_path, {**fixed, "trainer.max_epochs": "trainer.max_epochs=9"}, [])

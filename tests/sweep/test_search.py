@@ -64,6 +64,58 @@ def test_a_failed_trial_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_failed_trials_are_tried_again_on_demand(tmp_path: Path) -> None:
+    space = ("optimizer=sgd", "optimizer.lr=choice(0.1,1e30)", "sweep.sampler=grid")
+    arguments = ("sweep=optuna", *space, "trainer.max_skipped_steps=1", "hydra.sweep.dir=sweep")
+    assert sweep(tmp_path, *SMALL, *arguments).returncode == 1
+    again = sweep(tmp_path, *SMALL, *arguments, "sweep.retry_failed=true")
+    assert again.returncode == 1
+    rows = table(tmp_path / "sweep")
+    assert [(row["optimizer.lr"], row["status"]) for row in rows] == [
+        ("0.1", "completed"), ("1e+30", "retried"), ("1e+30", "failed"),
+    ]  # fmt: skip
+    assert rows[1]["reason"] == "tried again as job 2"
+
+
+@pytest.mark.slow
+def test_an_unknown_metric_is_said_and_ends_the_search(tmp_path: Path) -> None:
+    arguments = ("sweep=optuna", "optimizer.lr=0.1,0.2", "sweep.metric=val/lss",
+                 "sweep.direction=minimize", "sweep.max_failures=1", "hydra.sweep.dir=sweep",
+                 "launcher.jobs=1")  # fmt: skip
+    done = sweep(tmp_path, *SMALL, *arguments)
+    assert done.returncode == 1
+    (row,) = table(tmp_path / "sweep")
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("sweep.metric=val/lss is not measured. Did you mean val/loss?")
+
+
+@pytest.mark.slow
+def test_the_best_trial_is_that_of_the_searchs_metric(tmp_path: Path) -> None:
+    arguments = ("sweep=optuna", "sweep.metric=parameters", "model.hidden=choice([64],[4])",
+                 "sweep.sampler=grid", "hydra.sweep.dir=sweep")  # fmt: skip
+    done = sweep(tmp_path, *SMALL, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "best job: 1, parameters" in done.stdout
+
+
+def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
+    """Optuna writes a trial parameter by parameter; a kill may come in between."""
+    space = {"a": optuna.distributions.FloatDistribution(0, 1),
+             "b": optuna.distributions.FloatDistribution(0, 1)}  # fmt: skip
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    its = optuna.create_study(storage=storage_of(tmp_path), study_name=STUDY)
+    its.enqueue_trial({"a": 0.25, "b": 0.75})
+    half = its.ask({"a": space["a"]})
+    assert half.params == {"a": 0.25}
+    again = study(tmp_path)
+    (one,) = again.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    whole = optuna.trial.Trial(again, one._trial_id)
+    for key, distribution in space.items():
+        whole._suggest(key, distribution)
+    assert whole.params == {"a": 0.25, "b": 0.75}
+
+
+@pytest.mark.slow
 def test_failures_end_a_search_before_they_are_too_many(tmp_path: Path) -> None:
     arguments = ("sweep=optuna", "optimizer=sgd", "optimizer.lr=interval(1e30,1e31)",
                  "trainer.max_skipped_steps=1", "sweep.max_failures=2", "launcher.jobs=1",

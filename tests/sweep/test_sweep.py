@@ -56,7 +56,7 @@ def test_a_grid_leaves_a_table_with_a_row_for_each_job(grid: Path) -> None:
 
 def test_what_came_out_is_said(grid: Path) -> None:
     said = (grid.parent / "said").read_text()
-    assert "optimizer=sgd" in said and " ± " in said and "best:   job " in said
+    assert "optimizer=sgd" in said and " ± " in said and "best job: " in said
     page = (grid / "sweep.html").read_text()
     assert "Settings" in page and "<svg" in page and "optimizer=adamw seed=1" in page
 

@@ -35,19 +35,35 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.swept.items())
+        return " ".join(f"{k}={v}" if v else k for k, v in self.swept.items())
+
+    @property
+    def setting_label(self) -> str:
+        return " ".join(f"{k}={v}" if v else k for k, v in self.setting)
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
-        return tuple((k, v) for k, v in self.swept.items() if k not in SEEDS)
+        return _setting(self.swept)
 
     @property
-    def best(self) -> float | None:
-        """The best monitored value of a completed run."""
+    def monitored(self) -> str:
+        """The metric that the run chose its best weights by; empty where there is none."""
+        if self.run is None or self.state != "completed":
+            return ""
+        return str((self.run.summary.get("best") or {}).get("metric") or "")
+
+    def value(self, metric: str) -> float | None:
+        """What a completed run came to: its best monitored value, what else was measured there, or
+        a fact of the run such as `parameters`; None where that is no finite number."""
         if self.run is None or self.state != "completed":
             return None
-        value = (self.run.summary.get("best") or {}).get("value")
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
+        summary = self.run.summary
+        if metric == self.monitored:
+            found = summary["best"].get("value")
+        else:
+            found = (summary.get("val") or {}).get(metric, summary.get(metric))
+        is_number = isinstance(found, int | float) and math.isfinite(found)
+        return float(found) if is_number else None
 
     def metrics(self) -> dict[str, Any]:
         """The final ones, without those of single classes."""
@@ -75,56 +91,89 @@ class Comparison:
     mode: str  # max or min
     test_metric: str | None  # the same of the test split
     settings: Sequence[Setting]  # the best first
+    left_out: Sequence[Row]  # completed, but without that metric
 
     @property
     def best(self) -> Row | None:
-        """The run whose monitored value is the best."""
-        having = [row for row in self.rows if row.best is not None]
+        """The run whose value is the best."""
         sign = 1 if self.mode == "max" else -1
-        return max(having, key=lambda row: sign * (row.best or 0.0), default=None)
+        having = [
+            (row.value(self.metric), row) for setting in self.settings for row in setting.rows
+        ]
+        having.sort(key=lambda pair: -sign * (pair[0] or 0.0))
+        return having[0][1] if having else None
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """Any runs, told apart by the keys in which their configs differ."""
+    """Any runs, told apart by the keys in which their configs differ: as they were typed, where
+    that tells the same runs apart."""
     keys = differing_keys([run.config for run in runs], references([run.folder for run in runs]))
+    flats = [flatten(run.config) for run in runs]
+    differing = [{key: _plain(flat[key]) for key in keys if key in flat} for flat in flats]
+    common = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
+    typed = [
+        {
+            key: value
+            for key, _, value in (o.lstrip("+").partition("=") for o in run.overrides)
+            if f"{key}={value}" not in common and key.split(".")[0] not in report.BOOKKEEPING
+        }
+        for run in runs
+    ]
+    pairs = {(_setting(a), _setting(b)) for a, b in zip(differing, typed, strict=True)}
+    same = len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
     rows = []
-    for run in runs:
-        flat = flatten(run.config)
-        swept = {key: str(flat[key]) for key in keys if key in flat}
+    for run, swept in zip(runs, typed if same else differing, strict=True):
         seed = run.config.get("seed")
-        rows.append(Row(run.folder.name, run.state, swept, seed, run, str(run.folder)))
+        rows.append(Row(str(run.folder), run.state, swept, seed, run, str(run.folder)))
     return rows
 
 
-def compare(rows: Sequence[Row]) -> Comparison:
-    """Settings over their seeds, the best first; by what most of the runs monitored."""
-    done = [row for row in rows if row.best is not None and row.run is not None]
-    metrics = [str(row.run.summary["best"]["metric"]) for row in done if row.run is not None]
-    metric = max(set(metrics), key=metrics.count, default="")
-    done = [row for row, its in zip(done, metrics, strict=True) if its == metric]
-    mode = "max"
-    for row in done:
+def _setting(swept: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((k, v) for k, v in swept.items() if k not in SEEDS)
+
+
+def _plain(value: Any) -> str:
+    """Text in which 0 and 0.0 are one value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:g}" if is_number else str(value)
+
+
+def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison:
+    """Settings over their seeds, the best first, by `metric`; else by what most runs monitored.
+
+    `mode` is max or min; else that of the runs.
+    """
+    completed = [row for row in rows if row.monitored]
+    monitored = [row.monitored for row in completed]
+    metric = metric or max(dict.fromkeys(monitored), key=monitored.count, default="")
+    values = {row.job: value for row in completed if (value := row.value(metric)) is not None}
+    done = [row for row in completed if row.job in values]
+    for row in done if not mode else ():
         assert row.run is not None
         mode = str((row.run.config.get("trainer") or {}).get("mode", "max"))
+    mode = mode or "max"
     test_metric: str | None = f"test/{metric.partition('/')[2]}"
     if not any(test_metric in row.metrics() for row in done):
         test_metric = None
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in done:
-        groups.setdefault(row.setting, []).append(row)
+        its = groups.setdefault(row.setting, [])
+        if row.seed is None or all(one.seed != row.seed for one in its):  # each seed counts once
+            its.append(row)
     sign = 1 if mode == "max" else -1
 
-    def order(rows: Sequence[Row]) -> float:
-        return -sign * estimate([row.best or 0.0 for row in rows]).mean
+    def order(item: tuple[object, Sequence[Row]]) -> float:
+        return -sign * estimate([values[row.job] for row in item[1]]).mean
 
-    ordered = sorted(groups.items(), key=lambda item: order(item[1]))
-    by_seed = [{row.seed: row.best or 0.0 for row in its} for _, its in ordered]
+    ordered = sorted(groups.items(), key=order)
+    by_seed = [{row.seed: values[row.job] for row in its} for _, its in ordered]
     apart = [None, *differences(by_seed[0], by_seed[1:])] if by_seed else []
     settings = [
         Setting(
-            label=" ".join(f"{k}={v}" for k, v in setting) or "all",
+            label=" ".join(f"{k}={v}" if v else k for k, v in setting)
+            or ("all" if len(ordered) == 1 else "(nothing changed)"),
             rows=its,
-            monitored=estimate([row.best or 0.0 for row in its]),
+            monitored=estimate([values[row.job] for row in its]),
             tested=None
             if test_metric is None
             else estimate([v for row in its if (v := row.metrics().get(test_metric)) is not None]),
@@ -132,7 +181,8 @@ def compare(rows: Sequence[Row]) -> Comparison:
         )
         for (setting, its), difference in zip(ordered, apart, strict=True)
     ]
-    return Comparison(rows, metric, mode, test_metric, settings)
+    left_out = [row for row in completed if row.job not in values]
+    return Comparison(rows, metric, mode, test_metric, settings, left_out)
 
 
 def shown(value: float) -> str:
@@ -223,4 +273,5 @@ def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
         cells = [[row.job, row.label, row.state, row.reason or "", row.log or ""] for row in failed]
         tables["Not completed"] = (["job", "setting", "status", "reason", "log"], cells)
     folders = [row.run.folder for row in comparison.rows if row.run is not None]
-    return report.compare(folders, output, title, tables)
+    groups = {row.run.folder: row.setting_label for row in comparison.rows if row.run is not None}
+    return report.compare(folders, output, title, tables, groups)

@@ -124,15 +124,26 @@ def rates(lines: Lines) -> Figure | None:
     return figure
 
 
-def overlay(runs: Mapping[str, Lines], names: Sequence[str]) -> Figure | None:
-    """The same metric of several runs in one panel: `val/…`, or `train/…` where there is none."""
+def overlay(
+    runs: Mapping[str, Lines], names: Sequence[str], groups: Sequence[str] | None = None
+) -> Figure | None:
+    """The same metric of several runs in one panel: `val/…`, or `train/…` where there is none.
+
+    Runs of one of `groups`, which are as many as they, have one colour and one entry in the legend.
+    """
     if not runs or not names:
         return None
     figure, axes = _panels(len(names))
     for name, axis in zip(names, axes, strict=True):
         everything: list[float] = []
-        for (label, lines), colour in zip(runs.items(), _colours(len(runs)), strict=True):
-            label = label if len(label) <= 100 else f"{label[:99]}…"
+        named = list(groups or runs)
+        colours = dict(zip(dict.fromkeys(named), _colours(len({*named})), strict=True))
+        told: set[str] = set()
+        for name_of_group, lines in zip(named, runs.values(), strict=True):
+            colour = colours[name_of_group]
+            label = name_of_group if len(name_of_group) <= 100 else f"{name_of_group[:99]}…"
+            label = f"_{label}" if name_of_group in told else label  # with a _ it is in no legend
+            told.add(name_of_group)
             steps, values = series(lines, f"val/{name}")
             if not steps:
                 steps, values = series(lines, f"train/{name}")

@@ -21,7 +21,7 @@ _ASSIGNED = re.compile(
     (?:: \s* str \s* (?:\| \s* None \s*)? )? [=:] \s* )
     ( "[^"\n]{{4,}}" | '[^'\n]{{4,}}' | [^\s"',;&\\)\]}}]{{4,}} )"""
 )
-_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})[^\s/@'\"]+@", re.IGNORECASE)
 _KNOWN_FORMS = re.compile(
     r"(?:\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\bsk-[\w-]{20,}|\bAKIA[A-Z0-9]{16}\b|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}"

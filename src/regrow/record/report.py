@@ -253,10 +253,11 @@ def compare(
     output: Path,
     title: str = "",
     tables: Mapping[str, Table] | None = None,
+    groups: Mapping[Path, str] | None = None,
 ) -> Path:
     """Write one page with the runs side by side: what came out, what differs in their configs.
 
-    `tables` go before them, by their titles.
+    `tables` go before them, by their titles. The curves of each of `groups` have one colour.
     """
     runs = [load(folder) for folder in folders]
     labels = _labels(runs)
@@ -266,8 +267,8 @@ def compare(
     for run, label in zip(runs, labels, strict=True):
         flat = flatten(run.config)
         report = run.folder / "report.html"
-        link = os.path.relpath(report, output.parent)
-        cell = f'<a href="{_text(link)}">{_text(label)}</a>' if report.exists() else _text(label)
+        link = os.path.relpath(report if report.exists() else run.folder, output.parent)
+        cell = f'<a href="{_text(link)}">{_text(label)}</a>'
         rows.append(
             [
                 cell,
@@ -282,7 +283,8 @@ def compare(
     header = ["run", "status", *results, *(key.removesuffix("._target_") for key in keys)]
     drawn = {label: run.lines for label, run in zip(labels[:DRAWN_RUNS], runs, strict=False)}
     names = list(dict.fromkeys(name for run in runs for name in plots.panel_names(run.lines)))
-    figure = plots.overlay(drawn, names[: plots.PANELS])
+    of_group = [(groups or {}).get(run.folder, "") for run in runs[:DRAWN_RUNS]]
+    figure = plots.overlay(drawn, names[: plots.PANELS], of_group if any(of_group) else None)
     more = f"The first {DRAWN_RUNS} of {len(runs)} runs." if len(runs) > DRAWN_RUNS else ""
     picture = _picture(more, "validation curves", figure) if figure else ""
     title = title or f"{len(runs)} runs"
@@ -294,8 +296,8 @@ def compare(
         f"<header><h1>{_text(title)}</h1>"
         f"<p class=where>{_text(_summary_of_states(runs))}</p></header>"
         + before
-        + _section("Runs", _table(header, rows, numbers=range(2, 2 + len(results))))
-        + ("" if keys else "<p class=muted>Their configs do not differ.</p>")
+        + _section("Runs", _table(header, rows, numbers=range(2, 2 + len(results))) if rows else "")
+        + ("" if keys or not runs else "<p class=muted>Their configs do not differ.</p>")
         + _section("Curves", picture)
     )
     write_text(output, _page(title, body, kind="wide"))
@@ -398,7 +400,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _endings(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
+    for depth in range(1, max(map(len, parts), default=0) + 1):
         labels = ["/".join(part[-depth:]) for part in parts]
         if len(set(labels)) == len(labels):
             return labels

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 LEVEL = 0.95
+FEWEST = 3  # seeds: of two, equal differences are common, as accuracies come in steps
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ def differences(
 
 def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> Difference | None:
     paired = set(one) == set(other)
-    if paired and len(one) >= 2:
+    if paired and len(one) >= FEWEST:
         each = [other[seed] - one[seed] for seed in one]
         mean, freedom = statistics.fmean(each), float(len(each) - 1)
         error = statistics.stdev(each) / math.sqrt(len(each))
-    elif min(len(one), len(other)) >= 2:
+    elif min(len(one), len(other)) >= FEWEST:
         parts = [statistics.variance(its.values()) / len(its) for its in (one, other)]
         mean = statistics.fmean(other.values()) - statistics.fmean(one.values())
         error = math.sqrt(sum(parts))
@@ -74,9 +75,8 @@ def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> D
         paired = False
     else:
         return None
-    if error == 0 or not math.isfinite(error):
-        p = 1.0 if mean == 0 or not math.isfinite(error) else 0.0
-        return Difference(mean, mean, mean, p, p, paired)
+    if not error > 1e-9 * abs(mean):  # the same difference each time: metrics come in steps
+        return Difference(mean, mean, mean, 1.0, 1.0, paired) if mean == 0 else None
     reach = _t_quantile(freedom) * error
     p = _p_value(mean / error, freedom)
     return Difference(mean, mean - reach, mean + reach, p, p, paired)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from regrow import slurm
+from regrow.job import Job
 from regrow.sweep import state
 from regrow.sweep.local import Ended
 from regrow.sweep.plan import Planned
@@ -24,6 +25,19 @@ def queued(folder: Path, numbers: Sequence[int]) -> set[int]:
     return {number for number, name in names.items() if name in there}
 
 
+def submit(
+    folder: Path, jobs: Mapping[int, Job], options: slurm.SlurmOptions, name: str
+) -> dict[int, str]:
+    """Give the jobs to Slurm and note its number of each, which is returned."""
+    for number in jobs:
+        state.forget(folder, number)
+    given = slurm.submit_array(jobs, options, folder, name)
+    for number, its in given.items():
+        said = state.noted(folder, number)  # it may have ended by now
+        state.note(folder, number, said.get("state", "queued"), said.get("reason"), slurm=its)
+    return given
+
+
 @dataclass
 class Cluster:
     """Jobs that were given to Slurm one by one, and are waited for."""
@@ -35,7 +49,7 @@ class Cluster:
 
     @property
     def at_once(self) -> int:
-        return self.options.jobs or AT_ONCE
+        return int(self.options.jobs or AT_ONCE)
 
     @property
     def running(self) -> list[Planned]:
@@ -49,9 +63,7 @@ class Cluster:
         """Submit the job, unless Slurm has it already."""
         if not queued(self.folder, [planned.number]):
             name = str(planned.job.config["name"])
-            jobs = {planned.number: planned.job}
-            given = slurm.submit_array(jobs, self.options, self.folder, name)
-            state.note(self.folder, planned.number, "queued", slurm=given[planned.number])
+            submit(self.folder, {planned.number: planned.job}, self.options, name)
         self._running[planned.number] = planned
         return True
 
@@ -73,6 +85,6 @@ class Cluster:
             found.append(Ended(planned, its, reason))
         return found
 
-    def send(self, number: int) -> None:
+    def send(self, number: int, only: Planned | None = None) -> None:
         """What Slurm has goes on by itself, and is waited for by the search that goes on."""
         self._running.clear()

@@ -25,13 +25,14 @@ def finish(folder: Path, number: int, code: int) -> None:
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
         state.note(folder, number, "failed", reason, slurm=slurm)
-    with (folder / ".results.lock").open("w") as lock:  # several jobs may end at once
+    with (folder / state.RESULTS_LOCK).open("w") as lock:  # several jobs may end at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = results.write_table(folder)
         if all(row.state in state.ENDED for row in found.rows):
             results.write_page(folder, found)
-        complete = all(row.state in state.GOOD for row in found.rows)
-        state.write(folder, state.entries(folder), complete=complete)
+        total = state.read(folder).get("total", 0)
+        good = all(row.state in state.GOOD for row in found.rows)
+        state.write(folder, complete=good and len(found.rows) >= total)
 
 
 def last_error(folder: Path, slurm: str | None) -> str:

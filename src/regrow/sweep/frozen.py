@@ -62,13 +62,32 @@ def freeze(folder: Path) -> Path:
         return code
     temporary = folder / f".{state.CODE}"  # of a start that was cut
     shutil.rmtree(temporary, ignore_errors=True)
-    for part in (*PARTS, *own_packages()):
-        shutil.copytree(ROOT / part, temporary / part, ignore=shutil.ignore_patterns("*.egg-info"))
-    for module in ROOT.glob("*.py"):
-        shutil.copy2(module, temporary)
+    temporary.mkdir(mode=0o700)  # conf/local may name accounts
+    ignored = shutil.ignore_patterns("*.egg-info")
+    try:
+        for part in (*PARTS, *own_packages()):
+            shutil.copytree(
+                ROOT / part, temporary / part, ignore=ignored, ignore_dangling_symlinks=True
+            )
+        for module in ROOT.glob("*.py"):
+            shutil.copy2(module, temporary)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"the code could not be copied into {folder}: {error}") from None
     manifest.write_origin(temporary, ROOT)
     temporary.rename(code)
     return code
+
+
+def tell_of_edits(folder: Path) -> None:
+    """Say so where the sweep that goes on is one of older code."""
+    code = folder / state.CODE
+    if code.is_dir() and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
+        print(
+            f"warning: {os.path.relpath(folder)} goes on with the code it began with; yours has "
+            "changed since. To begin anew with yours: resume=never, or another hydra.sweep.dir.",
+            file=sys.stderr,
+        )
 
 
 def own_packages() -> list[str]:

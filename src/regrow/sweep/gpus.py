@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -26,7 +27,8 @@ def visible() -> list[str]:
     there = said.stdout.split() if said.returncode == 0 else []
     if named is None or not there:
         return there
-    return [name.strip() for name in named.split(",") if name.strip()]
+    names = [name.strip() for name in named.split(",")]
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
 
 
 @dataclass

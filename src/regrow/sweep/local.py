@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from regrow.errors import UserError
 from regrow.ranks import STOPPED
 from regrow.sweep import gpus, process, state
 from regrow.sweep.plan import Planned
@@ -34,11 +35,21 @@ def gpus_for(trainer: Mapping[str, Any], there: int) -> int:
     return there if trainer["devices"] == "auto" else int(trainer["devices"])
 
 
-def jobs_at_once(asked: int | str, trainers: Sequence[Mapping[str, Any]], there: int) -> int:
-    """How many jobs with such `trainer` nodes run at once; `there` are the machine's GPUs."""
+def jobs_at_once(asked: int | str | None, trainers: Sequence[Mapping[str, Any]], there: int) -> int:
+    """How many jobs with such `trainer` nodes run at once; `there` are the machine's GPUs.
+
+    Raises UserError for a job that would wait for more of them for ever.
+    """
+    needs = [gpus_for(trainer, there) for trainer in trainers]
+    if max(needs, default=0) > there:
+        raise UserError(
+            f"trainer.devices={max(needs)}: this machine has {there} GPU{'s'[: there > 1]} for the "
+            f"job. Use trainer.devices={there}, or trainer.device=cpu."
+        )
+    if asked is None:
+        raise UserError("launcher.jobs=null has to be an integer of at least 1, or auto.")
     if asked != "auto":
         return int(asked)
-    needs = [gpus_for(trainer, there) for trainer in trainers]
     if any(needs):
         return max(1, there // max(needs))
     processes = max(1 if t["devices"] == "auto" else int(t["devices"]) for t in trainers)
@@ -108,9 +119,11 @@ class Local:
             child.close()
         return found
 
-    def send(self, number: int) -> None:
-        """A signal to each job, as from a terminal; SIGKILL to all its processes."""
-        for _, child, _ in self._running.values():
+    def send(self, number: int, only: Planned | None = None) -> None:
+        """A signal to each job, or to one, as from a terminal; SIGKILL to all its processes."""
+        for planned, child, _ in [*self._running.values()]:
+            if only is not None and planned.number != only.number:
+                continue
             with contextlib.suppress(OSError):
                 if number == signal.SIGKILL:
                     os.killpg(child.pid or 0, number)

@@ -24,6 +24,7 @@ from regrow.compose import job_of, with_override
 from regrow.config import composition_error
 from regrow.errors import UserError
 from regrow.job import Job
+from regrow.record.redact import redact
 from regrow.resume import key_of
 from regrow.sweep import state
 from regrow.sweep.options import Grid, Sets
@@ -74,7 +75,8 @@ def sets_of(options: Sets) -> list[list[str]]:
             text = path.read_text(encoding="utf-8")
             content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else None
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"sweep.file={options.file}: {' '.join(str(error).split())}") from None
+            said = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"sweep.file={options.file}: {said}") from None
         lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
         found += lines if content is None else content if isinstance(content, list) else [content]
     sets = []
@@ -83,7 +85,9 @@ def sets_of(options: Sets) -> list[list[str]]:
             each = [f"{key}={_typed(value)}" for key, value in each.items()]
         elif isinstance(each, str):
             each = shlex.split(each)
-        if not isinstance(each, list) or not all(isinstance(o, str) and "=" in o for o in each):
+        if not isinstance(each, list) or not all(
+            isinstance(o, str) and ("=" in o or o.startswith("~")) for o in each
+        ):
             raise UserError(
                 f"sweep.sets[{number}]={each!r} has to be overrides, such as "
                 "'optimizer=sgd optimizer.lr=0.1'."
@@ -95,15 +99,19 @@ def sets_of(options: Sets) -> list[list[str]]:
 
 
 def combinations(
-    loader: ConfigLoader, options: Grid | Sets, arguments: Sequence[str]
+    loader: ConfigLoader, options: Grid | Sets, arguments: Sequence[str], varied: Sequence[str]
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """All jobs of a finite sweep: their overrides, and those of them that set it apart."""
+    """All jobs of a finite sweep: their overrides, and those of them that set it apart.
+
+    That are those with several values, and the keys that an earlier start has `varied`.
+    """
     lines = [*lines_of(options.params), *arguments]
     for each in sets_of(options) if isinstance(options, Sets) else [[]]:
         named = {key_of(o) for o in each}
         rest = [line for line in lines if key_of(line) not in named]
         for overrides, swept in grid(loader, rest):
-            yield [*overrides, *each], [*each, *swept]
+            once = [o for o in overrides if key_of(o) in varied and o not in swept]
+            yield [*overrides, *each], [*each, *swept, *once]
 
 
 def lines_of(params: Mapping[str, Any] | None) -> list[str]:
@@ -114,11 +122,15 @@ def lines_of(params: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _typed(value: Any) -> str:
-    """A value of YAML as one types it."""
+def _typed(value: Any, *, inside: bool = False) -> str:
+    """A value of YAML as one types it; text that stands by itself is taken as typed already."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{_typed(v, inside=True)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_typed(each, inside=True) for each in value) + "]"
     if isinstance(value, str):
-        return value
-    return json.dumps(value).replace('"', "'") if value is not None else "null"
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if inside else value
+    return json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -129,33 +141,54 @@ class Composer:
     config: DictConfig  # of the sweep: what all jobs have in common
     folder: Path
 
-    def plan(self, number: int, overrides: Sequence[str], swept: Sequence[str]) -> Planned:
-        """Compose and check one job. Raises UserError, which names it."""
+    def plan(
+        self,
+        number: int,
+        overrides: Sequence[str],
+        swept: Sequence[str],
+        known: Mapping[str, state.Entry] | None = None,
+    ) -> Planned:
+        """Compose and check one job. Raises UserError, which names it.
+
+        It has the number and the folder of the one of `known` that it is, by its config, if any.
+        """
         overrides = [o for o in overrides if key_of(o) != "resume"]
         values = dict(o.partition("=")[::2] for o in swept)
         values = {key.lstrip("+"): value for key, value in values.items()}
         try:
-            return self._planned(number, overrides, values)
+            return self._planned(number, overrides, values, known or {})
         except UserError as error:
-            what = " ".join(f"{k}={v}" for k, v in values.items())
+            what = state.label_of(values)
             raise UserError(f"{error} (job {number}: {what})" if what else str(error)) from None
 
-    def _planned(self, number: int, overrides: list[str], swept: dict[str, str]) -> Planned:
+    def _planned(
+        self,
+        number: int,
+        overrides: list[str],
+        swept: dict[str, str],
+        known: Mapping[str, state.Entry],
+    ) -> Planned:
         try:
             cfg = self.loader.load_sweep_config(self.config, overrides)
+            identity = state.identity_of(cfg)
+            before = known.get(identity)
+            number = number if before is None else before.number
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(cfg)
             check(cfg, cfg.hydra.runtime.choices)
-            folder = str(cfg.hydra.sweep.subdir)
+            folder = str(cfg.hydra.sweep.subdir) if before is None else before.folder
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from None
-        if not folder.strip() or Path(folder).is_absolute() or ".." in Path(folder).parts:
+        parts = Path(folder).parts
+        if not folder.strip() or Path(folder).is_absolute() or ".." in parts:
             raise UserError(f"hydra.sweep.subdir={folder} has to lie in the sweep's folder.")
+        if not parts or parts[0] in state.OWN or parts[0].startswith("."):
+            raise UserError(f"hydra.sweep.subdir={folder} is the sweep's own. Choose another name.")
         command = ["python", "scripts/train.py", *overrides]
         job = job_of(cfg, self.folder / folder, command)
         config = {**job.config, "resume": "auto"}
-        entry = state.Entry(number, state.identity_of(job.config), swept, folder)
+        entry = state.Entry(number, identity, swept, folder)
         return Planned(entry, dataclasses.replace(job, config=config))
 
 
@@ -169,26 +202,45 @@ def numbered(
     by_identity = {entry.identity: entry for entry in known}
     following = max((entry.number for entry in known), default=-1) + 1
     folders = {entry.folder: entry.number for entry in known}
-    planned: list[Planned] = []
+    planned: dict[int, Planned] = {}
     for overrides, swept in wanted:
-        found = composer.plan(following, overrides, swept)
-        before = by_identity.get(found.entry.identity)
-        if before is not None:
-            if all(one.number != before.number for one in planned):
-                place = str(composer.folder / before.folder)
-                job = dataclasses.replace(found.job, folder=place)
-                planned.append(Planned(before, job))
-            continue
-        if found.entry.folder in folders:
+        found = composer.plan(following, overrides, swept, by_identity)
+        if found.number == following:
+            if found.entry.folder in folders:
+                raise UserError(
+                    f"hydra.sweep.subdir={found.entry.folder}: job {found.number} would share it "
+                    f"with job {folders[found.entry.folder]}. Put ${{hydra.job.num}} into it."
+                )
+            by_identity[found.entry.identity] = found.entry
+            folders[found.entry.folder] = found.number
+            following += 1
+        planned.setdefault(found.number, found)
+    return [*planned.values()]
+
+
+def fixed_by(lines: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
+    """What a sweep's overrides say of all of its jobs alike, by key, and no tracker or tag."""
+    varied = {key_of(override) for override in swept}
+    return {
+        key_of(line): line
+        for line in lines
+        if key_of(line) not in varied and key_of(line).split(".")[0] not in state.ASIDE
+    }
+
+
+def refuse_another(folder: Path, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
+    """Raise UserError where the jobs in `folder` have something else in common: the two would be
+    taken for one setting."""
+    content = state.read(folder)
+    before: dict[str, str] = content.get("fixed", {})
+    varied = {key_of(o) for o in swept} | set(content.get("varied", []))
+    for key in [*before, *fixed]:
+        old, new = before.get(key), redact(fixed[key]) if key in fixed else None
+        if content and key not in varied and old != new:
             raise UserError(
-                f"hydra.sweep.subdir={found.entry.folder}: job {found.number} would share it with "
-                f"job {folders[found.entry.folder]}. Put ${{hydra.job.num}} into it."
+                f"{new or '~' + key}: the sweep in {folder} was made with "
+                f"{old or 'no such override'}. Vary it, or use another folder."
             )
-        by_identity[found.entry.identity] = found.entry
-        folders[found.entry.folder] = found.number
-        planned.append(found)
-        following += 1
-    return planned
 
 
 def in_group(planned: Planned, group: str) -> Planned:

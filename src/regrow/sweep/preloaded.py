@@ -5,6 +5,14 @@ Importing starts no thread and touches no GPU and no data. Imported nowhere else
 
 # ruff: noqa: E402, F401
 import os
+import signal
+
+from regrow import outside
+
+outside.die_with_parent(os.getppid())
+# A Ctrl-C is for the sweep. It was blocked as this process was started.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 # It would start its threads as it is imported; a job asks for them again, see `process.work`.
 _is_given = "OPENBLAS_NUM_THREADS" in os.environ
@@ -14,7 +22,7 @@ import sklearn.datasets
 import torch._dynamo  # the first optimizer that is built would
 import torchmetrics.classification
 
-from regrow import outside, worker
+from regrow import worker
 from regrow.data import augment, datasets, loaders
 from regrow.models import cnn, mlp
 from regrow.record import plots
@@ -23,4 +31,3 @@ from regrow.training import optim, options, schedules
 
 if not _is_given:
     del os.environ["OPENBLAS_NUM_THREADS"]
-outside.die_with_parent(os.getppid())

@@ -21,6 +21,7 @@ from pathlib import Path
 from regrow import outside
 from regrow.errors import UserError
 from regrow.ranks import python_path
+from regrow.record.redact import redact
 from regrow.sweep import state
 
 
@@ -32,7 +33,11 @@ def context_of(*, fresh: bool) -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["regrow.sweep.preloaded"])
-    multiprocessing.forkserver.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()  # it takes no Ctrl-C: see preloaded.py
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -54,6 +59,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     """What the process does: the job, with its output in its log. Does not return."""
     # As in a run that is started by itself: its data workers are forked, where that is the default.
     multiprocessing.set_start_method(None, force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setpgid(0, 0)  # a Ctrl-C is for the sweep, which passes it on
     die_with_the_sweep()
     log = os.open(state.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -68,14 +74,14 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
 
         worker.work_alone(text)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         code, reason = 2, str(error)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BaseException as error:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         code, reason = 1, f"{type(error).__name__}: {error}"
     if reason is not None:
         with contextlib.suppress(OSError):

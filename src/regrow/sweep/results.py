@@ -44,7 +44,10 @@ def write_table(folder: Path) -> Comparison:
     """(Re)write results.csv of the sweep in `folder`. Raises UserError where there is none."""
     if not state.read(folder):
         raise UserError(f"{folder} holds no sweep: there is no {state.FILE}.")
-    found = comparison.compare(rows_of(folder))
+    content = state.read(folder)
+    found = comparison.compare(
+        rows_of(folder), content.get("metric") or "", content.get("mode") or ""
+    )
     comparison.write_csv(found.rows, folder / CSV)
     return found
 
@@ -82,18 +85,22 @@ def summary_of(folder: Path, found: Comparison) -> list[str]:
     if best is not None and best.run is not None:
         run = Path(os.path.relpath(folder / best.folder))
         lines += [
-            f"best:   job {best.job}, {found.metric} {comparison.shown(best.best or 0.0)}"
+            f"best job: {best.job}, {found.metric} "
+            f"{comparison.shown(best.value(found.metric) or 0.0)}"
             + (f": {best.label}" if best.label else ""),
-            f"        {shlex.join(['python', 'scripts/train.py', *best.run.overrides])}",
-            f"        {run / 'checkpoints' / 'best'}",
+            f"          {shlex.join(['python', 'scripts/train.py', *best.run.overrides])}",
+            f"          {run / 'checkpoints' / 'best'}",
         ]
+    if found.left_out:
+        jobs = ", ".join(row.job for row in found.left_out)
+        lines.append(f"not compared, as they have no {found.metric}: job {jobs}")
     for row in found.rows:
         if row.state != "completed":
             why = f": {row.reason}" if row.reason else ""
             where = f" ({os.path.relpath(folder / row.log)})" if row.log else ""
             lines.append(f"{row.state}: job {row.job}, {row.label}{why}{where}")
     lines += [
-        f"table:  {os.path.relpath(folder / CSV)}",
-        f"page:   {os.path.relpath(folder / PAGE)}",
+        f"table:    {os.path.relpath(folder / CSV)}",
+        f"page:     {os.path.relpath(folder / PAGE)}",
     ]
     return lines

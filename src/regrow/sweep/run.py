@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,13 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
             same_sweep(config),
             str(config.resume),
         )
+        frozen.tell_of_edits(lock.folder)
         warm = not config.launcher.get("fresh_processes", True)
         frozen.become(frozen.freeze(lock.folder), lock, sys.argv[1:], warm=warm)
     with lock, console():
         try:
             code = _run(loader, config, list(arguments), lock.folder)
-        except UserError:
+        except BaseException:  # a Ctrl-C too
             leave_nothing(lock.folder)
             raise
     raise SystemExit(code)
@@ -77,7 +79,10 @@ def leave_nothing(folder: Path) -> None:
     """Remove a sweep's folder in which no job was planned yet, and what was made for it."""
     if (folder / state.FILE).exists():
         return
-    shutil.rmtree(folder / state.CODE, ignore_errors=True)
+    for name in state.OWN:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (state.LOCK, state.RESULTS_LOCK):
+        (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         records.remove_unused(folder)
         for parent in folder.absolute().parents:
@@ -96,24 +101,32 @@ def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder:
         launcher=values["launcher"],
         facts={"name": values["name"], "overrides": same_sweep(config), "complete": False},
     )
-    if "_target_" not in sweep.launcher:
+    if not sweep.is_for_slurm:
         sweep.context = process.context_of(fresh=sweep.launcher["fresh_processes"])
     if isinstance(options, Search):
         return search(sweep, composer, options, arguments)
-    wanted = list(plan.combinations(loader, options, arguments))
+    varied = state.read(folder).get("varied", [])
+    wanted = list(plan.combinations(loader, options, arguments, varied))
     known = state.entries(folder)
+    swept = [override for _, its in wanted for override in its]
+    lines = [*plan.lines_of(options.params), *arguments]
+    sweep.agree(plan.fixed_by(lines, swept), swept)
     jobs = sweep.prepared(plan.numbered(composer, wanted, known))
     numbers = {one.number for one in jobs}
     entries = [*(one for one in known if one.number not in numbers), *(o.entry for o in jobs)]
-    sweep.write(sorted(entries, key=lambda entry: entry.number))
+    entries.sort(key=lambda entry: entry.number)
     todo = [one for one in jobs if is_to_be_run(folder, one, retry=options.retry_failed)]
-    if "_target_" in sweep.launcher:
-        return submit(sweep, jobs, todo)
-    introduce(folder, f"{len(jobs)} jobs", len(jobs) - len(todo), sweep.at_once, jobs)
+    if sweep.is_for_slurm:
+        return submit(sweep, entries, todo)
+    sweep.write(entries, total=len(entries))
+    what = f"{len(jobs)} job{'s'[: len(jobs) > 1]}"
+    what += f" of {len(entries)}" if len(entries) > len(jobs) else ""
+    introduce(folder, what, len(jobs) - len(todo), sweep.at_once, jobs)
     show = Show(folder, len(jobs), len(jobs) - len(todo), sweep.at_once)
     place = local.Local(folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus))
     queue = schedule.Queue(todo)
-    return conclude(sweep, schedule.run(folder, queue, place, show, fail_fast=options.fail_fast))
+    stop = schedule.run(folder, queue, place, show, fail_fast=options.fail_fast)
+    return conclude(sweep, stop, len(entries))
 
 
 @dataclass
@@ -129,27 +142,37 @@ class Sweep:
     at_once: int = 1
     shares: int = 1  # among so many the cores are divided: bits depend on it, so it never changes
 
+    @property
+    def is_for_slurm(self) -> bool:
+        return "_target_" in self.launcher
+
+    def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
+        """Raise UserError where the folder holds jobs that were made otherwise."""
+        plan.refuse_another(self.folder, fixed, swept)
+        varied = [*state.read(self.folder).get("varied", []), *map(key_of, swept)]
+        self.facts |= {"fixed": dict(fixed), "varied": [*dict.fromkeys(varied)]}
+
     def prepared(self, planned: Sequence[Planned]) -> list[Planned]:
-        """The jobs as they are run here, beside each other."""
-        trainers = [one.job.config["trainer"] for one in planned]
-        if "_target_" in self.launcher:
-            return [self.prepare(one) for one in planned]
-        self.at_once = local.jobs_at_once(self.launcher["jobs"], trainers, len(self.gpus))
-        self.shares = state.read(self.folder).get("shares", self.at_once)
+        """The jobs as they are run, beside each other; how many at once is decided for all."""
+        if not self.is_for_slurm:
+            trainers = [one.job.config["trainer"] for one in planned]
+            self.at_once = local.jobs_at_once(self.launcher["jobs"], trainers, len(self.gpus))
+            self.shares = state.read(self.folder).get("shares", self.at_once)
+            self.facts["shares"] = self.shares
         return [self.prepare(one) for one in planned]
 
     def prepare(self, planned: Planned) -> Planned:
         planned = plan.in_group(planned, self.folder.name)
         job = dataclasses.replace(planned.job, draws=self.options.pictures == "all")
         planned = dataclasses.replace(planned, job=job)
-        if "_target_" in self.launcher:
+        if self.is_for_slurm:
             return planned
         threads = local.threads_of(planned.job.config["trainer"], self.shares)
         return plan.with_threads(planned, threads)
 
-    def write(self, entries: Sequence[state.Entry]) -> None:
+    def write(self, entries: Sequence[state.Entry], **facts: Any) -> None:
         """From here on the folder is a sweep's."""
-        state.write(self.folder, entries, **self.facts, shares=self.shares)
+        state.write(self.folder, entries, **self.facts, **facts)
         records.link_latest(self.folder, Path("outputs", self.facts["name"]))
 
 
@@ -164,22 +187,33 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
     total = options.n_trials
     if options.sampler == "grid":
         total = min(total, len(space.combinations()))
-    sweep.prepared([likely])
+    before = set(state.read(folder).get("varied", space.varied))
+    if before != {*map(key_of, space.varied)}:
+        raise UserError(
+            f"{folder} searches {', '.join(sorted(before))}. Another search needs another folder."
+        )
+    sweep.agree(plan.fixed_by(space.fixed, [*space.varied]), [*space.varied])
+    (likely,) = sweep.prepared([likely])
     place: schedule.Place = local.Local(
         folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus)
     )
-    if "_target_" in sweep.launcher:
+    if sweep.is_for_slurm:
         place = cluster.Cluster(folder, slurm_options(sweep, [likely]))
         sweep.at_once = place.at_once
+    sweep.write(
+        state.entries(folder),
+        total=total,
+        metric=metrics[0],
+        mode={"maximize": "max", "minimize": "min"}[directions[0]],
+    )
     study = by_optuna.open_study(folder, options, directions)
-    sweep.write(state.entries(folder))
     trials = by_optuna.Trials(composer, options, space, metrics, sweep.prepare, study, total)
     trials.take_up()
     done = sum(state.state_of(folder, one)[0] in state.ENDED for one in state.entries(folder))
-    introduce(folder, f"{total} trials", done, sweep.at_once, [sweep.prepare(likely)])
+    introduce(folder, f"{total} trials", done, sweep.at_once, [likely] * total)
     show = Show(folder, total, done, sweep.at_once)
     stop = schedule.run(folder, trials, place, show, fail_fast=options.fail_fast)
-    code = conclude(sweep, stop)
+    code = conclude(sweep, stop, total)
     if len(metrics) > 1:
         log.info("no trial beats these in all of %s:", ", ".join(metrics))
         for one in study.best_trials:
@@ -195,26 +229,31 @@ def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
     return options
 
 
-def submit(sweep: Sweep, jobs: Sequence[Planned], todo: Sequence[Planned]) -> int:
-    """Give what is to be run to Slurm, as one array, and leave. Its last job writes the table."""
-    folder = sweep.folder
+def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]) -> int:
+    """Give what is to be run to Slurm, as one array, and leave. Its last job writes the page."""
+    folder, name = sweep.folder, sweep.facts["name"]
+    is_new = not (folder / state.FILE).exists()
     options = slurm_options(sweep, todo)
     queued = cluster.queued(folder, [one.number for one in todo])
-    todo = [one for one in todo if one.number not in queued]
-    by_number = {one.number: one.job for one in todo}
-    given = {}
-    if by_number:
-        given = slurm.submit_array(by_number, options, folder, sweep.facts["name"])
-    for number, name in given.items():
-        state.note(folder, number, "queued", slurm=name)
-    where = os.path.relpath(folder)
+    jobs = {one.number: one.job for one in todo if one.number not in queued}
+    state.write(folder, entries, **sweep.facts, total=len(entries))  # a job may end at once
+    try:
+        given = cluster.submit(folder, jobs, options, name) if jobs else {}
+    except UserError:
+        if is_new:
+            for entry in entries:
+                shutil.rmtree(folder / entry.folder, ignore_errors=True)
+            (folder / state.FILE).unlink()
+        raise
+    sweep.write(entries)
     if queued:
         log.info("%d jobs are queued or running already", len(queued))
     if given:
         array = next(iter(given.values())).partition("_")[0]
         log.info("submitted to Slurm: %d jobs, to be stopped with scancel %s", len(given), array)
+    where = os.path.relpath(folder)
     log.info("folder: %s", where)
-    log.info("how it stands: python scripts/report.py %s", where)
+    log.info("how it stands: %s", shlex.join(["python", "scripts/report.py", where]))
     return 0
 
 
@@ -231,24 +270,29 @@ def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[P
     log.info("sweep: %s%s, %d at once%s", what, f", {done} done" if done else "", at_once, each)
     where = os.path.relpath(folder)
     log.info("folder: %s", where)
-    log.info("if it is cut, go on with: python scripts/train.py -m resume=%s", where)
+    if done < len(jobs):
+        log.info("if it is cut, go on with: %s", going_on(folder))
 
 
-def conclude(sweep: Sweep, stop: schedule.Stop) -> int:
-    """Write and show the results; the exit code."""
+def going_on(folder: Path, *more: str) -> str:
+    where = os.path.relpath(folder)
+    return shlex.join(["python", "scripts/train.py", "-m", f"resume={where}", *more])
+
+
+def conclude(sweep: Sweep, stop: schedule.Stop, total: int) -> int:
+    """Write and show the results of what were to be `total` jobs; the exit code."""
     folder = sweep.folder
     found = results.write_table(folder)
     states = [row.state for row in found.rows]
-    complete = bool(states) and all(its in state.GOOD for its in states)
-    state.write(folder, state.entries(folder), complete=complete)
     for line in results.summary_of(folder, found):
         log.info("%s", line)
     results.write_page(folder, found, sweep.options.pictures)
-    where = os.path.relpath(folder)
+    complete = len(states) >= total and all(its in state.GOOD for its in states)
+    state.write(folder, complete=complete)
     if stop.signals:
-        log.warning("stopped. Go on with: python scripts/train.py -m resume=%s", where)
+        log.warning("stopped. Go on with: %s", going_on(folder))
         return 128 + stop.signals[0]
     if "failed" in states:
-        again = f"python scripts/train.py -m resume={where} sweep.retry_failed=true"
+        again = going_on(folder, "sweep.retry_failed=true")
         log.warning("%d of %d jobs failed. Again: %s", states.count("failed"), len(states), again)
     return 0 if complete else 1

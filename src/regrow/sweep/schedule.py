@@ -23,7 +23,7 @@ class Source(Protocol):
     def next(self) -> Planned | None:
         """The next job; None where there is none, or none before others have ended."""
 
-    def ended(self, planned: Planned, state: str) -> None: ...
+    def ended(self, planned: Planned) -> None: ...
 
 
 class Place(Protocol):
@@ -35,7 +35,7 @@ class Place(Protocol):
     def has_room(self) -> bool: ...
     def start(self, planned: Planned) -> bool: ...
     def ended(self, seconds: float) -> list[Ended]: ...
-    def send(self, number: int) -> None: ...
+    def send(self, number: int, only: Planned | None = None) -> None: ...
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Queue:
     def next(self) -> Planned | None:
         return self.jobs.pop(0) if self.jobs else None
 
-    def ended(self, planned: Planned, state: str) -> None:
+    def ended(self, planned: Planned) -> None:
         pass
 
 
@@ -66,7 +66,7 @@ class Stop:
     def note(self, number: int, frame: object = None) -> None:
         """The first signal lets all jobs save and end, the second ends them."""
         self.signals.append(number)
-        self.place.send(number if len(self.signals) == 1 else signal.SIGKILL)
+        self.place.send(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
 
     def because_one_failed(self) -> None:
         if not self.wished:
@@ -92,21 +92,35 @@ def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bo
         while True:
             # Only once there is room: a search knows more the later it is asked.
             while place.has_room and not stop.wished:
-                if (waiting := waiting or source.next()) is None or not place.start(waiting):
+                waiting = waiting or source.next()
+                if waiting is None or stop.wished or not place.start(waiting):
                     break
                 show.started(waiting)
+                if stop.signals:  # came as the job was started, and may have missed it
+                    place.send(signal.SIGTERM, only=waiting)
                 waiting = None
             if not place.running and (stop.wished or waiting is None):
                 return stop
             for ended in place.ended(0.3):
-                entry = ended.planned.entry
-                if ended.state == "failed" and ended.reason:
-                    state.note(folder, entry.number, "failed", ended.reason)
-                elif ended.state == "failed" and not state.noted(folder, entry.number):
-                    _, reason = state.state_of(folder, entry)
-                    state.note(folder, entry.number, "failed", reason or "it ended without a word")
-                source.ended(ended.planned, ended.state)
-                show.ended(ended.planned, ended.state)
-                if ended.state == "failed" and fail_fast:
+                its = outcome(folder, ended, stop)
+                source.ended(ended.planned)
+                show.ended(ended.planned, its)
+                if its == "failed" and fail_fast:
                     stop.because_one_failed()
             show.tick(place.running)
+
+
+def outcome(folder: Path, ended: Ended, stop: Stop) -> str:
+    """A job's state, once its process has ended; noted where its run's folder does not say it."""
+    entry = ended.planned.entry
+    its, reason = state.state_of(folder, entry)
+    if its in state.GOOD or ended.state == "interrupted":
+        return its if its in state.GOOD else "interrupted"
+    if ended.state == "completed":
+        return "completed"
+    if stop.wished and its != "failed":  # it had to end before it could do so in good order
+        return "interrupted"
+    if state.noted(folder, entry.number).get("state") != "failed":
+        reason = ended.reason or reason or "it ended without a word"
+        state.note(folder, entry.number, "failed", reason)
+    return "failed"

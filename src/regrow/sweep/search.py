@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,8 +93,9 @@ def distribution_of(override: Override) -> BaseDistribution:
             if not numbers:
                 raise ValueError("it holds no value")
             if all(isinstance(number, int) for number in numbers):
-                step = 1 if is_log else numbers[1] - numbers[0] if len(numbers) > 1 else 1
-                return IntDistribution(min(numbers), max(numbers), step=abs(int(step)), log=is_log)
+                step = abs(int(numbers[1] - numbers[0])) if len(numbers) > 1 else 1
+                if step == 1 or not is_log:  # Optuna has no steps on a logarithmic scale
+                    return IntDistribution(min(numbers), max(numbers), step=step, log=is_log)
             return CategoricalDistribution([repr(number) for number in numbers])
         assert isinstance(value, ChoiceSweep) or override.is_discrete_sweep()
         return CategoricalDistribution([str(each) for each in override.sweep_string_iterator()])
@@ -136,7 +138,8 @@ class Trials:
         while True:
             trials = self.study.get_trials(deepcopy=False)
             asked = [one for one in trials if one.state != TrialState.WAITING]
-            failures = sum(one.state == TrialState.FAIL for one in trials)
+            again = sum("retry_of" in one.user_attrs for one in trials)
+            failures = sum(one.state == TrialState.FAIL for one in trials) - again
             if failures >= self.options.max_failures:
                 if not self._warned:
                     log.warning(
@@ -145,26 +148,56 @@ class Trials:
                     )
                 self._warned = True
                 return None
-            if len(asked) >= self.total:
+            if len(asked) >= self.total + again:
                 return None
-            self.study.sampler = sampler_of(self.options, len(asked))
-            if self.options.sampler == "grid" and len(asked) == len(trials):
-                self.study.enqueue_trial(self.space.combinations()[len(asked)])
+            if len(asked) == len(trials):
+                self.study.enqueue_trial(self._proposal(trials, len(asked)))
             asked_for = self.study.ask(self.space.varied)
             if (planned := self._planned(asked_for.number, asked_for.params)) is not None:
                 return planned
 
+    def _proposal(self, trials: Sequence[Any], number: int) -> dict[str, Any]:
+        """The parameters of the next trial. Asked of a copy in memory and then enqueued: Optuna
+        writes a trial parameter by parameter, and a kill in between would leave half of one."""
+        if self.options.sampler == "grid":
+            combinations = self.space.combinations()
+            return combinations[number - sum("retry_of" in one.user_attrs for one in trials)]
+        copy = optuna.create_study(
+            directions=self.study.directions, sampler=sampler_of(self.options, number)
+        )
+        copy.add_trials(trials)
+        params: dict[str, Any] = copy.ask(self.space.varied).params
+        return params
+
     def take_up(self) -> None:
         """What an earlier start left: trials whose job has ended are told, others go on."""
         for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            planned = self._planned(one.number, one.params)
+            whole = optuna.trial.Trial(self.study, one._trial_id)
+            for key, its in self.space.varied.items():
+                whole._suggest(key, its)  # what was enqueued, where the kill came before it
+            planned = self._planned(one.number, whole.params)
             if planned is None:
                 continue
-            its, _ = state.state_of(self.composer.folder, planned.entry)
-            if its in state.ENDED:
-                self.ended(planned, its)
+            its_state, _ = state.state_of(self.composer.folder, planned.entry)
+            if its_state in state.ENDED:
+                self.ended(planned)
             else:
                 self._open.append(planned)
+        if self.options.retry_failed:
+            self._retry()
+
+    def _retry(self) -> None:
+        """Ask for the failed trials again; a finished trial cannot be told twice."""
+        trials = self.study.get_trials(deepcopy=False)
+        retried = {one.user_attrs.get("retry_of") for one in trials}
+        waiting = len([one for one in trials if one.state == TrialState.WAITING])
+        for one in trials:
+            if one.state == TrialState.FAIL and one.number not in retried:
+                self.study.enqueue_trial(one.params, user_attrs={"retry_of": one.number})
+                number = len(trials) + waiting
+                reason = f"tried again as job {number}"
+                state.note(self.composer.folder, one.number, "retried", reason)
+                waiting += 1
 
     def _planned(self, number: int, params: dict[str, Any]) -> Planned | None:
         """The trial as a job; None for one whose config is wrong, which has failed."""
@@ -176,42 +209,32 @@ class Trials:
         except UserError as error:
             swept = {key.lstrip("+"): str(value) for key, value in params.items()}
             entry = state.Entry(number, "", swept, str(number))
-            add(folder, entry)
+            state.add(folder, entry)
             state.note(folder, number, "failed", str(error))
             log.warning("trial %d failed: %s", number, error)
             self.study.tell(number, state=TrialState.FAIL)
             return None
-        add(folder, planned.entry)
+        state.add(folder, planned.entry)
         told = {
             "folder": str(folder.absolute()),
             "number": number,
-            "metric": self.metrics[0],
+            "metrics": self.metrics,
             "pruner": pruner_options(self.options),
         }
-        job = dataclasses.replace(
-            planned.job, trial=told if self.options.pruner != "none" else None
-        )
-        return dataclasses.replace(planned, job=job)
+        return dataclasses.replace(planned, job=dataclasses.replace(planned.job, trial=told))
 
-    def ended(self, planned: Planned, its: str) -> None:
+    def ended(self, planned: Planned) -> None:
         """Tell Optuna what came of a trial; one that was cut stays open."""
         its, _ = state.state_of(self.composer.folder, planned.entry)
         if its == "pruned":
             self.study.tell(planned.number, state=TrialState.PRUNED)
         elif its == "completed":
             values = values_of(self.composer.folder / planned.entry.folder, self.metrics)
-            failed = any(value is None for value in values)
+            failed = any(value is None or not math.isfinite(value) for value in values)
             how = TrialState.FAIL if failed else TrialState.COMPLETE
             self.study.tell(planned.number, None if failed else values, state=how)
         elif its == "failed":
             self.study.tell(planned.number, state=TrialState.FAIL)
-
-
-def add(folder: Path, entry: state.Entry) -> None:
-    """List a job in sweep.json, unless it is there."""
-    known = state.entries(folder)
-    if all(one.number != entry.number for one in known):
-        state.write(folder, [*known, entry])
 
 
 def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
@@ -300,11 +323,6 @@ def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
             "asked for. Use another folder."
         )
     return study
-
-
-def front_of(study: Any) -> list[Any]:
-    """The trials that no other beats in every metric."""
-    return [int(one.number) for one in study.best_trials]
 
 
 def representative(composer: Composer, space: Space) -> Planned:

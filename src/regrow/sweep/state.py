@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from regrow.record import folder as records
 from regrow.record.redact import redact, redact_all
-from regrow.resume import SWEEP
+from regrow.resume import ELSEWHERE, SWEEP
 
 FILE = SWEEP
 CODE = "code"
 JOBS, LOGS = "jobs", "logs"
+LOCK, RESULTS_LOCK = ".state.lock", ".results.lock"
+OWN = (CODE, JOBS, LOGS, "slurm")  # folders beside those of the jobs
+# What a job does does not depend on these groups and keys.
+ASIDE = (*ELSEWHERE, "resume", "logger", "tags", "notes", "hydra")
 # Whatever is none of these is still to be done.
-GOOD = ("completed", "pruned")
+GOOD = ("completed", "pruned", "retried")  # retried: failed, and another job took its place
 ENDED = (*GOOD, "failed")
 
 
@@ -34,12 +40,19 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.swept.items()) or "the only job"
+        return label_of(self.swept) or "the only job"
 
 
-def identity_of(config: Mapping[str, Any]) -> str:
-    """A hash over a job's config as it was composed."""
-    kept = {key: value for key, value in config.items() if key != "resume"}
+def label_of(swept: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" if value else key for key, value in swept.items())
+
+
+def identity_of(cfg: DictConfig) -> str:
+    """A hash over a job's config as it was composed, before its interpolations are resolved: its
+    own number, or the time, may stand in it."""
+    config = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(config, dict)
+    kept = {key: value for key, value in config.items() if key not in (*ASIDE, "hydra")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -51,9 +64,30 @@ def read(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write(folder: Path, entries: Sequence[Entry], **facts: Any) -> None:
-    content = {**read(folder), **facts, "jobs": [asdict(entry) for entry in entries]}
-    records.write_json(folder / FILE, redact_all(content))
+def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) -> None:
+    """Change sweep.json: these facts, and the list of jobs if it is given."""
+    with alone(folder):
+        content = {**read(folder), **redact_all(facts)}
+        if entries is not None:
+            content["jobs"] = redact_all([asdict(entry) for entry in entries])
+        records.write_json(folder / FILE, content)
+
+
+def add(folder: Path, entry: Entry) -> None:
+    """List a job, unless it is listed already."""
+    with alone(folder):
+        content = read(folder)
+        if all(one["number"] != entry.number for one in content["jobs"]):
+            content["jobs"].append(redact_all(asdict(entry)))
+            records.write_json(folder / FILE, content)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One at a time: jobs that end on other machines write here too."""
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -101,6 +135,8 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
             if records.read_json(summary).get("pruned"):
                 return "pruned", None
         return "completed", None
+    if said.get("state") == "retried":
+        return "retried", said.get("reason")
     if said.get("state") == "failed":
         return "failed", said.get("reason") or status.get("error")
     if status:
@@ -110,7 +146,3 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
 
 def log_of(folder: Path, number: int) -> Path:
     return folder / LOGS / f"{number}.log"
-
-
-def command_of(overrides: Sequence[str]) -> str:
-    return shlex.join(["python", "scripts/train.py", *overrides])

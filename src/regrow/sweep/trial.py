@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from regrow.errors import UserError, did_you_mean
 
 log = logging.getLogger("regrow")
 
@@ -19,7 +22,9 @@ def storage_of(folder: Path) -> Any:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return JournalStorage(JournalFileBackend(str(folder / STORAGE)))
+    path = folder / STORAGE
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # values may be secrets
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
@@ -40,18 +45,28 @@ def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
 class Reporter:
     """What the loop tells of its evaluations. Made in the run's own process, on any machine."""
 
-    def __init__(self, folder: str, number: int, metric: str, pruner: Mapping[str, Any]) -> None:
-        self.folder, self.number, self.metric = Path(folder), number, metric
+    def __init__(
+        self, folder: str, number: int, metrics: list[str], pruner: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.number, self.metrics = Path(folder), number, metrics
         self.pruner = dict(pruner)
         self._trial: Any = None
+
+    def check(self, measured: Sequence[str]) -> None:
+        """Raise UserError for a metric of the search that the run does not measure."""
+        for metric in self.metrics:
+            if metric.startswith("val/") and metric not in measured:
+                hint = did_you_mean(metric, measured)
+                whole = ", ".join(name for name in measured if name.count("/") == 1)
+                raise UserError(f"sweep.metric={metric} is not measured.{hint} There are {whole}.")
 
     def is_over(self, step: int, values: Mapping[str, float]) -> bool:
         """Report `values` of an evaluation at `step`; whether the pruner ends the trial here.
 
         The pruner counts evaluations, so that trials of other batch sizes compare.
         """
-        value = values.get(self.metric)
-        if value is None or not math.isfinite(value):
+        value = values.get(self.metrics[0])
+        if self.pruner["name"] == "none" or value is None or not math.isfinite(value):
             return False
         import optuna
 
