@@ -287,6 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="leave out benchmarks/, which measure the template and not your work",
     )
     options = parser.parse_args(arguments)
+    new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    if new:
+        print(f"not copied, as git does not know them: {', '.join(new[:10])}", file=sys.stderr)
     try:
         done = make_project(
             options.name, options.dest, without_benchmarks=options.without_benchmarks
