@@ -228,6 +228,19 @@ def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_jobs_that_were_cut_go_on_also_when_the_command_names_others(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    with under_way(tmp_path, *FOUR) as process:
+        until((folder / "0" / "checkpoints" / "last").exists)
+        process.kill()
+        process.wait()
+    assert sweep(tmp_path, "resume=sweep", "seed=7").returncode == 0
+    assert [(row["seed"], row["status"]) for row in table(folder)] == [
+        (seed, "completed") for seed in "01237"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_a_killed_server_ends_its_jobs_and_is_said(tmp_path: Path) -> None:
     """The process that jobs are forked from, killed alone: none of them goes on unwatched."""
     folder = tmp_path / "sweep"

@@ -24,7 +24,7 @@ from regrow.compose import job_of, with_override
 from regrow.config import composition_error
 from regrow.errors import UserError
 from regrow.job import Job
-from regrow.record.redact import redact
+from regrow.record.redact import MASK, redact
 from regrow.resume import key_of
 from regrow.sweep import state
 from regrow.sweep.options import Grid, Sets
@@ -188,7 +188,7 @@ class Composer:
         command = ["python", "scripts/train.py", *overrides]
         job = job_of(cfg, self.folder / folder, command)
         config = {**job.config, "resume": "auto"}
-        entry = state.Entry(number, identity, swept, folder)
+        entry = state.Entry(number, identity, swept, folder, overrides)
         return Planned(entry, dataclasses.replace(job, config=config))
 
 
@@ -216,6 +216,22 @@ def numbered(
             following += 1
         planned.setdefault(found.number, found)
     return [*planned.values()]
+
+
+def left_over(
+    composer: Composer, planned: Sequence[Planned], known: Sequence[state.Entry]
+) -> list[Planned]:
+    """Jobs of an earlier command that have not ended, and that this one does not name."""
+    numbers = {one.number for one in planned}
+    found = []
+    for entry in known:
+        is_open = state.state_of(composer.folder, entry)[0] not in state.ENDED
+        if entry.number in numbers or not is_open or any(MASK in o for o in entry.overrides):
+            continue
+        swept = [f"{key}={value}" if value else key for key, value in entry.swept.items()]
+        again = composer.plan(entry.number, entry.overrides, swept, {entry.identity: entry})
+        found.append(dataclasses.replace(again, entry=entry))
+    return found
 
 
 def fixed_by(lines: Sequence[str], swept: Sequence[str]) -> dict[str, str]:

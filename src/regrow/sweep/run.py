@@ -111,7 +111,8 @@ def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder:
     swept = [override for _, its in wanted for override in its]
     lines = [*plan.lines_of(options.params), *arguments]
     sweep.agree(plan.fixed_by(lines, swept), swept)
-    jobs = sweep.prepared(plan.numbered(composer, wanted, known))
+    planned = plan.numbered(composer, wanted, known)
+    jobs = sweep.prepared([*planned, *plan.left_over(composer, planned, known)])
     numbers = {one.number for one in jobs}
     entries = [*(one for one in known if one.number not in numbers), *(o.entry for o in jobs)]
     entries.sort(key=lambda entry: entry.number)

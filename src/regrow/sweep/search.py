@@ -190,14 +190,12 @@ class Trials:
         """Ask for the failed trials again; a finished trial cannot be told twice."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {one.user_attrs.get("retry_of") for one in trials}
-        waiting = len([one for one in trials if one.state == TrialState.WAITING])
-        for one in trials:
-            if one.state == TrialState.FAIL and one.number not in retried:
-                self.study.enqueue_trial(one.params, user_attrs={"retry_of": one.number})
-                number = len(trials) + waiting
-                reason = f"tried again as job {number}"
-                state.note(self.composer.folder, one.number, "retried", reason)
-                waiting += 1
+        failed = [one for one in trials if one.state == TrialState.FAIL]
+        open_failures = [one for one in failed if one.number not in retried]
+        for number, one in enumerate(open_failures, start=len(trials)):
+            reason = f"tried again as job {number}"
+            state.note(self.composer.folder, one.number, "retried", reason)
+            self.study.enqueue_trial(one.params, user_attrs={"retry_of": one.number})
 
     def _planned(self, number: int, params: dict[str, Any]) -> Planned | None:
         """The trial as a job; None for one whose config is wrong, which has failed."""

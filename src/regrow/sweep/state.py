@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Entry:
     identity: str  # of its config: the same again is the same job
     swept: dict[str, str]  # what sets it apart, as typed
     folder: str  # of its run, in the sweep's
+    overrides: list[str] = field(default_factory=list)  # all, to compose it again
 
     @property
     def label(self) -> str:
