@@ -116,10 +116,10 @@ def test_a_stop_as_jobs_start_leaves_none_that_failed(
 
 @pytest.mark.slow
 def test_a_stop_while_planning_leaves_nothing(tmp_path: Path) -> None:
-    many = ("seed=range(300)", "hydra.sweep.dir=sweep")
+    many = ("seed=range(1000)", "hydra.sweep.dir=sweep")  # a minute of composing, or two
     with under_way(tmp_path, *SMALL, *many) as process:
         until((tmp_path / "sweep" / "code").is_dir)
-        time.sleep(3)
+        time.sleep(8)  # in which the copy's Python has begun
         assert not (tmp_path / "sweep" / "sweep.json").exists()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
