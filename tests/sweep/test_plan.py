@@ -135,6 +135,13 @@ def test_a_sweep_is_taken_up_by_the_command_that_began_it(
     assert claimed(["seed=0,1"]) != folder
 
 
+def test_a_named_folder_is_never_begun_anew(tmp_path: Path) -> None:
+    state.write(tmp_path, [], overrides=["seed=0,1"], complete=False)
+    with pytest.raises(UserError, match="holds a sweep"):
+        frozen.claim(tmp_path, "digits", ["seed=0,1"], "never")
+    frozen.claim(tmp_path, "digits", ["seed=0,1"], "auto").release()
+
+
 def test_a_job_that_was_killed_is_told_from_one_that_was_cut(tmp_path: Path) -> None:
     entry = state.Entry(3, "x", {"seed": "1"}, "3")
     assert state.state_of(tmp_path, entry) == ("waiting", None)

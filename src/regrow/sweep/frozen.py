@@ -42,6 +42,8 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
             raise UserError(
                 f"hydra.sweep.dir={named} holds no sweep, but {held[0]}. Choose another folder."
             )
+        if resume == "never" and held:
+            raise UserError(f"resume=never: {named} holds a sweep. Choose another folder.")
         return records.Lock(named).acquire()
     sweeps = Path("outputs", name, "sweeps")
     for folder in sorted(sweeps.glob("*/"), reverse=True) if resume != "never" else ():
