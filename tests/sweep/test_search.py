@@ -144,6 +144,8 @@ def test_a_trial_that_does_worse_is_ended_early(tmp_path: Path, devices: int) ->
     assert all(s["epochs"] < 8 and s["test"] == {} for s in summaries[2:])
     states = [trial.state.name for trial in study(tmp_path / "sweep").trials]
     assert states == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+    if devices > 1:
+        return
     off = [a for a in arguments if not a.startswith("sweep.pruner")]
     done = sweep(tmp_path / "off", *SMALL, *off)  # the negative control
     assert {row["status"] for row in table(tmp_path / "off" / "sweep")} == {"completed"}
