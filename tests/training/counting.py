@@ -52,15 +52,21 @@ def part(rank: int, size: int, port: int, config: Config, file: Path) -> None:
         saved = SimpleNamespace(saved=None)
         plan = runs.plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
         steps(objects, plan, 2, whole_weights=False)  # connections are made, buckets built anew
-        dist.barrier()
-        before = sent()
+        before = sent_by_now()
         steps(objects, plan, 2 + STEPS, whole_weights=False)
-        dist.barrier()
         parameters = sum(p.numel() for p in objects.state.model.parameters())
-        found[name] = (sent() - before) / STEPS / size / (4 * parameters)
+        found[name] = (sent_by_now() - before) / STEPS / size / (4 * parameters)
     if rank == 0:
         file.write_text(json.dumps(found))
     os._exit(0)  # as real runs end: the threads of a process group may fall over each other
+
+
+def sent_by_now() -> int:
+    """What all processes have sent, at an instant at which none of them sends."""
+    dist.barrier()
+    count = sent()
+    dist.barrier()  # nobody goes on before all have looked
+    return count
 
 
 def sent() -> int:
