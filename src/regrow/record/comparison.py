@@ -20,6 +20,11 @@ SEEDS = ("seed",)
 UNKNOWN = "too few seeds to tell"
 
 
+def label_of(swept: Mapping[str, str]) -> str:
+    """What sets a run apart, as it was typed."""
+    return " ".join(f"{key}={value}" if value else key for key, value in swept.items())
+
+
 @dataclass(frozen=True)
 class Row:
     """A run, or a job that has none yet."""
@@ -35,11 +40,11 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{k}={v}" if v else k for k, v in self.swept.items())
+        return label_of(self.swept)
 
     @property
     def setting_label(self) -> str:
-        return " ".join(f"{k}={v}" if v else k for k, v in self.setting)
+        return label_of(dict(self.setting))
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
@@ -170,8 +175,7 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     apart = [None, *differences(by_seed[0], by_seed[1:])] if by_seed else []
     settings = [
         Setting(
-            label=" ".join(f"{k}={v}" if v else k for k, v in setting)
-            or ("all" if len(ordered) == 1 else "(nothing changed)"),
+            label=label_of(dict(setting)) or ("all" if len(ordered) == 1 else "(nothing changed)"),
             rows=its,
             monitored=estimate([values[row.job] for row in its]),
             tested=None

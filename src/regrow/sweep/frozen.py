@@ -8,7 +8,6 @@ comes from there: edits and another git branch change nothing of it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import sys
@@ -21,8 +20,6 @@ from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.sweep import state
-
-log = logging.getLogger("regrow")
 
 PARTS = ("src", "conf", "scripts")
 # What the script of the copy is told.

@@ -17,15 +17,9 @@ from regrow.errors import UserError
 from regrow.ranks import STOPPED
 from regrow.sweep import gpus, process, state
 from regrow.sweep.plan import Planned
+from regrow.sweep.process import cores
 
 MOST = 8  # jobs at once, unless asked for: each needs memory of its own
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def gpus_for(trainer: Mapping[str, Any], there: int) -> int:

@@ -24,12 +24,11 @@ from regrow.compose import job_of, with_override
 from regrow.config import composition_error
 from regrow.errors import UserError
 from regrow.job import Job
+from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
 from regrow.resume import key_of
 from regrow.sweep import state
 from regrow.sweep.options import Grid, Sets
-
-Assignments = list[tuple[str, str]]  # (key as typed, override)
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Composer:
         try:
             return self._planned(number, overrides, values, known or {})
         except UserError as error:
-            what = state.label_of(values)
+            what = label_of(values)
             raise UserError(f"{error} (job {number}: {what})" if what else str(error)) from None
 
     def _planned(

@@ -91,13 +91,19 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     worker.leave(code)
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def have_threads_again() -> None:
     """Give numpy's linear algebra the threads of a run by itself, since the server has one."""
     if "regrow.sweep.preloaded" in sys.modules and "OPENBLAS_NUM_THREADS" not in os.environ:
         from threadpoolctl import ThreadpoolController
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        ThreadpoolController().limit(limits=cores or os.cpu_count(), user_api="blas")
+        ThreadpoolController().limit(limits=cores(), user_api="blas")
 
 
 def die_with_the_sweep() -> None:

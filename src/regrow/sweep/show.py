@@ -76,7 +76,7 @@ class Show:
             self._bars[0].set_postfix_str(f"{self.failed} failed" if self.failed else "")
 
     def tick(self, running: list[Planned]) -> None:
-        """Look at how far the jobs are, now and then; status.json tells it to others."""
+        """Look at how far the jobs are, now and then."""
         if time.monotonic() - self._looked < EVERY:
             return
         self._looked = time.monotonic()

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from regrow.record import folder as records
+from regrow.record.comparison import label_of
 from regrow.record.redact import redact, redact_all
 from regrow.resume import ELSEWHERE, SWEEP
 
@@ -44,16 +45,12 @@ class Entry:
         return label_of(self.swept) or "the only job"
 
 
-def label_of(swept: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" if value else key for key, value in swept.items())
-
-
 def identity_of(cfg: DictConfig) -> str:
     """A hash over a job's config as it was composed, before its interpolations are resolved: its
     own number, or the time, may stand in it."""
     config = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
-    kept = {key: value for key, value in config.items() if key not in (*ASIDE, "hydra")}
+    kept = {key: value for key, value in config.items() if key not in ASIDE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
