@@ -62,6 +62,12 @@ def test_what_was_chosen_by_another_metric_is_left_out_and_said() -> None:
     assert by_loss.best is other
 
 
+def test_a_seed_that_was_run_twice_counts_once() -> None:
+    rows = [row(i, {"lr": "1", "seed": seed}, 0.5) for i, seed in enumerate("0012")]
+    (setting,) = comparison.compare(rows).settings
+    assert setting.monitored.count == 3
+
+
 def test_one_seed_each_claims_nothing() -> None:
     header, rows = comparison.table_of(comparison.compare(grid({"1": [0.5], "2": [0.9]})))
     assert header == ["setting", "n", "val/accuracy", "test/accuracy"]
