@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 
-from regrow.outside import die_with_parent
+from regrow.parent import die_with_parent
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))

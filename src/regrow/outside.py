@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,6 @@ def started_from_outside() -> bool:
     """Whether torchrun or srun started this process as one of several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
     return several and "REGROW_PARENT" not in os.environ
-
-
-def die_with_parent(parent: int) -> None:
-    """Let the kernel end this process when the one that started it is killed (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before this line
-        os._exit(1)
 
 
 def srun_environment() -> dict[str, str]:

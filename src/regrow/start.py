@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regrow import outside
+from regrow.parent import die_with_parent
 
 
 def start(main: Callable[[], Any]) -> None:
@@ -26,7 +27,7 @@ def start(main: Callable[[], Any]) -> None:
         main()
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun leaves its processes behind
-        outside.die_with_parent(os.getppid())
+        die_with_parent(os.getppid())
     code: Any = 0
     if os.environ["RANK"] == "0":
         try:

@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waiting import alive, until
 
 from regrow.config import instantiate
 from regrow.data import feeds
@@ -136,6 +140,43 @@ def test_workers_that_are_not_persistent_end_with_the_epoch(same: Same) -> None:
     data = of_ones_own(Noisy(13, 0), num_workers=2, persistent_workers=False)
     assert same(list(data.train(device=CPU).epoch(0)), two_epochs(of_ones_own(Noisy(13, 0)))[0])
     assert not multiprocessing.active_children()
+
+
+KILLED_EARLY = """
+import os, signal, sys, time
+from pathlib import Path
+
+import torch
+
+from regrow.data.feeds import FileFeed
+from regrow.data.sampling import Windows
+
+def begins_late():
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(1)  # so that this worker looks for its parent when that has been killed
+
+os.register_at_fork(after_in_child=begins_late)
+feed = FileFeed(
+    [(torch.zeros(1), 0)] * 8, lambda inputs: inputs, torch.device("cpu"), name="train", seed=0,
+    num_classes=None, collate=None, num_workers=2, pin_memory=False, persistent_workers=True,
+)
+next(feed.read(Windows(8, 4, False, 0, 1), torch.arange(8), 0, 0))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux")
+def test_workers_of_a_process_that_was_killed_as_they_began_end_too(tmp_path: Path) -> None:
+    run = subprocess.Popen([sys.executable, "-c", KILLED_EARLY, str(tmp_path)])
+    until(lambda: len(list(tmp_path.iterdir())) == 2)
+    run.kill()
+    run.wait()
+    workers = [int(file.name) for file in tmp_path.iterdir()]
+    assert any(alive(worker) for worker in workers)
+    try:
+        until(lambda: not any(alive(worker) for worker in workers))
+    finally:
+        for worker in filter(alive, workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

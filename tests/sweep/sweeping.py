@@ -8,10 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from running import TINY
 
@@ -64,14 +62,6 @@ def under_way(folder: Path, *arguments: str, root: Path = ROOT) -> Iterator[subp
         process.communicate()
 
 
-def until(happened: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-    return found
-
-
 def table(sweep: Path) -> list[dict[str, str]]:
     with (sweep / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -89,11 +79,3 @@ def pids_of(sweep: Path) -> list[int]:
             content = read_json(status)
             found += content["pids"] if content["state"] == "running" else []
     return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

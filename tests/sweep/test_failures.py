@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sweeping import LONG, SMALL, alive, pids_of, sweep, table, under_way, until
+from sweeping import LONG, SMALL, pids_of, sweep, table, under_way
+from waiting import alive, until
 
 from regrow.record.folder import load_status, read_json
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import optuna
 import pytest
-from sweeping import LONG, SMALL, sweep, table, under_way, until
+from sweeping import LONG, SMALL, sweep, table, under_way
+from waiting import until
 
 from regrow.record.folder import read_json
 from regrow.sweep.trial import STUDY, storage_of

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweeping import LONG, SMALL, command, environment, sweep, table, under_way, until, weights
+from sweeping import LONG, SMALL, command, environment, sweep, table, under_way, weights
+from waiting import until
 
 from regrow.config import ROOT
 from regrow.record.folder import load_status, read_json

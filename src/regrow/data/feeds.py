@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from regrow.data.preprocess import Normalizer
 from regrow.data.sampling import Windows
 from regrow.data.splits import Examples, MapStyle
 from regrow.errors import DataError
+from regrow.parent import die_with_parent
 from regrow.randomness import generator, key
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
@@ -127,7 +129,7 @@ class FileFeed:
                 collate_fn=_Collate(collate or default_collate),
                 pin_memory=pin_memory and device.type == "cuda",
                 persistent_workers=persistent_workers and num_workers > 0,
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=functools.partial(_begin_worker, os.getpid()),
                 generator=generator(seed, "workers"),  # or each epoch draws from the global one
             )
 
@@ -289,8 +291,10 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """In a new worker, where they are held: see `_signals_held`."""
+def _begin_worker(run: int, worker: int) -> None:
+    """In a new worker of the process `run`, whose signals are held: see `_signals_held`."""
+    # Torch's own watch takes whoever is the parent by then, and waits for ever for a killed run.
+    die_with_parent(run)
     for number in FOR_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
     # Not for ever: Python's own end terminates what is left, and waits for it.

@@ -7,9 +7,9 @@ Importing starts no thread and touches no GPU and no data. Imported nowhere else
 import os
 import signal
 
-from regrow import outside
+from regrow.parent import die_with_parent
 
-outside.die_with_parent(os.getppid())
+die_with_parent(os.getppid())
 # A Ctrl-C is for the sweep. It was blocked as this process was started.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

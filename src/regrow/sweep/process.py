@@ -18,8 +18,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
-from regrow import outside
 from regrow.errors import UserError
+from regrow.parent import die_with_parent
 from regrow.ranks import python_path
 from regrow.record.redact import redact
 from regrow.sweep import state
@@ -109,7 +109,7 @@ def have_threads_again() -> None:
 def die_with_the_sweep() -> None:
     """End this process when the sweep's is killed, or the server between the two."""
     sweep = parent_process()
-    outside.die_with_parent(os.getppid())
+    die_with_parent(os.getppid())
     if sweep is None:
         return
     if not sweep.is_alive():
