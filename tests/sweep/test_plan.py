@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from regrow.config import CONF, version_arguments
 from regrow.errors import UserError
 from regrow.record.folder import Lock, create
 from regrow.sweep import frozen, gpus, local, plan, search, state
+from regrow.sweep.composed import Composed
 
 LOADER: Any = None  # Hydra's parser needs one for glob(…) alone
+
+
+@pytest.fixture
+def loader_and_config() -> Iterator[tuple[ConfigLoader, DictConfig]]:
+    """Hydra's, and the config of a sweep that it has loaded."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), **version_arguments()):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("train", ["seed=0,1"], run_mode=RunMode.MULTIRUN)
+        yield loader, config
 
 
 def test_a_grid_is_every_combination_in_the_order_of_the_command() -> None:
@@ -163,3 +182,43 @@ def test_jobs_that_were_made_otherwise_are_not_mixed_in(tmp_path: Path) -> None:
         plan.refuse_another(tmp_path, {"optimizer": "optimizer=sgd"}, ["seed=0"])
     with pytest.raises(UserError, match="was made with no such override"):
         plan.refuse_another(tmp_path, {**fixed, "trainer.max_epochs": "trainer.max_epochs=9"}, [])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=3", "optimizer.lr=0.1"],
+        ["optimizer.lr=0.1", "optimizer=sgd", "+tags=[a]", "seed=1"],
+        ["experiment=digits_cnn", "optimizer.lr=0.1", "optimizer=sgd", "name=x"],
+        ["logger=[csv,jsonl]", "model.hidden=[8,8]", "model={hidden:[4]}"],
+        ["~scheduler", "seed=2", "++model.dropout=0.5"],
+        ["hydra.sweep.subdir=x${hydra.job.num}", "seed=2", "hydra.job.chdir=false"],
+        ["trainer=ddp", "trainer.devices=2", "name=a\\,b"],
+    ],
+)
+def test_configs_composed_for_many_jobs_are_those_composed_for_each(
+    overrides: list[str], loader_and_config: tuple[Any, DictConfig]
+) -> None:
+    loader, config = loader_and_config
+    composed = Composed(loader, config)
+    composed([o.replace("seed=", "trainer.max_epochs=") for o in overrides])  # leaves no trace
+    for lines in (overrides, [*overrides, "seed=7"], overrides):
+        expected = loader.load_sweep_config(config, lines)
+        assert composed(lines) == expected
+        found, its = (OmegaConf.to_yaml(c.hydra) for c in (composed(lines), expected))
+        assert found == its
+        assert composed(lines)._metadata.resolver_cache == expected._metadata.resolver_cache
+
+
+@pytest.mark.parametrize(
+    "wrong", ["optimizer.lrr=1", "optimizer=adan", "sead=1", "seed@x=1", "logger=null"]
+)
+def test_what_cannot_be_composed_for_many_is_refused_as_for_one(
+    wrong: str, loader_and_config: tuple[Any, DictConfig]
+) -> None:
+    loader, config = loader_and_config
+    with pytest.raises((HydraException, ValueError)) as expected:
+        loader.load_sweep_config(config, [wrong, "seed=1"])
+    with pytest.raises((HydraException, ValueError)) as found:
+        Composed(loader, config)([wrong, "seed=1"])
+    assert str(found.value) == str(expected.value)

@@ -28,6 +28,7 @@ from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
 from regrow.resume import key_of
 from regrow.sweep import state
+from regrow.sweep.composed import Composed
 from regrow.sweep.options import Grid, Sets
 
 
@@ -136,8 +137,7 @@ def _typed(value: Any, *, inside: bool = False) -> str:
 class Composer:
     """Makes jobs of overrides, by what conf/ says."""
 
-    loader: ConfigLoader
-    config: DictConfig  # of the sweep: what all jobs have in common
+    composed: Composed
     folder: Path
 
     def plan(
@@ -168,7 +168,7 @@ class Composer:
         known: Mapping[str, state.Entry],
     ) -> Planned:
         try:
-            cfg = self.loader.load_sweep_config(self.config, overrides)
+            cfg = self.composed(overrides)
             identity = state.identity_of(cfg)
             before = known.get(identity)
             number = number if before is None else before.number

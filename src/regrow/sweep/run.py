@@ -25,6 +25,7 @@ from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.resume import key_of
 from regrow.sweep import cluster, frozen, gpus, local, plan, process, results, schedule, state
+from regrow.sweep.composed import Composed
 from regrow.sweep.options import Options, Search
 from regrow.sweep.plan import Planned
 from regrow.sweep.show import Show
@@ -94,7 +95,7 @@ def leave_nothing(folder: Path) -> None:
 def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder: Path) -> int:
     values = plain(OmegaConf.masked_copy(config, ["name", "launcher", "sweep"]))
     options: Options = instantiate(values["sweep"])
-    composer = plan.Composer(loader, config, folder)
+    composer = plan.Composer(Composed(loader, config), folder)
     sweep = Sweep(
         folder=folder,
         options=options,

@@ -62,7 +62,7 @@ def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> S
     lines = [*plan.lines_of(options.params), *arguments]
     fixed: dict[str, str] = {}
     varied: dict[str, BaseDistribution] = {}
-    parser = OverridesParser.create(config_loader=composer.loader)
+    parser = OverridesParser.create(config_loader=composer.composed.loader)
     for override in parser.parse_overrides(lines):
         key = override.get_key_element()
         fixed.pop(key, None)
