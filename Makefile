@@ -36,7 +36,7 @@ test-all: ## all tests
 
 test-next-hydra: setup ## what knows Hydra, with the newest below 1.5, release candidates included
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
-	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 -m "not slow" \
+	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 -m "not slow" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py tests/scripts tests/sweep $(ARGS)
 
 check: setup ## formatting, lint and types

@@ -15,6 +15,21 @@ for name in list(os.environ):
         del os.environ[name]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-of-each", action="store_true", help="of a parametrized test, its first case alone"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("one_of_each"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[i for i in items if i not in first.values()])
+        items[:] = first.values()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The figures that passing tests measured, which pytest would keep to itself."""
     for report in terminalreporter.getreports("passed"):

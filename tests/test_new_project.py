@@ -228,7 +228,8 @@ def test_the_tests_and_the_main_script_of_a_copy_work(
     config = run(copy, environment, "scripts/train.py", "--cfg", "job")
     assert config.returncode == 0, config.stderr
     assert "ocean_study" in config.stdout
-    tests = run(copy, environment, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider")
+    chosen = ("-m", "not slow", "--one-of-each", "-p", "no:cacheprovider")
+    tests = run(copy, environment, "-m", "pytest", *chosen)
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout
 
