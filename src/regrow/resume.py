@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "trainer.activation_checkpointing",
     "trainer.accumulation_steps",
     "trainer.num_threads",
+    "trainer.keep_freed_memory",
     "trainer.log_every_steps",
     "trainer.log_histograms_every_steps",
     "trainer.check_first_batch",

@@ -26,7 +26,7 @@ from regrow.errors import UserError, did_you_mean
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
-from regrow.training import activation_checkpointing, checkpoint, loop, optim, sharding
+from regrow.training import activation_checkpointing, checkpoint, loop, memory, optim, sharding
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
 from regrow.training.parallel import (
@@ -449,6 +449,8 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
             "Use trainer.precision=bf16."
         )
     torch.set_num_threads(options.num_threads or usable_cores())
+    if options.keep_freed_memory and device.type == "cpu":
+        memory.keep_freed_memory()
     torch.backends.cudnn.benchmark = options.cudnn_benchmark
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.tf32

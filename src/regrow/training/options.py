@@ -55,6 +55,7 @@ class TrainerOptions:
     activation_checkpointing: list[str]
     accumulation_steps: int
     num_threads: int | None
+    keep_freed_memory: bool
     precision: str
     clip_norm: float | None
     clip_value: float | None
