@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS =
 
-.PHONY: help train test test-slow test-all test-next-hydra check format bench lock clean setup
+.PHONY: help train test test-slow test-all test-next-hydra check format bench peers lock clean setup
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,6 +51,9 @@ format: setup ## format, and mend what the linter can
 bench: setup ## the figures of benchmarks/RESULTS.md, measured anew
 	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
 	@$(PY) -m benchmarks $(ARGS)
+
+peers: setup ## other engines, for `make bench` to be measured beside
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
 
 lock: ## pin again after a change of requirements (newest versions: ARGS=--upgrade)
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }

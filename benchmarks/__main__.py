@@ -14,7 +14,7 @@ from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
 
-BENCHMARKS: dict[str, Callable[[], Table]] = {
+BENCHMARKS: dict[str, Callable[[], Table | list[Table]]] = {
     "step": step.measure,
     "processes": processes.measure,
     "checkpoint": checkpoint.measure,
@@ -29,9 +29,10 @@ def main(names: list[str]) -> None:
         sys.exit(f"benchmarks: no {unknown[0]}; there are {', '.join(BENCHMARKS)}")
     sections = []
     for name in names or BENCHMARKS:
-        table = BENCHMARKS[name]()
-        print(table.text(), flush=True)
-        sections.append(table.text())
+        found = BENCHMARKS[name]()
+        for table in found if isinstance(found, list) else [found]:
+            print(table.text(), flush=True)
+            sections.append(table.text())
     if not names:
         (HERE / "RESULTS.md").write_text("\n".join([head(), *sections]))
 

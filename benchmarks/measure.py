@@ -39,13 +39,18 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def in_turn(candidates: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after a round that is not counted."""
+def in_turn(
+    candidates: Mapping[str, Callable[[], float | None]], *, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after a round that is not counted.
+
+    One that times itself returns them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(rounds + 1):
         for name, run in candidates.items():
             started = time.perf_counter()
-            run()
+            own = run()
             if index:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.perf_counter() - started if own is None else own)
     return seconds

@@ -1,8 +1,8 @@
 """A training step of `train.py`'s loop beside loops written by hand that do the same arithmetic.
 
-All train the default MLP on digits without augmentation: batch 64, AdamW with decay on the
-matrices alone, cosine rate, gradient clipped at norm 1, running loss and accuracy, and the loss
-logged every 50 steps.
+All train an MLP on digits without augmentation: batch 64, AdamW with decay on the matrices alone,
+cosine rate, gradient clipped at norm 1, running loss and accuracy, and the loss logged every 50
+steps. Engines of others are measured too, where `make peers` has installed them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import peers
 from benchmarks.measure import Table, in_turn
+from benchmarks.peers import ENGINES
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World
 
 STEPS = 600
 TOTAL = 100_000
+SMALL = ("model.hidden=[64]", "model.norm=none")
 
 
-def measure() -> Table:
+def measure() -> list[Table]:
+    return [
+        table("the default MLP (86 thousand parameters)"),
+        table("a small MLP (5 thousand parameters)", *SMALL),
+    ]
+
+
+def table(what: str, *overrides: str) -> Table:
     torch.set_num_threads(1)
-    ours, inputs, targets = train_py(World(device=torch.device("cpu")), steps=STEPS)
-    candidates = {
+    ours, inputs, targets = train_py(World(device=torch.device("cpu")), *overrides, steps=STEPS)
+    is_small = bool(overrides)
+    candidates: dict[str, Callable[[], float | None]] = {
         "train.py": ours,
-        "hand-tuned, in memory": by_hand(inputs, targets, loader=False),
-        "bare DataLoader loop": by_hand(inputs, targets, loader=True),
+        "forward, backward and update alone": pure(inputs, targets, is_small),
+        "hand-tuned, in memory": by_hand(inputs, targets, is_small, loader=False),
+        "bare DataLoader loop": by_hand(inputs, targets, is_small, loader=True),
     }
+    with peers.started(list(ENGINES) if peers.INSTALLED.is_dir() else [], STEPS, is_small) as them:
+        seconds = in_turn(candidates | them, rounds=9)
     return Table(
-        title="A training step of a small MLP",
+        title=f"A training step of {what}",
         note="The whole loop: batch, forward, backward, clip, update, running means, logging, bar "
-        f"and checkpoints on. One thread, {STEPS} steps a round.",
+        f"and checkpoints on. One thread, {STEPS} steps a round. Of other engines the steady state "
+        "alone is timed, without what they do at the start and the end of a round.",
         unit="µs a step",
-        reference="bare DataLoader loop",
-        seconds=in_turn(candidates, rounds=9),
+        reference="hand-tuned, in memory",
+        seconds=seconds,
         per=STEPS,
         scale=1e6,
     )
@@ -98,16 +113,42 @@ def train_py(
     )
 
 
-def mlp() -> nn.Module:
-    """The default model, written out."""
+def digits() -> tuple[Tensor, Tensor]:
+    """As many examples as the default training split has: 20 steps an epoch."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    inputs = torch.from_numpy(found.images[:1258] / 16).float()
+    return inputs, torch.from_numpy(found.target[:1258]).long()
+
+
+def mlp(is_small: bool = False) -> nn.Module:
+    """The default model written out, or that of `SMALL`."""
+    if is_small:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     return nn.Sequential(
         *(nn.Flatten(), nn.Linear(64, 256), nn.LayerNorm(256), nn.ReLU()),
         *(nn.Linear(256, 256), nn.LayerNorm(256), nn.ReLU(), nn.Linear(256, 10)),
     )
 
 
-def by_hand(inputs: Tensor, targets: Tensor, *, loader: bool) -> Callable[[], None]:
-    model = mlp()
+def pure(inputs: Tensor, targets: Tensor, is_small: bool) -> Callable[[], None]:
+    """What the arithmetic takes: one batch, again and again."""
+    model = mlp(is_small)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    x, y = inputs[:64], targets[:64]
+
+    def run() -> None:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    return run
+
+
+def by_hand(inputs: Tensor, targets: Tensor, is_small: bool, *, loader: bool) -> Callable[[], None]:
+    model = mlp(is_small)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
