@@ -18,6 +18,7 @@ from regrow import config as configs
 from regrow.check import RULES, check, shipped_node
 from regrow.config import CONF, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
+from regrow.resume import SWEEP
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -90,6 +91,9 @@ BAD = {
     "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half has to be one of fp32, bf16",
     "trainer.fsdp.param_dtype=fp16": "small gradients vanish without a loss scale",
     'name="a\x07b"': "has to be text of one line",
+    "hydra.sweep.dir=mine": "hydra.sweep.dir=mine is of a sweep. A run's folder is hydra.run.dir",
+    "-m hydra.run.dir=mine": "is of one run. A sweep's folder is hydra.sweep.dir",
+    "-m seed=range(0)": "seed=range(0): there is no value in it.",
     "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
 }
 
@@ -104,6 +108,26 @@ def run_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         text=True,
         check=False,
     )
+
+
+def test_a_run_does_not_write_into_a_sweeps_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / SWEEP).write_text("{}")
+    done = run_train(tmp_path, "hydra.run.dir=mine", "debug=fast")
+    assert done.returncode == 2 and "hydra.run.dir=mine holds a sweep" in done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [SWEEP]
+
+
+def test_what_ones_own_code_raised_is_said_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unlucky.py").write_text("def net(width):\n    raise ValueError(f'not {width}')\n")
+    (tmp_path / "unwritten.py").write_text("def net(width):\n    return (\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=rf"ValueError: not 7, {tmp_path}/unlucky.py:2\)"):
+        configs.instantiate({"_target_": "unlucky.net", "width": 7})
+    with pytest.raises(UserError, match=rf"was never closed, {tmp_path}/unwritten.py:2\)"):
+        configs.instantiate({"_target_": "unwritten.net", "width": 7})
 
 
 @pytest.mark.parametrize("named", ["hydra.run.dir=file/run", "-m hydra.sweep.dir=file/sweep"])

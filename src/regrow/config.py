@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -244,7 +245,7 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
-        raise UserError(f"_target_={node['_target_']}: {_first_lines(error)}") from error
+        raise UserError(f"_target_={node['_target_']}: {_said(error)}") from error
 
 
 def locate(target: str, path: str) -> Any:
@@ -270,7 +271,23 @@ def locate(target: str, path: str) -> Any:
     raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
 
 
-def _first_lines(error: Exception) -> str:
+def _said(error: BaseException) -> str:
+    """An error of `instantiate` in one line, with what one's own code raised first, and where."""
+    said = _first_lines(error)
+    said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        if isinstance(cause, SyntaxError) and cause.filename:
+            return f"{said} ({cause.msg}, {cause.filename}:{cause.lineno})"
+        if frames and not any(name in frames[-1].filename for name in ("/hydra/", "importlib")):
+            what = f"{type(cause).__name__}: {_first_lines(cause)}"
+            return f"{said} ({what}, {frames[-1].filename}:{frames[-1].lineno})"
+        cause = cause.__cause__ or cause.__context__
+    return said
+
+
+def _first_lines(error: BaseException) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 

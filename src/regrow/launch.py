@@ -59,6 +59,9 @@ def _launch(cfg: DictConfig) -> float | None:
     for override in hydra.overrides.task:
         if resume.key_of(override).split(".")[0] == "sweep":
             raise UserError(f"{override}: one run is no sweep. Add -m, or leave it out.")
+    for override in hydra.overrides.hydra:
+        if resume.key_of(override).startswith("hydra.sweep."):
+            raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
     named = Path(hydra.run.dir).resolve() != Path.cwd()
     folder = Path(hydra.runtime.output_dir) if named else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
@@ -135,6 +138,8 @@ def say_complete(folder: Path, job: Job) -> float | None:
 @contextlib.contextmanager
 def claimed(folder: Path, job: Job) -> Iterator[bool]:
     """The named folder under its lock, and whether a run goes on there."""
+    if (folder / resume.SWEEP).is_file():
+        raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with records.Lock(folder):
         try:
@@ -145,7 +150,7 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
 
 def leave_nothing(folder: Path) -> None:
     """Remove a run's own folder in which nothing was written, unless somebody has it."""
-    if folder.resolve() == Path.cwd() or not folder.is_dir():
+    if folder.resolve() == Path.cwd() or not folder.is_dir() or (folder / resume.SWEEP).is_file():
         return
     with contextlib.suppress(OSError, UserError), records.Lock(folder):
         records.remove_unused(folder)

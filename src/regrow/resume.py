@@ -103,7 +103,10 @@ def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
     folder = Path(os.path.relpath(folder.resolve()))  # `latest` may come to name another
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
-    old = [str(a) for a in content.get("overrides", []) if key_of(str(a)) not in keys]
+    before = content.get("overrides", [])
+    if "launcher" not in keys:  # another one has other options
+        before = [*before, *content.get("launcher", [])]
+    old = [str(a) for a in before if key_of(str(a)) not in keys]
     refuse_masked(folder, old)
     given = [a for a in new if a not in MULTIRUN]
     return ["-m", *old, *given, f"hydra.sweep.dir={folder}"]

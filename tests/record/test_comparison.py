@@ -68,6 +68,25 @@ def test_a_seed_that_was_run_twice_counts_once() -> None:
     assert setting.monitored.count == 3
 
 
+def test_a_setting_is_one_however_it_was_typed() -> None:
+    swept = [{"lr": "1e-3", "wd": "0", "seed": "0"}, {"wd": "0", "lr": "0.001", "seed": "1"}]
+    (setting,) = comparison.compare([row(i, its, 0.5) for i, its in enumerate(swept)]).settings
+    assert setting.monitored.count == 2 and setting.label == "lr=1e-3 wd=0"
+    swept = [{"act": "relu", "seed": "0"}, {"act": "gelu", "seed": "1"}]
+    assert len(comparison.compare([row(i, its, 0.5) for i, its in enumerate(swept)]).settings) == 2
+
+
+def test_the_direction_is_that_of_the_runs_that_monitored_the_metric() -> None:
+    rows = grid({"1": [0.5], "2": [0.9]})
+    last = row(9, {"lr": "3", "seed": "0"}, 0.1, mode="min")
+    assert last.run is not None
+    last.run.summary["best"] = {"metric": "val/loss", "value": 0.1, "step": 1}  # type: ignore[index]
+    last.run.summary["val"]["val/accuracy"] = 0.7  # type: ignore[index]
+    found = comparison.compare([*rows, last])
+    assert found.mode == "max"
+    assert [setting.label for setting in found.settings] == ["lr=2", "lr=3", "lr=1"]
+
+
 def test_one_seed_each_claims_nothing() -> None:
     header, rows = comparison.table_of(comparison.compare(grid({"1": [0.5], "2": [0.9]})))
     assert header == ["setting", "n", "val/accuracy", "test/accuracy"]

@@ -239,10 +239,12 @@ def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
 
 
 def script() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is run
     spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts" / "report.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.pop(0)
     return module
 
 

@@ -62,9 +62,9 @@ def test_several_comparisons_are_adjusted() -> None:
         for o in others
     ]
     in_order = sorted(range(3), key=lambda index: raw[index])
-    expected, highest = {}, 0.0
+    expected, highest = {}, 0.0  # among the six pairs of four settings: the best is chosen too
     for rank, index in enumerate(in_order):
-        highest = max(highest, min(1.0, (3 - rank) * raw[index]))
+        highest = max(highest, min(1.0, (6 - rank) * raw[index]))
         expected[index] = highest
     assert [one.p for one in found] == pytest.approx(raw)
     assert [one.adjusted_p for one in found] == pytest.approx([expected[i] for i in range(3)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sweeping import LONG, SMALL, pids_of, sweep, table, under_way
 from waiting import alive, until
 
+from regrow.config import ROOT
 from regrow.record.folder import load_status, read_json
 
 FOUR = (*LONG, "seed=0,1,2,3", "launcher.jobs=2", "hydra.sweep.dir=sweep")
@@ -129,13 +131,27 @@ def test_a_stop_while_planning_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_jobs_whose_code_cannot_be_imported_fail_each_by_itself(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for part in ("src", "conf", "scripts"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "src" / "regrow" / "models" / "mlp.py").write_text("raise RuntimeError('half mended')")
+    done = sweep(tmp_path, *SMALL, "seed=0,1", "hydra.sweep.dir=sweep", root=copy)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    rows = table(tmp_path / "sweep")
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert all("half mended" in row["reason"] for row in rows)
+
+
+@pytest.mark.slow
 def test_fail_fast_stops_the_others(tmp_path: Path) -> None:
-    arguments = (*LONG, "trainer.monitor=val/nothing,val/accuracy", "seed=0,1", "launcher.jobs=2")
-    quick = ("sweep.fail_fast=true", "trainer.max_epochs=5000", "hydra.sweep.dir=sweep")
-    done = sweep(tmp_path, *arguments, *quick)
+    """The second job fails by its bad numbers, when the first has long begun."""
+    arguments = (*LONG, "optimizer=sgd", "seed=0,1", "optimizer.lr=0.01,1e30", "launcher.jobs=2")
+    late = ("trainer.max_skipped_steps=300", "trainer.max_epochs=5000")
+    done = sweep(tmp_path, *arguments, *late, "sweep.fail_fast=true", "hydra.sweep.dir=sweep")
     assert done.returncode == 1
     states = [row["status"] for row in table(tmp_path / "sweep")]
-    assert "failed" in states and "completed" not in states
+    assert states == ["interrupted", "failed", "waiting", "waiting"]
 
 
 @pytest.fixture(scope="module")

@@ -194,6 +194,7 @@ def test_jobs_that_were_made_otherwise_are_not_mixed_in(tmp_path: Path) -> None:
         ["~scheduler", "seed=2", "++model.dropout=0.5"],
         ["hydra.sweep.subdir=x${hydra.job.num}", "seed=2", "hydra.job.chdir=false"],
         ["trainer=ddp", "trainer.devices=2", "name=a\\,b"],
+        [r"notes='it\'s'", "tags=[a,'b c']", "trainer.clip_norm=null", "name=''"],
     ],
 )
 def test_configs_composed_for_many_jobs_are_those_composed_for_each(
@@ -211,7 +212,8 @@ def test_configs_composed_for_many_jobs_are_those_composed_for_each(
 
 
 @pytest.mark.parametrize(
-    "wrong", ["optimizer.lrr=1", "optimizer=adan", "sead=1", "seed@x=1", "logger=null"]
+    "wrong",
+    ["optimizer.lrr=1", "optimizer=adan", "sead=1", "seed@x=1", "logger=null", "notes=glob(a*)"],
 )
 def test_what_cannot_be_composed_for_many_is_refused_as_for_one(
     wrong: str, loader_and_config: tuple[Any, DictConfig]

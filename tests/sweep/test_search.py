@@ -98,23 +98,6 @@ def test_the_best_trial_is_that_of_the_searchs_metric(tmp_path: Path) -> None:
     assert "best job: 1, parameters" in done.stdout
 
 
-def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
-    """Optuna writes a trial parameter by parameter; a kill may come in between."""
-    space = {"a": optuna.distributions.FloatDistribution(0, 1),
-             "b": optuna.distributions.FloatDistribution(0, 1)}  # fmt: skip
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    its = optuna.create_study(storage=storage_of(tmp_path), study_name=STUDY)
-    its.enqueue_trial({"a": 0.25, "b": 0.75})
-    half = its.ask({"a": space["a"]})
-    assert half.params == {"a": 0.25}
-    again = study(tmp_path)
-    (one,) = again.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-    whole = optuna.trial.Trial(again, one._trial_id)
-    for key, distribution in space.items():
-        whole._suggest(key, distribution)
-    assert whole.params == {"a": 0.25, "b": 0.75}
-
-
 @pytest.mark.slow
 def test_failures_end_a_search_before_they_are_too_many(tmp_path: Path) -> None:
     arguments = ("sweep=optuna", "optimizer=sgd", "optimizer.lr=interval(1e30,1e31)",

@@ -44,7 +44,7 @@ class Row:
 
     @property
     def setting_label(self) -> str:
-        return label_of(dict(self.setting))
+        return label_of({k: v for k, v in self.swept.items() if k not in SEEDS})
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
@@ -129,12 +129,22 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     rows = []
     for run, swept in zip(runs, typed if same else differing, strict=True):
         seed = run.config.get("seed")
-        rows.append(Row(str(run.folder), run.state, swept, seed, run, str(run.folder)))
+        state = "pruned" if run.summary.get("pruned") else run.state
+        rows.append(Row(str(run.folder), state, swept, seed, run, str(run.folder)))
     return rows
 
 
 def _setting(swept: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple((k, v) for k, v in swept.items() if k not in SEEDS)
+    """The same whatever the order and the spelling of what was typed."""
+    return tuple(sorted((k, _number(v)) for k, v in swept.items() if k not in SEEDS))
+
+
+def _number(text: str) -> str:
+    """One spelling for 1e-3 and 0.001; other text as it is."""
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
 
 
 def _plain(value: Any) -> str:
@@ -153,9 +163,9 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     metric = metric or max(dict.fromkeys(monitored), key=monitored.count, default="")
     values = {row.job: value for row in completed if (value := row.value(metric)) is not None}
     done = [row for row in completed if row.job in values]
-    for row in done if not mode else ():
-        assert row.run is not None
-        mode = str((row.run.config.get("trainer") or {}).get("mode", "max"))
+    by_it = [row for row in done if row.monitored == metric] or done
+    if not mode and by_it and by_it[0].run is not None:
+        mode = str((by_it[0].run.config.get("trainer") or {}).get("mode", "max"))
     mode = mode or "max"
     test_metric: str | None = f"test/{metric.partition('/')[2]}"
     if not any(test_metric in row.metrics() for row in done):
@@ -175,7 +185,7 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     apart = [None, *differences(by_seed[0], by_seed[1:])] if by_seed else []
     settings = [
         Setting(
-            label=label_of(dict(setting)) or ("all" if len(ordered) == 1 else "(nothing changed)"),
+            label=its[0].setting_label or ("all" if len(ordered) == 1 else "(nothing changed)"),
             rows=its,
             monitored=estimate([values[row.job] for row in its]),
             tested=None
@@ -183,7 +193,7 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
             else estimate([v for row in its if (v := row.metrics().get(test_metric)) is not None]),
             from_best=difference,
         )
-        for (setting, its), difference in zip(ordered, apart, strict=True)
+        for (_, its), difference in zip(ordered, apart, strict=True)
     ]
     left_out = [row for row in completed if row.job not in values]
     return Comparison(rows, metric, mode, test_metric, settings, left_out)
@@ -278,4 +288,5 @@ def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
         tables["Not completed"] = (["job", "setting", "status", "reason", "log"], cells)
     folders = [row.run.folder for row in comparison.rows if row.run is not None]
     groups = {row.run.folder: row.setting_label for row in comparison.rows if row.run is not None}
+    groups |= {r.run.folder: its.label for its in comparison.settings for r in its.rows if r.run}
     return report.compare(folders, output, title, tables, groups)

@@ -124,14 +124,22 @@ def code_changes(folder: Path, root: Path) -> str | None:
 
 
 def code_sha256(root: Path) -> str:
-    """Over names and bytes of the Python files of src and scripts and the YAML files of conf."""
+    """Over names and bytes of the YAML files of conf and of the Python files of src and scripts, of
+    the root and of packages there."""
     digest = hashlib.sha256()
-    for part, pattern in (("src", "*.py"), ("scripts", "*.py"), ("conf", "*.yaml")):
-        for path in sorted((root / part).rglob(pattern)):
-            if path.is_file():
-                content = path.read_bytes()
-                digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
+    parts = [(part, "*.py") for part in ("src", "scripts", *own_packages(root))]
+    files = [f for part, name in (*parts, ("conf", "*.yaml")) for f in (root / part).rglob(name)]
+    for path in sorted([*files, *root.glob("*.py")]):
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def own_packages(root: Path) -> list[str]:
+    """Packages in the root of the repository that a `_target_` may name."""
+    names = [path.parent.name for path in sorted(root.glob("*/__init__.py"))]
+    return [name for name in names if name not in ("src", "scripts", "tests", "benchmarks")]
 
 
 def write_origin(copy: Path, root: Path) -> None:

@@ -14,7 +14,7 @@ FEWEST = 3  # seeds: of two, equal differences are common, as accuracies come in
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds; what one seed cannot tell is NaN."""
+    """A mean over seeds; what so few of them cannot tell is NaN."""
 
     count: int
     mean: float
@@ -41,6 +41,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     if count < 2:
         return Estimate(count, mean, math.nan, math.nan, math.nan)
     sd = statistics.stdev(values)
+    if count < FEWEST:
+        return Estimate(count, mean, sd, math.nan, math.nan)
     reach = _t_quantile(count - 1) * sd / math.sqrt(count)
     return Estimate(count, mean, sd, mean - reach, mean + reach)
 
@@ -53,7 +55,9 @@ def differences(
     Values of the same seeds are compared seed by seed, since a seed also cuts the data.
     """
     raw = [_difference(best, other) for other in others]
-    adjusted = _holm([None if one is None else one.p for one in raw])
+    # The best is itself chosen among them all, so all their pairs count.
+    pairs = len(others) * (len(others) + 1) // 2
+    adjusted = _holm([None if one is None else one.p for one in raw], among=pairs)
     return [
         None if one is None or p is None else replace(one, adjusted_p=p)
         for one, p in zip(raw, adjusted, strict=True)
@@ -82,13 +86,13 @@ def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> D
     return Difference(mean, mean - reach, mean + reach, p, p, paired)
 
 
-def _holm(values: Sequence[float | None]) -> list[float | None]:
-    """p-values adjusted so that any false difference among all of them is as rare as one was."""
+def _holm(values: Sequence[float | None], *, among: int) -> list[float | None]:
+    """p-values adjusted so that any false difference among so many is as rare as one was."""
     order = sorted((p, index) for index, p in enumerate(values) if p is not None)
     adjusted: list[float | None] = [None] * len(values)
     highest = 0.0
     for rank, (p, index) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p))
+        highest = max(highest, min(1.0, (among - rank) * p))
         adjusted[index] = highest
     return adjusted
 

@@ -24,6 +24,7 @@ class Composed:
     loader: ConfigLoader
     config: DictConfig  # of the sweep
     _of_choices: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+    _is_group: dict[str, bool] = field(default_factory=dict)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides([*overrides])
@@ -51,10 +52,17 @@ class Composed:
 
     def _is_value(self, override: Override) -> bool:
         is_plain = override.type is OverrideType.CHANGE and override.package is None
-        return is_plain and not (override.is_hydra_override() or self._is_choice(override))
+        is_one = is_plain and not override.is_sweep_override()
+        return is_one and not (override.is_hydra_override() or self._is_choice(override))
 
     def _is_choice(self, override: Override) -> bool:
         """Whether it is about the defaults list, in which values play no part."""
         if override.is_hydra_override() or isinstance(override.value(), dict):
             return False
-        return bool(self.loader.get_group_options(override.key_or_group))
+        key, hydra = override.key_or_group, self.config.hydra
+        if key not in self._is_group:  # also on a search path that is not this repository's
+            options = self.loader.get_group_options(
+                key, None, hydra.job.config_name, list(hydra.overrides.hydra)
+            )
+            self._is_group[key] = bool(options)
+        return self._is_group[key]

@@ -34,7 +34,7 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
     """
     if named is not None:
         # A start that was killed may have left the copy, and names with a dot: lock and leftovers.
-        held = [path.name for path in named.glob("[!.]*") if path.name != state.CODE]
+        held = [path.name for path in named.glob("[!.]*") if not is_copy(path)]
         if held and not (named / state.FILE).is_file():
             raise UserError(
                 f"hydra.sweep.dir={named} holds no sweep, but {held[0]}. Choose another folder."
@@ -57,14 +57,14 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
 def freeze(folder: Path) -> Path:
     """Copy what the jobs run into the sweep's folder, unless that was done; where it is."""
     code = folder / state.CODE
-    if code.is_dir():
+    if is_copy(code):
         return code
     temporary = folder / f".{state.CODE}"  # of a start that was cut
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)  # conf/local may name accounts
     ignored = shutil.ignore_patterns("*.egg-info")
     try:
-        for part in (*PARTS, *own_packages()):
+        for part in (*PARTS, *manifest.own_packages(ROOT)):
             shutil.copytree(
                 ROOT / part, temporary / part, ignore=ignored, ignore_dangling_symlinks=True
             )
@@ -78,24 +78,20 @@ def freeze(folder: Path) -> Path:
     return code
 
 
+def is_copy(path: Path) -> bool:
+    """Whether this is a frozen copy, and not a folder of the user's that is named like one."""
+    return path.name == state.CODE and (path / manifest.ORIGIN).is_file()
+
+
 def tell_of_edits(folder: Path) -> None:
     """Say so where the sweep that goes on is one of older code."""
     code = folder / state.CODE
-    if code.is_dir() and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
+    if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
         print(
             f"warning: {os.path.relpath(folder)} goes on with the code it began with; yours has "
             "changed since. To begin anew with yours: resume=never, or another hydra.sweep.dir.",
             file=sys.stderr,
         )
-
-
-def own_packages() -> list[str]:
-    """Folders in the root of the repository that a `_target_` may name, but for the tests."""
-    return [
-        path.parent.name
-        for path in sorted(ROOT.glob("*/__init__.py"))
-        if path.parent.name not in ("tests", *PARTS)
-    ]
 
 
 def become(code: Path, lock: records.Lock, arguments: Sequence[str], *, warm: bool) -> NoReturn:

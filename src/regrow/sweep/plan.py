@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -58,6 +59,8 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
             if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
                 raise UserError(f"{line}: {key} is the sweep's own, and takes one value.")
             options[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            if not options[key]:
+                raise UserError(f"{line}: there is no value in it.")
             swept[key] = None
     keys = [*options]
     return [
@@ -84,7 +87,8 @@ def sets_of(options: Sets) -> list[list[str]]:
         if isinstance(each, Mapping):
             each = [f"{key}={_typed(value)}" for key, value in each.items()]
         elif isinstance(each, str):
-            each = shlex.split(each)
+            with contextlib.suppress(ValueError):  # a quote that does not end
+                each = shlex.split(each)
         if not isinstance(each, list) or not all(
             isinstance(o, str) and ("=" in o or o.startswith("~")) for o in each
         ):
@@ -218,13 +222,13 @@ def numbered(
 
 
 def left_over(
-    composer: Composer, planned: Sequence[Planned], known: Sequence[state.Entry]
+    composer: Composer, planned: Sequence[Planned], known: Sequence[state.Entry], *, retry: bool
 ) -> list[Planned]:
-    """Jobs of an earlier command that have not ended, and that this one does not name."""
+    """Jobs of an earlier command that are to be run still, and that this one does not name."""
     numbers = {one.number for one in planned}
     found = []
     for entry in known:
-        is_open = state.state_of(composer.folder, entry)[0] not in state.ENDED
+        is_open = state.is_to_be_run(composer.folder, entry, retry=retry)
         if entry.number in numbers or not is_open or any(MASK in o for o in entry.overrides):
             continue
         swept = [f"{key}={value}" if value else key for key, value in entry.swept.items()]

@@ -4,6 +4,7 @@ Importing starts no thread and touches no GPU and no data. Imported nowhere else
 """
 
 # ruff: noqa: E402, F401
+import contextlib
 import os
 import signal
 
@@ -22,12 +23,14 @@ import sklearn.datasets
 import torch._dynamo  # the first optimizer that is built would
 import torchmetrics.classification
 
-from regrow import worker
-from regrow.data import augment, datasets, loaders
-from regrow.models import cnn, mlp
-from regrow.record import plots
-from regrow.tasks import losses, tasks
-from regrow.training import optim, options, schedules
+# Code that cannot be imported must not end the server: each job that needs it says so by itself.
+with contextlib.suppress(Exception):
+    from regrow import worker
+    from regrow.data import augment, datasets, loaders
+    from regrow.models import cnn, mlp
+    from regrow.record import plots
+    from regrow.tasks import losses, tasks
+    from regrow.training import optim, options, schedules
 
 if not _is_given:
     del os.environ["OPENBLAS_NUM_THREADS"]

@@ -7,6 +7,7 @@ once and still shares nothing with the job before it; or it is a fresh Python.
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -66,6 +67,8 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, stream in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a killed job has said how far it came
     os.environ.update(environment)
     have_threads_again()
     code, reason = 0, None

@@ -25,13 +25,14 @@ def rows_of(folder: Path) -> list[Row]:
         its, reason = state.state_of(folder, entry)
         run = folder / entry.folder
         log = state.log_of(folder, entry.number)
+        loaded = report.load(run) if report.is_run(run) else None
         rows.append(
             Row(
                 job=str(entry.number),
                 state=its,
                 swept=entry.swept,
-                seed=entry.swept.get("seed"),
-                run=report.load(run) if report.is_run(run) else None,
+                seed=None if loaded is None else loaded.config.get("seed"),
+                run=loaded,
                 folder=entry.folder,
                 reason=reason,
                 log=str(log.relative_to(folder)) if log.exists() else None,
@@ -98,7 +99,8 @@ def summary_of(folder: Path, found: Comparison) -> list[str]:
         if row.state != "completed":
             why = f": {row.reason}" if row.reason else ""
             where = f" ({os.path.relpath(folder / row.log)})" if row.log else ""
-            lines.append(f"{row.state}: job {row.job}, {row.label}{why}{where}")
+            label = f", {row.label}" if row.label else ""
+            lines.append(f"{row.state}: job {row.job}{label}{why}{where}")
     lines += [
         f"table:    {os.path.relpath(folder / CSV)}",
         f"page:     {os.path.relpath(folder / PAGE)}",

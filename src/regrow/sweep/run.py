@@ -44,6 +44,9 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
         raise UserError(
             "--multirun starts its processes itself. Start it without torchrun or srun."
         )
+    for override in plan.overrides_of(config):
+        if key_of(override) == "hydra.run.dir":
+            raise UserError(f"{override} is of one run. A sweep's folder is hydra.sweep.dir=….")
     for group in ("launcher", "sweep"):
         check_group(config, group)
     lock = frozen.taken_over(os.environ)
@@ -72,16 +75,20 @@ def same_sweep(config: DictConfig) -> list[str]:
     return [
         override
         for override in plan.overrides_of(config)
-        if key_of(override) not in BESIDE and key_of(override).split(".")[0] != "launcher"
+        if key_of(override) not in BESIDE and not is_of(override, "launcher")
     ]
+
+
+def is_of(override: str, group: str) -> bool:
+    return key_of(override).split(".")[0] == group
 
 
 def leave_nothing(folder: Path) -> None:
     """Remove a sweep's folder in which no job was planned yet, and what was made for it."""
     if (folder / state.FILE).exists():
         return
-    for name in state.OWN:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    if frozen.is_copy(folder / state.CODE):
+        shutil.rmtree(folder / state.CODE, ignore_errors=True)
     for name in (state.LOCK, state.RESULTS_LOCK):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -100,7 +107,13 @@ def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder:
         folder=folder,
         options=options,
         launcher=values["launcher"],
-        facts={"name": values["name"], "overrides": same_sweep(config), "complete": False},
+        facts={
+            "name": values["name"],
+            "kind": "search" if isinstance(options, Search) else "list of jobs",
+            "overrides": same_sweep(config),
+            "launcher": [o for o in plan.overrides_of(config) if is_of(o, "launcher")],
+            "complete": False,
+        },
     )
     if not sweep.is_for_slurm:
         sweep.context = process.context_of(fresh=sweep.launcher["fresh_processes"])
@@ -113,22 +126,25 @@ def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder:
     lines = [*plan.lines_of(options.params), *arguments]
     sweep.agree(plan.fixed_by(lines, swept), swept)
     planned = plan.numbered(composer, wanted, known)
-    jobs = sweep.prepared([*planned, *plan.left_over(composer, planned, known)])
+    rest = plan.left_over(composer, planned, known, retry=options.retry_failed)
+    jobs = sweep.prepared([*planned, *rest])
     numbers = {one.number for one in jobs}
     entries = [*(one for one in known if one.number not in numbers), *(o.entry for o in jobs)]
     entries.sort(key=lambda entry: entry.number)
-    todo = [one for one in jobs if is_to_be_run(folder, one, retry=options.retry_failed)]
-    if sweep.is_for_slurm:
+    todo = [o for o in jobs if state.is_to_be_run(folder, o.entry, retry=options.retry_failed)]
+    if sweep.is_for_slurm and todo:
         return submit(sweep, entries, todo)
     sweep.write(entries, total=len(entries))
     what = f"{len(jobs)} job{'s'[: len(jobs) > 1]}"
     what += f" of {len(entries)}" if len(entries) > len(jobs) else ""
     introduce(folder, what, len(jobs) - len(todo), sweep.at_once, jobs)
+    if not todo:
+        return conclude(sweep, (), len(entries))
     show = Show(folder, len(jobs), len(jobs) - len(todo), sweep.at_once)
     place = local.Local(folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus))
     queue = schedule.Queue(todo)
     stop = schedule.run(folder, queue, place, show, fail_fast=options.fail_fast)
-    return conclude(sweep, stop, len(entries))
+    return conclude(sweep, stop.signals, len(entries))
 
 
 @dataclass
@@ -150,6 +166,12 @@ class Sweep:
 
     def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
         """Raise UserError where the folder holds jobs that were made otherwise."""
+        kind = state.read(self.folder).get("kind", self.facts["kind"])
+        if kind != self.facts["kind"]:
+            raise UserError(
+                f"{self.folder} holds a {kind}, and this is a {self.facts['kind']}. "
+                "Another kind of sweep needs another folder."
+            )
         plan.refuse_another(self.folder, fixed, swept)
         varied = [*state.read(self.folder).get("varied", []), *map(key_of, swept)]
         self.facts |= {"fixed": dict(fixed), "varied": [*dict.fromkeys(varied)]}
@@ -189,12 +211,9 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
     total = options.n_trials
     if options.sampler == "grid":
         total = min(total, len(space.combinations()))
-    before = set(state.read(folder).get("varied", space.varied))
-    if before != {*map(key_of, space.varied)}:
-        raise UserError(
-            f"{folder} searches {', '.join(sorted(before))}. Another search needs another folder."
-        )
     sweep.agree(plan.fixed_by(space.fixed, [*space.varied]), [*space.varied])
+    by_optuna.refuse_another(folder, space, options)
+    sweep.facts["space"] = space.described()
     (likely,) = sweep.prepared([likely])
     place: schedule.Place = local.Local(
         folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus)
@@ -215,7 +234,7 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
     introduce(folder, f"{total} trials", done, sweep.at_once, [likely] * total)
     show = Show(folder, total, done, sweep.at_once)
     stop = schedule.run(folder, trials, place, show, fail_fast=options.fail_fast)
-    code = conclude(sweep, stop, total)
+    code = conclude(sweep, stop.signals, total)
     if len(metrics) > 1:
         log.info("no trial beats these in all of %s:", ", ".join(metrics))
         for one in study.best_trials:
@@ -247,7 +266,7 @@ def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]
                 shutil.rmtree(folder / entry.folder, ignore_errors=True)
             (folder / state.FILE).unlink()
         raise
-    sweep.write(entries)
+    records.link_latest(folder, Path("outputs", name))
     if queued:
         log.info("%d jobs are queued or running already", len(queued))
     if given:
@@ -257,11 +276,6 @@ def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]
     log.info("folder: %s", where)
     log.info("how it stands: %s", shlex.join(["python", "scripts/report.py", where]))
     return 0
-
-
-def is_to_be_run(folder: Path, planned: Planned, *, retry: bool) -> bool:
-    its, _ = state.state_of(folder, planned.entry)
-    return its not in state.ENDED or (its == "failed" and retry)
 
 
 def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[Planned]) -> None:
@@ -281,8 +295,11 @@ def going_on(folder: Path, *more: str) -> str:
     return shlex.join(["python", "scripts/train.py", "-m", f"resume={where}", *more])
 
 
-def conclude(sweep: Sweep, stop: schedule.Stop, total: int) -> int:
-    """Write and show the results of what were to be `total` jobs; the exit code."""
+def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:
+    """Write and show the results of what were to be `total` jobs; the exit code.
+
+    `signals` are those that the sweep was stopped by, if it was.
+    """
     folder = sweep.folder
     found = results.write_table(folder)
     states = [row.state for row in found.rows]
@@ -291,9 +308,9 @@ def conclude(sweep: Sweep, stop: schedule.Stop, total: int) -> int:
     results.write_page(folder, found, sweep.options.pictures)
     complete = len(states) >= total and all(its in state.GOOD for its in states)
     state.write(folder, complete=complete)
-    if stop.signals:
+    if signals:
         log.warning("stopped. Go on with: %s", going_on(folder))
-        return 128 + stop.signals[0]
+        return 128 + signals[0]
     if "failed" in states:
         again = going_on(folder, "sweep.retry_failed=true")
         log.warning("%d of %d jobs failed. Again: %s", states.count("failed"), len(states), again)

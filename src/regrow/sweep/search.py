@@ -23,6 +23,9 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
 )
 from optuna.trial import TrialState
 
@@ -48,6 +51,10 @@ class Space:
     def overrides(self, values: dict[str, Any]) -> tuple[list[str], list[str]]:
         swept = [f"{key}={values[key]}" for key in self.varied]
         return [*self.fixed, *swept], swept
+
+    def described(self) -> dict[str, str]:
+        """Each key's range, as Optuna writes it."""
+        return {key_of(key): distribution_to_json(its) for key, its in self.varied.items()}
 
     def combinations(self) -> list[dict[str, Any]]:
         """All points. Raises UserError where there is no end of them."""
@@ -77,6 +84,27 @@ def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> S
             "'optimizer.lr=tag(log,interval(1e-4,1e-1))', or sweep.params."
         )
     return Space([*fixed.values()], varied)
+
+
+def refuse_another(folder: Path, space: Space, options: Search) -> None:
+    """Raise UserError where the trials in `folder` are of another space, and would mislead."""
+    before: dict[str, str] = state.read(folder).get("space", space.described())
+    now = space.described()
+    for key in sorted({*before, *now}):
+        try:
+            if key not in before or key not in now:
+                raise ValueError("it is varied in one of the two alone")
+            if before[key] != now[key]:
+                if options.sampler == "grid":
+                    raise ValueError("the points of a grid stay as they are")
+                check_distribution_compatibility(
+                    *map(json_to_distribution, (before[key], now[key]))
+                )
+        except ValueError as error:
+            raise UserError(
+                f"{key}: {folder} holds a search of another space ({error}). "
+                "Another search needs another folder."
+            ) from None
 
 
 def distribution_of(override: Override) -> BaseDistribution:
@@ -185,17 +213,18 @@ class Trials:
                 self._open.append(planned)
         if self.options.retry_failed:
             self._retry()
+        for one in self.study.get_trials(deepcopy=False):  # also those of a start that was cut here
+            if (failed := one.user_attrs.get("retry_of")) is not None:
+                reason = f"tried again as job {one.number}"
+                state.note(self.composer.folder, failed, "retried", reason)
 
     def _retry(self) -> None:
         """Ask for the failed trials again; a finished trial cannot be told twice."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {one.user_attrs.get("retry_of") for one in trials}
-        failed = [one for one in trials if one.state == TrialState.FAIL]
-        open_failures = [one for one in failed if one.number not in retried]
-        for number, one in enumerate(open_failures, start=len(trials)):
-            reason = f"tried again as job {number}"
-            state.note(self.composer.folder, one.number, "retried", reason)
-            self.study.enqueue_trial(one.params, user_attrs={"retry_of": one.number})
+        for one in trials:
+            if one.state == TrialState.FAIL and one.number not in retried:
+                self.study.enqueue_trial(one.params, user_attrs={"retry_of": one.number})
 
     def _planned(self, number: int, params: dict[str, Any]) -> Planned | None:
         """The trial as a job; None for one whose config is wrong, which has failed."""

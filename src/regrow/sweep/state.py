@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record.comparison import label_of
 from regrow.record.redact import redact, redact_all
@@ -55,11 +56,17 @@ def identity_of(cfg: DictConfig) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of sweep.json; empty where there is none yet."""
-    with contextlib.suppress(OSError, ValueError):
+    """The content of sweep.json; empty where there is none yet.
+
+    Raises UserError where it cannot be read: taken for empty, it would be written anew.
+    """
+    try:
         content: dict[str, Any] = records.read_json(folder / FILE)
-        return content
-    return {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / FILE} cannot be read: {error}") from None
+    return content
 
 
 def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) -> None:
@@ -94,7 +101,10 @@ def entries(folder: Path) -> list[Entry]:
 
 def is_open(folder: Path, overrides: Sequence[str]) -> bool:
     """Whether a sweep that these overrides began in `folder` has not come to its end."""
-    content = read(folder)
+    try:
+        content = read(folder)
+    except UserError:
+        return False
     return bool(
         content
         and content.get("overrides") == [redact(o) for o in overrides]
@@ -140,6 +150,11 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
     if status:
         return str(status["state"]), status.get("error")
     return str(said.get("state", "waiting")), said.get("reason")
+
+
+def is_to_be_run(folder: Path, entry: Entry, *, retry: bool) -> bool:
+    """Whether the job has not come to an end, or, with `retry`, to a bad one."""
+    return state_of(folder, entry)[0] not in (GOOD if retry else ENDED)
 
 
 def log_of(folder: Path, number: int) -> Path:

@@ -1,0 +1,203 @@
+"""What a sweep's folder keeps, and what may not be mixed in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from regrow.config import CONF
+from regrow.errors import UserError
+from regrow.record import manifest
+from regrow.resume import expand_sweep
+from regrow.sweep import frozen, options, plan, run, search, state
+from regrow.sweep.trial import STUDY, storage_of
+
+SEARCH = options.Search(
+    params=None, fail_fast=False, retry_failed=False, pictures="none", n_trials=3, metric=None,
+    direction=None, sampler="tpe", seed=0, pruner="none", pruner_startup_trials=5,
+    pruner_warmup_evaluations=2, max_failures=10,
+)  # fmt: skip
+RATES: dict[str, BaseDistribution] = {"lr": CategoricalDistribution(["0.1", "0.2"])}
+
+
+class Composer:
+    """Takes every job for a right one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def plan(self, number: int, overrides: list[str], swept: list[str], *_: Any) -> Any:
+        values = dict(o.partition("=")[::2] for o in swept)
+        entry = state.Entry(number, f"{number}", values, f"{number}", overrides)
+        return Planned(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    entry: state.Entry
+    job: Any = dataclasses.field(default_factory=lambda: Job())
+
+    @property
+    def number(self) -> int:
+        return self.entry.number
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    trial: Any = None
+
+
+def trials(folder: Path, space: dict[str, BaseDistribution] = RATES, **changes: Any) -> Any:
+    its = dataclasses.replace(SEARCH, **changes)
+    if not state.read(folder):
+        state.write(folder, [])
+    return search.Trials(
+        Composer(folder), its, search.Space([], space), ["val/accuracy"], lambda one: one,  # type: ignore[arg-type]
+        search.open_study(folder, its, ["maximize"]), its.n_trials,
+    )  # fmt: skip
+
+
+def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
+    thesis = tmp_path / "code" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match="holds no sweep, but code"):
+        frozen.claim(tmp_path, "digits", [], "auto")
+    run.leave_nothing(tmp_path)
+    assert thesis.read_text() == "years of work"
+    manifest.write_origin(thesis.parent, CONF.parent)  # the negative control
+    frozen.claim(tmp_path, "digits", [], "auto").release()
+    run.leave_nothing(tmp_path)
+    assert not thesis.exists()
+
+
+def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"name": "x", "kind": "list of jobs"}
+    made = run.Sweep(tmp_path, SEARCH, {}, facts)
+    state.write(tmp_path, [], **facts)
+    made.agree({}, ["lr=1"])
+    other = run.Sweep(tmp_path, SEARCH, {}, {**facts, "kind": "search"})
+    with pytest.raises(UserError, match="holds a list of jobs, and this is a search"):
+        other.agree({}, ["lr=1"])
+
+
+def test_a_sweep_goes_on_with_its_launcher_unless_another_is_named(tmp_path: Path) -> None:
+    launcher = ["launcher=slurm", "launcher.partition=gpu"]
+    state.write(tmp_path, [], overrides=["seed=0,1"], launcher=launcher)
+    assert expand_sweep(tmp_path, ["-m"])[1:4] == ["seed=0,1", *launcher]
+    assert expand_sweep(tmp_path, ["launcher.partition=cpu"])[1:4] == [
+        "seed=0,1", "launcher=slurm", "launcher.partition=cpu",
+    ]  # fmt: skip
+    assert expand_sweep(tmp_path, ["launcher=local"])[1:3] == ["seed=0,1", "launcher=local"]
+
+
+def test_failed_jobs_that_a_command_does_not_name_are_tried_again_on_demand(
+    tmp_path: Path,
+) -> None:
+    entries = [state.Entry(n, f"{n}", {"seed": f"{n}"}, f"{n}", [f"seed={n}"]) for n in range(3)]
+    for number, its in enumerate(("failed", "completed", "failed")):
+        state.note(tmp_path, number, its)
+    named: Any = [Planned(entries[2])]
+    composer: Any = Composer(tmp_path)
+    assert plan.left_over(composer, named, entries, retry=False) == []
+    again = plan.left_over(composer, named, entries[:1], retry=True)
+    assert [one.number for one in again] == [0]
+
+
+def test_a_retry_that_was_cut_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    its = trials(tmp_path)
+    one = its.next()
+    state.note(tmp_path, 0, "failed", "x")
+    its.ended(one)
+    monkeypatch.setattr(state, "note", cut)
+    with pytest.raises(InterruptedError):
+        trials(tmp_path, retry_failed=True).take_up()
+    monkeypatch.undo()
+    its = trials(tmp_path, n_trials=1)
+    its.take_up()
+    assert state.state_of(tmp_path, one.entry) == ("retried", "tried again as job 1")
+    again = its.next()
+    assert again.number == 1 and again.entry.swept == one.entry.swept
+    assert its.next() is None
+
+
+def cut(*arguments: Any) -> None:
+    raise InterruptedError
+
+
+def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
+    """Optuna writes a trial parameter by parameter; a kill may come in between."""
+    space: dict[str, BaseDistribution] = {
+        "a": FloatDistribution(0, 1),
+        "b": FloatDistribution(0, 1),
+    }
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=storage_of(tmp_path), study_name=STUDY, direction="maximize"
+    )
+    study.enqueue_trial({"a": 0.25, "b": 0.75})
+    assert study.ask({"a": space["a"]}).params == {"a": 0.25}
+    its = trials(tmp_path, space)
+    its.take_up()
+    assert its.next().entry.swept == {"a": "0.25", "b": "0.75"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"lr": "choice"}, {"lr": "other choice"}, "lr: .* holds a search of another space"),
+        ({"lr": "choice"}, {"lr": "choice", "wd": "wide"}, "wd: .* varied in one of the two alone"),
+        ({"lr": "wide"}, {"lr": "log"}, "lr: .* holds a search of another space"),
+        ({"lr": "wide"}, {"lr": "narrow"}, None),
+        ({"+lr": "wide"}, {"++lr": "wide"}, None),
+    ],
+)
+def test_a_search_goes_on_in_its_own_space(
+    before: dict[str, str], now: dict[str, str], said: str | None, tmp_path: Path
+) -> None:
+    ranges: dict[str, BaseDistribution] = {
+        "choice": CategoricalDistribution(["0.1", "0.2"]),
+        "other choice": CategoricalDistribution(["0.3", "0.4"]),
+        "wide": FloatDistribution(0.1, 1),
+        "narrow": FloatDistribution(0.2, 0.5),
+        "log": FloatDistribution(0.1, 1, log=True),
+    }
+    old, new = (
+        search.Space([], {key: ranges[name] for key, name in its.items()}) for its in (before, now)
+    )
+    search.refuse_another(tmp_path, new, SEARCH)  # a new folder
+    state.write(tmp_path, [], space=old.described())
+    if said is None:
+        search.refuse_another(tmp_path, new, SEARCH)
+        return
+    with pytest.raises(UserError, match=said):
+        search.refuse_another(tmp_path, new, SEARCH)
+
+
+def test_a_list_of_jobs_that_cannot_be_read_is_not_written_anew(tmp_path: Path) -> None:
+    (tmp_path / state.FILE).write_text("{half")
+    with pytest.raises(UserError, match=r"sweep.json cannot be read"):
+        state.write(tmp_path, complete=True)
+    assert (tmp_path / state.FILE).read_text() == "{half"
+    assert not state.is_open(tmp_path, [])
+    assert state.read(tmp_path / "none") == {}
+
+
+def test_lines_that_hold_no_job_are_said() -> None:
+    loader: Any = SimpleNamespace()
+    with pytest.raises(UserError, match=r"seed=range\(0\): there is no value in it"):
+        plan.grid(loader, ["lr=1,2", "seed=range(0)"])
+    sets = options.Sets(
+        params=None, fail_fast=False, retry_failed=False, pictures="none", file=None,
+        sets=["notes=don't"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has to be overrides"):
+        plan.sets_of(sets)
