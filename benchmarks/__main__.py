@@ -9,13 +9,17 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import checkpoint, processes, start, step, sweep
+from benchmarks import checkpoint, evaluation, feeding, image, memory, processes, start, step, sweep
 from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
 
 BENCHMARKS: dict[str, Callable[[], Table | list[Table]]] = {
     "step": step.measure,
+    "image": image.measure,
+    "feeding": feeding.measure,
+    "evaluation": evaluation.measure,
+    "memory": memory.measure,
     "processes": processes.measure,
     "checkpoint": checkpoint.measure,
     "start": start.measure,

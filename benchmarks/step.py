@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import peers
+from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
 from benchmarks.peers import ENGINES
+from regrow import run as runs
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World
 
 STEPS = 600
+BEFORE = 40  # steps that are not timed, of which the first are slower: two epochs
 TOTAL = 100_000
 SMALL = ("model.hidden=[64]", "model.norm=none")
 
@@ -51,8 +55,8 @@ def table(what: str, *overrides: str) -> Table:
     return Table(
         title=f"A training step of {what}",
         note="The whole loop: batch, forward, backward, clip, update, running means, logging, bar "
-        f"and checkpoints on. One thread, {STEPS} steps a round. Of other engines the steady state "
-        "alone is timed, without what they do at the start and the end of a round.",
+        f"and checkpoints on. One thread, {STEPS} steps a round. Of train.py and the other engines "
+        "the steady state is timed, without what they do at the start and the end of a round.",
         unit="µs a step",
         reference="hand-tuned, in memory",
         seconds=seconds,
@@ -62,48 +66,46 @@ def table(what: str, *overrides: str) -> Table:
 
 
 def train_py(
-    world: World, *overrides: str, steps: int
-) -> tuple[Callable[[], None], Tensor, Tensor]:
+    world: World, *overrides: str, steps: int, before: int = BEFORE
+) -> tuple[Callable[[], float], Tensor, Tensor]:
     """The real loop with its real record; evaluation is not part of a step and is left out.
 
-    Returns what runs `steps` steps, and this process's inputs and targets of one epoch.
+    Returns what runs and times `steps` steps, and this process's inputs and targets of one epoch.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    from regrow import run as runs
-    from regrow.config import CONF, plain
 
     class After(StopRequest):
-        """Asks to stop after so many steps; several processes ask before the step is counted."""
+        """Asks to stop after so many steps, of which it times all but the first.
 
-        last = 0
+        Several processes ask before the step is counted.
+        """
+
+        first = last = 0
+        started = ended = 0.0
 
         @property
         def requested(self) -> bool:
-            return objects.state.step + (world.size > 1) >= self.last
+            step = objects.state.step + (world.size > 1)
+            if step <= self.first:
+                self.started = time.perf_counter()
+            if step <= self.last:
+                self.ended = time.perf_counter()
+            return step >= self.last
 
-    with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(
-            "train",
-            [
-                *("data.augment=false", "trainer.device=cpu", "trainer.num_threads=1"),
-                *("trainer.clip_norm=1.0", "trainer.eval_every_epochs=null"),
-                *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
-                *("trainer.checkpoint.save_every_steps=300", *overrides),
-            ],
-            return_hydra_config=True,
-        )
-    HydraConfig.instance().set_config(config)
-    config = plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
-    objects = runs.build(config, world)
+    objects, config = build(
+        world,
+        *("data.augment=false", "trainer.device=cpu", "trainer.num_threads=1"),
+        *("trainer.clip_norm=1.0", "trainer.eval_every_epochs=null"),
+        *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
+        *("trainer.checkpoint.save_every_steps=300", *overrides),
+    )
     folder = Path(world.from_main(tempfile.mkdtemp() if world.is_main else ""))
     stop = After()
 
-    def run() -> None:
-        stop.last = objects.state.step + steps
+    def run() -> float:
+        stop.first = objects.state.step + before
+        stop.last = stop.first + steps
         runs.train(objects, config, folder, world, stop)
+        return stop.ended - stop.started
 
     batches = list(objects.train.epoch(0))
     return (

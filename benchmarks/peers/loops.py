@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import step
+from benchmarks.step import BEFORE
 
-BEFORE = 40  # steps, of which the first are slower: two epochs
 log: list[Any] = []
 mlp: Callable[[], nn.Module]  # which, the command line says
 

@@ -1,0 +1,26 @@
+"""Objects of train.py as its config makes them, for what is timed inside of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regrow import run as runs
+from regrow.training.parallel import World
+
+
+def config_of(*overrides: str) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from regrow.config import CONF, plain
+
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
+
+
+def build(world: World, *overrides: str) -> tuple[runs.Objects, dict[str, Any]]:
+    config = config_of(*overrides)
+    return runs.build(config, world), config

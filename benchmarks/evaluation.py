@@ -1,0 +1,52 @@
+"""Evaluation with all of its metrics beside a bare loop over the same batches: forward, loss and
+right answers, summed."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.configured import build
+from benchmarks.measure import Table, in_turn
+from regrow.training import loop
+from regrow.training.parallel import World
+from regrow.training.show import evaluation_bar
+
+IMAGES = ("data=synthetic", "data.source.num_val=1024", "data.eval_batch_size=256")
+
+
+def measure() -> list[Table]:
+    return [
+        table("1,024 images by ResNet-18", *IMAGES, "model=resnet18"),
+        table("1,024 images by a small CNN", *IMAGES, "model=cnn"),
+        table("180 digits by the default MLP"),
+    ]
+
+
+def table(what: str, *overrides: str) -> Table:
+    world = World(device=torch.device("cpu"))
+    objects, _ = build(world, "trainer.device=cpu", "trainer.num_threads=1", *overrides)
+    model, task, val = objects.state.model, objects.task, objects.val
+
+    def ours() -> None:
+        loop.measure(model, task, val, world, "fp32", evaluation_bar("val", val, False))
+
+    @torch.no_grad()
+    def bare() -> None:
+        model.eval()
+        loss, right = torch.zeros(()), torch.zeros(())
+        for batch in val:
+            outputs = model(batch.inputs)
+            loss += F.cross_entropy(outputs, batch.targets, reduction="sum")
+            right += (outputs.argmax(1) == batch.targets).sum()
+        loss.item(), right.item()
+
+    return Table(
+        title=f"An evaluation of {what}",
+        note="train.py's counts loss, accuracy, precision, recall, F1 and AUROC, each per class "
+        "too, and the confusion matrix. One thread.",
+        unit="ms",
+        reference="bare loop",
+        seconds=in_turn({"train.py": ours, "bare loop": bare}, rounds=9),
+        scale=1e3,
+    )

@@ -1,0 +1,133 @@
+"""A training step of ResNet-18 on 32×32 images, and what the C library's allocator adds to it.
+
+Each candidate has a process of its own, since the allocator is the process's; it does a round of
+steps for each line on its standard input, and says how long they took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks.measure import Table, in_turn
+from benchmarks.peers import round_of
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 4
+BATCH = 64
+OURS, KEPT, PLAIN = "train.py", "bare loop, freed memory kept", "bare loop"
+
+
+def measure() -> list[Table]:
+    return [
+        table("ResNet-18 on 32×32 images", "resnet18", STEPS),
+        table("a small CNN on 32×32 images", "cnn", 10 * STEPS),
+    ]
+
+
+def table(what: str, model: str, steps: int) -> Table:
+    with contextlib.ExitStack() as stack:
+        candidates = {name: started(stack, name, model, steps) for name in (OURS, KEPT, PLAIN)} | {
+            f"bare loop, {library}": started(stack, PLAIN, model, steps, LD_PRELOAD=str(path))
+            for library, path in other_allocators().items()
+        }
+        seconds = in_turn(candidates, rounds=7)
+    return Table(
+        title=f"A training step of {what}",
+        note=f"Batch {BATCH}, AdamW, all cores, {steps} steps a round. The bare loop is forward, "
+        "backward and update of one batch, again and again; train.py's adds all else that it does. "
+        "Other allocators are those that this machine has, put in front by LD_PRELOAD.",
+        unit="ms a step",
+        reference=PLAIN,
+        against={OURS: KEPT},
+        seconds=seconds,
+        per=steps,
+        scale=1e3,
+    )
+
+
+def other_allocators() -> Mapping[str, Path]:
+    """Debian's libjemalloc2, libtcmalloc-minimal4 and libmimalloc2.0, where they are installed."""
+    names = {"jemalloc": "libjemalloc.so.2", "tcmalloc": "libtcmalloc_minimal.so.4"}
+    names["mimalloc"] = "libmimalloc.so.2"
+    folders = [Path("/usr/lib"), *Path("/usr/lib").glob("*-linux-gnu")]
+    paths = {name: folder / file for name, file in names.items() for folder in folders}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def started(
+    stack: contextlib.ExitStack, name: str, model: str, steps: int, **environment: str
+) -> Callable[[], float]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.image", name, model, str(steps)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    return round_of(stack.enter_context(process), name)
+
+
+def main(name: str, model: str, steps: int) -> None:
+    import torch
+
+    from regrow.training import memory
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if name == KEPT and not memory.keep_freed_memory():
+        raise SystemExit("the allocator is not glibc's")
+    run = ours(model, steps) if name == OURS else bare(model, steps)
+    for _ in sys.stdin:
+        print(run(), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{name}, {model}: peak of memory {peak:.0f} MiB", file=sys.stderr)
+
+
+def ours(model: str, steps: int) -> Callable[[], float]:
+    import torch
+
+    from benchmarks.step import train_py
+    from regrow.training.parallel import World
+
+    data = ("data=synthetic", "data.source.num_train=2560", "trainer.num_threads=null")
+    world = World(device=torch.device("cpu"))
+    run, _, _ = train_py(world, *data, f"model={model}", steps=steps, before=2)
+    return run
+
+
+def bare(name: str, steps: int) -> Callable[[], float]:
+    import time
+
+    import torch
+    from torch.nn import functional as F
+
+    from regrow.models.cnn import CNN
+    from regrow.models.vision import resnet
+
+    shape = {"input_shape": [3, 32, 32], "num_outputs": 10, "init": "default", "freeze": []}
+    if name == "cnn":
+        model: torch.nn.Module = CNN(channels=[32, 64, 128], norm="batch", dropout=0.0, **shape)
+    else:
+        model = resnet(depth=18, pretrained=False, zero_init_residual=False, **shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+
+    def run() -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return time.perf_counter() - started
+
+    return run
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

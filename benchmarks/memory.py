@@ -1,0 +1,37 @@
+"""The peak of a run's memory beside that of a bare loop: processes of their own, as in `image`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from benchmarks.image import KEPT, OURS, PLAIN, ROOT
+from benchmarks.measure import Table, in_turn
+
+
+def measure() -> list[Table]:
+    return [table("ResNet-18", "resnet18", 4), table("a small CNN", "cnn", 40)]
+
+
+def table(what: str, model: str, steps: int) -> Table:
+    def peak(name: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.image", name, model, str(steps)],
+            input="\n", capture_output=True, text=True, cwd=ROOT, check=True,
+        )  # fmt: skip
+        found = re.search(r"peak of memory (\d+) MiB", done.stderr)
+        assert found is not None, done.stderr
+        return float(found[1])
+
+    return Table(
+        title=f"Memory of a run of {what} on 32×32 images",
+        note="The most that the process ever held, libraries included. train.py's has also kept a "
+        "copy of the state aside, for a checkpoint.",
+        unit="MiB",
+        reference=PLAIN,
+        seconds=in_turn(
+            {name: lambda name=name: peak(name) for name in (OURS, KEPT, PLAIN)},  # type: ignore[misc]
+            rounds=3,
+        ),
+    )
