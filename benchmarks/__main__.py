@@ -9,7 +9,18 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks import checkpoint, evaluation, feeding, image, memory, processes, start, step, sweep
+from benchmarks import (
+    accuracy,
+    checkpoint,
+    evaluation,
+    feeding,
+    image,
+    memory,
+    processes,
+    start,
+    step,
+    sweep,
+)
 from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
@@ -20,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[], Table | list[Table]]] = {
     "feeding": feeding.measure,
     "evaluation": evaluation.measure,
     "memory": memory.measure,
+    "accuracy": accuracy.measure,
     "processes": processes.measure,
     "checkpoint": checkpoint.measure,
     "start": start.measure,
