@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS: dict[str, Callable[[], Table | list[Table]]] = {
     "step": step.measure,
     "image": image.measure,
+    "variants": image.measure_variants,
     "feeding": feeding.measure,
     "evaluation": evaluation.measure,
     "memory": memory.measure,

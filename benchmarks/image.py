@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -28,6 +29,45 @@ def measure() -> list[Table]:
         table("ResNet-18 on 32×32 images", "resnet18", STEPS),
         table("a small CNN on 32×32 images", "cnn", 10 * STEPS),
     ]
+
+
+VARIANTS = {
+    "as it is": (),
+    "trainer.channels_last=true": ("trainer.channels_last=true",),
+    "trainer.precision=bf16": ("trainer.precision=bf16",),
+    "trainer.precision=bf16, channels_last": (
+        "trainer.precision=bf16",
+        "trainer.channels_last=true",
+    ),
+    "trainer.compile=true": ("trainer.compile=true",),
+}
+
+
+def measure_variants() -> list[Table]:
+    """What each way to make a step cheaper does here."""
+    return [
+        variants("ResNet-18 on 32×32 images", "resnet18", STEPS),
+        variants("a small CNN on 32×32 images", "cnn", 10 * STEPS),
+    ]
+
+
+def variants(what: str, model: str, steps: int) -> Table:
+    with contextlib.ExitStack() as stack:
+        candidates = {
+            name: started(stack, OURS, model, steps, *overrides)
+            for name, overrides in VARIANTS.items()
+            if "compile" not in name or shutil.which("g++") or shutil.which("clang++")
+        }
+        seconds = in_turn(candidates, rounds=5)
+    return Table(
+        title=f"Switches of the trainer, for a step of {what}",
+        note=f"train.py, batch {BATCH}, all cores. torch.compile needs a C++ compiler.",
+        unit="ms a step",
+        reference="as it is",
+        seconds=seconds,
+        per=steps,
+        scale=1e3,
+    )
 
 
 def table(what: str, model: str, steps: int) -> Table:
@@ -61,10 +101,15 @@ def other_allocators() -> Mapping[str, Path]:
 
 
 def started(
-    stack: contextlib.ExitStack, name: str, model: str, steps: int, **environment: str
+    stack: contextlib.ExitStack,
+    name: str,
+    model: str,
+    steps: int,
+    *overrides: str,
+    **environment: str,
 ) -> Callable[[], float]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.image", name, model, str(steps)],
+        [sys.executable, "-m", "benchmarks.image", name, model, str(steps), *overrides],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -74,7 +119,7 @@ def started(
     return round_of(stack.enter_context(process), name)
 
 
-def main(name: str, model: str, steps: int) -> None:
+def main(name: str, model: str, steps: int, *overrides: str) -> None:
     import torch
 
     from regrow.training import memory
@@ -82,14 +127,14 @@ def main(name: str, model: str, steps: int) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if name == KEPT and not memory.keep_freed_memory():
         raise SystemExit("the allocator is not glibc's")
-    run = ours(model, steps) if name == OURS else bare(model, steps)
+    run = ours(model, steps, *overrides) if name == OURS else bare(model, steps)
     for _ in sys.stdin:
         print(run(), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{name}, {model}: peak of memory {peak:.0f} MiB", file=sys.stderr)
 
 
-def ours(model: str, steps: int) -> Callable[[], float]:
+def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
     import torch
 
     from benchmarks.step import train_py
@@ -97,7 +142,7 @@ def ours(model: str, steps: int) -> Callable[[], float]:
 
     data = ("data=synthetic", "data.source.num_train=2560", "trainer.num_threads=null")
     world = World(device=torch.device("cpu"))
-    run, _, _ = train_py(world, *data, f"model={model}", steps=steps, before=2)
+    run, _, _ = train_py(world, *data, *overrides, f"model={model}", steps=steps, before=2)
     return run
 
 
@@ -130,4 +175,4 @@ def bare(name: str, steps: int) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

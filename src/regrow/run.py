@@ -11,6 +11,8 @@ import functools
 import logging
 import math
 import os
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -447,6 +449,12 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and the device is {device.type}. "
             "Use trainer.precision=bf16."
+        )
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if options.compile and device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"trainer.compile=true needs a C++ compiler on a CPU, and there is no {compiler}. "
+            "Install one, name it in CXX, or use trainer.compile=false."
         )
     torch.set_num_threads(options.num_threads or usable_cores())
     if options.keep_freed_memory and device.type == "cpu":

@@ -1,0 +1,32 @@
+"""`trainer.compile=true` on a CPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from running import CPU, TINY, config_of, fingerprint, train
+
+from regrow import run as runs
+from regrow.errors import UserError
+
+
+def test_a_missing_compiler_is_said_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="trainer.compile=true needs a C.. compiler.*no-such-comp"):
+        runs.build(config_of(*TINY, "trainer.compile=true"), CPU)
+    runs.build(config_of(*TINY), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
+def test_a_compiled_run_grows_back(tmp_path: Path) -> None:
+    options = (*TINY, "trainer.compile=true", "trainer.max_epochs=3")
+    train(tmp_path / "whole", *options)
+    train(tmp_path / "cut", *options, stop_at=5)
+    train(tmp_path / "cut", *options)
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
