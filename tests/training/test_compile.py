@@ -16,7 +16,7 @@ def test_a_missing_compiler_is_said_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="trainer.compile=true needs a C.. compiler.*no-such-comp"):
+    with pytest.raises(UserError, match=r"trainer.compile=true needs a C.. compiler.*no-such-comp"):
         runs.build(config_of(*TINY, "trainer.compile=true"), CPU)
     runs.build(config_of(*TINY), CPU)
 
