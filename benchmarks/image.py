@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -130,8 +129,10 @@ def main(name: str, model: str, steps: int, *overrides: str) -> None:
     run = ours(model, steps, *overrides) if name == OURS else bare(model, steps)
     for _ in sys.stdin:
         print(run(), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{name}, {model}: peak of memory {peak:.0f} MiB", file=sys.stderr)
+    # Not ru_maxrss, which begins with what the process before this one held.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    print(f"{name}, {model}: peak of memory {peak} MiB", file=sys.stderr)
 
 
 def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
