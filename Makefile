@@ -53,6 +53,7 @@ bench: setup ## the figures of benchmarks/RESULTS.md, measured anew
 	@$(PY) -m benchmarks $(ARGS)
 
 peers: setup ## other engines, for `make bench` to be measured beside
+	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
 	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
 
 lock: ## pin again after a change of requirements (newest versions: ARGS=--upgrade)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: measure, and write `benchmarks/RESULTS.md`."""
+"""`python -m benchmarks [NAME …]`: measure; all of it also writes RESULTS.md and results.svg."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from benchmarks import (
     feeding,
     image,
     memory,
+    picture,
     processes,
     start,
     step,
@@ -52,6 +53,7 @@ def main(names: list[str]) -> None:
             sections.append(table.text())
     if not names:
         (HERE / "RESULTS.md").write_text("\n".join([head(), *sections]))
+        picture.main()
 
 
 def head() -> str:
@@ -64,7 +66,7 @@ def head() -> str:
         f"{platform.python_version()}, torch {torch.__version__}, load {load:.1f} at the end.\n"
         "Each pair ran in turn in one go; a ratio is the median over the rounds, with the least "
         "and the most.\nAbsolute times depend on the machine and on what else it did; the ratios "
-        "less so.\n"
+        "less so.\n\n![time of a step over the hand-tuned floor](results.svg)\n"
     )
 
 
