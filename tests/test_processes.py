@@ -257,7 +257,12 @@ def test_a_run_of_one_process_starts_again_as_often_as_it_may(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_failed_job_of_a_sweep_leaves_the_others_alone(tmp_path: Path) -> None:
     lrs = ("-m", "optimizer.lr=1e30,0.1", "optimizer=sgd", "trainer.max_skipped_steps=1")
-    err = run(tmp_path, *TINY, *lrs, f"hydra.sweep.dir={tmp_path}/sweep", code=1)
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *TINY, *lrs, "hydra.sweep.dir=sweep"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1, err
     states = [read_json(tmp_path / "sweep" / job / "status.json")["state"] for job in "01"]
     assert states == ["failed", "completed"] and "Traceback" not in err
 

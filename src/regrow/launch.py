@@ -181,12 +181,12 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
                 f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
                 f"{error.strerror or error}. Make room there, or choose another folder."
             ) from error
-        pids = world.gather(os.getpid())
-        if world.is_main:
-            records.link_latest(folder, Path("outputs", config["name"]))
-            records.set_status(folder, "running", step=0, pids=pids)
-            introduce(folder, job, objects, world)
-        with StopRequest() as stop:
+        with StopRequest() as stop:  # before the status says that it runs, and may be stopped
+            pids = world.gather(os.getpid())
+            if world.is_main:
+                records.link_latest(folder, Path("outputs", config["name"]))
+                records.set_status(folder, "running", step=0, pids=pids)
+                introduce(folder, job, objects, world)
             try:
                 summary = runs.train(objects, config, folder, world, stop, trial)
             except BaseException as error:
