@@ -87,6 +87,15 @@ def test_the_direction_is_that_of_the_runs_that_monitored_the_metric() -> None:
     assert [setting.label for setting in found.settings] == ["lr=2", "lr=3", "lr=1"]
 
 
+def test_a_run_that_was_pruned_is_in_no_mean() -> None:
+    runs = [r.run for r in grid({"1": [0.5, 0.6], "2": [0.9]}) if r.run is not None]
+    assert len(comparison.compare(comparison.rows_of(runs)).settings[0].rows) == 3
+    runs[2].summary["pruned"] = True  # type: ignore[index]
+    found = comparison.compare(comparison.rows_of(runs))
+    assert [r.state for r in found.rows] == ["completed", "completed", "pruned"]
+    assert sum(len(setting.rows) for setting in found.settings) == 2
+
+
 def test_one_seed_each_claims_nothing() -> None:
     header, rows = comparison.table_of(comparison.compare(grid({"1": [0.5], "2": [0.9]})))
     assert header == ["setting", "n", "val/accuracy", "test/accuracy"]
