@@ -49,14 +49,22 @@ def child(config: dict[str, Any], folder: Path, prepare: Callable[[], None]) -> 
 
 
 def run_until_killed(
-    config: dict[str, Any], folder: Path, after: float | None, prepare: Callable[[], None]
+    config: dict[str, Any],
+    folder: Path,
+    after: float | None,
+    prepare: Callable[[], None],
+    *,
+    from_step: int = 0,
 ) -> bool:
-    """Whether the child came to its end before it was killed."""
+    """Whether the child came to its end before it was killed, so many seconds `after` its start or
+    after its checkpoint of `from_step`."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:
         child(config, folder, prepare)
     if after is not None:
+        while newest_step(folder) < from_step and not over(pid):
+            time.sleep(0.001)
         time.sleep(after)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -66,6 +74,11 @@ def run_until_killed(
     if os.waitstatus_to_exitcode(status) != DONE:
         raise RuntimeError(f"the child ended with {status}")
     return True
+
+
+def over(pid: int) -> bool:
+    """Whether a child has ended; it is still to be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 # Named points: just before and just after each of these, as the n-th call comes.
@@ -129,10 +142,12 @@ def counts_calls(answer: Path) -> Callable[[], None]:
 
         for point, (owner, name) in POINTS.items():
             setattr(owner, name, counted(point, getattr(owner, name)))
-        ends, end = os._exit, time.monotonic()
+        ends, begin = os._exit, time.time()
 
         def leave(code: int) -> None:
-            answer.write_text(json.dumps({"calls": calls, "seconds": time.monotonic() - end}))
+            end, last = time.time(), newest(answer.parent).stat().st_mtime
+            seen = {"calls": calls, "seconds": end - begin, "last": end - last}
+            answer.write_text(json.dumps(seen))
             ends(code)
 
         os._exit = leave  # type: ignore[assignment]
@@ -162,15 +177,21 @@ def without_seeds() -> None:
 MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_seeds": without_seeds}
 
 
+def newest(folder: Path) -> Path:
+    """A run's newest checkpoint; its folder where there is none."""
+    return max((folder / "checkpoints").glob("step_????????"), default=folder)
+
+
 def newest_step(folder: Path) -> int:
-    steps = [int(path.name[5:]) for path in (folder / "checkpoints").glob("step_????????")]
-    return max(steps, default=0)
+    path = newest(folder)
+    return 0 if path == folder else int(path.name[5:])
 
 
 def main(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Each job, with `killed`: the newest checkpoint's step at each death, null where the run was
-    over before. A kill is a share of an undisturbed run's seconds, or a point, when, and a share of
-    the calls to it."""
+    over before. A kill is a share of an undisturbed run's seconds; or a point, when, and a share of
+    the calls to it; or a step, and a share of the seconds that an undisturbed run goes on after its
+    last checkpoint."""
     torch.set_num_threads(1)
     config, answers = request["config"], []
     undisturbed = Path(request["undisturbed"])
@@ -178,22 +199,24 @@ def main(request: dict[str, Any]) -> list[dict[str, Any]]:
         raise RuntimeError("killed by somebody else")
     seen = json.loads((undisturbed / "calls.json").read_text())
     for job in request["jobs"]:
-        folder, killed, over = Path(job["folder"]), [], False
+        folder, killed, done = Path(job["folder"]), [], False
         mistake = MISTAKES[job["mistake"]]
         for kill in job["kills"]:
-            if over:
+            if done:
                 killed.append(None)
                 continue
-            if isinstance(kill, list):
-                point, when, share = kill
-                call = 1 + round(share * max(0, seen["calls"][point] - 1))
-                over = run_until_killed(
-                    config, folder, None, both(mistake, dies_at(point, when, call))
-                )
-            else:
-                over = run_until_killed(config, folder, kill * seen["seconds"], mistake)
-            killed.append(None if over else newest_step(folder))
-        if not over and not run_until_killed(config, folder, None, mistake):
+            match kill:
+                case [str(point), when, share]:
+                    call = 1 + round(share * max(0, seen["calls"][point] - 1))
+                    prepare = both(mistake, dies_at(point, when, call))
+                    done = run_until_killed(config, folder, None, prepare)
+                case [int(step), share]:
+                    after = share * seen["last"]
+                    done = run_until_killed(config, folder, after, mistake, from_step=step)
+                case share:
+                    done = run_until_killed(config, folder, share * seen["seconds"], mistake)
+            killed.append(None if done else newest_step(folder))
+        if not done and not run_until_killed(config, folder, None, mistake):
             raise RuntimeError("killed by somebody else")
         answers.append({**job, "killed": killed})
     return answers

@@ -102,12 +102,15 @@ def points(shares: tuple[float, ...], seed: int) -> list[list[Any]]:
     ]
 
 
+def by_point(answer: dict[str, Any]) -> bool:
+    first = answer["kills"][0]
+    return isinstance(first, list) and isinstance(first[0], str)
+
+
 def not_reached(answers: list[dict[str, Any]]) -> list[Any]:
     """Named points at which nobody died, though it was their turn."""
     return [
-        answer["kills"]
-        for answer in answers
-        if isinstance(answer["kills"][0], list) and None in answer["killed"][:-1]
+        answer["kills"] for answer in answers if by_point(answer) and None in answer["killed"][:-1]
     ]
 
 
@@ -135,14 +138,17 @@ def test_a_run_killed_at_random_instants_and_points_ends_the_same(
 @pytest.mark.slow
 def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Path) -> None:
     kills = [*instants(50, 4, seed=1), *points((0.0, 1.0), seed=1), *points((0.4,), seed=2)]
+    # Whatever the machine does: some between checkpoints, and some after the last one, when the
+    # test, the pictures and the summary are made.
+    kills += [[[step, share / 10]] for step in (6, 12) for share in range(9)]
     answers = killed(tmp_path, [{"kills": k} for k in kills], seconds=900)
     assert not_reached(answers) == []
     deaths = [step for answer in answers for step in answer["killed"] if step is not None]
     assert len(deaths) >= 200
-    by_chance = [s for a in answers if not isinstance(a["kills"][0], list) for s in a["killed"]]
+    by_chance = [step for a in answers if not by_point(a) for step in a["killed"]]
     assert sum(step == 0 for step in by_chance) >= 10  # before the first checkpoint
     assert sum(step is not None and 0 < step < 12 for step in by_chance) >= 10
-    assert sum(step == 12 for step in by_chance) >= 3  # at its end: tests, pictures, summary
+    assert sum(step == 12 for step in by_chance) >= 3  # at its end
     assert differing(answers, whole) == []
 
 
