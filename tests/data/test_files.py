@@ -18,7 +18,7 @@ import torch
 from waiting import alive, until
 
 from regrow.config import instantiate
-from regrow.data import feeds
+from regrow.data import feeds, images
 from regrow.data.augment import Photo
 from regrow.data.batch import Batch
 from regrow.data.datasets import from_datasets
@@ -301,6 +301,18 @@ def test_splits_may_have_folders_of_their_own_and_a_copy_in_two_is_refused(
     shutil.copy(copied, root / "test" / "cat" / "another_name.png")
     with pytest.raises(DataError, match=r"test examples are in (train|val) too.*another_name\.png"):
         make_data(*arguments)
+
+
+def test_copies_are_looked_for_by_opening_each_file_once(
+    make_data: Make, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    key_of = images._file_key
+    monkeypatch.setattr(images, "_file_key", lambda file: [opened.append(file), key_of(file)][1])
+    data = make_data("image_folder", *SMALL, f"root={image_root}")
+    assert len(opened) == len(set(opened)) == sum(data.num_examples.values())
+    assert len(data.num_examples) == 3
+    assert data.source.keys == {}  # nothing is kept for a million files
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

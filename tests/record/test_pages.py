@@ -148,6 +148,21 @@ def test_nan_is_shown_as_nan(tmp_path: Path) -> None:
     assert "NaN" in Page(report.write(folder)).text
 
 
+def test_a_long_line_is_thinned_and_loses_neither_its_peaks_nor_its_gaps() -> None:
+    steps = list(range(100_000))
+    values = [math.sin(step / 5000) for step in steps]
+    values[12_345], values[54_321] = 7.0, -7.0
+    values[70_000:80_000] = [math.nan] * 10_000
+    few, thin = plots.thinned(steps, values)
+    assert len(few) == len(thin) <= plots.POINTS
+    assert list(few) == sorted(few)
+    there = dict(zip(few, thin, strict=True))
+    assert (there[12_345], there[54_321]) == (7.0, -7.0)
+    gap = [step for step, value in there.items() if math.isnan(value)]
+    assert gap and 70_000 <= min(gap) <= max(gap) < 80_000
+    assert plots.thinned(steps[:100], values[:100]) == (steps[:100], values[:100])
+
+
 def test_many_classes_empty_rows_and_missing_names_can_be_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1)
     size = 50

@@ -7,13 +7,13 @@ import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regrow.data.splits import Splits, check_fractions, cut
+from regrow.data.splits import NAMES, Splits, check_fractions, cut
 from regrow.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -195,18 +195,22 @@ def image_folder(
         return ImageFiles(files, [number for _, number in paths], size, channels, resize)
 
     own = {name: read(where) for name, where in folders.items()}
-    everything: Any = own["train"]
-    train, val, test = cut(
-        everything.keys(),
+    everything = own.pop("train")
+    keys = everything.keys()
+    parts = cut(
+        keys,
         np.array(everything.classes),
         val_fraction=0.0 if "val" in own else val_fraction,
         test_fraction=0.0 if "test" in own else test_fraction,
         seed=seed,
     )
+    chosen = {name: part for name, part in zip(NAMES, parts, strict=True) if part is not None}
+    splits = {name: everything.subset(part) for name, part in chosen.items()} | own
     return Splits(
-        everything.subset(train),
-        own.get("val") or (None if val is None else everything.subset(val)),
-        own.get("test") or (None if test is None else everything.subset(test)),
+        splits["train"],
+        splits.get("val"),
+        splits.get("test"),
         class_names=classes,
         resize=resize,
+        keys={name: [keys[index] for index in part.tolist()] for name, part in chosen.items()},
     )

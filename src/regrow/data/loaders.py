@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,7 @@ class Data:
         self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.num_overlapping = check_overlap(source, overlap)
+        self.source = dataclasses.replace(source, keys={})  # one for each file
         self.preprocessing: Preprocessing = preprocessing(
             source,
             input_shape=self.input_shape,

@@ -24,6 +24,7 @@ INK, MUTED, GRID = "#24292f", "#656d76", "#d8dee4"
 PANELS = 6
 DETAILED_CLASSES = 20  # beyond, numbers in the cells could not be read
 MAX_LABELS = 12
+POINTS = 4000  # of a line; more than a picture has columns
 
 
 def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
@@ -40,9 +41,9 @@ def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
     return paths
 
 
-def figures(folder: Path) -> dict[str, Figure]:
-    """By name, in the order in which one looks at them."""
-    lines = read_metrics(folder)
+def figures(folder: Path, lines: Lines | None = None) -> dict[str, Figure]:
+    """By name, in the order in which one looks at them; `lines` if they have been read."""
+    lines = read_metrics(folder) if lines is None else lines
     found = {"learning_curves": curves(lines), "learning_rate": rates(lines)}
     for path in sorted((folder / "plots").glob("*.json")):
         try:
@@ -73,6 +74,20 @@ def series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
     return list(points), list(points.values())
 
 
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+    """Of a long line the least and the most of each stretch: it looks the same."""
+    if len(steps) <= POINTS:
+        return steps, values
+    size = math.ceil(len(steps) / (POINTS // 2))
+    kept: list[int] = []
+    for first in range(0, len(steps), size):
+        stretch = range(first, min(first + size, len(steps)))
+        finite = [place for place in stretch if math.isfinite(values[place])]
+        value = values.__getitem__
+        kept += sorted({min(finite, key=value), max(finite, key=value)}) if finite else [first]
+    return [steps[place] for place in kept], [values[place] for place in kept]
+
+
 def panel_names(lines: Lines) -> list[str]:
     """What is worth a panel: the loss first, then what is measured on the validation split."""
     keys = dict.fromkeys(key for line in lines for key in line)
@@ -91,7 +106,7 @@ def curves(lines: Lines) -> Figure | None:
         steps, values = series(lines, f"train/{name}")
         epoch_steps, epoch_values = series(lines, f"train/epoch_{name}")
         if epoch_steps:
-            axis.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.35)
+            axis.plot(*thinned(steps, values), color=COLOURS[0], linewidth=0.8, alpha=0.35)
             _line(axis, epoch_steps, epoch_values, COLOURS[0], "train")
         elif steps:
             _line(axis, steps, values, COLOURS[0], "train")
@@ -178,8 +193,7 @@ def _line(
     finite = [math.isfinite(value) for value in values]
     dots = len(steps) <= 30 or sum(finite) <= 30
     axis.plot(
-        steps,
-        [value if good else math.nan for value, good in zip(values, finite, strict=True)],
+        *thinned(steps, [v if good else math.nan for v, good in zip(values, finite, strict=True)]),
         color=colour,
         linewidth=width,
         marker="o" if dots else None,
@@ -188,6 +202,7 @@ def _line(
     )
     if not all(finite):
         bad = [step for step, good in zip(steps, finite, strict=True) if not good]
+        bad = bad[:: math.ceil(len(bad) / POINTS)]
         axis.plot(
             bad,
             [0.02] * len(bad),

@@ -122,20 +122,22 @@ def _read(path: Path) -> Any:
 
 def draw(folder: Path, output: Path | None = None) -> Path:
     """(Re)write the run's pictures and its page; the page's path."""
-    drawn = plots.figures(folder)
-    plots.draw(folder, drawn)
-    return write(folder, output, drawn)
-
-
-def write(folder: Path, output: Path | None = None, drawn: Mapping[str, Any] | None = None) -> Path:
-    """(Re)write the run's page, report.html in its folder unless said otherwise; its path.
-
-    `drawn` are its figures, if they are there already.
-    """
     run = load(folder)
+    drawn = plots.figures(folder, run.lines)
+    plots.draw(folder, drawn)
+    return _write(run, drawn, output)
+
+
+def write(folder: Path, output: Path | None = None) -> Path:
+    """(Re)write the run's page, report.html in its folder unless said otherwise; its path."""
+    run = load(folder)
+    return _write(run, plots.figures(folder, run.lines), output)
+
+
+def _write(run: Run, drawn: Mapping[str, Any], output: Path | None) -> Path:
     pictures = "".join(
         _picture(_CAPTIONS.get(name.partition("_")[0], ""), name, figure)
-        for name, figure in (plots.figures(folder) if drawn is None else drawn).items()
+        for name, figure in drawn.items()
     )
     body = (
         _head(run)
@@ -144,8 +146,8 @@ def write(folder: Path, output: Path | None = None, drawn: Mapping[str, Any] | N
         + _section("Facts", _facts(run))
         + _section("Record", _records(run))
     )
-    path = output or folder / "report.html"
-    write_text(path, _page(f"{run.name} · {folder.resolve().name}", body))
+    path = output or run.folder / "report.html"
+    write_text(path, _page(f"{run.name} · {run.folder.resolve().name}", body))
     return path
 
 
