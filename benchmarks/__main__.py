@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: measure; all of it also writes RESULTS.md and results.svg."""
+"""`python -m benchmarks [NAME …]`: measure; all of it also writes RESULTS.md and its pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks import (
     checkpoint,
     evaluation,
     feeding,
+    growth,
     image,
     memory,
     picture,
@@ -22,11 +23,12 @@ from benchmarks import (
     step,
     sweep,
 )
+from benchmarks.growth import Growth
 from benchmarks.measure import Table
 
 HERE = Path(__file__).resolve().parent
 
-BENCHMARKS: dict[str, Callable[[], Table | list[Table]]] = {
+BENCHMARKS: dict[str, Callable[[], Table | list[Table] | list[Growth]]] = {
     "step": step.measure,
     "image": image.measure,
     "variants": image.measure_variants,
@@ -38,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[], Table | list[Table]]] = {
     "checkpoint": checkpoint.measure,
     "start": start.measure,
     "sweep": sweep.measure,
+    "growth": growth.measure,
 }
 
 

@@ -1,9 +1,13 @@
-"""`python -m benchmarks.picture`: draw results.svg of the steps in RESULTS.md."""
+"""`python -m benchmarks.picture`: draw the pictures in RESULTS.md of the tables in it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 SHOWN = ("A training step of the default MLP", "A training step of a small MLP")
@@ -13,12 +17,17 @@ ROW = re.compile(
     r"\| (?P<least>[\d.]+) to (?P<most>[\d.]+) \|$",
     re.M,
 )
+GROWTH = re.compile(
+    r"^## (?P<title>Growth [^\n]+)\n.*?^\| (?P<header>[^\n]+) \|\n[^\n]+\n"
+    r"(?P<rows>.*?)^\| exponent \| (?P<exponents>[^\n]+) \|\n\n!\[[^\]]*\]\((?P<file>[^)]+)\)",
+    re.M | re.S,
+)
 OURS = "train.py"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#7f6a3f")
 
 
 def draw(text: str, path: Path) -> None:
     """The median ratios as bars, the range over the rounds as a line on each."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     tables = [t for t in TABLE.finditer(text) if t["title"].startswith(SHOWN)]
@@ -36,12 +45,49 @@ def draw(text: str, path: Path) -> None:
         axis.axvline(1, color="#24292f", linewidth=0.8, linestyle=":")
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"time of a step over {tables[0]['reference']}", fontsize=10)
+    save(figure, path)
+
+
+def draw_growth(table: re.Match[str], path: Path) -> None:
+    """Each column by size, on logarithms, with its exponent."""
+    from matplotlib.figure import Figure
+
+    of, *names = table["header"].split(" | ")
+    rows = [line.strip("| ").split(" |") for line in table["rows"].splitlines()]
+    sizes = [int(row[0].replace(",", "")) for row in rows]
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    exponents = table["exponents"].split(" | ")
+    for column, (name, exponent, colour) in enumerate(
+        zip(names, exponents, COLOURS, strict=False), start=1
+    ):
+        points = [
+            (size, float(row[column]))
+            for size, row in zip(sizes, rows, strict=True)
+            if column < len(row) and row[column].strip()
+        ]
+        axis.loglog(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
+        axis.annotate(f" {name}: {exponent}", points[-1], color=colour, fontsize=8, va="center")
+    axis.set_xlabel(of, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.margins(x=0.08)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(table["title"], fontsize=10, loc="left")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "regrow", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
-    draw((HERE / "RESULTS.md").read_text(), HERE / "results.svg")
+    text = (HERE / "RESULTS.md").read_text()
+    draw(text, HERE / "results.svg")
+    for table in GROWTH.finditer(text):
+        draw_growth(table, HERE / table["file"])
 
 
 if __name__ == "__main__":

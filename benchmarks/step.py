@@ -46,9 +46,9 @@ def table(what: str, *overrides: str) -> Table:
     is_small = bool(overrides)
     candidates: dict[str, Callable[[], float | None]] = {
         "train.py": ours,
-        "forward, backward and update alone": pure(inputs, targets, is_small),
-        "hand-tuned, in memory": by_hand(inputs, targets, is_small, loader=False),
-        "bare DataLoader loop": by_hand(inputs, targets, is_small, loader=True),
+        "forward, backward and update alone": pure(mlp(is_small), inputs, targets),
+        "hand-tuned, in memory": by_hand(mlp(is_small), inputs, targets),
+        "bare DataLoader loop": by_hand(mlp(is_small), inputs, targets, loader=True),
     }
     with peers.started(list(ENGINES) if peers.INSTALLED.is_dir() else [], STEPS, is_small) as them:
         seconds = in_turn(candidates | them, rounds=9)
@@ -134,14 +134,15 @@ def mlp(is_small: bool = False) -> nn.Module:
     )
 
 
-def pure(inputs: Tensor, targets: Tensor, is_small: bool) -> Callable[[], None]:
+def pure(
+    model: nn.Module, inputs: Tensor, targets: Tensor, steps: int = STEPS
+) -> Callable[[], None]:
     """What the arithmetic takes: one batch, again and again."""
-    model = mlp(is_small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     x, y = inputs[:64], targets[:64]
 
     def run() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -149,12 +150,19 @@ def pure(inputs: Tensor, targets: Tensor, is_small: bool) -> Callable[[], None]:
     return run
 
 
-def by_hand(inputs: Tensor, targets: Tensor, is_small: bool, *, loader: bool) -> Callable[[], None]:
-    model = mlp(is_small)
+def by_hand(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    steps: int = STEPS,
+    *,
+    loader: bool = False,
+    lr: float = 1e-3,
+) -> Callable[[], None]:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     loaded = DataLoader(TensorDataset(inputs, targets), batch_size=64, shuffle=True)
     log: list[Any] = []
 
@@ -164,11 +172,11 @@ def by_hand(inputs: Tensor, targets: Tensor, is_small: bool, *, loader: bool) ->
 
     def run() -> None:
         step = 0
-        while step < STEPS:
+        while step < steps:
             loss_sum, correct, count = torch.zeros(()), torch.zeros(()), 0
             for x, y in loaded if loader else in_memory():
                 for group in optimizer.param_groups:
-                    group["lr"] = 1e-3 * (1 + math.cos(math.pi * step / TOTAL)) / 2
+                    group["lr"] = lr * (1 + math.cos(math.pi * step / TOTAL)) / 2
                 optimizer.zero_grad()
                 outputs = model(x)
                 loss = F.cross_entropy(outputs, y)
@@ -181,7 +189,7 @@ def by_hand(inputs: Tensor, targets: Tensor, is_small: bool, *, loader: bool) ->
                 step += 1
                 if step % 50 == 0:
                     log.append((loss.item(), correct.item() / count))
-                if step == STEPS:
+                if step == steps:
                     break
 
     return run

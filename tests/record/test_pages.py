@@ -46,6 +46,10 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
+def compare(folders: list[Path], output: Path) -> Path:
+    return report.compare([report.load(folder) for folder in folders], output)
+
+
 @pytest.mark.parametrize(
     ("task", "picture"),
     [
@@ -95,7 +99,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     lines.append({"step": 300, "epoch": 1, f"val/{EVIL}": 1.0, "val/<img src=x>": 2.0})
     write_lines(folder, lines)
     other = make_run(tmp_path / EVIL.replace("/", "_"), lr=0.5)
-    for path in (report.write(folder), report.compare([folder, other], tmp_path / "c.html")):
+    for path in (report.write(folder), compare([folder, other], tmp_path / "c.html")):
         assert not {"script", "img", "b"} & set(Page(path).tags)
     control = tmp_path / "control.html"
     control.write_text(f"<p>{EVIL}</p>")
@@ -192,7 +196,7 @@ def test_side_by_side_shows_only_the_keys_that_differ(tmp_path: Path) -> None:
     configs = [report.load(run).config for run in runs]
     assert report.differing_keys(configs) == ["optimizer.lr"]
     report.write(runs[0])
-    page = Page(report.compare(runs, tmp_path / "sweep" / "comparison.html"))
+    page = Page(compare(runs, tmp_path / "sweep" / "comparison.html"))
     assert "optimizer.lr" in page.text and "weight_decay" not in page.text
     assert [link for link in page.links if not link.startswith("#")] == ["0/report.html", "1", "2"]
     accuracy = json.loads((runs[2] / "summary.json").read_text())["test"]["test/accuracy"]
@@ -226,12 +230,12 @@ def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Pat
         (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(composed))
         config = yaml.safe_load((folder / "config.yaml").read_text())
         (folder / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"seed": index}}))
-    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
     assert {"seed=0", "seed=1", "2"} <= set(page.words)
     assert "model=cnn" not in page.text and "notes=x" not in page.text
     assert "data.seed" not in page.text
     shutil.copytree(tmp_path / "0", tmp_path / "again")
-    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
     assert {"seed=0 0", "seed=0 again", "seed=1"} <= set(page.words)
 
 
@@ -248,7 +252,7 @@ def test_metrics_of_single_classes_are_folded_away(tmp_path: Path) -> None:
 
 def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(i), epochs=2, steps_per_epoch=5, seed=i) for i in range(45)]
-    page = Page(report.compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
     assert page.tags.count("tr") == len(runs) + 1
     assert "The first 40 of 45 runs" in page.text
 

@@ -286,7 +286,7 @@ def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
     if failed:
         cells = [[row.job, row.label, row.state, row.reason or "", row.log or ""] for row in failed]
         tables["Not completed"] = (["job", "setting", "status", "reason", "log"], cells)
-    folders = [row.run.folder for row in comparison.rows if row.run is not None]
+    runs = [row.run for row in comparison.rows if row.run is not None]
     groups = {row.run.folder: row.setting_label for row in comparison.rows if row.run is not None}
     groups |= {r.run.folder: its.label for its in comparison.settings for r in its.rows if r.run}
-    return report.compare(folders, output, title, tables, groups)
+    return report.compare(runs, output, title, tables, groups)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
@@ -31,30 +32,32 @@ _KNOWN_FORMS = re.compile(
 _HARMLESS = {"null", "none", "true", "false", "str", MASK}
 
 
-def redact(text: str) -> str:
+def redact(text: str, secrets: Sequence[str] | None = None) -> str:
     """The text with credentials in URLs, assigned secrets, known forms of token and the values of
-    this process's secret environment variables masked."""
-    for value in _environment_secrets():
+    this process's secret environment variables masked; `secrets` if they are at hand."""
+    for value in _environment_secrets() if secrets is None else secrets:
         text = text.replace(value, MASK)
     text = _IN_URL.sub(rf"\1{MASK}@", text)
     text = _KNOWN_FORMS.sub(MASK, text)
     return _ASSIGNED.sub(_mask_assigned, text)
 
 
-def redact_all(value: Any) -> Any:
+def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
     """The same for every string of a nested value; under a secret key, whatever stands there."""
+    secrets = _environment_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
             key: MASK
             if isinstance(item, str) and item and is_secret_name(str(key))
-            else redact_all(item)
+            else redact_all(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redact_all(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
+        return [redact_all(item, secrets) for item in value]
+    return redact(value, secrets) if isinstance(value, str) else value
 
 
+@functools.lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.match(name) is not None
 

@@ -6,6 +6,7 @@ import html
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -251,7 +252,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows, as pla
 
 
 def compare(
-    folders: Sequence[Path],
+    runs: Sequence[Run],
     output: Path,
     title: str = "",
     tables: Mapping[str, Table] | None = None,
@@ -261,9 +262,8 @@ def compare(
 
     `tables` go before them, by their titles. The curves of each of `groups` have one colour.
     """
-    runs = [load(folder) for folder in folders]
     labels = _labels(runs)
-    keys = differing_keys([run.config for run in runs], references(folders))
+    keys = differing_keys([run.config for run in runs], references([run.folder for run in runs]))
     columns = _metric_columns(runs)
     rows = []
     for run, label in zip(runs, labels, strict=True):
@@ -385,17 +385,19 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     """The overrides that not all have; where they tell nothing, the shortest endings of the paths
     that tell the runs apart."""
     endings = _endings([run.folder for run in runs])
+    having = Counter(override for run in runs for override in {*run.overrides})
     labels = []
     for run in runs:
         own = [
             override
             for override in run.overrides
             if re.split(r"[.=@]", override.lstrip("+~"))[0] not in BOOKKEEPING
-            and any(override not in other.overrides for other in runs)
+            and having[override] < len(runs)
         ]
         labels.append(" ".join(own))
+    alike = Counter(labels)
     return [
-        label if label and labels.count(label) == 1 else f"{label} {ending}".strip()
+        label if label and alike[label] == 1 else f"{label} {ending}".strip()
         for label, ending in zip(labels, endings, strict=True)
     ]
 
