@@ -47,13 +47,14 @@ def measure_variants() -> list[Table]:
     return [
         variants("ResNet-18 on 32×32 images", "resnet18", STEPS),
         variants("a small CNN on 32×32 images", "cnn", 10 * STEPS),
+        variants("experiment=digits_cnn", "cnn", 50 * STEPS, "data=digits"),
     ]
 
 
-def variants(what: str, model: str, steps: int) -> Table:
+def variants(what: str, model: str, steps: int, *data: str) -> Table:
     with contextlib.ExitStack() as stack:
         candidates = {
-            name: started(stack, OURS, model, steps, *overrides)
+            name: started(stack, OURS, model, steps, *data, *overrides)
             for name, overrides in VARIANTS.items()
             if "compile" not in name or shutil.which("g++") or shutil.which("clang++")
         }
@@ -141,9 +142,11 @@ def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
     from benchmarks.step import train_py
     from regrow.training.parallel import World
 
-    data = ("data=synthetic", "data.source.num_train=2560", "trainer.num_threads=null")
+    options = ["trainer.num_threads=null", f"model={model}", *overrides]
+    if not any(override.startswith("data=") for override in overrides):
+        options += ["data=synthetic", "data.source.num_train=2560"]
     world = World(device=torch.device("cpu"))
-    run, _, _ = train_py(world, *data, *overrides, f"model={model}", steps=steps, before=2)
+    run, _, _ = train_py(world, *options, steps=steps, before=2)
     return run
 
 

@@ -8,6 +8,7 @@ resumes at window 700 takes window 700, without a replay of the 699 before it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ def permutation(seed: int, epoch: int, num_examples: int) -> Tensor:
     return torch.randperm(num_examples, generator=generator(seed, "order", epoch))
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """Places `start … stop` of an epoch's order: what one rank takes of one window.
 
     An empty share points at the window's first example and counts none: `num_local` is 0.
