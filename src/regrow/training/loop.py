@@ -55,6 +55,7 @@ class StepResult(NamedTuple):
     sums: Tensor  # (4 + components,) as a slice's, over all slices and processes
     components: tuple[str, ...]
     grad_norm: Tensor  # () true, global, before clipping
+    skipped: optim.Skipped
 
 
 def fit(state: TrainState, plan: Plan) -> str:
@@ -121,7 +122,8 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     if state.averaged is not None and plan.options.ema_decay is not None:
         update_average(state.averaged, state.model, plan.options.ema_decay, skipped)
     count(state, sums[:COUNTED], skipped)
-    return StepResult(sums, parts[0].components, norm * factor)
+    true_norm = norm * factor if isinstance(factor, Tensor) else norm  # else it is one
+    return StepResult(sums, parts[0].components, true_norm, skipped)
 
 
 def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None:
@@ -196,7 +198,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         if skipped := int(state.skips[0].item()):
             line["train/skipped_steps"] = skipped
         plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
-    if due(step, options.log_every_steps) or plan.world.device.type == "cpu":
+    if due(step, options.log_every_steps) or result.skipped is True:
         refuse_endless_skipping(state, plan)
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))

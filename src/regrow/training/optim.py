@@ -179,8 +179,8 @@ def update(
         if clipping.norm is not None:
             scale = factor * (clipping.norm / (true_norm + 1e-6)).clamp(max=1.0)
     else:
-        read = torch.stack([norm, valid, torch.as_tensor(factor, device=norm.device)])
-        norm_read, valid_read, scale = read.tolist()  # the one synchronisation of such a step
+        # The one synchronisation of such a step.
+        norm_read, valid_read, scale = numbers(norm, valid, factor)
         if not (math.isfinite(norm_read * scale) and math.isfinite(valid_read)):
             return True
         skipped = False
@@ -194,6 +194,15 @@ def update(
         torch._foreach_clamp_max_(gradients, clipping.value)
     optimizer.step()
     return skipped
+
+
+def numbers(norm: Tensor, *others: Tensor | float) -> list[float]:
+    """() tensors as floats, with one wait for the device; on a CPU there is none to save."""
+    if norm.device.type == "cpu":
+        return [float(value) for value in (norm, *others)]
+    tensors = [torch.as_tensor(value, device=norm.device) for value in (norm, *others)]
+    found: list[float] = torch.stack(tensors).tolist()
+    return found
 
 
 class MuonWithAdamW(Optimizer):
