@@ -7,6 +7,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from regrow.training.parallel import World
 
 IMAGES = 20_000
 BATCH = 128
-OPTIONS = (
+DATA = (
     *("data=synthetic", f"data.source.num_train={IMAGES}", f"data.batch_size={BATCH}"),
     *("+data.augmentation._target_=regrow.data.augment.CropFlip", "+data.augmentation.pad=4"),
-    *("+data.augmentation.flip=true", "trainer.device=cpu", "trainer.num_threads=1"),
-    "model.hidden=[8]",
+    "+data.augmentation.flip=true",
 )
+OPTIONS = (*DATA, "trainer.device=cpu", "trainer.num_threads=1", "model.hidden=[8]")
 
 
 def measure() -> list[Table]:
@@ -99,8 +100,8 @@ def an_epoch_of(epochs: int, run: Callable[[], None]) -> float:
 
 WAITING = {
     "the default MLP on digits": (400, ()),
-    "a small CNN on 32×32 images": (40, (*OPTIONS[:-1], "model=cnn")),
-    "ResNet-18 on 32×32 images": (6, (*OPTIONS[:-1], "model=resnet18")),
+    "a small CNN on 32×32 images": (40, (*DATA, "model=cnn")),
+    "ResNet-18 on 32×32 images": (6, (*DATA, "model=resnet18")),
 }
 
 
@@ -120,41 +121,33 @@ def measure_waiting(name: str) -> Table:
 
 def waiting(steps: int, *overrides: str) -> tuple[float, float]:
     """Seconds a step of waiting, and in all, after a fifth as many steps that are not counted."""
+    asked: list[float] = []
+    given: list[float] = []
 
     class Watched(TrainBatches):
-        waited = begun = ended = 0.0
-        count = 0
-
-        def __init__(self, watched: TrainBatches) -> None:
-            vars(self).update(vars(watched))
-
         def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-            batches = super().epoch(epoch, start)
-            while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                if self.count == steps // 5:
-                    self.waited, self.begun = 0.0, asked
-                self.count += 1
-                self.waited += time.perf_counter() - asked
-                self.ended = asked
-                if batch is None:
-                    self.count -= 1
-                    return
+            now = time.perf_counter()
+            for batch in super().epoch(epoch, start):
+                asked.append(now)
+                given.append(time.perf_counter())
                 yield batch
+                now = time.perf_counter()
 
+    first, last = steps // 5, steps // 5 + steps
     world = World(device=torch.device("cpu"))
     objects, config = build(
         world,
         *("trainer.device=cpu", "trainer.num_threads=1", "trainer.eval_every_epochs=null"),
         *("trainer.checkpoint.save_every_epochs=null", "trainer.max_epochs=null"),
-        *(f"trainer.max_steps={steps + steps // 5 + 1}", *overrides),
+        *(f"trainer.max_steps={last + 1}", *overrides),
     )
-    watched = Watched(objects.train)
+    watched = copy(objects.train)
+    watched.__class__ = Watched
     with tempfile.TemporaryDirectory() as folder:
         objects = dataclasses.replace(objects, train=watched)
         runs.train(objects, config, Path(folder), world, StopRequest())
-    return watched.waited / steps, (watched.ended - watched.begun) / steps
+    waits = [end - begin for begin, end in zip(asked, given, strict=True)]
+    return sum(waits[first:last]) / steps, (asked[last] - asked[first]) / steps
 
 
 class PerExample(Dataset[Tensor]):

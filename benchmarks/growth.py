@@ -1,11 +1,13 @@
 """How costs grow: with the model, the data, the log and the jobs of a sweep.
 
-Every cost is measured at sizes a factor apart. Its exponent is the slope of the logarithms over the
-larger half of the sizes: 0 for what does not grow, 1 for what grows in proportion.
+Every cost is measured at sizes a factor apart, once each but for a step. Its exponent is the slope
+of the logarithms over the larger half of the sizes, of three over all: 0 for what does not grow, 1
+for what grows in proportion.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import statistics
@@ -13,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks.configured import build
-from benchmarks.measure import in_turn
+from benchmarks.measure import in_turn, per_second
 from benchmarks.step import by_hand, pure, train_py
 from regrow.record import folder as records
 from regrow.record import loggers, report
@@ -42,8 +45,7 @@ class Growth:
     note: str
     picture: str
     of: str  # what there is more of
-    costs: Mapping[str, Mapping[int, float]]  # seconds, by their name with its unit, and by size
-    scales: Mapping[str, float]  # of a name's unit, per second
+    costs: Mapping[str, Mapping[int, float]]  # seconds, by "name, unit" and by size
 
     def text(self) -> str:
         sizes = sorted({size for found in self.costs.values() for size in found})
@@ -54,18 +56,18 @@ class Growth:
         ]
         for size in sizes:
             cells = [
-                f"{found[size] * self.scales[name]:.4g}" if size in found else ""
+                f"{found[size] * per_second(name):.4g}" if size in found else ""
                 for name, found in self.costs.items()
             ]
             lines.append(f"| {size:,} | {' | '.join(cells)} |")
-        exponents = [f"{exponent(found):.2f}" for found in self.costs.values()]
+        exponents = [f"{round(exponent(found), 2) + 0.0:.2f}" for found in self.costs.values()]
         lines.append(f"| exponent | {' | '.join(exponents)} |")
         lines += ["", f"![{self.title}]({PICTURE.format(self.picture)})"]
         return "\n".join(lines) + "\n"
 
 
 def exponent(found: Mapping[int, float]) -> float:
-    """The least-squares slope of log cost over log size, for the larger half of the sizes."""
+    """The least-squares slope of log cost over log size."""
     upper = sorted(found)[len(found) // 2 :] if len(found) > 3 else sorted(found)
     xs, ys = [math.log(size) for size in upper], [math.log(found[size]) for size in upper]
     return statistics.linear_regression(xs, ys).slope
@@ -90,100 +92,84 @@ LR = 1e-6  # the widest diverges at 1e-3, and denormal gradients make a step thr
 
 
 def model() -> Growth:
-    names = ("train.py", "hand-tuned, in memory", "forward, backward and update alone")
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     for width, (steps, before) in WIDTHS.items():
-        net = nn.Sequential(
-            *(nn.Flatten(), nn.Linear(64, width), nn.ReLU()),
-            *(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)),
-        )
-        size = sum(parameter.numel() for parameter in net.parameters())
+
+        def net(width: int = width) -> nn.Module:
+            return nn.Sequential(
+                *(nn.Flatten(), nn.Linear(64, width), nn.ReLU()),
+                *(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)),
+            )
+
         options = (
-            f"model.hidden=[{width},{width}]",
-            "model.norm=none",
+            *(f"model.hidden=[{width},{width}]", "model.norm=none", f"optimizer.lr={LR}"),
             "trainer.checkpoint.save_every_steps=null",
-            f"optimizer.lr={LR}",
         )
         torch.set_num_threads(1)
         world = World(device=torch.device("cpu"))
         ours, inputs, targets = train_py(world, *options, steps=steps, before=before)
-        runs: list[Callable[[], float | None]] = [
-            ours,
-            by_hand(net, inputs, targets, steps, lr=LR),
-            pure(net, inputs, targets, steps),
-        ]
-        seconds = in_turn(dict(zip(names, runs, strict=True)), rounds=5)
+        hand = by_hand(net(), inputs, targets, steps, lr=LR, before=before)
+        alone = pure(net(), inputs, targets, steps, lr=LR, before=before)
+        names = ("train.py", "hand-tuned, in memory", "forward, backward and update alone")
+        seconds = in_turn(dict(zip(names, (ours, hand, alone), strict=True)), rounds=5)
+        size = sum(parameter.numel() for parameter in net().parameters())
         for name, values in seconds.items():
-            found[name][size] = statistics.median(values) / steps
-    costs = {f"{name}, ms": found[name] for name in names}
+            found[f"{name}, ms"][size] = statistics.median(values) / steps
     return Growth(
         title="Growth of a step with the model",
         note="MLPs of two equal hidden layers, batch 64, AdamW, one thread; medians of 5 rounds.",
         picture="model",
         of="parameters",
-        costs=costs,
-        scales=dict.fromkeys(costs, 1e3),
+        costs=found,
     )
 
 
 # -- the data --------------------------------------------------------------------------------------
 
 
+BATCHES = 4000
+
+
 def data() -> Growth:
     torch.set_num_threads(1)
-    batch = 64
-    names = {
-        "read and check, s": 1.0,
-        "fingerprint, s": 1.0,
-        "begin an epoch, s": 1.0,
-        "resume in its middle, s": 1.0,
-        "a batch, µs": 1e6,
-    }
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    world = World(device=torch.device("cpu"))
+    options = (
+        *("data=synthetic", "data.input_shape=[8]", "data.batch_size=64", "model.hidden=[8]"),
+        *("trainer.device=cpu", "trainer.num_threads=1"),
+    )
+    build(world, *options)  # its imports
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     for size in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
-        options = (
-            *("data=synthetic", "data.input_shape=[8]", f"data.source.num_train={size}"),
-            *(f"data.batch_size={batch}", "model.hidden=[8]", "trainer.device=cpu"),
-            "trainer.num_threads=1",
-        )
-        world = World(device=torch.device("cpu"))
-        build(world, *options[:2], *options[3:])  # its imports
         with clocked(found, "read and check, s", size):
-            objects, _ = build(world, *options)
+            objects, _ = build(world, *options, f"data.source.num_train={size}")
         with clocked(found, "fingerprint, s", size):
             objects.data.fingerprint()
-        for name, start in (
-            ("begin an epoch, s", 0),
-            ("resume in its middle, s", objects.train.steps_per_epoch // 2),
-        ):
-            next(objects.train.epoch(0, start))  # once, for the memory that it takes
-            with clocked(found, name, size):
-                next(objects.train.epoch(1, start))
-        started, count = time.perf_counter(), 0
-        while count < 4000:
-            for _ in objects.train.epoch(0):
-                if count == 0:
-                    started = time.perf_counter()
-                count += 1
-                if count == 4000:
-                    break
-        found["a batch, µs"][size] = (time.perf_counter() - started) / count
-        del objects
+        train = objects.train
+        for name, start in (("begin an epoch", 0), ("resume half-way", train.steps_per_epoch // 2)):
+            next(train.epoch(0, start))  # once, for the memory that it takes
+            with clocked(found, f"{name}, s", size):
+                next(train.epoch(1, start))
+        epochs = itertools.chain.from_iterable(train.epoch(epoch) for epoch in itertools.count())
+        next(epochs)
+        started = time.perf_counter()
+        for _ in itertools.islice(epochs, BATCHES):
+            pass
+        found["a batch, µs"][size] = (time.perf_counter() - started) / BATCHES
     return Growth(
         title="Growth of feeding with the data",
         note="Examples of eight numbers in memory, batches of 64. Beginning an epoch draws its one "
-        "permutation; so does resuming, and it reads nothing of what came before.",
+        "permutation; so does resuming, and it reads nothing of what came before. A batch is the "
+        f"mean of {BATCHES:,}, with the epochs that begin among them.",
         picture="data",
         of="examples",
         costs=found,
-        scales=names,
     )
 
 
 def folders() -> Growth:
     from regrow.data.images import image_folder
 
-    found: dict[str, dict[int, float]] = {"list, and look for copies, s": {}, "fingerprint, s": {}}
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     for size in (1_000, 10_000, 100_000):
         with tempfile.TemporaryDirectory() as folder:
             for number in range(size):
@@ -211,7 +197,6 @@ def folders() -> Growth:
         picture="folders",
         of="files",
         costs=found,
-        scales=dict.fromkeys(found, 1.0),
     )
 
 
@@ -219,8 +204,7 @@ def folders() -> Growth:
 
 
 def log() -> Growth:
-    names = {"a line, µs": 1e6, "open and rewind, ms": 1e3, "pictures and page, s": 1.0}
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     for size in (1_000, 10_000, 100_000, 1_000_000):
         with tempfile.TemporaryDirectory() as path:
             folder = Path(path)
@@ -246,7 +230,6 @@ def log() -> Growth:
         picture="log",
         of="lines",
         costs=found,
-        scales=names,
     )
 
 
@@ -261,17 +244,11 @@ def line(step: int) -> dict[str, float]:
 
 
 def sweep() -> Growth:
-    found: dict[str, dict[int, float]] = {
-        "until the first job, s": {},
-        "each job, s": {},
-        "from the last job to the end, s": {},
-        "table and page alone, s": {},
-    }
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         for size in (10, 30, 100, 300):
-            marks = run_jobs(folder / str(size), size)
-            first, last, end = marks
+            first, last, end = run_jobs(folder / str(size), size)
             found["until the first job, s"][size] = first
             found["each job, s"][size] = (last - first) / size
             found["from the last job to the end, s"][size] = end - last
@@ -288,7 +265,6 @@ def sweep() -> Growth:
         picture="sweep",
         of="jobs",
         costs=found,
-        scales=dict.fromkeys(found, 1.0),
     )
 
 
@@ -301,6 +277,7 @@ def run_jobs(folder: Path, size: int) -> tuple[float, float, float]:
         *("launcher.jobs=2", f"hydra.sweep.dir={folder}"),
     ]
     first = last = 0.0
+    lines = []
     started = time.perf_counter()
     with subprocess.Popen(
         command, cwd=folder.parent, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
@@ -308,11 +285,13 @@ def run_jobs(folder: Path, size: int) -> tuple[float, float, float]:
         assert process.stdout is not None
         for text in process.stdout:
             now = time.perf_counter() - started
+            lines.append(text)
             if " started: " in text and not first:
                 first = now
             if f" of {size}]" in text:
                 last = now
-    assert process.returncode == 0
+    if process.returncode or not 0 < first < last:
+        raise RuntimeError("".join(lines[-20:]))
     return first, last, time.perf_counter() - started
 
 

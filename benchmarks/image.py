@@ -20,6 +20,7 @@ from benchmarks.peers import round_of
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
 BATCH = 64
+SYNTHETIC = ("data=synthetic", "data.source.num_train=2560")
 OURS, KEPT, PLAIN = "train.py", "bare loop, freed memory kept", "bare loop"
 
 
@@ -47,11 +48,13 @@ def measure_variants() -> list[Table]:
     return [
         variants("ResNet-18 on 32×32 images", "resnet18", STEPS),
         variants("a small CNN on 32×32 images", "cnn", 10 * STEPS),
-        variants("experiment=digits_cnn", "cnn", 50 * STEPS, "data=digits"),
+        variants("ResNet-18 on 8×8 digits", "resnet18", 5 * STEPS, "data=digits"),
+        variants("a small CNN on 8×8 digits", "cnn", 50 * STEPS, "data=digits"),
     ]
 
 
 def variants(what: str, model: str, steps: int, *data: str) -> Table:
+    data = data or SYNTHETIC
     with contextlib.ExitStack() as stack:
         candidates = {
             name: started(stack, OURS, model, steps, *data, *overrides)
@@ -142,9 +145,7 @@ def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
     from benchmarks.step import train_py
     from regrow.training.parallel import World
 
-    options = ["trainer.num_threads=null", f"model={model}", *overrides]
-    if not any(override.startswith("data=") for override in overrides):
-        options += ["data=synthetic", "data.source.num_train=2560"]
+    options = ("trainer.num_threads=null", f"model={model}", *(overrides or SYNTHETIC))
     world = World(device=torch.device("cpu"))
     run, _, _ = train_py(world, *options, steps=steps, before=2)
     return run

@@ -54,3 +54,8 @@ def in_turn(
             if index:
                 seconds[name].append(time.perf_counter() - started if own is None else own)
     return seconds
+
+
+def per_second(name: str) -> float:
+    """What a second is in the unit that a name ends with, as in "a batch, µs"."""
+    return {"s": 1.0, "ms": 1e3, "µs": 1e6}[name.rpartition(", ")[2]]

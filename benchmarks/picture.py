@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.measure import per_second
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -55,22 +57,26 @@ def draw_growth(table: re.Match[str], path: Path) -> None:
     of, *names = table["header"].split(" | ")
     rows = [line.strip("| ").split(" |") for line in table["rows"].splitlines()]
     sizes = [int(row[0].replace(",", "")) for row in rows]
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     axis = figure.subplots()
     exponents = table["exponents"].split(" | ")
+    colours = COLOURS[: len(names)]
     for column, (name, exponent, colour) in enumerate(
-        zip(names, exponents, COLOURS, strict=False), start=1
+        zip(names, exponents, colours, strict=True), start=1
     ):
         points = [
-            (size, float(row[column]))
+            (size, float(row[column]) / per_second(name))
             for size, row in zip(sizes, rows, strict=True)
             if column < len(row) and row[column].strip()
         ]
-        axis.loglog(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
-        axis.annotate(f" {name}: {exponent}", points[-1], color=colour, fontsize=8, va="center")
+        label = f"{name.rpartition(', ')[0]}: {exponent}"
+        axis.loglog(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=label)
+    figure.legend(
+        loc="outside right upper", frameon=False, fontsize=8, title="exponent", title_fontsize=8
+    )
     axis.set_xlabel(of, fontsize=9)
+    axis.set_ylabel("seconds", fontsize=9)
     axis.tick_params(labelsize=8)
-    axis.margins(x=0.08)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(table["title"], fontsize=10, loc="left")
     save(figure, path)

@@ -98,10 +98,11 @@ def train_py(
         *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
         *("trainer.checkpoint.save_every_steps=300", *overrides),
     )
-    folder = Path(world.from_main(tempfile.mkdtemp() if world.is_main else ""))
+    temporary = tempfile.TemporaryDirectory() if world.is_main else None  # as long as `run` lives
+    folder = Path(world.from_main(temporary.name if temporary else ""))
     stop = After()
 
-    def run() -> float:
+    def run(_: object = temporary) -> float:
         stop.first = objects.state.step + before
         stop.last = stop.first + steps
         runs.train(objects, config, folder, world, stop)
@@ -135,17 +136,27 @@ def mlp(is_small: bool = False) -> nn.Module:
 
 
 def pure(
-    model: nn.Module, inputs: Tensor, targets: Tensor, steps: int = STEPS
-) -> Callable[[], None]:
-    """What the arithmetic takes: one batch, again and again."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    steps: int = STEPS,
+    *,
+    lr: float = 1e-3,
+    before: int = 0,
+) -> Callable[[], float]:
+    """What the arithmetic takes: one batch, again and again; without the steps `before`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     x, y = inputs[:64], targets[:64]
 
-    def run() -> None:
-        for _ in range(steps):
+    def run() -> float:
+        started = 0.0
+        for step in range(before + steps):
+            if step == before:
+                started = time.perf_counter()
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
+        return time.perf_counter() - started
 
     return run
 
@@ -158,7 +169,9 @@ def by_hand(
     *,
     loader: bool = False,
     lr: float = 1e-3,
-) -> Callable[[], None]:
+    before: int = 0,
+) -> Callable[[], float]:
+    """The loop that one writes by hand; without the steps `before`."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -170,11 +183,13 @@ def by_hand(
         for indices in torch.randperm(len(inputs)).split(64):
             yield inputs.index_select(0, indices), targets.index_select(0, indices)
 
-    def run() -> None:
-        step = 0
-        while step < steps:
+    def run() -> float:
+        step, started = 0, time.perf_counter()
+        while step < before + steps:
             loss_sum, correct, count = torch.zeros(()), torch.zeros(()), 0
             for x, y in loaded if loader else in_memory():
+                if step == before:
+                    started = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = lr * (1 + math.cos(math.pi * step / TOTAL)) / 2
                 optimizer.zero_grad()
@@ -189,7 +204,8 @@ def by_hand(
                 step += 1
                 if step % 50 == 0:
                     log.append((loss.item(), correct.item() / count))
-                if step == steps:
+                if step == before + steps:
                     break
+        return time.perf_counter() - started
 
     return run

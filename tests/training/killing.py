@@ -2,8 +2,9 @@
 
 Started as a process of its own, `python killing.py <request.json>`. It imports, with one thread,
 what a run needs, and only then forks, so that a child begins to train within milliseconds. The
-request holds the config and, for each folder, where to kill: after so many seconds, or at a named
-point. The answer, on the last line of its output, says how often each folder's run was killed.
+request holds the config and, for each folder, where to kill: after so many seconds, at a named
+point, or so long after a checkpoint. The answer, on the last line of its output, says for each
+folder the newest checkpoint at each death.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def run_until_killed(
     *,
     from_step: int = 0,
 ) -> bool:
-    """Whether the child came to its end before it was killed, so many seconds `after` its start or
-    after its checkpoint of `from_step`."""
+    """Whether the child ended before it was killed: `after` seconds from its start, or from its
+    checkpoint of `from_step`; never, if None."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:

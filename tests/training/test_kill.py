@@ -138,17 +138,18 @@ def test_a_run_killed_at_random_instants_and_points_ends_the_same(
 @pytest.mark.slow
 def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Path) -> None:
     kills = [*instants(50, 4, seed=1), *points((0.0, 1.0), seed=1), *points((0.4,), seed=2)]
-    # Whatever the machine does: some between checkpoints, and some after the last one, when the
-    # test, the pictures and the summary are made.
+    # Whatever the machine does: some before the first checkpoint, some between two, and some after
+    # the last one, when the test, the pictures and the summary are made.
+    kills += [[share / 100] for share in range(10)]
     kills += [[[step, share / 10]] for step in (6, 12) for share in range(9)]
     answers = killed(tmp_path, [{"kills": k} for k in kills], seconds=900)
     assert not_reached(answers) == []
     deaths = [step for answer in answers for step in answer["killed"] if step is not None]
     assert len(deaths) >= 200
-    by_chance = [step for a in answers if not by_point(a) for step in a["killed"]]
-    assert sum(step == 0 for step in by_chance) >= 10  # before the first checkpoint
-    assert sum(step is not None and 0 < step < 12 for step in by_chance) >= 10
-    assert sum(step == 12 for step in by_chance) >= 3  # at its end
+    by_time = [step for a in answers if not by_point(a) for step in a["killed"]]
+    assert sum(step == 0 for step in by_time) >= 10  # before the first checkpoint
+    assert sum(step is not None and 0 < step < 12 for step in by_time) >= 10
+    assert sum(step == 12 for step in by_time) >= 3  # at its end
     assert differing(answers, whole) == []
 
 

@@ -205,12 +205,14 @@ def image_folder(
         seed=seed,
     )
     chosen = {name: part for name, part in zip(NAMES, parts, strict=True) if part is not None}
-    splits = {name: everything.subset(part) for name, part in chosen.items()} | own
+    splits = own | {name: everything.subset(part) for name, part in chosen.items()}
     return Splits(
         splits["train"],
         splits.get("val"),
         splits.get("test"),
         class_names=classes,
         resize=resize,
-        keys={name: [keys[index] for index in part.tolist()] for name, part in chosen.items()},
+        known_keys={
+            name: [keys[index] for index in part.tolist()] for name, part in chosen.items()
+        },
     )

@@ -99,7 +99,7 @@ class Data:
         self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.num_overlapping = check_overlap(source, overlap)
-        self.source = dataclasses.replace(source, keys={})  # one for each file
+        self.source = dataclasses.replace(source, known_keys={})  # as many as there are files
         self.preprocessing: Preprocessing = preprocessing(
             source,
             input_shape=self.input_shape,

@@ -61,8 +61,8 @@ class Splits:
     """Train, validation and test examples, and what was found out while reading them.
 
     A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
-    white, `columns` the features of a table, `resize` and `collate` belong to files. `keys` are
-    those of a split's examples, where they were slow to find and have been found.
+    white, `columns` the features of a table, `resize` and `collate` belong to files. `known_keys`
+    are those of a split's examples, where they were slow to find and have been found.
     """
 
     train: Split
@@ -74,7 +74,7 @@ class Splits:
     columns: list[str] | None = None
     delimiter: str = ","
     collate: Callable[[list[Any]], Any] | None = None
-    keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
+    known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
     def items(self) -> list[tuple[str, Split]]:
         splits = zip(NAMES, (self.train, self.val, self.test), strict=True)
@@ -183,7 +183,7 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
         raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
     if policy == "ignore":
         return {}
-    keys = {name: splits.keys.get(name) or _keys(split) for name, split in splits.items()}
+    keys = {name: splits.known_keys.get(name) or _keys(split) for name, split in splits.items()}
     found: dict[str, int] = {}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         ours, theirs = keys.get(one), keys.get(other)

@@ -75,15 +75,18 @@ def series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
-    """Of a long line the least and the most of each stretch: it looks the same."""
+    """Of a long line the least and the most finite value of each stretch: it looks the same.
+
+    A gap that is shorter than a stretch is closed.
+    """
     if len(steps) <= POINTS:
         return steps, values
     size = math.ceil(len(steps) / (POINTS // 2))
     kept: list[int] = []
+    value = values.__getitem__
     for first in range(0, len(steps), size):
         stretch = range(first, min(first + size, len(steps)))
         finite = [place for place in stretch if math.isfinite(values[place])]
-        value = values.__getitem__
         kept += sorted({min(finite, key=value), max(finite, key=value)}) if finite else [first]
     return [steps[place] for place in kept], [values[place] for place in kept]
 

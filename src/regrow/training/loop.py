@@ -122,7 +122,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     if state.averaged is not None and plan.options.ema_decay is not None:
         update_average(state.averaged, state.model, plan.options.ema_decay, skipped)
     count(state, sums[:COUNTED], skipped)
-    true_norm = norm * factor if isinstance(factor, Tensor) else norm  # else it is one
+    true_norm = norm * factor if isinstance(factor, Tensor) else norm  # a float is 1.0
     return StepResult(sums, parts[0].components, true_norm, skipped)
 
 
@@ -198,6 +198,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         if skipped := int(state.skips[0].item()):
             line["train/skipped_steps"] = skipped
         plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
+    # Where only the device knows, it is asked as rarely as it is waited for.
     if due(step, options.log_every_steps) or result.skipped is True:
         refuse_endless_skipping(state, plan)
     if due(step, options.log_histograms_every_steps):
