@@ -26,8 +26,8 @@ def table(what: str, model: str, steps: int) -> Table:
 
     return Table(
         title=f"Memory of a run of {what} on 32×32 images",
-        note="The most that the process ever held, libraries included. train.py's has also kept a "
-        "copy of the state aside, for a checkpoint.",
+        note="The most that the process ever held, libraries and data included. train.py's has "
+        "also kept a copy of the state aside, for a checkpoint.",
         unit="MiB",
         reference=PLAIN,
         seconds=in_turn(
