@@ -48,7 +48,7 @@ format: setup ## format, and mend what the linter can
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-bench: setup ## the figures of benchmarks/RESULTS.md, measured anew
+bench: setup ## benchmarks/RESULTS.md anew, some 45 minutes; ARGS=step measures a part, ARGS=--help lists them
 	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
 	@$(PY) -m benchmarks $(ARGS)
 

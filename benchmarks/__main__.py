@@ -44,7 +44,13 @@ BENCHMARKS: dict[str, Callable[[], Table | list[Table] | list[Growth]]] = {
 }
 
 
+ALL = "all of them, some 45 minutes; RESULTS.md and its pictures are then written anew."
+
+
 def main(names: list[str]) -> None:
+    if "--help" in names:
+        print(f"python -m benchmarks [NAME …]\n{', '.join(BENCHMARKS)}\nWithout a name: {ALL}")
+        return
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"benchmarks: no {unknown[0]}; there are {', '.join(BENCHMARKS)}")
@@ -69,7 +75,11 @@ def head() -> str:
         f"{platform.python_version()}, torch {torch.__version__}, load {load:.1f} at the end.\n"
         "Each pair ran in turn in one go; a ratio is the median over the rounds, with the least "
         "and the most.\nAbsolute times depend on the machine and on what else it did; the ratios "
-        "less so.\n\n![time of a step over the hand-tuned floor](results.svg)\n"
+        "less so.\nA row whose ratio is over another than its column's says so. An exponent is the "
+        "slope of log cost over log size\nfor the larger half of the sizes, of three for all: 0 "
+        "for what does not grow, 1 for what grows in proportion.\nEach of these costs is measured "
+        "once, but for a step, so it is a rough one.\n\n"
+        "![time of a step over the hand-tuned floor](results.svg)\n"
     )
 
 

@@ -31,7 +31,7 @@ class Table:
         for name, values in self.seconds.items():
             shown = [value / self.per * self.scale for value in values]
             ratios = self.ratios(name)
-            other = f", over {self.against[name]}" if name in self.against else ""
+            other = f" (over *{self.against[name]}*)" if name in self.against else ""
             lines.append(
                 f"| {name}{other} | {statistics.median(shown):.4g} | {min(shown):.4g} "
                 f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
