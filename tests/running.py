@@ -192,7 +192,7 @@ class Bench:
         result = loop.train_step(self.state, batch, self.plan)
         self.state.progress.step += 1
         loop.report(self.state, result, self.plan)
-        return self.record.lines[-1]
+        return self.record.lines[-1] if self.record.lines else {}
 
 
 def batch_of(inputs: Any, targets: torch.Tensor, weights: torch.Tensor | None = None) -> Batch:

@@ -153,8 +153,9 @@ def test_epoch_means_leave_skipped_steps_out() -> None:
     assert examples == 24
 
 
-def test_so_many_bad_steps_in_a_row_end_the_run_and_name_step_and_parameter() -> None:
-    bench = bench_of(MAKERS["adamw"], max_skipped_steps=3)
+@pytest.mark.parametrize("every", [1, 100])
+def test_so_many_bad_steps_in_a_row_end_the_run_and_name_step_and_parameter(every: int) -> None:
+    bench = bench_of(MAKERS["adamw"], max_skipped_steps=3, log_every_steps=every)
     for number, bad in enumerate((None, torch.nan, torch.nan, None, torch.nan, torch.nan)):
         bench.step(batch(number, bad))  # never three in a row
     with pytest.raises(FloatingPointError, match=r"step 7: .* 3 steps in a row.* is 0\.weight"):
