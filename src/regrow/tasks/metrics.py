@@ -167,14 +167,7 @@ def multiclass_metrics(
         from torchmetrics import classification as tm
 
         same: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
-        metrics: dict[str, Any] = {
-            "micro_accuracy": tm.MulticlassAccuracy(average="micro", **same),
-            "accuracy": tm.MulticlassAccuracy(average="none", **same),
-            "precision": tm.MulticlassPrecision(average="none", **same),
-            "recall": tm.MulticlassRecall(average="none", **same),
-            "f1": tm.MulticlassF1Score(average="none", **same),
-            "confusion": tm.MulticlassConfusionMatrix(**same),
-        }
+        metrics: dict[str, Any] = {"confusion": tm.MulticlassConfusionMatrix(**same)}
         return metrics | ({"auroc": tm.MulticlassAUROC(average="none", **same)} if auroc else {})
 
     def flatten(outputs: Tensor, targets: Tensor) -> Rows:
@@ -191,11 +184,12 @@ def multiclass_metrics(
         return outputs.softmax(1), targets
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
-        counts = values["confusion"]
-        true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
-        absent, one_sided = true + predicted == 0, (true == 0) | (true == total)
-        result = _by_class(values, class_names, absent, one_sided, per_class=per_class)
-        return result | {"accuracy": float(values["micro_accuracy"])}
+        counts = values["confusion"].cpu().double()
+        right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+        by_class = _by_class(right, true, predicted, counts.sum(), values.get("auroc"))
+        # What of a class is right is its accuracy as well as its recall.
+        result = _means({"accuracy": by_class["recall"], **by_class}, class_names, per_class)
+        return result | {"accuracy": float(right.sum() / counts.sum())}
 
     return Recipe(
         names=_names(class_names, per_class=per_class, auroc=auroc),
@@ -215,26 +209,15 @@ def binary_metrics(class_names: list[str], threshold: float, *, auroc: bool) -> 
         from torchmetrics import classification as tm
 
         same: dict[str, Any] = {"threshold": threshold, "validate_args": False}
-        metrics: dict[str, Any] = {
-            "accuracy": tm.BinaryAccuracy(**same),
-            "precision": tm.BinaryPrecision(**same),
-            "recall": tm.BinaryRecall(**same),
-            "f1": tm.BinaryF1Score(**same),
-            "confusion": tm.BinaryConfusionMatrix(**same),
-        }
+        metrics: dict[str, Any] = {"confusion": tm.BinaryConfusionMatrix(**same)}
         return metrics | ({"auroc": tm.BinaryAUROC(validate_args=False)} if auroc else {})
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
-        counts = values["confusion"]
-        true, total = counts[1].sum(), counts.sum()
-        undefined = {
-            **dict.fromkeys(("precision", "recall", "f1"), true + counts[:, 1].sum() == 0),
-            "auroc": (true == 0) | (true == total),
-        }
-        return {
-            name: math.nan if undefined.get(name, False) else float(values[name])
-            for name in _names([], per_class=False, auroc=auroc)
-        }
+        counts = values["confusion"].cpu().double()
+        right, true, predicted = counts[1, 1], counts[1].sum(), counts[:, 1].sum()
+        found = _by_class(right, true, predicted, counts.sum(), values.get("auroc"))
+        accuracy = counts.diagonal().sum() / counts.sum()
+        return {name: float(value) for name, value in {"accuracy": accuracy, **found}.items()}
 
     return Recipe(
         names=_names([], per_class=False, auroc=auroc),
@@ -260,25 +243,18 @@ def multilabel_metrics(
         same = {"threshold": threshold, **one}
         metrics: dict[str, Any] = {
             "exact_match": tm.MultilabelExactMatch(**same),
-            "accuracy": tm.MultilabelAccuracy(average="none", **same),
-            "precision": tm.MultilabelPrecision(average="none", **same),
-            "recall": tm.MultilabelRecall(average="none", **same),
-            "f1": tm.MultilabelF1Score(average="none", **same),
             "confusion": tm.MultilabelConfusionMatrix(**same),
         }
         return metrics | ({"auroc": tm.MultilabelAUROC(average="none", **one)} if auroc else {})
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
-        counts = values["confusion"]  # (C, true, predicted)
+        counts = values["confusion"].cpu().double()  # (C, true, predicted)
         true, predicted, total = counts[:, 1].sum(1), counts[:, :, 1].sum(1), counts.sum((1, 2))
-        absent, one_sided = true + predicted == 0, (true == 0) | (true == total)
-        result = _by_class(values, class_names, absent, one_sided, per_class=per_class)
-        everywhere = values["accuracy"]  # defined for every label, absent ones too
-        if per_class:
-            named = zip(class_names, everywhere.tolist(), strict=True)
-            result |= {f"accuracy/{name}": value for name, value in named}
-        exact_match = float(values["exact_match"])
-        return result | {"accuracy": float(everywhere.mean()), "exact_match": exact_match}
+        by_class = _by_class(counts[:, 1, 1], true, predicted, total, values.get("auroc"))
+        # Defined for every label, absent ones too.
+        accuracy = (counts[:, 0, 0] + counts[:, 1, 1]) / total
+        result = _means({"accuracy": accuracy, **by_class}, class_names, per_class)
+        return result | {"exact_match": float(values["exact_match"])}
 
     return Recipe(
         names=("exact_match", *_names(class_names, per_class=per_class, auroc=auroc)),
@@ -344,26 +320,31 @@ def _names(class_names: list[str], *, per_class: bool, auroc: bool) -> tuple[str
 
 
 def _by_class(
-    values: dict[str, Tensor],
-    class_names: list[str],
-    absent: Tensor,
-    one_sided: Tensor,
-    *,
-    per_class: bool,
+    right: Tensor, true: Tensor, predicted: Tensor, total: Tensor, auroc: Tensor | None
+) -> dict[str, Tensor]:
+    """(C,) or () each: precision, recall and F1 from the counts of each class, and AUROC as it is,
+    with NaN where one is not defined."""
+    absent = true + predicted == 0
+    found = {
+        "precision": (right / predicted.clamp(min=1)).masked_fill(absent, math.nan),
+        "recall": (right / true.clamp(min=1)).masked_fill(absent, math.nan),
+        "f1": 2 * right / (true + predicted),
+    }
+    if auroc is not None:
+        found["auroc"] = auroc.cpu().masked_fill((true == 0) | (true == total), math.nan)
+    return found
+
+
+def _means(
+    by_class: dict[str, Tensor], class_names: list[str], per_class: bool
 ) -> dict[str, float]:
     """The mean of each metric over the classes for which it is defined, then each class's own."""
-    averages: dict[str, float] = {}
-    each: dict[str, float] = {}
-    for name in AVERAGED:
-        if name not in values:
-            continue
-        undefined = one_sided if name == "auroc" else absent
-        by_class = values[name].masked_fill(undefined, math.nan)
-        averages[name] = float(by_class.nanmean())
-        if per_class:
-            named = zip(class_names, by_class.tolist(), strict=True)
-            each |= {f"{name}/{of}": value for of, value in named}
-    return averages | each
+    result = {name: float(values.nanmean()) for name, values in by_class.items()}
+    if per_class:
+        for name, values in by_class.items():
+            named = zip(class_names, values.tolist(), strict=True)
+            result |= {f"{name}/{of}": value for of, value in named}
+    return result
 
 
 def _confusion(values: dict[str, Tensor], class_names: list[str]) -> dict[str, Any]:
