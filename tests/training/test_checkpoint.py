@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -483,6 +484,46 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     go_on.set()
     writer.wait()
     assert checkpoint.load(tmp_path / "step_00000002")[0]["model"]["weight"].tolist() == [0.0] * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of one thread")
+def test_the_memory_of_the_first_copy_is_touched_beforehand(tmp_path: Path) -> None:
+    parts = {"model": {"weight": torch.ones(8 << 20), "half": torch.ones(99, dtype=torch.half)}}
+    faults, kept = [], []
+    for makes_room in (True, False):
+        writer = CheckpointWriter(tmp_path / str(makes_room), OPTIONS, "max")
+        kept.append(writer)  # its memory is not to be had again
+        if makes_room:
+            writer.make_room(lambda: parts)
+            writer.wait()
+            writer.make_room(lambda: {}["never asked again"])
+        parts["model"]["weight"] += 1
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        writer.save(parts, facts(1), lambda position: None)
+        faults.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+        assert writer.wait()
+        saved = checkpoint.load(writer.folder / "step_00000001")[0]["model"]["weight"]
+        assert torch.equal(saved, parts["model"]["weight"])
+    with_room, without = faults
+    if without < 1000:
+        pytest.skip("the kernel gives large pages here")
+    assert with_room < without / 10  # of 8192 pages
+
+
+def test_a_run_makes_room_for_its_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, ready = CheckpointWriter.save, []
+
+    def looked_at(self: CheckpointWriter, *args: Any) -> None:
+        self.wait()
+        ready.append(sorted(self._copies))
+        save(self, *args)
+
+    monkeypatch.setattr(CheckpointWriter, "save", looked_at)
+    train(tmp_path, *RUN)
+    assert ready[0] == ready[-1]
+    assert any(name.endswith("exp_avg_sq") for name in ready[0])
 
 
 def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) -> None:

@@ -38,6 +38,7 @@ Shards = dict[str, tuple[Tensor, Any]]  # this process's part of a sharded tenso
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder of sharded tensors, in a checkpoint
+PAGE_BYTES = 4096  # the smallest that kernels give
 FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
 
 
@@ -85,6 +86,23 @@ class CheckpointWriter:
             folder.mkdir(exist_ok=True)
             _clear_up(folder)
 
+    def make_room(self, parts: Callable[[], Parts]) -> None:
+        """Once, and beside the loop: the memory that `parts` will be copied into.
+
+        The kernel gives memory at the first touch, and takes far longer for it than a copy does.
+        """
+        if self._copies or self._thread is not None or not self.writes:
+            return
+        outline = parts()
+
+        def touch() -> None:
+            with contextlib.suppress(RuntimeError):  # too little of it: save will say so
+                for _, target in self._laid_out(outline)[2]:
+                    target.flatten()[:: PAGE_BYTES // target.element_size()].zero_()
+
+        self._thread = threading.Thread(target=touch, name="room for a checkpoint")
+        self._thread.start()
+
     def save(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
         """Copy `parts` and write them in the background.
 
@@ -131,8 +149,17 @@ class CheckpointWriter:
         return False
 
     def _copy(self, parts: Parts) -> tuple[Parts, Shards]:
-        sources: list[Tensor] = []
-        targets: list[Tensor] = []
+        snapshot, shards, pairs = self._laid_out(parts)
+        with torch.no_grad(), _one_thread():
+            for source, target in pairs:
+                target.copy_(source, non_blocking=source.is_cuda)
+        if any(source.device.type == "cuda" for source, _ in pairs):
+            torch.cuda.synchronize()
+        return snapshot, shards
+
+    def _laid_out(self, parts: Parts) -> tuple[Parts, Shards, list[tuple[Tensor, Tensor]]]:
+        """`parts` with the kept memory in place of its tensors; and which goes where."""
+        pairs: list[tuple[Tensor, Tensor]] = []
         shards: Shards = {}
 
         def copied(value: Any, path: str) -> Any:
@@ -146,8 +173,7 @@ class CheckpointWriter:
                         value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
                     )
                     self._copies[path] = copy
-                sources.append(value.detach())
-                targets.append(copy)
+                pairs.append((value.detach(), copy))
                 return copy
             if isinstance(value, Mapping):
                 return {key: copied(item, f"{path}/{key}") for key, item in value.items()}
@@ -155,13 +181,7 @@ class CheckpointWriter:
                 return type(value)(copied(item, f"{path}/{i}") for i, item in enumerate(value))
             return value
 
-        snapshot = {name: copied(part, name) for name, part in parts.items()}
-        with torch.no_grad(), _one_thread():
-            for source, target in zip(sources, targets, strict=True):
-                target.copy_(source, non_blocking=source.is_cuda)
-        if any(source.device.type == "cuda" for source in sources):
-            torch.cuda.synchronize()
-        return snapshot, shards
+        return {name: copied(part, name) for name, part in parts.items()}, shards, pairs
 
     def _write(
         self, parts: Parts, shards: Shards, facts: Facts, sync: Callable[[int], None]

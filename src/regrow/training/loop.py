@@ -77,6 +77,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                     state.progress.seconds += plan.exchange.seconds
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
+                    plan.checkpoints.make_room(state.state_dict)
                     plan.checkpoints.poll()
                     if over := settle(state, plan):
                         break
