@@ -8,12 +8,15 @@ import re
 import sys
 import termios
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from running import TINY, metrics_of, train
 
-from regrow.training import show
+from regrow.training import loop, optim, parallel, show
 
 
 class Terminal:
@@ -64,6 +67,29 @@ def test_both_bars_show_running_means_rate_and_time_left_on_a_terminal(
     assert re.search(r"test: .*" + means % "batch", text)
     lines = [line for line in metrics_of(tmp_path / "shown") if "val/accuracy" in line]
     assert f"accuracy={lines[0]['val/accuracy']:.3g}" in text
+
+
+@pytest.mark.parametrize("batch_size", [16, 50])
+def test_seconds_of_training_are_all_but_those_of_evaluations(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an epoch is one step, and what is taken in after the sums were sent."""
+    now = [0.0]
+
+    def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **named: Any) -> Any:
+            now[0] += seconds
+            return function(*args, **named)
+
+        return timed
+
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "forward", taking(1, loop.forward))
+    monkeypatch.setattr(optim, "update", taking(10, optim.update))
+    monkeypatch.setattr(loop, "measure", taking(1000, loop.measure))
+    summary = train(tmp_path, *TINY, f"data.batch_size={batch_size}")
+    # The time between the last sums and the end is the only one that is not in.
+    assert summary["seconds"] == 11 * summary["steps"] - 10
 
 
 def test_without_a_terminal_nothing_is_drawn_and_no_mean_is_read_for_it(

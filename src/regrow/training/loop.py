@@ -6,10 +6,9 @@ To change what a run does, change these functions. `TrainState` holds what chang
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -66,10 +65,10 @@ def fit(state: TrainState, plan: Plan) -> str:
     together = plan.world.size > 1  # then nobody may end a wait alone: see Exchange
     try:
         state.model.train()
+        plan.exchange.start_clock()
         over = state.step > 0 and settle(state, plan)
         while not over:
             with progress_bar(state, plan) as bar:
-                plan.exchange.start_clock()
                 batches = plan.train.epoch(state.epoch, start=state.step_in_epoch)
                 for batch in batches if together else plan.stop.while_waiting(batches):
                     result = train_step(state, batch, plan)
@@ -110,13 +109,17 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         factor = factor / state.loss_scale.value
     found = sharding.local([p.grad for p in plan.parameters if p.grad is not None])
     norm = plan.world.norm(found)
-    with no_room_for(
-        f"the update of step {state.step + 1}",
-        "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger device.",
-    ):
+    try:
         skipped = optim.update(
             state.optimizer, found, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
         )
+    except RuntimeError as error:
+        say_if_out_of_memory(
+            error,
+            f"the update of step {state.step + 1}",
+            "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger device.",
+        )
+        raise
     plan.buffers.restore(skipped)
     if state.loss_scale is not None:
         state.loss_scale.update(skipped)
@@ -225,12 +228,12 @@ def settle(state: TrainState, plan: Plan) -> bool:
         or finished(state, plan)
     )
     if evaluates and progress.evaluated_step != state.step:
-        values, _ = evaluate(state, plan.val, plan, name="val")
+        with plan.exchange.clock_stopped():
+            values, _ = evaluate(state, plan.val, plan, name="val")
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
         progress.pruned = pruned(state, plan)
-        plan.exchange.start_clock()
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
     if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
         announce(state, plan)
@@ -261,10 +264,13 @@ def evaluate(
         waited = stopping_together(batches, len(batches), plan.stop, plan.world)
         bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
         precision = plan.options.precision
-        with no_room_for("an evaluation", "Use a smaller data.eval_batch_size."):
+        try:
             values, details = measure(
                 state.evaluated, plan.task, waited, plan.world, precision, bar
             )
+        except RuntimeError as error:
+            say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
+            raise
         sharding.free(state.evaluated)
     state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
@@ -439,14 +445,9 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
     log.warning("%s: going on in %d", where, 2 * slices)
 
 
-@contextlib.contextmanager
-def no_room_for(what: str, way_out: str) -> Iterator[None]:
-    """Say in one line where memory was short, where there is nothing to halve."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+def say_if_out_of_memory(error: RuntimeError, what: str, way_out: str) -> None:
+    """Raise it in one line where memory was short and there is nothing to halve."""
+    if is_out_of_memory(error):
         raise UserError(f"{what} ran out of memory. {way_out}") from error
 
 
@@ -468,11 +469,14 @@ def count(state: TrainState, sums: Tensor, skipped: optim.Skipped) -> None:
         state.sums += torch.where(skipped.bool(), 0.0, sums)
         state.skips[0] += skipped
         state.skips[1].add_(1).mul_(skipped)
+        state.in_streak = True
     elif skipped:
         state.skips += 1
+        state.in_streak = True
     else:
         state.sums += sums
-        state.skips[1] = 0
+        if state.in_streak:
+            state.skips[1], state.in_streak = 0, False
 
 
 @functools.lru_cache(maxsize=64)

@@ -147,8 +147,9 @@ def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
 
 def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether a bad step can be skipped without asking the device first."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    if device.type != "cuda" or not fused or type(optimizer) not in _SKIP_ON_DEVICE:
+    if device.type != "cuda" or type(optimizer) not in _SKIP_ON_DEVICE:
+        return False
+    if not all(group.get("fused") for group in optimizer.param_groups):
         return False
     # SGD's first step makes its momentum from uninitialised memory and fills it only if it runs.
     return not (optimizer.defaults.get("momentum") and not optimizer.state)

@@ -120,6 +120,13 @@ class Exchange:
     def start_clock(self) -> None:
         self._clock = time.perf_counter()
 
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens meanwhile does not count as training."""
+        stopped = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - stopped
+
     def send(self, parts: list[Tensor]) -> None:
         """Let the sum of `parts` be taken over all processes, too."""
         sums = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

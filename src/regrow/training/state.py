@@ -46,6 +46,7 @@ class TrainState:
     skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
     steps_per_epoch: int
     progress: Progress = field(default_factory=Progress)
+    in_streak: bool = True  # False: the host knows that skips[1] is zero
 
     @property
     def step(self) -> int:
@@ -123,6 +124,7 @@ class TrainState:
             )
         self.sums.copy_(progress.pop("sums"))
         self.skips.copy_(progress.pop("skips"))
+        self.in_streak = True
         self.progress = Progress(**progress)
         if self.averaged is not None:
             own = self.averaged.state_dict()
@@ -171,18 +173,22 @@ class Buffers:
         self.buffers = [buffer for buffer in model.buffers() if buffer.numel()]
         self.before = [buffer.clone() for buffer in self.buffers]
 
-    @torch.no_grad()
     def remember(self) -> None:
         if self.buffers:
-            torch._foreach_copy_(self.before, self.buffers)
+            with torch.no_grad():
+                torch._foreach_copy_(self.before, self.buffers)
+
+    def restore(self, skipped: optim.Skipped) -> None:
+        if self.buffers and skipped is not False:
+            self._put_back(skipped)
 
     @torch.no_grad()
-    def restore(self, skipped: optim.Skipped) -> None:
+    def _put_back(self, skipped: optim.Skipped) -> None:
         if isinstance(skipped, Tensor):
             bad = skipped.bool()
             for buffer, before in zip(self.buffers, self.before, strict=True):
                 buffer.copy_(torch.where(bad, before, buffer))
-        elif skipped and self.buffers:
+        else:
             torch._foreach_copy_(self.buffers, self.before)
 
 
