@@ -76,9 +76,7 @@ def measured(
 
 def near(found: dict[str, float], expected: dict[str, float]) -> None:
     for name, value in expected.items():
-        # torchmetrics adds up the area under the curve in float32.
-        accuracy = 2e-7 if name.startswith("auroc") else 1e-12
-        assert found[name] == pytest.approx(value, abs=accuracy), name
+        assert found[name] == pytest.approx(value, abs=1e-12), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,32 +76,30 @@ class Metrics:
     def scalars(self) -> dict[str, float]:
         """The metrics by name, NaN where one is not defined."""
         values = self._compute()
-        if values["_count"] == 0 or values["_nan"] > 0:
+        num_rows, num_nans = values["_seen"].tolist()
+        if num_rows == 0 or num_nans > 0:
             return dict.fromkeys(self.names, math.nan)
         return self._recipe.scalars(values)
 
     def details(self) -> dict[str, Any]:
         """What pictures need: confusion matrices, or pairs of true and predicted values."""
         values = self._compute()
-        return {} if values["_count"] == 0 else self._recipe.details(values)
+        return {} if values["_seen"][0] == 0 else self._recipe.details(values)
 
     @torch.no_grad()
     def _feed(self) -> None:
         outputs, targets = self._taken()
         outputs, targets = self._recipe.finish(widest(outputs), targets)
         if self._metrics is None:
-            from torchmetrics import SumMetric
+            from regrow.tasks.exact import Seen
 
-            counts = {name: SumMetric(nan_strategy="disable") for name in ("_count", "_nan")}
-            made = {**counts, **self._recipe.build()}
+            made = {"_seen": Seen(), **self._recipe.build()}
             self._metrics = {
                 k: m.to(self._device).set_dtype(outputs.dtype) for k, m in made.items()
             }
         for name, metric in self._metrics.items():
-            if name == "_count":
-                metric.update(outputs.shape[0])
-            elif name == "_nan":
-                metric.update(outputs.isnan().sum())
+            if name == "_seen":
+                metric.update(outputs)
             elif name == "_pairs":
                 pairs = torch.stack([targets, outputs], -1).reshape(-1)
                 metric.update(pairs[: 2 * MAX_PAIRS - sum(map(len, metric.value))])
@@ -127,12 +125,10 @@ class Metrics:
         if self._waiting or self._metrics is None:
             self._feed()
         assert self._metrics is not None
-        values = {name: self._metrics[name].compute() for name in ("_count", "_nan")}
-        if values["_count"] > 0:  # gathered, so that all processes decide alike
+        values = {"_seen": self._metrics["_seen"].compute()}
+        if values["_seen"][0] > 0:  # gathered, so that all processes decide alike
             with warnings.catch_warnings():
-                # AUROC of a class with examples of one side only: shown as NaN. And a process
-                # without examples, which computes from what the others have counted.
-                warnings.filterwarnings("ignore", "No (posi|nega)tive samples in targets")
+                # Of a process without examples, which computes from what the others have counted.
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called")
                 values |= {k: m.compute() for k, m in self._metrics.items() if k not in values}
         self._values = values
@@ -166,9 +162,11 @@ def multiclass_metrics(
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
+        from regrow.tasks.exact import MulticlassAUROC
+
         same: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
         metrics: dict[str, Any] = {"confusion": tm.MulticlassConfusionMatrix(**same)}
-        return metrics | ({"auroc": tm.MulticlassAUROC(average="none", **same)} if auroc else {})
+        return metrics | ({"auroc": MulticlassAUROC(average="none", **same)} if auroc else {})
 
     def flatten(outputs: Tensor, targets: Tensor) -> Rows:
         if targets.is_floating_point():
@@ -186,7 +184,7 @@ def multiclass_metrics(
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
         counts = values["confusion"].cpu().double()
         right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-        by_class = _by_class(right, true, predicted, counts.sum(), values.get("auroc"))
+        by_class = _by_class(right, true, predicted, values.get("auroc"))
         # What of a class is right is its accuracy as well as its recall.
         result = _means({"accuracy": by_class["recall"], **by_class}, class_names, per_class)
         return result | {"accuracy": float(right.sum() / counts.sum())}
@@ -208,14 +206,16 @@ def binary_metrics(class_names: list[str], threshold: float, *, auroc: bool) -> 
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
+        from regrow.tasks.exact import BinaryAUROC
+
         same: dict[str, Any] = {"threshold": threshold, "validate_args": False}
         metrics: dict[str, Any] = {"confusion": tm.BinaryConfusionMatrix(**same)}
-        return metrics | ({"auroc": tm.BinaryAUROC(validate_args=False)} if auroc else {})
+        return metrics | ({"auroc": BinaryAUROC(validate_args=False)} if auroc else {})
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
         counts = values["confusion"].cpu().double()
         right, true, predicted = counts[1, 1], counts[1].sum(), counts[:, 1].sum()
-        found = _by_class(right, true, predicted, counts.sum(), values.get("auroc"))
+        found = _by_class(right, true, predicted, values.get("auroc"))
         accuracy = counts.diagonal().sum() / counts.sum()
         return {name: float(value) for name, value in {"accuracy": accuracy, **found}.items()}
 
@@ -239,20 +239,22 @@ def multilabel_metrics(
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
+        from regrow.tasks.exact import MultilabelAUROC
+
         one: dict[str, Any] = {"num_labels": num_labels, "validate_args": False}
         same = {"threshold": threshold, **one}
         metrics: dict[str, Any] = {
             "exact_match": tm.MultilabelExactMatch(**same),
             "confusion": tm.MultilabelConfusionMatrix(**same),
         }
-        return metrics | ({"auroc": tm.MultilabelAUROC(average="none", **one)} if auroc else {})
+        return metrics | ({"auroc": MultilabelAUROC(average="none", **one)} if auroc else {})
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
         counts = values["confusion"].cpu().double()  # (C, true, predicted)
-        true, predicted, total = counts[:, 1].sum(1), counts[:, :, 1].sum(1), counts.sum((1, 2))
-        by_class = _by_class(counts[:, 1, 1], true, predicted, total, values.get("auroc"))
+        right, true, predicted = counts[:, 1, 1], counts[:, 1].sum(1), counts[:, :, 1].sum(1)
+        by_class = _by_class(right, true, predicted, values.get("auroc"))
         # Defined for every label, absent ones too.
-        accuracy = (counts[:, 0, 0] + counts[:, 1, 1]) / total
+        accuracy = (counts[:, 0, 0] + right) / counts.sum((1, 2))
         result = _means({"accuracy": accuracy, **by_class}, class_names, per_class)
         return result | {"exact_match": float(values["exact_match"])}
 
@@ -275,16 +277,9 @@ def regression_metrics(num_outputs: int, in_units: Callable[[Tensor], Tensor]) -
     names = ("mae", "rmse", "r2")
 
     def build() -> dict[str, Any]:
-        from torchmetrics import CatMetric, MeanAbsoluteError, MeanSquaredError, R2Score
+        from torchmetrics import CatMetric, MeanAbsoluteError, MeanSquaredError
 
-        class ExactR2(R2Score):
-            """R² without torchmetrics' tolerance, which takes small targets for constant ones."""
-
-            def compute(self) -> Tensor:
-                scatter = self.sum_squared_error - self.sum_error**2 / self.total
-                rounding = torch.finfo(scatter.dtype).eps * self.sum_squared_error * 4
-                defined = scatter > rounding
-                return torch.where(defined, 1 - self.residual / scatter, math.nan).mean()
+        from regrow.tasks.exact import ExactR2
 
         return {
             "mae": MeanAbsoluteError(),
@@ -320,10 +315,10 @@ def _names(class_names: list[str], *, per_class: bool, auroc: bool) -> tuple[str
 
 
 def _by_class(
-    right: Tensor, true: Tensor, predicted: Tensor, total: Tensor, auroc: Tensor | None
+    right: Tensor, true: Tensor, predicted: Tensor, auroc: Tensor | None
 ) -> dict[str, Tensor]:
-    """(C,) or () each: precision, recall and F1 from the counts of each class, and AUROC as it is,
-    with NaN where one is not defined."""
+    """(C,) or () each: precision, recall and F1 from the counts of each class, NaN where they are
+    not defined, and AUROC as it is."""
     absent = true + predicted == 0
     found = {
         "precision": (right / predicted.clamp(min=1)).masked_fill(absent, math.nan),
@@ -331,7 +326,7 @@ def _by_class(
         "f1": 2 * right / (true + predicted),
     }
     if auroc is not None:
-        found["auroc"] = auroc.cpu().masked_fill((true == 0) | (true == total), math.nan)
+        found["auroc"] = auroc
     return found
 
 

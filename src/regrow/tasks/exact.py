@@ -1,0 +1,95 @@
+"""What torchmetrics lacks or rounds, on its own classes, which gather states over the processes.
+
+Imports torchmetrics, a second: to be imported when there is something to measure.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, R2Score, classification
+from torchmetrics.utilities import dim_zero_cat
+
+CHUNK_ELEMENTS = 1 << 20  # of scores that are sorted at once
+
+
+class Seen(Metric):
+    """(2,) the number of rows, and of NaNs among the outputs."""
+
+    rows: Tensor
+    nans: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_state("nans", torch.zeros((), dtype=torch.int64), "sum")
+
+    def update(self, outputs: Tensor) -> None:
+        self.rows += outputs.shape[0]
+        self.nans += outputs.isnan().sum()
+
+    def compute(self) -> Tensor:
+        return torch.stack([self.rows, self.nans])
+
+
+class ExactR2(R2Score):
+    """R² without torchmetrics' tolerance, which takes small targets for constant ones."""
+
+    def compute(self) -> Tensor:
+        scatter = self.sum_squared_error - self.sum_error**2 / self.total
+        rounding = torch.finfo(scatter.dtype).eps * self.sum_squared_error * 4
+        defined = scatter > rounding
+        return torch.where(defined, 1 - self.residual / scatter, math.nan).mean()
+
+
+class BinaryAUROC(classification.BinaryAUROC):
+    def compute(self) -> Tensor:  # type: ignore[override]
+        return auroc(dim_zero_cat(self.preds)[None], dim_zero_cat(self.target)[None] == 1)[0]
+
+
+class MulticlassAUROC(classification.MulticlassAUROC):
+    """(C,) each class against all others."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        classes = torch.arange(scores.shape[1], device=targets.device)
+        return auroc(scores.T, targets == classes[:, None])
+
+
+class MultilabelAUROC(classification.MultilabelAUROC):
+    """(C,) each label."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        return auroc(dim_zero_cat(self.preds).T, dim_zero_cat(self.target).T == 1)
+
+
+def auroc(scores: Tensor, positive: Tensor) -> Tensor:
+    """(C,) float64 on the CPU: areas under the ROC curves of (C, N) `scores`, of which those that
+    are `positive`, (C, N) bool, should be higher. NaN where all or none is.
+
+    The share of pairs of a positive and a negative in the right order, ties as half, from the sum
+    of the positives' ranks (Mann and Whitney, 1947). Counted in whole numbers: torchmetrics adds up
+    the area in float32.
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(1, scores.shape[1]))
+    chunks = zip(torch.split(scores, rows), torch.split(positive, rows), strict=True)
+    right, pairs = zip(*(_twice_pairs(*chunk) for chunk in chunks), strict=True)
+    return torch.cat(right).cpu().double() / torch.cat(pairs).cpu().double()
+
+
+def _twice_pairs(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) int64: twice the pairs in the right order, and twice all pairs."""
+    scores, order = scores.contiguous().sort(1)
+    positive = positive.gather(1, order)
+    num = scores.shape[1]
+    places = torch.arange(1, num + 1, device=scores.device)
+    begins = torch.ones_like(positive)  # a run of ties
+    begins[:, 1:] = scores[:, 1:] != scores[:, :-1]
+    ends = begins.roll(-1, 1)  # the first place always begins one
+    first = places.where(begins, 0).cummax(1).values
+    last = places.where(ends, num).flip(1).cummin(1).values.flip(1)
+    ones = positive.sum(1)
+    twice_ranks = ((first + last) * positive).sum(1)
+    return twice_ranks - ones * (ones + 1), 2 * ones * (num - ones)
