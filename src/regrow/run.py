@@ -154,6 +154,8 @@ class Silence:
 def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
+    if options.compile and world.is_main:
+        log.info("compiling the model at its first batches, for some seconds or minutes")
     loop.check_first_batch(model, objects.task, objects.val, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
