@@ -62,7 +62,7 @@ def measure() -> Table:
     return Table(
         title="A checkpoint of ResNet-50 with AdamW, 307 MB",
         note="The time that the loop waits: for the copy, as the rest is done beside it, SHA-256 "
-        "and sync included. So is, at a run's first step, making the memory that it copies into.",
+        "and sync included. The memory of the copy is made after the first step, beside it too.",
         unit="ms",
         reference="torch.save",
         seconds={name: values[1:] for name, values in seconds.items()},

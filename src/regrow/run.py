@@ -130,6 +130,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     if options.compile:
+        if world.is_main:
+            log.info("the model is compiled at its first batches, for some seconds or minutes")
         model.compile()
     return Objects(options, data, task, state, train, val, total_steps, parameters)
 
@@ -154,8 +156,6 @@ class Silence:
 def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
-    if options.compile and world.is_main:
-        log.info("compiling the model at its first batches, for some seconds or minutes")
     loop.check_first_batch(model, objects.task, objects.val, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch

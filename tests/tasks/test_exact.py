@@ -38,8 +38,9 @@ def test_of_one_side_alone_there_is_no_area() -> None:
 
 
 def test_torchmetrics_own_rounds() -> None:
-    scores = torch.rand(1000, generator=RNG, dtype=torch.float64)
-    targets = (torch.rand(1000, generator=RNG) < 0.5).long()
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.rand(1000, generator=rng, dtype=torch.float64)
+    targets = (torch.rand(1000, generator=rng) < 0.5).long()
     expected = roc_auc_score(targets, scores)
     ours, theirs = exact.BinaryAUROC(), exact.classification.BinaryAUROC()
     for metric in (ours, theirs):

@@ -244,6 +244,14 @@ def test_an_absent_class_is_nan_and_left_out_of_the_averages() -> None:
     )
 
 
+def test_one_label_is_what_two_classes_are() -> None:
+    outputs, targets = drawn(N, 1), indices(N, 1, high=2)
+    label = multilabel_metrics(["yes"], 0.3, per_class=True, auroc=True)
+    found = measured(label, outputs, targets.float()).scalars()
+    near(found, measured(binary(), outputs, targets).scalars())
+    assert found["auroc/yes"] == found["auroc"]
+
+
 def test_one_class_alone_has_no_auroc() -> None:
     for recipe, outputs, targets in (
         (multiclass(), drawn(9, C), torch.zeros(9, dtype=torch.int64)),

@@ -26,7 +26,7 @@ class Seen(Metric):
         self.add_state("rows", torch.zeros((), dtype=torch.int64), "sum")
         self.add_state("nans", torch.zeros((), dtype=torch.int64), "sum")
 
-    def update(self, outputs: Tensor) -> None:
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
         self.rows += outputs.shape[0]
         self.nans += outputs.isnan().sum()
 

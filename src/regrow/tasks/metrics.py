@@ -28,6 +28,7 @@ CHUNK_ELEMENTS = 1 << 24  # at most 64 MB of waiting outputs
 MAX_PAIRS = 2_000  # true and predicted values kept for the picture
 
 Rows = tuple[Tensor, Tensor]  # (N, …) outputs and (N, …) targets
+COUNTS = ("_seen", "confusion")  # states of whole numbers, which float32 would round
 SHAPED = ("auroc", "r2")  # states shaped like the rows: no rows must still have their shape
 AVERAGED = ("accuracy", "precision", "recall", "f1", "auroc")
 
@@ -93,14 +94,13 @@ class Metrics:
         if self._metrics is None:
             from regrow.tasks.exact import Seen
 
-            made = {"_seen": Seen(), **self._recipe.build()}
-            self._metrics = {
-                k: m.to(self._device).set_dtype(outputs.dtype) for k, m in made.items()
-            }
+            self._metrics = {"_seen": Seen(), **self._recipe.build()}
+            for name, metric in self._metrics.items():
+                metric.to(self._device)
+                if name not in COUNTS:
+                    metric.set_dtype(outputs.dtype)
         for name, metric in self._metrics.items():
-            if name == "_seen":
-                metric.update(outputs)
-            elif name == "_pairs":
+            if name == "_pairs":
                 pairs = torch.stack([targets, outputs], -1).reshape(-1)
                 metric.update(pairs[: 2 * MAX_PAIRS - sum(map(len, metric.value))])
             elif outputs.shape[0] or name in SHAPED:
@@ -125,11 +125,11 @@ class Metrics:
         if self._waiting or self._metrics is None:
             self._feed()
         assert self._metrics is not None
-        values = {"_seen": self._metrics["_seen"].compute()}
-        if values["_seen"][0] > 0:  # gathered, so that all processes decide alike
-            with warnings.catch_warnings():
-                # Of a process without examples, which computes from what the others have counted.
-                warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called")
+        with warnings.catch_warnings():
+            # Of a process without examples, which computes from what the others have counted.
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called")
+            values = {"_seen": self._metrics["_seen"].compute()}
+            if values["_seen"][0] > 0:  # gathered, so that all processes decide alike
                 values |= {k: m.compute() for k, m in self._metrics.items() if k not in values}
         self._values = values
         return values
@@ -326,7 +326,7 @@ def _by_class(
         "f1": 2 * right / (true + predicted),
     }
     if auroc is not None:
-        found["auroc"] = auroc
+        found["auroc"] = auroc.reshape(right.shape)  # torchmetrics squeezes one label away
     return found
 
 
@@ -344,4 +344,4 @@ def _means(
 
 def _confusion(values: dict[str, Tensor], class_names: list[str]) -> dict[str, Any]:
     """Counts with rows for the true class; a matrix of two by two per label for several labels."""
-    return {"confusion_matrix": values["confusion"].long().tolist(), "class_names": class_names}
+    return {"confusion_matrix": values["confusion"].tolist(), "class_names": class_names}

@@ -39,6 +39,7 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder of sharded tensors, in a checkpoint
 PAGE_BYTES = 4096  # the smallest that kernels give
+FEW = 1 << 14  # elements: for more, a second thread would start its own team of torch's threads
 FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
 
 
@@ -87,7 +88,7 @@ class CheckpointWriter:
             _clear_up(folder)
 
     def make_room(self, parts: Callable[[], Parts]) -> None:
-        """Once, and beside the loop: the memory that `parts` will be copied into.
+        """Make, once, the memory that `parts()` will be copied into; only that call is waited for.
 
         The kernel gives memory at the first touch, and takes far longer for it than a copy does.
         """
@@ -98,7 +99,9 @@ class CheckpointWriter:
         def touch() -> None:
             with contextlib.suppress(RuntimeError):  # too little of it: save will say so
                 for _, target in self._laid_out(outline)[2]:
-                    target.flatten()[:: PAGE_BYTES // target.element_size()].zero_()
+                    pages = target.flatten()[:: PAGE_BYTES // target.element_size()]
+                    for some in torch.split(pages, FEW):
+                        some.zero_()
 
         self._thread = threading.Thread(target=touch, name="room for a checkpoint")
         self._thread.start()

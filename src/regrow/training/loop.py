@@ -76,7 +76,8 @@ def fit(state: TrainState, plan: Plan) -> str:
                     state.progress.seconds += plan.exchange.seconds
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
-                    plan.checkpoints.make_room(state.state_dict)
+                    if result.skipped is not True:  # so the optimizer has a state
+                        plan.checkpoints.make_room(state.state_dict)
                     plan.checkpoints.poll()
                     if over := settle(state, plan):
                         break
@@ -469,14 +470,14 @@ def count(state: TrainState, sums: Tensor, skipped: optim.Skipped) -> None:
         state.sums += torch.where(skipped.bool(), 0.0, sums)
         state.skips[0] += skipped
         state.skips[1].add_(1).mul_(skipped)
-        state.in_streak = True
+        state.no_streak = False
     elif skipped:
         state.skips += 1
-        state.in_streak = True
+        state.no_streak = False
     else:
         state.sums += sums
-        if state.in_streak:
-            state.skips[1], state.in_streak = 0, False
+        if not state.no_streak:
+            state.skips[1], state.no_streak = 0, True
 
 
 @functools.lru_cache(maxsize=64)

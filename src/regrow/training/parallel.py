@@ -122,7 +122,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """What happens meanwhile does not count as training."""
+        """What happens meanwhile does not count as training; what ends the run counts nowhere."""
         stopped = time.perf_counter()
         yield
         self._clock += time.perf_counter() - stopped

@@ -46,7 +46,7 @@ class TrainState:
     skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
     steps_per_epoch: int
     progress: Progress = field(default_factory=Progress)
-    in_streak: bool = True  # False: the host knows that skips[1] is zero
+    no_streak: bool = False  # whether the host knows that skips[1] is zero; in no checkpoint
 
     @property
     def step(self) -> int:
@@ -124,7 +124,7 @@ class TrainState:
             )
         self.sums.copy_(progress.pop("sums"))
         self.skips.copy_(progress.pop("skips"))
-        self.in_streak = True
+        self.no_streak = False
         self.progress = Progress(**progress)
         if self.averaged is not None:
             own = self.averaged.state_dict()
