@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import distributions
 from pathlib import Path
 
 from benchmarks import (
@@ -17,6 +19,7 @@ from benchmarks import (
     growth,
     image,
     memory,
+    peers,
     picture,
     processes,
     start,
@@ -71,8 +74,9 @@ def head() -> str:
     load = os.getloadavg()[0]
     return (
         "# Measured with `make bench`\n\n"
-        f"{date.today():%Y-%m-%d}, {platform.system()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, load {load:.1f} at the end.\n"
+        f"{date.today():%Y-%m-%d}, {platform.system()}, {os.cpu_count()} cores ({processor()}), "
+        f"Python {platform.python_version()}, torch {torch.__version__}, load {load:.1f} at the "
+        f"end.{engines()}\n"
         "Each pair ran in turn in one go; a ratio is the median over the rounds, with the least "
         "and the most.\nAbsolute times depend on the machine and on what else it did; the ratios "
         "less so.\nA row whose ratio is over another than its column's says so. An exponent is the "
@@ -81,6 +85,21 @@ def head() -> str:
         "once, but for a step, so it is a rough one.\n\n"
         "![time of a step over the hand-tuned floor](results.svg)\n"
     )
+
+
+def processor() -> str:
+    """As Linux names it, else as Python does."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.M)
+    return names[0] if names else platform.processor()
+
+
+def engines() -> str:
+    """The versions of what `make peers` has installed."""
+    found = {each.name: each.version for each in distributions(path=[str(peers.INSTALLED)])}
+    names = ("pytorch-ignite", "accelerate", "transformers", "lightning")
+    said = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    return f" Engines: {said}." if said else ""
 
 
 if __name__ == "__main__":
