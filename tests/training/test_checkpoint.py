@@ -24,7 +24,7 @@ from regrow import run as runs
 from regrow.errors import UserError
 from regrow.record import loggers
 from regrow.record.folder import load_status, set_status
-from regrow.training import checkpoint, loop
+from regrow.training import checkpoint, loop, optim
 from regrow.training.checkpoint import CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.training.options import CheckpointOptions
 from regrow.weights import load_weights
@@ -510,9 +510,17 @@ def test_the_memory_of_the_first_copy_is_touched_beforehand(tmp_path: Path) -> N
     assert with_room < without / 10  # of 8192 pages
 
 
+@pytest.mark.parametrize("skips_first", [False, True])
 def test_a_run_makes_room_for_its_first_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    skips_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The whole of it, also where the first step leaves the optimizer without a state."""
+    update, updates = optim.update, []
+
+    def updated(*args: Any, **named: Any) -> Any:
+        updates.append(1)
+        return (len(updates) == 1 and skips_first) or update(*args, **named)
+
     save, ready = CheckpointWriter.save, []
 
     def looked_at(self: CheckpointWriter, *args: Any) -> None:
@@ -521,6 +529,7 @@ def test_a_run_makes_room_for_its_first_checkpoint(
         save(self, *args)
 
     monkeypatch.setattr(CheckpointWriter, "save", looked_at)
+    monkeypatch.setattr(optim, "update", updated)
     train(tmp_path, *RUN)
     assert ready[0] == ready[-1]
     assert any(name.endswith("exp_avg_sq") for name in ready[0])
