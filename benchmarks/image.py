@@ -13,9 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.measure import Table, in_turn
 from benchmarks.peers import round_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
@@ -152,20 +156,23 @@ def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
     return run
 
 
+def network(name: str) -> nn.Module:
+    from regrow.models.cnn import CNN
+    from regrow.models.vision import resnet
+
+    shape = {"input_shape": [3, 32, 32], "num_outputs": 10, "init": "default", "freeze": []}
+    if name == "cnn":
+        return CNN(channels=[32, 64, 128], norm="batch", dropout=0.0, **shape)
+    return resnet(depth=18, pretrained=False, zero_init_residual=False, **shape)
+
+
 def bare(name: str, steps: int) -> Callable[[], float]:
     import time
 
     import torch
     from torch.nn import functional as F
 
-    from regrow.models.cnn import CNN
-    from regrow.models.vision import resnet
-
-    shape = {"input_shape": [3, 32, 32], "num_outputs": 10, "init": "default", "freeze": []}
-    if name == "cnn":
-        model: torch.nn.Module = CNN(channels=[32, 64, 128], norm="batch", dropout=0.0, **shape)
-    else:
-        model = resnet(depth=18, pretrained=False, zero_init_residual=False, **shape)
+    model = network(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     images = torch.randn(EXAMPLES, 3, 32, 32)  # as many as train.py holds, for the memory's sake
     batches, y = images.split(BATCH), torch.randint(10, (BATCH,))
