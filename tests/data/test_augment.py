@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from regrow.data import augment
 from regrow.data.augment import CropFlip
 from regrow.errors import UserError
 from regrow.randomness import generator
@@ -19,21 +20,49 @@ def slowly(image: torch.Tensor, top: int, left: int, mirror: bool, pad: int) -> 
     ("channels", "height", "width", "pad"), [(1, 8, 8, 1), (3, 6, 9, 2), (3, 5, 5, 0)]
 )
 @pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("written", [False, True])
 def test_a_crop_read_from_flat_memory_is_the_crop_of_the_padded_image(
-    channels: int, height: int, width: int, pad: int, flip: bool
+    channels: int,
+    height: int,
+    width: int,
+    pad: int,
+    flip: bool,
+    written: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(augment, "WRITTEN_BYTES", 10**9 if written else 0)
     random = torch.Generator().manual_seed(0)
     shape = (6, channels, height, width)
     images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=random)
     store = CropFlip(pad=pad, flip=flip).store(images)
-    columns, plane = width + 2 * pad, (width + 2 * pad) * (height + 2 * pad)
+    columns = width + 2 * pad
+    stride = channels * columns * (height + 2 * pad)
+    if written:
+        columns, stride = 2 * pad + 1, (2 * pad + 1) ** 2
     for index in range(6):
         for mirror in (False, True)[: 1 + flip]:
             for top in range(2 * pad + 1):
                 for left in range(2 * pad + 1):
-                    offset = top * columns + left + mirror * 6 * channels * plane
+                    offset = top * columns + left + mirror * 6 * stride
                     got = store.gather(torch.tensor([index]), torch.tensor([offset]))[0]
                     assert torch.equal(got, slowly(images[index], top, left, mirror, pad))
+
+
+def test_an_epoch_is_the_same_whether_crops_are_written_out_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = torch.randint(0, 256, (50, 2, 7, 5), dtype=torch.uint8)
+    indices = torch.randperm(50)
+
+    def epoch(number: int) -> torch.Tensor:
+        store = CropFlip(pad=2, flip=True).store(images)
+        table = store.table(generator(0, "augment", number))
+        return store.gather(indices, table[indices])
+
+    written = epoch(3)
+    monkeypatch.setattr(augment, "WRITTEN_BYTES", 0)
+    assert torch.equal(epoch(3), written)
+    assert not torch.equal(epoch(4), written)
 
 
 def test_the_table_uses_every_shift_and_both_mirrors_evenly() -> None:

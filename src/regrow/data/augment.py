@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+WRITTEN_BYTES = 1 << 22  # of all crops: written within some milliseconds
+
+
 class Store(Protocol):
     def table(self, generator: Generator) -> Tensor:
         """Random choices of an epoch, (N, …) on the CPU, row i for example i."""
@@ -56,7 +59,9 @@ class _Crops:
     """Every crop of every padded image, and of its mirror, as one overlapping view of flat memory.
 
     Entry s of the view is the crop whose first pixel is byte s of the padded images, so one
-    `index_select` reads a batch of crops at the speed of a copy, with no index per pixel.
+    `index_select` reads a batch of crops at the speed of a copy, with no index per pixel. Of few
+    small images, whose rows are too short for that, the crops themselves are written out instead,
+    and entry s is one of them.
     """
 
     def __init__(self, images: Tensor, pad: int, flip: bool) -> None:
@@ -65,13 +70,20 @@ class _Crops:
         padded = F.pad(images, (pad, pad, pad, pad))
         if flip:
             padded = torch.cat([padded, padded.flip(3)])
+        padded = padded.contiguous()
         self.rows, self.columns = height + 2 * pad, width + 2 * pad
         self.stride = channels * self.rows * self.columns
         plane = self.rows * self.columns
         reach = (channels - 1) * plane + (height - 1) * self.columns + width
-        self.crops = padded.contiguous().as_strided(
+        self.crops = padded.as_strided(
             (padded.numel() - reach + 1, channels, height, width), (1, plane, self.columns, 1)
         )
+        shifts = 2 * pad + 1
+        if len(padded) * shifts**2 * channels * height * width <= WRITTEN_BYTES:
+            all_shifts = (len(padded), shifts, shifts, channels, height, width)
+            strides = (self.stride, self.columns, 1, plane, self.columns, 1)
+            written = padded.as_strided(all_shifts, strides).reshape(-1, channels, height, width)
+            self.crops, self.columns, self.stride = written, shifts, shifts**2
 
     def table(self, generator: Generator) -> Tensor:
         """Where in its image each example's crop starts; beyond the last image: in its mirror."""
