@@ -39,7 +39,7 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder of sharded tensors, in a checkpoint
 PAGE_BYTES = 4096  # the smallest that kernels give
-FEW = 1 << 14  # elements: for more, a second thread would start its own team of torch's threads
+SERIAL_ELEMENTS = 1 << 14  # for more, a second thread would start a team of threads of its own
 FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
 
 
@@ -100,7 +100,7 @@ class CheckpointWriter:
             with contextlib.suppress(RuntimeError):  # too little of it: save will say so
                 for _, target in self._laid_out(outline)[2]:
                     pages = target.flatten()[:: PAGE_BYTES // target.element_size()]
-                    for some in torch.split(pages, FEW):
+                    for some in torch.split(pages, SERIAL_ELEMENTS):
                         some.zero_()
 
         self._thread = threading.Thread(target=touch, name="room for a checkpoint")
