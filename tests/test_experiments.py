@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from running import composed, metrics_of, train
+import torch
+from running import CPU, composed, config_of, metrics_of, train
 
+from regrow import run as runs
 from regrow.check import check
 from regrow.config import CONF
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 DEBUG = sorted(path.stem for path in (CONF / "debug").glob("*.yaml"))
 ONE = ("trainer.num_threads=1", "trainer.device=cpu")
-# CIFAR-10 is not bundled: images of its shape and classes stand in for it.
-IMAGES = (
-    "data=synthetic",
-    "data.source.num_train=48",
-    "data.source.num_val=16",
-    "data.source.num_test=16",
-    "data.batch_size=16",
-)
+CIFAR = [name for name in EXPERIMENTS if "cifar" in name]
+STAND_IN = ("data.source._target_=photographs.cifar10", "data.batch_size=16")
 
 
 @pytest.mark.parametrize("option", EXPERIMENTS)
@@ -33,17 +30,38 @@ def test_an_experiment_opens_as_a_lab_note_and_is_sound(option: str) -> None:
     assert config.name == option
 
 
-@pytest.mark.parametrize("option", [name for name in EXPERIMENTS if "cifar" not in name])
+@pytest.mark.parametrize("option", sorted({*EXPERIMENTS} - {*CIFAR}))
 def test_an_experiment_takes_two_steps_of_everything(option: str, tmp_path: Path) -> None:
     summary = train(tmp_path, f"experiment={option}", "debug=fast", *ONE)
     assert summary["status"] == "completed" and summary["test"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_cifar_recipe_trains_on_images_of_its_shape(precision: str, tmp_path: Path) -> None:
-    recipe = ("experiment=cifar10_resnet18", "trainer.max_steps=2", *IMAGES, *ONE)
+@pytest.mark.parametrize("option", CIFAR)
+def test_a_cifar_recipe_trains_on_images_of_its_shape(
+    option: str, precision: str, tmp_path: Path
+) -> None:
+    recipe = (f"experiment={option}", "trainer.max_steps=2", *STAND_IN, *ONE)
     summary = train(tmp_path, *recipe, f"trainer.precision={precision}")
     assert summary["status"] == "completed" and summary["steps"] == 2
+
+
+def test_the_first_layer_of_cifar10_fast_comes_from_the_data_unless_weights_are_given(
+    tmp_path: Path,
+) -> None:
+    recipe = ("experiment=cifar10_fast", *STAND_IN, *ONE)
+
+    def first_layer(*overrides: str) -> torch.Tensor:
+        model: Any = runs.build(config_of(*recipe, *overrides), CPU).state.model
+        weight: torch.Tensor = model.whiten.weight.detach().clone()
+        return weight
+
+    made = first_layer()
+    assert torch.equal(made, first_layer())
+    assert not torch.equal(made, first_layer("data.source.seed=1"))
+    other = ("data.source.seed=1", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}")
+    train(tmp_path, *recipe, *other)
+    assert torch.equal(first_layer(f"init_from={tmp_path}"), first_layer("data.source.seed=1"))
 
 
 @pytest.mark.parametrize("option", DEBUG)

@@ -47,6 +47,7 @@ from regrow.training.state import Buffers, TrainState, average_of, weights_sha25
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.pt"
+INITIAL_EXAMPLES = 5000  # that a model which starts from data is shown
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
+    initialize_from = getattr(model, "initialize_from", None)
+    if initialize_from is not None:
+        initialize_from(data.first_inputs(INITIAL_EXAMPLES))
     if config["init_from"]:
         from regrow.weights import load_weights, warn_of_other_splits
 

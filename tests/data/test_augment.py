@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,11 @@ import torch.nn.functional as F
 from regrow.data import augment
 from regrow.data.augment import CropFlip
 from regrow.errors import UserError
-from regrow.randomness import generator
+
+
+def crop_flip(**changed: Any) -> CropFlip:
+    options = {"pad": 0, "flip": False, "padding_mode": "constant", "alternate_flips": False}
+    return CropFlip(**(options | changed))  # type: ignore[arg-type]
 
 
 def slowly(image: torch.Tensor, top: int, left: int, mirror: bool, pad: int) -> torch.Tensor:
@@ -34,7 +40,7 @@ def test_a_crop_read_from_flat_memory_is_the_crop_of_the_padded_image(
     random = torch.Generator().manual_seed(0)
     shape = (6, channels, height, width)
     images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=random)
-    store = CropFlip(pad=pad, flip=flip).store(images)
+    store = crop_flip(pad=pad, flip=flip).store(images)
     columns = width + 2 * pad
     stride = channels * columns * (height + 2 * pad)
     if written:
@@ -55,8 +61,8 @@ def test_an_epoch_is_the_same_whether_crops_are_written_out_or_not(
     indices = torch.randperm(50)
 
     def epoch(number: int) -> torch.Tensor:
-        store = CropFlip(pad=2, flip=True).store(images)
-        table = store.table(generator(0, "augment", number))
+        store = crop_flip(pad=2, flip=True).store(images)
+        table = store.table(0, number)
         return store.gather(indices, table[indices])
 
     written = epoch(3)
@@ -67,15 +73,61 @@ def test_an_epoch_is_the_same_whether_crops_are_written_out_or_not(
 
 def test_the_table_uses_every_shift_and_both_mirrors_evenly() -> None:
     images = torch.zeros(9000, 1, 4, 4, dtype=torch.uint8)
-    store = CropFlip(pad=1, flip=True).store(images)
-    counts = store.table(generator(0, "augment", 0)).unique(return_counts=True)[1]
+    store = crop_flip(pad=1, flip=True).store(images)
+    counts = store.table(0, 0).unique(return_counts=True)[1]
     assert len(counts) == 18
     assert counts.min() > 400 and counts.max() < 600
-    assert not torch.equal(
-        store.table(generator(0, "augment", 0)), store.table(generator(0, "augment", 1))
-    )
+    assert not torch.equal(store.table(0, 0), store.table(0, 1))
 
 
-def test_a_negative_pad_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.augmentation\.pad=-1"):
-        CropFlip(pad=-1, flip=False)
+@pytest.mark.parametrize("written", [False, True])
+def test_what_comes_in_by_reflection_is_what_torch_reflects(
+    written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(augment, "WRITTEN_BYTES", 10**9 if written else 0)
+    images = torch.randint(1, 256, (4, 3, 6, 9), dtype=torch.uint8)
+    padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+    indices = torch.arange(4)
+    for mode, equal in (("reflect", True), ("constant", False)):
+        store = crop_flip(pad=2, padding_mode=mode).store(images)
+        found = store.gather(indices, torch.zeros(4, dtype=torch.int64))
+        assert torch.equal(found, padded[:, :, :6, :9]) is equal
+        centre = store.gather(indices, torch.full((4,), 2 * (5 if written else 13) + 2))
+        assert torch.equal(centre, images)
+
+
+def test_alternate_flips_mirror_each_image_in_every_other_epoch() -> None:
+    images = torch.randint(0, 256, (2000, 1, 4, 4), dtype=torch.uint8)
+
+    def mirrored(epoch: int, alternate: bool, seed: int = 0) -> torch.Tensor:
+        store = crop_flip(flip=True, alternate_flips=alternate).store(images)
+        seen = store.gather(torch.arange(2000), store.table(seed, epoch))
+        return (seen == images.flip(3)).flatten(1).all(1)
+
+    first = mirrored(0, True)
+    assert 0.45 < first.double().mean() < 0.55
+    assert not torch.equal(first, mirrored(0, True, seed=1))
+    for epoch in range(1, 5):
+        assert torch.equal(mirrored(epoch, True), first ^ bool(epoch % 2))
+        by_chance = (mirrored(epoch, False) == mirrored(epoch - 1, False)).double().mean()
+        assert 0.45 < by_chance < 0.55
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"pad": -1}, r"pad=-1 is negative"),
+        ({"padding_mode": "zeros"}, "Choose from constant, reflect"),
+        ({"alternate_flips": True}, "flip=true too"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.augmentation\..*{says}"):
+        crop_flip(**options)
+
+
+def test_an_image_reflects_no_more_than_it_has() -> None:
+    images = torch.zeros(2, 1, 4, 9, dtype=torch.uint8)
+    crop_flip(pad=3, padding_mode="reflect").store(images)
+    with pytest.raises(UserError, match=r"pad=4 .* Use 3 at most"):
+        crop_flip(pad=4, padding_mode="reflect").store(images)

@@ -144,7 +144,7 @@ def test_an_augmented_example_does_not_depend_on_its_batch() -> None:
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=random)
     how = Preprocessing("image", [3, 8, 8], 255.0, None, None, None, None, ",", None, None)
-    store = CropFlip(pad=2, flip=True).store(images)
+    store = CropFlip(pad=2, flip=True, padding_mode="constant", alternate_flips=False).store(images)
     feed = MemoryFeed(Examples(images, torch.arange(40)), Normalizer(how), CPU, store=store, seed=0)
 
     def by_example(

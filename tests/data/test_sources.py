@@ -157,6 +157,8 @@ def test_augment_false_leaves_the_images_as_they_are(make_data: Make) -> None:
     assert sum(image.numpy().tobytes() in rows for image in shifted.inputs) < 32
     evaluated = torch.cat([b.inputs for b in make_data("digits").evaluation("train", device=CPU)])
     assert torch.equal(evaluated, known)
+    first = make_data("digits").first_inputs  # what a model is shown that starts from data
+    assert torch.equal(first(600), known[:600]) and torch.equal(first(10**6), known)
 
 
 def test_large_sets_are_normalised_by_the_batch_with_the_same_bits(

@@ -11,7 +11,10 @@ from regrow.errors import DataError, UserError
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
-CROP = "augmentation={_target_: regrow.data.augment.CropFlip, pad: 1, flip: false}"
+CROP = (
+    "augmentation={_target_: regrow.data.augment.CropFlip, pad: 1, flip: false, "
+    "padding_mode: constant, alternate_flips: false}"
+)
 
 
 @pytest.fixture

@@ -18,10 +18,12 @@ from regrow.models.freeze import freeze
 from regrow.models.init import SCHEMES, apply
 from regrow.models.mlp import MLP
 from regrow.models.vision import fitting_patch, resnet, vit
+from regrow.models.whitened_cnn import WhitenedCNN
 
 torch.set_num_threads(1)
 FACTORIES: dict[str, Any] = {
-    "mlp": MLP, "cnn": CNN, "resnet18": resnet, "resnet50": resnet, "vit": vit
+    "mlp": MLP, "cnn": CNN, "whitened_cnn": WhitenedCNN,
+    "resnet18": resnet, "resnet50": resnet, "vit": vit,
 }  # fmt: skip
 
 
@@ -80,6 +82,52 @@ def test_the_seed_alone_decides_the_weights(name: str, init: str) -> None:
     torch.manual_seed(1)
     other = FACTORIES[name](**options(name, [1, 8, 8], init=init)).state_dict()
     assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def photographs(count: int = 200) -> torch.Tensor:
+    """(count, 3, 12, 12) with neighbouring pixels and channels alike."""
+    noise = torch.randn(count, 3, 13, 13, generator=torch.Generator().manual_seed(0))
+    smooth = noise[:, :, 1:, 1:] + noise[:, :, :-1, 1:] + noise[:, :, 1:, :-1]
+    return smooth + 2 * smooth.mean(1, keepdim=True)
+
+
+def covariance_of(filtered: torch.Tensor) -> torch.Tensor:
+    rows = filtered.transpose(0, 1).flatten(1)
+    return rows @ rows.T / rows.shape[1]
+
+
+def test_the_first_layer_takes_patches_apart_into_directions_of_equal_variance() -> None:
+    model: Any = made("whitened_cnn", [3, 12, 12])
+    before = covariance_of(model.whiten(photographs()))[:12, :12]
+    assert not torch.allclose(before, torch.eye(12), atol=0.5)
+    model.initialize_from(photographs())
+    filtered = model.whiten(photographs())
+    assert torch.allclose(covariance_of(filtered)[:12, :12], torch.eye(12), atol=0.01)
+    assert torch.equal(filtered[:, 12:], -filtered[:, :12])
+    assert not model.whiten.weight.requires_grad
+
+
+def test_a_stage_starts_by_passing_its_input_on() -> None:
+    model: Any = made("whitened_cnn", [3, 12, 12], channels=[30, 40, 40])
+    inputs = torch.randn(2, 24, 12, 12)
+    passed = model.stages[0].conv1(inputs)
+    torch.testing.assert_close(passed[:, :24], inputs)
+    assert not torch.allclose(passed[:, 24:30], inputs[:, :6])
+
+
+def test_views_are_averaged_outside_of_training_alone() -> None:
+    inputs = photographs(8)
+    one: Any = made("whitened_cnn", [3, 12, 12], views="one").eval()
+    mirror = made("whitened_cnn", [3, 12, 12], views="mirror").eval()
+    shift = made("whitened_cnn", [3, 12, 12], views="mirror_shift").eval()
+    padded = torch.nn.functional.pad(inputs, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[:, :, :12, :12], padded[:, :, 2:, 2:]]
+    both = [(one(x) + one(x.flip(3))) / 2 for x in (inputs, *shifted)]
+    torch.testing.assert_close(mirror(inputs), both[0])
+    torch.testing.assert_close(shift(inputs), both[0] / 2 + both[1] / 4 + both[2] / 4)
+    assert not torch.allclose(one(inputs), both[0], atol=1e-4)
+    assert not torch.allclose(shift(inputs), both[0], atol=1e-4)
+    torch.testing.assert_close(shift.train()(inputs), one.train()(inputs))
 
 
 def test_small_images_keep_their_resolution_in_a_resnet() -> None:
@@ -175,6 +223,9 @@ def test_freeze_returns_the_names_of_what_is_frozen() -> None:
         ("cnn", [4], {}, "Use model=mlp"),
         ("cnn", [1, 4, 8], {}, "smaller than 8x8"),
         ("cnn", [1, 8, 8], {"channels": []}, "model.channels="),
+        ("whitened_cnn", [1, 8, 8], {}, "smaller than 9x9"),
+        ("whitened_cnn", [3, 32, 32], {"channels": [8, 8]}, "Give three widths"),
+        ("whitened_cnn", [3, 32, 32], {"views": "ten"}, "one, mirror, mirror_shift"),
         ("resnet18", [30], {}, "Use model=mlp"),
         ("resnet18", [3, 32, 32], {"depth": 34}, "model.depth=34"),
         ("resnet18", [3, 32, 32], {"pretrained": True, "init": "he"}, "model.init=he"),

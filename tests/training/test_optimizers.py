@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,13 @@ MUON: dict[str, Any] = {
     "weight_decay": 0.1,
     "adjust_lr_fn": "match_rms_adamw",
 }
+ADAMW: dict[str, Any] = {"adamw_betas": (0.9, 0.999), "adamw_eps": 1e-8}
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest_as_torchs_own_do() -> None:
     model = net()
     groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
-    make = functools.partial(MuonWithAdamW, **MUON, adamw_betas=(0.9, 0.999), adamw_eps=1e-8)
+    make = functools.partial(MuonWithAdamW, **MUON, **ADAMW, kernels=False)
     together = learn(model, [optim.build(make, groups)])
 
     model = net()
@@ -99,6 +101,52 @@ def test_muon_takes_the_matrices_and_adamw_the_rest_as_torchs_own_do() -> None:
     with pytest.raises(AssertionError):
         for a, b in zip(together, adamw_alone, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def learn_kernels(optimizers_of: Callable[[nn.Module], Any], layout: Any) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 2), nn.Flatten())
+    model.to(memory_format=layout)
+    optimizers = optimizers_of(model)
+    random = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        model.zero_grad()
+        model(torch.randn(5, 3, 6, 6, generator=random)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_kernels_as_matrices_of_filters(layout: Any) -> None:
+    def ours(model: nn.Module, kernels: bool = True) -> Any:
+        groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
+        make = functools.partial(MuonWithAdamW, **MUON, **ADAMW, kernels=kernels)
+        return [optim.build(make, groups)]
+
+    def by_hand(model: nn.Module) -> Any:
+        kernels = [p for p in model.parameters() if p.ndim == 4]
+        matrices = [nn.Parameter(p.detach().flatten(1).clone()) for p in kernels]
+        muon = torch.optim.Muon(matrices, **MUON)
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        adamw = torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.0, fused=True)
+
+        class Flattened:
+            def step(self) -> None:
+                for kernel, matrix in zip(kernels, matrices, strict=True):
+                    assert kernel.grad is not None
+                    matrix.grad = kernel.grad.flatten(1)
+                muon.step()
+                for kernel, matrix in zip(kernels, matrices, strict=True):
+                    kernel.data.copy_(matrix.data.view_as(kernel))
+
+        return [Flattened(), adamw]
+
+    found = learn_kernels(ours, layout)
+    for a, b in zip(found, learn_kernels(by_hand, torch.contiguous_format), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    without = learn_kernels(functools.partial(ours, kernels=False), layout)
+    assert max((a - b).abs().max().item() for a, b in zip(found, without, strict=True)) > 1e-3
 
 
 def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:

@@ -56,12 +56,22 @@ IMAGES = (
     "trainer.log_every_steps=1",
     "trainer.device=cpu",
 )
+WHITENED = (
+    *(option for option in TINY if not option.startswith("model.")),
+    *("data.input_shape=[2,9,9]", *LEAN),
+    *("model=whitened_cnn", "model.channels=[4,4,4]", "optimizer=muon", "optimizer.kernels=true"),
+    *("trainer.channels_last=true", "trainer.precision=bf16"),
+    "+data.augmentation._target_=regrow.data.augment.CropFlip",
+    *("+data.augmentation.pad=2", "+data.augmentation.padding_mode=reflect"),
+    *("+data.augmentation.flip=true", "+data.augmentation.alternate_flips=true"),
+)
 CASES = {
     "everything": EVERYTHING,
     "augmentation_and_batchnorm": IMAGES,
     "channels_last": (*IMAGES, "trainer.channels_last=true"),
     "channels_last_sgd": (*IMAGES, "trainer.channels_last=true", "optimizer=sgd"),
     "bf16": (*TINY, *LEAN, "model.dropout=0.3", "trainer.precision=bf16", "trainer.ema_decay=0.9"),
+    "whitened": WHITENED,
     "muon": (*TINY, *LEAN, "model.dropout=0.3", "optimizer=muon", "scheduler=onecycle"),
     "never_evaluated": (*TINY, *LEAN, "trainer.eval_every_epochs=null"),
     "saved_by_steps": (

@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.randomness import generator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+PADDING_MODES = ("constant", "reflect")
 WRITTEN_BYTES = 1 << 22  # of all crops: written within some milliseconds
 
 
 class Store(Protocol):
-    def table(self, generator: Generator) -> Tensor:
+    def table(self, seed: int, epoch: int) -> Tensor:
         """Random choices of an epoch, (N, …) on the CPU, row i for example i."""
         ...
 
@@ -42,17 +44,34 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CropFlip:
-    """Shift by up to `pad` pixels each way, zeros coming in, and mirror half of the images."""
+    """Shift by up to `pad` pixels each way, and mirror half of the images.
+
+    What comes in are zeros, or the image itself by `padding_mode="reflect"`. With `alternate_flips`
+    each image is mirrored in every other epoch, so that no two epochs in a row show the same one
+    (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024); which come first is drawn.
+    """
 
     pad: int
     flip: bool
+    padding_mode: str
+    alternate_flips: bool
 
     def __post_init__(self) -> None:
         if self.pad < 0:
             raise UserError(f"data.augmentation.pad={self.pad} is negative. Use 0 or more pixels.")
+        if self.padding_mode not in PADDING_MODES:
+            raise UserError(
+                f"data.augmentation.padding_mode={self.padding_mode} is unknown. "
+                f"Choose from {', '.join(PADDING_MODES)}."
+            )
+        if self.alternate_flips and not self.flip:
+            raise UserError(
+                "data.augmentation.alternate_flips=true mirrors nothing with flip=false. "
+                "Set data.augmentation.flip=true too."
+            )
 
     def store(self, images: Tensor) -> _Crops:
-        return _Crops(images, self.pad, self.flip)
+        return _Crops(images, self)
 
 
 class _Crops:
@@ -64,11 +83,15 @@ class _Crops:
     and entry s is one of them.
     """
 
-    def __init__(self, images: Tensor, pad: int, flip: bool) -> None:
+    def __init__(self, images: Tensor, options: CropFlip) -> None:
         self.num, channels, height, width = images.shape  # (N, C, H, W) uint8
-        self.pad, self.flip = pad, flip
-        padded = F.pad(images, (pad, pad, pad, pad))
-        if flip:
+        self.options = options
+        pad = options.pad
+        if options.padding_mode == "reflect":
+            padded = _reflected(images, pad)
+        else:
+            padded = F.pad(images, (pad, pad, pad, pad))
+        if options.flip:
             padded = torch.cat([padded, padded.flip(3)])
         padded = padded.contiguous()
         self.rows, self.columns = height + 2 * pad, width + 2 * pad
@@ -85,19 +108,38 @@ class _Crops:
             written = padded.as_strided(all_shifts, strides).reshape(-1, channels, height, width)
             self.crops, self.columns, self.stride = written, shifts, shifts**2
 
-    def table(self, generator: Generator) -> Tensor:
+    def table(self, seed: int, epoch: int) -> Tensor:
         """Where in its image each example's crop starts; beyond the last image: in its mirror."""
-        size = (self.num,)
-        top = torch.randint(0, 2 * self.pad + 1, size, generator=generator)
-        left = torch.randint(0, 2 * self.pad + 1, size, generator=generator)
+        size, shifts = (self.num,), 2 * self.options.pad + 1
+        random = generator(seed, "augment", epoch)
+        top = torch.randint(0, shifts, size, generator=random)
+        left = torch.randint(0, shifts, size, generator=random)
         offsets = top * self.columns + left
-        if self.flip:
-            mirror = torch.randint(0, 2, size, generator=generator)
+        if self.options.flip:
+            if self.options.alternate_flips:
+                first = torch.randint(0, 2, size, generator=generator(seed, "augment", "mirror"))
+                mirror = (first + epoch) % 2
+            else:
+                mirror = torch.randint(0, 2, size, generator=random)
             offsets += mirror * (self.num * self.stride)
         return offsets
 
     def gather(self, indices: Tensor, table: Tensor) -> Tensor:
         return self.crops.index_select(0, indices * self.stride + table)
+
+
+def _reflected(images: Tensor, pad: int) -> Tensor:
+    """(N, C, H + 2 pad, W + 2 pad): mirrored at the border pixels, as torch pads floats alone."""
+    for dim in (2, 3):
+        last = images.shape[dim] - 1
+        if pad > last:
+            raise UserError(
+                f"data.augmentation.pad={pad} reflects more than images of {last + 1} pixels have. "
+                f"Use {last} at most, or data.augmentation.padding_mode=constant."
+            )
+        places = torch.arange(-pad, last + 1 + pad, device=images.device)
+        images = images.index_select(dim, last - (last - places.abs()).abs())
+    return images
 
 
 @dataclass(frozen=True, kw_only=True)

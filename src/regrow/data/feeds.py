@@ -65,7 +65,7 @@ class MemoryFeed:
         """Batches of the windows `start …` of an epoch whose examples come in `order` (N,)."""
         table = None
         if self.store is not None:
-            table = self.store.table(generator(self.seed, "augment", epoch)).to(self.device)
+            table = self.store.table(self.seed, epoch).to(self.device)
         order = order.to(self.device)
         per_chunk = max(1, CHUNK_BYTES // (4 * self.num_elements * windows.size))
         zero = torch.zeros(1, device=self.device)

@@ -140,6 +140,21 @@ class Data:
         windows = Windows(len(found), size, False, rank, world_size)
         return EvalBatches(self._feed(split, False, device), windows)
 
+    def first_inputs(self, count: int) -> Tensor:
+        """Up to `count` training examples as a model sees them, (count, …), without augmentation.
+
+        The same in every process, for a model that starts from data (`initialize_from`).
+        """
+        count = min(count, len(self.source.train))
+        windows = Windows(count, self.eval_batch_size, False, 0, 1)
+        feed = self._new_feed("train", False, torch.device("cpu"))
+        try:
+            found = [batch.inputs for batch in EvalBatches(feed, windows)]
+            return torch.cat([inputs for inputs in found if isinstance(inputs, Tensor)])
+        finally:
+            if isinstance(feed, FileFeed):
+                feed.close()
+
     def in_units(self, values: Tensor) -> Tensor:
         """Standardised regression targets or outputs (N,) or (N, K) in the data's own units."""
         if self.target_mean is None or self.target_std is None:

@@ -210,7 +210,8 @@ class MuonWithAdamW(Optimizer):
     """Muon for the matrices inside the network, AdamW for everything else, as one optimizer.
 
     Muon orthogonalises the momentum of a matrix (Jordan et al., "Muon", 2024); it is not meant for
-    vectors, embeddings or convolution kernels, which AdamW takes.
+    vectors and embeddings, which AdamW takes. Convolution kernels are AdamW's too, unless `kernels`
+    hands them to Muon as matrices with a row for each filter.
     """
 
     def __init__(
@@ -223,12 +224,16 @@ class MuonWithAdamW(Optimizer):
         ns_steps: int,
         weight_decay: float,
         adjust_lr_fn: str,
+        kernels: bool,
         adamw_betas: tuple[float, float],
         adamw_eps: float,
     ) -> None:
         groups = list(params)
-        super().__init__(_split_by_rank(groups), {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(_split_by_rank(groups, kernels), {"lr": lr, "weight_decay": weight_decay})
         matrices = [g for g in self.param_groups if g["is_matrix"]]
+        self.kernels: list[tuple[Tensor, Tensor]] = []  # each with the matrix that Muon updates
+        for group in matrices:
+            group["params"] = [self._as_matrix(parameter) for parameter in group["params"]]
         others = [g for g in self.param_groups if not g["is_matrix"]]
         self.parts: list[Optimizer] = []
         if matrices:
@@ -251,14 +256,31 @@ class MuonWithAdamW(Optimizer):
         # The parts hold the groups and the moments; this object shows them as one.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
+    def _as_matrix(self, parameter: Tensor) -> Tensor:
+        """A kernel's own content where its memory is laid out so, else a copy of it."""
+        if parameter.ndim == 2:
+            return parameter
+        if sharding.is_sharded(parameter):
+            raise ValueError("kernels=true does not go with trainer.strategy=fsdp")
+        self.kernels.append((parameter, parameter.detach().flatten(1)))
+        return self.kernels[-1][1]
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for kernel, matrix in self.kernels:
+            matrix.copy_(kernel.flatten(1))
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for part in self.parts:
             part.step()
+        for kernel, matrix in self.kernels:
+            kernel.copy_(matrix.view_as(kernel))
+            matrix.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none)
+        for kernel, _ in self.kernels:
+            kernel.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -269,11 +291,13 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def _split_by_rank(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _split_by_rank(groups: list[dict[str, Any]], kernels: bool) -> list[dict[str, Any]]:
     split = []
     for group in groups:
         for is_matrix in (True, False):
-            params = [p for p in group["params"] if (p.ndim == 2) is is_matrix]
+            params = [
+                p for p in group["params"] if (p.ndim == 2 or (kernels and p.ndim > 2)) is is_matrix
+            ]
             if params:
                 split.append({**group, "params": params, "is_matrix": is_matrix})
     return split
