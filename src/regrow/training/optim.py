@@ -260,8 +260,6 @@ class MuonWithAdamW(Optimizer):
         """A kernel's own content where its memory is laid out so, else a copy of it."""
         if parameter.ndim == 2:
             return parameter
-        if sharding.is_sharded(parameter):
-            raise ValueError("kernels=true does not go with trainer.strategy=fsdp")
         self.kernels.append((parameter, parameter.detach().flatten(1)))
         return self.kernels[-1][1]
 
