@@ -63,6 +63,8 @@ def main(names: list[str]) -> None:
     if names[:1] == ["cifar10"]:
         print(cifar.measure(*names[1:]).text())
         return
+    if "cifar10" in names:
+        sys.exit("benchmarks: cifar10 is measured alone: python -m benchmarks cifar10 …")
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"benchmarks: no {unknown[0]}; there are {', '.join(BENCHMARKS)}, cifar10")

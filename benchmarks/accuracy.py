@@ -7,39 +7,31 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.configured import build
+from benchmarks.configured import build, world_of
 from benchmarks.measure import Table
 from regrow import run as runs
 from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
 
+Runner = Callable[..., tuple[float, float]]  # of overrides: seconds of training, test accuracy
 EPOCHS, BATCH, RATE, WARMUP, DECAY = 15, 128, 0.01, 0.2, 0.1
 SEEDS = range(5)
+OPTIONS = ("experiment=digits_fast", "trainer.device=cpu")
 OURS, BY_HAND = "train.py experiment=digits_fast", "hand-tuned, in memory"
 
 
 def measure() -> Table:
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {OURS: [], BY_HAND: []}
-    right: dict[str, list[float]] = {OURS: [], BY_HAND: []}
-    for seed in (99, *SEEDS):  # the first warms up
-        for name, run in ((OURS, ours), (BY_HAND, by_hand)):
-            took, accuracy = run(seed)
-            if seed in SEEDS:
-                seconds[name].append(took)
-                right[name].append(accuracy)
-    said = ", ".join(
-        f"{name} {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
-        for name, values in right.items()
-    )
+    seconds, said = race({OURS: ours, BY_HAND: by_hand}, OPTIONS, SEEDS, warm_up=True)
     return Table(
         title="Time to accuracy",
         note=f"Digits, {EPOCHS} epochs, one thread, {len(SEEDS)} seeds. Test accuracy: {said}.",
@@ -49,19 +41,39 @@ def measure() -> Table:
     )
 
 
-def ours(seed: int) -> tuple[float, float]:
-    world = World(device=torch.device("cpu"))
-    objects, config = build(world, "experiment=digits_fast", f"seed={seed}", "trainer.device=cpu")
+def race(
+    runners: Mapping[str, Runner], options: tuple[str, ...], seeds: range, *, warm_up: bool
+) -> tuple[dict[str, list[float]], str]:
+    """Seconds of training for each seed, and what accuracies came out, in words."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    right: dict[str, list[float]] = {name: [] for name in runners}
+    for seed in (*([99] if warm_up else []), *seeds):
+        for name, run in runners.items():
+            took, accuracy = run(*options, f"seed={seed}")
+            if seed in seeds:
+                print(f"seed {seed}: {name} {took:.3g} s, {accuracy:.4f}", file=sys.stderr)
+                seconds[name].append(took)
+                right[name].append(accuracy)
+    said = (
+        f"{name} {statistics.fmean(values):.4f}"
+        + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+        for name, values in right.items()
+    )
+    return seconds, ", ".join(said)
+
+
+def ours(*options: str) -> tuple[float, float]:
+    world = world_of(*options)
+    objects, config = build(world, *options)
     with tempfile.TemporaryDirectory() as folder:
         summary = runs.train(objects, config, Path(folder), world, StopRequest())
     return summary["seconds"], summary["test"]["test/accuracy"]
 
 
-def by_hand(seed: int) -> tuple[float, float]:
-    world = World(device=torch.device("cpu"))
-    objects, _ = build(world, "experiment=digits_fast", f"seed={seed}", "trainer.device=cpu")
+def by_hand(*options: str) -> tuple[float, float]:
+    objects, config = build(world_of(*options), *options)
     inputs, targets = whole(objects.train.epoch(0))  # the same examples
-    torch.manual_seed(seed)
+    torch.manual_seed(config["seed"])
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": DECAY},

@@ -9,73 +9,53 @@ of training alone.
 from __future__ import annotations
 
 import math
-import statistics
-import tempfile
+import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy import whole
-from benchmarks.configured import build
+from benchmarks.accuracy import ours, race, whole
+from benchmarks.configured import build, config_of, world_of
 from benchmarks.measure import Table
-from regrow import run as runs
-from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
 
 EPOCHS, BATCH, SMOOTHING = 8, 2000, 0.2
+SIZE, PAD = 32, 2  # pixels
 SHIFT_RATE, HEAD_RATE, DECAY = 106.0, 0.0204, 0.004  # of the mean loss; decay per step
 KERNEL_RATE, MOMENTUM = 0.24, 0.6
+PLACES = ("data.root=", "data.source.", "trainer.device=", "trainer.num_threads=")
 OURS, BY_HAND = "train.py experiment=cifar10_fast", "hand-tuned, in memory"
 
 
 def measure(*arguments: str) -> Table:
-    """`seeds=5` makes five rounds; the other arguments are overrides, such as data.root=…"""
-    seeds = next((int(a.removeprefix("seeds=")) for a in arguments if a.startswith("seeds=")), 1)
-    options = ("experiment=cifar10_fast", *(a for a in arguments if not a.startswith("seeds=")))
-    seconds: dict[str, list[float]] = {OURS: [], BY_HAND: []}
-    right: dict[str, list[float]] = {OURS: [], BY_HAND: []}
-    for seed in range(seeds):
-        for name, run in ((OURS, ours), (BY_HAND, by_hand)):
-            took, accuracy = run(*options, f"seed={seed}")
-            print(f"seed {seed}: {name} {took:.1f} s, {accuracy:.4f}", flush=True)
-            seconds[name].append(took)
-            right[name].append(accuracy)
-    said = ", ".join(f"{name} {spread(values)}" for name, values in right.items())
+    """`seeds=5` makes five rounds; the other arguments say where the data are, and the device."""
+    rounds = [a.removeprefix("seeds=") for a in arguments if a.startswith("seeds=")]
+    if not all(number.isdigit() and int(number) for number in rounds):
+        sys.exit(f"benchmarks: seeds={rounds[0]} has to be a number of at least 1")
+    places = tuple(a for a in arguments if not a.startswith("seeds="))
+    if foreign := [a for a in places if not a.startswith(PLACES)]:
+        sys.exit(
+            f"benchmarks: {foreign[0]} changes one side alone; cifar10 takes {', '.join(PLACES)}"
+        )
+    options = ("experiment=cifar10_fast", *places)
+    device, epochs = world_of(*options).device, config_of(*options)["trainer"]["max_epochs"]
+    seeds, on_gpu = range(int(rounds[0]) if rounds else 1), device.type == "cuda"
+    runners = {OURS: ours, BY_HAND: by_hand}
+    seconds, said = race(runners, options, seeds, warm_up=on_gpu)  # on a CPU half an hour
+    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     return Table(
         title="CIFAR-10 to 94 %",
-        note=f"{EPOCHS} epochs each, {describe()}, {seeds} seeds. Test accuracy: {said}.",
+        note=f"{where}, {epochs} epochs, by hand {EPOCHS}. Test accuracy of {len(seeds)}: {said}.",
         unit="s of training",
         reference=BY_HAND,
         seconds=seconds,
     )
 
 
-def spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
-
-
-def describe() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of a CPU"
-
-
-def ours(*options: str) -> tuple[float, float]:
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    objects, config = build(world, *options)
-    with tempfile.TemporaryDirectory() as folder:
-        summary = runs.train(objects, config, Path(folder), world, StopRequest())
-    return summary["seconds"], summary["test"]["test/accuracy"]
-
-
 def by_hand(*options: str) -> tuple[float, float]:
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = world_of(*options)
     objects, config = build(world, *options)  # the same examples, threads and first weights
     data, device = objects.data, world.device
     images, targets = data.source.train.inputs.to(device), data.source.train.targets.to(device)
@@ -110,8 +90,8 @@ def train(
     sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True, fused=True)
     rates = [group["lr"] for group in sgd.param_groups]
     momenta = [torch.zeros_like(kernel) for kernel in kernels]
-    padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
-    crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, C, 5, 5, 32, 32), a view
+    padded = F.pad(images.float(), (PAD, PAD, PAD, PAD), mode="reflect").to(torch.uint8)
+    crops = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (N, C, 5, 5, 32, 32), a view
     first = torch.randint(0, 2, (len(images),), generator=generator, device=images.device)
     model.train()
     per_epoch = math.ceil(len(images) / BATCH)
@@ -121,7 +101,9 @@ def train(
         order = torch.randperm(len(images), generator=generator, device=images.device)
         for indices in order.split(BATCH):
             size = (2, len(indices))
-            top, left = torch.randint(0, 5, size, generator=generator, device=images.device)
+            top, left = torch.randint(
+                0, 2 * PAD + 1, size, generator=generator, device=images.device
+            )
             inputs = crops[indices, :, top, left]
             mirrored = ((first[indices] + epoch) % 2 == 1).view(-1, 1, 1, 1)
             inputs = (torch.where(mirrored, inputs.flip(3), inputs) - mean) / std

@@ -21,6 +21,10 @@ def config_of(*overrides: str) -> dict[str, Any]:
     return plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
 
 
+def world_of(*overrides: str) -> World:
+    return World(device=runs.resolve_device(config_of(*overrides)["trainer"]["device"]))
+
+
 def build(world: World, *overrides: str) -> tuple[runs.Objects, dict[str, Any]]:
     config = config_of(*overrides)
     return runs.build(config, world), config

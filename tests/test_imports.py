@@ -29,7 +29,7 @@ ALLOWED = {
     },
     "slurm": {"outside", "ranks", "job", "record"},
     "ranks": {"job", "record"},
-    "run": {"config", "weights", "training", "tasks", "data", "record"},
+    "run": {"config", "weights", "training", "tasks", "data", "models", "record"},
     "find_lr": {"console", "launch", "run", "resume", "check", "config", "record", "training"},
     "inference": {"load", "training"},
     "load": {"run", "config", "roles", "training", "data", "record"},

@@ -40,6 +40,14 @@ def run(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "run", symlinks=True))
 
 
+def test_a_run_that_lacks_a_key_was_made_by_other_code(run: Path) -> None:
+    config = read_yaml(run / "config.yaml")
+    del config["data"]["eval_batch_size"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"'eval_batch_size'.*other code: the commit is in its man"):
+        load_run(run)
+
+
 def changed(run: Path, **groups: dict[str, Any]) -> Path:
     config = read_yaml(run / "config.yaml")
     for group, values in groups.items():

@@ -245,7 +245,13 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
-        raise UserError(f"_target_={node['_target_']}: {_said(error)}") from error
+        said = _said(error)
+        if "missing" in said and "required" in said:
+            said += (
+                " Give what is missing. A recorded run that lacks it was made by other code: the "
+                "commit is in its manifest.json."
+            )
+        raise UserError(f"_target_={node['_target_']}: {said}") from error
 
 
 def locate(target: str, path: str) -> Any:

@@ -25,6 +25,7 @@ from torch import nn
 
 from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
+from regrow.models.init import StartsFromData
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
@@ -47,7 +48,6 @@ from regrow.training.state import Buffers, TrainState, average_of, weights_sha25
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.pt"
-INITIAL_EXAMPLES = 5000  # that a model which starts from data is shown
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
-    initialize_from = getattr(model, "initialize_from", None)
-    if initialize_from is not None:
-        initialize_from(data.first_inputs(INITIAL_EXAMPLES))
+    if isinstance(model, StartsFromData):
+        model.initialize_from(data.sample_inputs())
     if config["init_from"]:
         from regrow.weights import load_weights, warn_of_other_splits
 

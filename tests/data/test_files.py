@@ -71,6 +71,24 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
     return data
 
 
+def test_a_model_that_starts_from_data_sees_the_same_files_with_any_number_of_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("regrow.data.loaders.NUM_SAMPLED", 8)
+    found = [of_ones_own(Noisy(30, 0), num_workers=n).sample_inputs() for n in (0, 2)]
+    assert found[0][:, 0].tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert torch.equal(found[0], found[1])
+    until(lambda: not multiprocessing.active_children())
+    other = of_ones_own(Noisy(30, 0), seed=1).sample_inputs()
+    assert not torch.equal(found[0], other)
+
+
+def test_a_model_that_starts_from_data_needs_inputs_of_one_tensor() -> None:
+    data = of_ones_own(Mapped(), target_kind="regression", num_classes=None, num_outputs=1)
+    with pytest.raises(UserError, match="starts from training inputs of one tensor"):
+        data.sample_inputs()
+
+
 def two_epochs(data: Data, start: int = 0) -> tuple[list[Batch], list[Batch]]:
     train = data.train(device=CPU)
     return list(train.epoch(0, start)), list(train.epoch(1, start))

@@ -157,8 +157,17 @@ def test_augment_false_leaves_the_images_as_they_are(make_data: Make) -> None:
     assert sum(image.numpy().tobytes() in rows for image in shifted.inputs) < 32
     evaluated = torch.cat([b.inputs for b in make_data("digits").evaluation("train", device=CPU)])
     assert torch.equal(evaluated, known)
-    first = make_data("digits").first_inputs  # what a model is shown that starts from data
-    assert torch.equal(first(600), known[:600]) and torch.equal(first(10**6), known)
+
+
+def test_a_model_that_starts_from_data_sees_examples_spread_over_what_is_trained_on(
+    make_data: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = torch.cat([b.inputs for b in make_data("digits").evaluation("train", device=CPU)])
+    assert len(known) > 1024
+    assert torch.equal(make_data("digits").sample_inputs(), known[::2])
+    assert torch.equal(make_data("digits", "limit_train=9").sample_inputs(), known[:9])
+    monkeypatch.setattr("regrow.data.loaders.NUM_SAMPLED", 100)
+    assert torch.equal(make_data("digits").sample_inputs(), known[:: -(-len(known) // 100)])
 
 
 def test_large_sets_are_normalised_by_the_batch_with_the_same_bits(

@@ -96,6 +96,31 @@ def covariance_of(filtered: torch.Tensor) -> torch.Tensor:
     return rows @ rows.T / rows.shape[1]
 
 
+@pytest.mark.parametrize("shape", [[1, 9, 9], [3, 32, 32], [2, 9, 19]])
+def test_all_but_filters_and_scales_of_a_whitened_cnn_learn(shape: list[int]) -> None:
+    model: Any = made("whitened_cnn", shape, 5)
+    outputs = model(torch.randn(4, *shape))
+    assert outputs.shape == (4, 5)
+    outputs.square().sum().backward()
+    still = {name for name, p in model.named_parameters() if p.grad is None}
+    norms = {f"stages.{stage}.norm{number}.weight" for stage in range(3) for number in (1, 2)}
+    assert still == {"whiten.weight"} | norms
+    one = made("whitened_cnn", shape, 5).state_dict()
+    assert all(torch.equal(one[name], value) for name, value in made(
+        "whitened_cnn", shape, 5
+    ).state_dict().items())  # fmt: skip
+
+
+def test_a_whitened_cnn_takes_its_settings() -> None:
+    model: Any = made("whitened_cnn", [3, 32, 32], 1000, norm_momentum=0.25, freeze=["stages.0"])
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.25}
+    assert not any(p.requires_grad for p in model.stages[0].parameters())
+    assert model.stages[1].conv1.weight.requires_grad
+    assert model.head.weight.std().item() == pytest.approx(1 / 256, rel=0.01)
+    one_output: Any = made("whitened_cnn", [3, 32, 32], 1, channels=[4, 4, 1])
+    assert one_output.head.weight.isfinite().all()
+
+
 def test_the_first_layer_takes_patches_apart_into_directions_of_equal_variance() -> None:
     model: Any = made("whitened_cnn", [3, 12, 12])
     before = covariance_of(model.whiten(photographs()))[:12, :12]
@@ -105,6 +130,23 @@ def test_the_first_layer_takes_patches_apart_into_directions_of_equal_variance()
     assert torch.allclose(covariance_of(filtered)[:12, :12], torch.eye(12), atol=0.01)
     assert torch.equal(filtered[:, 12:], -filtered[:, :12])
     assert not model.whiten.weight.requires_grad
+    # Directions in which nothing varies are not blown up: two of three channels tell nothing new.
+    model.initialize_from(photographs()[:, :1].expand(-1, 3, -1, -1))
+    assert model.whiten.weight.abs().max() < 1 / 5e-4**0.5 + 1
+    assert covariance_of(model.whiten(photographs()[:, :1].expand(-1, 3, -1, -1))).max() < 1.01
+
+
+def test_the_sign_of_a_filter_does_not_hang_on_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filters() -> torch.Tensor:
+        model: Any = made("whitened_cnn", [3, 12, 12])
+        model.initialize_from(photographs())
+        weight: torch.Tensor = model.whiten.weight.detach()
+        return weight
+
+    before, eigh = filters(), torch.linalg.eigh
+    turned = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(6)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (eigh(m)[0], eigh(m)[1] * turned))
+    torch.testing.assert_close(filters(), before)
 
 
 def test_a_stage_starts_by_passing_its_input_on() -> None:

@@ -72,7 +72,11 @@ MUON: dict[str, Any] = {
     "weight_decay": 0.1,
     "adjust_lr_fn": "match_rms_adamw",
 }
-ADAMW: dict[str, Any] = {"adamw_betas": (0.9, 0.999), "adamw_eps": 1e-8}
+ADAMW: dict[str, Any] = {
+    "adamw_modules": ["head"],
+    "adamw_betas": (0.9, 0.999),
+    "adamw_eps": 1e-8,
+}
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest_as_torchs_own_do() -> None:
@@ -103,15 +107,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest_as_torchs_own_do() -> None:
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
-def learn_kernels(optimizers_of: Callable[[nn.Module], Any], layout: Any) -> list[torch.Tensor]:
+def with_kernels(layout: Any) -> nn.Module:
+    """Kernels of all kinds: of one channel, in groups, of one place, of several of each."""
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 2), nn.Flatten())
-    model.to(memory_format=layout)
+    layers = nn.Conv2d(1, 3, 1), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=4)
+    model = nn.Sequential(*layers, nn.Conv2d(4, 8, 2), nn.Conv2d(8, 2, 1), nn.Flatten())
+    return model.to(memory_format=layout)
+
+
+def learn_kernels(optimizers_of: Callable[[nn.Module], Any], layout: Any) -> list[torch.Tensor]:
+    model = with_kernels(layout)
     optimizers = optimizers_of(model)
     random = torch.Generator().manual_seed(3)
     for _ in range(4):
         model.zero_grad()
-        model(torch.randn(5, 3, 6, 6, generator=random)).square().mean().backward()
+        model(torch.randn(5, 1, 6, 6, generator=random)).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
@@ -120,9 +130,7 @@ def learn_kernels(optimizers_of: Callable[[nn.Module], Any], layout: Any) -> lis
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_takes_kernels_as_matrices_of_filters(layout: Any) -> None:
     def ours(model: nn.Module, kernels: bool = True) -> Any:
-        groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
-        make = functools.partial(MuonWithAdamW, **MUON, **ADAMW, kernels=kernels)
-        return [optim.build(make, groups)]
+        return [muon(model, kernels=kernels)]
 
     def by_hand(model: nn.Module) -> Any:
         kernels = [p for p in model.parameters() if p.ndim == 4]
@@ -147,6 +155,60 @@ def test_muon_takes_kernels_as_matrices_of_filters(layout: Any) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     without = learn_kernels(functools.partial(ours, kernels=False), layout)
     assert max((a - b).abs().max().item() for a, b in zip(found, without, strict=True)) > 1e-3
+
+
+def muon(model: nn.Module, **changed: Any) -> Any:
+    groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
+    options = {**MUON, **ADAMW, "kernels": False, **changed}
+    return optim.build(functools.partial(MuonWithAdamW, **options), groups)
+
+
+def test_the_momentum_of_a_kernel_does_not_follow_its_layout_in_memory() -> None:
+    """It goes into checkpoints, and a run may go on in another layout."""
+    momenta = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = with_kernels(layout)
+        optimizer = muon(model, kernels=True)
+        inputs = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        momenta.append(optimizer.state_dict()["parts"][0]["state"])
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+    assert len(momenta[0]) == 5
+    for number, state in momenta[0].items():
+        one, other = state["momentum_buffer"], momenta[1][number]["momentum_buffer"]
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    turned = momenta[0][1]["momentum_buffer"].view(4, 3, 3, 3).permute(0, 2, 3, 1).flatten(1)
+    assert not torch.allclose(turned, momenta[1][1]["momentum_buffer"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("modules", "kernels", "left"),
+    [
+        ([], False, {"0.weight", "head.weight", "embed.weight"}),
+        (["head", "*embed*"], False, {"0.weight"}),
+        (["head", "*embed*"], True, {"0.weight", "conv.weight"}),
+    ],
+)
+def test_what_muon_takes_is_named(modules: list[str], kernels: bool, left: set[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.add_module("head", nn.Linear(4, 3))
+    model.add_module("embed", nn.Embedding(5, 4))
+    model.add_module("conv", nn.Conv1d(2, 3, 3))
+    model.register_parameter("token", nn.Parameter(torch.zeros(1, 1, 4)))
+    groups = muon(model, adamw_modules=modules, kernels=kernels).param_groups
+    names = {name for group in groups if group["is_for_muon"] for name in group["param_names"]}
+    assert names == left
+    assert {name for group in groups for name in group["param_names"]} == {
+        name for name, _ in model.named_parameters()
+    }
+
+
+def test_a_checkpoint_of_other_groups_is_one_line() -> None:
+    saved = muon(with_kernels(torch.contiguous_format), kernels=False).state_dict()
+    with pytest.raises(UserError, match=r"does not fit.*param_groups as they were"):
+        optim.load(muon(with_kernels(torch.contiguous_format), kernels=True), saved)
 
 
 def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regrow.data.batch import Batch
 from regrow.data.feeds import FileFeed, MemoryFeed
-from regrow.data.preprocess import Normalizer, Preprocessing, preprocessing
+from regrow.data.preprocess import NUM_SAMPLED, Normalizer, Preprocessing, preprocessing
 from regrow.data.sampling import Windows, permutation
 from regrow.data.splits import Examples, Split, Splits, check_overlap
 from regrow.errors import DataError, UserError
@@ -115,9 +115,7 @@ class Data:
         return {name: len(split) for name, split in self.source.items()}
 
     def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
-        count = len(self.source.train)
-        if self.limit_train is not None:
-            count = min(count, self.limit_train)
+        count = self._num_trained_on()
         windows = Windows(count, self.batch_size, self.drop_last, rank, world_size)
         if len(windows) == 0:
             raise UserError(
@@ -140,20 +138,34 @@ class Data:
         windows = Windows(len(found), size, False, rank, world_size)
         return EvalBatches(self._feed(split, False, device), windows)
 
-    def first_inputs(self, count: int) -> Tensor:
-        """Up to `count` training examples as a model sees them, (count, …), without augmentation.
+    def sample_inputs(self) -> Tensor:
+        """Up to 1,024 training inputs, spread over the split, normalised and not augmented.
 
-        The same in every process, for a model that starts from data (`initialize_from`).
+        (N, …) on the CPU, the same in every process. UserError for inputs of several tensors.
         """
-        count = min(count, len(self.source.train))
-        windows = Windows(count, self.eval_batch_size, False, 0, 1)
-        feed = self._new_feed("train", False, torch.device("cpu"))
-        try:
-            found = [batch.inputs for batch in EvalBatches(feed, windows)]
-            return torch.cat([inputs for inputs in found if isinstance(inputs, Tensor)])
-        finally:
-            if isinstance(feed, FileFeed):
+        count = self._num_trained_on()
+        chosen = torch.arange(0, count, max(1, -(-count // NUM_SAMPLED)))
+        if isinstance(self.source.train, Examples):
+            found = [Normalizer(self.preprocessing)(self.source.train.inputs[chosen])]
+        else:
+            feed = self._new_feed("train", False, torch.device("cpu"))
+            assert isinstance(feed, FileFeed)
+            windows = Windows(len(chosen), self.eval_batch_size, False, 0, 1)
+            try:
+                found = [batch.inputs for batch in feed.read(windows, chosen, 0, 0)]
+            finally:
                 feed.close()
+        tensors = [inputs for inputs in found if isinstance(inputs, Tensor)]
+        if len(tensors) < len(found):
+            raise UserError(
+                "model: this one starts from training inputs of one tensor, and an example of this "
+                "data has several. Use another model."
+            )
+        return torch.cat(tensors)
+
+    def _num_trained_on(self) -> int:
+        count = len(self.source.train)
+        return count if self.limit_train is None else min(count, self.limit_train)
 
     def in_units(self, values: Tensor) -> Tensor:
         """Standardised regression targets or outputs (N,) or (N, K) in the data's own units."""

@@ -21,7 +21,8 @@ from regrow.errors import DataError, UserError
 
 # Of ImageNet's training images in 0 … 1: what torchvision's pretrained models were trained with.
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-NUM_SAMPLED = 1024  # images in files that `normalize: train` looks at, spread over the split
+# Spread over a split: images in files that `normalize: train` looks at, and what a model is shown.
+NUM_SAMPLED = 1024
 
 
 @dataclass(frozen=True)

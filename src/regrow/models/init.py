@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from regrow.errors import UserError, did_you_mean
+
+
+@runtime_checkable
+class StartsFromData(Protocol):
+    """A model whose first weights follow from training examples."""
+
+    def initialize_from(self, inputs: Tensor) -> None:
+        """Set them, after the model is made and before weights are loaded into it.
+
+        inputs: (N, …) float32 on the CPU, up to 1,024 training examples spread over the split,
+        normalised and not augmented; the same in every process and at every start.
+        """
+        ...
 
 
 def _he(weight: Tensor) -> None:

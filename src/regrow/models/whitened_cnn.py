@@ -11,24 +11,25 @@ from torch import Tensor, nn
 from regrow.errors import UserError
 from regrow.models import freeze as freezing
 from regrow.models.cnn import image_shape
+from regrow.models.mlp import choice
 
 VIEWS = ("one", "mirror", "mirror_shift")
 PATCH = 2  # pixels, each way, of the patches that the first layer takes apart
-SMALLEST_EIGENVALUE = 5e-4  # is added to all: what hardly varies is mostly noise
+ADDED_VARIANCE = 5e-4  # to that of each direction: what hardly varies is mostly noise
 SMALLEST_SIZE = 9
 
 
 class WhitenedCNN(nn.Module):
     """Images (B, C, H, W), from 9x9, to (B, num_outputs).
 
-    The first layer is not learnt: its filters are the principal directions of the training images'
-    2x2 patches, each scaled to variance one and taken with both signs (`initialize_from`). Each of
-    three stages halves the image. Convolutions start by passing their input on. Of the norms only
-    the shift is learnt.
+    The filters of the first layer are not learnt: they are the principal directions of the training
+    images' 2x2 patches, each scaled to a variance of nearly one and taken with both signs
+    (`initialize_from`). Each of three stages halves the image. Convolutions start by passing their
+    input on. Of the norms only the shift is learnt.
 
     Outside of training an image is seen in several `views`, whose outputs are averaged: `one`;
-    `mirror`, it and its mirror; `mirror_shift`, these two and the same of it moved by a pixel up
-    and left and down and right, which count half.
+    `mirror`, it and its mirror; `mirror_shift`, these two with a quarter each, and with an eighth
+    each the same of the image moved by a pixel down and right, and up and left.
     """
 
     def __init__(
@@ -44,10 +45,8 @@ class WhitenedCNN(nn.Module):
         super().__init__()
         in_channels, _, _ = image_shape(input_shape, SMALLEST_SIZE)
         if len(channels) != 3 or min(channels) < 1:
-            raise UserError(f"model.channels={channels} is wrong. Give three widths.")
-        if views not in VIEWS:
-            raise UserError(f"model.views={views} is unknown. Choose from {', '.join(VIEWS)}.")
-        self.views = views
+            raise UserError(f"model.channels={channels} is wrong. Give three widths of 1 or more.")
+        self.views = choice("views", views, VIEWS)
         directions = in_channels * PATCH**2
         self.whiten = nn.Conv2d(in_channels, 2 * directions, PATCH)
         self.whiten.weight.requires_grad_(False)
@@ -55,16 +54,22 @@ class WhitenedCNN(nn.Module):
         widths = itertools.pairwise([2 * directions, *channels])
         self.stages = nn.Sequential(*(_Stage(*pair, norm_momentum) for pair in widths))
         self.head = nn.Linear(channels[-1], num_outputs, bias=False)
-        with torch.no_grad():
-            self.head.weight /= self.head.weight.std() * channels[-1]
+        nn.init.normal_(self.head.weight, std=1 / channels[-1])
         freezing.freeze(self, freeze)
 
     def initialize_from(self, inputs: Tensor) -> None:
         """Set the filters of the first layer by training images (N, C, H, W), normalised."""
-        patches = F.unfold(inputs, PATCH).transpose(1, 2).flatten(0, 1).double()
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + SMALLEST_EIGENVALUE).sqrt()).T
         weight = self.whiten.weight
+        size = weight[0].numel()
+        products, count = torch.zeros(size, size, dtype=torch.float64), 0
+        for part in torch.split(inputs, 64):  # of large images all patches would take gigabytes
+            patches = F.unfold(part, PATCH).transpose(1, 2).flatten(0, 1).double()
+            products += patches.T @ patches
+            count += len(patches)
+        values, vectors = torch.linalg.eigh(products / count)
+        # Which of its two signs an eigenvector comes with is up to rounding.
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        filters = (vectors * largest.sign() / (values + ADDED_VARIANCE).sqrt()).T
         with torch.no_grad():
             weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 

@@ -27,19 +27,19 @@ def parameter_groups(
     Raises UserError for a pattern that matches nothing and for a model with nothing to train.
     """
     lr_scale = lr_scale or {}
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, bool], dict[str, Tensor]] = {}
     unused = set(lr_scale)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = 1.0
         for pattern, factor in lr_scale.items():
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*"):
+            if _matches(name, pattern):
                 scale = factor
                 unused.discard(pattern)
                 break
         decays = decay_norms_and_biases or parameter.ndim > 1
-        groups.setdefault((scale, decays), []).append(parameter)
+        groups.setdefault((scale, decays), {})[name] = parameter
     if unused:
         names = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise UserError(
@@ -49,9 +49,15 @@ def parameter_groups(
     if not groups:
         raise UserError("model.freeze leaves nothing to train. Freeze fewer modules.")
     return [
-        {"params": parameters, "lr_scale": scale} | ({} if decays else {"weight_decay": 0.0})
+        {"params": [*parameters.values()], "param_names": [*parameters], "lr_scale": scale}
+        | ({} if decays else {"weight_decay": 0.0})
         for (scale, decays), parameters in groups.items()
     ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is for a parameter: for its name, or for a module's that it is in."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
@@ -76,7 +82,13 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
 def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Take up moments and counters. What the config sets stays, or a new rate would be lost."""
     configured = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint's optimizer does not fit: {' '.join(str(error).split())}. Leave "
+            "optimizer and param_groups as they were, or start a new run with init_from=…"
+        ) from error
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
         group.update({name: fresh[name] for name in SETTINGS & fresh.keys()})
     # A checkpoint holds contiguous tensors; fused kernels walk memory in the parameter's own order.
@@ -209,9 +221,10 @@ def numbers(norm: Tensor, *others: Tensor | float) -> list[float]:
 class MuonWithAdamW(Optimizer):
     """Muon for the matrices inside the network, AdamW for everything else, as one optimizer.
 
-    Muon orthogonalises the momentum of a matrix (Jordan et al., "Muon", 2024); it is not meant for
-    vectors and embeddings, which AdamW takes. Convolution kernels are AdamW's too, unless `kernels`
-    hands them to Muon as matrices with a row for each filter.
+    Muon orthogonalises the momentum of a matrix (Jordan et al., "Muon", 2024). It is not meant for
+    vectors, nor for embeddings and output layers: `adamw_modules` are patterns of what AdamW takes,
+    matrix or not. Convolution kernels are AdamW's too, unless `kernels` hands them to Muon as
+    matrices with a row for each filter.
     """
 
     def __init__(
@@ -225,16 +238,23 @@ class MuonWithAdamW(Optimizer):
         weight_decay: float,
         adjust_lr_fn: str,
         kernels: bool,
+        adamw_modules: list[str],
         adamw_betas: tuple[float, float],
         adamw_eps: float,
     ) -> None:
-        groups = list(params)
-        super().__init__(_split_by_rank(groups, kernels), {"lr": lr, "weight_decay": weight_decay})
-        matrices = [g for g in self.param_groups if g["is_matrix"]]
+        def is_for_muon(name: str, parameter: Tensor) -> bool:
+            # One row, as of a class token, is a vector.
+            is_kernel = kernels and parameter.ndim > 2 and len(parameter) > 1
+            outside = any(_matches(name, pattern) for pattern in adamw_modules)
+            return (parameter.ndim == 2 or is_kernel) and not outside
+
+        groups = [part for group in params for part in _split(group, is_for_muon)]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.kernels: list[tuple[Tensor, Tensor]] = []  # each with the matrix that Muon updates
+        matrices = [g for g in self.param_groups if g["is_for_muon"]]
         for group in matrices:
             group["params"] = [self._as_matrix(parameter) for parameter in group["params"]]
-        others = [g for g in self.param_groups if not g["is_matrix"]]
+        others = [g for g in self.param_groups if not g["is_for_muon"]]
         self.parts: list[Optimizer] = []
         if matrices:
             self.parts.append(
@@ -257,16 +277,17 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def _as_matrix(self, parameter: Tensor) -> Tensor:
-        """A kernel's own content where its memory is laid out so, else a copy of it."""
+        """A copy of a kernel: the order of its columns does not follow its layout in memory."""
         if parameter.ndim == 2:
             return parameter
-        self.kernels.append((parameter, parameter.detach().flatten(1)))
-        return self.kernels[-1][1]
+        matrix = parameter.detach().flatten(1).clone(memory_format=torch.contiguous_format)
+        self.kernels.append((parameter, matrix))
+        return matrix
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for kernel, matrix in self.kernels:
-            matrix.copy_(kernel.flatten(1))
+            matrix.view_as(kernel).copy_(kernel)
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for part in self.parts:
             part.step()
@@ -289,16 +310,15 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def _split_by_rank(groups: list[dict[str, Any]], kernels: bool) -> list[dict[str, Any]]:
-    split = []
-    for group in groups:
-        for is_matrix in (True, False):
-            params = [
-                p for p in group["params"] if (p.ndim == 2 or (kernels and p.ndim > 2)) is is_matrix
-            ]
-            if params:
-                split.append({**group, "params": params, "is_matrix": is_matrix})
-    return split
+def _split(
+    group: dict[str, Any], is_for_muon: Callable[[str, Tensor], bool]
+) -> Iterator[dict[str, Any]]:
+    named = [*zip(group["param_names"], group["params"], strict=True)]
+    for chosen in (True, False):
+        part = {name: p for name, p in named if is_for_muon(name, p) is chosen}
+        if part:
+            names, params = [*part], [*part.values()]
+            yield {**group, "params": params, "param_names": names, "is_for_muon": chosen}
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
