@@ -45,7 +45,7 @@ def test_a_run_that_lacks_a_key_was_made_by_other_code(run: Path) -> None:
     del config["data"]["eval_batch_size"]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r"'eval_batch_size'.*other code: the commit is in its man"):
-        load_run(run)
+        load_run(run).data.close()
 
 
 def changed(run: Path, **groups: dict[str, Any]) -> Path:
