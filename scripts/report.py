@@ -46,7 +46,7 @@ def make(folders: list[Path], output: Path | None) -> Path:
     for folder in folders:
         found = report.find_runs(folder)
         runs |= dict.fromkeys(run.resolve() for run in found)
-        if not found:
+        if not found and (folder.is_dir() or not folder.exists()):  # the page of before is no run
             without.append(str(folder))
     if not runs:
         raise UserError(

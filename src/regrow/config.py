@@ -246,6 +246,8 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         if cause is not None:
             raise cause from None
         said = _said(error)
+        if unknown := re.search("Error locating target '(.+?)'", said):
+            locate(unknown[1], "")  # says whether it is the module or what should be in it
         if "missing" in said and "required" in said:
             said += (
                 " Give what is missing. A recorded run that lacks it was made by other code: the "
@@ -255,26 +257,27 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
 
 
 def locate(target: str, path: str) -> Any:
-    """The object behind a dotted name. Raises UserError."""
+    """The object behind a dotted name that stands at `path`. Raises UserError."""
+    where = f"{path}._target_={target}" if path else f"_target_={target}"
     module, _, name = target.rpartition(".")
     while module:
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not (module == error.name or module.startswith(error.name)):
-                raise UserError(f"{path}._target_={target}: {error}.") from error
+                raise UserError(f"{where}: {error}.") from error
             module, _, first = module.rpartition(".")
             name = f"{first}.{name}"
             continue
         except Exception as error:
-            raise UserError(f"{path}._target_={target}: importing {module}: {error}.") from error
+            raise UserError(f"{where}: importing {module}: {error}.") from error
         for part in name.split("."):
             if not hasattr(found, part):
                 hint = did_you_mean(part, dir(found))
-                raise UserError(f"{path}._target_={target}: there is no {part}.{hint}")
+                raise UserError(f"{where}: there is no {part}.{hint}")
             found = getattr(found, part)
         return found
-    raise UserError(f"{path}._target_={target}: there is no such module. Is it installed?")
+    raise UserError(f"{where}: there is no such module. Is it installed?")
 
 
 def _said(error: BaseException) -> str:

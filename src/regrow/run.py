@@ -25,7 +25,7 @@ from torch import nn
 
 from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
-from regrow.models.init import StartsFromData
+from regrow.models.init import StartsFromData, start_from_data
 from regrow.randomness import key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
@@ -77,7 +77,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
     if isinstance(model, StartsFromData):
-        model.initialize_from(data.sample_inputs())
+        start_from_data(model, data.sample_inputs())
     if config["init_from"]:
         from regrow.weights import load_weights, warn_of_other_splits
 

@@ -74,9 +74,9 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
 def test_a_model_that_starts_from_data_sees_the_same_files_with_any_number_of_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("regrow.data.loaders.NUM_SAMPLED", 8)
+    monkeypatch.setattr("regrow.data.loaders.NUM_SAMPLED", 7)
     found = [of_ones_own(Noisy(30, 0), num_workers=n).sample_inputs() for n in (0, 2)]
-    assert found[0][:, 0].tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert found[0][:, 0].tolist() == [0, 4, 8, 12, 17, 21, 25]
     assert torch.equal(found[0], found[1])
     until(lambda: not multiprocessing.active_children())
     other = of_ones_own(Noisy(30, 0), seed=1).sample_inputs()

@@ -15,7 +15,7 @@ from regrow.errors import UserError
 from regrow.models import vision
 from regrow.models.cnn import CNN
 from regrow.models.freeze import freeze
-from regrow.models.init import SCHEMES, apply
+from regrow.models.init import SCHEMES, apply, start_from_data
 from regrow.models.mlp import MLP
 from regrow.models.vision import fitting_patch, resnet, vit
 from regrow.models.whitened_cnn import WhitenedCNN
@@ -125,21 +125,50 @@ def test_the_first_layer_takes_patches_apart_into_directions_of_equal_variance()
     model: Any = made("whitened_cnn", [3, 12, 12])
     before = covariance_of(model.whiten(photographs()))[:12, :12]
     assert not torch.allclose(before, torch.eye(12), atol=0.5)
-    model.initialize_from(photographs())
+    start_from_data(model, photographs())
     filtered = model.whiten(photographs())
     assert torch.allclose(covariance_of(filtered)[:12, :12], torch.eye(12), atol=0.01)
     assert torch.equal(filtered[:, 12:], -filtered[:, :12])
     assert not model.whiten.weight.requires_grad
     # Directions in which nothing varies are not blown up: two of three channels tell nothing new.
-    model.initialize_from(photographs()[:, :1].expand(-1, 3, -1, -1))
+    start_from_data(model, photographs()[:, :1].expand(-1, 3, -1, -1))
     assert model.whiten.weight.abs().max() < 1 / 5e-4**0.5 + 1
     assert covariance_of(model.whiten(photographs()[:, :1].expand(-1, 3, -1, -1))).max() < 1.01
+
+
+class Standardised(nn.Module):
+    def __init__(self, wrong: str = "") -> None:
+        super().__init__()
+        self.wrong = wrong
+        self.mean = nn.Parameter(torch.zeros(3))
+
+    def initialize_from(self, inputs: torch.Tensor) -> None:
+        self.mean.copy_(inputs.mean((0, 2, 3)))
+        if self.wrong == "new":
+            self.scale = nn.Parameter(inputs.std((0, 2, 3)))
+        if self.wrong == "shape":
+            self.mean = nn.Parameter(torch.zeros(4))
+        if self.wrong == "gone":
+            del self.mean
+        if self.wrong == "nan":
+            self.mean[1] = torch.nan
+
+
+def test_a_model_that_starts_from_data_holds_what_it_held_before() -> None:
+    model = Standardised()
+    start_from_data(model, photographs())
+    torch.testing.assert_close(model.mean.detach(), photographs().mean((0, 2, 3)))
+    assert model.mean.requires_grad
+    cases = {"new": "of scale", "shape": "of mean", "gone": "of mean", "nan": "mean with values"}
+    for wrong, says in cases.items():
+        with pytest.raises(UserError, match=rf"initialize_from .*{says}"):
+            start_from_data(Standardised(wrong), photographs())
 
 
 def test_the_sign_of_a_filter_does_not_hang_on_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     def filters() -> torch.Tensor:
         model: Any = made("whitened_cnn", [3, 12, 12])
-        model.initialize_from(photographs())
+        start_from_data(model, photographs())
         weight: torch.Tensor = model.whiten.weight.detach()
         return weight
 

@@ -109,6 +109,23 @@ def test_more_values_run_the_new_jobs_alone(grid: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(grid, tmp_path / "sweep", symlinks=True)
+    assert all(row["reason"] == "" for row in table(mine))
+    changed = ["resume=sweep/2", "trainer.max_epochs=4"]
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *changed],
+        cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    done = sweep(tmp_path, "resume=sweep")
+    assert done.returncode == 0, done.stderr
+    said = "by itself it went on with trainer.max_epochs=4, which the sweep does not have"
+    assert f"completed: job 2, optimizer=sgd seed=0: {said}" in done.stdout
+    assert [row["reason"] for row in table(mine)] == ["", "", said, ""]
+    assert said in (mine / "sweep.html").read_text()
+
+
+@pytest.mark.slow
 def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     root = tmp_path / "repository"
     for part in ("src", "conf", "scripts"):

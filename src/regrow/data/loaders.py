@@ -144,7 +144,8 @@ class Data:
         (N, …) on the CPU, the same in every process. UserError for inputs of several tensors.
         """
         count = self._num_trained_on()
-        chosen = torch.arange(0, count, max(1, -(-count // NUM_SAMPLED)))
+        num_chosen = min(count, NUM_SAMPLED)
+        chosen = torch.arange(num_chosen) * count // num_chosen
         if isinstance(self.source.train, Examples):
             found = [Normalizer(self.preprocessing)(self.source.train.inputs[chosen])]
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from regrow.errors import UserError, did_you_mean
@@ -18,9 +19,31 @@ class StartsFromData(Protocol):
         """Set them, after the model is made and before weights are loaded into it.
 
         inputs: (N, …) float32 on the CPU, up to 1,024 training examples spread over the split,
-        normalised and not augmented; the same in every process and at every start.
+        normalised and not augmented; the same in every process and at every start. No gradients
+        are recorded.
         """
         ...
+
+
+@torch.no_grad()
+def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
+    """Let the model set its first weights; UserError where it could not be loaded or trained then.
+
+    Whoever loads a run makes the model without data, so all that it holds has to be there before.
+    """
+    assert isinstance(model, nn.Module)
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.initialize_from(inputs)
+    after = model.state_dict()
+    changed = {n for n, t in after.items() if before.get(n) != t.shape} | (before.keys() - after)
+    if changed:
+        raise UserError(
+            f"model: initialize_from made or changed the shape of {', '.join(sorted(changed))}. "
+            "Make it in __init__, and only fill it from the data."
+        )
+    for name, tensor in after.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"model: initialize_from left {name} with values that are not finite.")
 
 
 def _he(weight: Tensor) -> None:

@@ -70,8 +70,7 @@ class WhitenedCNN(nn.Module):
         # Which of its two signs an eigenvector comes with is up to rounding.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         filters = (vectors * largest.sign() / (values + ADDED_VARIANCE).sqrt()).T
-        with torch.no_grad():
-            weight.copy_(torch.cat([filters, -filters]).view_as(weight))
+        weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.training or self.views == "one":

@@ -282,10 +282,12 @@ def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
     tables = {}
     if comparison.settings:
         tables["Settings"] = table_of(comparison)
-    failed = [row for row in comparison.rows if row.state != "completed" and row.reason]
-    if failed:
-        cells = [[row.job, row.label, row.state, row.reason or "", row.log or ""] for row in failed]
-        tables["Not completed"] = (["job", "setting", "status", "reason", "log"], cells)
+    remarked = [row for row in comparison.rows if row.reason]
+    if remarked:
+        cells = [
+            [row.job, row.label, row.state, row.reason or "", row.log or ""] for row in remarked
+        ]
+        tables["Failed, cut or changed"] = (["job", "setting", "status", "reason", "log"], cells)
     runs = [row.run for row in comparison.rows if row.run is not None]
     groups = {row.run.folder: row.setting_label for row in comparison.rows if row.run is not None}
     groups |= {r.run.folder: its.label for its in comparison.settings for r in its.rows if r.run}

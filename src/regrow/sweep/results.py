@@ -10,6 +10,7 @@ from pathlib import Path
 from regrow.errors import UserError
 from regrow.record import comparison, report
 from regrow.record.comparison import Comparison, Row
+from regrow.record.report import Run
 from regrow.sweep import state
 
 log = logging.getLogger("regrow")
@@ -26,6 +27,8 @@ def rows_of(folder: Path) -> list[Row]:
         run = folder / entry.folder
         log = state.log_of(folder, entry.number)
         loaded = report.load(run) if report.is_run(run) else None
+        if loaded is not None and its == "completed" and (more := asked_since(entry, loaded)):
+            reason = f"by itself it went on with {' '.join(more)}, which the sweep does not have"
         rows.append(
             Row(
                 job=str(entry.number),
@@ -39,6 +42,12 @@ def rows_of(folder: Path) -> list[Row]:
             )
         )
     return rows
+
+
+def asked_since(entry: state.Entry, run: Run) -> list[str]:
+    """The overrides by which somebody changed a job's run, outside of the sweep."""
+    shares = "trainer.num_threads="  # the sweep's own addition
+    return [o for o in run.overrides if o not in entry.overrides and not o.startswith(shares)]
 
 
 def write_table(folder: Path) -> Comparison:
@@ -96,7 +105,7 @@ def summary_of(folder: Path, found: Comparison) -> list[str]:
         jobs = ", ".join(row.job for row in found.left_out)
         lines.append(f"not compared, as they have no {found.metric}: job {jobs}")
     for row in found.rows:
-        if row.state != "completed":
+        if row.state != "completed" or row.reason:
             why = f": {row.reason}" if row.reason else ""
             where = f" ({os.path.relpath(folder / row.log)})" if row.log else ""
             label = f", {row.label}" if row.label else ""
