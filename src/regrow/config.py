@@ -246,8 +246,9 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         if cause is not None:
             raise cause from None
         said = _said(error)
-        if unknown := re.search("Error locating target '(.+?)'", said):
-            locate(unknown[1], "")  # says whether it is the module or what should be in it
+        if unknown := re.search(r"Error locating target '([^']+)'[^(]*$", said):
+            # Nothing was raised there: this says whether the module is missing or what is in it.
+            locate(unknown[1], "")
         if "missing" in said and "required" in said:
             said += (
                 " Give what is missing. A recorded run that lacks it was made by other code: the "
