@@ -134,7 +134,7 @@ def test_what_ones_own_code_raised_is_said_with_its_place(
         configs.instantiate({"_target_": "unwritten.net", "width": 7})
     with pytest.raises(UserError, match=r"_target_=unlucky.nett: there is no nett.* mean net\?"):
         configs.instantiate({"_target_": "unlucky.nett", "width": 7})
-    with pytest.raises(UserError, match="_target_=unluckier.net: there is no such module"):
+    with pytest.raises(UserError, match=r"_target_=unluckier.net: there is no such module"):
         configs.instantiate({"_target_": "unluckier.net", "width": 7})
 
 
