@@ -238,7 +238,9 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         return utils.instantiate({**node, "_partial_": True}, **options)(**arguments)
     except (InstantiationException, TypeError) as error:
         # Hydra 1.4 passes a TypeError on as it is; only one of the call itself is meant here.
-        if isinstance(error, TypeError) and "__init__() got" not in str(error):
+        if isinstance(error, TypeError) and not re.search(
+            r"__init__\(\) (got|missing) ", str(error)
+        ):
             raise
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
