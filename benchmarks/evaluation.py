@@ -25,7 +25,8 @@ def measure() -> list[Table]:
 
 def table(what: str, *overrides: str) -> Table:
     world = World(device=torch.device("cpu"))
-    objects, _ = build(world, "trainer.device=cpu", "trainer.num_threads=1", *overrides)
+    options = ("trainer.device=cpu", "trainer.num_threads=1", "loss=cross_entropy", *overrides)
+    objects, _ = build(world, *options)
     model, task, val = objects.state.model, objects.task, objects.val
 
     def ours() -> None:

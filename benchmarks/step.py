@@ -1,8 +1,9 @@
 """A training step of `train.py`'s loop beside loops written by hand that do the same arithmetic.
 
 All train an MLP on digits without augmentation: batch 64, AdamW with decay on the matrices alone,
-cosine rate, gradient clipped at norm 1, running loss and accuracy, and the loss logged every 50
-steps. Engines of others are measured too, where `make peers` has installed them.
+cosine rate, plain cross entropy, gradient clipped at norm 1, running loss and accuracy, and the
+loss logged every 50 steps. Engines of others are measured too, where `make peers` has installed
+them.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def train_py(
     objects, config = build(
         world,
         *("data.augment=false", "trainer.device=cpu", "trainer.num_threads=1"),
-        *("trainer.clip_norm=1.0", "trainer.eval_every_epochs=null"),
+        *("loss=cross_entropy", "trainer.clip_norm=1.0", "trainer.eval_every_epochs=null"),
         *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
         *("trainer.checkpoint.save_every_steps=300", *overrides),
     )

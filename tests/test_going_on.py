@@ -17,7 +17,7 @@ CHANGES_THE_MATHS = (
     *("seed=1 data.seed=1", "data.batch_size=8", "data.source.num_train=40", "data.limit_train=30"),
     *("data.drop_last=true", "model.hidden=[13]", "model.dropout=0.1", "optimizer=sgd"),
     *("optimizer.lr=0.5", "scheduler=step", "scheduler.warmup_steps=2", "trainer.ema_decay=0.9"),
-    *("loss.label_smoothing=0.1", "trainer.precision=bf16", "trainer.clip_norm=1.0"),
+    *("loss.label_smoothing=0.2", "trainer.precision=bf16", "trainer.clip_norm=1.0"),
     *("trainer.early_stopping.patience=3", "trainer.eval_every_epochs=2", "trainer.mode=min"),
 )
 LEAVES_IT = (

@@ -85,6 +85,7 @@ CASES: dict[str, tuple[Callable[..., Any], Tensor, Tensor]] = {
         drawn(B, C, 7),
         ignoring(indices(B, 7), -1),
     ),
+    "tokens_smoothed": (cross_entropy(label_smoothing=0.1), drawn(B, C, 7), indices(B, 7)),
     "tokens_plain": (cross_entropy(), drawn(B, C, 7), indices(B, 7)),
     "binary": (BCEWithLogits(pos_weight=3.0), drawn(B, 1), indices(B, high=2)),
     "multilabel": (BCEWithLogits(pos_weight=CLASS_WEIGHTS), drawn(B, C), BITS),

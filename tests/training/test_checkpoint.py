@@ -323,8 +323,8 @@ def written(folder: Path, values: list[float | None], options: Any, mode: str = 
         known = [v for v in values[:step] if v is not None and v == v]
         if known:
             best = (max if mode == "max" else min)(known)
-            first = values.index(best) + 1
-            assert (folder / "best").resolve().name == f"step_{first:08d}"
+            latest = max(at for at, v in enumerate(values[:step], 1) if v == best)
+            assert (folder / "best").resolve().name == f"step_{latest:08d}"
         checkpoint.load((folder / "last").resolve())
     return {int(path.name[5:]) for path in folder.glob("step_????????")}
 
@@ -342,12 +342,14 @@ NAN = float("nan")
         ({}, "max", [0.9, 0.1, 0.2, 0.3, 0.4], {1, 4, 5}),
         ({}, "min", [0.9, 0.1, 0.2, 0.3, 0.4], {2, 4, 5}),
         ({}, "max", [None, None, None, None], {3, 4}),
-        ({}, "max", [0.5, 0.5, 0.5, 0.5], {1, 3, 4}),
+        ({}, "max", [0.5, 0.5, 0.5, 0.1, 0.1, 0.1], {3, 5, 6}),
+        ({}, "min", [0.5, 0.5, 0.6, 0.6, 0.6], {2, 4, 5}),
+        ({"keep_best": 2}, "max", [0.5, 0.5, 0.5, 0.1, 0.1, 0.1], {2, 3, 5, 6}),
         ({}, "max", [NAN, 0.5, NAN, 0.1, NAN], {2, 4, 5}),
         ({"keep_last": 1}, "max", [0.1, 0.2, 0.3], {3}),
         ({"keep_last": 0, "keep_best": 0}, "max", [0.3, 0.2, 0.1], {1, 3}),
         ({"keep_best": 3}, "max", [0.9, 0.8, 0.7, 0.1, 0.2, 0.3], {1, 2, 3, 5, 6}),
-        ({"milestones_every_epochs": 3}, "max", [0.1] * 8, {1, 3, 6, 7, 8}),
+        ({"milestones_every_epochs": 3}, "max", [0.1] * 8, {3, 6, 7, 8}),
     ],
 )
 def test_rotation_keeps_newest_best_and_milestones(

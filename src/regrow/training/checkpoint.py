@@ -284,7 +284,8 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int)
     sign = 1 if mode == "max" else -1
     ranked = sorted(
         (path for path, facts in manifests.items() if _is_number(facts["value"])),
-        key=lambda path: (-sign * manifests[path]["value"], manifests[path]["step"]),
+        key=lambda path: (sign * manifests[path]["value"], manifests[path]["step"]),
+        reverse=True,  # of equal ones the latest, as the loop has it
     )
     kept = {
         *newest_first[: max(1, options.keep_last)],

@@ -23,7 +23,7 @@ from regrow.training.options import TrainerOptions
 from regrow.training.parallel import World, stopping_together, synchronises
 from regrow.training.plan import Batch, EvalBatches, Plan, Task
 from regrow.training.precision import autocast
-from regrow.training.schedules import Plateau, improves
+from regrow.training.schedules import Plateau, improves, is_best
 from regrow.training.show import (
     COUNTED,
     EXAMPLES,
@@ -348,7 +348,7 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
     """Let an evaluation decide: the best so far, the plateau, early stopping."""
     progress, mode = state.progress, options.mode
     value = values[options.monitor]
-    if improves(value, progress.best_value, mode=mode):
+    if is_best(value, progress.best_value, mode=mode):
         progress.best_value, progress.best_step = value, state.step
         progress.best_values = dict(values)
     if isinstance(state.schedule, Plateau):
