@@ -72,6 +72,17 @@ def test_a_debug_mode_runs(option: str, model: str, tmp_path: Path) -> None:
     assert (tmp_path / "profile" / "trace.json").exists() is (option == "profile")
 
 
+def test_labels_are_smoothed_but_under_overfit() -> None:
+    def smoothing(*overrides: str) -> float:
+        found = config_of(*overrides)["loss"]["label_smoothing"]
+        assert isinstance(found, float)
+        return found
+
+    assert smoothing() == smoothing("debug=fast") == 0.1
+    assert smoothing("debug=overfit") == smoothing("loss=cross_entropy") == 0
+    assert smoothing("debug=overfit", "loss.label_smoothing=0.3") == 0.3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_one_batch_can_be_learnt_by_heart(model: str, tmp_path: Path) -> None:

@@ -45,10 +45,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def main() -> None:
             # So that Hydra raises what it would otherwise print with its own hints.
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            register: Any = OmegaConf.register_resolver  # from 2.4 on; before, an older one's name
-            if "replace" not in inspect.signature(register).parameters:
-                register = OmegaConf.register_new_resolver
-            register("options", option_list, replace=True)  # of --help
+            register_resolver("options", option_list)  # of --help
             find_own_modules()
             try:
                 check_arguments(sys.argv[1:])
@@ -75,6 +72,18 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+def register_resolver(name: str, function: Callable[..., Any]) -> None:
+    """Let `${name:…}` stand in a config."""
+    register: Any = OmegaConf.register_resolver  # from 2.4 on; before, an older one's name
+    if "replace" not in inspect.signature(register).parameters:
+        register = OmegaConf.register_new_resolver
+    register(name, function, replace=True)
+
+
+# ${unless:A,B,C}: 0 where A is B, else C. A config has no other way to ask for another's choice.
+register_resolver("unless", lambda choice, option, value: 0.0 if choice == option else value)
 
 
 def version_arguments() -> dict[str, Any]:
