@@ -80,6 +80,7 @@ def test_labels_are_smoothed_but_under_overfit() -> None:
 
     assert smoothing() == smoothing("debug=fast") == 0.1
     assert smoothing("debug=overfit") == smoothing("loss=cross_entropy") == 0
+    assert smoothing("debug=overfit", "experiment=digits_fast") == 0
     assert smoothing("debug=overfit", "loss.label_smoothing=0.3") == 0.3
 
 

@@ -82,8 +82,15 @@ def register_resolver(name: str, function: Callable[..., Any]) -> None:
     register(name, function, replace=True)
 
 
-# ${unless:A,B,C}: 0 where A is B, else C. A config has no other way to ask for another's choice.
-register_resolver("unless", lambda choice, option, value: 0.0 if choice == option else value)
+def if_chosen(group: str, option: str, then: Any, otherwise: Any) -> Any:
+    """`then` where `group=option` was chosen: a config has no other way to follow a choice."""
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return then if choices.get(group) == option else otherwise
+
+
+register_resolver("if_chosen", if_chosen)
 
 
 def version_arguments() -> dict[str, Any]:

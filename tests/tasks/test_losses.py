@@ -15,6 +15,7 @@ from torch import Tensor
 from regrow.errors import UserError
 from regrow.tasks.custom import mse_plus_mae
 from regrow.tasks.losses import (
+    FEW_CLASSES,
     BCEWithLogits,
     CrossEntropy,
     LossOutput,
@@ -183,9 +184,26 @@ def test_a_batch_of_ignored_targets_alone_has_weight_zero_and_finite_gradients()
     assert outputs.grad is not None and (outputs.grad == 0).all()
 
 
-def test_torchs_own_index_for_ignored_is_no_silent_way_out() -> None:
-    with pytest.raises(IndexError):
-        cross_entropy()(drawn(2, C), torch.tensor([1, -100]))
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_torchs_own_index_for_ignored_is_no_silent_way_out(smoothing: float) -> None:
+    with pytest.raises((IndexError, RuntimeError), match="-100 is out of bounds"):
+        cross_entropy(label_smoothing=smoothing)(drawn(2, C), torch.tensor([1, -100]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [indices(B - 1), indices(B, 2), indices(B).int()])
+def test_targets_of_another_shape_or_type_are_refused(smoothing: float, targets: Tensor) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        cross_entropy(label_smoothing=smoothing)(drawn(B, C), targets)
+
+
+@pytest.mark.parametrize("classes", [2, C, FEW_CLASSES, FEW_CLASSES + 1])
+def test_smoothing_is_torchs_for_few_and_many_classes(classes: int) -> None:
+    outputs, targets = drawn(B, classes), indices(B, high=classes)
+    found = cross_entropy(label_smoothing=0.1)(outputs, targets).values
+    torch.testing.assert_close(
+        found, F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
+    )
 
 
 @pytest.mark.parametrize(

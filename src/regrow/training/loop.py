@@ -23,7 +23,7 @@ from regrow.training.options import TrainerOptions
 from regrow.training.parallel import World, stopping_together, synchronises
 from regrow.training.plan import Batch, EvalBatches, Plan, Task
 from regrow.training.precision import autocast
-from regrow.training.schedules import Plateau, improves, is_best
+from regrow.training.schedules import Plateau, improves
 from regrow.training.show import (
     COUNTED,
     EXAMPLES,
@@ -348,7 +348,10 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
     """Let an evaluation decide: the best so far, the plateau, early stopping."""
     progress, mode = state.progress, options.mode
     value = values[options.monitor]
-    if is_best(value, progress.best_value, mode=mode):
+    # Of equal ones the latest: a small validation split is soon at its highest accuracy, by weights
+    # with half of their training before them. After skipped steps these are no later weights.
+    equals = value == progress.best_value and not state.skips[1].item()
+    if equals or improves(value, progress.best_value, mode=mode):
         progress.best_value, progress.best_step = value, state.step
         progress.best_values = dict(values)
     if isinstance(state.schedule, Plateau):

@@ -218,12 +218,6 @@ def improves(value: float, best: float | None, *, mode: str, min_delta: float = 
     return value > best + min_delta if mode == "max" else value < best - min_delta
 
 
-def is_best(value: float, best: float | None, *, mode: str) -> bool:
-    """Whether `value` is the best so far. Of equal ones the latest is: a small validation split
-    is soon at its highest accuracy, by weights that have half their training before them."""
-    return value == best or improves(value, best, mode=mode)
-
-
 def _warmed_up(factor: Callable[[int], float], warmup_steps: int) -> Schedule:
     return lambda step: factor(step) * _ramp(step, warmup_steps)
 

@@ -1,0 +1,86 @@
+"""Which evaluation is the best, and that its weights are those which are kept and tested."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import CPU, TINY, config_of, train
+
+from regrow import run as runs
+from regrow.data.batch import Batch
+from regrow.training import loop
+
+NAN = math.nan
+EACH_STEP = ("trainer.eval_every_steps=1", "trainer.checkpoint.save_every_epochs=null")
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Sets what the evaluations in training measure, one after the other."""
+    evaluate = loop.evaluate
+
+    def set_to(values: list[float]) -> None:
+        left = iter(values)
+
+        def measured(state: Any, *args: Any, **more: Any) -> Any:
+            found, details = evaluate(state, *args, **more)
+            return {**found, "val/accuracy": next(left)}, details
+
+        monkeypatch.setattr(loop, "evaluate", measured)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [
+        ("max", [0.5, 0.9, 0.9, 0.7], 3),
+        ("max", [0.9, 0.5, 0.9, 0.9], 4),
+        ("max", [0.5, 0.6, 0.5, 0.5], 2),
+        ("min", [0.5, 0.9, 0.5, 0.7], 3),
+        ("max", [NAN, 0.5, NAN, NAN], 2),
+    ],
+)
+def test_of_equal_evaluations_the_latest_is_best_and_kept(
+    mode: str, values: list[float], best: int, tmp_path: Path, evaluations: Any
+) -> None:
+    evaluations(values)
+    summary = train(tmp_path, *TINY, *EACH_STEP, f"trainer.mode={mode}", "trainer.max_steps=4")
+    assert summary["best"]["step"] == best
+    assert (tmp_path / "checkpoints" / "best").resolve().name == f"step_{best:08d}"
+
+
+def test_an_evaluation_after_a_skipped_step_is_no_later_best(
+    tmp_path: Path,
+    evaluations: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train_step = loop.train_step
+
+    def third_is_bad(state: Any, batch: Any, plan: Any) -> Any:
+        if state.step == 2:
+            bad = torch.full_like(batch.inputs, NAN)
+            batch = Batch(bad, batch.targets, batch.weights, batch.num_local, batch.num_global)
+        return train_step(state, batch, plan)
+
+    monkeypatch.setattr(loop, "train_step", third_is_bad)
+    evaluations([0.5, 0.9, 0.9, 0.7])
+    summary = train(tmp_path, *TINY, *EACH_STEP, "trainer.max_steps=4")
+    assert summary["best"]["step"] == 2
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
+    assert "were not saved" not in caplog.text
+
+
+def test_an_equal_evaluation_is_no_improvement_for_early_stopping_and_plateau() -> None:
+    config = config_of(*TINY, "scheduler=plateau", "scheduler.patience=9")
+    objects = runs.build(config, CPU)
+    for value in (0.5, 0.5, 0.5):
+        loop.take_in({"val/accuracy": value}, objects.state, objects.options)
+    schedule: Any = objects.state.schedule
+    assert objects.state.progress.evaluations_without_improvement == schedule.waited == 2
