@@ -21,7 +21,7 @@ from torch import Tensor
 from regrow.errors import UserError
 
 _NO_TARGET = -(1 << 40)  # torch's own default, -100, would leave out a broken target in silence
-FEW_CLASSES = 100
+FEW_CLASSES = 100  # for which probabilities as targets are quicker than torch's label smoothing
 
 
 class LossOutput(NamedTuple):
@@ -107,10 +107,10 @@ class CrossEntropy:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> LossOutput:
         outputs = full_precision(outputs)
-        soft = targets.is_floating_point()
         if self._smooths_cheaply(outputs, targets):
             smoothed = self._smoothed(outputs, targets)
             return LossOutput(F.cross_entropy(outputs, smoothed, reduction="none"))
+        soft = targets.is_floating_point()
         table = None
         if self.class_weights is not None:
             table = _constant(tuple(self.class_weights), outputs.dtype, outputs.device)
