@@ -20,7 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
@@ -124,6 +128,13 @@ class _Reader(FileSystemReader):
         return metadata
 
 
+def _member(kind: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 pickle a member of an enum as: `getattr(kind, name)`."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError("builtins.getattr has no place in an index")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _IndexUnpickler(pickle._Unpickler):
     """Reads what describes tensors and where they lie; any other class is refused.
 
@@ -143,6 +154,8 @@ class _IndexUnpickler(pickle._Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in self.CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
         return super().find_class(module, name)
