@@ -29,6 +29,7 @@ from regrow.training.options import TrainerOptions
 from regrow.training.parallel import Exchange, World
 from regrow.training.precision import LossScale
 from regrow.training.state import Buffers, TrainState, average_of
+from regrow.training.sums import epoch_sums
 
 CPU = World(device=torch.device("cpu"))
 # Ragged on purpose: 50 examples in windows of 16, so that each epoch ends in a window of 2.
@@ -164,7 +165,7 @@ class Bench:
             schedule=schedule,
             averaged=averaged,
             loss_scale=loss_scale,
-            sums=torch.zeros(4, dtype=torch.float64),
+            sums=epoch_sums(CPU.device),
             skips=torch.zeros(2),
             steps_per_epoch=1000,
         )

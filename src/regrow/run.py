@@ -44,6 +44,7 @@ from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau, RunLength
 from regrow.training.show import evaluation_bar
 from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
+from regrow.training.sums import epoch_sums
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         schedule=schedule,
         averaged=averaged,
         loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
-        sums=torch.zeros(4, dtype=loop.sum_dtype(world.device), device=world.device),
+        sums=epoch_sums(world.device),
         skips=torch.zeros(2, device=world.device),
         steps_per_epoch=train.steps_per_epoch,
     )

@@ -115,7 +115,7 @@ def test_a_run_after_the_test_is_the_run_without_it() -> None:
             range_test(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 25}))
         losses = []
         for batch in plan.train.epoch(0):
-            losses.append(loop.train_step(objects.state, batch, plan).sums[0].item())
+            losses.append(loop.train_step(objects.state, batch, plan).sums[0])
             objects.state.progress.step += 1
         return losses
 

@@ -27,6 +27,7 @@ from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.parallel import World, stopping_together
 from regrow.training.sharded_checkpoint import Writers
 from regrow.training.sharding import whole
+from regrow.training.sums import EXAMPLES, LOSS, WEIGHT, read
 
 Config = dict[str, Any]
 BATCH = 2  # of an evaluation
@@ -72,8 +73,8 @@ def steps(objects: Any, plan: Any, last: int = 6, *, whole_weights: bool = True)
         for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
             result = loop.train_step(state, batch, plan)
             state.progress.step += 1
-            loss = result.sums[loop.LOSS] / result.sums[loop.WEIGHT]
-            seen.append((loss.item(), result.grad_norm.item(), result.sums[loop.EXAMPLES].item()))
+            sums = read(result.sums)
+            seen.append((sums[LOSS] / sums[WEIGHT], float(result.grad_norm), sums[EXAMPLES]))
             if state.step == last:
                 break
     weights = state.model.state_dict() if whole_weights else {}
@@ -88,8 +89,8 @@ def trained_in_slices(world: World, config: Config, folder: Path) -> dict[str, A
 def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """The broken variant: the mean over processes, as if each had the same number of examples."""
 
-    def mean(loss_sum: Tensor, state: Any, batch: Any, plan: Any) -> None:
-        torch.autograd.backward(loss_sum / max(1, batch.num_local) / world.size)
+    def mean(losses: Tensor, state: Any, batch: Any, plan: Any) -> None:
+        torch.autograd.backward(losses.sum() / max(1, batch.num_local) / world.size)
 
     backward = loop.backward
     loop.backward = mean

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from regrow.data.batch import Batch
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
-from regrow.training import checkpoint, optim
+from regrow.training import checkpoint, optim, sums
 from regrow.training.precision import LossScale
 from regrow.training.state import Buffers
 
@@ -144,11 +144,18 @@ def test_a_bad_loss_with_good_gradients_is_skipped_too() -> None:
     assert same(before, held_by(bench))
 
 
-def test_epoch_means_leave_skipped_steps_out() -> None:
-    bench = bench_of(MAKERS["sgd"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_epoch_means_leave_skipped_steps_out(
+    on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the sums stay on a device that skips by itself, which a CPU can stand for."""
+    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
+    bench = bench_of(MAKERS["adamw"])
+    assert isinstance(bench.state.sums, Tensor) == on_device
     lines = [bench.step(batch(n, bad)) for n, bad in ((0, None), (1, torch.inf), (2, None))]
     exact = (lines[0]["train/loss"] + lines[2]["train/loss"]) / 2
-    loss, _, weight, examples = bench.state.sums.tolist()
+    loss, _, weight, examples = sums.read(bench.state.sums)
     assert loss / weight == pytest.approx(exact)
     assert examples == 24
 

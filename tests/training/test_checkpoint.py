@@ -513,11 +513,15 @@ def test_the_memory_of_the_first_copy_is_touched_beforehand(tmp_path: Path) -> N
     assert with_room < without / 10  # of 8192 pages
 
 
-@pytest.mark.parametrize("skips_first", [False, True])
-def test_a_run_makes_room_for_its_first_checkpoint(
-    skips_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("skips_first", "is_small"), [(False, False), (True, False), (False, True)]
+)
+def test_a_run_makes_room_for_its_first_checkpoint_unless_it_is_small(
+    skips_first: bool, is_small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole of it, also where the first step leaves the optimizer without a state."""
+    if not is_small:
+        monkeypatch.setattr(checkpoint, "SMALL_BYTES", 0)
     update, updates = optim.update, []
 
     def updated(*args: Any, **named: Any) -> Any:
@@ -534,8 +538,8 @@ def test_a_run_makes_room_for_its_first_checkpoint(
     monkeypatch.setattr(CheckpointWriter, "save", looked_at)
     monkeypatch.setattr(optim, "update", updated)
     train(tmp_path, *RUN)
-    assert ready[0] == ready[-1]
-    assert any(name.endswith("exp_avg_sq") for name in ready[0])
+    assert any(name.endswith("exp_avg_sq") for name in ready[-1])
+    assert ready[0] == ([] if is_small else ready[-1])
 
 
 def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) -> None:

@@ -17,7 +17,7 @@ from regrow.config import CONF
 from regrow.errors import UserError
 from regrow.tasks import losses
 from regrow.tasks.tasks import Regression
-from regrow.training import optim
+from regrow.training import optim, sums
 from regrow.training.optim import Clipping, MuonWithAdamW
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
@@ -239,6 +239,7 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
 def steps_of(make: Any, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Weights after a good, a bad and a good step."""
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
+    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
     model = nn.Linear(6, 1)
     task = Regression(num_outputs=1, monitor="val/rmse", mode="min", loss=losses.mse)

@@ -72,6 +72,15 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+@functools.lru_cache(maxsize=16)
+def _smoothed(classes: int, smoothing: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, C) the probabilities that stand for each class index, copied to the device once."""
+    with torch.inference_mode(False):  # the first call may be an evaluation's
+        share = smoothing / classes
+        table = torch.full((classes, classes), share, dtype=dtype)
+        return table.fill_diagonal_(1 - smoothing + share).to(device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
     """Cross entropy of logits (B, C, …) with class indices (B, …) or probabilities (B, C, …).
@@ -108,7 +117,13 @@ class CrossEntropy:
     def __call__(self, outputs: Tensor, targets: Tensor) -> LossOutput:
         outputs = full_precision(outputs)
         if self._smooths_cheaply(outputs, targets):
-            smoothed = self._smoothed(outputs, targets)
+            classes = outputs.shape[1]
+            rows = _smoothed(classes, self.label_smoothing, outputs.dtype, outputs.device)
+            try:
+                smoothed = rows.index_select(0, targets)
+            except IndexError as error:  # says neither which nor where, as cross_entropy does
+                outside = targets[(targets < 0) | (targets >= classes)]
+                raise IndexError(f"Target {outside[0].item()} is out of bounds.") from error
             return LossOutput(F.cross_entropy(outputs, smoothed, reduction="none"))
         soft = targets.is_floating_point()
         table = None
@@ -148,12 +163,6 @@ class CrossEntropy:
             and outputs.ndim == 2
             and outputs.shape[1] <= FEW_CLASSES
         )
-
-    def _smoothed(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Class indices (B,) as probabilities (B, C)."""
-        share = self.label_smoothing / outputs.shape[1]
-        spread = torch.full_like(outputs, share)
-        return spread.scatter_(1, targets.unsqueeze(1), 1 - self.label_smoothing + share)
 
 
 @dataclass(frozen=True, kw_only=True)

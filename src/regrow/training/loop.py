@@ -6,8 +6,8 @@ To change what a run does, change these functions. `TrainState` holds what chang
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,35 +25,45 @@ from regrow.training.plan import Batch, EvalBatches, Plan, Task
 from regrow.training.precision import autocast
 from regrow.training.schedules import Plateau, improves
 from regrow.training.show import (
+    advance,
+    announce,
+    begin_epoch,
+    clock,
+    evaluation_bar,
+    histograms,
+    progress_bar,
+    running,
+)
+from regrow.training.state import Buffers, TrainState, update_average
+from regrow.training.sums import (
     COUNTED,
     EXAMPLES,
     LOSS,
     SCORE,
     WEIGHT,
-    advance,
-    announce,
-    clock,
-    evaluation_bar,
-    histograms,
-    progress_bar,
+    Sums,
+    added,
+    constant,
+    epoch_sums,
     ratio,
-    running,
+    read,
+    slice_sums,
+    sum_dtype,
 )
-from regrow.training.state import Buffers, TrainState, update_average
 
 log = logging.getLogger(__name__)
 
 
 class Slice(NamedTuple):
-    sums: Tensor  # (4 + components,) loss, score, weight, examples; then the loss's named parts
+    sums: Sums
     weighted: bool  # whether the weights differ from one each
     components: tuple[str, ...]
 
 
 class StepResult(NamedTuple):
-    sums: Tensor  # (4 + components,) as a slice's, over all slices and processes
+    sums: Sums  # over all slices and processes
     components: tuple[str, ...]
-    grad_norm: Tensor  # () true, global, before clipping
+    grad_norm: Tensor | float  # () true, global, before clipping
     skipped: optim.Skipped
 
 
@@ -67,8 +77,9 @@ def fit(state: TrainState, plan: Plan) -> str:
         state.model.train()
         plan.exchange.start_clock()
         over = state.step > 0 and settle(state, plan)
-        while not over:
-            with progress_bar(state, plan) as bar:
+        with progress_bar(plan) as bar:
+            while not over:
+                begin_epoch(bar, state)
                 batches = plan.train.epoch(state.epoch, start=state.step_in_epoch)
                 for batch in batches if together else plan.stop.while_waiting(batches):
                     result = train_step(state, batch, plan)
@@ -105,7 +116,9 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     # that is not the sum of the weights, or fp16 scaled the loss, one factor puts it right.
     factor: float | Tensor = 1.0
     if any(part.weighted for part in parts):
-        factor = batch.num_global / sums[WEIGHT]
+        weight = sums[WEIGHT]
+        # A weight of zero on the host is no float's divisor; on the device it gives inf.
+        factor = batch.num_global / weight if isinstance(weight, Tensor) or weight else math.nan
     if state.loss_scale is not None:
         factor = factor / state.loss_scale.value
     found = sharding.local([p.grad for p in plan.parameters if p.grad is not None])
@@ -126,8 +139,9 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         state.loss_scale.update(skipped)
     if state.averaged is not None and plan.options.ema_decay is not None:
         update_average(state.averaged, state.model, plan.options.ema_decay, skipped)
-    count(state, sums[:COUNTED], skipped)
-    true_norm = norm * factor if isinstance(factor, Tensor) else norm  # a float is 1.0
+    count(state, sums, skipped)
+    no_factor = isinstance(factor, float) and factor == 1.0  # then one operation less
+    true_norm = norm if no_factor else norm * factor
     return StepResult(sums, parts[0].components, true_norm, skipped)
 
 
@@ -143,11 +157,11 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
             # What the model draws (dropout) follows from the step, not from what was drawn before.
             seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
             with synchronises(plan.forward, is_last):
-                loss_sum, part = forward(micro_batch, plan)
+                losses, part = forward(micro_batch, plan)
                 parts.append(part)
                 if is_last:  # under way while the gradients are computed
-                    plan.exchange.send([part.sums for part in parts])
-                backward(loss_sum, state, micro_batch, plan)
+                    plan.exchange.send([part.sums for part in parts], losses.dtype)
+                backward(losses, state, micro_batch, plan)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -156,47 +170,47 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
 
 
 def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
-    """The summed loss of one slice, to be differentiated, and what it adds to the step's sums."""
+    """The weighted losses of one slice, to be differentiated, and what it adds to the sums."""
     with autocast(plan.world.device, plan.options.precision):
         outputs = call(plan.forward, batch.inputs)
         loss = plan.task.loss(outputs, batch.targets, batch.weights)
     values, weights = at_least_float32(loss.values), loss.weights
-    loss_sum = values.sum() if weights is None else (values * weights).sum()
-    with torch.no_grad():
-        score = plan.task.running(outputs, batch.targets) if batch.num_local else None
-        examples = constant(batch.num_local, loss_sum.dtype, loss_sum.device)
-        sums = [
-            loss_sum.detach(),
-            examples.new_zeros(()) if score is None else score.sum(dtype=loss_sum.dtype),
-            examples if weights is None else weights.sum(dtype=loss_sum.dtype),
-            examples,
-        ]
-        for part in loss.components.values():
-            sums.append((part if weights is None else part * weights).sum(dtype=loss_sum.dtype))
-        return loss_sum, Slice(torch.stack(sums), weights is not None, tuple(loss.components))
+    losses = values if weights is None else values * weights
+    score = plan.task.running(outputs.detach(), batch.targets) if batch.num_local else None
+    sums: list[Tensor | float] = [
+        losses.detach().sum(),
+        0.0 if score is None else score.sum(dtype=losses.dtype),
+        batch.num_local if weights is None else weights.detach().sum(dtype=losses.dtype),
+        batch.num_local,
+    ]
+    for part in loss.components.values():
+        part = part.detach() if weights is None else (part * weights).detach()
+        sums.append(part.sum(dtype=losses.dtype))
+    taken = slice_sums(sums, like=losses)
+    return losses, Slice(taken, weights is not None, tuple(loss.components))
 
 
-def backward(loss_sum: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
-    """Add the gradients of one slice to what is there."""
+def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
+    """Add the gradients of one slice, those of the sum of its losses, to what is there."""
     share = 1.0 / batch.num_global
     if state.loss_scale is None:
-        factor = constant(share, loss_sum.dtype, loss_sum.device)
+        factor = constant(share, losses.dtype, losses.device)
     else:
-        factor = (share * state.loss_scale.value).to(loss_sum.dtype)
-    torch.autograd.backward(loss_sum, factor)
+        factor = (share * state.loss_scale.value).to(losses.dtype)
+    torch.autograd.backward(losses, factor.expand_as(losses))
 
 
 def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     """The log lines that are due after a step: of the step, of the epoch, of the tensors."""
     options, progress, step = plan.options, state.progress, state.step
     if due(step, options.log_every_steps):
-        loss, score, weight, examples, *components = result.sums.tolist()
+        loss, score, weight, examples, *components = read(result.sums)
         line = {"train/loss": ratio(loss, weight)}
         if plan.task.running_name:
             line[f"train/{plan.task.running_name}"] = ratio(score, examples)
         for name, part in zip(result.components, components, strict=True):
             line[f"train/loss_{name}"] = ratio(part, weight)
-        line["train/grad_norm"] = result.grad_norm.item()
+        line["train/grad_norm"] = float(result.grad_norm)
         line |= {f"train/{name}": lr for name, lr in optim.rates(state.optimizer).items()}
         if state.loss_scale is not None:
             line["train/loss_scale"] = state.loss_scale.value.item()
@@ -211,7 +225,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     if state.step_in_epoch == 0:
         progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
         plan.record.log(step, state.epoch, progress.train_means)
-        state.sums.zero_()
+        state.sums = epoch_sums(plan.world.device)
 
 
 def settle(state: TrainState, plan: Plan) -> bool:
@@ -467,10 +481,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def count(state: TrainState, sums: Tensor, skipped: optim.Skipped) -> None:
+def count(state: TrainState, sums: Sums, skipped: optim.Skipped) -> None:
     """Add a step to the epoch's sums, or to the steps that were skipped."""
     if isinstance(skipped, Tensor):  # on the device, where nobody knows yet
-        state.sums += torch.where(skipped.bool(), 0.0, sums)
+        state.sums = added(state.sums, torch.where(skipped.bool(), 0.0, torch.as_tensor(sums)))
         state.skips[0] += skipped
         state.skips[1].add_(1).mul_(skipped)
         state.no_streak = False
@@ -478,15 +492,9 @@ def count(state: TrainState, sums: Tensor, skipped: optim.Skipped) -> None:
         state.skips += 1
         state.no_streak = False
     else:
-        state.sums += sums
+        state.sums = added(state.sums, sums)
         if not state.no_streak:
             state.skips[1], state.no_streak = 0, True
-
-
-@functools.lru_cache(maxsize=64)
-def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """() on the device, made once: a fresh one costs a copy to the device each step."""
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -496,7 +504,3 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 def due(count: int, every: int | None) -> bool:
     return every is not None and count > 0 and count % every == 0
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

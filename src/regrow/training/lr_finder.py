@@ -14,6 +14,7 @@ from regrow.errors import UserError
 from regrow.training.loop import train_step
 from regrow.training.plan import Batch, Plan
 from regrow.training.state import TrainState
+from regrow.training.sums import read
 
 MEMORY = 0.9  # of the running mean that divergence is judged by
 WIDTH = 0.03  # of the bell that smooths the curve, as a share of its steps
@@ -71,7 +72,7 @@ def range_test(state: TrainState, plan: Plan, test: RangeTest) -> Curve:
     state.model.train()
     try:
         for index, batch in enumerate(itertools.islice(_batches(state, plan), test.num_steps)):
-            sums = train_step(state, batch, plan).sums.tolist()
+            sums = read(train_step(state, batch, plan).sums)
             state.progress.step += 1
             loss = sums[0] / sums[2] if sums[2] else math.nan
             if not math.isfinite(loss):

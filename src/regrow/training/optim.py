@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.errors import UserError
-from regrow.training import sharding
+from regrow.training import sharding, sums
 
 
 def parameter_groups(
@@ -170,11 +170,11 @@ def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
 def update(
     optimizer: Optimizer,
     gradients: list[Tensor],
-    norm: Tensor,
+    norm: Tensor | float,
     *,
     factor: float | Tensor,
     clipping: Clipping,
-    valid: Tensor,
+    valid: Tensor | float,
 ) -> Skipped:
     """One update with `gradients * factor`, clipped; nothing at all where it would not be finite.
 
@@ -184,7 +184,7 @@ def update(
     """
     scale: float | Tensor
     skipped: Skipped
-    if skips_on_device(optimizer, norm.device):
+    if isinstance(norm, Tensor) and skips_on_device(optimizer, norm.device):
         true_norm = norm * factor
         skipped = (true_norm + valid * 0).isfinite().logical_not().float()
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -209,9 +209,9 @@ def update(
     return skipped
 
 
-def numbers(norm: Tensor, *others: Tensor | float) -> list[float]:
+def numbers(norm: Tensor | float, *others: Tensor | float) -> list[float]:
     """() tensors as floats, with one wait for the device; on a CPU there is none to save."""
-    if norm.device.type == "cpu":
+    if isinstance(norm, float) or sums.on_host(norm.device):
         return [float(value) for value in (norm, *others)]
     tensors = [torch.as_tensor(value, device=norm.device) for value in (norm, *others)]
     found: list[float] = torch.stack(tensors).tolist()
@@ -321,9 +321,12 @@ def _split(
             yield {**group, "params": params, "param_names": names, "is_for_muon": chosen}
 
 
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """() the global 2-norm; NaN or inf if any element is."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
+    """() the global 2-norm; NaN or inf if any element is. On a CPU a number, as it is soon read."""
+    norms = torch._foreach_norm(gradients)
+    if sums.on_host(norms[0].device):
+        return math.hypot(*[norm.item() for norm in norms])
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 
 

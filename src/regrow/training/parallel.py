@@ -17,6 +17,7 @@ from regrow.errors import UserError
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.optim import gradient_norm
 from regrow.training.options import DDPOptions
+from regrow.training.sums import Sums, over_slices
 
 T = TypeVar("T")
 
@@ -53,10 +54,14 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
+    def norm(self, gradients: list[Tensor]) -> Tensor | float:
         """() the 2-norm of all gradients, of which this process may hold a part of each."""
         norm = gradient_norm(gradients)
-        return norm if self.mesh is None else self.sum_(norm.square()).sqrt()
+        if self.mesh is None:
+            return norm
+        if isinstance(norm, float):
+            norm = torch.tensor(norm, dtype=torch.float64)
+        return self.sum_(norm.square()).sqrt()
 
     def gather(self, value: int) -> list[int]:
         """Every process's value, by rank."""
@@ -107,7 +112,7 @@ class Exchange:
         self.seconds = 0.0  # since the exchange before, by the main process's clock
         self._wished = False
         self.rides = False  # with the gradients
-        self._sums: Tensor | None = None  # with the wish and the seconds, while they travel
+        self._sums: Sums | None = None  # with the wish and the seconds, while they travel
         self._work: Any = None
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
         self.start_clock()
@@ -127,16 +132,19 @@ class Exchange:
         yield
         self._clock += time.perf_counter() - stopped
 
-    def send(self, parts: list[Tensor]) -> None:
-        """Let the sum of `parts` be taken over all processes, too."""
-        sums = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    def send(self, parts: list[Sums], dtype: torch.dtype) -> None:
+        """Let the sum of `parts` be taken over all processes, too, in `dtype`."""
+        sums = over_slices(parts)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         if self.world.size == 1:
             self.seconds, self._sums = seconds, sums
             return
         own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
-        self._sums = torch.cat([sums, torch.tensor(own, dtype=sums.dtype).to(sums.device)])
+        if isinstance(sums, list):
+            self._sums = torch.tensor([*sums, *own], dtype=dtype)
+        else:
+            self._sums = torch.cat([sums, torch.tensor(own, dtype=dtype).to(sums.device)])
         if not self.rides:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
@@ -144,7 +152,7 @@ class Exchange:
         """Sum a bucket of DDP's gradients over the processes; with the last one, what was sent."""
         gradients: Tensor = bucket.buffer()
         tensors = [gradients]
-        if bucket.is_last() and self._sums is not None:
+        if bucket.is_last() and isinstance(self._sums, Tensor):
             if self._sums.dtype == gradients.dtype:
                 tensors.append(self._sums)
             else:
@@ -157,31 +165,36 @@ class Exchange:
         group: Any = dist.group.WORLD
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Sums:
         """What was sent, over all processes."""
         assert self._sums is not None
-        if self.world.size == 1:
+        if not isinstance(self._sums, Tensor) or self.world.size == 1:
             return self._sums
         if self._work is not None:
             self._work.wait()
             self._work = None
-        self._read(self._sums[-2:])
-        return self._sums[:-2]
+        if self._sums.is_cuda:
+            self._take(self._read_late(self._sums[-2:]))
+            return self._sums[:-2]
+        *sums, wishes, seconds = self._sums.tolist()
+        self._take((wishes, seconds))
+        return sums
 
-    def _read(self, common: Tensor) -> None:
-        ready: Tensor | None = common
-        if common.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            host = torch.empty(2, dtype=common.dtype, pin_memory=True)
-            host.copy_(common, non_blocking=True)
-            event.record()
-            before, self._on_its_way = self._on_its_way, (host, event)
-            ready = None
-            if before is not None:
-                before[1].synchronize()
-                ready = before[0]
-        wishes, self.seconds = (0.0, 0.0) if ready is None else ready.tolist()
+    def _take(self, common: tuple[float, float]) -> None:
+        wishes, self.seconds = common
         self._wished = self._wished or wishes > 0
+
+    def _read_late(self, common: Tensor) -> tuple[float, float]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        host = torch.empty(2, dtype=common.dtype, pin_memory=True)
+        host.copy_(common, non_blocking=True)
+        event.record()
+        before, self._on_its_way = self._on_its_way, (host, event)
+        if before is None:
+            return 0.0, 0.0
+        before[1].synchronize()
+        wishes, seconds = before[0].tolist()
+        return wishes, seconds
 
 
 def stopping_together(
@@ -214,7 +227,7 @@ def distribute(
 
 def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
     """Gradients are summed over the processes once per step, in its last slice's backward pass."""
-    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+    if hasattr(type(forward), "set_requires_gradient_sync"):  # FSDP2; modules themselves look long
         forward.set_requires_gradient_sync(last_slice)
     if last_slice or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()

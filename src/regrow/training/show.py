@@ -14,24 +14,20 @@ from tqdm import tqdm
 from regrow.training.plan import EvalBatches, Plan
 from regrow.training.sharding import whole
 from regrow.training.state import TrainState
+from regrow.training.sums import EXAMPLES, Sums, ratio, read
 
 log = logging.getLogger(__name__)
 
-LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in a step's sums; then the components
 HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accuracy")
 
 
-def running(sums: Tensor, score_name: str | None, prefix: str = "") -> dict[str, float]:
+def running(sums: Sums, score_name: str | None, prefix: str = "") -> dict[str, float]:
     """The exact means so far, of sums of loss, score, weight and examples."""
-    loss, score, weight, examples = sums.tolist()
+    loss, score, weight, examples = read(sums)
     values = {f"{prefix}loss": ratio(loss, weight)}
     if score_name:
         values[f"{prefix}{score_name}"] = ratio(score, examples)
     return values
-
-
-def ratio(total: float, divisor: float) -> float:
-    return total / divisor if divisor else float("nan")
 
 
 def clock(state: TrainState, device: torch.device) -> dict[str, float]:
@@ -59,18 +55,21 @@ def histograms(model: nn.Module) -> dict[str, Tensor]:
     return {**weights, **gradients}
 
 
-def progress_bar(state: TrainState, plan: Plan) -> Any:
-    """A bar for the epoch, quiet when the output is no terminal."""
+def progress_bar(plan: Plan) -> Any:
+    """A bar for one epoch after the other, quiet when the output is no terminal."""
     shown = plan.options.progress_bar and plan.world.is_main
-    total = state.steps_per_epoch
-    return tqdm(
-        total=total,
-        initial=state.step_in_epoch,
-        desc=f"epoch {state.epoch + 1}",
-        unit="step",
-        leave=False,
-        disable=None if shown else True,
-    )
+    return tqdm(unit="step", leave=False, disable=None if shown else True)
+
+
+def begin_epoch(bar: Any, state: TrainState) -> None:
+    """Set the bar to where `state` is: the start of an epoch, or its middle after a resume."""
+    if bar.disable:
+        return
+    bar.set_description(f"epoch {state.epoch + 1}", refresh=False)
+    bar.set_postfix(refresh=False)
+    bar.initial = state.step_in_epoch
+    bar.reset(state.steps_per_epoch)
+    bar.n = bar.last_print_n = bar.initial
 
 
 def evaluation_bar(name: str, batches: EvalBatches, shown: bool = True) -> Any:
@@ -79,7 +78,7 @@ def evaluation_bar(name: str, batches: EvalBatches, shown: bool = True) -> Any:
     return tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=disable)
 
 
-def advance(bar: Any, sums: Tensor, score_name: str | None) -> None:
+def advance(bar: Any, sums: Sums, score_name: str | None) -> None:
     """Move a bar on by one, with what `sums` of its steps or batches say by now.
 
     They are read, which waits for the device, only when the bar is drawn: ten times a second.
@@ -88,7 +87,7 @@ def advance(bar: Any, sums: Tensor, score_name: str | None) -> None:
         return
     values: dict[str, Any] = dict(running(sums, score_name))
     if rate := bar.format_dict["rate"]:
-        values["examples/s"] = f"{rate * sums[EXAMPLES].item() / bar.n:,.0f}"
+        values["examples/s"] = f"{rate * float(sums[EXAMPLES]) / bar.n:,.0f}"
     bar.set_postfix(values)
 
 

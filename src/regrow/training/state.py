@@ -15,6 +15,7 @@ from regrow.errors import UserError
 from regrow.training import optim, sharding
 from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau, Schedule
+from regrow.training.sums import Sums
 
 
 @dataclass
@@ -42,7 +43,7 @@ class TrainState:
     schedule: Schedule
     averaged: nn.Module | None  # the exponential moving average of the model
     loss_scale: LossScale | None  # of fp16
-    sums: Tensor  # (4,) float64: loss, score, weight, examples since the epoch began
+    sums: Sums  # since the epoch began
     skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
     steps_per_epoch: int
     progress: Progress = field(default_factory=Progress)
@@ -68,10 +69,13 @@ class TrainState:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """One entry for each file of a checkpoint. Tensors and plain containers only."""
+        sums = self.sums
+        if isinstance(sums, list):
+            sums = torch.tensor(sums, dtype=torch.float64)
         parts: dict[str, dict[str, Any]] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": {**vars(self.progress), "sums": self.sums, "skips": self.skips},
+            "progress": {**vars(self.progress), "sums": sums, "skips": self.skips},
         }
         if self.averaged is not None:
             parts["averaged"] = self.averaged.state_dict()
@@ -122,7 +126,8 @@ class TrainState:
                 "the checkpoint was written by another version of this code: its progress differs "
                 f"in {', '.join(sorted(other))}. Start a new run with init_from=…"
             )
-        self.sums.copy_(progress.pop("sums"))
+        sums = progress.pop("sums")
+        self.sums = sums.tolist() if isinstance(self.sums, list) else sums.to(self.sums)
         self.skips.copy_(progress.pop("skips"))
         self.no_streak = False
         self.progress = Progress(**progress)
