@@ -68,7 +68,6 @@ class MemoryFeed:
             table = self.store.table(self.seed, epoch).to(self.device)
         order = order.to(self.device)
         per_chunk = max(1, CHUNK_BYTES // (4 * self.num_elements * windows.size))
-        zero = torch.zeros(1, device=self.device)
         for first in range(start - start % per_chunk, len(windows), per_chunk):
             numbers = range(first, min(first + per_chunk, len(windows)))
             shares = [windows.share(number) for number in numbers]
@@ -86,7 +85,8 @@ class MemoryFeed:
                 numbers, shares, inputs, targets, weights, strict=True
             ):
                 if number >= start:
-                    w = w if share.num_local else zero
+                    if not share.num_local:
+                        w = torch.zeros(1, device=self.device)
                     yield Batch(x, y, w, share.num_local, share.num_global)
 
     def _gather(self, indices: Tensor, table: Tensor | None) -> Tensor:
