@@ -21,13 +21,12 @@ from regrow import run as runs
 from regrow.data.batch import share
 from regrow.tasks.metrics import Metrics as Measured
 from regrow.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
-from regrow.training import loop
+from regrow.training import loop, sums
 from regrow.training.checkpoint import CheckpointWriter, Facts
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.parallel import World, stopping_together
 from regrow.training.sharded_checkpoint import Writers
 from regrow.training.sharding import whole
-from regrow.training.sums import EXAMPLES, LOSS, WEIGHT, read
 
 Config = dict[str, Any]
 BATCH = 2  # of an evaluation
@@ -73,8 +72,8 @@ def steps(objects: Any, plan: Any, last: int = 6, *, whole_weights: bool = True)
         for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
             result = loop.train_step(state, batch, plan)
             state.progress.step += 1
-            sums = read(result.sums)
-            seen.append((sums[LOSS] / sums[WEIGHT], float(result.grad_norm), sums[EXAMPLES]))
+            loss, _, weight, examples = sums.read(result.sums)
+            seen.append((loss / weight, float(result.grad_norm), examples))
             if state.step == last:
                 break
     weights = state.model.state_dict() if whole_weights else {}
@@ -84,6 +83,16 @@ def steps(objects: Any, plan: Any, last: int = 6, *, whole_weights: bool = True)
 
 def trained_in_slices(world: World, config: Config, folder: Path) -> dict[str, Any]:
     return trained(world, config, folder, accumulation_steps=3)
+
+
+def trained_with_sums_on_device(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """Where reading a number is a wait: a CPU stands for the device."""
+    on_host = sums.on_host
+    sums.on_host = lambda device: False
+    try:
+        return trained(world, config, folder, accumulation_steps=3)
+    finally:
+        sums.on_host = on_host
 
 
 def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str, Any]:
@@ -230,6 +239,7 @@ def told(world: World, config: Config, folder: Path) -> list[Any]:
 CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "trained": trained,
     "trained_in_slices": trained_in_slices,
+    "trained_with_sums_on_device": trained_with_sums_on_device,
     "trained_as_if_alone": trained_as_if_alone,
     "trained_with_a_nan": trained_with_a_nan,
     "trained_sharded": trained_sharded,

@@ -19,7 +19,7 @@ from regrow.data.batch import Batch
 from regrow.tasks import losses
 from regrow.tasks.custom import mse_plus_mae
 from regrow.tasks.tasks import Binary, Multiclass, Multilabel, Regression
-from regrow.training import loop, optim
+from regrow.training import loop, optim, sums
 from regrow.training.precision import LossScale
 
 CLASSES = 5
@@ -217,6 +217,12 @@ class MeanOfMeans:
         return result._replace(values=result.values * factor)
 
 
+@pytest.fixture(params=["host", "device"])
+def host_or_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums as numbers; and as tensors that are waited for, with the CPU in the device's place."""
+    monkeypatch.setattr(sums, "on_host", lambda device: request.param == "host")
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("slices", [1, 3, 4, 13, 30])
 def test_slices_of_a_batch_are_the_batch_for_every_loss(case: str, slices: int) -> None:
@@ -228,6 +234,7 @@ def test_slices_of_a_batch_are_the_batch_for_every_loss(case: str, slices: int) 
     assert difference(weights, by_torch(reference, outputs, batches)) < 1e-12
 
 
+@pytest.mark.usefixtures("host_or_device")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("slices", [3, 30])
 def test_slices_of_a_weighted_batch_are_the_batch_for_every_loss(case: str, slices: int) -> None:
@@ -303,6 +310,7 @@ def true_norm(model: nn.Module, reference: Reference, batch: Batch) -> float:
     return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()  # type: ignore[misc]
 
 
+@pytest.mark.usefixtures("host_or_device")
 @pytest.mark.parametrize("slices", [1, 4, 30])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_norm_in_the_log_are_those_of_the_whole_batch(
@@ -353,6 +361,7 @@ def test_accuracy_and_epoch_means_count_every_example_once(tmp_path: Path) -> No
             assert whole[f"train/epoch_{name}"] != pytest.approx(unweighted, rel=1e-6)
 
 
+@pytest.mark.usefixtures("host_or_device")
 def test_named_components_add_up_to_the_loss() -> None:
     task, outputs, kind, _ = CASES["mse_plus_mae"]
     for slices in (1, 4, 30):
@@ -362,6 +371,7 @@ def test_named_components_add_up_to_the_loss() -> None:
             assert line["train/loss"] == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.usefixtures("host_or_device")
 @pytest.mark.parametrize(("precision", "slices"), [("bf16", 1), ("fp16", 1), ("fp16", 4)])
 def test_the_gradient_norm_in_the_log_is_unscaled(precision: str, slices: int) -> None:
     task, outputs, kind, reference = CASES["class_weights"]

@@ -145,6 +145,33 @@ def test_a_bad_loss_with_good_gradients_is_skipped_too() -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("what", ["no_weight", "opposite_infinities"])
+def test_a_step_whose_loss_is_no_number_is_skipped(
+    what: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of weight zero, and slices of which one loses infinitely much and one gains it."""
+    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    bench = bench_of(MAKERS["adamw"])
+    bench.step(batch(0))
+    before = held_by(bench)
+    good = bench.plan.task.loss
+    signs = iter([torch.inf, -torch.inf, 0.0])
+    bad = copy.copy(bench.plan.task)
+
+    def loss(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> losses.LossOutput:
+        values = good(outputs, targets, weights).values
+        if what == "no_weight":
+            return losses.LossOutput(values, torch.zeros_like(values))
+        return losses.LossOutput(values + next(signs))
+
+    bad.loss = loss
+    object.__setattr__(bench.plan, "task", bad)
+    line = bench.step(batch(1))
+    assert line["train/skipped_steps"] == 1
+    assert same(before, held_by(bench))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
 def test_epoch_means_leave_skipped_steps_out(
     on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

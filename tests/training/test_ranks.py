@@ -76,7 +76,11 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    "way", ["trained", "trained_in_slices", "trained_sharded", "trained_sharded_in_slices"]
+    "way",
+    [
+        *("trained", "trained_in_slices", "trained_with_sums_on_device"),
+        *("trained_sharded", "trained_sharded_in_slices"),
+    ],
 )
 def test_processes_and_slices_do_not_move_the_maths(
     way: str, one: dict[str, Any], several: Seen

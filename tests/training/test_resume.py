@@ -18,7 +18,7 @@ from regrow import run as runs
 from regrow.data.datasets import from_datasets
 from regrow.data.loaders import TrainBatches
 from regrow.data.splits import Splits
-from regrow.training import loop
+from regrow.training import loop, sums
 from regrow.training.interrupt import StopRequest
 from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau
@@ -127,6 +127,16 @@ def test_stops_twice_within_an_epoch_and_at_its_end_change_nothing(
     whole = whole_run("everything", tmp_path_factory)
     in_parts(tmp_path, EVERYTHING, [5, 7, 8])
     assert same(tmp_path, whole)
+
+
+def test_nor_where_the_sums_stay_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU stands for it."""
+    monkeypatch.setattr(sums, "on_host", lambda device: False)
+    train(tmp_path / "whole", *EVERYTHING)
+    in_parts(tmp_path / "cut", EVERYTHING, [5, 7, 8])
+    assert same(tmp_path / "cut", tmp_path / "whole")
 
 
 _whole: dict[str, Path] = {}

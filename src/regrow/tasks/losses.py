@@ -73,7 +73,9 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 
 @functools.lru_cache(maxsize=16)
-def _smoothed(classes: int, smoothing: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _smoothed_rows(
+    classes: int, smoothing: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """(C, C) the probabilities that stand for each class index, copied to the device once."""
     with torch.inference_mode(False):  # the first call may be an evaluation's
         share = smoothing / classes
@@ -118,10 +120,10 @@ class CrossEntropy:
         outputs = full_precision(outputs)
         if self._smooths_cheaply(outputs, targets):
             classes = outputs.shape[1]
-            rows = _smoothed(classes, self.label_smoothing, outputs.dtype, outputs.device)
+            rows = _smoothed_rows(classes, self.label_smoothing, outputs.dtype, outputs.device)
             try:
                 smoothed = rows.index_select(0, targets)
-            except IndexError as error:  # says neither which nor where, as cross_entropy does
+            except IndexError as error:  # names no target; that of cross_entropy does
                 outside = targets[(targets < 0) | (targets >= classes)]
                 raise IndexError(f"Target {outside[0].item()} is out of bounds.") from error
             return LossOutput(F.cross_entropy(outputs, smoothed, reduction="none"))

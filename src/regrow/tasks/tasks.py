@@ -47,7 +47,10 @@ class Task(Protocol):
         ...
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """A score per example for the progress bar, without a wait for the device."""
+        """A score per example for the progress bar, without a wait for the device.
+
+        Called with gradients enabled; what it returns is detached.
+        """
         ...
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder of sharded tensors, in a checkpoint
 PAGE_BYTES = 4096  # the smallest that kernels give
-SMALL_BYTES = 1 << 20  # of weights
+SMALL_BYTES = 1 << 20  # of weights: below it the first copy touches its memory itself
 SERIAL_ELEMENTS = 1 << 14  # for more, a second thread would start a team of threads of its own
 FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
         self.writers = writers  # all processes, each its part, where the model is sharded
         self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
         self._copies: dict[str, Tensor] = {}
-        self._has_room = False
+        self._room_is_settled = False
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         if is_main:
@@ -95,9 +95,9 @@ class CheckpointWriter:
         The kernel gives memory at the first touch, and takes far longer for it than a copy does.
         For a small state that is less than what a thread costs.
         """
-        if self._has_room or not self.writes:
+        if self._room_is_settled or not self.writes:
             return
-        self._has_room = True
+        self._room_is_settled = True
         outline = parts()
         weights = [value for value in outline["model"].values() if isinstance(value, Tensor)]
         if sum(weight.nbytes for weight in weights) < SMALL_BYTES:
@@ -120,7 +120,7 @@ class CheckpointWriter:
         checkpoint is never ahead of its record.
         """
         self.wait()
-        self._has_room = True
+        self._room_is_settled = True
         snapshot, shards = self._copy(parts)
         self._thread = threading.Thread(
             target=self._write, args=(snapshot, shards, facts, sync), name="checkpoint"

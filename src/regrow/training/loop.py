@@ -27,7 +27,6 @@ from regrow.training.schedules import Plateau, improves
 from regrow.training.show import (
     advance,
     announce,
-    begin_epoch,
     clock,
     evaluation_bar,
     histograms,
@@ -77,9 +76,8 @@ def fit(state: TrainState, plan: Plan) -> str:
         state.model.train()
         plan.exchange.start_clock()
         over = state.step > 0 and settle(state, plan)
-        with progress_bar(plan) as bar:
-            while not over:
-                begin_epoch(bar, state)
+        while not over:
+            with progress_bar(state, plan) as bar:
                 batches = plan.train.epoch(state.epoch, start=state.step_in_epoch)
                 for batch in batches if together else plan.stop.while_waiting(batches):
                     result = train_step(state, batch, plan)
@@ -117,7 +115,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     factor: float | Tensor = 1.0
     if any(part.weighted for part in parts):
         weight = sums[WEIGHT]
-        # A weight of zero on the host is no float's divisor; on the device it gives inf.
+        # Python refuses to divide by zero; either way the norm is not finite, the step skipped.
         factor = batch.num_global / weight if isinstance(weight, Tensor) or weight else math.nan
     if state.loss_scale is not None:
         factor = factor / state.loss_scale.value
@@ -176,18 +174,18 @@ def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
         loss = plan.task.loss(outputs, batch.targets, batch.weights)
     values, weights = at_least_float32(loss.values), loss.weights
     losses = values if weights is None else values * weights
-    score = plan.task.running(outputs.detach(), batch.targets) if batch.num_local else None
-    sums: list[Tensor | float] = [
+    score = plan.task.running(outputs, batch.targets) if batch.num_local else None
+    parts: list[Tensor | float] = [
         losses.detach().sum(),
-        0.0 if score is None else score.sum(dtype=losses.dtype),
+        0.0 if score is None else score.detach().sum(dtype=losses.dtype),
         batch.num_local if weights is None else weights.detach().sum(dtype=losses.dtype),
         batch.num_local,
     ]
     for part in loss.components.values():
         part = part.detach() if weights is None else (part * weights).detach()
-        sums.append(part.sum(dtype=losses.dtype))
-    taken = slice_sums(sums, like=losses)
-    return losses, Slice(taken, weights is not None, tuple(loss.components))
+        parts.append(part.sum(dtype=losses.dtype))
+    sums = slice_sums(parts, like=losses)
+    return losses, Slice(sums, weights is not None, tuple(loss.components))
 
 
 def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
@@ -484,7 +482,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def count(state: TrainState, sums: Sums, skipped: optim.Skipped) -> None:
     """Add a step to the epoch's sums, or to the steps that were skipped."""
     if isinstance(skipped, Tensor):  # on the device, where nobody knows yet
-        state.sums = added(state.sums, torch.where(skipped.bool(), 0.0, torch.as_tensor(sums)))
+        assert isinstance(sums, Tensor)
+        state.sums = added(state.sums, torch.where(skipped.bool(), 0.0, sums))
         state.skips[0] += skipped
         state.skips[1].add_(1).mul_(skipped)
         state.no_streak = False

@@ -178,9 +178,9 @@ def update(
 ) -> Skipped:
     """One update with `gradients * factor`, clipped; nothing at all where it would not be finite.
 
-    `norm` is the norm of `gradients` before the factor, `valid` a () tensor that is finite if the
-    loss is. Returns whether the update was skipped: as a bool if the host had to know, else as a
-    () tensor of 1.0 or 0.0 that nobody has waited for.
+    `norm` is the norm of `gradients` before the factor, `valid` is finite if the loss is; each is a
+    number or a () tensor. Returns whether the update was skipped: as a bool if the host had to
+    know, else as a () tensor of 1.0 or 0.0 that nobody has waited for.
     """
     scale: float | Tensor
     skipped: Skipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from regrow.errors import UserError
+from regrow.training import sums
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.optim import gradient_norm
 from regrow.training.options import DDPOptions
-from regrow.training.sums import Sums, over_slices
 
 T = TypeVar("T")
 
@@ -112,7 +113,7 @@ class Exchange:
         self.seconds = 0.0  # since the exchange before, by the main process's clock
         self._wished = False
         self.rides = False  # with the gradients
-        self._sums: Sums | None = None  # with the wish and the seconds, while they travel
+        self._sums: sums.Sums | None = None  # with the wish and the seconds, while they travel
         self._work: Any = None
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
         self.start_clock()
@@ -132,19 +133,19 @@ class Exchange:
         yield
         self._clock += time.perf_counter() - stopped
 
-    def send(self, parts: list[Sums], dtype: torch.dtype) -> None:
-        """Let the sum of `parts` be taken over all processes, too, in `dtype`."""
-        sums = over_slices(parts)
+    def send(self, parts: list[sums.Sums], dtype: torch.dtype) -> None:
+        """Let the sum of `parts` be taken over all processes, too; between them in `dtype`."""
+        total = functools.reduce(sums.added, parts)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         if self.world.size == 1:
-            self.seconds, self._sums = seconds, sums
+            self.seconds, self._sums = seconds, total
             return
         own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
-        if isinstance(sums, list):
-            self._sums = torch.tensor([*sums, *own], dtype=dtype)
+        if isinstance(total, list):
+            self._sums = torch.tensor([*total, *own], dtype=dtype)
         else:
-            self._sums = torch.cat([sums, torch.tensor(own, dtype=dtype).to(sums.device)])
+            self._sums = torch.cat([total, torch.tensor(own, dtype=dtype).to(total.device)])
         if not self.rides:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
@@ -165,7 +166,7 @@ class Exchange:
         group: Any = dist.group.WORLD
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
-    def wait(self) -> Sums:
+    def wait(self) -> sums.Sums:
         """What was sent, over all processes."""
         assert self._sums is not None
         if not isinstance(self._sums, Tensor) or self.world.size == 1:
@@ -176,9 +177,9 @@ class Exchange:
         if self._sums.is_cuda:
             self._take(self._read_late(self._sums[-2:]))
             return self._sums[:-2]
-        *sums, wishes, seconds = self._sums.tolist()
+        *total, wishes, seconds = self._sums.tolist()
         self._take((wishes, seconds))
-        return sums
+        return total if sums.on_host(self._sums.device) else self._sums[:-2]
 
     def _take(self, common: tuple[float, float]) -> None:
         wishes, self.seconds = common
@@ -227,7 +228,8 @@ def distribute(
 
 def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
     """Gradients are summed over the processes once per step, in its last slice's backward pass."""
-    if hasattr(type(forward), "set_requires_gradient_sync"):  # FSDP2; modules themselves look long
+    # FSDP2. Asked of the class, for a module is slow to say that it lacks something.
+    if hasattr(type(forward), "set_requires_gradient_sync"):
         forward.set_requires_gradient_sync(last_slice)
     if last_slice or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()

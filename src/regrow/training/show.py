@@ -18,6 +18,7 @@ from regrow.training.sums import EXAMPLES, Sums, ratio, read
 
 log = logging.getLogger(__name__)
 
+QUIET = tqdm(disable=True)  # made once: one costs as much as a line of the record
 HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accuracy")
 
 
@@ -55,27 +56,24 @@ def histograms(model: nn.Module) -> dict[str, Tensor]:
     return {**weights, **gradients}
 
 
-def progress_bar(plan: Plan) -> Any:
-    """A bar for one epoch after the other, quiet when the output is no terminal."""
-    shown = plan.options.progress_bar and plan.world.is_main
-    return tqdm(unit="step", leave=False, disable=None if shown else True)
-
-
-def begin_epoch(bar: Any, state: TrainState) -> None:
-    """Set the bar to where `state` is: the start of an epoch, or its middle after a resume."""
-    if bar.disable:
-        return
-    bar.set_description(f"epoch {state.epoch + 1}", refresh=False)
-    bar.set_postfix(refresh=False)
-    bar.initial = state.step_in_epoch
-    bar.reset(state.steps_per_epoch)
-    bar.n = bar.last_print_n = bar.initial
+def progress_bar(state: TrainState, plan: Plan) -> Any:
+    """A bar for the epoch, quiet when the output is no terminal."""
+    if not (plan.options.progress_bar and plan.world.is_main and sys.stderr.isatty()):
+        return QUIET
+    return tqdm(
+        total=state.steps_per_epoch,
+        initial=state.step_in_epoch,
+        desc=f"epoch {state.epoch + 1}",
+        unit="step",
+        leave=False,
+    )
 
 
 def evaluation_bar(name: str, batches: EvalBatches, shown: bool = True) -> Any:
     """A bar for an evaluation, quiet when the output is no terminal."""
-    disable = None if shown else True
-    return tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=disable)
+    if not (shown and sys.stderr.isatty()):
+        return QUIET
+    return tqdm(total=len(batches), desc=name, unit="batch", leave=False)
 
 
 def advance(bar: Any, sums: Sums, score_name: str | None) -> None:

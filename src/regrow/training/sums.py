@@ -15,29 +15,20 @@ from torch import Tensor
 
 LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in the sums; then the components
 
-Sums = Tensor | list[float]  # (4 + components,) of a step, (4,) float64 of an epoch
+Sums = Tensor | list[float]  # (4 + components,) of a step, (4,) of an epoch
 
 
 def on_host(device: torch.device) -> bool:
-    """Whether to read a number of this device is no wait."""
+    """Whether numbers of this device are read without waiting."""
     return device.type == "cpu"
 
 
 def slice_sums(values: Sequence[Tensor | float], like: Tensor) -> Sums:
-    """() tensors and numbers, in the order of the places, to where the tensor `like` lives."""
+    """A slice's sums from () tensors and numbers; on a device in the dtype of `like`."""
     if on_host(like.device):
         return [float(value) for value in values]
     return torch.stack(
         [v if isinstance(v, Tensor) else constant(v, like.dtype, like.device) for v in values]
-    )
-
-
-def over_slices(parts: Sequence[Sums]) -> Sums:
-    if len(parts) == 1:
-        return parts[0]
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    return (
-        torch.stack(tensors).sum(0) if tensors else [math.fsum(v) for v in zip(*parts, strict=True)]
     )
 
 
@@ -52,11 +43,13 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def added(epoch: Sums, step: Sums) -> Sums:
-    """The epoch's sums with those of one more step."""
-    if isinstance(epoch, list):
-        return [total + value for total, value in zip(epoch, step[:COUNTED], strict=True)]
-    return epoch + torch.as_tensor(step[:COUNTED], device=epoch.device)
+def added(total: Sums, more: Sums) -> Sums:
+    """`total` plus its places of `more`, which may have others behind them."""
+    more = more[: len(total)]
+    if isinstance(total, list):
+        return [a + b for a, b in zip(total, more, strict=True)]
+    assert isinstance(more, Tensor)
+    return total + more
 
 
 def read(sums: Sums) -> list[float]:
