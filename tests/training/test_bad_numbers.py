@@ -200,8 +200,21 @@ def test_a_bad_parameter_is_named_where_only_it_is_bad() -> None:
     bench = bench_of(MAKERS["adamw"], max_skipped_steps=1)
     with torch.no_grad():
         bench.state.model[3].bias[1] = torch.inf  # type: ignore[index, union-attr]
-    with pytest.raises(FloatingPointError, match="first bad parameter is"):
+    with pytest.raises(FloatingPointError, match=r"bad parameter is .*\. None was finite: look"):
         bench.step(batch(0))
+
+
+def test_a_bad_loss_is_named_before_the_gradients_that_it_made() -> None:
+    bench = bench_of(MAKERS["adamw"], max_skipped_steps=1)
+    bench.step(batch(0))
+    good = bench.plan.task.loss
+    bad = copy.copy(bench.plan.task)
+    bad.loss = lambda o, t, w: good(o, t, w)._replace(values=good(o, t, w).values * torch.nan)
+    object.__setattr__(bench.plan, "task", bad)
+    with pytest.raises(
+        FloatingPointError, match=r"; the loss itself is nan; .* is 0\.weight\. Lower"
+    ):
+        bench.step(batch(1))
 
 
 def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -> None:

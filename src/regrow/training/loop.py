@@ -217,7 +217,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
     # Where only the device knows, it is asked as rarely as it is waited for.
     if due(step, options.log_every_steps) or result.skipped is True:
-        refuse_endless_skipping(state, plan)
+        refuse_endless_skipping(state, result, plan)
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
@@ -419,19 +419,21 @@ def check_one_example(model: nn.Module, val: EvalBatches, precision: str) -> Non
         buffers.restore(True)
 
 
-def refuse_endless_skipping(state: TrainState, plan: Plan) -> None:
+def refuse_endless_skipping(state: TrainState, result: StepResult, plan: Plan) -> None:
     """End the run after too many steps in a row without a finite gradient."""
     in_a_row = int(state.skips[1].item())
     # fp16 finds its scale by overflowing: that many halvings are a search, not a fault.
     allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
     if in_a_row >= allowed:
-        where = optim.first_non_finite(state.model)
+        loss, where = float(result.sums[LOSS]), optim.first_non_finite(state.model)
         # From one that was followed by a finite step; the last before the streak led into it.
         good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
         raise FloatingPointError(
             f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
-            + (f"; the first bad parameter is {where}" if where else "; the loss itself is bad")
+            + ("" if math.isfinite(loss) else f"; the loss itself is {loss}")
+            + (f"; the first bad parameter is {where}" if where else "")
             + (f"; the last good checkpoint is {good}" if good else "")
+            + (". None was finite: look at the data and the loss" if in_a_row == state.step else "")
             + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
         )
 
