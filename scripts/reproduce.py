@@ -14,6 +14,7 @@ from typing import Any
 
 import _start  # noqa: F401  finds the package, or says what to set up
 
+from regrow import older
 from regrow.arguments import Option, parse
 from regrow.config import CONF, composition_error, fail, plain, read_yaml, version_arguments
 from regrow.errors import UserError
@@ -81,12 +82,13 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, {**content, **(content.get("resumes") or [{}])[-1]}
 
 
-def arguments_of(run: Path, config: Mapping[str, Any], given: Path) -> list[str]:
+def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
     """The command line that makes the recorded config again, but for trackers.
 
     Raises UserError where it reaches beyond a run's own keys, or makes another config by now.
     """
     recorded = recorded_overrides(run)
+    added = older.complete(config)
     if foreign := [override for override in recorded if is_foreign(override)]:
         raise UserError(
             f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "
@@ -97,6 +99,10 @@ def arguments_of(run: Path, config: Mapping[str, Any], given: Path) -> list[str]
     kept = {f"trainer.{key}": config["trainer"][key] for key in ("num_threads", "devices")}
     arguments = [o for o in arguments if key_of(o) not in kept]
     arguments += ["logger=[jsonl]", *(f"{key}={value}" for key, value in kept.items())]
+    typed = {key_of(o) for o in arguments}
+    if keys := {key: value for key, value in added.items() if key not in typed}:
+        print(older.line(f"run={given}", keys))
+        arguments += [older.as_override(key, value) for key, value in keys.items()]
     now = redact_all(composed(arguments))
     changed = [
         f"{key} was {old} and would be {new}"

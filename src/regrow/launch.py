@@ -108,7 +108,6 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
 
 def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this process's part of it, and return the best monitored value."""
-    trainer = job.config["trainer"]
     with contextlib.ExitStack() as stack:
         done, halvings = False, 0
         if job.folder is not None and world.is_main:
@@ -118,9 +117,10 @@ def run_job(job: Job, world: World) -> float | None:
             # Of a run that ran out of memory in one of several processes, which ended it.
             halvings = (records.load_status(folder) or {}).get("halvings", 0)
         # The main process looks into the folder; what it found there goes for all.
-        found = {"done": done, "halvings": halvings, "num_threads": trainer["num_threads"]}
+        # Its config too: it may keep values of an older record.
+        found = {"done": done, "halvings": halvings, "config": job.config}
         found = json.loads(world.from_main(json.dumps(found)))
-        trainer["num_threads"] = found["num_threads"]
+        job.config.update(found["config"])
         if not found["done"]:
             return run_in(job, world, found["halvings"])
     return say_complete(Path(str(job.folder)), job)

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from regrow import older
 from regrow import run as runs
 from regrow.config import find_own_modules, instantiate, read_yaml
 from regrow.data.preprocess import Preprocessing
@@ -106,6 +107,8 @@ def load_run(
     """
     given, folder = Path(folder), Path(folder).resolve()
     config = _config(folder, given)
+    if added := older.complete(config):
+        log.info("%s", older.line(f"run={given}", added))
     recorded, class_names = _recorded(folder, given)
     class_names = class_names or config["data"].get("class_names")
     find_own_modules()

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from regrow import older
 from regrow.config import CONF, MULTIRUN, read_yaml
 from regrow.errors import UserError
 from regrow.record import manifest
@@ -176,12 +177,16 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
 
     `overrides` are those of this start, recorded ones included: see `expand`.
 
-    A null `trainer.num_threads` becomes what the recorded run had, for bits depend on it, unless
+    Keys that are newer than the record keep their earlier meaning, in `config` too. A null
+    `trainer.num_threads` becomes what the recorded run had, for bits depend on it, unless
     the number of processes is another.
     """
     if not (folder / "config.yaml").is_file():
         return False
     recorded = read_yaml(folder / "config.yaml")
+    added = older.complete(recorded)
+    if adopted := older.adopt(config, added, map(key_of, overrides)):
+        log.info("%s", older.line(str(folder), adopted))
     if config["resume"] == "never":
         raise UserError(
             f"hydra.run.dir={folder} holds a run already, and resume=never. Use another folder, or "
@@ -246,7 +251,9 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
         summary = read_json(folder / SUMMARY)
     except (OSError, ValueError):
         return False  # written again by going on from the last step
-    changed = differences(read_yaml(folder / "config.yaml"), config)
+    recorded = read_yaml(folder / "config.yaml")
+    older.complete(recorded)
+    changed = differences(recorded, config)
     ended = reached(summary, config["trainer"])
     if ended and any(limit in changed for limit in LIMITS):
         key, more = next(iter(ended.items()))

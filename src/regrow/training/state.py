@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow import older
 from regrow.errors import UserError
 from regrow.training import optim, sharding
 from regrow.training.precision import LossScale
@@ -120,7 +121,7 @@ class TrainState:
         self.refuse_other(parts)
         self.model.load_state_dict(sharding.as_in(parts["model"], self.model.state_dict()))
         optim.load(self.optimizer, parts["optimizer"])
-        progress = dict(parts["progress"])
+        progress = {**older.ADDED_PROGRESS, **parts["progress"]}
         if other := {*vars(self.progress), "sums", "skips"} ^ set(progress):
             raise UserError(
                 "the checkpoint was written by another version of this code: its progress differs "

@@ -1,0 +1,68 @@
+"""Records from before a key existed: the value that reproduces the behaviour of that time.
+
+A run's config names every key of its time. A later version of this code adds keys, some with a
+default that changes the maths. `complete` gives an older record the value that stands for what the
+code did without the key, so that resume, evaluate, predict and reproduce keep the run's meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class AddedKey(NamedTuple):
+    target: str | None  # `_target_` of the node that holds the key; None: the top level
+    key: str
+    before: Any  # reproduces the behaviour from before the key existed
+
+
+ADDED_KEYS: tuple[AddedKey, ...] = ()
+# Fields of a checkpoint's progress, likewise.
+ADDED_PROGRESS: Mapping[str, Any] = {}
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys that a recorded config lacks. Returns them, dotted, with their values."""
+    added: dict[str, Any] = {}
+    _complete(config, None, "", added)
+    return added
+
+
+def _complete(node: dict[str, Any], target: Any, prefix: str, added: dict[str, Any]) -> None:
+    for row in ADDED_KEYS:
+        if row.target == target and row.key not in node:
+            node[row.key] = added[f"{prefix}{row.key}"] = row.before
+    for name, value in node.items():
+        if isinstance(value, dict):
+            _complete(value, value.get("_target_", ""), f"{prefix}{name}.", added)
+
+
+def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]) -> dict[str, Any]:
+    """Put what `complete` added into the config of a run that resumes the record.
+
+    A key that was typed (`typed` are dotted keys) or that the config lacks stays as it is. Returns
+    what was put.
+    """
+    typed, adopted = set(typed), {}
+    for key, value in added.items():
+        *parents, last = key.split(".")
+        node: Any = config
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if key not in typed and isinstance(node, dict) and last in node and node[last] != value:
+            node[last] = adopted[key] = value
+    return adopted
+
+
+def line(where: str, keys: Mapping[str, Any]) -> str:
+    """One line that tells which keys an older record got."""
+    return f"{where} is older than these keys, which keep what the code did then: " + ", ".join(
+        as_override(key, value) for key, value in keys.items()
+    )
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` in Hydra's grammar, of plain values."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
