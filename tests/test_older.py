@@ -1,0 +1,263 @@
+"""Runs that an earlier version recorded keep their meaning: see tests/older/README.md."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from finished import process, script
+from running import CPU, as_hydra_has_it, composed, metrics_of
+
+from regrow import launch, older, resume
+from regrow import run as runs
+from regrow.compose import job_of
+from regrow.config import read_yaml
+from regrow.errors import UserError
+from regrow.load import load_run
+from regrow.older import AddedKey
+from regrow.record.folder import read_json
+from regrow.training import checkpoint
+
+RECORDS = Path(__file__).parent / "older"
+RUNS = ("averages", "images", "regression")
+KEPT = "is older than these keys, which keep what the code did then"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder that the runs were started in, which is the current one."""
+    shutil.copytree(RECORDS, tmp_path / "older", symlinks=True)
+    monkeypatch.chdir(tmp_path / "older")
+    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    return Path()
+
+
+def train(*overrides: str) -> None:
+    """What train.py does with a command line, in this process."""
+    config = composed(*resume.expand(overrides))
+    folder = Path(config.hydra.run.dir).resolve()
+    job = job_of(as_hydra_has_it(config), folder, ["python", "scripts/train.py"])
+    torch.set_num_threads(1)
+    launch.run_job(job, CPU)
+
+
+def assert_close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal up to rounding: other processors have other kernels, and so other last bits."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_close(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_close(found[index], value, f"{where}/{index}")
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=where)
+    elif isinstance(expected, float) and not math.isnan(expected):
+        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6), (where, found, expected)
+    else:
+        assert repr(found) == repr(expected), where
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Whether a run ended in what the uninterrupted run of that time ended in."""
+    assert_close(metrics_of(found), metrics_of(expected))
+    told, was = (read_json(folder / "summary.json") for folder in (found, expected))
+    for key in ("status", "steps", "epochs", "best", "val", "test"):
+        assert_close(told[key], was[key], key)
+    for name in ("last", "best"):
+        (parts, _), (before, _) = (
+            checkpoint.load(checkpoint.named(folder / "checkpoints", name))
+            for folder in (found, expected)
+        )
+        for part in before.keys() - {"progress", "optimizer"}:
+            assert_close(parts[part], before[part], f"{name}/{part}")
+        assert_close(parts["optimizer"]["state"], before["optimizer"]["state"], name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_resumes_to_the_same_end(
+    name: str, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    before = read_yaml(Path(name, "config.yaml"))
+    added = older.complete(before)
+    train(f"resume={name}")
+    assert_same_run(Path(name), Path("whole", name))
+    now = read_yaml(Path(name, "config.yaml"))
+    assert resume.differences(before, now).keys() <= {"resume"}
+    changing = [record.message for record in caplog.records if KEPT in record.message]
+    assert len(changing) <= 1
+    for key in added:  # only what differs from today's default is worth a line
+        value = now
+        for part in key.split("."):
+            value = value[part]
+        assert value == added[key]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_numbers_of_the_uninterrupted_run_are_those_of_the_killed_one(name: str) -> None:
+    """A control of the records themselves: they are one run, killed and not killed."""
+    killed, whole = metrics_of(RECORDS / name), metrics_of(RECORDS / "whole" / name)
+    assert 0 < len(killed) < len(whole)
+    assert_close(killed, whole[: len(killed)])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_evaluated_as_it_was(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("whole", name)
+    script("evaluate").main([f"run={run}", "split=test", "output=numbers.json"])
+    said = capsys.readouterr().out
+    assert "The run itself measured the same" in said
+    assert_close(read_json(Path("numbers.json"))["values"], read_json(run / "summary.json")["test"])
+    assert said.count(KEPT) == bool(older.complete(read_yaml(run / "config.yaml")))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_predicts(name: str, root: Path) -> None:
+    source = {"images": "photos", "regression": "table.csv", "averages": "inputs.npy"}[name]
+    rng = np.random.default_rng(0)
+    np.save("inputs.npy", rng.standard_normal((5, 6)).astype(np.float32))
+    script("predict").main([f"run=whole/{name}", f"input={source}", "output=predictions.csv"])
+    assert len(Path("predictions.csv").read_text().splitlines()) > 5
+    run = load_run(f"whole/{name}")
+    best = read_json(Path("whole", name, "summary.json"))["best"]["step"]
+    assert run.step == best
+
+
+@pytest.mark.slow  # a run in one go, in a process of its own
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_reproduced(name: str, root: Path) -> None:
+    done = process("reproduce", f"run=whole/{name}", folder=Path.cwd())
+    (again,) = Path("outputs", name, "reproduced").iterdir()
+    assert_same_run(again, Path("whole", name))
+    same_bits = "identical: " in done.stdout
+    assert done.returncode == (0 if same_bits else 1), done.stderr
+    assert done.stdout.count(KEPT) == bool(
+        older.complete(read_yaml(Path("whole", name, "config.yaml")))
+    )
+
+
+# The table itself, with rows of the tests' own.
+
+ROWS = (
+    AddedKey("lab.Trainer", "warm_up", False),
+    AddedKey("lab.Stop", "after", None),
+    AddedKey(None, "owner", "nobody"),
+)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(older, "ADDED_KEYS", ROWS)
+
+
+def record() -> dict[str, Any]:
+    return {"seed": 0, "trainer": {"_target_": "lab.Trainer", "stop": {"_target_": "lab.Stop"}}}
+
+
+def test_a_record_gets_the_keys_that_it_lacks(rows: None) -> None:
+    config = record()
+    added = older.complete(config)
+    assert added == {"owner": "nobody", "trainer.warm_up": False, "trainer.stop.after": None}
+    assert config["trainer"]["warm_up"] is False and config["trainer"]["stop"]["after"] is None
+    assert older.complete(config) == {}  # and a complete one stays as it is
+
+
+def test_a_key_that_the_record_has_stays(rows: None) -> None:
+    config = record() | {"owner": "me"}
+    config["trainer"]["warm_up"] = True
+    assert older.complete(config) == {"trainer.stop.after": None}
+    assert config["owner"] == "me" and config["trainer"]["warm_up"] is True
+
+
+def test_a_node_of_another_target_gets_nothing(rows: None) -> None:
+    config = record()
+    config["trainer"]["_target_"] = "theirs.Trainer"
+    assert older.complete(config) == {"owner": "nobody", "trainer.stop.after": None}
+    plain = {"owner": "me", "groups": {"warm_up": True}, "list": [{"_target_": "lab.Stop"}]}
+    assert older.complete(plain) == {}
+
+
+def test_a_resume_adopts_them_unless_they_are_typed(rows: None) -> None:
+    def config() -> dict[str, Any]:
+        trainer = {"_target_": "lab.Trainer", "warm_up": True, "stop": {"after": 3}}
+        return {"owner": "nobody", "trainer": trainer}
+
+    added = older.complete(record())
+    whole = config()
+    # What is equal already is not worth a line.
+    assert older.adopt(whole, added, []) == {"trainer.warm_up": False, "trainer.stop.after": None}
+    assert whole["trainer"]["warm_up"] is False and whole["trainer"]["stop"]["after"] is None
+    typed = config()
+    assert older.adopt(typed, added, ["trainer.warm_up"]) == {"trainer.stop.after": None}
+    assert typed["trainer"]["warm_up"] is True
+    other = {"owner": "nobody", "trainer": {"_target_": "theirs.Trainer"}}
+    assert older.adopt(other, added, []) == {}  # this code's config has no such keys
+
+
+def test_the_line_names_the_keys_as_they_are_typed() -> None:
+    said = older.line("outputs/x", {"a.b": False, "c": None, "d": "é", "e": [".png"]})
+    assert said == f'outputs/x {KEPT}: a.b=false, c=null, d="é", e=[".png"]'
+
+
+def test_without_the_row_a_resume_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The negative control: the present config has a key that the record lacks."""
+    caplog.set_level(logging.INFO)
+    folder = Path("averages")
+    overrides = resume.expand([f"resume={folder}"])
+
+    def config() -> dict[str, Any]:
+        found = read_yaml(folder / "config.yaml")
+        older.complete(found)
+        found["resume"] = str(folder)
+        found["trainer"]["brand_new"] = True
+        return found
+
+    with pytest.raises(UserError, match=r"trainer\.brand_new was absent and would be True"):
+        resume.continues(folder, config(), overrides)
+    row = AddedKey("regrow.training.options.TrainerOptions", "brand_new", False)
+    monkeypatch.setattr(older, "ADDED_KEYS", (*older.ADDED_KEYS, row))
+    kept = config()
+    assert resume.continues(folder, kept, overrides)
+    assert kept["trainer"]["brand_new"] is False and "trainer.brand_new=false" in caplog.text
+    typed = config()
+    assert resume.continues(folder, typed, [*overrides, "trainer.brand_new=true"])
+    assert typed["trainer"]["brand_new"] is True
+
+
+def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later(runs.TrainState):
+        def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
+            super().load_state_dict({**parts, "progress": self.lacking(parts["progress"])})
+
+        @staticmethod
+        def lacking(progress: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in progress.items() if key != "halvings"}
+
+    monkeypatch.setattr(runs, "TrainState", Later)
+    with pytest.raises((UserError, SystemExit), match="its progress differs in halvings"):
+        train("resume=averages")
+    monkeypatch.setattr(older, "ADDED_PROGRESS", {**older.ADDED_PROGRESS, "halvings": 0})
+    train("resume=averages")
+    assert_same_run(Path("averages"), Path("whole/averages"))
+
+
+def test_the_records_are_of_that_time() -> None:
+    """Nobody has made them again since: later code would be held against itself."""
+    for name in RUNS:
+        manifest = json.loads((RECORDS / name / "manifest.json").read_text())
+        assert manifest["git"]["commit"].startswith("8483121")
