@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
-# What each wing or room may import of the others. `errors`, `older`, `parent` and `randomness` serve all.
+# What each wing or room may import of the others. `errors`, `older`, `parent` and `randomness`
+# serve all.
 ALLOWED = {
     "start": {"outside", "worker", "sweep"},
     "outside": {"record"},
