@@ -284,7 +284,7 @@ def test_data_that_changed_since_is_refused(
     with pytest.raises(SystemExit) as stop:
         launched("hydra.run.dir=mine", "trainer.max_epochs=2")
     assert stop.value.code == 2
-    assert "the data has changed since that run began (train)" in capsys.readouterr().err
+    assert "the data has changed since that run began (train: other" in capsys.readouterr().err
 
 
 def test_a_run_without_a_test_split_ends_well(tmp_path: Path) -> None:

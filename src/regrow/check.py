@@ -117,6 +117,7 @@ RULES: dict[str, Rule] = {
     "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
+    "data.changed": choice("refuse", "accept"),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
     "data.source.val_fraction": number(0, 1),

@@ -174,8 +174,7 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
         try:
             folder = open_folder(job, world, stack)
             stack.enter_context(log_file(folder, world.rank))
-            if world.is_main:
-                write_start(folder, job, objects)
+            accepted = write_start(folder, job, objects) if world.is_main else {}
         except OSError as error:
             raise UserError(
                 f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
@@ -188,7 +187,7 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
                 records.set_status(folder, "running", step=0, pids=pids)
                 introduce(folder, job, objects, world)
             try:
-                summary = runs.train(objects, config, folder, world, stop, trial)
+                summary = runs.train(objects, config, folder, world, stop, trial, accepted)
             except BaseException as error:
                 note_failure(error, folder, objects.state.step, world)
                 if world.store is None and is_plain(error):
@@ -257,14 +256,15 @@ def note_failure(error: BaseException, folder: Path, step: int, world: World) ->
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
 
-def write_start(folder: Path, job: Job, objects: runs.Objects) -> None:
+def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]:
     """What a run can be made again from: config, overrides, code, environment, data.
 
-    Raises UserError, before anything is written, if the data is not what the run was trained on.
+    Returns the splits whose content changed since and that the user accepts. Raises UserError,
+    before anything is written, if the data is not what the run was trained on.
     """
-    data = objects.data.fingerprint()
+    data, accepted = objects.data.fingerprint(), {}
     if (folder / manifest.NAME).is_file():
-        resume.refuse_other_data(folder, data, job.overrides)
+        accepted = resume.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
     recorded = OmegaConf.create(redact_all(dict(job.config)))
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
@@ -279,7 +279,9 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> None:
         root=ROOT,
         data=data,
         seeds={"seed": job.config["seed"]},
+        accepted=accepted,
     )
+    return accepted
 
 
 def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:

@@ -18,7 +18,7 @@ class AddedKey(NamedTuple):
     before: Any  # reproduces the behaviour from before the key existed
 
 
-ADDED_KEYS: tuple[AddedKey, ...] = ()
+ADDED_KEYS: tuple[AddedKey, ...] = (AddedKey("regrow.data.loaders.Data", "changed", "refuse"),)
 # Fields of a checkpoint's progress, likewise.
 ADDED_PROGRESS: Mapping[str, Any] = {}
 

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "tags",
     "notes",
     "logger.*",
+    "data.changed",  # lets nothing through unless it was typed: see `refuse_other_data`
     "data.root",
     "data.source.root",
     "data.num_workers",
@@ -59,6 +60,7 @@ MAY_CHANGE = (
     "trainer.detect_anomaly",
     "trainer.checkpoint.*",
 )
+CHANGED = "data.changed"
 LIMITS = (
     "trainer.max_epochs",
     "trainer.max_steps",
@@ -88,7 +90,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if any(a in ("-m", "--multirun") for a in arguments):
         raise UserError(f"resume={folder} goes on with one run. Leave out --multirun.")
     keys = {key_of(a) for a in new}
-    old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
+    old = [a for a in recorded_overrides(folder) if key_of(a) not in (*keys, CHANGED)]
     for override in old:  # a folder may come from anybody
         if is_foreign(override):
             raise UserError(
@@ -96,7 +98,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
                 "keys. It is not followed."
             )
     refuse_masked(folder, old)
-    return [*old, *new, f"resume={folder}", f"hydra.run.dir={folder.resolve()}"]
+    return [*old, f"resume={folder}", *new, f"hydra.run.dir={folder.resolve()}"]
 
 
 def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
@@ -107,7 +109,7 @@ def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
     before = content.get("overrides", [])
     if "launcher" not in keys:  # another one has other options
         before = [*before, *content.get("launcher", [])]
-    old = [str(a) for a in before if key_of(str(a)) not in keys]
+    old = [str(a) for a in before if key_of(str(a)) not in (*keys, CHANGED)]
     refuse_masked(folder, old)
     given = [a for a in new if a not in MULTIRUN]
     return ["-m", *old, *given, f"hydra.sweep.dir={folder}"]
@@ -153,6 +155,15 @@ def recorded_overrides(folder: Path) -> list[str]:
     return [str(override) for override in overrides]
 
 
+def typed(overrides: Sequence[str]) -> list[str]:
+    """Those of a start's overrides that were typed for it: all, or what `expand` put behind
+    `resume=<folder>`."""
+    places = [number for number, override in enumerate(overrides) if key_of(override) == "resume"]
+    if not places or overrides[places[-1]].partition("=")[2] in ("auto", "never"):
+        return list(overrides)
+    return list(overrides[places[-1] + 1 :])
+
+
 def key_of(override: str) -> str:
     """The key that an override such as `+a.b@c=1` or `~a.b` is about."""
     return override.partition("=")[0].lstrip("+~")
@@ -167,9 +178,8 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     if config["resume"] in ("auto", "never"):
         return
     folder = Path(config["resume"])
-    recorded = recorded_overrides(folder)
-    typed = [key_of(o) for o in overrides if "_target_" in o and o not in recorded]
-    check_roles(config, tuple(config), folder, f"resume={folder}", typed)
+    own = [key_of(override) for override in typed(overrides) if "_target_" in override]
+    check_roles(config, tuple(config), folder, f"resume={folder}", own)
 
 
 def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
@@ -196,10 +206,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if config["trainer"]["num_threads"] is None and as_many:
         config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
     by_name = config["resume"] not in ("auto", "never")
-    named = set()
-    if by_name:
-        old_overrides = recorded_overrides(folder)
-        named = {key_of(override) for override in overrides if override not in old_overrides}
+    named = {key_of(override) for override in typed(overrides)} if by_name else set()
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
@@ -222,21 +229,51 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
 
 def refuse_other_data(
     folder: Path, fingerprint: Mapping[str, Any], overrides: Sequence[str]
-) -> None:
-    """Raise UserError if the data's content changed since the run began, unless it was named."""
-    recorded = read_json(folder / manifest.NAME)
-    for later in recorded.get("resumes", []):
-        recorded |= later
-    old_overrides = recorded_overrides(folder)
-    if any(key_of(o).split(".")[0] == "data" for o in overrides if o not in old_overrides):
-        return
-    before = recorded.get("data") or {}
-    changed = [name for name in fingerprint if fingerprint[name] != before.get(name)]
-    if changed:
+) -> dict[str, Any]:
+    """Return the splits whose content changed since the run began, each with both fingerprints.
+
+    Raises UserError if there are any, unless `data.changed=accept` was typed for this start.
+    """
+    before = recorded_data(folder)
+    changed = {
+        name: {"was": before.get(name), "is": fingerprint.get(name)}
+        for name in (*fingerprint, *(name for name in before if name not in fingerprint))
+        if before and fingerprint.get(name) != before.get(name)
+    }
+    values = [o.partition("=")[2] for o in typed(overrides) if key_of(o) == CHANGED]
+    if changed and values[-1:] != ["accept"]:
+        shown = "; ".join(_change_of(name, **both) for name, both in changed.items())
         raise UserError(
-            f"{folder}: the data has changed since that run began ({', '.join(changed)}). Put it "
-            "back, start a new run, or name a key of data to go on with it all the same."
+            f"{folder}: the data has changed since that run began ({shown}). Put it back, start a "
+            f"new run, or resume with the data as it is now: resume={folder} {CHANGED}=accept"
         )
+    for name, both in changed.items():
+        log.warning("%s=accept: %s", CHANGED, _change_of(name, **both))
+    return changed
+
+
+def recorded_data(folder: Path) -> dict[str, Any]:
+    """The data's fingerprint at the latest start of the run in `folder`; empty where it is lost."""
+    try:
+        recorded = read_json(folder / manifest.NAME)
+        for later in recorded.get("resumes", []):
+            recorded |= later
+        return dict(recorded.get("data") or {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning(
+            "%s cannot be read (%s): nobody can tell whether the data has changed. It is written "
+            "again.",
+            folder / manifest.NAME,
+            " ".join(str(error).split())[:200],
+        )
+        return {}
+
+
+def _change_of(name: str, was: Any, **now: Any) -> str:
+    counts = [(it or {}).get("examples", 0) for it in (was, now["is"])]
+    if counts[0] != counts[1]:
+        return f"{name}: {counts[0]:,} examples then, {counts[1]:,} now"
+    return f"{name}: other content in {counts[1]:,} examples"
 
 
 def is_done(folder: Path, config: Mapping[str, Any]) -> bool:

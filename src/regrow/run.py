@@ -213,10 +213,12 @@ def train(
     world: World,
     stop: StopRequest,
     trial: Trial | None = None,
+    accepted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train in `folder`, going on where its last checkpoint is, and write the record of it.
 
-    Returns the content of `summary.json`; its `status` is "completed" or "interrupted".
+    `accepted` are the splits whose content changed since, in the main process. Returns the content
+    of `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
     writer = checkpoint.CheckpointWriter(
@@ -228,6 +230,8 @@ def train(
         writers=writers_of(world, options),
     )
     facts = go_on(state, writer, world)
+    if facts and accepted:
+        tell_position(state, accepted, facts)
     if world.is_main:
         (folder / WEIGHTS).unlink(missing_ok=True)  # of a run that was shorter
     record: Record = Silence()
@@ -300,6 +304,19 @@ def go_on(
     log.info("going on from step %d (%s)", state.step, f"checkpoints/{found}")
     tell_of_another_rate(state)
     return facts
+
+
+def tell_position(state: TrainState, accepted: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Log where the run resumes, if a changed number of training examples moves it."""
+    counts = [(it or {}).get("examples") for it in accepted.get("train", {}).values()]
+    if len({*counts}) < 2:
+        return
+    log.warning(
+        "training examples: %s then, %s now. Step %d is now step %d of %d in epoch %d. The "
+        "checkpoint was saved in epoch %d; epochs count from 0.",
+        *(*counts, state.step, state.step_in_epoch, state.steps_per_epoch, state.epoch),
+        facts["epoch"],
+    )
 
 
 def tell_of_another_rate(state: TrainState) -> None:

@@ -84,6 +84,7 @@ class Data:
         augmentation: Any,
         normalize: str | dict[str, list[float]],
         normalize_targets: bool,
+        changed: str,
         overlap: str,
     ) -> None:
         self.source, self.seed, self.root = source, seed, root
@@ -95,7 +96,7 @@ class Data:
         self.persistent_workers, self.drop_last = persistent_workers, drop_last
         self.limit_train = limit_train
         self.augmentation = augmentation if augment else None
-        self.overlap = overlap
+        self.overlap, self.changed = overlap, changed  # the latter is for resume.py
         self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.num_overlapping = check_overlap(source, overlap)

@@ -61,11 +61,13 @@ def write(
     root: Path,
     data: Mapping[str, Any] | None,
     seeds: Mapping[str, Any],
+    accepted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write manifest.json and, for code with changes, git.diff; return the manifest.
 
     Where there is one already, it stays and this start is added to its `resumes`; see `set_step`.
-    `root` is the repository's folder, `data` the data's fingerprint.
+    `root` is the repository's folder, `data` the data's fingerprint. `accepted` are the splits
+    that changed since the run began, with both fingerprints, where the user accepts them.
     """
     now: dict[str, Any] = {
         "command": shlex.join(command),
@@ -86,6 +88,8 @@ def write(
         first: dict[str, Any] = read_json(folder / NAME)
         same = {key for key, value in now.items() if first.get(key) == value}
         resume = {"step": None, **{k: v for k, v in now.items() if k not in same}}
+        if accepted:
+            resume["changed_data"] = dict(accepted)
         first.setdefault("resumes", []).append(resume)
         if "git" in resume and diff:
             _write_diff(folder, f"git.{len(first['resumes'])}.diff", diff, resume["git"])

@@ -27,7 +27,7 @@ from regrow.errors import UserError
 from regrow.job import Job
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
-from regrow.resume import key_of
+from regrow.resume import CHANGED, key_of
 from regrow.sweep import state
 from regrow.sweep.composed import Composed
 from regrow.sweep.options import Grid, Sets
@@ -232,7 +232,8 @@ def left_over(
         if entry.number in numbers or not is_open or any(MASK in o for o in entry.overrides):
             continue
         swept = [f"{key}={value}" if value else key for key, value in entry.swept.items()]
-        again = composer.plan(entry.number, entry.overrides, swept, {entry.identity: entry})
+        before = [o for o in entry.overrides if key_of(o) != CHANGED]  # typed for another start
+        again = composer.plan(entry.number, before, swept, {entry.identity: entry})
         found.append(dataclasses.replace(again, entry=entry))
     return found
 
@@ -243,7 +244,7 @@ def fixed_by(lines: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
     return {
         key_of(line): line
         for line in lines
-        if key_of(line) not in varied and key_of(line).split(".")[0] not in state.ASIDE
+        if key_of(line) not in (*varied, CHANGED) and key_of(line).split(".")[0] not in state.ASIDE
     }
 
 

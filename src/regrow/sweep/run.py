@@ -23,7 +23,7 @@ from regrow.config import instantiate, plain
 from regrow.console import console
 from regrow.errors import UserError
 from regrow.record import folder as records
-from regrow.resume import key_of
+from regrow.resume import CHANGED, key_of
 from regrow.sweep import cluster, frozen, gpus, local, plan, process, results, schedule, state
 from regrow.sweep.composed import Composed
 from regrow.sweep.options import Options, Search
@@ -33,7 +33,7 @@ from regrow.sweep.show import Show
 log = logging.getLogger("regrow")
 
 # How a sweep is made; without them a command is the same sweep.
-BESIDE = ("hydra.sweep.dir", "resume", "sweep.retry_failed", "sweep.fail_fast")
+BESIDE = ("hydra.sweep.dir", "resume", CHANGED, "sweep.retry_failed", "sweep.fail_fast")
 
 
 def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> None:

@@ -52,6 +52,8 @@ def identity_of(cfg: DictConfig) -> str:
     config = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
     kept = {key: value for key, value in config.items() if key not in ASIDE}
+    if isinstance(kept.get("data"), dict):
+        kept["data"].pop("changed", None)  # as if it were not typed: see resume.refuse_other_data
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
