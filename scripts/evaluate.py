@@ -6,6 +6,7 @@ python scripts/evaluate.py run=outputs/digits/latest split=val checkpoint=last d
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def evaluate(options: Arguments) -> None:
         name = f"evaluation_{split}{'' if checkpoint == 'best' else f'_{checkpoint}'}.json"
         output = output or run.folder / name
         set_numerics(run)
-        values = measured(run, split)
+        with contextlib.closing(run):
+            values = measured(run, split)
 
     shown = {key: value for key, value in values.items() if key.count("/") == 1}
     width = max(len(key) for key in shown)

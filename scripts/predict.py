@@ -9,6 +9,7 @@ predicted class and the probability of each, or the value in the targets' own un
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def predict(options: Arguments) -> None:
     with console():
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
         set_numerics(run)
-        rows = predictions(run, source, options["batch_size"])
-        bar = tqdm(rows, unit="example", leave=False, disable=None)
-        count = write_csv(bar, output, overwrite=options["overwrite"])
+        with contextlib.closing(run):
+            rows = predictions(run, source, options["batch_size"])
+            bar = tqdm(rows, unit="example", leave=False, disable=None)
+            count = write_csv(bar, output, overwrite=options["overwrite"])
     print(f"{count:,} predictions of step {run.step} ({options['checkpoint']}) in {output}")
 
 

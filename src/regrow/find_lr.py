@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -69,11 +70,12 @@ def _find_lr(cfg: DictConfig) -> float:
         world = World(device=runs.resolve_device(trainer["device"]))
         trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
         objects = runs.build(config, world)
-        if trainer["check_first_batch"]:
-            runs.check_first_batch(objects, world)
-        nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
-        plan = runs.plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
-        curve = lr_finder.range_test(objects.state, plan, test)
+        with contextlib.closing(objects.data):
+            if trainer["check_first_batch"]:
+                runs.check_first_batch(objects, world)
+            nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
+            plan = runs.plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
+            curve = lr_finder.range_test(objects.state, plan, test)
         lr = lr_finder.suggest(curve)
         if lr_finder.still_falling(curve):
             log.warning(

@@ -161,6 +161,13 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     config, trainer = job.config, job.config["trainer"]
     trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
     objects = runs.build(config, world)
+    with contextlib.closing(objects.data):
+        return run_objects(job, objects, world, halvings)
+
+
+def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) -> float | None:
+    """Train what was built, and write the record of it."""
+    config, trainer = job.config, job.config["trainer"]
     objects.state.progress.halvings = halvings
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)

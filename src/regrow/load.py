@@ -77,6 +77,11 @@ class LoadedRun:
         how: Preprocessing = self.data.preprocessing
         return how
 
+    def close(self) -> None:
+        """End the data's workers, if there are any; the end of the program does so too."""
+        if "data" in self.__dict__:
+            self.data.close()
+
     def in_units(self, values: Tensor) -> Tensor:
         """Regression outputs (N,) or (N, K) in the targets' own units."""
         how = self.preprocessing
@@ -102,8 +107,9 @@ def load_run(
     `which` names a checkpoint: "best", "last" or a folder such as "step_00000460". Where the run
     kept an average of its weights, that is what one gets. `device` is auto, cpu, cuda or mps; None
     takes the run's own, or the CPU where that is missing. `data` replaces keys of the data, such as
-    {"batch_size": 1} or {"source.test_file": "new.csv"}. Raises UserError for a folder without a
-    run, a missing or damaged checkpoint, or a config that would make what is foreign to its place.
+    {"batch_size": 1} or {"source.test_file": "new.csv"}. `close` ends the data's workers. Raises
+    UserError for a folder without a run, a missing or damaged checkpoint, or a config that would
+    make what is foreign to its place.
     """
     given, folder = Path(folder), Path(folder).resolve()
     config = _config(folder, given)

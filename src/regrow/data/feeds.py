@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import random
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection, util
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -30,6 +34,7 @@ RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float3
 # Ctrl-C and most schedulers signal every process; what it means is for the run to decide.
 FOR_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TO_A_WORKER = signal.SIGUSR2  # the run's own word to its workers: end
+END_SECONDS = 3.0  # a worker that has not ended by then, such as one stuck in C code, is killed
 
 
 class MemoryFeed:
@@ -121,6 +126,7 @@ class FileFeed:
     ) -> None:
         self.normalize, self.device = normalize, device
         self.plan = _Plan()
+        self._seen: object = None  # the persistent workers that will end with the interpreter
         with _no_advice_on_workers():
             self.loader: DataLoader[Any] = DataLoader(
                 _Seeded(dataset, name, seed, num_classes),  # type: ignore[arg-type]
@@ -136,8 +142,12 @@ class FileFeed:
     def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
         """Batches of the windows `start …`; the next one is on its way while one is worked on."""
         self.plan.point_at(windows, order, epoch, start)
-        with _no_advice_on_workers(), _signals_held():
+        with _no_advice_on_workers(), _signals_held(), _none_left_behind():
             items = iter(self.loader)
+        if getattr(items, "_workers", ()) and items is not self._seen:
+            # With `items`, or at the end of the interpreter, whichever comes first.
+            util.Finalize(items, _stop, args=(items._workers,), exitpriority=1)  # type: ignore[attr-defined]
+            self._seen = items if self.loader.persistent_workers else None
         ready: Batch | None = None
         try:
             for number in range(start, len(windows)):
@@ -157,7 +167,7 @@ class FileFeed:
     def close(self) -> None:
         """End persistent workers; the next `read` starts new ones."""
         _end_workers(self.loader._iterator)
-        self.loader._iterator = None
+        self.loader._iterator = self._seen = None
 
     def _batch(self, item: Any, windows: Windows, number: int) -> Batch:
         if isinstance(item, _Broken):
@@ -273,12 +283,47 @@ def _end_workers(items: object) -> None:
 
     One that is busy with an example ends too: a run that is to stop has no time to wait for it.
     """
-    for worker in getattr(items, "_workers", ()):
-        if worker.is_alive():
-            os.kill(worker.pid, TO_A_WORKER)
+    workers = getattr(items, "_workers", ())
+    if getattr(items, "_worker_pids_set", False):  # or torch would raise for one that is killed
+        torch._C._remove_worker_pids(id(items))
+        items._worker_pids_set = False  # type: ignore[attr-defined]
+    _stop(workers)
     end = getattr(items, "_shutdown_workers", None)
     if end is not None:
         end()
+
+
+def _stop(workers: Iterable[BaseProcess]) -> None:
+    """Tell workers to end, and kill those that do not.
+
+    At the end of the interpreter nothing else would end them: multiprocessing sends one SIGTERM,
+    which a worker takes for the run's, and joins without a timeout.
+    """
+    there = [worker for worker in workers if worker.is_alive()]
+    for worker in there:
+        _send(worker, TO_A_WORKER)
+    deadline = time.monotonic() + END_SECONDS
+    while there and (left := deadline - time.monotonic()) > 0:
+        connection.wait([worker.sentinel for worker in there], timeout=left)
+        there = [worker for worker in there if worker.is_alive()]
+    for worker in there:
+        _send(worker, signal.SIGKILL)
+
+
+def _send(worker: BaseProcess, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid or 0, number)
+
+
+@contextlib.contextmanager
+def _none_left_behind() -> Iterator[None]:
+    """If a start of workers fails half-way, end those that have begun: nobody else knows them."""
+    before = {*multiprocessing.active_children()}
+    try:
+        yield
+    except BaseException:
+        _stop(child for child in multiprocessing.active_children() if child not in before)
+        raise
 
 
 @contextlib.contextmanager
