@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,19 @@ from tqdm import tqdm
 from regrow.record.redact import redact
 
 log = logging.getLogger("regrow")
+
+
+def _have_a_lock_of_our_own() -> None:
+    """tqdm's own is shared with all processes that are forked after it was made.
+
+    A job of a sweep that is killed while it writes a line would leave it held, and every other job
+    would wait for ever.
+    """
+    tqdm.set_lock(threading.RLock())
+
+
+_have_a_lock_of_our_own()
+os.register_at_fork(after_in_child=_have_a_lock_of_our_own)
 
 
 class _LogFile(logging.FileHandler):

@@ -254,6 +254,20 @@ def dump_line(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, default=_plain) + "\n").encode()
 
 
+def whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            cut = file.read(end - start).rfind(b"\n")
+            if cut >= 0:
+                return start + cut + 1
+            end = start
+    return 0
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl. One that a crash tore is left out; no file, no lines."""
     return list(iterate_metrics(folder))

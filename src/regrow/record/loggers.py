@@ -25,6 +25,7 @@ from regrow.record.folder import (
     iterate_metrics,
     read_json,
     sync_folder,
+    whole_lines,
     write_json,
 )
 from regrow.record.redact import redact_all
@@ -53,7 +54,7 @@ class Jsonl:
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self.end = _whole_lines(self.path)  # a killed writer's half line is cut off
+        self.end = whole_lines(self.path)  # a killed writer's half line is cut off
         os.ftruncate(self.descriptor, self.end)
         sync_folder(folder)
         self.waiting: deque[bytes] = deque()
@@ -129,20 +130,6 @@ class Jsonl:
             log.warning("%s: %s", self.path, error.strerror)
         os.close(self.descriptor)
         self.descriptor = -1
-
-
-def _whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            cut = file.read(end - start).rfind(b"\n")
-            if cut >= 0:
-                return start + cut + 1
-            end = start
-    return 0
 
 
 class Csv:

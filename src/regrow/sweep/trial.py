@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regrow.errors import UserError, did_you_mean
+from regrow.record.folder import whole_lines
 
 log = logging.getLogger("regrow")
 
 STORAGE, STUDY = "optuna.log", "sweep"
+TELL_SECONDS = 10.0
+
+
+class JournalLock:
+    """The right to append to Optuna's journal; the kernel takes it back when its holder is killed.
+
+    Optuna's own lock is a file, which a killed job leaves behind for 30 seconds.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        os.close(self._open())
+        self._descriptor = -1
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        return os.open(self.journal, flags, 0o600)  # values may be secrets
+
+    def acquire(self) -> bool:
+        descriptor, told = self._open(), time.monotonic() + TELL_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > told:
+                    log.warning("%s: waiting for another process that writes there", self.journal)
+                    told = math.inf
+                time.sleep(0.01)
+        end = whole_lines(self.journal)  # half a line of a killed job would spoil all after it
+        if end < os.fstat(descriptor).st_size:
+            os.ftruncate(descriptor, end)
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        os.close(self._descriptor)
 
 
 def storage_of(folder: Path) -> Any:
@@ -23,8 +63,8 @@ def storage_of(folder: Path) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     path = folder / STORAGE
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # values may be secrets
-    return JournalStorage(JournalFileBackend(str(path)))
+    lock: Any = JournalLock(path)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
 def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:

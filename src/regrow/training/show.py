@@ -18,8 +18,26 @@ from regrow.training.sums import EXAMPLES, Sums, ratio, read
 
 log = logging.getLogger(__name__)
 
-QUIET = tqdm(disable=True)  # made once: one costs as much as a line of the record
 HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accuracy")
+
+
+class Quiet:
+    """A bar that shows nothing.
+
+    tqdm's own would start a thread and make a lock in every process that imports this, among them
+    the one that a sweep's jobs are forked from.
+    """
+
+    disable = True
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def update(self, count: int) -> None: ...
+
+
+QUIET = Quiet()
 
 
 def running(sums: Sums, score_name: str | None, prefix: str = "") -> dict[str, float]:
