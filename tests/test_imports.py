@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. `errors`, `older`, `parent` and `randomness`
 # serve all.
 ALLOWED = {
-    "start": {"outside", "worker", "sweep"},
+    "start": {"config", "outside", "worker", "sweep"},
     "outside": {"record"},
     "child": {"worker"},
     "worker": {"launch", "run", "outside", "config", "console", "job", "training"},

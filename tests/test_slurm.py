@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import pty
+import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,6 +115,64 @@ def test_what_srun_started_is_the_same_run(
     assert fingerprint(folder) == whole
     assert done.stdout.count("record: ") == 1  # one of them speaks
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def in_a_terminal(cluster: dict[str, str], folder: Path, command: list[str], typed: str) -> str:
+    """All that is shown, to the end of the command."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(folder)
+        os.execvpe(command[0], command, cluster)
+    shown, deadline = b"", time.monotonic() + 200
+    try:
+        while time.monotonic() < deadline:
+            if b"# " in shown[-20:] and typed:
+                os.write(terminal, typed.encode())
+                typed = ""
+            if select.select([terminal], [], [], 0.5)[0]:
+                if not (more := os.read(terminal, 4096)):
+                    break
+                shown += more
+    except OSError:  # its way to say that the command has ended
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        subprocess.run(["scancel", "--user=root"], env=cluster, check=True)
+    return shown.decode()
+
+
+@needs_slurm
+def test_a_shell_that_srun_opened_with_several_tasks_trains_in_one_process(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    train = shlex.join([sys.executable, str(TRAIN), *TINY, "hydra.run.dir=run"])
+    shell = {**cluster, "PS1": "# "}
+    command = ["srun", "--pty", "--ntasks=4", "bash", "--norc"]
+    shown = in_a_terminal(shell, tmp_path, command, f"{train}\nexit\n")
+    assert "note: one process, in a shell that Slurm gave 4 tasks" in shown
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "completed", shown
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@needs_slurm
+def test_a_task_that_is_alone_says_for_which_it_waits_and_ends(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    script = tmp_path / "first.sh"
+    train = shlex.join([sys.executable, str(TRAIN), *TINY, "trainer=ddp", "trainer.device=cpu"])
+    script.write_text(f"if [ $SLURM_PROCID = 0 ]; then {train} $@; fi\n")
+    (tmp_path / "work").mkdir()
+    command = ["srun", "--ntasks=3", "bash", str(script), "trainer.timeout_seconds=8"]
+    done = subprocess.run(
+        command, cwd=tmp_path / "work", env=cluster, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2
+    waits, error = [line for line in done.stderr.splitlines() if not line.startswith("srun: ")]
+    assert waits.startswith("rank 0: waiting for ranks 1, 2 of SLURM_STEP_NUM_TASKS=3.")
+    assert error.startswith("error: rank 0 waited 8 seconds for ranks 1, 2 of SLURM_STEP_NUM_TASKS")
+    assert [*(tmp_path / "work").iterdir()] == []
 
 
 @needs_slurm
@@ -371,6 +433,7 @@ def test_without_slurm_it_is_one_line_and_nothing_is_written(
 
 def test_srun_says_in_its_way_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outside.per_node("2(x3),1") == [2, 2, 2, 1]
+    monkeypatch.setattr(outside, "is_in_a_shell", lambda: False)  # as pytest itself may be
     for name, value in {
         "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3",
         "SLURM_PROCID": "6", "SLURM_LOCALID": "0",
@@ -379,6 +442,13 @@ def test_srun_says_in_its_way_what_torchrun_says(monkeypatch: pytest.MonkeyPatch
     assert outside.srun_environment() == {
         "RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
     }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(outside, "is_in_a_shell", lambda: True)  # of `srun --pty --ntasks=7 bash`
+        assert outside.srun_environment() == {}
+    with monkeypatch.context() as patch:
+        patch.delenv("SLURM_NODEID")
+        with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=7 is set, but SLURM_NODEID not"):
+            outside.srun_environment()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # such as a shell in an allocation
     assert outside.srun_environment() == {}
 

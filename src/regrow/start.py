@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from regrow import outside
+from regrow.config import fail
+from regrow.errors import UserError
 from regrow.parent import die_with_parent
 
 
@@ -22,8 +25,21 @@ def start(main: Callable[[], Any]) -> None:
         told = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("REGROW_SWEEP")}
         process.context_of(fresh=False)
         os.environ.update(told)  # is for this process alone
-    os.environ.update(outside.srun_environment())
-    if not outside.started_from_outside():
+    try:
+        os.environ.update(outside.srun_environment())
+        is_one_of_several = outside.started_from_outside()
+        if is_one_of_several:
+            outside.check_environment()
+    except UserError as error:
+        fail(str(error))
+    if not is_one_of_several:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1" and "RANK" not in os.environ and outside.is_in_a_shell():
+            print(
+                f"note: one process, in a shell that Slurm gave {tasks} tasks. For a process in "
+                f"each, start with srun --ntasks={tasks}.",
+                file=sys.stderr,
+            )
         main()
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun leaves its processes behind

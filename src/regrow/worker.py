@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -45,11 +44,11 @@ def main() -> None:
         sys.exit(0)
     try:
         store = meet()
+        said = json.loads(text or job_from(store))
     except UserError as error:
         configs.fail(str(error))
-    said = json.loads(text or store.get("job"))
     if os.environ["RANK"] != "0":
-        store.add("came", 1)
+        store.set(f"came/{os.environ['RANK']}", "")
     if isinstance(said, int):  # there is no job
         leave(said)
     work(Job(**said), store)
@@ -69,11 +68,28 @@ def work_alone(text: str) -> None:
 
 def meet() -> Any:
     """The store that all processes share, by the environment that the starter has set."""
-    if "MASTER_ADDR" not in os.environ:
-        return dist.PrefixStore("attempt_0", outside.meet())  # type: ignore[attr-defined]
-    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    else:
+        store = outside.meet()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep its store
-    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    if "REGROW_WATCHED" not in os.environ:
+        outside.arrive(store)
+    return store
+
+
+def job_from(store: Any) -> str:
+    """The job that the first process gives. Raises UserError if it gives none in time."""
+    try:
+        outside.wait_until(
+            lambda: bool(store.check(["job"])),
+            lambda: "the first process, which composes the config",
+            outside.PATIENCE,
+        )
+        return str(store.get("job").decode())
+    except RuntimeError:
+        raise UserError("the first process ended before it gave this one its job.") from None
 
 
 def lead(job: Job) -> NoReturn:
@@ -88,6 +104,22 @@ def lead(job: Job) -> NoReturn:
     trainer["devices"] = local
     store = meet()
     store.set("job", job.to_json())
+    code, before = 0, signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        outside.wait_for_all(store, trainer["timeout_seconds"])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as end:
+        code = int(end.code or 0)
+    signal.signal(signal.SIGTERM, before)
+    if code:  # the others end with the store
+        outside.have_met()
+        if job.folder is not None:
+            launch.leave_nothing(Path(job.folder))
+        leave(code)
     work(job, store)
 
 
@@ -101,12 +133,16 @@ def dismiss(code: int) -> NoReturn:
 
 def wait_for_others(store: Any) -> None:
     """Stay until all have come, so that none waits for the store of a process that has left."""
-    deadline = time.monotonic() + 60
-    while store.add("came", 0) < int(os.environ["WORLD_SIZE"]) - 1:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    outside.have_met()
+    try:
+        outside.wait_until(
+            lambda: not outside.absent(store, "came"),
+            lambda: outside.others_in_words(outside.absent(store, "came")),
+            60,
+        )
+    except (UserError, KeyboardInterrupt):
+        pass  # the error was said before
+    finally:
+        outside.have_met()
 
 
 def work(job: Job, store: Any) -> NoReturn:
