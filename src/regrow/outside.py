@@ -199,11 +199,16 @@ def wait_for_all(store: Any, seconds: float) -> None:
         lambda: not absent(store, "here"), lambda: others_in_words(absent(store, "here")), seconds
     )
     for rank in range(int(size)):
-        other = store.get(f"here/{rank}").decode()
-        if other != size:
-            raise UserError(
-                f"WORLD_SIZE={size} here, and {other} in rank {rank}. Give all the same. {ALONE}"
-            )
+        check_size(store, rank)
+
+
+def check_size(store: Any, rank: int) -> None:
+    """Raise UserError where another process counts another number of them."""
+    size, other = os.environ["WORLD_SIZE"], store.get(f"here/{rank}").decode()
+    if other != size:
+        raise UserError(
+            f"WORLD_SIZE={size} here, and {other} in rank {rank}. Give all the same. {ALONE}"
+        )
 
 
 def absent(store: Any, what: str) -> list[int]:

@@ -87,7 +87,9 @@ def job_from(store: Any) -> str:
             lambda: "the first process, which composes the config",
             outside.PATIENCE,
         )
-        return str(store.get("job").decode())
+        job = str(store.get("job").decode())
+        outside.check_size(store, 0)
+        return job
     except RuntimeError:
         raise UserError("the first process ended before it gave this one its job.") from None
 
@@ -125,7 +127,10 @@ def lead(job: Job) -> NoReturn:
 
 def dismiss(code: int) -> NoReturn:
     """As the first of the processes that were started from outside: there is no job, all end."""
-    store = meet()
+    try:
+        store = meet()
+    except UserError:  # as `lead` may have said
+        leave(code)
     store.set("job", json.dumps(code))
     wait_for_others(store)
     leave(code)
