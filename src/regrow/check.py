@@ -321,7 +321,8 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
         if name in shipped_loggers:
             _check_node(node, shipped_loggers[name], f"logger.{name}")
         else:
-            check_signature(node, f"logger.{name}")
+            parameters = check_signature(node, f"logger.{name}")
+            loggers.check_required(node, f"logger.{name}", parameters)
     for group in GROUPS:
         option = choices.get(group)
         if not isinstance(option, str) or not isinstance(values.get(group), Mapping):
@@ -391,8 +392,11 @@ def _check_type(value: Any, shipped: Any, path: str) -> None:
         raise UserError(f"{path}={_shown(value)} has to be {says}.")
 
 
-def check_signature(node: Mapping[str, Any], path: str) -> None:
-    """Hold a node against its target's own signature. Imports the target's module."""
+def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:
+    """Hold a node against its target's own signature, which is returned: parameters by name.
+
+    Imports the target's module.
+    """
     target = node.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{path}._target_={target!r} has to name a class or a function.")
@@ -400,9 +404,9 @@ def check_signature(node: Mapping[str, Any], path: str) -> None:
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return  # some builtins have none
+        return {}  # some builtins have none
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
+        return parameters
     foreign = [
         str(key)
         for key in node
@@ -415,6 +419,7 @@ def check_signature(node: Mapping[str, Any], path: str) -> None:
             f"{named}: {target} takes no such argument.{hint} To leave out what the option "
             f"brings: {' '.join(f'~{path}.{key}' for key in foreign)}"
         )
+    return parameters
 
 
 def _check_combinations(values: Mapping[str, Any]) -> None:

@@ -238,7 +238,7 @@ def train(
     if world.is_main:
         record = loggers.open_loggers(
             folder,
-            {name: instantiate(node) for name, node in config["logger"].items()},
+            {n: instantiate({**node, "_partial_": True}) for n, node in config["logger"].items()},
             position=facts["metrics_bytes"] if facts else 0,
             resume_step=state.step if facts else None,
             run_name=f"{folder.parent.name}/{folder.name}",

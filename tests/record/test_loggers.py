@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from regrow.record.loggers import (
     Loggers,
     TensorBoard,
     check_choice,
+    check_required,
     open_loggers,
     wandb_mode,
 )
@@ -538,3 +540,60 @@ def test_options_merge_into_one_mapping(
         composed: Any = OmegaConf.to_container(compose("config", choice), resolve=True)
     assert list(composed["logger"]) == names
     assert all(node["_partial_"] for node in composed["logger"].values())
+
+
+class Short:
+    """A logger of one's own that takes nothing of a run, and has no more methods than it needs."""
+
+    seen: ClassVar[list[int]] = []
+
+    def log(self, step: int, epoch: int, values: Any) -> None:
+        self.seen.append(step)
+
+
+class Named(Short):
+    def __init__(self, url: str, run_name: str) -> None:
+        assert (url, run_name) == ("here", "x/y")
+
+
+class Unreachable(Short):
+    def __init__(self, url: str) -> None:
+        raise ConnectionError("no route\nto host")
+
+
+class Dumb:
+    pass
+
+
+def test_loggers_of_ones_own_take_what_they_like_and_end_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(*TINY, "trainer.max_epochs=1")
+    config["logger"] = {
+        "short": {"_target_": f"{__name__}.Short"},
+        "gone": {"_target_": f"{__name__}.Unreachable", "url": "there", "_partial_": True},
+        "dumb": {"_target_": f"{__name__}.Dumb"},
+    }
+    with caplog.at_level(logging.WARNING):
+        assert train_config(tmp_path / "run", config)["status"] == "completed"
+    assert Short.seen and len(Short.seen) == len(read_metrics(tmp_path / "run"))
+    said = [record.getMessage() for record in caplog.records if record.name != "regrow.file"]
+    assert said[:2] == [
+        "logger.gone: ConnectionError: no route to host. The run does without it.",
+        "logger.dumb: TypeError: a Dumb has no method log. The run does without it.",
+    ]
+    nodes: Any = {"named": functools.partial(Named, url="here")}
+    opened = open_loggers(tmp_path, nodes, position=None, **without_folder(tmp_path, None))
+    assert [*opened.trackers] == ["named"]
+
+
+def test_what_a_logger_of_ones_own_needs_is_asked_for_before_anything_is_made() -> None:
+    from regrow.check import check_signature
+
+    node = {"_target_": f"{__name__}.Named"}
+    parameters = check_signature(node, "logger.mine")
+    with pytest.raises(UserError, match=r"logger\.mine\.url has to be given: .*Named needs it"):
+        check_required(node, "logger.mine", parameters)
+    check_required({**node, "url": "here"}, "logger.mine", parameters)
+    with pytest.raises(UserError, match=r"logger\.mine\._target_=nowhere\.Logger"):
+        check_signature({"_target_": "nowhere.Logger"}, "logger.mine")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import inspect
 import logging
 import os
 import re
 import secrets
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +35,7 @@ from regrow.record.redact import redact_all
 log = logging.getLogger(__name__)
 
 
+GIVEN = ("folder", "resume_step", "run_name", "config")  # to each logger that takes them
 KILLED = 255  # the exit code that wandb shows as killed and not as failed
 
 
@@ -433,8 +436,7 @@ class Loggers:
             except Exception as error:
                 if name not in self.complained:
                     self.complained.add(name)
-                    reason = re.sub(r"\s+", " ", str(error))[:200]
-                    log.warning("logger %s: %s: %s", name, type(error).__name__, reason)
+                    log.warning("logger %s: %s", name, _in_a_line(error))
 
 
 def open_loggers(
@@ -446,14 +448,65 @@ def open_loggers(
     run_name: str,
     config: Mapping[str, Any] | None,
 ) -> Loggers:
-    """metrics.jsonl, cut back to `position` (None: to nothing), then each of the config's nodes."""
+    """metrics.jsonl, cut back to `position` (None: to nothing), then each of the config's nodes.
+
+    A tracker that cannot be opened is named and left out.
+    """
     jsonl = Jsonl(folder)
     jsonl.rewind(position or 0)
-    trackers = {
-        name: node(folder=folder, resume_step=resume_step, run_name=run_name, config=config)
-        for name, node in nodes.items()
+    given = {
+        "folder": folder,
+        "resume_step": resume_step,
+        "run_name": run_name,
+        "config": config,
     }
+    trackers = {}
+    for name, node in nodes.items():
+        try:
+            tracker = node(**_taken_by(node, given))
+            if not callable(getattr(tracker, "log", None)):
+                raise TypeError(f"a {type(tracker).__name__} has no method log")
+            trackers[name] = tracker
+        except UserError:
+            jsonl.close()
+            raise
+        except Exception as error:
+            log.warning("logger.%s: %s. The run does without it.", name, _in_a_line(error))
+            logging.getLogger("regrow.file").warning("%s", traceback.format_exc())
     return Loggers(jsonl, trackers)
+
+
+def _taken_by(node: Callable[..., Logger], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a logger takes: one's own need not take all."""
+    try:
+        parameters = inspect.signature(node).parameters
+    except (TypeError, ValueError):
+        return dict(given)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(given)
+    return {key: value for key, value in given.items() if key in parameters}
+
+
+def _in_a_line(error: BaseException) -> str:
+    reason = re.sub(r"\s+", " ", str(error))[:200]
+    return f"{type(error).__name__}: {reason}"
+
+
+def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, Any]) -> None:
+    """Raise UserError for what a logger of one's own needs and neither the config nor a run gives.
+
+    `parameters` are those of its signature, by name.
+    """
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if missing := [name for name in needed if name not in node and name not in GIVEN]:
+        raise UserError(
+            f"{path}.{missing[0]} has to be given: {node['_target_']} needs it. A run gives "
+            f"{', '.join(GIVEN)}."
+        )
 
 
 def check_choice(nodes: Mapping[str, Mapping[str, Any]]) -> None:
