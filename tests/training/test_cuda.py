@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from running import config_of, fingerprint, metrics_of, train
+from waits import no_wait_for_the_gpu
 
 from regrow import run as runs
 from regrow.training import loop
@@ -79,13 +80,12 @@ def test_no_step_waits_for_the_gpu(precision: str) -> None:
     batches = [*objects.train.epoch(0, 0)]
     loop.train_step(objects.state, batches[0], plan)  # kernels are chosen, memory is taken
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with pytest.raises(RuntimeError), no_wait_for_the_gpu():
+        objects.state.skips.sum().item()  # control: the mode finds a wait
+    with no_wait_for_the_gpu():
         for batch in batches[1:]:
             loop.train_step(objects.state, batch, plan)
             objects.state.progress.step += 1
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_gpu_without_room_halves_the_slices_and_goes_on(tmp_path: Path) -> None:

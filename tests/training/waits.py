@@ -1,0 +1,26 @@
+"""Where the host waits for a GPU, as an error."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def no_wait_for_the_gpu() -> Iterator[None]:
+    """Raise RuntimeError for what makes the host wait for the GPU; put torch's mode back after it.
+
+    torch warns that the mode is a prototype, once in a process and after it has set it. Where
+    warnings are errors, that would end the test and leave the mode on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
