@@ -57,3 +57,18 @@ def test_what_leaves_the_maths_alone_may_change(
     caplog.set_level(logging.INFO)
     assert continues(run, config_of(*TINY, change), [*TINY, change])
     assert f"changed: {change.partition('=')[0].partition('[')[0]}" in caplog.text
+
+
+def test_the_number_of_threads_comes_from_the_record_unless_the_processes_change(run: Path) -> None:
+    """Bits depend on it. TINY recorded one thread; the resume leaves it to the machine."""
+    unasked = [option for option in TINY if not option.startswith("trainer.num_threads")]
+    config = config_of(*unasked)
+    assert config["trainer"]["num_threads"] is None
+    assert continues(run, config, unasked)
+    assert config["trainer"]["num_threads"] == 1
+    other = config_of(*unasked, "trainer.devices=2")
+    assert continues(run, other, [*unasked, "trainer.devices=2"])
+    assert other["trainer"]["num_threads"] is None
+    asked = config_of(*unasked, "trainer.num_threads=3")
+    assert continues(run, asked, [*unasked, "trainer.num_threads=3"])
+    assert asked["trainer"]["num_threads"] == 3

@@ -224,3 +224,19 @@ def test_what_cannot_be_composed_for_many_is_refused_as_for_one(
     with pytest.raises((HydraException, ValueError)) as found:
         Composed(loader, config)([wrong, "seed=1"])
     assert str(found.value) == str(expected.value)
+
+
+def test_a_job_is_the_same_job_whatever_is_logged_or_noted_about_it(
+    loader_and_config: tuple[ConfigLoader, DictConfig],
+) -> None:
+    loader, _ = loader_and_config
+
+    def identity(*overrides: str) -> str:
+        config = loader.load_configuration("train", list(overrides), run_mode=RunMode.RUN)
+        return state.identity_of(config)
+
+    plain = identity()
+    for aside in ("logger=[csv]", "tags=[a]", "notes=again", "launcher.jobs=3", "resume=never"):
+        assert identity(aside) == plain, aside
+    for part in ("seed=1", "optimizer.lr=0.5", "model=cnn", "name=other", "data.num_workers=1"):
+        assert identity(part) != plain, part

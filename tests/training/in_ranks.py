@@ -236,6 +236,36 @@ def told(world: World, config: Config, folder: Path) -> list[Any]:
     return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts]
 
 
+def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> Any:
+    """The buffers after an evaluation, where each process came with others."""
+    objects = runs.build(config, world)
+    saved = SimpleNamespace(saved=None)
+    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    model = objects.state.model
+    model.register_buffer("statistic", torch.full((2,), float(world.rank + 5)))
+    loop.evaluate(objects.state, objects.val, plan, name="val")
+    return model.get_buffer("statistic").tolist()
+
+
+def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """Whether to stop, and the seconds, after a step in which one process alone got a signal.
+
+    The clock of the last process has run for a hundred seconds more than the others'.
+    """
+    objects, stop = runs.build(config, world), StopRequest()
+    saved = SimpleNamespace(saved=None)
+    plan = runs.plan_of(objects, 0, world, stop, record=None, checkpoints=saved)
+    batches, seen = objects.train.epoch(0, 0), []
+    for number in range(2):
+        if number == 1 and world.rank == 1:
+            stop._note(15, None)
+        if world.rank == world.size - 1:
+            plan.exchange._clock -= 100
+        loop.train_step(objects.state, next(batches), plan)
+        seen.append((plan.exchange.stops, plan.exchange.seconds))
+    return {"stops": [stops for stops, _ in seen], "seconds": seen[0][1]}
+
+
 CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "trained": trained,
     "trained_in_slices": trained_in_slices,
@@ -250,4 +280,6 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "measured": measured,
     "stopped": stopped,
     "told": told,
+    "evaluated_with_own_buffers": evaluated_with_own_buffers,
+    "exchanged": exchanged,
 }

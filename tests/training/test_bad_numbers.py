@@ -233,6 +233,20 @@ def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -
     assert any(weight.abs().max() > 1e6 for weight in parts["model"].values())
 
 
+def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path) -> None:
+    """Rotation would then keep only those, and lose what the run can be repeated from."""
+    config = (*TINY, "optimizer=sgd", "optimizer.lr=0.1", "trainer.max_skipped_steps=50")
+    saving = ("trainer.checkpoint.save_every_steps=1", "trainer.checkpoint.keep_last=50")
+    train(tmp_path, *config, *saving, stop_at=5)
+    summary = train(tmp_path, *config, *saving, "optimizer.lr=1e30")
+    found = [facts["step"] for facts in checkpoint.complete(tmp_path / "checkpoints").values()]
+    skipped = summary["skipped_steps"]
+    assert skipped >= 4
+    led_there = summary["steps"] - skipped
+    # The end of the run is saved wherever it is; nothing between it and the start of the streak.
+    assert found == [*range(1, led_there + 1), summary["steps"]]
+
+
 def test_the_search_of_the_fp16_scale_is_no_fault() -> None:
     """From 2^30 it takes some halvings to reach a scale at which nothing overflows."""
     scale = LossScale(CPU, initial=2.0**30, growth_interval=5)

@@ -200,3 +200,17 @@ def test_all_are_told_what_the_main_process_knows(several: Seen) -> None:
     for rank in several:
         text, gathered, firsts = rank["told"]
         assert text == "ä 0" and gathered == [0, 10, 20] and sum(firsts) == 1
+
+
+def test_an_evaluation_uses_the_buffers_of_the_main_process(several: Seen) -> None:
+    """BatchNorm's statistics differ between processes; the numbers of one model must not."""
+    assert [rank["evaluated_with_own_buffers"] for rank in several] == [[5.0, 5.0]] * SIZE
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(several: Seen) -> None:
+    assert [rank["exchanged"]["stops"] for rank in several] == [[False, True]] * SIZE
+
+
+def test_the_seconds_of_a_step_are_those_of_the_main_process(several: Seen) -> None:
+    seconds = [rank["exchanged"]["seconds"] for rank in several]
+    assert len(set(seconds)) == 1 and 0 < seconds[0] < 100

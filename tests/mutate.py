@@ -1,0 +1,98 @@
+"""`make mutate`: break each promise on purpose and see that its test fails.
+
+Each entry of mutations.yaml names a promise, a change to one file that breaks it, and the tests
+that must notice. The changes are made in a copy. A mutation that no test notices survives, and the
+exit code is 1; so it is for a change that no longer applies, so that the list moves with the code.
+Arguments choose entries by a part of their promise.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = ROOT / "tests" / "mutations.yaml"
+COPIED = ("src", "conf", "scripts", "tests", "docs", "pyproject.toml", "README.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    promise: str
+    file: str
+    find: str  # stands in the file exactly once
+    replace: str
+    tests: list[str]  # arguments of pytest, relative to the repository
+
+    def apply(self, root: Path) -> str:
+        """Change the file under `root` and return its text from before. Raises LookupError."""
+        path = root / self.file
+        text = path.read_text(encoding="utf-8")
+        if (count := text.count(self.find)) != 1:
+            raise LookupError(f"{self.file} holds {self.find!r} {count} times, not once")
+        path.write_text(text.replace(self.find, self.replace), encoding="utf-8")
+        return text
+
+
+def mutations(path: Path = LIST) -> list[Mutation]:
+    return [Mutation(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
+def run_tests(root: Path, tests: list[str]) -> int:
+    """pytest's exit code: 0 all passed, 1 some failed, anything else: they could not run."""
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        print(done.stdout[-2000:], done.stderr[-2000:])
+    return done.returncode
+
+
+def verdict(mutation: Mutation, root: Path) -> str:
+    """killed, or why not."""
+    try:
+        before = mutation.apply(root)
+    except (LookupError, OSError) as error:
+        return f"does not apply: {error}"
+    try:
+        code = run_tests(root, mutation.tests)
+    finally:
+        (root / mutation.file).write_text(before, encoding="utf-8")
+    if code == 1:
+        return "killed"
+    return "SURVIVED" if code == 0 else f"its tests could not run: exit code {code}"
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in mutations() if not words or any(word in m.promise for word in words)]
+    if not chosen:
+        print("no mutation has such a promise", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        root = Path(folder)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, root / name, ignore=ignored)
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, root / name)
+        # Unchanged code passes, or a failure would prove nothing.
+        if run_tests(root, sorted({test for m in chosen for test in m.tests})) != 0:
+            print("the tests fail without any mutation", file=sys.stderr)
+            return 1
+        found = {}
+        for mutation in chosen:
+            found[mutation.promise] = verdict(mutation, root)
+            print(f"{found[mutation.promise]:10} {mutation.promise}", flush=True)
+    killed = sum(word == "killed" for word in found.values())
+    print(f"\n{killed} of {len(chosen)} mutations killed")
+    return 0 if killed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
