@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS =
 
-.PHONY: help train test test-slow test-all test-next-hydra check format bench peers lock clean setup
+.PHONY: help train test test-slow test-all test-nightly mutate test-next-hydra check format bench peers lock clean setup
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,13 @@ test-slow: setup ## the slow tests alone
 test-all: ## all tests
 	@$(MAKE) test
 	@$(MAKE) test-slow
+
+mutate: setup ## break each promise on purpose, in a copy, and see that its tests notice
+	@$(PY) tests/mutate.py $(ARGS)
+
+test-nightly: ## all tests, and the mutations
+	@$(MAKE) test-all
+	@$(MAKE) mutate
 
 test-next-hydra: setup ## what knows Hydra, with the newest below 1.5, release candidates included
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'

@@ -152,7 +152,7 @@ def onecycle(
 
 
 class Plateau:
-    """Times `factor` whenever `patience` evaluations in a row brought no improvement."""
+    """Times `factor` after more than `patience` evaluations in a row without an improvement."""
 
     def __init__(
         self,
