@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -77,9 +79,34 @@ def test_a_clean_repository_has_no_diff(tmp_path: Path) -> None:
 def test_outside_a_repository_git_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "plain").mkdir()
-    assert write(tmp_path / "run", tmp_path / "plain")["git"] is None
+    told = write(tmp_path / "run", tmp_path / "plain")
+    assert told["git"] is None and told["git_missing"] == "not a git repository"
     monkeypatch.setenv("PATH", "/nowhere")  # nor without git
     assert write(tmp_path / "other", tmp_path / "plain")["git"] is None
+
+
+def test_a_checkout_of_another_user_is_recorded_with_the_reason_and_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = repository(tmp_path / "root")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its tests
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
+    told = write(tmp_path / "run", root)
+    assert told["git"] is None and "another user owns" in told["git_missing"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    manifest.write_origin(copy, root)  # a sweep's jobs run from there
+    assert "another user owns" in write(tmp_path / "job", copy)["git_missing"]
+    subprocess.run(shlex.split(line.partition("If you trust it: ")[2]), check=True)
+    assert write(tmp_path / "again", root)["git"]["branch"] == "main"
+
+
+def test_a_repository_without_git_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = repository(tmp_path / "root")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert write(tmp_path / "run", root)["git_missing"] == "git is not installed"
 
 
 def test_a_repository_without_a_commit_is_no_error(tmp_path: Path) -> None:

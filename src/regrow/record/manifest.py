@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from regrow.record.folder import read_json, write_json, write_text
 from regrow.record.redact import redact, redact_all
+
+log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
 ORIGIN = "origin.json"  # in a copy of the code: what it is a copy of
@@ -83,6 +86,10 @@ def write(
         "seeds": dict(seeds),
     }
     diff = now["git"].pop("diff") if now["git"] else ""
+    if now["git"] is None:
+        now["git_missing"] = reason = git_missing(root)
+        if way_out := _WAYS_OUT.get(reason or ""):
+            log.warning("the commit is not recorded: %s. %s", reason, way_out(root))
     now = redact_all(now)
     with contextlib.suppress(OSError, ValueError):
         first: dict[str, Any] = read_json(folder / NAME)
@@ -149,6 +156,8 @@ def own_packages(root: Path) -> list[str]:
 def write_origin(copy: Path, root: Path) -> None:
     """Note in a `copy` of the code what `root`, of which it was made, is in git at this moment."""
     facts = origin(root) or {"root": str(root), "git": git(root)}
+    if facts["git"] is None and "git_missing" not in facts:
+        facts["git_missing"] = git_missing(root)
     write_json(copy / ORIGIN, redact_all(facts))
 
 
@@ -185,6 +194,46 @@ def git(root: Path) -> dict[str, Any] | None:
         "diff_is_cut": len(diff.encode()) >= DIFF_BYTES,
         "diff": diff,
     }
+
+
+NO_GIT, NO_REPOSITORY = "git is not installed", "not a git repository"
+ANOTHERS = "git does not trust a checkout that another user owns"
+_WAYS_OUT: dict[str, Callable[[Path], str]] = {
+    NO_GIT: lambda root: "Install git.",
+    ANOTHERS: lambda root: (
+        "If you trust it: "
+        + shlex.join(["git", "config", "--global", "--add", "safe.directory", str(root)])
+    ),
+}
+
+
+def git_missing(root: Path) -> str | None:
+    """The reason why `git(root)` is None, or None where git answers."""
+    if noted := origin(root):
+        reason: str | None = noted.get("git_missing")
+        return reason
+    environment = {**os.environ, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    is_checkout = any((folder / ".git").exists() for folder in (root, *root.parents))
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--show-toplevel"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=5,
+        )
+    except OSError:
+        return NO_GIT if is_checkout else NO_REPOSITORY
+    except subprocess.TimeoutExpired:
+        return "git took more than 5 seconds"
+    if done.returncode == 0:
+        return None
+    said = done.stderr.decode("utf-8", errors="replace")
+    if "dubious ownership" in said or "unsafe repository" in said:  # since git 2.35.3, and before
+        return ANOTHERS
+    if NO_REPOSITORY in said:
+        return NO_REPOSITORY
+    return " ".join(said.split())[:200] or f"git ended with {done.returncode}"
 
 
 def _git(root: Path, *arguments: str, limit: int = 100_000, seconds: float = 5.0) -> str | None:
