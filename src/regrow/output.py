@@ -9,8 +9,23 @@ from pathlib import Path
 
 from regrow.errors import UserError
 
-# A spreadsheet takes a cell that begins so for a formula.
-FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes a cell that begins so for a formula: the last four are full-width signs.
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def harmless(text: str) -> str:
+    """The text of a cell, with an apostrophe before it if a spreadsheet would compute it.
+
+    Every table that anybody may open in a spreadsheet goes through here. A negative number stays
+    one.
+    """
+    if not text.lstrip(" ").startswith(FORMULA_SIGNS):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: bool) -> int:
@@ -26,8 +41,8 @@ def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: boo
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 if count == 0:
-                    csv.writer(file).writerow([_harmless(key) for key in row])
-                csv.writer(file).writerow([_harmless(value) for value in row.values()])
+                    csv.writer(file).writerow([harmless(key) for key in row])
+                csv.writer(file).writerow([harmless(value) for value in row.values()])
                 count += 1
             file.flush()
             os.fsync(file.fileno())
@@ -62,13 +77,3 @@ def _move_where_nothing_is(temporary: Path, target: Path) -> None:
     except OSError:  # a file system without links
         refuse_existing(target, overwrite=False)
         temporary.replace(target)
-
-
-def _harmless(text: str) -> str:
-    if not text.startswith(FORMULA_SIGNS):
-        return text
-    try:
-        float(text)  # a negative number stays one
-    except ValueError:
-        return f"'{text}"
-    return text

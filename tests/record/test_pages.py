@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -104,6 +105,16 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     control = tmp_path / "control.html"
     control.write_text(f"<p>{EVIL}</p>")
     assert "script" in Page(control).tags
+
+
+def test_the_name_of_a_folder_is_no_scheme_of_a_link(tmp_path: Path) -> None:
+    folders = [tmp_path / "javascript:alert(1)", tmp_path / "lr=1#2?a"]
+    for folder in folders:
+        make_run(folder)
+    links = Page(compare(folders, tmp_path / "page.html")).links
+    links = [link for link in links if not link.startswith(("#", "data:"))]
+    assert len(links) == 2 and all(":" not in link and "#" not in link for link in links)
+    assert [(tmp_path / unquote(link)).resolve() for link in links] == folders
 
 
 def test_no_secret_enters_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.output import harmless
 from regrow.record import report
 from regrow.record.folder import write_text
 from regrow.record.redact import redact
@@ -260,13 +261,15 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics()))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"]
-    )
+
+    def write(cells: Sequence[Any]) -> None:
+        writer.writerow([harmless(cell) if isinstance(cell, str) else cell for cell in cells])
+
+    write(["job", "status", *swept, *metrics, "weights_sha256", "folder", "reason", "log"])
     for row in rows:
         found = row.metrics()
         weights = row.run.summary.get("weights_sha256") if row.run and found else None
-        writer.writerow(
+        write(
             [
                 *(row.job, row.state),
                 *(redact(str(row.swept.get(key, ""))) for key in swept),

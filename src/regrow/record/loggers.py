@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from regrow.errors import UserError
+from regrow.output import harmless
 from regrow.record.folder import (
     METRICS,
     dump_line,
@@ -157,20 +158,26 @@ class Csv:
         self.columns = list(columns)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([harmless(column) for column in self.columns])
+            writer.writerows(self._cells(row) for row in rows)
         temporary.replace(self.path)
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         row = {"step": step, "epoch": epoch, **values}
         if row.keys() <= set(self.columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+                csv.writer(file, lineterminator="\n").writerow(self._cells(row))
             return
         with self.path.open(newline="", encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+            reader = csv.DictReader(file, self.columns)
+            next(reader, None)  # the header
+            rows: list[dict[str, Any]] = list(reader)
         self._rewrite([*rows, row])
+
+    def _cells(self, row: Mapping[str, Any]) -> list[Any]:
+        cells = [row.get(column, "") for column in self.columns]
+        return [harmless(cell) if isinstance(cell, str) else cell for cell in cells]
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         """Nothing: a table has no place for them."""

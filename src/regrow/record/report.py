@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from regrow.errors import UserError
 from regrow.record import plots
@@ -269,7 +270,7 @@ def compare(
     for run, label in zip(runs, labels, strict=True):
         flat = flatten(run.config)
         report = run.folder / "report.html"
-        link = os.path.relpath(report if report.exists() else run.folder, output.parent)
+        link = _link(report if report.exists() else run.folder, output.parent)
         cell = f'<a href="{_text(link)}">{_text(label)}</a>'
         rows.append(
             [
@@ -304,6 +305,11 @@ def compare(
     )
     write_text(output, _page(title, body, kind="wide"))
     return output
+
+
+def _link(path: Path, start: Path) -> str:
+    """A relative link; a folder's name is not taken for a scheme, a query or a fragment."""
+    return quote(os.fsencode(os.path.relpath(path, start)))
 
 
 _MISSING = object()
