@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from regrow import run as runs
-from regrow.config import CONF, plain, version_arguments
+from regrow.config import CONF, allow, plain, version_arguments
 from regrow.data.batch import Batch
 from regrow.training import loop, optim
 from regrow.training.interrupt import StopRequest
@@ -67,7 +67,9 @@ def config_of(*overrides: str) -> dict[str, Any]:
 def _config_of(overrides: tuple[str, ...]) -> dict[str, Any]:
     config = composed(*overrides)
     names = [str(key) for key in config if key != "hydra"]
-    return plain(OmegaConf.masked_copy(config, names))
+    values = plain(OmegaConf.masked_copy(config, names))
+    allow(values)  # as the check of a command line does
+    return values
 
 
 def launched(*overrides: str) -> float | None:

@@ -17,7 +17,7 @@ from finished import finished
 from running import CPU, TINY, config_of
 from torch import nn
 
-from regrow.config import instantiate, read_yaml
+from regrow.config import allow, instantiate, read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.run import build
@@ -199,6 +199,7 @@ def test_a_foreign_target_is_not_made(run: Path, tmp_path: Path, group: str) -> 
     with pytest.raises(UserError, match=rf"{group}._target_=os.makedirs, which no file in conf/"):
         load_run(run)
     assert not made.exists()
+    allow(evil)
     instantiate(evil)  # the negative control: made, it would have run
     assert made.exists()
 
@@ -228,6 +229,7 @@ def test_a_module_that_came_with_the_run_is_not_imported(
     with pytest.raises(UserError, match="It is not imported"):
         load_run(run)
     assert not made.exists()
+    allow({"_target_": target})
     instantiate({"_target_": target})  # the negative control: found, it would have run
     assert made.exists()
 

@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import CONF, composition_error, fail, locate, plain, read_yaml
+from regrow.config import CONF, allow, composition_error, fail, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
 from regrow.resume import check_recorded
@@ -280,6 +280,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     check_recorded(values, HydraConfig.get().overrides.task)
+    allow(values)
     _check_keys(values, choices)
     _check_ranges(values)
     loggers.check_choice(values["logger"])

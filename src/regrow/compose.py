@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from regrow import resume
 from regrow.config import plain
 from regrow.job import Job
+from regrow.record.redact import redact
 from regrow.resume import ELSEWHERE
 
 
@@ -45,6 +46,11 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
         command=list(command),
     )
+
+
+def as_recorded(job: Job) -> list[str]:
+    """The overrides as the run's folder will hold them."""
+    return resume.overrides_in(redact(job.composed["overrides.yaml"]))
 
 
 def with_override(job: Job, key: str, value: Any) -> Job:

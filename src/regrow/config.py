@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -234,6 +235,52 @@ def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+# What this process may make beside the targets that conf/ names: see `allow`.
+_allowed: set[str] = set()
+
+
+def allow(*nodes: Any) -> None:
+    """Let `instantiate` make the targets in these nodes: of a config that was composed of a command
+    line, which is its user's own, or of a recorded one once it has passed `roles.check_roles`."""
+    _allowed.update(
+        target for node in nodes for _, target in targets_in(node) if isinstance(target, str)
+    )
+
+
+def is_allowed(target: Any) -> bool:
+    return isinstance(target, str) and (target in _allowed or target in shipped_targets())
+
+
+@functools.cache
+def shipped_targets() -> frozenset[str]:
+    """All targets that the files in conf/ name."""
+    nodes = [read_yaml(path) for path in sorted(CONF.rglob("*.yaml"))]
+    return frozenset(t for node in nodes for _, t in targets_in(node) if isinstance(t, str))
+
+
+def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, target) of all nodes below."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node["_target_"]
+        for key, value in node.items():
+            yield from targets_in(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from targets_in(value, f"{path}.{index}" if path else str(index))
+
+
+def refuse_unknown_targets(node: Any) -> None:
+    """Raise UserError for a target that nothing has let through, however deep it lies."""
+    for path, target in targets_in(node):
+        if not is_allowed(target):
+            where = f"{path}._target_={target}" if path else f"_target_={target}"
+            raise UserError(
+                f"{where} is named neither in conf/ nor on this command line. It is not made. If "
+                "it is yours, add such a file."
+            )
+
+
 def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
     """The object that a node describes; `arguments` are those that only the run knows.
 
@@ -243,10 +290,10 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
     from hydra.errors import InstantiationException
 
     options: dict[str, Any] = {"_convert_": "all"}
-    if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):
-        # Hydra 1.4 asks which targets are trusted. A command line is its user's own; a recorded
-        # config has passed `roles.check_roles`, which knows which target fits which place.
-        options["_execution_whitelist_"] = utils.UNSAFE_DISABLE_EXECUTION_CHECKS
+    refuse_unknown_targets(node)
+    if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # from 1.4 on, Hydra looks too
+        named = {target for _, target in targets_in(node) if is_allowed(target)}
+        options["_execution_whitelist_"] = sorted(named)
     try:
         if not arguments:
             return utils.instantiate(dict(node), **options)

@@ -18,6 +18,7 @@ class Job:
     composed: dict[str, str]  # what Hydra composed, by file name in `.hydra/`
     command: list[str]
     draws: bool = True  # its pictures and its page, at its end
+    owner: dict[str, Any] | None = None  # what its folder holds, made where the list of folders is
     trial: dict[str, Any] | None = None  # of a search that may end it: see sweep/trial.py
 
     def to_json(self) -> str:

@@ -20,10 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from regrow import config as configs
-from regrow import outside, ranks, resume
+from regrow import outside, ownership, ranks, resume
 from regrow import run as runs
 from regrow.check import check
-from regrow.compose import job_of
+from regrow.compose import as_recorded, job_of
 from regrow.console import console, log_file
 from regrow.errors import UserError
 from regrow.job import Job
@@ -99,15 +99,26 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
             say_complete(folder, job)
             return
         # A refusal leaves nothing: see `claimed`.
-        number = slurm.submit(dataclasses.replace(job, folder=str(folder)), options)
+        number = slurm.submit(owned(dataclasses.replace(job, folder=str(folder))), options)
     log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
     log.info("folder: %s", folder)
     log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
     log.info("if it is cut, go on with: %s", command(f"resume={folder}", *typed))
 
 
+def owned(job: Job) -> Job:
+    """The job with what its folder holds as its user's: a node may not have the list of folders."""
+    try:
+        entry = ownership.enter()
+    except OSError as error:
+        log.warning("this run is not entered as yours (%s)", ownership.reason_of(error))
+        return job
+    return dataclasses.replace(job, owner=ownership.owner_of_job(entry, as_recorded(job)))
+
+
 def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this process's part of it, and return the best monitored value."""
+    configs.allow(job.config)  # another process may have composed and checked it
     with contextlib.ExitStack() as stack:
         done, halvings = False, 0
         if job.folder is not None and world.is_main:
@@ -141,6 +152,8 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
     if (folder / resume.SWEEP).is_file():
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    if not resume.is_own(folder):
+        records.refuse_links(folder, f"hydra.run.dir={folder}")
     with records.Lock(folder):
         try:
             yield resume.continues(folder, job.config, job.overrides)
@@ -151,6 +164,8 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
 def leave_nothing(folder: Path) -> None:
     """Remove a run's own folder in which nothing was written, unless somebody has it."""
     if folder.resolve() == Path.cwd() or not folder.is_dir() or (folder / resume.SWEEP).is_file():
+        return
+    if any(path.name != ".lock" for path in folder.iterdir()):
         return
     with contextlib.suppress(OSError, UserError), records.Lock(folder):
         records.remove_unused(folder)
@@ -275,6 +290,7 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]
     (folder / ".hydra").mkdir(exist_ok=True)
     recorded = OmegaConf.create(redact_all(dict(job.config)))
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
+    ownership.enter_run(folder, as_recorded(job), job.owner)
     for name, content in job.composed.items():
         records.write_text(folder / ".hydra" / name, redact(content))
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from regrow import older
 from regrow import run as runs
-from regrow.config import find_own_modules, instantiate, read_yaml
+from regrow.config import allow, find_own_modules, instantiate, read_yaml
 from regrow.data.preprocess import Preprocessing
 from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
+from regrow.resume import downloads_elsewhere
 from regrow.roles import check_roles
 from regrow.training import checkpoint
 
@@ -118,7 +119,11 @@ def load_run(
     recorded, class_names = _recorded(folder, given)
     class_names = class_names or config["data"].get("class_names")
     find_own_modules()
-    check_roles(config, ("data", "model", "task", "loss"), folder, f"run={given}")
+    made = ("data", "model", "task", "loss")
+    check_roles(config, made, folder, f"run={given}")
+    allow(*(config[group] for group in made))
+    if downloads_elsewhere(folder, config, data or {}):
+        config["data"]["source"]["download"] = False
     swap(config["data"], data or {})
     if class_names is None and config["task"].get("class_names", ...) is None:
         class_names = _names_in(config["data"])  # of a run that did not keep them

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from regrow import older
-from regrow.config import CONF, MULTIRUN, read_yaml
+from regrow import older, ownership
+from regrow.config import CONF, MULTIRUN, read_yaml, targets_in
 from regrow.errors import UserError
 from regrow.record import manifest
 from regrow.record.folder import SUMMARY, load_status, read_json
@@ -22,7 +25,7 @@ from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
 
-SWEEP = "sweep.json"  # of a sweep's folder
+SWEEP = ownership.SWEEP  # of a sweep's folder
 ELSEWHERE = ("launcher", "sweep")  # groups that say where or beside what a run is made
 
 # What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
@@ -34,6 +37,7 @@ MAY_CHANGE = (
     "data.changed",  # lets nothing through unless it was typed: see `refuse_other_data`
     "data.root",
     "data.source.root",
+    "data.source.download",
     "data.num_workers",
     "data.pin_memory",
     "data.persistent_workers",
@@ -74,6 +78,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
     Any other command line is left as it is. Raises UserError for a folder that holds no run.
     """
+    arguments = ownership.take_trust(arguments)
     named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     if not named or named[-1] in ("auto", "never"):
         return list(arguments)
@@ -97,13 +102,21 @@ def expand(arguments: Sequence[str]) -> list[str]:
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
                 "keys. It is not followed."
             )
+    if not ownership.is_own_run(folder, recorded_overrides(folder)):
+        old = without_loggers(folder, old)
+        if downloads_elsewhere(folder, _recorded_config(folder), keys):
+            old.append("data.source.download=false")
     refuse_masked(folder, old)
     return [*old, f"resume={folder}", *new, f"hydra.run.dir={folder.resolve()}"]
 
 
 def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
     """The sweep's own overrides, then the new ones, in that folder. Its frozen code runs again."""
-    folder = Path(os.path.relpath(folder.resolve()))  # `latest` may come to name another
+    named, folder = (
+        folder,
+        Path(os.path.relpath(folder.resolve())),
+    )  # `latest` may come to name another
+    ownership.check_sweep(folder, f"resume={named}")  # before Hydra sees what is in there
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
     before = content.get("overrides", [])
@@ -113,6 +126,53 @@ def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
     refuse_masked(folder, old)
     given = [a for a in new if a not in MULTIRUN]
     return ["-m", *old, *given, f"hydra.sweep.dir={folder}"]
+
+
+def is_own(folder: Path) -> bool:
+    """Return True if `folder` holds a run that is listed as this user's."""
+    try:
+        return ownership.is_own_run(folder, recorded_overrides(folder))
+    except UserError:
+        return False
+
+
+def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
+    """Return True if a folder that is not the user's says where data would be downloaded to.
+
+    `typed` are the keys, with or without `data.`, that the user gave.
+    """
+    data = config.get("data")
+    source = data.get("source") if isinstance(data, Mapping) else None
+    named = {key.removeprefix("data.") for key in typed}
+    return (
+        isinstance(source, Mapping)
+        and bool(source.get("download"))
+        and not named & {"root", "source.root", "source.download"}
+        and not is_own(folder)
+    )
+
+
+def _recorded_config(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        content = read_yaml(folder / "config.yaml")
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def without_loggers(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a folder that is not the user's: nothing is sent to an account named there.
+
+    Says so in one line where that leaves something out.
+    """
+    loggers = [o for o in overrides if re.split(r"[./]", key_of(o))[0] == "logger"]
+    if loggers:
+        digits = ownership.digest_of_run(recorded_overrides(folder))[: ownership.DIGITS]
+        print(
+            f"warning: resume={folder}: it is not listed as yours, so its loggers are left out "
+            f"({', '.join(loggers)}). Give them again, or, if you trust it, add trust={digits}",
+            file=sys.stderr,
+        )
+    return [o for o in overrides if o not in loggers]
 
 
 def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
@@ -148,10 +208,17 @@ def recorded_overrides(folder: Path) -> list[str]:
     """What the run in `folder` was started with. Raises UserError if it cannot be read."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
-        overrides = yaml.safe_load(path.read_text()) or []
+        return overrides_in(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
+
+
+def overrides_in(text: str) -> list[str]:
+    """The overrides that an overrides.yaml of this text lists. Raises ValueError or YAMLError."""
+    overrides = yaml.safe_load(text) or []
+    if not isinstance(overrides, list):
+        raise ValueError("a list of overrides is expected")
     return [str(override) for override in overrides]
 
 
@@ -178,8 +245,22 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     if config["resume"] in ("auto", "never"):
         return
     folder = Path(config["resume"])
-    own = [key_of(override) for override in typed(overrides) if "_target_" in override]
+    own = [key for override in typed(overrides) for key in targets_of(override)]
     check_roles(config, tuple(config), folder, f"resume={folder}", own)
+
+
+def targets_of(override: str) -> list[str]:
+    """The dotted keys of the nodes whose `_target_` an override gives, none of those beside it."""
+    key, _, value = override.partition("=")
+    key = key.lstrip("+~")
+    if key.endswith("._target_"):
+        return [key.removesuffix("._target_")]
+    if "_target_" not in value:
+        return []
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    content = OverridesParser.create().parse_override(override).value()
+    return [f"{key}.{path}" if path else key for path, _ in targets_in(content)]
 
 
 def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:

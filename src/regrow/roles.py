@@ -29,6 +29,10 @@ KINDS = {
 }
 
 
+# What Hydra reads in a node. None of them lets through what a target would not.
+HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+
 def check_roles(
     config: Mapping[str, Any],
     groups: Collection[str],
@@ -40,17 +44,22 @@ def check_roles(
     foreign to its place, and for an interpolation, which a recorded config has none of.
 
     `folder` is the run's, and `where` names it as the user did, such as run=outputs/digits/latest.
-    Targets at or below the keys that were `typed` are the user's own.
+    The targets of the nodes that were `typed` are the user's own; those below them are not.
     """
+    for path, key, value in _entries(config, ""):
+        if isinstance(value, str) and "${" in value:  # of any group: one may look into another
+            full = f"{path}.{key}".lstrip(".")
+            raise UserError(
+                f"{where}: its config.yaml has {full}={value}, where a plain value is expected. It "
+                "is not made."
+            )
     for group in groups:
         for path, key, value in _entries(config.get(group), group):
-            if isinstance(value, str) and "${" in value:
+            if key.startswith("_") and key.endswith("_") and key not in HYDRAS_OWN:
                 raise UserError(
-                    f"{where}: its config.yaml has {path}.{key}={value}, where a plain value "
-                    "is expected. It is not made."
+                    f"{where}: its config.yaml has {path}.{key}, which is not a key of a run's."
                 )
-            own = any(f"{path}._target_.".startswith(f"{name}.") for name in typed)
-            if key != "_target_" or own:
+            if key != "_target_" or path in typed:
                 continue
             if isinstance(value, str) and not is_apart(value, folder.resolve()):
                 raise UserError(

@@ -350,3 +350,13 @@ def test_pictures_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
         "import matplotlib; assert matplotlib.rcParams['svg.fonttype'] == 'path'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pictures_are_not_drawn_through_a_link(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    shutil.rmtree(folder / "plots")
+    (tmp_path / "victim").mkdir()
+    (folder / "plots").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        report.draw(folder)
+    assert [*(tmp_path / "victim").iterdir()] == []

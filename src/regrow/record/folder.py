@@ -63,6 +63,8 @@ def link_latest(folder: Path, runs: Path) -> None:
         inside = folder.resolve().relative_to(runs.resolve())
     except ValueError:
         return
+    if ".." in runs.parts:  # a name that came with a folder
+        return
     if inside.parts[:1] == ("sweeps",):
         runs, inside = runs / "sweeps", Path(*inside.parts[1:2])
     if len(inside.parts) != 1:
@@ -78,6 +80,22 @@ def link_latest(folder: Path, runs: Path) -> None:
     except OSError as error:  # a file system without links: the run does not need one
         log.warning("%s was not updated: %s", link, error)
         temporary.unlink(missing_ok=True)
+
+
+def refuse_links(folder: Path, named: str, part: str = "") -> None:
+    """Raise UserError for a link in the folder, or in a part of it, that leads out of the folder.
+
+    What is written would follow it, so this goes before writing into a folder from elsewhere.
+    """
+    inside, below = folder.resolve(), [folder / part] if part else []
+    for root, folders, files in os.walk(folder / part):
+        below += [Path(root, name) for name in (*folders, *files)]
+    for path in below:
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UserError(
+                f"{named}: {path} is a link that leads out of the folder, and what is written "
+                "would follow it. Remove the link, or put in its place what it leads to."
+            )
 
 
 def remove_unused(folder: Path) -> None:
@@ -108,7 +126,7 @@ class Lock:
         self.folder.mkdir(parents=True, exist_ok=True)  # its last holder may have removed it
         try:
             descriptor = os.open(
-                self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+                self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
             )
         except FileNotFoundError:
             return self.acquire()

@@ -24,6 +24,7 @@ from regrow.record.folder import (
     load_status,
     read_json,
     read_metrics,
+    refuse_links,
     write_text,
 )
 from regrow.record.redact import redact, redact_all
@@ -125,6 +126,7 @@ def _read(path: Path) -> Any:
 def draw(folder: Path, output: Path | None = None) -> Path:
     """(Re)write the run's pictures and its page; the page's path."""
     run = load(folder)
+    refuse_links(folder, str(folder), "plots")
     drawn = plots.figures(folder, run.lines)
     plots.draw(folder, drawn)
     return _write(run, drawn, output)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from regrow import ownership
 from regrow.config import ROOT
 from regrow.errors import UserError
 from regrow.record import folder as records
@@ -24,15 +25,19 @@ from regrow.sweep import state
 PARTS = ("src", "conf", "scripts")
 # What the script of the copy is told.
 FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
+IDENTITY = "REGROW_SWEEP_ID"  # by which the list of the user's folders knows the sweep
 
 
 def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) -> records.Lock:
     """The lock of the sweep's folder: the one `named`; else the newest that the same command began
     and that nobody goes on with; else a new one under outputs/<name>/sweeps.
 
-    Raises UserError for a named folder that holds something else, or is in use.
+    Raises UserError for a named folder that holds something else, or is in use, and for a sweep
+    that is neither the user's nor trusted, before anything is written there.
     """
     if named is not None:
+        if (named / state.FILE).is_file() or is_copy(named / state.CODE):
+            ownership.check_sweep(named, f"hydra.sweep.dir={named}")
         # A start that was killed may have left the copy, and names with a dot: lock and leftovers.
         held = [path.name for path in named.glob("[!.]*") if not is_copy(path)]
         if held and not (named / state.FILE).is_file():
@@ -46,6 +51,10 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
     for folder in sorted(sweeps.glob("*/"), reverse=True) if resume != "never" else ():
         if folder.is_symlink() or not state.is_open(folder, overrides):
             continue
+        try:
+            ownership.check_sweep(folder, str(folder))
+        except UserError as error:
+            raise UserError(f"{error}. To start another sweep instead: resume=never") from None
         with contextlib.suppress(UserError):  # in use
             lock = records.Lock(folder).acquire()
             if state.is_open(folder, overrides):
@@ -54,11 +63,17 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
     return records.Lock(records.create(Path("outputs"), f"{name}/sweeps")).acquire()
 
 
-def freeze(folder: Path) -> Path:
-    """Copy what the jobs run into the sweep's folder, unless that was done; where it is."""
+def freeze(folder: Path) -> tuple[Path, str]:
+    """Copy what the jobs run into the sweep's folder, unless that was done.
+
+    Returns where it is and the id by which the list of the user's folders knows it, empty where
+    that cannot be written. Raises UserError for code that is neither the user's nor trusted.
+    """
     code = folder / state.CODE
-    if is_copy(code):
-        return code
+    if is_copy(code) or (folder / state.FILE).is_file():
+        entry = ownership.check_sweep(folder, str(folder))
+        ownership.remove_caches(code)
+        return code, entry.id if entry is not None else adopt(folder)
     temporary = folder / f".{state.CODE}"  # of a start that was cut
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)  # conf/local may name accounts
@@ -74,8 +89,30 @@ def freeze(folder: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"the code could not be copied into {folder}: {error}") from None
     manifest.write_origin(temporary, ROOT)
+    identity = entered(ownership.digest_of_code(temporary, str(folder)))
     temporary.rename(code)
-    return code
+    return code, identity
+
+
+def entered(code_sha256: str) -> str:
+    """The id of a new entry in the list of the user's folders; empty, and said, without one."""
+    try:
+        return ownership.enter(code_sha256).id
+    except OSError as error:
+        print(
+            f"warning: this sweep is not entered as yours ({ownership.reason_of(error)}). It runs "
+            "all the same; to resume it will need the trust=… that its command then names.",
+            file=sys.stderr,
+        )
+        return ""
+
+
+def adopt(folder: Path) -> str:
+    """Enter a sweep whose contents the user trusts, and seal it as it is now; its id."""
+    identity = entered(ownership.digest_of_code(folder / state.CODE, str(folder)))
+    if (folder / state.FILE).is_file():
+        state.write(folder, id=identity)
+    return identity
 
 
 def is_copy(path: Path) -> bool:
@@ -94,7 +131,9 @@ def tell_of_edits(folder: Path) -> None:
         )
 
 
-def become(code: Path, lock: records.Lock, arguments: Sequence[str], *, warm: bool) -> NoReturn:
+def become(
+    code: Path, identity: str, lock: records.Lock, arguments: Sequence[str], *, warm: bool
+) -> NoReturn:
     """Go on as the same script of the frozen code, which takes the lock over.
 
     `warm`: it is to fork its jobs, and starts the server for that at once.
@@ -102,6 +141,7 @@ def become(code: Path, lock: records.Lock, arguments: Sequence[str], *, warm: bo
     assert lock.descriptor is not None
     os.set_inheritable(lock.descriptor, True)
     told = {FOLDER: str(lock.folder), LOCK: str(lock.descriptor), WARM: "1" if warm else ""}
+    told[IDENTITY] = identity
     script = code.resolve() / "scripts" / Path(sys.argv[0]).name
     sys.stdout.flush()
     sys.stderr.flush()

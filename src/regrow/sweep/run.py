@@ -17,8 +17,9 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import outside, slurm
+from regrow import outside, ownership, slurm
 from regrow.check import check_group
+from regrow.compose import as_recorded
 from regrow.config import instantiate, plain
 from regrow.console import console
 from regrow.errors import UserError
@@ -49,6 +50,7 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
             raise UserError(f"{override} is of one run. A sweep's folder is hydra.sweep.dir=….")
     for group in ("launcher", "sweep"):
         check_group(config, group)
+    identity = os.environ.pop(frozen.IDENTITY, "")
     lock = frozen.taken_over(os.environ)
     if lock is None:
         named = Path(config.hydra.sweep.dir)
@@ -60,10 +62,10 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
         )
         frozen.tell_of_edits(lock.folder)
         warm = not config.launcher.get("fresh_processes", True)
-        frozen.become(frozen.freeze(lock.folder), lock, sys.argv[1:], warm=warm)
+        frozen.become(*frozen.freeze(lock.folder), lock, sys.argv[1:], warm=warm)
     with lock, console():
         try:
-            code = _run(loader, config, list(arguments), lock.folder)
+            code = _run(loader, config, list(arguments), lock.folder, identity)
         except BaseException:  # a Ctrl-C too
             leave_nothing(lock.folder)
             raise
@@ -99,7 +101,9 @@ def leave_nothing(folder: Path) -> None:
             parent.rmdir()
 
 
-def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder: Path) -> int:
+def _run(
+    loader: ConfigLoader, config: DictConfig, arguments: list[str], folder: Path, identity: str
+) -> int:
     values = plain(OmegaConf.masked_copy(config, ["name", "launcher", "sweep"]))
     options: Options = instantiate(values["sweep"])
     composer = plan.Composer(Composed(loader, config), folder)
@@ -113,7 +117,9 @@ def _run(loader: ConfigLoader, config: DictConfig, arguments: list[str], folder:
             "overrides": same_sweep(config),
             "launcher": [o for o in plan.overrides_of(config) if is_of(o, "launcher")],
             "complete": False,
+            "id": identity,
         },
+        entry=ownership.find(identity),
     )
     if not sweep.is_for_slurm:
         sweep.context = process.context_of(fresh=sweep.launcher["fresh_processes"])
@@ -155,6 +161,7 @@ class Sweep:
     options: Options
     launcher: dict[str, Any]
     facts: dict[str, Any]
+    entry: ownership.Entry | None  # in the list of the user's folders
     context: Any = None  # of multiprocessing
     gpus: list[str] = field(default_factory=gpus.visible)
     at_once: int = 1
@@ -189,10 +196,13 @@ class Sweep:
         planned = plan.in_group(planned, self.folder.name)
         job = dataclasses.replace(planned.job, draws=self.options.pictures == "all")
         planned = dataclasses.replace(planned, job=job)
-        if self.is_for_slurm:
+        if not self.is_for_slurm:
+            threads = local.threads_of(planned.job.config["trainer"], self.shares)
+            planned = plan.with_threads(planned, threads)
+        if self.entry is None:
             return planned
-        threads = local.threads_of(planned.job.config["trainer"], self.shares)
-        return plan.with_threads(planned, threads)
+        owner = ownership.owner_of_job(self.entry, as_recorded(planned.job))
+        return dataclasses.replace(planned, job=dataclasses.replace(planned.job, owner=owner))
 
     def write(self, entries: Sequence[state.Entry], **facts: Any) -> None:
         """From here on the folder is a sweep's."""
@@ -292,7 +302,8 @@ def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[P
 
 def going_on(folder: Path, *more: str) -> str:
     where = os.path.relpath(folder)
-    return shlex.join(["python", "scripts/train.py", "-m", f"resume={where}", *more])
+    trust = ownership.trust_of(folder)
+    return shlex.join(["python", "scripts/train.py", "-m", f"resume={where}", *trust, *more])
 
 
 def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from regrow import ownership
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record.comparison import label_of
@@ -63,11 +64,13 @@ def read(folder: Path) -> dict[str, Any]:
     Raises UserError where it cannot be read: taken for empty, it would be written anew.
     """
     try:
-        content: dict[str, Any] = records.read_json(folder / FILE)
+        content = records.read_json(folder / FILE)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / FILE} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / FILE} is not a sweep's: a mapping is expected.")
     return content
 
 
@@ -77,7 +80,7 @@ def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) ->
         content = {**read(folder), **redact_all(facts)}
         if entries is not None:
             content["jobs"] = redact_all([asdict(entry) for entry in entries])
-        records.write_json(folder / FILE, content)
+        records.write_json(folder / FILE, ownership.sealed(content))
 
 
 def add(folder: Path, entry: Entry) -> None:
@@ -86,7 +89,7 @@ def add(folder: Path, entry: Entry) -> None:
         content = read(folder)
         if all(one["number"] != entry.number for one in content["jobs"]):
             content["jobs"].append(redact_all(asdict(entry)))
-            records.write_json(folder / FILE, content)
+            records.write_json(folder / FILE, ownership.sealed(content))
 
 
 @contextlib.contextmanager
@@ -98,7 +101,25 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def entries(folder: Path) -> list[Entry]:
-    return [Entry(**entry) for entry in read(folder).get("jobs", [])]
+    """The jobs that sweep.json lists. Raises UserError for what is not a job of this folder."""
+    jobs = read(folder).get("jobs", [])
+    found = []
+    for job in jobs if isinstance(jobs, list) else [jobs]:
+        try:
+            entry = Entry(**job)
+            texts = [entry.identity, entry.folder, *entry.overrides, *entry.swept]
+            texts += entry.swept.values()
+            fits = type(entry.number) is int and all(isinstance(text, str) for text in texts)
+            fits = fits and not Path(entry.folder).is_absolute()
+            fits = fits and ".." not in Path(entry.folder).parts
+        except (TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{folder / FILE} lists {str(job)[:100]!r}, which is not a job of this folder."
+            )
+        found.append(entry)
+    return found
 
 
 def is_open(folder: Path, overrides: Sequence[str]) -> bool:

@@ -1,0 +1,340 @@
+"""Which folders of runs and sweeps are this user's own.
+
+To resume a folder is to follow what lies in it: a sweep's frozen code and commands, a run's
+loggers. So each new folder is entered in a list that only its user can write,
+`$XDG_STATE_HOME/regrow/folders`: an id, the SHA-256 of a sweep's code, and a key. The folder holds
+the id, and a seal over what a resume would follow: an HMAC with that key. A copy with other code or
+other commands is not the user's, whatever id it holds. Moving or renaming a folder changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regrow.errors import UserError
+from regrow.record.folder import read_json, refuse_links, write_json
+from regrow.record.manifest import ORIGIN
+
+log = logging.getLogger("regrow")
+
+SWEEP, CODE = "sweep.json", "code"
+OWNER = Path(".hydra", "owner.json")  # in a run's folder
+LIST, LOCK = "folders", ".lock"
+NO_CODE = "-"
+MOST_BYTES = 4_000_000  # some 30,000 folders; beyond that the older half is forgotten
+DIGITS = 12
+UNSEALED = ("seal", "complete")  # a job that ends on another machine changes the second
+
+
+class Entry(NamedTuple):
+    """A line of the list."""
+
+    id: str
+    code: str  # SHA-256 of a sweep's frozen code, or NO_CODE
+    key: str
+
+
+# -- the list --------------------------------------------------------------------------------------
+
+
+def state_folder() -> Path:
+    """Where the list lies. Raises OSError where there is no such place."""
+    named = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not named.is_absolute():  # the specification: a relative one is not used
+        named = Path(os.path.expanduser("~/.local/state"))  # noqa: PTH111  it never raises
+    if not named.is_absolute():
+        raise OSError("neither HOME nor XDG_STATE_HOME is set")
+    return named / "regrow"
+
+
+def enter(code: str = NO_CODE) -> Entry:
+    """Add a folder to the list. Raises OSError where the list cannot be written."""
+    entry = Entry(secrets.token_hex(16), code, secrets.token_hex(32))
+    folder = _usable(state_folder(), make=True)
+    with _alone(folder):
+        path = folder / LIST
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)
+            os.write(descriptor, f"{' '.join(entry)}\n".encode())
+            if os.fstat(descriptor).st_size > MOST_BYTES:
+                _forget_the_oldest(path)
+        finally:
+            os.close(descriptor)
+    return entry
+
+
+def reason_of(error: OSError) -> str:
+    """Why the list cannot be written, in a few words."""
+    return f"{error.filename or 'the list of your folders'}: {error.strerror or error}"
+
+
+def entries() -> list[Entry]:
+    """All lines of the list; none where it cannot be read, or where others may write it."""
+    try:
+        text = (_usable(state_folder()) / LIST).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return []
+    lines = (line.split(" ") for line in text.splitlines())
+    return [Entry(*line) for line in lines if len(line) == 3]
+
+
+def find(identity: object) -> Entry | None:
+    """The list's line for an id that a folder holds."""
+    found = [entry for entry in entries() if entry.id == identity]
+    return found[-1] if found else None
+
+
+def _usable(folder: Path, *, make: bool = False) -> Path:
+    """The state folder, if nobody else may write there. Raises OSError."""
+    if make:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user", str(folder))
+    if status.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "others may write there", str(folder))
+    if make and status.st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One writer at a time, as far as the file system knows locks: a line is one write anyway."""
+    with open(folder / LOCK, "a", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _forget_the_oldest(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    temporary = path.with_name(f".{LIST}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:  # noqa: PTH123
+        file.writelines(lines[len(lines) // 2 :])
+    temporary.replace(path)
+
+
+# -- seals and digits ------------------------------------------------------------------------------
+
+
+def seal_of(entry: Entry, content: Any) -> str:
+    return hmac.new(bytes.fromhex(entry.key), _bytes(content), hashlib.sha256).hexdigest()
+
+
+def _is_sealed(entry: Entry, content: Any, seal: object) -> bool:
+    with contextlib.suppress(ValueError):  # a key that is not a key
+        return hmac.compare_digest(seal_of(entry, content), str(seal))
+    return False
+
+
+def _bytes(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=str).encode()
+
+
+_trusted: set[str] = set()
+
+
+def take_trust(arguments: Sequence[str]) -> list[str]:
+    """The arguments without `trust=…`, which is kept for this process. Raises UserError."""
+    for argument in arguments:
+        if argument.startswith("trust="):
+            digits = argument.removeprefix("trust=").strip("'\"").lower()
+            if not re.fullmatch(rf"[0-9a-f]{{{DIGITS},64}}", digits):
+                raise UserError(
+                    f"{argument}: give the {DIGITS} digits that the refusal of a folder names, "
+                    "such as trust=0123456789ab."
+                )
+            _trusted.add(digits)
+    return [argument for argument in arguments if not argument.startswith("trust=")]
+
+
+def _is_trusted(digest: str) -> bool:
+    return any(digest.startswith(digits) for digits in _trusted)
+
+
+# -- a run's folder --------------------------------------------------------------------------------
+
+
+def owner_of_job(entry: Entry, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a run's folder holds, made where the list is: another machine may have another one."""
+    return {"id": entry.id, "seals": [seal_of(entry, ["run", *overrides])]}
+
+
+def enter_run(folder: Path, overrides: Sequence[str], owner: Mapping[str, Any] | None) -> None:
+    """Enter a run that is about to record these overrides. `owner`, if given, was made before.
+
+    Says so where the list cannot be written. Call it before the overrides are written: a run that
+    is killed in between keeps the seal over those of before.
+    """
+    before = _mapping(folder / OWNER)
+    if owner is None:
+        try:
+            owner = owner_of_job(find(before.get("id")) or enter(), overrides)
+        except OSError as error:
+            log.warning(
+                "this run is not entered as yours (%s). It runs all the same; to resume it by name "
+                "with its loggers will need trust=%s",
+                reason_of(error),
+                digest_of_run(overrides)[:DIGITS],
+            )
+            return
+    kept = before.get("seals") if before.get("id") == owner["id"] else None
+    kept = kept[:1] if isinstance(kept, list) else []
+    write_json(folder / OWNER, {**owner, "seals": [*dict.fromkeys([*owner["seals"], *kept])]})
+
+
+def is_own_run(folder: Path, overrides: Sequence[str]) -> bool:
+    """Return True if this user's run in `folder` recorded these overrides, or they are trusted."""
+    if _is_trusted(digest_of_run(overrides)):
+        return True
+    held = _mapping(folder / OWNER)
+    entry, seals = find(held.get("id")), held.get("seals")
+    content = ["run", *overrides]
+    return entry is not None and any(
+        _is_sealed(entry, content, seal) for seal in (seals if isinstance(seals, list) else ())
+    )
+
+
+def digest_of_run(overrides: Sequence[str]) -> str:
+    return hashlib.sha256(_bytes(["run", *overrides])).hexdigest()
+
+
+# -- a sweep's folder ------------------------------------------------------------------------------
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a sweep.json with its seal, where the list knows its id."""
+    if (entry := find(content.get("id"))) is not None:
+        content["seal"] = seal_of(entry, _kept(content))
+    return content
+
+
+def _kept(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in UNSEALED}
+
+
+def check_sweep(folder: Path, named: str) -> Entry | None:
+    """Return the list's line for the sweep in `folder`, or None if it is trusted by its digits.
+
+    Raises UserError, which begins with `named`, for a sweep that is neither, and for one whose code
+    is missing or holds what no frozen copy holds. Python's caches are no part of the code and are
+    not used: see `remove_caches`.
+    """
+    content = _content(folder, named)
+    if not (folder / CODE / ORIGIN).is_file() or (folder / CODE).is_symlink():
+        raise UserError(
+            f"{named} holds a sweep without its own code, and other code never takes its place. "
+            f"Put the folder {CODE} back, or start another sweep: resume=never, or another "
+            "hydra.sweep.dir."
+        )
+    code = digest_of_code(folder / CODE, named)
+    if content is None:  # killed before it had planned a job: nothing is followed but the code
+        own = [entry for entry in entries() if entry.code == code]
+    else:
+        found = find(content.get("id"))
+        own = [found] if found is not None and found.code == code else []
+        own = [entry for entry in own if _is_sealed(entry, _kept(content), content.get("seal"))]
+    if own:
+        if content is None:  # anybody may have put this user's code there
+            refuse_links(folder, named)
+        return own[-1]
+    digest = _digest_of_sweep(code, content)
+    if _is_trusted(digest):
+        refuse_links(folder, named)
+        return None
+    others = ", nor is it what trust=… names" if _trusted else ""
+    raise UserError(
+        f"{named} holds a sweep that is not listed as yours{others}, and to resume it is to run "
+        f"the code and commands in it. If you trust them, add trust={digest[:DIGITS]}"
+    )
+
+
+def trust_of(folder: Path) -> list[str]:
+    """`trust=…` for the command that resumes the sweep, where it needs that; else nothing."""
+    content = _content(folder, str(folder))
+    if content is not None and find(content.get("id")) is not None:
+        return []
+    code = digest_of_code(folder / CODE, str(folder))
+    return [f"trust={_digest_of_sweep(code, content)[:DIGITS]}"]
+
+
+def _digest_of_sweep(code: str, content: Mapping[str, Any] | None) -> str:
+    followed = [(content or {}).get(key) for key in ("overrides", "launcher")]
+    return hashlib.sha256(_bytes([code, *followed])).hexdigest()
+
+
+def _content(folder: Path, named: str) -> dict[str, Any] | None:
+    """The content of sweep.json; None where there is none."""
+    try:
+        content = read_json(folder / SWEEP)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{named}: {folder / SWEEP} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{named}: {folder / SWEEP} is not a sweep's: a mapping is expected.")
+    return content
+
+
+def digest_of_code(code: Path, named: str) -> str:
+    """SHA-256 over names and bytes of all files, Python's caches aside. Raises UserError for links
+    and other things that are neither file nor folder."""
+    digest = hashlib.sha256()
+
+    def look(folder: Path) -> None:
+        for item in sorted(os.scandir(folder), key=lambda item: os.fsencode(item.name)):
+            name = os.fsencode(os.path.relpath(item.path, code))
+            if item.is_dir(follow_symlinks=False):
+                if item.name != "__pycache__":
+                    digest.update(b"folder\0" + name + b"\0")
+                    look(Path(item.path))
+            elif item.is_file(follow_symlinks=False):
+                content = Path(item.path).read_bytes()
+                digest.update(b"file\0%s\0%d\0" % (name, len(content)) + content)
+            else:
+                shown = os.path.relpath(item.path, code.parent)
+                raise UserError(
+                    f"{named}: {shown} is a link or a special file, which a frozen copy never "
+                    "holds. It is not run."
+                )
+
+    try:
+        look(code)
+    except OSError as error:
+        raise UserError(f"{named}: its code cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def remove_caches(code: Path) -> None:
+    """Remove Python's caches from a copy: whoever wrote into them would have his code run."""
+    for root, folders, _ in os.walk(code):
+        if "__pycache__" in folders:
+            folders.remove("__pycache__")
+            shutil.rmtree(Path(root, "__pycache__"))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = read_json(path)
+        return content if isinstance(content, dict) else {}
+    return {}

@@ -1,0 +1,463 @@
+"""A folder from elsewhere executes nothing, sends nothing, and writes nothing outside of itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import py_compile
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from running import launched
+
+from regrow import ownership, resume
+from regrow.config import ROOT
+from regrow.errors import UserError
+from regrow.record import folder as records
+from regrow.sweep import frozen, state
+
+MARKER = "import pathlib, sys\npathlib.Path(sys.argv[0]).with_name('executed').touch()\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_trusted", set())
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A sweep of this user's, with code that says so when it is run."""
+    return sweep_in(tmp_path / "sweep")
+
+
+def sweep_in(folder: Path) -> Path:
+    code = folder / "code"
+    (code / "scripts").mkdir(parents=True)
+    (code / "scripts" / "train.py").write_text(MARKER)
+    (code / "conf").mkdir()
+    (code / "conf" / "train.yaml").write_text("seed: 0\n")
+    (code / "origin.json").write_text('{"root": "/", "git": null}')
+    entry = ownership.enter(ownership.digest_of_code(code, "the test"))
+    jobs = [state.Entry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
+    facts: dict[str, Any] = {"overrides": ["seed=0,1"], "launcher": [], "complete": False}
+    state.write(folder, jobs, id=entry.id, **facts)
+    return folder
+
+
+def resumed(folder: Path, *more: str) -> list[str]:
+    return resume.expand([f"resume={folder}", *more])
+
+
+def digits_in(error: pytest.ExceptionInfo[UserError]) -> str:
+    assert "\n" not in str(error.value)
+    (trust,) = [word for word in str(error.value).split() if word.startswith("trust=")]
+    return trust.rstrip(".")
+
+
+def edit(folder: Path, **facts: Any) -> None:
+    path = folder / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def other_code(folder: Path) -> None:
+    (folder / "code" / "scripts" / "train.py").write_text(MARKER + "# more\n")
+
+
+def extra_file(folder: Path) -> None:
+    (folder / "code" / "scripts" / "torch.py").write_text(MARKER)
+
+
+def extra_package(folder: Path) -> None:
+    (folder / "code" / "hydra_plugins").mkdir()
+    (folder / "code" / "hydra_plugins" / "evil.py").write_text(MARKER)
+
+
+def bytecode(folder: Path) -> None:
+    source = folder / "evil.py"
+    source.write_text(MARKER)
+    py_compile.compile(str(source), cfile=str(folder / "code" / "scripts" / "torch.pyc"))
+
+
+def other_conf(folder: Path) -> None:
+    (folder / "code" / "conf" / "train.yaml").write_text("seed: 1\n")
+
+
+def removed_file(folder: Path) -> None:
+    (folder / "code" / "conf" / "train.yaml").unlink()
+
+
+ATTACKS: dict[str, Callable[[Path], None]] = {
+    "other code": other_code,
+    "an extra file": extra_file,
+    "an extra package": extra_package,
+    "bytecode without its source": bytecode,
+    "another conf": other_conf,
+    "a file that is gone": removed_file,
+    "other overrides": lambda folder: edit(folder, overrides=["model._target_=os.system"]),
+    "another launcher": lambda folder: edit(folder, launcher=["launcher.setup=[touch x]"]),
+    "another job": lambda folder: edit(
+        folder, jobs=[{"number": 0, "identity": "x", "swept": {}, "folder": "0",
+                       "overrides": ["hydra.callbacks.x._target_=os.system"]}]),
+    "another space": lambda folder: edit(folder, space={"lr": "{}"}),
+    "no id": lambda folder: edit(folder, id=""),
+    "an id that is no text": lambda folder: edit(folder, id=["x"]),
+    "no seal": lambda folder: edit(folder, seal=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS])
+def test_a_copy_with_other_contents_is_not_the_users(own: Path, attack: str) -> None:
+    copy = Path(shutil.copytree(own, own.parent / "copy"))
+    assert f"hydra.sweep.dir={os.path.relpath(copy)}" in resumed(copy)  # as it was: a copy is own
+    ATTACKS[attack](copy)
+    with pytest.raises(UserError, match="not listed as yours") as refused:
+        resumed(copy)
+    with pytest.raises(UserError, match="not listed as yours"):
+        frozen.claim(copy, "digits", ["seed=0,1"], "auto")
+    with pytest.raises(UserError, match="not listed as yours"):
+        frozen.freeze(copy)
+    assert not (copy / ".lock").exists()
+    assert resumed(copy, digits_in(refused))[0] == "-m"
+
+
+def test_what_was_trusted_is_not_what_is_there_now(own: Path) -> None:
+    other_code(own)
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    extra_file(own)
+    with pytest.raises(UserError, match="nor is it what trust=… names"):
+        resumed(own, digits_in(refused))
+
+
+@pytest.mark.parametrize("digits", ["", "yes", "0123456789a", "0123456789ag", "0" * 65])
+def test_trust_names_contents_by_their_digits(own: Path, digits: str) -> None:
+    with pytest.raises(UserError, match="give the 12 digits"):
+        resumed(own, f"trust={digits}")
+
+
+def test_a_sweep_that_was_moved_or_renamed_stays_its_users(own: Path) -> None:
+    (own.parent / "elsewhere").mkdir()
+    moved = own.rename(own.parent / "elsewhere" / "renamed")
+    link = own.parent / "latest"
+    link.symlink_to(moved)
+    assert resumed(moved) and resumed(link)
+    with frozen.claim(moved, "digits", [], "auto"):
+        assert frozen.freeze(moved)[0] == moved / "code"
+    state.write(moved, complete=True)  # as a job that ends on another machine does
+    assert resumed(moved)
+
+
+def test_a_link_names_the_folder_that_it_leads_to(own: Path) -> None:
+    foreign = Path(shutil.copytree(own, own.parent / "foreign"))
+    other_code(foreign)
+    (own.parent / "latest").symlink_to(foreign)
+    with pytest.raises(UserError, match="not listed as yours"):
+        resumed(own.parent / "latest")
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "code", "pipe"])
+def test_code_with_a_link_or_a_special_file_is_never_run(own: Path, what: str) -> None:
+    elsewhere = own.parent / "elsewhere"
+    elsewhere.mkdir()
+    if what == "code":
+        (own / "code").rename(elsewhere / "code")
+        (own / "code").symlink_to(elsewhere / "code")
+    elif what == "pipe":
+        os.mkfifo(own / "code" / "pipe")
+    else:
+        (own / "code" / "linked").symlink_to(elsewhere if what == "folder" else "/etc/hostname")
+    with pytest.raises(UserError, match=r"not run|without its own code"):
+        resumed(own)
+
+
+def test_pythons_caches_are_not_used(own: Path, tmp_path: Path) -> None:
+    """A cache that is not held against its source would be run instead of it."""
+    code = own / "code"
+    (code / "scripts" / "helper.py").write_text("x = 1\n")
+    (tmp_path / "evil.py").write_text("raise SystemExit('executed')\n")
+    entry = ownership.enter(ownership.digest_of_code(code, ""))
+    state.write(own, id=entry.id)
+    cached = code / "scripts" / "__pycache__" / f"helper.{sys.implementation.cache_tag}.pyc"
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(tmp_path / "evil.py"), cfile=str(cached), invalidation_mode=mode)
+    run = [sys.executable, "-c", "import helper"]
+    executed = subprocess.run(run, cwd=code / "scripts", capture_output=True, text=True)
+    assert "executed" in executed.stderr  # the negative control
+    assert frozen.freeze(own) == (code, entry.id)
+    subprocess.run(run, cwd=code / "scripts", check=True)
+
+
+def test_a_sweep_without_its_code_gets_no_other(own: Path) -> None:
+    shutil.rmtree(own / "code")
+    for start in (resumed, frozen.freeze):
+        with pytest.raises(UserError, match="other code never takes its place"):
+            start(own)
+    assert not (own / "code").exists()
+
+
+def test_code_alone_is_run_only_if_it_is_the_users(own: Path) -> None:
+    """As a start that was killed leaves it, before it had planned a job."""
+    (own / "sweep.json").unlink()
+    with frozen.claim(own, "digits", [], "auto"):
+        assert frozen.freeze(own)[0] == own / "code"
+    other_code(own)
+    with pytest.raises(UserError, match="not listed as yours"):
+        frozen.claim(own, "digits", [], "auto")
+
+
+def test_a_command_does_not_pick_up_a_foreign_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = sweep_in(Path("outputs", "digits", "sweeps", "2026-11-26_10-00-00-abcd"))
+    with frozen.claim(None, "digits", ["seed=0,1"], "auto") as lock:
+        assert lock.folder == folder
+    other_code(folder)
+    with pytest.raises(UserError, match="To start another sweep instead: resume=never"):
+        frozen.claim(None, "digits", ["seed=0,1"], "auto")
+    with frozen.claim(None, "digits", ["seed=0,1"], "never") as lock:
+        assert lock.folder != folder
+
+
+def test_a_trusted_sweep_becomes_the_users(own: Path, tmp_path: Path) -> None:
+    other_code(own)
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    resumed(own, digits_in(refused))
+    identity = frozen.freeze(own)[1]
+    ownership._trusted.clear()
+    assert ownership.find(identity) is not None and resumed(own)
+    assert ownership.trust_of(own) == []
+
+
+def test_a_trusted_sweep_with_a_link_out_of_it_is_refused(own: Path, tmp_path: Path) -> None:
+    other_code(own)
+    (own / "logs").mkdir()
+    (own / "logs" / "0.log").symlink_to(tmp_path / "profile")
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    with pytest.raises(UserError, match="a link that leads out"):
+        resumed(own, digits_in(refused))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "3", '{"overrides": 3, "jobs": {"a": 1}}'])
+def test_what_is_not_a_sweeps_is_one_line(own: Path, content: str) -> None:
+    (own / "sweep.json").write_text(content)
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"folder": "../../elsewhere"}, {"folder": "/tmp"}, {"number": "../x"}, {"swept": [1]},
+        {"overrides": [1]}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_list_of_jobs_reaches_nothing_outside(own: Path, job: dict[str, Any]) -> None:
+    whole = {"number": 0, "identity": "x", "swept": {}, "folder": "0", "overrides": []}
+    edit(own, jobs=[{**whole, **job}])
+    with pytest.raises(UserError, match="not a job of this folder"):
+        state.entries(own)
+
+
+def test_the_real_command_runs_foreign_code_only_if_it_is_trusted(own: Path) -> None:
+    other_code(own)
+    executed = own / "code" / "scripts" / "executed"
+
+    def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
+        return subprocess.run(command, cwd=own.parent, capture_output=True, text=True, timeout=200)
+
+    done = train("resume=sweep")
+    assert done.returncode == 2 and not executed.exists()
+    (line,) = done.stderr.splitlines()
+    (trust,) = [word for word in line.split() if word.startswith("trust=")]
+    done = train("-m", "hydra.sweep.dir=sweep", "seed=0,1")
+    assert done.returncode == 2 and not executed.exists() and trust in done.stderr
+    done = train("resume=sweep", trust)  # the negative control
+    assert done.returncode == 0 and executed.exists(), done.stderr
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def run_in(folder: Path, *overrides: str) -> Path:
+    """A run's folder as far as `resume=` looks, of this user's."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    ownership.enter_run(folder, overrides, None)
+    return folder
+
+
+def loggers_in(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if a.lstrip("+").startswith("logger")]
+
+
+WANDB = ("seed=1", "logger=[csv,wandb]", "logger.wandb.entity=somebody", "+logger.x._target_=os.y")
+
+
+def test_loggers_of_a_foreign_run_are_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_in(tmp_path / "run", *WANDB)
+    assert [*WANDB] == resumed(folder)[:4]
+    assert capsys.readouterr().err == ""
+    foreign = Path(shutil.copytree(folder, tmp_path / "foreign"))
+    recorded = foreign / ".hydra" / "overrides.yaml"
+    recorded.write_text(recorded.read_text().replace("somebody", "attacker"))
+    arguments = resumed(foreign, "notes=mine")
+    assert arguments[0] == "seed=1" and not loggers_in(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "logger.wandb.entity=attacker" in line
+    assert len(loggers_in(resumed(foreign, line.split()[-1]))) == 3  # trusted
+    assert "logger=[csv]" in resumed(foreign, "logger=[csv]")  # typed
+
+
+def test_a_run_that_is_killed_between_its_seal_and_its_overrides_stays_its_users(
+    tmp_path: Path,
+) -> None:
+    folder = run_in(tmp_path / "run", "seed=1")
+    ownership.enter_run(folder, ["seed=1", "notes=more"], None)
+    assert ownership.is_own_run(folder, ["seed=1"])
+    assert ownership.is_own_run(folder, ["seed=1", "notes=more"])
+    assert not ownership.is_own_run(folder, ["seed=2"])
+
+
+def test_a_run_of_this_command_is_the_users_and_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched("trainer.max_epochs=1", "hydra.run.dir=run")
+    assert resume.is_own(Path("run"))
+    Path("run").rename("moved")
+    launched("trainer.max_epochs=2", "hydra.run.dir=moved", "notes=more")
+    assert resume.is_own(Path("moved"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert not resume.is_own(Path("moved"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "train.log", ".lock", "plots"])
+def test_nothing_is_written_through_a_link_of_a_foreign_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    victim = Path("victim")
+    if name in ("checkpoints", "plots"):
+        victim.mkdir()
+        (victim / "step_00000001").mkdir()
+    else:
+        victim.write_text("mine")
+    Path("run").mkdir()
+    Path("run", name).symlink_to(victim.resolve())
+    with pytest.raises(SystemExit):
+        launched("trainer.max_epochs=1", "hydra.run.dir=run")
+    assert [*Path("run").iterdir()] == [Path("run", name)]
+    if victim.is_dir():
+        assert [path.name for path in victim.iterdir()] == ["step_00000001"]
+    else:
+        assert victim.read_text() == "mine"
+
+
+def test_a_link_is_made_below_outputs_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    records.link_latest(tmp_path / "run", tmp_path / "outputs" / "..")
+    assert not (tmp_path / "latest").is_symlink()
+
+
+def test_a_foreign_run_does_not_say_where_data_is_downloaded_to(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", "data=mnist", "data.root=/somewhere")
+    config = {"data": {"source": {"download": True, "root": "/somewhere"}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "data.source.download=false" not in resumed(folder)
+    (folder / ".hydra" / "owner.json").unlink()
+    assert "data.source.download=false" in resumed(folder)
+    assert "data.source.download=false" not in resumed(folder, "data.root=/mine")
+
+
+# -- the list --------------------------------------------------------------------------------------
+
+
+def test_the_list_is_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    entry = ownership.enter("c" * 64)
+    folder = tmp_path / "state" / "regrow"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert (folder / "folders").read_text() == f"{entry.id} {'c' * 64} {entry.key}\n"
+    folder.chmod(0o777)  # somebody else may have written there
+    assert ownership.find(entry.id) is None
+    with pytest.raises(PermissionError):
+        ownership.enter()
+
+
+@pytest.mark.parametrize("how", ["a file", "a link that leads nowhere", "no home"])
+def test_a_run_without_the_list_works_and_says_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
+    if how == "no home":
+        monkeypatch.delenv("XDG_STATE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    else:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        if how == "a file":
+            (tmp_path / "state").touch()
+        else:
+            (tmp_path / "state").symlink_to(tmp_path / "nowhere" / "x")
+    folder = run_in(tmp_path / "run", "logger=[csv]")
+    (line,) = {record.getMessage() for record in caplog.records}
+    assert "not entered as yours" in line and "\n" not in line
+    assert "logger=[csv]" not in resumed(folder)
+    assert "logger=[csv]" in resumed(folder, line.split()[-1])
+
+
+def test_a_sweep_without_the_list_is_resumed_by_the_command_that_it_prints(
+    own: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    (trust,) = ownership.trust_of(own)
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    assert digits_in(refused) == trust
+    state.write(own, [], total=3)  # what a search adds to it in the meantime
+    assert resumed(own, trust)
+
+
+def test_the_list_does_not_grow_without_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(ownership, "MOST_BYTES", 20 * 100)
+    entered = [ownership.enter() for _ in range(100)]
+    assert (tmp_path / "regrow" / "folders").stat().st_size <= 20 * 100
+    assert stat.S_IMODE((tmp_path / "regrow" / "folders").stat().st_mode) == 0o600
+    assert ownership.entries()[-5:] == entered[-5:]
+
+
+def test_several_may_write_the_list_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    entered: list[ownership.Entry] = []
+    threads = [
+        threading.Thread(target=lambda: entered.extend(ownership.enter() for _ in range(20)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {*ownership.entries()} == {*entered} and len(entered) == 160
