@@ -124,6 +124,8 @@ def test_what_ones_own_code_raised_is_said_with_its_place(
     (tmp_path / "unlucky.py").write_text("def net(width):\n    raise ValueError(f'not {width}')\n")
     (tmp_path / "unwritten.py").write_text("def net(width):\n    return (\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("unlucky.net", "unwritten.net", "unlucky.nett", "unluckier.net")
+    monkeypatch.setattr(configs, "_allowed", {*names})
     with pytest.raises((UserError, ValueError)) as found:
         configs.instantiate({"_target_": "unlucky.net", "width": 7})
     if isinstance(found.value, UserError):  # Hydra 1.4 passes the error itself on
@@ -395,3 +397,44 @@ def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
     assert "lr: 0.0" in done.stdout
     assert done.stderr.strip().endswith("False")
     assert list(tmp_path.iterdir()) == []
+
+
+NESTED = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.mkdir", "path": "made"}]}
+
+
+def test_only_what_was_let_through_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configs, "_allowed", set())
+    made = configs.instantiate(configs.read_yaml(CONF / "scheduler" / "cosine.yaml"))
+    assert callable(made)  # conf/ names it
+    with pytest.raises(UserError, match=r"_target_=torch.nn.Sequential is named neither in conf/"):
+        configs.instantiate(NESTED)
+    configs.allow({"_target_": "torch.nn.Sequential"})
+    with pytest.raises(UserError, match=r"_args_.0._target_=os.mkdir is named neither in conf/"):
+        configs.instantiate(NESTED)
+    assert not Path("made").exists()
+    made = configs.instantiate({**NESTED, "_args_": []})
+    assert type(made).__name__ == "Sequential"
+
+
+def test_hydra_too_refuses_a_foreign_target_in_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import utils
+
+    if not hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):
+        pytest.skip("Hydra looks at targets from 1.4 on")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configs, "_allowed", {"torch.nn.Sequential"})
+    monkeypatch.setattr(configs, "refuse_unknown_targets", lambda node: None)
+    with pytest.raises(UserError, match=r"os\.mkdir"):
+        configs.instantiate(NESTED)
+    assert not Path("made").exists()
+
+
+def test_a_command_line_lets_its_own_targets_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_allowed", set())
+    config = composed("model._target_=torch.nn.Identity")
+    assert not configs.is_allowed("torch.nn.Identity")
+    check(config, config.hydra.runtime.choices)
+    assert configs.is_allowed("torch.nn.Identity") and not configs.is_allowed("os.mkdir")

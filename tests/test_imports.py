@@ -34,7 +34,7 @@ ALLOWED = {
     "run": {"config", "weights", "training", "tasks", "data", "models", "record"},
     "find_lr": {"console", "launch", "run", "resume", "check", "config", "record", "training"},
     "inference": {"load", "training"},
-    "load": {"run", "config", "roles", "training", "data", "record"},
+    "load": {"run", "config", "resume", "roles", "training", "data", "record"},
     "weights": {"config", "training"},
     "roles": {"config"},
     "arguments": {"config"},

@@ -20,6 +20,8 @@ from torch import nn
 from regrow.config import allow, instantiate, read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
+from regrow.resume import downloads_elsewhere, targets_of
+from regrow.roles import check_roles
 from regrow.run import build
 from regrow.training import checkpoint
 from regrow.training.state import weights_sha256
@@ -242,8 +244,17 @@ def test_a_module_that_came_with_the_run_is_not_imported(
         {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.mkdir", "path": "made"}]},
         {"_target_": "os.mkdir", "_partial_": True},
         {"_target_": "torch.nn.Linear", "in_features": {"_target_": "os.mkdir", "path": "made"}},
+        {"_target_": "functools.partial", "_args_": ["os.mkdir", "made"]},
+        {"_target_": "builtins.eval", "_args_": ["__import__('os').mkdir('made')"]},
+        {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.mkdir"}},
+        {"_target_": "hydra.utils.get_method", "path": "os.mkdir"},
+        {"_target_": "torch.hub.load", "repo_or_dir": "."},
+        {"_target_": "torch.load", "f": "x", "weights_only": False},
+        {"_target_": "torch.nn.Module.__init_subclass__"},
+        {"_target_": ["torch.nn.Linear"]},
+        {"_target_": None},
     ],
-    ids=lambda node: node["_target_"],
+    ids=lambda node: str(node["_target_"]),
 )
 def test_what_runs_a_shell_is_not_made_by_any_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: dict[str, Any]
@@ -285,11 +296,41 @@ def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:
         load_run(run)
 
 
-def test_an_interpolation_is_not_resolved(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", ["data", "optimizer", "trainer"])
+def test_an_interpolation_is_not_resolved(
+    run: Path, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
     monkeypatch.setenv("PRIVATE", "secret")
-    changed(run, data={"root": "${oc.env:PRIVATE}"})
-    with pytest.raises(UserError, match="where a plain value is expected"):
+    changed(run, **{group: {"root": ["${oc.env:PRIVATE}"]}})
+    with pytest.raises(UserError, match=rf"{group}.root.0=.* where a plain value is expected"):
         load_run(run)
+
+
+@pytest.mark.parametrize("key", ["_execution_whitelist_", "_isolate_", "_call_"])
+def test_a_record_gives_hydra_no_orders(run: Path, key: str) -> None:
+    changed(run, model={key: ["os.*"]})
+    with pytest.raises(UserError, match=rf"model.{key}, which is not a key"):
+        load_run(run)
+
+
+def test_a_target_that_was_typed_lets_none_below_it_through(run: Path) -> None:
+    config = read_yaml(run / "config.yaml")
+    config["model"] = {"_target_": "my.Net", "head": {"_target_": "os.mkdir"}}
+    with pytest.raises(UserError, match=r"model.head._target_=os.mkdir"):
+        check_roles(config, ("model",), run, "resume=run", targets_of("model._target_=my.Net"))
+    dictionary = targets_of("+model={_target_:my.Net,tail:{_target_:my.Tail}}")
+    assert dictionary == ["model", "model.tail"]
+    with pytest.raises(UserError, match=r"model.head._target_=os.mkdir"):
+        check_roles(config, ("model",), run, "resume=run", dictionary)
+
+
+def test_a_foreign_record_downloads_nowhere_by_itself(run: Path) -> None:
+    config = read_yaml(run / "config.yaml")
+    config["data"]["source"]["download"] = True
+    assert not downloads_elsewhere(run, config, {})  # this user's own
+    (run / ".hydra" / "owner.json").unlink()
+    for typed, expected in (({}, True), ({"root": "/mine"}, False), ({"source.root": 1}, False)):
+        assert downloads_elsewhere(run, config, typed) is expected
 
 
 def test_a_pickle_in_a_checkpoint_is_not_opened(run: Path, tmp_path: Path) -> None:

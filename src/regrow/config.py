@@ -235,6 +235,8 @@ def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+# What Hydra reads in a node. None of these keys lets a target through.
+HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 # What this process may make beside the targets that conf/ names: see `allow`.
 _allowed: set[str] = set()
 
@@ -289,16 +291,14 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
     from hydra import utils
     from hydra.errors import InstantiationException
 
-    options: dict[str, Any] = {"_convert_": "all"}
     refuse_unknown_targets(node)
-    if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # from 1.4 on, Hydra looks too
-        named = {target for _, target in targets_in(node) if is_allowed(target)}
-        options["_execution_whitelist_"] = sorted(named)
     try:
+        if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # from 1.4 on, Hydra looks too
+            return _made(node, arguments)
         if not arguments:
-            return utils.instantiate(dict(node), **options)
+            return utils.instantiate(dict(node), _convert_="all")
         # Called here: Hydra would make configs of objects that are dataclasses.
-        return utils.instantiate({**node, "_partial_": True}, **options)(**arguments)
+        return utils.instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
     except (InstantiationException, TypeError) as error:
         # Hydra 1.4 passes a TypeError on as it is; only one of the call itself is meant here.
         if isinstance(error, TypeError) and not re.search(
@@ -322,6 +322,39 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         raise UserError(f"_target_={node['_target_']}: {said}") from error
 
 
+def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """The object that a node describes. Hydra 1.4 makes what lies in it, by a whitelist.
+
+    The outermost target is called here. Hydra would refuse a function or a module that it returns,
+    such as a schedule, unless the whitelist named the place of its definition.
+    """
+    from hydra import utils
+
+    allowed = {target for _, target in targets_in(node) if is_allowed(target)}
+    whitelist = sorted(allowed | {*map(_canonical, allowed)})
+
+    def inner(value: Any) -> Any:
+        if node.get("_recursive_", True) is False:
+            return value
+        return utils.instantiate(value, _convert_="all", _execution_whitelist_=whitelist)
+
+    target = locate(str(node["_target_"]), "")
+    given = inner({key: value for key, value in node.items() if key not in HYDRAS_OWN})
+    positional = inner(list(node.get("_args_", ())))
+    if node.get("_partial_") and not arguments:
+        return functools.partial(target, *positional, **given)
+    return target(*positional, **given, **arguments)
+
+
+def _canonical(target: str) -> str:
+    """The name under which a target was defined, by which Hydra knows it once it is imported."""
+    try:
+        found = locate(target, "")
+        return f"{found.__module__}.{found.__qualname__}"
+    except (UserError, AttributeError):
+        return target  # the error is said where it is made
+
+
 def locate(target: str, path: str) -> Any:
     """The object behind a dotted name that stands at `path`. Raises UserError."""
     where = f"{path}._target_={target}" if path else f"_target_={target}"
@@ -336,7 +369,10 @@ def locate(target: str, path: str) -> Any:
             name = f"{first}.{name}"
             continue
         except Exception as error:
-            raise UserError(f"{where}: importing {module}: {error}.") from error
+            said = str(error)
+            if isinstance(error, SyntaxError):
+                said = f"{type(error).__name__} ({error.msg}, {error.filename}:{error.lineno})"
+            raise UserError(f"{where}: importing {module}: {said}.") from error
         for part in name.split("."):
             if not hasattr(found, part):
                 hint = did_you_mean(part, dir(found))

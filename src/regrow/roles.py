@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.config import CONF, ROOT, locate, read_yaml
+from regrow.config import CONF, HYDRAS_OWN, ROOT, locate, read_yaml
 from regrow.errors import UserError
 
 # Where any class of a kind is in its place.
@@ -27,10 +27,6 @@ KINDS = {
     "data.augmentation": "torch.nn.Module",
     "optimizer": "torch.optim.Optimizer",
 }
-
-
-# What Hydra reads in a node. None of them lets through what a target would not.
-HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
 def check_roles(

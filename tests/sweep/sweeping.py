@@ -10,16 +10,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from running import TINY
 
+from regrow import ownership
 from regrow.config import ROOT
+from regrow.record import manifest
 from regrow.record.folder import read_json
+from regrow.sweep import state
 
 SMALL = tuple(o for o in TINY if not o.startswith("trainer.num_threads"))
 # Long enough to be cut, with a checkpoint every few steps.
 LONG = (*SMALL, "trainer.max_epochs=150", "trainer.eval_every_epochs=50",
         "trainer.checkpoint.save_every_steps=20", "trainer.log_every_steps=50")  # fmt: skip
+
+
+def begun(folder: Path, overrides: list[str], **facts: Any) -> None:
+    """A sweep of this user's in `folder`, as far as it is looked for."""
+    (folder / "code").mkdir(parents=True)
+    manifest.write_origin(folder / "code", folder)
+    entry = ownership.enter(ownership.digest_of_code(folder / "code", ""))
+    state.write(folder, [], id=entry.id, overrides=overrides, complete=False, **facts)
 
 
 def command(*arguments: str, root: Path = ROOT) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from sweeping import begun
 
+from regrow import ownership
 from regrow.config import CONF
 from regrow.errors import UserError
 from regrow.record import manifest
@@ -72,6 +74,7 @@ def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
     run.leave_nothing(tmp_path)
     assert thesis.read_text() == "years of work"
     manifest.write_origin(thesis.parent, CONF.parent)  # the negative control
+    ownership.enter(ownership.digest_of_code(thesis.parent, ""))
     frozen.claim(tmp_path, "digits", [], "auto").release()
     run.leave_nothing(tmp_path)
     assert not thesis.exists()
@@ -89,7 +92,7 @@ def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:
 
 def test_a_sweep_goes_on_with_its_launcher_unless_another_is_named(tmp_path: Path) -> None:
     launcher = ["launcher=slurm", "launcher.partition=gpu"]
-    state.write(tmp_path, [], overrides=["seed=0,1"], launcher=launcher)
+    begun(tmp_path, ["seed=0,1"], launcher=launcher)
     assert expand_sweep(tmp_path, ["-m"])[1:4] == ["seed=0,1", *launcher]
     assert expand_sweep(tmp_path, ["launcher.partition=cpu"])[1:4] == [
         "seed=0,1", "launcher=slurm", "launcher.partition=cpu",

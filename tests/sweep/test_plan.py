@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sweeping import begun
 
 from regrow.config import CONF, version_arguments
 from regrow.errors import UserError
@@ -139,7 +140,7 @@ def test_a_sweep_is_taken_up_by_the_command_that_began_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = create(Path("outputs"), "digits/sweeps")
-    state.write(folder, [], overrides=["seed=0,1"], complete=False)
+    begun(folder, ["seed=0,1"])
 
     def claimed(overrides: list[str], resume: str = "auto") -> Path:
         with frozen.claim(None, "digits", overrides, resume) as lock:
@@ -155,7 +156,7 @@ def test_a_sweep_is_taken_up_by_the_command_that_began_it(
 
 
 def test_a_named_folder_is_never_begun_anew(tmp_path: Path) -> None:
-    state.write(tmp_path, [], overrides=["seed=0,1"], complete=False)
+    begun(tmp_path, ["seed=0,1"])
     with pytest.raises(UserError, match="holds a sweep"):
         frozen.claim(tmp_path, "digits", ["seed=0,1"], "never")
     frozen.claim(tmp_path, "digits", ["seed=0,1"], "auto").release()

@@ -161,10 +161,10 @@ class Sweep:
     options: Options
     launcher: dict[str, Any]
     facts: dict[str, Any]
-    entry: ownership.Entry | None  # in the list of the user's folders
     context: Any = None  # of multiprocessing
     gpus: list[str] = field(default_factory=gpus.visible)
     at_once: int = 1
+    entry: ownership.Entry | None = None  # in the list of the user's folders
     shares: int = 1  # among so many the cores are divided: bits depend on it, so it never changes
 
     @property
