@@ -17,7 +17,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.arguments import Arguments, Option, parse
 from regrow.config import fail
-from regrow.errors import UserError
+from regrow.errors import UserError, machine_fault
 from regrow.output import refuse_existing, write_csv
 
 OPTIONS = {
@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        fail(str(fault), code=1)
 
 
 def predict(options: Arguments) -> None:

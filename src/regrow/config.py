@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.errors import UserError, did_you_mean
+from regrow.errors import UserError, did_you_mean, machine_fault
 
 MULTIRUN = ("-m", "--multirun")
 FLAGS = (
@@ -63,12 +63,18 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(wrong_option(sys.argv[1:]))
             except OSError as error:  # Hydra's own mkdir comes before the run's
                 if (named := folder_named(sys.argv[1:], error.filename)) is None:
-                    raise
+                    if (fault := machine_fault(error)) is None:
+                        raise
+                    fail(str(fault), code=1)
                 fail(f"{named}: {error.filename}: {error.strerror}. Choose another folder.")
             except yaml.YAMLError as error:
                 fail(f"a file in conf/ is no YAML: {error}")
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
+            except Exception as error:
+                if (fault := machine_fault(error)) is None:
+                    raise
+                fail(str(fault), code=1)
 
         return main
 
@@ -131,10 +137,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
         before = argument
 
 
-def fail(message: str) -> NoReturn:
-    """Say what is wrong in one line and end with exit code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say what is wrong in one line and end: with 2 for a user's error, 1 for the machine's."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def folder_named(arguments: Sequence[str], refused: Any) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -12,6 +14,115 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """Broken data. The message names the file and the row, or the example."""
+
+
+class MachineFault(OSError):
+    """The machine lacks something that the program needs. The message is one line."""
+
+
+def _shared_memory() -> str:
+    try:
+        found = os.statvfs("/dev/shm")
+        size = f" ({found.f_blocks * found.f_frsize / 2**20:.0f} MiB)"
+    except OSError:
+        size = ""
+    return (
+        f"/dev/shm{size} is full: data workers pass batches through it. Use data.num_workers=0 or "
+        "a smaller data.batch_size, or make it larger (docker run --shm-size=8g)."
+    )
+
+
+def _limit(name: str) -> str:
+    try:
+        import resource
+
+        return str(resource.getrlimit(getattr(resource, name))[0])
+    except (ImportError, AttributeError):
+        return "unknown"
+
+
+# What the kernel, torch and gloo say, and what it means here. The first that fits is taken.
+_FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (
+        r"Too many open files|received \d+ items of ancdata",
+        lambda _: (
+            f"no more files can be opened (ulimit -n is {_limit('RLIMIT_NOFILE')}). Raise it "
+            "with ulimit -n 4096, or lower data.num_workers."
+        ),
+    ),
+    (
+        r"(?s)signal: Bus error|file </?torch_|out of shared memory|shared memory.*No space left",
+        lambda _: _shared_memory(),
+    ),
+    (
+        r"DataLoader worker \(pid \d+\) is killed by signal: Killed",
+        lambda _: (
+            "a data worker was killed by signal 9, most often for want of memory. Lower "
+            "data.num_workers or data.batch_size."
+        ),
+    ),
+    (
+        r"DataLoader worker \(pid \d+\) is killed by signal: ([\w ]+)",
+        lambda found: (
+            f"a data worker was killed ({found[1].strip().lower()}). With "
+            "data.num_workers=0 the run itself shows where."
+        ),
+    ),
+    (
+        r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) exited unexpectedly",
+        lambda _: (
+            "a data worker ended without a word. With data.num_workers=0 the run itself shows why."
+        ),
+    ),
+    (
+        r"can't start new thread|Resource temporarily unavailable",
+        lambda _: (
+            f"no more processes or threads can be started (ulimit -u is "
+            f"{_limit('RLIMIT_NPROC')}). Raise it, or lower data.num_workers and "
+            "trainer.num_threads."
+        ),
+    ),
+    (
+        r"\[Errno 12\]|Cannot allocate memory",
+        lambda _: "the machine has no memory left. Lower data.num_workers or data.batch_size.",
+    ),
+    (
+        r"No usable temporary directory found",
+        lambda _: (
+            "no folder takes temporary files: TMPDIR and /tmp cannot be written or are full. "
+            "Set TMPDIR to a folder that has room."
+        ),
+    ),
+    (
+        r"Unable to find (?:address|interface) for: *(\S*)|no socket interface found",
+        lambda _: (
+            "the processes find no network interface to talk over. Unset or correct "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+        ),
+    ),
+)
+
+
+def machine_fault(error: BaseException) -> MachineFault | None:
+    """The fault of the machine that an error, or what it came of, tells of; None for any other."""
+    told: BaseException | None = error
+    while told is not None:
+        if isinstance(told, MachineFault):
+            return told
+        if isinstance(told, RuntimeError | OSError | MemoryError) and not isinstance(
+            told, NotImplementedError
+        ):
+            for pattern, words in _FAULTS:
+                if found := re.search(pattern, str(told)):
+                    return MachineFault(words(found))
+        told = told.__cause__ or told.__context__
+    return None
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error in one line, without torch's list of C++ frames."""
+    text = str(machine_fault(error) or error).partition("Exception raised from")[0]
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from regrow import launch, resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.console import console
-from regrow.errors import UserError
+from regrow.errors import UserError, machine_fault
 from regrow.record import folder as records
 from regrow.training import lr_finder
 from regrow.training.interrupt import StopRequest
@@ -43,6 +43,10 @@ def find_lr(cfg: DictConfig) -> float:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra tells which job it was
         configs.fail(str(error))
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        configs.fail(str(fault), code=1)
 
 
 def _find_lr(cfg: DictConfig) -> float:

@@ -25,7 +25,7 @@ from regrow import run as runs
 from regrow.check import check
 from regrow.compose import as_recorded, job_of
 from regrow.console import console, log_file
-from regrow.errors import UserError
+from regrow.errors import UserError, in_a_line, machine_fault
 from regrow.job import Job
 from regrow.load import preprocessing_record
 from regrow.record import folder as records
@@ -51,6 +51,11 @@ def launch(cfg: DictConfig) -> float | None:
     except UserError as error:
         leave_nothing(Path(HydraConfig.get().runtime.output_dir))
         configs.fail(str(error))
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        configs.fail(str(fault), code=1)
 
 
 def _launch(cfg: DictConfig) -> float | None:
@@ -210,11 +215,15 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
                 introduce(folder, job, objects, world)
             try:
                 summary = runs.train(objects, config, folder, world, stop, trial, accepted)
-            except BaseException as error:
-                note_failure(error, folder, objects.state.step, world)
-                if world.store is None and is_plain(error):
-                    raise SystemExit(1) from error
-                raise
+            except BaseException as raised:
+                fault = None if lost_the_others(raised) else machine_fault(raised)
+                cause = fault or raised
+                note_failure(cause, folder, objects.state.step, world)
+                if world.store is None and is_plain(cause):
+                    raise SystemExit(1) from cause
+                if fault is None:
+                    raise
+                raise fault from raised
         number = max(world.gather(stop.signal or 0))  # of whichever process got it
         if world.is_main:
             records.set_status(folder, summary["status"], step=summary["steps"], pids=pids)
@@ -271,7 +280,7 @@ def note_failure(error: BaseException, folder: Path, step: int, world: World) ->
     halvings = {"halvings": error.halvings} if hasattr(error, "halvings") else {}
     records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **halvings)
     if not isinstance(error, UserError):
-        log.error("failed at step %d: %s", step, error)
+        log.error("failed at step %d: %s", step, in_a_line(error))
         if isinstance(error, OSError):  # a disk that can be mended, more often than not
             log.error("Once that is mended, go on with:")
             log.error("  %s", command(f"resume={folder}"))

@@ -25,7 +25,7 @@ from regrow import config as configs
 from regrow import launch, outside
 from regrow import run as runs
 from regrow.console import console
-from regrow.errors import UserError
+from regrow.errors import UserError, in_a_line, machine_fault
 from regrow.job import Job
 from regrow.training.parallel import World, lost_the_others
 
@@ -200,7 +200,7 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
 
 def report(error: BaseException, store: Any, rank: int) -> None:
     """Say what ended this process, unless it ended because of another."""
-    text = f"rank {rank}: {type(error).__name__}: {error}"
+    text = f"rank {rank}: {type(error).__name__}: {in_a_line(error)}"
     said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
     if isinstance(error, UserError):
         said |= {"kind": "user", "text": str(error)}
@@ -219,6 +219,11 @@ def report(error: BaseException, store: Any, rank: int) -> None:
     if said["kind"] == "user":
         if "REGROW_WATCHED" not in os.environ:  # whoever watches says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    elif fault := machine_fault(error):
+        if not hasattr(error, "step"):  # else the run has said it
+            print(f"error: rank {rank}: {fault}", file=sys.stderr)
+    elif lost_the_others(error):
+        print(f"error: {text}", file=sys.stderr)
     elif not (hasattr(error, "halvings") or launch.is_plain(error)):
         traceback.print_exception(error)
 

@@ -19,7 +19,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
-from regrow.errors import UserError
+from regrow.errors import UserError, in_a_line
 from regrow.parent import die_with_parent
 from regrow.ranks import python_path
 from regrow.record.redact import redact
@@ -85,7 +85,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
         code = 128 + signal.SIGINT
     except BaseException as error:
         print(redact(traceback.format_exc()), file=sys.stderr)
-        code, reason = 1, f"{type(error).__name__}: {error}"
+        code, reason = 1, f"{type(error).__name__}: {in_a_line(error)}"
     if reason is not None:
         with contextlib.suppress(OSError):
             state.note(Path(folder), number, "failed", reason)

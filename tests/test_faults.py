@@ -1,0 +1,122 @@
+"""A fault of the machine is one line with the way out, exit code 1; the rest is in train.log."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from waiting import until
+
+from regrow.config import CONF
+from regrow.errors import MachineFault, in_a_line, machine_fault
+from regrow.record.folder import read_json
+
+TRAIN = CONF.parent / "scripts" / "train.py"
+SAID = {
+    "[Errno 24] Too many open files: 'a.png'": "ulimit -n 4096",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+    "workers are out of shared memory.": "data.num_workers=0 or a smaller data.batch_size",
+    "unable to write to file </torch_7_1_0>: No space left on device (28)": "/dev/shm",
+    "DataLoader worker (pid 7) is killed by signal: Killed. ": "killed by signal 9, most often for",
+    "DataLoader worker (pid 7) is killed by signal: Segmentation fault. ": "(segmentation fault)",
+    "DataLoader worker (pid(s) 7, 8) exited unexpectedly": "ended without a word",
+    "can't start new thread": "ulimit -u",
+    "[Errno 12] Cannot allocate memory": "no memory left",
+    "Unable to find interface for: [eth9]": "GLOO_SOCKET_IFNAME",
+}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_what_the_machine_lacks_is_told_with_the_way_out(text: str) -> None:
+    fault = machine_fault(RuntimeError(text))
+    assert isinstance(fault, MachineFault) and SAID[text] in str(fault)
+    wrapped = KeyError("of something else")
+    wrapped.__cause__ = OSError(text)
+    assert str(machine_fault(wrapped)) == str(fault)
+
+
+def test_other_errors_are_no_fault_of_the_machine() -> None:
+    for error in (ValueError("Too many open files"), RuntimeError("shapes differ"), KeyError("a")):
+        assert machine_fault(error) is None
+    torchs = RuntimeError("Timed out waiting 5000ms\nException raised from f at a.cpp:1\nframe #0")
+    assert in_a_line(torchs) == "Timed out waiting 5000ms"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    for split in ("train", "val", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return (
+        *("data=image_folder", f"data.root={root}", "data.num_workers=2", "data.num_classes=2"),
+        *("data.input_shape=[3,448,448]", "data.source.resize=460", "data.batch_size=16"),
+        *("model=cnn", "model.channels=[2]", "trainer.max_epochs=500", "trainer.num_threads=1"),
+        *("trainer.device=cpu", "trainer.checkpoint.save_every_steps=1", "hydra.run.dir=run"),
+    )
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def begins(shell: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The command in a shell that has made the machine small."""
+    return subprocess.run(
+        [*("unshare", "-m", "bash", "-c", f'{shell} && exec "$@"', "bash"),
+         sys.executable, str(TRAIN), *overrides],
+        cwd=folder, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small /dev/shm"
+)
+@pytest.mark.parametrize(
+    ("shell", "says"),
+    [
+        ("mount -t tmpfs -o size=4m tmpfs /dev/shm", "/dev/shm (4 MiB) is full"),
+        ("ulimit -n 40", "no more files can be opened (ulimit -n is 40)"),
+    ],
+)
+def test_a_small_machine_is_one_line(
+    shell: str, says: str, images: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = begins(shell, tmp_path, *images)
+    assert done.returncode == 1, done.stderr
+    assert says in errors_of(done)[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_is_one_line_and_the_rest_in_the_log(
+    images: tuple[str, ...], tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *images], cwd=tmp_path, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        until((tmp_path / "run" / "checkpoints" / "last").exists, 150)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        _, said = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "a data worker was killed by signal 9, most often for want of memory" in said
+    assert "Traceback" not in said and len(said.splitlines()) <= 4
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+    assert "data.num_workers" in read_json(tmp_path / "run" / "status.json")["error"]
