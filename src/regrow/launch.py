@@ -34,6 +34,7 @@ from regrow.record.redact import redact, redact_all
 from regrow.training import checkpoint, optim
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World, lost_the_others
+from regrow.training.state import too_short_for_average
 
 log = logging.getLogger("regrow")
 
@@ -345,6 +346,8 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
     )
     if world.device.type != "cpu" and not optim.skips_on_device(state.optimizer, world.device):
         log.info("optimizer: it cannot skip a bad step on the device; each step waits for it once")
+    if short := too_short_for_average(options, objects.total_steps):
+        log.log(logging.INFO if options.ema_warmup else logging.WARNING, "%s", short)
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)

@@ -18,7 +18,10 @@ class AddedKey(NamedTuple):
     before: Any  # reproduces the behaviour from before the key existed
 
 
-ADDED_KEYS: tuple[AddedKey, ...] = (AddedKey("regrow.data.loaders.Data", "changed", "refuse"),)
+ADDED_KEYS: tuple[AddedKey, ...] = (
+    AddedKey("regrow.data.loaders.Data", "changed", "refuse"),
+    AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
+)
 # Fields of a checkpoint's progress, likewise.
 ADDED_PROGRESS: Mapping[str, Any] = {}
 

@@ -33,7 +33,7 @@ from regrow.training.show import (
     progress_bar,
     running,
 )
-from regrow.training.state import Buffers, TrainState, update_average
+from regrow.training.state import Buffers, TrainState, average_weight, update_average
 from regrow.training.sums import (
     COUNTED,
     EXAMPLES,
@@ -135,8 +135,9 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     plan.buffers.restore(skipped)
     if state.loss_scale is not None:
         state.loss_scale.update(skipped)
-    if state.averaged is not None and plan.options.ema_decay is not None:
-        update_average(state.averaged, state.model, plan.options.ema_decay, skipped)
+    if state.averaged is not None:
+        weight = average_weight(state, plan.options)
+        update_average(state.averaged, state.model, weight, skipped)
     count(state, sums, skipped)
     no_factor = isinstance(factor, float) and factor == 1.0  # then one operation less
     true_norm = norm if no_factor else norm * factor

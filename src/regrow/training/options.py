@@ -60,6 +60,7 @@ class TrainerOptions:
     clip_norm: float | None
     clip_value: float | None
     ema_decay: float | None
+    ema_warmup: bool
     max_skipped_steps: int
     deterministic: bool
     tf32: bool

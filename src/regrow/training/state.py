@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from regrow import older
 from regrow.errors import UserError
 from regrow.training import optim, sharding
+from regrow.training import sums as step_sums
+from regrow.training.options import TrainerOptions
 from regrow.training.precision import LossScale
 from regrow.training.schedules import Plateau, Schedule
 from regrow.training.sums import Sums
@@ -146,27 +148,83 @@ def average_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
+def average_weight(state: TrainState, options: TrainerOptions) -> float | Tensor:
+    """The new weights' share of the average, `1 - decay`, for the update under way.
+
+    With a warm-up the decay of update n (from 0) is at most (1 + n) / (10 + n), as in TensorFlow's
+    ExponentialMovingAverage: until it reaches `ema_decay` the average covers about the last tenth
+    of the updates, and the initial weights soon count for nothing. n follows from the step and the
+    steps without an update, so it is not state. On a device it is a () tensor that nobody reads.
+    """
+    assert options.ema_decay is not None
+    least = 1 - options.ema_decay
+    if not options.ema_warmup:
+        return least
+    updates = state.step - steps_without_update(state)
+    if isinstance(updates, Tensor):
+        return (9 / (10 + updates)).clamp(min=least)
+    return max(least, 9 / (10 + updates))
+
+
+def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> str | None:
+    """One line about a run that ends before its average has reached `ema_decay`, else None."""
+    decay = options.ema_decay
+    if not decay or total_steps is None:
+        return None
+    needed = round(9 / (1 - decay)) - 10
+    if options.ema_warmup and total_steps < needed:
+        return (
+            f"trainer.ema_decay={decay:g}: this run of {total_steps:,} steps is too short for it, "
+            f"as its warm-up takes {needed:,}. The average is over about the last tenth "
+            "of the steps"
+        )
+    if not options.ema_warmup and decay**total_steps > 0.01:
+        return (
+            f"trainer.ema_decay={decay:g}: this run of {total_steps:,} steps is too short for it: "
+            f"{decay**total_steps:.0%} of the average are the initial weights. Use "
+            "trainer.ema_warmup=true or a smaller trainer.ema_decay"
+        )
+    return None
+
+
+def steps_without_update(state: TrainState) -> float | Tensor:
+    """How many of the steps so far left the weights alone. A () tensor on a device."""
+    skipped = state.skips[0]
+    return skipped.item() if step_sums.on_host(skipped.device) else skipped
+
+
 @torch.no_grad()
 def update_average(
-    averaged: nn.Module, model: nn.Module, decay: float, skipped: optim.Skipped
+    averaged: nn.Module, model: nn.Module, weight: float | Tensor, skipped: optim.Skipped
 ) -> None:
-    """`averaged += (1 - decay) (model - averaged)`, unless the step was skipped.
+    """`averaged += weight (model - averaged)`, unless the step was skipped.
 
-    Buffers (BatchNorm's statistics) are taken over as they are.
+    Buffers (BatchNorm's statistics) are taken over as they are, and parameters of whole numbers,
+    which have no average.
     """
     if skipped is True:
         return
-    averages = sharding.local([*averaged.parameters()])
-    parameters = sharding.local([*model.parameters()])
-    if skipped is False:
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+    averages: list[Tensor] = []
+    parameters: list[Tensor] = []
+    copies: list[Tensor] = []
+    sources: list[Tensor] = []
+    pairs = zip(
+        sharding.local([*averaged.parameters()]), sharding.local([*model.parameters()]), strict=True
+    )
+    for average, parameter in pairs:
+        is_number = parameter.is_floating_point() or parameter.is_complex()
+        (averages if is_number else copies).append(average)
+        (parameters if is_number else sources).append(parameter)
+    if isinstance(weight, float) and skipped is False:
+        torch._foreach_lerp_(averages, parameters, weight)
     else:  # without asking the device whether it skipped
-        weight = (1 - decay) * (1 - skipped)
-        differences = torch._foreach_sub(parameters, averages)
-        torch._foreach_mul_(differences, weight)
+        differences = [*torch._foreach_sub(parameters, averages)]
+        torch._foreach_mul_(differences, weight * (1 - skipped))
         torch._foreach_add_(averages, differences)
-    for average, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
-        average.copy_(buffer)
+    copies += averaged.buffers()
+    sources += model.buffers()
+    for copy_, source in zip(copies, sources, strict=True):
+        copy_.copy_(source)
 
 
 class Buffers:
