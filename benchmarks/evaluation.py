@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
+from regrow.randomness import Draws, states_kept
 from regrow.training import loop
 from regrow.training.parallel import World
 from regrow.training.show import evaluation_bar
@@ -30,7 +31,9 @@ def table(what: str, *overrides: str) -> Table:
     model, task, val = objects.state.model, objects.task, objects.val
 
     def ours() -> None:
-        loop.measure(model, task, val, world, "fp32", evaluation_bar("val", val, False))
+        bar, draws = evaluation_bar("val", val, False), Draws(0, "val", 0, 0)
+        with states_kept():  # as loop.evaluate does
+            loop.measure(model, task, val, world, "fp32", bar, draws)
 
     @torch.no_grad()
     def bare() -> None:

@@ -50,6 +50,7 @@ def evaluate(options: Arguments) -> None:
         refuse_existing(output, overwrite=True)
     # torch comes with these: only once the arguments are right.
     from regrow.console import console
+    from regrow.inference import draws_of, other_draws
     from regrow.inference import evaluate as measured
     from regrow.load import load_run, set_numerics
     from regrow.record.folder import read_json, write_json
@@ -62,8 +63,9 @@ def evaluate(options: Arguments) -> None:
         name = f"evaluation_{split}{'' if checkpoint == 'best' else f'_{checkpoint}'}.json"
         output = output or run.folder / name
         set_numerics(run)
+        draws = draws_of(run, split)
         with contextlib.closing(run):
-            values = measured(run, split)
+            values = measured(run, split, draws)
 
     shown = {key: value for key, value in values.items() if key.count("/") == 1}
     width = max(len(key) for key in shown)
@@ -81,6 +83,7 @@ def evaluate(options: Arguments) -> None:
         "device": str(run.device),
         "precision": run.precision,
         "values": values,
+        "draws": draws.drawn,
     }
     try:
         write_json(output, content)
@@ -90,6 +93,11 @@ def evaluate(options: Arguments) -> None:
     if split == "test" and checkpoint == "best" and not options.data and summary.is_file():
         told = read_json(summary).get("test") or values
         print(f"\nThe run itself measured {compared(told, values)}.")
+    if draws.drawn and (reasons := other_draws(run, options.data)):
+        print(
+            "\nThe model or its loss draws random numbers in evaluation, so these numbers may "
+            f"differ from the run's own: {'; '.join(reasons)}."
+        )
     print(f"\nwritten: {output}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,4 +57,19 @@ class Slow(nn.Module):
             self.gate.touch()
             time.sleep(self.seconds)
         outputs: Tensor = self.body(inputs)
+        return outputs
+
+
+class Drawing(nn.Module):
+    """An MLP with noise from torch, numpy and `random`, in training and in evaluation."""
+
+    def __init__(self, input_shape: list[int], num_outputs: int, noise: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], num_outputs))
+        self.noise = noise
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        shift = float(np.random.randn()) + random.gauss(0, 1)
+        noisy = inputs + self.noise * (torch.randn_like(inputs) + shift)
+        outputs: Tensor = self.body(noisy)
         return outputs

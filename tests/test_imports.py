@@ -33,7 +33,7 @@ ALLOWED = {
     "ranks": {"job", "record"},
     "run": {"config", "weights", "training", "tasks", "data", "models", "record"},
     "find_lr": {"console", "launch", "run", "resume", "check", "config", "record", "training"},
-    "inference": {"load", "training"},
+    "inference": {"config", "load", "record", "training"},
     "load": {"run", "config", "resume", "roles", "training", "data", "record"},
     "weights": {"config", "training"},
     "roles": {"config"},

@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from regrow.config import read_yaml
 from regrow.errors import UserError
 from regrow.load import LoadedRun
+from regrow.randomness import Draws, states_kept
+from regrow.record.folder import load_status
 from regrow.training.loop import call, measure
 from regrow.training.parallel import World
 from regrow.training.precision import autocast
 from regrow.training.show import evaluation_bar
 
 
-def evaluate(run: LoadedRun, split: str) -> dict[str, float]:
-    """The run's numbers over a split, such as "test/accuracy", without augmentation."""
+def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
+    """The run's numbers over a split, such as "test/accuracy", without augmentation.
+
+    A model that draws random numbers draws those of the run's own evaluation.
+    """
     batches = run.data.evaluation(split, device=run.device)
     bar = evaluation_bar(split, batches)
-    values, _ = measure(run.model, run.task, batches, World(run.device), run.precision, bar)
+    draws = draws or draws_of(run, split)
+    with states_kept():
+        values, _ = measure(
+            run.model, run.task, batches, World(run.device), run.precision, bar, draws
+        )
     return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def draws_of(run: LoadedRun, split: str) -> Draws:
+    """The seeds of the run's own evaluation of these weights; afterwards, whether it drew."""
+    return Draws(run.config["seed"], split, run.step, 0, watch=True)
+
+
+def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
+    """Reasons why a model that draws may draw other numbers than it did in its run."""
+    config = read_yaml(run.folder / "config.yaml")
+    recorded = config["data"]
+    reasons = []
+    if "ema_warmup" not in config["trainer"]:  # a key of the version that seeds evaluations
+        reasons.append("the run is older than seeded evaluations")
+    status = load_status(run.folder) or {}
+    if (processes := len(status.get("pids", ()))) > 1:
+        reasons.append(f"the run had {processes} processes and this is one")
+    before, now = (node.get("eval_batch_size") for node in (recorded, run.config["data"]))
+    if before != now:
+        reasons.append(f"data.eval_batch_size was {before} and is {now}")
+    if others := sorted({*swapped} - {"eval_batch_size", "num_workers", "pin_memory"}):
+        reasons.append(f"{', '.join(f'data.{key}' for key in others)} may change the batches")
+    return reasons
 
 
 def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, str]]:
@@ -33,8 +67,10 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
     `prediction/<target>` where there are several. Raises UserError or DataError.
     """
     row = _rows(run)
-    for names, inputs in run.preprocessing.read(path, batch_size):
-        with torch.no_grad(), autocast(run.device, run.precision):
+    draws = Draws(run.config["seed"], "prediction", run.step, 0)
+    for number, (names, inputs) in enumerate(run.preprocessing.read(path, batch_size)):
+        with torch.no_grad(), autocast(run.device, run.precision), states_kept():
+            draws.begin(number)
             outputs = call(run.model, inputs.to(run.device))
         found = {key: value.cpu() for key, value in run.task.predict(outputs).items()}
         for index, name in enumerate(names):

@@ -42,6 +42,26 @@ def _complete(node: dict[str, Any], target: Any, prefix: str, added: dict[str, A
             _complete(value, value.get("_target_", ""), f"{prefix}{name}.", added)
 
 
+def earlier(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys, dotted, that have their earlier value in a completed config.
+
+    A run that resumed an older record has written them into its config, and no override names them:
+    the next resume must find them too.
+    """
+    found: dict[str, Any] = {}
+    _earlier(config, None, "", found)
+    return found
+
+
+def _earlier(node: Mapping[str, Any], target: Any, prefix: str, found: dict[str, Any]) -> None:
+    for row in ADDED_KEYS:
+        if row.target == target and row.key in node and node[row.key] == row.before:
+            found[f"{prefix}{row.key}"] = row.before
+    for name, value in node.items():
+        if isinstance(value, dict):
+            _earlier(value, value.get("_target_", ""), f"{prefix}{name}.", found)
+
+
 def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]) -> dict[str, Any]:
     """Put what `complete` added into the config of a run that resumes the record.
 

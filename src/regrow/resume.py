@@ -275,8 +275,8 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if not (folder / "config.yaml").is_file():
         return False
     recorded = read_yaml(folder / "config.yaml")
-    added = older.complete(recorded)
-    if adopted := older.adopt(config, added, map(key_of, overrides)):
+    older.complete(recorded)
+    if adopted := older.adopt(config, older.earlier(recorded), map(key_of, overrides)):
         log.info("%s", older.line(str(folder), adopted))
     if config["resume"] == "never":
         raise UserError(

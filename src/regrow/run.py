@@ -26,7 +26,7 @@ from torch import nn
 from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
-from regrow.randomness import key, seed_everything
+from regrow.randomness import Draws, key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
 from regrow.training import activation_checkpointing, checkpoint, loop, memory, optim, sharding
@@ -256,12 +256,13 @@ def train(
             if world.is_main:
                 records.write_json(folder / "summary.json", summary)
         elif status == "completed":
+            step = state.step
             if world.mesh is not None or "test" in objects.data.num_examples:
-                take_best(state, folder, world)
+                step = take_best(state, folder, world)
             if world.mesh is not None:
                 export_weights(state, folder, world)
             if "test" in objects.data.num_examples:
-                summary["test"] = test_once(objects, plan, folder)
+                summary["test"] = test_once(objects, plan, folder, step)
             if world.is_main:
                 records.write_json(folder / "summary.json", summary)
         exit_code = 0 if status == "completed" else loggers.KILLED
@@ -360,12 +361,15 @@ def summarise(
     }
 
 
-def take_best(state: TrainState, folder: Path, world: World) -> None:
-    """Put the best weights, averaged ones where there are any, into the model to evaluate."""
+def take_best(state: TrainState, folder: Path, world: World) -> int:
+    """Put the best weights, averaged ones where there are any, into the model to evaluate.
+
+    Returns the step that they are from.
+    """
     best = checkpoint.named(folder / "checkpoints", "best")
     name = world.from_main(best.name if best.exists() else "")
     if not name:
-        return
+        return state.step
     best = best.with_name(name)
     try:
         parts, facts = checkpoint.read(best)
@@ -380,6 +384,8 @@ def take_best(state: TrainState, folder: Path, world: World) -> None:
     log.info("testing the weights of step %d", facts["step"])
     if facts["step"] != state.progress.best_step:
         log.warning("the best weights, of step %s, were not saved", state.progress.best_step)
+    step: int = facts["step"]
+    return step
 
 
 def export_weights(state: TrainState, folder: Path, world: World) -> None:
@@ -397,8 +403,8 @@ def export_weights(state: TrainState, folder: Path, world: World) -> None:
         temporary.replace(folder / WEIGHTS)
 
 
-def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
-    """Measure the test split, once, with the weights that `take_best` has put there."""
+def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str, float]:
+    """Measure the test split, once, with the weights of `step`, which `take_best` has put there."""
     options, state = objects.options, objects.state
     batches = objects.data.evaluation(
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
@@ -407,8 +413,9 @@ def test_once(objects: Objects, plan: Plan, folder: Path) -> dict[str, float]:
     plan.world.copy_buffers(state.evaluated)
     waited = stopping_together(batches, len(batches), plan.stop, plan.world)
     bar = evaluation_bar("test", batches, options.progress_bar and plan.world.is_main)
+    draws = Draws(plan.seed, "test", step, plan.world.rank)
     measured, details = loop.measure(
-        state.evaluated, plan.task, waited, plan.world, options.precision, bar
+        state.evaluated, plan.task, waited, plan.world, options.precision, bar, draws
     )
     sharding.free(state.evaluated)
     values = {f"test/{name}": value for name, value in measured.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.errors import UserError
-from regrow.randomness import key, seed_step
+from regrow.randomness import Draws, key, seed_step, states_kept
 from regrow.training import optim, sharding
 from regrow.training.checkpoint import Facts
 from regrow.training.interrupt import Interrupted
@@ -154,6 +154,7 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
         for index, micro_batch in enumerate(slices):
             is_last = index == len(slices) - 1
             # What the model draws (dropout) follows from the step, not from what was drawn before.
+            # The loss may draw too; torch, numpy and `random` all start from this key.
             seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
             with synchronises(plan.forward, is_last):
                 losses, part = forward(micro_batch, plan)
@@ -273,14 +274,15 @@ def evaluate(
 
     Training is left as it was. Raises Interrupted when a stop is asked for in between.
     """
-    with optim.evaluating(state.optimizer, state.model):
+    draws = Draws(plan.seed, name, state.step, plan.world.rank)
+    with optim.evaluating(state.optimizer, state.model), states_kept():
         plan.world.copy_buffers(state.evaluated)
         waited = stopping_together(batches, len(batches), plan.stop, plan.world)
         bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
         precision = plan.options.precision
         try:
             values, details = measure(
-                state.evaluated, plan.task, waited, plan.world, precision, bar
+                state.evaluated, plan.task, waited, plan.world, precision, bar, draws
             )
         except RuntimeError as error:
             say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
@@ -298,17 +300,20 @@ def measure(
     world: World,
     precision: str,
     bar: Any,
+    draws: Draws,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The exact loss and metrics over all of `batches`, and what pictures need; `bar` is moved on.
 
     Sums over every example and process, divided once; nothing is padded and nothing dropped.
-    Leaves the model in evaluation mode.
+    Leaves the model in evaluation mode. `draws` seeds each batch, so generators move: see
+    `states_kept`.
     """
     sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
     model.eval()
     with bar:
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            draws.begin(number)
             with autocast(world.device, precision):
                 outputs = call(model, batch.inputs)
                 loss = task.loss(outputs, batch.targets, batch.weights)
@@ -325,6 +330,7 @@ def measure(
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
                 sums[EXAMPLES] += batch.num_local
             advance(bar, sums, task.running_name)
+    draws.look()
     loss_sum, _, weight, _ = world.sum_(sums).tolist()
     return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, metrics.details()
 
