@@ -87,6 +87,15 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda _: "the machine has no memory left. Lower data.num_workers or data.batch_size.",
     ),
     (
+        r"Timed out waiting (\d+)ms for|atchdog caught collective operation timeout",
+        lambda found: (
+            "another process did not answer within trainer.timeout_seconds"
+            + (f" ({int(found[1]) / 1000:g})" if found[1] else "")
+            + ": it hangs, or a step takes longer. Look at its lines in train.log, or raise the "
+            "limit."
+        ),
+    ),
+    (
         r"No usable temporary directory found",
         lambda _: (
             "no folder takes temporary files: TMPDIR and /tmp cannot be written or are full. "

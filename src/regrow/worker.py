@@ -200,7 +200,8 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
 
 def report(error: BaseException, store: Any, rank: int) -> None:
     """Say what ended this process, unless it ended because of another."""
-    text = f"rank {rank}: {type(error).__name__}: {in_a_line(error)}"
+    name = "" if machine_fault(error) else f"{type(error).__name__}: "
+    text = f"rank {rank}: {name}{in_a_line(error)}"
     said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
     if isinstance(error, UserError):
         said |= {"kind": "user", "text": str(error)}
