@@ -16,7 +16,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.arguments import Arguments, Option, parse
 from regrow.config import fail
-from regrow.errors import UserError, machine_fault
+from regrow.errors import UserError, machine_fault, printable
 from regrow.output import refuse_existing
 
 OPTIONS = {
@@ -72,7 +72,7 @@ def evaluate(options: Arguments) -> None:
     print(f"{options['run']}, step {run.step} ({checkpoint}), {split}: ", end="")
     print(f"{run.data.num_examples[split]:,} examples, on {run.device} in {run.precision}\n")
     for key, value in shown.items():
-        print(f"  {key.ljust(width)}  {value:.5g}")
+        print(printable(f"  {key.ljust(width)}  {value:.5g}"))
     content = {
         "run": str(run.folder),
         "checkpoint": run.checkpoint,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _start  # noqa: F401  finds the package, or says what to set up
 
-from regrow.errors import UserError
+from regrow.errors import UserError, printable
 from regrow.record import comparison, report
 from regrow.resume import SWEEP
 from regrow.sweep import results
@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the page; in the folder unless given")
     options = parser.parse_args(arguments)
     try:
-        print(make(options.folders, options.output))
+        print(printable(str(make(options.folders, options.output))))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -65,7 +65,7 @@ def make(folders: list[Path], output: Path | None) -> Path:
         output = Path(os.path.relpath(common)) / "comparison.html"
     found = comparison.compare(comparison.rows_of([report.load(run) for run in runs]))
     for line in comparison.as_text(*comparison.table_of(found)) if found.settings else ():
-        print(line)
+        print(printable(line))
     comparison.write_csv(found.rows, output.with_suffix(".csv"))
     return comparison.write_page(found, output)
 
@@ -74,7 +74,7 @@ def of_sweep(folder: Path, output: Path | None) -> Path:
     """How a sweep stands, also while it runs."""
     found = results.write_table(folder)
     for line in results.summary_of(folder, found):
-        print(line)
+        print(printable(line))
     return results.write_page(folder, found, output=output)
 
 

@@ -17,7 +17,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 from regrow import older
 from regrow.arguments import Option, parse
 from regrow.config import CONF, composition_error, fail, plain, read_yaml, version_arguments
-from regrow.errors import UserError
+from regrow.errors import UserError, printable
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact_all
@@ -45,7 +45,7 @@ def reproduce(given: Path) -> int:
     config, before = record_of(run, given)
     arguments = arguments_of(run, config, given)
     if changed := manifest.code_changes(run, ROOT):
-        print(changed)
+        print(printable(changed))
     if before.get("resumes"):
         print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
@@ -53,9 +53,9 @@ def reproduce(given: Path) -> int:
         print(f"error: the second run ended with exit code {code}.", file=sys.stderr)
         return 1
     for line in changes(before, records.read_json(again / manifest.NAME)):
-        print(line)
+        print(printable(line))
     if found := first_difference(run, again, given):
-        print(f"\nnot identical: {found}\n\nthe second run: {again}")
+        print(f"\nnot identical: {printable(found)}\n\nthe second run: {again}")
         if before.get("resumes"):
             print("It was resumed: with another limit or key than it began with, it cannot be.")
         return 1

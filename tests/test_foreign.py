@@ -19,9 +19,10 @@ import pytest
 import yaml
 from running import launched
 
-from regrow import ownership, resume
+from regrow import config as configs
+from regrow import console, ownership, resume
 from regrow.config import ROOT
-from regrow.errors import UserError
+from regrow.errors import UserError, printable
 from regrow.record import folder as records
 from regrow.sweep import frozen, state
 
@@ -461,3 +462,23 @@ def test_several_may_write_the_list_at_once(
     for thread in threads:
         thread.join()
     assert {*ownership.entries()} == {*entered} and len(entered) == 160
+
+
+# -- the terminal ----------------------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;title\x07\x1b[2J\u202egnp.exe\x9b1m\rover"
+
+
+def test_a_terminal_gets_no_orders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run", f"logger.wandb.entity={ESCAPE}")
+    (run / ".hydra" / "owner.json").unlink()
+    resumed(run)
+    with console.console(), console.log_file(tmp_path):
+        logging.getLogger("regrow").warning("%s", ESCAPE)
+    with pytest.raises(SystemExit):
+        configs.fail(ESCAPE)
+    said = capsys.readouterr()
+    for text in (said.out + said.err, (tmp_path / "train.log").read_text()):
+        assert r"\x1b[2J" in text and r"\u202e" in text and "gnp.exe" in text
+        assert not {*"\x1b\x07\x9b\u202e\r"} & {*text}
+    assert printable("Ünïcode, 日本\n\t≥ 1 😀") == "Ünïcode, 日本\n\t≥ 1 😀"

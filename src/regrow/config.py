@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.errors import UserError, did_you_mean, machine_fault
+from regrow.errors import UserError, did_you_mean, machine_fault, printable
 
 MULTIRUN = ("-m", "--multirun")
 FLAGS = (
@@ -139,7 +139,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what is wrong in one line and end: with 2 for a user's error, 1 for the machine's."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from regrow.errors import printable
 from regrow.record.redact import redact
 
 log = logging.getLogger("regrow")
@@ -84,10 +85,10 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
 class _ConsoleFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
-        text = redact(text)
+        text = printable(redact(text))
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
 class _FileFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))

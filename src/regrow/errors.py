@@ -134,6 +134,18 @@ def in_a_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+# Control characters, and those that turn the direction of text: a terminal would obey them.
+_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes, new lines and tabs aside.
+
+    Names and commands may come from a folder or a file of anybody's.
+    """
+    return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """ " Did you mean …?" with the nearest of `words`, or nothing.
 

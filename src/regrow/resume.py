@@ -17,7 +17,7 @@ import yaml
 
 from regrow import older, ownership
 from regrow.config import CONF, MULTIRUN, read_yaml, targets_in
-from regrow.errors import UserError
+from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import SUMMARY, load_status, read_json
 from regrow.record.redact import MASK, redact_all
@@ -169,7 +169,8 @@ def without_loggers(folder: Path, overrides: Sequence[str]) -> list[str]:
         digits = ownership.digest_of_run(recorded_overrides(folder))[: ownership.DIGITS]
         print(
             f"warning: resume={folder}: it is not listed as yours, so its loggers are left out "
-            f"({', '.join(loggers)}). Give them again, or, if you trust it, add trust={digits}",
+            f"({printable(', '.join(loggers))}). Give them again, or, if you trust it, add "
+            f"trust={digits}",
             file=sys.stderr,
         )
     return [o for o in overrides if o not in loggers]

@@ -25,7 +25,7 @@ from regrow import config as configs
 from regrow import launch, outside
 from regrow import run as runs
 from regrow.console import console
-from regrow.errors import UserError, in_a_line, machine_fault
+from regrow.errors import UserError, in_a_line, machine_fault, printable
 from regrow.job import Job
 from regrow.training.parallel import World, lost_the_others
 
@@ -219,7 +219,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
             return  # the first process, which had the store, has said the same
     if said["kind"] == "user":
         if "REGROW_WATCHED" not in os.environ:  # whoever watches says it
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     elif fault := machine_fault(error):
         if not hasattr(error, "step"):  # else the run has said it
             print(f"error: rank {rank}: {fault}", file=sys.stderr)

@@ -185,6 +185,14 @@ def test_a_search_goes_on_in_its_own_space(
         search.refuse_another(tmp_path, new, SEARCH)
 
 
+def test_a_value_that_the_space_does_not_hold_is_no_override() -> None:
+    """Anybody may have edited the journal of a folder that came back."""
+    evil = "1 hydra.callbacks.x._target_=os.system"
+    assert search.is_of(RATES["lr"], "0.1") and not search.is_of(RATES["lr"], evil)
+    rates = FloatDistribution(0.1, 1.0)
+    assert search.is_of(rates, 2.0) and not search.is_of(rates, evil)
+
+
 def test_a_list_of_jobs_that_cannot_be_read_is_not_written_anew(tmp_path: Path) -> None:
     (tmp_path / state.FILE).write_text("{half")
     with pytest.raises(UserError, match=r"sweep.json cannot be read"):

@@ -131,6 +131,14 @@ def distribution_of(override: Override) -> BaseDistribution:
         raise UserError(f"{line}: {' '.join(str(error).split())}") from None
 
 
+def is_of(of: BaseDistribution, value: Any) -> bool:
+    """Return True if a value is one that the distribution holds, or any number for a range: what
+    Optuna's journal says becomes an override, and the range may have changed since."""
+    if isinstance(of, CategoricalDistribution):
+        return value in of.choices
+    return isinstance(value, int | float)
+
+
 def points(key: str, of: BaseDistribution) -> list[Any]:
     """All values of a distribution. Raises UserError where there is no end of them."""
     if isinstance(of, CategoricalDistribution):
@@ -230,7 +238,9 @@ class Trials:
         """The trial as a job; None for one whose config is wrong, which has failed."""
         folder = self.composer.folder
         try:
-            if set(params) != set(self.space.varied):
+            if set(params) != set(self.space.varied) or not all(
+                is_of(self.space.varied[key], value) for key, value in params.items()
+            ):
                 raise UserError("it was proposed for another search space")
             planned = self.prepare(self.composer.plan(number, *self.space.overrides(params)))
         except UserError as error:
