@@ -87,7 +87,8 @@ def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
 
     Raises UserError where it reaches beyond a run's own keys, or makes another config by now.
     """
-    recorded = recorded_overrides(run)
+    gone = older.removed(config)
+    recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
     if foreign := [override for override in recorded if is_foreign(override)]:
         raise UserError(
@@ -95,10 +96,12 @@ def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
             "It is not followed."
         )
     arguments = [o for o in recorded if key_of(o).split(".")[0] not in ("logger", "resume")]
-    # Bits depend on these, and unasked they are what the machine has.
-    kept = {f"trainer.{key}": config["trainer"][key] for key in ("num_threads", "devices")}
+    # Bits depend on the first two, and unasked they are what the machine has. The others are what
+    # the run settled on.
+    settled = ("num_threads", "devices", "monitor", "mode")
+    kept = {f"trainer.{key}": config["trainer"][key] for key in settled}
     arguments = [o for o in arguments if key_of(o) not in kept]
-    arguments += ["logger=[jsonl]", *(f"{key}={value}" for key, value in kept.items())]
+    arguments += ["logger=[jsonl]", *(older.as_override(*item) for item in kept.items())]
     typed = {key_of(o) for o in arguments}
     if keys := {key: value for key, value in added.items() if key not in typed}:
         print(older.line(f"run={given}", keys))

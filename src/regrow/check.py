@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from regrow import monitor
 from regrow.config import CONF, allow, composition_error, fail, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
@@ -212,7 +213,8 @@ RULES: dict[str, Rule] = {
     "trainer.eval_every_steps": optional(integer(1)),
     "trainer.log_every_steps": integer(1),
     "trainer.log_histograms_every_steps": optional(integer(1)),
-    "trainer.mode": choice("max", "min"),
+    "trainer.monitor": optional(text()),
+    "trainer.mode": optional(choice("max", "min")),
     "trainer.early_stopping.patience": optional(integer(0)),
     "trainer.early_stopping.min_delta": number(0),
     "trainer.checkpoint.save_every_epochs": optional(integer(1)),
@@ -466,7 +468,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
             f"scheduler.warmup_steps={scheduler['warmup_steps']} and "
             f"warmup_fraction={scheduler['warmup_fraction']} say the same thing twice. Set one."
         )
-    if not str(trainer["monitor"]).startswith("val/"):
+    if trainer["monitor"] is None:
+        monitor.refuse_without(values)
+    elif not str(trainer["monitor"]).startswith("val/"):
         raise UserError(
             f"trainer.monitor={trainer['monitor']} has to be a metric of the validation split, "
             "such as val/loss."

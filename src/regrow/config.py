@@ -28,6 +28,7 @@ FLAGS_WITH_A_VALUE = (
     *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"),
     *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
 )
+HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # by the run
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
@@ -307,9 +308,8 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         return utils.instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
     except (InstantiationException, TypeError) as error:
         # Hydra 1.4 passes a TypeError on as it is; only one of the call itself is meant here.
-        if isinstance(error, TypeError) and not re.search(
-            r"__init__\(\) (got|missing) ", str(error)
-        ):
+        called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
+        if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
             raise
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
@@ -321,10 +321,7 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             # Nothing was raised there: this says whether the module is missing or what is in it.
             locate(unknown[1], "")
         if "missing" in said and "required" in said:
-            said += (
-                " Give what is missing. A recorded run that lacks it was made by other code: the "
-                "commit is in its manifest.json."
-            )
+            said += " " + _way_out(said, node)
         raise UserError(f"_target_={node['_target_']}: {said}") from error
 
 
@@ -359,6 +356,20 @@ def _canonical(target: str) -> str:
         return f"{found.__module__}.{found.__qualname__}"
     except (UserError, AttributeError):
         return target  # the error is said where it is made
+
+
+def _way_out(said: str, node: Mapping[str, Any]) -> str:
+    """What to do about a target that lacks arguments."""
+    by_position = re.search(r"missing \d+ required positional", said) is not None
+    if not node.get("_partial_") and (by_position or HANDED_IN & {*re.findall(r"'(\w+)'", said)}):
+        return (
+            "If the run hands that in, as it does for an optimizer, a scheduler and a loss "
+            "function, add _partial_: true to the node; else give what is missing."
+        )
+    return (
+        "Give what is missing. A recorded run that lacks it was made by other code: the commit is "
+        "in its manifest.json."
+    )
 
 
 def locate(target: str, path: str) -> Any:

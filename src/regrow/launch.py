@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from regrow import config as configs
-from regrow import outside, ownership, ranks, resume
+from regrow import monitor, outside, ownership, ranks, resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.compose import as_recorded, job_of
@@ -34,6 +34,7 @@ from regrow.record.redact import redact, redact_all
 from regrow.training import checkpoint, optim
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World, lost_the_others
+from regrow.training.schedules import RunLength
 from regrow.training.state import too_short_for_average
 
 log = logging.getLogger("regrow")
@@ -189,6 +190,7 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
 def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) -> float | None:
     """Train what was built, and write the record of it."""
     config, trainer = job.config, job.config["trainer"]
+    trainer["monitor"], trainer["mode"] = objects.options.monitor, objects.options.mode
     objects.state.progress.halvings = halvings
     if trainer["check_first_batch"]:
         runs.check_first_batch(objects, world)
@@ -236,6 +238,11 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             world.barrier()
             raise SystemExit(128 + number)
         if world.is_main:
+            warmup = warmup_of(config, objects)
+            if objects.state.step < warmup and objects.state.step != objects.total_steps:
+                log.warning(
+                    "%s", in_warmup(objects.state.step, warmup)
+                )  # by time, or early stopping
             if job.draws:
                 runs.draw(folder)  # once the status is written, which the page shows
             conclude(folder, job, summary)
@@ -348,10 +355,44 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         log.info("optimizer: it cannot skip a bad step on the device; each step waits for it once")
     if short := too_short_for_average(options, objects.total_steps):
         log.log(logging.INFO if options.ema_warmup else logging.WARNING, "%s", short)
+    for line in what_is_odd(config, objects):
+        log.warning("%s", line)
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)
     log.info("if it is cut, go on with: %s", command(f"resume={folder}"))
+
+
+def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
+    """What a run does as it was told, and few would mean. A line each."""
+    options, lines = objects.options, []
+    if options.monitor is None:
+        lines.append("no metric is monitored: the last weights are the best ones")
+    elif odd := monitor.contradiction(options.monitor, str(options.mode)):
+        lines.append(f"trainer.mode={options.mode}: {odd}")
+    batch, count = config["data"]["batch_size"], objects.train.num_examples
+    if batch > count:
+        lines.append(
+            f"data.batch_size={batch} is more than the {count} training examples: each step is an "
+            "epoch over all of them"
+        )
+    if objects.total_steps is not None and objects.total_steps < warmup_of(config, objects):
+        lines.append(in_warmup(objects.total_steps, warmup_of(config, objects)))
+    return lines
+
+
+def warmup_of(config: Mapping[str, Any], objects: runs.Objects) -> int:
+    """Steps of the schedule's warm-up; 0 of a schedule that has none, or not under these keys."""
+    length = RunLength(objects.total_steps, objects.state.steps_per_epoch)
+    node = config["scheduler"]
+    return length.warmup(node.get("warmup_steps"), node.get("warmup_fraction"))
+
+
+def in_warmup(steps: int, warmup: int) -> str:
+    return (
+        f"the run ends at step {steps}, in the warm-up of {warmup} steps: the learning rate never "
+        "comes to optimizer.lr. Lower scheduler.warmup_steps, or train for longer"
+    )
 
 
 def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
@@ -368,7 +409,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     log.info("")
     log.info("record: %s", folder / "report.html" if job.draws else folder)
     log.info("next:   %s", longer(folder, job.config, summary))
-    split = "test" if summary["test"] else "val"
+    split = "test" if summary["test"] else "val" if summary["val"] else "train"
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
     log.info("        %s", command("-m", *kept, "seed=0,1,2"))

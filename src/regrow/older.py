@@ -22,15 +22,39 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.data.loaders.Data", "changed", "refuse"),
     AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
 )
+# Keys of that time that this code does not take, by `_target_`: another key says the same.
+REMOVED_KEYS: tuple[tuple[str, str], ...] = tuple(
+    (f"regrow.tasks.tasks.{task}", "mode")  # trainer.mode
+    for task in ("Multiclass", "Binary", "Multilabel", "Regression")
+)
 # Fields of a checkpoint's progress, likewise.
-ADDED_PROGRESS: Mapping[str, Any] = {}
+ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """Add the keys that a recorded config lacks. Returns them, dotted, with their values."""
+    """Add the keys that a recorded config lacks. Returns them, dotted, with their values.
+
+    Keys that this code does not take are removed: see `removed`.
+    """
     added: dict[str, Any] = {}
+    for key in removed(config):
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        del node[last]
     _complete(config, None, "", added)
     return added
+
+
+def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a recorded config that this code does not take."""
+    target = config.get("_target_")
+    found = [f"{prefix}{key}" for its, key in REMOVED_KEYS if its == target and key in config]
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found += removed(value, f"{prefix}{name}.")
+    return found
 
 
 def _complete(node: dict[str, Any], target: Any, prefix: str, added: dict[str, Any]) -> None:

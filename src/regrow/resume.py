@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from regrow import older, ownership
+from regrow import monitor, older, ownership
 from regrow.config import CONF, MULTIRUN, read_yaml, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
@@ -95,7 +95,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if any(a in ("-m", "--multirun") for a in arguments):
         raise UserError(f"resume={folder} goes on with one run. Leave out --multirun.")
     keys = {key_of(a) for a in new}
-    old = [a for a in recorded_overrides(folder) if key_of(a) not in (*keys, CHANGED)]
+    keys |= {*older.removed(_recorded_config(folder)), CHANGED}
+    old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
     for override in old:  # a folder may come from anybody
         if is_foreign(override):
             raise UserError(
@@ -271,7 +272,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
 
     Keys that are newer than the record keep their earlier meaning, in `config` too. A null
     `trainer.num_threads` becomes what the recorded run had, for bits depend on it, unless
-    the number of processes is another.
+    the number of processes is another. So do the monitor and its direction that the run settled on.
     """
     if not (folder / "config.yaml").is_file():
         return False
@@ -288,7 +289,10 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if config["trainer"]["num_threads"] is None and as_many:
         config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
     by_name = config["resume"] not in ("auto", "never")
-    named = {key_of(override) for override in typed(overrides)} if by_name else set()
+    before = recorded_overrides(folder) if (folder / ".hydra" / "overrides.yaml").is_file() else []
+    named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
+    if by_name:
+        named |= {key_of(override) for override in typed(overrides)}
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
@@ -307,6 +311,21 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         )
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return True
+
+
+def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:
+    """Give `config` the monitor and direction that the recorded run settled on, unless they are
+    typed; `new` are the keys typed for this start alone. Returns the keys that follow from a typed
+    one, and so count as named."""
+    before, trainer = recorded["trainer"], config["trainer"]
+    if before.get("monitor") is None and "trainer.monitor" not in new:
+        trainer["monitor"] = None  # without a validation split
+    if trainer["mode"] is None and before.get("monitor") == trainer["monitor"]:
+        trainer["mode"] = before.get("mode")
+    elif trainer["mode"] is None:
+        trainer["mode"] = monitor.of_run(config)
+        return {"trainer.mode"}
+    return set()
 
 
 def refuse_other_data(

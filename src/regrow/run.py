@@ -7,6 +7,7 @@ with the data, the model or their fit shows before anything is written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regrow import monitor
 from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
@@ -60,7 +62,7 @@ class Objects:
     task: Any
     state: TrainState
     train: TrainBatches
-    val: EvalBatches
+    val: EvalBatches | None  # None: the data has no such split
     total_steps: int | None
     parameters: list[nn.Parameter]
 
@@ -73,7 +75,9 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
     data = instantiate(config["data"])
     train = data.train(device=world.device, rank=world.rank, world_size=world.size)
-    val = data.evaluation("val", device=world.device, rank=world.rank, world_size=world.size)
+    val = None
+    if "val" in data.num_examples:
+        val = data.evaluation("val", device=world.device, rank=world.rank, world_size=world.size)
 
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
@@ -96,13 +100,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         task_node["class_names"] = data.class_names  # found in the data, such as folders' names
     task = instantiate(task_node, loss=instantiate(config["loss"]))
     task.in_units = data.in_units  # a regression's metrics are in the targets' own units
-    measured = measured_by(task, world.device)
-    if options.monitor not in measured:
-        hint = did_you_mean(options.monitor, measured)
-        raise UserError(
-            f"trainer.monitor={options.monitor} is not measured.{hint}"
-            f" There are {', '.join(name for name in measured if name.count('/') == 1)}."
-        )
+    options = with_monitor(options, config, task, world.device, has_val=val is not None)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:
         raise UserError(
@@ -130,6 +128,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
         sums=epoch_sums(world.device),
         skips=torch.zeros(2, device=world.device),
+        empty_steps=torch.zeros((), device=world.device),
         steps_per_epoch=train.steps_per_epoch,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -138,6 +137,36 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
             log.info("the model is compiled at its first batches, for some seconds or minutes")
         model.compile()
     return Objects(options, data, task, state, train, val, total_steps, parameters)
+
+
+def with_monitor(
+    options: TrainerOptions,
+    config: Mapping[str, Any],
+    task: Any,
+    device: torch.device,
+    *,
+    has_val: bool,
+) -> TrainerOptions:
+    """The options with the monitor that can be measured, if any, and its direction. Raises
+    UserError for one that is not measured, or where nothing says whether more of it is better."""
+    if not has_val or options.monitor is None:
+        why = "trainer.monitor=null" if has_val else "the data has no validation split"
+        monitor.refuse_without(config, why)
+        return dataclasses.replace(options, monitor=None, mode=None)
+    measured = measured_by(task, device)
+    if options.monitor not in measured:
+        hint = did_you_mean(options.monitor, measured)
+        raise UserError(
+            f"trainer.monitor={options.monitor} is not measured.{hint}"
+            f" There are {', '.join(name for name in measured if name.count('/') == 1)}."
+        )
+    mode = monitor.of_run(config) or monitor.of_metrics(task.metrics(device), options.monitor)
+    if mode is None:
+        raise UserError(
+            f"trainer.mode=null: neither its name nor torchmetrics says whether more of "
+            f"{options.monitor} is better. Add trainer.mode=max, or trainer.mode=min."
+        )
+    return dataclasses.replace(options, mode=mode)
 
 
 def measured_by(task: Any, device: torch.device) -> list[str]:
@@ -160,11 +189,14 @@ class Silence:
 def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
-    loop.check_first_batch(model, objects.task, objects.val, options.precision)
+    # Of the training split where there is no other.
+    batches = objects.train.epoch(0) if objects.val is None else objects.val
+    first = next(iter(batches))
+    loop.check_first_batch(model, objects.task, first, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
     if smallest // (options.accumulation_steps * world.size) <= 1:
-        loop.check_one_example(model, objects.val, options.precision)
+        loop.check_one_example(model, first, options.precision)
     sharding.free(model)
 
 
@@ -324,6 +356,9 @@ def tell_of_another_rate(state: TrainState) -> None:
     """Say so where a resume changes the schedule, as a raised limit stretches a cosine."""
     if state.step == 0 or isinstance(state.schedule, Plateau):
         return
+    parts = getattr(state.optimizer, "parts", [state.optimizer])
+    if not any(part.state for part in parts):  # of another optimizer, whose rates are not these
+        return
     before = optim.rates(state.optimizer)["lr"]
     optim.set_lr(state.optimizer, state.schedule(state.step - 1))
     now = optim.rates(state.optimizer)["lr"]
@@ -346,14 +381,15 @@ def summarise(
         "best": {
             "metric": options.monitor,
             "value": progress.best_value,
-            "step": progress.best_step,
+            "step": state.step if options.monitor is None else progress.best_step,
         },
-        "val": progress.best_values,
+        "val": progress.latest if options.monitor is None else progress.best_values,
         "test": {},
         "pruned": progress.pruned,
         "stopped_early": loop.stopped_early(state, options),
         "evaluations_without_improvement": progress.evaluations_without_improvement,
         "skipped_steps": int(state.skips[0].item()),
+        "empty_steps": int(state.empty_steps.item()),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "weights_sha256": weights_sha256(state.model),
         "seconds": progress.seconds,
@@ -382,7 +418,7 @@ def take_best(state: TrainState, folder: Path, world: World) -> int:
         ) from None
     state.evaluated.load_state_dict(sharding.as_in(weights, state.evaluated.state_dict()))
     log.info("testing the weights of step %d", facts["step"])
-    if facts["step"] != state.progress.best_step:
+    if state.progress.best_step not in (None, facts["step"]):
         log.warning("the best weights, of step %s, were not saved", state.progress.best_step)
     step: int = facts["step"]
     return step

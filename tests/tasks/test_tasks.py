@@ -20,7 +20,7 @@ from regrow.tasks.tasks import Binary, Multiclass, Multilabel, Regression, Task
 torch.set_num_threads(1)
 CE = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)
 BCE = BCEWithLogits(pos_weight=None)
-SAME: dict[str, Any] = {"monitor": "val/accuracy", "mode": "max"}
+SAME: dict[str, Any] = {"monitor": "val/accuracy"}
 
 
 def multiclass(loss: Loss = CE, num_classes: int = 10) -> Multiclass:
@@ -46,7 +46,7 @@ def multilabel(loss: Loss = BCE, num_classes: int = 4) -> Multilabel:
 
 
 def regression(loss: Loss = mse, num_outputs: int = 1) -> Regression:
-    return Regression(num_outputs=num_outputs, monitor="val/rmse", mode="min", loss=loss)
+    return Regression(num_outputs=num_outputs, monitor="val/rmse", loss=loss)
 
 
 def ones(*shape: int) -> Tensor:
@@ -134,7 +134,6 @@ def test_a_batch_that_does_not_fit_is_named_with_a_way_out(case: int) -> None:
         ),
         lambda: multilabel(BCEWithLogits(pos_weight=[1.0, 2.0])),
         lambda: binary(threshold=1.0),
-        lambda: Regression(num_outputs=1, monitor="val/rmse", mode="least", loss=mse),
         lambda: Multiclass(
             num_classes=3, class_names=["a", "b"], per_class=True, auroc=True, loss=CE, **SAME
         ),

@@ -43,7 +43,6 @@ def multiclass(loss: Any) -> Multiclass:
         num_classes=CLASSES,
         class_names=None,
         monitor="val/accuracy",
-        mode="max",
         per_class=False,
         auroc=False,
         loss=loss,
@@ -51,7 +50,7 @@ def multiclass(loss: Any) -> Multiclass:
 
 
 def binary(loss: Any) -> Binary:
-    names = {"class_names": None, "monitor": "val/accuracy", "mode": "max"}
+    names = {"class_names": None, "monitor": "val/accuracy"}
     return Binary(**names, threshold=0.5, auroc=False, loss=loss)  # type: ignore[arg-type]
 
 
@@ -61,7 +60,6 @@ def multilabel(loss: Any) -> Multilabel:
         class_names=None,
         threshold=0.5,
         monitor="val/f1",
-        mode="max",
         per_class=False,
         auroc=False,
         loss=loss,
@@ -69,7 +67,7 @@ def multilabel(loss: Any) -> Multilabel:
 
 
 def regression(loss: Any) -> Regression:
-    return Regression(num_outputs=1, monitor="val/rmse", mode="min", loss=loss)
+    return Regression(num_outputs=1, monitor="val/rmse", loss=loss)
 
 
 def torch_ce(**options: Any) -> Reference:

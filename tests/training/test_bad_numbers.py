@@ -36,7 +36,6 @@ def task() -> Multiclass:
         num_classes=3,
         class_names=None,
         monitor="val/accuracy",
-        mode="max",
         per_class=False,
         auroc=False,
         loss=loss,
@@ -145,11 +144,10 @@ def test_a_bad_loss_with_good_gradients_is_skipped_too() -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("what", ["no_weight", "opposite_infinities"])
-def test_a_step_whose_loss_is_no_number_is_skipped(
-    what: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_step_whose_loss_is_not_a_number_is_skipped(
+    on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch of weight zero, and slices of which one loses infinitely much and one gains it."""
+    """Slices of which one loses infinitely much and one gains it."""
     monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
     bench = bench_of(MAKERS["adamw"])
     bench.step(batch(0))
@@ -160,8 +158,6 @@ def test_a_step_whose_loss_is_no_number_is_skipped(
 
     def loss(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> losses.LossOutput:
         values = good(outputs, targets, weights).values
-        if what == "no_weight":
-            return losses.LossOutput(values, torch.zeros_like(values))
         return losses.LossOutput(values + next(signs))
 
     bad.loss = loss

@@ -47,7 +47,6 @@ def task_of() -> Multiclass:
         num_classes=3,
         class_names=None,
         monitor="val/accuracy",
-        mode="max",
         per_class=False,
         auroc=False,
         loss=losses.CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None),

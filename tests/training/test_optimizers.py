@@ -242,7 +242,7 @@ def steps_of(make: Any, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> lis
     monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
     model = nn.Linear(6, 1)
-    task = Regression(num_outputs=1, monitor="val/rmse", mode="min", loss=losses.mse)
+    task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
     bench = Bench(model, task, make, clip_norm=0.1, clip_value=0.05, ema_decay=0.5)
     random = torch.Generator().manual_seed(2)
     for bad in (False, True, False):

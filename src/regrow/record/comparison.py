@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow import monitor
 from regrow.output import harmless
 from regrow.record import report
 from regrow.record.folder import write_text
@@ -165,9 +166,9 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     values = {row.job: value for row in completed if (value := row.value(metric)) is not None}
     done = [row for row in completed if row.job in values]
     by_it = [row for row in done if row.monitored == metric] or done
-    if not mode and by_it and by_it[0].run is not None:
-        mode = str((by_it[0].run.config.get("trainer") or {}).get("mode", "max"))
-    mode = mode or "max"
+    if not mode and by_it and by_it[0].monitored == metric and by_it[0].run is not None:
+        mode = str((by_it[0].run.config.get("trainer") or {}).get("mode") or "")
+    mode = mode or monitor.by_name(metric) or "max"
     test_metric: str | None = f"test/{metric.partition('/')[2]}"
     if not any(test_metric in row.metrics() for row in done):
         test_metric = None

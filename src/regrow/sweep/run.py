@@ -217,7 +217,7 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
     folder = sweep.folder
     space = by_optuna.space_of(composer, options, arguments)
     likely = by_optuna.representative(composer, space)
-    metrics, directions = by_optuna.objectives(options, likely.job.config["trainer"])
+    metrics, directions = by_optuna.objectives(options, likely.job.config)
     total = options.n_trials
     if options.sampler == "grid":
         total = min(total, len(space.combinations()))

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
+from regrow import monitor
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.resume import key_of
@@ -287,9 +288,18 @@ def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
     return found
 
 
-def objectives(options: Search, trainer: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The metrics and the directions. Raises UserError for those that do not fit."""
+def objectives(options: Search, config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The metrics and the directions, for jobs such as `config`. Raises UserError for those that do
+    not fit."""
+    trainer = config["trainer"]
+    has_val = not monitor.lacks_val(config["data"]["source"])
     named = options.metric if options.metric is not None else trainer["monitor"]
+    if named is None or (options.metric is None and not has_val):
+        why = "trainer.monitor=null" if has_val else "the data has no validation split"
+        raise UserError(
+            f"sweep.metric=null: {why}, so that nothing says what to search for. Name one of "
+            f"{', '.join(OF_THE_RUN)}, or give the data a validation split."
+        )
     metrics = [named] if isinstance(named, str) else list(named)
     for metric in metrics:
         if not metric.startswith("val/") and metric not in OF_THE_RUN:
@@ -298,17 +308,19 @@ def objectives(options: Search, trainer: dict[str, Any]) -> tuple[list[str], lis
                 f"sweep.metric={metric} has to be of the validation split, such as val/loss, or "
                 f"one of {', '.join(OF_THE_RUN)}.{hint}"
             )
-    by_mode = {"max": "maximize", "min": "minimize"}[trainer["mode"]]
-    if options.direction is None:
-        unclear = [m for m in metrics if m != trainer["monitor"] and m not in OF_THE_RUN]
-        if unclear:
+        if metric.startswith("val/") and not has_val:
             raise UserError(
-                f"sweep.metric={unclear[0]}: say whether more is better: sweep.direction=maximize."
+                f"sweep.metric={metric}: the data has no validation split. Give it one, or use one "
+                f"of {', '.join(OF_THE_RUN)}."
             )
-        directions = [by_mode if m == trainer["monitor"] else "minimize" for m in metrics]
+    if options.direction is None:
+        directions = [_direction_of(metric, config) for metric in metrics]
     else:
         said = options.direction
         directions = [said] if isinstance(said, str) else list(said)
+        for metric, direction in zip(metrics, directions, strict=False):
+            if odd := monitor.contradiction(metric, direction.removesuffix("imize")):
+                log.warning("sweep.direction=%s: %s", direction, odd)
     if len(directions) != len(metrics):
         raise UserError(
             f"sweep.direction has {len(directions)} and sweep.metric {len(metrics)} values. "
@@ -323,6 +335,19 @@ def objectives(options: Search, trainer: dict[str, Any]) -> tuple[list[str], lis
             f"sweep.pruner={options.pruner}: sweep.metric={metrics[0]} is known at the end only."
         )
     return metrics, directions
+
+
+def _direction_of(metric: str, config: Mapping[str, Any]) -> str:
+    """maximize or minimize. Raises UserError where nothing says which."""
+    if metric in OF_THE_RUN:
+        return "minimize"
+    is_monitored = metric == config["trainer"]["monitor"]
+    mode = monitor.of_run(config) if is_monitored else monitor.by_name(metric)
+    if mode is None:
+        raise UserError(
+            f"sweep.metric={metric}: say whether more is better: sweep.direction=maximize."
+        )
+    return f"{mode}imize"
 
 
 def pruner_options(options: Search) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class Metrics:
         values = self._compute()
         return {} if values["_seen"][0] == 0 else self._recipe.details(values)
 
+    def higher_is_better(self, monitor: str) -> bool | None:
+        """What torchmetrics says of a metric, such as val/f1/cat, that it computes."""
+        higher = getattr(self._recipe.build().get(monitor.split("/")[1]), "higher_is_better", None)
+        return higher if isinstance(higher, bool) else None
+
     @torch.no_grad()
     def _feed(self) -> None:
         outputs, targets = self._taken()

@@ -31,7 +31,6 @@ class Task(Protocol):
 
     kind: str
     monitor: str  # the metric that chooses the best weights
-    mode: str  # whether more of it is better: max or min
     running_name: str | None
     sums_over_examples: bool  # False: a batch cannot be cut into slices
 
@@ -73,14 +72,13 @@ class Multiclass:
         num_classes: int,
         class_names: list[str] | None,
         monitor: str,
-        mode: str,
         per_class: bool,
         auroc: bool,
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
         checks.one_per_class(loss, "class_weights", num_classes)
-        self.monitor, self.mode = monitor, _mode(mode)
+        self.monitor = monitor
         self.num_classes = num_classes
         self.class_names = names_of(class_names, num_classes)
         self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
@@ -134,13 +132,12 @@ class Binary:
         class_names: list[str] | None,
         threshold: float,
         monitor: str,
-        mode: str,
         auroc: bool,
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
         checks.one_per_class(loss, "pos_weight", 1)
-        self.monitor, self.mode = monitor, _mode(mode)
+        self.monitor = monitor
         self.class_names = names_of(class_names, 2)
         self.auroc, self.loss_fn = auroc, loss
         self.threshold, self.logit = threshold, _logit(threshold)
@@ -182,14 +179,13 @@ class Multilabel:
         class_names: list[str] | None,
         threshold: float,
         monitor: str,
-        mode: str,
         per_class: bool,
         auroc: bool,
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
         checks.one_per_class(loss, "pos_weight", num_classes)
-        self.monitor, self.mode = monitor, _mode(mode)
+        self.monitor = monitor
         self.num_classes = num_classes
         self.class_names = names_of(class_names, num_classes)
         self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
@@ -229,9 +225,9 @@ class Regression:
     kind = "regression"
     running_name = None
 
-    def __init__(self, *, num_outputs: int, monitor: str, mode: str, loss: Loss) -> None:
+    def __init__(self, *, num_outputs: int, monitor: str, loss: Loss) -> None:
         checks.fits(loss, self.kind)
-        self.monitor, self.mode = monitor, _mode(mode)
+        self.monitor = monitor
         self.num_outputs, self.loss_fn = num_outputs, loss
         self.in_units: Callable[[Tensor], Tensor] = lambda values: values
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
@@ -252,12 +248,6 @@ class Regression:
 
     def metrics(self, device: torch.device) -> Metrics:
         return Metrics(regression_metrics(self.num_outputs, self.in_units), device)
-
-
-def _mode(mode: str) -> str:
-    if mode not in ("max", "min"):
-        raise UserError(f"task.mode={mode} is unknown. Choose max (more is better) or min.")
-    return mode
 
 
 def _logit(threshold: float) -> float:

@@ -70,7 +70,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         options: CheckpointOptions,
-        mode: str,
+        mode: str | None,  # max or min: which values are the best; None: the newest is the best
         written: Callable[[int], None] = lambda step: None,
         *,
         is_main: bool = True,
@@ -281,7 +281,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int) -> None:
+def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, written: int) -> None:
     """Delete what is neither newest, nor best, nor a milestone, nor just written.
 
     `last` and `best` are made to name theirs first. Incomplete folders do not count, and nothing
@@ -302,8 +302,8 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str, *, written: int)
         folder / f"step_{written:08d}",
     }
     _point(folder / "last", newest_first[0])
-    if ranked:
-        _point(folder / "best", ranked[0])
+    if mode is None or ranked:
+        _point(folder / "best", newest_first[0] if mode is None else ranked[0])
     for path in newest_first:
         if path not in kept:
             old = folder / f".old-{path.name}"

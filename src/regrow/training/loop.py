@@ -63,7 +63,7 @@ class StepResult(NamedTuple):
     sums: Sums  # over all slices and processes
     components: tuple[str, ...]
     grad_norm: Tensor | float  # () true, global, before clipping
-    skipped: optim.Skipped
+    skipped: optim.Skipped  # empty steps too
 
 
 def fit(state: TrainState, plan: Plan) -> str:
@@ -113,8 +113,10 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     # What the slices left is the gradient of the summed loss over the number of examples. Where
     # that is not the sum of the weights, or fp16 scaled the loss, one factor puts it right.
     factor: float | Tensor = 1.0
+    empty: optim.Skipped = False
     if any(part.weighted for part in parts):
         weight = sums[WEIGHT]
+        empty = weight.eq(0).float() if isinstance(weight, Tensor) else weight == 0
         # Python refuses to divide by zero; either way the norm is not finite, the step skipped.
         factor = batch.num_global / weight if isinstance(weight, Tensor) or weight else math.nan
     if state.loss_scale is not None:
@@ -134,13 +136,17 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         raise
     plan.buffers.restore(skipped)
     if state.loss_scale is not None:
-        state.loss_scale.update(skipped)
+        state.loss_scale.update(skipped, empty)
     if state.averaged is not None:
         weight = average_weight(state, plan.options)
         update_average(state.averaged, state.model, weight, skipped)
-    count(state, sums, skipped)
+    count(state, sums, skipped, empty)
     no_factor = isinstance(factor, float) and factor == 1.0  # then one operation less
     true_norm = norm if no_factor else norm * factor
+    if isinstance(empty, Tensor):
+        true_norm = torch.where(empty.bool(), 0.0, torch.as_tensor(true_norm, device=empty.device))
+    elif empty:
+        true_norm = 0.0
     return StepResult(sums, parts[0].components, true_norm, skipped)
 
 
@@ -216,6 +222,8 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
             line["train/loss_scale"] = state.loss_scale.value.item()
         if skipped := int(state.skips[0].item()):
             line["train/skipped_steps"] = skipped
+        if empty := int(state.empty_steps.item()):
+            line["train/empty_steps"] = empty
         plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
     # Where only the device knows, it is asked as rarely as it is waited for.
     if due(step, options.log_every_steps) or result.skipped is True:
@@ -237,17 +245,19 @@ def settle(state: TrainState, plan: Plan) -> bool:
     """
     options, progress = plan.options, state.progress
     ends_epoch = state.step_in_epoch == 0
-    evaluates = (
+    val = plan.val
+    evaluates = val is not None and (
         due(state.step, options.eval_every_steps)
         or (ends_epoch and due(state.epoch, options.eval_every_epochs))
         or finished(state, plan)
     )
-    if evaluates and progress.evaluated_step != state.step:
+    if val is not None and evaluates and progress.evaluated_step != state.step:
         with plan.exchange.clock_stopped():
-            values, _ = evaluate(state, plan.val, plan, name="val")
+            values, _ = evaluate(state, val, plan, name="val")
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
+        tell_of_nan(values, state, plan)
         progress.pruned = pruned(state, plan)
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
     if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
@@ -344,7 +354,7 @@ def save(state: TrainState, plan: Plan) -> None:
     facts = Facts(
         step=state.step,
         epoch=state.epoch,
-        value=state.progress.latest.get(plan.options.monitor) if evaluated else None,
+        value=state.progress.latest.get(plan.options.monitor or "") if evaluated else None,
         milestone=state.step_in_epoch == 0 and due(state.epoch, every),
         metrics_bytes=plan.record.position(),
     )
@@ -366,6 +376,8 @@ def finished(state: TrainState, plan: Plan) -> bool:
 def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOptions) -> None:
     """Let an evaluation decide: the best so far, the plateau, early stopping."""
     progress, mode = state.progress, options.mode
+    if options.monitor is None or mode is None:
+        return
     value = values[options.monitor]
     # Of equal ones the latest: a small validation split is soon at its highest accuracy, by weights
     # with half of their training before them. After skipped steps these are no later weights.
@@ -382,6 +394,18 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
         progress.evaluations_without_improvement += 1
 
 
+def tell_of_nan(values: Mapping[str, float], state: TrainState, plan: Plan) -> None:
+    """Say so where early stopping ends the run by a monitored value that is not a number."""
+    monitor = plan.options.monitor
+    if not plan.world.is_main or monitor is None or not math.isnan(values[monitor]):
+        return
+    if stopped_early(state, plan.options):
+        log.warning(
+            "step %d: early stopping ends the run: %s is NaN, which is not an improvement",
+            *(state.step, monitor),
+        )
+
+
 def pruned(state: TrainState, plan: Plan) -> bool:
     """Tell the search, if the run is a trial of one, and hear whether to end here."""
     if plan.trial is None:
@@ -396,10 +420,9 @@ def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
     return patience is not None and state.progress.evaluations_without_improvement > patience
 
 
-def check_first_batch(model: nn.Module, task: Task, val: EvalBatches, precision: str) -> None:
-    """Run one validation batch through model and loss, so that what breaks breaks early."""
+def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
+    """Run one batch through model and loss in evaluation mode, so that what breaks breaks early."""
     model.eval()
-    batch = next(iter(val))
     with autocast(batch.targets.device, precision):
         outputs = call(model, batch.inputs)  # with its graph: that tells what the model ends in
         task.check(outputs, batch.targets)
@@ -408,10 +431,9 @@ def check_first_batch(model: nn.Module, task: Task, val: EvalBatches, precision:
 
 
 @torch.no_grad()
-def check_one_example(model: nn.Module, val: EvalBatches, precision: str) -> None:
+def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
     """Whether the model can train on a slice of one example, for runs that will come to one."""
     buffers = Buffers(model)
-    batch = next(iter(val))
     batch = batch.split(max(1, batch.num_local))[0]
     try:
         with autocast(batch.targets.device, precision):
@@ -488,14 +510,30 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def count(state: TrainState, sums: Sums, skipped: optim.Skipped) -> None:
-    """Add a step to the epoch's sums, or to the steps that were skipped."""
-    if isinstance(skipped, Tensor):  # on the device, where nobody knows yet
+def count(
+    state: TrainState, sums: Sums, skipped: optim.Skipped, empty: optim.Skipped = False
+) -> None:
+    """Add a step to the epoch's sums, to the steps that were skipped, or to the empty ones.
+
+    An empty step, whose weights are all zero, is skipped as well, but it is not a bad one: it
+    neither begins nor ends a streak of those.
+    """
+    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # on the device: nobody knows yet
         assert isinstance(sums, Tensor)
-        state.sums = added(state.sums, torch.where(skipped.bool(), 0.0, sums))
-        state.skips[0] += skipped
-        state.skips[1].add_(1).mul_(skipped)
+        left_out = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
+        bad, streak = left_out, state.skips[1]
+        if isinstance(empty, Tensor):
+            bad = left_out * (1 - empty)
+            state.empty_steps += empty
+            streak = torch.where(empty.bool(), streak, (streak + 1) * bad)
+        else:
+            streak = (streak + 1) * bad
+        state.sums = added(state.sums, torch.where(left_out.bool(), 0.0, sums))
+        state.skips[0] += bad
+        state.skips[1] = streak
         state.no_streak = False
+    elif empty:
+        state.empty_steps += 1
     elif skipped:
         state.skips += 1
         state.no_streak = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 
 from regrow.errors import UserError
 from regrow.training import sharding, sums
+
+log = logging.getLogger(__name__)
 
 
 def parameter_groups(
@@ -80,7 +83,19 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
 
 
 def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take up moments and counters. What the config sets stays, or a new rate would be lost."""
+    """Take up moments and counters. What the config sets stays, or a new rate would be lost.
+
+    Those of another optimizer do not fit this one: it starts without moments, and one line says so.
+    """
+    state = dict(state)
+    before, now = state.pop(CLASS, None), type(optimizer).__qualname__
+    if is_of_another(optimizer, state, before):
+        log.warning(
+            "optimizer: the checkpoint's moments are of %s and do not carry over: %s starts "
+            "without moments",
+            *(before or "another optimizer", now),
+        )
+        return
     configured = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
@@ -100,6 +115,23 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
                     moments[name] = layout.copy_(sharding.part_like(value, parameter))
 
 
+def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | None) -> bool:
+    """Whether a checkpoint's moments are of another class than `optimizer`.
+
+    A record from before the class was kept is told by its settings: each kind has some that the
+    other lacks. One kind alone may have more of them in another version of torch.
+    """
+    if before is not None:
+        return before != type(optimizer).__qualname__
+    if ("parts" in state) != hasattr(optimizer, "parts"):
+        return True
+    groups = state.get("param_groups")
+    if not groups:
+        return False
+    there, here = {*groups[0]}, {*optimizer.param_groups[0]}
+    return bool(there - here) and bool(here - there)
+
+
 def set_lr(optimizer: Optimizer, factor: float) -> None:
     """The rate of every group for the next update. It follows from the step alone."""
     for group in optimizer.param_groups:
@@ -116,6 +148,8 @@ def rates(optimizer: Optimizer) -> dict[str, float]:
 # Whether a step was left out as not finite: known to the host, or () 1.0 or 0.0 on the device.
 Skipped = bool | Tensor
 
+
+CLASS = "class"  # of the optimizer, in its part of a checkpoint
 
 # Of a parameter group, those that are no state of any optimizer.
 SETTINGS = {

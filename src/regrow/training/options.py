@@ -75,8 +75,8 @@ class TrainerOptions:
     log_histograms_every_steps: int | None
     check_first_batch: bool
     progress_bar: bool
-    monitor: str
-    mode: str
+    monitor: str | None
+    mode: str | None  # max or min, once the run is built; None without a monitor
     early_stopping: EarlyStopping
     ddp: DDPOptions
     fsdp: FSDPOptions

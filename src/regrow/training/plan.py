@@ -82,7 +82,7 @@ class Plan:
     options: TrainerOptions
     task: Task
     train: TrainBatches
-    val: EvalBatches
+    val: EvalBatches | None
     forward: nn.Module  # the model, or DDP around it
     world: World
     seed: int

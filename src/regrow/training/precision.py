@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+INITIAL = 2.0**16
+# Gradients of zero would let it grow without end, to inf, from which no halving leads back. From
+# here eight lead back to where it began. Apex has the same limit.
+MAX_SCALE = 2.0**24
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,23 +35,37 @@ class LossScale:
     """
 
     def __init__(
-        self, device: torch.device, *, initial: float = 2.0**16, growth_interval: int = 2000
+        self, device: torch.device, *, initial: float = INITIAL, growth_interval: int = 2000
     ) -> None:
         self.value = torch.full((), initial, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.growth_interval = growth_interval
 
-    def update(self, skipped: bool | Tensor) -> None:
-        """`skipped`: whether the gradient was not finite; a tensor of 1.0 or 0.0, or a bool."""
+    def update(self, skipped: bool | Tensor, empty: bool | Tensor = False) -> None:
+        """`skipped`: whether the gradient was not finite; a tensor of 1.0 or 0.0, or a bool.
+
+        An `empty` step, whose weights were all zero, says nothing of the scale: it stays.
+        """
+        if empty is True:
+            return
         skipped = torch.as_tensor(skipped, dtype=torch.float32, device=self.value.device)
         good_steps = (self.good_steps + 1) * (1 - skipped)
-        grows = (good_steps >= self.growth_interval).float()
-        self.value.mul_(1 - 0.5 * skipped).mul_(1 + grows)
-        self.good_steps.copy_(good_steps * (1 - grows))
+        grows = ((good_steps >= self.growth_interval) & (self.value < MAX_SCALE)).float()
+        value = self.value * (1 - 0.5 * skipped) * (1 + grows)
+        good_steps = good_steps * (good_steps < self.growth_interval)
+        if isinstance(empty, Tensor):
+            value = torch.where(empty.bool(), self.value, value)
+            good_steps = torch.where(empty.bool(), self.good_steps, good_steps)
+        self.value.copy_(value)
+        self.good_steps.copy_(good_steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value.clone(), "good_steps": self.good_steps.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value.copy_(state["value"])
+        value = float(state["value"])
+        if not 0 < value < math.inf:  # of a record from before there was a limit
+            log.warning("the checkpoint's loss scale is %g: it starts at %g again", value, INITIAL)
+            value = INITIAL
+        self.value.fill_(value)
         self.good_steps.copy_(state["good_steps"])

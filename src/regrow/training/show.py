@@ -114,7 +114,8 @@ def announce(state: TrainState, plan: Plan) -> None:
     if progress.evaluated_step == state.step:
         values |= progress.latest
     shown = [f"{name} {values[name]:.4g}" for name in HEADLINES if name in values]
-    if plan.options.monitor in values and plan.options.monitor not in HEADLINES:
-        shown.append(f"{plan.options.monitor} {values[plan.options.monitor]:.4g}")
+    monitor = plan.options.monitor
+    if monitor is not None and monitor in values and monitor not in HEADLINES:
+        shown.append(f"{monitor} {values[monitor]:.4g}")
     best = " (best)" if progress.best_step == state.step else ""
     log.info("epoch %d, step %d: %s%s", state.epoch, state.step, ", ".join(shown), best)

@@ -50,6 +50,7 @@ class TrainState:
     skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
     steps_per_epoch: int
     progress: Progress = field(default_factory=Progress)
+    empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
     no_streak: bool = False  # whether the host knows that skips[1] is zero; in no checkpoint
 
     @property
@@ -77,8 +78,10 @@ class TrainState:
             sums = torch.tensor(sums, dtype=torch.float64)
         parts: dict[str, dict[str, Any]] = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": {**vars(self.progress), "sums": sums, "skips": self.skips},
+            "optimizer": self.optimizer.state_dict()
+            | {optim.CLASS: type(self.optimizer).__qualname__},
+            "progress": {**vars(self.progress), "sums": sums, "skips": self.skips}
+            | {"empty_steps": self.empty_steps},
         }
         if self.averaged is not None:
             parts["averaged"] = self.averaged.state_dict()
@@ -124,7 +127,7 @@ class TrainState:
         self.model.load_state_dict(sharding.as_in(parts["model"], self.model.state_dict()))
         optim.load(self.optimizer, parts["optimizer"])
         progress = {**older.ADDED_PROGRESS, **parts["progress"]}
-        if other := {*vars(self.progress), "sums", "skips"} ^ set(progress):
+        if other := {*vars(self.progress), "sums", "skips", "empty_steps"} ^ set(progress):
             raise UserError(
                 "the checkpoint was written by another version of this code: its progress differs "
                 f"in {', '.join(sorted(other))}. Start a new run with init_from=…"
@@ -132,6 +135,7 @@ class TrainState:
         sums = progress.pop("sums")
         self.sums = sums.tolist() if isinstance(self.sums, list) else sums.to(self.sums)
         self.skips.copy_(progress.pop("skips"))
+        self.empty_steps.fill_(float(progress.pop("empty_steps")))
         self.no_streak = False
         self.progress = Progress(**progress)
         if self.averaged is not None:
@@ -189,8 +193,10 @@ def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> s
 
 def steps_without_update(state: TrainState) -> float | Tensor:
     """How many of the steps so far left the weights alone. A () tensor on a device."""
-    skipped = state.skips[0]
-    return skipped.item() if step_sums.on_host(skipped.device) else skipped
+    skipped, empty = state.skips[0], state.empty_steps
+    if step_sums.on_host(skipped.device):
+        return skipped.item() + empty.item()
+    return skipped + empty
 
 
 @torch.no_grad()

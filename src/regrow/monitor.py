@@ -1,0 +1,136 @@
+"""The monitored metric: whether more of it is better, and what a run without one cannot do.
+
+Without torch: a sweep asks before it starts its jobs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import UserError
+
+MODES = ("max", "min")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Words of metrics' names.
+_MORE = _words(
+    "acc accuracy ap auc aucpr aupr auprc auroc bleu chrf concordance corrcoef correlation dice "
+    "dsc f f1 f2 fbeta f1score fscore hit hits iou jaccard kappa kendall map mcc matthews meteor "
+    "miou mrr ndcg npv pearson ppv prauc precision psnr purity r2 r2score recall reward "
+    "rocauc rouge rouge1 rouge2 rougel sensitivity similarity spearman specificity ssim success "
+    "tnr tpr throughput"
+)
+_LESS = _words(
+    "bce bpb bpc bpd brier ce cer cost crps deviance distance divergence ece eer err error errors "
+    "fdr fid fnr fpr hamming hausdorff hinge kid kl latency logloss loss losses lpips mae mape "
+    "mase medae mse msle nll nrmse perplexity ppl regret residual rmse rmsle rse smape wape wer "
+    "xent"
+)
+# Whole names whose words do not tell, or tell the opposite.
+_WHOLE = {
+    "cross_entropy": "min",
+    "crossentropy": "min",
+    "exact_match": "max",
+    "explained_variance": "max",
+    "d2": "max",
+    "log_likelihood": "max",
+    "loglikelihood": "max",
+    "neg_log_likelihood": "min",
+    "negative_log_likelihood": "min",
+    "false_positive_rate": "min",
+    "false_negative_rate": "min",
+    "false_discovery_rate": "min",
+    "true_positive_rate": "max",
+    "true_negative_rate": "max",
+    "hit_rate": "max",
+    "win_rate": "max",
+}
+# They turn the meaning of the other words: neg_mean_squared_error, one_minus_accuracy.
+_TURNS = _words("neg negative minus inverse inverted one non not without")
+
+
+def by_name(metric: str) -> str | None:
+    """max or min for a metric such as val/f1/cat, by its base name; None where that is unknown."""
+    parts = metric.split("/")
+    name = parts[1] if len(parts) > 1 else parts[0]
+    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # MeanSquaredError, but IoU as it is
+    spellings = [re.findall(r"[a-z0-9]+", text.lower()) for text in (name, split)]
+    for words in spellings:
+        if whole := _WHOLE.get("_".join(words)):
+            return whole
+    known = {word for its in spellings for word in its}
+    if _TURNS & known:
+        return None
+    found = {mode for mode, of in (("max", _MORE), ("min", _LESS)) if of & known}
+    return found.pop() if len(found) == 1 else None
+
+
+def of_run(config: Mapping[str, Any]) -> str | None:
+    """The direction of a run's monitor: its trainer's mode, its task's own, or by the name.
+
+    None where it has no monitor, or torchmetrics has to be asked.
+    """
+    trainer, task = config["trainer"], config["task"]
+    monitor = trainer["monitor"]
+    if trainer["mode"] is not None or monitor is None:
+        return None if monitor is None else str(trainer["mode"])
+    if task.get("mode") in MODES and task.get("monitor") == monitor:  # a task of the user's own
+        return str(task["mode"])
+    return by_name(monitor)
+
+
+def contradiction(metric: str, mode: str) -> str | None:
+    """What is odd about a direction that is the opposite of what the metric's name says."""
+    by_its_name = by_name(metric)
+    if by_its_name in (None, mode):
+        return None
+    usual = "more" if by_its_name == "max" else "less"
+    return f"{usual} of {metric} is usually better, and the {mode}imum is what this prefers"
+
+
+def of_metrics(metrics: Any, monitor: str) -> str | None:
+    """What torchmetrics says, if `metrics` holds one of its objects under the metric's name."""
+    if hasattr(metrics, "higher_is_better"):
+        higher = metrics.higher_is_better(monitor)
+    else:
+        held = dict(getattr(metrics, "__dict__", {}))
+        for value in [*held.values()]:
+            if isinstance(value, Mapping):
+                held |= value
+        name = monitor.split("/")[1] if "/" in monitor else monitor
+        higher = getattr(held.get(name), "higher_is_better", None)
+    return {True: "max", False: "min"}.get(higher) if isinstance(higher, bool) else None
+
+
+def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null") -> None:
+    """Raise UserError for what decides by a monitored value, in a config of a run without one."""
+    patience = values["trainer"]["early_stopping"]["patience"]
+    if patience is not None:
+        raise UserError(
+            f"trainer.early_stopping.patience={patience}: {why}, so that nothing says when to "
+            "stop. Use trainer.early_stopping.patience=null, or give the data a validation split "
+            "and the run a monitor."
+        )
+    if str(values["scheduler"].get("_target_", "")).rpartition(".")[2] == "plateau":
+        raise UserError(
+            f"scheduler=plateau: {why}, so that nothing says when to lower the rate. Use another "
+            "scheduler, or give the data a validation split and the run a monitor."
+        )
+
+
+def lacks_val(source: Mapping[str, Any]) -> bool:
+    """Whether a data source of this repository's is sure to have no validation split.
+
+    False where only reading it tells.
+    """
+    if source.get("num_val") == 0 or ("val" in source and source["val"] is None):
+        return True
+    own = source.get("val_file") or Path(str(source.get("root")), "val").is_dir()
+    return source.get("val_fraction") == 0 and not own
