@@ -11,9 +11,10 @@ import tempfile
 import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
-# The list of the user's own folders: see regrow.ownership.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="regrow-state-")
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+# The list of the user's own folders (regrow.ownership), and the hashes of files (data.files).
+for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+    os.environ[variable] = tempfile.mkdtemp(prefix="regrow-")
+    atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
 # Set by torchrun, Slurm or a user's profile; a test that means them sets them itself.
 OUTSIDE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in list(os.environ):

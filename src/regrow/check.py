@@ -81,6 +81,10 @@ def either(one: Rule, other: Rule) -> Rule:
     return Rule(f"{one.says}, or {other.says}", lambda v: one.allows(v) or other.allows(v))
 
 
+NAME = Rule(
+    'text (in quotes where YAML would read something else: "no")',
+    lambda v: isinstance(v, str | int) and not isinstance(v, bool),
+)
 PLAIN = Rule("text, a number, true or false", lambda v: isinstance(v, str | int | float))
 BETAS = Rule(
     "a list of two numbers, 0 or more and below 1",
@@ -105,7 +109,9 @@ RULES: dict[str, Rule] = {
     "loss.ignore_index": optional(
         Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
     ),
-    "task.class_names": optional(list_of(Rule("text", lambda v: isinstance(v, str | int)))),
+    "task.class_names": optional(list_of(NAME)),
+    "data.class_names": optional(list_of(NAME)),
+    "data.source.class_names": optional(list_of(NAME)),
     "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
     "init_from": optional(text()),
     "data.batch_size": integer(1),
@@ -126,6 +132,9 @@ RULES: dict[str, Rule] = {
     "data.source.num_train": integer(1),
     "data.source.num_val": integer(0),
     "data.source.num_test": integer(0),
+    "data.source.extensions": optional(list_of(text())),
+    "data.source.leave_out": list_of(choice("hidden", "empty")),
+    "data.source.identity": choice("contents", "ends"),
     "data.source.resize": optional(integer(1)),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
     "data.source.feature_columns": optional(list_of(text())),

@@ -332,6 +332,8 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         log.info("%s", line)
     sizes = objects.data.num_examples
     log.info("data: %s", ", ".join(f"{count:,} {name}" for name, count in sizes.items()))
+    for note in objects.data.notes:
+        log.warning("%s", note)
     total = sum(p.numel() for p in state.model.parameters())
     trained = sum(p.numel() for p in objects.parameters)
     frozen = "" if trained == total else f", {trained:,} of them trained"

@@ -64,6 +64,8 @@ class LoadedRun:
     def data(self) -> Any:
         """The run's data, normalised by the statistics of what the run was trained on."""
         data = instantiate(self.config["data"])
+        for note in data.notes:
+            log.warning("%s", note)
         if self.recorded is not None:
             data.preprocessing = self.recorded
             data.target_mean = self.recorded.target_mean

@@ -18,7 +18,24 @@ class AddedKey(NamedTuple):
     before: Any  # reproduces the behaviour from before the key existed
 
 
+IMAGE_FOLDER = "regrow.data.datasets.image_folder"
+EARLY_EXTENSIONS = [
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+]
 ADDED_KEYS: tuple[AddedKey, ...] = (
+    AddedKey(IMAGE_FOLDER, "exif_orientation", False),
+    AddedKey(IMAGE_FOLDER, "extensions", EARLY_EXTENSIONS),
+    AddedKey(IMAGE_FOLDER, "leave_out", []),
+    AddedKey(IMAGE_FOLDER, "identity", "ends"),
     AddedKey("regrow.data.loaders.Data", "changed", "refuse"),
     AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
 )
@@ -27,6 +44,12 @@ REMOVED_KEYS: tuple[tuple[str, str], ...] = tuple(
     (f"regrow.tasks.tasks.{task}", "mode")  # trainer.mode
     for task in ("Multiclass", "Binary", "Multilabel", "Regression")
 )
+# Fields of preprocessing.json, likewise: how a run reads what it predicts from.
+ADDED_PREPROCESSING: Mapping[str, Any] = {
+    "exif_orientation": False,
+    "extensions": EARLY_EXTENSIONS,
+    "leave_out": [],
+}
 # Fields of a checkpoint's progress, likewise.
 ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
 

@@ -104,7 +104,7 @@ def test_wrong_inputs_are_one_line(make_data: Make, tmp_path: Path) -> None:
         (digits, "rows.csv", None, "model takes images of shape [1, 8, 8]"),
         (digits, "file.xyz", None, "is no image, folder of images, .npy or .csv"),
         (digits, "folder", None, "holds no images"),
-        (digits, "broken.png", None, "broken.png is no readable image"),
+        (digits, "broken.png", None, "broken.png is not a readable image"),
         (digits, "broken.npy", None, "is no readable array"),
         (digits, "nowhere.png", None, "does not exist"),
     ]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from regrow.data.sampling import Windows, permutation
 from regrow.data.splits import Examples
 
 CPU = torch.device("cpu")
-AS_IS = Preprocessing("table", [2], 255.0, None, None, None, None, ",", None, None)
+AS_IS = Preprocessing("table", [2], 255.0, None, None, None, None, ",", None, None, True, None, [])
 
 
 def feed_of(count: int) -> MemoryFeed:
@@ -143,7 +145,7 @@ def test_weights_follow_their_examples() -> None:
 def test_an_augmented_example_does_not_depend_on_its_batch() -> None:
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=random)
-    how = Preprocessing("image", [3, 8, 8], 255.0, None, None, None, None, ",", None, None)
+    how = dataclasses.replace(AS_IS, kind="image", input_shape=[3, 8, 8])
     store = CropFlip(pad=2, flip=True, padding_mode="constant", alternate_flips=False).store(images)
     feed = MemoryFeed(Examples(images, torch.arange(40)), Normalizer(how), CPU, store=store, seed=0)
 

@@ -156,7 +156,7 @@ def test_a_broken_input_leaves_no_file(
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(pictures / "a.png")
     (pictures / "b.png").write_text("no image")
     arguments = [f"run={digits}", f"input={pictures}", f"output={output}", "batch_size=1"]
-    with one_line_and_exit_code_2(capsys, "b.png is no readable image"):
+    with one_line_and_exit_code_2(capsys, "b.png is not a readable image"):
         main(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
     (pictures / "b.png").unlink()

@@ -219,6 +219,12 @@ class _Seeded:
             return item
         except DataError as error:
             return _Broken(str(error))
+        except OSError as error:  # a file that vanished, or one that may not be read
+            reason = " ".join(str(error).split())
+            return _Broken(
+                f"{self.name} example {index} cannot be read: {reason}. The files under data.root "
+                "have to stay as they are while a run needs them. Put it back and resume."
+            )
 
     def _check(self, item: Any, index: int) -> None:
         """A class index out of range, but for -100, which torch's losses ignore."""

@@ -15,7 +15,7 @@ from regrow.data.batch import Batch
 from regrow.data.feeds import FileFeed, MemoryFeed
 from regrow.data.preprocess import NUM_SAMPLED, Normalizer, Preprocessing, preprocessing
 from regrow.data.sampling import Windows, permutation
-from regrow.data.splits import Examples, Split, Splits, check_overlap
+from regrow.data.splits import Examples, Split, Splits, check_overlap, text_names
 from regrow.errors import DataError, UserError
 
 KINDS = ("multiclass", "binary", "multilabel", "regression")
@@ -90,7 +90,9 @@ class Data:
         self.source, self.seed, self.root = source, seed, root
         self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
         self.input_shape = list(input_shape)
-        self.class_names = class_names if class_names is not None else source.class_names
+        self.class_names = text_names(
+            class_names if class_names is not None else source.class_names
+        )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.persistent_workers, self.drop_last = persistent_workers, drop_last
@@ -109,6 +111,11 @@ class Data:
         )
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about the source to log at the start of a run."""
+        return list(self.source.notes)
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -176,7 +183,7 @@ class Data:
         return values * values.new_tensor(self.target_std) + values.new_tensor(self.target_mean)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Count and SHA-256 of each split, over tensors' content or files' names and sizes."""
+        """Count and SHA-256 of each split, over the contents of tensors or files."""
         return {
             name: {"examples": len(split), "sha256": _sha256(split)}
             for name, split in self.source.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from regrow import older
 from regrow.data.batch import Inputs, each
-from regrow.data.images import EXTENSIONS, find_images, fit, load_image, to_tensor
-from regrow.data.splits import Examples, Splits
+from regrow.data.files import LeftOut
+from regrow.data.images import find_images, fit, load_image, suffixes_of, to_tensor
+from regrow.data.splits import Examples, Reading, Splits
 from regrow.data.tables import read_table
 from regrow.errors import DataError, UserError
 
@@ -23,6 +26,8 @@ from regrow.errors import DataError, UserError
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 # Spread over a split: images in files that `normalize: train` looks at, and what a model is shown.
 NUM_SAMPLED = 1024
+
+log = logging.getLogger("regrow.data")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Preprocessing:
     input_max: the raw value of white. resize: shorter side before the centre crop, or None to
     scale straight to the input size. target_mean, target_std: what a regression's standardised
     targets and outputs are multiplied and shifted by to be in their own units again.
+    exif_orientation, extensions, leave_out: how files are read, see `Reading`.
     """
 
     kind: str
@@ -46,13 +52,17 @@ class Preprocessing:
     delimiter: str
     target_mean: list[float] | None
     target_std: list[float] | None
+    exif_orientation: bool
+    extensions: list[str] | None
+    leave_out: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        return cls(**values)
+        """From a run's preprocessing.json, also one from before a field existed."""
+        return cls(**{**older.ADDED_PREPROCESSING, **values})
 
     def read(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Names and model inputs (B, …) on the CPU, batch by batch, from what lies at `path`.
@@ -71,11 +81,9 @@ class Preprocessing:
         suffix = path.suffix.lower()
         if not path.exists():
             raise UserError(f"input={path} does not exist. Give an image, a folder, .npy or .csv.")
-        if path.is_dir() or suffix in EXTENSIONS:
+        if path.is_dir() or suffix in suffixes_of(None):
             self._must_be("image", path)
-            files = find_images(path) if path.is_dir() else [path]
-            if not files:
-                raise UserError(f"input={path} holds no images ({', '.join(EXTENSIONS)}).")
+            files = self._files(path) if path.is_dir() else [path]
             for start in range(0, len(files), batch_size):
                 chosen = files[start : start + batch_size]
                 yield [str(file) for file in chosen], torch.stack([self._file(f) for f in chosen])
@@ -107,9 +115,25 @@ class Preprocessing:
                 f"shape {self.input_shape}."
             )
 
+    def _files(self, folder: Path) -> list[Path]:
+        reading = Reading(self.extensions, tuple(self.leave_out), self.exif_orientation)
+        left_out = LeftOut(folder)
+        files = find_images(folder, reading, left_out)
+        if not files:
+            raise UserError(f"input={folder} holds no images.{left_out.sentence()}")
+        if left_out.counts:
+            log.warning("%s", left_out)
+        return files
+
     def _file(self, path: Path) -> Tensor:
         channels, *size = self.input_shape
-        pixels = to_tensor(fit(load_image(path, channels), size, self.resize))
+        if channels not in (1, 3):
+            raise UserError(
+                f"input={path}: this run's model takes images of {channels} channels, and a file "
+                f"is read as grey or RGB. Give an .npy array (N, {channels}, H, W)."
+            )
+        image = load_image(path, channels, exif_orientation=self.exif_orientation)
+        pixels = to_tensor(fit(image, size, self.resize))
         return pixels if self.input_max == 255 else pixels.float() * (self.input_max / 255)
 
     def _array(self, path: Path) -> npt.NDArray[Any]:
@@ -132,7 +156,11 @@ class Preprocessing:
 
     def _part(self, array: npt.NDArray[Any], path: Path, start: int) -> Tensor:
         shape = tuple(self.input_shape)
-        tensor = torch.from_numpy(np.array(array, order="C"))
+        # torch computes with neither foreign byte orders nor most unsigned and long numbers.
+        wide = {"u": np.int64, "f": np.float64, "i": np.int64, "b": np.bool_}[array.dtype.kind]
+        is_known = array.dtype in (np.uint8, np.float16, np.float32) and array.dtype.isnative
+        kind = array.dtype if is_known else np.dtype(wide)
+        tensor = torch.from_numpy(np.array(array, dtype=kind, order="C"))
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
             raise DataError(f"{path}, row {start + row}: a value is NaN or infinite.")
@@ -153,7 +181,8 @@ class Preprocessing:
                 f"{path}, row {start + row}: values {low[row]:g} … {high[row]:g}, this run's "
                 f"images are in 0 … {self.input_max:g}."
             )
-        if tensor.is_floating_point() and 0 < float(high.max()) <= 1:
+        is_share = tensor.is_floating_point() or tensor.dtype == torch.bool
+        if is_share and 0 < float(high.max()) <= 1 < self.input_max:
             raise DataError(
                 f"{path}: values reach only {high.max():g}, this run's images are in "
                 f"0 … {self.input_max:g}. Multiply by {self.input_max:g}."
@@ -172,7 +201,7 @@ class Preprocessing:
         if tensor.ndim == 4 and tensor.shape[1] == channels:
             if list(tensor.shape[2:]) == size and self.resize is None:
                 return tensor.contiguous()
-            if tensor.dtype == torch.uint8 and self.input_max == 255:
+            if tensor.dtype == torch.uint8 and self.input_max == 255 and channels in (1, 3):
                 return torch.stack([self._fitted(image) for image in tensor])
         raise DataError(
             f"{path}: an array of shape (N, {', '.join(map(str, tensor.shape[1:]))}), this run's "
@@ -263,6 +292,9 @@ def preprocessing(
         delimiter=splits.delimiter,
         target_mean=target_mean,
         target_std=target_std,
+        exif_orientation=splits.reading.exif_orientation,
+        extensions=splits.reading.extensions,
+        leave_out=list(splits.reading.leave_out),
     )
 
 

@@ -53,6 +53,15 @@ class Examples:
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Which files of a folder are read, and how. None: all suffixes that Pillow decodes."""
+
+    extensions: list[str] | None = None
+    leave_out: tuple[str, ...] = ("hidden", "empty")
+    exif_orientation: bool = True
+
+
 Split = Examples | MapStyle
 
 
@@ -61,8 +70,9 @@ class Splits:
     """Train, validation and test examples, and what was found out while reading them.
 
     A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
-    white, `columns` the features of a table, `resize` and `collate` belong to files. `known_keys`
-    are those of a split's examples, where they were slow to find and have been found.
+    white, `columns` the features of a table, `resize`, `reading` and `collate` belong to files.
+    `notes` are lines to log at the start of a run. `known_keys` are those of each split's examples,
+    where they were slow to find and have been found.
     """
 
     train: Split
@@ -74,11 +84,27 @@ class Splits:
     columns: list[str] | None = None
     delimiter: str = ","
     collate: Callable[[list[Any]], Any] | None = None
+    reading: Reading = field(default_factory=Reading)
+    notes: Sequence[str] = ()
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
     def items(self) -> list[tuple[str, Split]]:
         splits = zip(NAMES, (self.train, self.val, self.test), strict=True)
         return [(name, split) for name, split in splits if split is not None]
+
+
+def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
+    """The names as text: YAML reads 0 as a number. Raises UserError for what it reads as another.
+
+    Of `no` YAML makes False, which `off` and `false` give too.
+    """
+    for name in class_names or ():
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise UserError(
+                f"data.class_names: YAML reads one of the names as {name!r}. Put each name in "
+                'quotes: ["no", "yes"].'
+            )
+    return None if class_names is None else [str(name) for name in class_names]
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
@@ -183,7 +209,10 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
         raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
     if policy == "ignore":
         return {}
-    keys = {name: splits.known_keys.get(name) or _keys(split) for name, split in splits.items()}
+    parts = dict(splits.items())
+    known = splits.known_keys if splits.known_keys.keys() == parts.keys() else {}
+    keys: Mapping[str, list[Hashable] | None]
+    keys = known or {name: _keys(split) for name, split in parts.items()}
     found: dict[str, int] = {}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         ours, theirs = keys.get(one), keys.get(other)
@@ -196,7 +225,7 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
         found[f"{one}/{other}"] = len(both)
         message = (
             f"{len(both)} of the {len(theirs)} {other} examples are in {one} too, the first is "
-            f"{_describe(dict(splits.items())[other], both[0])}."
+            f"{_describe(parts[other], both[0])}."
         )
         if policy == "refuse":
             raise DataError(
@@ -208,7 +237,12 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
 
 def _keys(split: Split) -> list[Hashable] | None:
     if isinstance(split, torch.utils.data.Subset):
-        return [(id(split.dataset), int(index)) for index in split.indices]
+        indices = [int(index) for index in split.indices]
+        base: Any = split.dataset
+        while isinstance(base, torch.utils.data.Subset):  # a Subset of a Subset
+            indices = [int(base.indices[index]) for index in indices]
+            base = base.dataset
+        return [(id(base), index) for index in indices]
     keys = getattr(split, "keys", None)
     if callable(keys):
         return list(keys())

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from regrow.data.splits import Examples, Splits, check_fractions, cut_examples
+from regrow.data.splits import Examples, Splits, check_fractions, cut_examples, text_names
 from regrow.errors import DataError, UserError
 
 
@@ -154,7 +154,7 @@ def csv(
         for name, file in files.items()
         if file is not None
     }
-    names = class_names
+    names = text_names(class_names)
     if names is None and target_kind in ("multiclass", "binary"):
         names = _found_names(tables["train"])
     if names is None and target_kind == "multilabel":

@@ -1,0 +1,293 @@
+"""Files below a folder: which are read, which are left out and why, and which hold the same."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import stat
+import time
+import zlib
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regrow.errors import DataError
+
+OF_SUFFIX = "of suffix "
+NUM_NAMES = 3  # shown of the files that are left out for one reason
+NUM_SUFFIXES = 8  # named; the rest is counted
+# Written by systems and archivers beside what they hold. Some contain images, such as thumbnails.
+OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+END = 4096  # bytes at each end of a file that are compared before its contents
+CHUNK = 1 << 20
+NUM_READERS = 4  # threads that read contents; hashing releases the interpreter's lock
+ANNOUNCED_BYTES = 1 << 30  # reading more than this is announced, since it takes seconds
+YOUNG_NS = 2_000_000_000  # a file changed less than this ago may change again in the same tick
+
+log = logging.getLogger("regrow.data")
+
+
+@dataclass
+class LeftOut:
+    """Counts of the files and folders that a walk leaves out, with a few names, by reason."""
+
+    root: Path
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, path: str | Path) -> None:
+        self.counts[reason] += 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < NUM_NAMES:
+            names.append(shown(os.path.relpath(path, self.root)))
+
+    def __str__(self) -> str:
+        """One line without a full stop; "" if nothing was left out."""
+        parts, num_suffixes, rest = [], 0, 0
+        for reason, count in self.counts.most_common():
+            num_suffixes += reason.startswith(OF_SUFFIX)
+            if reason.startswith(OF_SUFFIX) and num_suffixes > NUM_SUFFIXES:
+                rest += count
+                continue
+            more = ", …" if count > len(self.names[reason]) else ""
+            parts.append(f"{count:,} {reason} ({', '.join(self.names[reason])}{more})")
+        if rest:
+            parts.append(f"{rest:,} of other suffixes")
+        return f"left out of {shown(self.root)}: {'; '.join(parts)}" if parts else ""
+
+    def sentence(self) -> str:
+        """The line as a sentence that follows another, or ""."""
+        line = str(self)
+        return f" {line[0].upper()}{line[1:]}." if line else ""
+
+
+def shown(path: str | Path) -> str:
+    """The path on one line, also if its bytes are not UTF-8 or it contains a newline."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in OF_SYSTEMS
+
+
+def unreadable(path: str | Path, error: OSError) -> DataError:
+    reason = error.strerror or " ".join(str(error).split())
+    is_gone = error.errno == errno.ENOENT
+    way_out = "Put it back." if is_gone else "Make it readable, or move it out of data.root."
+    return DataError(f"{shown(path)} cannot be read: {reason}. {way_out}")
+
+
+def is_folder(path: Path) -> bool:
+    """Raises DataError if nobody can tell, for lack of permission."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def find_files(
+    folder: Path, suffixes: Collection[str], leave_out: Collection[str], left_out: LeftOut
+) -> list[Path]:
+    """Files below the folder with one of the suffixes, sorted by path.
+
+    `leave_out` may contain "hidden" (names that begin with a dot, and folders of the system) and
+    "empty" (files without a byte). These, linked folders, and all that is not a readable regular
+    file are added to `left_out`. Raises DataError for a folder that cannot be read.
+    """
+    found: list[Path] = []
+    pending = [os.fspath(folder)]
+    while pending:
+        current = pending.pop()
+        try:
+            with os.scandir(current) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    reason = _reason(entry, suffixes, leave_out)
+                    if reason is not None:
+                        left_out.add(reason, entry.path)
+                    elif entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        found.append(Path(entry.path))
+        except OSError as error:
+            raise unreadable(error.filename or current, error) from None
+    return sorted(found)
+
+
+def _reason(
+    entry: os.DirEntry[str], suffixes: Collection[str], leave_out: Collection[str]
+) -> str | None:
+    """The reason to leave the entry out, or None."""
+    if "hidden" in leave_out and is_hidden(entry.name):
+        return "hidden"
+    if entry.is_dir(follow_symlinks=False):
+        return None
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and entry.is_symlink():
+            return "links that lead nowhere"
+        raise
+    if stat.S_ISDIR(status.st_mode):
+        return "linked folders"
+    suffix = Path(entry.name).suffix
+    if suffix.lower() not in suffixes:
+        return f"{OF_SUFFIX}{shown(suffix)}" if suffix else "without a suffix"
+    if not stat.S_ISREG(status.st_mode):
+        return "not regular files"
+    return "empty" if status.st_size == 0 and "empty" in leave_out else None
+
+
+def keys_of_copies(files: Sequence[str], root: str) -> list[Hashable]:
+    """One key per file. Two keys are equal if and only if the files' contents are.
+
+    Compares sizes first, then the ends of files of equal size, and reads the contents only where
+    these agree too. So a key means something only beside the others of the same call.
+    """
+    keys: list[Hashable] = [_status(file).st_size for file in files]
+    for refine in (_ends_of, lambda chosen: contents_of(chosen, root)):
+        counts = Counter(keys)
+        # The two ends are all of a small file.
+        again = [at for at, key in enumerate(keys) if counts[key] > 1 and not _is_whole(key)]
+        for at, more in zip(again, refine([files[at] for at in again]), strict=True):
+            old = keys[at]
+            keys[at] = (*old, more) if isinstance(old, tuple) else (old, more)
+    return keys
+
+
+def _is_whole(key: Hashable) -> bool:
+    return isinstance(key, tuple) and key[0] <= 2 * END
+
+
+def key_of_ends(file: str) -> tuple[int, bytes]:
+    """Size, and a hash of the first and last 4 KiB: different files may share it."""
+    try:
+        size = Path(file).stat().st_size
+        digest = hashlib.blake2b(digest_size=16)
+        with Path(file).open("rb") as opened:
+            digest.update(opened.read(END))
+            opened.seek(max(0, size - END))
+            digest.update(opened.read(END))
+        return size, digest.digest()
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def _ends_of(files: Sequence[str]) -> list[bytes]:
+    return [key_of_ends(file)[1] for file in files]
+
+
+def _status(file: str) -> os.stat_result:
+    try:
+        return Path(file).stat()
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def contents_of(files: Sequence[str], root: str) -> list[bytes]:
+    """SHA-256 of each file's contents.
+
+    A file is read once: its hash is remembered under the user's cache folder, for as long as its
+    path, size, inode and times of change stay the same. The kernel sets the last of these at every
+    write, and no program can set it back.
+    """
+    memory = _Memory(root)
+    stamps = [_stamp(file, _status(file)) for file in files]
+    unknown = [at for at, stamp in enumerate(stamps) if stamp not in memory.known]
+    if unknown:
+        num_bytes = sum(_status(files[at]).st_size for at in unknown)
+        if num_bytes >= ANNOUNCED_BYTES:
+            log.info(
+                "reading the contents of %s files (%.1f GB) once, to know copies and changes",
+                *(f"{len(unknown):,}", num_bytes / 1e9),
+            )
+        with ThreadPoolExecutor(NUM_READERS) as pool, memory:
+            hashes = pool.map(_hash, [files[at] for at in unknown])
+            for at, (stamp, digest, is_settled) in zip(unknown, hashes, strict=True):
+                stamps[at] = stamp
+                memory.add(stamp, digest, keep=is_settled)
+    return [memory.known[stamp] for stamp in stamps]
+
+
+def _hash(file: str) -> tuple[bytes, bytes, bool]:
+    """Stamp and SHA-256 of a file, and whether a later change is certain to change the stamp."""
+    try:
+        with Path(file).open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            digest = hashlib.sha256()
+            while chunk := opened.read(CHUNK):
+                digest.update(chunk)
+        stamp = _stamp(file, status)
+        is_settled = (
+            stamp == _stamp(file, Path(file).stat())
+            and max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - YOUNG_NS
+        )
+        return stamp, digest.digest(), is_settled
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def _stamp(file: str, status: os.stat_result) -> bytes:
+    facts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    name = os.fsencode(Path(file).absolute())
+    return hashlib.blake2b(name + repr(facts).encode(), digest_size=16).digest()
+
+
+class _Memory:
+    """Known hashes of the files below one root, in a file that only grows.
+
+    A record is a stamp (16 bytes), a SHA-256 (32) and a checksum of both (4). A damaged record is
+    not used: its file is read again. Without a cache folder nothing is remembered.
+    """
+
+    RECORD = 52
+    BATCH = 1000  # records that are written at once, so that little is lost at a kill
+
+    def __init__(self, root: str) -> None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+        self.path = Path(base) / "regrow" / "contents" / name
+        self.known: dict[bytes, bytes] = {}
+        self.new: list[bytes] = []
+        with contextlib.suppress(OSError):
+            self._read(self.path.read_bytes())
+
+    def _read(self, content: bytes) -> None:
+        at = 0
+        while at + self.RECORD <= len(content):
+            stamp, digest = content[at : at + 16], content[at + 16 : at + 48]
+            if _checksum(stamp, digest) == content[at + 48 : at + self.RECORD]:
+                self.known[stamp] = digest
+                at += self.RECORD
+            else:  # an incomplete record, after a kill or on a full disk
+                at += 1
+
+    def add(self, stamp: bytes, digest: bytes, *, keep: bool) -> None:
+        self.known[stamp] = digest
+        if keep:
+            self.new.append(stamp + digest + _checksum(stamp, digest))
+            if len(self.new) >= self.BATCH:
+                self._write()
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write each, at the end: other processes may add to the same file.
+            with self.path.open("ab", buffering=0) as file:
+                file.write(b"".join(self.new))
+        self.new.clear()
+
+    def __enter__(self) -> _Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+
+
+def _checksum(stamp: bytes, digest: bytes) -> bytes:
+    return zlib.crc32(stamp + digest).to_bytes(4, "little")
