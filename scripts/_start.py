@@ -22,3 +22,21 @@ if sys.version_info < (3, 11) or not all(find_spec(name) for name in ("hydra", "
         file=sys.stderr,
     )
     sys.exit(2)
+
+# Paths and files are UTF-8, also where the locale says otherwise; only the terminal keeps the
+# locale's encoding. Python reads this setting as it starts.
+_script = getattr(sys.modules["__main__"], "__file__", None)
+if (
+    not sys.flags.utf8_mode
+    and sys.getfilesystemencoding() != "utf-8"
+    and os.environ.get("PYTHONUTF8") != "1"
+    and _script is not None
+    and Path(_script).resolve().parent == ROOT / "scripts"
+):
+    os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "ascii")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+from regrow import terminal  # noqa: E402  only for a Python that is new enough
+
+terminal.show()

@@ -17,7 +17,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 from regrow.arguments import Arguments, Option, parse
 from regrow.config import fail
 from regrow.errors import UserError, machine_fault, printable
-from regrow.output import refuse_existing
+from regrow.output import refuse_existing, write_text
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
@@ -27,6 +27,7 @@ OPTIONS = {
         "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
     ),
     "output": Option("a .json file; without it evaluation_<split>.json in the run's folder"),
+    "overwrite": Option("write over a file that is there", False, kind="boolean"),
 }
 
 
@@ -47,13 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(options: Arguments) -> None:
     output = Path(options["output"]) if options["output"] else None
     if output is not None:
-        refuse_existing(output, overwrite=True)
+        refuse_existing(output, options["overwrite"])
     # torch comes with these: only once the arguments are right.
     from regrow.console import console
     from regrow.inference import draws_of, other_draws
     from regrow.inference import evaluate as measured
     from regrow.load import load_run, set_numerics
-    from regrow.record.folder import read_json, write_json
+    from regrow.record.folder import as_json, read_json, write_json
 
     with console():
         split, checkpoint = options["split"], options["checkpoint"]
@@ -61,7 +62,6 @@ def evaluate(options: Arguments) -> None:
             options["run"], which=checkpoint, device=options["device"], data=options.data
         )
         name = f"evaluation_{split}{'' if checkpoint == 'best' else f'_{checkpoint}'}.json"
-        output = output or run.folder / name
         set_numerics(run)
         draws = draws_of(run, split)
         with contextlib.closing(run):
@@ -85,10 +85,16 @@ def evaluate(options: Arguments) -> None:
         "values": values,
         "draws": draws.drawn,
     }
-    try:
-        write_json(output, content)
-    except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error.strerror}.") from None
+    if output is not None:
+        write_text(as_json(content), output, overwrite=options["overwrite"])
+    else:
+        output = run.folder / name
+        try:
+            write_json(output, content)
+        except OSError as error:
+            raise UserError(
+                f"{output} cannot be written: {error.strerror}. Name a file: output=….json"
+            ) from None
     summary = run.folder / "summary.json"
     if split == "test" and checkpoint == "best" and not options.data and summary.is_file():
         told = read_json(summary).get("test") or values

@@ -6,18 +6,19 @@ nothing but the standard library.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import importlib.util
+import io
 import keyword
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -127,7 +128,7 @@ def git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.decode()
+    return os.fsdecode(done.stdout)
 
 
 def files_to_copy(root: Path) -> list[PurePosixPath]:
@@ -277,30 +278,60 @@ def current_umask() -> int:
     return mask
 
 
+USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
+
+  name=…               'Deep Fish' gives the package deep_fish; also as the first argument
+  dest=…               a folder that is new or empty; also as the second argument
+  without_benchmarks=… true: leave out benchmarks/, which measure the template [false]"""
+
+
+def parse(arguments: Sequence[str]) -> dict[str, str]:
+    """name, dest and without_benchmarks. Raises Refused for anything else."""
+    options = {"without_benchmarks": "false"}
+    places = ["dest", "name"]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in ("name", "dest", "without_benchmarks"):
+            options[key] = value
+        elif argument.startswith("--") or not places:
+            raise Refused(f"{argument}: arguments are NAME DEST, or key=value. See --help.")
+        else:
+            options[places.pop()] = argument
+    for key in ("name", "dest"):
+        if not options.get(key):
+            raise Refused(f"{key} has to be given: {key}=… See --help.")
+    if options["without_benchmarks"] not in ("true", "false"):
+        raise Refused("without_benchmarks has to be true or false.")
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("name", metavar="NAME", help="'Deep Fish' gives the package deep_fish")
-    parser.add_argument("dest", metavar="DEST", type=Path, help="a folder that is new or empty")
-    parser.add_argument(
-        "--without-benchmarks",
-        action="store_true",
-        help="leave out benchmarks/, which measure the template and not your work",
-    )
-    options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without the signs of a name
+            stream.reconfigure(errors="backslashreplace")
+    given = sys.argv[1:] if arguments is None else arguments
+    if any(argument in ("-h", "--help") for argument in given):
+        print(USAGE)
+        return 0
+    try:
+        options = parse(given)
+    except Refused as error:
+        print(f"new_project: {error}", file=sys.stderr)
+        return 2
+    dest = Path(options["dest"])
     new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
     if new:
         print(f"not copied, as git does not know them: {', '.join(new[:10])}", file=sys.stderr)
     try:
-        done = make_project(
-            options.name, options.dest, without_benchmarks=options.without_benchmarks
-        )
+        without = options["without_benchmarks"] == "true"
+        done = make_project(options["name"], dest, without_benchmarks=without)
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
-    print(f"{options.dest}: {done}. Next:")
-    print(f"  cd {options.dest} && make test")
+    print(f"{dest}: {done}. Next:")
+    print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")
     return 0
 

@@ -7,37 +7,54 @@ python scripts/report.py outputs/digits/sweeps/latest        writes sweep.html, 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 import _start  # noqa: F401  finds the package, or says what to set up
 
+from regrow.arguments import Option, parse
+from regrow.config import one_line
 from regrow.errors import UserError, printable
+from regrow.output import refuse_existing
 from regrow.record import comparison, report
 from regrow.resume import SWEEP
 from regrow.sweep import results
 
+OPTIONS = {
+    "output": Option("the page, a .html file; in the folder unless given"),
+    "overwrite": Option("write over a page or table that is there", False, kind="boolean"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # an error is one line
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
-    parser.add_argument("--output", type=Path, help="the page; in the folder unless given")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        print(printable(str(make(options.folders, options.output))))
+        options = parse([a for a in given if not is_folder(a)], OPTIONS, text=__doc__ or "")
+        output = Path(options["output"]) if options["output"] else None
+        folders = [Path(a) for a in given if is_folder(a)]
+        if not folders:
+            raise UserError("Give a run's folder, such as outputs/digits/latest, or several.")
+        if output is not None:
+            if output.suffix != ".html":
+                raise UserError(f"output={output} has to end in .html.")
+            refuse_existing(output, options["overwrite"])
+        print(printable(str(make(folders, output, overwrite=options["overwrite"]))))
     except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(one_line(str(error)))}", file=sys.stderr)
         return 2
     return 0
 
 
-def make(folders: list[Path], output: Path | None) -> Path:
+def is_folder(argument: str) -> bool:
+    """Whether an argument is a folder, also one that is called like an option of another key."""
+    key, equals, _ = argument.partition("=")
+    if argument in ("-h", "--help") or (equals and key in OPTIONS):
+        return False
+    return os.path.lexists(argument) or not (equals or argument.startswith("--"))
+
+
+def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
     """The page of the runs in `folders`; raises UserError where there is none."""
     if len(folders) == 1 and (folders[0] / SWEEP).is_file():
         return of_sweep(folders[0], output)
@@ -63,6 +80,8 @@ def make(folders: list[Path], output: Path | None) -> Path:
         if Path.cwd().is_relative_to(common):  # they have nothing in common
             common = Path()
         output = Path(os.path.relpath(common)) / "comparison.html"
+    else:
+        refuse_existing(output.with_suffix(".csv"), overwrite)
     found = comparison.compare(comparison.rows_of([report.load(run) for run in runs]))
     for line in comparison.as_text(*comparison.table_of(found)) if found.settings else ():
         print(printable(line))

@@ -10,28 +10,36 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import _start  # noqa: F401  finds the package, or says what to set up
 
-from regrow import older
-from regrow.arguments import Option, parse
+from regrow import flags, older
+from regrow.arguments import Arguments, Option, parse
+from regrow.command_line import override
 from regrow.config import CONF, composition_error, fail, plain, read_yaml, version_arguments
 from regrow.errors import UserError, printable
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact_all
-from regrow.resume import ELSEWHERE, differences, is_foreign, key_of, recorded_overrides
+from regrow.resume import ELSEWHERE, differences, is_foreign, is_own, key_of, recorded_overrides
 from regrow.roles import check_roles
 
-OPTIONS = {"run": Option("the folder of a complete run", required=True)}
+OPTIONS = {
+    "run": Option("the folder of a complete run", required=True),
+    "config_dir": Option("--config-dir of the run, which a folder does not add by itself"),
+    "config_path": Option("its --config-path, likewise"),
+    "searchpath": Option("its hydra.searchpath, likewise"),
+}
 ROOT = CONF.parent
 
 
 def main(arguments: list[str] | None = None) -> None:
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        code = reproduce(Path(parse(given, OPTIONS, text=__doc__ or "")["run"]))
+        options = parse(given, OPTIONS, text=__doc__ or "")
+        code = reproduce(Path(options["run"]), places_of(options))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -39,17 +47,28 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def reproduce(given: Path) -> int:
+def places_of(options: Arguments) -> dict[str, Any]:
+    """The search path that was typed, as Hydra's flags would have it."""
+    typed = [
+        *(["--config-dir", options["config_dir"]] if options["config_dir"] else []),
+        *(["--config-path", options["config_path"]] if options["config_path"] else []),
+        *([f"{flags.SEARCH_PATH}={options['searchpath']}"] if options["searchpath"] else []),
+    ]
+    return flags.typed(flags.absolute(typed))
+
+
+def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> int:
     """0 if the second run is the first, bit for bit, otherwise 1."""
     run = given.resolve()  # `latest` may come to name another
     config, before = record_of(run, given)
-    arguments = arguments_of(run, config, given)
+    source = flags.followed(f"run={given}", flags.recorded(run), places, is_own=is_own(run))
+    arguments = arguments_of(run, config, given, source)
     if changed := manifest.code_changes(run, ROOT):
         print(printable(changed))
     if before.get("resumes"):
         print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
-    if code := train([*arguments, f"hydra.run.dir={again}"]):
+    if code := train([*flags.arguments_of(source), *arguments, override("hydra.run.dir", again)]):
         print(f"error: the second run ended with exit code {code}.", file=sys.stderr)
         return 1
     for line in changes(before, records.read_json(again / manifest.NAME)):
@@ -82,7 +101,12 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, {**content, **(content.get("resumes") or [{}])[-1]}
 
 
-def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
+def arguments_of(
+    run: Path,
+    config: dict[str, Any],
+    given: Path,
+    source: Mapping[str, Any] = flags.DEFAULT,
+) -> list[str]:
     """The command line that makes the recorded config again, but for trackers.
 
     Raises UserError where it reaches beyond a run's own keys, or makes another config by now.
@@ -90,7 +114,7 @@ def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
-    if foreign := [override for override in recorded if is_foreign(override)]:
+    if foreign := [line for line in recorded if is_foreign(line)]:
         raise UserError(
             f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "
             "It is not followed."
@@ -106,7 +130,7 @@ def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
     if keys := {key: value for key, value in added.items() if key not in typed}:
         print(older.line(f"run={given}", keys))
         arguments += [older.as_override(key, value) for key, value in keys.items()]
-    now = redact_all(composed(arguments))
+    now = redact_all(composed(arguments, source))
     changed = [
         f"{key} was {old} and would be {new}"
         for key, (old, new) in differences(config, now).items()
@@ -120,17 +144,28 @@ def arguments_of(run: Path, config: dict[str, Any], given: Path) -> list[str]:
     return arguments
 
 
-def composed(overrides: list[str]) -> dict[str, Any]:
+def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
     """The config that train.py would compose, as plain values. Makes no object of it."""
     from hydra import compose, initialize_config_dir
+    from hydra._internal.hydra import Hydra
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(CONF), **version_arguments()):
-            config = compose("train", overrides, return_hydra_config=True)
+        typed = [flags.as_override(source["searchpath"])] if source["searchpath"] else []
+        with initialize_config_dir(str(source["path"] or CONF), **version_arguments()):
+            if source["dir"] is not None:  # as --config-dir does
+                loader: Any = GlobalHydra.instance().config_loader()
+                searched = loader.get_search_path()
+                anchor = SearchPathQuery(provider="schema")
+                searched.prepend("command-line", f"file://{source['dir']}", anchor)
+                GlobalHydra.instance().clear()
+                Hydra.create_main_hydra2("train", searched)
+            config = compose(source["name"], [*typed, *overrides], return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         names = [str(key) for key in config if key not in ("hydra", *ELSEWHERE)]
         return plain(OmegaConf.masked_copy(config, names))
@@ -178,7 +213,7 @@ def first_difference(run: Path, again: Path, shown: Path) -> str | None:
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    lines = (run / records.METRICS).read_text().splitlines()
+    lines = (run / records.METRICS).read_text(encoding="utf-8").splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
         for line in lines

@@ -53,7 +53,7 @@ def wanted() -> dict[str, str]:
 
 def read(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -70,7 +70,7 @@ def alone() -> Iterator[int | None]:
 
     Installers inherit the descriptor, so that the lock outlives us while one of them still writes.
     """
-    with LOCK_FILE.open("a") as file:
+    with LOCK_FILE.open("ab") as file:
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,10 +140,10 @@ def begin() -> bool:
         if not PYTHON.exists() or subprocess.run([PYTHON, "-c", version]).returncode:
             sys.exit("set-up: .venv is no environment of Python >= 3.11; move it away, then again")
         say("installing into the .venv that is here")
-        UNFINISHED.write_text(json.dumps({"adopted": "yes"}))
+        UNFINISHED.write_text(json.dumps({"adopted": "yes"}), encoding="utf-8")
         return False
     say(f"making .venv with Python {target['python']}; on Linux some 3 GB to fetch, 6 GB on disk")
-    UNFINISHED.write_text("{}")
+    UNFINISHED.write_text("{}", encoding="utf-8")
     return True
 
 
@@ -184,7 +184,7 @@ def install(uv: str | None, lock: int | None) -> str:
 
 def finish(installed_from: str) -> None:
     content = wanted() | {"installed_from": installed_from}
-    with UNFINISHED.open("w") as file:
+    with UNFINISHED.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())

@@ -19,7 +19,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow import monitor
-from regrow.config import CONF, allow, composition_error, fail, locate, plain, read_yaml
+from regrow.config import (
+    CONF,
+    allow,
+    composition_error,
+    fail,
+    locate,
+    plain,
+    read_yaml,
+    typed_overrides,
+)
 from regrow.errors import UserError, did_you_mean
 from regrow.record import loggers
 from regrow.resume import check_recorded
@@ -290,7 +299,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     for group in GROUPS:
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
-    check_recorded(values, HydraConfig.get().overrides.task)
+    check_recorded(values, typed_overrides(HydraConfig.get().overrides.task))
     allow(values)
     _check_keys(values, choices)
     _check_ranges(values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +11,9 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import resume
-from regrow.config import plain
+from regrow import flags, resume
+from regrow.command_line import quoted
+from regrow.config import plain, typed_overrides
 from regrow.job import Job
 from regrow.record.redact import redact
 from regrow.resume import ELSEWHERE
@@ -27,7 +27,9 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
     hydra = HydraConfig.get()
     if folder is not None and folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
-    overrides = [o for o in hydra.overrides.task if not resume.is_of_the_launcher(o)]
+    overrides = [
+        o for o in typed_overrides(hydra.overrides.task) if not resume.is_of_the_launcher(o)
+    ]
     kept = [o for o in overrides if resume.key_of(o) != "resume"]
     choices = {str(g): option for g, option in hydra.runtime.choices.items() if g not in ELSEWHERE}
     cfg, its_hydra = copy.deepcopy(cfg), cast(DictConfig, copy.deepcopy(hydra))
@@ -45,6 +47,7 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         choices=choices,
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
         command=list(command),
+        source=flags.source_of(hydra),
     )
 
 
@@ -61,7 +64,7 @@ def with_override(job: Job, key: str, value: Any) -> Job:
     for parent in parents:
         node = node[parent]
     node[last] = value
-    line = f"{key}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+    line = f"{key}={quoted(value) if isinstance(value, str) else value}"
     kept = [o for o in job.overrides if resume.key_of(o) != "resume"]
     composed = {**job.composed, "overrides.yaml": OmegaConf.to_yaml([*kept, line])}
     return dataclasses.replace(

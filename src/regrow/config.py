@@ -17,6 +17,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from regrow import flags
+from regrow.command_line import path_of, paths_as_typed, quoted, read, shell
 from regrow.errors import UserError, did_you_mean, machine_fault, printable
 
 MULTIRUN = ("-m", "--multirun")
@@ -51,13 +53,16 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             find_own_modules()
             try:
                 check_arguments(sys.argv[1:])
-                # Hydra's parser loses overrides on one side of -m: it goes first.
-                sys.argv[1:] = sorted(expand(sys.argv[1:]), key=lambda a: a not in MULTIRUN)
+                multirun = any(a in MULTIRUN for a in sys.argv[1:])
+                given = paths_as_typed(sys.argv[1:], multirun=multirun)
+                sys.argv[1:] = flags.absolute(expand(flags.absolute(given)))
                 hydra.main(**arguments)(task)()
             except UserError as error:
                 fail(str(error))
             except (hydra.errors.HydraException, OmegaConfBaseException) as error:
                 fail(composition_error(error))
+            except UnicodeDecodeError:
+                fail(not_utf8())
             except ValueError as error:  # Hydra's, of a group that is given a number or nothing
                 if "Config group override must be" not in str(error):
                     raise
@@ -101,6 +106,15 @@ def if_chosen(group: str, option: str, then: Any, otherwise: Any) -> Any:
 register_resolver("if_chosen", if_chosen)
 
 
+def output_dir() -> Path:
+    """The folder that Hydra gives the job. Its name may look like an interpolation, and is none."""
+    from hydra.core.hydra_config import HydraConfig
+
+    runtime = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    assert isinstance(runtime, dict)
+    return Path(str(runtime["output_dir"]))
+
+
 def version_arguments() -> dict[str, Any]:
     """What Hydra 1.3 wants to be told of the version it is to behave like, and 1.4 no more."""
     import hydra
@@ -140,8 +154,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what is wrong in one line and end: with 2 for a user's error, 1 for the machine's."""
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {printable(one_line(message))}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks. Spaces stay: they may be part of a path in a command."""
+    return re.sub(r"\s*[\r\n]\s*", " ", message.strip())
 
 
 def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
@@ -149,9 +168,21 @@ def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
     for argument in arguments if isinstance(refused, str) else ():
         key, _, value = argument.partition("=")
         names_one = key in ("hydra.run.dir", "hydra.sweep.dir")
+        value = path_of(key, value) if names_one else value
         if names_one and Path(value).absolute().is_relative_to(Path(refused).absolute()):
             return argument
     return None
+
+
+def not_utf8() -> str:
+    """The file in conf/ that is not UTF-8, in a line."""
+    for path in sorted(CONF.rglob("*.yaml")):
+        try:
+            path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = path.read_bytes()[: error.start].count(b"\n") + 1
+            return f"{path.relative_to(ROOT)}:{line} is not UTF-8. Save the file as UTF-8."
+    return "a file of the config is not UTF-8. Save it as UTF-8."
 
 
 def wrong_option(arguments: Sequence[str]) -> str:
@@ -174,11 +205,17 @@ def composition_error(error: Exception) -> str:
         hint = did_you_mean(option, options)
         return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
     if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
-        return (
-            f"{error.override} cannot be read. Text with signs or spaces goes into quotes, and all "
-            f"of it into the shell's: '{key}=\"{value}\"'"
-        )
+        key, equals, value = str(error.override).partition("=")
+        reason = one_line(str(error)).partition(" See https://")[0]
+        advice = f"{key}={quoted(value)}"
+        if not equals or read(advice) is ...:  # the key is what cannot be read
+            return f"{error.override} cannot be read: {reason}"
+        if value[:1] in "[{":
+            return (
+                f"{error.override} cannot be read as a list or mapping: {reason}. If it is one "
+                f"text: {shell([advice])}"
+            )
+        return f"{error.override} cannot be read. Text with signs needs quotes: {shell([advice])}"
     text = str(error)
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = found.group(1).partition("=")
@@ -231,8 +268,15 @@ def known_keys() -> dict[str, list[str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+
+
+def typed_overrides(node: Any) -> list[str]:
+    """A list of Hydra's overrides as typed: an interpolation in one is part of its text here."""
+    overrides = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(overrides, list)
+    return [str(override) for override in overrides]
 
 
 def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def console() -> Iterator[None]:
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     """The same log in `train.log`, with the time and the rank."""
-    handler = _LogFile(folder / "train.log", encoding="utf-8")
+    handler = _LogFile(folder / "train.log", encoding="utf-8", errors="backslashreplace")
     text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(_FileFormat(text))
     with _attached(handler):

@@ -15,9 +15,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from regrow import config as configs
-from regrow import launch, resume
+from regrow import flags, resume
 from regrow import run as runs
 from regrow.check import check
+from regrow.command_line import command
 from regrow.console import console
 from regrow.errors import UserError, machine_fault
 from regrow.record import folder as records
@@ -87,16 +88,20 @@ def _find_lr(cfg: DictConfig) -> float:
                 "find a better one",
                 curve.lrs[-1],
             )
-        command = train_command(lr, config, list(hydra.overrides.task))
+        suggestion = train_command(
+            lr, config, configs.typed_overrides(hydra.overrides.task), flags.source_of(hydra)
+        )
         folder = new_folder(config, hydra)
-        write(folder, curve, lr, command)
+        write(folder, curve, lr, suggestion)
         log.info("%d steps from %.2g to %.2g: %s", len(curve.lrs), *_ends(curve), curve.ended)
         log.info("written: %s", folder / "lr_finder.png")
-        log.info("suggestion: %s", command)
+        log.info("suggestion: %s", suggestion)
     return lr
 
 
-def train_command(lr: float, config: dict[str, Any], overrides: list[str]) -> str:
+def train_command(
+    lr: float, config: dict[str, Any], overrides: list[str], source: dict[str, Any] | None = None
+) -> str:
     """The command of the run that was tested, at the suggested rate."""
     kept = [
         override
@@ -105,13 +110,14 @@ def train_command(lr: float, config: dict[str, Any], overrides: list[str]) -> st
         and resume.key_of(override) not in ("optimizer.lr", "resume")
     ]
     sign = "" if "lr" in config["optimizer"] else "+"
-    return launch.command(*kept, f"{sign}optimizer.lr={lr:g}")
+    places = flags.arguments_of({**(source or flags.DEFAULT), "name": "train"})
+    return command(*places, *kept, f"{sign}optimizer.lr={lr:g}")
 
 
 def new_folder(config: dict[str, Any], hydra: Any) -> Path:
     """The folder named by hydra.run.dir or a sweep; else outputs/<name>/find_lr/<time>."""
     if hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd():
-        return Path(hydra.runtime.output_dir)
+        return configs.output_dir()
     return records.create(Path("outputs"), f"{config['name']}/find_lr")
 
 

@@ -17,6 +17,7 @@ class Job:
     choices: dict[str, Any]  # the options that the config's groups were composed of
     composed: dict[str, str]  # what Hydra composed, by file name in `.hydra/`
     command: list[str]
+    source: dict[str, Any] | None = None  # which config it was composed of: see flags.py
     draws: bool = True  # its pictures and its page, at its end
     owner: dict[str, Any] | None = None  # what its folder holds, made where the list of folders is
     trial: dict[str, Any] | None = None  # of a search that may end it: see sweep/trial.py

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import textwrap
@@ -20,16 +19,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from regrow import config as configs
-from regrow import monitor, outside, ownership, ranks, resume
+from regrow import flags, monitor, outside, ownership, ranks, resume
 from regrow import run as runs
 from regrow.check import check
+from regrow.command_line import command
 from regrow.compose import as_recorded, job_of
 from regrow.console import console, log_file
 from regrow.errors import UserError, in_a_line, machine_fault
 from regrow.job import Job
 from regrow.load import preprocessing_record
 from regrow.record import folder as records
-from regrow.record import manifest
+from regrow.record import manifest, names
 from regrow.record.redact import redact, redact_all
 from regrow.training import checkpoint, optim
 from regrow.training.interrupt import StopRequest
@@ -51,26 +51,25 @@ def launch(cfg: DictConfig) -> float | None:
     try:
         return _launch(cfg)
     except UserError as error:
-        leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        leave_nothing(configs.output_dir())
         configs.fail(str(error))
     except Exception as error:
         if (fault := machine_fault(error)) is None:
             raise
-        leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        leave_nothing(configs.output_dir())
         configs.fail(str(fault), code=1)
 
 
 def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check(cfg, hydra.runtime.choices)
-    for override in hydra.overrides.task:
+    for override in configs.typed_overrides(hydra.overrides.task):
         if resume.key_of(override).split(".")[0] == "sweep":
             raise UserError(f"{override}: one run is no sweep. Add -m, or leave it out.")
-    for override in hydra.overrides.hydra:
+    for override in configs.typed_overrides(hydra.overrides.hydra):
         if resume.key_of(override).startswith("hydra.sweep."):
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
-    named = Path(hydra.run.dir).resolve() != Path.cwd()
-    folder = Path(hydra.runtime.output_dir) if named else None
+    folder = configs.output_dir() if Path(hydra.run.dir).resolve() != Path.cwd() else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
     if outside.started_from_outside():
         from regrow import worker
@@ -79,7 +78,8 @@ def _launch(cfg: DictConfig) -> float | None:
     with console():
         launcher = configs.plain(cfg)["launcher"]
         if "_target_" in launcher:
-            typed = [o for o in HydraConfig.get().overrides.task if resume.is_of_the_launcher(o)]
+            given = configs.typed_overrides(HydraConfig.get().overrides.task)
+            typed = [o for o in given if resume.is_of_the_launcher(o)]
             submit(job, launcher, typed)
             return None
         return run_all(job)
@@ -110,7 +110,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
     log.info("folder: %s", folder)
     log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
-    log.info("if it is cut, go on with: %s", command(f"resume={folder}", *typed))
+    log.info("if it is cut, go on with: %s", again(job, folder, *typed))
 
 
 def owned(job: Job) -> Job:
@@ -148,7 +148,7 @@ def say_complete(folder: Path, job: Job) -> float | None:
     """How to go on all the same; returns the best monitored value."""
     summary = records.read_json(folder / "summary.json")
     log.info("%s is complete. To go on with it, raise its limit:", folder)
-    log.info("  %s", longer(folder, job.config, summary))
+    log.info("  %s", longer(folder, job, summary))
     best: float | None = summary["best"]["value"]
     return best
 
@@ -158,6 +158,7 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
     """The named folder under its lock, and whether a run goes on there."""
     if (folder / resume.SWEEP).is_file():
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
+    names.refuse_foreign_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume.is_own(folder):
         records.refuse_links(folder, f"hydra.run.dir={folder}")
@@ -170,9 +171,9 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
 
 def leave_nothing(folder: Path) -> None:
     """Remove a run's own folder in which nothing was written, unless somebody has it."""
-    if folder.resolve() == Path.cwd() or not folder.is_dir() or (folder / resume.SWEEP).is_file():
+    if folder.resolve() == Path.cwd() or not folder.is_dir():
         return
-    if any(path.name != ".lock" for path in folder.iterdir()):
+    if any(path.name != names.LOCK for path in folder.iterdir()):
         return
     with contextlib.suppress(OSError, UserError), records.Lock(folder):
         records.remove_unused(folder)
@@ -221,7 +222,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             except BaseException as raised:
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
-                note_failure(cause, folder, objects.state.step, world)
+                note_failure(cause, folder, job, objects.state.step, world)
                 if world.store is None and is_plain(cause):
                     raise SystemExit(1) from cause
                 if fault is None:
@@ -234,7 +235,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             name = signal.Signals(number).name
             if world.is_main:
                 log.warning("stopped by %s at step %d. Go on with:", name, summary["steps"])
-                log.warning("  %s", command(f"resume={folder}"))
+                log.warning("  %s", again(job, folder))
             world.barrier()
             raise SystemExit(128 + number)
         if world.is_main:
@@ -279,7 +280,7 @@ def is_plain(error: BaseException) -> bool:
     return isinstance(error, FloatingPointError | OSError) and hasattr(error, "step")
 
 
-def note_failure(error: BaseException, folder: Path, step: int, world: World) -> None:
+def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
     """Write down why the run failed, once: the others fail because this process does."""
     error.step = step  # type: ignore[attr-defined]  # for whoever has to tell of it
     if lost_the_others(error) or not world.is_first("to fail"):
@@ -291,7 +292,7 @@ def note_failure(error: BaseException, folder: Path, step: int, world: World) ->
         log.error("failed at step %d: %s", step, in_a_line(error))
         if isinstance(error, OSError):  # a disk that can be mended, more often than not
             log.error("Once that is mended, go on with:")
-            log.error("  %s", command(f"resume={folder}"))
+            log.error("  %s", again(job, folder))
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
 
@@ -319,6 +320,7 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]
         root=ROOT,
         data=data,
         seeds={"seed": job.config["seed"]},
+        config=job.source,
         accepted=accepted,
     )
     return accepted
@@ -362,7 +364,7 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)
-    log.info("if it is cut, go on with: %s", command(f"resume={folder}"))
+    log.info("if it is cut, go on with: %s", again(job, folder))
 
 
 def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
@@ -410,11 +412,11 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
         log.info("  %s  %.5g", name.ljust(width), value)
     log.info("")
     log.info("record: %s", folder / "report.html" if job.draws else folder)
-    log.info("next:   %s", longer(folder, job.config, summary))
+    log.info("next:   %s", longer(folder, job, summary))
     split = "test" if summary["test"] else "val" if summary["val"] else "train"
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
-    log.info("        %s", command("-m", *kept, "seed=0,1,2"))
+    log.info("        %s", command("-m", *flags.arguments_of(job.source), *kept, "seed=0,1,2"))
 
 
 def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
@@ -445,17 +447,15 @@ def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[s
     return lines
 
 
-def longer(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def longer(folder: Path, job: Job, summary: Mapping[str, Any]) -> str:
     """The command that goes on with a complete run, for as long again."""
-    limits = resume.reached(summary, config["trainer"])
-    return command(f"resume={folder}", *(f"{key}={more}" for key, more in limits.items()))
+    limits = resume.reached(summary, job.config["trainer"])
+    return again(job, folder, *(f"{key}={more}" for key, more in limits.items()))
 
 
-def command(*arguments: str, script: str = "train.py") -> str:
-    """A command line that can be pasted into a shell."""
-    path = ROOT / "scripts" / script
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return shlex.join(["python", str(shown), *arguments])
+def again(job: Job, folder: Path, *more: str) -> str:
+    """The command that resumes the run in `folder`."""
+    return command(*flags.arguments_of(job.source), f"resume={folder}", *more)
 
 
 def _terminal_width() -> int:

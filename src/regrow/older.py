@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from regrow.command_line import override
+
 
 class AddedKey(NamedTuple):
     target: str | None  # `_target_` of the node that holds the key; None: the top level
@@ -135,4 +137,6 @@ def line(where: str, keys: Mapping[str, Any]) -> str:
 
 def as_override(key: str, value: Any) -> str:
     """`key=value` in Hydra's grammar, of plain values."""
+    if isinstance(value, str):
+        return override(key, value)
     return f"{key}={json.dumps(value, ensure_ascii=False)}"

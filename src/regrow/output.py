@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -46,27 +48,63 @@ def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: boo
                 count += 1
             file.flush()
             os.fsync(file.fileno())
-        if overwrite:
-            temporary.replace(target)
-        else:
-            _move_where_nothing_is(temporary, target)
+        _publish(temporary, target, overwrite)
     except OSError as error:
         raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return count
 
 
+def write_text(text: str, target: Path, *, overwrite: bool) -> None:
+    """Write a text file that the user named, whole or not at all. Raises UserError."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, target, overwrite)
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise UserError for an output that cannot be written, before any work is done."""
-    if target.is_dir():
-        raise UserError(f"output={target} is a folder. Name a file, such as {target}/out.csv.")
-    if target.exists() and not overwrite:
-        raise UserError(
-            f"output={target} exists already. Choose another name, or add overwrite=true."
-        )
+    """Raise UserError for an output that cannot be written, before any work is done.
+
+    A file that exists needs `overwrite`. A folder, link, device or pipe is never replaced.
+    """
+    try:
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
+    else:
+        if stat.S_ISREG(mode) and not overwrite:
+            raise UserError(
+                f"output={target} exists already. Choose another name, or add overwrite=true."
+            )
+    if stat.S_ISLNK(mode):
+        raise UserError(f"output={target} is a link. Name the file itself.")
+    if stat.S_ISDIR(mode):
+        raise UserError(f"output={target} is a folder. Name a file, such as {target / 'out.csv'}.")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"output={target} is not a regular file. Choose another name.")
     if not target.parent.is_dir():
         raise UserError(f"output={target}: there is no folder {target.parent}. Make it first.")
+
+
+def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    refuse_existing(target, overwrite)  # it may have come to be there in the meantime
+    if overwrite:
+        temporary.replace(target)
+    else:
+        _move_where_nothing_is(temporary, target)
 
 
 def _move_where_nothing_is(temporary: Path, target: Path) -> None:

@@ -135,7 +135,7 @@ def meet() -> Any:
     else:
         file = meeting_file()
         wait_until(file.exists, lambda: f"the first process, which writes {file}", PATIENCE)
-        host, text = file.read_text().split()
+        host, text = file.read_text(encoding="utf-8").split()
         port = int(text)
     last: list[OSError] = []
 

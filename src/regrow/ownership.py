@@ -118,7 +118,7 @@ def _usable(folder: Path, *, make: bool = False) -> Path:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One writer at a time, as far as the file system knows locks: a line is one write anyway."""
-    with open(folder / LOCK, "a", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
+    with open(folder / LOCK, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

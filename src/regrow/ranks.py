@@ -122,7 +122,7 @@ def start(job: Job, count: int) -> Outcome:
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="regrow-") as private, forwarding() as forwarded:
         path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
-        path.write_text(job.to_json())
+        path.write_text(job.to_json(), encoding="utf-8")
         context = start_processes(
             name="train",
             entrypoint=sys.executable,

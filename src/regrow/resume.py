@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from regrow import monitor, older, ownership
+from regrow import command_line, flags, monitor, older, ownership
 from regrow.config import CONF, MULTIRUN, read_yaml, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
@@ -82,10 +82,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
     named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     if not named or named[-1] in ("auto", "never"):
         return list(arguments)
-    folder = Path(named[-1].strip("'\""))
-    new = [a for a in arguments if not a.startswith("resume=")]
+    folder = Path(command_line.path_of("resume", named[-1]))
+    given, new = flags.split([a for a in arguments if not a.startswith("resume=")])
     if (folder / SWEEP).is_file():
-        return expand_sweep(folder, new)
+        return expand_sweep(folder, [*given, *new])
     recorded = folder / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
         raise UserError(
@@ -108,15 +108,19 @@ def expand(arguments: Sequence[str]) -> list[str]:
         if downloads_elsewhere(folder, _recorded_config(folder), keys):
             old.append("data.source.download=false")
     refuse_masked(folder, old)
-    return [*old, f"resume={folder}", *new, f"hydra.run.dir={folder.resolve()}"]
+    chosen = flags.followed(
+        f"resume={folder}", flags.recorded(folder), flags.typed(arguments), is_own=is_own(folder)
+    )
+    new = [line for line in new if key_of(line) != flags.SEARCH_PATH]
+    given = [*flags.others(given), *flags.arguments_of(chosen)]
+    place = command_line.override("hydra.run.dir", folder.resolve())
+    return [*given, *old, command_line.override("resume", folder), *new, place]
 
 
-def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
+def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
     """The sweep's own overrides, then the new ones, in that folder. Its frozen code runs again."""
-    named, folder = (
-        folder,
-        Path(os.path.relpath(folder.resolve())),
-    )  # `latest` may come to name another
+    given, new = flags.split(arguments)
+    named, folder = folder, Path(os.path.relpath(folder.resolve()))  # `latest` may name another
     ownership.check_sweep(folder, f"resume={named}")  # before Hydra sees what is in there
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
@@ -125,8 +129,19 @@ def expand_sweep(folder: Path, new: Sequence[str]) -> list[str]:
         before = [*before, *content.get("launcher", [])]
     old = [str(a) for a in before if key_of(str(a)) not in (*keys, CHANGED)]
     refuse_masked(folder, old)
-    given = [a for a in new if a not in MULTIRUN]
-    return ["-m", *old, *given, f"hydra.sweep.dir={folder}"]
+    chosen = flags.followed(
+        f"resume={folder}", flags.of_sweep(folder), flags.typed([*given, *new]), is_own=True
+    )
+    old, new = ([a for a in its if key_of(a) != flags.SEARCH_PATH] for its in (old, new))
+    given = [a for a in flags.others(given) if a not in MULTIRUN]
+    return [
+        "-m",
+        *given,
+        *flags.arguments_of(chosen),
+        *old,
+        *new,
+        command_line.override("hydra.sweep.dir", folder),
+    ]
 
 
 def is_own(folder: Path) -> bool:
@@ -196,7 +211,7 @@ def is_foreign(override: str) -> bool:
         or key_of(override).startswith("hydra")
         or is_of_the_launcher(override)
         or "@" in key
-        or "${" in value
+        or re.search(r"(?<!\\)(?:\\\\)*\$\{", value) is not None  # and not a literal one
         or any(".." in name or name.strip(" '\"").startswith("/") for name in names)
     )
 
@@ -210,7 +225,7 @@ def recorded_overrides(folder: Path) -> list[str]:
     """What the run in `folder` was started with. Raises UserError if it cannot be read."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
-        return overrides_in(path.read_text())
+        return overrides_in(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
@@ -307,7 +322,9 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         way_out = (
             "Name a key on the command line to change it all the same, or start a new run."
             if by_name
-            else f"Use another folder, or resume={folder} with the keys to change."
+            else "Use another folder, or "
+            + command_line.shell([f"resume={folder}"])
+            + " with the keys to change."
         )
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return True

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from regrow import monitor
+from regrow.command_line import command
 from regrow.config import instantiate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
@@ -414,7 +415,8 @@ def take_best(state: TrainState, folder: Path, world: World) -> int:
     except checkpoint.DamagedCheckpoint as damage:
         raise UserError(
             f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
-            f"test its final weights: scripts/evaluate.py run={folder} checkpoint=last"
+            f"test its final weights: "
+            + command(f"run={folder}", "checkpoint=last", script="evaluate.py")
         ) from None
     state.evaluated.load_state_dict(sharding.as_in(weights, state.evaluated.state_dict()))
     log.info("testing the weights of step %d", facts["step"])
@@ -482,7 +484,7 @@ def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:
         (folder / "profile").mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / "profile" / "trace.json"))
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
-        (folder / "profile" / "operators.txt").write_text(table)
+        (folder / "profile" / "operators.txt").write_text(table, encoding="utf-8")
         log.info("profile: %s (open in a browser at ui.perfetto.dev)", folder / "profile")
 
     return profile(on_trace_ready=finish, profile_memory=True, with_stack=False)

@@ -91,7 +91,9 @@ def queued(folder: Path) -> str | None:
     if not ids:
         return None
     command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(ids)}"]
-    answer = subprocess.run(command, capture_output=True, text=True)  # fails if it knows none
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8"
+    )  # fails if none is known
     return next(iter(answer.stdout.split()), None)
 
 
@@ -169,7 +171,8 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         yield executor
     except submitit.core.utils.FailedJobError as error:
         for left in {*folder.glob("*"), *folder.glob(".*")} - before:
-            left.unlink()
+            if re.fullmatch(r"job\.json|\d+_.*|(submission_file_)?[0-9a-f-]+\.(pkl|sh)", left.name):
+                left.unlink()
         with contextlib.suppress(OSError):  # there may be an earlier job's
             folder.rmdir()
         raise UserError(f"launcher=slurm: {' '.join(str(error).split())}") from None
@@ -180,7 +183,7 @@ def waiting_or_running(numbers: Sequence[str]) -> set[str]:
     if not numbers:
         return set()
     command = ["squeue", "--noheader", "--array", "--format=%i"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     # An array's job is 12_3, which Slurm may also call by a number of its own.
     return set(answer.stdout.split()) & set(numbers)
 
@@ -251,8 +254,8 @@ class Task:
         if refused.exists():
             return False
         counter = self.job.with_name("restarts")
-        restarts = int(counter.read_text()) if counter.is_file() else 0
-        job = Job(**json.loads(self.job.read_text()))
+        restarts = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
+        job = Job(**json.loads(self.job.read_text(encoding="utf-8")))
         return self.out_of_memory() or restarts < job.config["trainer"]["max_restarts"]
 
     def out_of_memory(self) -> bool:
@@ -267,7 +270,7 @@ class Task:
             )
             if not self.out_of_memory():
                 counter = self.job.with_name("restarts")
-                before = int(counter.read_text()) if counter.is_file() else 0
+                before = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
                 records.write_text(counter, str(before + 1))
             assert self.process is not None
             requeue(f"task {os.environ['SLURM_PROCID']} ended with {self.process.returncode}")
@@ -277,7 +280,7 @@ class Task:
 def is_preempted() -> bool:
     """Whether Slurm has asked this job to make room: it then has to put itself back."""
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
-    said = subprocess.run(command, capture_output=True, text=True).stdout
+    said = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     return re.search(r"\bPreemptTime=\d", said) is not None
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from regrow import config as configs
-from regrow import launch, outside
+from regrow import launch, outside, terminal
 from regrow import run as runs
 from regrow.console import console
 from regrow.errors import UserError, in_a_line, machine_fault, printable
@@ -34,8 +34,9 @@ log = logging.getLogger("regrow")
 
 def main() -> None:
     """Do the part of this process in the job that another one composed."""
+    terminal.show()
     file = os.environ.get("REGROW_JOB")
-    text = Path(file).read_text() if file else ""
+    text = Path(file).read_text(encoding="utf-8") if file else ""
     if "RANK" not in os.environ:
         try:
             work_alone(text)
@@ -219,7 +220,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
             return  # the first process, which had the store, has said the same
     if said["kind"] == "user":
         if "REGROW_WATCHED" not in os.environ:  # whoever watches says it
-            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"error: {printable(configs.one_line(str(error)))}", file=sys.stderr)
     elif fault := machine_fault(error):
         if not hasattr(error, "step"):  # else the run has said it
             print(f"error: rank {rank}: {fault}", file=sys.stderr)

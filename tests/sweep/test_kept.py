@@ -69,7 +69,7 @@ def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
     thesis = tmp_path / "code" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
-    with pytest.raises(UserError, match="holds no sweep, but code"):
+    with pytest.raises(UserError, match="holds code, which no sweep"):
         frozen.claim(tmp_path, "digits", [], "auto")
     run.leave_nothing(tmp_path)
     assert thesis.read_text() == "years of work"

@@ -54,7 +54,7 @@ def test_values_of_yaml_are_typed_as_one_types_them() -> None:
     params: dict[str, Any] = {"a": [0.1, None, True, "x"], "b": "1,2", "c": [[8], [8, 8]], "d": 3}
     params |= {"e": [{"body.*": 0.1}, None], "f": [["it's"]]}
     assert plan.lines_of(params) == [
-        "a=0.1,null,true,x", "b=1,2", "c=[8],[8,8]", "d=3", "e={body.*:0.1},null", r"f=['it\'s']",
+        "a=0.1,null,true,x", "b=1,2", "c=[8],[8,8]", "d=3", "e={body.*:0.1},null", 'f=["it\'s"]',
     ]  # fmt: skip
     for line in plan.lines_of(params):
         OverridesParser.create().parse_overrides([line])

@@ -91,7 +91,8 @@ def _bundled(file: str, **options: Any) -> Any:
     path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / file
     if not path.exists():
         raise UserError(f"scikit-learn no longer ships {path}. Install scikit-learn 1.9.")
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
         return np.loadtxt(lines, **options)
 
 

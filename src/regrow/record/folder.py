@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from regrow.errors import UserError
+from regrow.record import names
 from regrow.record.redact import redact
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,9 @@ def link_latest(folder: Path, runs: Path) -> None:
     link = runs / "latest"
     if link.exists() and not link.is_symlink():
         log.warning("%s is no link, left as it is", link)
+        return
+    if link.is_symlink() and len(link.readlink().parts) != 1:
+        log.warning("%s names another place, left as it is", link)  # a run did not write it
         return
     temporary = link.with_name(f".latest-{secrets.token_hex(8)}")
     try:
@@ -155,7 +159,8 @@ class Lock:
         self.descriptor = descriptor
         _held.add(self)
         for leftover in self.folder.glob(".*.tmp"):  # of a writer that was killed
-            leftover.unlink(missing_ok=True)
+            if names.is_temporary(leftover.name) and leftover.is_file():
+                leftover.unlink(missing_ok=True)
         return self
 
     @classmethod
@@ -222,13 +227,19 @@ def is_locked(folder: Path) -> bool:
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Replace the file in one step: after a crash it holds the old text or the new one, whole.
 
-    A `private` one is for this user's eyes alone.
+    A `private` one is for this user's eyes alone. A byte of a file name that is not UTF-8 is
+    written as \\udcXX, which JSON and YAML read back as what Python calls that byte.
     """
+    refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     mode = 0o600 if private else 0o666
     try:
         with open(
-            temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)
+            temporary,
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            opener=lambda name, flags: os.open(name, flags, mode),
         ) as file:
             file.write(text)
             file.flush()
@@ -239,6 +250,15 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def refuse_special(path: Path) -> None:
+    """Raise FileExistsError for a folder, device, pipe or socket, which a rename would replace.
+
+    A link is replaced itself: the file that it names stays as it is.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it exists and is not a regular file", str(path))
 
 
 def sync_folder(folder: Path) -> None:
@@ -253,7 +273,12 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Like write_text. A NaN is written as NaN, which Python's json reads back."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The text of a JSON file."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
 
 def read_json(path: Path) -> Any:

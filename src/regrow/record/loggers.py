@@ -157,7 +157,7 @@ class Csv:
             columns.update(dict.fromkeys(row))
         self.columns = list(columns)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([harmless(column) for column in self.columns])
             writer.writerows(self._cells(row) for row in rows)
@@ -166,7 +166,9 @@ class Csv:
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         row = {"step": step, "epoch": epoch, **values}
         if row.keys() <= set(self.columns):
-            with self.path.open("a", newline="", encoding="utf-8") as file:
+            with self.path.open(
+                "a", newline="", encoding="utf-8", errors="backslashreplace"
+            ) as file:
                 csv.writer(file, lineterminator="\n").writerow(self._cells(row))
             return
         with self.path.open(newline="", encoding="utf-8") as file:

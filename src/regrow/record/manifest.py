@@ -65,15 +65,18 @@ def write(
     data: Mapping[str, Any] | None,
     seeds: Mapping[str, Any],
     accepted: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write manifest.json and, for code with changes, git.diff; return the manifest.
 
     Where there is one already, it stays and this start is added to its `resumes`; see `set_step`.
     `root` is the repository's folder, `data` the data's fingerprint. `accepted` are the splits
-    that changed since the run began, with both fingerprints, where the user accepts them.
+    that changed since the run began, with both fingerprints, where the user accepts them. `config`
+    is the source that the run's config was composed from: see `flags.py`.
     """
     now: dict[str, Any] = {
         "command": shlex.join(command),
+        "config": config,
         "folder": _relative(Path.cwd(), Path(origin(root).get("root", root))),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git(root),
@@ -143,7 +146,10 @@ def code_sha256(root: Path) -> str:
     for path in sorted([*files, *root.glob("*.py")]):
         if path.is_file():
             content = path.read_bytes()
-            digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
+            digest.update(
+                f"{path.relative_to(root)}\0{len(content)}\0".encode("utf-8", "surrogateescape")
+                + content
+            )
     return digest.hexdigest()
 
 
@@ -167,6 +173,13 @@ def origin(root: Path) -> dict[str, Any]:
         facts: dict[str, Any] = read_json(root / ORIGIN)
         return facts
     return {}
+
+
+def own_root() -> Path:
+    """The user's own checkout, also in a process that runs a frozen copy of it."""
+    root = Path(__file__).resolve().parents[3]
+    own = Path(origin(root).get("root", root))
+    return own if (own / "scripts" / "train.py").is_file() else root
 
 
 def git(root: Path) -> dict[str, Any] | None:
@@ -303,7 +316,9 @@ def hardware() -> dict[str, Any]:
 
 def _cpu_model() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        ):
             if line.startswith(("model name", "Model")):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

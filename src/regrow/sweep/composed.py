@@ -12,6 +12,8 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from regrow.config import typed_overrides
+
 
 @dataclass
 class Composed:
@@ -61,8 +63,8 @@ class Composed:
             return False
         key, hydra = override.key_or_group, self.config.hydra
         if key not in self._is_group:  # also on a search path that is not this repository's
-            options = self.loader.get_group_options(
-                key, None, hydra.job.config_name, list(hydra.overrides.hydra)
-            )
+            # Resolved, one such as hydra.sweep.subdir=${hydra.job.override_dirname} would fail.
+            typed = typed_overrides(hydra.overrides.hydra)
+            options = self.loader.get_group_options(key, None, hydra.job.config_name, typed)
             self._is_group[key] = bool(options)
         return self._is_group[key]

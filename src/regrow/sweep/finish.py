@@ -25,7 +25,7 @@ def finish(folder: Path, number: int, code: int) -> None:
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
         state.note(folder, number, "failed", reason, slurm=slurm)
-    with (folder / state.RESULTS_LOCK).open("w") as lock:  # several jobs may end at once
+    with (folder / state.RESULTS_LOCK).open("wb") as lock:  # several jobs may end at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = results.write_table(folder)
         if all(row.state in state.ENDED for row in found.rows):
@@ -38,7 +38,7 @@ def finish(folder: Path, number: int, code: int) -> None:
 def last_error(folder: Path, slurm: str | None) -> str:
     """What the job printed last as an error; its output may come from several processes."""
     for file in (folder / "slurm").glob(f"{slurm}_*.out") if slurm else ():
-        lines = file.read_text(errors="replace").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in reversed(lines):
             if "error: " in line:
                 return line.partition("error: ")[2]

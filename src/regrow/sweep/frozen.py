@@ -13,13 +13,13 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from regrow import ownership
+from regrow import flags, ownership
 from regrow.config import ROOT
 from regrow.errors import UserError
 from regrow.record import folder as records
-from regrow.record import manifest
+from regrow.record import manifest, names
 from regrow.sweep import state
 
 PARTS = ("src", "conf", "scripts")
@@ -28,7 +28,13 @@ FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
 IDENTITY = "REGROW_SWEEP_ID"  # by which the list of the user's folders knows the sweep
 
 
-def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) -> records.Lock:
+def claim(
+    named: Path | None,
+    name: str,
+    overrides: Sequence[str],
+    resume: str,
+    source: Mapping[str, Any] = flags.DEFAULT,
+) -> records.Lock:
     """The lock of the sweep's folder: the one `named`; else the newest that the same command began
     and that nobody goes on with; else a new one under outputs/<name>/sweeps.
 
@@ -36,6 +42,7 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
     that is neither the user's nor trusted, before anything is written there.
     """
     if named is not None:
+        names.refuse_foreign_sweep(named)
         if (named / state.FILE).is_file() or is_copy(named / state.CODE):
             ownership.check_sweep(named, f"hydra.sweep.dir={named}")
         # A start that was killed may have left the copy, and names with a dot: lock and leftovers.
@@ -49,7 +56,7 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
         return records.Lock(named).acquire()
     sweeps = Path("outputs", name, "sweeps")
     for folder in sorted(sweeps.glob("*/"), reverse=True) if resume != "never" else ():
-        if folder.is_symlink() or not state.is_open(folder, overrides):
+        if folder.is_symlink() or not state.is_open(folder, overrides, source):
             continue
         try:
             ownership.check_sweep(folder, str(folder))
@@ -57,7 +64,7 @@ def claim(named: Path | None, name: str, overrides: Sequence[str], resume: str) 
             raise UserError(f"{error}. To start another sweep instead: resume=never") from None
         with contextlib.suppress(UserError):  # in use
             lock = records.Lock(folder).acquire()
-            if state.is_open(folder, overrides):
+            if state.is_open(folder, overrides, source):
                 return lock
             lock.release()
     return records.Lock(records.create(Path("outputs"), f"{name}/sweeps")).acquire()

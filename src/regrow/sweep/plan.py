@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.check import check
+from regrow.command_line import paths_as_typed, quoted
 from regrow.compose import job_of, with_override
 from regrow.config import composition_error
 from regrow.errors import UserError
@@ -96,7 +97,7 @@ def sets_of(options: Sets) -> list[list[str]]:
                 f"sweep.sets[{number}]={each!r} has to be overrides, such as "
                 "'optimizer=sgd optimizer.lr=0.1'."
             )
-        sets.append(each)
+        sets.append(paths_as_typed(each, multirun=False))
     if not sets:
         raise UserError("sweep=list: there is no set. Give sweep.sets=[…] or sweep.file=….")
     return sets
@@ -133,7 +134,7 @@ def _typed(value: Any, *, inside: bool = False) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_typed(each, inside=True) for each in value) + "]"
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if inside else value
+        return quoted(value) if inside else value
     return json.dumps(value)
 
 
@@ -282,6 +283,6 @@ def with_threads(planned: Planned, count: int) -> Planned:
 
 def overrides_of(config: DictConfig) -> list[str]:
     """What was typed for the sweep, in Hydra's words and ours."""
-    said = OmegaConf.to_container(config.hydra.overrides)
+    said = OmegaConf.to_container(config.hydra.overrides, resolve=False)
     assert isinstance(said, dict)
     return [str(o) for o in (*said["hydra"], *said["task"])]

@@ -19,6 +19,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
+from regrow import terminal
 from regrow.errors import UserError, in_a_line
 from regrow.parent import die_with_parent
 from regrow.ranks import python_path
@@ -67,6 +68,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, stream in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, stream)
+    terminal.show("utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a killed job has said how far it came
     os.environ.update(environment)

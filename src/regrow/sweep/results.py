@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from pathlib import Path
 
+from regrow import flags
+from regrow.command_line import command
 from regrow.errors import UserError
-from regrow.record import comparison, report
+from regrow.record import comparison, manifest, report
 from regrow.record.comparison import Comparison, Row
 from regrow.record.report import Run
 from regrow.sweep import state
@@ -94,11 +95,12 @@ def summary_of(folder: Path, found: Comparison) -> list[str]:
     best = found.best
     if best is not None and best.run is not None:
         run = Path(os.path.relpath(folder / best.folder))
+        places = flags.arguments_of(flags.of_sweep(folder))
         lines += [
             f"best job: {best.job}, {found.metric} "
             f"{comparison.shown(best.value(found.metric) or 0.0)}"
             + (f": {best.label}" if best.label else ""),
-            f"          {shlex.join(['python', 'scripts/train.py', *best.run.overrides])}",
+            f"          {command(*places, *best.run.overrides, root=manifest.own_root())}",
             f"          {run / 'checkpoints' / 'best'}",
         ]
     if found.left_out:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,15 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import outside, ownership, slurm
+from regrow import flags, outside, ownership, slurm
 from regrow.check import check_group
+from regrow.command_line import command
 from regrow.compose import as_recorded
 from regrow.config import instantiate, plain
 from regrow.console import console
 from regrow.errors import UserError
 from regrow.record import folder as records
+from regrow.record import manifest
 from regrow.resume import CHANGED, key_of
 from regrow.sweep import cluster, frozen, gpus, local, plan, process, results, schedule, state
 from regrow.sweep.composed import Composed
@@ -59,6 +60,7 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
             str(config.name),
             same_sweep(config),
             str(config.resume),
+            flags.source_of(config.hydra),
         )
         frozen.tell_of_edits(lock.folder)
         warm = not config.launcher.get("fresh_processes", True)
@@ -116,6 +118,7 @@ def _run(
             "kind": "search" if isinstance(options, Search) else "list of jobs",
             "overrides": same_sweep(config),
             "launcher": [o for o in plan.overrides_of(config) if is_of(o, "launcher")],
+            "config": flags.source_of(config.hydra),
             "complete": False,
             "id": identity,
         },
@@ -173,6 +176,15 @@ class Sweep:
 
     def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
         """Raise UserError where the folder holds jobs that were made otherwise."""
+        if state.read(self.folder):
+            before, now = flags.of_sweep(self.folder), self.facts.get("config", flags.DEFAULT)
+            for key in ("name", *flags.PLACES):
+                if before[key] != now[key]:
+                    words = command(*flags.arguments_of(before), "-m", root=manifest.own_root())
+                    raise UserError(
+                        f"{self.folder} holds a sweep of another config or search path, which "
+                        f"starts with {words}. Another one needs another folder."
+                    )
         kind = state.read(self.folder).get("kind", self.facts["kind"])
         if kind != self.facts["kind"]:
             raise UserError(
@@ -284,7 +296,7 @@ def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]
         log.info("submitted to Slurm: %d jobs, to be stopped with scancel %s", len(given), array)
     where = os.path.relpath(folder)
     log.info("folder: %s", where)
-    log.info("how it stands: %s", shlex.join(["python", "scripts/report.py", where]))
+    log.info("how it stands: %s", command(where, script="report.py", root=manifest.own_root()))
     return 0
 
 
@@ -302,8 +314,9 @@ def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[P
 
 def going_on(folder: Path, *more: str) -> str:
     where = os.path.relpath(folder)
-    trust = ownership.trust_of(folder)
-    return shlex.join(["python", "scripts/train.py", "-m", f"resume={where}", *trust, *more])
+    places = flags.arguments_of(flags.of_sweep(folder))
+    words = [f"resume={where}", *ownership.trust_of(folder), *more]
+    return command("-m", *places, *words, root=manifest.own_root())
 
 
 def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:

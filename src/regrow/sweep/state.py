@@ -6,14 +6,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import ownership
+from regrow import flags, ownership
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record.comparison import label_of
@@ -95,7 +95,7 @@ def add(folder: Path, entry: Entry) -> None:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One at a time: jobs that end on other machines write here too."""
-    with (folder / LOCK).open("w") as lock:
+    with (folder / LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -122,8 +122,10 @@ def entries(folder: Path) -> list[Entry]:
     return found
 
 
-def is_open(folder: Path, overrides: Sequence[str]) -> bool:
-    """Whether a sweep that these overrides began in `folder` has not come to its end."""
+def is_open(
+    folder: Path, overrides: Sequence[str], source: Mapping[str, Any] = flags.DEFAULT
+) -> bool:
+    """Whether a sweep that these overrides of this source began in `folder` has not ended."""
     try:
         content = read(folder)
     except UserError:
@@ -131,6 +133,7 @@ def is_open(folder: Path, overrides: Sequence[str]) -> bool:
     return bool(
         content
         and content.get("overrides") == [redact(o) for o in overrides]
+        and flags.of_sweep(folder) == source
         and not content.get("complete")
     )
 

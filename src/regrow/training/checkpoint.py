@@ -324,13 +324,13 @@ def complete(folder: Path) -> dict[Path, dict[str, Any]]:
 def named(folder: Path, name: str) -> Path:
     """The checkpoint that `last`, `best` or its own name stands for; it may not be there."""
     path = folder / name
-    return folder / path.read_text().strip() if path.is_file() else path.resolve()
+    return folder / path.read_text(encoding="utf-8").strip() if path.is_file() else path.resolve()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """A checkpoint's manifest. Raises DamagedCheckpoint, and UserError where it is too new."""
     try:
-        content: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         digest = content.pop("sha256")
         _ = content["step"], content["files"]
     except FileNotFoundError:
@@ -492,7 +492,8 @@ def _clear_up(folder: Path) -> None:
             with contextlib.suppress(DamagedCheckpoint):
                 verify(old)  # its files too: a rotation may have deleted some of them
                 old.rename(target)
-    for leftover in (*folder.glob(".tmp-*"), *folder.glob(".old-*")):
+    leftovers = [*folder.glob(".tmp-step_????????"), *folder.glob(".old-step_????????")]
+    for leftover in (*leftovers, *folder.glob(".tmp-last"), *folder.glob(".tmp-best")):
         if leftover.is_symlink():
             leftover.unlink()
         else:
@@ -554,5 +555,5 @@ def _point(link: Path, target: Path) -> None:
     try:
         temporary.symlink_to(target.name)
     except OSError:  # a file system without links: a file that holds the name
-        temporary.write_text(target.name)
+        temporary.write_text(target.name, encoding="utf-8")
     temporary.replace(link)

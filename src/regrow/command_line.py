@@ -1,0 +1,154 @@
+"""Text on command lines: quoted for Hydra's grammar, quoted for the shell, and paths as typed.
+
+Two readers take a command line apart: the shell, then Hydra's override grammar, to which `=`, `,`,
+brackets and every letter outside ASCII are syntax errors. Nothing that this package puts on a
+command line, or reads back from a record, goes to either of them unquoted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Keys whose value is one path. It may be typed as it is, whatever is in it.
+PATHS = (
+    *("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir", "sweep.file"),
+    *("data.root", "data.source.root", "data.source.train_file", "data.source.val_file"),
+    "data.source.test_file",
+)
+ONE_VALUE = ("resume", "hydra.run.dir", "hydra.sweep.dir", "sweep.file")  # no sweep varies these
+WORDS = ("auto", "never", "null", "")  # stand for no path
+_BARE = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*|[A-Za-z_][A-Za-z0-9_-]*")
+_TYPED_OTHERWISE = ("null", "true", "false", "inf", "nan")  # as Hydra reads these words
+
+
+def quoted(text: str) -> str:
+    """`text` as a value in Hydra's grammar, from which the config gets exactly this string."""
+    if _BARE.fullmatch(text) and text.lower() not in _TYPED_OTHERWISE:
+        return text
+    # OmegaConf would look for a key.
+    text = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text)
+    quote = "'" if '"' in text and "'" not in text else '"'
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[1] * 2 + (f"\\{quote}" if found[2] else "")
+
+    # Hydra removes backslashes before a quote, and leaves all others.
+    return quote + re.sub(rf"(\\*)({quote}|\Z)", escaped, text) + quote
+
+
+def override(key: str, value: str | Path) -> str:
+    """`key=value` for Hydra, of text that is to arrive as it is."""
+    return f"{key}={quoted(str(value))}"
+
+
+def paths_as_typed(arguments: Sequence[str], *, multirun: bool) -> list[str]:
+    """The arguments, with paths quoted that Hydra's grammar would refuse or read otherwise.
+
+    A path that exists is taken literally. Raises UserError for one with a line break.
+    """
+    found = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in PATHS and value not in WORDS and quoted(value) != value:
+            refuse_line_breaks(key, value)
+            if _exists(value) or not _is_readable(key, value, multirun):
+                argument = override(key, value)
+        found.append(argument)
+    return found
+
+
+def path_of(key: str, value: str) -> str:
+    """The path that `key=value` names: literally, or as Hydra reads it where that is no path yet.
+
+    Raises UserError for one with a line break.
+    """
+    refuse_line_breaks(key, value)
+    if quoted(value) != value and not _exists(value):
+        with_quotes = read(f"{key}={value}")
+        if isinstance(with_quotes, str):
+            return with_quotes
+    return value
+
+
+def read(argument: str) -> Any:
+    """The value that Hydra's grammar reads in `key=value`; `...` where that is a syntax error.
+
+    A sweep over several values stays Hydra's own object.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return ...
+    if parsed.is_sweep_override():
+        return parsed
+    value = parsed.value()
+    if isinstance(value, str):  # as OmegaConf will read it
+        value = re.sub(r"(\\*)\\\$\{", lambda found: found[1][::2] + "${", value)
+    return value
+
+
+def refuse_line_breaks(key: str, path: str) -> None:
+    if "\n" in path or "\r" in path:
+        raise UserError(f"{key}={path!r}: a path must not contain a line break. Rename the folder.")
+
+
+def shell(words: Sequence[str]) -> str:
+    """The words as a line that bash or zsh, when it is pasted there, takes apart again."""
+    return " ".join(map(_word, words))
+
+
+def command(*arguments: str, script: str = "train.py", root: Path = ROOT) -> str:
+    """A command line that can be pasted into a shell in the current folder."""
+    path = root / "scripts" / script
+    shown = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    if shown.startswith("-"):
+        shown = f"./{shown}"
+    return shell(["python", shown, *arguments])
+
+
+def _word(word: str) -> str:
+    if word.isprintable() and (word.isascii() or _shows(word)):
+        return shlex.quote(word)
+    try:
+        content = os.fsencode(word)
+    except UnicodeEncodeError:
+        content = word.encode("utf-8", "surrogateescape")
+    # By its bytes: the terminal has another encoding than file names, or no sign for it.
+    shown = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\{b:03o}" for b in content)
+    return f"$'{''.join(shown)}'"
+
+
+def _shows(word: str) -> bool:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_utf8 = encoding.lower().replace("-", "") == "utf8"
+    return is_utf8 and sys.getfilesystemencoding() == "utf-8"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(path)
+    except (OSError, ValueError):  # too long
+        return False
+
+
+def _is_readable(key: str, value: str, multirun: bool) -> bool:
+    """Whether Hydra's grammar finds text in `key=value`, or several values where those fit."""
+    found = read(f"{key}={value}")
+    if found is ...:
+        return False
+    if found is None or isinstance(found, str):
+        return True
+    is_sweep = hasattr(found, "is_sweep_override")
+    return is_sweep and multirun and key not in ONE_VALUE

@@ -1,0 +1,103 @@
+"""Every name that a run, a sweep or a script gives to a file in its folder. Others are the user's.
+
+`hydra.run.dir=…` may name any folder, and a run replaces files and clears up after a kill. So it
+takes a folder only if that is empty, or holds what a run left there; and it deletes a temporary
+file only if its name is exactly one that it gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import UserError
+
+# Of these every run has the first from its first instant until it is deleted.
+LOCK = ".lock"
+RUN = (
+    *(LOCK, ".hydra", "config.yaml", "preprocessing.json", "manifest.json", "status.json"),
+    *("metrics.jsonl", "summary.json", "train.log", "checkpoints", "plots", "profile"),
+    *("report.html", "weights.pt", "metrics.csv", "tensorboard", "wandb", "wandb.json", "slurm"),
+    *("lr_finder.csv", "lr_finder.json", "lr_finder.png"),
+)
+RUN_PATTERNS = (r"git(\.\d+)?\.diff", r"evaluation_(train|val|test)(_\w+)?\.json")
+# `.code` is the frozen code while it is copied. With sweep.json the folder is a sweep's for good.
+SWEEP_START = (LOCK, ".state.lock", ".results.lock", ".code", "code")
+SWEEP = (
+    *SWEEP_START,
+    *("sweep.json", "results.csv", "sweep.html", "jobs", "logs", "slurm", "optuna.log"),
+)
+
+
+def is_of_a_run(name: str) -> bool:
+    """Whether a run, or a script for it, gives this name to a file or folder of its own."""
+    return (
+        name in RUN
+        or any(re.fullmatch(pattern, name) for pattern in RUN_PATTERNS)
+        or is_temporary(name)
+    )
+
+
+def is_of_a_sweeps_start(name: str) -> bool:
+    return name in SWEEP_START or is_temporary(name)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether this is the name of a file that is being written, or was when its writer died."""
+    if name == ".weights.pt.tmp":
+        return True
+    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return found is not None and (found[1] in SWEEP or is_of_a_run(found[1]))
+
+
+def refuse_foreign_run(folder: Path) -> None:
+    """Raise UserError if `folder` holds something that no run wrote. Writes nothing.
+
+    Once it holds a run's manifest, other names in it are notes of the user, and stay as they are.
+    """
+    content = _json(folder / "manifest.json")
+    is_ours = isinstance(content, dict) and {"code_sha256", "seeds"} <= content.keys()
+    _refuse(folder, "hydra.run.dir", is_of_a_run, is_ours, "run")
+
+
+def refuse_foreign_sweep(folder: Path) -> None:
+    """The same for a folder that a sweep is to take."""
+    content = _json(folder / "sweep.json")
+    is_ours = isinstance(content, dict) and {"jobs", "overrides"} <= content.keys()
+    _refuse(folder, "hydra.sweep.dir", is_of_a_sweeps_start, is_ours, "sweep")
+
+
+def _refuse(folder: Path, key: str, is_own: Any, is_ours: bool, what: str) -> None:
+    if not folder.is_dir():
+        return
+    found = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in found:
+        mode = entry.stat(follow_symlinks=False).st_mode
+        fits = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (is_ours and entry.is_dir())
+        if (is_own(entry.name) or entry.name in SWEEP) and not fits:
+            kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
+            raise UserError(
+                f"{key}={folder}: {entry.name} in it is {kind}, and a {what} writes only files of "
+                "its own. Move it away, or choose another folder."
+            )
+    if is_ours:
+        return
+    foreign = [entry.name for entry in found if not is_own(entry.name)]
+    if found and not foreign and all(entry.name != LOCK for entry in found):
+        foreign = [entry.name for entry in found]  # only the name is a run's
+    if foreign:
+        raise UserError(
+            f"{key}={folder} holds {foreign[0]}, which no {what} of this repository wrote. "
+            "Choose another folder."
+        )
+
+
+def _json(path: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None

@@ -1,0 +1,165 @@
+"""Which config a command composes is part of a run's identity: its name, and where it was found."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import TINY
+
+from regrow import flags
+from regrow.config import ROOT
+from regrow.errors import UserError
+from regrow.record.folder import read_json, write_json, write_text
+
+SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
+MINE = "defaults:\n  - train\n  - _self_\nnotes: mine\n"
+
+
+def run(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=kept,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a config of one's own beside `conf/`."""
+    write_text_in(tmp_path / "D" / "mytrain.yaml", MINE)
+    write_text_in(tmp_path / "D" / "model" / "wide.yaml", "defaults: [mlp]\nhidden: [99]\n")
+    return tmp_path
+
+
+def write_text_in(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def test_flags_go_first_each_with_its_value(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["a=1", "-m", "b=2", "-cn", "mytrain", "c=3", "--config-dir=D", "--cfg", "job"]
+    first = ["-m", "--config-name", "mytrain", "--config-dir", "D", "--cfg", "job"]
+    assert flags.split(arguments) == (first, ["a=1", "b=2", "c=3"])
+    found = flags.absolute([*arguments, "hydra.searchpath=[E,pkg://x.y]"])
+    assert found[4] == str(tmp_path / "D")
+    assert found[-1] == f'hydra.searchpath=["file://{tmp_path}/E","pkg://x.y"]'
+    assert flags.absolute(found) == found
+    assert flags.typed(found) == {
+        "name": "mytrain", "dir": f"{tmp_path}/D", "searchpath": [f"file://{tmp_path}/E", "pkg://x.y"]
+    }  # fmt: skip
+    path = flags.absolute(["--config-path", "../conf"])[1]
+    assert Path(path) == ROOT / "conf"  # relative to the script, as Hydra has it
+
+
+def test_a_source_is_typed_as_it_was_recorded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = {"name": "mine", "path": None, "dir": f"{tmp_path}/D (1)", "searchpath": ["pkg://x.y"]}
+    words = flags.arguments_of(source)
+    assert words[:4] == ["--config-name", "mine", "--config-dir", "D (1)"]
+    assert {**flags.DEFAULT, **flags.typed(flags.absolute(words))} == source
+    assert flags.arguments_of(None) == flags.arguments_of(flags.DEFAULT) == []
+
+
+def test_a_folder_adds_no_search_path_by_itself(tmp_path: Path) -> None:
+    for key, value in {"dir": "/evil", "path": "/evil", "searchpath": ["file:///evil"]}.items():
+        source = {**flags.DEFAULT, key: value}
+        with pytest.raises(UserError, match=r"by itself. If you trust them, add: .*/evil"):
+            flags.followed("resume=x", source, {}, is_own=False)
+        assert flags.followed("resume=x", source, {}, is_own=True) == source
+        assert flags.followed("resume=x", source, {key: "/new"}, is_own=False)[key] == "/new"
+    with pytest.raises(UserError, match="started with --config-name mine, and this says"):
+        flags.followed("x", {**flags.DEFAULT, "name": "mine"}, {"name": "train"}, is_own=True)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a b", "", None, ["a"], "a\nb"])
+def test_a_record_that_names_no_config_is_refused(name: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "manifest.json", {"config": {**flags.DEFAULT, "name": name}})
+    with pytest.raises(UserError, match="names a config that no run has"):
+        flags.recorded(tmp_path)
+
+
+def test_a_record_from_before_the_source_was_in_it_is_read_from_what_hydra_composed(
+    tmp_path: Path,
+) -> None:
+    assert flags.recorded(tmp_path) == flags.DEFAULT
+    text = (
+        "job: {config_name: mine}\n"
+        "runtime: {config_sources: [{provider: command-line, path: /D, schema: file}]}\n"
+    )
+    write_text_in(tmp_path / ".hydra" / "hydra.yaml", text)
+    assert flags.recorded(tmp_path) == {**flags.DEFAULT, "name": "mine", "dir": "/D"}
+
+
+def test_a_run_of_another_primary_config_resumes_by_its_printed_command(place: Path) -> None:
+    said = run(
+        place, *SMALL, "-cn", "mytrain", "model=wide", "--config-dir", "D", "hydra.run.dir=r"
+    )
+    assert read_json(place / "r" / "manifest.json")["config"] == {
+        "name": "mytrain", "path": None, "dir": f"{place}/D", "searchpath": []
+    }  # fmt: skip
+    longer = re.findall(r"next: +python \S+ (.*)", said)[0]
+    assert "going on from step 2" in run(place, *shlex.split(longer))
+    said = run(place, "resume=r", "--config-name", "train", "--config-dir", "D", code=2)
+    assert "it was started with --config-name mytrain" in said
+
+
+@pytest.mark.slow
+def test_a_search_path_is_passed_on_to_the_second_run(place: Path) -> None:
+    run(place, *SMALL, "hydra.searchpath=[D]", "model=wide", "hydra.run.dir=r")
+    said = run(place, "run=r", "searchpath=[D]", script="reproduce.py")
+    assert "identical: " in said
+    run(place, *SMALL, "-cn", "mytrain", "--config-dir", "D", "hydra.run.dir=s")
+    assert "identical: " in run(place, "run=s", "config_dir=D", script="reproduce.py")
+
+
+@pytest.mark.slow
+def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
+    mine = ("-cn", "mytrain", "--config-dir", "D")
+    run(place, "-m", *SMALL, *mine, "seed=0,1", "hydra.sweep.dir=s")
+    said = run(place, "-m", *SMALL, "seed=0,1", "hydra.sweep.dir=s", code=2)
+    assert "s holds a sweep of another config or search path" in said
+    said = run(place, "-m", "resume=s", "seed=0,1,2", *mine)
+    assert "all      3" in said
+    said = run(place, "-m", "resume=s", "--config-name", "train", code=2)
+    assert "it was started with --config-name mytrain" in said
+    # A cut sweep of one config is not the open sweep of another's same command.
+    (sweep,) = [place / "s"]
+    content = {**read_json(sweep / "sweep.json"), "complete": False}
+    write_json(sweep / "sweep.json", content)
+    from regrow.sweep import state
+
+    source = {**flags.DEFAULT, "name": "mytrain", "dir": f"{place}/D"}
+    assert state.is_open(sweep, content["overrides"], source)
+    assert not state.is_open(sweep, content["overrides"])
+
+
+@pytest.mark.parametrize(
+    ("subdir", "names"),
+    [
+        ("${hydra.job.override_dirname}", {"optimizer.lr=0.1", "optimizer.lr=0.2"}),
+        ("${hydra.job.num}_${optimizer.lr}", {"0_0.1", "1_0.2"}),
+    ],
+)
+@pytest.mark.slow
+def test_a_jobs_folder_may_be_named_by_its_overrides(
+    subdir: str, names: set[str], tmp_path: Path
+) -> None:
+    run(tmp_path, "-m", *SMALL, "optimizer.lr=0.1,0.2", "hydra.sweep.dir=s",
+        f"hydra.sweep.subdir={subdir}")  # fmt: skip
+    found = (tmp_path / "s").rglob("summary.json")
+    jobs = {str(path.parent.relative_to(tmp_path / "s")) for path in found}
+    assert len(jobs) == 2
+    for name in names:
+        assert any(name in job for job in jobs)
+    run(tmp_path, "-m", "resume=s")  # with nothing left to do
