@@ -74,6 +74,7 @@ def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
     run.leave_nothing(tmp_path)
     assert thesis.read_text() == "years of work"
     manifest.write_origin(thesis.parent, CONF.parent)  # the negative control
+    (tmp_path / ".lock").touch()  # which a start makes first
     ownership.enter(ownership.digest_of_code(thesis.parent, ""))
     frozen.claim(tmp_path, "digits", [], "auto").release()
     run.leave_nothing(tmp_path)
