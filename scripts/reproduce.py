@@ -5,6 +5,7 @@ python scripts/reproduce.py run=outputs/digits/latest
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     arguments = arguments_of(run, config, given, source)
     if changed := manifest.code_changes(run, ROOT):
         print(printable(changed))
+    for line in not_restored(before.get("git") or {}):
+        print(printable(line))
     if before.get("resumes"):
         print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
@@ -98,7 +101,7 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     check_roles(config, tuple(config), run, f"run={given}")
     if not isinstance(name, str) or not isinstance(threads, int):
         raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
-    return config, {**content, **(content.get("resumes") or [{}])[-1]}
+    return config, manifest.latest(content)
 
 
 def arguments_of(
@@ -179,18 +182,49 @@ def train(arguments: list[str]) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+def not_restored(git: Mapping[str, Any]) -> list[str]:
+    """Which code of the run its commit and its git.diff do not give back."""
+    said = []
+    if masked := git.get("redacted"):
+        said.append(
+            f"Its {git.get('diff', 'git.diff')} masks what looked like a secret in "
+            f"{manifest.name_some(masked)}: put it back after git apply. If that refuses the "
+            "patch, leave the file out with git apply --exclude=<file>."
+        )
+    if git.get("diff_is_cut") and (left := git.get("not_in_diff")):
+        said.append(
+            f"Too large for its git.diff: {manifest.name_some([*left])}. Their SHA-256 is in "
+            f"{manifest.NAME}."
+        )
+    return said
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not as it was when the run was made, and may account for other bits."""
 
     def facts(content: Mapping[str, Any]) -> dict[str, Any]:
         hardware = {key: content["hardware"].get(key) for key in ("cpu", "accelerators")}
-        parts = {key: content.get(key) for key in ("python", "packages", "environment", "data")}
+        parts = {key: content.get(key) for key in ("python", "environment", "data")}
         return {**parts, "hardware": hardware}
 
+    # A package of the first run's may be missing in the second's record and installed all the same:
+    # an older record lists packages that were not imported, and a killed run those of its start.
+    packages = before.get("packages") or {}
+    there = now.get("packages") or {}
+    versions = {name: there.get(name) or installed(name) for name in packages}
+    before = {**facts(before), "packages": packages}
+    now = {**facts(now), "packages": versions}
     return [
         f"changed since: {key} was {old} and is {new}"
-        for key, (old, new) in differences(facts(before), facts(now)).items()
+        for key, (old, new) in differences(before, now).items()
     ]
+
+
+def installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def first_difference(run: Path, again: Path, shown: Path) -> str | None:

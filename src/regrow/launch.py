@@ -219,7 +219,11 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
                 introduce(folder, job, objects, world)
             try:
                 summary = runs.train(objects, config, folder, world, stop, trial, accepted)
+                if world.is_main:
+                    manifest.note_packages(folder, ROOT)
             except BaseException as raised:
+                if world.is_main:
+                    manifest.note_packages(folder, ROOT)
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
                 note_failure(cause, folder, job, objects.state.step, world)
@@ -319,11 +323,17 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]
         command=job.command,
         root=ROOT,
         data=data,
-        seeds={"seed": job.config["seed"]},
+        seeds=seeds_of(job.config),
         config=job.source,
         accepted=accepted,
     )
     return accepted
+
+
+def seeds_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every seed of the config, such as that of the split, by its key."""
+    flat = resume.differences({}, {k: v for k, v in config.items() if k not in resume.ELSEWHERE})
+    return {key: value for key, (_, value) in flat.items() if key.split(".")[-1] == "seed"}
 
 
 def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from regrow.record import manifest
-from regrow.record.folder import read_json
+from regrow.record import diff, manifest
+from regrow.record.folder import read_json, write_json
 from regrow.record.redact import redact, redact_all
 
 TOKENS = {
@@ -142,7 +145,7 @@ def test_no_planted_secret_enters_the_folder(
     assert "optimizer.lr=0.1" in told["command"]
     assert told["environment"] == {"SLURM_JOB_ID": "77"} | told["environment"]
     assert "WANDB_API_KEY" not in told["environment"]
-    monkeypatch.setattr(manifest, "redact", lambda text: text)
+    monkeypatch.setattr(diff, "redact", lambda text: text)
     write(tmp_path / "unmasked", root)  # the same test would see a leak
     assert TOKENS["in the diff"] in (tmp_path / "unmasked" / "git.diff").read_text()
 
@@ -193,10 +196,13 @@ def test_a_huge_diff_is_cut_and_does_not_take_long(
 ) -> None:
     root = repository(tmp_path / "root")
     (root / "src" / "a.py").write_text("y = 1234567890\n" * 400_000)
-    monkeypatch.setattr(manifest, "DIFF_BYTES", 50_000)
+    (root / "src" / "b.py").write_text("new = 1\n")
+    monkeypatch.setattr(diff, "LIMIT", 50_000)
     told = write(tmp_path / "run", root)
     assert told["git"]["diff_is_cut"] is True
-    assert (tmp_path / "run" / "git.diff").stat().st_size <= 50_000
+    content = (root / "src" / "a.py").read_bytes()
+    assert told["git"]["not_in_diff"] == {"src/a.py": hashlib.sha256(content).hexdigest()}
+    assert "+new = 1" in (tmp_path / "run" / "git.diff").read_text()  # what fits is whole
 
 
 def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None:
@@ -215,3 +221,80 @@ def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None
     assert "+x = 3" in (tmp_path / "run" / resume["git"]["diff"]).read_text()
     assert "packages" not in resume  # only what differs
     assert manifest.code_changes(tmp_path / "run", root) is None
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    root = repository(tmp_path / "root")
+    (root / "my_models").mkdir()
+    (root / "my_models" / "net.py").write_text("x = 1\n")  # a package without an __init__.py
+    (root / "my_losses.py").write_text("x = 1\n")
+    run = tmp_path / "run"
+    write(run, root)
+    (root / "notes.txt").touch()  # not code
+    assert manifest.code_changes(run, root) is None
+    (root / "my_losses.py").write_text("x = 2\n")
+    assert manifest.code_changes(run, root) == "The code has changed since: my_losses.py differs."
+    (root / "my_models" / "net.py").unlink()
+    (root / "conf").mkdir()
+    (root / "conf" / "new.yaml").touch()
+    change = "The code has changed since: conf/new.yaml, my_losses.py, my_models/net.py differ."
+    assert manifest.code_changes(run, root) == change
+    older = read_json(run / "manifest.json")
+    del older["code_files"]
+    older["code_sha256"] = manifest.code_sha256(root, namespaces=False)
+    write_json(run / "manifest.json", older)
+    assert manifest.code_changes(run, root) is None  # its hash left out my_models
+    (root / "my_losses.py").write_text("x = 3\n")
+    change = "The code has changed since: files of conf, src, scripts or the root differ."
+    assert manifest.code_changes(run, root) == change
+
+
+def distribution(folder: Path, name: str, version: str, **files: str) -> None:
+    """A package as an installer leaves it."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for file, text in files.items():
+        (info / file.replace("_json", ".json").replace("_txt", ".txt")).write_text(text)
+
+
+def test_the_versions_of_all_imported_packages_are_noted_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, checkout, root = tmp_path / "site-packages", tmp_path / "checkout", tmp_path / "root"
+    distribution(site, "Lab_Metrics", "1.2+cu130", RECORD="lab_metrics_x/__init__.py,,\n")
+    distribution(site, "unused", "3.0", top_level_txt="unused_x\n")
+    url = json.dumps({"url": checkout.as_uri(), "dir_info": {"editable": True}})
+    distribution(site, "edited", "0.1", RECORD="__editable__.edited.pth,,\n", direct_url_json=url)
+    repository(checkout)
+    for place, module in ((site, "lab_metrics_x"), (site, "unused_x"), (checkout, "edited_x")):
+        (place / module).mkdir()
+        (place / module / "__init__.py").touch()
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.syspath_prepend(checkout)
+    run = tmp_path / "run"
+    repository(root)
+    told = write(run, root)
+    assert "lab-metrics" not in told["packages"]  # not imported yet: no start waits for it
+    __import__("lab_metrics_x")
+    __import__("edited_x")
+    manifest.note_packages(run, root)
+    noted = read_json(run / "manifest.json")["packages"]
+    assert noted["lab-metrics"] == "1.2+cu130" and "unused" not in noted
+    assert re.fullmatch(r"0\.1 \(editable, commit [0-9a-f]{10}\)", noted["edited"])
+    assert noted["torch"] == told["packages"]["torch"] and noted["pytest"]
+
+    told = write(run, root)  # a resume with the same packages
+    manifest.note_packages(run, root)
+    assert "packages" not in read_json(run / "manifest.json")["resumes"][0]
+    (site / "Lab_Metrics-1.2+cu130.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: Lab_Metrics\nVersion: 1.3\n"
+    )
+    write(run, root)
+    manifest.note_packages(run, root)
+    content = read_json(run / "manifest.json")
+    assert content["resumes"][1]["packages"] == {"lab-metrics": "1.3"}
+    assert manifest.latest(content)["packages"] == {**noted, "lab-metrics": "1.3"}
+    shutil.rmtree(site / "unused-3.0.dist-info")
+    (run / "manifest.json").write_text("")
+    manifest.note_packages(run, root)  # a damaged one fails no run

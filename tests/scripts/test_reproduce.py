@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_run_that_went_on_for_longer_is_identical(
 
     assert in_parts("longer", "scheduler=constant")[0] == 0
     code, said = in_parts("bent", "scheduler=cosine")  # its rate fell for 20 steps, then for 40
-    assert code == 1 and said[0].startswith("This run was resumed")
+    assert code == 1 and any(line.startswith("This run was resumed") for line in said)
 
 
 def test_an_altered_number_is_named_with_its_line(
@@ -115,13 +116,41 @@ def test_what_has_changed_since_is_said(run: Path, capsys: pytest.CaptureFixture
     content = read_json(run / "manifest.json")
     content["packages"]["torch"] = "1.0"
     content["data"]["train"]["sha256"] = "0" * 64
-    content["code_sha256"] = "0" * 64
+    content["code_files"]["src/regrow/run.py"] = "0" * 16
     write_json(run / "manifest.json", content)
     code, said = answer(run, capsys)
     assert code == 0
-    assert any(line.startswith("The code has changed since") for line in said)
+    assert "The code has changed since: src/regrow/run.py differs." in said
     assert any(line.startswith("changed since: packages.torch was 1.0 and is ") for line in said)
     assert any(line.startswith("changed since: data.train.sha256 was 000") for line in said)
+
+
+def test_packages_are_compared_with_an_older_record_too(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of before, which lists what was installed and not what was imported."""
+    content = read_json(run / "manifest.json")
+    assert "tqdm" in content["packages"]  # imported, and not in the list of the start
+    content["packages"] = {"torch": content["packages"]["torch"], "optuna": version("optuna")}
+    write_json(run / "manifest.json", content)
+    code, said = answer(run, capsys)
+    assert code == 0 and not any("changed since" in line for line in said)
+    content["packages"] |= {"optuna": "1.0", "timm-of-then": "1.0"}
+    write_json(run / "manifest.json", content)
+    code, said = answer(run, capsys)
+    assert any(line.startswith("changed since: packages.optuna was 1.0 and is") for line in said)
+    assert "changed since: packages.timm-of-then was 1.0 and is absent" in said
+
+
+def test_what_redaction_changed_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = read_json(run / "manifest.json")
+    git = {**(content["git"] or {}), "diff": "git.diff", "redacted": ["my_model.py"]}
+    git |= {"diff_is_cut": True, "not_in_diff": {"huge.py": "0" * 64}}
+    write_json(run / "manifest.json", {**content, "git": git})
+    code, said = answer(run, capsys)
+    assert code == 0
+    assert any("masks what looked like a secret in my_model.py: put" in line for line in said)
+    assert any("Too large for its git.diff: huge.py." in line for line in said)
 
 
 def test_a_config_that_changed_since_is_refused(

@@ -230,18 +230,17 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     A `private` one is for this user's eyes alone. A byte of a file name that is not UTF-8 is
     written as \\udcXX, which JSON and YAML read back as what Python calls that byte.
     """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), private=private)
+
+
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Like write_text."""
     refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     mode = 0o600 if private else 0o666
     try:
-        with open(
-            temporary,
-            "w",
-            encoding="utf-8",
-            errors="backslashreplace",
-            opener=lambda name, flags: os.open(name, flags, mode),
-        ) as file:
-            file.write(text)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -5,26 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from regrow.record.folder import read_json, write_json, write_text
-from regrow.record.redact import redact, redact_all
+from regrow.record import diff
+from regrow.record.diff import ORIGIN as ORIGIN
+from regrow.record.folder import read_json, write_bytes, write_json, write_text
+from regrow.record.redact import redact_all
 
 log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
-ORIGIN = "origin.json"  # in a copy of the code: what it is a copy of
-DIFF_BYTES = 1_000_000  # of the diff that is kept; its hash is over what was read
+# Read at the start, when few packages are imported; `note_packages` adds what was imported.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -57,6 +60,12 @@ ENVIRONMENT = (
 )
 
 
+# Folders in the root whose Python files no `_target_` names; the others only where they hold no
+# `__init__.py`.
+NOT_OWN = ("src", "scripts", "tests", "benchmarks")
+NOT_NAMESPACES = ("conf", "docs", "data", "outputs", "multirun", "wandb", "build", "dist")
+
+
 def write(
     folder: Path,
     *,
@@ -81,6 +90,7 @@ def write(
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git(root),
         "code_sha256": code_sha256(root),
+        "code_files": code_files(root),
         "python": platform.python_version(),
         "packages": packages(),
         "hardware": hardware(),
@@ -88,7 +98,7 @@ def write(
         "data": data,
         "seeds": dict(seeds),
     }
-    diff = now["git"].pop("diff") if now["git"] else ""
+    patch = (now["git"] or {}).pop("diff", "")
     if now["git"] is None:
         now["git_missing"] = reason = git_missing(root)
         if way_out := _WAYS_OUT.get(reason or ""):
@@ -96,67 +106,130 @@ def write(
     now = redact_all(now)
     with contextlib.suppress(OSError, ValueError):
         first: dict[str, Any] = read_json(folder / NAME)
+        now["packages"] = _other_versions(now["packages"], first.get("packages") or {})
         same = {key for key, value in now.items() if first.get(key) == value}
         resume = {"step": None, **{k: v for k, v in now.items() if k not in same}}
         if accepted:
             resume["changed_data"] = dict(accepted)
+        if not resume.get("packages"):
+            resume.pop("packages", None)
         first.setdefault("resumes", []).append(resume)
-        if "git" in resume and diff:
-            _write_diff(folder, f"git.{len(first['resumes'])}.diff", diff, resume["git"])
+        if "git" in resume and patch:
+            _write_patch(folder, f"git.{len(first['resumes'])}.diff", patch, resume["git"])
         write_json(folder / NAME, first)
         return first
-    if diff:
-        _write_diff(folder, "git.diff", diff, now["git"])
+    if patch:
+        _write_patch(folder, "git.diff", patch, now["git"])
     write_json(folder / NAME, now)
     return now
 
 
+def latest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as of the latest start: what a resume changed in place of what was before."""
+    last = (content.get("resumes") or [{}])[-1]
+    packages = {**(content.get("packages") or {}), **(last.get("packages") or {})}
+    return {**content, **last, "packages": packages}
+
+
 def set_step(folder: Path, step: int) -> None:
-    """Note the step that the latest start went on from, once its checkpoint is read."""
+    """Note the step from which the latest start resumed, once its checkpoint is read."""
     with contextlib.suppress(OSError, ValueError, LookupError):
         content = read_json(folder / NAME)
         content["resumes"][-1]["step"] = step
         write_json(folder / NAME, content)
 
 
-def _write_diff(folder: Path, name: str, diff: str, entry: dict[str, Any]) -> None:
-    write_text(folder / name, redact(diff))
+def note_packages(folder: Path, root: Path) -> None:
+    """Add the versions of all packages that this process imported, for the latest start.
+
+    Called at the end of a run: reading them takes a third of a second. It never fails a run.
+    """
+    with contextlib.suppress(Exception):
+        content = read_json(folder / NAME)
+        found = redact_all(imported_packages(root))
+        if resumes := content.get("resumes"):
+            before = content.get("packages") or {}
+            if other := _other_versions(found, before):
+                resumes[-1]["packages"] = {**(resumes[-1].get("packages") or {}), **other}
+        else:
+            content["packages"] = dict(sorted({**content["packages"], **found}.items()))
+        write_json(folder / NAME, content)
+
+
+def _other_versions(now: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    return {name: version for name, version in now.items() if before.get(name) != version}
+
+
+def _write_patch(folder: Path, name: str, patch: str, entry: dict[str, Any]) -> None:
+    write_bytes(folder / name, patch.encode("utf-8", "surrogateescape"))
     entry["diff"] = name
 
 
 def code_changes(folder: Path, root: Path) -> str | None:
     """One line on how the code differs from the run's, or None when it does not."""
-    recorded: dict[str, Any] = read_json(folder / NAME)
-    recorded = {**recorded, **(recorded.get("resumes") or [{}])[-1]}
-    if recorded.get("code_sha256") == code_sha256(root):
-        return None
+    recorded = latest(read_json(folder / NAME))
+    files, now = recorded.get("code_files"), code_files(root)
+    if files is None:  # an older record, whose hash left out packages without an __init__.py
+        if recorded.get("code_sha256") == code_sha256(root, namespaces=False):
+            return None
+        said = "files of conf, src, scripts or the root differ"
+    else:
+        changed = [name for name in {**files, **now} if files.get(name) != now.get(name)]
+        if not changed:
+            return None
+        said = f"{name_some(changed)} differ{'s' if len(changed) == 1 else ''}"
     before, after = recorded.get("git") or {}, git(root) or {}
     if before.get("commit") != after.get("commit"):
         old, new = (str(it.get("commit") or "unknown")[:10] for it in (before, after))
-        return f"The code has changed since: commit {old} then, {new} now."
-    return "The code has changed since: files under src, scripts or conf differ."
+        return f"The code has changed since: commit {old} then, {new} now; {said}."
+    return f"The code has changed since: {said}."
 
 
-def code_sha256(root: Path) -> str:
+def name_some(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
+
+
+def code_sha256(root: Path, *, namespaces: bool = True) -> str:
     """Over names and bytes of the YAML files of conf and of the Python files of src and scripts, of
     the root and of packages there."""
     digest = hashlib.sha256()
-    parts = [(part, "*.py") for part in ("src", "scripts", *own_packages(root))]
-    files = [f for part, name in (*parts, ("conf", "*.yaml")) for f in (root / part).rglob(name)]
-    for path in sorted([*files, *root.glob("*.py")]):
-        if path.is_file():
-            content = path.read_bytes()
-            digest.update(
-                f"{path.relative_to(root)}\0{len(content)}\0".encode("utf-8", "surrogateescape")
-                + content
-            )
+    for path in _code_paths(root, namespaces=namespaces):
+        content = path.read_bytes()
+        name = str(path.relative_to(root)).encode("utf-8", "surrogateescape")
+        digest.update(name + f"\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
-def own_packages(root: Path) -> list[str]:
-    """Packages in the root of the repository that a `_target_` may name."""
-    names = [path.parent.name for path in sorted(root.glob("*/__init__.py"))]
-    return [name for name in names if name not in ("src", "scripts", "tests", "benchmarks")]
+def code_files(root: Path) -> dict[str, str]:
+    """The start of each file's SHA-256, by its name in `root`: what `code_sha256` is over."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in _code_paths(root)
+    }
+
+
+def _code_paths(root: Path, *, namespaces: bool = True) -> list[Path]:
+    own = own_packages(root, namespaces=namespaces)
+    parts = [(part, "*.py") for part in ("src", "scripts", *own)]
+    files = [f for part, name in (*parts, ("conf", "*.yaml")) for f in (root / part).rglob(name)]
+    return [path for path in sorted([*files, *root.glob("*.py")]) if path.is_file()]
+
+
+def own_packages(root: Path, *, namespaces: bool = True) -> list[str]:
+    """Packages in the root of the repository that a `_target_` may name; those without an
+    `__init__.py`, which Python imports too, among `namespaces`."""
+    packages = {path.parent.name for path in root.glob("*/__init__.py")}
+    spaces = {path.parent.name for path in root.glob("*/*.py")} if namespaces else set()
+    spaces = {
+        name
+        for name in spaces
+        if name.isidentifier()
+        and name not in NOT_NAMESPACES
+        and not (root / name / "pyvenv.cfg").is_file()
+    }
+    return sorted((packages | spaces) - {*NOT_OWN})
 
 
 def write_origin(copy: Path, root: Path) -> None:
@@ -164,7 +237,12 @@ def write_origin(copy: Path, root: Path) -> None:
     facts = origin(root) or {"root": str(root), "git": git(root)}
     if facts["git"] is None and "git_missing" not in facts:
         facts["git_missing"] = git_missing(root)
-    write_json(copy / ORIGIN, redact_all(facts))
+    patch = (facts["git"] or {}).get("diff")
+    facts = redact_all(facts)
+    if patch:
+        facts["git"]["diff"] = patch  # redacted line by line: it is still a patch
+    # As ASCII: the patch may hold bytes that are not UTF-8.
+    write_text(copy / ORIGIN, json.dumps(facts, indent=2) + "\n")
 
 
 def origin(root: Path) -> dict[str, Any]:
@@ -195,18 +273,23 @@ def git(root: Path) -> dict[str, Any] | None:
     if top is None:
         return None
     status = _git(root, "status", "--porcelain")
-    untracked = [line[3:] for line in (status or "").splitlines() if line.startswith("??")]
-    diff = _git(root, "diff", "--no-ext-diff", "--no-color", "HEAD", limit=DIFF_BYTES) or ""
-    return {
+    changes = diff.changes_of(root, Path(top))
+    patch, redacted = diff.redacted(changes.patch)
+    found = {
         "commit": _git(root, "rev-parse", "--verify", "-q", "HEAD"),
         "branch": _git(root, "symbolic-ref", "--short", "-q", "HEAD"),
         "remote": _git(root, "config", "--get", "remote.origin.url"),
         "dirty": None if status is None else bool(status),
-        "untracked": untracked[:100],
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
-        "diff_is_cut": len(diff.encode()) >= DIFF_BYTES,
-        "diff": diff,
+        "untracked": changes.untracked[:100],
+        "diff_sha256": hashlib.sha256(changes.patch).hexdigest() if changes.patch else None,
+        "diff_is_cut": bool(changes.cut),
+        "redacted": redacted,
+        "not_in_diff": changes.left_out,
+        "not_in_diff_nor_listed": changes.not_listed,
+        "submodules": submodules(Path(top)),
+        "diff": patch.decode("utf-8", "surrogateescape"),
     }
+    return found
 
 
 NO_GIT, NO_REPOSITORY = "git is not installed", "not a git repository"
@@ -249,32 +332,32 @@ def git_missing(root: Path) -> str | None:
     return " ".join(said.split())[:200] or f"git ended with {done.returncode}"
 
 
-def _git(root: Path, *arguments: str, limit: int = 100_000, seconds: float = 5.0) -> str | None:
-    """The first `limit` bytes that git prints, or None when it fails or takes too long."""
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
-    try:
-        process = subprocess.Popen(
-            ["git", "-C", str(root), *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError:
+def submodules(top: Path) -> dict[str, Any]:
+    """The commit of each submodule, and whether it has changes, which are not recorded."""
+    if not (top / ".gitmodules").is_file():
+        return {}
+    listed = _git(top, "config", "-f", ".gitmodules", "--get-regexp", r"\.path$") or ""
+    found = {}
+    for line in listed.splitlines():
+        path = line.partition(" ")[2]
+        if (top / path / ".git").exists():
+            commit = _git(top / path, "rev-parse", "--verify", "-q", "HEAD")
+            found[path] = {
+                "commit": commit,
+                "dirty": bool(_git(top / path, "status", "--porcelain")),
+            }
+        else:
+            found[path] = {"commit": None, "dirty": None}  # not checked out
+    return found
+
+
+def _git(root: Path, *arguments: str, limit: int = 100_000) -> str | None:
+    """What git prints, or None when it fails or takes too long."""
+    output = diff.run_git(root, *arguments, limit=limit)
+    if output is None:
         return None
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    with process:
-        assert process.stdout is not None
-        output = process.stdout.read(limit)
-        if len(output) == limit:  # a huge diff is never held in memory
-            process.kill()
-        code = process.wait()
-    timer.cancel()
-    if code != 0 and len(output) < limit:
-        return None
-    text = output.decode("utf-8", errors="replace")
-    return text if arguments[0] in ("diff", "status") else text.strip() or None
+    text = os.fsdecode(output) if arguments[0] == "rev-parse" else output.decode(errors="replace")
+    return text if arguments[0] == "status" else text.strip() or None
 
 
 def packages() -> dict[str, str]:
@@ -284,6 +367,55 @@ def packages() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def imported_packages(root: Path) -> dict[str, str]:
+    """Versions of the packages that this process has imported, the code of `root` aside."""
+    imported = {}
+    for name, module in [*sys.modules.items()]:
+        if "." not in name and name not in sys.stdlib_module_names:
+            file = getattr(module, "__file__", None)
+            imported[name] = Path(file).resolve() if file else None
+    found = {}
+    for one in importlib.metadata.distributions():
+        with contextlib.suppress(Exception):  # one whose metadata is broken has no version
+            place = _editable(one)
+            if place is None:
+                used = not imported.keys().isdisjoint(_modules_of(one))
+            else:  # its metadata may list no module
+                files = [file for file in imported.values() if file and _is_in(file, place)]
+                used = any(not _is_in(file, root.resolve()) for file in files)
+            name = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()  # as PACKAGES has them
+            if used and name not in found:  # the first on the path is the one that is imported
+                found[name] = one.version + ("" if place is None else _of_a_checkout(place))
+    return found
+
+
+def _modules_of(one: importlib.metadata.Distribution) -> set[str]:
+    """Names that can be imported of it. As `packages_distributions`, which takes five times as
+    long."""
+    if listed := one.read_text("top_level.txt"):
+        return set(listed.split())
+    lines = (one.read_text("RECORD") or "").splitlines()
+    return {re.split(r"[,/.]", line, maxsplit=1)[0] for line in lines}
+
+
+def _editable(one: importlib.metadata.Distribution) -> Path | None:
+    """The folder that it was installed from with `pip install -e`, if it was."""
+    told = json.loads(one.read_text("direct_url.json") or "{}")
+    if not told.get("dir_info", {}).get("editable"):
+        return None
+    return Path(unquote(told["url"].removeprefix("file://"))).resolve()
+
+
+def _is_in(file: Path, folder: Path) -> bool:
+    """Whether it is code of the folder, and not of an environment there."""
+    return file.is_relative_to(folder) and "site-packages" not in file.parts
+
+
+def _of_a_checkout(place: Path) -> str:
+    commit = _git(place, "rev-parse", "--verify", "-q", "HEAD")
+    return f" (editable{f', commit {commit[:10]}' if commit else ''})"
 
 
 def hardware() -> dict[str, Any]:

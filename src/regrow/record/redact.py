@@ -36,9 +36,9 @@ def redact(text: str, secrets: Sequence[str] | None = None) -> str:
     """The text with credentials in URLs, assigned secrets, known forms of token and the values of
     this process's secret environment variables masked; `secrets` if they are at hand."""
     for value in _environment_secrets() if secrets is None else secrets:
-        text = text.replace(value, MASK)
+        text = text.replace(value, _masked(value))
     text = _IN_URL.sub(rf"\1{MASK}@", text)
-    text = _KNOWN_FORMS.sub(MASK, text)
+    text = _KNOWN_FORMS.sub(lambda match: _masked(match[0]), text)
     return _ASSIGNED.sub(_mask_assigned, text)
 
 
@@ -60,6 +60,11 @@ def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
 @functools.lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.match(name) is not None
+
+
+def _masked(secret: str) -> str:
+    """The mask, in as many lines as the secret has: a patch counts its lines."""
+    return "\n".join([MASK] * (secret.count("\n") + 1))
 
 
 def _mask_assigned(match: re.Match[str]) -> str:
