@@ -26,6 +26,7 @@ from regrow.record import folder as records
 
 log = logging.getLogger("regrow")
 
+ROOT = Path(__file__).resolve().parents[2]
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 
 
@@ -126,7 +127,7 @@ def start(job: Job, count: int) -> Outcome:
         context = start_processes(
             name="train",
             entrypoint=sys.executable,
-            args=dict.fromkeys(range(count), ("-u", "-m", "regrow.child")),
+            args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.child")),
             envs={rank: environment(rank, count, port, path) for rank in range(count)},
             logs_specs=DefaultLogsSpecs(log_dir=private),
         )
@@ -178,9 +179,15 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
 
 
 def python_path() -> str:
-    """Where another start of this Python would not look by itself."""
+    """Where another start of this Python would not look by itself.
+
+    Without the repository's root, which comes last (`find_own_modules`): PYTHONPATH comes first,
+    where a module of the user's named `profile` would hide Python's own. `-P`, beside it, keeps
+    Python from looking into the current folder.
+    """
     own = (sys.prefix, sys.base_prefix)
     added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
+    added = [path for path in added if Path(path) != ROOT]
     return os.pathsep.join(dict.fromkeys(path for path in added if path))
 
 

@@ -201,7 +201,7 @@ class Task:
         """Run to the end. Raises SystemExit if it is not a good one."""
         before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # is submitit's alone
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "regrow.child"],
+            [sys.executable, "-u", "-P", "-m", "regrow.child"],
             env={
                 **os.environ,
                 **outside.srun_environment(),
@@ -216,7 +216,7 @@ class Task:
         is_first = os.environ["SLURM_PROCID"] == "0"
         if is_first and self.sweep is not None:
             told = [*map(str, self.sweep), str(code)]
-            subprocess.run([sys.executable, "-m", "regrow.sweep.finish", *told])
+            subprocess.run([sys.executable, "-P", "-m", "regrow.sweep.finish", *told])
         if code == 0:
             if is_first:
                 self.job.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ log = logging.getLogger("regrow")
 def main() -> None:
     """Do the part of this process in the job that another one composed."""
     terminal.show()
+    configs.find_own_modules()  # of a rank that torchrun or srun started, too
     file = os.environ.get("REGROW_JOB")
     text = Path(file).read_text(encoding="utf-8") if file else ""
     if "RANK" not in os.environ:
@@ -57,6 +58,7 @@ def main() -> None:
 
 def work_alone(text: str) -> None:
     """All of a job that was composed elsewhere."""
+    configs.find_own_modules()
     job = Job(**json.loads(text))
     try:
         with console():

@@ -1,0 +1,101 @@
+"""A model in the root of the project is found by every process that may run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regrow.config import ROOT
+
+NET = """
+import profile  # Python's own: the project's module of that name must not hide it
+
+from torch import nn
+
+assert hasattr(profile, "Profile")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, inputs):
+        return self.layers(inputs)
+"""
+QUICK = ("trainer.max_steps=3", "trainer.device=cpu", "trainer.num_threads=1", "data.num_workers=1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "project"
+    for part in ("src", "conf", "scripts"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    (folder / "my_net.py").write_text(NET)
+    (folder / "profile.py").write_text("")
+    (folder / "my_models" / "deep").mkdir(parents=True)  # a package without an __init__.py
+    (folder / "my_models" / "deep" / "net.py").write_text("from my_net import Net\n")
+    (folder / "my_models" / "data.bin").write_bytes(b"0" * 100)
+    for name, target in (("net", "my_net.Net"), ("deep", "my_models.deep.net.Net")):
+        (folder / "conf" / "model" / f"{name}.yaml").write_text(f"_target_: {target}\n")
+    return folder
+
+
+def start(project: Path, *command: str) -> str:
+    # Without what these tests are started with, such as where the package is.
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HYDRA_FULL_ERROR")
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=project, env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def target_of(run: Path) -> str:
+    assert json.loads((run / "status.json").read_text())["state"] == "completed"
+    return (run / "config.yaml").read_text()
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "options", "model"),
+    [
+        (TORCHRUN, ("trainer=ddp",), "net"),
+        ((), ("trainer=ddp", "trainer.devices=2"), "deep"),
+    ],
+    ids=["torchrun", "ddp"],
+)
+def test_every_rank_finds_a_module_of_the_root(
+    project: Path, before: tuple[str, ...], options: tuple[str, ...], model: str, tmp_path: Path
+) -> None:
+    given = (f"model={model}", *options, *QUICK, f"hydra.run.dir={tmp_path / 'run'}")
+    start(project, *before, "scripts/train.py", *given)
+    assert "Net" in target_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fresh", ["true", "false"])
+def test_a_sweep_freezes_and_finds_modules_of_the_root(
+    project: Path, fresh: str, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    given = ("model=net,deep", f"launcher.fresh_processes={fresh}", f"hydra.sweep.dir={sweep}")
+    start(project, "scripts/train.py", "-m", *given, *QUICK)
+    for number in "01":
+        assert "Net" in target_of(sweep / number)
+    code = sweep / "code"
+    assert (code / "my_net.py").is_file() and (code / "my_models/deep/net.py").is_file()
+    assert not (code / "my_models" / "data.bin").exists()
