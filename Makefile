@@ -11,11 +11,13 @@ ARGS =
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# PYTHON=… chooses the interpreter; otherwise the first new enough is taken.
+# PYTHON=… chooses the interpreter; otherwise the first new enough is taken. LOCK=no installs the ranges of
+# requirements.txt instead of the lock, such as CPU wheels or those of a mirror that builds its own files; later
+# set-ups of the same .venv keep to that, until LOCK=yes.
 setup: ## build .venv, or bring it up to date
 	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
-			exec "$$python" scripts/set_up.py; \
+			exec "$$python" scripts/set_up.py $(if $(filter command,$(origin LOCK)),lock=$(LOCK)); \
 		fi; \
 	done; \
 	echo 'set-up: no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3 …' >&2; \
@@ -67,7 +69,7 @@ lock: ## pin again after a change of requirements (newest versions: ARGS=--upgra
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
 	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
 		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
-		$(ARGS) requirements-dev.txt --output-file requirements.lock
+		--generate-hashes $(ARGS) requirements-dev.txt --output-file requirements.lock
 
 clean: ## remove caches; outputs, data and .venv stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

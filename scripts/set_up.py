@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,13 @@ LOCK_FILE = ROOT / ".venv.lock"
 PINNED = "requirements.lock"
 RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
+WITHOUT_LOCK = "make setup LOCK=no"
+# What uv and pip print if a file's SHA-256 is none of those in the lock, and the file's name in it.
+MISMATCH = re.compile(
+    r"hash mismatch for [`'\"]?(?P<uv>[^\s`'\"]+)|"
+    r"do not match the hashes.*?(?:someone may have tampered with them\.)\s+(?P<pip>\S+)",
+    re.IGNORECASE,
+)
 
 
 def say(line: str) -> None:
@@ -59,8 +67,18 @@ def read(path: Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
+def asked_for() -> str:
+    """The argument lock=yes or lock=no; "" without one: keep to what .venv was made with."""
+    key, _, lock = "".join(sys.argv[1:]).partition("=")
+    if key not in ("", "lock") or lock not in ("", "yes", "no"):
+        sys.exit(f"set-up: LOCK={lock}: it is yes or no. {WITHOUT_LOCK} installs the ranges.")
+    return lock
+
+
 def is_complete() -> bool:
     stamp = read(STAMP)
+    if asked_for() == "yes" and stamp.get("lock") == "no":
+        return False
     return PYTHON.exists() and all(stamp.get(key) == value for key, value in wanted().items())
 
 
@@ -84,17 +102,50 @@ def alone() -> Iterator[int | None]:
 
 
 def call(*command: str | Path, lock: int | None) -> bool:
-    """Run an installer; whether it succeeded."""
-    done = subprocess.run(
+    """Run an installer; whether it succeeded. Ends the set-up at a hash mismatch."""
+    process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
+        stderr=subprocess.PIPE,
         # uv's own list of certificates lacks those that a company adds to the system's.
         env={"UV_SYSTEM_CERTS": "1"} | os.environ,
         pass_fds=() if lock is None else (lock,),
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
-    return done.returncode == 0
+    held = []
+    with process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("WARNING"):  # such as a retry: the user waits for it
+                print(line, end="", file=sys.stderr, flush=True)
+            else:
+                held.append(line)
+    if process.returncode and (file := mismatch("".join(held))):
+        sys.exit(
+            f"set-up: {file}: the fetched file is none of those whose SHA-256 is in {PINNED}. "
+            "Nothing of it was installed. If you trust an index that builds its own files, use "
+            f"the ranges of requirements.txt: {WITHOUT_LOCK}"
+        )
+    print("".join(held), end="", file=sys.stderr, flush=True)
+    return process.returncode == 0
+
+
+def mismatch(said: str) -> str | None:
+    """The file whose hash an installer refused, or None if it failed for another reason."""
+    found = MISMATCH.search(re.sub(r"[\s│╰─▶├×]+", " ", said))  # uv draws lines and wraps
+    return None if found is None else (found["uv"] or found["pip"])
+
+
+def refuse_without_hashes() -> None:
+    """End the set-up if a line of the lock has no hash: it would be installed unchecked."""
+    text = (ROOT / PINNED).read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#") and "--hash=" not in line:
+            sys.exit(f"set-up: {PINNED}: {line.split(';')[0].strip()} has no hash. Run make lock.")
 
 
 def working_uv() -> str | None:
@@ -115,6 +166,13 @@ def empty_venv() -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def mark(content: dict[str, str]) -> None:
+    """Replace the mark of an unfinished set-up in one step, with what the next one must know."""
+    temporary = VENV / ".set-up.tmp"
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(UNFINISHED)
 
 
 def begin() -> bool:
@@ -140,10 +198,10 @@ def begin() -> bool:
         if not PYTHON.exists() or subprocess.run([PYTHON, "-c", version]).returncode:
             sys.exit("set-up: .venv is no environment of Python >= 3.11; move it away, then again")
         say("installing into the .venv that is here")
-        UNFINISHED.write_text(json.dumps({"adopted": "yes"}), encoding="utf-8")
+        mark({"adopted": "yes"})
         return False
     say(f"making .venv with Python {target['python']}; on Linux some 3 GB to fetch, 6 GB on disk")
-    UNFINISHED.write_text("{}", encoding="utf-8")
+    mark({})
     return True
 
 
@@ -160,19 +218,22 @@ def create(uv: str | None, lock: int | None) -> None:
         sys.exit("set-up: .venv could not be made (the message is above)")
 
 
-def install(uv: str | None, lock: int | None) -> str:
+def install(uv: str | None, lock: int | None, *, pinned: bool) -> str:
     """Install the pinned packages, or, where they do not fit, the ranges; returns which."""
+    if pinned:
+        refuse_without_hashes()
     # Compiled once here, as pip does: where Python may not write, every start would do it again.
     to_venv = ["--compile-bytecode", "--python", str(PYTHON)]
     installers = [[uv, "pip", "install", *to_venv]] if uv else []
     if subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0:
         pip = [str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
         installers.append(pip if sys.stderr.isatty() else [*pip, "--quiet"])
-    for requirements in (PINNED, RANGES):
-        if requirements == RANGES:
+    for requirements in (PINNED, RANGES) if pinned else (RANGES,):
+        if requirements == RANGES and pinned:
             say(f"{PINNED} could not be installed here; trying the ranges of requirements.txt")
+        hashes = ["--require-hashes"] if requirements == PINNED else []
         for installer in installers:
-            if not call(*installer, "-r", requirements, lock=lock):
+            if not call(*installer, *hashes, "-r", requirements, lock=lock):
                 continue
             # The build tool is installed already: nothing more to fetch.
             if call(*installer, "--no-deps", "--no-build-isolation", "-e", ".", lock=lock):
@@ -183,7 +244,8 @@ def install(uv: str | None, lock: int | None) -> str:
 
 
 def finish(installed_from: str) -> None:
-    content = wanted() | {"installed_from": installed_from}
+    chosen = {"lock": read(UNFINISHED)["lock"]}
+    content = wanted() | {"installed_from": installed_from} | chosen
     with UNFINISHED.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()
@@ -197,11 +259,14 @@ def main() -> None:
     with alone() as lock:
         if is_complete():  # made by the one we waited for
             return
+        before = read(STAMP) or read(UNFINISHED)
+        pinned = (asked_for() or before.get("lock", "yes")) == "yes"
         from_nothing = begin()
+        mark(read(UNFINISHED) | {"lock": "yes" if pinned else "no"})
         uv = working_uv()
         if from_nothing:
             create(uv, lock)
-        finish(install(uv, lock))
+        finish(install(uv, lock, pinned=pinned))
     say("complete")
 
 

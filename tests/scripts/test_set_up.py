@@ -1,0 +1,149 @@
+"""scripts/set_up.py: the lock's hashes hold, and each way out is one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from finished import script
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKEND = """
+import zipfile
+from pathlib import Path
+
+
+def build_editable(folder, settings=None, metadata=None):
+    name = "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(Path(folder, name), "w") as wheel:
+        info = "tiny-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: tiny\\nVersion: 1.0\\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return name
+"""
+
+
+@pytest.fixture
+def set_up() -> ModuleType:
+    return script("set_up")
+
+
+def test_a_mismatch_is_told_from_other_failures(set_up: ModuleType) -> None:
+    pip = """ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have \
+updated the package versions, please update the hashes. Otherwise, examine the package contents \
+carefully; someone may have tampered with them.
+    fish==1.0 from file:///w/fish-1.0-py3-none-any.whl (from -r requirements.lock (line 1)):
+        Expected sha256 00
+             Got        11
+"""
+    uv = """  × Failed to read `fish @ file:///w/fish-1.0-py3-none-any.whl`
+  ╰─▶ Hash mismatch
+      for `fish==1.0`
+
+      Expected:
+        sha256:00
+"""
+    assert set_up.mismatch(pip) == set_up.mismatch(uv) == "fish==1.0"
+    for other in (
+        "ERROR: No matching distribution found for fish==1.0",
+        "ERROR: Hashes are required in --require-hashes mode, but they are missing from some",
+        "  × No solution found when resolving dependencies: no wheels with a matching platform",
+    ):
+        assert set_up.mismatch(other) is None
+
+
+def test_each_pin_of_the_lock_has_hashes_and_no_index_stands_there(set_up: ModuleType) -> None:
+    set_up.refuse_without_hashes()
+    text = (ROOT / "requirements.lock").read_text()
+    assert "http:" not in text and "https:" not in text and "--find-links" not in text
+    assert text.count("==") > 90
+
+
+def project(folder: Path, version: str, digest: str | None) -> Path:
+    """A project of one tiny package, whose lock pins another: fish, of which there is 1.0."""
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "set_up.py", folder / "scripts")
+    wheels = folder.parent / "wheels"
+    wheels.mkdir(exist_ok=True)
+    file = wheels / "fish-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as wheel:
+        info = "fish-1.0.dist-info"
+        wheel.writestr("fish.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fish\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    digest = digest or sha256(file.read_bytes()).hexdigest()
+    (folder / "requirements.lock").write_text(f"fish=={version} \\\n    --hash=sha256:{digest}\n")
+    (folder / "requirements.txt").write_text("fish>=1\n")
+    (folder / "requirements-dev.txt").write_text("-r requirements.txt\n")
+    (folder / "backend.py").write_text(BACKEND)
+    (folder / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
+        "[project]\nname = 'tiny'\nversion = '1.0'\n"
+    )
+    return folder
+
+
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    wheels = str(folder.parent / "wheels")
+    # No network, and pip alone: uv may not be there.
+    environment = {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels}
+    return subprocess.run(
+        [sys.executable, "scripts/set_up.py", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def stamp(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / ".venv" / ".set-up-complete").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_a_mismatch_ends_in_one_line_and_lock_no_installs_the_ranges(tmp_path: Path) -> None:
+    folder = project(tmp_path / "wrong", "1.0", "0" * 64)
+    done = start(folder)
+    lines = [line for line in done.stderr.splitlines() if "making .venv" not in line]
+    assert done.returncode == 1 and len(lines) == 1
+    assert lines[0].startswith("set-up: fish==1.0: ") and "make setup LOCK=no" in lines[0]
+    assert not list((folder / ".venv").rglob("fish.py"))  # no fall-back
+    done = start(folder, "lock=no")  # the way out
+    assert done.returncode == 0, done.stderr
+    assert list((folder / ".venv").rglob("fish.py"))
+    assert (stamp(folder)["installed_from"], stamp(folder)["lock"]) == (
+        "requirements-dev.txt",
+        "no",
+    )
+    (folder / "requirements.txt").write_text("fish>=0.5\n")
+    assert start(folder).returncode == 0  # a later one keeps to it
+    assert stamp(folder)["lock"] == "no"
+    assert start(folder, "lock=yes").returncode == 0  # what is pinned is installed already
+    assert stamp(folder)["lock"] == "yes"
+
+
+@pytest.mark.slow
+def test_the_right_hash_installs_the_lock_and_another_platform_the_ranges(tmp_path: Path) -> None:
+    folder = project(tmp_path / "right", "1.0", None)
+    assert start(folder).returncode == 0
+    assert stamp(folder)["installed_from"] == "requirements.lock"
+    digest = "0" * 64
+    (folder / "requirements.lock").write_text(f"fish==2.0 --hash=sha256:{digest}\n")  # none here
+    done = start(folder)
+    assert done.returncode == 0 and "could not be installed here; trying the ranges" in done.stderr
+    assert stamp(folder)["installed_from"] == "requirements-dev.txt"
+    (folder / "requirements.lock").write_text("fish==1.0\n")
+    done = start(folder)
+    assert done.returncode == 1 and "fish==1.0 has no hash. Run make lock." in done.stderr
+    assert "LOCK=maybe" in start(folder, "lock=maybe").stderr
