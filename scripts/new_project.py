@@ -319,15 +319,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
     dest = Path(options["dest"])
-    new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
-    if new:
-        print(f"not copied, as git does not know them: {', '.join(new[:10])}", file=sys.stderr)
     try:
         without = options["without_benchmarks"] == "true"
         done = make_project(options["name"], dest, without_benchmarks=without)
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
+    new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    if new:
+        print(f"not copied, as git does not know them: {', '.join(new[:10])}", file=sys.stderr)
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
     print(f"{dest}: {done}. Next:")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,22 @@ def test_a_name_that_cannot_be_a_package_is_refused_in_one_line(
     assert done.returncode == 2
     assert why in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_untracked_file_is_named_after_the_copy_and_beside_no_error(
+    new_project: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = new_project.git
+
+    def git(folder: Path, *arguments: str) -> str | None:
+        return "scratch.py\n" if "--others" in arguments else real(folder, *arguments)
+
+    monkeypatch.setattr(new_project, "git", git)
+    assert new_project.main(["class", str(tmp_path / "copy")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(new_project, "make_project", lambda *_, **__: "one commit on main")
+    assert new_project.main(["Deep Fish", str(tmp_path / "copy")]) == 0
+    assert "not copied, as git does not know them: scratch.py" in capsys.readouterr().err
 
 
 def test_its_own_name_is_refused(new_project: ModuleType, tmp_path: Path) -> None:
