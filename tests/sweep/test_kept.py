@@ -15,6 +15,7 @@ from sweeping import begun
 from regrow import ownership
 from regrow.config import CONF
 from regrow.errors import UserError
+from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.resume import expand_sweep
 from regrow.sweep import frozen, options, plan, run, search, state
@@ -22,8 +23,8 @@ from regrow.sweep.trial import STUDY, storage_of
 
 SEARCH = options.Search(
     params=None, fail_fast=False, retry_failed=False, pictures="none", n_trials=3, metric=None,
-    direction=None, sampler="tpe", seed=0, pruner="none", pruner_startup_trials=5,
-    pruner_warmup_evaluations=2, max_failures=10,
+    direction=None, sampler="tpe", multivariate=True, seed=0, pruner="none",
+    pruner_startup_trials=5, pruner_warmup_evaluations=2, max_failures=10,
 )  # fmt: skip
 RATES: dict[str, BaseDistribution] = {"lr": CategoricalDistribution(["0.1", "0.2"])}
 
@@ -213,3 +214,34 @@ def test_lines_that_hold_no_job_are_said() -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="has to be overrides"):
         plan.sets_of(sets)
+
+
+def test_a_search_keeps_the_tpe_that_it_began_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Optuna 4 modelled each key by itself; Optuna 5 models them jointly, for one metric."""
+    tpe = dataclasses.replace(SEARCH, sampler="tpe", multivariate=True)
+    keep = search.keep_sampler
+    assert keep(tmp_path, tpe, several=False) == tpe  # a new one
+    entry = state.Entry(0, "", {}, "0")
+    state.write(tmp_path, [entry], space={})
+    run = tmp_path / "0"
+    run.mkdir()
+    for version, several, implied in (
+        ("4.9.0", False, False),
+        ("5.0.0", False, True),
+        ("5.0.0", True, False),
+    ):
+        records.write_json(run / "manifest.json", {"packages": {"optuna": version}})
+        with caplog.at_level("INFO", logger="regrow"):
+            assert keep(tmp_path, tpe, several=several).multivariate is implied
+        assert f"what Optuna {version} did: " in caplog.text
+    (run / "manifest.json").unlink()
+    assert keep(tmp_path, tpe, several=False).multivariate is True  # that which is installed
+    state.write(tmp_path, multivariate=False)
+    with pytest.raises(UserError, match=r"sweep.multivariate=true: .* began with false"):
+        keep(tmp_path, tpe, several=False)
+    given = dataclasses.replace(tpe, multivariate=False)
+    assert keep(tmp_path, given, several=False) == given  # the way out
+    assert search.sampler_of(given, 3)._multivariate is False
+    assert search.sampler_of(tpe, 3)._multivariate is True

@@ -40,6 +40,7 @@ class Search:
     metric: str | list[str] | None
     direction: str | list[str] | None
     sampler: str
+    multivariate: bool
     seed: int
     pruner: str
     pruner_startup_trials: int

@@ -235,7 +235,10 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
         total = min(total, len(space.combinations()))
     sweep.agree(plan.fixed_by(space.fixed, [*space.varied]), [*space.varied])
     by_optuna.refuse_another(folder, space, options)
+    options = by_optuna.keep_sampler(folder, options, several=len(metrics) > 1)
     sweep.facts["space"] = space.described()
+    if options.sampler == "tpe":
+        sweep.facts["multivariate"] = options.multivariate
     (likely,) = sweep.prepared([likely])
     place: schedule.Place = local.Local(
         folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus)

@@ -6,6 +6,7 @@ the trials so far, so a search that was cut goes on with the proposals it would 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -106,6 +107,42 @@ def refuse_another(folder: Path, space: Space, options: Search) -> None:
                 f"{key}: {folder} holds a search of another space ({error}). "
                 "Another search needs another folder."
             ) from None
+
+
+def keep_sampler(folder: Path, options: Search, *, several: bool) -> Search:
+    """The options with the TPE that the search in `folder` began with; `several`: metrics.
+
+    Raises UserError where another was recorded. A search from before it was recorded keeps what its
+    version of Optuna did, and one line says so.
+    """
+    content = state.read(folder)
+    if "space" not in content or options.sampler != "tpe":
+        return options
+    if "multivariate" in content:
+        if content["multivariate"] != options.multivariate:
+            raise UserError(
+                f"sweep.multivariate={str(options.multivariate).lower()}: the search in {folder} "
+                f"began with {str(content['multivariate']).lower()}. Give that value, or use "
+                "another folder."
+            )
+        return options
+    then = optuna_of(folder)
+    implied = int(then.partition(".")[0]) >= 5 and not several
+    log.info(
+        "%s is older than sweep.multivariate, which keeps what Optuna %s did: %s",
+        *(folder, then, f"sweep.multivariate={str(implied).lower()}"),
+    )
+    return dataclasses.replace(options, multivariate=implied)
+
+
+def optuna_of(folder: Path) -> str:
+    """The version of Optuna that the first of a search's jobs recorded; else the installed one."""
+    for entry in state.entries(folder):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return str(
+                records.read_json(folder / entry.folder / "manifest.json")["packages"]["optuna"]
+            )
+    return optuna.__version__
 
 
 def distribution_of(override: Override) -> BaseDistribution:
@@ -363,7 +400,9 @@ def sampler_of(options: Search, trials: int) -> Any:
     search that goes on would propose the same points again."""
     seed = (options.seed * 1_000_003 + trials) % 2**32
     if options.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=options.multivariate, constant_liar=True
+        )
     if options.sampler == "nsgaii":
         return optuna.samplers.NSGAIISampler(seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)  # of a grid, which is enqueued, never asked
