@@ -20,6 +20,7 @@ from torch import nn
 from regrow.config import allow, instantiate, read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
+from regrow.record.folder import read_json
 from regrow.resume import downloads_elsewhere, targets_of
 from regrow.roles import check_roles
 from regrow.run import build
@@ -435,6 +436,26 @@ def test_a_new_run_starts_from_the_weights_of_another(run: Path, tmp_path: Path)
     expected = load_run(run).model.state_dict()
     for name, value in load_run(tuned).model.state_dict().items():
         assert torch.allclose(value, expected[name], atol=1e-9)
+
+
+@pytest.mark.parametrize("now", ["gone", "changed"])
+def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
+    run: Path, tmp_path: Path, now: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(run, source, symlinks=True)
+    given = (*TINY, "scheduler=constant", f"init_from={source}")
+    whole = finished(tmp_path / "whole", *given, "trainer.max_steps=4")
+    parts = finished(tmp_path / "parts", *given, "trainer.max_steps=2")
+    shutil.rmtree(source)
+    if now == "changed":  # into what would not even load
+        source.write_text("no weights")
+    finished(parts, *given, "trainer.max_steps=4")
+    shas = {read_json(it / "summary.json")["weights_sha256"] for it in (whole, parts)}
+    assert len(shas) == 1
+    shutil.rmtree(parts / "checkpoints")  # before the first checkpoint the source is needed
+    with pytest.raises(UserError, match=f"init_from={source}: "):
+        finished(parts, *given, "trainer.max_steps=4")
 
 
 def test_weights_of_a_run_that_was_cut_otherwise_are_said_to_be(

@@ -181,11 +181,23 @@ def leave_nothing(folder: Path) -> None:
 
 def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     """Build, then train in the job's folder, or in a new one if it names none."""
-    config, trainer = job.config, job.config["trainer"]
+    trainer = job.config["trainer"]
     trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
-    objects = runs.build(config, world)
+    objects = runs.build(without_source(job, world), world)
     with contextlib.closing(objects.data):
         return run_objects(job, objects, world, halvings)
+
+
+def without_source(job: Job, world: World) -> dict[str, Any]:
+    """The config to build from. With a checkpoint in the job's folder `init_from` is not read: its
+    weights would be replaced, and the source may be gone or trained further by now."""
+    has_checkpoint = (
+        job.folder is not None
+        and world.is_main
+        and checkpoint.outline(Path(job.folder) / "checkpoints") is not None
+    )
+    found: bool = json.loads(world.from_main(json.dumps(has_checkpoint)))
+    return {**job.config, "init_from": None} if found else job.config
 
 
 def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) -> float | None:
