@@ -103,6 +103,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))
     with claimed(folder, job) as goes_on:
         if goes_on and resume.is_done(folder, job.config):
+            draw_missing(folder, job)
             say_complete(folder, job)
             return
         # A refusal leaves nothing: see `claimed`.
@@ -141,7 +142,16 @@ def run_job(job: Job, world: World) -> float | None:
         job.config.update(found["config"])
         if not found["done"]:
             return run_in(job, world, found["halvings"])
+        if world.is_main:
+            draw_missing(Path(str(job.folder)), job)
     return say_complete(Path(str(job.folder)), job)
+
+
+def draw_missing(folder: Path, job: Job) -> None:
+    """Draw the plots and the page of a complete run that was killed before it had them."""
+    if job.draws and not runs.is_drawn(folder):
+        log.info("%s is complete but for its plots and its page, which are drawn now", folder)
+        runs.draw(folder)
 
 
 def say_complete(folder: Path, job: Job) -> float | None:

@@ -472,6 +472,14 @@ def draw(folder: Path) -> None:
         log.warning("no pictures: the run itself is complete", exc_info=True)
 
 
+def is_drawn(folder: Path) -> bool:
+    """Whether the page, which is written last, was written after the results."""
+    page, summary = folder / "report.html", folder / records.SUMMARY
+    with contextlib.suppress(OSError):
+        return page.stat().st_mtime_ns >= summary.stat().st_mtime_ns
+    return False
+
+
 def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:
     """torch.profiler over the training, its trace in the run folder; for runs of a few steps."""
     import contextlib

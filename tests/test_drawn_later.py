@@ -1,0 +1,54 @@
+"""A run that is killed after its training, while its plots are drawn, gets them later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import launched
+
+from regrow.record.folder import load_status
+
+TESTS = Path(__file__).resolve().parent
+# A run in a process of its own, which is killed before the page is written.
+KILLED = f"""
+import os, signal, sys
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "src")!r}]
+from regrow.record import report
+from running import launched
+report._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+launched("hydra.run.dir=run", *sys.argv[1:])
+"""
+
+
+def killed(folder: Path, *overrides: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, *overrides], cwd=folder, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    killed(tmp_path)
+    run = Path("run")
+    status = load_status(run)
+    assert status is not None and status["state"] == "completed"
+    assert not (run / "report.html").exists()
+    launched("hydra.run.dir=run")
+    assert (run / "report.html").is_file() and list((run / "plots").glob("*.png"))
+    said = capfd.readouterr()
+    assert "complete but for its plots" in said.out + said.err
+    assert "run is complete. To" in said.out + said.err
+    page = (run / "report.html").stat().st_mtime_ns
+    launched("hydra.run.dir=run")  # nothing is missing: nothing is drawn
+    assert (run / "report.html").stat().st_mtime_ns == page
+    # A page of before the run was extended is not the page of its results.
+    older = (run / "summary.json").stat().st_mtime_ns - 10**9
+    os.utime(run / "report.html", ns=(older, older))
+    launched("hydra.run.dir=run")
+    assert (run / "report.html").stat().st_mtime_ns > older
