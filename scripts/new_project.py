@@ -298,7 +298,7 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
         else:
             options[places.pop()] = argument
     for key in ("name", "dest"):
-        if not options.get(key):
+        if key not in options or (key == "dest" and not options[key]):
             raise Refused(f"{key} has to be given: {key}=… See --help.")
     if options["without_benchmarks"] not in ("true", "false"):
         raise Refused("without_benchmarks has to be true or false.")
