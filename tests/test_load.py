@@ -169,17 +169,21 @@ def test_a_damaged_checkpoint_is_named_with_what_else_there_is(run: Path) -> Non
         load_run(run, which="last")
 
 
+def with_config(run: Path, text: str) -> None:
+    """Replace the config, and lose Hydra's copy of it."""
+    (run / "config.yaml").write_text(text)
+    (run / ".hydra" / "config.yaml").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda run: (run / "config.yaml").unlink(), "it holds no config.yaml"),
-        (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml cannot be read"),
-        (lambda run: (run / "config.yaml").write_text("a: 1"), "has no node data"),
-        (lambda run: (run / "config.yaml").write_text("- 1"), "has no node data"),
+        (lambda run: with_config(run, "a: [b"), "config.yaml cannot be read"),
+        (lambda run: with_config(run, "a: 1"), "has no node data"),
+        (lambda run: with_config(run, "- 1"), "it holds a list"),
         (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
         (lambda run: without(run, "model", "_target_"), "has no model._target_"),
-        (lambda run: (run / "preprocessing.json").write_text("{"), "json cannot be read"),
-        (lambda run: (run / "preprocessing.json").write_text("[]"), "json cannot be read"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "There is none."),
         (lambda run: changed(run, model={"hidden": [13]}), "not those of the model"),
         (lambda run: changed(run, model={"hiden": [13]}), "hiden"),
@@ -200,7 +204,7 @@ def test_a_foreign_target_is_not_made(run: Path, tmp_path: Path, group: str) -> 
     config[group] = evil
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=rf"{group}._target_=os.makedirs, which no file in conf/"):
-        load_run(run)
+        _ = load_run(run).data
     assert not made.exists()
     allow(evil)
     instantiate(evil)  # the negative control: made, it would have run
@@ -295,6 +299,16 @@ def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="not those of the model"):  # made, and of other weights
         load_run(run)
+
+
+def test_names_in_the_preprocessing_are_not_made(run: Path, tmp_path: Path) -> None:
+    """They become an argument of the task."""
+    content = json.loads((run / "preprocessing.json").read_text())
+    evil = {"_target_": "os.makedirs", "name": str(tmp_path / "executed")}
+    content["class_names"] = [evil, "b", "c"]
+    (run / "preprocessing.json").write_text(json.dumps(content))
+    load_run(run)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("group", ["data", "optimizer", "trainer"])

@@ -129,11 +129,16 @@ RULES: dict[str, Rule] = {
     "data.limit_train": optional(integer(1)),
     "data.num_classes": optional(integer(1)),
     "data.num_outputs": integer(1),
+    "data.ignore_index": optional(
+        Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+    ),
     "data.input_shape": list_of(integer(1)),
     "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
+    "data.integers": choice("int64", "float32"),
+    "data.target_dtype": choice("float64", "float32"),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
     "data.source.val_fraction": number(0, 1),

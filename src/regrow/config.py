@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +33,8 @@ FLAGS_WITH_A_VALUE = (
     *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
 )
 HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # by the run
+log = logging.getLogger("regrow")
+
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
@@ -277,6 +281,45 @@ def typed_overrides(node: Any) -> list[str]:
     overrides = OmegaConf.to_container(node, resolve=False)
     assert isinstance(overrides, list)
     return [str(override) for override in overrides]
+
+
+def recorded_config(folder: Path, where: str) -> dict[str, Any]:
+    """The config of the run in `folder`, which `where` names as the user did.
+
+    If config.yaml is damaged, Hydra's own copy stands in for it, with one line. Raises UserError
+    where that is damaged as well.
+    """
+    try:
+        return _whole(read_yaml(folder / "config.yaml"))
+    except Exception as error:  # the YAML reader raises a dozen different kinds
+        reason = " ".join(str(error).split())[:200]
+    copy = folder / ".hydra" / "config.yaml"
+    try:
+        text = copy.read_text(encoding="utf-8")
+        its = read_yaml(copy.with_name("hydra.yaml"))
+        choices = its.get("hydra", its)["runtime"]["choices"]
+        choice = r"\$\{hydra:runtime\.choices\.(\w+)\}"
+        text = re.sub(choice, lambda found: json.dumps(str(choices[found[1]])), text)
+        # Of what may come from anybody, only references to its own keys are resolved.
+        if "${" in re.sub(r"\$\{(if_chosen:|oc\.select:)?[\w.,]*\}", "", text):
+            raise ValueError("it refers to more than its own keys")
+        config = _whole(OmegaConf.to_container(OmegaConf.create(text), resolve=True))
+    except Exception:
+        raise UserError(
+            f"{where}: its config.yaml cannot be read: {reason}, and neither can its copy in "
+            f".hydra. Its weights can start a new run: init_from={folder}"
+        ) from None
+    log.warning("%s: its config.yaml is damaged (%s). Its copy in .hydra is used.", where, reason)
+    return config
+
+
+def _whole(config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise ValueError(f"it holds a {type(config).__name__}")
+    for group in ("data", "model", "task", "loss", "trainer"):
+        if not isinstance(config.get(group), dict):
+            raise ValueError(f"it has no node {group}. Is it a run's?")
+    return config
 
 
 def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

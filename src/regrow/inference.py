@@ -64,18 +64,45 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
     `input`, then for classes `prediction` (the name) and `probability/<class>`; for yes or no
     `prediction` and `probability` (of yes, the second class); for labels `predicted/<label>` (1 or
     0) and `probability/<label>`; for a regression `prediction` in the targets' own units, or
-    `prediction/<target>` where there are several. Raises UserError or DataError.
+    `prediction/<target>` where there are several. Numbers have all digits
+    of a float64. Raises UserError or DataError.
     """
+    _refuse_several_inputs(run)
     row = _rows(run)
     draws = Draws(run.config["seed"], "prediction", run.step, 0)
     for number, (names, inputs) in enumerate(run.preprocessing.read(path, batch_size)):
         with torch.no_grad(), autocast(run.device, run.precision), states_kept():
             draws.begin(number)
             outputs = call(run.model, inputs.to(run.device))
+        _refuse_other_outputs(run, outputs)
         found = {key: value.cpu() for key, value in run.task.predict(outputs).items()}
         for index, name in enumerate(names):
             one = {key: value[index] for key, value in found.items()}
             yield {"input": name, **row(one)}
+
+
+def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
+    """Raise UserError for outputs that are more than one row per example."""
+    dimensions = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
+    allowed = dimensions.get(run.task.kind)
+    if allowed is None or (isinstance(outputs, Tensor) and outputs.ndim in allowed):
+        return
+    shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise UserError(
+        f"run={run.folder}: the model gives {shape} for a batch, such as a class per pixel or "
+        "token, and a table has one row per example. Use the model from Python: "
+        "regrow.load.load_run(run).model(inputs)."
+    )
+
+
+def _refuse_several_inputs(run: LoadedRun) -> None:
+    """Raise UserError for a model that takes several tensors, which no file of one array holds."""
+    if run.input_names:
+        raise UserError(
+            f"run={run.folder}: the model takes several inputs ({', '.join(run.input_names)}), and "
+            "input= names one array. Use the model from Python: "
+            "regrow.load.load_run(run).model(**inputs)."
+        )
 
 
 def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
@@ -88,18 +115,18 @@ def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
 
     def multiclass(one: dict[str, Tensor]) -> dict[str, str]:
         shares = zip(names, one["probability"].tolist(), strict=True)
-        row = {f"probability/{name}": f"{share:.9g}" for name, share in shares}
+        row = {f"probability/{name}": repr(share) for name, share in shares}
         return {"prediction": names[int(one["prediction"])], **row}
 
     def binary(one: dict[str, Tensor]) -> dict[str, str]:
-        share = f"{one['probability'].item():.9g}"
-        return {"prediction": names[int(one["prediction"])], "probability": share}
+        share = one["probability"].item()
+        return {"prediction": names[int(one["prediction"])], "probability": repr(share)}
 
     def multilabel(one: dict[str, Tensor]) -> dict[str, str]:
         chosen = zip(names, one["prediction"].tolist(), strict=True)
         shares = zip(names, one["probability"].tolist(), strict=True)
         row = {f"predicted/{name}": str(int(value)) for name, value in chosen}
-        return row | {f"probability/{name}": f"{share:.9g}" for name, share in shares}
+        return row | {f"probability/{name}": repr(share) for name, share in shares}
 
     kinds = {"multiclass": multiclass, "binary": binary, "multilabel": multilabel}
     if kind not in kinds:
@@ -110,8 +137,8 @@ def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
 def _values(run: LoadedRun, prediction: Tensor) -> dict[str, str]:
     values = prediction.flatten().tolist()
     if len(values) == 1:
-        return {"prediction": f"{values[0]:.9g}"}
+        return {"prediction": repr(values[0])}
     source = run.config["data"].get("source")
     columns = source.get("target_columns") if isinstance(source, dict) else None
     names = columns if columns and len(columns) == len(values) else range(len(values))
-    return {f"prediction/{name}": f"{v:.9g}" for name, v in zip(names, values, strict=True)}
+    return {f"prediction/{name}": repr(v) for name, v in zip(names, values, strict=True)}

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from regrow import older
 from regrow import run as runs
-from regrow.config import allow, find_own_modules, instantiate, read_yaml
-from regrow.data.preprocess import Preprocessing
+from regrow.config import allow, find_own_modules, instantiate, recorded_config
+from regrow.data.preprocess import Preprocessing, in_units
 from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
 from regrow.resume import downloads_elsewhere
@@ -59,10 +59,13 @@ class LoadedRun:
     precision: str
     recorded: Preprocessing | None  # as the run kept it
     class_names: list[str] | None
+    input_names: list[str] | None  # where an example has several inputs
 
     @cached_property
     def data(self) -> Any:
         """The run's data, normalised by the statistics of what the run was trained on."""
+        check_roles(self.config, ("data",), self.folder, f"run={self.folder}")
+        allow(self.config["data"])
         data = instantiate(self.config["data"])
         for note in data.notes:
             log.warning("%s", note)
@@ -86,16 +89,14 @@ class LoadedRun:
             self.data.close()
 
     def in_units(self, values: Tensor) -> Tensor:
-        """Regression outputs (N,) or (N, K) in the targets' own units."""
-        how = self.preprocessing
-        if how.target_mean is None or how.target_std is None:
-            return values
-        return values * values.new_tensor(how.target_std) + values.new_tensor(how.target_mean)
+        """Regression outputs (N,) or (N, K) in the targets' own units, as float64."""
+        return in_units(values, self.preprocessing.target_mean, self.preprocessing.target_std)
 
 
 def preprocessing_record(data: Any) -> dict[str, Any]:
     """What prediction needs of the data, as the run's folder keeps it in preprocessing.json."""
-    return {**data.preprocessing.to_dict(), "class_names": data.class_names}
+    names = data.input_names()
+    return {**data.preprocessing.to_dict(), "class_names": data.class_names, "input_names": names}
 
 
 def load_run(
@@ -118,17 +119,23 @@ def load_run(
     config = _config(folder, given)
     if added := older.complete(config):
         log.info("%s", older.line(f"run={given}", added))
-    recorded, class_names = _recorded(folder, given)
-    class_names = class_names or config["data"].get("class_names")
+    recorded, class_names, input_names = _recorded(folder, given)
+    try:
+        class_names = class_names or _names(config["data"].get("class_names"))
+    except TypeError as error:
+        raise UserError(
+            f"run={given}: its config.yaml has data.class_names, and {error}. It is not made."
+        ) from None
     find_own_modules()
-    made = ("data", "model", "task", "loss")
+    # The data is checked where it is read, which a prediction never does.
+    made = ("model", "task", "loss")
     check_roles(config, made, folder, f"run={given}")
     allow(*(config[group] for group in made))
     if downloads_elsewhere(folder, config, data or {}):
         config["data"]["source"]["download"] = False
     swap(config["data"], data or {})
     if class_names is None and config["task"].get("class_names", ...) is None:
-        class_names = _names_in(config["data"])  # of a run that did not keep them
+        class_names = _names_in(config, folder)  # of a run that did not keep them
     if data:
         columns = recorded.columns if recorded is not None else None
         _pin(config["data"], class_names=class_names, feature_columns=columns)
@@ -162,6 +169,7 @@ def load_run(
         precision=_precision(config["trainer"]["precision"], chosen),
         recorded=recorded,
         class_names=None if class_names is None else [str(name) for name in class_names],
+        input_names=input_names,
     )
     run.task.in_units = run.in_units
     return run
@@ -250,16 +258,8 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
             f"run={given} is no run's folder: {what}. Give the folder that a run printed at its "
             "start, such as outputs/digits/latest."
         )
-    try:
-        config = read_yaml(folder / "config.yaml")
-    except Exception as error:  # the YAML reader raises a dozen different kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"run={given}: its config.yaml cannot be read: {reason}") from None
+    config = recorded_config(folder, f"run={given}")
     groups = ("data", "model", "task", "loss", "trainer")
-    absent = [key for key in groups if not isinstance(config, dict) or key not in config]
-    absent += [key for key in groups if not absent and not isinstance(config[key], dict)]
-    if absent:
-        raise UserError(f"run={given}: its config.yaml has no node {absent[0]}. Is it a run's?")
     needed = {**dict.fromkeys(groups, ("_target_",)), "trainer": OF_THE_TRAINER}
     lost = [
         f"{group}.{key}" for group in groups for key in needed[group] if key not in config[group]
@@ -269,24 +269,39 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
     return config
 
 
-def _recorded(folder: Path, given: Path) -> tuple[Preprocessing | None, list[str] | None]:
+def _recorded(
+    folder: Path, given: Path
+) -> tuple[Preprocessing | None, list[str] | None, list[str] | None]:
+    """The preprocessing, the names of the classes and of the inputs, as far as they were kept."""
     path = folder / PREPROCESSING
     if not path.is_file():
-        return None, None
+        return None, None, None
     try:
         content: dict[str, Any] = read_json(path)
-        class_names = content.pop("class_names", None)
-        return Preprocessing.from_dict(content), class_names
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"run={given}: its {PREPROCESSING} cannot be read: {error}. Without that file the "
-            "same is found in the data."
-        ) from None
+        names = [_names(content.pop(key, None)) for key in ("class_names", "input_names")]
+        return Preprocessing.from_dict(content), names[0], names[1]
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        log.warning(
+            "run=%s: its %s cannot be read (%s): the same is looked for in the data",
+            *(given, PREPROCESSING, " ".join(str(error).split())[:200]),
+        )
+        return None, None, None
 
 
-def _names_in(data: Mapping[str, Any]) -> list[str] | None:
+def _names(value: Any) -> list[str] | None:
+    """Plain names: they become an argument of the task, which would make an object of a node."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
+        raise TypeError(f"{str(value)[:80]!r} is not a list of names")
+    return value
+
+
+def _names_in(config: Mapping[str, Any], folder: Path) -> list[str] | None:
     try:
-        names: list[str] | None = instantiate(data).class_names
+        check_roles(config, ("data",), folder, f"run={folder}")
+        allow(config["data"])
+        names: list[str] | None = instantiate(config["data"]).class_names
     except UserError:
         return None  # the data is gone: the classes go by their numbers
     return names

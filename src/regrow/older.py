@@ -40,6 +40,11 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey(IMAGE_FOLDER, "identity", "ends"),
     AddedKey("regrow.data.loaders.Data", "changed", "refuse"),
     AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
+    AddedKey("regrow.data.loaders.Data", "integers", "float32"),
+    AddedKey("regrow.data.loaders.Data", "ignore_index", None),
+    AddedKey("regrow.data.datasets.csv", "ignore_index", None),
+    AddedKey("regrow.data.datasets.csv", "target_dtype", "float32"),
+    AddedKey("regrow.data.loaders.Data", "target_dtype", "float32"),
 )
 # Keys of that time that this code does not take, by `_target_`: another key says the same.
 REMOVED_KEYS: tuple[tuple[str, str], ...] = tuple(

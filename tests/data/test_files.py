@@ -64,7 +64,8 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "num_workers": 0, "pin_memory": True, "persistent_workers": True,
         "drop_last": False, "limit_train": None,
         "augment": True, "augmentation": None, "normalize": "none", "normalize_targets": False,
-        "overlap": "refuse", "changed": "refuse",
+        "target_dtype": "float64", "integers": "int64", "ignore_index": None,
+        "changed": "refuse", "overlap": "refuse",
     } | changes  # fmt: skip
     data = instantiate(node, source=from_datasets(train=train, val=val, test=None, collate=None))
     assert isinstance(data, Data)

@@ -46,7 +46,7 @@ def test_a_regression_is_in_the_units_of_its_targets(diabetes: Path, tmp_path: P
     test = run.data.source.test
     np.save(tmp_path / "rows.npy", test.inputs.numpy())
     rows = predicted(diabetes, tmp_path / "rows.npy", tmp_path / "out.csv")
-    values = torch.tensor([float(row["prediction"]) for row in rows])
+    values = torch.tensor([float(row["prediction"]) for row in rows], dtype=torch.float64)
     assert list(rows[0]) == ["input", "prediction"]
     # Progression is 25 to 346; standardised it would lie around 0.
     error = (values - test.targets).square().mean().sqrt()

@@ -216,7 +216,7 @@ def test_logits_are_not_taken_for_a_sigmoid() -> None:
 def test_predictions_have_the_shapes_scripts_rely_on() -> None:
     found = multiclass().predict(logits(6, 10))
     assert found["prediction"].shape == (6,) and found["probability"].shape == (6, 10)
-    torch.testing.assert_close(found["probability"].sum(1), torch.ones(6))
+    torch.testing.assert_close(found["probability"].sum(1), torch.ones(6).double())
     assert (found["probability"].argmax(1) == found["prediction"]).all()
 
     outputs = logits(6, 1)

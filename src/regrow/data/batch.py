@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -80,16 +80,34 @@ def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def tensors_of(item: object) -> tuple[Inputs, Tensor, Tensor | None]:
-    """Inputs, targets and weights of a collated batch: a pair, a triple or a mapping."""
-    if isinstance(item, dict) and {"inputs", "targets"} <= item.keys():
+    """Inputs, targets and weights of a collated batch: a pair, a triple or a mapping.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(item, Mapping) and {"inputs", "targets"} <= item.keys():
         inputs, targets, weights = item["inputs"], item["targets"], item.get("weights")
     elif isinstance(item, list | tuple) and len(item) in (2, 3):
         inputs, targets, weights = (*item, None)[:3]
     else:
-        keys = f" with keys {sorted(map(str, item))}" if isinstance(item, dict) else ""
+        keys = f" with keys {sorted(map(str, item))}" if isinstance(item, Mapping) else ""
         raise TypeError(f"{type(item).__name__}{keys}")
     if isinstance(inputs, list | tuple):
         inputs = tuple(inputs)
-    if targets.dtype == torch.float64:  # what the default collate makes of Python numbers
-        targets = targets.float()
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    parts = inputs.values() if isinstance(inputs, dict) else inputs
+    for part in [inputs] if isinstance(inputs, Tensor) else parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(f"a pair whose inputs hold {_shown(part)}, not tensors")
+    for name, part in {"targets": targets, "weights": weights}.items():
+        if not isinstance(part, Tensor) and not (part is None and name == "weights"):
+            raise TypeError(f"a pair whose {name} are {_shown(part)}, not one tensor")
     return cast(Inputs, inputs), targets, weights if weights is None else weights.float()
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping with keys {sorted(map(str, value))}"
+    if isinstance(value, list | tuple) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return type(value).__name__

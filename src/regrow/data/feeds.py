@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -22,12 +23,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from regrow.data.augment import Store
 from regrow.data.batch import Batch, tensors_of
-from regrow.data.preprocess import Normalizer
+from regrow.data.preprocess import Normalizer, rounding
 from regrow.data.sampling import Windows
 from regrow.data.splits import Examples, MapStyle
 from regrow.errors import DataError
 from regrow.parent import die_with_parent
 from regrow.randomness import generator, key
+
+log = logging.getLogger("regrow.data")
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
@@ -58,7 +61,10 @@ class MemoryFeed:
         self.num_elements = examples.inputs[:1].numel()
         self.normalize, self.device, self.seed, self.store = normalize, device, seed, store
         self.inputs: Tensor | None = None
-        self.resident = store is None and 4 * examples.inputs.numel() <= RESIDENT_BYTES
+        small = 4 * examples.inputs.numel() <= RESIDENT_BYTES
+        # MPS takes no float64: what is left of it after the normalisation is float32.
+        wide = device.type == "mps" and examples.inputs.dtype == torch.float64
+        self.resident = store is None and (small or wide)
         if self.resident:
             normalized = normalize(examples.inputs)
             assert isinstance(normalized, Tensor)
@@ -119,20 +125,22 @@ class FileFeed:
         name: str,
         seed: int,
         num_classes: int | None,
+        ignore_index: int | None,
         collate: Callable[[list[Any]], Any] | None,
         num_workers: int,
         pin_memory: bool,
         persistent_workers: bool,
     ) -> None:
-        self.normalize, self.device = normalize, device
+        self.normalize, self.device, self.name = normalize, device, name
+        self.is_checked = False
         self.plan = _Plan()
         self._seen: object = None  # the persistent workers that will end with the interpreter
         with _no_advice_on_workers():
             self.loader: DataLoader[Any] = DataLoader(
-                _Seeded(dataset, name, seed, num_classes),  # type: ignore[arg-type]
+                _Seeded(dataset, name, seed, num_classes, ignore_index),  # type: ignore[arg-type]
                 batch_sampler=self.plan,
                 num_workers=num_workers,
-                collate_fn=_Collate(collate or default_collate),
+                collate_fn=_Collate(collate, name, num_classes, ignore_index),
                 pin_memory=pin_memory and device.type == "cuda",
                 persistent_workers=persistent_workers and num_workers > 0,
                 worker_init_fn=functools.partial(_begin_worker, os.getpid()),
@@ -174,6 +182,21 @@ class FileFeed:
             raise DataError(item.message)
         inputs, targets, weights = item
         share = windows.share(number)
+        expected = max(1, share.num_local)
+        if len(targets) != expected or (weights is not None and len(weights) != expected):
+            raise DataError(
+                f"{self.name}: a batch of {expected} items has targets of shape "
+                f"{list(targets.shape)}. Let `collate` give as many targets, and weights, as items."
+            )
+        if targets.dtype == torch.float64:  # what the default collate makes of Python numbers
+            if not self.is_checked and (lost := rounding(targets)) > 1e-3:
+                log.warning(
+                    "the targets of %s are large beside their spread: float32 rounds them by up to "
+                    "%.2g of it in the first batch. Subtract their mean in the data set.",
+                    *(self.name, lost),
+                )
+            targets = targets.float()
+        self.is_checked = True
         if share.num_local == 0:
             weights = torch.zeros(1)
         batch = Batch(inputs, targets, weights, share.num_local, share.num_global).to(self.device)
@@ -207,8 +230,16 @@ class _Broken:
 class _Seeded:
     """Seeds torch, numpy and `random` for each example from (seed, epoch, index)."""
 
-    def __init__(self, dataset: MapStyle, name: str, seed: int, num_classes: int | None) -> None:
+    def __init__(
+        self,
+        dataset: MapStyle,
+        name: str,
+        seed: int,
+        num_classes: int | None,
+        ignore_index: int | None,
+    ) -> None:
         self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
+        self.ignore_index = ignore_index
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         epoch, index = place
@@ -227,17 +258,23 @@ class _Seeded:
             )
 
     def _check(self, item: Any, index: int) -> None:
-        """A class index out of range, but for -100, which torch's losses ignore."""
+        """A class index out of range. What only a custom collate can read is checked after it."""
         if self.num_classes is None:
             return
-        targets = torch.as_tensor(item["targets"] if isinstance(item, dict) else item[1])
-        if targets.is_floating_point():
+        if isinstance(item, Mapping):
+            targets = item.get("targets")
+        else:
+            targets = item[1] if isinstance(item, list | tuple) and len(item) > 1 else None
+        try:
+            targets = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError):
             return
-        if bool((((targets < 0) & (targets != -100)) | (targets >= self.num_classes)).any()):
+        wrong = outside(targets, self.num_classes, self.ignore_index)
+        if wrong is not None:
             files = getattr(self.dataset, "files", None)
             where = f" ({files[index]})" if files is not None else ""
             raise DataError(
-                f"{self.name} example {index}{where}: class {targets.max().item()} is out of range "
+                f"{self.name} example {index}{where}: class {wrong} is out of range "
                 f"for data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
             )
 
@@ -245,20 +282,74 @@ class _Seeded:
 class _Collate:
     """Items to (inputs, targets, weights); a class, because a closure does not reach a worker."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any] | None,
+        name: str,
+        num_classes: int | None,
+        ignore_index: int | None,
+    ) -> None:
+        self.collate, self.name = collate, name
+        self.num_classes, self.ignore_index = num_classes, ignore_index
 
     def __call__(self, items: list[Any]) -> Any:
         for item in items:
             if isinstance(item, _Broken):
                 return item
+        if self.collate is not None:
+            batch = self.collate(items)
+        else:
+            try:
+                batch = default_collate(items)
+            except (TypeError, RuntimeError, KeyError) as error:
+                reason = " ".join(str(error).split())[:200]
+                return _Broken(
+                    f"{self.name}: items of the data set do not make a batch: {reason}. Give items "
+                    "of tensors of one shape, or a collate function: data.source.collate."
+                )
         try:
-            return tensors_of(self.collate(items))
+            found = tensors_of(batch)
         except TypeError as error:
             return _Broken(
-                f"A batch of the data set is {error}. It must be (inputs, targets), or a mapping "
-                f"with inputs, targets and, if wanted, weights."
+                f"{self.name}: a batch of the data set is {error}. It must be (inputs, targets) or "
+                "a mapping with inputs, targets and, if wanted, weights. Let data.source.collate "
+                "give that."
             )
+        if self.collate is not None and self.num_classes is not None:
+            wrong = outside(found[1], self.num_classes, self.ignore_index)
+            if wrong is not None:
+                return _Broken(
+                    f"{self.name}: a batch has class {wrong}, which is out of range for "
+                    f"data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
+                )
+        return found
+
+
+def input_names(
+    dataset: MapStyle, collate: Callable[[list[Any]], Any] | None, seed: int
+) -> list[str] | None:
+    """The inputs' names, or places from 0, where an example has several; else None."""
+    item = _Seeded(dataset, "train", seed, None, None)[(0, 0)]
+    found = _Collate(collate, "train", None, None)([item])
+    if isinstance(found, _Broken):
+        raise DataError(found.message)
+    inputs = found[0]
+    if isinstance(inputs, Tensor):
+        return None
+    return [str(name) for name in (inputs if isinstance(inputs, dict) else range(len(inputs)))]
+
+
+def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int | None:
+    """The first class index that is out of range, and not left out by the loss.
+
+    -100 is let through as well: the losses of torch leave it out.
+    """
+    if targets.is_floating_point() or targets.is_complex():
+        return None
+    wrong = ((targets < 0) & (targets != -100)) | (targets >= num_classes)
+    if ignore_index is not None:
+        wrong &= targets != ignore_index
+    return int(targets[wrong].flatten()[0]) if bool(wrong.any()) else None
 
 
 @contextlib.contextmanager

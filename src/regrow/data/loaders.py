@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ import torch
 from torch import Tensor
 
 from regrow.data.batch import Batch
-from regrow.data.feeds import FileFeed, MemoryFeed
-from regrow.data.preprocess import NUM_SAMPLED, Normalizer, Preprocessing, preprocessing
+from regrow.data.feeds import FileFeed, MemoryFeed, input_names, outside
+from regrow.data.preprocess import (
+    NUM_SAMPLED,
+    Normalizer,
+    Preprocessing,
+    in_units,
+    preprocessing,
+    rounding,
+    standardised,
+)
 from regrow.data.sampling import Windows, permutation
 from regrow.data.splits import Examples, Split, Splits, check_overlap, text_names
 from regrow.errors import DataError, UserError
+
+log = logging.getLogger("regrow.data")
 
 KINDS = ("multiclass", "binary", "multilabel", "regression")
 
@@ -59,7 +70,8 @@ class Data:
     `batch_size` counts the examples of an optimizer step over all processes, `eval_batch_size`
     those of a forward pass in one. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary;
     (B, L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the
-    training split if `normalize_targets`: `target_mean` and `target_std` then undo it.
+    training split if `normalize_targets`: `target_mean` and `target_std` then undo it. Integer
+    inputs in memory become `integers`, int64 or float32, where they are not normalised.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class Data:
         root: str,
         target_kind: str,
         num_classes: int | None,
+        ignore_index: int | None,
         num_outputs: int,
         input_shape: list[int],
         class_names: list[str] | None,
@@ -84,11 +97,19 @@ class Data:
         augmentation: Any,
         normalize: str | dict[str, list[float]],
         normalize_targets: bool,
+        target_dtype: str,
+        integers: str,
         changed: str,
         overlap: str,
     ) -> None:
+        if not isinstance(source, Splits):
+            raise UserError(
+                f"data.source gives a {type(source).__name__}. Let it return "
+                "regrow.data.splits.Splits(train, val, test)."
+            )
         self.source, self.seed, self.root = source, seed, root
         self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
+        self.ignore_index, self.target_dtype = ignore_index, target_dtype
         self.input_shape = list(input_shape)
         self.class_names = text_names(
             class_names if class_names is not None else source.class_names
@@ -108,7 +129,9 @@ class Data:
             input_shape=self.input_shape,
             normalize=normalize,
             normalize_targets=normalize_targets,
+            integers=integers,
         )
+        self._warn_of_rounding()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
@@ -172,15 +195,19 @@ class Data:
             )
         return torch.cat(tensors)
 
+    def input_names(self) -> list[str] | None:
+        """The inputs' names, or places from 0, where an example has several; else None."""
+        if isinstance(self.source.train, Examples) or self.source.resize is not None:
+            return None
+        return input_names(self.source.train, self.source.collate, self.seed)
+
     def _num_trained_on(self) -> int:
         count = len(self.source.train)
         return count if self.limit_train is None else min(count, self.limit_train)
 
     def in_units(self, values: Tensor) -> Tensor:
         """Standardised regression targets or outputs (N,) or (N, K) in the data's own units."""
-        if self.target_mean is None or self.target_std is None:
-            return values
-        return values * values.new_tensor(self.target_std) + values.new_tensor(self.target_mean)
+        return in_units(values, self.target_mean, self.target_std)
 
     def fingerprint(self) -> dict[str, Any]:
         """Count and SHA-256 of each split, over the contents of tensors or files."""
@@ -223,6 +250,7 @@ class Data:
             name=name,
             seed=self.seed,
             num_classes=self.num_classes if self.target_kind == "multiclass" else None,
+            ignore_index=self.ignore_index,
             collate=self.source.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -230,11 +258,26 @@ class Data:
         )
 
     def _standardised(self, split: Examples) -> Examples:
-        if self.target_mean is None or self.target_std is None:
-            return split
-        mean, std = torch.tensor(self.target_mean).double(), torch.tensor(self.target_std).double()
-        targets = (split.targets.double() - mean) / std
-        return Examples(split.inputs, targets.float().view_as(split.targets), split.weights)
+        targets = standardised(
+            split.targets, self.target_mean, self.target_std, getattr(torch, self.target_dtype)
+        )
+        return Examples(split.inputs, targets, split.weights)
+
+    def _warn_of_rounding(self) -> None:
+        """Log where float32, which models compute in, takes a part of the data away."""
+        train, how = self.source.train, self.preprocessing
+        if not isinstance(train, Examples):
+            return
+        for what, values, is_raw, way_out in (
+            ("targets", train.targets, how.target_mean is None, "data.normalize_targets=true"),
+            ("inputs", train.inputs, how.mean is None, "data.normalize=train"),
+        ):
+            if is_raw and (lost := rounding(values)) > 1e-3:
+                log.warning(
+                    "the %s are large beside their spread: float32 rounds them by up to %.2g of "
+                    "it. Set %s, which standardises in float64.",
+                    *(what, lost, way_out),
+                )
 
     def _check(self, augment: bool, augmentation: Any, normalize_targets: bool) -> None:
         for name in ("batch_size", "eval_batch_size"):
@@ -312,11 +355,11 @@ class Data:
             raise UserError(
                 "data.num_classes=null, and multiclass targets need it. Set the number."
             )
-        wrong = (((targets < 0) & (targets != -100)) | (targets >= number)).nonzero()
-        if len(wrong):
-            row = int(wrong[0][0])
+        wrong = outside(targets, number, self.ignore_index)
+        if wrong is not None:
+            row = int((targets == wrong).nonzero()[0][0])
             raise DataError(
-                f"split {name}, example {row}: class {targets[row].item()} is out of range for "
+                f"split {name}, example {row}: class {wrong} is out of range for "
                 f"data.num_classes={number}: 0 … {number - 1}."
             )
 

@@ -26,6 +26,7 @@ from regrow.errors import DataError, UserError
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 # Spread over a split: images in files that `normalize: train` looks at, and what a model is shown.
 NUM_SAMPLED = 1024
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 log = logging.getLogger("regrow.data")
 
@@ -34,7 +35,8 @@ log = logging.getLogger("regrow.data")
 class Preprocessing:
     """All that prediction needs, as plain values, so that a run's folder can keep it as JSON.
 
-    kind: image (uint8 pixels), table (floating features) or tensor (handed on as they are).
+    kind: image (uint8 pixels), table (floating features), integer (int64, such as tokens) or tensor
+    (handed on as they are).
     mean, std: per channel of pixels in 0 … 1, or per feature in raw units; None: not normalised.
     input_max: the raw value of white. resize: shorter side before the centre crop, or None to
     scale straight to the input size. target_mean, target_std: what a regression's standardised
@@ -61,8 +63,23 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """From a run's preprocessing.json, also one from before a field existed."""
-        return cls(**{**older.ADDED_PREPROCESSING, **values})
+        """From a run's preprocessing.json, also one from before a field existed.
+
+        Raises TypeError for fields that are not those, or not of their types.
+        """
+        how = cls(**{**older.ADDED_PREPROCESSING, **values})
+        numbers = (how.mean, how.std, how.target_mean, how.target_std)
+        if (
+            how.kind not in ("image", "table", "integer", "tensor")
+            or not _is_list(how.input_shape, int)
+            or not isinstance(how.input_max, int | float)
+            or not all(it is None or _is_list(it, int, float) for it in numbers)
+            or not (how.columns is None or _is_list(how.columns, str))
+            or not isinstance(how.delimiter, str)
+            or not isinstance(how.resize, int | None)
+        ):
+            raise TypeError("a field is of a wrong type")
+        return how
 
     def read(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Names and model inputs (B, …) on the CPU, batch by batch, from what lies at `path`.
@@ -164,6 +181,11 @@ class Preprocessing:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
             raise DataError(f"{path}, row {start + row}: a value is NaN or infinite.")
+        if self.kind == "integer" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise DataError(
+                f"{path}: values of type {str(tensor.dtype).removeprefix('torch.')}, this run's "
+                "model takes integers. Save an array of integers."
+            )
         if self.kind != "image":
             if tuple(tensor.shape[1:]) != shape:
                 raise DataError(
@@ -216,6 +238,10 @@ class Preprocessing:
         return to_tensor(fitted)
 
 
+def _is_list(value: Any, *types: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, types) for item in value)
+
+
 class Normalizer:
     """Raw inputs to float32 model inputs, on the device of the inputs."""
 
@@ -241,7 +267,9 @@ class Normalizer:
             return each(inputs, self.image)
         if self.kind == "table":
             return each(inputs, self.features)
-        return inputs if self.mean is None else each(inputs, self.pixels)
+        if self.kind == "integer":
+            return each(inputs, Tensor.long)
+        return each(inputs, single if self.mean is None else self.pixels)
 
     def pixels(self, inputs: Tensor) -> Tensor:
         """Of a data set of one's own, whose floats may be in any unit."""
@@ -265,12 +293,66 @@ class Normalizer:
         return ((rows.double() - self.mean) / self.std).float()
 
 
+def single(values: Tensor) -> Tensor:
+    """float64 as float32, which models compute in; other types as they are."""
+    return values.float() if values.dtype == torch.float64 else values
+
+
+def standardised(
+    values: Tensor,
+    mean: list[float] | None,
+    std: list[float] | None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Targets (N,) or (N, K) in float64 until they are standardised, then float32.
+
+    `dtype` is that of the statistics: float32 for records of a time when it rounded them.
+    """
+    if mean is None or std is None:
+        return single(values)
+    columns = values.double().view(len(values), -1)
+    shift, scale = (torch.tensor(it, dtype=dtype).to(columns) for it in (mean, std))
+    rows = (columns - shift) / scale
+    return rows.float().view_as(values)
+
+
+def in_units(values: Tensor, mean: list[float] | None, std: list[float] | None) -> Tensor:
+    """What `standardised` gave, or outputs like it, in the targets' own units, as float64.
+
+    A float32 has seven digits: of a time in Unix seconds, too few for the minute.
+    """
+    wide = widest(values)
+    if mean is None or std is None:
+        return wide
+    return wide * wide.new_tensor(std) + wide.new_tensor(mean)
+
+
+def widest(values: Tensor) -> Tensor:
+    """In float64. MPS has none, so the CPU takes over there."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def rounding(values: Tensor) -> float:
+    """The share of the spread by which float32 rounds a column of float64 `values` (N, …)."""
+    if values.dtype != torch.float64 or len(values) < 2:
+        return 0.0
+    columns = values.reshape(len(values), -1)
+    lost = (columns - columns.float().double()).abs().amax(0)
+    spread = columns.std(0)
+    return float(torch.where(spread > 0, lost / spread.clamp(min=1e-300), 0.0).max())
+
+
 def preprocessing(
-    splits: Splits, *, input_shape: list[int], normalize: Any, normalize_targets: bool
+    splits: Splits,
+    *,
+    input_shape: list[int],
+    normalize: Any,
+    normalize_targets: bool,
+    integers: str,
 ) -> Preprocessing:
     """Statistics of the training split alone, or those given, and what was found in `splits`."""
     train = splits.train
-    kind = _kind(splits, input_shape)
+    kind = _kind(splits, normalize, integers)
     mean, std = _statistics(splits, kind, input_shape, normalize)
     target_mean = target_std = None
     if normalize_targets:
@@ -298,10 +380,16 @@ def preprocessing(
     )
 
 
-def _kind(splits: Splits, input_shape: list[int]) -> str:
-    """image: uint8 tensors of three dimensions; the rest of a user's own data sets is untouched."""
+def _kind(splits: Splits, normalize: Any, integers: str) -> str:
+    """image: uint8 (N, C, H, W); integer: other integers that are not to be normalised; the rest of
+    a user's own data sets is untouched."""
     if isinstance(splits.train, Examples):
-        return "image" if splits.train.inputs.dtype == torch.uint8 else "table"
+        inputs = splits.train.inputs
+        if inputs.dtype == torch.uint8 and (inputs.ndim == 4 or integers == "float32"):
+            return "image"
+        if inputs.dtype in INTEGERS and normalize == "none" and integers == "int64":
+            return "integer"
+        return "table"
     if splits.resize is not None:
         return "image"
     return "tensor"

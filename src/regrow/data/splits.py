@@ -31,14 +31,34 @@ class MapStyle(Protocol):
 class Examples:
     """A split that lives in memory as tensors.
 
-    inputs: (N, C, H, W) uint8 images, or (N, …) floating features in their raw units.
+    inputs: (N, C, H, W) uint8 images, or (N, …) floating features in their raw units, or integers.
     targets: (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or
-    (N,) or (N, K) float32 values. weights: (N,) float32, or None for all one.
+    (N,) or (N, K) values, float64 where float32 would round them. weights: (N,) float32, or None
+    for all one. numpy arrays and lists of numbers become tensors. Raises DataError for others.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "targets", "weights"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, as_tensor(value, f"Examples.{name}"))
+        if self.weights is not None:
+            weights = self.weights.float()
+            if weights.shape != self.inputs.shape[:1]:
+                raise DataError(
+                    f"Examples.weights: {list(weights.shape)} weights for {len(self.inputs)} "
+                    "examples. Give one for each."
+                )
+            if not bool((weights.isfinite() & (weights >= 0)).all()):
+                raise DataError(
+                    "Examples.weights: a weight is negative, NaN or infinite. Give numbers of zero "
+                    "or more."
+                )
+            object.__setattr__(self, "weights", weights)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -65,6 +85,41 @@ class Reading:
 Split = Examples | MapStyle
 
 
+def as_tensor(value: Any, what: str) -> Tensor:
+    """A tensor, numpy array or list of numbers (N, …) as a tensor on the CPU.
+
+    Raises DataError, which calls it `what`, for all else.
+    """
+    if isinstance(value, list | tuple) and value and all(isinstance(it, Tensor) for it in value):
+        shapes = sorted({tuple(it.shape) for it in value})
+        if len(shapes) > 1:
+            raise DataError(
+                f"{what}: a list of tensors of {len(shapes)} shapes, such as {shapes[0]} and "
+                f"{shapes[1]}. Pad them to one shape, or use from_datasets with a collate function."
+            )
+        value = torch.stack(list(value))
+    if not isinstance(value, Tensor):
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError) as error:  # lists of several lengths
+            raise DataError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+        if array.dtype.kind not in "buif":
+            raise DataError(
+                f"{what}: {type(value).__name__} of {array.dtype}, which is not a type of number. "
+                "Convert it to numbers of one type and shape."
+            )
+        if array.dtype.kind == "u" and array.dtype.itemsize > 1:  # torch computes little in these
+            array = array.astype(np.int64)
+        if array.dtype == np.longdouble and array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+    tensor: Tensor = value.detach().cpu()
+    if tensor.ndim == 0 or tensor.is_complex() or tensor.layout != torch.strided:
+        kind = "one number" if tensor.ndim == 0 else "complex or sparse numbers"
+        raise DataError(f"{what}: {kind}. Give a dense tensor of real numbers (N, …).")
+    return tensor
+
+
 @dataclass(frozen=True)
 class Splits:
     """Train, validation and test examples, and what was found out while reading them.
@@ -88,6 +143,12 @@ class Splits:
     notes: Sequence[str] = ()
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            split = getattr(self, name)
+            if split is not None and not isinstance(split, Examples):
+                _must_be_map_style(name, split)
+
     def items(self) -> list[tuple[str, Split]]:
         splits = zip(NAMES, (self.train, self.val, self.test), strict=True)
         return [(name, split) for name, split in splits if split is not None]
@@ -105,6 +166,23 @@ def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
                 'quotes: ["no", "yes"].'
             )
     return None if class_names is None else [str(name) for name in class_names]
+
+
+def _must_be_map_style(name: str, split: Any) -> None:
+    if isinstance(split, torch.utils.data.IterableDataset):
+        problem = "is an IterableDataset, which has neither a length nor numbered items"
+    elif isinstance(split, torch.utils.data.DataLoader):
+        problem = "is a DataLoader; the run makes its own batches, so that it can resume"
+    elif isinstance(split, Mapping | str) or not hasattr(type(split), "__getitem__"):
+        problem = "has no numbered items"
+    elif not hasattr(type(split), "__len__"):
+        problem = "has no length"
+    else:
+        return
+    raise UserError(
+        f"split {name}: {type(split).__name__} {problem}. Give Examples (tensors), or a map-style "
+        "data set with __len__ and __getitem__."
+    )
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:

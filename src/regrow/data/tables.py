@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv as csv_format
+import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,11 @@ from torch import Tensor
 
 from regrow.data.splits import Examples, Splits, check_fractions, cut_examples, text_names
 from regrow.errors import DataError, UserError
+
+log = logging.getLogger("regrow.data")
+
+TRUTHS = {"true": 1.0, "false": 0.0}  # as pandas and spreadsheets write them, in any case
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -41,42 +48,95 @@ def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str])
     header = read_header(path, delimiter)
     missing = [name for name in [*columns, *texts] if name not in header]
     if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}; it has {_list(header)}.")
+        hint = ""
+        if len(header) == 1 and (others := [sign for sign in ";\t|," if sign in header[0]]):
+            sign = "$" if others[0] == "\t" else ""  # so that the shell reads the tab
+            hint = f""" Is {others[0]!r} its delimiter? Then add {sign}'data.source.delimiter="{
+                others[0] if not sign else chr(92) + "t"
+            }"'."""
+        raise DataError(f"{path} has no column {missing[0]!r}; it has {_list(header)}.{hint}")
     numeric = [(header.index(name), name) for name in columns]
     textual = [(header.index(name), name) for name in texts]
+    read = [Column() for _ in numeric]
     features: list[list[float]] = []
     cells: list[list[str]] = []
     lines: list[int] = []
     rows = _rows(path, delimiter)
     next(rows)
+    blank = 0
     for line, row in rows:
         if not row:
+            blank += 1
             continue
         if len(row) != len(header):
             raise DataError(
                 f"{path}, line {line}: {len(row)} cells where the header names {len(header)}. "
-                f"Mend or remove the line."
+                "Fix or remove the line."
             )
         where = f"{path}, line {line}"
-        features.append([number(row[at], f"{where}, column {name!r}") for at, name in numeric])
+        features.append(
+            [
+                column.number(row[at], f"{where}, column {name!r}")
+                for column, (at, name) in zip(read, numeric, strict=True)
+            ]
+        )
         cells.append([row[at].strip() for at, _ in textual])
         lines.append(line)
     if not lines:
         raise DataError(f"{path} has a header and no rows.")
+    unused = [name for name in header if name not in (*columns, *texts)]
+    if blank:
+        log.info("%s: left out %d blank line%s", path, blank, "s"[: blank > 1])
+    if unused:
+        log.info("%s: columns that are not used: %s", path, _list(unused))
+    if "" in columns:
+        log.warning(
+            "%s: column %d has no name and is used as a feature: is it the index that pandas "
+            "writes? Then write the table with index=False.",
+            path,
+            header.index("") + 1,
+        )
     values = np.array(features, np.float64).reshape(len(lines), len(columns))
     return Table(path, values, cells, lines)
 
 
+class Column:
+    """Reads the cells of one column: all of them numbers, or all of them true and false."""
+
+    def __init__(self) -> None:
+        self.truths: bool | None = None  # whether its cells are true and false
+
+    def number(self, text: str, where: str) -> float:
+        """The cell as a finite float, or a DataError that says where it is. True is 1, false 0."""
+        truth = TRUTHS.get(text.lower())
+        if self.truths is None:
+            self.truths = truth is not None
+        if self.truths != (truth is not None):
+            kinds = ("true and false", "numbers") if self.truths else ("numbers", "true and false")
+            if truth is not None or _is_number(text):
+                raise DataError(
+                    f"{where}: the cell holds {text[:40]!r}, and the cells above hold {kinds[0]}. "
+                    f"Write {kinds[0]} alone, or {kinds[1]} alone."
+                )
+        return truth if truth is not None else number(text, where)
+
+
 def number(text: str, where: str) -> float:
     """The cell as a finite float, or a DataError that says where it is."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isfinite(value):
-        return value
-    what = "is empty" if not text.strip() else f"holds {text[:40]!r}, which is no finite number"
-    raise DataError(f"{where}: the cell {what}. Fill it in or remove the line.")
+    if _is_number(text):
+        return float(text)
+    if not text:
+        raise DataError(f"{where}: the cell is empty. Fill it in or remove the line.")
+    marks = re.fullmatch(r"[-+]?[\d.,'_\s]+", text)
+    way_out = "Write numbers as 1234.5." if marks else "Fill it in or remove the line."
+    raise DataError(
+        f"{where}: the cell holds {text[:40]!r}, which is not a finite number. {way_out}"
+    )
+
+
+def _is_number(text: str) -> bool:
+    # float() takes 1_000 and the digits of any script as well.
+    return NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -113,9 +173,11 @@ def csv(
     delimiter: str,
     feature_columns: list[str] | None,
     target_columns: list[str],
+    target_dtype: str,
     weight_column: str | None,
     target_kind: str,
     num_classes: int | None,
+    ignore_index: int | None,
     class_names: list[str] | None,
     val_fraction: float,
     test_fraction: float,
@@ -156,12 +218,14 @@ def csv(
     }
     names = text_names(class_names)
     if names is None and target_kind in ("multiclass", "binary"):
-        names = _found_names(tables["train"])
+        names = _found_names(tables["train"], ignore_index)
     if names is None and target_kind == "multilabel":
         names = list(target_columns)
 
     def examples(table: Table) -> Examples:
-        targets = _targets(table, target_kind, num_classes, names, target_columns)
+        targets = _targets(table, target_kind, num_classes, ignore_index, names, target_columns)
+        if target_dtype == "float32" or target_kind != "regression":
+            targets = targets if targets.dtype == torch.int64 else targets.float()
         weights = None
         if extra:
             weights = torch.tensor([_weight(table, row, extra[0]) for row in range(len(targets))])
@@ -188,9 +252,9 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _found_names(table: Table) -> list[str] | None:
+def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
     """The distinct words of the target column, sorted; None where it holds class indices."""
-    words = sorted({row[0] for row in table.texts})
+    words = sorted({row[0] for row in table.texts} - {str(ignore_index)})
     return None if all(_is_index(word) for word in words) else words
 
 
@@ -206,6 +270,7 @@ def _targets(
     table: Table,
     kind: str,
     num_classes: int | None,
+    ignore_index: int | None,
     names: list[str] | None,
     columns: list[str],
 ) -> Tensor:
@@ -225,6 +290,8 @@ def _targets(
         # An index is taken for one only where it cannot be a class's name.
         if not any(_is_index(name) for name in index_of):
             index_of |= {str(index): index for index in range(count or 0)}
+        if ignore_index is not None and kind == "multiclass":
+            index_of.setdefault(str(ignore_index), ignore_index)
         for row, cells in enumerate(table.texts):
             if cells[0] not in index_of:
                 raise DataError(
@@ -233,11 +300,13 @@ def _targets(
                 )
         classes = torch.tensor([index_of[cells[0]] for cells in table.texts])
         return classes if kind == "multiclass" else classes.float()
+    read = [Column() for _ in columns]
     values = torch.tensor(
         [
-            [number(cells[at], where(row, at)) for at in range(len(columns))]
+            [read[at].number(cells[at], where(row, at)) for at in range(len(columns))]
             for row, cells in enumerate(table.texts)
-        ]
+        ],
+        dtype=torch.float64,
     )
     if kind == "multilabel":
         wrong = ((values != 0) & (values != 1)).nonzero()

@@ -5,13 +5,15 @@ Imports torchmetrics, a second: to be imported when there is something to measur
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, R2Score, classification
+from torchmetrics import Metric, classification
 from torchmetrics.utilities import dim_zero_cat
 
+FAR = 1e6  # squares over scatter, from which on sums of squares have lost six digits
 CHUNK_ELEMENTS = 1 << 20  # of scores that are sorted at once
 
 
@@ -34,14 +36,38 @@ class Seen(Metric):
         return torch.stack([self.rows, self.nans])
 
 
-class ExactR2(R2Score):
-    """R² without torchmetrics' tolerance, which takes small targets for constant ones."""
+class ExactR2(Metric):
+    """R², the mean over outputs, NaN where the targets are constant.
+
+    From sums, as torchmetrics has it, but without its tolerance, which takes small targets for
+    constant ones. Sums of squares lose the digits of targets far from zero: there the count, mean
+    and scatter of each update are merged (Chan, Golub and LeVeque, 1983).
+    """
+
+    parts: list[Tensor]  # of each update: (1, 6) or, for several outputs, (1, 6, D)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("parts", [], "cat")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        errors, total = targets - outputs, targets.sum(0)
+        mean = total / max(1, len(targets))
+        scatter, count = ((targets - mean) ** 2).sum(0), torch.full_like(mean, len(targets))
+        sums = [count, total, (targets * targets).sum(0), (errors * errors).sum(0), mean, scatter]
+        self.parts.append(torch.stack(sums)[None])
 
     def compute(self) -> Tensor:
-        scatter = self.sum_squared_error - self.sum_error**2 / self.total
-        rounding = torch.finfo(scatter.dtype).eps * self.sum_squared_error * 4
-        defined = scatter > rounding
-        return torch.where(defined, 1 - self.residual / scatter, math.nan).mean()
+        parts = dim_zero_cat(self.parts)
+        count, total, squares, residual = functools.reduce(torch.add, parts)[:4]
+        counts, means, scatters = parts[:, 0], parts[:, 4], parts[:, 5]
+        merged = (scatters + counts * (means - total / count) ** 2).sum(0)
+        near = squares - total**2 / count
+        eps = torch.finfo(squares.dtype).eps
+        is_far = squares > FAR * merged
+        scatter = torch.where(is_far, merged, near)
+        lost = torch.where(is_far, squares * (8 * eps) ** 2, eps * squares * 4)
+        return torch.where(scatter > lost, 1 - residual / scatter, math.nan).mean()
 
 
 class BinaryAUROC(classification.BinaryAUROC):

@@ -56,6 +56,8 @@ class Metrics:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.names = recipe.names
         self._recipe, self._device = recipe, torch.device(device)
+        if self._device.type == "mps":  # it has no float64
+            self._device = torch.device("cpu")
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_waiting = self._num_elements = 0
         self._metrics: dict[str, Any] | None = None
@@ -141,8 +143,8 @@ class Metrics:
 
 
 def widest(outputs: Tensor) -> Tensor:
-    """In float64 where the device has it: float32 probabilities tie where logits do not."""
-    return outputs.float() if outputs.device.type == "mps" else outputs.double()
+    """In float64: float32 probabilities tie where logits do not. MPS has none, so the CPU works."""
+    return (outputs.cpu() if outputs.device.type == "mps" else outputs).double()
 
 
 def names_of(class_names: list[str] | None, num_classes: int) -> list[str]:

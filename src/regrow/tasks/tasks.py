@@ -53,7 +53,7 @@ class Task(Protocol):
         ...
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
-        """`prediction`, and `probability` where there is one."""
+        """`prediction`, and `probability` where there is one, in float64: float32 makes ties."""
         ...
 
     def metrics(self, device: torch.device) -> Metrics:
@@ -111,7 +111,7 @@ class Multiclass:
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         probability = widest(outputs).softmax(1)
-        return {"prediction": outputs.argmax(1), "probability": probability.float()}
+        return {"prediction": outputs.argmax(1), "probability": probability}
 
     def metrics(self, device: torch.device) -> Metrics:
         recipe = multiclass_metrics(
@@ -159,7 +159,7 @@ class Binary:
         outputs = outputs.flatten()
         probability = widest(outputs).sigmoid()
         prediction = probability.gt(self.threshold).long()
-        return {"prediction": prediction, "probability": probability.float()}
+        return {"prediction": prediction, "probability": probability}
 
     def metrics(self, device: torch.device) -> Metrics:
         recipe = binary_metrics(self.class_names, self.threshold, auroc=self.auroc)
@@ -206,7 +206,7 @@ class Multilabel:
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         probability = widest(outputs).sigmoid()
         prediction = probability.gt(self.threshold).long()
-        return {"prediction": prediction, "probability": probability.float()}
+        return {"prediction": prediction, "probability": probability}
 
     def metrics(self, device: torch.device) -> Metrics:
         recipe = multilabel_metrics(
@@ -229,7 +229,7 @@ class Regression:
         checks.fits(loss, self.kind)
         self.monitor = monitor
         self.num_outputs, self.loss_fn = num_outputs, loss
-        self.in_units: Callable[[Tensor], Tensor] = lambda values: values
+        self.in_units: Callable[[Tensor], Tensor] = widest
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
