@@ -54,7 +54,7 @@ def evaluate(options: Arguments) -> None:
     from regrow.inference import draws_of, other_draws
     from regrow.inference import evaluate as measured
     from regrow.load import load_run, set_numerics
-    from regrow.record.folder import as_json, read_json, write_json
+    from regrow.record.folder import as_json, load_summary, write_json
 
     with console():
         split, checkpoint = options["split"], options["checkpoint"]
@@ -95,9 +95,9 @@ def evaluate(options: Arguments) -> None:
             raise UserError(
                 f"{output} cannot be written: {error.strerror}. Name a file: output=….json"
             ) from None
-    summary = run.folder / "summary.json"
-    if split == "test" and checkpoint == "best" and not options.data and summary.is_file():
-        told = read_json(summary).get("test") or values
+    summary = load_summary(run.folder, whole=False)
+    if split == "test" and checkpoint == "best" and not options.data and summary:
+        told = summary.get("test") or values
         print(f"\nThe run itself measured {compared(told, values)}.")
     if draws.drawn and (reasons := other_draws(run, options.data)):
         print(
@@ -108,15 +108,28 @@ def evaluate(options: Arguments) -> None:
 
 
 def compared(told: Mapping[str, float], values: Mapping[str, float]) -> str:
-    if repr(sorted(told.items())) == repr(sorted(values.items())):  # a NaN is a NaN
-        return "the same"
-    is_close = told.keys() == values.keys() and all(
-        math.isclose(told[key], value, rel_tol=1e-4, abs_tol=1e-6)
-        or (value != value and told[key] != told[key])
-        for key, value in values.items()
-    )
-    # Another number of processes or threads sums in another order.
-    return "the same but for rounding" if is_close else "other numbers"
+    """How the metrics that both have compare, and which only one of them has."""
+    both = sorted(told.keys() & values.keys())
+    if all(repr(told[key]) == repr(values[key]) for key in both):  # a NaN is a NaN
+        result = "the same"
+    else:
+        is_close = all(
+            isinstance(told[key], int | float)
+            and (
+                math.isclose(told[key], values[key], rel_tol=1e-4, abs_tol=1e-6)
+                or (values[key] != values[key] and told[key] != told[key])
+            )
+            for key in both
+        )
+        # Another number of processes or threads sums in another order.
+        result = "the same but for rounding" if is_close else "other numbers"
+    for which, keys in (
+        ("it did not measure", values.keys() - told.keys()),
+        ("this evaluation does not measure", told.keys() - values.keys()),
+    ):
+        if keys:
+            result += f"; {which} {', '.join(sorted(keys))}"
+    return result
 
 
 if __name__ == "__main__":

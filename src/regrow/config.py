@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -307,7 +308,7 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
     except Exception:
         raise UserError(
             f"{where}: its config.yaml cannot be read: {reason}, and neither can its copy in "
-            f".hydra. Its weights can start a new run: init_from={folder}"
+            f".hydra. Its weights can start a new run: {shlex.quote(f'init_from={folder}')}"
         ) from None
     log.warning("%s: its config.yaml is damaged (%s). Its copy in .hydra is used.", where, reason)
     return config

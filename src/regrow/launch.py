@@ -135,6 +135,7 @@ def run_job(job: Job, world: World) -> float | None:
             done = goes_on and resume.is_done(folder, job.config)
             # Of a run that ran out of memory in one of several processes, which ended it.
             halvings = (records.load_status(folder) or {}).get("halvings", 0)
+            halvings = halvings if isinstance(halvings, int) else 0
         # The main process looks into the folder; what it found there goes for all.
         # Its config too: it may keep values of an older record.
         found = {"done": done, "halvings": halvings, "config": job.config}
@@ -156,7 +157,7 @@ def draw_missing(folder: Path, job: Job) -> None:
 
 def say_complete(folder: Path, job: Job) -> float | None:
     """How to go on all the same; returns the best monitored value."""
-    summary = records.read_json(folder / "summary.json")
+    summary = records.load_summary(folder)
     log.info("%s is complete. To go on with it, raise its limit:", folder)
     log.info("  %s", longer(folder, job, summary))
     best: float | None = summary["best"]["value"]

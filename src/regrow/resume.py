@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from regrow import command_line, flags, monitor, older, ownership
-from regrow.config import CONF, MULTIRUN, read_yaml, targets_in
+from regrow.config import CONF, MULTIRUN, read_yaml, recorded_config, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
-from regrow.record.folder import SUMMARY, load_status, read_json
+from regrow.record.folder import load_status, load_summary, read_json
 from regrow.record.redact import MASK, redact_all
 from regrow.roles import check_roles
 
@@ -291,7 +291,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     """
     if not (folder / "config.yaml").is_file():
         return False
-    recorded = read_yaml(folder / "config.yaml")
+    recorded = recorded_config(folder, f"resume={folder}")
     older.complete(recorded)
     if adopted := older.adopt(config, older.earlier(recorded), map(key_of, overrides)):
         log.info("%s", older.line(str(folder), adopted))
@@ -361,9 +361,12 @@ def refuse_other_data(
     values = [o.partition("=")[2] for o in typed(overrides) if key_of(o) == CHANGED]
     if changed and values[-1:] != ["accept"]:
         shown = "; ".join(_change_of(name, **both) for name, both in changed.items())
+        typed_now = command_line.shell(
+            [command_line.override("resume", folder), f"{CHANGED}=accept"]
+        )
         raise UserError(
             f"{folder}: the data has changed since that run began ({shown}). Put it back, start a "
-            f"new run, or resume with the data as it is now: resume={folder} {CHANGED}=accept"
+            f"new run, or resume with the data as it is now: {typed_now}"
         )
     for name, both in changed.items():
         log.warning("%s=accept: %s", CHANGED, _change_of(name, **both))
@@ -372,19 +375,17 @@ def refuse_other_data(
 
 def recorded_data(folder: Path) -> dict[str, Any]:
     """The data's fingerprint at the latest start of the run in `folder`; empty where it is lost."""
-    try:
-        recorded = read_json(folder / manifest.NAME)
-        for later in recorded.get("resumes", []):
-            recorded |= later
-        return dict(recorded.get("data") or {})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        log.warning(
-            "%s cannot be read (%s): nobody can tell whether the data has changed. It is written "
-            "again.",
-            folder / manifest.NAME,
-            " ".join(str(error).split())[:200],
-        )
-        return {}
+    recorded = manifest.read(folder)
+    for later in recorded.get("resumes", []):
+        recorded |= later
+    data = recorded.get("data")
+    if isinstance(data, dict) and all(isinstance(it, dict) for it in data.values()):
+        return data
+    log.warning(
+        "%s: nobody can tell whether the data has changed since that run began",
+        folder / manifest.NAME,
+    )
+    return {}
 
 
 def _change_of(name: str, was: Any, **now: Any) -> str:
@@ -402,11 +403,10 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     status = load_status(folder)
     if status is None or status["state"] != "completed":
         return False
-    try:
-        summary = read_json(folder / SUMMARY)
-    except (OSError, ValueError):
-        return False  # written again by going on from the last step
-    recorded = read_yaml(folder / "config.yaml")
+    summary = load_summary(folder)
+    if not summary:
+        return False  # written again by a resume from the last step
+    recorded = recorded_config(folder, f"resume={folder}")
     older.complete(recorded)
     changed = differences(recorded, config)
     ended = reached(summary, config["trainer"])

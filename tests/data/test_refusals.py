@@ -96,7 +96,7 @@ def test_targets_that_the_loss_leaves_out_need_not_be_a_class(
     pairs = list(zip(inputs, targets, strict=True))
     loss = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=255)
     task = Multiclass(
-        **{"num_classes": 3, "class_names": None, "monitor": "val/accuracy", "mode": "max"},
+        **{"num_classes": 3, "class_names": None, "monitor": "val/accuracy"},
         **{"per_class": False, "auroc": False, "loss": loss},
     )
     for split in (Examples(inputs, targets), pairs):

@@ -107,7 +107,7 @@ def test_a_file_shorter_than_its_checkpoint_is_said(
 ) -> None:
     jsonl = Jsonl(tmp_path)
     jsonl.rewind(100)
-    assert "some lines are lost" in caplog.text
+    assert "was edited: no line of it ends at byte 100" in caplog.text
     jsonl.close()
 
 

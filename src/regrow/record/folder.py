@@ -13,10 +13,10 @@ import re
 import secrets
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import Any, Literal
 
 from regrow.errors import UserError
@@ -29,6 +29,10 @@ State = Literal["running", "completed", "interrupted", "failed"]
 METRICS = "metrics.jsonl"
 STATUS = "status.json"
 SUMMARY = "summary.json"
+IN_A_SUMMARY: dict[str, type | UnionType] = {
+    **{"status": str, "steps": int, "epochs": int, "seconds": int | float},
+    **{"best": dict, "val": dict, "test": dict, "evaluations_without_improvement": int},
+}
 _SUFFIX = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: read aloud and typed without mistakes
 
 
@@ -284,6 +288,46 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_damaged(
+    path: Path, types: Mapping[str, type | UnionType], *, whole: bool = True
+) -> dict[str, Any]:
+    """The mapping in a JSON file; empty, with one line, if it is not one with these types.
+
+    No file is an empty mapping, too. Keys may be missing if it need not be `whole`.
+    """
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        for key, kind in types.items():
+            if key not in content and not whole:
+                continue
+            if not isinstance(content[key], kind):
+                raise TypeError(f"its {key} is {str(content[key])[:40]!r}")
+        return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+    except LookupError as error:
+        reason = f"it lacks {error}"
+    log.warning("%s is damaged and not used: %s", path, reason)
+    return {}
+
+
+def load_summary(folder: Path, *, whole: bool = True) -> dict[str, Any]:
+    """What summary.json says; empty where there is none, or none that can be used.
+
+    A `whole` one has all that a resume looks at.
+    """
+    summary = read_damaged(folder / SUMMARY, IN_A_SUMMARY, whole=whole)
+    best = summary.get("best", {"value": None})
+    if not isinstance(best.get("value"), int | float | None):
+        log.warning("%s is damaged and not used: its best is %s", folder / SUMMARY, best)
+        return {}
+    return summary
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
@@ -319,14 +363,20 @@ def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return
+    broken = []
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 values = json.loads(line)
             except ValueError:
-                continue
+                values = None
             if isinstance(values, dict) and isinstance(values.get("step"), int):
                 yield values
+            elif line.endswith(b"\n"):  # the last line may be half written
+                broken.append(number)
+    if broken:
+        shown = ", ".join(map(str, broken[:5])) + (" …" if len(broken) > 5 else "")
+        log.warning("%s: left out what is not a line of a run: line %s", path, shown)
 
 
 # -- status ----------------------------------------------------------------------------------------
@@ -354,17 +404,14 @@ def set_status(
 
 def set_step(folder: Path, step: int) -> None:
     """Note in status.json how far the run has come: of a killed one, that is all there is."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         set_status(folder, **{**read_json(folder / STATUS), "step": step})
 
 
 def load_status(folder: Path) -> dict[str, Any] | None:
     """What status.json says, or None; `running` with nobody holding the lock is `interrupted`."""
-    try:
-        status = read_json(folder / STATUS)
-    except (OSError, ValueError):
-        return None
-    if not isinstance(status, dict):
+    status = read_damaged(folder / STATUS, {"state": str, "step": int}, whole=False)
+    if not isinstance(status.get("state"), str):
         return None
     if status.get("state") == "running" and not is_locked(folder):
         status["state"] = "interrupted"

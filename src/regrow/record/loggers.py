@@ -104,19 +104,37 @@ class Jsonl:
             raise OSError(f"{self.path} has no room for its lines")
         os.fsync(self.descriptor)
 
-    def rewind(self, position: int) -> None:
-        """Forget what was logged after the checkpoint that holds this position."""
-        if position > self.end:
+    def rewind(self, position: int, step: int | None = None) -> None:
+        """Forget what was logged after the checkpoint of `step`, which holds this position.
+
+        An edited file has no line that ends there. Then the lines up to the step are kept.
+        """
+        ends_there = position == 0 or (
+            position <= self.end and os.pread(self.descriptor, 1, position - 1) == b"\n"
+        )
+        if not ends_there:
             log.warning(
-                "%s holds %d bytes, the checkpoint knew %d: some lines are lost.",
-                self.path,
-                self.end,
-                position,
+                "%s was edited: no line of it ends at byte %d, where the checkpoint was saved. The "
+                "lines up to step %s are kept.",
+                *(self.path, position, step),
             )
+            self._keep_until(step or 0)
             return
         self.waiting.clear()
         os.ftruncate(self.descriptor, position)
         self.end = position
+
+    def _keep_until(self, step: int) -> None:
+        self.waiting.clear()
+        lines = [
+            dump_line(values)
+            for values in iterate_metrics(self.path.parent)
+            if values["step"] <= step
+        ]
+        content = b"".join(lines)
+        os.pwrite(self.descriptor, content, 0)
+        os.ftruncate(self.descriptor, len(content))
+        self.end = len(content)
 
     def flush(self) -> None:
         if self.waiting:
@@ -462,7 +480,7 @@ def open_loggers(
     A tracker that cannot be opened is named and left out.
     """
     jsonl = Jsonl(folder)
-    jsonl.rewind(position or 0)
+    jsonl.rewind(position or 0, resume_step)
     given = {
         "folder": folder,
         "resume_step": resume_step,

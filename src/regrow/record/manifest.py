@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from regrow.record import diff
 from regrow.record.diff import ORIGIN as ORIGIN
-from regrow.record.folder import read_json, write_bytes, write_json, write_text
+from regrow.record.folder import read_damaged, read_json, write_bytes, write_json, write_text
 from regrow.record.redact import redact_all
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def write(
         if way_out := _WAYS_OUT.get(reason or ""):
             log.warning("the commit is not recorded: %s. %s", reason, way_out(root))
     now = redact_all(now)
-    with contextlib.suppress(OSError, ValueError):
-        first: dict[str, Any] = read_json(folder / NAME)
+    if first := read(folder):
         now["packages"] = _other_versions(now["packages"], first.get("packages") or {})
         same = {key for key, value in now.items() if first.get(key) == value}
         resume = {"step": None, **{k: v for k, v in now.items() if k not in same}}
@@ -131,9 +130,23 @@ def latest(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, **last, "packages": packages}
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The content of manifest.json; empty where there is none, or none that can be used."""
+    content = read_damaged(folder / NAME, {})
+    for key in ("git", "data", "packages", "hardware", "environment", "seeds"):
+        if not isinstance(content.get(key), dict | None):
+            log.warning("%s: its %s is damaged and not used", folder / NAME, key)
+            del content[key]
+    resumes = content.get("resumes", [])
+    if not isinstance(resumes, list) or not all(isinstance(it, dict) for it in resumes):
+        log.warning("%s: its resumes are damaged and not used", folder / NAME)
+        content["resumes"] = []
+    return content
+
+
 def set_step(folder: Path, step: int) -> None:
     """Note the step from which the latest start resumed, once its checkpoint is read."""
-    with contextlib.suppress(OSError, ValueError, LookupError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         content = read_json(folder / NAME)
         content["resumes"][-1]["step"] = step
         write_json(folder / NAME, content)
@@ -167,7 +180,10 @@ def _write_patch(folder: Path, name: str, patch: str, entry: dict[str, Any]) -> 
 
 def code_changes(folder: Path, root: Path) -> str | None:
     """One line on how the code differs from the run's, or None when it does not."""
-    recorded = latest(read_json(folder / NAME))
+    content = read(folder)
+    if not content:  # lost: nobody can tell
+        return None
+    recorded = latest(content)
     files, now = recorded.get("code_files"), code_files(root)
     if files is None:  # an older record, whose hash left out packages without an __init__.py
         if recorded.get("code_sha256") == code_sha256(root, namespaces=False):

@@ -16,12 +16,14 @@ from typing import Any
 from urllib.parse import quote
 
 from regrow.errors import UserError
+from regrow.record import manifest as manifests
 from regrow.record import plots
 from regrow.record.folder import (
     METRICS,
     STATUS,
     SUMMARY,
     load_status,
+    load_summary,
     read_json,
     read_metrics,
     refuse_links,
@@ -64,7 +66,7 @@ def load(folder: Path) -> Run:
     """Raises UserError when the folder holds no run."""
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
-    manifest, config = _mapping(folder / "manifest.json"), _mapping(folder / "config.yaml")
+    manifest, config = manifests.read(folder), _mapping(folder / "config.yaml")
     overrides = _read(folder / ".hydra" / "overrides.yaml")
     name = str(config.get("name") or folder.resolve().parent.name)
     status = load_status(folder) or {}
@@ -72,7 +74,7 @@ def load(folder: Path) -> Run:
         folder=folder,
         name=name,
         status=redact_all(status),
-        summary=_mapping(folder / SUMMARY),
+        summary=load_summary(folder, whole=False),
         manifest=redact_all(manifest),
         config=redact_all(config),
         overrides=[redact(str(it)) for it in overrides] if isinstance(overrides, list) else [],

@@ -315,7 +315,11 @@ class Trials:
 def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
     """What a completed run came to: its best monitored value, what was measured there, or a fact
     of the run."""
-    summary = records.read_json(run / records.SUMMARY)
+    summary = records.load_summary(run)
+    if not summary:
+        raise UserError(
+            f"{run / records.SUMMARY} cannot be read. Resume that run to write it again."
+        )
     found: list[float | None] = []
     for metric in metrics:
         if metric == summary["best"]["metric"]:
@@ -411,6 +415,7 @@ def sampler_of(options: Search, trials: int) -> Any:
 def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
     """The study in the sweep's folder, made or taken up."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    trial.remove_torn_line(folder / trial.STORAGE)
     study = optuna.create_study(
         storage=trial.storage_of(folder),
         study_name=trial.STUDY,

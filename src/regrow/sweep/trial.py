@@ -67,6 +67,18 @@ def storage_of(folder: Path) -> Any:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
+def remove_torn_line(path: Path) -> None:
+    """Remove what a killed writer left of its last line: Optuna would append to it, and then read
+    neither. Only for the process that holds the sweep's lock, before its jobs begin."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        log.warning("%s: removed its last line, which is torn", path)
+        os.truncate(path, whole)
+
+
 def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
     """Optuna's pruner of that name, or None."""
     import optuna

@@ -1,0 +1,174 @@
+"""A damaged file of a record costs what it held, and one line: the checkpoints stay usable."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finished import finished, script
+from running import TINY, as_hydra_has_it, composed
+
+from regrow import run as runs
+from regrow.errors import UserError
+from regrow.inference import evaluate
+from regrow.launch import launch
+from regrow.load import load_run
+from regrow.record import report
+from regrow.record.loggers import Jsonl
+from regrow.sweep import trial
+
+FILES = ("manifest.json", "summary.json", "status.json", "preprocessing.json", "config.yaml")
+DAMAGES = {"empty": "", "torn": '{"a": [1, ', "a_list": "[1]", "of_wrong_types": ""}
+WRONG = {
+    "manifest.json": {"resumes": 3, "data": [1], "git": "x"},
+    "summary.json": {"steps": "x", "best": [], "val": 3, "test": "y", "seconds": None},
+    "status.json": {"state": 3, "step": "x", "pids": None},
+    "preprocessing.json": {"kind": 3, "input_shape": "x"},
+    "config.yaml": {"data": 3, "trainer": "x"},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("whole") / "run", *TINY, "trainer.max_steps=8")
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    return Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+
+
+def resumed(*overrides: str, folder: str = "run") -> None:
+    arguments = (*TINY, "trainer.num_threads=1", "trainer.device=cpu", *overrides)
+    launch(as_hydra_has_it(composed(*arguments, f"hydra.run.dir={folder}")))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_with_a_damaged_file_is_measured_reported_and_resumed(
+    name: str, damage: str, run: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    text = json.dumps(WRONG[name]) if damage == "of_wrong_types" else DAMAGES[damage]
+    (run / name).write_text(text)
+    values = evaluate(load_run(run, device="cpu"), "test")
+    assert values == evaluate(load_run(whole, device="cpu"), "test")
+    report.write(run, run.parent / "page.html")
+    resumed("trainer.max_steps=9")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 9 and summary["status"] == "completed"
+    assert name in caplog.text
+    if name != "preprocessing.json" and name != "config.yaml":
+        json.loads((run / name).read_text())
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 9
+
+
+def test_a_config_whose_copy_is_lost_as_well_leads_to_init_from(run: Path) -> None:
+    (run / "config.yaml").write_text("")
+    (run / ".hydra" / "config.yaml").write_text("x: ${oc.env:HOME}")
+    with pytest.raises(UserError, match=r"Its weights can start a new run: init_from="):
+        load_run(run)
+    resumed(f"init_from={run}", folder="new")
+    assert (run.parent / "new" / "summary.json").is_file()
+
+
+def edited(text: str, change: Callable[[list[str]], list[str]]) -> str:
+    return "".join(change(text.splitlines(keepends=True)))
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda lines: ["\n", *lines], 0),  # longer
+        (lambda lines: [*lines[1:]], 1),  # shorter
+        (lambda lines: [lines[0][:10] + "\n", *lines[1:]], 1),
+        (lambda lines: [lines[0].replace("{", "[", 1), *lines[1:]], 1),  # as long
+        (lambda lines: [], None),
+    ],
+)
+def test_an_edited_log_costs_the_edited_lines(
+    change: Any, lost: int | None, run: Path, whole: Path
+) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text(edited(path.read_text(), change))
+    resumed("trainer.max_steps=9")
+    before = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    losses = [line["step"] for line in found if isinstance(line, dict) and "train/loss" in line]
+    assert losses[-1] == 9 and len({*losses}) == len(losses)  # none twice
+    if lost is not None:
+        expected = {line["step"] for line in before if "train/loss" in line} | {9}
+        assert len(expected - {*losses}) <= lost
+
+
+def test_an_edited_log_is_cut_at_a_line_and_an_untouched_one_where_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = Jsonl(tmp_path)
+    for step in (1, 2, 3):
+        log.log(step, 0, {"train/loss": 0.5})
+        if step == 2:
+            position = log.position()
+    log.rewind(position, 2)
+    log.log(3, 0, {"train/loss": 0.7})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    assert not caplog.text and path.read_text().count("\n") == 3
+    path.write_text("\n" + path.read_text())
+    log = Jsonl(tmp_path)
+    log.rewind(position, 2)
+    log.close()
+    assert "was edited" in caplog.text
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_the_torn_last_line_of_a_search_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(storage=trial.storage_of(tmp_path), study_name=trial.STUDY)
+    study.tell(study.ask(), 1.0)
+    path = tmp_path / trial.STORAGE
+    content = path.read_bytes()
+    path.write_bytes(content + b'{"op_code": 4, "worker')
+    trial.remove_torn_line(path)
+    assert path.read_bytes() == content and "torn" in caplog.text
+    study = optuna.load_study(storage=trial.storage_of(tmp_path), study_name=trial.STUDY)
+    study.tell(study.ask(), 2.0)
+    assert len(study.trials) == 2
+
+
+def test_a_new_metric_is_named_and_the_others_compared() -> None:
+    compared = script("evaluate").compared
+    told = {"test/loss": 0.5, "test/accuracy": 0.9}
+    new = "the same; it did not measure test/f1"
+    assert compared(told, {**told, "test/f1": 1.0}) == new
+    assert compared({**told, "test/f1": 1.0}, told).endswith("does not measure test/f1")
+    assert compared(told, {**told, "test/loss": 0.6, "test/f1": 1.0}).startswith("other numbers")
+
+
+def test_a_moved_run_predicts_without_the_source_of_its_data(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["source"] = {"_target_": "my_own_source.read", "root": "/gone"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    loaded = load_run(run, device="cpu")
+    assert loaded.preprocessing.input_shape == [6]
+    with pytest.raises(UserError, match=r"my_own_source\.read"):
+        _ = loaded.data
