@@ -545,3 +545,19 @@ def test_a_pretrained_model_is_not_downloaded_again(
 def test_a_run_is_used_in_a_notebook_in_two_lines(run: Path) -> None:
     loaded = load_run(str(run))
     assert loaded.model(torch.zeros(2, 6)).shape == (2, 3)
+
+
+def test_a_bad_precision_in_a_recorded_config_is_one_line(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("precision: fp32", "precision: fp8"))
+    with pytest.raises(UserError, match=r"trainer\.precision=fp8\. It must be one of fp32"):
+        load_run(run)
+
+
+def test_a_run_whose_loss_names_no_target_is_loaded(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY)
+    config = read_yaml(run / "config.yaml")
+    config["loss"] = {}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert load_run(run).step > 0

@@ -34,6 +34,7 @@ log = logging.getLogger("regrow")
 PREPROCESSING = "preprocessing.json"
 # What the trained model was made for. Other data must be like it.
 OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
+PRECISIONS = ("fp32", "bf16", "fp16")
 # What of the trainer its outputs depend on.
 OF_THE_TRAINER = (
     *("device", "precision", "channels_last", "num_threads", "tf32", "cudnn_benchmark"),
@@ -260,12 +261,18 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
         )
     config = recorded_config(folder, f"run={given}")
     groups = ("data", "model", "task", "loss", "trainer")
-    needed = {**dict.fromkeys(groups, ("_target_",)), "trainer": OF_THE_TRAINER}
+    # A custom task may bring its own loss, and then its node `loss` names no target.
+    needed = {**dict.fromkeys(groups, ("_target_",)), "loss": (), "trainer": OF_THE_TRAINER}
     lost = [
         f"{group}.{key}" for group in groups for key in needed[group] if key not in config[group]
     ]
     if lost:
         raise UserError(f"run={given}: its config.yaml has no {', '.join(lost)}. Is it a run's?")
+    if (precision := config["trainer"]["precision"]) not in PRECISIONS:
+        raise UserError(
+            f"run={given}: its config.yaml has trainer.precision={precision}. It must be one of "
+            f"{', '.join(PRECISIONS)}."
+        )
     return config
 
 
