@@ -181,6 +181,7 @@ RULES: dict[str, Rule] = {
     "optimizer.ns_steps": integer(1),
     "scheduler.warmup_steps": optional(integer(0)),
     "scheduler.warmup_fraction": optional(number(0, 1)),
+    "scheduler.interval": choice("step", "epoch"),
     "scheduler.every_epochs": integer(1),
     "scheduler.milestones_epochs": list_of(integer(1)),
     "scheduler.gamma": number(0, 1),
@@ -433,10 +434,11 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
         return {}  # some builtins have none
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return parameters
+    ours = ("interval",) if path == "scheduler" and "optimizer" in parameters else ()
     foreign = [
         str(key)
         for key in node
-        if key not in parameters and not (key.startswith("_") and key.endswith("_"))
+        if key not in (*parameters, *ours) and not (key.startswith("_") and key.endswith("_"))
     ]
     if foreign:
         named = ", ".join(f"{path}.{key}" for key in foreign)

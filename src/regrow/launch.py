@@ -34,6 +34,7 @@ from regrow.record.redact import redact, redact_all
 from regrow.training import checkpoint, optim
 from regrow.training.interrupt import StopRequest
 from regrow.training.parallel import World, lost_the_others
+from regrow.training.scheduler_adapter import SchedulerAdapter
 from regrow.training.schedules import RunLength
 from regrow.training.state import too_short_for_average
 
@@ -396,6 +397,11 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         log.warning("%s", line)
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
+    if isinstance(state.schedule, SchedulerAdapter):
+        log.info(
+            "scheduler: %s is stepped once per %s (scheduler.interval)",
+            *(state.schedule.name.rpartition(".")[2], state.schedule.interval),
+        )
     log.info("folder: %s", folder)
     log.info("if it is cut, go on with: %s", again(job, folder))
 

@@ -26,6 +26,7 @@ KINDS = {
     "loss": "torch.nn.Module",
     "data.augmentation": "torch.nn.Module",
     "optimizer": "torch.optim.Optimizer",
+    "scheduler": "torch.optim.lr_scheduler.LRScheduler",
 }
 
 

@@ -26,13 +26,21 @@ from torch import nn
 
 from regrow import monitor
 from regrow.command_line import command
-from regrow.config import instantiate
+from regrow.config import instantiate, locate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
 from regrow.randomness import Draws, key, seed_everything
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
-from regrow.training import activation_checkpointing, checkpoint, loop, memory, optim, sharding
+from regrow.training import (
+    activation_checkpointing,
+    checkpoint,
+    loop,
+    memory,
+    optim,
+    scheduler_adapter,
+    sharding,
+)
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.options import TrainerOptions
 from regrow.training.parallel import (
@@ -44,7 +52,7 @@ from regrow.training.parallel import (
 )
 from regrow.training.plan import EvalBatches, Plan, Record, TrainBatches, Trial
 from regrow.training.precision import LossScale
-from regrow.training.schedules import Plateau, RunLength
+from regrow.training.schedules import RunLength, Schedule, Stateful
 from regrow.training.show import evaluation_bar
 from regrow.training.state import Buffers, TrainState, average_of, weights_sha256
 from regrow.training.sums import epoch_sums
@@ -118,9 +126,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     total_steps = steps_of(options, train.steps_per_epoch)
     groups = optim.parameter_groups(model, **config["param_groups"])
     optimizer = optim.build(instantiate(config["optimizer"]), groups)
-    schedule = instantiate(config["scheduler"])(
-        length=RunLength(total_steps=total_steps, steps_per_epoch=train.steps_per_epoch)
-    )
+    length = RunLength(total_steps=total_steps, steps_per_epoch=train.steps_per_epoch)
+    schedule = schedule_of(config["scheduler"], optimizer, length)
     state = TrainState(
         model=model,
         optimizer=optimizer,
@@ -173,6 +180,31 @@ def with_monitor(
 def measured_by(task: Any, device: torch.device) -> list[str]:
     """What an evaluation on the validation split gives a value for."""
     return ["val/loss", *(f"val/{name}" for name in task.metrics(device).names)]
+
+
+def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> Schedule:
+    """A schedule of ours, or torch's or timm's scheduler by `_target_`, with its `interval`."""
+    target = locate(node["_target_"], "scheduler")
+    if not scheduler_adapter.adapts(target):
+        schedule: Schedule = instantiate(node)(length=length)
+        return schedule
+    scheduler_adapter.refuse_metric(target, node["_target_"])
+
+    def make(node: Mapping[str, Any], stand_in: Any) -> Any:
+        arguments = {key: value for key, value in node.items() if key != "interval"}
+        inner = {}
+        if isinstance(arguments.get("schedulers"), list):  # SequentialLR's and ChainedScheduler's
+            inner["schedulers"] = [make(each, stand_in) for each in arguments.pop("schedulers")]
+        return instantiate(arguments, optimizer=stand_in, **inner)
+
+    return scheduler_adapter.SchedulerAdapter(
+        lambda stand_in: make(node, stand_in),
+        optimizer,
+        interval=node.get("interval", "epoch"),
+        steps_per_epoch=length.steps_per_epoch,
+        total_steps=length.total_steps,
+        name=node["_target_"],
+    )
 
 
 class Silence:
@@ -355,7 +387,7 @@ def tell_position(state: TrainState, accepted: Mapping[str, Any], facts: Mapping
 
 def tell_of_another_rate(state: TrainState) -> None:
     """Say so where a resume changes the schedule, as a raised limit stretches a cosine."""
-    if state.step == 0 or isinstance(state.schedule, Plateau):
+    if state.step == 0 or isinstance(state.schedule, Stateful):
         return
     parts = getattr(state.optimizer, "parts", [state.optimizer])
     if not any(part.state for part in parts):  # of another optimizer, whose rates are not these

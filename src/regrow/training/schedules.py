@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from regrow.errors import UserError
 
@@ -48,6 +48,14 @@ class Schedule(Protocol):
     """The factor of the rate for the update that follows `step` updates."""
 
     def __call__(self, step: int) -> float: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A schedule that does not follow from the step alone: what it is goes into checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def constant(

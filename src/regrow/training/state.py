@@ -17,7 +17,7 @@ from regrow.training import optim, sharding
 from regrow.training import sums as step_sums
 from regrow.training.options import TrainerOptions
 from regrow.training.precision import LossScale
-from regrow.training.schedules import Plateau, Schedule
+from regrow.training.schedules import Schedule, Stateful
 from regrow.training.sums import Sums
 
 
@@ -90,7 +90,7 @@ class TrainState:
                 parts["averaged"] = {k: v.clone() for k, v in self.model.state_dict().items()}
         if self.loss_scale is not None:
             parts["loss_scale"] = self.loss_scale.state_dict()
-        if isinstance(self.schedule, Plateau):
+        if isinstance(self.schedule, Stateful):
             parts["schedule"] = self.schedule.state_dict()
         return parts
 
@@ -143,7 +143,7 @@ class TrainState:
             self.averaged.load_state_dict(sharding.as_in(parts["averaged"], own))
         if self.loss_scale is not None:
             self.loss_scale.load_state_dict(parts["loss_scale"])
-        if isinstance(self.schedule, Plateau):
+        if isinstance(self.schedule, Stateful):
             self.schedule.load_state_dict(parts["schedule"])
 
 
