@@ -32,6 +32,7 @@ def finished(folder: Path, *overrides: str) -> Path:
     config = composed(*QUICK, *overrides, f"hydra.run.dir={folder.resolve()}")
     job = job_of(as_hydra_has_it(config), folder.resolve(), ["python", "train.py"])
     torch.set_num_threads(1)
+    allow(job.config)  # as the check of a command line does
     with pytest.MonkeyPatch.context() as patch, Lock(folder):
         patch.setattr(runs, "draw", lambda folder: None)
         launch.run_in(job, CPU)

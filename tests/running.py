@@ -119,6 +119,7 @@ def train_config(
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    allow(config)  # a test's own
     objects = runs.build(config, world)
     return runs.train(objects, config, folder, world, StopAtStep(objects.state, stop_at))
 

@@ -246,7 +246,8 @@ def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return set()
     if not node["_target_"].startswith("regrow."):
-        return keys - set(parameters)
+        ours = {"interval"} if path == "scheduler" and "optimizer" in parameters else set()
+        return keys - set(parameters) - ours
     asked = set(parameters) - HANDED_IN.get(group, set())
     defaults = {name for name in asked if parameters[name].default is not inspect.Parameter.empty}
     return (keys ^ asked) | defaults

@@ -38,7 +38,7 @@ class Numbers:
 STUCK = ENDING == "stuck"
 feed = FileFeed(
     Numbers(), lambda inputs: inputs, torch.device("cpu"), name="train", seed=0, num_classes=None,
-    collate=None, num_workers=2, pin_memory=False, persistent_workers=PERSISTENT,
+    ignore_index=None, collate=None, num_workers=2, pin_memory=False, persistent_workers=PERSISTENT,
 )
 batches = feed.read(Windows(64, 4, False, 0, 1), torch.arange(64), 0, 0)
 next(batches)

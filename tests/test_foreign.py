@@ -208,6 +208,7 @@ def test_a_sweep_without_its_code_gets_no_other(own: Path) -> None:
 def test_code_alone_is_run_only_if_it_is_the_users(own: Path) -> None:
     """As a start that was killed leaves it, before it had planned a job."""
     (own / "sweep.json").unlink()
+    (own / ".lock").touch()
     with frozen.claim(own, "digits", [], "auto"):
         assert frozen.freeze(own)[0] == own / "code"
     other_code(own)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finished import finished, one_line_and_exit_code_2, script
+from omegaconf import OmegaConf
 from running import CPU, TINY, composed, config_of, launched, metrics_of, train
 
 from regrow import launch, monitor, resume
@@ -18,7 +19,7 @@ from regrow.config import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import comparison
-from regrow.record.folder import read_json
+from regrow.record.folder import read_json, write_text
 from regrow.record.report import load
 from regrow.tasks.metrics import Metrics
 from regrow.training import loop
@@ -181,7 +182,7 @@ def test_a_resume_keeps_the_recorded_direction_unless_another_is_typed(
     def resumed(*typed: str, mode: str) -> dict[str, Any]:
         config = config_of(*TINY, "trainer.max_steps=4", "trainer.monitor=val/loss", *typed)
         record = {**recorded, "trainer": {**recorded["trainer"], "mode": mode}}
-        monkeypatch.setattr(resume, "read_yaml", lambda path: record)
+        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
         for group in resume.ELSEWHERE:
             del config[group]
         assert resume.continues(run, {**config, "resume": "run"}, [*overrides, *typed])

@@ -164,7 +164,9 @@ def without_encoding(source: str) -> Iterator[str]:
             switched = (given.get(key) for key in ("text", "universal_newlines"))
             is_text = any(isinstance(it, ast.Constant) and it.value for it in switched)
             of_a_path = name == "write_text" and of != ""
-            if is_text or of_a_path or name in ("read_text", "FileHandler"):
+            # Of a path the first argument is the encoding; of a distribution, the file.
+            reads = name == "FileHandler" or (name == "read_text" and not node.args)
+            if is_text or of_a_path or reads:
                 yield ast.unparse(node)
 
 

@@ -196,9 +196,9 @@ def test_resume_by_folder_takes_the_recorded_overrides_and_the_new_ones(tmp_path
     (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- model=cnn\n- seed=3\n")
     assert expand(["resume=run", "seed=4", "trainer.max_epochs=9"]) == [
         "model=cnn",
+        "resume=run",
         "seed=4",
         "trainer.max_epochs=9",
-        "resume=run",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     assert expand(["resume=auto", "seed=4"]) == ["resume=auto", "seed=4"]
@@ -229,7 +229,7 @@ def test_a_recorded_target_that_is_foreign_to_its_place_is_not_made(
     target = "+data.augmentation={_target_:os.system,command:touch was_here}"
     (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text(f"- {target!r}\n")
     with pytest.raises(SystemExit):
-        launched("hydra.run.dir=mine", "resume=mine", target)
+        launched("hydra.run.dir=mine", target, "resume=mine")
     assert "is not made" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
 
@@ -244,7 +244,7 @@ def test_a_recorded_target_is_judged_before_its_module_is_imported(
     (tmp_path / "mine" / "evil_in_the_run.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "mine"))
     with pytest.raises(SystemExit):
-        launched("hydra.run.dir=mine", "resume=mine", target)
+        launched("hydra.run.dir=mine", target, "resume=mine")
     assert "It is not imported" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
     with pytest.raises(SystemExit):  # the negative control: typed anew, it is the user's own
@@ -300,7 +300,7 @@ def test_a_recipe_that_changed_since_is_refused_unless_named(
     recorded = tmp_path / "mine" / "config.yaml"
     recorded.write_text(recorded.read_text().replace("momentum: 0.9", "momentum: 0.8"))
     (tmp_path / "mine" / ".hydra" / "overrides.yaml").write_text("- optimizer=sgd\n")
-    rest = ("hydra.run.dir=mine", "resume=mine", "optimizer=sgd")
+    rest = ("hydra.run.dir=mine", "optimizer=sgd", "resume=mine")
     with pytest.raises(SystemExit):
         launched(*rest)
     assert "optimizer.momentum was 0.8 and would be 0.9" in capsys.readouterr().err

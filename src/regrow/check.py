@@ -324,9 +324,11 @@ def check_group(config: DictConfig, group: str) -> None:
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
-    for path, value in _leaves(values):
+    leaves = dict(_leaves(values))
+    for path in (path for path in RULES if path in leaves):  # the owner of a value before others
+        value = leaves[path]
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
-        is_known = path in RULES and not is_text and _is_ours(values, path)
+        is_known = not is_text and _is_ours(values, path)
         if is_known and not RULES[path].allows(value):
             raise UserError(f"{path}={_shown(value)} has to be {RULES[path].says}.")
 

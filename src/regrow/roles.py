@@ -44,7 +44,8 @@ def check_roles(
     The targets of the nodes that were `typed` are the user's own; those below them are not.
     """
     for path, key, value in _entries(config, ""):
-        if isinstance(value, str) and "${" in value:  # of any group: one may look into another
+        # Of any group: one may look into another. Plain keys of the top level make nothing.
+        if isinstance(value, str) and "${" in value and path:
             full = f"{path}.{key}".lstrip(".")
             raise UserError(
                 f"{where}: its config.yaml has {full}={value}, where a plain value is expected. It "

@@ -177,7 +177,8 @@ def begins_late():
 os.register_at_fork(after_in_child=begins_late)
 feed = FileFeed(
     [(torch.zeros(1), 0)] * 8, lambda inputs: inputs, torch.device("cpu"), name="train", seed=0,
-    num_classes=None, collate=None, num_workers=2, pin_memory=False, persistent_workers=True,
+    num_classes=None, ignore_index=None, collate=None, num_workers=2, pin_memory=False,
+    persistent_workers=True,
 )
 next(feed.read(Windows(8, 4, False, 0, 1), torch.arange(8), 0, 0))
 """

@@ -234,7 +234,7 @@ def test_a_file_is_whole_after_its_writer_was_killed_at_any_instant(tmp_path: Pa
         kill(process)
         value = read_json(path)
         assert set(value["filler"]) == {value["n"]}
-    (tmp_path / ".x.tmp").touch()
+    (tmp_path / ".summary.json.7.tmp").touch()
     with Lock(tmp_path):
         assert not list(tmp_path.glob(".*.tmp"))  # what a killed writer left
 

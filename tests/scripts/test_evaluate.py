@@ -19,7 +19,7 @@ main = script("evaluate").main
 
 
 def evaluated(run: Path, *arguments: str, output: Path) -> dict[str, Any]:
-    main([f"run={run}", f"output={output / 'numbers.json'}", *arguments])
+    main([f"run={run}", f"output={output / 'numbers.json'}", "overwrite=true", *arguments])
     values: dict[str, Any] = read_json(output / "numbers.json")["values"]
     return values
 

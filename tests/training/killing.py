@@ -168,7 +168,7 @@ def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], 
 
 
 def without_rewind() -> None:
-    loggers.Jsonl.rewind = lambda self, position: None  # type: ignore[method-assign]
+    loggers.Jsonl.rewind = lambda self, position, step=None: None  # type: ignore[method-assign]
 
 
 def without_seeds() -> None:

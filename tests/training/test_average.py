@@ -26,7 +26,7 @@ BAD = (1, 4)  # steps with a non-finite batch
 
 def bench_of(**options: Any) -> Bench:
     torch.manual_seed(1)
-    task = Regression(num_outputs=1, monitor="val/rmse", mode="min", loss=losses.mse)
+    task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
     return Bench(nn.Linear(6, 1), task, ADAMW, **options)
 
 

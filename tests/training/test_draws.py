@@ -87,12 +87,26 @@ def test_a_script_measures_what_the_run_did_with_a_model_that_draws(
     for split in ("test", "val"):
         for _ in range(2):
             ambient(int(torch.randint(1000, ()).item()))
-            evaluate([f"run={run}", f"split={split}", f"output={tmp_path / 'out.json'}"])
+            evaluate(
+                [
+                    f"run={run}",
+                    f"split={split}",
+                    f"output={tmp_path / 'out.json'}",
+                    "overwrite=true",
+                ]
+            )
             measured = read_json(tmp_path / "out.json")
             assert measured["draws"] is True
             assert measured["values"] == told[split]
     assert "may differ" not in capsys.readouterr().out
-    evaluate([f"run={run}", "data.eval_batch_size=5", f"output={tmp_path / 'out.json'}"])
+    evaluate(
+        [
+            f"run={run}",
+            "data.eval_batch_size=5",
+            f"output={tmp_path / 'out.json'}",
+            "overwrite=true",
+        ]
+    )
     said = capsys.readouterr().out
     assert "may differ from the run's own: data.eval_batch_size was 6 and is 5" in said
     assert read_json(tmp_path / "out.json")["values"] != told["test"]
@@ -104,7 +118,7 @@ def test_evaluations_that_are_not_seeded_are_caught(
     run = finished(tmp_path / "run", *RUN)
     monkeypatch.setattr(randomness.Draws, "begin", lambda self, number: None)
     ambient(1)
-    evaluate([f"run={run}", f"output={tmp_path / 'out.json'}"])
+    evaluate([f"run={run}", f"output={tmp_path / 'out.json'}", "overwrite=true"])
     assert read_json(tmp_path / "out.json")["values"] != read_json(run / "summary.json")["test"]
 
 

@@ -77,7 +77,7 @@ def test_each_example_of_a_file_draws_other_numbers_and_other_ones_in_each_epoch
             return 9
 
     def item(seed: int, name: str, epoch: int, index: int) -> float:
-        value: float = _Seeded(Random(), name, seed, None)[epoch, index][0].item()
+        value: float = _Seeded(Random(), name, seed, None, None)[epoch, index][0].item()
         return value
 
     places = itertools.product((0, 1), ("train", "val"), (0, 1), range(9))

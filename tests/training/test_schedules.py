@@ -130,6 +130,8 @@ def test_warm_up_rises_in_equal_parts_and_then_leaves_the_schedule(
 def test_every_shipped_schedule_stays_between_zero_and_one_and_is_a_function_of_the_step() -> None:
     for path in sorted((CONF / "scheduler").glob("*.yaml")):
         node = read_yaml(path)
+        if "interval" in node:  # another library's: see test_scheduler_adapter.py
+            continue
         schedule, again = instantiate(node)(length=LENGTH), instantiate(node)(length=LENGTH)
         rates = ours(schedule)
         assert all(0 <= rate <= 1 for rate in rates), path
