@@ -29,7 +29,7 @@ from regrow.command_line import command
 from regrow.config import instantiate, locate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
-from regrow.randomness import Draws, key, seed_everything
+from regrow.randomness import Draws, key, seed_everything, states_kept
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
 from regrow.training import (
@@ -37,6 +37,7 @@ from regrow.training import (
     checkpoint,
     loop,
     memory,
+    model_checks,
     optim,
     scheduler_adapter,
     sharding,
@@ -50,7 +51,7 @@ from regrow.training.parallel import (
     stopping_together,
     synchronise_batch_norm,
 )
-from regrow.training.plan import EvalBatches, Plan, Record, TrainBatches, Trial
+from regrow.training.plan import Batch, EvalBatches, Plan, Record, TrainBatches, Trial
 from regrow.training.precision import LossScale
 from regrow.training.schedules import RunLength, Schedule, Stateful
 from regrow.training.show import evaluation_bar
@@ -90,6 +91,11 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
     seed_everything(key(seed, "model"))
     model: nn.Module = instantiate(config["model"])
+    if model_checks.has_lazy_parts(model):
+        with states_kept():
+            first = first_batch(train, val)
+        model_checks.materialise(model, first)
+    model_checks.check(model, options.ema_decay)
     if isinstance(model, StartsFromData):
         start_from_data(model, data.sample_inputs())
     if config["init_from"]:
@@ -222,15 +228,31 @@ class Silence:
 def check_first_batch(objects: Objects, world: World) -> None:
     """Find what does not fit, before a folder is made. Leaves no trace in the run."""
     model, options = objects.state.model, objects.options
-    # Of the training split where there is no other.
-    batches = objects.train.epoch(0) if objects.val is None else objects.val
-    first = next(iter(batches))
+    before = model_checks.described(model)
+    first = first_batch(objects.train, objects.val)
     loop.check_first_batch(model, objects.task, first, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
     if smallest // (options.accumulation_steps * world.size) <= 1:
         loop.check_one_example(model, first, options.precision)
+    uses_ddp = world.size > 1 and world.mesh is None
+    with states_kept():
+        model_checks.check_forward(
+            model,
+            objects.state.averaged,
+            first,
+            options.precision,
+            before=before,
+            is_sharded=world.mesh is not None,
+            needs_all=uses_ddp and not options.ddp.find_unused_parameters,
+            compiles=options.compile,
+        )
     sharding.free(model)
+
+
+def first_batch(train: TrainBatches, val: EvalBatches | None) -> Batch:
+    """The first batch of the validation split, or of the training split without one."""
+    return next(iter(train.epoch(0) if val is None else val))
 
 
 def writers_of(world: World, options: TrainerOptions) -> Any:
@@ -464,7 +486,7 @@ def export_weights(state: TrainState, folder: Path, world: World) -> None:
     for name, tensor in state.evaluated.state_dict().items():
         whole = sharding.whole(tensor)
         if world.is_main:
-            weights[name] = whole.cpu()
+            weights[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
     if world.is_main:
         temporary = folder / f".{WEIGHTS}.tmp"
         with temporary.open("wb") as file:

@@ -26,7 +26,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
     named; a name that is missing or unknown on either side is said. Raises UserError when nothing
     fits.
     """
-    own = model.state_dict()
+    own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     weights = {_clean(name, own): value for name, value in _weights(source).items()}
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if not fitting:
@@ -106,6 +106,8 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # the readers of zip and pickle raise a dozen different kinds
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}".strip()
         raise UserError(f"init_from={source}: no state_dict can be read ({reason}).") from None
+    if isinstance(content, dict):  # what get_extra_state gave stays with its run
+        content = {k: v for k, v in content.items() if not str(k).endswith("_extra_state")}
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         items = content.items() if isinstance(content, dict) else ()
         nested = [str(key) for key, value in items if isinstance(value, dict)]

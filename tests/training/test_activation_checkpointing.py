@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from running import TINY, config_of, fingerprint, train
 from torch import nn
 
 from regrow.errors import UserError
+from regrow.randomness import seed_everything
 from regrow.training import activation_checkpointing, sharding
 
 
@@ -31,7 +34,7 @@ def test_batchnorm_counts_a_batch_once(
     train(tmp_path / "kept", *options)
     if broken:  # the negative control
         nothing = contextlib.nullcontext()
-        monkeypatch.setattr(activation_checkpointing, "_without_statistics", lambda module: nothing)
+        monkeypatch.setattr(activation_checkpointing.Start, "second", lambda start: nothing)
     train(tmp_path / "again", *options, "trainer.activation_checkpointing=[body]")
     same = fingerprint(tmp_path / "kept") == fingerprint(tmp_path / "again")
     assert same is not broken
@@ -68,3 +71,57 @@ def test_a_pattern_without_a_module_is_one_line() -> None:
     config = config_of(*TINY, "trainer.activation_checkpointing=[bodi]")
     with pytest.raises(UserError, match=r"no module matches bodi\. The model's are body"):
         runs.build(config, World(device=torch.device("cpu")))
+
+
+class Noisy(nn.Module):
+    """Draws from numpy and `random`, and has a weight whose norm is estimated at each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: Any) -> Any:
+        self.calls = self.calls + 1  # a new tensor, not the old one changed
+        kept = torch.from_numpy(numpy.random.rand(4) < 0.5) * (1 + random.random())
+        return (self.linear(inputs) * kept * self.calls).float().relu()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_draws_of_numpy_and_random_and_changed_buffers_are_the_same_in_both_passes(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if broken:  # the negative control
+        nothing = contextlib.nullcontext()
+        monkeypatch.setattr(activation_checkpointing.Start, "second", lambda start: nothing)
+
+    def trained(patterns: list[str]) -> list[Any]:
+        seed_everything(3)
+        model = nn.Sequential(nn.Linear(4, 4), Noisy(), Noisy(), nn.Linear(4, 1))
+        activation_checkpointing.apply(model, patterns)
+        found: list[Any] = []
+        for _ in range(3):
+            model(torch.ones(2, 4)).sum().backward()
+            found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return [*found, *model.state_dict().values(), torch.tensor(random.random())]
+
+    kept, again = trained([]), trained(["1", "2"])
+    assert all(map(torch.equal, kept, again)) is not broken
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
+def test_a_compiled_model_counts_once_too() -> None:
+    def trained(patterns: list[str], compiles: bool) -> list[Any]:
+        seed_everything(3)
+        block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Noisy())
+        model = nn.Sequential(nn.Linear(4, 4), block, nn.Linear(4, 1))
+        activation_checkpointing.apply(model, patterns)
+        if compiles:
+            model.compile(backend="aot_eager")
+        for _ in range(2):
+            model(torch.randn(5, 4)).sum().backward()
+        return [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+
+    for kept, again in zip(trained([], False), trained(["1"], True), strict=True):
+        torch.testing.assert_close(kept, again)

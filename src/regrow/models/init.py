@@ -32,9 +32,9 @@ def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
     Whoever loads a run makes the model without data, so all that it holds has to be there before.
     """
     assert isinstance(model, nn.Module)
-    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    before = {name: tensor.shape for name, tensor in _tensors(model).items()}
     model.initialize_from(inputs)
-    after = model.state_dict()
+    after = _tensors(model)
     changed = {n for n, t in after.items() if before.get(n) != t.shape} | (before.keys() - after)
     if changed:
         raise UserError(
@@ -44,6 +44,11 @@ def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
     for name, tensor in after.items():
         if not tensor.isfinite().all():
             raise UserError(f"model: initialize_from left {name} with values that are not finite.")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of state_dict without those of get_extra_state."""
+    return {name: v for name, v in model.state_dict().items() if isinstance(v, Tensor)}
 
 
 def _he(weight: Tensor) -> None:

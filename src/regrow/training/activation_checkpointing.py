@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
+import numpy
+import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from regrow.training.sharding import matching
 
@@ -17,35 +20,59 @@ from regrow.training.sharding import matching
 def apply(model: nn.Module, patterns: Sequence[str]) -> None:
     """Let the modules whose names match run their forward pass again in the backward pass.
 
-    Names and numbers stay as they are: dropout draws the same again, and BatchNorm counts a batch
-    once. Raises UserError for a pattern that matches no module.
+    Names and numbers stay as they are: dropout and what draws from numpy or `random` draw the same
+    again, and BatchNorm counts a batch once. Raises UserError for a pattern that matches no module.
     """
-    for module in matching(model, patterns, "trainer.activation_checkpointing").values():
-        contexts = functools.partial(_contexts, module) if _norms(module) else noop_context_fn
-        module.forward = functools.partial(
-            checkpoint, module.forward, use_reentrant=False, context_fn=contexts
-        )
+    found = matching(model, patterns, "trainer.activation_checkpointing")
+    # torch.compile takes no contexts: compiled, BatchNorm would count twice.
+    disable: Any = torch.compiler.disable
+    run = disable(_forward) if found else _forward
+    for module in found.values():
+        module.forward = functools.partial(run, module, module.forward)
+
+
+def _forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    contexts = functools.partial(_contexts, module)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def _contexts(
     module: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Of the first forward pass and of the second."""
-    return contextlib.nullcontext(), _without_statistics(module)
+    return contextlib.nullcontext(), Start(module).second()
 
 
-def _norms(module: nn.Module) -> list[_BatchNorm]:
-    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+class Start:
+    """Where a module's forward pass starts: its buffers, and numpy's and `random`'s generators.
 
+    torch's own generators are restored by torch.
+    """
 
-@contextlib.contextmanager
-def _without_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm count into copies, which are thrown away."""
-    kept = [(norm, dict(norm._buffers)) for norm in _norms(module)]
-    for norm, buffers in kept:
-        norm._buffers.update({n: b if b is None else b.clone() for n, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for norm, buffers in kept:
-            norm._buffers.update(buffers)
+    def __init__(self, module: nn.Module) -> None:
+        self.numpy, self.random = numpy.random.get_state(), random.getstate()
+        self.buffers = [
+            (each._buffers, name, buffer)
+            for each in module.modules()
+            for name, buffer in each._buffers.items()
+            if buffer is not None
+        ]
+        # Copies of all: BatchNorm changes its statistics without counting a version.
+        self.copies = [buffer.detach().clone() for _, _, buffer in self.buffers]
+
+    @contextlib.contextmanager
+    def second(self) -> Iterator[None]:
+        """Start as the first pass did, and leave the buffers and generators as they were."""
+        now = [buffers[name] for buffers, name, _ in self.buffers]
+        drawn = numpy.random.get_state(), random.getstate()
+        for (buffers, name, _), copy in zip(self.buffers, self.copies, strict=True):
+            buffers[name] = copy.clone()  # a graph that is kept may ask for a third pass
+        numpy.random.set_state(self.numpy)
+        random.setstate(self.random)
+        try:
+            yield
+        finally:
+            for (buffers, name, _), buffer in zip(self.buffers, now, strict=True):
+                buffers[name] = buffer
+            numpy.random.set_state(drawn[0])
+            random.setstate(drawn[1])

@@ -422,11 +422,13 @@ def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
 
 def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
     """Run one batch through model and loss in evaluation mode, so that what breaks breaks early."""
+    buffers = Buffers(model)  # some models count calls in evaluation mode too
     model.eval()
     with autocast(batch.targets.device, precision):
         outputs = call(model, batch.inputs)  # with its graph: that tells what the model ends in
         task.check(outputs, batch.targets)
         task.loss(outputs, batch.targets, batch.weights)
+    buffers.restore(True)
     model.train()
 
 

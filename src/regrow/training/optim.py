@@ -50,7 +50,12 @@ def parameter_groups(
             f"{', '.join(sorted(unused))}. The model's parts are {', '.join(names)}."
         )
     if not groups:
-        raise UserError("model.freeze leaves nothing to train. Freeze fewer modules.")
+        if any(True for _ in model.parameters()):
+            raise UserError("model.freeze leaves nothing to train. Freeze fewer modules.")
+        raise UserError(
+            "model: it has no parameters, so there is nothing to train. Assign its layers to "
+            "attributes, or use nn.ModuleList and nn.ParameterList."
+        )
     return [
         {"params": [*parameters.values()], "param_names": [*parameters], "lr_scale": scale}
         | ({} if decays else {"weight_decay": 0.0})
@@ -357,7 +362,9 @@ def _split(
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
     """() the global 2-norm; NaN or inf if any element is. On a CPU a number, as it is soon read."""
-    norms = torch._foreach_norm(gradients)
+    half = any(gradient.dtype in (torch.float16, torch.bfloat16) for gradient in gradients)
+    # float16 ends at 65,504, and a norm of inf would skip a good step.
+    norms = torch._foreach_norm(gradients, 2, torch.float32 if half else None)
     if sums.on_host(norms[0].device):
         return math.hypot(*[norm.item() for norm in norms])
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))

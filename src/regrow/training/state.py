@@ -87,7 +87,10 @@ class TrainState:
             parts["averaged"] = self.averaged.state_dict()
         elif hasattr(self.optimizer, "eval"):  # schedule-free: the weights it stands for
             with optim.evaluating(self.optimizer, self.model):
-                parts["averaged"] = {k: v.clone() for k, v in self.model.state_dict().items()}
+                parts["averaged"] = {
+                    k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
+                    for k, v in self.model.state_dict().items()
+                }
         if self.loss_scale is not None:
             parts["loss_scale"] = self.loss_scale.state_dict()
         if isinstance(self.schedule, Stateful):
@@ -149,7 +152,15 @@ class TrainState:
 
 def average_of(model: nn.Module) -> nn.Module:
     """A copy to hold the moving average: starts as the model, is never trained."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    try:
+        return copy.deepcopy(model).requires_grad_(False).eval()
+    except Exception as error:  # whatever an attribute of any class raises
+        raise UserError(
+            "trainer.ema_decay: the model cannot be copied for its average "
+            f"({' '.join(str(error).split())[:150]}). Keep no results of a forward pass, open "
+            "files or locks as attributes (use torch.nn.utils.parametrizations.weight_norm in "
+            "place of torch.nn.utils.weight_norm), or use trainer.ema_decay=null."
+        ) from error
 
 
 def average_weight(state: TrainState, options: TrainerOptions) -> float | Tensor:
@@ -240,26 +251,42 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers = [buffer for buffer in model.buffers() if buffer.numel()]
-        self.before = [buffer.clone() for buffer in self.buffers]
+        found = {
+            id(buffer): (module._buffers, name)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel()
+        }
+        # Places, not tensors alone: `self.count = self.count + 1` in forward makes a new tensor.
+        self.places = [*found.values()]
+        self.buffers = self._now()
+        self.before = [buffer.detach().clone() for buffer in self.buffers]
+
+    def _now(self) -> list[Tensor]:
+        return [buffers[name] for buffers, name in self.places]  # type: ignore[misc]
 
     def remember(self) -> None:
-        if self.buffers:
+        if self.places:
+            self.buffers = self._now()
             with torch.no_grad():
                 torch._foreach_copy_(self.before, self.buffers)
 
     def restore(self, skipped: optim.Skipped) -> None:
-        if self.buffers and skipped is not False:
+        if self.places and skipped is not False:
             self._put_back(skipped)
 
     @torch.no_grad()
     def _put_back(self, skipped: optim.Skipped) -> None:
         if isinstance(skipped, Tensor):
             bad = skipped.bool()
-            for buffer, before in zip(self.buffers, self.before, strict=True):
-                buffer.copy_(torch.where(bad, before, buffer))
+            rows = zip(self.places, self._now(), self.buffers, self.before, strict=True)
+            for (buffers, name), now, buffer, before in rows:
+                chosen = torch.where(bad, before, now)
+                buffers[name] = buffer.copy_(chosen) if now is buffer else chosen
         else:
             torch._foreach_copy_(self.buffers, self.before)
+            for (buffers, name), buffer in zip(self.places, self.buffers, strict=True):
+                buffers[name] = buffer
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -269,7 +296,18 @@ def weights_sha256(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        value = sharding.whole(tensor).detach().cpu().contiguous()
+        _add(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = sharding.whole(value).detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    elif isinstance(value, dict | list | tuple):  # of get_extra_state
+        digest.update(f"{name} {type(value).__name__} {len(value)}".encode())
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _add(digest, f"{name}/{key!r}", item)
+    else:
+        digest.update(f"{name} {value!r}".encode())

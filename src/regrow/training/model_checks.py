@@ -1,0 +1,277 @@
+"""Refuse, before a run starts, a model that it could not train, average, save or restore."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from regrow.errors import UserError
+from regrow.training.loop import call
+from regrow.training.plan import Batch
+from regrow.training.precision import autocast
+from regrow.training.state import Buffers
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def has_lazy_parts(model: nn.Module) -> bool:
+    return any(is_lazy(tensor) for tensor in _tensors(model).values())
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, batch: Batch) -> None:
+    """Let lazy modules make their parameters from a batch, on the CPU, before anything uses them.
+
+    Raises UserError if some are left.
+    """
+    before = _tensors(model).keys()
+    call(model.eval(), _on_cpu(_few(batch).inputs))
+    model.train()
+    if made := _tensors(model).keys() - before:
+        raise UserError(
+            f"model: forward makes {', '.join(sorted(made))}. Register it in __init__, with its "
+            "final shape and dtype."
+        )
+    left = [name for name, tensor in _tensors(model).items() if is_lazy(tensor)]
+    if left:
+        raise UserError(
+            f"model: {', '.join(left)} of lazy modules have no shape after a forward pass. "
+            "Use these modules in forward, or give their sizes in __init__."
+        )
+
+
+def check(model: nn.Module, ema_decay: float | None) -> None:
+    """Raise UserError for a parameter, buffer or module that training cannot handle."""
+    for name, tensor in _tensors(model).items():
+        _check_tensor(name, tensor)
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UserError(
+                f"model: the parameter {name} is {_dtype(parameter)}. Keep a real parameter with a "
+                "last dimension of 2, and use torch.view_as_complex on it in forward."
+            )
+        if ema_decay is not None and parameter.dtype in HALF:
+            raise UserError(
+                f"trainer.ema_decay={ema_decay:g}: the parameter {name} is {_dtype(parameter)}, "
+                "too coarse for an average. Keep float32 parameters and use "
+                "trainer.precision=bf16, or use trainer.ema_decay=null."
+            )
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if is_embedding and module.sparse and isinstance(weight, Tensor) and weight.requires_grad:
+            raise _sparse(name or type(module).__name__)
+    _check_extra_state(model, ema_decay)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise UserError(
+            f"model: {name} is on the meta device and has no values. Make it on the CPU."
+        )
+    if tensor.layout is not torch.strided:
+        raise UserError(
+            f"model: {name} is a sparse tensor ({tensor.layout}), which checkpoints cannot hold. "
+            "Keep its indices and values as two buffers, and join them in forward."
+        )
+    if tensor.is_conj() or tensor.is_neg():
+        raise UserError(f"model: {name} is a conjugated view. Add .resolve_conj().resolve_neg().")
+    if torch._debug_has_internal_overlap(tensor) == 1:  # of expand
+        raise UserError(
+            f"model: several elements of {name} share their memory, so no value can be loaded into "
+            "it. Add .clone() after expand()."
+        )
+
+
+def _check_extra_state(model: nn.Module, ema_decay: float | None) -> None:
+    """Entries of state_dict that are not tensors, as get_extra_state gives them."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            continue
+        if ema_decay is not None:
+            raise UserError(
+                f"trainer.ema_decay={ema_decay:g}: {name} of the model's state is a "
+                f"{type(value).__name__}, which has no average. Keep it in a buffer, or use "
+                "trainer.ema_decay=null."
+            )
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # whatever pickle raises for an object of any class
+            raise UserError(
+                f"model: {name} of the model's state is a {type(value).__name__}, which no "
+                "checkpoint is opened with. Let get_extra_state return tensors, numbers, text, "
+                "lists and dicts only."
+            ) from error
+
+
+def check_forward(
+    model: nn.Module,
+    averaged: nn.Module | None,
+    batch: Batch,
+    precision: str,
+    *,
+    before: Mapping[str, str],
+    is_sharded: bool,
+    needs_all: bool,
+    compiles: bool,
+) -> None:
+    """Raise UserError for what only a forward pass in training mode shows. Leaves no trace.
+
+    `before`: the model as `described` before any forward pass.
+    `needs_all`: whether each trainable parameter must get a gradient, as in DDP.
+    """
+    if batch.num_local < 2:  # BatchNorm may refuse one example
+        return
+    few = _few(batch)
+    with _buffers_kept(model, averaged), autocast(batch.targets.device, precision):
+        try:
+            with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+                outputs = call(model.train(), few.inputs)
+        except Exception:  # such as ghost batch normalisation, which needs more examples than two
+            return
+        _check_buffers(model, before)
+        nodes = [*_graph(outputs)]
+        leaves = {id(leaf): leaf for leaf in map(_leaf, nodes) if leaf is not None}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for node in nodes:
+            if getattr(node, "_saved_sparse", False):
+                inputs = (_leaf(following) for following, _ in node.next_functions)
+                raise _sparse(next((names[id(i)] for i in inputs if id(i) in names), "a module"))
+        if not is_sharded:  # whose forward pass uses gathered copies
+            _check_leaves(model, leaves, names, needs_all)
+        if averaged is not None and not is_sharded:
+            _check_copy(averaged, few, names)
+
+
+def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> None:
+    after = described(model)
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            was, now = before.get(name, "missing"), after.get(name, "missing")
+            raise UserError(
+                f"model: forward changes {name} (before: {was}, after: {now}), so a checkpoint "
+                "would not fit the model. Register it in __init__, with its final shape and dtype."
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.grad_fn is not None:
+            raise UserError(
+                f"model: the buffer {name} keeps the graph of its forward pass, which the next "
+                "step cannot use. Assign a detached value: .detach()."
+            )
+
+
+def _check_leaves(
+    model: nn.Module, leaves: Mapping[int, Tensor], names: Mapping[int, str], needs_all: bool
+) -> None:
+    for key, leaf in leaves.items():
+        if isinstance(leaf, nn.Parameter) and key not in names:
+            raise UserError(
+                f"model: forward uses a parameter of shape {tuple(leaf.shape)} that the model does "
+                "not list, so it would not be trained or saved. Use nn.ModuleList or "
+                "nn.ModuleDict in place of a list or dict, or freeze it with requires_grad_(False)."
+            )
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable.keys() & leaves.keys():
+        raise UserError(
+            "model: its outputs depend on no trainable parameter, so nothing would be trained. "
+            "Remove detach(), no_grad() or argmax() from forward."
+        )
+    unused = [name for key, name in trainable.items() if key not in leaves]
+    if needs_all and unused:
+        raise UserError(
+            f"trainer.ddp.find_unused_parameters=false: {', '.join(unused[:5])} gets no gradient "
+            "from the first batch. Use trainer.ddp.find_unused_parameters=true, or freeze it."
+        )
+
+
+def _check_copy(averaged: nn.Module, few: Batch, names: Mapping[int, str]) -> None:
+    """A copied closure or hook still refers to the model that it was made for."""
+    try:
+        outputs = call(averaged, few.inputs)
+    except Exception:
+        return
+    for leaf in map(_leaf, _graph(outputs)):
+        if leaf is not None and leaf.requires_grad and id(leaf) in names:
+            raise UserError(
+                f"trainer.ema_decay: a copy of the model still uses {names[id(leaf)]} of the "
+                "original, as a lambda or a hook that refers to self does. Use a method or "
+                "module instead, or trainer.ema_decay=null."
+            )
+
+
+def _graph(outputs: Any) -> Iterator[Any]:
+    """The nodes of the graph that led to `outputs`, each once."""
+    seen: set[Any] = set()
+    waiting = [tensor.grad_fn for tensor in _found(outputs)]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _leaf(node: Any) -> Tensor | None:
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None
+
+
+def _found(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items: Iterable[Any] = value.values() if isinstance(value, Mapping) else ()
+    for item in value if isinstance(value, list | tuple) else items:
+        yield from _found(item)
+
+
+@contextlib.contextmanager
+def _buffers_kept(*models: nn.Module | None) -> Iterator[None]:
+    kept = [Buffers(model) for model in models if model is not None]
+    try:
+        yield
+    finally:
+        for buffers in kept:
+            buffers.restore(True)
+
+
+def _few(batch: Batch) -> Batch:
+    """Two examples, or three."""
+    few: Batch = batch.split(max(1, batch.num_local // 2))[0]
+    return few
+
+
+def _on_cpu(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.cpu()
+    if isinstance(inputs, Mapping):
+        return {name: value.cpu() for name, value in inputs.items()}
+    return tuple(value.cpu() for value in inputs)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def described(model: nn.Module) -> dict[str, str]:
+    """The dtype and shape of each parameter and buffer."""
+    return {name: f"{_dtype(t)} {tuple(t.shape)}" for name, t in _tensors(model).items()}
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _sparse(name: str) -> UserError:
+    return UserError(
+        f"model: {name} gives sparse gradients, which cannot be clipped or averaged. Use "
+        "sparse=False."
+    )

@@ -1,0 +1,469 @@
+"""Unusual models train, average, skip, save and resume right, or one line refuses them at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, launched, train_config
+from torch import Tensor, nn
+
+from regrow import run as runs
+from regrow import weights
+from regrow.config import allow
+from regrow.errors import UserError
+from regrow.load import load_run
+from regrow.record.folder import read_json
+from regrow.tasks import losses
+from regrow.tasks.tasks import Multiclass
+from regrow.training import model_checks, optim
+from regrow.training.state import weights_sha256
+
+OPTIONS = (
+    *("trainer.ema_decay=0.9", "trainer.clip_norm=1.0", "trainer.clip_value=0.5"),
+    "trainer.accumulation_steps=2",
+)
+
+
+class Base(nn.Module):
+    """Linear over the inputs (B, 6), to three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(inputs)
+
+
+# Those that train.
+
+
+class Integers(Base):
+    """Parameters and buffers of every kind of whole number, and of none at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = nn.Parameter(torch.tensor([5, 4, 3, 2, 1, 0]), requires_grad=False)
+        self.none = nn.Parameter(torch.zeros(0, 4))
+        self.unused = nn.Parameter(torch.ones(2))  # never gets a gradient
+        for name, dtype in {"a": torch.uint8, "b": torch.bool, "c": torch.int32}.items():
+            self.register_buffer(name, torch.zeros(2, dtype=dtype))
+        self.register_buffer("nothing", torch.zeros(0))
+        self.register_buffer("scalar", torch.tensor(1.0))
+        self.register_buffer("turns", torch.tensor([1 + 1j, 2 - 1j]))
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(inputs[:, self.index]) + self.none.sum() + self.turns.real[0]
+
+
+class Lazy(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+
+
+class LazyOfAnyConfig(Lazy):
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+
+
+class Double(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(inputs.double())
+
+
+class Wrapped(Base):
+    """Parametrizations, old and new, and weights that two modules share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrized = nn.utils.parametrizations
+        self.first = parametrized.weight_norm(nn.Linear(6, 6))
+        self.second = parametrized.spectral_norm(nn.Linear(6, 6))
+        self.third = nn.utils.spectral_norm(nn.Linear(6, 6))
+        self.fourth, self.fifth = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.fifth.weight = self.fourth.weight
+
+    def forward(self, inputs: Tensor) -> Any:
+        for layer in (self.first, self.second, self.third, self.fourth, self.fifth):
+            inputs = layer(inputs).tanh()
+        return self.out(inputs)
+
+
+class Counting(Base):
+    """A buffer that each forward pass, in evaluation too, replaces by a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.calls = self.calls + 1
+        return self.out(inputs) / self.calls.sqrt()
+
+
+class Extra(Base):
+    """Plain values in the state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Any] = {"passes": 0, "scale": torch.ones(2)}
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.seen["passes"] += self.training
+        return self.out(inputs)
+
+    def get_extra_state(self) -> Any:
+        return self.seen
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state
+
+
+TRAINS = [Integers, Lazy, Double, Wrapped, Counting]
+
+
+def config_with(model: type, *overrides: str) -> dict[str, Any]:
+    config = config_of(*TINY, *overrides)
+    config["model"] = {"_target_": f"{model.__module__}.{model.__qualname__}"}
+    allow(config)
+    return config
+
+
+def run_with(folder: Path, model: type, *overrides: str, stop_at: int | None = None) -> Any:
+    config = config_with(model, *overrides)
+    objects = runs.build(config, CPU)
+    runs.check_first_batch(objects, CPU)  # leaves no trace
+    summary = train_config(folder, config, stop_at=stop_at)
+    return summary, objects
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        *((model, OPTIONS) for model in TRAINS if model is not Lazy),
+        (Lazy, OPTIONS[:3]),  # its BatchNorm cannot train on one example
+        (Extra, OPTIONS[1:]),
+    ],
+)
+def test_an_unusual_model_trains_and_a_resume_gives_the_same(
+    model: type, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    summary, _ = run_with(tmp_path / "whole", model, *options)
+    assert summary["status"] == "completed" and summary["skipped_steps"] == 0
+    assert math.isfinite(summary["test"]["test/loss"])
+    run_with(tmp_path / "parts", model, *options, stop_at=5)
+    resumed, objects = run_with(tmp_path / "parts", model, *options)
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "parts")
+    assert resumed["weights_sha256"] == summary["weights_sha256"]
+    assert weights_sha256(objects.state.model) != summary["weights_sha256"]  # the untrained one
+    weights.load_weights(objects.state.model, tmp_path / "whole")
+
+
+def bench_of(model: nn.Module, **options: Any) -> Bench:
+    loss = losses.CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)
+    task = Multiclass(
+        num_classes=3, class_names=None, monitor=None, per_class=False, auroc=False, loss=loss
+    )
+    make = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)
+    return Bench(model, task, make, **{"ema_decay": 0.9, "clip_norm": 1.0, **options})
+
+
+@pytest.mark.parametrize("model", TRAINS)
+def test_a_bad_step_of_an_unusual_model_changes_nothing(model: type) -> None:
+    torch.manual_seed(0)
+    made = model()
+    good = batch_of(torch.randn(8, 6), torch.randint(3, (8,)))
+    if model_checks.has_lazy_parts(made):
+        model_checks.materialise(made, good)
+    bench = bench_of(made, slices=2)
+    bench.step(good)
+    before = weights_sha256(made), weights_sha256(bench.state.averaged)
+    bad = batch_of(torch.full((8, 6), math.nan), good.targets)
+    assert bench.step(bad)["train/skipped_steps"] == 1
+    assert (weights_sha256(made), weights_sha256(bench.state.averaged)) == before
+    bench.step(good)
+    assert weights_sha256(made) != before[0]
+
+
+def test_on_a_device_a_replaced_buffer_is_put_back_without_a_wait() -> None:
+    model = Counting()
+    bench = bench_of(model)
+    for skipped, expected in ((0.0, 1), (1.0, 1), (0.0, 2)):
+        bench.plan.buffers.remember()
+        model(torch.ones(2, 6))
+        bench.plan.buffers.restore(torch.tensor(skipped))
+        assert model.calls.item() == expected
+
+
+def test_the_first_batch_leaves_no_trace_in_a_buffer() -> None:
+    objects = runs.build(config_with(Counting, *OPTIONS), CPU)
+    before = weights_sha256(objects.state.model)
+    runs.check_first_batch(objects, CPU)
+    assert weights_sha256(objects.state.model) == before
+
+
+def test_an_integer_parameter_is_taken_over_by_the_average() -> None:
+    model = Integers()
+    bench = bench_of(model)
+    model.index.data.fill_(2)
+    bench.step(batch_of(torch.ones(2, 6), torch.tensor([0, 1])))
+    assert bench.state.averaged is not None
+    assert bench.state.averaged.index.tolist() == [2] * 6
+
+
+def test_a_lazy_model_is_loaded_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched("model._target_=test_unusual.LazyOfAnyConfig")
+    (folder,) = {path.parent.resolve() for path in tmp_path.glob("outputs/*/*/summary.json")}
+    run = load_run(folder, which="last")
+    assert weights_sha256(run.model) == read_json(folder / "summary.json")["weights_sha256"]
+    assert run.model(torch.ones(2, 6)).shape == (2, 3)
+
+
+def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:
+    gradients = [torch.full((4,), 6e4, dtype=torch.float16)]
+    assert optim.gradient_norm(gradients) == pytest.approx(119_968, rel=1e-3)
+
+
+# Those that are refused.
+
+
+class Complex(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(6, dtype=torch.complex64))
+
+
+class Half(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bfloat16()
+
+
+class SparseGradients(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 6, sparse=True)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(self.table(inputs[:, 0].long().abs() % 4))
+
+
+class SparseFunction(SparseGradients):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 6)
+
+    def forward(self, inputs: Tensor) -> Any:
+        index = inputs[:, 0].long().abs() % 4
+        return self.out(nn.functional.embedding(index, self.table.weight, sparse=True))
+
+
+class SparseBuffer(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(3).to_sparse())
+
+
+class Expanded(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 6).expand(4, 6))
+
+
+class Conjugated(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turns", torch.tensor([1 + 1j]).conj())
+
+
+class Meta(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 3, device="meta")
+
+
+class Created(Base):
+    def forward(self, inputs: Tensor) -> Any:
+        self.register_buffer("made", torch.ones(3))
+        return super().forward(inputs)
+
+
+class FilledNone(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", None)
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self.training:
+            self.mask = torch.ones(3)
+        return super().forward(inputs)
+
+
+class Growing(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(1))
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.memory = torch.cat([self.memory, torch.ones(1)])
+        return super().forward(inputs)
+
+
+class Attached(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(3))
+
+    def forward(self, inputs: Tensor) -> Any:
+        outputs = super().forward(inputs)
+        self.memory = self.memory + outputs.mean(0)
+        return outputs
+
+
+class UnusedLazy(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.LazyLinear(3)
+
+
+class LazyThatMakes(Lazy):
+    def forward(self, inputs: Tensor) -> Any:
+        self.register_buffer("made", torch.ones(3))
+        return super().forward(inputs)
+
+
+class Frozen(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Empty(nn.Module):
+    def forward(self, inputs: Tensor) -> Any:
+        return inputs[:, :3]
+
+
+class Detached(Base):
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(inputs).detach()
+
+
+class InAList(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(6, 6)]
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(self.layers[0](inputs))
+
+
+class Mapping(Base):
+    def forward(self, inputs: Tensor) -> Any:
+        return {"logits": self.out(inputs)}
+
+
+class Tuple(Base):
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(inputs), inputs
+
+
+class OldWeightNorm(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        with pytest.warns(FutureWarning):
+            self.out = nn.utils.weight_norm(self.out)
+
+
+class KeepsResult(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalty = self.out.weight.square().sum()
+
+
+class Closure(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = lambda inputs: self.out(inputs)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.run(inputs)
+
+
+class Unreadable(Base):
+    def get_extra_state(self) -> Any:
+        return Path("x")
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+EMA = OPTIONS[:1]
+REFUSED: list[tuple[type, tuple[str, ...], str]] = [
+    (Complex, (), r"parameter phase is complex64\. Keep a real"),
+    (Half, EMA, r"trainer\.ema_decay=0\.9: the parameter out\.weight is bfloat16.*null\."),
+    (SparseGradients, (), r"table gives sparse gradients.*Use sparse=False\."),
+    (SparseFunction, (), r"table\.weight gives sparse gradients.*Use sparse=False\."),
+    (SparseBuffer, (), r"graph is a sparse tensor"),
+    (Expanded, (), r"mask share their memory.*\.clone\(\)"),
+    (Conjugated, (), r"turns is a conjugated view\. Add \.resolve_conj"),
+    (Meta, (), r"out\.weight is on the meta device"),
+    (Created, EMA, r"forward changes made \(before: missing, after: float32 \(3,\)\).*__init__"),
+    (FilledNone, (), r"forward changes mask"),
+    (Growing, (), r"forward changes memory \(before: float32 \(1,\)"),
+    (Attached, (), r"the buffer memory keeps the graph.*\.detach\(\)"),
+    (UnusedLazy, (), r"other\.weight, other\.bias of lazy modules"),
+    (LazyThatMakes, (), r"forward makes made\. Register it in __init__"),
+    (Frozen, (), r"leaves nothing to train"),
+    (Empty, (), r"model: it has no parameters"),
+    (Detached, (), r"outputs depend on no trainable parameter"),
+    (InAList, (), r"parameter of shape \(6, 6\) that the model does not list.*nn\.ModuleList"),
+    (Mapping, (), r"dict"),
+    (Tuple, (), r"tuple"),
+    (OldWeightNorm, EMA, r"trainer\.ema_decay: the model cannot be copied.*weight_norm"),
+    (KeepsResult, EMA, r"trainer\.ema_decay: the model cannot be copied"),
+    (Closure, EMA, r"copy of the model still uses out\.(weight|bias) of the original"),
+    (Unreadable, (), r"_extra_state of the model's state is a PosixPath.*get_extra_state"),
+    (Extra, EMA, r"trainer\.ema_decay=0\.9: _extra_state .*has no average"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "line"), REFUSED, ids=lambda value: str(value)[-40:])
+def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
+    model: type, options: tuple[str, ...], line: str
+) -> None:
+    with pytest.raises(UserError, match=line) as raised:
+        runs.check_first_batch(runs.build(config_with(model, *options), CPU), CPU)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("model", [OldWeightNorm, KeepsResult, Closure, Half])
+def test_a_model_that_only_its_average_forbids_is_built_without_one(model: type) -> None:
+    runs.build(config_with(model), CPU)
+
+
+def test_a_parameter_without_a_gradient_is_one_line_under_ddp() -> None:
+    objects = runs.build(config_with(Integers), CPU)
+    first = runs.first_batch(objects.train, objects.val)
+    check: Callable[..., None] = functools.partial(
+        model_checks.check_forward,
+        *(objects.state.model, None, first, "fp32"),
+        before=model_checks.described(objects.state.model),
+        is_sharded=False,
+        compiles=False,
+    )
+    check(needs_all=False)
+    with pytest.raises(UserError, match=r"unused gets no gradient.*find_unused_parameters=true"):
+        check(needs_all=True)
