@@ -97,7 +97,7 @@ def test_a_checkout_of_another_user_is_recorded_with_the_reason_and_a_way_out(
     monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
     told = write(tmp_path / "run", root)
     assert told["git"] is None and "another user owns" in told["git_missing"]
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = {record.getMessage() for record in caplog.records}
     copy = tmp_path / "copy"
     copy.mkdir()
     manifest.write_origin(copy, root)  # a sweep's jobs run from there
