@@ -429,6 +429,8 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
             return value
         return utils.instantiate(value, _convert_="all", _execution_whitelist_=whitelist)
 
+    if "_target_" not in node:  # a custom task may bring its own loss
+        return inner(dict(node))
     target = locate(str(node["_target_"]), "")
     given = inner({key: value for key, value in node.items() if key not in HYDRAS_OWN})
     positional = inner(list(node.get("_args_", ())))
