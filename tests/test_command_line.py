@@ -81,7 +81,7 @@ NASTY = (
         "'a'",
         '"a"',
         "\udcfc",
-        "x/" + "y" * 300,
+        "x/" + "y" * 200,
     ),
 )
 ALPHABET = "aÜ1 .,:;=-_~+*?!@#$%&|/\\'\"`()[]{}<>\t\u202f\udcfc"
@@ -167,3 +167,12 @@ def test_what_is_meant_for_hydra_stays_so() -> None:
 def test_a_line_break_in_a_path_is_refused() -> None:
     with pytest.raises(UserError, match="must not contain a line break"):
         paths_as_typed(["hydra.run.dir=a\nb"], multirun=False)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "Ü" * 128, "x/" * 2500])
+def test_a_path_that_no_file_system_takes_is_refused(path: str) -> None:
+    for key in ("hydra.run.dir", "resume", "data.root"):
+        with pytest.raises(UserError, match="the path is too long"):
+            paths_as_typed([f"{key}={path}"], multirun=False)
+    with pytest.raises(UserError, match="the path is too long"):
+        path_of("resume", path)

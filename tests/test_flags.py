@@ -155,7 +155,7 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
 def test_a_jobs_folder_may_be_named_by_its_overrides(
     subdir: str, names: set[str], tmp_path: Path
 ) -> None:
-    run(tmp_path, "-m", *SMALL, "optimizer.lr=0.1,0.2", "hydra.sweep.dir=s",
+    run(tmp_path, "-m", "debug=fast", "optimizer.lr=0.1,0.2", "hydra.sweep.dir=s",
         f"hydra.sweep.subdir={subdir}")  # fmt: skip
     found = (tmp_path / "s").rglob("summary.json")
     jobs = {str(path.parent.relative_to(tmp_path / "s")) for path in found}

@@ -26,6 +26,7 @@ PATHS = (
 )
 ONE_VALUE = ("resume", "hydra.run.dir", "hydra.sweep.dir", "sweep.file")  # no sweep varies these
 WORDS = ("auto", "never", "null", "")  # stand for no path
+NAME_BYTES, PATH_BYTES = 255, 4000
 _BARE = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*|[A-Za-z_][A-Za-z0-9_-]*")
 _TYPED_OTHERWISE = ("null", "true", "false", "inf", "nan")  # as Hydra reads these words
 
@@ -53,14 +54,16 @@ def override(key: str, value: str | Path) -> str:
 def paths_as_typed(arguments: Sequence[str], *, multirun: bool) -> list[str]:
     """The arguments, with paths quoted that Hydra's grammar would refuse or read otherwise.
 
-    A path that exists is taken literally. Raises UserError for one with a line break.
+    A path that exists is taken literally. Raises UserError for one with a line break, or too long.
     """
     found = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key in PATHS and value not in WORDS and quoted(value) != value:
-            refuse_line_breaks(key, value)
-            if _exists(value) or not _is_readable(key, value, multirun):
+        if equals and key in PATHS and value not in WORDS:
+            refuse_unusable(key, value)
+            if quoted(value) != value and (
+                _exists(value) or not _is_readable(key, value, multirun)
+            ):
                 argument = override(key, value)
         found.append(argument)
     return found
@@ -69,9 +72,9 @@ def paths_as_typed(arguments: Sequence[str], *, multirun: bool) -> list[str]:
 def path_of(key: str, value: str) -> str:
     """The path that `key=value` names: literally, or as Hydra reads it where that is no path yet.
 
-    Raises UserError for one with a line break.
+    Raises UserError for one with a line break, or too long.
     """
-    refuse_line_breaks(key, value)
+    refuse_unusable(key, value)
     if quoted(value) != value and not _exists(value):
         with_quotes = read(f"{key}={value}")
         if isinstance(with_quotes, str):
@@ -99,9 +102,16 @@ def read(argument: str) -> Any:
     return value
 
 
-def refuse_line_breaks(key: str, path: str) -> None:
+def refuse_unusable(key: str, path: str) -> None:
+    """Raise UserError for a path with a line break, and for one that no file system takes."""
     if "\n" in path or "\r" in path:
         raise UserError(f"{key}={path!r}: a path must not contain a line break. Rename the folder.")
+    names = [len(name.encode("utf-8", "surrogateescape")) for name in path.split("/")]
+    if max(names) > NAME_BYTES or sum(names) > PATH_BYTES:
+        raise UserError(
+            f"{key}={path[:60]}…: the path is too long. File systems take {NAME_BYTES} bytes for "
+            f"a name and {PATH_BYTES} for a path. Choose a shorter one."
+        )
 
 
 def shell(words: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.check import check
-from regrow.command_line import paths_as_typed, quoted
+from regrow.command_line import paths_as_typed, quoted, refuse_unusable
 from regrow.compose import job_of, with_override
 from regrow.config import composition_error
 from regrow.errors import UserError
@@ -184,6 +184,7 @@ class Composer:
             folder = str(cfg.hydra.sweep.subdir) if before is None else before.folder
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from None
+        refuse_unusable("hydra.sweep.subdir", folder)
         parts = Path(folder).parts
         if not folder.strip() or Path(folder).is_absolute() or ".." in parts:
             raise UserError(f"hydra.sweep.subdir={folder} has to lie in the sweep's folder.")
