@@ -107,7 +107,7 @@ def refuse_unusable(key: str, path: str) -> None:
     if "\n" in path or "\r" in path:
         raise UserError(f"{key}={path!r}: a path must not contain a line break. Rename the folder.")
     names = [len(name.encode("utf-8", "surrogateescape")) for name in path.split("/")]
-    if max(names) > NAME_BYTES or sum(names) > PATH_BYTES:
+    if max(names) > NAME_BYTES or sum(names) + len(names) > PATH_BYTES:
         raise UserError(
             f"{key}={path[:60]}…: the path is too long. File systems take {NAME_BYTES} bytes for "
             f"a name and {PATH_BYTES} for a path. Choose a shorter one."
