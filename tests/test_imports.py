@@ -52,6 +52,7 @@ ALLOWED = {
 }
 KNOW_HYDRA = {
     "command_line",
+    "flags",
     "run",
     "compose",
     "launch",

@@ -102,9 +102,13 @@ def typed(arguments: Sequence[str]) -> dict[str, Any]:
 
 def source_of(hydra: Any) -> dict[str, Any]:
     """The source that Hydra composed from, by its own config node."""
+    from omegaconf import OmegaConf
+
     source = {**DEFAULT, "name": str(hydra.job.config_name), "searchpath": []}
-    for place in hydra.runtime.config_sources:
-        provider, schema, path = str(place.provider), str(place.schema), str(place.path)
+    # A folder's name may look like an interpolation, and is none.
+    places: Any = OmegaConf.to_container(hydra.runtime.config_sources, resolve=False)
+    for place in places:
+        provider, schema, path = place["provider"], place["schema"], place["path"]
         if provider == "main":
             own = schema == "file" and Path(path).resolve() == ROOT / "conf"
             source["path"] = None if own else path if schema == "file" else f"{schema}://{path}"
