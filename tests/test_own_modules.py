@@ -39,7 +39,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     (folder / "my_net.py").write_text(NET)
-    (folder / "profile.py").write_text("")
     (folder / "my_models" / "deep").mkdir(parents=True)  # a package without an __init__.py
     (folder / "my_models" / "deep" / "net.py").write_text("from my_net import Net\n")
     (folder / "my_models" / "data.bin").write_bytes(b"0" * 100)
@@ -81,6 +80,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 def test_every_rank_finds_a_module_of_the_root(
     project: Path, before: tuple[str, ...], options: tuple[str, ...], model: str, tmp_path: Path
 ) -> None:
+    (project / "profile.py").write_text("")
     given = (f"model={model}", *options, *QUICK, f"hydra.run.dir={tmp_path / 'run'}")
     start(project, *before, "scripts/train.py", *given)
     assert "Net" in target_of(tmp_path / "run")
@@ -91,6 +91,7 @@ def test_every_rank_finds_a_module_of_the_root(
 def test_a_sweep_freezes_and_finds_modules_of_the_root(
     project: Path, fresh: str, tmp_path: Path
 ) -> None:
+    (project / "profile.py").unlink(missing_ok=True)  # the server of jobs starts in this folder
     sweep = tmp_path / "sweep"
     given = ("model=net,deep", f"launcher.fresh_processes={fresh}", f"hydra.sweep.dir={sweep}")
     start(project, "scripts/train.py", "-m", *given, *QUICK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -63,6 +64,7 @@ ENVIRONMENT = (
 # Folders in the root whose Python files no `_target_` names; the others only where they hold no
 # `__init__.py`.
 NOT_OWN = ("src", "scripts", "tests", "benchmarks")
+ENTRIES = 10_000
 NOT_NAMESPACES = ("conf", "docs", "data", "outputs", "multirun", "wandb", "build", "dist")
 
 
@@ -227,25 +229,40 @@ def code_files(root: Path) -> dict[str, str]:
 
 
 def _code_paths(root: Path, *, namespaces: bool = True) -> list[Path]:
-    own = own_packages(root, namespaces=namespaces)
-    parts = [(part, "*.py") for part in ("src", "scripts", *own)]
+    parts = [(part, "*.py") for part in ("src", "scripts", *own_packages(root))]
     files = [f for part, name in (*parts, ("conf", "*.yaml")) for f in (root / part).rglob(name)]
+    files += namespace_files(root) if namespaces else []
     return [path for path in sorted([*files, *root.glob("*.py")]) if path.is_file()]
 
 
-def own_packages(root: Path, *, namespaces: bool = True) -> list[str]:
-    """Packages in the root of the repository that a `_target_` may name; those without an
-    `__init__.py`, which Python imports too, among `namespaces`."""
-    packages = {path.parent.name for path in root.glob("*/__init__.py")}
-    spaces = {path.parent.name for path in root.glob("*/*.py")} if namespaces else set()
-    spaces = {
-        name
-        for name in spaces
-        if name.isidentifier()
-        and name not in NOT_NAMESPACES
-        and not (root / name / "pyvenv.cfg").is_file()
-    }
-    return sorted((packages | spaces) - {*NOT_OWN})
+def own_packages(root: Path) -> list[str]:
+    """Packages in the root of the repository that a `_target_` may name."""
+    names = [path.parent.name for path in sorted(root.glob("*/__init__.py"))]
+    return [name for name in names if name not in NOT_OWN]
+
+
+def namespace_files(root: Path) -> list[Path]:
+    """Python files in folders of the root that have no `__init__.py`: Python imports them, too.
+
+    Of each folder so many entries are looked at, since it may as well hold a million images.
+    """
+    found = []
+    for folder in sorted(root.iterdir()):
+        if folder.name in (*NOT_OWN, *NOT_NAMESPACES) or (folder / "__init__.py").exists():
+            continue
+        queue, left = [folder], ENTRIES
+        while queue:
+            inner = queue.pop(0)
+            if not inner.name.isidentifier() or inner.is_symlink() or not inner.is_dir():
+                continue
+            if (inner / "pyvenv.cfg").exists() or inner.name == "__pycache__":
+                continue
+            with contextlib.suppress(OSError), os.scandir(inner) as entries:
+                seen = list(itertools.islice(entries, left))
+                left -= len(seen)
+                queue += sorted(Path(entry) for entry in seen if entry.is_dir())
+                found += [Path(entry) for entry in seen if entry.name.endswith(".py")]
+    return found
 
 
 def write_origin(copy: Path, root: Path) -> None:

@@ -84,13 +84,16 @@ def freeze(folder: Path) -> tuple[Path, str]:
     temporary = folder / f".{state.CODE}"  # of a start that was cut
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)  # conf/local may name accounts
-    whole = (*PARTS, *manifest.own_packages(ROOT, namespaces=False))
+    ignored = shutil.ignore_patterns("*.egg-info")
     try:
-        for part in {*whole, *manifest.own_packages(ROOT)}:
-            ignored = shutil.ignore_patterns("*.egg-info") if part in whole else _all_but_python
+        for part in (*PARTS, *manifest.own_packages(ROOT)):
             shutil.copytree(
                 ROOT / part, temporary / part, ignore=ignored, ignore_dangling_symlinks=True
             )
+        for file in manifest.namespace_files(ROOT):  # of their folders, which may hold data
+            target = temporary / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)
         for module in ROOT.glob("*.py"):
             shutil.copy2(module, temporary)
     except OSError as error:
@@ -121,18 +124,6 @@ def adopt(folder: Path) -> str:
     if (folder / state.FILE).is_file():
         state.write(folder, id=identity)
     return identity
-
-
-def _all_but_python(folder: str, names: list[str]) -> list[str]:
-    """Of a folder without an `__init__.py`, which may hold anything: data, environments, runs."""
-    paths = [Path(folder, name) for name in names]
-    return [
-        path.name
-        for path in paths
-        if path.name.startswith(".")
-        or (not path.name.endswith(".py") and not path.is_dir())
-        or (path.is_dir() and (path.is_symlink() or (path / "pyvenv.cfg").is_file()))
-    ]
 
 
 def is_copy(path: Path) -> bool:
