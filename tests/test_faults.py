@@ -45,6 +45,9 @@ def test_what_the_machine_lacks_is_told_with_the_way_out(text: str) -> None:
 def test_other_errors_are_no_fault_of_the_machine() -> None:
     for error in (ValueError("Too many open files"), RuntimeError("shapes differ"), KeyError("a")):
         assert machine_fault(error) is None
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__context__ = other, one  # as where an error is raised again elsewhere
+    assert machine_fault(one) is None
     torchs = RuntimeError("the store is gone\nException raised from f at a.cpp:1\nframe #0")
     assert in_a_line(torchs) == "the store is gone"
 
@@ -54,11 +57,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     from PIL import Image
 
     root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
             for index in range(8):
-                pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{index}.png")
     return (
         *("data=image_folder", f"data.root={root}", "data.num_workers=2", "data.num_classes=2"),
@@ -89,13 +93,14 @@ def begins(shell: str, folder: Path, *overrides: str) -> subprocess.CompletedPro
     ("shell", "says"),
     [
         ("mount -t tmpfs -o size=4m tmpfs /dev/shm", "/dev/shm (4 MiB) is full"),
-        ("ulimit -n 40", "no more files can be opened (ulimit -n is 40)"),
+        ("ulimit -n 32", "no more files can be opened (ulimit -n is 32)"),
+        ("ulimit -n 28", "no more files can be opened (ulimit -n is 28)"),  # half the workers
     ],
 )
 def test_a_small_machine_is_one_line(
     shell: str, says: str, images: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done = begins(shell, tmp_path, *images)
+    done = begins(shell, tmp_path, *images, "trainer.max_epochs=3")
     assert done.returncode == 1, done.stderr
     assert says in errors_of(done)[0]
     assert "Traceback" not in done.stdout + done.stderr

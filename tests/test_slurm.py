@@ -183,7 +183,7 @@ def test_a_bad_config_ends_all_that_srun_started_with_one_line(
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if not line.startswith("srun: ")]
     assert ours == ["error: sed: there is no such key. Did you mean seed?"]
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.rglob("*")] == []
 
 
 @needs_slurm
@@ -323,7 +323,7 @@ def test_what_sbatch_refuses_leaves_nothing(cluster: dict[str, str], tmp_path: P
     folder = tmp_path / "run"
     refused = call(cluster, folder, *TINY, "launcher=slurm", "launcher.partition=nowhere")
     assert refused.returncode == 2 and "error: launcher=slurm: " in refused.stderr
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.rglob("*")] == []
 
 
 @needs_slurm

@@ -115,7 +115,9 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 def machine_fault(error: BaseException) -> MachineFault | None:
     """The fault of the machine that an error, or what it came of, tells of; None for any other."""
     told: BaseException | None = error
-    while told is not None:
+    seen: set[int] = set()  # an error that is raised again elsewhere may stand among its own causes
+    while told is not None and id(told) not in seen:
+        seen.add(id(told))
         if isinstance(told, MachineFault):
             return told
         if isinstance(told, RuntimeError | OSError | MemoryError) and not isinstance(

@@ -22,6 +22,7 @@ from regrow.errors import UserError
 from regrow.job import Job
 from regrow.ranks import STOPPED, python_path
 from regrow.record import folder as records
+from regrow.record import names
 
 EARLY = 60  # Slurm may signal so many seconds before it was told to
 
@@ -130,6 +131,7 @@ def write_job(job: Job) -> Path:
     """What the processes of the job read, in its run's folder."""
     file = Path(str(job.folder)).resolve() / "slurm" / "job.json"
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # keys for services may be in there
+    (file.parents[1] / names.LOCK).touch()  # it is a run's folder from now on: see `names`
     file.with_name("restarts").unlink(missing_ok=True)
     # Once it has begun, whoever queues it again means it to go on; see `launch.submit` before.
     job = dataclasses.replace(job, config={**job.config, "resume": "auto"})
@@ -171,7 +173,9 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         yield executor
     except submitit.core.utils.FailedJobError as error:
         for left in {*folder.glob("*"), *folder.glob(".*")} - before:
-            if re.fullmatch(r"job\.json|\d+_.*|(submission_file_)?[0-9a-f-]+\.(pkl|sh)", left.name):
+            if re.fullmatch(
+                r"job\.json|\d+_.*|\.?(submission_file_)?[0-9a-f-]+\.(pkl|sh)", left.name
+            ):
                 left.unlink()
         with contextlib.suppress(OSError):  # there may be an earlier job's
             folder.rmdir()

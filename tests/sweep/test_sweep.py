@@ -167,7 +167,6 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (("sweep=list", "sweep.sets=[adamw]"), "has to be overrides"),
         (("sweep=optuna",), "nothing is varied"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=accuracy"), "Did you mean"),
-        (("sweep=optuna", "seed=0,1", "sweep.metric=val/loss"), "say whether more is better"),
         (
             ("sweep=optuna", "optimizer.lr=interval(1,2)", "sweep.sampler=grid"),
             "no end of values",
@@ -193,7 +192,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
     done = sweep(tmp_path, *SMALL, "seed=0", "hydra.sweep.dir=thesis")
-    assert done.returncode == 2 and "holds no sweep, but chapter" in done.stderr
+    assert done.returncode == 2 and "holds chapter, which no sweep" in done.stderr
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter"]
 
 

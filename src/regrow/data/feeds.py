@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import connection, util
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.data.augment import Store
 from regrow.data.batch import Batch, tensors_of
 from regrow.data.preprocess import Normalizer, rounding
 from regrow.data.sampling import Windows
 from regrow.data.splits import Examples, MapStyle
-from regrow.errors import DataError
+from regrow.errors import DataError, machine_fault
 from regrow.parent import die_with_parent
 from regrow.randomness import generator, key
 
@@ -302,6 +304,8 @@ class _Collate:
             try:
                 batch = default_collate(items)
             except (TypeError, RuntimeError, KeyError) as error:
+                if machine_fault(error):  # such as a full /dev/shm
+                    raise
                 reason = " ".join(str(error).split())[:200]
                 return _Broken(
                     f"{self.name}: items of the data set do not make a batch: {reason}. Give items "
@@ -418,8 +422,12 @@ def _none_left_behind() -> Iterator[None]:
     before = {*multiprocessing.active_children()}
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         _stop(child for child in multiprocessing.active_children() if child not in before)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half_made = frame.f_locals.get("self")
+            if isinstance(half_made, _BaseDataLoaderIter):
+                half_made._shutdown = True  # its own end would fail, with a traceback
         raise
 
 
