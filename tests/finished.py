@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import pytest
 import torch
 from running import CPU, as_hydra_has_it, composed
@@ -53,7 +54,7 @@ def script(name: str) -> ModuleType:
 def process(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A script as a user starts it, from `folder`."""
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments],
         cwd=folder,
         env=environment,

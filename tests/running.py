@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from forked import without_pictures
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -72,11 +74,12 @@ def _config_of(overrides: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-def launched(*overrides: str) -> float | None:
+def launched(*overrides: str, draws: bool = False) -> float | None:
     """Hydra's job in this process, in the current folder; the run is TINY."""
     from regrow.launch import launch
 
-    return launch(as_hydra_has_it(composed(*TINY, *overrides)))
+    with contextlib.nullcontext() if draws else without_pictures():
+        return launch(as_hydra_has_it(composed(*TINY, *overrides)))
 
 
 def as_hydra_has_it(config: DictConfig) -> DictConfig:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import forked
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from running import composed
@@ -102,7 +103,7 @@ BAD = {
 
 def run_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(TRAIN), *arguments],
         cwd=folder,
         env=environment,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from running import launched
 
@@ -21,12 +21,14 @@ sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "src")!r}]
 from regrow.record import report
 from running import launched
 report._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-launched("hydra.run.dir=run", *sys.argv[1:])
+launched("hydra.run.dir=run", *sys.argv[1:], draws=True)
 """
 
 
 def killed(folder: Path, *overrides: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, *overrides], cwd=folder, timeout=300)
+    done = forked.run(
+        [sys.executable, "-c", KILLED, *overrides], cwd=folder, timeout=300, draws=True
+    )
     assert done.returncode == -signal.SIGKILL
 
 
@@ -39,16 +41,16 @@ def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
     status = load_status(run)
     assert status is not None and status["state"] == "completed"
     assert not (run / "report.html").exists()
-    launched("hydra.run.dir=run")
+    launched("hydra.run.dir=run", draws=True)
     assert (run / "report.html").is_file() and list((run / "plots").glob("*.png"))
     said = capfd.readouterr()
     assert "complete but for its plots" in said.out + said.err
     assert "run is complete. To" in said.out + said.err
     page = (run / "report.html").stat().st_mtime_ns
-    launched("hydra.run.dir=run")  # nothing is missing: nothing is drawn
+    launched("hydra.run.dir=run", draws=True)  # nothing is missing: nothing is drawn
     assert (run / "report.html").stat().st_mtime_ns == page
     # A page of before the run was extended is not the page of its results.
     older = (run / "summary.json").stat().st_mtime_ns - 10**9
     os.utime(run / "report.html", ns=(older, older))
-    launched("hydra.run.dir=run")
+    launched("hydra.run.dir=run", draws=True)
     assert (run / "report.html").stat().st_mtime_ns > older

@@ -36,6 +36,7 @@ def test_an_experiment_takes_two_steps_of_everything(option: str, tmp_path: Path
     assert summary["status"] == "completed" and summary["test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("option", CIFAR)
 def test_a_cifar_recipe_trains_on_images_of_its_shape(
@@ -46,6 +47,7 @@ def test_a_cifar_recipe_trains_on_images_of_its_shape(
     assert summary["status"] == "completed" and summary["steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_first_layer_of_cifar10_fast_comes_from_the_data_unless_weights_are_given(
     tmp_path: Path,
 ) -> None:

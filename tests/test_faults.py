@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from waiting import until
@@ -110,7 +111,7 @@ def test_a_small_machine_is_one_line(
 def test_a_killed_data_worker_is_one_line_and_the_rest_in_the_log(
     images: tuple[str, ...], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
+    process = forked.popen(
         [sys.executable, str(TRAIN), *images], cwd=tmp_path, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from running import TINY
 
@@ -24,7 +25,7 @@ MINE = "defaults:\n  - train\n  - _self_\nnotes: mine\n"
 
 def run(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:
     kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=kept,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
         timeout=300,
@@ -101,6 +102,7 @@ def test_a_record_from_before_the_source_was_in_it_is_read_from_what_hydra_compo
     assert flags.recorded(tmp_path) == {**flags.DEFAULT, "name": "mine", "dir": "/D"}
 
 
+@pytest.mark.slow
 def test_a_run_of_another_primary_config_resumes_by_its_printed_command(place: Path) -> None:
     said = run(
         place, *SMALL, "-cn", "mytrain", "model=wide", "--config-dir", "D", "hydra.run.dir=r"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from running import launched
@@ -280,7 +281,7 @@ def test_the_real_command_runs_foreign_code_only_if_it_is_trusted(own: Path) -> 
 
     def train(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
-        return subprocess.run(command, cwd=own.parent, capture_output=True, text=True, timeout=200)
+        return forked.run(command, cwd=own.parent, capture_output=True, text=True, timeout=200)
 
     done = train("resume=sweep")
     assert done.returncode == 2 and not executed.exists()

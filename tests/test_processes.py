@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from running import TINY, fingerprint, metrics_of, train
 
@@ -32,7 +33,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
 
 def start(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: Any) -> Any:
     command = [*(by or (sys.executable,)), str(TRAIN), *overrides, f"hydra.run.dir={folder}"]
-    return subprocess.Popen(
+    return forked.popen(
         command, cwd=folder.parent, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
@@ -144,7 +145,7 @@ def test_a_sharded_run_grows_back_and_is_read_by_one_process(
     assert process.returncode == 1 and "rank 1 was killed by SIGKILL" in err
     run(tmp_path / "killed", *sharded)
     assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
-    evaluated = subprocess.run(
+    evaluated = forked.run(
         [sys.executable, str(TRAIN.with_name("evaluate.py")), f"run={tmp_path / 'whole'}"],
         capture_output=True, text=True, cwd=tmp_path, timeout=120,
     )  # fmt: skip
@@ -257,7 +258,7 @@ def test_a_run_of_one_process_starts_again_as_often_as_it_may(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_failed_job_of_a_sweep_leaves_the_others_alone(tmp_path: Path) -> None:
     lrs = ("-m", "optimizer.lr=1e30,0.1", "optimizer=sgd", "trainer.max_skipped_steps=1")
-    process = subprocess.Popen(
+    process = forked.popen(
         [sys.executable, str(TRAIN), *TINY, *lrs, "hydra.sweep.dir=sweep"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

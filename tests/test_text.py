@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from running import TINY
@@ -28,7 +29,7 @@ def run(
 ) -> str:
     """What the script prints; bytes that are not UTF-8 become surrogates."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA_", "LC_", "PYTHON"))}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(script), *arguments], cwd=folder, env={**kept, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=300,
     )  # fmt: skip
@@ -64,6 +65,7 @@ def test_help_and_config_show_what_the_terminal_can(
     assert "\nseed: 0\n" in said
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume_end_well_on_an_ascii_terminal(tmp_path: Path) -> None:
     said = run(tmp_path, *SMALL, "hydra.run.dir=Ünï", PYTHONIOENCODING="ascii")
     assert "|- data" in said and "slice x" in said
@@ -101,6 +103,7 @@ def test_a_run_in_a_locale_of_another_encoding_resumes_in_utf_8(
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+@pytest.mark.slow
 def test_a_folder_whose_name_is_not_utf_8_holds_a_run(tmp_path: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfcni"))
     place.mkdir()

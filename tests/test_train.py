@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from running import fingerprint, launched, metrics_of
 
@@ -27,7 +28,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = launched("trainer.checkpoint.keep_last=1", "logger=[csv]")
+    best = launched("trainer.checkpoint.keep_last=1", "logger=[csv]", draws=True)
     folder = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
     names = {path.name for path in folder.iterdir()}
     assert {
@@ -308,7 +309,7 @@ def test_a_recipe_that_changed_since_is_refused_unless_named(
 
 
 def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(TRAIN), *arguments],
         capture_output=True,
         text=True,

@@ -594,7 +594,8 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = options.tf32
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(options.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != options.deterministic:
+        torch.use_deterministic_algorithms(options.deterministic)  # imports the compiler: seconds
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
 
 

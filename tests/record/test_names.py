@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from finished import finished, script
 from running import TINY
@@ -88,7 +88,7 @@ def test_a_run_or_sweep_leaves_a_folder_of_the_users_as_it_was(
 ) -> None:
     folder = make(tmp_path / "mine", *MINE)
     before = content(tmp_path)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments, *TINY], cwd=tmp_path,
         capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 from running import TINY
 
 from regrow import ownership
@@ -52,7 +53,7 @@ def sweep(
 ) -> subprocess.CompletedProcess[str]:
     """A sweep to its end; started in `folder`."""
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
+    return forked.run(
         command(*arguments, root=root), cwd=folder, env=environment(**more),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -62,7 +63,7 @@ def sweep(
 def under_way(folder: Path, *arguments: str, root: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
     """A sweep that has begun; ended with the block, if it has not by then."""
     folder.mkdir(exist_ok=True)
-    process = subprocess.Popen(
+    process = forked.popen(
         command(*arguments, root=root), cwd=folder, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

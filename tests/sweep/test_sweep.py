@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from sweeping import LONG, SMALL, command, environment, sweep, table, under_way, weights
 from waiting import until
@@ -32,7 +33,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def alone(folder: Path, overrides: list[str]) -> str:
     """The weights of a job's own command, run by itself."""
-    subprocess.run(
+    forked.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, "hydra.run.dir=alone"],
         cwd=folder, env=environment(), check=True, capture_output=True, timeout=200,
     )  # fmt: skip
@@ -113,7 +114,7 @@ def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> Non
     mine = shutil.copytree(grid, tmp_path / "sweep", symlinks=True)
     assert all(row["reason"] == "" for row in table(mine))
     changed = ["resume=sweep/2", "trainer.max_epochs=4"]
-    subprocess.run(
+    forked.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *changed],
         cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=200,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
+
 from regrow.config import CONF
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -26,7 +28,7 @@ class Process:
         if stays:
             (self.marks / stays).write_text(str(seconds))
         paths = os.pathsep.join([str(CONF.parent / "src"), str(Path(__file__).parent)])
-        self.process = subprocess.Popen(
+        self.process = forked.popen(
             [sys.executable, str(TRAIN), "hydra.run.dir=run", *arguments],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": paths},

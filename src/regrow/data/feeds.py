@@ -427,7 +427,7 @@ def _none_left_behind() -> Iterator[None]:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             half_made = frame.f_locals.get("self")
             if isinstance(half_made, _BaseDataLoaderIter):
-                half_made._shutdown = True  # its own end would fail, with a traceback
+                half_made._shutdown = True  # type: ignore[attr-defined]  # its own end would raise
         raise
 
 
