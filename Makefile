@@ -27,10 +27,10 @@ train: setup ## train: make train ARGS="optimizer=adamw scheduler=cosine"
 	@$(PY) scripts/train.py $(ARGS)
 
 test: setup ## the tests, without the slow ones (under five minutes on two cores)
-	@$(PY) -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup ## the slow tests alone
-	@$(PY) -m pytest -n auto --maxprocesses 4 -m slow $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 
 test-all: ## all tests
 	@$(MAKE) test
@@ -45,7 +45,7 @@ test-nightly: ## all tests, and the mutations
 
 test-next-hydra: setup ## what knows Hydra, with the newest below 1.5, release candidates included
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
-	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 -m "not slow" --one-of-each \
+	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py tests/scripts tests/sweep $(ARGS)
 
 check: setup ## formatting, lint and types

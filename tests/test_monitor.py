@@ -213,7 +213,8 @@ def test_a_run_without_validation_ends_with_its_last_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert launched("data.source.num_val=0", "hydra.run.dir=run", "trainer.max_steps=7") is None
+    asked = ("data.source.num_val=0", "hydra.run.dir=run", "trainer.max_steps=7")
+    assert launched(*asked, draws=True) is None
     assert "the last weights are the best ones" in capsys.readouterr().err
     run = Path("run")
     summary = read_json(run / "summary.json")

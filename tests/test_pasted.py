@@ -81,6 +81,7 @@ def stopped(project: Path, arguments: Sequence[str], folder: Path) -> str:
     return process.communicate(timeout=240)[0].decode()
 
 
+@pytest.mark.slow
 def test_a_run_in_an_awkward_folder_resumes_by_its_printed_command(project: Path) -> None:
     said = pasted(project, train(*SMALL, f"hydra.run.dir={RUN}"))
     assert (project / RUN / "manifest.json").is_file()

@@ -178,6 +178,7 @@ def test_a_long_line_is_thinned_and_keeps_its_peaks_and_its_wide_gaps() -> None:
     assert plots.thinned(steps[:100], values[:100]) == (steps[:100], values[:100])
 
 
+@pytest.mark.slow
 def test_many_classes_empty_rows_and_missing_names_can_be_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1)
     size = 50

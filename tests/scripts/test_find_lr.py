@@ -91,8 +91,8 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "overrides",
     [
         ("model=mlp", "optimizer=adamw", "trainer.ema_decay=0.9"),
-        ("model=cnn", "optimizer=sgd", "scheduler=plateau"),
-        ("model=mlp", "optimizer=muon", "model.norm=batch"),
+        pytest.param(("model=cnn", "optimizer=sgd", "scheduler=plateau"), marks=pytest.mark.slow),
+        pytest.param(("model=mlp", "optimizer=muon", "model.norm=batch"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
