@@ -30,17 +30,18 @@ test: setup ## the tests, without the slow ones (under five minutes on two cores
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup ## the slow tests alone
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow and not nightly" $(ARGS)
 
-test-all: ## all tests
+test-all: ## the fast and the slow tests
 	@$(MAKE) test
 	@$(MAKE) test-slow
 
 mutate: setup ## break each promise on purpose, in a copy, and see that its tests notice
 	@$(PY) tests/mutate.py $(ARGS)
 
-test-nightly: ## all tests, and the mutations
-	@$(MAKE) test-all
+test-nightly: setup ## all tests, those that show the same in other forms too, and the mutations
+	@$(MAKE) test
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 	@$(MAKE) mutate
 
 test-next-hydra: setup ## what knows Hydra, with the newest below 1.5, release candidates included

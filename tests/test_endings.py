@@ -146,6 +146,7 @@ next(iter(run.data.evaluation("val", device=run.device)))
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ending", ["", "sys.exit(1)", "raise ValueError", "raise KeyboardInterrupt"]

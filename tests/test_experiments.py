@@ -37,7 +37,7 @@ def test_an_experiment_takes_two_steps_of_everything(option: str, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("option", CIFAR)
 def test_a_cifar_recipe_trains_on_images_of_its_shape(
     option: str, precision: str, tmp_path: Path
@@ -47,6 +47,7 @@ def test_a_cifar_recipe_trains_on_images_of_its_shape(
     assert summary["status"] == "completed" and summary["steps"] == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_first_layer_of_cifar10_fast_comes_from_the_data_unless_weights_are_given(
     tmp_path: Path,

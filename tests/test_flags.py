@@ -146,6 +146,7 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     assert not state.is_open(sweep, content["overrides"])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("subdir", "names"),
     [

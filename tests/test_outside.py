@@ -92,7 +92,9 @@ def test_a_left_over_world_size_is_named_and_ends_in_time(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
+)
 def test_a_signal_ends_the_wait_for_the_others(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path, 0, MASTER_PORT=str(free_port()))
     assert process.stderr is not None
@@ -115,7 +117,9 @@ def test_a_port_that_is_in_use_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("second", "size"), [(0, "2"), (1, "3")])
+@pytest.mark.parametrize(
+    ("second", "size"), [pytest.param(0, "2", marks=pytest.mark.nightly), (1, "3")]
+)
 def test_two_that_disagree_both_end_with_a_line(second: int, size: str, tmp_path: Path) -> None:
     """Two first processes, or two sizes."""
     port = str(free_port())

@@ -73,7 +73,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     ("before", "options", "model"),
     [
         (TORCHRUN, ("trainer=ddp",), "net"),
-        ((), ("trainer=ddp", "trainer.devices=2"), "deep"),
+        pytest.param((), ("trainer=ddp", "trainer.devices=2"), "deep", marks=pytest.mark.nightly),
     ],
     ids=["torchrun", "ddp"],
 )
@@ -87,7 +87,7 @@ def test_every_rank_finds_a_module_of_the_root(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fresh", ["true", "false"])
+@pytest.mark.parametrize("fresh", [pytest.param("true", marks=pytest.mark.nightly), "false"])
 def test_a_sweep_freezes_and_finds_modules_of_the_root(
     project: Path, fresh: str, tmp_path: Path
 ) -> None:

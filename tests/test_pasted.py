@@ -104,6 +104,7 @@ def test_every_command_of_a_run_works_as_pasted(project: Path) -> None:
     pasted(project, f"{seeds} trainer.max_steps=1")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_every_command_of_a_sweep_works_as_pasted(project: Path) -> None:
     where = f"sweeps/{RUN}"
@@ -122,6 +123,7 @@ def test_every_command_of_a_sweep_works_as_pasted(project: Path) -> None:
     pasted(project, train("-m", f"resume=done/{RUN}", "seed=0,1,2"))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_record_in_an_awkward_folder_is_reproduced(project: Path) -> None:
     data = project / "data=1, (x)"

@@ -89,7 +89,7 @@ def test_what_started_outside_is_the_same_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_two_agents_make_one_run_and_a_killed_one_ends_it(
     killed: int, whole: str, tmp_path: Path
 ) -> None:
@@ -116,7 +116,7 @@ def test_two_agents_make_one_run_and_a_killed_one_ends_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
     rank: int, whole: str, tmp_path: Path
 ) -> None:

@@ -279,6 +279,7 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(
     assert fingerprint(folder) == whole
 
 
+@pytest.mark.nightly
 @needs_slurm
 def test_a_preempted_run_saves_and_goes_back_to_the_queue(
     cluster: dict[str, str], whole: str, tmp_path: Path
@@ -292,6 +293,7 @@ def test_a_preempted_run_saves_and_goes_back_to_the_queue(
     assert fingerprint(folder) == whole, output
 
 
+@pytest.mark.nightly
 @needs_slurm
 def test_a_cancelled_start_is_not_queued_again(cluster: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -338,6 +340,7 @@ def test_several_tasks_start_again_after_one_was_killed(
     assert fingerprint(folder) == whole, output
 
 
+@pytest.mark.nightly
 @needs_slurm
 def test_without_restarts_a_killed_task_ends_the_job(
     cluster: dict[str, str], tmp_path: Path

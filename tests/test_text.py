@@ -76,6 +76,7 @@ def test_a_run_and_its_resume_end_well_on_an_ascii_terminal(tmp_path: Path) -> N
     assert "├─ data" in log
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "latin-1"}, ASCII], ids=str)
 def test_a_sweep_ends_well_on_any_terminal(environment: dict[str, str], tmp_path: Path) -> None:
@@ -93,6 +94,7 @@ def test_a_yaml_file_is_read_in_a_locale_of_another_encoding(
     assert "\nseed: 0\n" in run(tmp_path, "--cfg", "job", **latin_1)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_in_a_locale_of_another_encoding_resumes_in_utf_8(
     latin_1: dict[str, str], tmp_path: Path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def until(happened: Callable[[], Any], seconds: float = 60) -> Any:
+def until(happened: Callable[[], Any], seconds: float = 180) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -210,9 +210,9 @@ def test_smoothing_keeps_a_line_and_its_place() -> None:
         ("mlp", "adamw"),
         ("mlp", "sgd"),
         pytest.param("cnn", "adamw", marks=pytest.mark.slow),
-        pytest.param("cnn", "sgd", marks=pytest.mark.slow),
-        pytest.param("mlp", "muon", marks=pytest.mark.slow),
-        pytest.param("cnn", "rmsprop", marks=pytest.mark.slow),
+        pytest.param("cnn", "sgd", marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param("mlp", "muon", marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param("cnn", "rmsprop", marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
 def test_training_at_the_suggestion_is_better_than_far_below_it(model: str, optimizer: str) -> None:

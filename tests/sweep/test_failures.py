@@ -99,8 +99,8 @@ def test_a_sweep_of_which_nothing_came_ends_with_its_table(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fresh", ["false", "true"])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("fresh", ["false", pytest.param("true", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_stop_as_jobs_start_leaves_none_that_failed(
     tmp_path: Path, untouched: list[dict[str, str]], fresh: str, times: int
 ) -> None:
@@ -163,7 +163,9 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
+)
 def test_a_stop_lets_all_jobs_save_and_the_same_command_goes_on(
     number: signal.Signals, tmp_path: Path, untouched: list[dict[str, str]]
 ) -> None:
@@ -183,7 +185,7 @@ def test_a_stop_lets_all_jobs_save_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_killed_sweep_takes_its_jobs_with_it_and_grows_back(
     seed: int, tmp_path: Path, untouched: list[dict[str, str]]
 ) -> None:
@@ -226,6 +228,7 @@ def test_two_cannot_go_on_with_one_sweep(tmp_path: Path) -> None:
         process.communicate(timeout=30)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> None:
     arguments = [o for o in FOUR if not o.startswith("hydra.")]
@@ -244,6 +247,7 @@ def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> 
     assert len([path for path in sweeps.iterdir() if not path.is_symlink()]) == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_jobs_that_were_cut_go_on_also_when_the_command_names_others(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"

@@ -63,6 +63,7 @@ def test_a_failed_trial_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
     assert told == {"1e+30": "FAIL", "0.1": "COMPLETE", "0.01": "COMPLETE"}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_failed_trials_are_tried_again_on_demand(tmp_path: Path) -> None:
     space = ("optimizer=sgd", "optimizer.lr=choice(0.1,1e30)", "sweep.sampler=grid")
@@ -89,6 +90,7 @@ def test_an_unknown_metric_is_said_and_ends_the_search(tmp_path: Path) -> None:
     assert row["reason"].startswith("sweep.metric=val/lss is not measured. Did you mean val/loss?")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_best_trial_is_that_of_the_searchs_metric(tmp_path: Path) -> None:
     arguments = ("sweep=optuna", "sweep.metric=parameters", "model.hidden=choice([64],[4])",
@@ -98,6 +100,7 @@ def test_the_best_trial_is_that_of_the_searchs_metric(tmp_path: Path) -> None:
     assert "best job: 1, parameters" in done.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_failures_end_a_search_before_they_are_too_many(tmp_path: Path) -> None:
     arguments = ("sweep=optuna", "optimizer=sgd", "optimizer.lr=interval(1e30,1e31)",
@@ -109,7 +112,7 @@ def test_failures_end_a_search_before_they_are_too_many(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_trial_that_does_worse_is_ended_early(tmp_path: Path, devices: int) -> None:
     """The grid's order is known: two good trials, then two that learn nothing."""
     arguments = (
@@ -135,6 +138,7 @@ def test_a_trial_that_does_worse_is_ended_early(tmp_path: Path, devices: int) ->
     assert {row["status"] for row in table(tmp_path / "off" / "sweep")} == {"completed"}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_metrics_leave_a_front(tmp_path: Path) -> None:
     arguments = ("sweep=optuna", "sweep.metric=[val/accuracy,parameters]", "sweep.n_trials=4",
@@ -148,6 +152,7 @@ def test_two_metrics_leave_a_front(tmp_path: Path) -> None:
     assert all(len(trial.values) == 2 for trial in its.trials)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_search_space_in_yaml_and_random_points(tmp_path: Path) -> None:
     space = "sweep.params={optimizer.lr:'interval(0.001,0.1)',data.eval_batch_size:'range(8,33,8)'}"
@@ -160,6 +165,7 @@ def test_a_search_space_in_yaml_and_random_points(tmp_path: Path) -> None:
     assert len({row["optimizer.lr"] for row in rows}) == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_hyperband_ends_trials_too(tmp_path: Path) -> None:
     rates = ("0.01", "0.02", "1e-09", "1e-08", "0.03", "1e-07")

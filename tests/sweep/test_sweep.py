@@ -197,6 +197,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_sets_from_a_file_are_paired_and_combined_with_the_rest(tmp_path: Path) -> None:
     (tmp_path / "sets.yaml").write_text(
@@ -214,6 +215,7 @@ def test_sets_from_a_file_are_paired_and_combined_with_the_rest(tmp_path: Path) 
     assert [row["model.hidden"] for row in table(tmp_path / "other")] == ["[4]"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_twenty_sweeps_in_one_instant_have_twenty_folders(tmp_path: Path) -> None:
     processes = [

@@ -109,6 +109,7 @@ def test_draws_of_numpy_and_random_and_changed_buffers_are_the_same_in_both_pass
     assert all(map(torch.equal, kept, again)) is not broken
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code
 def test_a_compiled_model_counts_once_too() -> None:

@@ -46,6 +46,7 @@ def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     assert faults("not kept")[1] > pages / 1000  # huge pages may make them fewer, and larger
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_an_environment_that_tunes_malloc_is_left_alone() -> None:
     assert faults("kept", MALLOC_ARENA_MAX="2")[0] == "False"

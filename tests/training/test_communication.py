@@ -38,7 +38,7 @@ def worked_out(size: int) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_a_namespace(), reason="no right to make a network namespace")
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_a_step_sends_as_many_bytes_as_worked_out(size: int, tmp_path: Path) -> None:
     subprocess.run(
         ["unshare", "--net", sys.executable, HERE / "counting.py", str(size), tmp_path / "sent"],

@@ -23,6 +23,7 @@ def test_a_missing_compiler_is_said_before_anything_is_built(
     runs.build(config_of(*TINY), CPU)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code

@@ -135,6 +135,7 @@ def test_a_run_killed_at_random_instants_and_points_ends_the_same(
     assert differing(bad, whole) == bad
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Path) -> None:
     kills = [*instants(50, 4, seed=1), *points((0.0, 1.0), seed=1), *points((0.4,), seed=2)]
@@ -178,7 +179,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_the_command_killed_again_and_again_ends_the_same(
     workers: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

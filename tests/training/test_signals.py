@@ -63,7 +63,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [SIGNALS[0], *(pytest.param(n, marks=pytest.mark.nightly) for n in SIGNALS[1:])],
+    ids=lambda number: number.name,
+)
 def test_a_run_stopped_in_every_phase_in_turn_ends_the_same(
     number: signal.Signals, tmp_path: Path, whole: str
 ) -> None:
