@@ -96,8 +96,8 @@ def evaluate(options: Arguments) -> None:
                 f"{output} cannot be written: {error.strerror}. Name a file: output=….json"
             ) from None
     summary = load_summary(run.folder, whole=False)
-    if split == "test" and checkpoint == "best" and not options.data and summary:
-        told = summary.get("test") or values
+    told = (summary or {}).get("test")  # a trial that was ended early has none
+    if split == "test" and checkpoint == "best" and not options.data and told:
         print(f"\nThe run itself measured {compared(told, values)}.")
     if draws.drawn and (reasons := other_draws(run, options.data)):
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ import pytest
 from waiting import until
 
 from regrow.config import CONF
+from regrow.data.files import _Memory
+from regrow.data.images import load_image
 from regrow.errors import MachineFault, in_a_line, machine_fault
 from regrow.record.folder import read_json
 
@@ -49,8 +52,32 @@ def test_other_errors_are_no_fault_of_the_machine() -> None:
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__context__ = other, one  # as where an error is raised again elsewhere
     assert machine_fault(one) is None
+    hidden = ValueError("the data's own")
+    hidden.__context__, hidden.__suppress_context__ = OSError(24, "Too many open files"), True
+    assert machine_fault(hidden) is None
     torchs = RuntimeError("the store is gone\nException raised from f at a.cpp:1\nframe #0")
     assert in_a_line(torchs) == "the store is gone"
+
+
+def test_a_file_that_the_machine_cannot_open_is_no_fault_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "a.png")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(OSError, match="Too many") as raised:
+        load_image(tmp_path / "a.png", 3, exif_orientation=True)
+    assert "ulimit -n 4096" in str(machine_fault(raised.value))
+
+
+def test_a_cache_without_a_home_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without an entry
+    assert not _Memory("/data").path.is_absolute() and _Memory("/data").known == {}
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,10 @@ NO_VAL = (*TINY, "data.source.num_val=0")
         *((f"val/{name}", "min") for name in ("negative_log_likelihood", "cross-entropy", "WER")),
         *((f"val/{name}", None) for name in ("score", "neg_mean_squared_error", "margin")),
         ("val/accuracy_loss", None),
+        *((f"val/{name}", "max") for name in ("accuracy_top5", "f1_macro", "precision_at_1")),
+        # The metric's word is not what is measured.
+        *((f"val/{name}", None) for name in ("loss_reduction", "error_detection_rate")),
+        *((f"val/{name}", None) for name in ("distance_gain", "reward_std")),
         ("night/accuracy", "max"),
     ],
 )

@@ -83,6 +83,13 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         ),
     ),
     (
+        r"DefaultCPUAllocator.*allocate (\d+) bytes",
+        lambda found: (
+            f"the machine has no memory left for a tensor of {int(found[1]) / 2**30:.3g} GiB. Use "
+            "a smaller model or data.batch_size, or more of trainer.accumulation_steps."
+        ),
+    ),
+    (
         r"\[Errno 12\]|Cannot allocate memory",
         lambda _: "the machine has no memory left. Lower data.num_workers or data.batch_size.",
     ),
@@ -126,7 +133,7 @@ def machine_fault(error: BaseException) -> MachineFault | None:
             for pattern, words in _FAULTS:
                 if found := re.search(pattern, str(told)):
                     return MachineFault(words(found))
-        told = told.__cause__ or told.__context__
+        told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.config import read_yaml
+from regrow.config import recorded_config
 from regrow.errors import UserError
 from regrow.load import LoadedRun
 from regrow.randomness import Draws, states_kept
@@ -42,7 +42,7 @@ def draws_of(run: LoadedRun, split: str) -> Draws:
 
 def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
     """Reasons why a model that draws may draw other numbers than it did in its run."""
-    config = read_yaml(run.folder / "config.yaml")
+    config = recorded_config(run.folder, str(run.folder))
     recorded = config["data"]
     reasons = []
     if "ema_warmup" not in config["trainer"]:  # a key of the version that seeds evaluations

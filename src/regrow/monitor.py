@@ -5,6 +5,7 @@ Without torch: a sweep asks before it starts its jobs.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,11 @@ _LESS = _words(
     "fdr fid fnr fpr hamming hausdorff hinge kid kl latency logloss loss losses lpips mae mape "
     "mase medae mse msle nll nrmse perplexity ppl regret residual rmse rmsle rse smape wape wer "
     "xent"
+)
+# Words that may follow the metric.
+_QUALIFIERS = _words(
+    "all at avg average class ema epoch k log macro max mean median micro min per raw rate sample "
+    "samples score step sum test token top total train val weighted word"
 )
 # Whole names whose words do not tell, or tell the opposite.
 _WHOLE = {
@@ -66,10 +72,20 @@ def by_name(metric: str) -> str | None:
         if whole := _WHOLE.get("_".join(words)):
             return whole
     known = {word for its in spellings for word in its}
-    if _TURNS & known:
+    if _TURNS & known or not any(map(_ends_in_a_metric, spellings)):
         return None
     found = {mode for mode, of in (("max", _MORE), ("min", _LESS)) if of & known}
     return found.pop() if len(found) == 1 else None
+
+
+def _ends_in_a_metric(words: list[str]) -> bool:
+    """Whether the name is a metric's, as in accuracy_top5 and loss_mse: not error_detection."""
+    rest = itertools.dropwhile(_is_qualifier, reversed(words))
+    return next(rest, "") in _MORE | _LESS
+
+
+def _is_qualifier(word: str) -> bool:
+    return word in _QUALIFIERS or re.fullmatch(r"(top|at|k)?\d+", word) is not None
 
 
 def of_run(config: Mapping[str, Any]) -> str | None:

@@ -174,7 +174,15 @@ def with_monitor(
             f"trainer.monitor={options.monitor} is not measured.{hint}"
             f" There are {', '.join(name for name in measured if name.count('/') == 1)}."
         )
-    mode = monitor.of_run(config) or monitor.of_metrics(task.metrics(device), options.monitor)
+    mode = monitor.of_run(config)
+    if options.mode is None:
+        own = monitor.of_metrics(task.metrics(device), options.monitor)
+        if mode and own and own != mode:
+            raise UserError(
+                f"trainer.mode=null: the name of {options.monitor} says {mode}, and its "
+                f"higher_is_better says {own}. Add trainer.mode={own}, or trainer.mode={mode}."
+            )
+        mode = mode or own
     if mode is None:
         raise UserError(
             f"trainer.mode=null: neither its name nor torchmetrics says whether more of "

@@ -52,6 +52,14 @@ def test_classes_by_name_become_indices(make_data: Make, folder: Path) -> None:
     assert torch.equal(2 - split.inputs[:, 0].long() % 3, split.targets)
 
 
+def test_a_class_may_be_called_none(make_data: Make, tmp_path: Path) -> None:
+    rows = "".join(f"{index},{'None' if index % 2 else 'Mild'}\n" for index in range(20))
+    (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}")
+    given = ("num_classes=2", "source.feature_columns=[x]")
+    data = make_data(*arguments(tmp_path, "multiclass", "kind", 2, 1, *given))
+    assert data.class_names == ["Mild", "None"]
+
+
 def test_every_kind_of_target_and_weights_are_read(make_data: Make, folder: Path) -> None:
     xy = "source.feature_columns=[x,y]"
     binary = make_data(*arguments(folder, "binary", "even", 1, 2, xy, "source.weight_column=w"))

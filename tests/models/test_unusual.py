@@ -41,6 +41,21 @@ class Base(nn.Module):
         return self.out(inputs)
 
 
+class Experts(Base):
+    """Each example goes to one of four linear layers, by its rank in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, inputs: Tensor) -> Any:
+        route = inputs[:, 0].argsort().argsort() * 4 // len(inputs)
+        mixed = torch.zeros_like(inputs)
+        for index, expert in enumerate(self.experts):
+            mixed[route == index] = expert(inputs[route == index])
+        return self.out(mixed)
+
+
 # Those that train.
 
 
@@ -454,16 +469,24 @@ def test_a_model_that_only_its_average_forbids_is_built_without_one(model: type)
     runs.build(config_with(model), CPU)
 
 
+def test_experts_that_a_few_examples_do_not_reach_pass_under_ddp() -> None:
+    forward_check(Experts)(needs_all=True)
+
+
 def test_a_parameter_without_a_gradient_is_one_line_under_ddp() -> None:
-    objects = runs.build(config_with(Integers), CPU)
+    check = forward_check(Integers)
+    check(needs_all=False)
+    with pytest.raises(UserError, match=r"unused gets no gradient.*find_unused_parameters=true"):
+        check(needs_all=True)
+
+
+def forward_check(model: type) -> Callable[..., None]:
+    objects = runs.build(config_with(model), CPU)
     first = runs.first_batch(objects.train, objects.val)
-    check: Callable[..., None] = functools.partial(
+    return functools.partial(
         model_checks.check_forward,
         *(objects.state.model, None, first, "fp32"),
         before=model_checks.described(objects.state.model),
         is_sharded=False,
         compiles=False,
     )
-    check(needs_all=False)
-    with pytest.raises(UserError, match=r"unused gets no gradient.*find_unused_parameters=true"):
-        check(needs_all=True)

@@ -60,6 +60,18 @@ def test_what_a_killed_start_leaves_is_taken_again(tmp_path: Path) -> None:
     refuse_foreign_sweep(sweep)
 
 
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_a_run_with_a_damaged_manifest_may_hold_the_users_notes(
+    content: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "run", ".lock", "config.yaml", "status.json", "notes.txt")
+    (folder / "manifest.json").write_text(content)
+    refuse_foreign_run(folder)
+    (folder / "status.json").unlink()  # the control
+    with pytest.raises(UserError, match=r"holds notes\.txt"):
+        refuse_foreign_run(folder)
+
+
 def test_a_link_or_a_pipe_in_a_runs_place_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "precious.jsonl")
     folder = make(tmp_path / "run", ".lock", "config.yaml")

@@ -84,9 +84,19 @@ def test_rates_and_momenta_are_torchs_own(name: str, interval: str) -> None:
     assert rates != pytest.approx(other, rel=1e-6)  # the control: the other interval
 
 
-@pytest.mark.parametrize("name", [*NODES, "SequentialLR"])
+NESTED = {
+    "milestones": [35],
+    "schedulers": [
+        {"_target_": f"{TORCH}LinearLR", "start_factor": 0.1, "total_iters": 3},
+        {"_target_": f"{TORCH}MultiStepLR", "milestones": [2, 9]},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [*NODES, "SequentialLR", "nested"])
 def test_a_saved_schedule_continues_exactly(name: str, tmp_path: Path) -> None:
-    node = SEQUENTIAL if name == "SequentialLR" else None
+    node = {"SequentialLR": SEQUENTIAL, "nested": NESTED}.get(name)
+    name = "SequentialLR" if node else name
     whole, first, second = (adapted(name, "step", node) for _ in range(3))
     expected = [whole(step) for step in range(TOTAL)]
     for step in range(30):

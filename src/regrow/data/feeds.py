@@ -252,7 +252,7 @@ class _Seeded:
             return item
         except DataError as error:
             return _Broken(str(error))
-        except OSError as error:  # a file that vanished, or one that may not be read
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             reason = " ".join(str(error).split())
             return _Broken(
                 f"{self.name} example {index} cannot be read: {reason}. The files under data.root "

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow.errors import DataError
+from regrow.errors import DataError, machine_fault
 
 OF_SUFFIX = "of suffix "
 NUM_NAMES = 3  # shown of the files that are left out for one reason
@@ -76,7 +76,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in OF_SYSTEMS
 
 
-def unreadable(path: str | Path, error: OSError) -> DataError:
+def unreadable(path: str | Path, error: OSError) -> DataError | OSError:
+    """The error to raise for a file that cannot be read: `error` itself if the machine is to blame.
+
+    A data worker's errors arrive as text, from which `machine_fault` tells it again.
+    """
+    if machine_fault(error):
+        return error
     reason = error.strerror or " ".join(str(error).split())
     is_gone = error.errno == errno.ENOENT
     way_out = "Put it back." if is_gone else "Make it readable, or move it out of data.root."
@@ -249,11 +255,16 @@ class _Memory:
     BATCH = 1000  # records that are written at once, so that little is lost at a kill
 
     def __init__(self, root: str) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        if not Path(base).is_absolute():  # the specification: a relative one is not used
+            base = os.path.expanduser("~/.cache")  # noqa: PTH111  it never raises
         name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
         self.path = Path(base) / "regrow" / "contents" / name
         self.known: dict[bytes, bytes] = {}
         self.new: list[bytes] = []
+        self.is_usable = self.path.is_absolute()  # not so without a home
+        if not self.is_usable:
+            return
         with contextlib.suppress(OSError):
             self._read(self.path.read_bytes())
 
@@ -269,12 +280,14 @@ class _Memory:
 
     def add(self, stamp: bytes, digest: bytes, *, keep: bool) -> None:
         self.known[stamp] = digest
-        if keep:
+        if keep and self.is_usable:
             self.new.append(stamp + digest + _checksum(stamp, digest))
             if len(self.new) >= self.BATCH:
                 self._write()
 
     def _write(self) -> None:
+        if not self.is_usable:
+            return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write each, at the end: other processes may add to the same file.

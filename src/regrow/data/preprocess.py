@@ -77,6 +77,9 @@ class Preprocessing:
             or not (how.columns is None or _is_list(how.columns, str))
             or not isinstance(how.delimiter, str)
             or not isinstance(how.resize, int | None)
+            or not isinstance(how.exif_orientation, bool)
+            or not (how.extensions is None or _is_list(how.extensions, str))
+            or not _is_list(how.leave_out, str)
         ):
             raise TypeError("a field is of a wrong type")
         return how

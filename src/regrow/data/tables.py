@@ -254,7 +254,8 @@ def _is_index(text: str) -> bool:
 
 def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
     """The distinct words of the target column, sorted; None where it holds class indices."""
-    words = sorted({row[0] for row in table.texts} - {str(ignore_index)})
+    ignored = set() if ignore_index is None else {str(ignore_index)}
+    words = sorted({row[0] for row in table.texts} - ignored)
     return None if all(_is_index(word) for word in words) else words
 
 

@@ -241,6 +241,9 @@ def own_packages(root: Path) -> list[str]:
     return [name for name in names if name not in NOT_OWN]
 
 
+OF_RECORDS = ("origin.json", "sweep.json", "manifest.json")  # a frozen copy, a sweep, a run
+
+
 def namespace_files(root: Path) -> list[Path]:
     """Python files in folders of the root that have no `__init__.py`: Python imports them, too.
 
@@ -256,6 +259,8 @@ def namespace_files(root: Path) -> list[Path]:
             if not inner.name.isidentifier() or inner.is_symlink() or not inner.is_dir():
                 continue
             if (inner / "pyvenv.cfg").exists() or inner.name == "__pycache__":
+                continue
+            if any((inner / name).exists() for name in OF_RECORDS):
                 continue
             with contextlib.suppress(OSError), os.scandir(inner) as entries:
                 seen = list(itertools.islice(entries, left))

@@ -62,7 +62,10 @@ def refuse_foreign_run(folder: Path) -> None:
     """
     content = _json(folder / "manifest.json")
     is_ours = isinstance(content, dict) and {"code_sha256", "seeds"} <= content.keys()
-    _refuse(folder, "hydra.run.dir", is_of_a_run, is_ours, "run")
+    is_damaged = not isinstance(content, dict) and all(
+        (folder / name).is_file() for name in (LOCK, "config.yaml", "status.json", "manifest.json")
+    )
+    _refuse(folder, "hydra.run.dir", is_of_a_run, is_ours or is_damaged, "run")
 
 
 def refuse_foreign_sweep(folder: Path) -> None:

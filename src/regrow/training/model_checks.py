@@ -131,7 +131,8 @@ def check_forward(
     """
     if batch.num_local < 2:  # BatchNorm may refuse one example
         return
-    few = _few(batch)
+    # One of several experts may see none of a few examples.
+    few = batch if needs_all else _few(batch)
     with _buffers_kept(model, averaged), autocast(batch.targets.device, precision):
         try:
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():

@@ -125,7 +125,7 @@ class SchedulerAdapter:
                 self.scheduler.step_update(self.count)
             else:
                 self.scheduler.step(self.count)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise UserError(
                 f"scheduler._target_={self.name}: step {self.count} of the scheduler failed: "
                 f"{' '.join(str(error).split())}. Correct its options, or end the run sooner."
@@ -145,11 +145,7 @@ class SchedulerAdapter:
         """Resume where the state was saved. With other options the scheduler replays them."""
         self._begin()
         if (self.initial, self.steps_per_count) == (state["initial"], state["steps_per_count"]):
-            fresh = self.scheduler.state_dict()
-            # A Counter (MultiStepLR's milestones) is an option, and equal.
-            own = {key for key, value in fresh.items() if isinstance(value, Counter)}
-            saved = {key: value for key, value in state["scheduler"].items() if key not in own}
-            self.scheduler.load_state_dict({**fresh, **saved})
+            self.scheduler.load_state_dict(_joined(self.scheduler.state_dict(), state["scheduler"]))
             self.group.update(state["group"])
             self.count = state["count"]
             self.moves |= {k for k in MOMENTA if self.group.get(k) != self.settings.get(k)}
@@ -180,6 +176,17 @@ def refuse_metric(function: Any, name: str) -> None:
             f"scheduler._target_={name}: it is stepped with a metric. Use scheduler=plateau, which "
             "follows trainer.monitor."
         )
+
+
+def _joined(fresh: Any, saved: Any) -> Any:
+    """The saved state, with what a checkpoint does not hold from a scheduler of equal options."""
+    if isinstance(fresh, Counter):  # MultiStepLR's milestones are an option, and equal
+        return fresh
+    if isinstance(fresh, dict) and isinstance(saved, Mapping):
+        return {**fresh, **{key: _joined(fresh.get(key), value) for key, value in saved.items()}}
+    if isinstance(fresh, list) and isinstance(saved, list) and len(fresh) == len(saved):
+        return [_joined(one, other) for one, other in zip(fresh, saved, strict=True)]
+    return saved
 
 
 def _plain(value: Any) -> Any:
