@@ -137,6 +137,7 @@ RULES: dict[str, Rule] = {
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
+    "data.identity": choice("contents", "length"),
     "data.integers": choice("int64", "float32"),
     "data.target_dtype": choice("float64", "float32"),
     "data.augmentation.pad": integer(0),
