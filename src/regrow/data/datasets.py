@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow import locks
 from regrow.data.images import image_folder as image_folder
 from regrow.data.splits import (
     Examples,
@@ -232,13 +233,11 @@ def _broken(kind: str, root: str, error: Exception) -> str:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """One process at a time downloads; the others find the files when it is their turn."""
-    import fcntl
-
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root, os.O_RDONLY)  # a folder can be locked too, and leaves no file
     try:
         with contextlib.suppress(OSError):  # some network file systems lock no folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locks.wait_for(descriptor, f"the folder {root}, to download into it")
         yield
     finally:
         os.close(descriptor)

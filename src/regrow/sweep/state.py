@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, ownership
+from regrow import flags, locks, ownership
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record.comparison import label_of
@@ -93,10 +92,10 @@ def add(folder: Path, entry: Entry) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
     """One at a time: jobs that end on other machines write here too."""
-    with (folder / LOCK).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / name).open("wb") as lock:
+        locks.wait_for(lock.fileno(), f"{folder / name}")
         yield
 
 
