@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,17 @@ from typing import Any, cast
 
 import forked
 import pytest
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from running import composed
 
 from regrow import config as configs
 from regrow.check import RULES, check, shipped_node
+from regrow.command_line import paths_as_typed
 from regrow.config import CONF, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
-from regrow.resume import SWEEP
+from regrow.resume import SWEEP, expand
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -28,7 +32,7 @@ BAD = {
     "optimizer.lrr=1": "optimizer.lrr: there is no such key. Did you mean optimizer.lr?",
     "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
-    "seed=0,1,2": "seed=0,1,2: several values are a sweep: add -m. A list is seed=[0,1,2].",
+    "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
     "sweep=optuna": "sweep=optuna: one run is no sweep. Add -m, or leave it out.",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
@@ -79,8 +83,8 @@ BAD = {
     "brings: ~model.input_shape ~model.num_outputs ~model.hidden",
     "resume=/no/such/folder": "there is no run in that folder",
     "logger=wandbb": "Did you mean wandb?",
-    "trainer": "trainer: arguments are key=value",
-    "optimizer.lr=1 optimizer.lr": "optimizer.lr: arguments are key=value",
+    "trainer": "such as optimizer.lr=0.1. Give trainer a value: trainer=…",
+    "optimizer.lr=1 optimizer.lr": "optimizer.lr=0.1. Give optimizer.lr a value: optimizer.lr=…",
     "--lr 0.1": "--lr: arguments are key=value, without dashes or spaces",
     "lr = 0.1": "Did you mean optimizer.lr?",
     "lr=0.1": "lr: there is no such key. Did you mean optimizer.lr?",
@@ -163,6 +167,97 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(arguments: str, tmp_path: P
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+# What to type for the values that an error leaves open.
+OPEN = {
+    "data.target_kind": "multiclass",
+    "data.num_classes": "2",
+    "data.root": "here",
+    "trainer": "cpu",
+    "optimizer.lr": "0.1",
+}
+SET_ONE = {
+    "trainer.max_epochs=null": "trainer.max_steps=1",
+    "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "scheduler.warmup_steps=1",
+}
+# Where what is advised leads to the next error.
+NEXT = {
+    "loss.beta=1": "loss=smooth_l1 is for task=regression",
+    "data=csv": "data.num_classes has to be given",
+    "data=image_folder": "data.root has to be given",
+    "trainer.max_epochs=0": "the run would never end",  # null
+    "model._target_=torch.nn.Linearr": "takes no such argument",
+    **dict.fromkeys(("logger=5", "logger=wandbb"), "wandb"),  # a login, or the package
+    "data.source.delimiter=,": "the chosen data has no such key",
+    "data.source.delimiter=;": "the chosen data has no such key",
+    "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
+}
+OFFERS = (
+    r"Did you mean|Use |~|needs quotes|add [a-z]|one of|true or false|or null|Set one|a value: "
+)
+
+
+def error_of(arguments: list[str]) -> str:
+    """What the program says of these arguments; "" for nothing."""
+    try:
+        configs.check_arguments(arguments)
+        made = composed(*expand(paths_as_typed(arguments, multirun=False)))
+        check(made, made.hydra.runtime.choices)
+    except UserError as error:
+        return str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return configs.composition_error(error)
+    except ValueError:  # Hydra's, of an option that is not a name
+        return configs.wrong_option(arguments)
+    return ""
+
+
+def ways_out(arguments: list[str], said: str) -> list[list[str]]:
+    """The arguments as a user types them who follows the advice, one list for each advice."""
+    *others, last = arguments
+    key, _, value = last.partition("=")
+    if found := re.search(r"Did you mean (\S+)\?", said):
+        if "arguments are key=value" in said:
+            return [[f"{found[1]}=0.1"]]
+        if "no such option" in said:
+            return [[f"{key}={found[1]}"]]
+        if key.endswith("_target_"):
+            return [[f"{key}={value.rpartition('.')[0]}.{found[1]}"]]
+        return [[*others, f"{found[1]}={value}"]]
+    if found := re.search(r"Give (\S+) a value:|add (\S+)=…", said):
+        named = found[1] or found[2]
+        kept = [argument for argument in arguments if argument.partition("=")[0] != named]
+        return [[*kept, f"{named}={OPEN[named]}"]]
+    if found := re.search(r"Use (\S+)=(\S+)\.$", said):
+        kept = [argument for argument in arguments if not argument.startswith(f"{found[1]}=")]
+        return [[*kept, f"{found[1]}={found[2]}"]]
+    if "Use bf16." in said:
+        return [[*others, f"{key}=bf16"]]
+    if "Set one." in said:
+        return [[SET_ONE[" ".join(arguments)]]]
+    if found := re.search(r"(~\S+( ~\S+)*)$", said):
+        return [[*arguments, *found[1].split()]]
+    if found := re.search(r"needs quotes: (.+)$", said):
+        return [[*others, *shlex.split(found[1])]]
+    if found := re.search(r"It is one of (\S+)\.$", said):
+        return [[found[1], last]]
+    found = re.search(r"one of (?:its options: )?([\w, ]+)", said)
+    words = re.findall(r"\w+", found[1]) if found else []
+    words += ["true", "false"] if "true or false" in said else []
+    words += ["null"] if said.endswith("or null.") else []
+    return [[*others, f"{key}={word}"] for word in words if word != "or"]
+
+
+@pytest.mark.parametrize("bad", [bad for bad, said in BAD.items() if re.search(OFFERS, said)])
+def test_what_an_error_advises_helps(bad: str) -> None:
+    said = error_of(bad.split())
+    assert BAD[bad] in said
+    ways = ways_out(bad.split(), said)
+    assert ways
+    for arguments in {" ".join(way): way for way in (ways[0], ways[-1])}.values():
+        after = error_of(arguments)
+        assert after == "" or (NEXT.get(bad, "\0") in after and after != said), (arguments, after)
 
 
 def test_what_needs_torch_to_be_found_is_one_line_too(tmp_path: Path) -> None:

@@ -293,7 +293,10 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         return False
     recorded = recorded_config(folder, f"resume={folder}")
     older.complete(recorded)
-    if adopted := older.adopt(config, older.earlier(recorded), map(key_of, overrides)):
+    following = following_keys(recorded, config)
+    if adopted := older.adopt(
+        config, older.earlier(recorded), [*map(key_of, overrides), *following]
+    ):
         log.info("%s", older.line(str(folder), adopted))
     if config["resume"] == "never":
         raise UserError(
@@ -308,6 +311,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
+        named |= following if {"loss", "loss.ignore_index"} & named else set()
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
@@ -328,6 +332,15 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         )
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return True
+
+
+def following_keys(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
+    """The keys of `data` that follow `loss.ignore_index`, where that is not the recorded one.
+
+    A recorded null is what an older record gets, too, so it would be kept.
+    """
+    before, now = (node["loss"].get("ignore_index") for node in (recorded, config))
+    return {"data.ignore_index", "data.source.ignore_index"} if before != now else set()
 
 
 def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:

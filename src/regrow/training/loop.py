@@ -231,6 +231,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
+        tell_of_empty_epoch(state, plan)
         progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
         plan.record.log(step, state.epoch, progress.train_means)
         state.sums = epoch_sums(plan.world.device)
@@ -403,6 +404,17 @@ def tell_of_nan(values: Mapping[str, float], state: TrainState, plan: Plan) -> N
         log.warning(
             "step %d: early stopping ends the run: %s is NaN, which is not an improvement",
             *(state.step, monitor),
+        )
+
+
+def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
+    """Warn at the end of an epoch in which no step had any weight: nothing was learnt in it."""
+    was_bad = bool(state.skips[1].item())  # bad steps have no sums either
+    if plan.world.is_main and read(state.sums)[WEIGHT] == 0 and not was_bad:
+        log.warning(
+            "epoch %d: every step was empty, since all weights are zero. Check the targets, the "
+            "examples' weights, loss.class_weights and loss.ignore_index.",
+            state.epoch,
         )
 
 
