@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -447,6 +448,26 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
     with pytest.raises(UserError, match=line) as raised:
         runs.check_first_batch(runs.build(config_with(model, *options), CPU), CPU)
     assert "\n" not in str(raised.value)
+
+
+NEED_A_BATCH = (
+    *(SparseFunction, Created, FilledNone, Growing, Attached, Detached, InAList, Mapping, Tuple),
+    Closure,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "line"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_check_that_needs_no_batch_is_made_without_the_first(
+    model: type, options: tuple[str, ...], line: str
+) -> None:
+    """conf/trainer/default.yaml says which are not."""
+    config = config_with(model, *options, "trainer.check_first_batch=false")
+    with (
+        contextlib.nullcontext() if model in NEED_A_BATCH else pytest.raises(UserError, match=line)
+    ):
+        runs.build(config, CPU)
 
 
 @pytest.mark.parametrize("model", [OldWeightNorm, KeepsResult, Closure, Half])
