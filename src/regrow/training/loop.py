@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -517,11 +518,38 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+# In torch's words for operations that do not take integers, or integers beside floats.
+NAMES_A_TYPE = r"\b(Long|Int|Short|Char|Byte|Bool|int|char|dtype|datatype)\b"
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The outputs for inputs that are one tensor, or a tuple or mapping of arguments."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    """The outputs for inputs that are one tensor, or a tuple or mapping of arguments.
+
+    Raises UserError for integers that the model's floats cannot be computed with.
+    """
+    try:
+        if isinstance(inputs, Tensor):
+            return model(inputs)
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    except (RuntimeError, ValueError) as error:
+        refuse_integers(error, inputs)
+        raise
+
+
+def refuse_integers(error: Exception, inputs: Any) -> None:
+    """Raise UserError if a forward pass failed by the type of its inputs, and they are integers."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    tensors = [inputs] if isinstance(inputs, Tensor) else values
+    integers = [t for t in tensors if not t.is_floating_point() and not t.is_complex()]
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    is_torchs = not isinstance(error, UserError)
+    if integers and is_torchs and re.search(NAMES_A_TYPE, reason):
+        kind = str(integers[0].dtype).removeprefix("torch.")
+        raise UserError(
+            f"model: it cannot compute with {kind} inputs ({reason}). For features set "
+            "data.integers=float32, or let your data set give floats. A model of tokens starts "
+            "with an embedding."
+        ) from error
 
 
 def count(
