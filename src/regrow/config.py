@@ -334,9 +334,9 @@ def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-# What Hydra reads in a node. None of these keys lets a target through.
+# The keys that Hydra itself reads in a node. None of these keys lets a target through.
 HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-# What this process may make beside the targets that conf/ names: see `allow`.
+# Targets that this process may make beside those that conf/ names: see `allow`.
 _allowed: set[str] = set()
 
 

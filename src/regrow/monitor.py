@@ -75,7 +75,7 @@ def by_name(metric: str) -> str | None:
 def of_run(config: Mapping[str, Any]) -> str | None:
     """The direction of a run's monitor: its trainer's mode, its task's own, or by the name.
 
-    None where it has no monitor, or torchmetrics has to be asked.
+    None where it has no monitor, or torchmetrics must be asked.
     """
     trainer, task = config["trainer"], config["task"]
     monitor = trainer["monitor"]
@@ -126,7 +126,7 @@ def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null")
 
 
 def lacks_val(source: Mapping[str, Any]) -> bool:
-    """Whether a data source of this repository's is sure to have no validation split.
+    """Return True if a data source of this repository's is sure to have no validation split.
 
     False where only reading it tells.
     """

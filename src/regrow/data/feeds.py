@@ -256,7 +256,7 @@ class _Seeded:
             reason = " ".join(str(error).split())
             return _Broken(
                 f"{self.name} example {index} cannot be read: {reason}. The files under data.root "
-                "have to stay as they are while a run needs them. Put it back and resume."
+                "must stay as they are while a run needs them. Put it back and resume."
             )
 
     def _check(self, item: Any, index: int) -> None:

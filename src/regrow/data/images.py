@@ -358,7 +358,7 @@ def _folders(folder: Path, reading: Reading) -> list[str]:
     for name in names:
         if not name.isprintable():
             raise DataError(
-                f"{shown(folder / name)}: a folder's name has to be printable UTF-8, since it is "
+                f"{shown(folder / name)}: a folder's name must be printable UTF-8, since it is "
                 "the name of a class. Rename it."
             )
     return sorted(names)

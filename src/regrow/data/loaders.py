@@ -152,7 +152,7 @@ class Data:
 
     @property
     def num_examples(self) -> dict[str, int]:
-        """Of each split that there is."""
+        """The number of examples in each split that exists."""
         return {name: len(split) for name, split in self.source.items()}
 
     def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:

@@ -46,7 +46,7 @@ def jobs_at_once(asked: int | str | None, trainers: Sequence[Mapping[str, Any]],
             f"job. Use trainer.devices={there}, or trainer.device=cpu."
         )
     if asked is None:
-        raise UserError("launcher.jobs=null has to be an integer of at least 1, or auto.")
+        raise UserError("launcher.jobs=null must be an integer of at least 1, or auto.")
     if asked != "auto":
         return int(asked)
     if any(needs):

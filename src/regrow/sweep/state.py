@@ -24,7 +24,7 @@ CODE = "code"
 JOBS, LOGS = "jobs", "logs"
 LOCK, RESULTS_LOCK = ".state.lock", ".results.lock"
 OWN = (CODE, JOBS, LOGS, "slurm")  # folders beside those of the jobs
-# What a job does does not depend on these groups and keys.
+# Groups and keys that do not change the result of a job.
 ASIDE = (*ELSEWHERE, "resume", "logger", "tags", "notes", "hydra")
 # Whatever is none of these is still to be done.
 GOOD = ("completed", "pruned", "retried")  # retried: failed, and another job took its place
@@ -124,7 +124,7 @@ def entries(folder: Path) -> list[Entry]:
 def is_open(
     folder: Path, overrides: Sequence[str], source: Mapping[str, Any] = flags.DEFAULT
 ) -> bool:
-    """Whether a sweep that these overrides of this source began in `folder` has not ended."""
+    """Return True if a sweep that these overrides of this source began there has not ended."""
     try:
         content = read(folder)
     except UserError:
@@ -178,7 +178,7 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
 
 
 def is_to_be_run(folder: Path, entry: Entry, *, retry: bool) -> bool:
-    """Whether the job has not come to an end, or, with `retry`, to a bad one."""
+    """Return True if the job has not come to an end, or, with `retry`, to a bad one."""
     return state_of(folder, entry)[0] not in (GOOD if retry else ENDED)
 
 

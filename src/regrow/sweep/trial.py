@@ -85,7 +85,7 @@ def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
 
 
 class Reporter:
-    """What the loop tells of its evaluations. Made in the run's own process, on any machine."""
+    """Reports the loop's evaluations to the search, from the run's own process on any machine."""
 
     def __init__(
         self, folder: str, number: int, metrics: list[str], pruner: Mapping[str, Any]

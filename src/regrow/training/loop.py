@@ -365,7 +365,7 @@ def save(state: TrainState, plan: Plan) -> None:
 
 
 def finished(state: TrainState, plan: Plan) -> bool:
-    """Whether a limit is reached."""
+    """Return True if a limit is reached."""
     progress, limit = state.progress, plan.options.max_seconds
     return (
         stopped_early(state, plan.options)
@@ -428,7 +428,7 @@ def pruned(state: TrainState, plan: Plan) -> bool:
 
 
 def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
-    """Whether early stopping's patience is over. Not kept: a resume may raise it."""
+    """Return True if early stopping's patience is over. Not kept: a resume may raise it."""
     patience = options.early_stopping.patience
     return patience is not None and state.progress.evaluations_without_improvement > patience
 
@@ -447,7 +447,7 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
 
 @torch.no_grad()
 def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
-    """Whether the model can train on a slice of one example, for runs that will come to one."""
+    """Raise UserError if the model cannot train on a slice of one example."""
     buffers = Buffers(model)
     batch = batch.split(max(1, batch.num_local))[0]
     try:
