@@ -33,7 +33,7 @@ def measure(*arguments: str) -> Table:
     """`seeds=5` makes five rounds; the other arguments say where the data are, and the device."""
     rounds = [a.removeprefix("seeds=") for a in arguments if a.startswith("seeds=")]
     if not all(number.isdigit() and int(number) for number in rounds):
-        sys.exit(f"benchmarks: seeds={rounds[0]} has to be a number of at least 1")
+        sys.exit(f"benchmarks: seeds={rounds[0]} must be a number of at least 1")
     places = tuple(a for a in arguments if not a.startswith("seeds="))
     if foreign := [a for a in places if not a.startswith(PLACES)]:
         sys.exit(

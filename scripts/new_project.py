@@ -299,9 +299,9 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
             options[places.pop()] = argument
     for key in ("name", "dest"):
         if key not in options or (key == "dest" and not options[key]):
-            raise Refused(f"{key} has to be given: {key}=… See --help.")
+            raise Refused(f"{key} must be given: {key}=… See --help.")
     if options["without_benchmarks"] not in ("true", "false"):
-        raise Refused("without_benchmarks has to be true or false.")
+        raise Refused("without_benchmarks must be true or false.")
     return options
 
 

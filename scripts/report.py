@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("Give a run's folder, such as outputs/digits/latest, or several.")
         if output is not None:
             if output.suffix != ".html":
-                raise UserError(f"output={output} has to end in .html.")
+                raise UserError(f"output={output} must end in .html.")
             refuse_existing(output, options["overwrite"])
         print(printable(str(make(folders, output, overwrite=options["overwrite"]))))
     except (UserError, OSError) as error:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_folder(argument: str) -> bool:
-    """Whether an argument is a folder, also one that is called like an option of another key."""
+    """Return True if an argument is a folder, even if its name is also an option of another key."""
     key, equals, _ = argument.partition("=")
     if argument in ("-h", "--help") or (equals and key in OPTIONS):
         return False

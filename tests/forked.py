@@ -2,7 +2,7 @@
 
 Importing torch, torchmetrics and matplotlib takes ten times as long as a test's run. So a server
 that has imported them, and done nothing else, forks a process for each command; that process runs
-the script as Python would. What a start itself has to do is tested with subprocess: see
+the script as Python would. What a start itself must do is tested with subprocess: see
 test_imports. So are other projects' scripts, and what Python reads as it starts.
 """
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from running import as_hydra_has_it, composed
 
 from regrow import resume
 from regrow import run as runs
+from regrow.config import read_yaml
+from regrow.data import identity
+from regrow.data.splits import Splits
 from regrow.launch import launch
 from regrow.sweep import state
 
@@ -27,6 +33,36 @@ IMAGES = (
     *("data.augment=false", "data.batch_size=4", "data.overlap=ignore", "scheduler=constant"),
     *("trainer.device=cpu", "trainer.num_threads=1"),
 )
+
+
+OWN = (
+    *("data=synthetic", "data.source._target_=test_changed_data.own", "data.input_shape=[2]"),
+    *("data.num_classes=2", "data.num_outputs=2", "data.batch_size=10", "data.normalize=none"),
+    *("model.hidden=[4]", "trainer.device=cpu", "trainer.num_threads=1", "scheduler=constant"),
+)
+
+
+class Own:
+    """A data set of a user: labels from a file, inputs through a transform that draws."""
+
+    own_draws: np.random.Generator | None = None
+    opened = 0
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.opened += 1
+        noise = torch.rand(2) if self.own_draws is None else self.own_draws.random(2)
+        return torch.as_tensor(noise + index, dtype=torch.float32), self.labels[index]
+
+
+def own(**options: object) -> Splits:
+    labels = json.loads(Path("labels.json").read_text())
+    return Splits(Own(labels), Own(labels[:10]), None)
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +149,89 @@ def test_a_changed_target_is_other_data(capsys: pytest.CaptureFixture[str]) -> N
     write_rows()
     resumed(MORE)  # put back, as the message says
     assert "changed_data" not in resumes()[0]
+
+
+def write_labels(**changed: int) -> None:
+    labels = [changed.get(f"y{n}", n % 2) for n in range(60)]
+    Path("labels.json").write_text(json.dumps(labels))
+
+
+def test_a_changed_label_in_a_data_set_of_the_users_own_is_other_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_labels()
+    start(*OWN, "trainer.max_epochs=1")
+    assert "fingerprint()" not in capsys.readouterr().err
+    write_labels(y27=0)
+    with pytest.raises(SystemExit):
+        start(*OWN, MORE)
+    assert "train: other content in 60 examples" in capsys.readouterr().err
+    write_labels()
+    start(*OWN, MORE)
+    assert "changed_data" not in resumes()[0]
+
+
+def test_a_record_from_before_compares_type_and_length_as_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_labels()
+    start(*OWN, "trainer.max_epochs=1", "data.identity=length")
+    recorded = read_yaml(Path("run/config.yaml"))
+    del recorded["data"]["identity"]  # as the code of that time recorded it
+    Path("run/config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recorded)))
+    write_labels(y27=0)
+    start(*OWN, MORE)
+    assert "data.identity=length" in capsys.readouterr().out
+    assert "changed_data" not in resumes()[0]
+
+
+def test_items_that_differ_from_read_to_read_are_said_to_be_compared_by_length(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Own, "own_draws", np.random.default_rng(0))
+    write_labels()
+    start(*OWN, "trainer.max_epochs=1")
+    said = [line for line in capsys.readouterr().err.splitlines() if "fingerprint()" in line]
+    assert len(said) == 1 and "type and length of train and val" in said[0]
+    start(*OWN, MORE)
+    assert "changed_data" not in resumes()[0]
+
+
+def test_the_first_the_last_and_the_items_between_are_compared() -> None:
+    labels = [n % 2 for n in range(60)]
+    found = {identity.of_items(Own(labels))}
+    for place in (0, 27, 59):
+        found.add(identity.of_items(Own([*labels[:place], 5, *labels[place + 1 :]])))
+    found |= {identity.of_items(Own(labels[:count])) for count in (59, 2, 1)}
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize(
+    ("item", "other"),
+    [
+        (torch.tensor([1.0, -0.0]), torch.tensor([1.0, 0.0])),
+        (torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float16)),
+        ({"ids": [1, 2], "text": "ab"}, {"ids": [1, 2], "text": "ba"}),
+        (([1], [2, 3]), ([1, 2], [3])),
+        (np.array(["a", None], object), np.array(["a", "None"], object)),
+        (Image.new("L", (2, 2), 0), Image.new("L", (2, 2), 1)),
+        ((np.float32(1), b"\0"), (np.float64(1), b"\0")),
+    ],
+)
+def test_items_of_any_usual_type_are_compared_by_content(item: object, other: object) -> None:
+    whole, same, changed = ([it, item] for it in (item, copy.deepcopy(item), other))
+    assert identity.of_items(whole) == identity.of_items(same) != identity.of_items(changed)
+
+
+def test_reading_items_for_the_comparison_leaves_the_data_set_as_it_was() -> None:
+    """An open file that a worker inherits would share its position."""
+    data = Own([0, 1, 0])
+    part = torch.utils.data.Subset(data, [0, 2])  # type: ignore[arg-type,var-annotated]
+    state = torch.get_rng_state()
+    assert identity.of_items(data) != identity.of_items(part)
+    assert data.opened == 0 and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(identity.Unknown, match="instance of object"):
+        identity.of_items([object()])
 
 
 def test_a_damaged_image_is_removed_and_the_run_resumes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,17 @@ from typing import Any, cast
 
 import forked
 import pytest
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from running import composed
 
 from regrow import config as configs
 from regrow.check import RULES, check, shipped_node
+from regrow.command_line import paths_as_typed
 from regrow.config import CONF, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
-from regrow.resume import SWEEP
+from regrow.resume import SWEEP, expand
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -28,59 +32,59 @@ BAD = {
     "optimizer.lrr=1": "optimizer.lrr: there is no such key. Did you mean optimizer.lr?",
     "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
-    "seed=0,1,2": "seed=0,1,2: several values are a sweep: add -m. A list is seed=[0,1,2].",
+    "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
     "sweep=optuna": "sweep=optuna: one run is no sweep. Add -m, or leave it out.",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
-    "data.seed=zzz": "data.seed=zzz has to be an integer of at least 0.",
-    "trainer.deterministic=null": "trainer.deterministic=null has to be true or false.",
-    "tags=null": "tags=null has to be a list",
-    "trainer.ema_decay=1": "has to be a number from 0 to below 1, or null.",
-    "task.class_names=5": "task.class_names=5 has to be a list, each text (in quotes where YAML",
+    "data.seed=zzz": "data.seed=zzz must be an integer of at least 0.",
+    "trainer.deterministic=null": "trainer.deterministic=null must be true or false.",
+    "tags=null": "tags=null must be a list",
+    "trainer.ema_decay=1": "must be a number from 0 to below 1, or null.",
+    "task.class_names=5": "task.class_names=5 must be a list, each text (in quotes where YAML",
     "data.class_names=[true,false]": 'would read something else: "no"), or null.',
-    "loss.ignore_index=zzz": "loss.ignore_index=zzz has to be an integer, or null.",
+    "loss.ignore_index=zzz": "loss.ignore_index=zzz must be an integer, or null.",
     "hydra.run.dir=/proc/x": "hydra.run.dir=/proc/x: /proc/x: No such file or directory.",
     "optimizr=adam": "optimizr: there is no such key. Did you mean optimizer?",
     "sed=1": "Did you mean seed?",
     "+foo=1": "foo: there is no such key.",
-    "optimizer.lr=abc": "optimizer.lr=abc has to be a number above 0.",
-    "optimizer.lr=-1": "optimizer.lr=-1 has to be a number above 0.",
-    "optimizer.lr=": "optimizer.lr= has to be a number",
-    "optimizer.betas=3": "optimizer.betas=3 has to be a list",
-    "optimizer.amsgrad=1": "optimizer.amsgrad=1 has to be true or false",
-    "model.hidden=3": "model.hidden=3 has to be a list",
-    "model.hidden=[a,b]": "model.hidden=['a', 'b'] has to be a list, each an integer of at least 1",
-    "model.hidden=[0]": "model.hidden=[0] has to be a list",
-    "model.dropout=2": "model.dropout=2 has to be a number from 0 to 1.",
-    "optimizer.lr=inf": "optimizer.lr=inf has to be a number above 0.",
+    "optimizer.lr=abc": "optimizer.lr=abc must be a number above 0.",
+    "optimizer.lr=-1": "optimizer.lr=-1 must be a number above 0.",
+    "optimizer.lr=": "optimizer.lr= must be a number",
+    "optimizer.betas=3": "optimizer.betas=3 must be a list",
+    "optimizer.amsgrad=1": "optimizer.amsgrad=1 must be true or false",
+    "model.hidden=3": "model.hidden=3 must be a list",
+    "model.hidden=[a,b]": "model.hidden=['a', 'b'] must be a list, each an integer of at least 1",
+    "model.hidden=[0]": "model.hidden=[0] must be a list",
+    "model.dropout=2": "model.dropout=2 must be a number from 0 to 1.",
+    "optimizer.lr=inf": "optimizer.lr=inf must be a number above 0.",
     "optimizer.betas=[0.9,1.0]": "two numbers, 0 or more and below 1",
-    "init_from=": "init_from= has to be text, or null.",
-    "data.normalize=tran": "has to be one of train, imagenet, none, or {mean: […], std: […]}.",
-    "data.normalize={mean:[0.5]}": "has to be one of train, imagenet, none",
+    "init_from=": "init_from= must be text, or null.",
+    "data.normalize=tran": "must be one of train, imagenet, none, or {mean: […], std: […]}.",
+    "data.normalize={mean:[0.5]}": "must be one of train, imagenet, none",
     "data=csv data.source.target_columns=y data.source.train_file=t.csv data.target_kind=binary "
-    "data.num_classes=2 data.num_outputs=1 data.input_shape=[1] task=binary": "columns=y has to be",
-    "param_groups.lr_scale={head:x}": "has to be a mapping to a number from 0, or null.",
-    "data.batch_size=[1]": "data.batch_size=[1] has to be an integer",
-    "data.batch_size=2.5": "data.batch_size=2.5 has to be an integer",
-    "trainer.max_epochs=0": "trainer.max_epochs=0 has to be an integer of at least 1, or null.",
-    "trainer.precision=fp8": "has to be one of fp32, bf16, fp16.",
+    "data.num_classes=2 data.num_outputs=1 data.input_shape=[1] task=binary": "columns=y must be",
+    "param_groups.lr_scale={head:x}": "must be a mapping to a number from 0, or null.",
+    "data.batch_size=[1]": "data.batch_size=[1] must be an integer",
+    "data.batch_size=2.5": "data.batch_size=2.5 must be an integer",
+    "trainer.max_epochs=0": "trainer.max_epochs=0 must be an integer of at least 1, or null.",
+    "trainer.precision=fp8": "must be one of fp32, bf16, fp16.",
     "trainer.checkpoint.keep_lst=1": "Did you mean trainer.checkpoint.keep_last?",
     "trainer.max_epochs=null": "the run would never end",
-    "trainer.monitor=train/loss": "has to be a metric of the validation split",
+    "trainer.monitor=train/loss": "must be a metric of the validation split",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
-    "data=csv": "data.target_kind has to be given: add data.target_kind=… (and data.num_classes",
-    "data=image_folder": "data.num_classes has to be given",
-    "data=image_folder data.num_classes=2": "data.root has to be given: add data.root=…",
-    "data=cifar10 data.root=null": "data.root has to be given: add data.root=…",
+    "data=csv": "data.target_kind must be given: add data.target_kind=… (and data.num_classes",
+    "data=image_folder": "data.num_classes must be given",
+    "data=image_folder data.num_classes=2": "data.root must be given: add data.root=…",
+    "data=cifar10 data.root=null": "data.root must be given: add data.root=…",
     "model._target_=nope.Net": "there is no such module",
     "model._target_=torch.nn.Linearr": "Did you mean Linear?",
     "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
     "brings: ~model.input_shape ~model.num_outputs ~model.hidden",
     "resume=/no/such/folder": "there is no run in that folder",
     "logger=wandbb": "Did you mean wandb?",
-    "trainer": "trainer: arguments are key=value",
-    "optimizer.lr=1 optimizer.lr": "optimizer.lr: arguments are key=value",
+    "trainer": "such as optimizer.lr=0.1. Give trainer a value: trainer=…",
+    "optimizer.lr=1 optimizer.lr": "optimizer.lr=0.1. Give optimizer.lr a value: optimizer.lr=…",
     "--lr 0.1": "--lr: arguments are key=value, without dashes or spaces",
     "lr = 0.1": "Did you mean optimizer.lr?",
     "lr=0.1": "lr: there is no such key. Did you mean optimizer.lr?",
@@ -90,14 +94,14 @@ BAD = {
     "data.source.delimiter=;": "needs quotes",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
-    "trainer.strategy=dpp": "trainer.strategy=dpp has to be one of ddp, fsdp",
-    "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half has to be one of fp32, bf16",
+    "trainer.strategy=dpp": "trainer.strategy=dpp must be one of ddp, fsdp",
+    "trainer.fsdp.param_dtype=half": "trainer.fsdp.param_dtype=half must be one of fp32, bf16",
     "trainer.fsdp.param_dtype=fp16": "small gradients vanish without a loss scale",
-    'name="a\x07b"': "has to be text of one line",
+    'name="a\x07b"': "must be text of one line",
     "hydra.sweep.dir=mine": "hydra.sweep.dir=mine is of a sweep. A run's folder is hydra.run.dir",
     "-m hydra.run.dir=mine": "is of one run. A sweep's folder is hydra.sweep.dir",
     "-m seed=range(0)": "seed=range(0): there is no value in it.",
-    "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 has to be a number above 0.",
+    "hydra.run.dir=mine optimizer.lr=0": "optimizer.lr=0 must be a number above 0.",
 }
 
 
@@ -163,6 +167,97 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(arguments: str, tmp_path: P
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+# What to type for the values that an error leaves open.
+OPEN = {
+    "data.target_kind": "multiclass",
+    "data.num_classes": "2",
+    "data.root": "here",
+    "trainer": "cpu",
+    "optimizer.lr": "0.1",
+}
+SET_ONE = {
+    "trainer.max_epochs=null": "trainer.max_steps=1",
+    "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "scheduler.warmup_steps=1",
+}
+# Where what is advised leads to the next error.
+NEXT = {
+    "loss.beta=1": "loss=smooth_l1 is for task=regression",
+    "data=csv": "data.num_classes must be given",
+    "data=image_folder": "data.root must be given",
+    "trainer.max_epochs=0": "the run would never end",  # null
+    "model._target_=torch.nn.Linearr": "takes no such argument",
+    **dict.fromkeys(("logger=5", "logger=wandbb"), "wandb"),  # a login, or the package
+    "data.source.delimiter=,": "the chosen data has no such key",
+    "data.source.delimiter=;": "the chosen data has no such key",
+    "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
+}
+OFFERS = (
+    r"Did you mean|Use |~|needs quotes|add [a-z]|one of|true or false|or null|Set one|a value: "
+)
+
+
+def error_of(arguments: list[str]) -> str:
+    """What the program says of these arguments; "" for nothing."""
+    try:
+        configs.check_arguments(arguments)
+        made = composed(*expand(paths_as_typed(arguments, multirun=False)))
+        check(made, made.hydra.runtime.choices)
+    except UserError as error:
+        return str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return configs.composition_error(error)
+    except ValueError:  # Hydra's, of an option that is not a name
+        return configs.wrong_option(arguments)
+    return ""
+
+
+def ways_out(arguments: list[str], said: str) -> list[list[str]]:
+    """The arguments as a user types them who follows the advice, one list for each advice."""
+    *others, last = arguments
+    key, _, value = last.partition("=")
+    if found := re.search(r"Did you mean (\S+)\?", said):
+        if "arguments are key=value" in said:
+            return [[f"{found[1]}=0.1"]]
+        if "no such option" in said:
+            return [[f"{key}={found[1]}"]]
+        if key.endswith("_target_"):
+            return [[f"{key}={value.rpartition('.')[0]}.{found[1]}"]]
+        return [[*others, f"{found[1]}={value}"]]
+    if found := re.search(r"Give (\S+) a value:|add (\S+)=…", said):
+        named = found[1] or found[2]
+        kept = [argument for argument in arguments if argument.partition("=")[0] != named]
+        return [[*kept, f"{named}={OPEN[named]}"]]
+    if found := re.search(r"Use (\S+)=(\S+)\.$", said):
+        kept = [argument for argument in arguments if not argument.startswith(f"{found[1]}=")]
+        return [[*kept, f"{found[1]}={found[2]}"]]
+    if "Use bf16." in said:
+        return [[*others, f"{key}=bf16"]]
+    if "Set one." in said:
+        return [[SET_ONE[" ".join(arguments)]]]
+    if found := re.search(r"(~\S+( ~\S+)*)$", said):
+        return [[*arguments, *found[1].split()]]
+    if found := re.search(r"needs quotes: (.+)$", said):
+        return [[*others, *shlex.split(found[1])]]
+    if found := re.search(r"It is one of (\S+)\.$", said):
+        return [[found[1], last]]
+    found = re.search(r"one of (?:its options: )?([\w, ]+)", said)
+    words = re.findall(r"\w+", found[1]) if found else []
+    words += ["true", "false"] if "true or false" in said else []
+    words += ["null"] if said.endswith("or null.") else []
+    return [[*others, f"{key}={word}"] for word in words if word != "or"]
+
+
+@pytest.mark.parametrize("bad", [bad for bad, said in BAD.items() if re.search(OFFERS, said)])
+def test_what_an_error_advises_helps(bad: str) -> None:
+    said = error_of(bad.split())
+    assert BAD[bad] in said
+    ways = ways_out(bad.split(), said)
+    assert ways
+    for arguments in {" ".join(way): way for way in (ways[0], ways[-1])}.values():
+        after = error_of(arguments)
+        assert after == "" or (NEXT.get(bad, "\0") in after and after != said), (arguments, after)
 
 
 def test_what_needs_torch_to_be_found_is_one_line_too(tmp_path: Path) -> None:

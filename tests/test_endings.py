@@ -125,7 +125,7 @@ def trained(images: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def ended(folder: Path, command: list[str]) -> tuple[int, str]:
-    """The exit code of the command and all that it said; it has to end by itself."""
+    """The exit code of the command and all that it said; it must end by itself."""
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -12,7 +12,17 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. Those in SERVE_ALL serve all.
 SERVE_ALL = {
-    *("command_line", "errors", "flags", "monitor", "older", "output", "parent", "randomness"),
+    *(
+        "command_line",
+        "errors",
+        "flags",
+        "locks",
+        "monitor",
+        "older",
+        "output",
+        "parent",
+        "randomness",
+    ),
     "terminal",
 }
 ALLOWED = {

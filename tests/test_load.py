@@ -131,7 +131,7 @@ def test_a_missing_device_is_an_error_only_where_it_was_asked_for(
     assert "the run's device, cuda, is missing here" in caplog.text
     with pytest.raises(UserError, match=r"^device=cuda: this machine has none"):
         load_run(run, device="cuda")
-    with pytest.raises(UserError, match="device=gpu has to be one of"):
+    with pytest.raises(UserError, match="device=gpu must be one of"):
         load_run(run, device="gpu")
 
 

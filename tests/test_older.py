@@ -237,6 +237,19 @@ def test_without_the_row_a_resume_is_refused(
     assert typed["trainer"]["brand_new"] is True
 
 
+def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> None:
+    """A null of the record, which an older one gets too, is not kept then."""
+    folder = Path("averages")
+    for typed, index in ((["loss.ignore_index=2"], 2), ([], None)):
+        config = read_yaml(folder / "config.yaml")
+        older.complete(config)
+        config["resume"] = str(folder)
+        config["loss"]["ignore_index"] = config["data"]["ignore_index"] = index
+        overrides = resume.expand([f"resume={folder}", *typed])
+        assert resume.continues(folder, config, overrides)
+        assert config["data"]["ignore_index"] == index
+
+
 def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from regrow.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Option:
-    """One key. Without a default it has to be given; `kind` is text, integer or boolean."""
+    """One key. Without a default it must be given; `kind` is text, integer or boolean."""
 
     help: str
     default: Any = None
@@ -60,7 +60,7 @@ def parse(
             values[key] = _value(key, value, options[key])
     for key, option in options.items():
         if option.required and values[key] in (None, ""):
-            raise UserError(f"{key} has to be given: add {key}=…")
+            raise UserError(f"{key} must be given: add {key}=…")
     return Arguments(values, data)
 
 
@@ -76,14 +76,14 @@ def usage(options: Mapping[str, Option], text: str, *, takes_data: bool = False)
 
 def _value(key: str, value: str, option: Option) -> Any:
     if option.choices and value not in option.choices:
-        raise UserError(f"{key}={value} has to be one of {', '.join(option.choices)}.")
+        raise UserError(f"{key}={value} must be one of {', '.join(option.choices)}.")
     if option.kind == "text":
         return value
     read = _plain(key, value)
     if option.kind == "boolean" and not isinstance(read, bool):
-        raise UserError(f"{key}={value} has to be true or false.")
+        raise UserError(f"{key}={value} must be true or false.")
     if option.kind == "integer" and (type(read) is not int or read < 1):
-        raise UserError(f"{key}={value} has to be an integer of at least 1.")
+        raise UserError(f"{key}={value} must be an integer of at least 1.")
     return read
 
 

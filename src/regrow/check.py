@@ -137,6 +137,7 @@ RULES: dict[str, Rule] = {
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
+    "data.identity": choice("contents", "length"),
     "data.integers": choice("int64", "float32"),
     "data.target_dtype": choice("float64", "float32"),
     "data.augmentation.pad": integer(0),
@@ -298,7 +299,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     missing = [key for key, value in _leaves(plain(config, resolve=False)) if value == "???"]
     if missing:
         raise UserError(
-            f"{missing[0]} has to be given: add {missing[0]}=…"
+            f"{missing[0]} must be given: add {missing[0]}=…"
             + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
         )
     values = plain(config)
@@ -330,7 +331,7 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
         is_known = not is_text and _is_ours(values, path)
         if is_known and not RULES[path].allows(value):
-            raise UserError(f"{path}={_shown(value)} has to be {RULES[path].says}.")
+            raise UserError(f"{path}={_shown(value)} must be {RULES[path].says}.")
 
 
 def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
@@ -382,7 +383,7 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
     if path == "data.augmentation" and node is None:
         return
     if not isinstance(node, Mapping):
-        raise UserError(f"{path}={_shown(node)} has to be a mapping of keys to values.")
+        raise UserError(f"{path}={_shown(node)} must be a mapping of keys to values.")
     if not shipped:  # an open mapping
         return
     target = node.get("_target_")
@@ -418,7 +419,7 @@ def _check_type(value: Any, shipped: Any, path: str) -> None:
     else:
         return
     if not right:
-        raise UserError(f"{path}={_shown(value)} has to be {says}.")
+        raise UserError(f"{path}={_shown(value)} must be {says}.")
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:
@@ -428,7 +429,7 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
     """
     target = node.get("_target_")
     if not isinstance(target, str):
-        raise UserError(f"{path}._target_={target!r} has to name a class or a function.")
+        raise UserError(f"{path}._target_={target!r} must name a class or a function.")
     function = locate(target, path)
     try:
         parameters = inspect.signature(function).parameters
@@ -467,7 +468,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
     source = data["source"]
     if isinstance(source, Mapping) and source.get("root", "") is None:
-        raise UserError("data.root has to be given: add data.root=…")
+        raise UserError("data.root must be given: add data.root=…")
     if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
@@ -499,16 +500,16 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         monitor.refuse_without(values)
     elif not str(trainer["monitor"]).startswith("val/"):
         raise UserError(
-            f"trainer.monitor={trainer['monitor']} has to be a metric of the validation split, "
+            f"trainer.monitor={trainer['monitor']} must be a metric of the validation split, "
             "such as val/loss."
         )
     resume = values["resume"]
     if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
-        raise UserError(f"resume={resume} has to be auto, never or the folder of a run.")
+        raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
 
 
 def _is_ours(values: Mapping[str, Any], path: str) -> bool:
-    """Whether the key's meaning is known: another's model may have a `dropout` that is a list."""
+    """Return True if the key's meaning is known: a user's model may take a list as `dropout`."""
     for key in path.split(".")[:-1]:
         values = values[key]
     return str(values.get("_target_", "regrow.")).startswith(("regrow.", "torch.optim."))

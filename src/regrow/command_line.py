@@ -154,7 +154,7 @@ def _exists(path: str) -> bool:
 
 
 def _is_readable(key: str, value: str, multirun: bool) -> bool:
-    """Whether Hydra's grammar finds text in `key=value`, or several values where those fit."""
+    """Return True if Hydra's grammar reads text in `key=value`, or several values if allowed."""
     found = read(f"{key}={value}")
     if found is ...:
         return False

@@ -149,7 +149,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
             else ("=" in argument[1:] or argument.startswith("~") or before in FLAGS_WITH_A_VALUE)
         )
         if not known:
-            hint = did_you_mean(argument.partition("=")[0].lstrip("-"), known_keys())
+            key, keys = argument.partition("=")[0].lstrip("-"), known_keys()
+            hint = f" Give {key} a value: {key}=…" if key in keys else did_you_mean(key, keys)
             raise UserError(
                 f"{argument}: arguments are key=value, without dashes or spaces, such as "
                 f"optimizer.lr=0.1.{hint}"
@@ -224,7 +225,10 @@ def composition_error(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = found.group(1).partition("=")
-        return f"{found.group(1)}: several values are a sweep: add -m. A list is {key}=[{value}]."
+        return (
+            f"{found.group(1)}: several values are a sweep: add -m. "
+            f"A key that takes a list: {key}=[{value}]."
+        )
     for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
         if found := re.search(pattern, text):
             return unknown_key(found.group(1))
@@ -330,9 +334,9 @@ def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-# What Hydra reads in a node. None of these keys lets a target through.
+# The keys that Hydra itself reads in a node. None of these keys lets a target through.
 HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-# What this process may make beside the targets that conf/ names: see `allow`.
+# Targets that this process may make beside those that conf/ names: see `allow`.
 _allowed: set[str] = set()
 
 

@@ -76,6 +76,8 @@ def _find_lr(cfg: DictConfig) -> float:
         trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
         objects = runs.build(config, world)
         with contextlib.closing(objects.data):
+            for note in objects.data.notes:
+                log.warning("%s", note)
             if trainer["check_first_batch"]:
                 runs.check_first_batch(objects, world)
             nowhere: dict[str, Any] = {"record": None, "checkpoints": None}

@@ -304,13 +304,13 @@ def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
 
 
 def is_plain(error: BaseException) -> bool:
-    """Whether a line says it all: bad numbers or a bad disk, and no fault in the code."""
+    """Return True if a line says it all: bad numbers or a bad disk, and no fault in the code."""
     return isinstance(error, FloatingPointError | OSError) and hasattr(error, "step")
 
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
     """Write down why the run failed, once: the others fail because this process does."""
-    error.step = step  # type: ignore[attr-defined]  # for whoever has to tell of it
+    error.step = step  # type: ignore[attr-defined]  # for whoever must tell of it
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
@@ -361,7 +361,7 @@ def seeds_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:
-    """What is about to run, and how to go on with it should it be cut."""
+    """Log what is about to run, and the command that resumes it."""
     options, state = objects.options, objects.state
     config = redact_all(dict(job.config))
     for line in config_tree(config, job.choices):
@@ -407,7 +407,7 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
 
 
 def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
-    """What a run does as it was told, and few would mean. A line each."""
+    """Settings that few would choose on purpose, one line each."""
     options, lines = objects.options, []
     if options.monitor is None:
         lines.append("no metric is monitored: the last weights are the best ones")

@@ -32,10 +32,10 @@ from regrow.training import checkpoint
 log = logging.getLogger("regrow")
 
 PREPROCESSING = "preprocessing.json"
-# What the trained model was made for. Other data must be like it.
+# Properties of the data that the model was trained for. Other data must have them too.
 OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
 PRECISIONS = ("fp32", "bf16", "fp16")
-# What of the trainer its outputs depend on.
+# Keys of the trainer that the outputs depend on.
 OF_THE_TRAINER = (
     *("device", "precision", "channels_last", "num_threads", "tf32", "cudnn_benchmark"),
     "deterministic",
@@ -95,7 +95,7 @@ class LoadedRun:
 
 
 def preprocessing_record(data: Any) -> dict[str, Any]:
-    """What prediction needs of the data, as the run's folder keeps it in preprocessing.json."""
+    """The part of the data that prediction needs: the content of preprocessing.json."""
     names = data.input_names()
     return {**data.preprocessing.to_dict(), "class_names": data.class_names, "input_names": names}
 
@@ -226,9 +226,9 @@ def _pin(data: dict[str, Any], **found: Any) -> None:
 
 def _check_type(name: str, value: Any, old: Any) -> None:
     if name in ("batch_size", "eval_batch_size") and (type(value) is not int or value < 1):
-        raise UserError(f"data.{name}={value} has to be an integer of at least 1.")
+        raise UserError(f"data.{name}={value} must be an integer of at least 1.")
     if name == "num_workers" and (type(value) is not int or value < 0):
-        raise UserError(f"data.{name}={value} has to be an integer of at least 0.")
+        raise UserError(f"data.{name}={value} must be an integer of at least 0.")
     kinds = {
         bool: "true or false",
         int: "an integer",
@@ -239,7 +239,7 @@ def _check_type(name: str, value: Any, old: Any) -> None:
     kind = type(old)
     fits = type(value) in (int, float) if kind is float else type(value) is kind
     if kind in kinds and not fits and name != "normalize":
-        raise UserError(f"data.{name}={value} has to be {kinds[kind]}.")
+        raise UserError(f"data.{name}={value} must be {kinds[kind]}.")
 
 
 def _dotted(node: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -317,7 +317,7 @@ def _names_in(config: Mapping[str, Any], folder: Path) -> list[str] | None:
 def _device(name: str | None, recorded: str) -> torch.device:
     if name is not None:
         if name not in ("auto", "cpu", "cuda", "mps"):
-            raise UserError(f"device={name} has to be one of auto, cpu, cuda, mps.")
+            raise UserError(f"device={name} must be one of auto, cpu, cuda, mps.")
         try:
             return runs.resolve_device(name)
         except UserError as error:

@@ -91,7 +91,7 @@ def _is_qualifier(word: str) -> bool:
 def of_run(config: Mapping[str, Any]) -> str | None:
     """The direction of a run's monitor: its trainer's mode, its task's own, or by the name.
 
-    None where it has no monitor, or torchmetrics has to be asked.
+    None where it has no monitor, or torchmetrics must be asked.
     """
     trainer, task = config["trainer"], config["task"]
     monitor = trainer["monitor"]
@@ -142,7 +142,7 @@ def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null")
 
 
 def lacks_val(source: Mapping[str, Any]) -> bool:
-    """Whether a data source of this repository's is sure to have no validation split.
+    """Return True if a data source of this repository's is sure to have no validation split.
 
     False where only reading it tells.
     """

@@ -39,6 +39,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey(IMAGE_FOLDER, "leave_out", []),
     AddedKey(IMAGE_FOLDER, "identity", "ends"),
     AddedKey("regrow.data.loaders.Data", "changed", "refuse"),
+    AddedKey("regrow.data.loaders.Data", "identity", "length"),
     AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
     AddedKey("regrow.data.loaders.Data", "integers", "float32"),
     AddedKey("regrow.data.loaders.Data", "ignore_index", None),

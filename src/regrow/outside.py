@@ -15,14 +15,14 @@ from typing import Any
 from regrow.errors import UserError
 from regrow.record.folder import write_text
 
-PATIENCE = 300.0  # seconds in which the first process has to say where the others find it
+PATIENCE = 300.0  # seconds in which the first process must say where the others find it
 TELL_SECONDS = 5.0  # a wait that is longer says what it waits for
 OF_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
 ALONE = "To run in one process, unset RANK and WORLD_SIZE."
 
 
 def started_from_outside() -> bool:
-    """Whether torchrun or srun started this process as one of several."""
+    """Return True if torchrun or srun started this process as one of several."""
     several = number_of("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
     return several and "REGROW_PARENT" not in os.environ
 
@@ -65,7 +65,7 @@ def check_environment() -> None:
 
 
 def is_in_a_shell() -> bool:
-    """Whether a person's shell started this process, inside of a step such as `srun --pty bash`.
+    """Return True if a person's shell started this process, in a step such as `srun --pty bash`.
 
     Such a shell starts each command in a process group of its own, on its terminal. A task of srun
     has no terminal; with --pty the first has one, as the leader of its session.

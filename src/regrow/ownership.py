@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import hmac
 import json
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from regrow import locks
 from regrow.errors import UserError
 from regrow.record.folder import read_json, refuse_links, write_json
 from regrow.record.manifest import ORIGIN
@@ -120,7 +120,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """One writer at a time, as far as the file system knows locks: a line is one write anyway."""
     with open(folder / LOCK, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.wait_for(lock.fileno(), f"{folder / LOCK}")
         yield
 
 

@@ -29,7 +29,7 @@ SWEEP = ownership.SWEEP  # of a sweep's folder
 ELSEWHERE = ("launcher", "sweep")  # groups that say where or beside what a run is made
 
 # What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
-# moves the maths beyond float rounding. Everything else has to be named to be changed.
+# moves the maths beyond float rounding. Everything else must be named to be changed.
 MAY_CHANGE = (
     "tags",
     "notes",
@@ -202,8 +202,8 @@ def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def is_foreign(override: str) -> bool:
-    """Whether an override reaches beyond the config of a run: Hydra's own options, the launcher's,
-    a file of another folder, another package, or the environment."""
+    """Return True if an override reaches beyond a run's config: Hydra's own options, the
+    launcher's, a file of another folder, another package, or the environment."""
     key, _, value = override.partition("=")
     names = value.strip("[]'\"").split(",") if (CONF / key_of(override)).is_dir() else []
     return (
@@ -217,12 +217,12 @@ def is_foreign(override: str) -> bool:
 
 
 def is_of_the_launcher(override: str) -> bool:
-    """Whether an override says where, or beside what, a run is made: no part of the run."""
+    """Return True if an override says where, or beside what, a run is made: no part of the run."""
     return key_of(override).split(".")[0] in ELSEWHERE
 
 
 def recorded_overrides(folder: Path) -> list[str]:
-    """What the run in `folder` was started with. Raises UserError if it cannot be read."""
+    """The overrides that started the run in `folder`. Raises UserError if it cannot be read."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
         return overrides_in(path.read_text(encoding="utf-8"))
@@ -281,7 +281,7 @@ def targets_of(override: str) -> list[str]:
 
 
 def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
-    """Whether `folder` holds a run that this one goes on with. Raises UserError if it must not.
+    """Return True if `folder` holds a run that this one resumes. Raises UserError if it must not.
 
     `overrides` are those of this start, recorded ones included: see `expand`.
 
@@ -293,7 +293,10 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         return False
     recorded = recorded_config(folder, f"resume={folder}")
     older.complete(recorded)
-    if adopted := older.adopt(config, older.earlier(recorded), map(key_of, overrides)):
+    following = following_keys(recorded, config)
+    if adopted := older.adopt(
+        config, older.earlier(recorded), [*map(key_of, overrides), *following]
+    ):
         log.info("%s", older.line(str(folder), adopted))
     if config["resume"] == "never":
         raise UserError(
@@ -308,6 +311,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
+        named |= following if {"loss", "loss.ignore_index"} & named else set()
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
@@ -328,6 +332,15 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         )
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return True
+
+
+def following_keys(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
+    """The keys of `data` that follow `loss.ignore_index`, where that is not the recorded one.
+
+    A recorded null is what an older record gets, too, so it would be kept.
+    """
+    before, now = (node["loss"].get("ignore_index") for node in (recorded, config))
+    return {"data.ignore_index", "data.source.ignore_index"} if before != now else set()
 
 
 def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:
@@ -396,7 +409,7 @@ def _change_of(name: str, was: Any, **now: Any) -> str:
 
 
 def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the folder's run is complete and `config` asks for no more of it.
+    """Return True if the folder's run is complete and `config` asks for no more of it.
 
     Raises UserError if a limit was changed all the same, to one that does not let it go on.
     """

@@ -72,8 +72,8 @@ def check_roles(
 
 
 def is_apart(target: str, folder: Path) -> bool:
-    """Whether a target's module lies neither in a run's folder nor where Python finds it only for
-    the current folder's sake. Imports nothing."""
+    """Return True if a target's module is neither in a run's folder nor found by Python only
+    because of the current folder. Imports nothing."""
     try:
         spec = importlib.util.find_spec(target.partition(".")[0])
     except (ImportError, ValueError):

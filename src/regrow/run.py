@@ -65,7 +65,7 @@ WEIGHTS = "weights.pt"
 
 @dataclass(frozen=True)
 class Objects:
-    """What a config describes, made."""
+    """The objects that a config describes."""
 
     options: TrainerOptions
     data: Any
@@ -280,7 +280,7 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
 
 
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
-    """What a step looks at; `record` says where its numbers and the state go."""
+    """Everything that a step uses; `record` says where its numbers and the state go."""
     options, model = objects.options, objects.state.model
     exchange = Exchange(world, stop)
     return Plan(
@@ -535,7 +535,7 @@ def draw(folder: Path) -> None:
 
 
 def is_drawn(folder: Path) -> bool:
-    """Whether the page, which is written last, was written after the results."""
+    """Return True if the page, which is written last, was written after the results."""
     page, summary = folder / "report.html", folder / records.SUMMARY
     with contextlib.suppress(OSError):
         return page.stat().st_mtime_ns >= summary.stat().st_mtime_ns

@@ -29,7 +29,7 @@ EARLY = 60  # Slurm may signal so many seconds before it was told to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """What a job asks Slurm for. Without a unit in its name, an option is sbatch's own."""
+    """The request of a job to Slurm. Without a unit in its name, an option is sbatch's own."""
 
     nodes: int
     tasks_per_node: int
@@ -128,7 +128,7 @@ def submit_array(
 
 
 def write_job(job: Job) -> Path:
-    """What the processes of the job read, in its run's folder."""
+    """Write the job's file, which its processes read, into its run's folder."""
     file = Path(str(job.folder)).resolve() / "slurm" / "job.json"
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # keys for services may be in there
     (file.parents[1] / names.LOCK).touch()  # it is a run's folder from now on: see `names`
@@ -227,7 +227,7 @@ class Task:
             return
         if self.signalled or code in STOPPED:
             if not is_first:
-                return  # to fail would end the first, which has to put the job back
+                return  # to fail would end the first, which must put the job back
             if is_preempted():
                 requeue("preempted")
         elif int(os.environ["SLURM_NTASKS"]) > 1 and self.may_start_again(code):
@@ -249,8 +249,8 @@ class Task:
         return submitit.helpers.DelayedSubmission(Task(self.job, self.sweep))
 
     def may_start_again(self, code: int) -> bool:
-        """Whether the config lets a job of several tasks go on after one failed: so many times, or
-        in smaller slices after it ran out of memory."""
+        """Return True if the config lets a job of several tasks restart after one failed: so many
+        times, or in smaller slices after it ran out of memory."""
         refused = self.job.with_name(f"refused-{os.environ['SLURM_JOB_ID']}")
         if code == 2:  # a mistake of the user, which would only be made again
             refused.touch()
@@ -282,7 +282,7 @@ class Task:
 
 
 def is_preempted() -> bool:
-    """Whether Slurm has asked this job to make room: it then has to put itself back."""
+    """Return True if Slurm has asked this job to make room: it then must put itself back."""
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
     said = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     return re.search(r"\bPreemptTime=\d", said) is not None

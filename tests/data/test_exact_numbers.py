@@ -128,6 +128,7 @@ def data_of(train: Any, **changes: Any) -> Data:
             "integers": "int64",
             "target_dtype": "float64",
             "changed": "refuse",
+            "identity": "contents",
         },
     }
     return Data(**{**options, **changes})

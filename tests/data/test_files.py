@@ -65,7 +65,7 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "drop_last": False, "limit_train": None,
         "augment": True, "augmentation": None, "normalize": "none", "normalize_targets": False,
         "target_dtype": "float64", "integers": "int64", "ignore_index": None,
-        "changed": "refuse", "overlap": "refuse",
+        "changed": "refuse", "identity": "contents", "overlap": "refuse",
     } | changes  # fmt: skip
     data = instantiate(node, source=from_datasets(train=train, val=val, test=None, collate=None))
     assert isinstance(data, Data)
@@ -130,7 +130,7 @@ def test_without_a_seed_per_example_the_number_of_workers_would_show(
     """The negative control."""
     import contextlib
 
-    monkeypatch.setattr(feeds, "_seeded", lambda value: contextlib.nullcontext())
+    monkeypatch.setattr(feeds, "seeded", lambda value: contextlib.nullcontext())
     runs = [
         list(of_ones_own(Noisy(13, 0), num_workers=n).train(device=CPU).epoch(0)) for n in (0, 1)
     ]
@@ -379,7 +379,7 @@ def test_a_photo_is_a_pure_function_of_the_seed() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 
     def seeded(value: int) -> bytes:
-        with feeds._seeded(value):
+        with feeds.seeded(value):
             return photo(image).tobytes()
 
     assert seeded(1) == seeded(1) != seeded(2)

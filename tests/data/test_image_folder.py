@@ -385,6 +385,20 @@ def test_folders_beside_train_are_named(make_data: Make, tmp_path: Path, image_r
     assert "1 beside train, val and test (valid)" in line
 
 
+def test_a_folder_with_val_and_without_train_says_so(make_data: Make, image_root: Path) -> None:
+    classes = sorted(path.name for path in image_root.iterdir())
+    for old, new in zip(classes, ("test", "val"), strict=True):
+        (image_root / old).rename(image_root / new)
+    arguments = ("image_folder", f"root={image_root}", *SMALL)
+    with pytest.raises(UserError, match=r"holds val and test, but no folder train\. Add train/"):
+        make_data(*arguments)
+    (image_root / "test").rename(image_root / "dog")
+    with pytest.raises(UserError, match=r"holds val, but no .* if val is a class, name all"):
+        make_data(*arguments)
+    data = make_data(*arguments, "class_names=[dog,val]")  # as the message says
+    assert data.class_names == ["dog", "val"]
+
+
 def test_the_files_of_an_older_record_are_those_of_its_time(
     make_data: Make, tmp_path: Path
 ) -> None:

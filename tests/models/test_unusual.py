@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from regrow import run as runs
 from regrow import weights
 from regrow.config import allow
+from regrow.data.splits import Examples, Splits
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record.folder import read_json
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
 from regrow.training import model_checks, optim
+from regrow.training.loop import call
 from regrow.training.state import weights_sha256
 
 OPTIONS = (
@@ -464,6 +467,26 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
     assert "\n" not in str(raised.value)
 
 
+NEED_A_BATCH = (
+    *(SparseFunction, Created, FilledNone, Growing, Attached, Detached, InAList, Mapping, Tuple),
+    Closure,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "line"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_check_that_needs_no_batch_is_made_without_the_first(
+    model: type, options: tuple[str, ...], line: str
+) -> None:
+    """conf/trainer/default.yaml says which are not."""
+    config = config_with(model, *options, "trainer.check_first_batch=false")
+    with (
+        contextlib.nullcontext() if model in NEED_A_BATCH else pytest.raises(UserError, match=line)
+    ):
+        runs.build(config, CPU)
+
+
 @pytest.mark.parametrize("model", [OldWeightNorm, KeepsResult, Closure, Half])
 def test_a_model_that_only_its_average_forbids_is_built_without_one(model: type) -> None:
     runs.build(config_with(model), CPU)
@@ -490,3 +513,56 @@ def forward_check(model: type) -> Callable[..., None]:
         is_sharded=False,
         compiles=False,
     )
+
+
+# Integers to a model of floats
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 3),
+        nn.Conv1d(2, 3, 1),
+        nn.LayerNorm(6),
+        nn.BatchNorm1d(6),
+        nn.GRU(6, 3),
+        nn.Dropout(),
+        nn.Softmax(-1),
+        nn.GELU(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_integers_to_a_model_of_floats_are_one_line(layer: nn.Module, dtype: torch.dtype) -> None:
+    inputs = torch.ones(2, 6, dtype=dtype)
+    for given in (inputs, (inputs,), {"input": inputs}):
+        with pytest.raises(UserError, match=r"cannot compute with u?int\d+ inputs") as raised:
+            call(layer, given)
+        assert "\n" not in str(raised.value) and "data.integers=float32" in str(raised.value)
+
+
+def test_other_failures_of_a_forward_pass_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        call(nn.Linear(6, 3), torch.ones(2, 5))
+    assert not isinstance(raised.value, UserError)
+    with pytest.raises(IndexError):
+        call(nn.Embedding(3, 2), torch.tensor([7]))
+
+
+def test_a_run_on_integers_in_memory_ends_before_it_starts_and_the_advice_helps() -> None:
+    def checked(*overrides: str) -> None:
+        config = config_of(*TINY, "data.normalize=none", *overrides)
+        config["data"]["source"] = {"_target_": f"{__name__}.counts"}
+        allow(config)
+        runs.check_first_batch(runs.build(config, CPU), CPU)
+
+    with pytest.raises(UserError, match=r"int64 inputs .* data\.integers=float32"):
+        checked()
+    checked("data.integers=float32")
+
+
+def counts() -> Splits:
+    """Features that are whole numbers."""
+    draws = torch.Generator().manual_seed(0)
+    train, val = (torch.randint(0, 90, (n, 6), generator=draws) for n in (50, 20))
+    return Splits(Examples(train, train[:, 0] % 3), Examples(val, val[:, 0] % 3), None)

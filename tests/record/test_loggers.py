@@ -602,7 +602,7 @@ def test_what_a_logger_of_ones_own_needs_is_asked_for_before_anything_is_made() 
 
     node = {"_target_": f"{__name__}.Named"}
     parameters = check_signature(node, "logger.mine")
-    with pytest.raises(UserError, match=r"logger\.mine\.url has to be given: .*Named needs it"):
+    with pytest.raises(UserError, match=r"logger\.mine\.url must be given: .*Named needs it"):
         check_required(node, "logger.mine", parameters)
     check_required({**node, "url": "here"}, "logger.mine", parameters)
     with pytest.raises(UserError, match=r"logger\.mine\._target_=nowhere\.Logger"):

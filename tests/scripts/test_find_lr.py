@@ -18,13 +18,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
 from running import CPU, config_of
 
 from regrow import run as runs
 from regrow.config import CONF, version_arguments
 from regrow.errors import UserError
 from regrow.find_lr import find_lr
-from regrow.training import loop
+from regrow.training import loop, lr_finder
 from regrow.training.interrupt import StopRequest
 from regrow.training.lr_finder import (
     Curve,
@@ -253,8 +254,8 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for overrides, message in (
-        (("find_lr.min_lr=2", "find_lr.max_lr=1"), "has to be above zero and below"),
-        (("find_lr.num_steps=2",), "find_lr.num_steps=2 has to be an integer of at least 20"),
+        (("find_lr.min_lr=2", "find_lr.max_lr=1"), "must be above zero and below"),
+        (("find_lr.num_steps=2",), "find_lr.num_steps=2 must be an integer of at least 20"),
         (("find_lr.min_lr=1", "find_lr.max_lr=2"), "the loss fell at no rate"),
         (("+find_lr.steps=3",), "Did you mean find_lr.num_steps?"),
         (("trainer.devices=2",), "Use trainer.devices=1."),
@@ -265,6 +266,29 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert len(lines) == 1 and message in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_left_out_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enough(*arguments: Any) -> Curve:
+        raise UserError("enough")
+
+    monkeypatch.setattr(lr_finder, "range_test", enough)
+    for number in range(20):
+        folder = tmp_path / "images" / ("a", "b")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 12 * number).save(folder / f"{number}.png")
+    (tmp_path / "images" / "a" / "photo.heic").write_bytes(b"heic")
+    cfg = job(
+        *("data=image_folder", "data.root=images", "data.num_classes=2", "data.num_outputs=2"),
+        *("data.input_shape=[1,8,8]", "data.source.resize=8", "data.num_workers=0"),
+        *("data.augment=false", "model.hidden=[4]", "data.normalize=none"),
+    )
+    with pytest.raises(SystemExit):
+        find_lr(cfg)
+    said = capsys.readouterr()
+    assert "enough" in said.err and "1 of suffix .heic (a/photo.heic)" in said.out + said.err
 
 
 def test_a_misspelt_key_ends_it_at_once(tmp_path: Path) -> None:

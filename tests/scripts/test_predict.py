@@ -204,13 +204,13 @@ def test_a_value_that_is_nan_is_shown(diabetes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=DIGITS"], "input has to be given: add input=…"),
+        (["run=DIGITS"], "input must be given: add input=…"),
         (["run=DIGITS", "input=nowhere.png"], "input=nowhere.png does not exist."),
         (["run=DIGITS", "input=DIGITS", "output=."], "output=. is a folder. Name a file"),
         (["run=DIGITS", "input=DIGITS", "output=/no/such/x.csv"], "there is no folder /no/such"),
         (["run=DIGITS", "input=DIGITS/config.yaml"], "is no image, folder of images, .npy or .csv"),
-        (["run=DIGITS", "input=DIGITS", "batch_size=0"], "has to be an integer of at least 1"),
-        (["run=DIGITS", "input=DIGITS", "overwrite=1"], "overwrite=1 has to be true or false"),
+        (["run=DIGITS", "input=DIGITS", "batch_size=0"], "must be an integer of at least 1"),
+        (["run=DIGITS", "input=DIGITS", "overwrite=1"], "overwrite=1 must be true or false"),
         (["run=DIGITS", "input=DIGITS", "data.root=x"], "data.root: there is no such key."),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

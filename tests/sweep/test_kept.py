@@ -212,7 +212,7 @@ def test_lines_that_hold_no_job_are_said() -> None:
         params=None, fail_fast=False, retry_failed=False, pictures="none", file=None,
         sets=["notes=don't"],
     )  # fmt: skip
-    with pytest.raises(UserError, match="has to be overrides"):
+    with pytest.raises(UserError, match="must be overrides"):
         plan.sets_of(sets)
 
 

@@ -153,7 +153,7 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
     done = sweep(tmp_path, *SMALL, "optimizer.lr=0.1,abc")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: optimizer.lr=abc has to be a number above 0. (job 1: optimizer.lr=abc)\n"
+        "error: optimizer.lr=abc must be a number above 0. (job 1: optimizer.lr=abc)\n"
     )
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
@@ -163,19 +163,19 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
     [
         (("optimizer.lr=interval(0,1)",), "Use sweep=optuna"),
         (("launcher.jobs=1,2",), "launcher.jobs is the sweep's own, and takes one value"),
-        (("launcher.jobs=0",), "launcher.jobs=0 has to be an integer of at least 1, or auto"),
+        (("launcher.jobs=0",), "launcher.jobs=0 must be an integer of at least 1, or auto"),
         (("sweep=list",), "there is no set"),
-        (("sweep=list", "sweep.sets=[adamw]"), "has to be overrides"),
+        (("sweep=list", "sweep.sets=[adamw]"), "must be overrides"),
         (("sweep=optuna",), "nothing is varied"),
         (("sweep=optuna", "seed=0,1", "sweep.metric=accuracy"), "Did you mean"),
         (
             ("sweep=optuna", "optimizer.lr=interval(1,2)", "sweep.sampler=grid"),
             "no end of values",
         ),
-        (("sweep=optuna", "seed=0,1", "sweep.n_trials=0"), "sweep.n_trials=0 has to be"),
+        (("sweep=optuna", "seed=0,1", "sweep.n_trials=0"), "sweep.n_trials=0 must be"),
         (("sweep.fail_fats=true",), "Did you mean sweep.fail_fast?"),
         (("seed=0,1", "hydra.sweep.subdir=x"), "would share it with job 0"),
-        (("seed=0,1", "hydra.sweep.subdir=../x"), "has to lie in the sweep's folder"),
+        (("seed=0,1", "hydra.sweep.subdir=../x"), "must lie in the sweep's folder"),
     ],
 )
 @pytest.mark.slow

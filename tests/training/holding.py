@@ -40,6 +40,9 @@ class Rows:
         noise = 0.3 * torch.randn(6) if self.name == "train" else torch.zeros(6)
         return self.inputs[index] + noise, int(self.inputs[index].argmax()) % 3
 
+    def fingerprint(self) -> str:
+        return self.name  # no item is read before the run reads it
+
 
 def splits(**options: Any) -> Splits:
     return from_datasets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,22 @@ def test_runs_with_empty_steps_end_and_resume_exactly(tmp_path: Path) -> None:
     cut = train(tmp_path / "cut", *RARE)
     assert cut["empty_steps"] == whole["empty_steps"]
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+
+
+def test_an_epoch_of_empty_steps_alone_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def epoch(*batches: Batch) -> list[str]:
+        caplog.clear()
+        run = bench(max_skipped_steps=5)
+        run.state.steps_per_epoch = len(batches)
+        for one in batches:
+            run.step(one)
+        return [record.getMessage() for record in caplog.records]
+
+    logging.getLogger("regrow").propagate = True
+    (line,) = epoch(batch(1, 2), batch(2, 1))
+    assert line.startswith("epoch 1: every step was empty") and "loss.class_weights" in line
+    assert epoch(batch(1, 2), batch(0, 1)) == []
+    assert epoch(batch(1, 2), batch(0, 1, bad=True)) == []  # a bad step is told of elsewhere
 
 
 def test_slices_do_not_make_a_step_empty(tmp_path: Path) -> None:

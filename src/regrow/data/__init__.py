@@ -1,1 +1,1 @@
-"""What is read: data sets, their order, and batches on the device."""
+"""Data: data sets, their order, and batches on the device."""

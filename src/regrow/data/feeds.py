@@ -246,7 +246,7 @@ class _Seeded:
     def __getitem__(self, place: tuple[int, int]) -> Any:
         epoch, index = place
         try:
-            with _seeded(key(self.seed, "example", self.name, epoch, index)):
+            with seeded(key(self.seed, "example", self.name, epoch, index)):
                 item = self.dataset[index]
             self._check(item, index)
             return item
@@ -256,7 +256,7 @@ class _Seeded:
             reason = " ".join(str(error).split())
             return _Broken(
                 f"{self.name} example {index} cannot be read: {reason}. The files under data.root "
-                "have to stay as they are while a run needs them. Put it back and resume."
+                "must stay as they are while a run needs them. Put it back and resume."
             )
 
     def _check(self, item: Any, index: int) -> None:
@@ -357,7 +357,7 @@ def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int 
 
 
 @contextlib.contextmanager
-def _seeded(value: int) -> Iterator[None]:
+def seeded(value: int) -> Iterator[None]:
     """Ambient random states seeded from `value`, and put back: the loop may rely on its own."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(value)

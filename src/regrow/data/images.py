@@ -279,10 +279,16 @@ def image_folder(
     left_out = LeftOut(folder)
     suffixes_of(extensions)  # before any folder is read
     inside = _folders(folder, reading)
+    class_names = text_names(class_names)
     names = [name for name in NAMES if name in inside]
+    lone = [name for name in names if name not in (class_names or ())]
+    if lone and "train" not in names:
+        raise UserError(
+            f"data.root={root} holds {' and '.join(lone)}, but no folder train. Add train/<class>/…"
+            f", or, if {lone[0]} is a class, name all classes in data.class_names."
+        )
     folders = {name: folder / name for name in names} if "train" in names else {"train": folder}
     found = _folders(folders["train"], reading)
-    class_names = text_names(class_names)
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and class_names {class_names}" if class_names is not None else ""
         raise UserError(
@@ -352,7 +358,7 @@ def _folders(folder: Path, reading: Reading) -> list[str]:
     for name in names:
         if not name.isprintable():
             raise DataError(
-                f"{shown(folder / name)}: a folder's name has to be printable UTF-8, since it is "
+                f"{shown(folder / name)}: a folder's name must be printable UTF-8, since it is "
                 "the name of a class. Rename it."
             )
     return sorted(names)

@@ -7,11 +7,12 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from regrow.data import identity
 from regrow.data.batch import Batch
 from regrow.data.feeds import FileFeed, MemoryFeed, input_names, outside
 from regrow.data.preprocess import (
@@ -24,7 +25,14 @@ from regrow.data.preprocess import (
     standardised,
 )
 from regrow.data.sampling import Windows, permutation
-from regrow.data.splits import Examples, Split, Splits, check_overlap, text_names
+from regrow.data.splits import (
+    Examples,
+    MapStyle,
+    Split,
+    Splits,
+    check_overlap,
+    text_names,
+)
 from regrow.errors import DataError, UserError
 
 log = logging.getLogger("regrow.data")
@@ -100,6 +108,7 @@ class Data:
         target_dtype: str,
         integers: str,
         changed: str,
+        identity: str,
         overlap: str,
     ) -> None:
         if not isinstance(source, Splits):
@@ -120,6 +129,7 @@ class Data:
         self.limit_train = limit_train
         self.augmentation = augmentation if augment else None
         self.overlap, self.changed = overlap, changed  # the latter is for resume.py
+        self.identity = identity
         self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.num_overlapping = check_overlap(source, overlap)
@@ -142,7 +152,7 @@ class Data:
 
     @property
     def num_examples(self) -> dict[str, int]:
-        """Of each split that there is."""
+        """The number of examples in each split that exists."""
         return {name: len(split) for name, split in self.source.items()}
 
     def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
@@ -210,11 +220,22 @@ class Data:
         return in_units(values, self.target_mean, self.target_std)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Count and SHA-256 of each split, over the contents of tensors or files."""
-        return {
-            name: {"examples": len(split), "sha256": _sha256(split)}
-            for name, split in self.source.items()
-        }
+        """Count and SHA-256 of each split, over the contents of tensors, files or some items."""
+        found, unknown = {}, {}
+        for name, split in self.source.items():
+            try:
+                digest = _sha256(split, self.identity)
+            except identity.Unknown as error:
+                digest, unknown[name] = identity.of_length(cast(MapStyle, split)), str(error)
+            found[name] = {"examples": len(split), "sha256": digest}
+        if unknown:
+            name, reason = next(iter(unknown.items()))
+            log.warning(
+                "%s: %s. A resume can compare only type and length of %s. Give the data set a "
+                "method fingerprint() that returns a text, such as a hash of its files.",
+                *(name, reason, " and ".join(unknown)),
+            )
+        return found
 
     def predict_inputs(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """As `Preprocessing.read`, for one who has the data at hand."""
@@ -364,9 +385,10 @@ class Data:
             )
 
 
-def _sha256(split: Split) -> str:
-    digest = hashlib.sha256()
+def _sha256(split: Split, how: str) -> str:
+    """Raises identity.Unknown for a data set whose items cannot be compared."""
     if isinstance(split, Examples):
+        digest = hashlib.sha256()
         for tensor in (split.inputs, split.targets, split.weights):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -374,5 +396,4 @@ def _sha256(split: Split) -> str:
         return digest.hexdigest()
     if hasattr(split, "fingerprint"):
         return str(split.fingerprint())
-    digest.update(f"{type(split).__qualname__} {len(split)}".encode())
-    return digest.hexdigest()
+    return identity.of_items(split) if how == "contents" else identity.of_length(split)

@@ -1,4 +1,4 @@
-"""What a source hands over: the three splits, cut by fixed keys and free of overlap."""
+"""The result of a source: the three splits, cut by fixed keys and free of overlap."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class StartsFromData(Protocol):
 def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
     """Let the model set its first weights; UserError where it could not be loaded or trained then.
 
-    Whoever loads a run makes the model without data, so all that it holds has to be there before.
+    Whoever loads a run makes the model without data, so all that it holds must be there before.
     """
     assert isinstance(model, nn.Module)
     before = {name: tensor.shape for name, tensor in _tensors(model).items()}

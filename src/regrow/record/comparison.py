@@ -216,8 +216,8 @@ def interval(of: Estimate | Difference | None) -> str:
 
 
 def verdict(setting: Setting, is_best: bool) -> str:
-    """Whether the seeds tell the setting apart from the best one: "worse" if they do even though
-    several are compared, "probably worse" if they would were it the only one."""
+    """How the setting compares with the best one, by its seeds: "worse" if it differs although
+    several are compared, "probably worse" if it would differ were it the only one."""
     if is_best:
         return "best"
     if setting.from_best is None:

@@ -158,7 +158,7 @@ def _names(folder: Path, *arguments: str) -> list[str]:
 
 
 def _is_new_code(name: str, inside: str, top: Path) -> bool:
-    """Whether an untracked file belongs to the code: neither a copy of it nor of an environment."""
+    """Return True if an untracked file is code, not a copy of it or part of an environment."""
     own = name.removeprefix(inside)
     if not own.endswith(".py") and not (own.startswith("conf/") and own.endswith(".yaml")):
         return False

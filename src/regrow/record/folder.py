@@ -177,7 +177,7 @@ class Lock:
         return lock
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Whether the file is still the folder's: its last holder may have removed both."""
+        """Return True if the file is still the folder's: its last holder may have removed both."""
         try:
             return os.path.samestat(os.fstat(descriptor), (self.folder / ".lock").stat())
         except FileNotFoundError:
@@ -211,7 +211,7 @@ os.register_at_fork(after_in_child=_let_go_in_a_fork)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process, this one included, holds the folder's lock."""
+    """Return True if a living process, this one included, holds the folder's lock."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -531,7 +531,7 @@ def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, 
     ]
     if missing := [name for name in needed if name not in node and name not in GIVEN]:
         raise UserError(
-            f"{path}.{missing[0]} has to be given: {node['_target_']} needs it. A run gives "
+            f"{path}.{missing[0]} must be given: {node['_target_']} needs it. A run gives "
             f"{', '.join(GIVEN)}."
         )
 

@@ -284,7 +284,7 @@ def write_origin(copy: Path, root: Path) -> None:
 
 
 def origin(root: Path) -> dict[str, Any]:
-    """What `root` is a copy of; nothing where it is none."""
+    """The origin of `root` if it is a copy; else empty."""
     with contextlib.suppress(OSError, ValueError):
         facts: dict[str, Any] = read_json(root / ORIGIN)
         return facts
@@ -390,7 +390,7 @@ def submodules(top: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str, limit: int = 100_000) -> str | None:
-    """What git prints, or None when it fails or takes too long."""
+    """The output of git, or None if it fails or takes too long."""
     output = diff.run_git(root, *arguments, limit=limit)
     if output is None:
         return None
@@ -447,7 +447,7 @@ def _editable(one: importlib.metadata.Distribution) -> Path | None:
 
 
 def _is_in(file: Path, folder: Path) -> bool:
-    """Whether it is code of the folder, and not of an environment there."""
+    """Return True if it is code of the folder, and not of an environment there."""
     return file.is_relative_to(folder) and "site-packages" not in file.parts
 
 

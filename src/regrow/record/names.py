@@ -35,7 +35,7 @@ SWEEP = (
 
 
 def is_of_a_run(name: str) -> bool:
-    """Whether a run, or a script for it, gives this name to a file or folder of its own."""
+    """Return True if a run, or a script for it, gives this name to a file or folder of its own."""
     return (
         name in RUN
         or any(re.fullmatch(pattern, name) for pattern in RUN_PATTERNS)
@@ -48,7 +48,7 @@ def is_of_a_sweeps_start(name: str) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether this is the name of a file that is being written, or was when its writer died."""
+    """Return True if this names a file that is being written, or was when its writer died."""
     if name == ".weights.pt.tmp":
         return True
     found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)

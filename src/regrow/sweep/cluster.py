@@ -86,5 +86,5 @@ class Cluster:
         return found
 
     def send(self, number: int, only: Planned | None = None) -> None:
-        """What Slurm has goes on by itself, and is waited for by the search that goes on."""
+        """Send nothing: Slurm's jobs continue, and a resumed search waits for them."""
         self._running.clear()

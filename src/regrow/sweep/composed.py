@@ -58,7 +58,7 @@ class Composed:
         return is_one and not (override.is_hydra_override() or self._is_choice(override))
 
     def _is_choice(self, override: Override) -> bool:
-        """Whether it is about the defaults list, in which values play no part."""
+        """Return True if it is about the defaults list, in which values play no part."""
         if override.is_hydra_override() or isinstance(override.value(), dict):
             return False
         key, hydra = override.key_or_group, self.config.hydra

@@ -5,7 +5,6 @@ Notes what the run's own folder cannot say, and brings the sweep's table up to d
 
 from __future__ import annotations
 
-import fcntl
 import sys
 from pathlib import Path
 
@@ -25,8 +24,7 @@ def finish(folder: Path, number: int, code: int) -> None:
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
         state.note(folder, number, "failed", reason, slurm=slurm)
-    with (folder / state.RESULTS_LOCK).open("wb") as lock:  # several jobs may end at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with state.alone(folder, state.RESULTS_LOCK):  # several jobs may end at once
         found = results.write_table(folder)
         if all(row.state in state.ENDED for row in found.rows):
             results.write_page(folder, found)

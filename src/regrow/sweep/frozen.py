@@ -23,7 +23,7 @@ from regrow.record import manifest, names
 from regrow.sweep import state
 
 PARTS = ("src", "conf", "scripts")
-# What the script of the copy is told.
+# Variables that tell the copy's script where it is.
 FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
 IDENTITY = "REGROW_SWEEP_ID"  # by which the list of the user's folders knows the sweep
 
@@ -127,7 +127,7 @@ def adopt(folder: Path) -> str:
 
 
 def is_copy(path: Path) -> bool:
-    """Whether this is a frozen copy, and not a folder of the user's that is named like one."""
+    """Return True if this is a frozen copy, and not a folder of the user's with the same name."""
     return path.name == state.CODE and (path / manifest.ORIGIN).is_file()
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from regrow import locks
+
 
 def visible() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Without torch."""
@@ -59,9 +61,26 @@ class Leases:
             return None
         return taken
 
-    def _lock(self, name: str) -> bool:
+    def in_use(self) -> str:
+        """Say of each GPU that is lent who is using it."""
+        phrases = []
+        for name in self.names:
+            if name in self._held:
+                phrases.append(f"a job of this sweep is using GPU {name}")
+            elif self._lock(name):
+                self.give_back([name])
+            else:
+                descriptor = self._open(name)
+                phrases.append(f"{locks.in_use_by(descriptor)} GPU {name}")
+                os.close(descriptor)
+        return ", ".join(phrases)
+
+    def _open(self, name: str) -> int:
         file = self.folder / f"{name.replace('/', '_')}.lock"
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _lock(self, name: str) -> bool:
+        descriptor = self._open(name)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

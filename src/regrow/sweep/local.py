@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
@@ -13,11 +15,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from regrow import locks
 from regrow.errors import UserError
 from regrow.ranks import STOPPED
 from regrow.sweep import gpus, process, state
 from regrow.sweep.plan import Planned
 from regrow.sweep.process import cores
+
+log = logging.getLogger("regrow")
 
 MOST = 8  # jobs at once, unless asked for: each needs memory of its own
 
@@ -41,7 +46,7 @@ def jobs_at_once(asked: int | str | None, trainers: Sequence[Mapping[str, Any]],
             f"job. Use trainer.devices={there}, or trainer.device=cpu."
         )
     if asked is None:
-        raise UserError("launcher.jobs=null has to be an integer of at least 1, or auto.")
+        raise UserError("launcher.jobs=null must be an integer of at least 1, or auto.")
     if asked != "auto":
         return int(asked)
     if any(needs):
@@ -74,6 +79,8 @@ class Local:
     context: BaseContext
     leases: gpus.Leases
     _running: dict[int, tuple[Planned, BaseProcess, list[str]]] = field(default_factory=dict)
+    _waits_since: float | None = None  # for GPUs
+    _told: set[bool] = field(default_factory=set)  # of a wait: while jobs run, while none does
 
     @property
     def running(self) -> list[Planned]:
@@ -88,13 +95,31 @@ class Local:
         need = gpus_for(planned.job.config["trainer"], len(self.leases.names))
         taken = self.leases.take(need)
         if taken is None:
+            self._tell_of_wait(planned, need)
             return False
+        self._waits_since = None
+        self._told.discard(False)
         state.forget(self.folder, planned.number)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if need else {}
         text = planned.job.to_json()
         child = process.start(self.context, self.folder, planned.number, text, environment)
         self._running[planned.number] = (planned, child, taken)
         return True
+
+    def _tell_of_wait(self, planned: Planned, need: int) -> None:
+        """Say once that a job waits for GPUs; where no job runs, each time that it comes to that.
+
+        With more jobs at once than GPUs, each job waits for those before it.
+        """
+        now, is_at_work = time.monotonic(), bool(self._running)
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        if is_at_work in self._told or now - self._waits_since < locks.TELL_SECONDS:
+            return
+        self._told.add(is_at_work)
+        log.warning(
+            "job %d waits for %d GPU%s (trainer.devices): %s",
+            *(planned.number, need, "s"[: need > 1], self.leases.in_use()),
+        )
 
     def ended(self, seconds: float) -> list[Ended]:
         """Wait so long for jobs to end; those that did."""

@@ -94,7 +94,7 @@ def sets_of(options: Sets) -> list[list[str]]:
             isinstance(o, str) and ("=" in o or o.startswith("~")) for o in each
         ):
             raise UserError(
-                f"sweep.sets[{number}]={each!r} has to be overrides, such as "
+                f"sweep.sets[{number}]={each!r} must be overrides, such as "
                 "'optimizer=sgd optimizer.lr=0.1'."
             )
         sets.append(paths_as_typed(each, multirun=False))
@@ -187,7 +187,7 @@ class Composer:
         refuse_unusable("hydra.sweep.subdir", folder)
         parts = Path(folder).parts
         if not folder.strip() or Path(folder).is_absolute() or ".." in parts:
-            raise UserError(f"hydra.sweep.subdir={folder} has to lie in the sweep's folder.")
+            raise UserError(f"hydra.sweep.subdir={folder} must lie in the sweep's folder.")
         if not parts or parts[0] in state.OWN or parts[0].startswith("."):
             raise UserError(f"hydra.sweep.subdir={folder} is the sweep's own. Choose another name.")
         command = ["python", "scripts/train.py", *overrides]

@@ -58,7 +58,7 @@ def start(
 
 
 def work(folder: str, number: int, text: str, environment: dict[str, str]) -> None:
-    """What the process does: the job, with its output in its log. Does not return."""
+    """Run the job in this process, with its output in its log. Does not return."""
     # As in a run that is started by itself: its data workers are forked, where that is the default.
     multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""What came of a sweep: results.csv, sweep.html and the table at the end. From its folder alone."""
+"""The results of a sweep: results.csv, sweep.html and the table at the end, from its folder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def draw(run: Path) -> None:
 
 
 def summary_of(folder: Path, found: Comparison) -> list[str]:
-    """What one wants to know at the end, in lines."""
+    """The summary at the end of a sweep, as lines."""
     lines = []
     if found.settings:
         header, rows = comparison.table_of(found)

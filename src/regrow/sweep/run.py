@@ -158,7 +158,7 @@ def _run(
 
 @dataclass
 class Sweep:
-    """What all parts of a sweep look at."""
+    """The facts that all parts of a sweep share."""
 
     folder: Path
     options: Options
@@ -268,7 +268,7 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
 
 
 def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
-    """What Slurm is asked for. Raises UserError for what it would refuse."""
+    """The job's request to Slurm. Raises UserError for one that it would refuse."""
     options: slurm.SlurmOptions = instantiate(sweep.launcher)
     for one in jobs:
         slurm.check(options, one.job.config["trainer"])
@@ -304,7 +304,7 @@ def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]
 
 
 def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[Planned]) -> None:
-    """What is about to run, and how to go on with it should it be cut."""
+    """Log what is about to run, and the command that resumes it."""
     threads = {one.job.config["trainer"]["num_threads"] for one in jobs}
     count = threads.pop() if len(threads) == 1 else None
     each = f", each process with {count} thread{'s'[: count > 1]}" if count else ""

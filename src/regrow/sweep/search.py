@@ -45,7 +45,7 @@ OF_THE_RUN = ("parameters", "steps", "seconds")  # what a summary says beside me
 
 @dataclass(frozen=True)
 class Space:
-    """What a search varies, and what it leaves as it was typed."""
+    """The keys that a search varies, and those that stay as they were typed."""
 
     fixed: list[str]
     varied: dict[str, BaseDistribution]  # by key as typed
@@ -67,7 +67,7 @@ class Space:
 
 
 def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> Space:
-    """What is to be searched. Raises UserError where that is nothing."""
+    """The keys to search over. Raises UserError if there are none."""
     lines = [*plan.lines_of(options.params), *arguments]
     fixed: dict[str, str] = {}
     varied: dict[str, BaseDistribution] = {}
@@ -244,7 +244,7 @@ class Trials:
         return params
 
     def take_up(self) -> None:
-        """What an earlier start left: trials whose job has ended are told, others go on."""
+        """Take over an earlier start's trials: report those that have ended, resume the others."""
         for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             whole = optuna.trial.Trial(self.study, one._trial_id)
             for key, its in self.space.varied.items():
@@ -346,7 +346,7 @@ def objectives(options: Search, config: dict[str, Any]) -> tuple[list[str], list
         if not metric.startswith("val/") and metric not in OF_THE_RUN:
             hint = f" Did you mean val/{metric}?" if "/" not in metric else ""
             raise UserError(
-                f"sweep.metric={metric} has to be of the validation split, such as val/loss, or "
+                f"sweep.metric={metric} must be of the validation split, such as val/loss, or "
                 f"one of {', '.join(OF_THE_RUN)}.{hint}"
             )
         if metric.startswith("val/") and not has_val:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, ownership
+from regrow import flags, locks, ownership
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record.comparison import label_of
@@ -25,7 +24,7 @@ CODE = "code"
 JOBS, LOGS = "jobs", "logs"
 LOCK, RESULTS_LOCK = ".state.lock", ".results.lock"
 OWN = (CODE, JOBS, LOGS, "slurm")  # folders beside those of the jobs
-# What a job does does not depend on these groups and keys.
+# Groups and keys that do not change the result of a job.
 ASIDE = (*ELSEWHERE, "resume", "logger", "tags", "notes", "hydra")
 # Whatever is none of these is still to be done.
 GOOD = ("completed", "pruned", "retried")  # retried: failed, and another job took its place
@@ -93,10 +92,10 @@ def add(folder: Path, entry: Entry) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
     """One at a time: jobs that end on other machines write here too."""
-    with (folder / LOCK).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / name).open("wb") as lock:
+        locks.wait_for(lock.fileno(), f"{folder / name}")
         yield
 
 
@@ -125,7 +124,7 @@ def entries(folder: Path) -> list[Entry]:
 def is_open(
     folder: Path, overrides: Sequence[str], source: Mapping[str, Any] = flags.DEFAULT
 ) -> bool:
-    """Whether a sweep that these overrides of this source began in `folder` has not ended."""
+    """Return True if a sweep that these overrides of this source began there has not ended."""
     try:
         content = read(folder)
     except UserError:
@@ -179,7 +178,7 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
 
 
 def is_to_be_run(folder: Path, entry: Entry, *, retry: bool) -> bool:
-    """Whether the job has not come to an end, or, with `retry`, to a bad one."""
+    """Return True if the job has not come to an end, or, with `retry`, to a bad one."""
     return state_of(folder, entry)[0] not in (GOOD if retry else ENDED)
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regrow import locks
 from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import whole_lines
 
 log = logging.getLogger("regrow")
 
 STORAGE, STUDY = "optuna.log", "sweep"
-TELL_SECONDS = 10.0
 
 
 class JournalLock:
@@ -37,16 +35,8 @@ class JournalLock:
         return os.open(self.journal, flags, 0o600)  # values may be secrets
 
     def acquire(self) -> bool:
-        descriptor, told = self._open(), time.monotonic() + TELL_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > told:
-                    log.warning("%s: waiting for another process that writes there", self.journal)
-                    told = math.inf
-                time.sleep(0.01)
+        descriptor = self._open()
+        locks.wait_for(descriptor, f"{self.journal}")
         end = whole_lines(self.journal)  # half a line of a killed job would spoil all after it
         if end < os.fstat(descriptor).st_size:
             os.ftruncate(descriptor, end)
@@ -95,7 +85,7 @@ def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
 
 
 class Reporter:
-    """What the loop tells of its evaluations. Made in the run's own process, on any machine."""
+    """Reports the loop's evaluations to the search, from the run's own process on any machine."""
 
     def __init__(
         self, folder: str, number: int, metrics: list[str], pruner: Mapping[str, Any]

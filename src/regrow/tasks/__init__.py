@@ -1,1 +1,1 @@
-"""What is learnt: losses as values and weights, prediction rules and metrics."""
+"""Tasks: losses as values and weights, prediction rules and metrics."""

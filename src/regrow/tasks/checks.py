@@ -1,4 +1,4 @@
-"""What the first batch tells: shapes, types and ranges that do not fit; probabilities as logits."""
+"""Checks of the first batch: shapes, types and ranges that do not fit; probabilities as logits."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def _zero_to_one(kind: str, targets: Tensor) -> None:
 
 
 def _probabilities(rows: Tensor) -> bool:
-    """Whether (B, C, …) values are non-negative and sum to one over C."""
+    """Return True if (B, C, …) values are non-negative and sum to one over C."""
     rows = rows.detach()
     tolerance = 1e-3 if rows.dtype in (torch.float32, torch.float64) else 2e-2
     sums = rows.float().sum(1)

@@ -1,4 +1,4 @@
-"""What torchmetrics lacks or rounds, on its own classes, which gather states over the processes.
+"""Metrics that torchmetrics lacks or rounds, on its classes, which gather states over processes.
 
 Imports torchmetrics, a second: to be imported when there is something to measure.
 """

@@ -152,7 +152,7 @@ class CrossEntropy:
         return LossOutput(values, weights if valid is None else weights * valid)
 
     def _smooths_cheaply(self, outputs: Tensor, targets: Tensor) -> bool:
-        """Whether probabilities as targets give the same, up to rounding, by fewer kernels.
+        """Return True if probabilities as targets give the same, up to rounding, by fewer kernels.
 
         With few classes that halves what smoothing costs; with many it is slower than torch's own.
         """

@@ -1,4 +1,4 @@
-"""What is learnt: how outputs become a loss, a prediction and metrics; a class per kind of target.
+"""Tasks: how outputs become a loss, a prediction and metrics; a class per kind of target.
 
 All four have the same methods (`Task`). Shapes: B examples, C classes or labels, D values.
 """

@@ -379,7 +379,7 @@ def read(path: Path) -> tuple[Parts, dict[str, Any]]:
 
 def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
     """The parts with the tensors that were left empty: whole, or sharded over a mesh's processes,
-    which then all have to ask. Raises DamagedCheckpoint.
+    which all processes must then call. Raises DamagedCheckpoint.
     """
     empty: dict[str, Tensor] = {}
     content: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -231,6 +232,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
+        tell_of_empty_epoch(state, plan)
         progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
         plan.record.log(step, state.epoch, progress.train_means)
         state.sums = epoch_sums(plan.world.device)
@@ -363,7 +365,7 @@ def save(state: TrainState, plan: Plan) -> None:
 
 
 def finished(state: TrainState, plan: Plan) -> bool:
-    """Whether a limit is reached."""
+    """Return True if a limit is reached."""
     progress, limit = state.progress, plan.options.max_seconds
     return (
         stopped_early(state, plan.options)
@@ -406,6 +408,17 @@ def tell_of_nan(values: Mapping[str, float], state: TrainState, plan: Plan) -> N
         )
 
 
+def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
+    """Warn at the end of an epoch in which no step had any weight: nothing was learnt in it."""
+    was_bad = bool(state.skips[1].item())  # bad steps have no sums either
+    if plan.world.is_main and read(state.sums)[WEIGHT] == 0 and not was_bad:
+        log.warning(
+            "epoch %d: every step was empty, since all weights are zero. Check the targets, the "
+            "examples' weights, loss.class_weights and loss.ignore_index.",
+            state.epoch,
+        )
+
+
 def pruned(state: TrainState, plan: Plan) -> bool:
     """Tell the search, if the run is a trial of one, and hear whether to end here."""
     if plan.trial is None:
@@ -415,7 +428,7 @@ def pruned(state: TrainState, plan: Plan) -> bool:
 
 
 def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
-    """Whether early stopping's patience is over. Not kept: a resume may raise it."""
+    """Return True if early stopping's patience is over. Not kept: a resume may raise it."""
     patience = options.early_stopping.patience
     return patience is not None and state.progress.evaluations_without_improvement > patience
 
@@ -434,7 +447,7 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
 
 @torch.no_grad()
 def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
-    """Whether the model can train on a slice of one example, for runs that will come to one."""
+    """Raise UserError if the model cannot train on a slice of one example."""
     buffers = Buffers(model)
     batch = batch.split(max(1, batch.num_local))[0]
     try:
@@ -505,11 +518,38 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+# In torch's words for operations that do not take integers, or integers beside floats.
+NAMES_A_TYPE = r"\b(Long|Int|Short|Char|Byte|Bool|int|char|dtype|datatype)\b"
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The outputs for inputs that are one tensor, or a tuple or mapping of arguments."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    """The outputs for inputs that are one tensor, or a tuple or mapping of arguments.
+
+    Raises UserError for integers that the model's floats cannot be computed with.
+    """
+    try:
+        if isinstance(inputs, Tensor):
+            return model(inputs)
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    except (RuntimeError, ValueError) as error:
+        refuse_integers(error, inputs)
+        raise
+
+
+def refuse_integers(error: Exception, inputs: Any) -> None:
+    """Raise UserError if a forward pass failed by the type of its inputs, and they are integers."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    tensors = [inputs] if isinstance(inputs, Tensor) else values
+    integers = [t for t in tensors if not t.is_floating_point() and not t.is_complex()]
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    is_torchs = not isinstance(error, UserError)
+    if integers and is_torchs and re.search(NAMES_A_TYPE, reason):
+        kind = str(integers[0].dtype).removeprefix("torch.")
+        raise UserError(
+            f"model: it cannot compute with {kind} inputs ({reason}). For features set "
+            "data.integers=float32, or let your data set give floats. A model of tokens starts "
+            "with an embedding."
+        ) from error
 
 
 def count(

@@ -36,7 +36,7 @@ class RangeTest:
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr:
             raise UserError(
-                f"find_lr.min_lr={self.min_lr} has to be above zero and below "
+                f"find_lr.min_lr={self.min_lr} must be above zero and below "
                 f"find_lr.max_lr={self.max_lr}."
             )
 
@@ -114,7 +114,7 @@ def suggest(curve: Curve) -> float:
 
 
 def still_falling(curve: Curve) -> bool:
-    """Whether the lowest loss is at the end, so that the best rate may lie beyond."""
+    """Return True if the lowest loss is at the end, so that the best rate may lie beyond."""
     return curve.smoothed.index(min(curve.smoothed)) == len(curve.smoothed) - 1
 
 

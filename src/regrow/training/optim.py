@@ -64,7 +64,7 @@ def parameter_groups(
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern is for a parameter: for its name, or for a module's that it is in."""
+    """Return True if a pattern is for a parameter: its name, or that of a module around it."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
@@ -121,7 +121,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | None) -> bool:
-    """Whether a checkpoint's moments are of another class than `optimizer`.
+    """Return True if a checkpoint's moments are of another class than `optimizer`.
 
     A record from before the class was kept is told by its settings: each kind has some that the
     other lacks. One kind alone may have more of them in another version of torch.
@@ -197,7 +197,7 @@ def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
 
 
 def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Whether a bad step can be skipped without asking the device first."""
+    """Return True if a bad step can be skipped without asking the device first."""
     if device.type != "cuda" or type(optimizer) not in _SKIP_ON_DEVICE:
         return False
     if not all(group.get("fused") for group in optimizer.param_groups):
@@ -374,7 +374,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
 def first_non_finite(model: nn.Module) -> str | None:
     """The name of the first parameter whose gradient, or else value, is not finite.
 
-    Of a sharded model all processes have to ask.
+    Of a sharded model all processes must ask.
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not sharding.whole(parameter.grad).isfinite().all():

@@ -1,4 +1,4 @@
-"""The processes of a run: exact sums over them, and what all of them have to decide alike."""
+"""The processes of a run: exact sums over them, and what all of them must decide alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASK_EVERY_BATCHES = 8  # of an evaluation: a question costs a message to every p
 
 
 def lost_the_others(error: BaseException) -> bool:
-    """Whether this is what a process sees when another one is gone."""
+    """Return True if this is what a process sees when another one is gone."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError)
         or "closed by peer" in str(error)
@@ -46,7 +46,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the record."""
+        """Return True if this process writes the record."""
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -93,12 +93,12 @@ class World:
             dist.barrier()
 
     def is_first(self, what: str) -> bool:
-        """Whether no other process has asked for `what` before."""
+        """Return True if no other process has asked for `what` before."""
         return self.store is None or self.store.add(what, 1) == 1
 
 
 class Exchange:
-    """One sum over all processes for each step: what the step reports, and what has to be decided.
+    """One sum over all processes for each step: what the step reports, and what must be decided.
 
     It is sent when the last forward pass is done and read when the gradients are there; DDP takes
     it along with the last of them, for on few cores a message of its own cost a fifth of a step.
@@ -128,7 +128,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """What happens meanwhile does not count as training; what ends the run counts nowhere."""
+        """Exclude the time spent inside from the training time, unless the run ends there."""
         stopped = time.perf_counter()
         yield
         self._clock += time.perf_counter() - stopped
@@ -167,7 +167,7 @@ class Exchange:
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
     def wait(self) -> sums.Sums:
-        """What was sent, over all processes."""
+        """The sum of what all processes sent."""
         assert self._sums is not None
         if not isinstance(self._sums, Tensor) or self.world.size == 1:
             return self._sums

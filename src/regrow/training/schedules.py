@@ -218,7 +218,7 @@ def plateau(
 
 
 def improves(value: float, best: float | None, *, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` by more than `min_delta`. A NaN never does."""
+    """Return True if `value` beats `best` by more than `min_delta`. A NaN never does."""
     if math.isnan(value):
         return False
     if best is None:

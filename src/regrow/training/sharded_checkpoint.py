@@ -88,7 +88,7 @@ class Writers:
         own = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if rank == 0 else [])]
         try:
             said: Any = {f.name: _facts(f) for f in own}
-        except OSError as error:  # all have to hear of it, or the rest would wait
+        except OSError as error:  # all must hear of it, or the rest would wait
             said = str(error)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, said, group=self.group)
@@ -100,7 +100,7 @@ class Writers:
 
 def read(folder: Path, empty: Mapping[str, Tensor], mesh: Any = None) -> dict[str, Any]:
     """The content of the tensors that are `empty`: whole ones on the CPU, by this process alone;
-    with a `mesh`, sharded over its processes, all of which have to ask."""
+    with a `mesh`, sharded over its processes, all of which must ask."""
     targets: dict[str, Any] = {}
     for path, tensor in empty.items():
         if mesh is None:
@@ -129,7 +129,7 @@ class _Reader(FileSystemReader):
 
 
 def _member(kind: Any, name: str) -> Any:
-    """What Python 3.11.0 to 3.11.3 pickle a member of an enum as: `getattr(kind, name)`."""
+    """The call that pickles an enum's member in Python 3.11.0 to 3.11.3: `getattr(kind, name)`."""
     if kind is not _MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError("builtins.getattr has no place in an index")
     return _MEM_FORMAT_ENCODING[name]

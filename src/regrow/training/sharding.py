@@ -1,6 +1,6 @@
 """FSDP2: each process holds a part of every parameter, its gradient, its moments and its average.
 
-torch.distributed.fsdp.fully_shard does it. Here stands what the rest has to know of sharded
+torch.distributed.fsdp.fully_shard does it. Here stands what the rest must know of sharded
 tensors; all of it takes ordinary tensors too, and then does nothing.
 """
 
@@ -106,7 +106,7 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes, each of which has to ask."""
+    """The tensor with the parts of all processes, each of which must ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 

@@ -292,7 +292,7 @@ class Buffers:
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over name, dtype, shape and bytes of every entry, in the order of the names.
 
-    Of a sharded model all processes have to ask.
+    Of a sharded model all processes must ask.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

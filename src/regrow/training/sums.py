@@ -1,4 +1,4 @@
-"""What a step and an epoch add up: loss, score, weight, examples, then a loss's named parts.
+"""The sums of a step and an epoch: loss, score, weight, examples, then a loss's named parts.
 
 On a device that one would have to wait for, the sums stay there. On a CPU they are plain numbers:
 adding up tiny tensors took a twentieth of a small model's step.
@@ -19,7 +19,7 @@ Sums = Tensor | list[float]  # (4 + components,) of a step, (4,) of an epoch
 
 
 def on_host(device: torch.device) -> bool:
-    """Whether numbers of this device are read without waiting."""
+    """Return True if numbers of this device are read without waiting."""
     return device.type == "cpu"
 
 
