@@ -23,6 +23,7 @@ from benchmarks import (
     peers,
     picture,
     processes,
+    seeding,
     start,
     step,
     sweep,
@@ -34,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 
 BENCHMARKS: dict[str, Callable[[], Table | list[Table] | list[Growth]]] = {
     "step": step.measure,
+    "seeding": seeding.measure,
     "image": image.measure,
     "variants": image.measure_variants,
     "feeding": feeding.measure,

@@ -161,6 +161,21 @@ def test_workers_that_are_not_persistent_end_with_the_epoch(same: Same) -> None:
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_ignores_the_signals_of_the_run(same: Same) -> None:
+    """Schedulers signal every process of a run, and the run decides what follows."""
+    first, second = two_epochs(of_ones_own(Noisy(13, 0)))
+    data = of_ones_own(Noisy(13, 0), num_workers=1)
+    train = data.train(device=CPU)
+    batches = train.epoch(0)
+    begun = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid or 0, number)
+    assert same([*begun, *batches], first) and same(list(train.epoch(1)), second)
+    assert multiprocessing.active_children() == [worker]
+    data.close()
+
+
 KILLED_EARLY = """
 import os, signal, sys, time
 from pathlib import Path

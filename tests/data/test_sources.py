@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pickle
 import struct
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from regrow.data.loaders import Data
+from regrow.data.splits import Examples
 from regrow.errors import DataError, UserError
 
 Make = Callable[..., Data]
@@ -210,3 +212,21 @@ def test_dropping_every_window_and_a_split_that_is_not_there_are_refused(make_da
         UserError, match=r"split=val does not exist in this data\. It has train, test"
     ):
         data.evaluation("val", device=CPU)
+
+
+def test_the_fingerprint_is_over_inputs_targets_and_weights(make_data: Make) -> None:
+    data = make_data("synthetic")
+    examples = data.source.train
+    assert isinstance(examples, Examples)
+    weights = torch.ones(len(examples.inputs))
+    found = [data.fingerprint()["train"]["sha256"]]
+    for changed in (
+        {"inputs": -examples.inputs},
+        {"targets": examples.targets.flip(0)},
+        {"weights": weights},
+        {"weights": weights / 2},
+    ):
+        train = dataclasses.replace(examples, **changed)
+        data.source = dataclasses.replace(data.source, train=train)
+        found.append(data.fingerprint()["train"]["sha256"])
+    assert len({*found}) == 5

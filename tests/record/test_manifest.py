@@ -298,3 +298,17 @@ def test_the_versions_of_all_imported_packages_are_noted_at_the_end(
     shutil.rmtree(site / "unused-3.0.dist-info")
     (run / "manifest.json").write_text("")
     manifest.note_packages(run, root)  # a damaged one fails no run
+
+
+@pytest.mark.parametrize(
+    "name", ["src/a.py", "scripts/train.py", "conf/model/mlp.yaml", "my_losses.py", "mine/net.py"]
+)
+def test_the_code_hash_changes_with_every_kind_of_code(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = [manifest.code_sha256(tmp_path)]
+    for content in ("x: 1", "x: 2"):
+        path.write_text(content)
+        found.append(manifest.code_sha256(tmp_path))
+    assert len({*found}) == 3
+    assert name in manifest.code_files(tmp_path)

@@ -67,6 +67,26 @@ def test_the_average_is_that_of_its_formula_and_skipped_steps_do_not_count(
             torch.testing.assert_close(average, reference, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_average_takes_over_the_statistics_of_batchnorm(
+    on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are averages already; its own would stay those of an untrained model."""
+    monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
+    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1))
+    task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
+    bench = Bench(model, task, ADAMW, ema_decay=0.9)
+    assert bench.state.averaged is not None
+    for batch in batches():
+        bench.step(batch)
+        there, here = (dict(m.named_buffers()) for m in (model, bench.state.averaged))
+        assert len(there) == 3 and all(torch.equal(here[name], there[name]) for name in there)
+    assert there["0.num_batches_tracked"] == 6
+    assert not torch.equal(there["0.running_mean"], torch.zeros(6))
+
+
 def test_the_number_of_updates_is_derived_and_not_in_a_checkpoint() -> None:
     with_, without = (bench_of(ema_decay=0.9, ema_warmup=w).state for w in (True, False))
     assert with_.state_dict().keys() == without.state_dict().keys()

@@ -1,0 +1,78 @@
+"""Figures in texts are those of the benches that they come from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHES = ROOT / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="a copy without benchmarks")
+
+
+def ratio(title: str, row: str) -> float:
+    """The median ratio of a row in RESULTS.md; `title` is how the table's title begins."""
+    results = (BENCHES / "RESULTS.md").read_text(encoding="utf-8")
+    (table,) = re.findall(rf"^## {re.escape(title)}.*?(?=^## |\Z)", results, re.M | re.S)
+    (found,) = re.findall(
+        rf"^\| {re.escape(row)}(?: \(.*\))? \| .* \| (\S+) \| .* \|$", table, re.M
+    )
+    return float(found)
+
+
+def trained(row: str) -> tuple[int, float, float]:
+    """Epochs, seconds of training and accuracy of a row of the CIFAR-10 table in NOTES.md."""
+    notes = (BENCHES / "NOTES.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^\| {row} \| (\d+) \| ([\d,]+) \| ([\d.]+) \|$", notes, re.M)
+    return int(found[0]), float(found[1].replace(",", "")), float(found[2])
+
+
+def prose(name: str) -> str:
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_what_texts_say_about_cifar10_is_what_the_notes_measured() -> None:
+    _, by_hand, _ = trained("by hand, seed 0")
+    _, eight, accuracy_of_eight = trained("train.py, seed 0, in one go with it")
+    epochs, seconds, accuracy = trained("train.py, seed 0, alone")
+    _, _, other_accuracy = trained("train.py, seed 100, beside other work")
+    an_epoch = f"{seconds / epochs:.0f} s"
+    readme, header = prose("README.md"), prose("conf/experiment/cifar10_fast.yaml")
+    assert f"takes {an_epoch} an epoch on two cores" in readme
+    assert f"eight epochs took {eight / by_hand:.2f} of" in readme
+    assert f"{100 * other_accuracy:.1f} and {100 * accuracy:.1f} % of CIFAR-10's" in readme
+    assert f"{an_epoch} of training an epoch on two CPU cores" in header
+    assert f"test accuracy {other_accuracy:.3f} and {accuracy:.3f}" in header
+    assert f"after eight epochs {accuracy_of_eight:.3f}" in header
+
+
+def test_what_texts_say_about_a_step_is_in_the_results() -> None:
+    default, small = "A training step of the default MLP", "A training step of a small MLP"
+    least, most = (ratio(default, name) for name in ("Ignite", "Lightning, as its Hydra template"))
+    readme = prose("README.md")
+    assert f"({ratio(default, 'train.py'):.2f} on a quiet machine)" in readme
+    assert f"in other engines {least:.1f} to {most:.1f} times" in readme
+    slowest = ratio(small, "Lightning, as its Hydra template")
+    assert f"with a smaller model up to {slowest:.1f}" in readme
+
+
+def test_what_texts_say_about_switches_and_memory_is_in_the_results() -> None:
+    digits = "Switches of the trainer, for a step of a small CNN on 8×8 digits"
+    alone = ratio(digits, "trainer.channels_last=true")
+    both = ratio(digits, "trainer.precision=bf16, channels_last")
+    said = f"channels_last makes a step {alone:.2f} times as long, bf16 beside it {both:.2f}"
+    assert said in prose("conf/experiment/digits_cnn.yaml")
+    kept = "bare loop, freed memory kept"
+    resnet = ratio("A training step of ResNet-18", kept)
+    small = ratio("A training step of a small CNN", kept)
+    said = f"steps of a ResNet-18 take {resnet:.2f} and of a small CNN {small:.2f} of the time"
+    assert said in prose("docs/decisions.md")
+
+
+def test_a_seeding_costs_what_the_decisions_say() -> None:
+    title = "Seeding a micro-batch"
+    assert 0.03 <= ratio(title, "seeding") <= 0.05
+    assert "3 to 5 % of a small MLP's step" in prose("docs/decisions.md")
