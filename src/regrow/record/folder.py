@@ -257,9 +257,8 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     """Like write_text."""
     refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    mode = 0o600 if private else 0o666
     try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with open(open_new(temporary, 0o600 if private else 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -269,6 +268,12 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def open_new(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a new file. A link that somebody put there is removed, and not followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 def refuse_special(path: Path) -> None:
