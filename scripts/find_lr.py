@@ -4,12 +4,13 @@
 import _start  # noqa: F401  finds the package, or says what to set up
 from omegaconf import DictConfig
 
-from regrow.config import entry_point
+from regrow.config import entry_point, faults_in_a_line
 
 
 @entry_point("find_lr")
 def main(config: DictConfig) -> float:
-    from regrow.find_lr import find_lr  # torch comes with it: only once the config is right
+    with faults_in_a_line():
+        from regrow.find_lr import find_lr  # torch comes with it: only once the config is right
 
     return find_lr(config)
 

@@ -15,7 +15,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 
 from regrow.arguments import Option, parse
 from regrow.config import one_line
-from regrow.errors import UserError, printable
+from regrow.errors import UserError, machine_fault, printable
 from regrow.output import refuse_existing
 from regrow.record import comparison, report
 from regrow.resume import SWEEP
@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
             refuse_existing(output, options["overwrite"])
         print(printable(str(make(folders, output, overwrite=options["overwrite"]))))
     except (UserError, OSError) as error:
-        print(f"error: {printable(one_line(str(error)))}", file=sys.stderr)
+        said = str(machine_fault(error) or error)
+        print(f"error: {printable(one_line(said))}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,13 +3,14 @@
 import _start  # noqa: F401  finds the package, or says what to set up
 from omegaconf import DictConfig
 
-from regrow.config import entry_point
+from regrow.config import entry_point, faults_in_a_line
 from regrow.start import start
 
 
 @entry_point("train")
 def main(config: DictConfig) -> float | None:
-    from regrow.launch import launch  # torch comes with it: only once the config is right
+    with faults_in_a_line():
+        from regrow.launch import launch  # torch comes with it: only once the config is right
 
     return launch(config)
 

@@ -8,17 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import forked
 import numpy as np
 import pytest
+from running import TINY, launched
 from waiting import until
 
+from regrow import ranks
 from regrow.config import CONF
 from regrow.data.files import _Memory
 from regrow.data.images import load_image
-from regrow.errors import MachineFault, in_a_line, machine_fault
+from regrow.errors import MachineFault, UserError, in_a_line, machine_fault
 from regrow.record.folder import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -34,6 +38,13 @@ SAID = {
     "[Errno 12] Cannot allocate memory": "no memory left",
     "[a.cc:78] Timed out waiting 8000ms for recv": "trainer.timeout_seconds (8): it hangs",
     "Unable to find interface for: [eth9]": "GLOO_SOCKET_IFNAME",
+    "[Errno 28] No space left on device: '/d/a'": "/d/a: No space left on device. Make room",
+    "[Errno 122] Disk quota exceeded: '/d/a'": "/d/a: Disk quota exceeded. Make room",
+    "[Errno 122] Disk quota exceeded": "Disk quota exceeded",
+    "[Errno 30] Read-only file system: 'outputs'": "outputs: Read-only file system. Make room",
+    "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to": "ulimit -v is",
+    "[Errno 2] No usable temporary directory found in ['/tmp']": "Set TMPDIR to a folder that has",
+    "std::bad_alloc": "no memory left",
 }
 
 
@@ -49,6 +60,8 @@ def test_what_the_machine_lacks_is_told_with_the_way_out(text: str) -> None:
 def test_other_errors_are_no_fault_of_the_machine() -> None:
     for error in (ValueError("Too many open files"), RuntimeError("shapes differ"), KeyError("a")):
         assert machine_fault(error) is None
+    assert "no memory left" in str(machine_fault(MemoryError()))
+    assert "ulimit -v" in str(machine_fault(ImportError("libtorch.so: failed to map segment")))
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__context__ = other, one  # as where an error is raised again elsewhere
     assert machine_fault(one) is None
@@ -154,3 +167,180 @@ def test_a_killed_data_worker_is_one_line_and_the_rest_in_the_log(
     assert "Traceback" not in said and len(said.splitlines()) <= 4
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
     assert "data.num_workers" in read_json(tmp_path / "run" / "status.json")["error"]
+
+
+# -- folders that cannot be written ----------------------------------------------------------------
+
+IN_A_SMALL_MACHINE = """
+import ctypes, os, runpy, subprocess, sys, tempfile
+shell, script, *sys.argv[1:] = sys.argv[1:]
+ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS: mounts are for this process alone
+subprocess.run(["sh", "-ec", "mount --make-rprivate /; " + shell], check=True)
+os.chdir(os.getcwd())
+tempfile.tempdir = None
+sys.path[0], sys.argv[0] = os.path.dirname(script), script
+runpy.run_path(script, run_name="__main__")
+"""
+READ_ONLY = "mount --bind . . && mount -o remount,bind,ro ."
+needs_mounts = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("mount"), reason="needs root, to mount a read-only folder"
+)
+
+
+def in_a_small_machine(
+    shell: str, folder: Path, *overrides: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return forked.run(
+        [sys.executable, "-c", IN_A_SMALL_MACHINE, shell, str(TRAIN), *TINY, *overrides],
+        cwd=folder, capture_output=True, text=True, timeout=200,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def said_once(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that the command printed."""
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((), "hydra.run.dir=outputs cannot be written: Read-only file system."),
+        (("hydra.run.dir=a",), "hydra.run.dir=a: a: Read-only file system."),
+        (("-m", "seed=0,1"), "hydra.sweep.dir=outputs cannot be written: Read-only file system."),
+        (("-m", "hydra.sweep.dir=a"), "hydra.sweep.dir=a cannot be written: Read-only file"),
+    ],
+)
+def test_a_read_only_current_folder_is_one_line(
+    overrides: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    done = in_a_small_machine(f"{READ_ONLY}; cd .", tmp_path, *overrides)
+    assert done.returncode == 2
+    assert said_once(done).startswith(f"error: {says}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_mounts
+@pytest.mark.slow
+def test_a_read_only_home_is_one_warning_and_the_run_goes_on(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    names = ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    done = in_a_small_machine(
+        "mount -t tmpfs -o ro tmpfs home", tmp_path, "hydra.run.dir=run", "trainer.max_epochs=1",
+        **dict.fromkeys(names, str(home)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said_once(done).startswith("warning: this run is not entered as yours (")
+
+
+@needs_mounts
+@pytest.mark.slow
+def test_ranks_without_room_for_temporary_files_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    done = in_a_small_machine(
+        "mount -t tmpfs -o nr_inodes=2 tmpfs temporary", tmp_path,
+        "hydra.run.dir=run", "trainer=ddp", "trainer.devices=2", TMPDIR=str(folder),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert said_once(done) == (
+        f"error: {folder}: No space left on device. Set TMPDIR to a folder that has room."
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_quota_that_is_used_up_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: str) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
+    with pytest.raises(MachineFault, match=r"Disk quota exceeded\. Set TMPDIR"):
+        ranks.private_folder().__enter__()
+
+
+# -- what a user's own code does -------------------------------------------------------------------
+
+READ = """
+import sys
+import torch
+from regrow.data.feeds import FileFeed
+from regrow.data.sampling import Windows
+
+def raises(items):
+    class Local(Exception):
+        pass
+    raise Local("my own mistake")
+
+def learns(items):
+    inputs = torch.nn.Linear(1, 1)(torch.ones(len(items), 1))
+    return inputs, torch.zeros(len(items), dtype=torch.long)
+
+class Numbers:
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        return raises([index]) if sys.argv[1] == "item" else index
+
+feed = FileFeed(
+    Numbers(), lambda inputs: inputs, torch.device("cpu"), name="train", seed=0, num_classes=None,
+    ignore_index=None, collate={"raises": raises, "learns": learns}.get(sys.argv[1]),
+    num_workers=1, pin_memory=False, persistent_workers=True,
+)
+batch = next(feed.read(Windows(8, 4, False, 0, 1), torch.arange(8), 0, 0))
+feed.close()
+print(batch.inputs.requires_grad)
+"""
+
+
+@pytest.mark.parametrize("which", ["raises", "item", "learns"])
+def test_what_a_worker_cannot_send_does_not_hang(which: str) -> None:
+    done = forked.run(
+        [sys.executable, "-c", READ, which], capture_output=True, text=True, timeout=60
+    )
+    if which == "learns":
+        assert done.stdout == "False\n", done.stderr
+    else:
+        assert done.returncode == 1
+        assert "Local: my own mistake" in done.stderr
+
+
+class Refuses:
+    """A logger that finds out late that it cannot work."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "tensorboard").mkdir()
+        raise UserError("logger.mine: there is no such account.")
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
+
+
+@pytest.mark.parametrize("folder", ["outputs", "mine/run"])
+def test_a_logger_that_refuses_leaves_no_folder(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "digits").mkdir(parents=True)
+    named = () if folder == "outputs" else (f"hydra.run.dir={folder}",)
+    with pytest.raises(SystemExit) as end:
+        launched("+logger.mine._target_=test_faults.Refuses", *named)
+    assert end.value.code == 2
+    assert "error: logger.mine: there is no such account." in capsys.readouterr().err
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left <= {"outputs", "outputs/digits", "mine"}
+
+
+def test_a_logger_that_refuses_leaves_a_run_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched("hydra.run.dir=run", "trainer.max_epochs=1")
+    with pytest.raises(SystemExit):
+        launched(
+            "hydra.run.dir=run", "trainer.max_epochs=2", "+logger.mine._target_=test_faults.Refuses"
+        )
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -23,6 +23,44 @@ from regrow.errors import UserError
 TRAIN = CONF.parent / "scripts" / "train.py"
 
 
+@pytest.fixture
+def in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The meeting file of a step of srun, not written yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    return outside.meeting_file()
+
+
+def test_processes_meet_where_this_user_says(
+    in_a_step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    assert outside.meeting_place() is None
+    store = outside.hold_store(None)
+    assert outside.meeting_place() == ("127.0.0.1", store.port)
+    assert in_a_step.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("how", ["writable", "readable", "link", "pipe", "another's"])
+def test_processes_do_not_meet_where_somebody_else_says(
+    how: str, in_a_step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = in_a_step.with_name("elsewhere")
+    content.write_text("example.org 80")
+    content.chmod({"writable": 0o620, "readable": 0o604}.get(how, 0o600))
+    if how == "link":
+        in_a_step.symlink_to(content)
+    elif how == "pipe":
+        os.mkfifo(in_a_step, 0o600)
+    else:
+        content.rename(in_a_step)
+    if how == "another's":
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(UserError, match=r"\.meeting-7\.0\.0.*Remove it"):
+        outside.meeting_place()
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -90,6 +91,17 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def faults_in_a_line() -> Iterator[None]:
+    """End with one line for a fault of the machine. Of one that a job raises, Hydra prints more."""
+    try:
+        yield
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        fail(str(fault), code=1)
 
 
 def register_resolver(name: str, function: Callable[..., Any]) -> None:

@@ -32,11 +32,13 @@ def _shared_memory() -> str:
     )
 
 
-def _limit(name: str) -> str:
+def _limit(name: str, unit: int = 1) -> str:
+    """The limit as the shell's ulimit shows it, which counts memory in KiB."""
     try:
         import resource
 
-        return str(resource.getrlimit(getattr(resource, name))[0])
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        return "unlimited" if limit == resource.RLIM_INFINITY else str(limit // unit)
     except (ImportError, AttributeError):
         return "unknown"
 
@@ -90,8 +92,12 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         ),
     ),
     (
-        r"\[Errno 12\]|Cannot allocate memory",
-        lambda _: "the machine has no memory left. Lower data.num_workers or data.batch_size.",
+        r"\[Errno 12\]|Cannot allocate memory|can't allocate memory|std::bad_alloc"
+        r"|failed to map segment",
+        lambda _: (
+            f"the machine has no memory left (ulimit -v is {_limit('RLIMIT_AS', 1024)}). Raise "
+            "the limit, or lower data.num_workers or data.batch_size."
+        ),
     ),
     (
         r"Timed out waiting (\d+)ms for|atchdog caught collective operation timeout",
@@ -107,6 +113,14 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda _: (
             "no folder takes temporary files: TMPDIR and /tmp cannot be written or are full. "
             "Set TMPDIR to a folder that has room."
+        ),
+    ),
+    (  # no room, a read-only file system, a quota that is used up
+        r"^\[Errno (?:28|30|122)\] ([^:]+)(?:: '(.*)')?",
+        lambda found: (
+            f"{found[2]}: {found[1]}. Make room there, or choose another folder."
+            if found[2]
+            else found[1]
         ),
     ),
     (
@@ -127,11 +141,14 @@ def machine_fault(error: BaseException) -> MachineFault | None:
         seen.add(id(told))
         if isinstance(told, MachineFault):
             return told
-        if isinstance(told, RuntimeError | OSError | MemoryError) and not isinstance(
+        if isinstance(told, RuntimeError | OSError | MemoryError | ImportError) and not isinstance(
             told, NotImplementedError
         ):
+            text = str(told)
+            if isinstance(told, MemoryError):  # Python's own has no text
+                text = f"Cannot allocate memory: {text}"
             for pattern, words in _FAULTS:
-                if found := re.search(pattern, str(told)):
+                if found := re.search(pattern, text):
                     return MachineFault(words(found))
         told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
     return None

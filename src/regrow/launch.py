@@ -228,6 +228,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
     with contextlib.ExitStack() as stack:
         try:
             folder = open_folder(job, world, stack)
+            is_new = all(path.name == names.LOCK for path in folder.iterdir())
             stack.enter_context(log_file(folder, world.rank))
             accepted = write_start(folder, job, objects) if world.is_main else {}
         except OSError as error:
@@ -238,14 +239,26 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
         with StopRequest() as stop:  # before the status says that it runs, and may be stopped
             pids = world.gather(os.getpid())
             if world.is_main:
-                records.link_latest(folder, Path("outputs", config["name"]))
                 records.set_status(folder, "running", step=0, pids=pids)
                 introduce(folder, job, objects, world)
+            begun = False
+
+            def begin() -> None:
+                nonlocal begun
+                begun = True
+                records.link_latest(folder, Path("outputs", config["name"]))
+
             try:
-                summary = runs.train(objects, config, folder, world, stop, trial, accepted)
+                summary = runs.train(objects, config, folder, world, stop, trial, accepted, begin)
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)
             except BaseException as raised:
+                if isinstance(raised, UserError) and world.is_main and is_new and not begun:
+                    records.remove_start(folder)
+                    for parent in folder.parents[:-1] if job.folder is None else ():
+                        with contextlib.suppress(OSError):  # other runs are in there
+                            parent.rmdir()
+                    raise
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)
                 fault = None if lost_the_others(raised) else machine_fault(raised)

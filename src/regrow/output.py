@@ -6,10 +6,12 @@ import contextlib
 import csv
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from regrow.errors import UserError
+from regrow.record.folder import open_new
 
 # A spreadsheet takes a cell that begins so for a formula: the last four are full-width signs.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -36,33 +38,31 @@ def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: boo
     Text that a spreadsheet would take for a formula gets an apostrophe before it. Raises UserError
     where `target` exists, unless it may be overwritten.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        # Names of files can be bytes that are no text.
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            for row in rows:
-                if count == 0:
-                    csv.writer(file).writerow([harmless(key) for key in row])
-                csv.writer(file).writerow([harmless(value) for value in row.values()])
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, target, overwrite)
-    except OSError as error:
-        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    # Names of files can be bytes that are no text.
+    with _new_file(target, overwrite) as file:
+        for row in rows:
+            if count == 0:
+                csv.writer(file).writerow([harmless(key) for key in row])
+            csv.writer(file).writerow([harmless(value) for value in row.values()])
+            count += 1
     return count
 
 
 def write_text(text: str, target: Path, *, overwrite: bool) -> None:
     """Write a text file that the user named, whole or not at all. Raises UserError."""
+    with _new_file(target, overwrite) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _new_file(target: Path, overwrite: bool) -> Iterator[TextIO]:
+    """A file that takes the name `target` once it is whole. Raises UserError."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    text: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(open_new(temporary), "w", **text) as file:  # noqa: PTH123
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _publish(temporary, target, overwrite)

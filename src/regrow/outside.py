@@ -6,15 +6,17 @@ import errno
 import os
 import re
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from regrow.errors import UserError
 from regrow.record.folder import write_text
 
+T = TypeVar("T")
 PATIENCE = 300.0  # seconds in which the first process must say where the others find it
 TELL_SECONDS = 5.0  # a wait that is longer says what it waits for
 OF_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
@@ -119,6 +121,29 @@ def meeting_file() -> Path:
     return Path(f".meeting-{said['SLURM_JOB_ID']}.{said['SLURM_STEP_ID']}.{restart}")
 
 
+def meeting_place() -> tuple[str, int] | None:
+    """The host and port in the meeting file, or None while it is not there.
+
+    Raises UserError for a file that another user may have written: it says whom to connect to.
+    """
+    file = meeting_file()
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}. Remove it.") from None
+    with open(descriptor, encoding="utf-8") as text:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        is_file = stat.S_ISREG(status.st_mode) and not stat.S_IMODE(status.st_mode) & 0o077
+        if not is_file or status.st_uid != os.geteuid():
+            raise UserError(
+                f"{file} says where the processes meet, and others may have written it. Remove it."
+            )
+        host, port = text.read().split()
+    return host, int(port)
+
+
 def meet() -> Any:
     """The store that the processes share, which the first one holds.
 
@@ -133,10 +158,9 @@ def meet() -> Any:
     if named is not None:
         host, port = named, number_of("MASTER_PORT", 0)
     else:
-        file = meeting_file()
-        wait_until(file.exists, lambda: f"the first process, which writes {file}", PATIENCE)
-        host, text = file.read_text(encoding="utf-8").split()
-        port = int(text)
+        host, port = wait_until(
+            meeting_place, lambda: f"the first process, which writes {meeting_file()}", PATIENCE
+        )
     last: list[OSError] = []
 
     def answers() -> bool:
@@ -180,7 +204,8 @@ def hold_store(named: str | None) -> Any:
         master_listen_fd=listener.detach(),
     )
     if named is None:
-        write_text(meeting_file(), f"{'127.0.0.1' if is_local else socket.gethostname()} {port}")
+        host = "127.0.0.1" if is_local else socket.gethostname()
+        write_text(meeting_file(), f"{host} {port}", private=True)
     return store
 
 
@@ -224,10 +249,11 @@ def others_in_words(ranks: list[int]) -> str:
     return f"rank{'s'[: len(ranks) > 1]} {shown} of {said}={os.environ['WORLD_SIZE']}"
 
 
-def wait_until(happened: Callable[[], bool], what: Callable[[], str], seconds: float) -> None:
-    """Wait for what others do, and say for `what` once it takes a while. Raises UserError."""
+def wait_until(happened: Callable[[], T | None], what: Callable[[], str], seconds: float) -> T:
+    """Wait until `happened` gives something true, and return that. Says for `what` it waits once it
+    takes a while. Raises UserError."""
     started, told = time.monotonic(), False
-    while not happened():
+    while not (found := happened()):
         waited = time.monotonic() - started
         rank = os.environ["RANK"]
         if waited > seconds:
@@ -239,6 +265,7 @@ def wait_until(happened: Callable[[], bool], what: Callable[[], str], seconds: f
             told = True
             print(f"rank {rank}: waiting for {what()}. {alone()}", file=sys.stderr, flush=True)
         time.sleep(0.1)
+    return found
 
 
 def alone() -> str:

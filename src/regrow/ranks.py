@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.errors import UserError
+from regrow.errors import MachineFault, UserError
 from regrow.job import Job
 from regrow.record import folder as records
 
@@ -121,16 +122,19 @@ def start(job: Job, count: int) -> Outcome:
         master_listen_fd=listener.detach(),
     )
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
-    with tempfile.TemporaryDirectory(prefix="regrow-") as private, forwarding() as forwarded:
+    with private_folder() as private, forwarding() as forwarded:
         path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
-        path.write_text(job.to_json(), encoding="utf-8")
-        context = start_processes(
-            name="train",
-            entrypoint=sys.executable,
-            args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.child")),
-            envs={rank: environment(rank, count, port, path) for rank in range(count)},
-            logs_specs=DefaultLogsSpecs(log_dir=private),
-        )
+        try:
+            path.write_text(job.to_json(), encoding="utf-8")
+            context = start_processes(
+                name="train",
+                entrypoint=sys.executable,
+                args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.child")),
+                envs={rank: environment(rank, count, port, path) for rank in range(count)},
+                logs_specs=DefaultLogsSpecs(log_dir=private),
+            )
+        except OSError as error:
+            raise no_temporary_files(error) from error
         try:
             forwarded.to(list(context.pids().values()))
             result = context.wait(period=0.05)
@@ -156,6 +160,26 @@ def start(job: Job, count: int) -> Outcome:
         error["step"] = (said["lost"] or {}).get("step", 0)
     code = 0 if not codes else 1 if error is not None or not stopped else stopped[0]
     return Outcome(code, said["folder"], said["best"], error)
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[str]:
+    """A temporary folder that nobody else can read. Raises MachineFault."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="regrow-")
+    except OSError as error:
+        raise no_temporary_files(error) from error
+    with folder as name:
+        yield name
+
+
+def no_temporary_files(error: OSError) -> OSError:
+    """A fault of the folder for temporary files in one line; another error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return error
+    return MachineFault(
+        f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder that has room."
+    )
 
 
 def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -309,11 +309,13 @@ def train(
     stop: StopRequest,
     trial: Trial | None = None,
     accepted: Mapping[str, Any] | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train in `folder`, going on where its last checkpoint is, and write the record of it.
 
-    `accepted` are the splits whose content changed since, in the main process. Returns the content
-    of `summary.json`; its `status` is "completed" or "interrupted".
+    `accepted` are the splits whose content changed since, in the main process. `begun` is called
+    there once nothing but training is left to fail. Returns the content of `summary.json`; its
+    `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
     writer = checkpoint.CheckpointWriter(
@@ -339,6 +341,7 @@ def train(
             run_name=f"{folder.parent.name}/{folder.name}",
             config=config,
         )
+        begun()
     kept = {"checkpoints": writer, "record": record, "trial": trial}
     plan = plan_of(objects, config["seed"], world, stop, **kept)
     started = time.perf_counter()

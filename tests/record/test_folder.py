@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from regrow import output
 from regrow.errors import UserError
+from regrow.record import folder as records
 from regrow.record.folder import (
     FolderBusy,
     Lock,
@@ -269,3 +271,19 @@ def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 2, "tra')
     (read,) = read_metrics(tmp_path)
     assert read["step"] == 1 and math.isnan(read["train/loss"])
+
+
+@pytest.mark.parametrize("how", ["record", "csv", "text"])
+def test_a_planted_link_is_not_written_through(how: str, tmp_path: Path) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "out.csv"
+    victim.write_text("mine")
+    (tmp_path / f".out.csv.{os.getpid()}.tmp").symlink_to(victim)
+    if how == "record":
+        records.write_text(target, "new")
+    elif how == "csv":
+        output.write_csv([{"a": "new"}], target, overwrite=False)
+    else:
+        output.write_text("new", target, overwrite=False)
+    assert victim.read_text() == "mine"
+    assert "new" in target.read_text() and not target.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "out.csv"}

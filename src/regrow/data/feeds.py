@@ -7,6 +7,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.data.augment import Store
-from regrow.data.batch import Batch, tensors_of
+from regrow.data.batch import Batch, each, tensors_of
 from regrow.data.preprocess import Normalizer, rounding
 from regrow.data.sampling import Windows
 from regrow.data.splits import Examples, MapStyle
@@ -152,8 +153,16 @@ class FileFeed:
     def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
         """Batches of the windows `start …`; the next one is on its way while one is worked on."""
         self.plan.point_at(windows, order, epoch, start)
-        with _no_advice_on_workers(), _signals_held(), _none_left_behind():
-            items = iter(self.loader)
+        try:
+            with _no_advice_on_workers(), _signals_held(), _none_left_behind():
+                items = iter(self.loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            if "pickle" not in str(error):
+                raise
+            raise DataError(
+                f"{self.name}: the data set or data.source.collate cannot be sent to data workers: "
+                f"{error}. Define it at the top level of a module, or use data.num_workers=0."
+            ) from error
         if getattr(items, "_workers", ()) and items is not self._seen:
             # With `items`, or at the end of the interpreter, whichever comes first.
             util.Finalize(items, _stop, args=(items._workers,), exitpriority=1)  # type: ignore[attr-defined]
@@ -258,6 +267,8 @@ class _Seeded:
                 f"{self.name} example {index} cannot be read: {reason}. The files under data.root "
                 "must stay as they are while a run needs them. Put it back and resume."
             )
+        except Exception as error:
+            raise _sendable(error) from error
 
     def _check(self, item: Any, index: int) -> None:
         """A class index out of range. What only a custom collate can read is checked after it."""
@@ -281,6 +292,19 @@ class _Seeded:
             )
 
 
+def _sendable(error: Exception) -> Exception:
+    """The error, or in a worker one of the same text if its class cannot be pickled.
+
+    Torch sends the class to the run. One that is defined in a function would never arrive, and the
+    run would wait for it without end.
+    """
+    try:
+        pickle.dumps(type(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 class _Collate:
     """Items to (inputs, targets, weights); a class, because a closure does not reach a worker."""
 
@@ -299,7 +323,12 @@ class _Collate:
             if isinstance(item, _Broken):
                 return item
         if self.collate is not None:
-            batch = self.collate(items)
+            try:
+                batch = self.collate(items)
+            except DataError as error:
+                return _Broken(str(error))
+            except Exception as error:
+                raise _sendable(error) from error
         else:
             try:
                 batch = default_collate(items)
@@ -326,7 +355,9 @@ class _Collate:
                     f"{self.name}: a batch has class {wrong}, which is out of range for "
                     f"data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
                 )
-        return found
+        inputs, targets, weights = found
+        inputs = each(inputs, Tensor.detach)  # a worker can send no tensor with a history
+        return inputs, targets.detach(), None if weights is None else weights.detach()
 
 
 def input_names(

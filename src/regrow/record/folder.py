@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,9 +109,24 @@ def refuse_links(folder: Path, named: str, part: str = "") -> None:
 
 def remove_unused(folder: Path) -> None:
     """Remove a folder that holds nothing but the lock of this process."""
-    if [path.name for path in folder.iterdir()] == [".lock"]:
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
         (folder / ".lock").unlink()
         folder.rmdir()
+
+
+def remove_start(folder: Path) -> None:
+    """Remove what a run has written before its first step, the folder too if nothing else is there.
+
+    Call it only for a folder in which nothing but the lock was when the run began.
+    """
+    for path in folder.iterdir():
+        if path.name == names.LOCK or not names.is_of_a_run(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    remove_unused(folder)
 
 
 # -- one writer ------------------------------------------------------------------------------------
@@ -241,9 +257,8 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     """Like write_text."""
     refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    mode = 0o600 if private else 0o666
     try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with open(open_new(temporary, 0o600 if private else 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -253,6 +268,12 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def open_new(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a new file. A link that somebody put there is removed, and not followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 def refuse_special(path: Path) -> None:

@@ -495,7 +495,7 @@ def open_loggers(
                 raise TypeError(f"a {type(tracker).__name__} has no method log")
             trackers[name] = tracker
         except UserError:
-            jsonl.close()
+            Loggers(jsonl, trackers).close(1)
             raise
         except Exception as error:
             log.warning("logger.%s: %s. The run does without it.", name, _in_a_line(error))

@@ -55,16 +55,24 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
     lock = frozen.taken_over(os.environ)
     if lock is None:
         named = Path(config.hydra.sweep.dir)
-        lock = frozen.claim(
-            None if named.resolve() == Path.cwd() else named,
-            str(config.name),
-            same_sweep(config),
-            str(config.resume),
-            flags.source_of(config.hydra),
-        )
-        frozen.tell_of_edits(lock.folder)
+        is_named = named.resolve() != Path.cwd()
+        try:
+            lock = frozen.claim(
+                named if is_named else None,
+                str(config.name),
+                same_sweep(config),
+                str(config.resume),
+                flags.source_of(config.hydra),
+            )
+            frozen.tell_of_edits(lock.folder)
+            code, identity = frozen.freeze(lock.folder)
+        except OSError as error:
+            raise UserError(
+                f"hydra.sweep.dir={named if is_named else 'outputs'} cannot be written: "
+                f"{error.strerror or error}. Make room there, or choose another folder."
+            ) from error
         warm = not config.launcher.get("fresh_processes", True)
-        frozen.become(*frozen.freeze(lock.folder), lock, sys.argv[1:], warm=warm)
+        frozen.become(code, identity, lock, sys.argv[1:], warm=warm)
     with lock, console():
         try:
             code = _run(loader, config, list(arguments), lock.folder, identity)
