@@ -109,16 +109,13 @@ def hydra_as_it_was() -> Iterator[None]:
 
     there: dict[Any, Any] = Singleton._instances
     kinds: tuple[Any, ...] = (GlobalHydra, HydraConfig, VersionBase)
-    before = {kind: (there[kind], {**vars(there[kind])}) for kind in kinds if kind in there}
+    before = {kind: there.pop(kind) for kind in kinds if kind in there}
     try:
         yield
     finally:
         for kind in kinds:
             there.pop(kind, None)
-        for kind, (one, its) in before.items():
-            there[kind] = one
-            vars(one).clear()
-            vars(one).update(its)
+        there.update(before)
 
 
 def _literal(value: Any) -> Any:
