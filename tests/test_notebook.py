@@ -133,9 +133,9 @@ def test_importing_the_package_imports_little() -> None:
 # -- resolvers of one's own ------------------------------------------------------------------------
 
 RESOLVERS = """
-from omegaconf import OmegaConf
+from regrow.config import register_resolver
 
-OmegaConf.register_new_resolver("eval", lambda text: eval(text, {}), replace=True)
+register_resolver("eval", lambda text: eval(text, {}))
 """
 
 
@@ -153,7 +153,7 @@ def test_resolvers_are_imported_once_and_not_from_elsewhere(
 ) -> None:
     configs.import_resolvers(tmp_path)  # none there
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "resolvers.py").write_text(RESOLVERS.replace("eval", "of_a_test"))
+    (tmp_path / "a" / "resolvers.py").write_text(RESOLVERS.replace('"eval"', '"of_a_test"'))
     monkeypatch.setitem(sys.modules, "resolvers", sys)  # an installed module of that name
     configs.import_resolvers(tmp_path / "a")
     OmegaConf.clear_resolver("of_a_test")
