@@ -19,7 +19,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 from regrow import flags, older
 from regrow.arguments import Arguments, Option, parse
 from regrow.command_line import override
-from regrow.config import CONF, composition_error, fail, plain, read_yaml, version_arguments
+from regrow.config import CONF, composition_error, fail, plain, read_yaml
 from regrow.errors import UserError, printable
 from regrow.record import folder as records
 from regrow.record import manifest
@@ -117,7 +117,8 @@ def arguments_of(
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
-    if foreign := [line for line in recorded if is_foreign(line)]:
+    own = is_own(run)
+    if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:
         raise UserError(
             f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "
             "It is not followed."
@@ -149,26 +150,15 @@ def arguments_of(
 
 def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
     """The config that train.py would compose, as plain values. Makes no object of it."""
-    from hydra import compose, initialize_config_dir
-    from hydra._internal.hydra import Hydra
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from regrow.notebook import composition
+
     try:
-        typed = [flags.as_override(source["searchpath"])] if source["searchpath"] else []
-        with initialize_config_dir(str(source["path"] or CONF), **version_arguments()):
-            if source["dir"] is not None:  # as --config-dir does
-                loader: Any = GlobalHydra.instance().config_loader()
-                searched = loader.get_search_path()
-                anchor = SearchPathQuery(provider="schema")
-                searched.prepend("command-line", f"file://{source['dir']}", anchor)
-                GlobalHydra.instance().clear()
-                Hydra.create_main_hydra2("train", searched)
-            config = compose(source["name"], [*typed, *overrides], return_hydra_config=True)
+        config = composition(source, overrides)
         HydraConfig.instance().set_config(config)
         names = [str(key) for key in config if key not in ("hydra", *ELSEWHERE)]
         return plain(OmegaConf.masked_copy(config, names))

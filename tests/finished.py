@@ -19,7 +19,7 @@ from running import CPU, as_hydra_has_it, composed
 
 from regrow import launch
 from regrow import run as runs
-from regrow.compose import job_of
+from regrow.composed import job_of
 from regrow.config import CONF, allow
 from regrow.record.folder import Lock
 

@@ -17,7 +17,7 @@ from running import CPU, as_hydra_has_it, composed, metrics_of
 
 from regrow import launch, older, resume
 from regrow import run as runs
-from regrow.compose import job_of
+from regrow.composed import job_of
 from regrow.config import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run

@@ -27,6 +27,7 @@ from regrow.config import (
     locate,
     plain,
     read_yaml,
+    readable,
     typed_overrides,
 )
 from regrow.errors import UserError, did_you_mean
@@ -280,6 +281,7 @@ class CheckBeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
         try:
+            check_leftovers(config.hydra)
             check(config, config.hydra.runtime.choices)
         except UserError as error:
             fail(str(error))
@@ -288,6 +290,40 @@ class CheckBeforeStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir
+        try:
+            if "RegrowSweeper" in str(config.hydra.sweeper.get("_target_")):
+                check_leftovers(config.hydra, is_sweep=True)
+        except UserError as error:
+            fail(str(error))
+
+
+def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
+    """Raise UserError for settings of Hydra's by which it would write into the current folder, or,
+    in a sweep, nothing at all: a run keeps its own log and its own `.hydra`."""
+    node = plain(hydra, resolve=False)
+    if (kept := node["output_subdir"]) is not None:
+        raise UserError(
+            f"hydra.output_subdir={kept}: a run keeps .hydra in its own folder anyway. Leave "
+            "hydra.output_subdir out."
+        )
+    handlers = node["job_logging"].get("handlers") or {}
+    files = [
+        str(h["filename"]) for h in handlers.values() if isinstance(h, dict) and "filename" in h
+    ]
+    beside = [file for file in files if "runtime.output_dir" in file]
+    option = node["runtime"]["choices"].get("hydra/job_logging")
+    if beside or (is_sweep and handlers):
+        if is_sweep:
+            reason = "a job of a sweep logs to train.log in its folder, and to logs/ of the sweep."
+        else:
+            log = f"{node['job']['name'] or 'train'}.log"
+            reason = (
+                f"it would write {log} beside the run's own. A run logs to train.log in its folder."
+            )
+        raise UserError(
+            f"hydra/job_logging={option}: {reason} Leave hydra/job_logging out"
+            + ("." if is_sweep else ", or use hydra/job_logging=stdout for other libraries' lines.")
+        )
 
 
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
@@ -335,9 +371,7 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
-    top = {
-        key: node for file in sorted(CONF.glob("*.yaml")) for key, node in read_yaml(file).items()
-    }
+    top = {key: node for _, nodes in readable("*.yaml") for key, node in nodes.items()}
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     for key, value in values.items():
         if key not in top and key not in groups:
@@ -345,8 +379,8 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
         if key in top:
             _check_node(value, top[key], key)
     shipped_loggers: dict[str, Any] = {}
-    for path in sorted((CONF / "logger").glob("*.yaml")):
-        shipped_loggers |= read_yaml(path)
+    for _, nodes in readable("logger/*.yaml"):
+        shipped_loggers |= nodes
     for name, node in values["logger"].items():
         if name in shipped_loggers:
             _check_node(node, shipped_loggers[name], f"logger.{name}")

@@ -35,15 +35,19 @@ def quoted(text: str) -> str:
     """`text` as a value in Hydra's grammar, from which the config gets exactly this string."""
     if _BARE.fullmatch(text) and text.lower() not in _TYPED_OTHERWISE:
         return text
-    # OmegaConf would look for a key.
-    text = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text)
+    text = escaped(text)
     quote = "'" if '"' in text and "'" not in text else '"'
 
-    def escaped(found: re.Match[str]) -> str:
+    def before_quote(found: re.Match[str]) -> str:
         return found[1] * 2 + (f"\\{quote}" if found[2] else "")
 
     # Hydra removes backslashes before a quote, and leaves all others.
-    return quote + re.sub(rf"(\\*)({quote}|\Z)", escaped, text) + quote
+    return quote + re.sub(rf"(\\*)({quote}|\Z)", before_quote, text) + quote
+
+
+def escaped(text: str) -> str:
+    """`text` as OmegaConf has to be given it: it would look for a key after `${`."""
+    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text)
 
 
 def override(key: str, value: str | Path) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import json
 import logging
@@ -24,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from regrow import flags
 from regrow.command_line import path_of, paths_as_typed, quoted, read, shell
 from regrow.errors import UserError, did_you_mean, machine_fault, printable
+from regrow.record.redact import redact
 
 MULTIRUN = ("-m", "--multirun")
 FLAGS = (
@@ -35,6 +38,7 @@ FLAGS_WITH_A_VALUE = (
     *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
 )
 HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # by the run
+SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,21 +52,23 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
-    # Of 1.3 the version; of 1.4 what our own config may call.
-    arguments |= version_arguments() or {"execution_whitelist": ["regrow.check.CheckBeforeStart"]}
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         def main() -> None:
-            # So that Hydra raises what it would otherwise print with its own hints.
-            os.environ["HYDRA_FULL_ERROR"] = "1"
+            let_hydra_raise()
             register_resolver("options", option_list)  # of --help
-            find_own_modules()
             try:
+                find_own_modules()
                 check_arguments(sys.argv[1:])
+                flags.check(sys.argv[1:])
                 multirun = any(a in MULTIRUN for a in sys.argv[1:])
                 given = paths_as_typed(sys.argv[1:], multirun=multirun)
-                sys.argv[1:] = flags.absolute(expand(flags.absolute(given)))
-                hydra.main(**arguments)(task)()
+                given = flags.absolute(given)
+                flags.refuse_records(given)
+                sys.argv[1:] = flags.absolute(expand(given))
+                # Of 1.3 the version; of 1.4 what Hydra itself may call.
+                last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
+                hydra.main(**arguments, **last)(task)()
             except UserError as error:
                 fail(str(error))
             except (hydra.errors.HydraException, OmegaConfBaseException) as error:
@@ -80,7 +86,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                     fail(str(fault), code=1)
                 fail(f"{named}: {error.filename}: {error.strerror}. Choose another folder.")
             except yaml.YAMLError as error:
-                fail(f"a file in conf/ is no YAML: {error}")
+                fail(not_yaml(error))
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             except Exception as error:
@@ -140,13 +146,65 @@ def version_arguments() -> dict[str, Any]:
     return {} if is_new else {"version_base": None}
 
 
+def hydras_targets(arguments: Sequence[str]) -> list[str]:
+    """What Hydra 1.4 may call for itself, such as one's own `hydra.callbacks`: what the files that
+    this command may compose name, which are its user's, and what was typed."""
+    found = {flags.CHECK}
+    for place in (CONF, *flags.folders(arguments)):
+        for _, content in readable("**/*.yaml", place):
+            found |= {*_callables(content)}
+    for argument in arguments:
+        key, equals, _ = argument.lstrip("+").partition("=")
+        if equals and key.startswith("hydra"):
+            found |= {*_callables({key.rpartition(".")[2]: read(argument)})}
+    return sorted(found)
+
+
+def _callables(node: Any) -> Iterator[str]:
+    """The dotted names in a node: of targets, and of the classes that logging makes."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key in ("_target_", "class", "()") and isinstance(value, str):
+                if re.fullmatch(r"\w+(\.\w+)+", value.removeprefix("ext://")):
+                    yield value.removeprefix("ext://")
+            else:
+                yield from _callables(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _callables(value)
+
+
 def find_own_modules() -> None:
-    """Let a `_target_` name a module that lies in the repository, beside `src/`.
+    """Let a `_target_` name a module that lies in the repository, beside `src/`, and a config use
+    the resolvers that `resolvers.py` there registers. Raises UserError if that cannot be imported.
 
     Python itself looks beside the script. Last, so that it hides no installed module.
     """
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
+    import_resolvers(ROOT)
+
+
+@functools.cache
+def import_resolvers(root: Path) -> None:
+    """Import the root's `resolvers.py`, once, and not an installed module of that name."""
+    spec = importlib.machinery.PathFinder.find_spec("resolvers", [str(root)])
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.setdefault("resolvers", module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        if before is module:
+            del sys.modules["resolvers"]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        raise UserError(
+            f"resolvers.py:{line}: {type(error).__name__}: {_first_lines(error)}. It is imported "
+            "wherever a config is composed: correct it, or remove it."
+        ) from error
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -170,8 +228,42 @@ def check_arguments(arguments: Sequence[str]) -> None:
         before = argument
 
 
+def let_hydra_raise() -> None:
+    """Let Hydra raise what it would otherwise print with its own hints. Processes that are started
+    from here inherit both variables, and so know that the user did not ask for tracebacks."""
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":
+        os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
+
+
+def show_traceback(error: BaseException | None) -> None:
+    """Print the traceback of an error that another one caused, such as one of the user's own code,
+    if HYDRA_FULL_ERROR=1 was set by the user."""
+    is_asked = os.environ.get("HYDRA_FULL_ERROR") == "1" and SET_BY_US not in os.environ
+    if not is_asked or error is None:
+        return
+    if isinstance(error, UserError) and error.__cause__ is None and error.__context__ is None:
+        return  # the line says it all
+    for each in _chain(error):
+        each.__suppress_context__ = False  # the line leaves out what a traceback has to show
+    sys.stdout.flush()
+    print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr, end="")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    told: BaseException | None = error
+    while told is not None and id(told) not in seen:
+        seen.add(id(told))
+        yield told
+        told = told.__cause__ or told.__context__
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong in one line and end: with 2 for a user's error, 1 for the machine's."""
+    """Say what is wrong in one line and end: with 2 for a user's error, 1 for the machine's.
+
+    After a traceback of the error that is being handled, if the user asks for those.
+    """
+    show_traceback(sys.exception())
     print(f"error: {printable(one_line(message))}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -201,6 +293,16 @@ def not_utf8() -> str:
             line = path.read_bytes()[: error.start].count(b"\n") + 1
             return f"{path.relative_to(ROOT)}:{line} is not UTF-8. Save the file as UTF-8."
     return "a file of the config is not UTF-8. Save it as UTF-8."
+
+
+def not_yaml(error: yaml.YAMLError) -> str:
+    """The file of a config that is not YAML, with the line and what is wrong there."""
+    mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or said is None:
+        return f"a file of the config is not YAML: {error}"
+    path = Path(mark.name)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"{shown}:{mark.line + 1} is not YAML: {said}. Correct that line, or the one before it."
 
 
 def wrong_option(arguments: Sequence[str]) -> str:
@@ -246,6 +348,13 @@ def composition_error(error: Exception) -> str:
             return unknown_key(found.group(1))
     if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text):
         return f"{found.group(2)}: ${{{found.group(1)}}} names no key of the config."
+    if found := re.search(r"Unsupported interpolation type (\S+)\s+full_key: (\S+)", text):
+        return (
+            f"{found.group(2)}: there is no resolver {found.group(1)}. Register it in resolvers.py "
+            "in the root of the repository: see docs/hydra.md."
+        )
+    if text.startswith("Error locating target"):
+        return _said(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
 
@@ -277,15 +386,38 @@ def known_keys() -> dict[str, list[str]]:
     """All keys, dotted, that the files in conf/ have, with the options that have it; none for those
     of the top level."""
     keys: dict[str, list[str]] = {folder.name: [] for folder in CONF.iterdir() if folder.is_dir()}
-    for path in sorted(CONF.glob("*.yaml")):
-        content = {key: value for key, value in read_yaml(path).items() if key != "hydra"}
+    for _, node in readable("*.yaml"):
+        content = {key: value for key, value in node.items() if key != "hydra"}
         keys |= {key: [] for key in _dotted(content)}
-    for path in sorted(CONF.glob("*/*.yaml")):
+    for path, node in readable("*/*.yaml"):
         group = path.parent.name
         if group not in ("experiment", "debug", "local"):  # those hold keys of all groups
-            for key in _dotted(read_yaml(path), prefix=f"{group}."):
+            for key in _dotted(node, prefix=f"{group}."):
                 keys[key] = [*keys.get(key, []), path.stem]
     return keys
+
+
+def readable(pattern: str, place: Path = CONF) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files in conf/ that match, each with its mapping. One that cannot be read is left out:
+    a command that does not compose it must not end because of it, and Hydra names it otherwise."""
+    for path in sorted(place.glob(pattern)):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+            content = read_yaml(path)
+            if isinstance(content, dict):
+                yield path, content
+
+
+def broken_files() -> list[str]:
+    """The files in conf/ that are not YAML, each with the line."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        try:
+            read_yaml(path)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark is not None else ""
+            found.append(f"{path.relative_to(ROOT)}{line}")
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -367,7 +499,7 @@ def is_allowed(target: Any) -> bool:
 @functools.cache
 def shipped_targets() -> frozenset[str]:
     """All targets that the files in conf/ name."""
-    nodes = [read_yaml(path) for path in sorted(CONF.rglob("*.yaml"))]
+    nodes = [node for _, node in readable("**/*.yaml")]
     return frozenset(t for node in nodes for _, t in targets_in(node) if isinstance(t, str))
 
 
@@ -388,9 +520,11 @@ def refuse_unknown_targets(node: Any) -> None:
     for path, target in targets_in(node):
         if not is_allowed(target):
             where = f"{path}._target_={target}" if path else f"_target_={target}"
+            broken = broken_files()
+            also = f" These cannot be read: {', '.join(broken)}." if broken else ""
             raise UserError(
                 f"{where} is named neither in conf/ nor on this command line. It is not made. If "
-                "it is yours, add such a file."
+                f"it is yours, add such a file.{also}"
             )
 
 
@@ -514,11 +648,20 @@ def _said(error: BaseException) -> str:
         frames = traceback.extract_tb(cause.__traceback__)
         if isinstance(cause, SyntaxError) and cause.filename:
             return f"{said} ({cause.msg}, {cause.filename}:{cause.lineno})"
-        if frames and not any(name in frames[-1].filename for name in ("/hydra/", "importlib")):
+        if frames and not _is_of_hydra(frames[-1].filename):
             what = f"{type(cause).__name__}: {_first_lines(cause)}"
             return f"{said} ({what}, {frames[-1].filename}:{frames[-1].lineno})"
         cause = cause.__cause__ or cause.__context__
     return said
+
+
+def _is_of_hydra(file: str) -> bool:
+    """Whether a frame's file is part of Hydra or of Python's import, and not of one's own code,
+    which may lie in a folder of such a name."""
+    import hydra
+
+    places = (Path(hydra.__file__).parent, Path(importlib.__file__).parent)
+    return file.startswith("<frozen importlib") or any(map(Path(file).is_relative_to, places))
 
 
 def _first_lines(error: BaseException) -> str:

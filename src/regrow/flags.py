@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from regrow.command_line import ROOT, quoted, read, shell
+from regrow.command_line import ROOT, command, quoted, read, shell
 from regrow.errors import UserError
 
 WITH_A_VALUE = {
@@ -26,6 +26,16 @@ WITH_A_VALUE = {
 }
 SEARCH_PATH = "hydra.searchpath"
 KEYS = {"--config-name": "name", "--config-path": "path", "--config-dir": "dir"}
+CHECK = "regrow.check.CheckBeforeStart"
+VALUES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+COMMANDS = {  # of these Hydra does one
+    **{"-m": "--multirun", "--multirun": "--multirun", "-r": "--run", "--run": "--run"},
+    **{"--cfg": "--cfg", "--info": "--info"},
+    **{"-sc": "--shell-completion", "--shell-completion": "--shell-completion"},
+}
 PLACES = ("path", "dir", "searchpath")
 DEFAULT: dict[str, Any] = {"name": "train", "path": None, "dir": None, "searchpath": []}
 
@@ -42,13 +52,48 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not argument.startswith("-"):
             overrides.append(argument)
         elif (long := WITH_A_VALUE.get(name, name)) in WITH_A_VALUE.values():
-            if equals or rest:
+            if long == "--info" and not equals and (not rest or "=" in rest[0]):
+                flags += [long, "all"]
+            elif equals or rest:
                 flags += [long, value if equals else rest.pop(0)]
             else:
                 flags.append(argument)
         else:
             flags.append(argument)
     return flags, overrides
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raise UserError for flags that lack a value or do not go together. Hydra would end with its
+    usage, a traceback, or as if they were not there."""
+    found, overrides = split(arguments)
+    for flag, value in itertools.pairwise([*found, ""]):
+        if flag in WITH_A_VALUE.values() and (value == "" or value.startswith("-")):
+            raise UserError(f"{flag}: its value is missing.")
+        if flag in VALUES and value not in VALUES[flag]:
+            raise UserError(f"{flag} {value}: it must be one of {', '.join(VALUES[flag])}.")
+    if "--experimental-rerun" in found:
+        place = found[found.index("--experimental-rerun") + 1]
+        raise UserError(
+            f"--experimental-rerun {place}: runs keep no pickle of their config. To run one again: "
+            "scripts/reproduce.py run=<its folder>. To resume it: resume=<its folder>."
+        )
+    commands = [*dict.fromkeys(COMMANDS[flag] for flag in found if flag in COMMANDS)]
+    if len(commands) > 1 and not {"-h", "--help", "--hydra-help", "--version"} & {*found}:
+        first, second = commands[:2]
+        hint = ""
+        if "--multirun" in commands and {"--cfg", "--info"} & {*commands}:
+            shown = "--cfg" if "--cfg" in commands else "--info"
+            hint = f" {shown} shows one config: leave out -m, and give each key one value."
+        raise UserError(f"{first} and {second} do not go together.{hint or ' Leave one out.'}")
+    if "--resolve" in found and not {"--cfg", "-h", "--help"} & {*found}:
+        raise UserError("--resolve is for --cfg. Add --cfg job, or leave it out.")
+    if "--package" in found and "--cfg" not in found:
+        place = found[found.index("--package") + 1]
+        raise UserError(f"--package {place} is for --cfg. Add --cfg job, or leave it out.")
+    completes = ("install=", "uninstall=", "query=")
+    if "--shell-completion" in commands and not any(o.startswith(completes) for o in overrides):
+        raise UserError("--shell-completion: say what to do with it, such as -sc install=bash.")
 
 
 def absolute(arguments: Sequence[str]) -> list[str]:
@@ -100,6 +145,88 @@ def typed(arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def folders(arguments: Sequence[str]) -> list[Path]:
+    """The folders beside `conf/` that these arguments let Hydra look in; see `absolute`."""
+    found = typed(arguments)
+    places = [found.get("path"), found.get("dir"), *found.get("searchpath", [])]
+    texts = [str(place).removeprefix("file://") for place in places if place]
+    return [Path(text) for text in texts if Path(text).is_dir()]
+
+
+def refuse_records(arguments: Sequence[str]) -> None:
+    """Raise UserError for flags that compose a run's record, as one repeats a job of Hydra's from
+    its `.hydra`, and for a primary config that leaves out the check of every start.
+
+    Hydra would make a folder before it finds that nothing can run. See `absolute`.
+    """
+    given, overrides = split(arguments)
+    for flag, value in itertools.pairwise(given):
+        if flag in ("--config-path", "--config-dir"):
+            # Of --config-path, Hydra's rule is another than that of who types it.
+            within = os.path.relpath(value, ROOT / "scripts")
+            for place in (Path(value), Path(within)):
+                _refuse_record(place, f"{flag} {_shown(place)}")
+    for place in folders([o for o in overrides if o.startswith(f"{SEARCH_PATH}=")]):
+        _refuse_record(place, f"{SEARCH_PATH}=[{_shown(place)}]")
+    name = typed(arguments).get("name")
+    if name is None or {"-sc", "--shell-completion"} & {*given}:
+        return
+    main = typed(arguments).get("path") or str(ROOT / "conf")
+    places = [*folders(arguments), Path(main.removeprefix("file://"))]
+    if (path := _found(name, places)) is not None and _is_checked(path, places) is False:
+        raise UserError(
+            f"--config-name {name}: {_shown(path)} does not build on train. Begin it with "
+            "`defaults: [train, _self_]`. To run a run's record again: "
+            "scripts/reproduce.py run=<its folder>."
+        )
+
+
+def _refuse_record(place: Path, where: str) -> None:
+    run = place.parent if place.name == ".hydra" else place
+    if not (run / ".hydra" / "overrides.yaml").is_file():
+        return
+    folder = _shown(run)
+    raise UserError(
+        f"{where} holds the record of a run. To run it again and compare: "
+        f"{command(f'run={folder}', script='reproduce.py')}. To resume it: "
+        f"{command(f'resume={folder}')}."
+    )
+
+
+def _found(name: str, places: Sequence[Path]) -> Path | None:
+    files = [place / f"{name.removesuffix('.yaml')}.yaml" for place in places]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _is_checked(path: Path, places: Sequence[Path], depth: int = 9) -> bool | None:
+    """Whether a primary config brings `CheckBeforeStart`, by itself or by what it builds on; None
+    where its files do not say."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # Hydra says what is wrong
+    if CHECK in json.dumps(content.get("hydra"), default=str):
+        return True
+    answer: bool | None = False
+    defaults = content.get("defaults")
+    for entry in defaults if isinstance(defaults, list) else []:
+        if not isinstance(entry, str) or entry == "_self_":
+            continue
+        name = re.sub(r"^optional |@.*", "", entry).lstrip("/")
+        found = _found(name, places) if depth else None
+        below = None if found is None else _is_checked(found, places, depth - 1)
+        if below or answer is False:
+            answer = below
+        if answer:
+            break
+    return answer
+
+
+def _shown(place: Path) -> str:
+    inside = place.is_relative_to(Path.cwd())
+    return str(place.relative_to(Path.cwd()) if inside else place)
+
+
 def source_of(hydra: Any) -> dict[str, Any]:
     """The source that Hydra composed from, by its own config node."""
     from omegaconf import OmegaConf
@@ -126,9 +253,7 @@ def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") ->
     if source["path"] is not None:
         found += ["--config-path", str(source["path"])]
     if source["dir"] is not None:
-        place = Path(source["dir"])
-        inside = place.is_relative_to(Path.cwd())
-        found += ["--config-dir", str(place.relative_to(Path.cwd()) if inside else place)]
+        found += ["--config-dir", _shown(Path(source["dir"]))]
     if source["searchpath"]:
         found.append(as_override(source["searchpath"]))
     return found

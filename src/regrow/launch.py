@@ -23,7 +23,7 @@ from regrow import flags, monitor, outside, ownership, ranks, resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.command_line import command
-from regrow.compose import as_recorded, job_of
+from regrow.composed import as_recorded, job_of
 from regrow.console import console, log_file
 from regrow.errors import UserError, in_a_line, machine_fault
 from regrow.job import Job

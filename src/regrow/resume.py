@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "trainer.checkpoint.*",
 )
 CHANGED = "data.changed"
+_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # and not a literal one
 LIMITS = (
     "trainer.max_epochs",
     "trainer.max_steps",
@@ -97,19 +98,20 @@ def expand(arguments: Sequence[str]) -> list[str]:
     keys = {key_of(a) for a in new}
     keys |= {*older.removed(_recorded_config(folder)), CHANGED}
     old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
+    own = is_own(folder)
     for override in old:  # a folder may come from anybody
-        if is_foreign(override):
+        if is_foreign(override, may_refer=own):
             raise UserError(
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
                 "keys. It is not followed."
             )
-    if not ownership.is_own_run(folder, recorded_overrides(folder)):
+    if not own:
         old = without_loggers(folder, old)
         if downloads_elsewhere(folder, _recorded_config(folder), keys):
             old.append("data.source.download=false")
     refuse_masked(folder, old)
     chosen = flags.followed(
-        f"resume={folder}", flags.recorded(folder), flags.typed(arguments), is_own=is_own(folder)
+        f"resume={folder}", flags.recorded(folder), flags.typed(arguments), is_own=own
     )
     new = [line for line in new if key_of(line) != flags.SEARCH_PATH]
     given = [*flags.others(given), *flags.arguments_of(chosen)]
@@ -201,9 +203,10 @@ def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
             )
 
 
-def is_foreign(override: str) -> bool:
+def is_foreign(override: str, *, may_refer: bool = False) -> bool:
     """Return True if an override reaches beyond a run's config: Hydra's own options, the
-    launcher's, a file of another folder, another package, or the environment."""
+    launcher's, a file of another folder, another package, or, unless it `may_refer` to them, the
+    environment and the user's own resolvers."""
     key, _, value = override.partition("=")
     names = value.strip("[]'\"").split(",") if (CONF / key_of(override)).is_dir() else []
     return (
@@ -211,7 +214,7 @@ def is_foreign(override: str) -> bool:
         or key_of(override).startswith("hydra")
         or is_of_the_launcher(override)
         or "@" in key
-        or re.search(r"(?<!\\)(?:\\\\)*\$\{", value) is not None  # and not a literal one
+        or (not may_refer and _REFERENCE.search(value) is not None)
         or any(".." in name or name.strip(" '\"").startswith("/") for name in names)
     )
 

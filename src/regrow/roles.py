@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.config import CONF, HYDRAS_OWN, ROOT, locate, read_yaml
+from regrow.config import HYDRAS_OWN, ROOT, locate, readable
 from regrow.errors import UserError
 
 # Where any class of a kind is in its place.
@@ -108,8 +108,7 @@ def _fits(target: Any, group: str, path: str) -> bool:
 def listed(group: str) -> frozenset[str]:
     """The targets that this repository's own `conf/` names for a group."""
     found = set()
-    for file in sorted(CONF.rglob("*.yaml")):
-        content = read_yaml(file)
+    for file, content in readable("**/*.yaml"):
         node = content if file.parent.name == group else content.get(group)
         found |= {value for _, key, value in _entries(node, group) if key == "_target_"}
     return frozenset(value for value in found if isinstance(value, str))

@@ -35,7 +35,10 @@ log = logging.getLogger("regrow")
 def main() -> None:
     """Do the part of this process in the job that another one composed."""
     terminal.show()
-    configs.find_own_modules()  # of a rank that torchrun or srun started, too
+    try:
+        configs.find_own_modules()  # of a rank that torchrun or srun started, too
+    except UserError as error:
+        configs.fail(str(error))
     file = os.environ.get("REGROW_JOB")
     text = Path(file).read_text(encoding="utf-8") if file else ""
     if "RANK" not in os.environ:
@@ -221,6 +224,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
         if lost_the_others(error) or (said["kind"] == "user" and rank > 0):
             return  # the first process, which had the store, has said the same
     if said["kind"] == "user":
+        configs.show_traceback(error)
         if "REGROW_WATCHED" not in os.environ:  # whoever watches says it
             print(f"error: {printable(configs.one_line(str(error)))}", file=sys.stderr)
     elif fault := machine_fault(error):

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow.check import check
 from regrow.command_line import paths_as_typed, quoted, refuse_unusable
-from regrow.compose import job_of, with_override
+from regrow.composed import job_of, with_override
 from regrow.config import composition_error
 from regrow.errors import UserError
 from regrow.job import Job

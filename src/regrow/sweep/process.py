@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
 from regrow import terminal
+from regrow.config import show_traceback
 from regrow.errors import UserError, in_a_line
 from regrow.parent import die_with_parent
 from regrow.ranks import python_path
@@ -79,6 +80,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
 
         worker.work_alone(text)
     except UserError as error:
+        show_traceback(error)
         print(redact(f"error: {error}"), file=sys.stderr)
         code, reason = 2, str(error)
     except SystemExit as end:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from regrow import flags, outside, ownership, slurm
 from regrow.check import check_group
 from regrow.command_line import command
-from regrow.compose import as_recorded
+from regrow.composed import as_recorded
 from regrow.config import instantiate, plain
 from regrow.console import console
 from regrow.errors import UserError

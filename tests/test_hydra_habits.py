@@ -1,0 +1,321 @@
+"""What a long-time user of Hydra types: it works as there, or one line says what to type here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import forked
+import hydra
+import pytest
+import yaml
+from finished import finished
+from running import TINY
+
+from regrow import check, config, flags, roles
+from regrow.config import ROOT
+from regrow.errors import UserError
+
+SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
+QUIET = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+IS_1_3 = hydra.__version__.startswith("1.3")
+
+
+def refused(folder: Path, *arguments: str, script: str = "train.py") -> str:
+    """What the command says, which is one line, with nothing left behind."""
+    before = sorted(folder.rglob("*"))
+    done = forked.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=QUIET,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout.startswith("error: "), done.stdout
+    assert done.stdout.count("\n") == 1 and sorted(folder.rglob("*")) == before
+    return str(done.stdout)
+
+
+FLAGS = {
+    ("-m", "--cfg", "job"): "--multirun and --cfg do not go together. --cfg shows one config",
+    ("--cfg", "hydra", "--multirun"): "--multirun and --cfg|--cfg and --multirun",
+    ("-m", "--info"): "--info shows one config: leave out -m",
+    ("-m", "-r"): "--multirun and --run do not go together. Leave one out.",
+    ("--cfg=job", "--info", "all"): "--cfg and --info do not go together",
+    ("--cfg=x",): "--cfg x: it must be one of job, hydra, all.",
+    ("seed=1", "--cfg"): "--cfg: its value is missing.",
+    ("-cn", "--cfg", "job"): "--config-name: its value is missing.",
+    ("-i", "foo"): "--info foo: it must be one of all, config,",
+    ("--resolve",): "--resolve is for --cfg. Add --cfg job",
+    ("-p", "model"): "--package model is for --cfg. Add --cfg job",
+    ("-sc",): "say what to do with it, such as -sc install=bash.",
+    ("--experimental-rerun", "a/config.pickle"): "scripts/reproduce.py run=<its folder>",
+    ("--experimental-rerun=a/config.pickle",): "--experimental-rerun a/config.pickle: runs keep no",
+}
+
+
+@pytest.mark.parametrize("given", FLAGS, ids=" ".join)
+def test_flags_that_do_not_fit_are_one_line(given: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as raised:
+        flags.check(given)
+    assert any(part in str(raised.value) for part in FLAGS[given].split("|"))
+
+
+def test_flags_that_fit_pass() -> None:
+    for line in (
+        "-m seed=0,1", "--cfg job --resolve -p model", "--info", "--info seed=1", "-sc query=bash",
+        "--help -m", "--hydra-help", "--version", "-r seed=1", "--help --resolve", "-c job -c all",
+    ):  # fmt: skip
+        flags.check(line.split())
+    assert flags.split(["--info", "seed=1"]) == (["--info", "all"], ["seed=1"])
+
+
+def test_a_flag_is_refused_before_hydra_sees_it(tmp_path: Path) -> None:
+    assert "--cfg shows one config" in refused(tmp_path, "-m", "--cfg", "job", "seed=0,1")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("hydra/job_logging=default",),
+        ("-m", "hydra/job_logging=default", "seed=0,1"),
+        ("-m", "hydra/job_logging=stdout", "seed=0,1"),
+        ("hydra.output_subdir=.hydra",),
+        ("hydra.output_subdir=config", "hydra.run.dir=mine"),
+    ],
+    ids=" ".join,
+)
+def test_hydra_writes_nothing_beside_a_run(given: tuple[str, ...], tmp_path: Path) -> None:
+    said = refused(tmp_path, *given)
+    assert "Leave hydra" in said and "folder" in said
+
+
+def test_hydras_log_goes_into_the_folder_of_a_range_test_in_a_sweep(tmp_path: Path) -> None:
+    said = refused(tmp_path, "-m", "hydra/job_logging=default", "x=1", script="find_lr.py")
+    assert "x: there is no such key" in said
+
+
+# -- a broken file that a command does not compose -------------------------------------------------
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: Any) -> Iterator[Path]:
+    """A copy of conf/ with files that are not YAML, not UTF-8 and not a mapping."""
+    copy = tmp_path / "conf"
+    shutil.copytree(ROOT / "conf", copy)
+    for place in ("experiment", "model", "logger", "."):
+        (copy / place / "broken.yaml").write_text("a: 1\nb: [1\nc: {")
+        (copy / place / "latin.yaml").write_bytes("a: é".encode("latin-1"))
+        (copy / place / "listed.yaml").write_text("- a\n- b\n")
+    (copy / "model" / "folder.yaml").mkdir()
+    for module in (config, check, roles):
+        if hasattr(module, "CONF"):
+            monkeypatch.setattr(module, "CONF", copy)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    config.shipped_targets.cache_clear()
+    roles.listed.cache_clear()
+    yield copy
+    config.shipped_targets.cache_clear()
+    roles.listed.cache_clear()
+
+
+def test_a_broken_file_elsewhere_in_conf_does_not_end_a_command(conf: Path) -> None:
+    assert "regrow.models.mlp.MLP" in config.shipped_targets()
+    assert "regrow.models.mlp.MLP" in roles.listed("model")
+    assert "optimizer.lr" in config.known_keys()
+    assert flags.CHECK in config.hydras_targets([])
+    values = config.plain(hydra_free(*TINY))
+    check._check_keys(values, {})
+
+
+def hydra_free(*overrides: str) -> Any:
+    from running import composed
+
+    composition = composed(*overrides)
+    del_hydra = [str(key) for key in composition if key != "hydra"]
+    return config.OmegaConf.masked_copy(composition, del_hydra)
+
+
+def test_a_target_that_a_broken_file_may_name_names_the_file(conf: Path) -> None:
+    with pytest.raises(UserError, match=r"own\.Net.*cannot be read: conf/broken\.yaml:3, .*latin"):
+        config.refuse_unknown_targets({"_target_": "own.Net"})
+
+
+def test_a_composed_file_that_is_broken_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "D" / "experiment").mkdir(parents=True)
+    (tmp_path / "D" / "experiment" / "mine.yaml").write_text("a: 1\nb: [1\nc: {")
+    said = refused(tmp_path, "--config-dir", "D", "experiment=mine")
+    assert f"{tmp_path}/D/experiment/mine.yaml:3 is not YAML: " in said
+
+
+# -- errors in one's own code ----------------------------------------------------------------------
+
+
+def raised_in(folder: Path, monkeypatch: Any) -> UserError:
+    folder.mkdir(parents=True)
+    name = f"own_{abs(hash(folder))}"
+    (folder / f"{name}.py").write_text("def make():\n    text = 'a'\n    return int(text)\n")
+    monkeypatch.syspath_prepend(folder)
+    config.allow({"_target_": f"{name}.make"})
+    with pytest.raises(UserError) as raised:
+        config.instantiate({"_target_": f"{name}.make"})
+    return raised.value
+
+
+@pytest.mark.parametrize("name", ["hydra", "importlib", "site-packages/hydra", "mine"])
+@pytest.mark.skipif(not IS_1_3, reason="from 1.4 on, such an error has its traceback")
+def test_the_place_of_an_error_is_said_whatever_the_folder_is_called(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    said = str(raised_in(tmp_path / name / "project", monkeypatch))
+    assert "ValueError: invalid literal" in said and said.endswith(".py:3)")
+
+
+@pytest.mark.skipif(not IS_1_3, reason="from 1.4 on, such an error has its traceback")
+def test_a_user_who_asks_for_tracebacks_gets_them(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    error = raised_in(tmp_path / "project", monkeypatch)
+    for name in ("HYDRA_FULL_ERROR", config.SET_BY_US):
+        monkeypatch.delenv(name, raising=False)
+    config.let_hydra_raise()
+    config.show_traceback(error)
+    assert os.environ["HYDRA_FULL_ERROR"] == "1" and capsys.readouterr().err == ""
+    monkeypatch.delenv(config.SET_BY_US)
+    config.let_hydra_raise()
+    config.show_traceback(error)
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "return int(text)" in said
+    config.show_traceback(UserError("a line that says it all"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_only_asked_for_does_a_command_print_a_traceback(asks: bool, tmp_path: Path) -> None:
+    (tmp_path / "broken_model.py").write_text("import no_such_module_at_all\n")
+    environment = {
+        **QUIET,
+        "PYTHONPATH": str(tmp_path),
+        **({"HYDRA_FULL_ERROR": "1"} if asks else {}),
+    }
+    done = forked.run(
+        [sys.executable, str(ROOT / "scripts/train.py"), "model._target_=broken_model.Net"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "error: " in done.stdout.splitlines()[-1]
+    assert ("import no_such_module_at_all" in done.stdout) is asks
+    assert ("Traceback" in done.stdout) is asks
+
+
+# -- one's own callbacks ---------------------------------------------------------------------------
+
+CALLBACK = """
+import logging
+from hydra.experimental.callback import Callback
+
+class Say(Callback):
+    def __init__(self):
+        print("made by Hydra")
+
+class Handler(logging.StreamHandler):
+    pass
+"""
+
+
+def test_hydra_may_call_what_the_users_own_files_and_command_line_name(tmp_path: Path) -> None:
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "a.yaml").write_text(
+        "# @package hydra.callbacks\nmine: {_target_: own.Say}\n"
+    )
+    (tmp_path / "b.yaml").write_text(
+        "hydra: {job_logging: {handlers: {x: {class: own.Handler}}}}\n"
+    )
+    given = ["+hydra.callbacks.c._target_=typed.Say", "+hydra.callbacks.d={_target_:typed.Too,a:1}"]
+    found = config.hydras_targets(
+        ["--config-dir", str(tmp_path), *given, "model._target_=not.This"]
+    )
+    assert {"own.Say", "own.Handler", "typed.Say", "typed.Too", flags.CHECK} <= {*found}
+    assert "not.This" not in found
+
+
+def test_a_callback_of_ones_own_runs(tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(CALLBACK)
+    place = tmp_path / "D" / "experiment"
+    place.mkdir(parents=True)
+    node = {"callbacks": {"say": {"_target_": "my_callbacks.Say"}}}
+    text = yaml.safe_dump({"hydra": node, "seed": -1})  # ends before it trains
+    (place / "mine.yaml").write_text("# @package _global_\n" + text)
+    done = forked.run(
+        [sys.executable, str(ROOT / "scripts/train.py"), "--config-dir", "D", "experiment=mine"],
+        cwd=tmp_path, env={**QUIET, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert "made by Hydra" in done.stdout and "whitelist" not in done.stdout, done.stdout
+
+
+def test_a_callback_that_cannot_be_imported_says_why_and_where(tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(f"{CALLBACK}\nnot_there\n")
+    done = forked.run(
+        [
+            *(sys.executable, str(ROOT / "scripts/train.py"), "seed=-1"),
+            "+hydra.callbacks.say._target_=my_callbacks.Say",
+        ],
+        cwd=tmp_path, env={**QUIET, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+    )  # fmt: skip
+    said = done.stdout
+    assert done.returncode == 2 and said.count("\n") == 1, said
+    assert "'not_there' is not defined" in said and "my_callbacks.py:" in said, said
+
+
+# -- a run's record as a config --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("repeated") / "run", *SMALL)
+
+
+def test_a_record_as_a_config_leads_to_the_commands_for_it(done_run: Path) -> None:
+    place = done_run.parent
+    away = os.path.relpath(done_run, ROOT / "scripts")
+    for given in (
+        ("--config-path", str(done_run / ".hydra"), "--config-name", "config"),
+        ("--config-path", f"{away}/.hydra", "--config-name", "config"),
+        ("-cp", "run/.hydra", "-cn", "config"),
+        ("--config-dir=run/.hydra", "-cn", "config"),
+        ("-cn", "config", f"hydra.searchpath=[file://{done_run}/.hydra]"),
+        ("-cp", str(done_run), "-cn", "config"),
+        ("-m", "-cp", "run/.hydra", "-cn", "config", "seed=0,1"),
+    ):
+        said = refused(place, *given)
+        assert "reproduce.py run=run. To resume it: " in said and "train.py resume=run." in said
+
+
+def test_a_primary_config_that_leaves_out_train_is_refused(done_run: Path, tmp_path: Path) -> None:
+    place = tmp_path / "D"
+    place.mkdir()
+    shutil.copy(done_run / "config.yaml", place / "copied.yaml")
+    (place / "mine.yaml").write_text("defaults: [train, _self_]\nnotes: mine\n")
+    (place / "further.yaml").write_text("defaults:\n- mine\n- _self_\n")
+    (place / "none.yaml").write_text("defaults: [copied]\n")
+    for name in ("copied", "none"):
+        said = refused(tmp_path, "--config-dir", "D", "-cn", name)
+        assert f"D/{name}.yaml does not build on train" in said
+    for name in ("mine", "further", "train", "elsewhere"):
+        flags.refuse_records(["--config-dir", str(place), "--config-name", name])
+
+
+# -- another way to start --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train", "find_lr", "evaluate", "reproduce"])
+def test_scripts_start_as_modules_too(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", "--help"], cwd=ROOT, env=QUIET,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
