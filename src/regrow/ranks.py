@@ -133,8 +133,8 @@ def start(job: Job, count: int) -> Outcome:
                 envs={rank: environment(rank, count, port, path) for rank in range(count)},
                 logs_specs=DefaultLogsSpecs(log_dir=private),
             )
-        except OSError as error:
-            raise no_temporary_files(error) from error
+        except OSError as fault:
+            raise no_temporary_files(fault) from fault
         try:
             forwarded.to(list(context.pids().values()))
             result = context.wait(period=0.05)

@@ -65,14 +65,14 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
                 flags.source_of(config.hydra),
             )
             frozen.tell_of_edits(lock.folder)
-            code, identity = frozen.freeze(lock.folder)
+            copy, identity = frozen.freeze(lock.folder)
         except OSError as error:
             raise UserError(
                 f"hydra.sweep.dir={named if is_named else 'outputs'} cannot be written: "
                 f"{error.strerror or error}. Make room there, or choose another folder."
             ) from error
         warm = not config.launcher.get("fresh_processes", True)
-        frozen.become(code, identity, lock, sys.argv[1:], warm=warm)
+        frozen.become(copy, identity, lock, sys.argv[1:], warm=warm)
     with lock, console():
         try:
             code = _run(loader, config, list(arguments), lock.folder, identity)
