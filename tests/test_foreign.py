@@ -21,7 +21,7 @@ import yaml
 from running import launched
 
 from regrow import config as configs
-from regrow import console, ownership, resume
+from regrow import console, flags, ownership, resume
 from regrow.config import ROOT
 from regrow.errors import UserError, printable
 from regrow.record import folder as records
@@ -328,6 +328,16 @@ def test_loggers_of_a_foreign_run_are_left_out_and_said(
     assert "logger=[csv]" in resumed(foreign, "logger=[csv]")  # typed
 
 
+def test_a_search_path_put_into_the_users_own_run_is_not_followed(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", "seed=1")
+    source = {**flags.DEFAULT, "dir": str(tmp_path / "evil")}
+    (folder / "manifest.json").write_text(json.dumps({"config": source}))
+    with pytest.raises(UserError, match=r"by itself.*--config-dir"):
+        resumed(folder)
+    ownership.enter_run(folder, ["seed=1", *flags.followed_places(source)], None)
+    assert "--config-dir" in resumed(folder)  # the negative control
+
+
 def test_a_run_that_is_killed_between_its_seal_and_its_overrides_stays_its_users(
     tmp_path: Path,
 ) -> None:
@@ -484,3 +494,14 @@ def test_a_terminal_gets_no_orders(capsys: pytest.CaptureFixture[str], tmp_path:
         assert r"\x1b[2J" in text and r"\u202e" in text and "gnp.exe" in text
         assert not {*"\x1b\x07\x9b\u202e\r"} & {*text}
     assert printable("Ünïcode, 日本\n\t≥ 1 😀") == "Ünïcode, 日本\n\t≥ 1 😀"
+
+
+def test_wandbs_own_links_do_not_stop_a_resume(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", "seed=1")
+    logs = folder / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "cache.log")
+    records.refuse_links(folder, "hydra.run.dir=run")
+    (folder / "checkpoints").symlink_to(tmp_path)  # the negative control
+    with pytest.raises(UserError, match=r"checkpoints is a link .* add trust=[0-9a-f]{12}$"):
+        records.refuse_links(folder, "hydra.run.dir=run", way_out=resume.if_trusted(folder))

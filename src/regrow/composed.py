@@ -52,8 +52,10 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
 
 
 def as_recorded(job: Job) -> list[str]:
-    """The overrides as the run's folder will hold them."""
-    return resume.overrides_in(redact(job.composed["overrides.yaml"]))
+    """What a resume follows: the overrides as the run's folder will hold them, and the places
+    that its config came from."""
+    overrides = resume.overrides_in(redact(job.composed["overrides.yaml"]))
+    return [*overrides, *flags.followed_places(job.source)]
 
 
 def with_override(job: Job, key: str, value: Any) -> Job:

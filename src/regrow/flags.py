@@ -347,5 +347,11 @@ def followed(
     return {**source, **{key: value for key, value in given.items() if key in DEFAULT}}
 
 
+def followed_places(source: Mapping[str, Any] | None) -> list[str]:
+    """The places of a source as a line of a run's seal; none for a config of `conf/` alone."""
+    places = {key: source[key] for key in PLACES if source[key]} if source else {}
+    return [json.dumps(places, sort_keys=True)] if places else []
+
+
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))

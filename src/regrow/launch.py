@@ -173,7 +173,7 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
     names.refuse_foreign_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume.is_own(folder):
-        records.refuse_links(folder, f"hydra.run.dir={folder}")
+        records.refuse_links(folder, f"hydra.run.dir={folder}", way_out=resume.if_trusted(folder))
     with records.Lock(folder):
         try:
             yield resume.continues(folder, job.config, job.overrides)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from regrow.errors import UserError
-from regrow.record.folder import open_new
 
 # A spreadsheet takes a cell that begins so for a formula: the last four are full-width signs.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -55,13 +54,19 @@ def write_text(text: str, target: Path, *, overwrite: bool) -> None:
         file.write(text)
 
 
+def open_new(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a new file. A link that somebody put there is removed, and not followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
 @contextlib.contextmanager
 def _new_file(target: Path, overwrite: bool) -> Iterator[TextIO]:
     """A file that takes the name `target` once it is whole. Raises UserError."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     try:
-        with open(open_new(temporary), "w", **text) as file:  # noqa: PTH123
+        with open(open_new(temporary), "w", **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

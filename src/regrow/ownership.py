@@ -23,9 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regrow import locks
+from regrow import flags, locks
 from regrow.errors import UserError
-from regrow.record.folder import open_new, read_json, refuse_links, write_json
+from regrow.output import open_new
+from regrow.record.folder import read_json, refuse_links, write_json
 from regrow.record.manifest import ORIGIN
 
 log = logging.getLogger("regrow")
@@ -277,7 +278,9 @@ def trust_of(folder: Path) -> list[str]:
 
 
 def _digest_of_sweep(code: str, content: Mapping[str, Any] | None) -> str:
-    followed = [(content or {}).get(key) for key in ("overrides", "launcher")]
+    content = content or {}
+    followed = [content.get(key) for key in ("overrides", "launcher")]
+    followed += flags.followed_places(content.get("config"))
     return hashlib.sha256(_bytes([code, *followed])).hexdigest()
 
 

@@ -149,9 +149,17 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
 def is_own(folder: Path) -> bool:
     """Return True if `folder` holds a run that is listed as this user's."""
     try:
-        return ownership.is_own_run(folder, recorded_overrides(folder))
+        return ownership.is_own_run(folder, followed(folder))
     except UserError:
         return False
+
+
+def if_trusted(folder: Path) -> str:
+    """The end of a refusal that `trust=…` lifts; nothing where there is no record to trust."""
+    with contextlib.suppress(UserError, OSError):
+        digits = ownership.digest_of_run(followed(folder))[: ownership.DIGITS]
+        return f" If the run is yours, add trust={digits}"
+    return ""
 
 
 def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
@@ -184,7 +192,7 @@ def without_loggers(folder: Path, overrides: Sequence[str]) -> list[str]:
     """
     loggers = [o for o in overrides if re.split(r"[./]", key_of(o))[0] == "logger"]
     if loggers:
-        digits = ownership.digest_of_run(recorded_overrides(folder))[: ownership.DIGITS]
+        digits = ownership.digest_of_run(followed(folder))[: ownership.DIGITS]
         print(
             f"warning: resume={folder}: it is not listed as yours, so its loggers are left out "
             f"({printable(', '.join(loggers))}). Give them again, or, if you trust it, add "
@@ -222,6 +230,11 @@ def is_foreign(override: str, *, may_refer: bool = False) -> bool:
 def is_of_the_launcher(override: str) -> bool:
     """Return True if an override says where, or beside what, a run is made: no part of the run."""
     return key_of(override).split(".")[0] in ELSEWHERE
+
+
+def followed(folder: Path) -> list[str]:
+    """What a resume of the run in `folder` follows: see `composed.as_recorded`."""
+    return [*recorded_overrides(folder), *flags.followed_places(flags.recorded(folder))]
 
 
 def recorded_overrides(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ from types import TracebackType, UnionType
 from typing import Any, Literal
 
 from regrow.errors import UserError
+from regrow.output import open_new
 from regrow.record import names
 from regrow.record.redact import redact
 
@@ -91,19 +92,22 @@ def link_latest(folder: Path, runs: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def refuse_links(folder: Path, named: str, part: str = "") -> None:
+def refuse_links(folder: Path, named: str, part: str = "", way_out: str = "") -> None:
     """Raise UserError for a link in the folder, or in a part of it, that leads out of the folder.
 
     What is written would follow it, so this goes before writing into a folder from elsewhere.
+    wandb links to its own logs, and begins a new folder each time it starts.
     """
     inside, below = folder.resolve(), [folder / part] if part else []
     for root, folders, files in os.walk(folder / part):
         below += [Path(root, name) for name in (*folders, *files)]
+        if Path(root) == folder:
+            folders[:] = [name for name in folders if name != "wandb"]
     for path in below:
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise UserError(
                 f"{named}: {path} is a link that leads out of the folder, and what is written "
-                "would follow it. Remove the link, or put in its place what it leads to."
+                f"would follow it. Remove the link, or put in its place what it leads to.{way_out}"
             )
 
 
@@ -258,7 +262,7 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(open_new(temporary, 0o600 if private else 0o666), "wb") as file:
+        with open(open_new(temporary, 0o600 if private else 0o666), "wb") as file:  # noqa: PTH123
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -268,12 +272,6 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def open_new(path: Path, mode: int = 0o666) -> int:
-    """A descriptor of a new file. A link that somebody put there is removed, and not followed."""
-    path.unlink(missing_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 def refuse_special(path: Path) -> None:
