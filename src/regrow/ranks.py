@@ -28,6 +28,7 @@ from regrow.record import folder as records
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
+SAFE_PATH = "PYTHONSAFEPATH"  # as Python's option -P
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 
 
@@ -133,8 +134,8 @@ def start(job: Job, count: int) -> Outcome:
                 envs={rank: environment(rank, count, port, path) for rank in range(count)},
                 logs_specs=DefaultLogsSpecs(log_dir=private),
             )
-        except OSError as error:
-            raise no_temporary_files(error) from error
+        except OSError as fault:
+            raise no_temporary_files(fault) from fault
         try:
             forwarded.to(list(context.pids().values()))
             result = context.wait(period=0.05)
@@ -212,7 +213,18 @@ def python_path() -> str:
     own = (sys.prefix, sys.base_prefix)
     added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
     added = [path for path in added if Path(path) != ROOT]
+    refuse_separator(*added)
     return os.pathsep.join(dict.fromkeys(path for path in added if path))
+
+
+def refuse_separator(*paths: str | Path) -> None:
+    """Raise UserError for a path that PYTHONPATH would take for two."""
+    for path in map(str, paths):
+        if os.pathsep in path:
+            raise UserError(
+                f"{path}: other processes find no code in a path with {os.pathsep!r}. Rename the "
+                "folder. One run in one process works there."
+            )
 
 
 def read(store: Any, name: str) -> Any:
