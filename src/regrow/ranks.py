@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow import outside
 from regrow.errors import MachineFault, UserError
 from regrow.job import Job
 from regrow.record import folder as records
@@ -113,15 +114,7 @@ def start(job: Job, count: int) -> Outcome:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # they are forwarded, below
-    listener = socket.create_server(("127.0.0.1", 0))  # a store would listen to every network
-    port = listener.getsockname()[1]
-    server = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    server = outside.store_of(socket.create_server(("127.0.0.1", 0)))
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     with private_folder() as private, forwarding() as forwarded:
         path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
@@ -131,7 +124,7 @@ def start(job: Job, count: int) -> Outcome:
                 name="train",
                 entrypoint=sys.executable,
                 args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.child")),
-                envs={rank: environment(rank, count, port, path) for rank in range(count)},
+                envs={rank: environment(rank, count, server.port, path) for rank in range(count)},
                 logs_specs=DefaultLogsSpecs(log_dir=private),
             )
         except OSError as fault:

@@ -130,7 +130,8 @@ def test_without_a_seed_per_example_the_number_of_workers_would_show(
     """The negative control."""
     import contextlib
 
-    monkeypatch.setattr(feeds, "_seeded", lambda value: contextlib.nullcontext())
+    monkeypatch.setattr(feeds, "states_kept", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr(feeds, "seed_step", lambda value, **_: None)
     runs = [
         list(of_ones_own(Noisy(13, 0), num_workers=n).train(device=CPU).epoch(0)) for n in (0, 1)
     ]
@@ -379,7 +380,8 @@ def test_a_photo_is_a_pure_function_of_the_seed() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 
     def seeded(value: int) -> bytes:
-        with feeds._seeded(value):
+        with feeds.states_kept():
+            feeds.seed_step(value)
             return photo(image).tobytes()
 
     assert seeded(1) == seeded(1) != seeded(2)
