@@ -484,6 +484,16 @@ def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_help_into_a_closed_pipe_prints_no_traceback(script: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does, sooner or later
+    command = [sys.executable, str(TRAIN.with_name(f"{script}.py")), "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.stderr == b""
+
+
 def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
     code = (
         f"import sys, runpy; sys.path.insert(0, {str(TRAIN.parent)!r})\n"

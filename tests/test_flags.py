@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 from running import TINY
 
 from regrow import flags
-from regrow.config import ROOT
+from regrow.config import ROOT, read_yaml
 from regrow.errors import UserError
 from regrow.record.folder import read_json, write_json, write_text
+from regrow.sweep import frozen
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
 MINE = "defaults:\n  - train\n  - _self_\nnotes: mine\n"
@@ -144,6 +146,42 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     source = {**flags.DEFAULT, "name": "mytrain", "dir": f"{place}/D"}
     assert state.is_open(sweep, content["overrides"], source)
     assert not state.is_open(sweep, content["overrides"])
+
+
+def test_a_frozen_copy_holds_the_folders_of_a_config(place: Path) -> None:
+    write_text_in(place / "E" / "data" / "mine.yaml", "root: E\n")
+    (place / "D" / "weights.bin").touch()
+    source = {**flags.DEFAULT, "name": "mytrain", "dir": f"{place}/D"}
+    source["searchpath"] = ["pkg://some.package", f"file://{place}/E"]
+    code = place / "code"
+    frozen.copy_places(source, code / flags.COPIES)
+    assert flags.copied_source(code) == source and flags.copied_source(place) is None
+    copy = flags.in_copy(source, code)
+    assert copy["searchpath"][0] == "pkg://some.package"
+    assert flags.in_copy(copy, code) == copy
+    found = [Path(copy["dir"]), Path(copy["searchpath"][1].removeprefix("file://"))]
+    assert {path.name for folder in found for path in folder.rglob("*") if path.is_file()} == {
+        "mytrain.yaml", "wide.yaml", "mine.yaml"
+    }  # fmt: skip
+    frozen.copy_places(flags.DEFAULT, place / "none")
+    assert not (place / "none").exists()
+
+
+NARROW = tuple(one for one in SMALL if not one.startswith("model."))
+
+
+@pytest.mark.slow
+def test_an_edit_of_a_config_folder_changes_no_later_job_of_a_sweep(place: Path) -> None:
+    mine = ("-cn", "mytrain", "--config-dir", "D", "model=wide")
+    run(place, "-m", *NARROW, *mine, "seed=0", "hydra.sweep.dir=s")
+    write_text_in(place / "D" / "model" / "wide.yaml", "defaults: [mlp]\nhidden: [7]\n")
+    run(place, "-m", "resume=s", "seed=0,1")
+    shutil.rmtree(place / "D")
+    assert "all      3" in run(place, "-m", "resume=s", "seed=0,1,2")
+    for number in "012":
+        config = read_yaml(place / "s" / number / "config.yaml")
+        assert (config["model"]["hidden"], config["notes"]) == ([99], "mine")
+    assert read_json(place / "s" / "sweep.json")["config"]["dir"] == f"{place}/D"
 
 
 @pytest.mark.nightly

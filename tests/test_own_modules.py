@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from regrow.config import ROOT
@@ -91,7 +92,7 @@ def test_every_rank_finds_a_module_of_the_root(
 def test_a_sweep_freezes_and_finds_modules_of_the_root(
     project: Path, fresh: str, tmp_path: Path
 ) -> None:
-    (project / "profile.py").unlink(missing_ok=True)  # the server of jobs starts in this folder
+    (project / "profile.py").write_text("")  # the server of jobs starts in this folder
     sweep = tmp_path / "sweep"
     given = ("model=net,deep", f"launcher.fresh_processes={fresh}", f"hydra.sweep.dir={sweep}")
     start(project, "scripts/train.py", "-m", *given, *QUICK)
@@ -100,3 +101,52 @@ def test_a_sweep_freezes_and_finds_modules_of_the_root(
     code = sweep / "code"
     assert (code / "my_net.py").is_file() and (code / "my_models/deep/net.py").is_file()
     assert not (code / "my_models" / "data.bin").exists()
+
+
+# Of another copy of this package than the one that is imported already.
+AS_A_SCRIPT = """
+import runpy, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "regrow"]:
+    del sys.modules[name]
+scripts = sys.argv.pop(1)
+sys.path[:] = [scripts, *(path for path in sys.path[1:] if not path.endswith("/src"))]
+sys.argv[0] = scripts + "/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+STARTS_A_JOB = """
+import os, sys
+from regrow.sweep.process import context_of
+job = context_of(fresh=True).Process(target=os.getpid)
+job.start()
+job.join()
+sys.exit(job.exitcode)
+"""
+
+
+def test_a_module_in_the_current_folder_hides_none_of_pythons_from_a_job(tmp_path: Path) -> None:
+    (tmp_path / "signal.py").write_text("raise SystemExit('hidden')")
+    done = forked.run(
+        [sys.executable, "-P", "-c", STARTS_A_JOB], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [("trainer=ddp", "trainer.devices=2"), ("-m", "seed=0,1")], ids=["ranks", "sweep"]
+)
+def test_a_path_that_pythonpath_would_split_is_refused_in_one_line(
+    given: tuple[str, ...], tmp_path: Path
+) -> None:
+    project = tmp_path / "a:b"
+    project.mkdir()
+    for part in ("src", "conf", "scripts"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / part, project / part, ignore=ignored)
+    done = forked.run(
+        [sys.executable, "-c", AS_A_SCRIPT, str(project / "scripts"), *QUICK, *given],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: {project}/src: other processes find")
+    assert [path.name for path in tmp_path.iterdir()] == ["a:b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ def parse(
     Raises UserError for whatever is no option or no value of one.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(usage(options, text, takes_data=takes_data))
+        with contextlib.suppress(BrokenPipeError):  # into `| head -1`
+            print(usage(options, text, takes_data=takes_data))
         sys.exit(0)
     values = {key: option.default for key, option in options.items()}
     data: dict[str, Any] = {}

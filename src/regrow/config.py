@@ -23,7 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow import flags
+from regrow import flags, terminal
 from regrow.command_line import path_of, paths_as_typed, quoted, read, shell
 from regrow.errors import UserError, did_you_mean, machine_fault, printable
 from regrow.record.redact import redact
@@ -79,6 +79,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 if "Config group override must be" not in str(error):
                     raise
                 fail(wrong_option(sys.argv[1:]))
+            except BrokenPipeError:
+                if not terminal.nobody_reads():
+                    raise
+                raise SystemExit(1) from None
             except OSError as error:  # Hydra's own mkdir comes before the run's
                 if (named := folder_named(sys.argv[1:], error.filename)) is None:
                     if (fault := machine_fault(error)) is None:

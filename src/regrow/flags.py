@@ -37,6 +37,7 @@ COMMANDS = {  # of these Hydra does one
     **{"-sc": "--shell-completion", "--shell-completion": "--shell-completion"},
 }
 PLACES = ("path", "dir", "searchpath")
+COPIES = "places"  # in a sweep's frozen code
 DEFAULT: dict[str, Any] = {"name": "train", "path": None, "dir": None, "searchpath": []}
 
 
@@ -232,6 +233,8 @@ def source_of(hydra: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     source = {**DEFAULT, "name": str(hydra.job.config_name), "searchpath": []}
+    if (copied := copied_source(ROOT)) is not None:
+        return copied
     # A folder's name may look like an interpolation, and is none.
     places: Any = OmegaConf.to_container(hydra.runtime.config_sources, resolve=False)
     for place in places:
@@ -244,6 +247,32 @@ def source_of(hydra: Any) -> dict[str, Any]:
         elif provider == "hydra.searchpath in command-line":
             source["searchpath"].append(f"{schema}://{path}")
     return source
+
+
+def folders_of(source: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders that a source adds beside `conf/`, each with the name of its copy."""
+    places = {"dir": source["dir"], "path": source["path"]}
+    places |= {f"searchpath_{n}": place for n, place in enumerate(source["searchpath"])}
+    found = {name: re.sub(r"^file://", "", str(place or "")) for name, place in places.items()}
+    return {name: Path(path) for name, path in found.items() if path and "://" not in path}
+
+
+def copied_source(code: Path) -> dict[str, Any] | None:
+    """The source whose folders were copied into a sweep's frozen code; None if it has none."""
+    with contextlib.suppress(OSError, ValueError):
+        return checked(_json(code / COPIES / "source.json"), code)
+    return None
+
+
+def in_copy(source: Mapping[str, Any], code: Path) -> dict[str, Any]:
+    """The source with the copies of its folders in a sweep's frozen code in their place."""
+    copies = {name: str(code.absolute() / COPIES / name) for name in folders_of(source)}
+    places = [
+        f"file://{copies[f'searchpath_{n}']}" if f"searchpath_{n}" in copies else place
+        for n, place in enumerate(source["searchpath"])
+    ]
+    named = {key: copies.get(key, source[key]) for key in ("dir", "path")}
+    return {**source, **named, "searchpath": places}
 
 
 def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") -> list[str]:

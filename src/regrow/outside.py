@@ -181,8 +181,6 @@ def meet() -> Any:
 
 def hold_store(named: str | None) -> Any:
     """The store, in this process: at the port that was named, or a free one that a file names."""
-    import torch.distributed as dist
-
     is_local = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
     is_local = named in ("127.0.0.1", "localhost") if named is not None else is_local
     port = number_of("MASTER_PORT", 0) if named is not None else 0
@@ -195,18 +193,26 @@ def hold_store(named: str | None) -> Any:
                 "process with RANK=0. Choose another port."
             ) from None
         raise UserError(f"MASTER_PORT={port}: {error.strerror or error}.") from None
+    store = store_of(listener)
+    if named is None:
+        host = "127.0.0.1" if is_local else socket.gethostname()
+        write_text(meeting_file(), f"{host} {store.port}", private=True)
+    return store
+
+
+def store_of(listener: socket.socket) -> Any:
+    """A store in this process, at the port of `listener`. Left to itself, torch would listen to
+    every network."""
+    import torch.distributed as dist
+
     port = listener.getsockname()[1]
-    store = dist.TCPStore(  # type: ignore[attr-defined]
+    return dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1",
         port,
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    if named is None:
-        host = "127.0.0.1" if is_local else socket.gethostname()
-        write_text(meeting_file(), f"{host} {port}", private=True)
-    return store
 
 
 def arrive(store: Any) -> None:

@@ -59,7 +59,7 @@ def seed_everything(value: int) -> None:
     random.seed(value)
 
 
-def seed_step(value: int) -> None:
+def seed_step(value: int, *, on_device: bool = True) -> None:
     """Seed all that a model or a loss draws from: torch, its device, numpy and `random`.
 
     `torch.manual_seed` costs about a hundred microseconds; the generators themselves three, numpy
@@ -69,34 +69,34 @@ def seed_step(value: int) -> None:
 
     torch = sys.modules["torch"]
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
+    if on_device and torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)
-    elif torch.backends.mps.is_available():
+    elif on_device and torch.backends.mps.is_available():
         torch.mps.manual_seed(value)
     numpy.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
 
 
-def states() -> list[Any]:
+def states(*, on_device: bool = True) -> list[Any]:
     """Where the generators stand that `seed_step` seeds. Waits for no device."""
     import numpy
 
     torch = sys.modules["torch"]
     found = [torch.get_rng_state(), numpy.random.get_state(), random.getstate()]
-    if torch.cuda.is_initialized():
+    if on_device and torch.cuda.is_initialized():
         found.append(torch.cuda.get_rng_state())
-    elif torch.backends.mps.is_available():
+    elif on_device and torch.backends.mps.is_available():
         found.append(torch.mps.get_rng_state())
     return found
 
 
 @contextlib.contextmanager
-def states_kept() -> Iterator[None]:
+def states_kept(*, on_device: bool = True) -> Iterator[None]:
     """Put the generators back afterwards, so that the code inside draws without a trace."""
     import numpy
 
     torch = sys.modules["torch"]
-    before = states()
+    before = states(on_device=on_device)
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow import outside
 from regrow.errors import MachineFault, UserError
 from regrow.job import Job
 from regrow.record import folder as records
@@ -28,6 +29,7 @@ from regrow.record import folder as records
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
+SAFE_PATH = "PYTHONSAFEPATH"  # as Python's option -P
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 
 
@@ -112,15 +114,7 @@ def start(job: Job, count: int) -> Outcome:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # they are forwarded, below
-    listener = socket.create_server(("127.0.0.1", 0))  # a store would listen to every network
-    port = listener.getsockname()[1]
-    server = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    server = outside.store_of(socket.create_server(("127.0.0.1", 0)))
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     with private_folder() as private, forwarding() as forwarded:
         path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
@@ -130,7 +124,7 @@ def start(job: Job, count: int) -> Outcome:
                 name="train",
                 entrypoint=sys.executable,
                 args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.child")),
-                envs={rank: environment(rank, count, port, path) for rank in range(count)},
+                envs={rank: environment(rank, count, server.port, path) for rank in range(count)},
                 logs_specs=DefaultLogsSpecs(log_dir=private),
             )
         except OSError as fault:
@@ -212,7 +206,18 @@ def python_path() -> str:
     own = (sys.prefix, sys.base_prefix)
     added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
     added = [path for path in added if Path(path) != ROOT]
+    refuse_separator(*added)
     return os.pathsep.join(dict.fromkeys(path for path in added if path))
+
+
+def refuse_separator(*paths: str | Path) -> None:
+    """Raise UserError for a path that PYTHONPATH would take for two."""
+    for path in map(str, paths):
+        if os.pathsep in path:
+            raise UserError(
+                f"{path}: other processes find no code in a path with {os.pathsep!r}. Rename the "
+                "folder. One run in one process works there."
+            )
 
 
 def read(store: Any, name: str) -> Any:

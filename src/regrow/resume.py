@@ -131,9 +131,10 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
         before = [*before, *content.get("launcher", [])]
     old = [str(a) for a in before if key_of(str(a)) not in (*keys, CHANGED)]
     refuse_masked(folder, old)
-    chosen = flags.followed(
-        f"resume={folder}", flags.of_sweep(folder), flags.typed([*given, *new]), is_own=True
-    )
+    source, code = flags.of_sweep(folder), folder / ownership.CODE
+    if flags.copied_source(code) is not None:
+        source = flags.in_copy(source, code)
+    chosen = flags.followed(f"resume={folder}", source, flags.typed([*given, *new]), is_own=True)
     old, new = ([a for a in its if key_of(a) != flags.SEARCH_PATH] for its in (old, new))
     given = [a for a in flags.others(given) if a not in MULTIRUN]
     return [

@@ -20,7 +20,7 @@ from typing import Any
 from regrow import outside
 from regrow.errors import UserError
 from regrow.job import Job
-from regrow.ranks import STOPPED, python_path
+from regrow.ranks import SAFE_PATH, STOPPED, python_path
 from regrow.record import folder as records
 from regrow.record import names
 
@@ -161,6 +161,7 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         setup=[
             *options.setup,
             f"export PYTHONPATH={shlex.quote(python_path())}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export {SAFE_PATH}=1",  # the current folder may hide Python's own modules
         ],
         stderr_to_stdout=True,
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}"],
@@ -207,7 +208,7 @@ class Task:
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-P", "-m", "regrow.child"],
             env={
-                **os.environ,
+                **{key: value for key, value in os.environ.items() if key != SAFE_PATH},
                 **outside.srun_environment(),
                 "REGROW_JOB": str(self.job),
                 "REGROW_PARENT": str(os.getpid()),

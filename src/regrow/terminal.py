@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
+import contextlib
 import io
+import os
+import select
 import sys
 
 ERRORS = "regrow-shown"
@@ -31,8 +35,25 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ERRORS, _replace)
 
 
+def nobody_reads() -> bool:
+    """Return True if the reader of stdout has gone, as `| head -1` does. The rest is dropped."""
+    try:
+        descriptor = sys.stdout.fileno()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # there is none, or it is closed
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
+
+
 def show(encoding: str | None = None) -> None:
     """Let stdout and stderr of this process show any text, in `encoding` if it is given."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors=ERRORS)
+    atexit.register(nobody_reads)  # Python's own flush, which comes later, would complain

@@ -112,6 +112,19 @@ def test_without_network_one_line_says_what_to_do(
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
 
 
+def test_a_failed_download_leaves_no_empty_folder(
+    make_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    for root in (tmp_path / "data", tmp_path / "mine"):
+        if root.name == "mine":
+            root.mkdir()
+        with pytest.raises(UserError, match="the download failed"):
+            make_data("mnist", f"root={root}")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "outputs"),
     [("multiclass", [3, 16, 16], 10), ("multiclass", [7], 10), ("binary", [2, 3], 1),

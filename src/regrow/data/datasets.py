@@ -233,12 +233,19 @@ def _broken(kind: str, root: str, error: Exception) -> str:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """One process at a time downloads; the others find the files when it is their turn."""
+    is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root, os.O_RDONLY)  # a folder can be locked too, and leaves no file
     try:
         with contextlib.suppress(OSError):  # some network file systems lock no folders
             locks.wait_for(descriptor, f"the folder {root}, to download into it")
         yield
+    except BaseException:
+        if is_new:  # torchvision makes folders before it asks for anything
+            for folder, _, _ in os.walk(root, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)  # noqa: PTH106
+        raise
     finally:
         os.close(descriptor)
 

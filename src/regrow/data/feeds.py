@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import random
 import signal
 import time
 import traceback
@@ -18,7 +17,6 @@ from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -31,7 +29,7 @@ from regrow.data.sampling import Windows
 from regrow.data.splits import Examples, MapStyle
 from regrow.errors import DataError, machine_fault
 from regrow.parent import die_with_parent
-from regrow.randomness import generator, key
+from regrow.randomness import generator, key, seed_step, states_kept
 
 log = logging.getLogger("regrow.data")
 
@@ -390,16 +388,9 @@ def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int 
 @contextlib.contextmanager
 def seeded(value: int) -> Iterator[None]:
     """Ambient random states seeded from `value`, and put back: the loop may rely on its own."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(value)
-    np.random.seed(value & 0xFFFFFFFF)
-    random.seed(value)
-    try:
+    with states_kept(on_device=False):  # a worker must not touch the device
+        seed_step(value, on_device=False)
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 @contextlib.contextmanager

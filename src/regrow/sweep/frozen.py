@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from regrow import flags, ownership
+from regrow.command_line import command
 from regrow.config import ROOT
 from regrow.errors import UserError
 from regrow.record import folder as records
@@ -70,8 +71,9 @@ def claim(
     return records.Lock(records.create(Path("outputs"), f"{name}/sweeps")).acquire()
 
 
-def freeze(folder: Path) -> tuple[Path, str]:
-    """Copy what the jobs run into the sweep's folder, unless that was done.
+def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Path, str]:
+    """Copy what the jobs run into the sweep's folder, unless that was done: the code, and the
+    folders that the config's `source` adds.
 
     Returns where it is and the id by which the list of the user's folders knows it, empty where
     that cannot be written. Raises UserError for code that is neither the user's nor trusted.
@@ -80,6 +82,9 @@ def freeze(folder: Path) -> tuple[Path, str]:
     if is_copy(code) or (folder / state.FILE).is_file():
         entry = ownership.check_sweep(folder, str(folder))
         ownership.remove_caches(code)
+        copied = flags.copied_source(code)
+        if copied is not None and source != flags.in_copy(copied, code):  # as a resume names them
+            refuse_another_source(folder, copied, source)
         return code, entry.id if entry is not None else adopt(folder)
     temporary = folder / f".{state.CODE}"  # of a start that was cut
     shutil.rmtree(temporary, ignore_errors=True)
@@ -96,6 +101,7 @@ def freeze(folder: Path) -> tuple[Path, str]:
             shutil.copy2(file, target)
         for module in ROOT.glob("*.py"):
             shutil.copy2(module, temporary)
+        copy_places(source, temporary / flags.COPIES)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"the code could not be copied into {folder}: {error}") from None
@@ -103,6 +109,27 @@ def freeze(folder: Path) -> tuple[Path, str]:
     identity = entered(ownership.digest_of_code(temporary, str(folder)))
     temporary.rename(code)
     return code, identity
+
+
+def copy_places(source: Mapping[str, Any], target: Path) -> None:
+    """Copy the YAML files of the folders that a source adds: a search composes each of its jobs."""
+    for name, place in flags.folders_of(source).items():
+        for file in place.rglob("*.yaml"):
+            copy = target / name / file.relative_to(place)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        records.write_json(target / "source.json", source)
+
+
+def refuse_another_source(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError where the sweep in `folder` is composed of other places than `now`."""
+    for key in ("name", *flags.PLACES):
+        if before[key] != now[key]:
+            words = command(*flags.arguments_of(before), "-m", root=manifest.own_root())
+            raise UserError(
+                f"{folder} holds a sweep of another config or search path, which "
+                f"starts with {words}. Another one needs another folder."
+            )
 
 
 def entered(code_sha256: str) -> str:
@@ -154,6 +181,11 @@ def become(
     told = {FOLDER: str(lock.folder), LOCK: str(lock.descriptor), WARM: "1" if warm else ""}
     told[IDENTITY] = identity
     script = code.resolve() / "scripts" / Path(sys.argv[0]).name
+    if (source := flags.copied_source(code)) is not None:
+        given, overrides = flags.split(arguments)
+        overrides = [one for one in overrides if one.partition("=")[0] != flags.SEARCH_PATH]
+        places = flags.arguments_of(flags.in_copy(source, code.resolve()))
+        arguments = [*flags.others(given), *places, *overrides]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, str(script), *arguments], {**os.environ, **told})

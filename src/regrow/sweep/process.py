@@ -23,7 +23,7 @@ from regrow import terminal
 from regrow.config import show_traceback
 from regrow.errors import UserError, in_a_line
 from regrow.parent import die_with_parent
-from regrow.ranks import python_path
+from regrow.ranks import SAFE_PATH, python_path
 from regrow.record.redact import redact
 from regrow.sweep import state
 
@@ -32,6 +32,8 @@ def context_of(*, fresh: bool) -> BaseContext:
     """How jobs are started. The server begins to import now, beside whatever is done next."""
     # Python 3.11's server does not look where this process does, so not in the frozen code.
     os.environ["PYTHONPATH"] = python_path()
+    # Nor may it look into the current folder: a profile.py there would hide Python's own.
+    os.environ[SAFE_PATH] = "1"
     if fresh:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -72,6 +74,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     terminal.show("utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a killed job has said how far it came
+    os.environ.pop(SAFE_PATH, None)  # a script that the job starts looks beside itself
     os.environ.update(environment)
     have_threads_again()
     code, reason = 0, None

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, outside, ownership, slurm
+from regrow import flags, outside, ownership, ranks, slurm
 from regrow.check import check_group
 from regrow.command_line import command
 from regrow.composed import as_recorded
@@ -56,23 +56,26 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
     if lock is None:
         named = Path(config.hydra.sweep.dir)
         is_named = named.resolve() != Path.cwd()
+        source = flags.source_of(config.hydra)
+        ranks.python_path()  # of which the sweep's folder will be a part
+        ranks.refuse_separator(named.resolve())
         try:
             lock = frozen.claim(
                 named if is_named else None,
                 str(config.name),
                 same_sweep(config),
                 str(config.resume),
-                flags.source_of(config.hydra),
+                source,
             )
             frozen.tell_of_edits(lock.folder)
-            copy, identity = frozen.freeze(lock.folder)
+            frozen_code = frozen.freeze(lock.folder, source)
         except OSError as error:
             raise UserError(
                 f"hydra.sweep.dir={named if is_named else 'outputs'} cannot be written: "
                 f"{error.strerror or error}. Make room there, or choose another folder."
             ) from error
         warm = not config.launcher.get("fresh_processes", True)
-        frozen.become(copy, identity, lock, sys.argv[1:], warm=warm)
+        frozen.become(*frozen_code, lock, sys.argv[1:], warm=warm)
     with lock, console():
         try:
             code = _run(loader, config, list(arguments), lock.folder, identity)
@@ -185,14 +188,8 @@ class Sweep:
     def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
         """Raise UserError where the folder holds jobs that were made otherwise."""
         if state.read(self.folder):
-            before, now = flags.of_sweep(self.folder), self.facts.get("config", flags.DEFAULT)
-            for key in ("name", *flags.PLACES):
-                if before[key] != now[key]:
-                    words = command(*flags.arguments_of(before), "-m", root=manifest.own_root())
-                    raise UserError(
-                        f"{self.folder} holds a sweep of another config or search path, which "
-                        f"starts with {words}. Another one needs another folder."
-                    )
+            now = self.facts.get("config", flags.DEFAULT)
+            frozen.refuse_another_source(self.folder, flags.of_sweep(self.folder), now)
         kind = state.read(self.folder).get("kind", self.facts["kind"])
         if kind != self.facts["kind"]:
             raise UserError(
