@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -27,6 +28,7 @@ from regrow.record.folder import load_status, set_status
 from regrow.training import checkpoint, loop, optim
 from regrow.training.checkpoint import CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.training.options import CheckpointOptions
+from regrow.training.state import FOLLOWS
 from regrow.weights import load_weights
 
 RUN = (
@@ -822,3 +824,50 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "step_00000001" / "model.pt", weights_only=False)
     assert (tmp_path / "executed").exists()  # as it would without the refusal
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+@dataclasses.dataclass
+class WithMore(runs.TrainState):
+    """New fields of each kind, and nothing else."""
+
+    number: int = 0
+    mean: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3))
+    totals: list[float] = dataclasses.field(default_factory=lambda: [0.0])
+    counter: Counter = dataclasses.field(default_factory=Counter)
+    known: int = dataclasses.field(default=0, metadata=FOLLOWS)
+
+
+def test_a_new_field_of_the_state_is_saved_and_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "TrainState", WithMore)
+    state = runs.build(config_of(*RUN), CPU).state
+    assert isinstance(state, WithMore)
+    state.number, state.totals, state.known = 3, [0.1, 2.0], 5
+    state.mean += 0.1
+    state.counter.count = 4
+    parts = state.state_dict()
+    assert parts["counter"] == {"count": 4}
+    torch.save(parts, tmp_path / "parts.pt")
+    later = runs.build(config_of(*RUN), CPU).state
+    assert isinstance(later, WithMore)
+    later.load_state_dict(torch.load(tmp_path / "parts.pt"))
+    assert (later.number, later.totals, later.counter.count) == (3, [0.1, 2.0], 4)
+    assert torch.equal(later.mean, state.mean)
+    assert later.known == 0 and "known" not in parts["progress"]
+    for lost in ("number", "mean", "counter"):  # the control: one that is lost is noticed
+        without = {**parts, "progress": {k: v for k, v in parts["progress"].items() if k != lost}}
+        without.pop(lost, None)
+        with pytest.raises(UserError, match=lost):
+            later.load_state_dict(without)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,8 +39,13 @@ class Progress:
     latest: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
 
+FOLLOWS = {"saved": False}  # marks a field that follows from others, so no checkpoint holds it
+
+
 @dataclass
 class TrainState:
+    """Every field is saved: with a `state_dict` as a part of its own, else in `progress`."""
+
     model: nn.Module
     optimizer: Optimizer
     schedule: Schedule
@@ -48,10 +53,11 @@ class TrainState:
     loss_scale: LossScale | None  # of fp16
     sums: Sums  # since the epoch began
     skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
-    steps_per_epoch: int
+    steps_per_epoch: int = field(metadata=FOLLOWS)
     progress: Progress = field(default_factory=Progress)
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
-    no_streak: bool = False  # whether the host knows that skips[1] is zero; in no checkpoint
+    # Whether the host knows that skips[1] is zero.
+    no_streak: bool = field(default=False, metadata=FOLLOWS)
 
     @property
     def step(self) -> int:
@@ -71,30 +77,27 @@ class TrainState:
         """The model that is evaluated and kept: the averaged one, if there is one."""
         return self.averaged if self.averaged is not None else self.model
 
+    def _fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The state's parts and its plain values, by field. An absent part is None, and a schedule
+        without state a function."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata != FOLLOWS}
+        del values["progress"]
+        parts = {name: value for name, value in values.items() if isinstance(value, Stateful)}
+        plain = {k: v for k, v in values.items() if not (k in parts or v is None or callable(v))}
+        return parts, plain
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """One entry for each file of a checkpoint. Tensors and plain containers only."""
-        sums = self.sums
-        if isinstance(sums, list):
-            sums = torch.tensor(sums, dtype=torch.float64)
-        parts: dict[str, dict[str, Any]] = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()
-            | {optim.CLASS: type(self.optimizer).__qualname__},
-            "progress": {**vars(self.progress), "sums": sums, "skips": self.skips}
-            | {"empty_steps": self.empty_steps},
-        }
-        if self.averaged is not None:
-            parts["averaged"] = self.averaged.state_dict()
-        elif hasattr(self.optimizer, "eval"):  # schedule-free: the weights it stands for
-            with optim.evaluating(self.optimizer, self.model):
+        stateful, plain = self._fields()
+        parts: dict[str, dict[str, Any]] = {k: v.state_dict() for k, v in stateful.items()}
+        parts["optimizer"] = {**parts["optimizer"], optim.CLASS: type(self.optimizer).__qualname__}
+        parts["progress"] = {**vars(self.progress), **plain}
+        if self.averaged is None and hasattr(self.optimizer, "eval"):
+            with optim.evaluating(self.optimizer, self.model):  # the weights it stands for
                 parts["averaged"] = {
                     k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
                     for k, v in self.model.state_dict().items()
                 }
-        if self.loss_scale is not None:
-            parts["loss_scale"] = self.loss_scale.state_dict()
-        if isinstance(self.schedule, Stateful):
-            parts["schedule"] = self.schedule.state_dict()
         return parts
 
     def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
@@ -127,27 +130,28 @@ class TrainState:
         """Take up a checkpoint's state, whole. Raises UserError for a part too many or too few, and
         for one of another model."""
         self.refuse_other(parts)
-        self.model.load_state_dict(sharding.as_in(parts["model"], self.model.state_dict()))
-        optim.load(self.optimizer, parts["optimizer"])
+        stateful, plain = self._fields()
         progress = {**older.ADDED_PROGRESS, **parts["progress"]}
-        if other := {*vars(self.progress), "sums", "skips", "empty_steps"} ^ set(progress):
+        if other := {*vars(self.progress), *plain} ^ set(progress):
             raise UserError(
                 "the checkpoint was written by another version of this code: its progress differs "
                 f"in {', '.join(sorted(other))}. Start a new run with init_from=…"
             )
-        sums = progress.pop("sums")
-        self.sums = sums.tolist() if isinstance(self.sums, list) else sums.to(self.sums)
-        self.skips.copy_(progress.pop("skips"))
-        self.empty_steps.fill_(float(progress.pop("empty_steps")))
+        self.progress = Progress(**{name: progress[name] for name in vars(self.progress)})
+        for name, own in plain.items():
+            if isinstance(own, Tensor):
+                own.copy_(torch.as_tensor(progress[name], dtype=own.dtype))
+            else:  # sums may have been a tensor, on a device or in an older record
+                value = progress[name]
+                setattr(self, name, [*map(float, value)] if isinstance(own, list) else value)
         self.no_streak = False
-        self.progress = Progress(**progress)
-        if self.averaged is not None:
-            own = self.averaged.state_dict()
-            self.averaged.load_state_dict(sharding.as_in(parts["averaged"], own))
-        if self.loss_scale is not None:
-            self.loss_scale.load_state_dict(parts["loss_scale"])
-        if isinstance(self.schedule, Stateful):
-            self.schedule.load_state_dict(parts["schedule"])
+        for name, own in stateful.items():
+            if isinstance(own, Optimizer):
+                optim.load(own, parts[name])
+            elif isinstance(own, nn.Module):
+                own.load_state_dict(sharding.as_in(parts[name], own.state_dict()))
+            else:
+                own.load_state_dict(parts[name])
 
 
 def average_of(model: nn.Module) -> nn.Module:
