@@ -87,7 +87,7 @@ def test_hydras_own_state_stays_as_it_was() -> None:
     ("overrides", "said"),
     {
         ("optimizer.lrr=1",): "optimizer.lrr: there is no such key. Did you mean optimizer.lr?",
-        ("optimizer.lr=abc",): "optimizer.lr=abc has to be a number",
+        ("optimizer.lr=abc",): "optimizer.lr=abc must be a number",
         ("seed=0,1",): "seed=0,1: several values are a sweep, not one config.",
         ("model=nope",): "model=nope: there is no such option.",
         ("-m",): "-m is a flag. compose takes overrides, such as seed=1.",

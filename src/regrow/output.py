@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from regrow.errors import UserError
 
@@ -64,9 +64,10 @@ def open_new(path: Path, mode: int = 0o666) -> int:
 def _new_file(target: Path, overwrite: bool) -> Iterator[TextIO]:
     """A file that takes the name `target` once it is whole. Raises UserError."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    text: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     try:
-        with open(open_new(temporary), "w", **text) as file:
+        with open(
+            open_new(temporary), "w", encoding="utf-8", errors="backslashreplace", newline=""
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

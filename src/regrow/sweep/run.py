@@ -71,8 +71,8 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
             frozen_code = frozen.freeze(lock.folder, source)
         except OSError as error:
             raise UserError(
-                f"hydra.sweep.dir={named if is_named else 'outputs'} cannot be written: "
-                f"{error.strerror or error}. Make room there, or choose another folder."
+                f"hydra.sweep.dir={named if is_named else 'outputs'}: the folder cannot be "
+                f"written: {error.strerror or error}. Make room in it. Choose another folder."
             ) from error
         warm = not config.launcher.get("fresh_processes", True)
         frozen.become(*frozen_code, lock, sys.argv[1:], warm=warm)
