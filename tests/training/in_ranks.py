@@ -27,6 +27,7 @@ from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.parallel import World, stopping_together
 from regrow.training.sharded_checkpoint import Writers
 from regrow.training.sharding import whole
+from regrow.training.state import weights_sha256
 
 Config = dict[str, Any]
 BATCH = 2  # of an evaluation
@@ -266,6 +267,43 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
     return {"stops": [stops for stops, _ in seen], "seconds": seen[0][1]}
 
 
+def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list[dict[str, Any]]:
+    """Three steps whose weights are zero: nowhere, in the main process alone, everywhere."""
+    objects = runs.build({**config, "trainer": {**config["trainer"], "ema_decay": 0.9}}, world)
+    saved = SimpleNamespace(saved=None)
+    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    state, seen = objects.state, []
+    batches = objects.train.epoch(0, 0)
+    for empty in (False, world.is_main, True):
+        batch, before = next(batches), weights_sha256(state.model)
+        if empty:
+            batch.weights = torch.zeros(len(batch.targets))
+        result = loop.train_step(state, batch, plan)
+        state.progress.step += 1
+        after = weights_sha256(state.model)
+        seen.append(
+            {
+                "empty": int(state.empty_steps),
+                "skipped": int(state.skips[0]),
+                "moved": after != before,
+                "weights": after,
+                "norm": float(result.grad_norm),
+            }
+        )
+    return seen
+
+
+def trained_with_empty_steps_on_device(
+    world: World, config: Config, folder: Path
+) -> list[dict[str, Any]]:
+    on_host = sums.on_host
+    sums.on_host = lambda device: False
+    try:
+        return trained_with_empty_steps(world, config, folder)
+    finally:
+        sums.on_host = on_host
+
+
 CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "trained": trained,
     "trained_in_slices": trained_in_slices,
@@ -282,4 +320,6 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "told": told,
     "evaluated_with_own_buffers": evaluated_with_own_buffers,
     "exchanged": exchanged,
+    "trained_with_empty_steps": trained_with_empty_steps,
+    "trained_with_empty_steps_on_device": trained_with_empty_steps_on_device,
 }

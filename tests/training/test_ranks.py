@@ -214,3 +214,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(several: Seen) ->
 def test_the_seconds_of_a_step_are_those_of_the_main_process(several: Seen) -> None:
     seconds = [rank["exchanged"]["seconds"] for rank in several]
     assert len(set(seconds)) == 1 and 0 < seconds[0] < 100
+
+
+@pytest.mark.parametrize("way", ["trained_with_empty_steps", "trained_with_empty_steps_on_device"])
+def test_a_step_is_empty_only_if_it_is_so_in_every_process(way: str, several: Seen) -> None:
+    for rank in several:
+        full, partly, empty = rank[way]
+        assert full["moved"] and full["empty"] == 0
+        assert partly["moved"] and partly["empty"] == 0 and partly["norm"] > 0
+        assert not empty["moved"] and empty["empty"] == 1 and empty["norm"] == 0
+        assert empty["skipped"] == 0
+        assert [step["weights"] for step in rank[way]] == [s["weights"] for s in several[0][way]]
