@@ -43,7 +43,7 @@ ALLOWED = {
         *("slurm", "worker", "data", "models", "tasks", "training", "ownership"),
     },
     "slurm": {"outside", "ranks", "job", "record"},
-    "ranks": {"job", "record"},
+    "ranks": {"job", "record", "outside"},
     "run": {"config", "weights", "training", "tasks", "data", "models", "record"},
     "find_lr": {"console", "launch", "run", "resume", "check", "config", "record", "training"},
     "inference": {"config", "load", "record", "training"},
