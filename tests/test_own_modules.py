@@ -116,6 +116,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 STARTS_A_JOB = """
 import os, sys
 from regrow.sweep.process import context_of
+os.chdir(sys.argv[1])
 job = context_of(fresh=True).Process(target=os.getpid)
 job.start()
 job.join()
@@ -126,8 +127,8 @@ sys.exit(job.exitcode)
 def test_a_module_in_the_current_folder_hides_none_of_pythons_from_a_job(tmp_path: Path) -> None:
     (tmp_path / "signal.py").write_text("raise SystemExit('hidden')")
     done = forked.run(
-        [sys.executable, "-P", "-c", STARTS_A_JOB], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, timeout=100,
+        [sys.executable, "-c", STARTS_A_JOB, str(tmp_path)], cwd=ROOT, capture_output=True,
+        text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

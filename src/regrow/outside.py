@@ -193,10 +193,11 @@ def hold_store(named: str | None) -> Any:
                 "process with RANK=0. Choose another port."
             ) from None
         raise UserError(f"MASTER_PORT={port}: {error.strerror or error}.") from None
+    port = listener.getsockname()[1]
     store = store_of(listener)
     if named is None:
         host = "127.0.0.1" if is_local else socket.gethostname()
-        write_text(meeting_file(), f"{host} {store.port}", private=True)
+        write_text(meeting_file(), f"{host} {port}", private=True)
     return store
 
 

@@ -114,7 +114,9 @@ def start(job: Job, count: int) -> Outcome:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # they are forwarded, below
-    server = outside.store_of(socket.create_server(("127.0.0.1", 0)))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = outside.store_of(listener)
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     with private_folder() as private, forwarding() as forwarded:
         path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
@@ -124,7 +126,7 @@ def start(job: Job, count: int) -> Outcome:
                 name="train",
                 entrypoint=sys.executable,
                 args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.child")),
-                envs={rank: environment(rank, count, server.port, path) for rank in range(count)},
+                envs={rank: environment(rank, count, port, path) for rank in range(count)},
                 logs_specs=DefaultLogsSpecs(log_dir=private),
             )
         except OSError as fault:
