@@ -210,8 +210,14 @@ def said_once(done: subprocess.CompletedProcess[str]) -> str:
     [
         ((), "hydra.run.dir=outputs cannot be written: Read-only file system."),
         (("hydra.run.dir=a",), "hydra.run.dir=a: a: Read-only file system."),
-        (("-m", "seed=0,1"), "hydra.sweep.dir=outputs cannot be written: Read-only file system."),
-        (("-m", "hydra.sweep.dir=a"), "hydra.sweep.dir=a cannot be written: Read-only file"),
+        (
+            ("-m", "seed=0,1"),
+            "hydra.sweep.dir=outputs: the folder cannot be written: Read-only file system.",
+        ),
+        (
+            ("-m", "hydra.sweep.dir=a"),
+            "hydra.sweep.dir=a: the folder cannot be written: Read-only file",
+        ),
     ],
 )
 def test_a_read_only_current_folder_is_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -498,7 +499,7 @@ def test_examples_that_draw_without_a_seed_are_caught(
     from regrow.data import feeds
 
     train_config(tmp_path / "whole", read_by(0))
-    monkeypatch.setattr(feeds, "key", lambda *parts: feeds.random.getrandbits(60))
+    monkeypatch.setattr(feeds, "key", lambda *parts: random.getrandbits(60))
     train_config(tmp_path / "cut", read_by(0), stop_at=5)
     train_config(tmp_path / "cut", read_by(0))
     assert not same(tmp_path / "cut", tmp_path / "whole")
