@@ -170,6 +170,7 @@ def test_a_frozen_copy_holds_the_folders_of_a_config(place: Path) -> None:
 NARROW = tuple(one for one in SMALL if not one.startswith("model."))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_an_edit_of_a_config_folder_changes_no_later_job_of_a_sweep(place: Path) -> None:
     mine = ("-cn", "mytrain", "--config-dir", "D", "model=wide")

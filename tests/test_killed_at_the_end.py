@@ -30,6 +30,7 @@ RUN = (
     *("name=ends", "hydra.run.dir=outputs/ends/run", "logger=csv"),
 )
 WHEN = ("before", "after")
+NIGHTLY = pytest.mark.nightly
 
 
 def started(folder: Path, *arguments: str, dies_at: str = "") -> int:
@@ -43,7 +44,7 @@ def started(folder: Path, *arguments: str, dies_at: str = "") -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     print(done.stdout)
     return done.returncode
@@ -78,17 +79,10 @@ def assert_is_whole(outputs: Path, whole: Path) -> None:
     assert its == others
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize(
-    ("point", "when"),
-    [
-        ("loggers", "before"),
-        *(
-            pytest.param(point, when, marks=pytest.mark.slow)
-            for point in ("summary.json", "loggers", "latest")
-            for when in WHEN
-            if (point, when) != ("loggers", "before")
-        ),
-    ],
+    "point", ["summary.json", "loggers", pytest.param("latest", marks=NIGHTLY)]
 )
 def test_a_run_killed_as_it_ends_is_completed_by_the_same_command(
     point: str, when: str, whole: Path, tmp_path: Path
@@ -99,7 +93,7 @@ def test_a_run_killed_as_it_ends_is_completed_by_the_same_command(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=NIGHTLY)])
 def test_a_sharded_run_killed_as_it_exports_its_weights_is_completed(
     when: str, tmp_path: Path
 ) -> None:
@@ -133,7 +127,7 @@ def whole_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("point", ["results.csv", "sweep.html"])
+@pytest.mark.parametrize("point", ["results.csv", pytest.param("sweep.html", marks=NIGHTLY)])
 def test_a_sweep_killed_as_it_writes_its_tables_is_completed_by_the_same_command(
     point: str, when: str, whole_sweep: Path, tmp_path: Path
 ) -> None:
