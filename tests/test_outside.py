@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import forked
 import pytest
 from running import TINY
 from waiting import until
@@ -115,7 +114,7 @@ def free_port() -> int:
 def start(folder: Path, rank: int, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **environment}
     command = [sys.executable, str(TRAIN), *TINY, "trainer=ddp", "trainer.device=cpu", *overrides]
-    return forked.popen(
+    return subprocess.Popen(
         command, cwd=folder, env={**os.environ, **variables}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
