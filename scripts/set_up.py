@@ -176,7 +176,7 @@ def mark(content: dict[str, str]) -> None:
 
 
 def begin() -> bool:
-    """Mark .venv as unfinished; whether it must be made from nothing."""
+    """Mark .venv as unfinished. Return True if it must be made from nothing."""
     VENV.mkdir(exist_ok=True)
     target = wanted()
     if STAMP.exists():

@@ -66,7 +66,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 given = flags.absolute(given)
                 flags.refuse_records(given)
                 sys.argv[1:] = flags.absolute(expand(given))
-                # Of 1.3 the version; of 1.4 what Hydra itself may call.
+                # Hydra 1.3 takes a version; 1.4 takes the targets that it may call.
                 last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
                 hydra.main(**arguments, **last)(task)()
             except UserError as error:
@@ -660,7 +660,7 @@ def _said(error: BaseException) -> str:
 
 
 def _is_of_hydra(file: str) -> bool:
-    """Whether a frame's file is part of Hydra or of Python's import, and not of one's own code,
+    """Return True if a frame's file is part of Hydra or of Python's import, not of a user's code,
     which may lie in a folder of such a name."""
     import hydra
 

@@ -79,7 +79,7 @@ def by_name(metric: str) -> str | None:
 
 
 def _ends_in_a_metric(words: list[str]) -> bool:
-    """Whether the name is a metric's, as in accuracy_top5 and loss_mse: not error_detection."""
+    """Return True for a metric's name, such as accuracy_top5 or loss_mse, not error_detection."""
     rest = itertools.dropwhile(_is_qualifier, reversed(words))
     return next(rest, "") in _MORE | _LESS
 

@@ -77,7 +77,7 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
 
 
 def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes from a source (see `flags`), with its own node. Raises Hydra's errors."""
+    """Compose a source (see `flags`), with the `hydra` node. Raises Hydra's errors."""
     from hydra import compose as by_hydra
     from hydra import initialize_config_dir
     from hydra._internal.hydra import Hydra
