@@ -22,7 +22,7 @@ from regrow import ranks
 from regrow.config import CONF
 from regrow.data.files import _Memory
 from regrow.data.images import load_image
-from regrow.errors import MachineFault, UserError, in_a_line, machine_fault
+from regrow.errors import MachineFault, SlicesTooLarge, UserError, in_a_line, machine_fault
 from regrow.record.folder import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -61,6 +61,7 @@ def test_other_errors_are_no_fault_of_the_machine() -> None:
     for error in (ValueError("Too many open files"), RuntimeError("shapes differ"), KeyError("a")):
         assert machine_fault(error) is None
     assert "no memory left" in str(machine_fault(MemoryError()))
+    assert machine_fault(SlicesTooLarge("out of memory with 8 examples", 1)) is None
     assert "ulimit -v" in str(machine_fault(ImportError("libtorch.so: failed to map segment")))
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__context__ = other, one  # as where an error is raised again elsewhere

@@ -20,6 +20,17 @@ class MachineFault(OSError):
     """The machine lacks something that the program needs. The message is one line."""
 
 
+class SlicesTooLarge(Exception):
+    """One of several processes has no memory for a slice: all start again, with smaller ones.
+
+    `halvings` says how often the slices are then to be halved.
+    """
+
+    def __init__(self, message: str, halvings: int) -> None:
+        super().__init__(message)
+        self.halvings = halvings
+
+
 def _shared_memory() -> str:
     try:
         found = os.statvfs("/dev/shm")

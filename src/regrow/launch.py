@@ -25,7 +25,7 @@ from regrow.check import check
 from regrow.command_line import command
 from regrow.composed import as_recorded, job_of
 from regrow.console import console, log_file
-from regrow.errors import UserError, in_a_line, machine_fault
+from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault
 from regrow.job import Job
 from regrow.load import preprocessing_record
 from regrow.record import folder as records
@@ -327,7 +327,7 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
-    halvings = {"halvings": error.halvings} if hasattr(error, "halvings") else {}
+    halvings = {"halvings": error.halvings} if isinstance(error, SlicesTooLarge) else {}
     records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **halvings)
     if not isinstance(error, UserError):
         log.error("failed at step %d: %s", step, in_a_line(error))

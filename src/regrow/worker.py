@@ -25,7 +25,7 @@ from regrow import config as configs
 from regrow import launch, outside, terminal
 from regrow import run as runs
 from regrow.console import console
-from regrow.errors import UserError, in_a_line, machine_fault, printable
+from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault, printable
 from regrow.job import Job
 from regrow.training.parallel import World, lost_the_others
 
@@ -211,7 +211,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
     said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
     if isinstance(error, UserError):
         said |= {"kind": "user", "text": str(error)}
-    elif hasattr(error, "halvings"):
+    elif isinstance(error, SlicesTooLarge):
         said |= {"kind": "memory", "halvings": error.halvings}
     try:
         if lost_the_others(error):
@@ -232,7 +232,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
             print(f"error: rank {rank}: {fault}", file=sys.stderr)
     elif lost_the_others(error):
         print(f"error: {text}", file=sys.stderr)
-    elif not (hasattr(error, "halvings") or launch.is_plain(error)):
+    elif not (isinstance(error, SlicesTooLarge) or launch.is_plain(error)):
         traceback.print_exception(error)
 
 

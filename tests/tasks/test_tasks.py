@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -300,25 +299,3 @@ def test_a_run_up_to_its_first_evaluation_imports_neither_torchmetrics_nor_torch
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.slow
-def test_loss_and_running_accuracy_cost_little_more_than_bare_torch() -> None:
-    task, outputs, targets = multiclass(), logits(64, 10).requires_grad_(), ones(64)
-
-    def ours() -> None:
-        task.loss(outputs, targets, None)
-        task.running(outputs, targets)
-
-    def bare() -> None:
-        nn.functional.cross_entropy(outputs, targets, reduction="none")
-        outputs.argmax(1).eq(targets)
-
-    def seconds(function: Any) -> float:
-        start = time.perf_counter()
-        for _ in range(300):
-            function()
-        return time.perf_counter() - start
-
-    pairs = [(seconds(ours), seconds(bare)) for _ in range(30)]
-    assert min(o for o, _ in pairs) < 1.5 * min(b for _, b in pairs)

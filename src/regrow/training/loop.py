@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regrow.errors import UserError
+from regrow.errors import SlicesTooLarge, UserError
 from regrow.randomness import Draws, key, seed_step, states_kept
 from regrow.training import optim, sharding
 from regrow.training.checkpoint import Facts
@@ -496,9 +496,7 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
             "trainer.precision=bf16, or a device with more memory."
         )
     if plan.world.size > 1:  # the others are beyond this slice: all start again, in smaller ones
-        error = MemoryError(where)
-        error.halvings = state.progress.halvings + 1  # type: ignore[attr-defined]
-        raise error
+        raise SlicesTooLarge(where, state.progress.halvings + 1)
     state.progress.halvings += 1
     for parameter in plan.parameters:
         parameter.grad = None
