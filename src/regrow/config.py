@@ -20,9 +20,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow import flags
-from regrow.command_line import path_of, paths_as_typed, quoted, read, shell
+from regrow import flags, places
+from regrow.command_line import path_of, paths_as_typed
 from regrow.errors import UserError, did_you_mean, machine_fault, printable
+from regrow.leads import RECIPES, lead
 
 MULTIRUN = ("-m", "--multirun")
 FLAGS = (
@@ -37,13 +38,14 @@ HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
+CONF = places.CONF
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` over `conf/`, whose errors are one line and exit code 2."""
     import hydra
 
+    from regrow.explain import composition_error, wrong_options
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
@@ -58,6 +60,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             find_own_modules()
             try:
                 check_arguments(sys.argv[1:])
+                if (wrong := wrong_options(sys.argv[1:])) is not None:
+                    raise UserError(wrong)
                 multirun = any(a in MULTIRUN for a in sys.argv[1:])
                 given = paths_as_typed(sys.argv[1:], multirun=multirun)
                 sys.argv[1:] = flags.absolute(expand(flags.absolute(given)))
@@ -68,10 +72,6 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(composition_error(error))
             except UnicodeDecodeError:
                 fail(not_utf8())
-            except ValueError as error:  # Hydra's, of a group that is given a number or nothing
-                if "Config group override must be" not in str(error):
-                    raise
-                fail(wrong_option(sys.argv[1:]))
             except OSError as error:  # Hydra's own mkdir comes before the run's
                 if (named := folder_named(sys.argv[1:], error.filename)) is None:
                     if (fault := machine_fault(error)) is None:
@@ -139,22 +139,28 @@ def find_own_modules() -> None:
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise UserError for the first argument that is neither `key=value` nor an option of Hydra's,
-    whose own parser would answer with its usage."""
+    whose own parser would answer with its usage, and for a setting of Hydra's without effect."""
     before = ""
     for argument in arguments:
+        word, equals, _ = argument.partition("=")
         flag = argument.startswith("-")
         known = (
-            argument.partition("=")[0] in (*FLAGS, *FLAGS_WITH_A_VALUE)
+            word in (*FLAGS, *FLAGS_WITH_A_VALUE)
             if flag
             else ("=" in argument[1:] or argument.startswith("~") or before in FLAGS_WITH_A_VALUE)
         )
         if not known:
-            hint = did_you_mean(argument.partition("=")[0].lstrip("-"), known_keys())
-            raise UserError(
-                f"{argument}: arguments are key=value, without dashes or spaces, such as "
-                f"optimizer.lr=0.1.{hint}"
-            )
+            raise UserError(f"{argument}: {_not_an_argument(word, equals, argument)}")
         before = argument
+
+
+def _not_an_argument(word: str, equals: str, argument: str) -> str:
+    said = "arguments are key=value, without dashes or spaces, such as optimizer.lr=0.1."
+    plain = word.lstrip("-").replace("-", "_")
+    keys = known_keys()
+    if word.startswith("-") and plain in keys:
+        return f"{said} Write {argument.lstrip('-')}" if equals else f"{said} Write {plain}=…"
+    return said + (lead(plain) or did_you_mean(plain, keys))
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -190,84 +196,27 @@ def not_utf8() -> str:
     return "a file of the config is not UTF-8. Save it as UTF-8."
 
 
-def wrong_option(arguments: Sequence[str]) -> str:
-    """What is wrong with the first group whose option is no name."""
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if (CONF / key).is_dir() and (value in ("", "null") or not re.match(r"[A-Za-z_\[]", value)):
-            options = ", ".join(sorted(path.stem for path in (CONF / key).glob("[!_]*.yaml")))
-            return f"{argument}: {key} takes the name of one of its options: {options}."
-    return "a group takes the name of one of its options; see --help."
-
-
-def composition_error(error: Exception) -> str:
-    """What Hydra or OmegaConf says of a config, in one line with the nearest right word."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        options = [option for option in error.options if not option.startswith("_")]
-        hint = did_you_mean(option, options)
-        return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
-    if isinstance(error, OverrideParseException):
-        key, equals, value = str(error.override).partition("=")
-        reason = one_line(str(error)).partition(" See https://")[0]
-        advice = f"{key}={quoted(value)}"
-        if not equals or read(advice) is ...:  # the key is what cannot be read
-            return f"{error.override} cannot be read: {reason}"
-        if value[:1] in "[{":
-            return (
-                f"{error.override} cannot be read as a list or mapping: {reason}. If it is one "
-                f"text: {shell([advice])}"
-            )
-        return f"{error.override} cannot be read. Text with signs needs quotes: {shell([advice])}"
-    text = str(error)
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        key, _, value = found.group(1).partition("=")
-        return f"{found.group(1)}: several values are a sweep: add -m. A list is {key}=[{value}]."
-    for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
-        if found := re.search(pattern, text):
-            return unknown_key(found.group(1))
-    if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text):
-        return f"{found.group(2)}: ${{{found.group(1)}}} names no key of the config."
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
-
-
 def option_list() -> str:
     """A line for each config group; a file whose name begins with _ is a part of others."""
-    groups: dict[str, list[str]] = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        if not path.stem.startswith("_"):
-            groups.setdefault(path.parent.name, []).append(path.stem)
-    return "\n".join(f"{group}: {', '.join(options)}" for group, options in groups.items())
-
-
-def unknown_key(name: str) -> str:
-    """What to say of a key that the composed config has not."""
-    keys = known_keys()
-    group = name.partition(".")[0]
-    if options := [option for option in keys.get(name, []) if not option.startswith("_")]:
-        return (
-            f"{name}: the chosen {group} has no such key. "
-            f"It is one of {group}={', '.join(options)}."
-        )
-    here = [key for key in keys if key.startswith(f"{group}.")]
-    hint = did_you_mean(name, here or keys) or did_you_mean(name.rpartition(".")[2], keys)
-    return f"{name}: there is no such key.{hint}"
+    return "\n".join(
+        f"{group}: {', '.join(options)}"
+        for group in sorted(places.groups())
+        if (options := places.options(group))
+    )
 
 
 def known_keys() -> dict[str, list[str]]:
-    """All keys, dotted, that the files in conf/ have, with the options that have it; none for those
-    of the top level."""
-    keys: dict[str, list[str]] = {folder.name: [] for folder in CONF.iterdir() if folder.is_dir()}
+    """All keys, dotted, that the files on the search path have, with the options that have it; none
+    for those of the top level."""
+    keys: dict[str, list[str]] = {group: [] for group in places.groups()}
     for path in sorted(CONF.glob("*.yaml")):
         content = {key: value for key, value in read_yaml(path).items() if key != "hydra"}
         keys |= {key: [] for key in _dotted(content)}
-    for path in sorted(CONF.glob("*/*.yaml")):
+    for path in (path for folder in places.folders() for path in sorted(folder.glob("*/*.yaml"))):
         group = path.parent.name
-        if group not in ("experiment", "debug", "local"):  # those hold keys of all groups
-            for key in _dotted(read_yaml(path), prefix=f"{group}."):
+        if group not in RECIPES:  # those hold keys of all groups
+            content = places.read(path)
+            for key in _dotted(content, prefix=f"{group}."):
                 keys[key] = [*keys.get(key, []), path.stem]
     return keys
 

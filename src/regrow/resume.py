@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from regrow import command_line, flags, monitor, older, ownership
-from regrow.config import CONF, MULTIRUN, read_yaml, recorded_config, targets_in
+from regrow import command_line, flags, monitor, older, ownership, places
+from regrow.config import MULTIRUN, read_yaml, recorded_config, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -205,7 +205,7 @@ def is_foreign(override: str) -> bool:
     """Whether an override reaches beyond the config of a run: Hydra's own options, the launcher's,
     a file of another folder, another package, or the environment."""
     key, _, value = override.partition("=")
-    names = value.strip("[]'\"").split(",") if (CONF / key_of(override)).is_dir() else []
+    names = value.strip("[]'\"").split(",") if places.is_group(key_of(override)) else []
     return (
         override.startswith("-")
         or key_of(override).startswith("hydra")

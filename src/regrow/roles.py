@@ -17,8 +17,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow import places
 from regrow.config import CONF, HYDRAS_OWN, ROOT, locate, read_yaml
 from regrow.errors import UserError
+from regrow.leads import RECIPES
 
 # Where any class of a kind is in its place.
 KINDS = {
@@ -93,7 +95,7 @@ def is_apart(target: str, folder: Path) -> bool:
 def _fits(target: Any, group: str, path: str) -> bool:
     if not isinstance(target, str):
         return False
-    if target in listed(group):
+    if target in listed(group, places.folders()):
         return True
     if target.partition(".")[0] in sys.stdlib_module_names or "__" in target:
         return False  # holds none of the kinds; some of these do things when they are imported
@@ -105,11 +107,16 @@ def _fits(target: Any, group: str, path: str) -> bool:
 
 
 @functools.cache
-def listed(group: str) -> frozenset[str]:
-    """The targets that this repository's own `conf/` names for a group."""
+def listed(group: str, folders: Collection[Path] = (CONF,)) -> frozenset[str]:
+    """The targets that the files of `conf/`, and of the search path of this command, name for a
+    group. A run's folder adds nothing to that path by itself."""
+    files = sorted(CONF.rglob("*.yaml"))
+    for folder in (folder for folder in folders if folder != CONF):
+        # These alone: the place may be the current folder, and runs may lie in it.
+        files += [f for each in (group, *RECIPES) for f in sorted((folder / each).rglob("*.yaml"))]
     found = set()
-    for file in sorted(CONF.rglob("*.yaml")):
-        content = read_yaml(file)
+    for file in files:
+        content = read_yaml(file) if file.is_relative_to(CONF) else places.read(file)
         node = content if file.parent.name == group else content.get(group)
         found |= {value for _, key, value in _entries(node, group) if key == "_target_"}
     return frozenset(value for value in found if isinstance(value, str))
