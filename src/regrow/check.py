@@ -25,6 +25,7 @@ from regrow.config import (
     HANDED_IN,
     allow,
     fail,
+    is_started,
     known_keys,
     locate,
     plain,
@@ -33,6 +34,7 @@ from regrow.config import (
 )
 from regrow.errors import UserError, did_you_mean
 from regrow.explain import composition_error, where_own_keys_go
+from regrow.hydras import check_settings
 from regrow.record import loggers
 from regrow.resume import check_recorded
 
@@ -282,6 +284,8 @@ class CheckBeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
         try:
+            if is_started():
+                check_settings(config.hydra, is_sweep=False)
             check(config, config.hydra.runtime.choices)
         except UserError as error:
             fail(str(error))
@@ -290,6 +294,11 @@ class CheckBeforeStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir
+        try:
+            if is_started():
+                check_settings(config.hydra, is_sweep=True)
+        except UserError as error:
+            fail(str(error))
 
 
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     import hydra
 
     from regrow.explain import composition_error, wrong_options
+    from regrow.hydras import refuse_typed
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
@@ -60,11 +61,15 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             find_own_modules()
             try:
                 check_arguments(sys.argv[1:])
+                if is_train(task):
+                    refuse_typed(sys.argv[1:])
                 if (wrong := wrong_options(sys.argv[1:])) is not None:
                     raise UserError(wrong)
                 multirun = any(a in MULTIRUN for a in sys.argv[1:])
                 given = paths_as_typed(sys.argv[1:], multirun=multirun)
                 sys.argv[1:] = flags.absolute(expand(flags.absolute(given)))
+                if is_train(task):
+                    _started.append(task)
                 hydra.main(**arguments)(task)()
             except UserError as error:
                 fail(str(error))
@@ -90,6 +95,21 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+# The task function of scripts/train.py, once this process has started it.
+_started: list[Callable[..., Any]] = []
+
+
+def is_train(task: Callable[..., Any]) -> bool:
+    """Return True if a task is that of scripts/train.py: only there is -m a sweep of ours."""
+    code = getattr(task, "__code__", None)
+    return code is not None and Path(code.co_filename).resolve() == ROOT / "scripts" / "train.py"
+
+
+def is_started(task: Any = None) -> bool:
+    """Return True if this process runs scripts/train.py, by `task` if that is given."""
+    return bool(_started) if task is None else any(task is each for each in _started)
 
 
 def register_resolver(name: str, function: Callable[..., Any]) -> None:

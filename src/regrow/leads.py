@@ -125,7 +125,6 @@ REPLACED = {
     "hydra.launcher.timeout_min": "use launcher=slurm launcher.timeout_minutes=….",
     "hydra.launcher.partition": "use launcher=slurm launcher.partition=….",
     "hydra/output": "name the run's folder with hydra.run.dir=….",
-    "hydra.output_subdir": "a run keeps its record in .hydra in its folder. Leave it out.",
     "hydra.job.chdir": "a run stays in the current folder. Its own is named by hydra.run.dir=….",
     "hydra.job.name": "use name=…, which names the folder in outputs.",
     "hydra.job.id": "use name=…, which names the folder in outputs.",

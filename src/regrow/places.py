@@ -34,7 +34,8 @@ def _composed_from() -> list[str]:
 
     if not HydraConfig.initialized():
         return []
-    sources = OmegaConf.select(HydraConfig.instance().cfg, "hydra.runtime.config_sources")
+    cfg: Any = HydraConfig.instance().cfg
+    sources = OmegaConf.select(cfg, "hydra.runtime.config_sources")
     content: Any = [] if sources is None else OmegaConf.to_container(sources, resolve=False)
     return [
         f"{place['schema']}://{place['path']}"

@@ -25,6 +25,7 @@ from regrow.command_line import paths_as_typed, quoted, refuse_unusable
 from regrow.compose import job_of, with_override
 from regrow.errors import UserError
 from regrow.explain import composition_error, wrong_options
+from regrow.hydras import check_settings
 from regrow.job import Job
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
@@ -180,6 +181,7 @@ class Composer:
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(cfg)
+            check_settings(cfg.hydra, is_sweep=True)  # an experiment may bring some
             check(cfg, cfg.hydra.runtime.choices)
             folder = str(cfg.hydra.sweep.subdir) if before is None else before.folder
         except (HydraException, OmegaConfBaseException) as error:
