@@ -47,6 +47,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
     from regrow.explain import composition_error, wrong_options
     from regrow.hydras import refuse_typed
+    from regrow.registered import take_up
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
@@ -59,6 +60,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             os.environ["HYDRA_FULL_ERROR"] = "1"
             register_resolver("options", option_list)  # of --help
             find_own_modules()
+            take_up()
             try:
                 check_arguments(sys.argv[1:])
                 if is_train(task):
@@ -232,6 +234,8 @@ def known_keys() -> dict[str, list[str]]:
     for path in sorted(CONF.glob("*.yaml")):
         content = {key: value for key, value in read_yaml(path).items() if key != "hydra"}
         keys |= {key: [] for key in _dotted(content)}
+    primary = flags.typed(sys.argv[1:]).get("name", "train")
+    keys |= {key: [] for key in places.own_keys(primary, {}) if key not in keys}
     for path in (path for folder in places.folders() for path in sorted(folder.glob("*/*.yaml"))):
         group = path.parent.name
         if group not in RECIPES:  # those hold keys of all groups

@@ -45,7 +45,14 @@ def composition_error(error: Exception) -> str:
         return _cannot_delete(found[1])
     if found := re.search(r"Could not delete from config\. '([^']+)'", text):
         return unknown_key(found[1], sign="~")
-    for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
+    found = re.search(r"full_key: (hydra\.\S+)", text)
+    if found and (replaced := leads.replaced(found[1])):
+        return f"{found[1]}: {replaced}"
+    for pattern in (
+        r"Could not override '([^']+)'",
+        r"is not in struct\s+full_key: (\S+)",
+        r"Key '\w+' not in '\w+'\s+full_key: (\S+)",
+    ):
         if found := re.search(pattern, text):
             return unknown_key(found[1])
     if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text):

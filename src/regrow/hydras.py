@@ -55,7 +55,8 @@ def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
     job = node["job"]
     if job.get("chdir"):
         raise UserError(f"hydra.job.chdir=true: {leads.replaced('hydra.job.chdir')}")
-    if job.get("name") not in (None, "???", Path(sys.argv[0]).stem):
+    # By itself it is the script's name, or `app` where a config is composed without one.
+    if job.get("name") not in (None, "???", "app", "train", Path(sys.argv[0]).stem):
         raise UserError(f"hydra.job.name={job['name']}: {leads.replaced('hydra.job.name')}")
     for line in node["overrides"]["hydra"]:
         if line.lstrip("+").startswith("hydra.sweep.subdir=") and not is_sweep:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from regrow import command_line, flags, monitor, older, ownership, places
+from regrow import command_line, flags, monitor, older, ownership, places, registered
 from regrow.config import MULTIRUN, read_yaml, recorded_config, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
@@ -122,6 +122,7 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
     given, new = flags.split(arguments)
     named, folder = folder, Path(os.path.relpath(folder.resolve()))  # `latest` may name another
     ownership.check_sweep(folder, f"resume={named}")  # before Hydra sees what is in there
+    registered.take_up(folder / ownership.CODE)
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
     before = content.get("overrides", [])
