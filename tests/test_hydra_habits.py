@@ -190,28 +190,38 @@ def test_a_callback_that_jobs_of_a_sweep_would_not_call_is_refused(
 
 
 OWN = {
-    "mytrain2": "defaults: [train, {callbacks: c}, _self_]\ncallbacks: {a: 1}\nmy_own: 3\n",
+    "mytrain2": "defaults: [_self_, train, {callbacks: c}]\ncallbacks: {a: 1}\nmy_own: 3\n",
     "callbacks__c": "_target_: torch.nn.Identity\nz: 1\n",
     "model__wide": "defaults: [mlp]\nhidden: [99]\n",
     "experiment__mine": f"{HEADER}my_own: 4\n",
 }
 
 
-def test_keys_and_groups_of_ones_own_come_from_any_place_on_the_search_path(tmp_path: Path) -> None:
+MINE = "--config-dir D -cn mytrain2 "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (f"{MINE} experiment=mine model=wide {WRONG}", SAID),
+        (f"{MINE} my_ownn=1", "my_ownn: there is no such key. Did you mean my_own?"),
+        (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where one's own keys go
+        (f"{MINE} model=wide +model.hiden=[1]", "Did you mean model.hidden?"),
+        (f"{MINE} model=wyde", "there is no such option. Did you mean wide?"),
+        ("--config-dir D my_own=1", "my_own: there is no such key."),  # the file is not chosen
+    ],
+)
+def test_keys_and_groups_of_ones_own_come_from_any_place_on_the_search_path(
+    arguments: str, says: str, tmp_path: Path
+) -> None:
     written(tmp_path / "D", **OWN)
-    mine = ("--config-dir", "D", "-cn", "mytrain2")
-    assert SAID in run(tmp_path, *mine, "experiment=mine", "model=wide", WRONG, code=2)
-    said = run(tmp_path, *mine, "my_ownn=1", code=2)
-    assert "my_ownn: there is no such key. Did you mean my_own?" in said
-    said = run(tmp_path, *mine, "+mine=1", code=2)
-    assert "mine: there is no such key. Keys of your own go into" in said and "mytrain2" in said
-    said = run(tmp_path, *mine, "model=wide", "+model.hiden=[1]", code=2)
-    assert "Did you mean model.hidden?" in said
-    said = run(tmp_path, *mine, "model=wyde", code=2)
-    assert "there is no such option. Did you mean wide?" in said
-    said = run(tmp_path, "--config-dir", "D", "my_own=1", code=2)  # the file is not chosen
-    assert "my_own: there is no such key." in said
-    assert "callbacks: c" in run(tmp_path, *mine, "--help")
+    said = run(tmp_path, *arguments.split(), code=2)
+    assert says in said and said.count("\n") == 1
+
+
+def test_help_lists_the_groups_of_the_search_path(tmp_path: Path) -> None:
+    written(tmp_path / "D", **OWN)
+    assert "callbacks: c" in run(tmp_path, *MINE.split(), "--help")
 
 
 @pytest.mark.slow
