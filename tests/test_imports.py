@@ -12,8 +12,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. Those in SERVE_ALL serve all.
 SERVE_ALL = {
-    *("command_line", "errors", "flags", "monitor", "older", "output", "parent", "randomness"),
-    "terminal",
+    *("command_line", "errors", "flags", "leads", "monitor", "older", "output", "parent"),
+    *("places", "randomness", "registered", "terminal"),
 }
 ALLOWED = {
     "start": {"config", "outside", "worker", "sweep"},
@@ -30,7 +30,17 @@ ALLOWED = {
     },
     "sweep": {
         *("check", "compose", "config", "console", "job", "outside", "ranks", "record", "resume"),
-        *("slurm", "worker", "data", "models", "tasks", "training", "ownership"),
+        *(
+            "explain",
+            "hydras",
+            "slurm",
+            "worker",
+            "data",
+            "models",
+            "tasks",
+            "training",
+            "ownership",
+        ),
     },
     "slurm": {"outside", "ranks", "job", "record"},
     "ranks": {"job", "record"},
@@ -42,8 +52,10 @@ ALLOWED = {
     "roles": {"config"},
     "arguments": {"config"},
     "resume": {"config", "ownership", "record", "roles"},
-    "check": {"config", "record", "resume"},
-    "config": {"resume"},
+    "check": {"config", "explain", "hydras", "record", "resume"},
+    "hydras": {"config", "explain"},
+    "explain": {"config"},
+    "config": {"explain", "hydras", "resume"},  # those only in the entry point
     "training": set(),
     "tasks": set(),
     "data": set(),
@@ -61,6 +73,10 @@ KNOW_HYDRA = {
     "resume",
     "find_lr",
     "sweep",
+    "explain",
+    "hydras",
+    "places",
+    "registered",
 }
 
 

@@ -33,7 +33,7 @@ from regrow.config import (
     typed_overrides,
 )
 from regrow.errors import UserError, did_you_mean
-from regrow.explain import composition_error, where_own_keys_go
+from regrow.explain import composition_error, takes, where_own_keys_go
 from regrow.hydras import check_settings
 from regrow.record import loggers
 from regrow.resume import check_recorded
@@ -416,23 +416,6 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
             _check_node(value, shipped[key], f"{path}.{key}")
         elif not (isinstance(target, str) and takes(target, path, key)):
             _refuse_key(f"{path}.{key}", target, shipped)
-
-
-def takes(target: str, path: str, key: str) -> bool:
-    """Return True if the target of the node at `path` takes this argument from a config.
-
-    Imports the target's module. An argument that the run hands in is not taken from a config.
-    """
-    try:
-        parameters = inspect.signature(locate(target, path)).parameters
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        return True  # some builtins have no signature: they say it themselves
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return True
-    # All arguments of our own targets that a config may give are in conf/.
-    return key in parameters and key not in HANDED_IN and not target.startswith("regrow.")
 
 
 def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from regrow import leads, places
 from regrow.command_line import quoted, read, shell
-from regrow.config import known_keys, one_line, read_yaml
+from regrow.config import HANDED_IN, known_keys, locate, one_line, read_yaml
 from regrow.errors import UserError, did_you_mean
 from regrow.flags import SEARCH_PATH, split, typed
 
@@ -266,10 +267,25 @@ def hydras_keys() -> list[str]:
     return [key for key in dotted(node, "hydra.") if not key.startswith("hydra.defaults")]
 
 
+def takes(target: str, path: str, key: str) -> bool:
+    """Return True if the target of the node at `path` takes this argument from a config.
+
+    Imports the target's module. An argument that the run hands in is not taken from a config.
+    """
+    try:
+        parameters = inspect.signature(locate(target, path)).parameters
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        return True  # some builtins have no signature: they say it themselves
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return True
+    # All arguments of our own targets that a config may give are in conf/.
+    return key in parameters and key not in HANDED_IN and not target.startswith("regrow.")
+
+
 def _target_that_takes(name: str) -> str | None:
     """The target of the node that a key would belong to, if the target takes it. Imports it."""
-    from regrow.check import takes
-
     parent, _, key = name.rpartition(".")
     if not parent or not places.is_group(parent.split(".")[0]):
         return None
