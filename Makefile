@@ -48,7 +48,7 @@ test-next-hydra: setup ## what knows Hydra, with the newest below 1.5, release c
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
 	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py \
-		tests/test_hydra_habits.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
+		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
 
 check: setup ## formatting, lint and types
 	@$(PY) -m ruff format --check .

@@ -19,8 +19,9 @@ import _start  # noqa: F401  finds the package, or says what to set up
 from regrow import flags, older
 from regrow.arguments import Arguments, Option, parse
 from regrow.command_line import override
-from regrow.config import CONF, composition_error, fail, plain, read_yaml
+from regrow.config import CONF, fail, plain, read_yaml
 from regrow.errors import UserError, printable
+from regrow.explain import composition_error
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact_all
@@ -155,7 +156,7 @@ def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from regrow.notebook import composition
+    from regrow.composition import composition
 
     try:
         config = composition(source, overrides)

@@ -24,6 +24,8 @@ from regrow.check import RULES, check, shipped_node
 from regrow.command_line import paths_as_typed
 from regrow.config import CONF, locate, plain, read_yaml
 from regrow.errors import UserError, did_you_mean
+from regrow.explain import composition_error, wrong_options
+from regrow.hydras import refuse_typed
 from regrow.resume import SWEEP, expand
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -35,6 +37,29 @@ BAD = {
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
     "sweep=optuna": "sweep=optuna: one run is no sweep. Add -m, or leave it out.",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
+    "optimizer.foreach=true": "torch.optim.AdamW takes it. Add a plus: +optimizer.foreach=true",
+    "+optimizer.params=[]": "torch.optim.AdamW has no such key. It takes lr, betas,",
+    "+model.width=3": "MLP has no such key. It is one of model=vit.",
+    "+trainer.fast_dev_run=true": "TrainerOptions has no such key. Here that is debug=fast.",
+    "trainer.accelerator=gpu": "Here that is trainer.device=cpu, cuda or mps.",
+    "task_name=x": "task_name: there is no such key. Here that is name.",
+    "+mykey=3": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
+    "~logger": "~logger: the group cannot be left out. For none beside metrics.jsonl, which is",
+    "experiment=null": "experiment=null: leave it out.",
+    "debug=false": "debug=false: leave it out.",
+    "model=[cnn,null]": "model takes the name of one of its options: cnn, mlp,",
+    "model.hidden=sort(3,1,2)": "add -m. A key that takes a list: model.hidden=[1,2,3].",
+    "+experiment=digits_mlp": "an option is chosen without a plus: experiment=digits_mlp",
+    "+seed=1": "+seed=1: the key is there already. Write it without +: seed=1",
+    "--seed=3": "without dashes or spaces, such as optimizer.lr=0.1. Write seed=3",
+    "hydra.run.dri=mine": "Hydra has no such setting. Did you mean hydra.run.dir?",
+    "+hydra.mine=1": "hydra.mine: Hydra has no such setting.",
+    "hydra/launcher=joblib": "hydra/launcher=joblib: it is replaced here. Use launcher.jobs=4.",
+    "-m hydra/sweeper=optuna": "hydra/sweeper=optuna: it is replaced here. Use sweep=optuna.",
+    "-m hydra.sweeper.params.seed=0,1": "write sweep.params instead, with the same keys",
+    "hydra.job.chdir=true": "a run stays in the current folder.",
+    "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
+    "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
     "data.seed=zzz": "data.seed=zzz must be an integer of at least 0.",
     "trainer.deterministic=null": "trainer.deterministic=null must be true or false.",
@@ -191,6 +216,8 @@ NEXT = {
     **dict.fromkeys(("logger=5", "logger=wandbb"), "wandb"),  # a login, or the package
     "data.source.delimiter=,": "the chosen data has no such key",
     "data.source.delimiter=;": "the chosen data has no such key",
+    "+model.width=3": "Write it without +",
+    "-m hydra/sweeper=optuna": "one run is no sweep",
     "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
 }
 OFFERS = (
@@ -202,14 +229,15 @@ def error_of(arguments: list[str]) -> str:
     """What the program says of these arguments; "" for nothing."""
     try:
         configs.check_arguments(arguments)
+        refuse_typed(arguments)
+        if (wrong := wrong_options(arguments)) is not None:
+            return wrong
         made = composed(*expand(paths_as_typed(arguments, multirun=False)))
         check(made, made.hydra.runtime.choices)
     except UserError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return configs.composition_error(error)
-    except ValueError:  # Hydra's, of an option that is not a name
-        return configs.wrong_option(arguments)
+        return composition_error(error)
     return ""
 
 
@@ -229,6 +257,8 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
         named = found[1] or found[2]
         kept = [argument for argument in arguments if argument.partition("=")[0] != named]
         return [[*kept, f"{named}={OPEN[named]}"]]
+    if found := re.search(r"always written: (\S+)$|is replaced here\. Use (\S+)\.$", said):
+        return [[found[1] or found[2]]]
     if found := re.search(r"Use (\S+)=(\S+)\.$", said):
         kept = [argument for argument in arguments if not argument.startswith(f"{found[1]}=")]
         return [[*kept, f"{found[1]}={found[2]}"]]
@@ -444,6 +474,10 @@ def test_a_task_without_its_data_is_refused() -> None:
         ("trainer.lr", ["trainer.mode", "trainer.clip_norm"], ""),
         ("adma", ["adam", "adamw"], "adam"),
         ("beta", ["beta"], ""),
+        ("task_name", ["task.class_names"], ""),
+        ("test", ["notes"], ""),
+        ("dri", ["dir"], ""),
+        ("run.dri", ["run.dir"], "run.dir"),
     ],
 )
 def test_what_is_meant_is_near_and_never_the_word_itself(
@@ -464,6 +498,14 @@ def test_what_is_meant_is_near_and_never_the_word_itself(
 def test_what_the_yaml_says_may_be_written_needs_no_plus(override: str) -> None:
     made = composed(override)
     check(made, made.hydra.runtime.choices)
+
+
+def test_a_key_that_the_target_takes_and_the_file_leaves_out_may_be_added() -> None:
+    made = composed("+optimizer.foreach=true", "optimizer.fused=false")
+    check(made, made.hydra.runtime.choices)
+    made = composed("+optimizer.foreech=true")
+    with pytest.raises(UserError, match=r"Did you mean optimizer\.foreach\?"):
+        check(made, made.hydra.runtime.choices)
 
 
 def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:

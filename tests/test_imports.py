@@ -12,18 +12,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. Those in SERVE_ALL serve all.
 SERVE_ALL = {
-    *(
-        "command_line",
-        "errors",
-        "flags",
-        "locks",
-        "monitor",
-        "older",
-        "output",
-        "parent",
-        "randomness",
-    ),
-    "terminal",
+    *("command_line", "errors", "flags", "leads", "locks", "monitor", "older", "output", "parent"),
+    *("places", "randomness", "registered", "terminal"),
 }
 ALLOWED = {
     "start": {"config", "outside", "worker", "sweep"},
@@ -41,6 +31,7 @@ ALLOWED = {
     "sweep": {
         *("check", "composed", "config", "console", "job", "outside", "ranks", "record", "resume"),
         *("slurm", "worker", "data", "models", "tasks", "training", "ownership"),
+        *("explain", "hydras"),
     },
     "slurm": {"outside", "ranks", "job", "record"},
     "ranks": {"job", "record", "outside"},
@@ -52,9 +43,12 @@ ALLOWED = {
     "roles": {"config"},
     "arguments": {"config"},
     "resume": {"config", "ownership", "record", "roles"},
-    "check": {"config", "record", "resume"},
-    "config": {"resume", "record"},
-    "notebook": {"check", "config", "run", "training"},
+    "check": {"config", "explain", "hydras", "record", "resume"},
+    "hydras": {"config", "explain"},
+    "explain": {"composition", "config"},
+    "composition": {"config"},
+    "config": {"explain", "hydras", "resume", "record"},  # the first two in the entry point alone
+    "notebook": {"check", "composition", "config", "explain", "run", "training"},
     "training": set(),
     "tasks": set(),
     "data": set(),
@@ -73,6 +67,11 @@ KNOW_HYDRA = {
     "find_lr",
     "notebook",
     "sweep",
+    "composition",
+    "explain",
+    "hydras",
+    "places",
+    "registered",
 }
 
 

@@ -3,26 +3,64 @@
 Hydra imports this file in every one of its programs, so it imports nothing of ours by itself.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class RegrowSweeper(Sweeper):
-    """Hands Hydra's multirun to `regrow.sweep`. What it does is set by the group `sweep`."""
+    """Hands Hydra's multirun to `regrow.sweep`. What it does is set by the group `sweep`.
+
+    Of a script of one's own, which only shares the configs, Hydra's own sweeper runs the function.
+    """
 
     def __init__(self, **options: Any) -> None:
-        """`options` are those of Hydra's own sweeper, which have no meaning here."""
+        """`options` are those of Hydra's own sweeper."""
+        self.options = options
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.loader, self.composed = hydra_context.config_loader, config
+        from regrow.config import is_started
 
-    def sweep(self, arguments: Sequence[str]) -> None:
+        self.context, self.composed = hydra_context, config
+        self.hydras: Sweeper | None = None
+        if not is_started(task_function):
+            as_hydra = _with_hydras_sweeper(config, self.options)
+            self.hydras = Plugins.instance().instantiate_sweeper(
+                hydra_context=hydra_context, task_function=task_function, config=as_hydra
+            )
+            # Hydra 1.4 refuses jobs whose hydra.sweeper is not that of the sweep.
+            self.hydras.setup(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            )
+
+    def sweep(self, arguments: Sequence[str]) -> Any:
+        if self.hydras is not None:
+            return self.hydras.sweep(list(arguments))
         from regrow.sweep.run import run
 
-        run(self.loader, self.composed, list(arguments))
+        try:
+            run(self.context.config_loader, self.composed, list(arguments))
+        except SystemExit:  # its end, after which Hydra would tell its callbacks
+            self.context.callbacks.on_multirun_end(
+                config=self.composed, config_name=self.composed.hydra.job.config_name
+            )
+            raise
+
+
+def _with_hydras_sweeper(config: DictConfig, options: Mapping[str, Any]) -> DictConfig:
+    """The config with the sweeper that was chosen, in whose place conf/train.yaml puts ours."""
+    choice = config.hydra.runtime.choices.get("hydra/sweeper", "basic")
+    node: Any = ConfigStore.instance().load(f"hydra/sweeper/{choice}.yaml").node
+    config = copy.deepcopy(config)
+    OmegaConf.set_readonly(config.hydra, False)
+    with open_dict(config):
+        config.hydra.sweeper = {**options, "_target_": node["_target_"]}
+    return config

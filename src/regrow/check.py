@@ -6,24 +6,27 @@ to the signatures behind it. Only a target that does not ship is imported, to lo
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow import monitor
+from regrow import leads, monitor, places
 from regrow.config import (
     CONF,
+    HANDED_IN,
     allow,
-    composition_error,
     fail,
+    is_started,
+    known_keys,
     locate,
     plain,
     read_yaml,
@@ -31,6 +34,8 @@ from regrow.config import (
     typed_overrides,
 )
 from regrow.errors import UserError, did_you_mean
+from regrow.explain import composition_error, takes, where_own_keys_go
+from regrow.hydras import check_settings
 from regrow.record import loggers
 from regrow.resume import check_recorded
 
@@ -282,6 +287,8 @@ class CheckBeforeStart(Callback):
         HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
         try:
             check_leftovers(config.hydra)
+            if is_started():
+                check_settings(config.hydra, is_sweep=False)
             check(config, config.hydra.runtime.choices)
         except UserError as error:
             fail(str(error))
@@ -291,8 +298,9 @@ class CheckBeforeStart(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir
         try:
-            if "RegrowSweeper" in str(config.hydra.sweeper.get("_target_")):
+            if is_started():
                 check_leftovers(config.hydra, is_sweep=True)
+                check_settings(config.hydra, is_sweep=True)
         except UserError as error:
             fail(str(error))
 
@@ -373,14 +381,23 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
     top = {key: node for _, nodes in readable("*.yaml") for key, node in nodes.items()}
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    own = places.own_keys(str(HydraConfig.get().job.config_name), choices)
     for key, value in values.items():
-        if key not in top and key not in groups:
-            raise UserError(f"{key}: there is no such key.{did_you_mean(key, {*top, *groups})}")
+        if key in leads.RECIPES and value:
+            file = places.without_header(key, places.names_in(choices.get(key) or ""))
+            raise UserError(
+                f"{file}: its first line must be `{places.HEADER}`. Without it, its values are put "
+                f"below {key}, where nothing reads them."
+            )
+        if key not in top and key not in groups and key not in own:
+            hint = leads.lead(key) or did_you_mean(key, {*top, *groups, *own})
+            raise UserError(f"{key}: there is no such key.{hint}{where_own_keys_go()}")
         if key in top:
             _check_node(value, top[key], key)
     shipped_loggers: dict[str, Any] = {}
-    for _, nodes in readable("logger/*.yaml"):
-        shipped_loggers |= nodes
+    for folder in reversed(places.folders()):
+        for path in sorted((folder / "logger").glob("*.yaml")):
+            shipped_loggers |= places.read(path)
     for name, node in values["logger"].items():
         if name in shipped_loggers:
             _check_node(node, shipped_loggers[name], f"logger.{name}")
@@ -388,20 +405,21 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
             parameters = check_signature(node, f"logger.{name}")
             loggers.check_required(node, f"logger.{name}", parameters)
     for group in GROUPS:
-        option = choices.get(group)
-        if not isinstance(option, str) or not isinstance(values.get(group), Mapping):
+        names = places.names_in(choices.get(group) or "")
+        if len(names) != 1 or not isinstance(values.get(group), Mapping):
             continue
-        shipped = shipped_node(group, option)
+        shipped = shipped_node(group, names[0])
         if shipped is not None:
             _check_node(values[group], shipped, group)
 
 
 def shipped_node(group: str, option: str) -> dict[str, Any] | None:
-    """A group's option as the YAML says it, with what it inherits; None where there is no file."""
-    path = CONF / group / f"{option}.yaml"
-    if not path.is_file():
+    """A group's option as the YAML says it, with what it inherits; None where there is no file, nor
+    a node in Hydra's ConfigStore."""
+    path = places.file_of(group, option)
+    content = places.stored(f"{group}/{option}.yaml") if path is None else read_yaml(path)
+    if not isinstance(content, dict):
         return None
-    content = read_yaml(path)
     node: dict[str, Any] = {}
     for parent in content.pop("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
@@ -425,11 +443,27 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
         check_signature(node, path)
         return
     for key, value in node.items():
-        if key not in shipped:
-            full = f"{path}.{key}"
-            hint = did_you_mean(full, (f"{path}.{known}" for known in shipped))
-            raise UserError(f"{full}: {target or path} has no such key.{hint}")
-        _check_node(value, shipped[key], f"{path}.{key}")
+        if key in shipped:
+            _check_node(value, shipped[key], f"{path}.{key}")
+        elif not (isinstance(target, str) and takes(target, path, key)):
+            _refuse_key(f"{path}.{key}", target, shipped)
+
+
+def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
+    """Raise UserError for a key that a node does not take, with the nearest that it takes."""
+    path = full.rpartition(".")[0]
+    known = [key for key in shipped if not key.startswith("_") and key != "defaults"]
+    if isinstance(target, str):
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = inspect.signature(locate(target, path)).parameters
+            known += [key for key in parameters if key not in (*known, *HANDED_IN, "self")]
+    hint = leads.lead(full) or did_you_mean(full, (f"{path}.{key}" for key in known))
+    others = [option for option in known_keys().get(full, []) if not option.startswith("_")]
+    if not hint and others:
+        hint = f" It is one of {path.split('.')[0]}={', '.join(others)}."
+    if not hint and known:
+        hint = f" It takes {', '.join(known)}."
+    raise UserError(f"{full}: {target or path} has no such key.{hint}")
 
 
 def _check_type(value: Any, shipped: Any, path: str) -> None:

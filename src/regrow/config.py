@@ -23,9 +23,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow import flags, terminal
-from regrow.command_line import path_of, paths_as_typed, quoted, read, shell
+from regrow import flags, places, terminal
+from regrow.command_line import path_of, paths_as_typed, read
 from regrow.errors import UserError, did_you_mean, machine_fault, printable
+from regrow.leads import RECIPES, lead
 from regrow.record.redact import redact
 
 MULTIRUN = ("-m", "--multirun")
@@ -42,13 +43,16 @@ SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
+CONF = places.CONF
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` over `conf/`, whose errors are one line and exit code 2."""
     import hydra
 
+    from regrow.explain import composition_error, wrong_options
+    from regrow.hydras import refuse_typed
+    from regrow.registered import take_up
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
@@ -59,13 +63,20 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             register_resolver("options", option_list)  # of --help
             try:
                 find_own_modules()
+                take_up()
                 check_arguments(sys.argv[1:])
+                if is_train(task):
+                    refuse_typed(sys.argv[1:])
+                if (wrong := wrong_options(sys.argv[1:])) is not None:
+                    raise UserError(wrong)
                 flags.check(sys.argv[1:])
                 multirun = any(a in MULTIRUN for a in sys.argv[1:])
                 given = paths_as_typed(sys.argv[1:], multirun=multirun)
                 given = flags.absolute(given)
                 flags.refuse_records(given)
                 sys.argv[1:] = flags.absolute(expand(given))
+                if is_train(task):
+                    _started.append(task)
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may call.
                 last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
                 hydra.main(**arguments, **last)(task)()
@@ -75,10 +86,6 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(composition_error(error))
             except UnicodeDecodeError:
                 fail(not_utf8())
-            except ValueError as error:  # Hydra's, of a group that is given a number or nothing
-                if "Config group override must be" not in str(error):
-                    raise
-                fail(wrong_option(sys.argv[1:]))
             except BrokenPipeError:
                 if not terminal.nobody_reads():
                     raise
@@ -112,6 +119,21 @@ def faults_in_a_line() -> Iterator[None]:
         if (fault := machine_fault(error)) is None:
             raise
         fail(str(fault), code=1)
+
+
+# The task function of scripts/train.py, once this process has started it.
+_started: list[Callable[..., Any]] = []
+
+
+def is_train(task: Callable[..., Any]) -> bool:
+    """Return True if a task is that of scripts/train.py: only there is -m a sweep of ours."""
+    code = getattr(task, "__code__", None)
+    return code is not None and Path(code.co_filename).resolve() == ROOT / "scripts" / "train.py"
+
+
+def is_started(task: Any = None) -> bool:
+    """Return True if this process runs scripts/train.py, by `task` if that is given."""
+    return bool(_started) if task is None else any(task is each for each in _started)
 
 
 def register_resolver(name: str, function: Callable[..., Any]) -> None:
@@ -213,23 +235,30 @@ def import_resolvers(root: Path) -> None:
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise UserError for the first argument that is neither `key=value` nor an option of Hydra's,
-    whose own parser would answer with its usage."""
+    whose own parser would answer with its usage, and for a setting of Hydra's without effect."""
     before = ""
     for argument in arguments:
+        word, equals, _ = argument.partition("=")
         flag = argument.startswith("-")
         known = (
-            argument.partition("=")[0] in (*FLAGS, *FLAGS_WITH_A_VALUE)
+            word in (*FLAGS, *FLAGS_WITH_A_VALUE)
             if flag
             else ("=" in argument[1:] or argument.startswith("~") or before in FLAGS_WITH_A_VALUE)
         )
         if not known:
-            key, keys = argument.partition("=")[0].lstrip("-"), known_keys()
-            hint = f" Give {key} a value: {key}=…" if key in keys else did_you_mean(key, keys)
-            raise UserError(
-                f"{argument}: arguments are key=value, without dashes or spaces, such as "
-                f"optimizer.lr=0.1.{hint}"
-            )
+            raise UserError(f"{argument}: {_not_an_argument(word, equals, argument)}")
         before = argument
+
+
+def _not_an_argument(word: str, equals: str, argument: str) -> str:
+    said = "arguments are key=value, without dashes or spaces, such as optimizer.lr=0.1."
+    plain = word.lstrip("-").replace("-", "_")
+    keys = known_keys()
+    if plain in keys and not word.startswith("-"):
+        return f"{said} Give {plain} a value: {plain}=…"
+    if plain in keys:
+        return f"{said} Write {argument.lstrip('-')}" if equals else f"{said} Write {plain}=…"
+    return said + (lead(plain) or did_you_mean(plain, keys))
 
 
 def let_hydra_raise() -> None:
@@ -309,94 +338,29 @@ def not_yaml(error: yaml.YAMLError) -> str:
     return f"{shown}:{mark.line + 1} is not YAML: {said}. Correct that line, or the one before it."
 
 
-def wrong_option(arguments: Sequence[str]) -> str:
-    """What is wrong with the first group whose option is no name."""
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if (CONF / key).is_dir() and (value in ("", "null") or not re.match(r"[A-Za-z_\[]", value)):
-            options = ", ".join(sorted(path.stem for path in (CONF / key).glob("[!_]*.yaml")))
-            return f"{argument}: {key} takes the name of one of its options: {options}."
-    return "a group takes the name of one of its options; see --help."
-
-
-def composition_error(error: Exception) -> str:
-    """What Hydra or OmegaConf says of a config, in one line with the nearest right word."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        options = [option for option in error.options if not option.startswith("_")]
-        hint = did_you_mean(option, options)
-        return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
-    if isinstance(error, OverrideParseException):
-        key, equals, value = str(error.override).partition("=")
-        reason = one_line(str(error)).partition(" See https://")[0]
-        advice = f"{key}={quoted(value)}"
-        if not equals or read(advice) is ...:  # the key is what cannot be read
-            return f"{error.override} cannot be read: {reason}"
-        if value[:1] in "[{":
-            return (
-                f"{error.override} cannot be read as a list or mapping: {reason}. If it is one "
-                f"text: {shell([advice])}"
-            )
-        return f"{error.override} cannot be read. Text with signs needs quotes: {shell([advice])}"
-    text = str(error)
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        key, _, value = found.group(1).partition("=")
-        return (
-            f"{found.group(1)}: several values are a sweep: add -m. "
-            f"A key that takes a list: {key}=[{value}]."
-        )
-    for pattern in (r"Could not override '([^']+)'", r"is not in struct\s+full_key: (\S+)"):
-        if found := re.search(pattern, text):
-            return unknown_key(found.group(1))
-    if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text):
-        return f"{found.group(2)}: ${{{found.group(1)}}} names no key of the config."
-    if found := re.search(r"Unsupported interpolation type (\S+)\s+full_key: (\S+)", text):
-        return (
-            f"{found.group(2)}: there is no resolver {found.group(1)}. Register it in resolvers.py "
-            "in the root of the repository: see docs/hydra.md."
-        )
-    if text.startswith("Error locating target"):
-        return _said(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
-
-
 def option_list() -> str:
     """A line for each config group; a file whose name begins with _ is a part of others."""
-    groups: dict[str, list[str]] = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        if not path.stem.startswith("_"):
-            groups.setdefault(path.parent.name, []).append(path.stem)
-    return "\n".join(f"{group}: {', '.join(options)}" for group, options in groups.items())
-
-
-def unknown_key(name: str) -> str:
-    """What to say of a key that the composed config has not."""
-    keys = known_keys()
-    group = name.partition(".")[0]
-    if options := [option for option in keys.get(name, []) if not option.startswith("_")]:
-        return (
-            f"{name}: the chosen {group} has no such key. "
-            f"It is one of {group}={', '.join(options)}."
-        )
-    here = [key for key in keys if key.startswith(f"{group}.")]
-    hint = did_you_mean(name, here or keys) or did_you_mean(name.rpartition(".")[2], keys)
-    return f"{name}: there is no such key.{hint}"
+    return "\n".join(
+        f"{group}: {', '.join(options)}"
+        for group in sorted(places.groups())
+        if (options := places.options(group))
+    )
 
 
 def known_keys() -> dict[str, list[str]]:
-    """All keys, dotted, that the files in conf/ have, with the options that have it; none for those
-    of the top level."""
-    keys: dict[str, list[str]] = {folder.name: [] for folder in CONF.iterdir() if folder.is_dir()}
+    """All keys, dotted, that the files on the search path have, with the options that have it; none
+    for those of the top level."""
+    keys: dict[str, list[str]] = {group: [] for group in places.groups()}
     for _, node in readable("*.yaml"):
         content = {key: value for key, value in node.items() if key != "hydra"}
         keys |= {key: [] for key in _dotted(content)}
-    for path, node in readable("*/*.yaml"):
+    primary = flags.typed(sys.argv[1:]).get("name", "train")
+    keys |= {key: [] for key in places.own_keys(primary, {}) if key not in keys}
+    for path in (path for folder in places.folders() for path in sorted(folder.glob("*/*.yaml"))):
         group = path.parent.name
-        if group not in ("experiment", "debug", "local"):  # those hold keys of all groups
-            for key in _dotted(node, prefix=f"{group}."):
+        if group not in RECIPES:  # those hold keys of all groups
+            content = places.read(path)
+            for key in _dotted(content, prefix=f"{group}."):
                 keys[key] = [*keys.get(key, []), path.stem]
     return keys
 
@@ -558,7 +522,7 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
-        said = _said(error)
+        said = said_by(error)
         if unknown := re.search(r"Error locating target '([^']+)'[^(]*$", said):
             # Nothing was raised there: this says whether the module is missing or what is in it.
             locate(unknown[1], "")
@@ -643,7 +607,7 @@ def locate(target: str, path: str) -> Any:
     raise UserError(f"{where}: there is no such module. Is it installed?")
 
 
-def _said(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
     """An error of `instantiate` in one line, with what one's own code raised first, and where."""
     said = _first_lines(error)
     said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")

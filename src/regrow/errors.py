@@ -183,22 +183,36 @@ def printable(text: str) -> str:
     return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+# Of difflib: a letter that is missing, too many or in another place. At its own 0.6, `test` is
+# near `notes`.
+SIMILAR = 0.75
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """ " Did you mean …?" with the nearest of `words`, or nothing.
 
     That is a dotted name that ends in the word, then one that begins with it, then one spelt
-    nearly so, then one whose last part contains it; of several the shortest.
+    nearly so, then one whose last part has it among its words; of several the shortest.
     """
     others = sorted({other for other in words if other != word}, key=lambda w: (len(w), w))
     last = word.rpartition(".")[2]
     near = (
         [other for other in others if other.rpartition(".")[2] == word]
-        or [other for other in others if word and other.startswith(word)]
+        or [other for other in others if len(word) > 2 and other.startswith(word)]
         or [
             other
-            for other in difflib.get_close_matches(word, others)
-            if difflib.get_close_matches(last, [other.rpartition(".")[2]])
+            for other in difflib.get_close_matches(word, others, cutoff=SIMILAR)
+            if _is_near(last, other.rpartition(".")[2])
         ]
-        or [other for other in others if len(word) > 2 and word in other.rpartition(".")[2]]
+        or [
+            other
+            for other in others
+            if len(word) > 2 and f"_{word}_" in f"_{other.rpartition('.')[2]}_"
+        ]
     )
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def _is_near(word: str, other: str) -> bool:
+    near = difflib.get_close_matches(word, [other], cutoff=SIMILAR)
+    return bool(near) or sorted(word) == sorted(other)

@@ -3,8 +3,7 @@ or a script of one's own. No run is started and nothing is written."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,8 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow import flags
 from regrow.command_line import escaped, paths_as_typed
-from regrow.config import CONF, composition_error, find_own_modules, plain, version_arguments
+from regrow.composition import composition, hydra_as_it_was
+from regrow.config import find_own_modules, plain
 from regrow.errors import UserError
+from regrow.explain import composition_error
 
 if TYPE_CHECKING:
     from regrow.run import Objects
@@ -37,17 +38,17 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: compose resumes no run. regrow.load.load_run gives its model; a new "
                 "run starts from its weights with init_from=…"
             )
-    try:
-        with hydra_as_it_was():
+    with hydra_as_it_was():
+        try:
             typed = flags.absolute(paths_as_typed(overrides, multirun=False))
             config = composition({**flags.DEFAULT, "name": config_name}, typed)
             HydraConfig.instance().set_config(config)
             check(config, config.hydra.runtime.choices)
             names = [str(key) for key in config if key != "hydra"]
             values = plain(OmegaConf.masked_copy(config, names))
-    except (HydraException, OmegaConfBaseException) as error:
-        said = composition_error(error)
-        raise UserError(said.replace("a sweep: add -m.", "a sweep, not one config.")) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            said = composition_error(error)
+            raise UserError(said.replace("a sweep: add -m.", "a sweep, not one config.")) from error
     resolved: DictConfig = OmegaConf.create(_literal(values))
     return resolved
 
@@ -74,48 +75,6 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
         raise UserError(f"trainer.devices={count}: this is one process. Use trainer.devices=1.")
     trainer["num_threads"] = trainer["num_threads"] or run.usable_cores()
     return run.build(values, World(device=run.resolve_device(device)))
-
-
-def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """Compose a source (see `flags`), with the `hydra` node. Raises Hydra's errors."""
-    from hydra import compose as by_hydra
-    from hydra import initialize_config_dir
-    from hydra._internal.hydra import Hydra
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
-
-    find_own_modules()
-    typed = [flags.as_override(source["searchpath"])] if source["searchpath"] else []
-    with initialize_config_dir(
-        str(source["path"] or CONF), job_name="train", **version_arguments()
-    ):
-        if source["dir"] is not None:  # as --config-dir does
-            loader: Any = GlobalHydra.instance().config_loader()
-            searched = loader.get_search_path()
-            anchor = SearchPathQuery(provider="schema")
-            searched.prepend("command-line", f"file://{source['dir']}", anchor)
-            GlobalHydra.instance().clear()
-            Hydra.create_main_hydra2("train", searched)
-        return by_hydra(source["name"], [*typed, *overrides], return_hydra_config=True)
-
-
-@contextlib.contextmanager
-def hydra_as_it_was() -> Iterator[None]:
-    """Give back, at the end, what is global in Hydra: a notebook may have a Hydra of its own."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.singleton import Singleton
-    from hydra.version import VersionBase
-
-    there: dict[Any, Any] = Singleton._instances
-    kinds: tuple[Any, ...] = (GlobalHydra, HydraConfig, VersionBase)
-    before = {kind: there.pop(kind) for kind in kinds if kind in there}
-    try:
-        yield
-    finally:
-        for kind in kinds:
-            there.pop(kind, None)
-        there.update(before)
 
 
 def _literal(value: Any) -> Any:

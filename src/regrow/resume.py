@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from regrow import command_line, flags, monitor, older, ownership
-from regrow.config import CONF, MULTIRUN, read_yaml, recorded_config, targets_in
+from regrow import command_line, flags, monitor, older, ownership, places, registered
+from regrow.config import MULTIRUN, read_yaml, recorded_config, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -124,6 +124,7 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
     given, new = flags.split(arguments)
     named, folder = folder, Path(os.path.relpath(folder.resolve()))  # `latest` may name another
     ownership.check_sweep(folder, f"resume={named}")  # before Hydra sees what is in there
+    registered.take_up(folder / ownership.CODE)
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
     before = content.get("overrides", [])
@@ -217,7 +218,7 @@ def is_foreign(override: str, *, may_refer: bool = False) -> bool:
     launcher's, a file of another folder, another package, or, unless it `may_refer` to them, the
     environment and the user's own resolvers."""
     key, _, value = override.partition("=")
-    names = value.strip("[]'\"").split(",") if (CONF / key_of(override)).is_dir() else []
+    names = value.strip("[]'\"").split(",") if places.is_group(key_of(override)) else []
     return (
         override.startswith("-")
         or key_of(override).startswith("hydra")

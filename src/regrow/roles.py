@@ -17,8 +17,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.config import HYDRAS_OWN, ROOT, locate, readable
+from regrow import places
+from regrow.config import CONF, HYDRAS_OWN, ROOT, locate, readable
 from regrow.errors import UserError
+from regrow.leads import RECIPES
 
 # Where any class of a kind is in its place.
 KINDS = {
@@ -93,7 +95,7 @@ def is_apart(target: str, folder: Path) -> bool:
 def _fits(target: Any, group: str, path: str) -> bool:
     if not isinstance(target, str):
         return False
-    if target in listed(group):
+    if target in listed(group, places.folders()):
         return True
     if target.partition(".")[0] in sys.stdlib_module_names or "__" in target:
         return False  # holds none of the kinds; some of these do things when they are imported
@@ -105,10 +107,15 @@ def _fits(target: Any, group: str, path: str) -> bool:
 
 
 @functools.cache
-def listed(group: str) -> frozenset[str]:
-    """The targets that this repository's own `conf/` names for a group."""
+def listed(group: str, folders: Collection[Path] = (CONF,)) -> frozenset[str]:
+    """The targets that the files of `conf/`, and of the search path of this command, name for a
+    group. A run's folder adds nothing to that path by itself."""
+    files = [*readable("**/*.yaml")]
+    for folder in (folder for folder in folders if folder != CONF):
+        for each in (group, *RECIPES):  # these alone: runs may lie in the current folder
+            files += readable("**/*.yaml", folder / each)
     found = set()
-    for file, content in readable("**/*.yaml"):
+    for file, content in files:
         node = content if file.parent.name == group else content.get(group)
         found |= {value for _, key, value in _entries(node, group) if key == "_target_"}
     return frozenset(value for value in found if isinstance(value, str))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from regrow import flags, ownership
+from regrow import flags, ownership, registered
 from regrow.command_line import command
 from regrow.config import ROOT
 from regrow.errors import UserError
@@ -102,6 +102,7 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
         for module in ROOT.glob("*.py"):
             shutil.copy2(module, temporary)
         copy_places(source, temporary / flags.COPIES)
+        registered.write(temporary)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"the code could not be copied into {folder}: {error}") from None
@@ -180,7 +181,7 @@ def become(
     os.set_inheritable(lock.descriptor, True)
     told = {FOLDER: str(lock.folder), LOCK: str(lock.descriptor), WARM: "1" if warm else ""}
     told[IDENTITY] = identity
-    script = code.resolve() / "scripts" / Path(sys.argv[0]).name
+    script = script_in(code.resolve())
     if (source := flags.copied_source(code)) is not None:
         given, overrides = flags.split(arguments)
         overrides = [one for one in overrides if one.partition("=")[0] != flags.SEARCH_PATH]
@@ -189,6 +190,13 @@ def become(
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, str(script), *arguments], {**os.environ, **told})
+
+
+def script_in(code: Path) -> Path:
+    """The script of the copy: the same, or train.py if one's own from elsewhere started it."""
+    started = Path(sys.argv[0]).resolve()
+    same = code / started.relative_to(ROOT) if started.is_relative_to(ROOT) else None
+    return same if same is not None and same.is_file() else code / "scripts" / "train.py"
 
 
 def taken_over(environment: Mapping[str, str]) -> records.Lock | None:

@@ -23,8 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from regrow.check import check
 from regrow.command_line import paths_as_typed, quoted, refuse_unusable
 from regrow.composed import job_of, with_override
-from regrow.config import composition_error
 from regrow.errors import UserError
+from regrow.explain import composition_error, wrong_options
+from regrow.hydras import check_settings
 from regrow.job import Job
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
@@ -180,10 +181,15 @@ class Composer:
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(cfg)
+            check_settings(cfg.hydra, is_sweep=True)  # an experiment may bring some
             check(cfg, cfg.hydra.runtime.choices)
             folder = str(cfg.hydra.sweep.subdir) if before is None else before.folder
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from None
+        except (ValueError, TypeError):  # Hydra's, of an option that is not a name
+            if (wrong := wrong_options(overrides)) is None:
+                raise
+            raise UserError(wrong) from None
         refuse_unusable("hydra.sweep.subdir", folder)
         parts = Path(folder).parts
         if not folder.strip() or Path(folder).is_absolute() or ".." in parts:

@@ -1,0 +1,170 @@
+"""Where the files of a config are found: in `conf/`, and where flags or a search path look besides.
+
+Also in Hydra's ConfigStore, which holds what a script registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regrow import flags
+from regrow.command_line import ROOT
+
+CONF = ROOT / "conf"
+HEADER = "# @package _global_"
+
+
+def folders() -> tuple[Path, ...]:
+    """The folders of this command's search path, in Hydra's order, and `conf/`."""
+    found = [place for place in map(_folder, _composed_from() or _typed()) if place is not None]
+    return tuple(dict.fromkeys([*found, CONF]))
+
+
+def _composed_from() -> list[str]:
+    """The search path that Hydra composed from; empty before that."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if not HydraConfig.initialized():
+        return []
+    cfg: Any = HydraConfig.instance().cfg
+    sources = OmegaConf.select(cfg, "hydra.runtime.config_sources")
+    content: Any = [] if sources is None else OmegaConf.to_container(sources, resolve=False)
+    return [
+        f"{place['schema']}://{place['path']}"
+        for place in content
+        if place["provider"] not in ("hydra", "schema")
+    ]
+
+
+def _typed() -> list[str]:
+    """The search path that the command line asks for, which Hydra has not composed from yet."""
+    given = flags.typed(flags.absolute(sys.argv[1:]))
+    main = [given.get("path") or f"file://{CONF}", *([given["dir"]] if "dir" in given else [])]
+    of_file = []
+    for place in filter(None, map(_folder, main)):
+        node = read(place / f"{given.get('name', 'train')}.yaml").get("hydra")
+        its = node.get("searchpath") if isinstance(node, Mapping) else None
+        of_file += [str(each) for each in its] if isinstance(its, list) else []
+    return [*main, *map(str, given.get("searchpath", [])), *of_file]
+
+
+def _folder(place: str) -> Path | None:
+    scheme, there, path = place.rpartition("://")
+    if scheme == "pkg":
+        with contextlib.suppress(ImportError, ValueError, AttributeError):
+            spec = importlib.util.find_spec(path.replace("/", "."))
+            for found in (spec and spec.submodule_search_locations) or []:
+                return Path(found)
+        return None
+    if there and scheme != "file":
+        return None
+    folder = Path(path)
+    return CONF if folder.resolve() == CONF else folder if folder.is_dir() else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file's mapping; empty for one that is not there or cannot be read, which Hydra names."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def primary_file(name: str) -> str:
+    """The file that holds the keys of a primary config, as one would name it."""
+    for folder in folders():
+        if (folder / f"{name}.yaml").is_file():
+            path = folder / f"{name}.yaml"
+            return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return f"conf/{name}.yaml"
+
+
+def is_group(name: str) -> bool:
+    """Return True if config files of this group are somewhere on the search path."""
+    if not name or name.startswith(("/", ".")) or ".." in name or name.split("/")[0] == "hydra":
+        return False
+    return isinstance(stored(name), dict) or any((folder / name).is_dir() for folder in folders())
+
+
+def groups() -> set[str]:
+    """All groups of the top level; only folders that hold a config."""
+    found = {path.parent.name for folder in folders() for path in folder.glob("*/*.yaml")} | {
+        name for name, node in (stored("") or {}).items() if isinstance(node, dict)
+    }
+    return found - {"hydra"}
+
+
+def options(group: str) -> list[str]:
+    """The options of a group."""
+    found = {path.stem for folder in folders() for path in (folder / group).glob("[!_]*.yaml")}
+    store = stored(group)
+    found |= {name.removesuffix(".yaml") for name in store} if isinstance(store, dict) else set()
+    return sorted(found)
+
+
+def file_of(group: str, option: str) -> Path | None:
+    """The file of an option: the first on the search path."""
+    option = option.removesuffix(".yaml")
+    paths = (folder / group / f"{option}.yaml" for folder in folders())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def stored(path: str) -> Any:
+    """What Hydra's ConfigStore holds: names by group, or the content of a name as plain data."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    node: Any = ConfigStore.instance().repo
+    for part in filter(None, path.split("/")):
+        node = node.get(part) if isinstance(node, dict) else None
+    if node is None or isinstance(node, dict):
+        return node
+    with contextlib.suppress(OmegaConfBaseException):
+        return OmegaConf.to_container(OmegaConf.create(node.node), resolve=False)
+    return {}
+
+
+def own_keys(name: str, choices: Mapping[str, Any]) -> set[str]:
+    """The keys of the top level that a primary config, with those it is made of, brings itself,
+    and the groups that it chooses."""
+    chosen = {group.partition("@")[0].split("/")[0] for group in choices}
+    return chosen - {"hydra"} | {key for node in _primaries(name, set()) for key in node}
+
+
+def _primaries(name: str, seen: set[str]) -> Iterator[dict[str, Any]]:
+    if name in seen:
+        return
+    seen.add(name)
+    found = [read(folder / f"{name}.yaml") for folder in folders()]
+    store = stored(f"{name}.yaml")
+    for node in [*found, store if isinstance(store, dict) else {}]:
+        yield {str(key): value for key, value in node.items() if key not in ("defaults", "hydra")}
+        defaults = node.get("defaults")
+        for parent in defaults if isinstance(defaults, list) else []:
+            if isinstance(parent, str) and parent != "_self_":
+                yield from _primaries(parent.removeprefix("/"), seen)
+
+
+def without_header(group: str, chosen: Sequence[str]) -> str:
+    """The first of the chosen files of a group that does not begin with `# @package _global_`."""
+    for option in chosen:
+        path = file_of(group, option)
+        if path is not None and not path.read_text("utf-8", "replace").lstrip().startswith(HEADER):
+            return f"{group}/{path.name}"
+    return f"{group}/{chosen[0] if chosen else '…'}.yaml"
+
+
+def names_in(choice: Any) -> list[str]:
+    """The options in a choice: `cnn`, or `[a,b]`, each without `.yaml`."""
+    names = str(choice).strip("[]").split(",")
+    return [name.strip(" '\"").removesuffix(".yaml") for name in names if name.strip(" '\"")]
