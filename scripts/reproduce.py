@@ -16,7 +16,7 @@ from typing import Any
 
 import _start  # noqa: F401  finds the package, or says what to set up
 
-from regrow import flags, older
+from regrow import flags, older, registered
 from regrow.arguments import Arguments, Option, parse
 from regrow.command_line import override
 from regrow.config import CONF, fail, plain, read_yaml
@@ -118,7 +118,8 @@ def arguments_of(
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
-    own = is_own(run)
+    if own := is_own(run):
+        registered.take_up(run / ".hydra")
     if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:
         raise UserError(
             f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "

@@ -284,6 +284,19 @@ def test_a_node_that_a_wrapper_registered_survives_a_sweep_and_its_resume(tmp_pa
     assert read_yaml(tmp_path / "s" / "2" / "config.yaml")["model"]["hidden"] == [33]
 
 
+def test_a_node_that_a_wrapper_registered_survives_in_a_run(tmp_path: Path) -> None:
+    script = tmp_path / "wrapper.py"
+    script.write_text(WRAPPER.format(scripts=str(ROOT / "scripts")))
+    small = [line for line in SMALL if not line.startswith("model.")]
+    run(tmp_path, *small, "model=registered", "hydra.run.dir=r", script=script)
+    run(tmp_path, "resume=r", "trainer.max_steps=3")  # as it is printed: with train.py
+    assert read_yaml(tmp_path / "r" / "config.yaml")["model"]["hidden"] == [33]
+    kept = tmp_path / "r" / ".hydra" / registered.NAME
+    kept.write_text(kept.read_text().replace("33", "34"))
+    said = run(tmp_path, "resume=r", "trainer.max_steps=4", code=2)  # not as it was sealed
+    assert "model=registered: there is no such option." in said
+
+
 def test_what_was_registered_is_written_without_hydras_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

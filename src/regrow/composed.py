@@ -11,7 +11,7 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, resume
+from regrow import flags, registered, resume
 from regrow.command_line import quoted
 from regrow.config import plain, typed_overrides
 from regrow.job import Job
@@ -45,7 +45,8 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         folder=None if folder is None else str(folder),
         overrides=overrides,
         choices=choices,
-        composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()},
+        composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()}
+        | registered.files(),
         command=list(command),
         source=flags.source_of(hydra),
     )
@@ -55,7 +56,8 @@ def as_recorded(job: Job) -> list[str]:
     """What a resume follows: the overrides as the run's folder will hold them, and the places
     that its config came from."""
     overrides = resume.overrides_in(redact(job.composed["overrides.yaml"]))
-    return [*overrides, *flags.followed_places(job.source)]
+    nodes = registered.sealed(job.composed.get(registered.NAME))
+    return [*overrides, *flags.followed_places(job.source), *nodes]
 
 
 def with_override(job: Job, key: str, value: Any) -> Job:

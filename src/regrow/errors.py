@@ -207,7 +207,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
         or [
             other
             for other in others
-            if len(word) > 2 and f"_{word}_" in f"_{other.rpartition('.')[2]}_"
+            if len(last) > 2 and f"_{last}_" in f"_{other.rpartition('.')[2]}_"
         ]
     )
     return f" Did you mean {near[0]}?" if near else ""

@@ -1,7 +1,8 @@
-"""Nodes of Hydra's ConfigStore that a script registered, for the frozen copy that runs a sweep."""
+"""Nodes of Hydra's ConfigStore that a script registered, kept with a run or a sweep."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,17 +16,34 @@ from regrow.command_line import ROOT
 NAME = "config_store.json"
 
 
-def write(folder: Path) -> None:
-    """Write what was registered into a copy of the code. Nothing, if there is nothing."""
+def files() -> dict[str, str]:
+    """The file that holds what was registered, by its name; none, if there is nothing."""
     nodes = [*_nodes(ConfigStore.instance().repo)]
-    if nodes:
-        (folder / NAME).write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
+    return {NAME: json.dumps(nodes, indent=2) + "\n"} if nodes else {}
 
 
-def take_up(code: Path = ROOT) -> None:
-    """Register what lies in a copy of the code, this one by default, but for names that are there
-    already. A copy from elsewhere must have been checked to be the user's own or trusted."""
-    path = code / NAME
+def write(folder: Path) -> None:
+    """Write what was registered into a copy of the code."""
+    for name, text in files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def sealed(text: str | None) -> list[str]:
+    """A line of a run's seal for what was registered; none, if there is nothing."""
+    return [] if text is None else [f"{NAME} {hashlib.sha256(text.encode()).hexdigest()}"]
+
+
+def recorded(folder: Path) -> list[str]:
+    """The same, of the run in `folder`."""
+    path = folder / ".hydra" / NAME
+    return sealed(path.read_text(encoding="utf-8") if path.is_file() else None)
+
+
+def take_up(folder: Path = ROOT) -> None:
+    """Register what lies in a folder: a copy of the code, this one by default, or a run's `.hydra`.
+    Names that are there already stay. A folder from elsewhere must have been checked to be the
+    user's own or trusted."""
+    path = folder / NAME
     if not path.is_file():
         return
     store = ConfigStore.instance()

@@ -98,7 +98,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     keys = {key_of(a) for a in new}
     keys |= {*older.removed(_recorded_config(folder)), CHANGED}
     old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
-    own = is_own(folder)
+    if own := is_own(folder):
+        registered.take_up(folder / ".hydra")
     for override in old:  # a folder may come from anybody
         if is_foreign(override, may_refer=own):
             raise UserError(
@@ -236,7 +237,8 @@ def is_of_the_launcher(override: str) -> bool:
 
 def followed(folder: Path) -> list[str]:
     """What a resume of the run in `folder` follows: see `composed.as_recorded`."""
-    return [*recorded_overrides(folder), *flags.followed_places(flags.recorded(folder))]
+    places = flags.followed_places(flags.recorded(folder))
+    return [*recorded_overrides(folder), *places, *registered.recorded(folder)]
 
 
 def recorded_overrides(folder: Path) -> list[str]:
