@@ -209,7 +209,7 @@ SET_ONE = {
 # Where what is advised leads to the next error.
 NEXT = {
     "loss.beta=1": "loss=smooth_l1 is for task=regression",
-    "data=csv": "data.num_classes must be given",
+    "data=csv": "data.num_classes must be given: add data.num_classes=… (null for a regression)",
     "data=image_folder": "data.root must be given",
     "trainer.max_epochs=0": "the run would never end",  # null
     "model._target_=torch.nn.Linearr": "takes no such argument",

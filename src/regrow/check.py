@@ -342,10 +342,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     missing = [key for key, value in _leaves(plain(config, resolve=False)) if value == "???"]
     if missing:
-        raise UserError(
-            f"{missing[0]} must be given: add {missing[0]}=…"
-            + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
-        )
+        others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
+        null = " (null for a regression)" if missing[0] == "data.num_classes" else ""
+        raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{null}{others}")
     values = plain(config)
     for group in GROUPS:
         if not isinstance(values.get(group), Mapping):
