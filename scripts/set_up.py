@@ -190,7 +190,9 @@ def begin() -> bool:
         return True
     if UNFINISHED.exists():
         adopted = read(UNFINISHED).get("adopted") == "yes"
-        say("an earlier set-up was cut short, " + ("going on" if adopted else "making .venv anew"))
+        say(
+            "an earlier set-up was interrupted, " + ("resuming" if adopted else "making .venv anew")
+        )
         return not adopted
     if any(VENV.iterdir()):
         # Someone made it by hand: never emptied, only added to.

@@ -113,7 +113,7 @@ def test_a_run_of_another_primary_config_resumes_by_its_printed_command(place: P
         "name": "mytrain", "path": None, "dir": f"{place}/D", "searchpath": []
     }  # fmt: skip
     longer = re.findall(r"next: +python \S+ (.*)", said)[0]
-    assert "going on from step 2" in run(place, *shlex.split(longer))
+    assert "resuming from step 2" in run(place, *shlex.split(longer))
     said = run(place, "resume=r", "--config-name", "train", "--config-dir", "D", code=2)
     assert "it was started with --config-name mytrain" in said
 

@@ -233,7 +233,7 @@ def test_a_run_with_keys_of_its_own_resumes_and_is_evaluated(tmp_path: Path) -> 
     recorded = read_yaml(tmp_path / "r" / "config.yaml")
     assert recorded["my_own"] == 4 and recorded["optimizer"]["foreach"] is True
     said = run(tmp_path, *mine, "resume=r", "trainer.max_steps=4")
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     run(tmp_path, "run=r", script="evaluate.py")
 
 

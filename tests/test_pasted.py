@@ -86,7 +86,7 @@ def test_a_run_in_an_awkward_folder_resumes_by_its_printed_command(project: Path
     said = pasted(project, train(*SMALL, f"hydra.run.dir={RUN}"))
     assert (project / RUN / "manifest.json").is_file()
     longer = commands(said)[1]
-    assert "going on from step 2" in pasted(project, longer)
+    assert "resuming from step 2" in pasted(project, longer)
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_every_command_of_a_run_works_as_pasted(project: Path) -> None:
     said = pasted(project, f"{lines[1]} trainer.max_seconds=1")
     resume, longer, evaluate, seeds = commands(said)
     assert "is complete" in pasted(project, resume)
-    assert "going on from step" in pasted(project, longer)
+    assert "resuming from step" in pasted(project, longer)
     assert "test/accuracy" in pasted(project, evaluate)
     pasted(project, f"{seeds} trainer.max_steps=1")
 

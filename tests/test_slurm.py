@@ -222,7 +222,7 @@ def test_a_job_on_one_machine_leaves_the_same_record(
     assert done.returncode == 0 and "submitted to Slurm: job " in done.stdout, done.stderr
     output = until_done(cluster, folder)
     assert fingerprint(folder) == whole, output
-    assert f"if it is cut, go on with: python {TRAIN} resume=run launcher=slurm" in done.stdout
+    assert f"if interrupted, resume with: python {TRAIN} resume=run launcher=slurm" in done.stdout
     again = call(cluster, folder, *LONG, "launcher=slurm", *HERE)
     assert again.returncode == 0 and "run is complete" in again.stdout
     assert not jobs(cluster)
@@ -262,7 +262,7 @@ def test_a_run_whose_time_is_up_saves_and_is_queued_again(
     subprocess.run(["scancel", "--signal=USR2", number], env=cluster, check=True)
     output = until_done(cluster, folder)
     assert fingerprint(folder) == whole, output
-    assert "stopped by SIGTERM at step" in output and "going on from step" in output
+    assert "stopped by SIGTERM at step" in output and "resuming from step" in output
     assert read_json(folder / "status.json")["pids"] != before
 
 
@@ -289,7 +289,7 @@ def test_a_preempted_run_saves_and_goes_back_to_the_queue(
     urgent = ["srun", "--partition=urgent", "--exclusive", "--ntasks=1", "true"]
     subprocess.run(urgent, env=cluster, check=True, timeout=120, capture_output=True)
     output = until_done(cluster, folder)
-    assert "preempted: going back to the queue" in output and "going on from step" in output
+    assert "preempted: going back to the queue" in output and "resuming from step" in output
     assert fingerprint(folder) == whole, output
 
 

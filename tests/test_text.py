@@ -101,7 +101,7 @@ def test_a_run_in_a_locale_of_another_encoding_resumes_in_utf_8(
 ) -> None:
     run(tmp_path, *SMALL, "hydra.run.dir=Ünï 日本", **latin_1)
     said = run(tmp_path, "resume=Ünï 日本", "trainer.max_steps=4")
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
@@ -111,7 +111,7 @@ def test_a_folder_whose_name_is_not_utf_8_holds_a_run(tmp_path: Path) -> None:
     place.mkdir()
     run(place, *SMALL, "hydra.run.dir=mine")
     said = run(place, "resume=mine", "trainer.max_steps=4")
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     for script in ("evaluate.py", "report.py"):
         argument = "mine" if script == "report.py" else "run=mine"
         run(place, argument, script=ROOT / "scripts" / script)

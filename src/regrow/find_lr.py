@@ -56,7 +56,7 @@ def _find_lr(cfg: DictConfig) -> float:
     config = configs.plain(cfg)
     if config["resume"] not in ("auto", "never"):
         raise UserError(
-            f"resume={config['resume']}: the range test goes on with no run. To start from that "
+            f"resume={config['resume']}: the range test resumes no run. To start from that "
             f"run's weights use init_from={config['resume']}."
         )
     if "_target_" in config["launcher"]:

@@ -112,7 +112,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
     log.info("folder: %s", folder)
     log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
-    log.info("if it is cut, go on with: %s", again(job, folder, *typed))
+    log.info("if interrupted, resume with: %s", again(job, folder, *typed))
 
 
 def owned(job: Job) -> Job:
@@ -157,9 +157,9 @@ def draw_missing(folder: Path, job: Job) -> None:
 
 
 def say_complete(folder: Path, job: Job) -> float | None:
-    """How to go on all the same; returns the best monitored value."""
+    """Say how to train longer; returns the best monitored value."""
     summary = records.load_summary(folder)
-    log.info("%s is complete. To go on with it, raise its limit:", folder)
+    log.info("%s is complete. To train longer, raise its limit:", folder)
     log.info("  %s", longer(folder, job, summary))
     best: float | None = summary["best"]["value"]
     return best
@@ -275,7 +275,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
         if summary["status"] == "interrupted":
             name = signal.Signals(number).name
             if world.is_main:
-                log.warning("stopped by %s at step %d. Go on with:", name, summary["steps"])
+                log.warning("stopped by %s at step %d. Resume with:", name, summary["steps"])
                 log.warning("  %s", again(job, folder))
             world.barrier()
             raise SystemExit(128 + number)
@@ -332,7 +332,7 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
     if not isinstance(error, UserError):
         log.error("failed at step %d: %s", step, in_a_line(error))
         if isinstance(error, OSError):  # a disk that can be mended, more often than not
-            log.error("Once that is mended, go on with:")
+            log.error("Once that is fixed, resume with:")
             log.error("  %s", again(job, folder))
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
@@ -416,7 +416,7 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
             *(state.schedule.name.rpartition(".")[2], state.schedule.interval),
         )
     log.info("folder: %s", folder)
-    log.info("if it is cut, go on with: %s", again(job, folder))
+    log.info("if interrupted, resume with: %s", again(job, folder))
 
 
 def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:

@@ -94,7 +94,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
             "at its start, such as outputs/digits/latest."
         )
     if any(a in ("-m", "--multirun") for a in arguments):
-        raise UserError(f"resume={folder} goes on with one run. Leave out --multirun.")
+        raise UserError(f"resume={folder} resumes one run. Leave out --multirun.")
     keys = {key_of(a) for a in new}
     keys |= {*older.removed(_recorded_config(folder)), CHANGED}
     old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
@@ -321,7 +321,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if config["resume"] == "never":
         raise UserError(
             f"hydra.run.dir={folder} holds a run already, and resume=never. Use another folder, or "
-            "leave out resume=never to go on with it."
+            "leave out resume=never to resume it."
         )
     as_many = recorded["trainer"].get("devices") == config["trainer"]["devices"]
     if config["trainer"]["num_threads"] is None and as_many:
@@ -449,7 +449,7 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
         was = f" was {changed[key][0]} and would be {value}" if key in changed else f"={value}"
         raise UserError(
             f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
-            f"To go on, raise it: {key}={more}"
+            f"To resume, raise it: {key}={more}"
         )
     return bool(ended)
 

@@ -391,7 +391,7 @@ def go_on(
     try:
         parts = checkpoint.fill(parts, writer.folder / found, world.mesh)
     except checkpoint.DamagedCheckpoint as damage:  # whole, but not to be read by this torch
-        raise UserError(f"{damage}. To go on from the one before, move {found} away.") from None
+        raise UserError(f"{damage}. To resume from the one before, move {found} away.") from None
     halvings = state.progress.halvings
     state.load_state_dict(parts)
     state.progress.halvings = max(halvings, state.progress.halvings)
@@ -400,7 +400,7 @@ def go_on(
         with contextlib.suppress(OSError):  # a kill may have come between a save and this
             checkpoint.rotate(writer.folder, writer.options, writer.mode, written=state.step)
         manifest.set_step(writer.folder.parent, state.step)
-    log.info("going on from step %d (%s)", state.step, f"checkpoints/{found}")
+    log.info("resuming from step %d (%s)", state.step, f"checkpoints/{found}")
     tell_of_another_rate(state)
     return facts
 

@@ -83,7 +83,7 @@ def fails(capsys: pytest.CaptureFixture[str], code: int) -> str:
     assert "Traceback" not in printed
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     if code == 1:
-        assert errors[1] == "error: Once that is mended, go on with:"
+        assert errors[1] == "error: Once that is fixed, resume with:"
         assert errors[2].endswith("train.py resume=disk/run")
     assert len(errors) == (3 if code == 1 else 1)
     return errors[0]

@@ -307,7 +307,7 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
         )
         if policy == "refuse":
             raise DataError(
-                f"{message} Remove them, or set data.overlap=report to go on all the same."
+                f"{message} Remove them, or set data.overlap=report to train all the same."
             )
         log.warning("data.overlap=report: %s", message)
     return found

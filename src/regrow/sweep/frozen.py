@@ -164,8 +164,8 @@ def tell_of_edits(folder: Path) -> None:
     code = folder / state.CODE
     if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
         print(
-            f"warning: {os.path.relpath(folder)} goes on with the code it began with; yours has "
-            "changed since. To begin anew with yours: resume=never, or another hydra.sweep.dir.",
+            f"warning: {os.path.relpath(folder)} resumes with the code that it started with; yours "
+            "has changed since. To start anew with yours: resume=never, or another hydra.sweep.dir.",
             file=sys.stderr,
         )
 

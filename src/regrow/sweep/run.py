@@ -317,7 +317,7 @@ def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[P
     where = os.path.relpath(folder)
     log.info("folder: %s", where)
     if done < len(jobs):
-        log.info("if it is cut, go on with: %s", going_on(folder))
+        log.info("if interrupted, resume with: %s", going_on(folder))
 
 
 def going_on(folder: Path, *more: str) -> str:
@@ -341,7 +341,7 @@ def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:
     complete = len(states) >= total and all(its in state.GOOD for its in states)
     state.write(folder, complete=complete)
     if signals:
-        log.warning("stopped. Go on with: %s", going_on(folder))
+        log.warning("stopped. Resume with: %s", going_on(folder))
         return 128 + signals[0]
     if "failed" in states:
         again = going_on(folder, "sweep.retry_failed=true")

@@ -502,7 +502,7 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
         parameter.grad = None
     if plan.world.device.type == "cuda":
         torch.cuda.empty_cache()
-    log.warning("%s: going on in %d", where, 2 * slices)
+    log.warning("%s: continuing in %d", where, 2 * slices)
 
 
 def say_if_out_of_memory(error: RuntimeError, what: str, way_out: str) -> None:
