@@ -165,7 +165,7 @@ def tell_of_edits(folder: Path) -> None:
     if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
         print(
             f"warning: {os.path.relpath(folder)} resumes with the code that it started with; yours "
-            "has changed since. To start anew with yours: resume=never, or another hydra.sweep.dir.",
+            "has changed since. To start with yours: resume=never, or another hydra.sweep.dir.",
             file=sys.stderr,
         )
 
