@@ -139,7 +139,7 @@ def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
         (root / "src" / "regrow" / "run.py").write_text("this is no Python")
         config = root / "conf" / "optimizer" / "adamw.yaml"
         config.write_text(config.read_text().replace("lr:", "lr: 0.5 #"))
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert table(tmp_path / "edited" / "sweep") == table(tmp_path / "untouched" / "sweep")
     # A sweep that starts now takes the edits: what was copied is what there was.
