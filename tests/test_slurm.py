@@ -472,7 +472,8 @@ print(json.dumps([*said, Forked(again.job).code()]), file=sys.stderr)
 
 def test_a_task_whose_time_is_up_saves_and_comes_back(tmp_path: Path) -> None:
     """Up to Slurm itself: submitit calls `checkpoint`, and queues what that returns."""
-    once = (*TINY, "trainer.max_epochs=40", "trainer.checkpoint.save_every_steps=7")
+    limits = ("trainer.max_epochs=30", "trainer.eval_every_epochs=10")
+    once = (*TINY, *limits, "trainer.checkpoint.save_every_epochs=5")
     train(tmp_path / "whole", *once)
     config = json.dumps(config_of(*once, "resume=never"))  # of its first start alone
     done = forked.run(

@@ -25,9 +25,10 @@ from regrow.config import ROOT
 from regrow.record.folder import read_json
 
 HERE = str(Path(__file__).parent)
-# Some two seconds; a checkpoint at every tenth of it.
-TWO = (*LONG, "trainer.max_epochs=60", "trainer.checkpoint.save_every_steps=24", "seed=0,1",
-       "launcher.jobs=2", "sweep.pictures=none", "hydra.sweep.dir=sweep")  # fmt: skip
+# Long enough to be stopped, after the first of seven checkpoints.
+TWO = (*LONG, "trainer.max_epochs=60", "trainer.checkpoint.save_every_epochs=60",
+       "trainer.checkpoint.save_every_steps=40", "seed=0,1", "launcher.jobs=2",
+       "sweep.pictures=none", "hydra.sweep.dir=sweep")  # fmt: skip
 
 
 def begin(folder: Path, *arguments: str) -> Any:
