@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from running import TINY, config_of
 
+from regrow.config import CONF
 from regrow.errors import UserError
 from regrow.record.folder import write_text
-from regrow.resume import continues
+from regrow.resume import MAY_CHANGE, continues
 
 CHANGES_THE_MATHS = (
     *("seed=1 data.seed=1", "data.batch_size=8", "data.source.num_train=40", "data.limit_train=30"),
@@ -57,6 +60,16 @@ def test_what_leaves_the_maths_alone_may_change(
     caplog.set_level(logging.INFO)
     assert continues(run, config_of(*TINY, change), [*TINY, change])
     assert f"changed: {change.partition('=')[0].partition('[')[0]}" in caplog.text
+
+
+def test_the_readme_says_of_each_key_what_a_resume_does() -> None:
+    readme = (CONF.parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \| (takes|refuses)\b.* \|$", readme, re.MULTILINE)
+    said = {key: does for keys, does in rows for key in re.findall(r"`([\w.*]+)`", keys)}
+    assert len(said) > 8 and {*said.values()} == {"takes", "refuses"}
+    for key, does in said.items():
+        free = any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        assert free is (does == "takes"), key
 
 
 def test_the_number_of_threads_comes_from_the_record_unless_the_processes_change(run: Path) -> None:

@@ -66,17 +66,62 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     return fingerprint(folder)
 
 
-def test_two_processes_leave_one_record_with_the_numbers_of_one(tmp_path: Path) -> None:
-    run(tmp_path / "two", *TWO)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes, complete."""
+    folder = tmp_path_factory.mktemp("short") / "two"
+    run(folder, *TWO)
+    return folder
+
+
+def test_two_processes_leave_one_record_with_the_numbers_of_one(two: Path, tmp_path: Path) -> None:
     train(tmp_path / "one", *TINY)
-    two, one = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
-    assert [line.keys() for line in two] == [line.keys() for line in one]
-    for line, expected in zip(two, one, strict=True):
-        assert line == pytest.approx(expected, abs=1e-4, nan_ok=True)
-    log = (tmp_path / "two" / "train.log").read_text()
-    assert log.count("batch: 16 = 2 devices × 1 slice × 8") == 1
-    assert read_json(tmp_path / "two" / "status.json")["state"] == "completed"
-    assert len(set(ranks_of(tmp_path / "two"))) == 2
+    lines, expected = metrics_of(two), metrics_of(tmp_path / "one")
+    assert [line.keys() for line in lines] == [line.keys() for line in expected]
+    for line, its in zip(lines, expected, strict=True):
+        assert line == pytest.approx(its, abs=1e-4, nan_ok=True)
+    assert (two / "train.log").read_text().count("batch: 16 = 2 devices × 1 slice × 8") == 1
+    assert read_json(two / "status.json")["state"] == "completed"
+    assert len(set(ranks_of(two))) == 2
+
+
+def variables_of(starter: str, rank: int) -> dict[str, str]:
+    """What torchrun, or srun, tells one of two processes on a machine."""
+    if starter == "torchrun":
+        names: dict[str, Any] = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+        }
+        names["MASTER_ADDR"] = "127.0.0.1"
+    else:
+        names = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_NODES": 1}
+        names |= {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_TASKS_PER_NODE": 2, "SLURM_NODEID": 0}
+        names |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+    return {name: str(value) for name, value in names.items()}
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+def test_two_that_were_started_outside_are_the_run_that_one_would_start(
+    starter: str, two: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = {"MASTER_PORT": str(listener.getsockname()[1])} if starter == "torchrun" else {}
+    processes = [
+        forked.popen(
+            [sys.executable, str(TRAIN), *TINY, "trainer=ddp", "trainer.device=cpu",
+             "hydra.run.dir=run"],
+            cwd=tmp_path, env={**ENVIRONMENT, **port, **variables_of(starter, rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sum(out.count("record: ") for out, _ in said) == 1
+    assert fingerprint(tmp_path / "run") == fingerprint(two)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow

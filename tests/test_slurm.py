@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import slurm
-from running import TINY, fingerprint, train
+from running import TINY, config_of, fingerprint, train
 
 from regrow import outside
 from regrow.config import CONF
@@ -432,6 +433,88 @@ def test_without_slurm_it_is_one_line_and_nothing_is_written(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         check(OPTIONS, {"devices": 1, "device": "auto"})
+
+
+ON_TIME = """
+import json, os, sys, time
+from pathlib import Path
+
+from regrow import slurm, worker
+from regrow.job import Job
+from regrow.record.folder import read_json
+
+class Forked:
+    # In place of the Python that a task starts, which takes seconds to import.
+    def __init__(self, job):
+        self.pid = os.fork()
+        if not self.pid:
+            os.environ["REGROW_JOB"] = str(job)
+            worker.main()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def code(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+config, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+job = Job(config, str(folder), [], {}, {"overrides.yaml": "[]"}, ["train.py"], draws=False)
+task = slurm.Task(slurm.write_job(job))
+task.process = Forked(task.job)
+while not (folder / "checkpoints" / "last").exists():
+    assert not os.waitid(os.P_PID, task.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    time.sleep(0.02)
+again = task.checkpoint().function
+said = [task.process.code(), read_json(folder / "status.json")["state"]]
+print(json.dumps([*said, Forked(again.job).code()]), file=sys.stderr)
+"""
+
+
+def test_a_task_whose_time_is_up_saves_and_comes_back(tmp_path: Path) -> None:
+    """Up to Slurm itself: submitit calls `checkpoint`, and queues what that returns."""
+    limits = ("trainer.max_epochs=30", "trainer.eval_every_epochs=10")
+    once = (*TINY, *limits, "trainer.checkpoint.save_every_epochs=5")
+    train(tmp_path / "whole", *once)
+    config = json.dumps(config_of(*once, "resume=never"))  # of its first start alone
+    done = forked.run(
+        [sys.executable, "-c", ON_TIME, config, tmp_path / "run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert json.loads(done.stderr.splitlines()[-1]) == [143, "interrupted", 0], done.stderr
+    assert "going on from step" in (tmp_path / "run" / "train.log").read_text()
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+NO_CLUSTER = """#!/bin/sh
+echo 'sbatch: error: fetch_config: DNS SRV lookup failed' >&2
+echo 'sbatch: fatal: Could not establish a configuration source' >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        (NO_CLUSTER, "sbatch finds no cluster from this machine. Submit from one that belongs to "
+                     "it, or leave out launcher to run here."),
+        (NO_CLUSTER.replace("Could not establish a configuration source", "Invalid account"),
+         "fetch_config: DNS SRV lookup failed; Invalid account"),
+    ],
+)  # fmt: skip
+def test_what_sbatch_says_is_one_line_and_nothing_is_written(
+    program: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(program)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    done = forked.run(
+        [sys.executable, str(TRAIN), *TINY, "launcher=slurm"], cwd=tmp_path / "work",
+        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr == f"error: launcher=slurm: {says}\n"
+    assert [*(tmp_path / "work").iterdir()] == []
 
 
 def test_srun_says_in_its_way_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:

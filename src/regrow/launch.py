@@ -102,13 +102,18 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     options: slurm.SlurmOptions = configs.instantiate(launcher)
     slurm.check(options, job.config["trainer"])
     folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))
-    with claimed(folder, job) as goes_on:
-        if goes_on and resume.is_done(folder, job.config):
-            draw_missing(folder, job)
-            say_complete(folder, job)
-            return
-        # A refusal leaves nothing: see `claimed`.
-        number = slurm.submit(owned(dataclasses.replace(job, folder=str(folder))), options)
+    try:
+        with claimed(folder, job) as goes_on:
+            if goes_on and resume.is_done(folder, job.config):
+                draw_missing(folder, job)
+                say_complete(folder, job)
+                return
+            # A refusal leaves nothing: see `claimed`.
+            number = slurm.submit(owned(dataclasses.replace(job, folder=str(folder))), options)
+    except UserError:
+        if job.folder is None:
+            remove_empty_parents(folder)
+        raise
     log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
     log.info("folder: %s", folder)
     log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
@@ -191,6 +196,13 @@ def leave_nothing(folder: Path) -> None:
         records.remove_unused(folder)
 
 
+def remove_empty_parents(folder: Path) -> None:
+    """Remove the folders that were made for this one, if no other run is in them."""
+    for parent in folder.parents[:-1]:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
 def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     """Build, then train in the job's folder, or in a new one if it names none."""
     trainer = job.config["trainer"]
@@ -255,9 +267,8 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             except BaseException as raised:
                 if isinstance(raised, UserError) and world.is_main and is_new and not begun:
                     records.remove_start(folder)
-                    for parent in folder.parents[:-1] if job.folder is None else ():
-                        with contextlib.suppress(OSError):  # other runs are in there
-                            parent.rmdir()
+                    if job.folder is None:
+                        remove_empty_parents(folder)
                     raise
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -171,7 +172,8 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         **({"gpus_per_node": options.gpus_per_node} if options.gpus_per_node else {}),
     )
     try:
-        yield executor
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's words, too
+            yield executor
     except submitit.core.utils.FailedJobError as error:
         for left in {*folder.glob("*"), *folder.glob(".*")} - before:
             if re.fullmatch(
@@ -180,7 +182,19 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
                 left.unlink()
         with contextlib.suppress(OSError):  # there may be an earlier job's
             folder.rmdir()
-        raise UserError(f"launcher=slurm: {' '.join(str(error).split())}") from None
+        raise UserError(f"launcher=slurm: {why_refused(str(error))}") from None
+
+
+def why_refused(said: str) -> str:
+    """What sbatch said, in one line; where it finds no cluster, what to do."""
+    lines = [re.sub(r"^sbatch: (error|fatal): ", "", line) for line in said.splitlines()]
+    words = " ".join("; ".join(line for line in lines if line).split())
+    if re.search("configuration source|contact slurm controller", words):
+        return (
+            "sbatch finds no cluster from this machine. Submit from one that belongs to it, or "
+            "leave out launcher to run here."
+        )
+    return words
 
 
 def waiting_or_running(numbers: Sequence[str]) -> set[str]:

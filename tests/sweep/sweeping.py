@@ -16,7 +16,7 @@ import forked
 from running import TINY
 
 from regrow import ownership
-from regrow.config import ROOT
+from regrow.config import CONF, ROOT, read_yaml
 from regrow.record import manifest
 from regrow.record.folder import read_json
 from regrow.sweep import state
@@ -33,6 +33,12 @@ def begun(folder: Path, overrides: list[str], **facts: Any) -> None:
     manifest.write_origin(folder / "code", folder)
     entry = ownership.enter(ownership.digest_of_code(folder / "code", ""))
     state.write(folder, [], id=entry.id, overrides=overrides, complete=False, **facts)
+
+
+def without_options(model: str) -> tuple[str, ...]:
+    """This model, without what the default one takes."""
+    keys = [key for key in read_yaml(CONF / "model" / "mlp.yaml") if key != "_target_"]
+    return (f"model._target_={model}", *(f"~model.{key}" for key in keys))
 
 
 def command(*arguments: str, root: Path = ROOT) -> list[str]:

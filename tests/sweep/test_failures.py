@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sweeping import LONG, SMALL, pids_of, sweep, table, under_way
+from sweeping import LONG, SMALL, pids_of, sweep, table, under_way, without_options
 from waiting import alive, until
 
 from regrow.config import ROOT
@@ -41,10 +41,7 @@ class Net(nn.Module):
 def bombs(folder: Path) -> tuple[str, ...]:
     """A model of the user's own whose value `ends` says how it ends."""
     (folder / "bomb.py").write_text(BOMB)
-    from regrow.config import CONF, read_yaml
-
-    keys = [key for key in read_yaml(CONF / "model" / "mlp.yaml") if key != "_target_"]
-    return ("model._target_=bomb.Net", *(f"~model.{key}" for key in keys))
+    return without_options("bomb.Net")
 
 
 def model_of(folder: Path) -> tuple[str, ...]:

@@ -155,6 +155,41 @@ def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
     assert its.next().entry.swept == {"a": "0.25", "b": "0.75"}
 
 
+def complete(its: Any, one: Any) -> None:
+    """End a trial as a run would that is the better the smaller its `lr`."""
+    run = its.composer.folder / one.entry.folder
+    run.mkdir()
+    found = {"metric": "val/accuracy", "value": 1 - float(one.entry.swept["lr"])}
+    facts = {"seconds": 1, "val": {}, "test": {}, "evaluations_without_improvement": 0}
+    summary = {"status": "completed", "steps": 1, "epochs": 1, "best": found, **facts}
+    records.write_json(run / records.SUMMARY, summary)
+    records.set_status(run, "completed", step=1, pids=[])
+    its.ended(one)
+
+
+def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_path: Path) -> None:
+    """Past the ten trials that TPE draws at random, so that the others depend on what came out."""
+    space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1e-1, log=True)}
+    whole, cut_ = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut_):
+        folder.mkdir()
+    its = trials(whole, space, n_trials=14)
+    while (one := its.next()) is not None:
+        complete(its, one)
+    for _ in range(4):  # four trials, and a fifth that is under way when it is killed
+        its = trials(cut_, space, n_trials=14)
+        its.take_up()
+        for _ in range(4):
+            if (one := its.next()) is not None:
+                complete(its, one)
+        its.next()
+    points, others = (
+        [(entry.number, entry.swept["lr"]) for entry in state.entries(folder)]
+        for folder in (whole, cut_)
+    )
+    assert points == others and len({lr for _, lr in points}) == 14
+
+
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [

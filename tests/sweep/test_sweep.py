@@ -11,13 +11,32 @@ from pathlib import Path
 
 import forked
 import pytest
-from sweeping import LONG, SMALL, command, environment, sweep, table, under_way, weights
+from sweeping import (
+    LONG,
+    SMALL,
+    command,
+    environment,
+    sweep,
+    table,
+    under_way,
+    weights,
+    without_options,
+)
 from waiting import until
 
 from regrow.config import ROOT
 from regrow.record.folder import load_status, read_json
 
 TWO_BY_TWO = ("optimizer=adamw,sgd", "seed=0,1")
+MISTAKEN = """
+import numpy, torch
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(6, 3)
+        drawn = numpy.random.default_rng().normal(size=(3, 6))
+        self.weight.data = torch.from_numpy(drawn).float()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +102,14 @@ def test_fresh_processes_come_to_the_same(grid: Path, tmp_path: Path) -> None:
     done = sweep(tmp_path, *SMALL, *TWO_BY_TWO, *arguments)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "sweep") == weights(grid)
+    # The negative control: of two jobs that differ in their logs alone, a model that draws by
+    # itself makes two runs.
+    (tmp_path / "mistaken.py").write_text(MISTAKEN)
+    mistaken = (*without_options("mistaken.Net"), "trainer.log_every_steps=1,2")
+    arguments = ("launcher.fresh_processes=true", "hydra.sweep.dir=mistaken")
+    done = sweep(tmp_path, *SMALL, *mistaken, *arguments, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert len({*weights(tmp_path / "mistaken").values()}) == 2
 
 
 def test_the_same_command_again_runs_nothing_anew(grid: Path) -> None:

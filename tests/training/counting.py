@@ -12,61 +12,28 @@ import socket
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from in_ranks import Config, joined, sharded, steps
+from in_ranks import WIDTH, Config, communicated, joined
 from running import TINY, config_of
 
-from regrow import run as runs
-from regrow.training.interrupt import StopRequest
-
 SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40  # linux/sockios.h, linux/if.h
-WIDTH, STEPS = 512, 8
+STEPS = 8
 CONFIG = (
     *TINY,
     f"model.hidden=[{WIDTH},{WIDTH}]",
     "trainer.max_epochs=null",
     "trainer.max_steps=99",
 )
-CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {  # sharded, slices, options of FSDP
-    "ddp": (False, 1, {}),
-    "ddp, 4 slices": (False, 4, {}),
-    "fsdp": (True, 1, {}),
-    "fsdp, kept gathered": (True, 1, {"reshard_after_forward": False}),
-    "fsdp, gathered in bf16": (True, 1, {"param_dtype": "bf16", "reduce_dtype": "fp32"}),
-    "fsdp, 4 slices": (True, 4, {}),
-}
 
 
 def part(rank: int, size: int, port: int, config: Config, file: Path) -> None:
     world = joined(rank, size, port)
-    found: dict[str, float] = {}
-    for name, (is_sharded, slices, fsdp) in CASES.items():
-        trainer = {**config["trainer"], "accumulation_steps": slices}
-        trainer["fsdp"] = {**trainer["fsdp"], "modules": ["body.*"], **fsdp}
-        its = sharded(world) if is_sharded else world
-        objects = runs.build({**config, "trainer": trainer}, its)
-        saved = SimpleNamespace(saved=None)
-        plan = runs.plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
-        steps(objects, plan, 2, whole_weights=False)  # connections are made, buckets built anew
-        before = sent_by_now()
-        steps(objects, plan, 2 + STEPS, whole_weights=False)
-        parameters = sum(p.numel() for p in objects.state.model.parameters())
-        found[name] = (sent_by_now() - before) / STEPS / size / (4 * parameters)
+    found = communicated(world, config, lambda: sent() // size, STEPS)
     if rank == 0:
         file.write_text(json.dumps(found))
     os._exit(0)  # as real runs end: the threads of a process group may fall over each other
-
-
-def sent_by_now() -> int:
-    """What all processes have sent, at an instant at which none of them sends."""
-    dist.barrier()
-    count = sent()
-    dist.barrier()  # nobody goes on before all have looked
-    return count
 
 
 def sent() -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import socket
+import struct
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -164,6 +168,92 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
     return {"at three": whole_model, **steps(objects, plan)}
 
 
+def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[float, float, int]]:
+    """A run's steps from its newest checkpoint to step `last`, where it saves the next one."""
+    objects = runs.build(config, world)
+    writers = Writers(timedelta(seconds=60)) if world.mesh is not None else None
+    writer = CheckpointWriter(
+        folder / "relay",
+        runs.instantiate(config["trainer"]["checkpoint"]),
+        "max",
+        is_main=world.is_main,
+        writers=writers,
+    )
+    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
+    runs.go_on(objects.state, writer, world)
+    seen: list[tuple[float, float, int]] = steps(objects, plan, last)["seen"]
+    facts = Facts(step=last, epoch=0, value=None, milestone=False, metrics_bytes=0)
+    if writer.writes:
+        writer.save(objects.state.state_dict(), facts, lambda position: None)
+    assert writer.wait()
+    world.barrier()
+    return seen
+
+
+def relayed(world: World, config: Config, folder: Path) -> list[tuple[float, float, int]]:
+    """Steps of a run that one process has begun: two by FSDP, and one by DDP."""
+    return [*leg(sharded(world), config, folder, 4), *leg(world, config, folder, 5)]
+
+
+WIDTH = 512
+# Sharded, slices, options of FSDP.
+COMMUNICATING: dict[str, tuple[bool, int, dict[str, Any]]] = {
+    "ddp": (False, 1, {}),
+    "ddp, 4 slices": (False, 4, {}),
+    "fsdp": (True, 1, {}),
+    "fsdp, kept gathered": (True, 1, {"reshard_after_forward": False}),
+    "fsdp, gathered in bf16": (True, 1, {"param_dtype": "bf16", "reduce_dtype": "fp32"}),
+    "fsdp, 4 slices": (True, 4, {}),
+}
+
+
+def communicated(
+    world: World, config: Config, sent: Callable[[], int], count: int
+) -> dict[str, float]:
+    """By case, what `sent` counts in each of `count` steps, over the parameters' bytes in fp32."""
+    found = {}
+    for name, (is_sharded, slices, fsdp) in COMMUNICATING.items():
+        trainer = {**config["trainer"], "accumulation_steps": slices}
+        trainer["fsdp"] = {**trainer["fsdp"], "modules": ["body.*"], **fsdp}
+        its = sharded(world) if is_sharded else world
+        objects = runs.build({**config, "trainer": trainer}, its)
+        saved = SimpleNamespace(saved=None)
+        plan = runs.plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
+        steps(objects, plan, 2, whole_weights=False)  # connections are made, buckets built anew
+        before = by_now(sent)
+        steps(objects, plan, 2 + count, whole_weights=False)
+        parameters = sum(p.numel() for p in objects.state.model.parameters())
+        found[name] = (by_now(sent) - before) / count / (4 * parameters)
+    return found
+
+
+def by_now(sent: Callable[[], int]) -> int:
+    """What was sent, at an instant at which no process sends."""
+    dist.barrier()
+    count = sent()
+    dist.barrier()  # nobody goes on before all have looked
+    return count
+
+
+def sent_by_this_process() -> int:
+    """The bytes that the kernel counts for each of its connections: tcpi_bytes_sent, linux/tcp.h"""
+    total = 0
+    for descriptor in [*Path("/proc/self/fd").iterdir()]:
+        with contextlib.suppress(OSError):  # closed meanwhile, or no TCP
+            if str(descriptor.readlink()).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
+                total += struct.unpack_from("Q", info, 200)[0]
+    return total
+
+
+def sent(world: World, config: Config, folder: Path) -> dict[str, float]:
+    if sys.platform != "linux":
+        return {}
+    wide = {**config, "model": {**config["model"], "hidden": [WIDTH, WIDTH]}}
+    return communicated(world, wide, sent_by_this_process, 2)
+
+
 def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """A NaN in one example, in the share of the last process."""
     objects = runs.build(config, world)
@@ -315,6 +405,8 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "trained_in_bf16": trained_in_bf16,
     "sharded_with_a_nan": sharded_with_a_nan,
     "saved_sharded": saved_sharded,
+    "relayed": relayed,
+    "sent": sent,
     "measured": measured,
     "stopped": stopped,
     "told": told,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ from regrow.randomness import seed_everything
 from regrow.training import activation_checkpointing, sharding
 
 
-def test_it_changes_no_bit_of_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_it_changes_no_bit_of_a_run(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = (*TINY, "model.dropout=0.3", "trainer.ema_decay=0.9")
     train(tmp_path / "kept", *options)
+    if broken:  # the negative control: dropout draws others in the second pass
+        its = functools.partial(activation_checkpointing.checkpoint, preserve_rng_state=False)
+        monkeypatch.setattr(activation_checkpointing, "checkpoint", its)
     train(tmp_path / "again", *options, "trainer.activation_checkpointing=[body]")
-    assert fingerprint(tmp_path / "kept") == fingerprint(tmp_path / "again")
+    same = fingerprint(tmp_path / "kept") == fingerprint(tmp_path / "again")
+    assert same is not broken
 
 
 @pytest.mark.parametrize("broken", [False, True])

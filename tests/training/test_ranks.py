@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import in_ranks
 import pytest
 import torch
-from running import TINY, config_of
+from running import CPU, TINY, config_of
+from test_communication import worked_out
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from regrow.training import checkpoint, sharded_checkpoint
@@ -65,6 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def several(config: dict[str, Any], folder: Path) -> Seen:
     """What each of three processes sees. They are started once, for all tests of this file."""
+    torch.set_num_threads(1)
+    in_ranks.leg(CPU, config, folder, 2)  # what they go on from, in one of their checks
     return in_ranks.together(SIZE, config, folder)
 
 
@@ -138,6 +142,30 @@ def test_one_process_reads_what_several_have_sharded(several: Seen, folder: Path
         assert torch.equal(tensor, expected[name])
     moments = parts["optimizer"]["state"]
     assert not any(value.is_meta for each in moments.values() for value in each.values())
+
+
+def test_the_number_of_processes_may_change_between_any_two_steps(
+    one: dict[str, Any], several: Seen, folder: Path, config: dict[str, Any]
+) -> None:
+    """Begun by one process, then three with FSDP, three with DDP, and one again."""
+    relayed = [*several[0]["relayed"], *in_ranks.leg(CPU, config, folder, 6)]
+    assert len(relayed) == 4
+    for (loss, norm, count), (loss_1, norm_1, count_1) in zip(
+        relayed, one["trained"]["seen"][2:], strict=True
+    ):
+        assert count == count_1
+        assert loss == pytest.approx(loss_1, abs=1e-5)
+        assert norm == pytest.approx(norm_1, rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that counts them")
+def test_each_process_sends_as_many_bytes_as_worked_out(several: Seen) -> None:
+    expected = worked_out(SIZE)
+    for rank in several:
+        assert rank["sent"].keys() == expected.keys()
+        for name, times in expected.items():
+            # A ring's shares differ by some rows; headers, and the few numbers beside gradients.
+            assert 0.97 * times < rank["sent"][name] < 1.04 * times, name
 
 
 @pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata"])

@@ -1,0 +1,39 @@
+"""`train.py -m …` in the process that it is given, for tests of what a sweep does with its jobs.
+
+The real command goes on as the script of its frozen code, and forks its jobs from a server: two
+more Pythons, which import for ten seconds. Here the sweep goes on in the process that froze the
+code, and forks the jobs itself. All else is as it is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from regrow.config import ROOT
+from regrow.sweep import frozen, process, run
+
+
+def main() -> None:
+    sweep = run.run
+
+    def run_here(loader: Any, config: Any, arguments: Any) -> None:
+        def go_on(code: Path, identity: str, lock: Any, *_: Any, warm: bool) -> None:
+            told = {frozen.FOLDER: lock.folder, frozen.LOCK: lock.descriptor}
+            told |= {frozen.IDENTITY: identity, frozen.WARM: ""}
+            os.environ.update({name: str(value) for name, value in told.items()})
+            lock.descriptor = None  # as a new program would not know it
+            sweep(loader, config, arguments)
+
+        frozen.become = go_on  # type: ignore[assignment]
+        sweep(loader, config, arguments)
+
+    run.run = run_here
+    process.context_of = lambda *, fresh: multiprocessing.get_context("fork")
+    sys.argv[0] = str(ROOT / "scripts" / "train.py")
+    sys.path[0] = str(ROOT / "scripts")
+    runpy.run_path(sys.argv[0], run_name="__main__")
