@@ -140,6 +140,17 @@ def test_what_was_trusted_is_not_what_is_there_now(own: Path) -> None:
         resumed(own, digits_in(refused))
 
 
+@pytest.mark.parametrize("key", ["jobs", "varied", "kind"])
+def test_trust_covers_the_list_of_jobs(own: Path, key: str) -> None:
+    edit(own, seal=None)
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    evil = {"number": 0, "identity": "x", "swept": {}, "folder": "0", "overrides": ["loss=evil"]}
+    edit(own, **{key: {"jobs": [evil], "varied": ["loss"], "kind": "search"}[key]})
+    with pytest.raises(UserError, match="nor is it what trust=… names"):
+        resumed(own, digits_in(refused))
+
+
 @pytest.mark.parametrize("digits", ["", "yes", "0123456789a", "0123456789ag", "0" * 65])
 def test_trust_names_contents_by_their_digits(own: Path, digits: str) -> None:
     with pytest.raises(UserError, match="give the 12 digits"):
@@ -441,11 +452,13 @@ def test_a_sweep_without_the_list_is_resumed_by_the_command_that_it_prints(
     own: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    edit(own, kind="search")
     (trust,) = ownership.trust_of(own)
     with pytest.raises(UserError) as refused:
         resumed(own)
     assert digits_in(refused) == trust
-    state.write(own, [], total=3)  # what a search adds to it in the meantime
+    state.add(own, state.Entry(1, "y", {"seed": "1"}, "1", ["seed=1"]))  # as a search does
+    state.write(own, complete=False)
     assert resumed(own, trust)
 
 

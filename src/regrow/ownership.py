@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regrow import flags, locks
+from regrow import locks
 from regrow.errors import UserError
 from regrow.output import open_new
 from regrow.record.folder import read_json, refuse_links, write_json
@@ -278,10 +278,10 @@ def trust_of(folder: Path) -> list[str]:
 
 
 def _digest_of_sweep(code: str, content: Mapping[str, Any] | None) -> str:
-    content = content or {}
-    followed = [content.get(key) for key in ("overrides", "launcher")]
-    followed += flags.followed_places(content.get("config"))
-    return hashlib.sha256(_bytes([code, *followed])).hexdigest()
+    """SHA-256 over all that a resume follows. A search's list of jobs is not followed, and grows."""
+    aside = ("id", "jobs") if content and content.get("kind") == "search" else ("id",)
+    followed = {key: its for key, its in _kept(content or {}).items() if key not in aside}
+    return hashlib.sha256(_bytes([code, followed])).hexdigest()
 
 
 def _content(folder: Path, named: str) -> dict[str, Any] | None:
