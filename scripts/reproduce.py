@@ -24,7 +24,16 @@ from regrow.errors import UserError, printable
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact_all
-from regrow.resume import ELSEWHERE, differences, is_foreign, is_own, key_of, recorded_overrides
+from regrow.resume import (
+    ELSEWHERE,
+    differences,
+    downloads_elsewhere,
+    is_foreign,
+    is_own,
+    key_of,
+    places_of_conf,
+    recorded_overrides,
+)
 from regrow.roles import check_roles
 
 OPTIONS = {
@@ -134,11 +143,16 @@ def arguments_of(
     if keys := {key: value for key, value in added.items() if key not in typed}:
         print(older.line(f"run={given}", keys))
         arguments += [older.as_override(key, value) for key, value in keys.items()]
+    aside = ["logger", "resume"]
+    elsewhere = not own and downloads_elsewhere(run, config, ())
+    if elsewhere and config["data"]["source"].get("root") not in [*places_of_conf()]:
+        arguments.append("data.source.download=false")
+        aside.append("data.source.download")
     now = redact_all(composed(arguments, source))
     changed = [
         f"{key} was {old} and would be {new}"
         for key, (old, new) in differences(config, now).items()
-        if key.split(".")[0] not in ("logger", "resume")
+        if key.split(".")[0] not in aside and key not in aside
     ]
     if changed:
         raise UserError(

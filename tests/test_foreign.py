@@ -18,7 +18,7 @@ from typing import Any
 import forked
 import pytest
 import yaml
-from running import launched
+from running import config_of, launched
 
 from regrow import config as configs
 from regrow import console, flags, ownership, resume
@@ -402,12 +402,32 @@ def test_a_link_is_made_below_outputs_alone(tmp_path: Path) -> None:
 
 def test_a_foreign_run_does_not_say_where_data_is_downloaded_to(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", "data=mnist", "data.root=/somewhere")
-    config = {"data": {"source": {"download": True, "root": "/somewhere"}}}
+    place = {"root": "/somewhere"}
+    config = {"data": {"source": {"download": True, **place}, **place}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert "data.source.download=false" not in resumed(folder)
     (folder / ".hydra" / "owner.json").unlink()
     assert "data.source.download=false" in resumed(folder)
     assert "data.source.download=false" not in resumed(folder, "data.root=/mine")
+
+
+def test_a_foreign_record_that_hides_its_download_is_refused(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", "data=mnist", "data.source.root=evil")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"source": {}}}))
+
+    def check(*more: str) -> None:
+        overrides = ["data=mnist", "data.source.root=evil", f"resume={folder}", *more]
+        resume.check_recorded(config_of(*overrides), overrides)
+
+    check()  # the user's own
+    (folder / ".hydra" / "owner.json").unlink()
+    for typed in ((), ("data.root=mine",)):  # which data.source.root does not follow
+        with pytest.raises(UserError, match="would download data to evil") as error:
+            check(*typed)
+    check("data.source.download=false")
+    check("data.source.root=mine")
+    resumed(folder, digits_in(error))
+    check()
 
 
 # -- the list --------------------------------------------------------------------------------------

@@ -348,6 +348,26 @@ def test_a_foreign_record_downloads_nowhere_by_itself(run: Path) -> None:
         assert downloads_elsewhere(run, config, typed) is expected
 
 
+@pytest.mark.parametrize(
+    "swapped", [{}, {"root": "mine"}], ids=["nothing", "a root that the source does not follow"]
+)
+def test_an_edited_record_of_ones_own_downloads_nowhere_else(
+    run: Path, swapped: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its overrides are sealed, config.yaml is not."""
+    monkeypatch.chdir(run.parent)
+    mnist = {"_target_": "regrow.data.datasets.mnist", "val_fraction": 0.1, "seed": 0}
+    for place, expected in (("data", True), (str(run.parent / "evil"), False)):
+        changed(run, data={"source": {**mnist, "download": True, "root": place}})
+        loaded = load_run(run, data=swapped)
+        assert loaded.config["data"]["source"]["download"] is expected
+    with pytest.raises(UserError, match=r"no MNIST under data\.root=.*/evil, and it is not there"):
+        _ = loaded.data
+    assert not (run.parent / "evil").exists()
+    typed = {"source.root": "mine", **swapped}
+    assert load_run(run, data=typed).config["data"]["source"]["download"] is True
+
+
 def test_a_pickle_in_a_checkpoint_is_not_opened(run: Path, tmp_path: Path) -> None:
     made = tmp_path / "executed"
     folder = (run / "checkpoints" / "best").resolve()

@@ -278,7 +278,7 @@ def trust_of(folder: Path) -> list[str]:
 
 
 def _digest_of_sweep(code: str, content: Mapping[str, Any] | None) -> str:
-    """SHA-256 over all that a resume follows. A search's list of jobs is not followed, and grows."""
+    """SHA-256 over what a resume follows. A search's list of jobs is not followed, and grows."""
     aside = ("id", "jobs") if content and content.get("kind") == "search" else ("id",)
     followed = {key: its for key, its in _kept(content or {}).items() if key not in aside}
     return hashlib.sha256(_bytes([code, followed])).hexdigest()

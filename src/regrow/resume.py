@@ -9,14 +9,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from regrow import command_line, flags, monitor, older, ownership
-from regrow.config import CONF, MULTIRUN, read_yaml, recorded_config, targets_in
+from regrow.config import CONF, MULTIRUN, read_yaml, readable, recorded_config, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -164,19 +164,49 @@ def if_trusted(folder: Path) -> str:
 
 
 def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
-    """Return True if a folder that is not the user's says where data would be downloaded to.
+    """Return True if data would be downloaded to a place that others may have put into a record.
 
-    `typed` are the keys, with or without `data.`, that the user gave.
+    It is the user's if it was `typed` (keys, with or without `data.`), or if the folder is the
+    user's and its overrides or conf/ name the place: nothing seals config.yaml.
     """
     data = config.get("data")
     source = data.get("source") if isinstance(data, Mapping) else None
+    if not isinstance(source, Mapping) or not source.get("download"):
+        return False
+    assert isinstance(data, Mapping)
     named = {key.removeprefix("data.") for key in typed}
-    return (
-        isinstance(source, Mapping)
-        and bool(source.get("download"))
-        and not named & {"root", "source.root", "source.download"}
-        and not is_own(folder)
-    )
+    place = source.get("root", data.get("root"))
+    follows = "root" in named and place == data.get("root")
+    if follows or named & {"source.root", "source.download"}:
+        return False
+    return not (is_own(folder) and place in [*_typed_places(folder), *places_of_conf()])
+
+
+def _typed_places(folder: Path) -> list[Any]:
+    keys = ("data.root", "data.source.root")
+    return [command_line.read(o) for o in recorded_overrides(folder) if key_of(o) in keys]
+
+
+def places_of_conf() -> Iterator[Any]:
+    """Where the files in conf/ keep data."""
+    for file, content in readable("**/*.yaml"):
+        data = content if file.parent.name == "data" else content.get("data")
+        source = data.get("source") if isinstance(data, dict) else None
+        yield from (node.get("root") for node in (data, source) if isinstance(node, dict))
+
+
+def refuse_download(
+    folder: Path, where: str, config: Mapping[str, Any], keys: Iterable[str]
+) -> None:
+    """Raise UserError where a foreign record says, in spite of its config.yaml, where to download
+    data to; `keys` were typed."""
+    if not is_own(folder) and downloads_elsewhere(folder, config, keys):
+        source = config["data"]["source"]
+        raise UserError(
+            f"{where}: it would download data to {source.get('root')}, a place that its record "
+            "names, and it is not listed as yours. Add data.source.download=false, or "
+            f"data.source.root=… to choose the place.{if_trusted(folder)}"
+        )
 
 
 def _recorded_config(folder: Path) -> dict[str, Any]:
@@ -281,6 +311,7 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     folder = Path(config["resume"])
     own = [key for override in typed(overrides) for key in targets_of(override)]
     check_roles(config, tuple(config), folder, f"resume={folder}", own)
+    refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
 
 
 def targets_of(override: str) -> list[str]:
