@@ -31,6 +31,7 @@ from regrow.resume import (
     is_foreign,
     is_own,
     key_of,
+    lacked_before,
     places_of_conf,
     recorded_overrides,
 )
@@ -126,6 +127,7 @@ def arguments_of(
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
+    added |= {k: v for k, v in older.earlier(config).items() if k in lacked_before(run)}
     own = is_own(run)
     if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:
         raise UserError(

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "trainer.checkpoint.*",
 )
 CHANGED = "data.changed"
+LACKED = Path(".hydra", "older.json")
 _REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # and not a literal one
 LIMITS = (
     "trainer.max_epochs",
@@ -340,11 +341,11 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if not (folder / "config.yaml").is_file():
         return False
     recorded = recorded_config(folder, f"resume={folder}")
-    older.complete(recorded)
-    following = following_keys(recorded, config)
-    if adopted := older.adopt(
-        config, older.earlier(recorded), [*map(key_of, overrides), *following]
-    ):
+    lacked = [*lacked_before(folder), *older.complete(recorded)]
+    kept = {key: value for key, value in older.earlier(recorded).items() if key in lacked}
+    chosen = {key_of(override) for override in overrides}
+    chosen |= older.following(config, changed_sources(recorded, config, lacked, chosen))
+    if adopted := older.adopt(config, kept, chosen):
         log.info("%s", older.line(str(folder), adopted))
     if config["resume"] == "never":
         raise UserError(
@@ -359,7 +360,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
-        named |= following if {"loss", "loss.ignore_index"} & named else set()
+        named |= older.following(config, named)
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
@@ -382,13 +383,36 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     return True
 
 
-def following_keys(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
-    """The keys of `data` that follow `loss.ignore_index`, where that is not the recorded one.
+def changed_sources(
+    recorded: Mapping[str, Any],
+    config: Mapping[str, Any],
+    lacked: Sequence[str],
+    chosen: Collection[str],
+) -> set[str]:
+    """The keys that others follow, and that are not what they were in the recorded run: chosen, if
+    the record lacked them, or else of another value."""
+    before, now = _flat(recorded), _flat(config)
+    return {
+        key
+        for key in (row.follows for row in older.ADDED_KEYS if row.follows)
+        if (key in chosen if key in lacked else before.get(key) != now.get(key))
+    }
 
-    A recorded null is what an older record gets, too, so it would be kept.
-    """
-    before, now = (node["loss"].get("ignore_index") for node in (recorded, config))
-    return {"data.ignore_index", "data.source.ignore_index"} if before != now else set()
+
+def lacked_before(folder: Path) -> list[str]:
+    """The keys that the record in `folder` lacked when an earlier resume completed it."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = read_json(folder / LACKED)
+        return [str(key) for key in content] if isinstance(content, list) else []
+    return []
+
+
+def lacked_keys(folder: Path) -> list[str]:
+    """The keys that an older record in `folder` lacks, or lacked before: for `lacked_before`."""
+    if not (folder / "config.yaml").is_file():
+        return []
+    lacking = older.complete(recorded_config(folder, str(folder)))
+    return [*dict.fromkeys([*lacked_before(folder), *lacking])]
 
 
 def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:
