@@ -47,6 +47,8 @@ def sweep_in(folder: Path) -> Path:
     (code / "scripts" / "train.py").write_text(MARKER)
     (code / "conf").mkdir()
     (code / "conf" / "train.yaml").write_text("seed: 0\n")
+    (code / "src" / "regrow").mkdir(parents=True)
+    (code / "src" / "regrow" / "ownership.py").touch()
     (code / "origin.json").write_text('{"root": "/", "git": null}')
     entry = ownership.enter(ownership.digest_of_code(code, "the test"))
     jobs = [state.Entry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
@@ -251,6 +253,29 @@ def test_a_trusted_sweep_becomes_the_users(own: Path, tmp_path: Path) -> None:
     ownership._trusted.clear()
     assert ownership.find(identity) is not None and resumed(own)
     assert ownership.trust_of(own) == []
+
+
+def test_code_that_seals_nothing_is_trusted_each_time(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its next write would break the seal, and the printed command would lack `trust=…`."""
+    (own / frozen.state.CODE / frozen.SEALS).unlink()
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    resumed(own, digits_in(refused))
+    assert frozen.freeze(own)[1] == ""
+    assert "will need trust=… again" in capsys.readouterr().err
+    assert ownership.trust_of(own) == [digits_in(refused)]
+
+
+def test_a_sweep_of_keys_that_conf_lacks_by_now_resumes_with_its_own_code(tmp_path: Path) -> None:
+    folder = sweep_in(tmp_path / "sweep")
+    overrides = ["task.mode=max", "seed=0,1"]  # of 8483121, and since removed
+    state.write(folder, overrides=overrides)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=sweep"]
+    done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "code" / "scripts" / "executed").exists()
 
 
 def test_a_trusted_sweep_with_a_link_out_of_it_is_refused(own: Path, tmp_path: Path) -> None:
