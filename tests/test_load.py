@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +328,32 @@ def test_a_record_gives_hydra_no_orders(run: Path, key: str) -> None:
     changed(run, model={key: ["os.*"]})
     with pytest.raises(UserError, match=rf"model.{key}, which is not a key"):
         load_run(run)
+
+
+def test_timms_schedulers_may_be_recorded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not torch's; only what derives from timm's own base is in a scheduler's place."""
+    package = tmp_path / "site" / "timm" / "scheduler"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(
+        "from .scheduler import Scheduler\nclass Cosine(Scheduler): ...\nclass Other: ...\n"
+        "def make(): ...\n"
+    )
+    (package / "scheduler.py").write_text("class Scheduler: ...\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in ("timm", "timm.scheduler", "timm.scheduler.scheduler"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that what is made of it goes at the end
+        del sys.modules[name]
+    for name in ("Cosine", "Other", "make"):
+        config = {"scheduler": {"_target_": f"timm.scheduler.{name}"}}
+        with contextlib.ExitStack() as stack:
+            if name != "Cosine":
+                stack.enter_context(pytest.raises(UserError, match="no file in conf/scheduler"))
+            check_roles(config, ("scheduler",), run, "resume=run")
+    with pytest.raises(UserError, match="no file in conf/model names"):
+        check_roles({"model": {"_target_": "timm.scheduler.Cosine"}}, ("model",), run, "resume=run")
 
 
 def test_a_target_that_was_typed_lets_none_below_it_through(run: Path) -> None:
