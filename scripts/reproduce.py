@@ -25,7 +25,17 @@ from regrow.explain import composition_error
 from regrow.record import folder as records
 from regrow.record import manifest
 from regrow.record.redact import redact_all
-from regrow.resume import ELSEWHERE, differences, is_foreign, is_own, key_of, recorded_overrides
+from regrow.resume import (
+    ELSEWHERE,
+    differences,
+    downloads_elsewhere,
+    is_foreign,
+    is_own,
+    key_of,
+    lacked_before,
+    places_of_conf,
+    recorded_overrides,
+)
 from regrow.roles import check_roles
 
 OPTIONS = {
@@ -118,6 +128,7 @@ def arguments_of(
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
+    added |= {k: v for k, v in older.earlier(config).items() if k in lacked_before(run)}
     if own := is_own(run):
         registered.take_up(run / ".hydra")
     if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:
@@ -136,11 +147,16 @@ def arguments_of(
     if keys := {key: value for key, value in added.items() if key not in typed}:
         print(older.line(f"run={given}", keys))
         arguments += [older.as_override(key, value) for key, value in keys.items()]
+    aside = ["logger", "resume"]
+    elsewhere = not own and downloads_elsewhere(run, config, ())
+    if elsewhere and config["data"]["source"].get("root") not in [*places_of_conf()]:
+        arguments.append("data.source.download=false")
+        aside.append("data.source.download")
     now = redact_all(composed(arguments, source))
     changed = [
         f"{key} was {old} and would be {new}"
         for key, (old, new) in differences(config, now).items()
-        if key.split(".")[0] not in ("logger", "resume")
+        if key.split(".")[0] not in aside and key not in aside
     ]
     if changed:
         raise UserError(

@@ -32,6 +32,7 @@ PINNED = "requirements.lock"
 RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
 WITHOUT_LOCK = "make setup LOCK=no"
+ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # begins what uv and pip say of a failure
 # What uv and pip print if a file's SHA-256 is none of those in the lock, and the file's name in it.
 MISMATCH = re.compile(
     r"hash mismatch for [`'\"]?(?P<uv>[^\s`'\"]+)|"
@@ -77,7 +78,7 @@ def asked_for() -> str:
 
 def is_complete() -> bool:
     stamp = read(STAMP)
-    if asked_for() == "yes" and stamp.get("lock") == "no":
+    if asked_for() not in ("", stamp.get("lock", "yes")):
         return False
     return PYTHON.exists() and all(stamp.get(key) == value for key, value in wanted().items())
 
@@ -120,10 +121,10 @@ def call(*command: str | Path, lock: int | None) -> bool:
     with process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("WARNING"):  # such as a retry: the user waits for it
-                print(line, end="", file=sys.stderr, flush=True)
-            else:
+            if held or ERROR.match(line):  # a hash mismatch ends in a line of our own
                 held.append(line)
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
     if process.returncode and (file := mismatch("".join(held))):
         sys.exit(
             f"set-up: {file}: the fetched file is none of those whose SHA-256 is in {PINNED}. "
@@ -184,7 +185,10 @@ def begin() -> bool:
         STAMP.replace(UNFINISHED)
         same = all(stamp.get(key) == target[key] for key in ("python", "place"))
         if same and PYTHON.exists():
-            say("requirements changed, bringing .venv up to date")
+            is_new = stamp.get("requirements") != target["requirements"]
+            other = RANGES if asked_for() == "no" else PINNED
+            why = "requirements changed" if is_new else f"installing what {other} says"
+            say(f"{why}, bringing .venv up to date")
             return False
         say("making .venv anew: another Python, or the folder was moved")
         return True
@@ -257,6 +261,8 @@ def finish(installed_from: str) -> None:
 
 def main() -> None:
     if is_complete():
+        if lock := asked_for():
+            say(f"LOCK={lock}: .venv is complete and was made with it, so nothing is to be done")
         return
     with alone() as lock:
         if is_complete():  # made by the one we waited for

@@ -7,7 +7,13 @@ from regrow.config import entry_point, faults_in_a_line
 from regrow.start import start
 
 
-@entry_point("train")
+def resumed(arguments: list[str]) -> None:
+    from regrow.sweep import frozen  # for a resume alone
+
+    frozen.resume_in_copy(arguments)
+
+
+@entry_point("train", resumed)
 def main(config: DictConfig) -> float | None:
     with faults_in_a_line():
         from regrow.launch import launch  # torch comes with it: only once the config is right

@@ -18,7 +18,7 @@ from typing import Any
 import forked
 import pytest
 import yaml
-from running import launched
+from running import config_of, launched
 
 from regrow import config as configs
 from regrow import console, flags, ownership, resume
@@ -47,6 +47,8 @@ def sweep_in(folder: Path) -> Path:
     (code / "scripts" / "train.py").write_text(MARKER)
     (code / "conf").mkdir()
     (code / "conf" / "train.yaml").write_text("seed: 0\n")
+    (code / "src" / "regrow").mkdir(parents=True)
+    (code / "src" / "regrow" / "ownership.py").touch()
     (code / "origin.json").write_text('{"root": "/", "git": null}')
     entry = ownership.enter(ownership.digest_of_code(code, "the test"))
     jobs = [state.Entry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
@@ -136,6 +138,17 @@ def test_what_was_trusted_is_not_what_is_there_now(own: Path) -> None:
     with pytest.raises(UserError) as refused:
         resumed(own)
     extra_file(own)
+    with pytest.raises(UserError, match="nor is it what trust=… names"):
+        resumed(own, digits_in(refused))
+
+
+@pytest.mark.parametrize("key", ["jobs", "varied", "kind"])
+def test_trust_covers_the_list_of_jobs(own: Path, key: str) -> None:
+    edit(own, seal=None)
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    evil = {"number": 0, "identity": "x", "swept": {}, "folder": "0", "overrides": ["loss=evil"]}
+    edit(own, **{key: {"jobs": [evil], "varied": ["loss"], "kind": "search"}[key]})
     with pytest.raises(UserError, match="nor is it what trust=… names"):
         resumed(own, digits_in(refused))
 
@@ -240,6 +253,29 @@ def test_a_trusted_sweep_becomes_the_users(own: Path, tmp_path: Path) -> None:
     ownership._trusted.clear()
     assert ownership.find(identity) is not None and resumed(own)
     assert ownership.trust_of(own) == []
+
+
+def test_code_that_seals_nothing_is_trusted_each_time(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its next write would break the seal, and the printed command would lack `trust=…`."""
+    (own / frozen.state.CODE / frozen.SEALS).unlink()
+    with pytest.raises(UserError) as refused:
+        resumed(own)
+    resumed(own, digits_in(refused))
+    assert frozen.freeze(own)[1] == ""
+    assert "will need trust=… again" in capsys.readouterr().err
+    assert ownership.trust_of(own) == [digits_in(refused)]
+
+
+def test_a_sweep_of_keys_that_conf_lacks_by_now_resumes_with_its_own_code(tmp_path: Path) -> None:
+    folder = sweep_in(tmp_path / "sweep")
+    overrides = ["task.mode=max", "seed=0,1"]  # of 8483121, and since removed
+    state.write(folder, overrides=overrides)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=sweep"]
+    done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "code" / "scripts" / "executed").exists()
 
 
 def test_a_trusted_sweep_with_a_link_out_of_it_is_refused(own: Path, tmp_path: Path) -> None:
@@ -391,12 +427,32 @@ def test_a_link_is_made_below_outputs_alone(tmp_path: Path) -> None:
 
 def test_a_foreign_run_does_not_say_where_data_is_downloaded_to(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", "data=mnist", "data.root=/somewhere")
-    config = {"data": {"source": {"download": True, "root": "/somewhere"}}}
+    place = {"root": "/somewhere"}
+    config = {"data": {"source": {"download": True, **place}, **place}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert "data.source.download=false" not in resumed(folder)
     (folder / ".hydra" / "owner.json").unlink()
     assert "data.source.download=false" in resumed(folder)
     assert "data.source.download=false" not in resumed(folder, "data.root=/mine")
+
+
+def test_a_foreign_record_that_hides_its_download_is_refused(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", "data=mnist", "data.source.root=evil")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"source": {}}}))
+
+    def check(*more: str) -> None:
+        overrides = ["data=mnist", "data.source.root=evil", f"resume={folder}", *more]
+        resume.check_recorded(config_of(*overrides), overrides)
+
+    check()  # the user's own
+    (folder / ".hydra" / "owner.json").unlink()
+    for typed in ((), ("data.root=mine",)):  # which data.source.root does not follow
+        with pytest.raises(UserError, match="would download data to evil") as error:
+            check(*typed)
+    check("data.source.download=false")
+    check("data.source.root=mine")
+    resumed(folder, digits_in(error))
+    check()
 
 
 # -- the list --------------------------------------------------------------------------------------
@@ -441,11 +497,13 @@ def test_a_sweep_without_the_list_is_resumed_by_the_command_that_it_prints(
     own: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    edit(own, kind="search")
     (trust,) = ownership.trust_of(own)
     with pytest.raises(UserError) as refused:
         resumed(own)
     assert digits_in(refused) == trust
-    state.write(own, [], total=3)  # what a search adds to it in the meantime
+    state.add(own, state.Entry(1, "y", {"seed": "1"}, "1", ["seed=1"]))  # as a search does
+    state.write(own, complete=False)
     assert resumed(own, trust)
 
 

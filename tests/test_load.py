@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +330,32 @@ def test_a_record_gives_hydra_no_orders(run: Path, key: str) -> None:
         load_run(run)
 
 
+def test_timms_schedulers_may_be_recorded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not torch's; only what derives from timm's own base is in a scheduler's place."""
+    package = tmp_path / "site" / "timm" / "scheduler"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(
+        "from .scheduler import Scheduler\nclass Cosine(Scheduler): ...\nclass Other: ...\n"
+        "def make(): ...\n"
+    )
+    (package / "scheduler.py").write_text("class Scheduler: ...\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in ("timm", "timm.scheduler", "timm.scheduler.scheduler"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that what is made of it goes at the end
+        del sys.modules[name]
+    for name in ("Cosine", "Other", "make"):
+        config = {"scheduler": {"_target_": f"timm.scheduler.{name}"}}
+        with contextlib.ExitStack() as stack:
+            if name != "Cosine":
+                stack.enter_context(pytest.raises(UserError, match="no file in conf/scheduler"))
+            check_roles(config, ("scheduler",), run, "resume=run")
+    with pytest.raises(UserError, match="no file in conf/model names"):
+        check_roles({"model": {"_target_": "timm.scheduler.Cosine"}}, ("model",), run, "resume=run")
+
+
 def test_a_target_that_was_typed_lets_none_below_it_through(run: Path) -> None:
     config = read_yaml(run / "config.yaml")
     config["model"] = {"_target_": "my.Net", "head": {"_target_": "os.mkdir"}}
@@ -346,6 +374,26 @@ def test_a_foreign_record_downloads_nowhere_by_itself(run: Path) -> None:
     (run / ".hydra" / "owner.json").unlink()
     for typed, expected in (({}, True), ({"root": "/mine"}, False), ({"source.root": 1}, False)):
         assert downloads_elsewhere(run, config, typed) is expected
+
+
+@pytest.mark.parametrize(
+    "swapped", [{}, {"root": "mine"}], ids=["nothing", "a root that the source does not follow"]
+)
+def test_an_edited_record_of_ones_own_downloads_nowhere_else(
+    run: Path, swapped: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its overrides are sealed, config.yaml is not."""
+    monkeypatch.chdir(run.parent)
+    mnist = {"_target_": "regrow.data.datasets.mnist", "val_fraction": 0.1, "seed": 0}
+    for place, expected in (("data", True), (str(run.parent / "evil"), False)):
+        changed(run, data={"source": {**mnist, "download": True, "root": place}})
+        loaded = load_run(run, data=swapped)
+        assert loaded.config["data"]["source"]["download"] is expected
+    with pytest.raises(UserError, match=r"no MNIST under data\.root=.*/evil, and it is not there"):
+        _ = loaded.data
+    assert not (run.parent / "evil").exists()
+    typed = {"source.root": "mine", **swapped}
+    assert load_run(run, data=typed).config["data"]["source"]["download"] is True
 
 
 def test_a_pickle_in_a_checkpoint_is_not_opened(run: Path, tmp_path: Path) -> None:

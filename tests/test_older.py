@@ -93,6 +93,7 @@ def test_a_killed_run_resumes_to_the_same_end(
     assert_same_run(Path(name), Path("whole", name))
     now = read_yaml(Path(name, "config.yaml"))
     assert resume.differences(before, now).keys() <= {"resume"}
+    assert resume.lacked_before(Path(name)) == [*added]
     changing = [record.message for record in caplog.records if KEPT in record.message]
     assert len(changing) <= 1
     for key in added:  # only what differs from today's default is worth a line
@@ -248,6 +249,44 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
         overrides = resume.expand([f"resume={folder}", *typed])
         assert resume.continues(folder, config, overrides)
         assert config["data"]["ignore_index"] == index
+
+
+def as_now(folder: Path, **data: str) -> dict[str, Any]:
+    """The run's config as conf/ has it now, as far as these tests look."""
+    config = read_yaml(folder / "config.yaml")
+    older.complete(config)
+    config["resume"] = str(folder)
+    config["trainer"]["ema_warmup"] = True
+    for node in (config["data"], config["data"]["source"]):
+        node |= data
+    return config
+
+
+def test_a_typed_key_reaches_those_that_follow_it(root: Path) -> None:
+    folder = Path("regression")
+    for typed, dtype in ((["data.target_dtype=float64"], "float64"), ([], "float32")):
+        config = as_now(folder, target_dtype="float64")
+        assert resume.continues(folder, config, resume.expand([f"resume={folder}", *typed]))
+        assert config["data"]["target_dtype"] == dtype
+        assert config["data"]["source"]["target_dtype"] == dtype
+
+
+def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -> None:
+    folder = Path("averages")
+    lacked = resume.lacked_keys(folder)
+    assert "trainer.ema_warmup" in lacked
+    completed = as_now(folder) | {"resume": "auto"}
+    completed["trainer"]["ema_warmup"] = False
+    (folder / "config.yaml").write_text(json.dumps(completed))
+    overrides = resume.expand([f"resume={folder}"])
+    with pytest.raises(UserError, match=r"trainer\.ema_warmup was False and would be True"):
+        # The same record as a new one: it had the key, and its value only equals the earlier one.
+        resume.continues(folder, as_now(folder), overrides)
+    (folder / resume.LACKED).write_text(json.dumps(lacked))
+    config = as_now(folder)
+    assert resume.continues(folder, config, overrides)
+    assert config["trainer"]["ema_warmup"] is False
+    assert resume.lacked_keys(folder) == lacked
 
 
 def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(

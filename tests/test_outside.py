@@ -75,6 +75,10 @@ def test_processes_do_not_meet_where_somebody_else_says(
             "MASTER_PORT=: with MASTER_ADDR=127.0.0.1 it must be a port",
         ),
         (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "[::1]", "MASTER_PORT": "1"},
+            r"MASTER_ADDR=\[::1\]: give the address without brackets: ::1$",
+        ),
+        (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "h"},
             "LOCAL_WORLD_SIZE=4 and WORLD_SIZE=2 contradict",
         ),
@@ -193,8 +197,28 @@ def test_who_cannot_be_reached_is_named(
     assert "rank 1: waiting for the first process, at 127.0.0.1" in capsys.readouterr().err
 
 
-def test_the_first_that_comes_late_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        pytest.param("::1", marks=IPV6),
+        pytest.param("0:0:0:0:0:0:0:1", marks=IPV6, id="as of another machine"),
+    ],
+)
+def test_the_first_that_comes_late_is_met(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    monkeypatch.setattr(outside, "PATIENCE", 20.0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "1")

@@ -481,7 +481,7 @@ def test_a_task_whose_time_is_up_saves_and_comes_back(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert json.loads(done.stderr.splitlines()[-1]) == [143, "interrupted", 0], done.stderr
-    assert "going on from step" in (tmp_path / "run" / "train.log").read_text()
+    assert "resuming from step" in (tmp_path / "run" / "train.log").read_text()
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 

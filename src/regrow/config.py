@@ -46,8 +46,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = places.CONF
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
-    """`hydra.main` over `conf/`, whose errors are one line and exit code 2."""
+def entry_point(
+    config_name: str, resumed: Callable[[list[str]], None] = lambda arguments: None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """`hydra.main` over `conf/`, whose errors are one line and exit code 2.
+
+    `resumed` gets the arguments that `resume=…` stands for, before anything is composed.
+    """
     import hydra
 
     from regrow.explain import composition_error, wrong_options
@@ -77,6 +82,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 sys.argv[1:] = flags.absolute(expand(given))
                 if is_train(task):
                     _started.append(task)
+                if sys.argv[1:] != given:
+                    resumed(sys.argv[1:])
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may call.
                 last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
                 hydra.main(**arguments, **last)(task)()

@@ -358,6 +358,8 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]
     if (folder / manifest.NAME).is_file():
         accepted = resume.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
+    if lacked := resume.lacked_keys(folder):  # from here on config.yaml has them all
+        records.write_json(folder / resume.LACKED, lacked)
     recorded = OmegaConf.create(redact_all(dict(job.config)))
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     ownership.enter_run(folder, as_recorded(job), job.owner)

@@ -132,9 +132,9 @@ def load_run(
     made = ("model", "task", "loss")
     check_roles(config, made, folder, f"run={given}")
     allow(*(config[group] for group in made))
+    swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
         config["data"]["source"]["download"] = False
-    swap(config["data"], data or {})
     if class_names is None and config["task"].get("class_names", ...) is None:
         class_names = _names_in(config, folder)  # of a run that did not keep them
     if data:

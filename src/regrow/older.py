@@ -8,7 +8,7 @@ code did without the key, so that resume, evaluate, predict and reproduce keep t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from regrow.command_line import override
@@ -18,6 +18,7 @@ class AddedKey(NamedTuple):
     target: str | None  # `_target_` of the node that holds the key; None: the top level
     key: str
     before: Any  # reproduces the behaviour from before the key existed
+    follows: str | None = None  # the key, dotted, that conf/ takes it from
 
 
 IMAGE_FOLDER = "regrow.data.datasets.image_folder"
@@ -42,9 +43,9 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.data.loaders.Data", "identity", "length"),
     AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
     AddedKey("regrow.data.loaders.Data", "integers", "float32"),
-    AddedKey("regrow.data.loaders.Data", "ignore_index", None),
-    AddedKey("regrow.data.datasets.csv", "ignore_index", None),
-    AddedKey("regrow.data.datasets.csv", "target_dtype", "float32"),
+    AddedKey("regrow.data.loaders.Data", "ignore_index", None, "loss.ignore_index"),
+    AddedKey("regrow.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
+    AddedKey("regrow.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     AddedKey("regrow.data.loaders.Data", "target_dtype", "float32"),
 )
 # Keys of that time that this code does not take, by `_target_`: another key says the same.
@@ -74,7 +75,9 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node[parent]
         del node[last]
-    _complete(config, None, "", added)
+    for row, node, key in _rows(config, None, ""):
+        if row.key not in node:
+            node[row.key] = added[key] = row.before
     return added
 
 
@@ -88,33 +91,31 @@ def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _complete(node: dict[str, Any], target: Any, prefix: str, added: dict[str, Any]) -> None:
+def _rows(
+    node: dict[str, Any], target: Any, prefix: str
+) -> Iterator[tuple[AddedKey, dict[str, Any], str]]:
+    """The rows for each node of a config, with the node and the key's dotted name."""
     for row in ADDED_KEYS:
-        if row.target == target and row.key not in node:
-            node[row.key] = added[f"{prefix}{row.key}"] = row.before
+        if row.target == target:
+            yield row, node, f"{prefix}{row.key}"
     for name, value in node.items():
         if isinstance(value, dict):
-            _complete(value, value.get("_target_", ""), f"{prefix}{name}.", added)
+            yield from _rows(value, value.get("_target_", ""), f"{prefix}{name}.")
 
 
-def earlier(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys, dotted, that have their earlier value in a completed config.
-
-    A run that resumed an older record has written them into its config, and no override names them:
-    the next resume must find them too.
-    """
-    found: dict[str, Any] = {}
-    _earlier(config, None, "", found)
-    return found
+def earlier(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys, dotted, that have their earlier value in a completed config."""
+    rows = _rows(config, None, "")
+    return {key: row.before for row, node, key in rows if node.get(row.key, ...) == row.before}
 
 
-def _earlier(node: Mapping[str, Any], target: Any, prefix: str, found: dict[str, Any]) -> None:
-    for row in ADDED_KEYS:
-        if row.target == target and row.key in node and node[row.key] == row.before:
-            found[f"{prefix}{row.key}"] = row.before
-    for name, value in node.items():
-        if isinstance(value, dict):
-            _earlier(value, value.get("_target_", ""), f"{prefix}{name}.", found)
+def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
+    """The keys, dotted, that conf/ takes from one of the `changed` keys or groups."""
+    found = set(changed)
+    for row, _, key in _rows(config, None, ""):
+        if row.follows and any(f"{row.follows}.".startswith(f"{each}.") for each in found):
+            found.add(key)
+    return found.difference(changed)
 
 
 def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -59,6 +60,11 @@ def check_environment() -> None:
                 f"RANK={rank} is set, and Slurm says SLURM_PROCID="
                 f"{os.environ.get('SLURM_PROCID')}. Unset RANK and WORLD_SIZE: srun's are enough."
             )
+    elif os.environ["MASTER_ADDR"].startswith("["):
+        address = os.environ["MASTER_ADDR"]
+        raise UserError(
+            f"MASTER_ADDR={address}: give the address without brackets: {address.strip('[]')}"
+        )
     elif not 0 < number_of("MASTER_PORT", 0) < 1 << 16:
         raise UserError(
             f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}: with MASTER_ADDR="
@@ -182,17 +188,25 @@ def meet() -> Any:
 def hold_store(named: str | None) -> Any:
     """The store, in this process: at the port that was named, or a free one that a file names."""
     is_local = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
-    is_local = named in ("127.0.0.1", "localhost") if named is not None else is_local
+    is_local = named in ("127.0.0.1", "::1", "localhost") if named is not None else is_local
     port = number_of("MASTER_PORT", 0) if named is not None else 0
     try:
-        listener = socket.create_server(("127.0.0.1" if is_local else "", port))
+        if is_ipv6(named):
+            listener = socket.create_server(
+                ("::1" if is_local else "", port),
+                family=socket.AF_INET6,
+                dualstack_ipv6=not is_local and socket.has_dualstack_ipv6(),
+            )
+        else:
+            listener = socket.create_server(("127.0.0.1" if is_local else "", port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"MASTER_PORT={port} is in use on this machine: by another run, or by another "
                 "process with RANK=0. Choose another port."
             ) from None
-        raise UserError(f"MASTER_PORT={port}: {error.strerror or error}.") from None
+        said = f"MASTER_PORT={port}" if named is None else f"MASTER_ADDR={named}, port {port}"
+        raise UserError(f"{said}: {error.strerror or error}.") from None
     port = listener.getsockname()[1]
     store = store_of(listener)
     if named is None:
@@ -201,14 +215,24 @@ def hold_store(named: str | None) -> Any:
     return store
 
 
+def is_ipv6(host: str | None) -> bool:
+    """Return True if a host is found at addresses of IPv6 alone."""
+    if host is None:
+        return False
+    with contextlib.suppress(OSError):  # the first process need not find itself by name
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return all(family == socket.AF_INET6 for family, *_ in found)
+    return False
+
+
 def store_of(listener: socket.socket) -> Any:
     """A store in this process, at the port of `listener`. Left to itself, torch would listen to
     every network."""
     import torch.distributed as dist
 
-    port = listener.getsockname()[1]
+    address, port = listener.getsockname()[:2]
     return dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1",
+        "::1" if address in ("::", "::1") else "127.0.0.1",
         port,
         is_master=True,
         wait_for_workers=False,

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regrow import flags, locks
+from regrow import locks
 from regrow.errors import UserError
 from regrow.output import open_new
 from regrow.record.folder import read_json, refuse_links, write_json
@@ -250,9 +250,7 @@ def check_sweep(folder: Path, named: str) -> Entry | None:
     if content is None:  # killed before it had planned a job: nothing is followed but the code
         own = [entry for entry in entries() if entry.code == code]
     else:
-        found = find(content.get("id"))
-        own = [found] if found is not None and found.code == code else []
-        own = [entry for entry in own if _is_sealed(entry, _kept(content), content.get("seal"))]
+        own = _entered(code, content)
     if own:
         if content is None:  # anybody may have put this user's code there
             refuse_links(folder, named)
@@ -268,20 +266,28 @@ def check_sweep(folder: Path, named: str) -> Entry | None:
     )
 
 
+def _entered(code: str, content: Mapping[str, Any]) -> list[Entry]:
+    """The list's line for a sweep of this code that is as it was sealed, if there is one."""
+    entry = find(content.get("id"))
+    if entry is None or entry.code != code:
+        return []
+    return [entry] if _is_sealed(entry, _kept(content), content.get("seal")) else []
+
+
 def trust_of(folder: Path) -> list[str]:
     """`trust=…` for the command that resumes the sweep, where it needs that; else nothing."""
     content = _content(folder, str(folder))
-    if content is not None and find(content.get("id")) is not None:
-        return []
     code = digest_of_code(folder / CODE, str(folder))
+    if content is not None and _entered(code, content):
+        return []
     return [f"trust={_digest_of_sweep(code, content)[:DIGITS]}"]
 
 
 def _digest_of_sweep(code: str, content: Mapping[str, Any] | None) -> str:
-    content = content or {}
-    followed = [content.get(key) for key in ("overrides", "launcher")]
-    followed += flags.followed_places(content.get("config"))
-    return hashlib.sha256(_bytes([code, *followed])).hexdigest()
+    """SHA-256 over what a resume follows. A search's list of jobs is not followed, and grows."""
+    aside = ("id", "jobs") if content and content.get("kind") == "search" else ("id",)
+    followed = {key: its for key, its in _kept(content or {}).items() if key not in aside}
+    return hashlib.sha256(_bytes([code, followed])).hexdigest()
 
 
 def _content(folder: Path, named: str) -> dict[str, Any] | None:

@@ -9,14 +9,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from regrow import command_line, flags, monitor, older, ownership, places, registered
-from regrow.config import MULTIRUN, read_yaml, recorded_config, targets_in
+from regrow.config import MULTIRUN, read_yaml, readable, recorded_config, targets_in
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "trainer.checkpoint.*",
 )
 CHANGED = "data.changed"
+LACKED = Path(".hydra", "older.json")
 _REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # and not a literal one
 LIMITS = (
     "trainer.max_epochs",
@@ -166,19 +167,49 @@ def if_trusted(folder: Path) -> str:
 
 
 def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
-    """Return True if a folder that is not the user's says where data would be downloaded to.
+    """Return True if data would be downloaded to a place that others may have put into a record.
 
-    `typed` are the keys, with or without `data.`, that the user gave.
+    It is the user's if it was `typed` (keys, with or without `data.`), or if the folder is the
+    user's and its overrides or conf/ name the place: nothing seals config.yaml.
     """
     data = config.get("data")
     source = data.get("source") if isinstance(data, Mapping) else None
+    if not isinstance(source, Mapping) or not source.get("download"):
+        return False
+    assert isinstance(data, Mapping)
     named = {key.removeprefix("data.") for key in typed}
-    return (
-        isinstance(source, Mapping)
-        and bool(source.get("download"))
-        and not named & {"root", "source.root", "source.download"}
-        and not is_own(folder)
-    )
+    place = source.get("root", data.get("root"))
+    follows = "root" in named and place == data.get("root")
+    if follows or named & {"source.root", "source.download"}:
+        return False
+    return not (is_own(folder) and place in [*_typed_places(folder), *places_of_conf()])
+
+
+def _typed_places(folder: Path) -> list[Any]:
+    keys = ("data.root", "data.source.root")
+    return [command_line.read(o) for o in recorded_overrides(folder) if key_of(o) in keys]
+
+
+def places_of_conf() -> Iterator[Any]:
+    """Where the files in conf/ keep data."""
+    for file, content in readable("**/*.yaml"):
+        data = content if file.parent.name == "data" else content.get("data")
+        source = data.get("source") if isinstance(data, dict) else None
+        yield from (node.get("root") for node in (data, source) if isinstance(node, dict))
+
+
+def refuse_download(
+    folder: Path, where: str, config: Mapping[str, Any], keys: Iterable[str]
+) -> None:
+    """Raise UserError where a foreign record says, in spite of its config.yaml, where to download
+    data to; `keys` were typed."""
+    if not is_own(folder) and downloads_elsewhere(folder, config, keys):
+        source = config["data"]["source"]
+        raise UserError(
+            f"{where}: it would download data to {source.get('root')}, a place that its record "
+            "names, and it is not listed as yours. Add data.source.download=false, or "
+            f"data.source.root=… to choose the place.{if_trusted(folder)}"
+        )
 
 
 def _recorded_config(folder: Path) -> dict[str, Any]:
@@ -284,6 +315,7 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     folder = Path(config["resume"])
     own = [key for override in typed(overrides) for key in targets_of(override)]
     check_roles(config, tuple(config), folder, f"resume={folder}", own)
+    refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
 
 
 def targets_of(override: str) -> list[str]:
@@ -312,11 +344,11 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     if not (folder / "config.yaml").is_file():
         return False
     recorded = recorded_config(folder, f"resume={folder}")
-    older.complete(recorded)
-    following = following_keys(recorded, config)
-    if adopted := older.adopt(
-        config, older.earlier(recorded), [*map(key_of, overrides), *following]
-    ):
+    lacked = [*lacked_before(folder), *older.complete(recorded)]
+    kept = {key: value for key, value in older.earlier(recorded).items() if key in lacked}
+    chosen = {key_of(override) for override in overrides}
+    chosen |= older.following(config, changed_sources(recorded, config, lacked, chosen))
+    if adopted := older.adopt(config, kept, chosen):
         log.info("%s", older.line(str(folder), adopted))
     if config["resume"] == "never":
         raise UserError(
@@ -331,7 +363,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
-        named |= following if {"loss", "loss.ignore_index"} & named else set()
+        named |= older.following(config, named)
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
@@ -354,13 +386,36 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     return True
 
 
-def following_keys(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
-    """The keys of `data` that follow `loss.ignore_index`, where that is not the recorded one.
+def changed_sources(
+    recorded: Mapping[str, Any],
+    config: Mapping[str, Any],
+    lacked: Sequence[str],
+    chosen: Collection[str],
+) -> set[str]:
+    """The keys that others follow, and that are not what they were in the recorded run: chosen, if
+    the record lacked them, or else of another value."""
+    before, now = _flat(recorded), _flat(config)
+    return {
+        key
+        for key in (row.follows for row in older.ADDED_KEYS if row.follows)
+        if (key in chosen if key in lacked else before.get(key) != now.get(key))
+    }
 
-    A recorded null is what an older record gets, too, so it would be kept.
-    """
-    before, now = (node["loss"].get("ignore_index") for node in (recorded, config))
-    return {"data.ignore_index", "data.source.ignore_index"} if before != now else set()
+
+def lacked_before(folder: Path) -> list[str]:
+    """The keys that the record in `folder` lacked when an earlier resume completed it."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = read_json(folder / LACKED)
+        return [str(key) for key in content] if isinstance(content, list) else []
+    return []
+
+
+def lacked_keys(folder: Path) -> list[str]:
+    """The keys that an older record in `folder` lacks, or lacked before: for `lacked_before`."""
+    if not (folder / "config.yaml").is_file():
+        return []
+    lacking = older.complete(recorded_config(folder, str(folder)))
+    return [*dict.fromkeys([*lacked_before(folder), *lacking])]
 
 
 def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:

@@ -24,11 +24,11 @@ from regrow.leads import RECIPES
 
 # Where any class of a kind is in its place.
 KINDS = {
-    "model": "torch.nn.Module",
-    "loss": "torch.nn.Module",
-    "data.augmentation": "torch.nn.Module",
-    "optimizer": "torch.optim.Optimizer",
-    "scheduler": "torch.optim.lr_scheduler.LRScheduler",
+    "model": ("torch.nn.Module",),
+    "loss": ("torch.nn.Module",),
+    "data.augmentation": ("torch.nn.Module",),
+    "optimizer": ("torch.optim.Optimizer",),
+    "scheduler": ("torch.optim.lr_scheduler.LRScheduler", "timm.scheduler.scheduler.Scheduler"),
 }
 
 
@@ -103,7 +103,9 @@ def _fits(target: Any, group: str, path: str) -> bool:
     if not kinds:
         return False
     found = locate(target, path)
-    return inspect.isclass(found) and issubclass(found, locate(kinds[0], path))
+    # A package that was not imported by now holds no base of what was found.
+    there = [kind for kind in kinds[0] if kind.partition(".")[0] in sys.modules]
+    return inspect.isclass(found) and any(issubclass(found, locate(k, path)) for k in there)
 
 
 @functools.cache

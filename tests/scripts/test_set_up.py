@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 from finished import script
 
+from regrow.record.folder import read_json
+
 ROOT = Path(__file__).resolve().parents[2]
 BACKEND = """
 import zipfile
@@ -90,6 +92,60 @@ def project(folder: Path, version: str, digest: str | None) -> Path:
         "[project]\nname = 'tiny'\nversion = '1.0'\n"
     )
     return folder
+
+
+def test_an_installers_lines_show_as_they_come_but_for_an_error(
+    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown = tmp_path / "shown"
+    program = (
+        "import pathlib, sys, time\n"
+        "print('Downloading fish', file=sys.stderr, flush=True)\n"
+        "shown = pathlib.Path(sys.argv[1])\n"
+        "while not (shown.exists() and shown.read_text()): time.sleep(0.01)\n"
+        "sys.exit('  × Hash mismatch for `fish==1.0`')\n"
+    )
+    with shown.open("w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(SystemExit, match=r"^set-up: fish==1\.0: the fetched file"):
+            set_up.call("timeout", "20", sys.executable, "-c", program, shown, lock=None)
+    assert shown.read_text() == "Downloading fish\n"
+
+
+def test_another_lock_than_that_of_a_complete_venv_is_installed(
+    set_up: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    for name, path in {
+        "VENV": venv,
+        "PYTHON": venv / "bin" / "python",
+        "STAMP": venv / ".set-up-complete",
+        "UNFINISHED": venv / ".set-up-unfinished",
+        "LOCK_FILE": tmp_path / "lock",
+    }.items():
+        monkeypatch.setattr(set_up, name, path)
+    set_up.PYTHON.touch()
+    made = set_up.wanted() | {"installed_from": set_up.PINNED, "lock": "yes"}
+    set_up.STAMP.write_text(json.dumps(made))
+    calls: list[bool] = []
+
+    def install(uv: str | None, lock: int | None, *, pinned: bool) -> str:
+        calls.append(pinned)
+        return "it"
+
+    monkeypatch.setattr(set_up, "install", install)
+    for argument, expected in (("lock=yes", []), ("lock=no", [False]), ("lock=no", [])):
+        calls.clear()
+        monkeypatch.setattr(sys, "argv", ["set_up.py", argument])
+        set_up.main()
+        assert calls == expected
+        said = capsys.readouterr().err
+        assert ("nothing is to be done" in said) != bool(expected)
+    assert read_json(set_up.STAMP)["lock"] == "no"
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

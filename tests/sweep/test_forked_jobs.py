@@ -67,7 +67,7 @@ def test_a_stop_lets_all_jobs_save_though_they_have_just_begun(
     process = begin(tmp_path, *TWO)
     until(lambda: both_have_saved(folder))
     process.send_signal(signal.SIGINT)
-    assert "stopped. Go on with: " in finish(process, code=130)
+    assert "stopped. Resume with: " in finish(process, code=130)
     states = {row["job"]: row["status"] for row in table(folder)}
     assert "interrupted" in states.values() and {*states.values()} <= {"interrupted", "completed"}
     for job in states:  # at that very step, and not only the regular one before

@@ -133,11 +133,3 @@ def test_a_record_from_before_the_warmup_keeps_its_average() -> None:
     assert added["trainer.ema_warmup"] is False
     assert older.adopt(config, added, ())["trainer.ema_warmup"] is False
     assert runs.build(config, CPU).options.ema_warmup is False
-
-
-def test_a_second_resume_of_such_a_record_keeps_it_too() -> None:
-    recorded = config_of(*TINY, "trainer.ema_warmup=false")  # as the first resume has written it
-    config = config_of(*TINY)
-    assert older.complete(recorded) == {}
-    assert older.adopt(config, older.earlier(recorded), ())["trainer.ema_warmup"] is False
-    assert older.adopt(config_of(*TINY), older.earlier(recorded), ["trainer.ema_warmup"]) == {}

@@ -15,18 +15,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from regrow import flags, ownership, registered
-from regrow.command_line import command
+from regrow import flags, outside, ownership, ranks, registered
+from regrow.command_line import command, path_of
 from regrow.config import ROOT
 from regrow.errors import UserError
 from regrow.record import folder as records
 from regrow.record import manifest, names
 from regrow.sweep import state
 
+DIR = "hydra.sweep.dir"
 PARTS = ("src", "conf", "scripts")
 # Variables that tell the copy's script where it is.
 FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
 IDENTITY = "REGROW_SWEEP_ID"  # by which the list of the user's folders knows the sweep
+SEALS = Path("src", "regrow", "ownership.py")  # of the code: an older one seals nothing
 
 
 def claim(
@@ -147,7 +149,17 @@ def entered(code_sha256: str) -> str:
 
 
 def adopt(folder: Path) -> str:
-    """Enter a sweep whose contents the user trusts, and seal it as it is now; its id."""
+    """Enter a sweep whose contents the user trusts, and seal it as it is now; its id.
+
+    Code that would break the seal with its next write is not entered; one line says so.
+    """
+    if not (folder / state.CODE / SEALS).is_file():
+        print(
+            f"warning: {os.path.relpath(folder)} goes on with code that is older than the list of "
+            "your folders. To resume it another time will need trust=… again.",
+            file=sys.stderr,
+        )
+        return ""
     identity = entered(ownership.digest_of_code(folder / state.CODE, str(folder)))
     if (folder / state.FILE).is_file():
         state.write(folder, id=identity)
@@ -197,6 +209,44 @@ def script_in(code: Path) -> Path:
     started = Path(sys.argv[0]).resolve()
     same = code / started.relative_to(ROOT) if started.is_relative_to(ROOT) else None
     return same if same is not None and same.is_file() else code / "scripts" / "train.py"
+
+
+def resume_in_copy(arguments: Sequence[str]) -> None:
+    """Become the frozen code of a sweep that is resumed by name, if that is not this code.
+
+    Hydra would compose this code's conf/ first, which may lack keys of the sweep's. `arguments` are
+    those that `resume.expand_sweep` gives.
+    """
+    named = [path_of(key, v) for key, _, v in (a.partition("=") for a in arguments) if key == DIR]
+    if not named or [a for a in arguments if a.startswith("-")] != ["-m"]:
+        return
+    folder = Path(named[-1])
+    code = folder / state.CODE
+    if outside.started_from_outside() or flags.copied_source(code) is not None:
+        return
+    if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
+        become(*opened(folder, "", [], "auto"), arguments, warm=False)
+
+
+def opened(
+    named: Path | None,
+    name: str,
+    overrides: Sequence[str],
+    resume: str,
+    source: Mapping[str, Any] = flags.DEFAULT,
+) -> tuple[Path, str, records.Lock]:
+    """The code, the id and the lock of the sweep's folder: see `claim` and `freeze`."""
+    ranks.python_path()  # of which the sweep's folder will be a part
+    ranks.refuse_separator((named or Path.cwd()).resolve())
+    try:
+        lock = claim(named, name, overrides, resume, source)
+        tell_of_edits(lock.folder)
+        return *freeze(lock.folder, source), lock
+    except OSError as error:
+        raise UserError(
+            f"{DIR}={named or 'outputs'}: the folder cannot be written: "
+            f"{error.strerror or error}. Make room in it. Choose another folder."
+        ) from error
 
 
 def taken_over(environment: Mapping[str, str]) -> records.Lock | None:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, outside, ownership, ranks, slurm
+from regrow import flags, outside, ownership, slurm
 from regrow.check import check_group
 from regrow.command_line import command
 from regrow.composed import as_recorded
@@ -57,25 +57,15 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
         named = Path(config.hydra.sweep.dir)
         is_named = named.resolve() != Path.cwd()
         source = flags.source_of(config.hydra)
-        ranks.python_path()  # of which the sweep's folder will be a part
-        ranks.refuse_separator(named.resolve())
-        try:
-            lock = frozen.claim(
-                named if is_named else None,
-                str(config.name),
-                same_sweep(config),
-                str(config.resume),
-                source,
-            )
-            frozen.tell_of_edits(lock.folder)
-            frozen_code = frozen.freeze(lock.folder, source)
-        except OSError as error:
-            raise UserError(
-                f"hydra.sweep.dir={named if is_named else 'outputs'}: the folder cannot be "
-                f"written: {error.strerror or error}. Make room in it. Choose another folder."
-            ) from error
+        frozen_code = frozen.opened(
+            named if is_named else None,
+            str(config.name),
+            same_sweep(config),
+            str(config.resume),
+            source,
+        )
         warm = not config.launcher.get("fresh_processes", True)
-        frozen.become(*frozen_code, lock, sys.argv[1:], warm=warm)
+        frozen.become(*frozen_code, sys.argv[1:], warm=warm)
     with lock, console():
         try:
             code = _run(loader, config, list(arguments), lock.folder, identity)
@@ -240,7 +230,7 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
         total = min(total, len(space.combinations()))
     sweep.agree(plan.fixed_by(space.fixed, [*space.varied]), [*space.varied])
     by_optuna.refuse_another(folder, space, options)
-    options = by_optuna.keep_sampler(folder, options, several=len(metrics) > 1)
+    by_optuna.keep_sampler(folder, options)
     sweep.facts["space"] = space.described()
     if options.sampler == "tpe":
         sweep.facts["multivariate"] = options.multivariate

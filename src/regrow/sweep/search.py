@@ -6,7 +6,6 @@ the trials so far, so a search that was cut goes on with the proposals it would 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -109,40 +108,14 @@ def refuse_another(folder: Path, space: Space, options: Search) -> None:
             ) from None
 
 
-def keep_sampler(folder: Path, options: Search, *, several: bool) -> Search:
-    """The options with the TPE that the search in `folder` began with; `several`: metrics.
-
-    Raises UserError where another was recorded. A search from before it was recorded keeps what its
-    version of Optuna did, and one line says so.
-    """
-    content = state.read(folder)
-    if "space" not in content or options.sampler != "tpe":
-        return options
-    if "multivariate" in content:
-        if content["multivariate"] != options.multivariate:
-            raise UserError(
-                f"sweep.multivariate={str(options.multivariate).lower()}: the search in {folder} "
-                f"began with {str(content['multivariate']).lower()}. Give that value, or use "
-                "another folder."
-            )
-        return options
-    then = optuna_of(folder)
-    implied = int(then.partition(".")[0]) >= 5 and not several
-    log.info(
-        "%s is older than sweep.multivariate, which keeps what Optuna %s did: %s",
-        *(folder, then, f"sweep.multivariate={str(implied).lower()}"),
-    )
-    return dataclasses.replace(options, multivariate=implied)
-
-
-def optuna_of(folder: Path) -> str:
-    """The version of Optuna that the first of a search's jobs recorded; else the installed one."""
-    for entry in state.entries(folder):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return str(
-                records.read_json(folder / entry.folder / "manifest.json")["packages"]["optuna"]
-            )
-    return optuna.__version__
+def keep_sampler(folder: Path, options: Search) -> None:
+    """Raise UserError where the search in `folder` began with another TPE."""
+    began = state.read(folder).get("multivariate", options.multivariate)
+    if options.sampler == "tpe" and began != options.multivariate:
+        raise UserError(
+            f"sweep.multivariate={str(options.multivariate).lower()}: the search in {folder} "
+            f"began with {str(began).lower()}. Give that value, or use another folder."
+        )
 
 
 def distribution_of(override: Override) -> BaseDistribution:
