@@ -87,6 +87,8 @@ def test_a_sweep_killed_by_itself_takes_its_jobs_with_it_and_ends_the_same(
     process.kill()
     process.wait()
     until(lambda: not any(alive(pid) for pid in pids), seconds=1)
+    left = {read_json(folder / job / "status.json")["state"] for job in "01"}
+    assert "running" in left  # as a killed one leaves it; they did not come to their ends
     finish(begin(tmp_path, *TWO))
     assert table(folder) == table(untouched)
 
@@ -143,8 +145,8 @@ def test_a_killed_server_takes_a_job_that_is_still_importing_with_it(tmp_path: P
     program += "print(job.pid, flush=True); job.join(); print(job.exitcode, flush=True)"
     (tmp_path / "sweep").mkdir()
     sweep = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment(),
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program], cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT / "src")), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert sweep.stdout is not None
     job = int(sweep.stdout.readline())
