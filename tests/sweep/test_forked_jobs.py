@@ -70,9 +70,11 @@ def test_a_stop_lets_all_jobs_save_though_they_have_just_begun(
     assert "stopped. Go on with: " in finish(process, code=130)
     states = {row["job"]: row["status"] for row in table(folder)}
     assert "interrupted" in states.values() and {*states.values()} <= {"interrupted", "completed"}
-    for job in states:  # at that very step, and not only the regular one before
+    for job, ended in states.items():
+        status = read_json(folder / job / "status.json")
+        assert status["state"] == ended  # a killed one would still say that it runs
         saved = (folder / job / "checkpoints" / "last").readlink().name
-        assert saved == f"step_{read_json(folder / job / 'status.json')['step']:08}"
+        assert saved == f"step_{status['step']:08}"
     finish(begin(tmp_path, *TWO))
     assert table(folder) == table(untouched)
 
@@ -208,7 +210,7 @@ def begin():
     together.wait()
     with frozen.claim(None, "digits", ["seed=0,1"], "auto") as lock:
         print(lock.folder, flush=True)
-        done.wait()
+        done.wait(timeout=20)  # in vain, where one of them has failed
 
 sweeps = [fork.Process(target=begin) for _ in range(20)]
 for sweep in sweeps:
