@@ -70,9 +70,11 @@ def test_a_stop_lets_all_jobs_save_though_they_have_just_begun(
     assert "stopped. Resume with: " in finish(process, code=130)
     states = {row["job"]: row["status"] for row in table(folder)}
     assert "interrupted" in states.values() and {*states.values()} <= {"interrupted", "completed"}
-    for job in states:  # at that very step, and not only the regular one before
+    for job, ended in states.items():
+        status = read_json(folder / job / "status.json")
+        assert status["state"] == ended  # a killed one would still say that it runs
         saved = (folder / job / "checkpoints" / "last").readlink().name
-        assert saved == f"step_{read_json(folder / job / 'status.json')['step']:08}"
+        assert saved == f"step_{status['step']:08}"
     finish(begin(tmp_path, *TWO))
     assert table(folder) == table(untouched)
 
@@ -87,6 +89,8 @@ def test_a_sweep_killed_by_itself_takes_its_jobs_with_it_and_ends_the_same(
     process.kill()
     process.wait()
     until(lambda: not any(alive(pid) for pid in pids), seconds=1)
+    left = {read_json(folder / job / "status.json")["state"] for job in "01"}
+    assert "running" in left  # as a killed one leaves it; they did not come to their ends
     finish(begin(tmp_path, *TWO))
     assert table(folder) == table(untouched)
 
@@ -143,8 +147,8 @@ def test_a_killed_server_takes_a_job_that_is_still_importing_with_it(tmp_path: P
     program += "print(job.pid, flush=True); job.join(); print(job.exitcode, flush=True)"
     (tmp_path / "sweep").mkdir()
     sweep = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment(),
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program], cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT / "src")), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert sweep.stdout is not None
     job = int(sweep.stdout.readline())
@@ -206,7 +210,7 @@ def begin():
     together.wait()
     with frozen.claim(None, "digits", ["seed=0,1"], "auto") as lock:
         print(lock.folder, flush=True)
-        done.wait()
+        done.wait(timeout=20)  # in vain, where one of them has failed
 
 sweeps = [fork.Process(target=begin) for _ in range(20)]
 for sweep in sweeps:
