@@ -65,8 +65,11 @@ class Start:
         """Start as the first pass did, and leave the buffers and generators as they were."""
         now = [buffers[name] for buffers, name, _ in self.buffers]
         drawn = numpy.random.get_state(), random.getstate()
-        for (buffers, name, _), copy in zip(self.buffers, self.copies, strict=True):
-            buffers[name] = copy.clone()  # a graph that is kept may ask for a third pass
+        for (buffers, name, _), copy, grown in zip(self.buffers, self.copies, now, strict=True):
+            if (
+                grown is not None and grown.shape == copy.shape
+            ):  # the module may have noted the size of a cache
+                buffers[name] = copy.clone()  # a graph that is kept may ask for a third pass
         numpy.random.set_state(self.numpy)
         random.setstate(self.random)
         try:
