@@ -137,6 +137,27 @@ def test_a_cache_that_the_first_pass_let_grow_stays() -> None:
     assert all(map(torch.equal, gradients([]), gradients(["1"])))
 
 
+def test_an_evaluation_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    activation_checkpointing.apply(model, ["1"])
+    started: list[Any] = []
+    first = activation_checkpointing.Start.__init__
+
+    def start(self: Any, module: nn.Module) -> None:
+        started.append(module)
+        first(self, module)
+
+    monkeypatch.setattr(activation_checkpointing.Start, "__init__", start)
+    inputs = torch.randn(3, 4)
+    with torch.no_grad():
+        model(inputs)
+    with torch.inference_mode():
+        model.eval()(inputs)
+    assert started == []
+    model.train()(inputs).sum().backward()
+    assert len(started) == 1
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code

@@ -32,6 +32,8 @@ def apply(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():  # nothing is computed again, so nothing need be copied
+        return forward(*args, **kwargs)
     contexts = functools.partial(_contexts, module)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
