@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.config import HYDRAS_OWN, ROOT, locate, readable
+from regrow.config import CONF, HYDRAS_OWN, ROOT, locate, readable
 from regrow.errors import UserError
 
 # Where any class of a kind is in its place.
@@ -36,12 +36,14 @@ def check_roles(
     folder: Path,
     where: str,
     typed: Collection[str] = (),
+    places: Collection[Path] = (),
 ) -> None:
     """Raise UserError for the first target, in the groups that are about to be made, that is
     foreign to its place, and for an interpolation, which a recorded config has none of.
 
     `folder` is the run's, and `where` names it as the user did, such as run=outputs/digits/latest.
-    The targets of the nodes that were `typed` are the user's own; those below them are not.
+    The targets of the nodes that were `typed` are the user's own; those below them are not. Files
+    in `places`, which the user named, count like those of conf/.
     """
     for path, key, value in _entries(config, ""):
         # Of any group: one may look into another. Plain keys of the top level make nothing.
@@ -64,6 +66,8 @@ def check_roles(
                     f"{where}: its config.yaml has {path}._target_={value}, from a module in the "
                     "run's own or the current folder. It is not imported."
                 )
+            if any(value in listed(group, place) for place in places):
+                continue
             if not _fits(value, group, path):
                 raise UserError(
                     f"{where}: its config.yaml has {path}._target_={value}, which no file in "
@@ -107,10 +111,10 @@ def _fits(target: Any, group: str, path: str) -> bool:
 
 
 @functools.cache
-def listed(group: str) -> frozenset[str]:
-    """The targets that this repository's own `conf/` names for a group."""
+def listed(group: str, place: Path = CONF) -> frozenset[str]:
+    """The targets that this repository's own `conf/`, or another place, names for a group."""
     found = set()
-    for file, content in readable("**/*.yaml"):
+    for file, content in readable("**/*.yaml", place):
         node = content if file.parent.name == group else content.get(group)
         found |= {value for _, key, value in _entries(node, group) if key == "_target_"}
     return frozenset(value for value in found if isinstance(value, str))
