@@ -11,6 +11,7 @@ import forked
 import pytest
 from running import launched
 
+from regrow import run as runs
 from regrow.record.folder import load_status
 
 TESTS = Path(__file__).resolve().parent
@@ -49,8 +50,11 @@ def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
     page = (run / "report.html").stat().st_mtime_ns
     launched("hydra.run.dir=run", draws=True)  # nothing is missing: nothing is drawn
     assert (run / "report.html").stat().st_mtime_ns == page
-    # A page of before the run was extended is not the page of its results.
-    older = (run / "summary.json").stat().st_mtime_ns - 10**9
-    os.utime(run / "report.html", ns=(older, older))
-    launched("hydra.run.dir=run", draws=True)
-    assert (run / "report.html").stat().st_mtime_ns > older
+    # A page of before the run was extended is not the page of its results, whatever the clock said.
+    later = page + 3600 * 10**9
+    os.utime(run / "report.html", ns=(later, later))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "draw", lambda folder: None)  # as if it were killed before
+        launched("hydra.run.dir=run", "trainer.max_epochs=4")
+    launched("hydra.run.dir=run", "trainer.max_epochs=4", draws=True)
+    assert (run / "report.html").stat().st_mtime_ns < later

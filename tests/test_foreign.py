@@ -21,7 +21,7 @@ import yaml
 from running import config_of, launched
 
 from regrow import config as configs
-from regrow import console, flags, ownership, resume
+from regrow import console, flags, ownership, resume, roles
 from regrow.config import ROOT
 from regrow.errors import UserError, printable
 from regrow.record import folder as records
@@ -434,6 +434,43 @@ def test_a_foreign_run_does_not_say_where_data_is_downloaded_to(tmp_path: Path) 
     (folder / ".hydra" / "owner.json").unlink()
     assert "data.source.download=false" in resumed(folder)
     assert "data.source.download=false" not in resumed(folder, "data.root=/mine")
+
+
+def test_a_config_folder_of_the_users_names_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a function that makes a model, which is of no kind."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    mine = tmp_path / "mine" / "model"
+    mine.mkdir(parents=True)
+    (mine / "made.yaml").write_text("_target_: lab.create_model\n")
+    folder = run_in(tmp_path / "run", "model=made")
+
+    def check() -> None:
+        places = resume.places_of(folder)
+        roles.check_roles(
+            {"model": {"_target_": "lab.create_model"}}, ("model",), folder, "run", places=places
+        )
+
+    monkeypatch.setattr(roles, "is_apart", lambda target, folder: True)
+    monkeypatch.setattr(roles, "locate", lambda target, path: check)
+    record = {"config": {**flags.DEFAULT, "dir": str(mine.parent)}}
+    (folder / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="no file in conf/model names"):
+        check()  # nothing says that the place is the user's
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", str(mine.parent)])
+    check()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    ownership.enter_run(folder, resume.followed(folder), None)
+    check()
+    with pytest.raises(UserError, match="no file in conf/loss names"):
+        roles.check_roles(
+            {"loss": {"_target_": "lab.create_model"}},
+            ("loss",),
+            folder,
+            "run",
+            places=[mine.parent],
+        )
 
 
 def test_a_foreign_record_that_hides_its_download_is_refused(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_a_place_on_the_search_path_names_targets_and_runs_that_lie_there_do_not
         tmp_path, callbacks__c="_target_: os.getcwd\n", run__config="callbacks: {_target_: x.y}"
     )
     written(tmp_path, config="callbacks: {_target_: x.y}\n")
-    assert listed("callbacks", (tmp_path, places.CONF)) == {"os.getcwd"}
+    assert listed("callbacks", tmp_path) == {"os.getcwd"}
     assert listed("callbacks") == frozenset()
 
 

@@ -25,7 +25,7 @@ from regrow.config import allow, find_own_modules, instantiate, recorded_config
 from regrow.data.preprocess import Preprocessing, in_units
 from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
-from regrow.resume import downloads_elsewhere
+from regrow.resume import downloads_elsewhere, places_of
 from regrow.roles import check_roles
 from regrow.training import checkpoint
 
@@ -65,7 +65,8 @@ class LoadedRun:
     @cached_property
     def data(self) -> Any:
         """The run's data, normalised by the statistics of what the run was trained on."""
-        check_roles(self.config, ("data",), self.folder, f"run={self.folder}")
+        where = f"run={self.folder}"
+        check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
         allow(self.config["data"])
         data = instantiate(self.config["data"])
         for note in data.notes:
@@ -130,7 +131,7 @@ def load_run(
     find_own_modules()
     # The data is checked where it is read, which a prediction never does.
     made = ("model", "task", "loss")
-    check_roles(config, made, folder, f"run={given}")
+    check_roles(config, made, folder, f"run={given}", others=places_of(folder))
     allow(*(config[group] for group in made))
     swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
@@ -306,7 +307,7 @@ def _names(value: Any) -> list[str] | None:
 
 def _names_in(config: Mapping[str, Any], folder: Path) -> list[str] | None:
     try:
-        check_roles(config, ("data",), folder, f"run={folder}")
+        check_roles(config, ("data",), folder, f"run={folder}", others=places_of(folder))
         allow(config["data"])
         names: list[str] | None = instantiate(config["data"]).class_names
     except UserError:

@@ -314,8 +314,15 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         return
     folder = Path(config["resume"])
     own = [key for override in typed(overrides) for key in targets_of(override)]
-    check_roles(config, tuple(config), folder, f"resume={folder}", own)
+    check_roles(config, tuple(config), folder, f"resume={folder}", own, places_of(folder))
     refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
+
+
+def places_of(folder: Path) -> list[Path]:
+    """The folders beside conf/ that the config of the run in `folder` came from, if it is the
+    user's: its seal covers them. And those that this command names."""
+    places = flags.folders_of(flags.recorded(folder)) if is_own(folder) else {}
+    return [*places.values(), *flags.folders(flags.absolute(sys.argv[1:]))]
 
 
 def targets_of(override: str) -> list[str]:

@@ -38,12 +38,14 @@ def check_roles(
     folder: Path,
     where: str,
     typed: Collection[str] = (),
+    others: Collection[Path] = (),
 ) -> None:
     """Raise UserError for the first target, in the groups that are about to be made, that is
     foreign to its place, and for an interpolation, which a recorded config has none of.
 
     `folder` is the run's, and `where` names it as the user did, such as run=outputs/digits/latest.
-    The targets of the nodes that were `typed` are the user's own; those below them are not.
+    The targets of the nodes that were `typed` are the user's own; those below them are not. Files
+    in `others`, which the user named, count like those of conf/.
     """
     for path, key, value in _entries(config, ""):
         # Of any group: one may look into another. Plain keys of the top level make nothing.
@@ -66,6 +68,8 @@ def check_roles(
                     f"{where}: its config.yaml has {path}._target_={value}, from a module in the "
                     "run's own or the current folder. It is not imported."
                 )
+            if any(value in listed(group, place) for place in others):
+                continue
             if not _fits(value, group, path):
                 raise UserError(
                     f"{where}: its config.yaml has {path}._target_={value}, which no file in "
@@ -95,7 +99,7 @@ def is_apart(target: str, folder: Path) -> bool:
 def _fits(target: Any, group: str, path: str) -> bool:
     if not isinstance(target, str):
         return False
-    if target in listed(group, places.folders()):
+    if any(target in listed(group, place) for place in places.folders()):
         return True
     if target.partition(".")[0] in sys.stdlib_module_names or "__" in target:
         return False  # holds none of the kinds; some of these do things when they are imported
@@ -109,15 +113,12 @@ def _fits(target: Any, group: str, path: str) -> bool:
 
 
 @functools.cache
-def listed(group: str, folders: Collection[Path] = (CONF,)) -> frozenset[str]:
-    """The targets that the files of `conf/`, and of the search path of this command, name for a
-    group. A run's folder adds nothing to that path by itself."""
-    files = [*readable("**/*.yaml")]
-    for folder in (folder for folder in folders if folder != CONF):
-        for each in (group, *RECIPES):  # these alone: runs may lie in the current folder
-            files += readable("**/*.yaml", folder / each)
+def listed(group: str, place: Path = CONF) -> frozenset[str]:
+    """The targets that the files of `conf/`, or of another place, name for a group."""
+    # Elsewhere these folders alone: runs may lie in the current one, and add nothing by themselves.
+    parts = [place] if place == CONF else [place / each for each in (group, *RECIPES)]
     found = set()
-    for file, content in files:
+    for file, content in (each for part in parts for each in readable("**/*.yaml", part)):
         node = content if file.parent.name == group else content.get(group)
         found |= {value for _, key, value in _entries(node, group) if key == "_target_"}
     return frozenset(value for value in found if isinstance(value, str))

@@ -352,7 +352,7 @@ def train(
         summary = summarise(status, state, options, started)
         if status == "completed" and state.progress.pruned:  # never tested: it was given up
             if world.is_main:
-                records.write_json(folder / "summary.json", summary)
+                write_summary(folder, summary)
         elif status == "completed":
             step = state.step
             if world.mesh is not None or "test" in objects.data.num_examples:
@@ -362,7 +362,7 @@ def train(
             if "test" in objects.data.num_examples:
                 summary["test"] = test_once(objects, plan, folder, step)
             if world.is_main:
-                records.write_json(folder / "summary.json", summary)
+                write_summary(folder, summary)
         exit_code = 0 if status == "completed" else loggers.KILLED
     except Interrupted:  # while testing: the training is done and saved
         summary = summarise("interrupted", state, options, started)
@@ -537,12 +537,16 @@ def draw(folder: Path) -> None:
         log.warning("no pictures: the run itself is complete", exc_info=True)
 
 
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write a complete run's results. The page of earlier ones goes first: see `is_drawn`."""
+    (folder / "report.html").unlink(missing_ok=True)
+    records.write_json(folder / records.SUMMARY, summary)
+
+
 def is_drawn(folder: Path) -> bool:
-    """Return True if the page, which is written last, was written after the results."""
-    page, summary = folder / "report.html", folder / records.SUMMARY
-    with contextlib.suppress(OSError):
-        return page.stat().st_mtime_ns >= summary.stat().st_mtime_ns
-    return False
+    """Return True if a complete run has its page, which is written last. Times would not tell: a
+    clock may be set back in between."""
+    return (folder / "report.html").is_file()
 
 
 def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:

@@ -148,7 +148,22 @@ class Extra(Base):
         self.seen = state
 
 
-TRAINS = [Integers, Lazy, Double, Wrapped, Counting]
+class Positions(Base):
+    """A cached table that grows with the longest input so far, as rotary embeddings keep one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.length = 1
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self.length < len(inputs):
+            self.length = len(inputs)
+            self.register_buffer("table", torch.arange(self.length) / 10.0, persistent=False)
+        return self.out(inputs) * (1 + self.table[: len(inputs), None])
+
+
+TRAINS = [Integers, Lazy, Double, Wrapped, Counting, Positions]
 
 
 def config_with(model: type, *overrides: str) -> dict[str, Any]:
@@ -341,6 +356,18 @@ class Growing(Base):
         return super().forward(inputs)
 
 
+class Remembers(Base):
+    """Keeps the keys of each batch for the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, 6), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.keys = torch.cat([self.keys, inputs.detach()])
+        return self.out(inputs + self.keys.mean(0))
+
+
 class Attached(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -440,7 +467,8 @@ REFUSED: list[tuple[type, tuple[str, ...], str]] = [
     (Meta, (), r"out\.weight is on the meta device"),
     (Created, EMA, r"forward changes made \(before: missing, after: float32 \(3,\)\).*__init__"),
     (FilledNone, (), r"forward changes mask"),
-    (Growing, (), r"forward changes memory \(before: float32 \(1,\)"),
+    (Growing, (), r"forward changes memory \(before: float32 \(1,\).*persistent=False"),
+    (Remembers, (), r"forward changes keys, and the outputs for the same inputs with it"),
     (Attached, (), r"the buffer memory keeps the graph.*\.detach\(\)"),
     (UnusedLazy, (), r"other\.weight, other\.bias of lazy modules"),
     (LazyThatMakes, (), r"forward makes made\. Register it in __init__"),
@@ -469,7 +497,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
 
 NEED_A_BATCH = (
     *(SparseFunction, Created, FilledNone, Growing, Attached, Detached, InAList, Mapping, Tuple),
-    Closure,
+    *(Closure, Remembers),
 )
 
 

@@ -328,14 +328,15 @@ def told(world: World, config: Config, folder: Path) -> list[Any]:
 
 
 def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> Any:
-    """The buffers after an evaluation, where each process came with others."""
+    """The buffers after an evaluation, where each process came with others; the cache's size."""
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     model = objects.state.model
     model.register_buffer("statistic", torch.full((2,), float(world.rank + 5)))
+    model.register_buffer("cache", torch.zeros(world.rank + 1), persistent=False)
     loop.evaluate(objects.state, objects.val, plan, name="val")
-    return model.get_buffer("statistic").tolist()
+    return [*model.get_buffer("statistic").tolist(), len(model.get_buffer("cache"))]
 
 
 def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:

@@ -117,6 +117,55 @@ def test_draws_of_numpy_and_random_and_changed_buffers_are_the_same_in_both_pass
     assert all(map(torch.equal, kept, again)) is not broken
 
 
+class Positions(nn.Module):
+    """A cached table that grows with the longest input so far, and notes its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.length = 1
+        self.register_buffer("table", torch.ones(1), persistent=False)
+
+    def forward(self, inputs: Any) -> Any:
+        if self.length < len(inputs):
+            self.length = len(inputs)
+            self.table = 1 + torch.arange(self.length)
+        return self.linear(inputs * self.table[: len(inputs), None]).relu()
+
+
+def test_a_cache_that_the_first_pass_let_grow_stays() -> None:
+    def gradients(patterns: list[str]) -> list[Any]:
+        seed_everything(3)
+        model = nn.Sequential(nn.Linear(4, 4), Positions(), nn.Linear(4, 1))
+        activation_checkpointing.apply(model, patterns)
+        for count in (2, 5, 3):
+            model(torch.ones(count, 4)).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    assert all(map(torch.equal, gradients([]), gradients(["1"])))
+
+
+def test_an_evaluation_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    activation_checkpointing.apply(model, ["1"])
+    started: list[Any] = []
+    first = activation_checkpointing.Start.__init__
+
+    def start(self: Any, module: nn.Module) -> None:
+        started.append(module)
+        first(self, module)
+
+    monkeypatch.setattr(activation_checkpointing.Start, "__init__", start)
+    inputs = torch.randn(3, 4)
+    with torch.no_grad():
+        model(inputs)
+    with torch.inference_mode():
+        model.eval()(inputs)
+    assert started == []
+    model.train()(inputs).sum().backward()
+    assert len(started) == 1
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code

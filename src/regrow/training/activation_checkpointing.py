@@ -32,6 +32,8 @@ def apply(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():  # nothing is computed again, so nothing need be copied
+        return forward(*args, **kwargs)
     contexts = functools.partial(_contexts, module)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
@@ -65,8 +67,11 @@ class Start:
         """Start as the first pass did, and leave the buffers and generators as they were."""
         now = [buffers[name] for buffers, name, _ in self.buffers]
         drawn = numpy.random.get_state(), random.getstate()
-        for (buffers, name, _), copy in zip(self.buffers, self.copies, strict=True):
-            buffers[name] = copy.clone()  # a graph that is kept may ask for a third pass
+        for (buffers, name, _), copy, grown in zip(self.buffers, self.copies, now, strict=True):
+            if (
+                grown is not None and grown.shape == copy.shape
+            ):  # the module may have noted the size of a cache
+                buffers[name] = copy.clone()  # a graph that is kept may ask for a third pass
         numpy.random.set_state(self.numpy)
         random.setstate(self.random)
         try:

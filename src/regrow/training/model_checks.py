@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from regrow.errors import UserError
+from regrow.randomness import states_kept
 from regrow.training.loop import call
 from regrow.training.plan import Batch
 from regrow.training.precision import autocast
-from regrow.training.state import Buffers
+from regrow.training.state import Buffers, caches
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -139,7 +140,8 @@ def check_forward(
                 outputs = call(model.train(), few.inputs)
         except Exception:  # such as ghost batch normalisation, which needs more examples than two
             return
-        _check_buffers(model, before)
+        if grown := _check_buffers(model, before):
+            _check_caches(model, few, grown)
         nodes = [*_graph(outputs)]
         leaves = {id(leaf): leaf for leaf in map(_leaf, nodes) if leaf is not None}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -153,20 +155,43 @@ def check_forward(
             _check_copy(averaged, few, names)
 
 
-def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> None:
+def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:
+    """Raise UserError for a part of the state that a forward pass changes in kind. Returns the
+    caches (non-persistent buffers) that it made, or made anew with another shape."""
     after = described(model)
-    for name in sorted({*before, *after}):
-        if before.get(name) != after.get(name):
+    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    cached = caches(model)
+    for name in changed:
+        if name not in cached:
             was, now = before.get(name, "missing"), after.get(name, "missing")
             raise UserError(
                 f"model: forward changes {name} (before: {was}, after: {now}), so a checkpoint "
-                "would not fit the model. Register it in __init__, with its final shape and dtype."
+                "would not fit the model. Register it in __init__, with its final shape and dtype, "
+                "or, if it is a cache, with persistent=False."
             )
     for name, buffer in model.named_buffers():
         if buffer.grad_fn is not None:
             raise UserError(
                 f"model: the buffer {name} keeps the graph of its forward pass, which the next "
                 "step cannot use. Assign a detached value: .detach()."
+            )
+    return [name for name in changed if name in cached]
+
+
+def _check_caches(model: nn.Module, few: Batch, grown: list[str]) -> None:
+    """Raise UserError if outputs depend on the caches' history, which no checkpoint holds."""
+    found = []
+    for _ in range(2):
+        with states_kept(), _buffers_kept(model):
+            found.append([*_found(call(model, few.inputs))])
+    for first, second in zip(*found, strict=True):
+        one, two = (t if t.is_complex() else t.float() for t in (first, second))
+        is_alike = one.shape == two.shape and torch.allclose(one, two, 1e-3, 1e-5, equal_nan=True)
+        if not is_alike:
+            raise UserError(
+                f"model: forward changes {', '.join(grown)}, and the outputs for the same inputs "
+                "with it. A checkpoint holds no buffer of persistent=False, so a resumed run would "
+                "differ. Keep nothing of one batch for the next one."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from regrow.training import sums
 from regrow.training.interrupt import Interrupted, StopRequest
 from regrow.training.optim import gradient_norm
 from regrow.training.options import DDPOptions
+from regrow.training.state import caches
 
 T = TypeVar("T")
 
@@ -83,10 +85,20 @@ class World:
         return bytes(content.tolist()).decode()
 
     def copy_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers: BatchNorm's statistics follow the slices."""
-        if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        """Give every process the main one's buffers: BatchNorm's statistics follow the slices.
+
+        But for caches that have grown to another size in one of them.
+        """
+        if self.size == 1:
+            return
+        buffers = dict(model.named_buffers())
+        shapes = {name: list(buffers[name].shape) for name in caches(model) if name in buffers}
+        if caches(model):
+            alike = self.from_main(json.dumps(shapes)) == json.dumps(shapes)
+            if min(self.gather(int(alike))) == 0:
+                buffers = {name: its for name, its in buffers.items() if name not in shapes}
+        for buffer in buffers.values():
+            dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -220,6 +232,9 @@ def distribute(
     if world.size == 1 or world.mesh is not None:  # a sharded one sums them itself
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
+    if names := caches(model):  # which may grow in one process and not in another
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, names)
     distributed = DistributedDataParallel(model, device_ids=devices, **vars(options))
     distributed.register_comm_hook(None, lambda _, bucket: exchange.with_gradients(bucket))
     exchange.rides = True

@@ -242,16 +242,30 @@ def update_average(
         differences = [*torch._foreach_sub(parameters, averages)]
         torch._foreach_mul_(differences, weight * (1 - skipped))
         torch._foreach_add_(averages, differences)
-    copies += averaged.buffers()
-    sources += model.buffers()
+    buffers = dict(averaged.named_buffers())
+    for name, source in model.named_buffers():
+        # A cache may have grown in one of the two alone, and stays what it is.
+        if (own := buffers.get(name)) is not None and own.shape == source.shape:
+            copies.append(own)
+            sources.append(source)
     for copy_, source in zip(copies, sources, strict=True):
         copy_.copy_(source)
+
+
+def caches(model: nn.Module) -> list[str]:
+    """The names of the buffers that are not part of the model's state: non-persistent ones."""
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set)
+    ]
 
 
 class Buffers:
     """The model's buffers before a step, to put back if the step is skipped.
 
-    A forward pass moves BatchNorm's statistics before anybody knows that the step is bad.
+    A forward pass moves BatchNorm's statistics before anybody knows that the step is bad. Caches
+    that it replaced by others of another shape stay: the model may have noted their size.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -263,21 +277,43 @@ class Buffers:
         }
         # Places, not tensors alone: `self.count = self.count + 1` in forward makes a new tensor.
         self.places = [*found.values()]
+        self.caches = {
+            (id(module._buffers), name)
+            for module in model.modules()
+            for name in module._non_persistent_buffers_set
+        }
         self.buffers = self._now()
         self.before = [buffer.detach().clone() for buffer in self.buffers]
 
     def _now(self) -> list[Tensor]:
         return [buffers[name] for buffers, name in self.places]  # type: ignore[misc]
 
+    def _leave_out_grown(self) -> None:
+        """Forget the caches that are gone, or of another shape than was remembered."""
+        if not self.caches:
+            return
+        kept = []
+        for index, (buffers, name) in enumerate(self.places):
+            now = buffers.get(name)
+            is_cache = (id(buffers), name) in self.caches
+            if not is_cache or (now is not None and now.shape == self.before[index].shape):
+                kept.append(index)
+        self.places = [self.places[index] for index in kept]
+        self.buffers = [self.buffers[index] for index in kept]
+        self.before = [self.before[index] for index in kept]
+
     def remember(self) -> None:
+        self._leave_out_grown()
         if self.places:
             self.buffers = self._now()
             with torch.no_grad():
                 torch._foreach_copy_(self.before, self.buffers)
 
     def restore(self, skipped: optim.Skipped) -> None:
-        if self.places and skipped is not False:
-            self._put_back(skipped)
+        if skipped is not False:
+            self._leave_out_grown()
+            if self.places:
+                self._put_back(skipped)
 
     @torch.no_grad()
     def _put_back(self, skipped: optim.Skipped) -> None:

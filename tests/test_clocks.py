@@ -1,0 +1,41 @@
+"""A clock that is set, by hand or by NTP, moves no limit and no wait."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from pathlib import Path
+
+import pytest
+from running import TINY, train
+
+from regrow.config import ROOT
+
+# Wall-clock time, for people to read, and for the age of a file, whose stamp is of that clock too.
+WALL = r"time\.time(_ns)?\(|datetime\.now\(|st_mtime(_ns)?\b"
+ALLOWED = {
+    "src/regrow/record/folder.py": 2,  # a new folder's name; `updated` in status.json
+    "src/regrow/record/manifest.py": 1,  # `started`
+    "src/regrow/data/files.py": 3,  # a file's stamp; one of the future is read again
+}
+
+
+def test_no_duration_is_measured_by_a_clock_that_can_be_set() -> None:
+    found = {}
+    for part in ("src", "scripts"):
+        for path in sorted((ROOT / part).rglob("*.py")):
+            if count := len(re.findall(WALL, path.read_text(encoding="utf-8"))):
+                found[path.relative_to(ROOT).as_posix()] = count
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_a_limit_in_seconds_holds_while_the_clock_jumps(
+    jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count(time.time(), jump)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    summary = train(tmp_path / "run", *TINY, "trainer.max_seconds=600")
+    assert summary["status"] == "completed" and summary["epochs"] == 3
+    assert 0 < summary["seconds"] < 600
