@@ -449,7 +449,7 @@ def test_a_config_folder_of_the_users_names_targets(
     def check() -> None:
         places = resume.places_of(folder)
         roles.check_roles(
-            {"model": {"_target_": "lab.create_model"}}, ("model",), folder, "run", places=places
+            {"model": {"_target_": "lab.create_model"}}, ("model",), folder, "run", others=places
         )
 
     monkeypatch.setattr(roles, "is_apart", lambda target, folder: True)
@@ -469,7 +469,7 @@ def test_a_config_folder_of_the_users_names_targets(
             ("loss",),
             folder,
             "run",
-            places=[mine.parent],
+            others=[mine.parent],
         )
 
 
