@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.machinery
@@ -13,8 +14,10 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,7 +53,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     """`hydra.main` over `conf/`, whose errors are one line and exit code 2."""
     import hydra
 
-    from regrow.explain import composition_error, wrong_options
+    from regrow.explain import composition_error, hydras_value_error, wrong_options
     from regrow.hydras import refuse_typed
     from regrow.registered import take_up
     from regrow.resume import expand
@@ -61,6 +64,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def main() -> None:
             let_hydra_raise()
             register_resolver("options", option_list)  # of --help
+            # Hydra goes on without a place of the search path, and so with another config.
+            warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
+            if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+                # Behind `| head`: logging would print a traceback for each line that is left.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             try:
                 find_own_modules()
                 take_up()
@@ -76,6 +84,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 flags.refuse_records(given)
                 sys.argv[1:] = flags.absolute(expand(given))
                 if is_train(task):
+                    if flags.typed(given).get("name") == "find_lr":
+                        raise UserError("--config-name find_lr is for scripts/find_lr.py.")
                     _started.append(task)
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may call.
                 last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
@@ -100,7 +110,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 fail(not_yaml(error))
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
+            except UserWarning as error:
+                place = str(error).partition("path=")[2].removesuffix(" is not available.")
+                fail(f"{flags.SEARCH_PATH}: there is no {place}. Correct it, or leave it out.")
             except Exception as error:
+                if isinstance(error, ValueError) and (said := hydras_value_error(error)):
+                    fail(said)
                 if (fault := machine_fault(error)) is None:
                     raise
                 fail(str(fault), code=1)
@@ -258,6 +273,10 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
         return f"{said} Give {plain} a value: {plain}=…"
     if plain in keys:
         return f"{said} Write {argument.lstrip('-')}" if equals else f"{said} Write {plain}=…"
+    hyphened = plain.replace("_", "-")
+    flags_there = [f.lstrip("-") for f in (*FLAGS, *FLAGS_WITH_A_VALUE) if f.startswith("--")]
+    if word.startswith("-") and (near := difflib.get_close_matches(hyphened, flags_there, n=1)):
+        return f"there is no such flag. Did you mean --{near[0]}?"
     return said + (lead(plain) or did_you_mean(plain, keys))
 
 
@@ -318,13 +337,14 @@ def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
 
 
 def not_utf8() -> str:
-    """The file in conf/ that is not UTF-8, in a line."""
-    for path in sorted(CONF.rglob("*.yaml")):
+    """The file of the search path that is not UTF-8, in a line."""
+    for path in (path for place in places.folders() for path in sorted(place.rglob("*.yaml"))):
         try:
             path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             line = path.read_bytes()[: error.start].count(b"\n") + 1
-            return f"{path.relative_to(ROOT)}:{line} is not UTF-8. Save the file as UTF-8."
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            return f"{shown}:{line} is not UTF-8. Save the file as UTF-8."
     return "a file of the config is not UTF-8. Save it as UTF-8."
 
 
