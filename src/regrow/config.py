@@ -558,6 +558,7 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     such as a schedule, unless the whitelist named the place of its definition.
     """
     from hydra import utils
+    from hydra.errors import InstantiationException
 
     allowed = {target for _, target in targets_in(node) if is_allowed(target)}
     whitelist = sorted(allowed | {*map(_canonical, allowed)})
@@ -574,7 +575,16 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     positional = inner(list(node.get("_args_", ())))
     if node.get("_partial_") and not arguments:
         return functools.partial(target, *positional, **given)
-    return target(*positional, **given, **arguments)
+    if arguments:
+        return target(*positional, **given, **arguments)
+    try:
+        return target(*positional, **given)
+    except Exception as error:  # as Hydra 1.3 raises it
+        if isinstance(error, UserError) or machine_fault(error) is not None:
+            raise
+        raise InstantiationException(
+            f"Error in call to target '{node['_target_']}': {error!r}"
+        ) from error
 
 
 def _canonical(target: str) -> str:
