@@ -17,6 +17,7 @@ import yaml
 from finished import finished
 from running import TINY
 
+import regrow
 from regrow import check, config, flags, roles
 from regrow.config import ROOT
 from regrow.errors import UserError
@@ -366,3 +367,10 @@ def test_scripts_start_as_modules_too(script: str) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("given", ["hydra=null", "model=null", "hydra.searchpath=[http://x]"])
+def test_what_hydra_raises_of_a_value_is_one_line_in_a_notebook_too(given: str) -> None:
+    with pytest.raises(UserError) as found:
+        regrow.compose("train", [given])
+    assert "\n" not in str(found.value)

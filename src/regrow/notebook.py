@@ -14,7 +14,7 @@ from regrow.command_line import escaped, paths_as_typed
 from regrow.composition import composition, hydra_as_it_was
 from regrow.config import find_own_modules, plain
 from regrow.errors import UserError
-from regrow.explain import composition_error, hydras_value_error
+from regrow.explain import composition_error, hydras_value_error, wrong_options
 
 if TYPE_CHECKING:
     from regrow.run import Objects
@@ -38,6 +38,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: compose resumes no run. regrow.load.load_run gives its model; a new "
                 "run starts from its weights with init_from=…"
             )
+    if (wrong := wrong_options(overrides)) is not None:
+        raise UserError(wrong)
     with hydra_as_it_was():
         try:
             typed = flags.absolute(paths_as_typed(overrides, multirun=False))
