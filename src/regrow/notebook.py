@@ -38,9 +38,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: compose resumes no run. regrow.load.load_run gives its model; a new "
                 "run starts from its weights with init_from=…"
             )
-    if (wrong := wrong_options(overrides)) is not None:
-        raise UserError(wrong)
     with hydra_as_it_was():
+        if (wrong := wrong_options(overrides)) is not None:
+            raise UserError(wrong)
         try:
             typed = flags.absolute(paths_as_typed(overrides, multirun=False))
             config = composition({**flags.DEFAULT, "name": config_name}, typed)
