@@ -17,6 +17,7 @@ import yaml
 from finished import finished
 from running import TINY
 
+import regrow
 from regrow import check, config, flags, roles
 from regrow.config import ROOT
 from regrow.errors import UserError
@@ -50,6 +51,10 @@ FLAGS = {
     ("-i", "foo"): "--info foo: it must be one of all, config,",
     ("--resolve",): "--resolve is for --cfg. Add --cfg job",
     ("-p", "model"): "--package model is for --cfg. Add --cfg job",
+    ("seed=1", "-cd"): "--config-dir: its value is missing.",
+    ("-cp", "nope"): f"--config-path nope: there is no such folder in {ROOT}/scripts, where Hydra",
+    ("--multirun=true",): "--multirun=true: --multirun takes no value. Write --multirun",
+    ("hydra.searchpath=a,b",): "it takes a list of places: hydra.searchpath=[a,b]",
     ("-sc",): "say what to do with it, such as -sc install=bash.",
     ("--experimental-rerun", "a/config.pickle"): "scripts/reproduce.py run=<its folder>",
     ("--experimental-rerun=a/config.pickle",): "--experimental-rerun a/config.pickle: runs keep no",
@@ -74,6 +79,49 @@ def test_flags_that_fit_pass() -> None:
 
 def test_a_flag_is_refused_before_hydra_sees_it(tmp_path: Path) -> None:
     assert "--cfg shows one config" in refused(tmp_path, "-m", "--cfg", "job", "seed=0,1")
+
+
+PLACES = {
+    "-cn mytrain": "--config-name mytrain: there is no mytrain.yaml in conf.",
+    "-cn D/mine.yaml": "it is a name, not a path. Use --config-dir D --config-name mine\n",
+    "-cn mine hydra.searchpath=[D]": "hydra.searchpath is not searched for it. Use --config-dir /",
+    "-cn mine --config-path {D}": "mine.yaml: there is no train.yaml in {D}, which --config-path",
+    "-cp D -cn mine": "where Hydra looks. To add a folder to conf/: --config-dir D\n",
+    "-cd D -cn listed": "D/listed.yaml must hold keys and values",
+    "-cn find_lr": "--config-name find_lr is for scripts/find_lr.py.",
+    "--config_name mine": "there is no such flag. Did you mean --config-name?",
+    "+hydra.searchpath=[D] model=mine optimizer.lr=0": "optimizer.lr=0 must be",  # found
+    "hydra.searchpath=[/nope]": "hydra.searchpath: there is no /nope.",
+    "hydra.searchpath=[http://x]": "Hydra reads nothing from http://.",
+    "~hydra.sweep": "~hydra.sweep: a setting of Hydra's has a value, and cannot be left out.",
+    "~trainer.clip_norm": "~trainer.clip_norm: it is not there, or is null already.",
+}
+
+
+@pytest.mark.parametrize("given", PLACES)
+def test_a_place_or_a_name_that_is_not_found_leads_to_where_it_is(
+    given: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "D"
+    (folder / "model").mkdir(parents=True)
+    (folder / "mine.yaml").write_text("defaults: [train, _self_]\n")
+    (folder / "listed.yaml").write_text("- a\n- b\n")
+    (folder / "model" / "mine.yaml").write_text("defaults: [mlp]\n")
+    said = refused(tmp_path, *given.replace("{D}", str(folder)).split())
+    assert PLACES[given].replace("{D}", str(folder)) in said
+
+
+def test_info_behind_head_ends_quietly(tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT}/scripts/train.py --info all | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=QUIET,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -319,3 +367,10 @@ def test_scripts_start_as_modules_too(script: str) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("given", ["hydra=null", "model=null", "hydra.searchpath=[http://x]"])
+def test_what_hydra_raises_of_a_value_is_one_line_in_a_notebook_too(given: str) -> None:
+    with pytest.raises(UserError) as found:
+        regrow.compose("train", [given])
+    assert "\n" not in str(found.value)

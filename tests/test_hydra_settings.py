@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import forked
 import pytest
@@ -17,7 +18,7 @@ from regrow import leads, places, registered
 from regrow.check import check
 from regrow.config import ROOT, known_keys, read_yaml
 from regrow.errors import UserError
-from regrow.explain import composition_error
+from regrow.explain import composition_error, hydras_value_error
 from regrow.hydras import check_settings
 from regrow.roles import listed
 
@@ -64,6 +65,16 @@ EXPERIMENTS = {
     "override. Here that is trainer.checkpoint",
     f"{HEADER}defaults:\n  - override /modle: cnn\n": "no group modle to override. Did you mean "
     "model?",
+    f"{HEADER}defaults:\n  override /model: cnn\n": "experiment/x.yaml: defaults must be a list",
+    f"{HEADER}defaults:\n  - override /model cnn\n": "experiment/x.yaml: an entry of its defaults",
+    f"{HEADER}defaults:\n  - override /model:cnn\n": "experiment/x.yaml: an entry of its defaults",
+    f"{HEADER}defaults:\n  - digits_mpl\n": "its defaults list names experiment/digits_mpl.yaml, "
+    "which is nowhere. Did you mean digits_mlp?",
+    f"{HEADER}optimizer.lr: 0.5\n": "In a file, write `optimizer: {lr: …}`.",
+    f"{HEADER}optimizer: sgd\n": "write `- override /optimizer: sgd` below defaults.",
+    "# @package _group_\nseed: 1\n": "experiment/x.yaml: its first line must be",
+    "# @package _global\nseed: 1\n": "experiment/x.yaml: its first line must be",
+    f"\ufeff{HEADER}seed: 1\n": "it begins with an invisible mark (BOM)",
     f"{HEADER}mykey: 3\n": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
     f"{HEADER}hydra:\n  sweeper:\n    params:\n      seed: 0,1\n": "hydra.sweeper.params={seed:0,1}"
     ": write sweep.params instead",
@@ -86,7 +97,8 @@ def test_an_experiment_that_has_no_effect_is_named_with_what_to_write(
         check_settings(config.hydra, is_sweep=False)
         check(config, config.hydra.runtime.choices)
     said = str(found.value) if isinstance(found.value, UserError) else None
-    said = said or composition_error(found.value)  # type: ignore[arg-type]
+    error = cast(Exception, found.value)
+    said = said or hydras_value_error(error) or composition_error(error)
     assert EXPERIMENTS[text] in said and "\n" not in said
 
 

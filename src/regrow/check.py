@@ -6,9 +6,12 @@ to the signatures behind it. Only a target that does not ship is imported, to lo
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import inspect
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,6 +350,11 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{null}{others}")
     values = plain(config)
     for group in GROUPS:
+        if isinstance(values.get(group), str):
+            raise UserError(
+                f"{group}={values[group]}: keys belong here, and this is a text. To choose an "
+                f"option in a file, write `- override /{group}: {values[group]}` below defaults."
+            )
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     check_recorded(values, typed_overrides(HydraConfig.get().overrides.task))
@@ -383,12 +391,18 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
     own = places.own_keys(str(HydraConfig.get().job.config_name), choices)
     for key, value in values.items():
         if key in leads.RECIPES and value:
-            file = places.without_header(key, places.names_in(choices.get(key) or ""))
+            path = places.without_header(key, places.names_in(choices.get(key) or ""))
+            if path is not None and path.read_bytes().startswith(codecs.BOM_UTF8):
+                raise UserError(
+                    f"{key}/{path.name}: it begins with an invisible mark (BOM), and Hydra does "
+                    f"not see `{places.HEADER}`. Save it as UTF-8 without one."
+                )
             raise UserError(
-                f"{file}: its first line must be `{places.HEADER}`. Without it, its values are put "
-                f"below {key}, where nothing reads them."
+                f"{key}/{path.name if path else '…'}: its first line must be `{places.HEADER}`. "
+                f"Without it, its values are put below {key}, where nothing reads them."
             )
         if key not in top and key not in groups and key not in own:
+            _refuse_misplaced(key, choices)
             hint = leads.lead(key) or did_you_mean(key, {*top, *groups, *own})
             raise UserError(f"{key}: there is no such key.{hint}{where_own_keys_go()}")
         if key in top:
@@ -410,6 +424,26 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
         shipped = shipped_node(group, names[0])
         if shipped is not None:
             _check_node(values[group], shipped, group)
+
+
+def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
+    """Raise UserError if a key of the top level comes of a package, or of a dot in a file."""
+    if "." in key:
+        nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
+        raise UserError(f"{key}: only the command line takes dots. In a file, write `{nested}`.")
+    for group in leads.RECIPES:
+        for option in places.names_in(choices.get(group) or ""):
+            path = places.file_of(group, option)
+            if path is not None and places.package_of(path).split(".")[0] == key:
+                raise UserError(f"{group}/{path.name}: its first line must be `{places.HEADER}`.")
+    for argument in sys.argv[1:]:
+        if found := re.match(r"\+*([\w/]+)@(\w+)[^=]*=(.*)", argument):
+            group, package, option = found.groups()
+            if package in (key, "_global_"):
+                raise UserError(
+                    f"{argument}: a group has one place here. Write {group}={option} without @."
+                    + (where_own_keys_go() if package == key else "")
+                )
 
 
 def shipped_node(group: str, option: str) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.machinery
@@ -13,8 +14,10 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +58,7 @@ def entry_point(
     """
     import hydra
 
-    from regrow.explain import composition_error, wrong_options
+    from regrow.explain import composition_error, hydras_value_error, wrong_options
     from regrow.hydras import refuse_typed
     from regrow.registered import take_up
     from regrow.resume import expand
@@ -66,6 +69,11 @@ def entry_point(
         def main() -> None:
             let_hydra_raise()
             register_resolver("options", option_list)  # of --help
+            # Hydra goes on without a place of the search path, and so with another config.
+            warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
+            if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+                # Behind `| head`: logging would print a traceback for each line that is left.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             try:
                 find_own_modules()
                 take_up()
@@ -81,6 +89,8 @@ def entry_point(
                 flags.refuse_records(given)
                 sys.argv[1:] = flags.absolute(expand(given))
                 if is_train(task):
+                    if flags.typed(given).get("name") == "find_lr":
+                        raise UserError("--config-name find_lr is for scripts/find_lr.py.")
                     _started.append(task)
                 if sys.argv[1:] != given:
                     resumed(sys.argv[1:])
@@ -107,7 +117,12 @@ def entry_point(
                 fail(not_yaml(error))
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
+            except UserWarning as error:
+                place = str(error).partition("path=")[2].removesuffix(" is not available.")
+                fail(f"{flags.SEARCH_PATH}: there is no {place}. Correct it, or leave it out.")
             except Exception as error:
+                if isinstance(error, ValueError) and (said := hydras_value_error(error)):
+                    fail(said)
                 if (fault := machine_fault(error)) is None:
                     raise
                 fail(str(fault), code=1)
@@ -265,6 +280,10 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
         return f"{said} Give {plain} a value: {plain}=…"
     if plain in keys:
         return f"{said} Write {argument.lstrip('-')}" if equals else f"{said} Write {plain}=…"
+    hyphened = plain.replace("_", "-")
+    flags_there = [f.lstrip("-") for f in (*FLAGS, *FLAGS_WITH_A_VALUE) if f.startswith("--")]
+    if word.startswith("-") and (near := difflib.get_close_matches(hyphened, flags_there, n=1)):
+        return f"there is no such flag. Did you mean --{near[0]}?"
     return said + (lead(plain) or did_you_mean(plain, keys))
 
 
@@ -325,13 +344,14 @@ def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
 
 
 def not_utf8() -> str:
-    """The file in conf/ that is not UTF-8, in a line."""
-    for path in sorted(CONF.rglob("*.yaml")):
+    """The file of the search path that is not UTF-8, in a line."""
+    for path in (path for place in places.folders() for path in sorted(place.rglob("*.yaml"))):
         try:
             path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             line = path.read_bytes()[: error.start].count(b"\n") + 1
-            return f"{path.relative_to(ROOT)}:{line} is not UTF-8. Save the file as UTF-8."
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            return f"{shown}:{line} is not UTF-8. Save the file as UTF-8."
     return "a file of the config is not UTF-8. Save it as UTF-8."
 
 
@@ -545,6 +565,7 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     such as a schedule, unless the whitelist named the place of its definition.
     """
     from hydra import utils
+    from hydra.errors import InstantiationException
 
     allowed = {target for _, target in targets_in(node) if is_allowed(target)}
     whitelist = sorted(allowed | {*map(_canonical, allowed)})
@@ -561,7 +582,16 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     positional = inner(list(node.get("_args_", ())))
     if node.get("_partial_") and not arguments:
         return functools.partial(target, *positional, **given)
-    return target(*positional, **given, **arguments)
+    if arguments:
+        return target(*positional, **given, **arguments)
+    try:
+        return target(*positional, **given)
+    except Exception as error:  # as Hydra 1.3 raises it
+        if isinstance(error, UserError) or machine_fault(error) is not None:
+            raise
+        raise InstantiationException(
+            f"Error in call to target '{node['_target_']}': {error!r}"
+        ) from error
 
 
 def _canonical(target: str) -> str:

@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from regrow import flags, leads, places
@@ -62,10 +63,43 @@ def composition_error(error: Exception) -> str:
             f"{found.group(2)}: there is no resolver {found.group(1)}. Register it in resolvers.py "
             "in the root of the repository: see docs/hydra.md."
         )
+    if found := re.search(
+        r"(\w+) raised while resolving interpolation: (.*)\s+full_key: (\S+)", text
+    ):
+        kind, said, key = found.groups()
+        if unset := re.search(r"Environment variable '(\w+)' not found", said):
+            name = unset[1]
+            return f"{key}: {name} is not set. Set it, or give a default: ${{oc.env:{name},…}}"
+        return f"{key}: {kind}: {said.rstrip()}"
+    if found := re.match(r"Error merging override (.+)", text):
+        return _cannot_merge(found[1], error)
     if text.startswith("Error locating target"):
         return said_by(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith("Set the environment variable"))
+
+
+def hydras_value_error(error: Exception) -> str | None:
+    """The same of a ValueError that Hydra raises about a config; None for any other error."""
+    text = one_line(str(error))
+    if found := re.match(r"Invalid defaults list in '([^']+)', defaults must be a list", text):
+        return f"{_file(found[1])}: defaults must be a list: begin each of its lines with `- `."
+    if found := re.match(r"No config source registered for schema (\w+)", text):
+        return (
+            f"{flags.SEARCH_PATH}: Hydra reads nothing from {found[1]}://. Use a folder, or "
+            "pkg://package.module."
+        )
+    return None
+
+
+def _cannot_merge(override: str, error: Exception) -> str:
+    """What is wrong with a value that the composed config does not take."""
+    reason = one_line(str(error.__cause__ or "").partition("full_key:")[0])
+    if reason.startswith("Cannot merge DictConfig with ListConfig"):
+        reason = "a list and a mapping cannot take each other's place"
+    if "does not support deletion" in reason:
+        reason = "a setting of Hydra's has a value, and cannot be left out"
+    return f"{override}: {reason.rstrip('.') or 'the config does not take it'}."
 
 
 def _missing_file(error: Any) -> str:
@@ -77,14 +111,52 @@ def _missing_file(error: Any) -> str:
     inner = group.removeprefix(f"{parent}/")
     if where and parent and inner != group and places.is_group(inner):
         return f"{_file(where[1])}: write `override /{inner}: {option}`, with a slash."
+    if where and not error.options:
+        return _missing_default(_file(where[1]), group, option)
     options = [each for each in error.options or [] if not each.startswith("_")]
     if not options:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return " ".join(lines[:1]) + "."
-    if not group:  # a primary config
-        return f"--config-name {option}: there is no such config.{did_you_mean(option, options)}"
+        return _missing_primary(error.missing_cfg_file)
     hint = leads.of_option(group, option) or did_you_mean(option, options)
+    if option in ("none", "false", "no") and group in leads.NONE:
+        return f"{group}={option}: there is no such option. {leads.NONE[group]}"
     return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
+
+
+def _missing_default(file: str, group: str, option: str) -> str:
+    """What is wrong with an entry of a file's defaults list that names no file."""
+    missing = f"{group}/{option}".lstrip("/")
+    if " " in missing or ":" in missing:
+        return (
+            f"{file}: an entry of its defaults list cannot be read. Write it as "
+            "`- override /model: cnn`, with a space behind the colon."
+        )
+    if (main := flags.typed(sys.argv[1:]).get("path")) and missing == "train":
+        return (
+            f"{file}: there is no train.yaml in {main}, which --config-path puts in the place of "
+            f"conf/. To add a folder: --config-dir {main}"
+        )
+    hint = did_you_mean(option, places.options(group)) if group else ""
+    return f"{file}: its defaults list names {missing}.yaml, which is nowhere.{hint}"
+
+
+def _missing_primary(name: str) -> str:
+    """What to say of a primary config that is not found: it is a name, in one of two places."""
+    given = flags.typed(flags.absolute(sys.argv[1:]))
+    name = str(given.get("name", name))
+    said, file = f"--config-name {name}:", f"{name.removesuffix('.yaml')}.yaml"
+    for place in [str(place) for place in given.get("searchpath", [])]:
+        if place.startswith("file://") and Path(place.removeprefix("file://"), file).is_file():
+            folder = place.removeprefix("file://")
+            return f"{said} {flags.SEARCH_PATH} is not searched for it. Use --config-dir {folder}"
+    if "/" in file and Path(file).is_file():
+        path = Path(file)
+        added = "" if path.parent.resolve() == places.CONF else f"--config-dir {path.parent} "
+        return f"{said} it is a name, not a path. Use {added}--config-name {path.stem}"
+    main = str(given.get("path") or "conf").removeprefix("file://")
+    folders = [main, *([given["dir"]] if "dir" in given else [])]
+    names = [p.stem for folder in places.folders() for p in folder.glob("[!_]*.yaml")]
+    hint = did_you_mean(name, names)
+    return f"{said} there is no {file} in {' or '.join(folders)}.{hint}"
 
 
 def _unreadable(error: Any) -> str:
@@ -181,6 +253,14 @@ def wrong_options(arguments: Sequence[str]) -> str | None:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         group = key.lstrip("+~")
+        if group == "hydra":
+            return f"{argument}: Hydra's settings are set one by one, such as hydra.run.dir=…"
+        if group.startswith("hydra/") and equals:
+            if any(
+                value is not ... and not isinstance(value, str) for value in _plain_values(argument)
+            ):
+                return f"{argument}: it takes the name of an option. Leave {group} out for ours."
+            continue
         if key.startswith("~") and group not in leads.RECIPES and (places.CONF / group).is_dir():
             return _cannot_delete(group)
         if not equals or not places.is_group(group):
@@ -227,6 +307,9 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     if "@" in name:
         plain = name.partition("@")[0]
         return f"{name}: a group has one place here. Write {plain}=… without @."
+    if not sign and name.startswith(("hydra.callbacks.", "hydra.job.env_set.")):
+        argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), f"{name}=…")
+        return f"{argument}: a name of your own needs a plus there: +{argument}"
     if group == "hydra":
         return f"{name}: Hydra has no such setting.{did_you_mean(name, hydras_keys())}"
     if name.replace("/", ".") in keys and "/" in name:
@@ -236,7 +319,11 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     if not sign and (target := _target_that_takes(name)):
         argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), f"{name}=…")
         return f"{name}: it is not in the file, but {target} takes it. Add a plus: +{argument}"
+    if sign and name in keys:
+        return f"{sign}{name}: it is not there, or is null already. Leave {sign}{name} out."
     lead = leads.lead(name)
+    if not lead and name.rpartition(".")[2] in places.groups():
+        lead = f" Here that is the group {name.rpartition('.')[2]}."
     if not lead and (
         options := [option for option in keys.get(name, []) if not option.startswith("_")]
     ):

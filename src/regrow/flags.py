@@ -58,7 +58,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             elif equals or rest:
                 flags += [long, value if equals else rest.pop(0)]
             else:
-                flags.append(argument)
+                flags.append(long)
         else:
             flags.append(argument)
     return flags, overrides
@@ -73,6 +73,16 @@ def check(arguments: Sequence[str]) -> None:
             raise UserError(f"{flag}: its value is missing.")
         if flag in VALUES and value not in VALUES[flag]:
             raise UserError(f"{flag} {value}: it must be one of {', '.join(VALUES[flag])}.")
+        if flag == "--config-path" and "://" not in value:
+            _refuse_no_folder(flag, value)
+    for argument in found:
+        flag, equals, _ = argument.partition("=")
+        if equals and flag.startswith("-"):
+            raise UserError(f"{argument}: {flag} takes no value. Write {flag}")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") == SEARCH_PATH and not _are_places(read(override)):
+            raise UserError(f"{override}: it takes a list of places: {SEARCH_PATH}=[{value}]")
     if "--experimental-rerun" in found:
         place = found[found.index("--experimental-rerun") + 1]
         raise UserError(
@@ -97,6 +107,20 @@ def check(arguments: Sequence[str]) -> None:
         raise UserError("--shell-completion: say what to do with it, such as -sc install=bash.")
 
 
+def _refuse_no_folder(flag: str, value: str) -> None:
+    """Raise UserError for a --config-path that is no folder: it is relative to the script."""
+    if (ROOT / "scripts" / value).is_dir():
+        return
+    beside = "" if Path(value).is_absolute() else f" in {ROOT / 'scripts'}, where Hydra looks"
+    added = f" To add a folder to conf/: --config-dir {value}" if Path(value).is_dir() else ""
+    raise UserError(f"{flag} {value}: there is no such folder{beside}.{added}")
+
+
+def _are_places(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return all(isinstance(place, str) for place in listed)
+
+
 def absolute(arguments: Sequence[str]) -> list[str]:
     """The arguments with flags first, and with places that mean the same in any folder."""
     flags, overrides = split(arguments)
@@ -112,12 +136,12 @@ def absolute(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_absolute_places(override: str) -> str:
-    if override.partition("=")[0] != SEARCH_PATH:
+    if override.partition("=")[0].lstrip("+") != SEARCH_PATH:  # Hydra ignores one with a plus
         return override
     places = read(override)
     if isinstance(places, str):
         places = [places]
-    if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+    if not _are_places(places):
         return override  # Hydra says what is wrong
     return as_override([_absolute_place(place) for place in places])
 
@@ -206,6 +230,8 @@ def _is_checked(path: Path, places: Sequence[Path], depth: int = 9) -> bool | No
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return None  # Hydra says what is wrong
+    if not isinstance(content, dict):
+        raise UserError(f"{_shown(path)} must hold keys and values, and holds a list or a text.")
     if CHECK in json.dumps(content.get("hydra"), default=str):
         return True
     answer: bool | None = False

@@ -14,7 +14,7 @@ from regrow.command_line import escaped, paths_as_typed
 from regrow.composition import composition, hydra_as_it_was
 from regrow.config import find_own_modules, plain
 from regrow.errors import UserError
-from regrow.explain import composition_error
+from regrow.explain import composition_error, hydras_value_error, wrong_options
 
 if TYPE_CHECKING:
     from regrow.run import Objects
@@ -39,6 +39,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
                 "run starts from its weights with init_from=…"
             )
     with hydra_as_it_was():
+        if (wrong := wrong_options(overrides)) is not None:
+            raise UserError(wrong)
         try:
             typed = flags.absolute(paths_as_typed(overrides, multirun=False))
             config = composition({**flags.DEFAULT, "name": config_name}, typed)
@@ -49,6 +51,10 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         except (HydraException, OmegaConfBaseException) as error:
             said = composition_error(error)
             raise UserError(said.replace("a sweep: add -m.", "a sweep, not one config.")) from error
+        except ValueError as error:
+            if isinstance(error, UserError) or (wrong := hydras_value_error(error)) is None:
+                raise
+            raise UserError(wrong) from error
     resolved: DictConfig = OmegaConf.create(_literal(values))
     return resolved
 

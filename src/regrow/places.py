@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,13 +156,17 @@ def _primaries(name: str, seen: set[str]) -> Iterator[dict[str, Any]]:
                 yield from _primaries(parent.removeprefix("/"), seen)
 
 
-def without_header(group: str, chosen: Sequence[str]) -> str:
+def without_header(group: str, chosen: Sequence[str]) -> Path | None:
     """The first of the chosen files of a group that does not begin with `# @package _global_`."""
-    for option in chosen:
-        path = file_of(group, option)
-        if path is not None and not path.read_text("utf-8", "replace").lstrip().startswith(HEADER):
-            return f"{group}/{path.name}"
-    return f"{group}/{chosen[0] if chosen else '…'}.yaml"
+    paths = [path for option in chosen if (path := file_of(group, option)) is not None]
+    others = [p for p in paths if not p.read_text("utf-8", "replace").lstrip().startswith(HEADER)]
+    return next(iter([*others, *paths]), None)
+
+
+def package_of(path: Path) -> str:
+    """The package that a file's first lines name; empty if they name none."""
+    found = re.match(r"(?:#.*\n|\s)*?#\s*@package\s+(\S+)", path.read_text("utf-8", "replace"))
+    return found[1] if found else ""
 
 
 def names_in(choice: Any) -> list[str]:

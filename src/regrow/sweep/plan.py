@@ -24,7 +24,7 @@ from regrow.check import check
 from regrow.command_line import paths_as_typed, quoted, refuse_unusable
 from regrow.composed import job_of, with_override
 from regrow.errors import UserError
-from regrow.explain import composition_error, wrong_options
+from regrow.explain import composition_error, hydras_value_error, wrong_options
 from regrow.hydras import check_settings
 from regrow.job import Job
 from regrow.record.comparison import label_of
@@ -186,8 +186,9 @@ class Composer:
             folder = str(cfg.hydra.sweep.subdir) if before is None else before.folder
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from None
-        except (ValueError, TypeError):  # Hydra's, of an option that is not a name
-            if (wrong := wrong_options(overrides)) is None:
+        except (ValueError, TypeError) as error:  # Hydra's, of an option that is not a name
+            wrong = wrong_options(overrides) or hydras_value_error(error)
+            if wrong is None:
                 raise
             raise UserError(wrong) from None
         refuse_unusable("hydra.sweep.subdir", folder)
