@@ -184,7 +184,8 @@ class OfJob(Callback):
     def on_job_start(self, config, **more): print("job")
 
 class OfSweep(Callback):
-    def on_multirun_end(self, config, **more): print("the sweep has ended")
+    def on_multirun_start(self, config, **more): self.begun = "the sweep has begun"
+    def on_multirun_end(self, config, **more): print(self.begun, "and ended")
 """
 
 
@@ -199,6 +200,16 @@ def test_a_callback_that_jobs_of_a_sweep_would_not_call_is_refused(
         check_settings(config.hydra, is_sweep=True)
     config = composed("+hydra.callbacks.mine._target_=called_by_hydra.OfSweep")
     check_settings(config.hydra, is_sweep=True)
+
+
+def test_a_callback_is_told_once_that_a_sweep_begins_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "called_by_hydra.py").write_text(
+        CALLBACKS.replace("self.begun =", "print('begun'); self.begun =")
+    )
+    mine = "+hydra.callbacks.mine._target_=called_by_hydra.OfSweep"
+    said = run(tmp_path, *SMALL, mine, "-m", "seed=0", path=str(tmp_path))
+    lines = said.splitlines()
+    assert lines.count("begun") == lines.count("the sweep has begun and ended") == 1
 
 
 OWN = {

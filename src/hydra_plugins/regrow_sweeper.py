@@ -44,14 +44,16 @@ class RegrowSweeper(Sweeper):
     def sweep(self, arguments: Sequence[str]) -> Any:
         if self.hydras is not None:
             return self.hydras.sweep(list(arguments))
+        from regrow.config import version_arguments
         from regrow.sweep.run import run
 
         try:
             run(self.context.config_loader, self.composed, list(arguments))
-        except SystemExit:  # its end, after which Hydra would tell its callbacks
-            self.context.callbacks.on_multirun_end(
-                config=self.composed, config_name=self.composed.hydra.job.config_name
-            )
+        except SystemExit:  # its end, after which Hydra 1.3 would tell no callback
+            if version_arguments():
+                self.context.callbacks.on_multirun_end(
+                    config=self.composed, config_name=self.composed.hydra.job.config_name
+                )
             raise
 
 

@@ -21,7 +21,7 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 # Nodes of Hydra's that hold any key, and those that it fills itself.
 OPEN = ("callbacks", "job_logging", "hydra_logging", "sweeper", "launcher", "aliases")
 FILLED = ("runtime", "overrides", "help", "hydra_help", "job.env_set", "job.env_copy")
-BY_HYDRA = ("check",)  # the callback of conf/train.yaml
+OURS = ("check", "sweep")  # the callbacks of conf/train.yaml
 
 
 def refuse_typed(arguments: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def _refuse_in_sweep(node: Mapping[str, Any]) -> None:
         )
     for name, callback in (node.get("callbacks") or {}).items():
         target = callback.get("_target_") if isinstance(callback, Mapping) else None
-        if name in BY_HYDRA or not isinstance(target, str):
+        if name in OURS or not isinstance(target, str):
             continue
         found = locate(target, f"hydra.callbacks.{name}")
         for event in ("on_job_start", "on_job_end"):

@@ -249,9 +249,14 @@ def opened(
         ) from error
 
 
+def is_entered(environment: Mapping[str, str]) -> bool:
+    """Return True in the process that runs a sweep's frozen copy."""
+    return FOLDER in environment and LOCK in environment
+
+
 def taken_over(environment: Mapping[str, str]) -> records.Lock | None:
     """The lock, where this is the script of a frozen copy; None in the process before."""
-    if FOLDER not in environment or LOCK not in environment:
+    if not is_entered(environment):
         return None
     lock = records.Lock.taken_over(Path(environment[FOLDER]), int(environment[LOCK]))
     for name in (FOLDER, LOCK, WARM):  # nothing that is started from here is told

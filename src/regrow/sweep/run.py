@@ -42,6 +42,22 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
     """Do what --multirun asks for. Ends the process, with 0 if all jobs are complete, 1 if some
     failed, 128 + signal if it was stopped. Raises UserError before anything is written.
     """
+    enter(config)
+    identity = os.environ.pop(frozen.IDENTITY, "")
+    lock = frozen.taken_over(os.environ)
+    assert lock is not None
+    with lock, console():
+        try:
+            code = _run(loader, config, list(arguments), lock.folder, identity)
+        except BaseException:  # a Ctrl-C too
+            leave_nothing(lock.folder)
+            raise
+    raise SystemExit(code)
+
+
+def enter(config: DictConfig) -> None:
+    """Freeze the code and start again as its copy, unless this is the copy. Raises UserError before
+    anything is written."""
     if outside.started_from_outside():
         raise UserError(
             "--multirun starts its processes itself. Start it without torchrun or srun."
@@ -51,28 +67,20 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
             raise UserError(f"{override} is of one run. A sweep's folder is hydra.sweep.dir=….")
     for group in ("launcher", "sweep"):
         check_group(config, group)
-    identity = os.environ.pop(frozen.IDENTITY, "")
-    lock = frozen.taken_over(os.environ)
-    if lock is None:
-        named = Path(config.hydra.sweep.dir)
-        is_named = named.resolve() != Path.cwd()
-        source = flags.source_of(config.hydra)
-        frozen_code = frozen.opened(
-            named if is_named else None,
-            str(config.name),
-            same_sweep(config),
-            str(config.resume),
-            source,
-        )
-        warm = not config.launcher.get("fresh_processes", True)
-        frozen.become(*frozen_code, sys.argv[1:], warm=warm)
-    with lock, console():
-        try:
-            code = _run(loader, config, list(arguments), lock.folder, identity)
-        except BaseException:  # a Ctrl-C too
-            leave_nothing(lock.folder)
-            raise
-    raise SystemExit(code)
+    if frozen.is_entered(os.environ):
+        return
+    named = Path(config.hydra.sweep.dir)
+    is_named = named.resolve() != Path.cwd()
+    source = flags.source_of(config.hydra)
+    frozen_code = frozen.opened(
+        named if is_named else None,
+        str(config.name),
+        same_sweep(config),
+        str(config.resume),
+        source,
+    )
+    warm = not config.launcher.get("fresh_processes", True)
+    frozen.become(*frozen_code, sys.argv[1:], warm=warm)
 
 
 def same_sweep(config: DictConfig) -> list[str]:

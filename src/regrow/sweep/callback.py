@@ -1,0 +1,24 @@
+"""The move into a sweep's frozen copy, before Hydra tells other callbacks that the sweep starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from regrow.config import fail, is_started
+from regrow.errors import UserError
+
+
+class EnterFrozenCopy(Callback):
+    """Hydra calls the copy's callbacks again, so without this they would start a sweep twice."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if is_started():
+            from regrow.sweep.run import enter
+
+            try:
+                enter(config)
+            except UserError as error:
+                fail(str(error))
