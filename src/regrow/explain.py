@@ -393,7 +393,7 @@ def _target_that_takes(name: str) -> str | None:
 
 
 def _of_choices() -> Any:
-    """The config that the options on the command line make, without its values, as plain data."""
+    """The config that the options and targets on the command line make, without other values."""
     from omegaconf import OmegaConf
 
     from regrow.composition import composition, hydra_as_it_was
@@ -403,7 +403,8 @@ def _of_choices() -> Any:
     chosen = [
         line
         for line in flags.split(arguments)[1]
-        if places.is_group(line.partition("=")[0]) and isinstance(read(line), str | list)
+        if (places.is_group(key := line.partition("=")[0]) or key.endswith("._target_"))
+        and isinstance(read(line), str | list)
     ]
     try:
         with hydra_as_it_was():

@@ -138,6 +138,10 @@ REPLACED = {
     "hydra.job.id": "use name=…, which names the folder in outputs.",
     "hydra.job.num": "the sweep numbers its jobs. Use hydra.sweep.subdir=….",
     "hydra.job.config_name": "use --config-name ….",
+    "hydra.runtime": "Hydra fills it itself. Leave it out.",
+    "hydra.overrides": "Hydra fills it itself. Leave it out.",
+    "hydra.callbacks.check": "it checks a config before a run starts. Leave it as it is.",
+    "hydra.callbacks.sweep": "it starts a sweep in its copy of the code. Leave it as it is.",
     "hydra.job.override_dirname": "use hydra.job.config.override_dirname.exclude_keys=[…].",
 }
 

@@ -190,6 +190,7 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
     [
         (("optimizer.lr=interval(0,1)",), "Use sweep=optuna"),
         (("launcher.jobs=1,2",), "launcher.jobs is the sweep's own, and takes one value"),
+        (("sweep.params.seed=0,1",), "takes one value. Write seed=0,1"),
         (("launcher.jobs=0",), "launcher.jobs=0 must be an integer of at least 1, or auto"),
         (("sweep=list",), "there is no set"),
         (("sweep=list", "sweep.sets=[adamw]"), "must be overrides"),

@@ -59,7 +59,11 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
             if not override.is_discrete_sweep():
                 raise UserError(f"{line}: an interval has no end of values. Use sweep=optuna.")
             if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):
-                raise UserError(f"{line}: {key} is the sweep's own, and takes one value.")
+                varied = key.partition("sweep.params.")[2]
+                raise UserError(
+                    f"{line}: {key} is the sweep's own, and takes one value."
+                    + (f" Write {varied}={str(line).partition('=')[2]}" if varied else "")
+                )
             options[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not options[key]:
                 raise UserError(f"{line}: there is no value in it.")
