@@ -73,6 +73,7 @@ CASES: dict[str, tuple[str, Callable[[Any, Any], float], float]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*is_sparse.*")
 @pytest.mark.parametrize("experiment", CASES)
 def test_an_experiment_beats_its_linear_baseline(

@@ -59,10 +59,13 @@ CODES = {"end": 0, "exit": 3, "error": 1, "ctrl-c": -signal.SIGINT, "stuck": 0}
     [
         ("ctrl-c", True),
         *(
-            pytest.param(ending, True, marks=pytest.mark.slow)
-            for ending in ("end", "exit", "error", "stuck")
+            pytest.param(ending, True, marks=[pytest.mark.slow, *marks])
+            for ending, marks in (
+                *(("end", ()), ("stuck", ())),
+                *(("exit", [pytest.mark.nightly]), ("error", [pytest.mark.nightly])),
+            )
         ),
-        pytest.param("end", False, marks=pytest.mark.slow),
+        pytest.param("end", False, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
 def test_a_program_that_reads_with_workers_ends(

@@ -88,7 +88,7 @@ def test_labels_are_smoothed_but_under_overfit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", [pytest.param("mlp", marks=pytest.mark.nightly), "cnn"])
 def test_one_batch_can_be_learnt_by_heart(model: str, tmp_path: Path) -> None:
     train(tmp_path, "debug=overfit", f"model={model}", *ONE)
     losses = [line["train/loss"] for line in metrics_of(tmp_path) if "train/loss" in line]

@@ -233,7 +233,7 @@ def test_a_range_test_finds_resolvers(project: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fresh", ["true", "false"])
+@pytest.mark.parametrize("fresh", [pytest.param("true", marks=pytest.mark.nightly), "false"])
 def test_a_sweep_and_its_resume_find_resolvers_in_its_copy(project: Path, fresh: str) -> None:
     sweep = f"sweep_{fresh}"
     given = (*GIVEN, f"hydra.sweep.dir={sweep}", f"launcher.fresh_processes={fresh}")
@@ -250,8 +250,12 @@ def test_a_sweep_and_its_resume_find_resolvers_in_its_copy(project: Path, fresh:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
-    [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")],
-    ids=["ddp", "torchrun"],
+    [
+        pytest.param((), marks=pytest.mark.nightly, id="ddp"),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"), id="torchrun"
+        ),
+    ],
 )
 def test_every_rank_finds_resolvers(project: Path, before: tuple[str, ...]) -> None:
     options = ("trainer=ddp",) if before else ("trainer=ddp", "trainer.devices=2")

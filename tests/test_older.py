@@ -136,7 +136,13 @@ def test_it_predicts(name: str, root: Path) -> None:
 
 
 @pytest.mark.slow  # a run in one go, in a process of its own
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "averages" else pytest.param(name, marks=pytest.mark.nightly)
+        for name in RUNS
+    ],
+)
 def test_it_is_reproduced(name: str, root: Path) -> None:
     done = process("reproduce", f"run=whole/{name}", folder=Path.cwd())
     (again,) = Path("outputs", name, "reproduced").iterdir()

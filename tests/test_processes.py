@@ -253,6 +253,7 @@ def test_a_signal_in_an_evaluation_stops_all(tmp_path: Path) -> None:
     assert (folder / "checkpoints" / "last").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_number_of_processes_may_change_in_between(tmp_path: Path) -> None:
     plain = ("scheduler=constant", "optimizer=sgd", "optimizer.lr=0.1")

@@ -187,6 +187,7 @@ def test_a_bad_config_ends_all_that_srun_started_with_one_line(
     assert [*tmp_path.rglob("*")] == []
 
 
+@pytest.mark.nightly
 @needs_slurm
 def test_what_only_prints_ends_all_that_srun_started(
     cluster: dict[str, str], tmp_path: Path
@@ -251,7 +252,13 @@ def test_a_job_that_waits_is_not_submitted_twice(cluster: dict[str, str], tmp_pa
 
 @needs_slurm
 @pytest.mark.parametrize(
-    "launcher", [("slurm",), ("slurm_nodes", "launcher.nodes=1")], ids=lambda it: it[0]
+    "launcher",
+    [
+        pytest.param(("slurm",), id="slurm"),
+        pytest.param(
+            ("slurm_nodes", "launcher.nodes=1"), marks=pytest.mark.nightly, id="slurm_nodes"
+        ),
+    ],
 )
 def test_a_run_whose_time_is_up_saves_and_is_queued_again(
     cluster: dict[str, str], whole: str, tmp_path: Path, launcher: tuple[str, ...]

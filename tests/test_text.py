@@ -137,12 +137,12 @@ def test_signs_that_an_encoding_lacks_have_a_form_in_ascii() -> None:
 def test_a_config_file_that_is_not_utf_8_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrow import config
+    from regrow import config, places
 
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "bad.yaml").write_bytes(b"a: 1\nb: \xfc\n")
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(places, "CONF", tmp_path / "conf")
     assert config.not_utf8().startswith("conf/bad.yaml:2 is not UTF-8.")
 
 

@@ -111,6 +111,7 @@ def _refuse_no_folder(flag: str, value: str) -> None:
     """Raise UserError for a --config-path that is no folder: it is relative to the script."""
     if (ROOT / "scripts" / value).is_dir():
         return
+    _refuse_record(Path(value), f"{flag} {value}")
     beside = "" if Path(value).is_absolute() else f" in {ROOT / 'scripts'}, where Hydra looks"
     added = f" To add a folder to conf/: --config-dir {value}" if Path(value).is_dir() else ""
     raise UserError(f"{flag} {value}: there is no such folder{beside}.{added}")

@@ -202,6 +202,7 @@ def test_a_killed_sweep_takes_its_jobs_with_it_and_grows_back(
     assert table(folder) == untouched
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_sweep_takes_the_ranks_of_its_jobs_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
@@ -258,6 +259,7 @@ def test_jobs_that_were_cut_go_on_also_when_the_command_names_others(tmp_path: P
     ]  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_server_ends_its_jobs_and_is_said(tmp_path: Path) -> None:
     """The process that jobs are forked from, killed alone: none of them goes on unwatched."""

@@ -82,6 +82,7 @@ def test_what_came_out_is_said(grid: Path) -> None:
     assert "Settings" in page and "<svg" in page and "optimizer=adamw seed=1" in page
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_job_is_the_run_that_it_would_be_by_itself(grid: Path, tmp_path: Path) -> None:
     row = table(grid)[3]
@@ -153,6 +154,7 @@ def test_a_job_that_somebody_changed_is_named(grid: Path, tmp_path: Path) -> Non
     assert said in (mine / "sweep.html").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     root = tmp_path / "repository"

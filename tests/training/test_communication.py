@@ -36,6 +36,7 @@ def worked_out(size: int) -> dict[str, float]:
     }
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_a_namespace(), reason="no right to make a network namespace")
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.nightly)])

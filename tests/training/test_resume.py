@@ -118,7 +118,10 @@ QUICK = ("everything", "augmentation_and_batchnorm", "saved_by_steps")
 
 @pytest.mark.parametrize(
     "case",
-    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [
+        case if case in QUICK else pytest.param(case, marks=[pytest.mark.slow, pytest.mark.nightly])
+        for case in CASES
+    ],
 )
 def test_a_stop_at_every_step_in_turn_changes_nothing(
     case: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
