@@ -47,6 +47,10 @@ NO_VAL = (*TINY, "data.source.num_val=0")
         # The metric's word is not what is measured.
         *((f"val/{name}", None) for name in ("loss_reduction", "error_detection_rate")),
         *((f"val/{name}", None) for name in ("distance_gain", "reward_std")),
+        *((f"val/{name}", None) for name in ("std_accuracy", "drop_in_accuracy", "loss gap f1")),
+        # A sign, or a word that is one, turns the metric.
+        *((f"val/{name}", None) for name in ("-loss", "1-accuracy", "100 - f1", "inv_mse")),
+        *((f"val/{name}", "max") for name in ("1-shot-accuracy", "top-1-acc", "5-fold-auc")),
         ("night/accuracy", "max"),
     ],
 )

@@ -58,8 +58,14 @@ _WHOLE = {
     "hit_rate": "max",
     "win_rate": "max",
 }
-# They turn the meaning of the other words: neg_mean_squared_error, one_minus_accuracy.
-_TURNS = _words("neg negative minus inverse inverted one non not without")
+# They turn the meaning of the other words, neg_mean_squared_error, one_minus_accuracy, or measure
+# something else of the metric, drop_in_accuracy.
+_TURNS = _words(
+    "neg negative minus inv inverse inverted reciprocal one non not without anti lack "
+    "change decrease delta diff difference drop gap increase range spread std var variance"
+)
+# A sign turns it too: -loss, 1-accuracy, 100 - f1; not 1-shot accuracy.
+_SIGN = re.compile(r"\s*(?:1|1\.0|100)?\s*[-\u2212]\s*([a-z0-9]+)")
 
 
 def by_name(metric: str) -> str | None:
@@ -72,10 +78,15 @@ def by_name(metric: str) -> str | None:
         if whole := _WHOLE.get("_".join(words)):
             return whole
     known = {word for its in spellings for word in its}
-    if _TURNS & known or not any(map(_ends_in_a_metric, spellings)):
+    if _TURNS & known or _has_a_sign(name) or not any(map(_ends_in_a_metric, spellings)):
         return None
     found = {mode for mode, of in (("max", _MORE), ("min", _LESS)) if of & known}
     return found.pop() if len(found) == 1 else None
+
+
+def _has_a_sign(name: str) -> bool:
+    sign = _SIGN.match(name.lower())
+    return sign is not None and sign[1] in _MORE | _LESS | _QUALIFIERS
 
 
 def _ends_in_a_metric(words: list[str]) -> bool:

@@ -116,6 +116,29 @@ def test_features_far_from_zero_are_standardised_in_float64(
     assert len(batch.inputs.unique()) == len(batch.inputs) and batch.inputs.dtype == torch.float32
 
 
+def test_a_constant_is_shifted_and_not_scaled_by_its_rounding(
+    make_data: Callable[..., Data], tmp_path: Path
+) -> None:
+    """The deviation of 0.1, a thousand times, comes out as 3e-17: 0.2 would become 4e15."""
+    for name, value in (("train", 0.1), ("val", 0.2)):
+        rows = [f"{value},0.7,{n}" for n in range(1000)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["a,y,n", *rows]) + "\n")
+    assert torch.full((1000, 1), 0.1, dtype=torch.float64).std(0, correction=0) > 0
+    data = make_data(
+        *("csv", f"root={tmp_path}", "source.train_file=train.csv", "source.val_file=val.csv"),
+        *("source.test_fraction=0", "source.target_columns=[y]", "source.feature_columns=[a]"),
+        *("target_kind=regression", "num_classes=null", "num_outputs=1", "input_shape=[1]"),
+        *("normalize_targets=true", "overlap=ignore"),
+    )
+    batch = next(iter(data.evaluation("val", device=CPU)))
+    assert torch.allclose(batch.inputs, torch.tensor(0.1)) and data.target_std == [1.0]
+
+    signals = torch.rand(50, 2, 4, dtype=torch.float64)
+    signals[:, 1] = 0.1  # a channel
+    own = data_of(Examples(signals, torch.arange(50) % 3), normalize="train", input_shape=[2, 4])
+    assert own.preprocessing.std is not None and own.preprocessing.std[1] == 1.0
+
+
 def data_of(train: Any, **changes: Any) -> Data:
     options: dict[str, Any] = {
         **{"source": Splits(train, train, None), "seed": 0, "root": ".", "overlap": "ignore"},

@@ -119,6 +119,8 @@ def test_a_broken_line_is_named(make_data: Make, folder: Path, line: str, messag
             "1,2,a,7,0,1",
             "line 62, column 'even': class '7' is none of the 2 classes",
         ),
+        ("binary", "even", "1,2,a,,0,1", "line 62, column 'even': the cell is empty"),
+        ("multiclass", "kind", "1,2, ,0,0,1", "line 62, column 'kind': the cell is empty"),
         ("multilabel", "even,half", "1,2,a,0,0.5,1", "line 62, column 'half': a label is 0 or 1"),
         ("regression", "half", "1,2,a,0,much,1", "line 62, column 'half': the cell holds 'much'"),
     ],

@@ -365,7 +365,7 @@ def preprocessing(
                 "the targets in the data set."
             )
         columns = train.targets.double().view(len(train), -1)
-        target_mean, target_std = columns.mean(0).tolist(), _nonzero(columns.std(0, correction=0))
+        target_mean, target_std = columns.mean(0).tolist(), _deviations(columns)
     return Preprocessing(
         kind=kind,
         input_shape=list(input_shape),
@@ -444,13 +444,19 @@ def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[floa
     values = train.inputs.double()
     if values.ndim > 2:  # per channel
         values = values.transpose(0, 1).flatten(1).T
-    return values.mean(0).tolist(), _nonzero(values.std(0, correction=0))
+    return values.mean(0).tolist(), _deviations(values)
 
 
 def _histogram(images: Tensor) -> Tensor:
     """(C, 256) counts of the pixels' values: exact, and one pass over bytes."""
     channels = images.transpose(0, 1).flatten(1)
     return torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+
+
+def _deviations(columns: Tensor) -> list[float]:
+    """Of each column of (N, F). That of a constant one may come out as 1e-17, by rounding."""
+    is_constant = columns.amin(0) == columns.amax(0)
+    return _nonzero(columns.std(0, correction=0).masked_fill(is_constant, 0.0))
 
 
 def _nonzero(std: Tensor) -> list[float]:

@@ -216,6 +216,8 @@ def csv(
         for name, file in files.items()
         if file is not None
     }
+    for table in tables.values():
+        _refuse_empty(table, [*target_columns, *extra])
     names = text_names(class_names)
     if names is None and target_kind in ("multiclass", "binary"):
         names = _found_names(tables["train"], ignore_index)
@@ -246,6 +248,13 @@ def csv(
         columns=columns,
         delimiter=delimiter,
     )
+
+
+def _refuse_empty(table: Table, columns: list[str]) -> None:
+    """An empty target would be a class of its own, without a name."""
+    for line, cells in zip(table.lines, table.texts, strict=True):
+        if "" in cells:
+            number("", f"{table.path}, line {line}, column {columns[cells.index('')]!r}")
 
 
 def _is_index(text: str) -> bool:
