@@ -68,7 +68,8 @@ def predict(options: Arguments) -> None:
             rows = predictions(run, source, options["batch_size"])
             bar = tqdm(rows, unit="example", leave=False, disable=None)
             count = write_csv(bar, output, overwrite=options["overwrite"])
-    print(f"{count:,} predictions of step {run.step} ({options['checkpoint']}) in {output}")
+    written = f"{count:,} prediction{'s'[: count != 1]}"
+    print(f"{written} of step {run.step} ({options['checkpoint']}) in {output}")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,9 @@ def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
     found = comparison.compare(comparison.rows_of([report.load(run) for run in runs]))
     for line in comparison.as_text(*comparison.table_of(found)) if found.settings else ():
         print(printable(line))
+    if found.left_out:
+        others = ", ".join(os.path.relpath(row.job) for row in found.left_out)
+        print(f"note: not compared, as they have no {found.metric}: {printable(others)}")
     comparison.write_csv(found.rows, output.with_suffix(".csv"))
     return comparison.write_page(found, output)
 

@@ -19,7 +19,7 @@ import _start  # noqa: F401  finds the package, or says what to set up
 from regrow import flags, older, registered
 from regrow.arguments import Arguments, Option, parse
 from regrow.command_line import override
-from regrow.config import CONF, fail, plain, read_yaml
+from regrow.config import CONF, fail, plain, recorded_config
 from regrow.errors import UserError, printable
 from regrow.explain import composition_error
 from regrow.record import folder as records
@@ -103,12 +103,16 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if status is None or status["state"] != "completed":
         state = "holds no run" if status is None else f"is {status['state']}, not completed"
         raise UserError(f"run={given} {state}. Only a complete run can be compared.")
+    config, content = recorded_config(run, f"run={given}"), manifest.read(run)
+    name, threads = config.get("name"), config["trainer"].get("num_threads")
     try:
-        config, content = read_yaml(run / "config.yaml"), records.read_json(run / manifest.NAME)
-        name, threads = config["name"], config["trainer"]["num_threads"]
-    except Exception as error:  # the YAML reader raises a dozen different kinds
+        lines_of(run), weights_of(run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"run={given}: its record cannot be read: {reason}") from None
+        raise UserError(
+            f"run={given}: there is nothing to compare with, as its {records.METRICS} or "
+            f"{records.SUMMARY} cannot be read: {reason}. Restore that file."
+        ) from None
     check_roles(config, tuple(config), run, f"run={given}")
     if not isinstance(name, str) or not isinstance(threads, int):
         raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
@@ -211,7 +215,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not as it was when the run was made, and may account for other bits."""
 
     def facts(content: Mapping[str, Any]) -> dict[str, Any]:
-        hardware = {key: content["hardware"].get(key) for key in ("cpu", "accelerators")}
+        its = content.get("hardware") or {}
+        hardware = {key: its.get(key) for key in ("cpu", "accelerators")}
         parts = {key: content.get(key) for key in ("python", "environment", "data")}
         return {**parts, "hardware": hardware}
 

@@ -406,6 +406,16 @@ def test_a_nan_monitor_that_ends_the_run_is_told(
     assert "early stopping" not in caplog.text
 
 
+def test_an_early_stop_is_told_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = ("trainer.early_stopping.patience=1", "trainer.early_stopping.min_delta=10")
+    assert train(tmp_path, *LEARNS, *options)["stopped_early"]
+    said = "has not improved in 2 evaluations (trainer.early_stopping.patience=1)"
+    assert [said in record.message for record in caplog.records].count(True) == 1
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [("adamw", "sgd"), ("sgd", "adamw"), ("muon", "adamw"), ("adamw", "muon"), ("sgd", "rmsprop")],

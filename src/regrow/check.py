@@ -346,8 +346,11 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     missing = [key for key, value in _leaves(plain(config, resolve=False)) if value == "???"]
     if missing:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
-        null = " (null for a regression)" if missing[0] == "data.num_classes" else ""
-        raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{null}{others}")
+        hint = {
+            "data.num_classes": " (null for a regression)",
+            "data.target_kind": " (multiclass, binary, multilabel or regression)",
+        }.get(missing[0], "")
+        raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
     for group in GROUPS:
         if isinstance(values.get(group), str):

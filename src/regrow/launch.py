@@ -164,7 +164,7 @@ def draw_missing(folder: Path, job: Job) -> None:
 def say_complete(folder: Path, job: Job) -> float | None:
     """Say how to train longer; returns the best monitored value."""
     summary = records.load_summary(folder)
-    log.info("%s is complete. To train longer, raise its limit:", folder)
+    log.info("%s is complete. To train longer, raise what ended it:", folder)
     log.info("  %s", longer(folder, job, summary))
     best: float | None = summary["best"]["value"]
     return best
@@ -407,11 +407,12 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1]),
         *("" if batch == world.size * slices * each else "at most ", each),
     )
-    steps = "until time is up" if objects.total_steps is None else f"{objects.total_steps:,} steps"
+    length = objects.total_steps
+    steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"
     threads = config["trainer"]["num_threads"]
     chosen = " (trainer.device=auto)" if options.device == "auto" else ""
     log.info(
-        "run: %s of %d per epoch, on %s%s in %s with %d thread%s",
+        "run: %s, %d per epoch, on %s%s in %s with %d thread%s",
         *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
         *(threads, "s"[: threads > 1]),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from finished import finished, one_line_and_exit_code_2, process, script
 
+from regrow.errors import UserError
 from regrow.record.folder import read_json, write_json
 
 reproduce = script("reproduce")
@@ -140,6 +141,28 @@ def test_packages_are_compared_with_an_older_record_too(
     code, said = answer(run, capsys)
     assert any(line.startswith("changed since: packages.optuna was 1.0 and is") for line in said)
     assert "changed since: packages.timm-of-then was 1.0 and is absent" in said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+@pytest.mark.parametrize("content", ['[1, {"a": null}]', '{"a":', None])  # None: a folder
+def test_a_result_that_cannot_be_compared_is_one_line_before_the_second_run(
+    name: str, content: str | None, run: Path
+) -> None:
+    (run / name).unlink()
+    if content is None:
+        (run / name).mkdir()
+    else:
+        (run / name).write_text(content)
+    with pytest.raises(UserError, match="there is nothing to compare with"):
+        reproduce.record_of(run, run)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.yaml"])
+def test_a_damaged_record_is_used_as_far_as_it_goes(name: str, run: Path) -> None:
+    (run / name).write_text('[1, {"a": null}]')
+    config, before = reproduce.record_of(run, run)
+    assert config["trainer"]["num_threads"] and isinstance(before, dict)
+    assert isinstance(reproduce.changes(before, before), list)
 
 
 def test_what_redaction_changed_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,7 @@ class Data:
             integers=integers,
         )
         self._warn_of_rounding()
+        self._warn_of_scale()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
@@ -283,6 +284,23 @@ class Data:
             split.targets, self.target_mean, self.target_std, getattr(torch, self.target_dtype)
         )
         return Examples(split.inputs, targets, split.weights)
+
+    def _warn_of_scale(self) -> None:
+        """Log where the targets of a regression are far from what a new model's outputs are."""
+        train = self.source.train
+        if self.target_kind != "regression" or self.preprocessing.target_mean is not None:
+            return
+        if isinstance(train, Examples):
+            columns = train.targets.double().view(len(train), -1)
+            means, deviations = columns.mean(0), columns.std(0, correction=0)
+            furthest = int(torch.maximum(means.abs(), deviations).argmax())
+            mean, deviation = float(means[furthest]), float(deviations[furthest])
+            if max(abs(mean), deviation) > 10 and rounding(train.targets) <= 1e-3:
+                log.warning(
+                    "the targets have a mean of %.4g and a standard deviation of %.4g: a model "
+                    "starts near 0 and learns them slowly. Set data.normalize_targets=true.",
+                    *(mean, deviation),
+                )
 
     def _warn_of_rounding(self) -> None:
         """Log where float32, which models compute in, takes a part of the data away."""

@@ -259,7 +259,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
-        tell_of_nan(values, state, plan)
+        tell_of_early_stop(values, state, plan)
         progress.pruned = pruned(state, plan)
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
     if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
@@ -396,15 +396,22 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
         progress.evaluations_without_improvement += 1
 
 
-def tell_of_nan(values: Mapping[str, float], state: TrainState, plan: Plan) -> None:
-    """Say so where early stopping ends the run by a monitored value that is not a number."""
+def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: Plan) -> None:
+    """Say so where early stopping ends the run, and why."""
     monitor = plan.options.monitor
-    if not plan.world.is_main or monitor is None or not math.isnan(values[monitor]):
+    if not plan.world.is_main or monitor is None or not stopped_early(state, plan.options):
         return
-    if stopped_early(state, plan.options):
+    if math.isnan(values[monitor]):
         log.warning(
             "step %d: early stopping ends the run: %s is NaN, which is not an improvement",
             *(state.step, monitor),
+        )
+    else:
+        log.info(
+            "step %d: early stopping ends the run: %s has not improved in %d evaluations "
+            "(trainer.early_stopping.patience=%d)",
+            *(state.step, monitor, state.progress.evaluations_without_improvement),
+            plan.options.early_stopping.patience,
         )
 
 

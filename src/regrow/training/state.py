@@ -194,7 +194,7 @@ def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> s
     if options.ema_warmup and total_steps < needed:
         return (
             f"trainer.ema_decay={decay:g}: this run of {total_steps:,} steps is too short for it, "
-            f"as its warm-up takes {needed:,}. The average is over about the last tenth "
+            f"as its warm-up takes {needed:,} steps. The average is over about the last tenth "
             "of the steps"
         )
     if not options.ema_warmup and decay**total_steps > 0.01:
