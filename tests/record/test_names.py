@@ -41,6 +41,19 @@ def test_a_folder_of_the_users_is_refused(refuse: object, name: str, tmp_path: P
         refuse(folder)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "summary.json", "status.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "run", ".lock", "config.yaml", "metrics.jsonl", "checkpoints/x.pt")
+    records.write_json(folder / "manifest.json", {"code_sha256": "", "seeds": {}})
+    refuse_foreign_run(folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} in it is a folder"):
+        refuse_foreign_run(folder)
+
+
 def test_what_a_killed_start_leaves_is_taken_again(tmp_path: Path) -> None:
     refuse_foreign_run(tmp_path / "new")
     folder = make(tmp_path / "run", ".lock", ".hydra/overrides.yaml", "config.yaml", "train.log",

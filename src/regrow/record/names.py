@@ -32,6 +32,11 @@ SWEEP = (
     *SWEEP_START,
     *("sweep.json", "results.csv", "sweep.html", "jobs", "logs", "slurm", "optuna.log"),
 )
+# Those of these names that are folders.
+FOLDERS = (
+    *(".hydra", "checkpoints", "plots", "profile", "tensorboard", "wandb", "slurm"),
+    *("code", ".code", "jobs", "logs"),
+)
 
 
 def is_of_a_run(name: str) -> bool:
@@ -82,8 +87,11 @@ def _refuse(folder: Path, key: str, is_own: Any, is_ours: bool, what: str) -> No
     for entry in found:
         mode = entry.stat(follow_symlinks=False).st_mode
         fits = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (is_ours and entry.is_dir())
+        if stat.S_ISDIR(mode) and entry.name not in FOLDERS:
+            fits = False
         if (is_own(entry.name) or entry.name in SWEEP) and not fits:
-            kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            kind = "a link" if stat.S_ISLNK(mode) else kind
             raise UserError(
                 f"{key}={folder}: {entry.name} in it is {kind}, and a {what} writes only files of "
                 "its own. Move it away, or choose another folder."
