@@ -20,6 +20,7 @@ from regrow.config import ROOT, known_keys, read_yaml
 from regrow.errors import UserError
 from regrow.explain import composition_error, hydras_value_error
 from regrow.hydras import check_settings
+from regrow.record.folder import read_json
 from regrow.roles import listed
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
@@ -359,3 +360,17 @@ def test_words_of_another_template_lead_to_keys_that_there_are() -> None:
             assert word not in places.options(group)
             for name in places.names_in(option.split()[0]):
                 assert name in places.options(group)
+
+
+def test_the_current_folder_is_a_runs_if_it_is_named(tmp_path: Path) -> None:
+    mine, another = tmp_path / "mine", tmp_path / "another"
+    mine.mkdir()
+    another.mkdir()
+    run(mine, *SMALL, "hydra.run.dir=.")
+    assert read_json(mine / "summary.json")["steps"] == 2
+    assert "resuming from step 2" in run(mine, "resume=.", "trainer.max_steps=3")
+    assert not (mine / "outputs").exists()
+    (another / "notes").touch()
+    said = run(another, *SMALL, "hydra.run.dir=.", code=2)
+    assert "hydra.run.dir=. holds notes, which no run" in said
+    assert [path.name for path in another.iterdir()] == ["notes"]

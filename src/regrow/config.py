@@ -186,6 +186,17 @@ def output_dir() -> Path:
     return Path(str(runtime["output_dir"]))
 
 
+def is_named(key: str) -> bool:
+    """Return True if `hydra.run.dir` or `hydra.sweep.dir` names a folder: by itself, it is the
+    current one, which only who types it can mean."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    typed = [line.lstrip("+") for line in typed_overrides(hydra.overrides.hydra)]
+    place = hydra.run.dir if key == "hydra.run.dir" else hydra.sweep.dir
+    return any(line.startswith(f"{key}=") for line in typed) or Path(place).resolve() != Path.cwd()
+
+
 def version_arguments() -> dict[str, Any]:
     """What Hydra 1.3 wants to be told of the version it is to behave like, and 1.4 no more."""
     import hydra

@@ -118,7 +118,7 @@ def train_command(
 
 def new_folder(config: dict[str, Any], hydra: Any) -> Path:
     """The folder named by hydra.run.dir or a sweep; else outputs/<name>/find_lr/<time>."""
-    if hydra.mode == RunMode.MULTIRUN or Path(hydra.run.dir).resolve() != Path.cwd():
+    if hydra.mode == RunMode.MULTIRUN or configs.is_named("hydra.run.dir"):
         return configs.output_dir()
     return records.create(Path("outputs"), f"{config['name']}/find_lr")
 

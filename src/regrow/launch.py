@@ -70,7 +70,7 @@ def _launch(cfg: DictConfig) -> float | None:
     for override in configs.typed_overrides(hydra.overrides.hydra):
         if resume.key_of(override).startswith("hydra.sweep."):
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
-    folder = configs.output_dir() if Path(hydra.run.dir).resolve() != Path.cwd() else None
+    folder = configs.output_dir() if configs.is_named("hydra.run.dir") else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
     if outside.started_from_outside():
         from regrow import worker

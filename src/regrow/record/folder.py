@@ -112,10 +112,11 @@ def refuse_links(folder: Path, named: str, part: str = "", way_out: str = "") ->
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove a folder that holds nothing but the lock of this process."""
+    """Remove a folder that holds nothing but the lock of this process; of the current one, that."""
     if folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
         (folder / ".lock").unlink()
-        folder.rmdir()
+        if folder.resolve() != Path.cwd():
+            folder.rmdir()
 
 
 def remove_start(folder: Path) -> None:

@@ -20,7 +20,7 @@ from regrow import flags, outside, ownership, slurm
 from regrow.check import check_group
 from regrow.command_line import command
 from regrow.composed import as_recorded
-from regrow.config import instantiate, plain
+from regrow.config import instantiate, is_named, plain
 from regrow.console import console
 from regrow.errors import UserError
 from regrow.record import folder as records
@@ -69,11 +69,10 @@ def enter(config: DictConfig) -> None:
         check_group(config, group)
     if frozen.is_entered(os.environ):
         return
-    named = Path(config.hydra.sweep.dir)
-    is_named = named.resolve() != Path.cwd()
+    named = Path(config.hydra.sweep.dir) if is_named("hydra.sweep.dir") else None
     source = flags.source_of(config.hydra)
     frozen_code = frozen.opened(
-        named if is_named else None,
+        named,
         str(config.name),
         same_sweep(config),
         str(config.resume),
