@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from regrow.resume import (
     is_own,
     key_of,
     lacked_before,
+    places_of,
     places_of_conf,
     recorded_overrides,
 )
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         given = sys.argv[1:] if arguments is None else arguments
         options = parse(given, OPTIONS, text=__doc__ or "")
-        code = reproduce(Path(options["run"]), places_of(options))
+        code = reproduce(Path(options["run"]), typed_places(options))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def places_of(options: Arguments) -> dict[str, Any]:
+def typed_places(options: Arguments) -> dict[str, Any]:
     """The search path that was typed, as Hydra's flags would have it."""
     typed = [
         *(["--config-dir", options["config_dir"]] if options["config_dir"] else []),
@@ -113,7 +115,7 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"run={given}: there is nothing to compare with, as its {records.METRICS} or "
             f"{records.SUMMARY} cannot be read: {reason}. Restore that file."
         ) from None
-    check_roles(config, tuple(config), run, f"run={given}")
+    check_roles(config, tuple(config), run, f"run={given}", others=places_of(run))
     if not isinstance(name, str) or not isinstance(threads, int):
         raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
     return config, manifest.latest(content)
@@ -135,6 +137,7 @@ def arguments_of(
     added |= {k: v for k, v in older.earlier(config).items() if k in lacked_before(run)}
     if own := is_own(run):
         registered.take_up(run / ".hydra")
+        os.environ[registered.ELSEWHERE] = str(run.resolve() / ".hydra")  # for the second run
     if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:
         raise UserError(
             f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "

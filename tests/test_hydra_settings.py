@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import cast
 import forked
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from running import TINY, composed
 
 from regrow import leads, places, registered
@@ -21,6 +23,7 @@ from regrow.errors import UserError
 from regrow.explain import composition_error, hydras_value_error
 from regrow.hydras import check_settings
 from regrow.record.folder import read_json
+from regrow.record.redact import redact
 from regrow.roles import listed
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
@@ -321,21 +324,38 @@ def test_a_node_that_a_wrapper_registered_survives_in_a_run(tmp_path: Path) -> N
     assert "model=registered: there is no such option." in said
 
 
+class Kind(enum.Enum):
+    ONE = 1
+
+
 def test_what_was_registered_is_written_without_hydras_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     monkeypatch.setattr(store, "repo", {"hydra": store.repo["hydra"]})
     registered.write(tmp_path)
-    assert not (tmp_path / registered.NAME).exists()
-    store.store(group="a/b", name="c", node={"x": "${y}"}, package="p")
+    assert not (tmp_path / registered.NAME).exists() and registered.text(redact) is None
+    node = OmegaConf.create({"x": "${y}", "path": Path("a"), "kind": Kind.ONE, "api_key": "abcd12"})
+    store.store(group="a/b", name="c", node=node, package="p")
     registered.write(tmp_path)
+    masked = registered.text(redact)
     monkeypatch.setattr(store, "repo", {"hydra": store.repo["hydra"]})
     registered.take_up(tmp_path)
     assert store.load("a/b/c.yaml").node._content["x"]._value() == "${y}"
     assert store.load("a/b/c.yaml").package == "p"
+    # A run's record masks secrets, and is whole all the same.
+    assert masked is not None and "abcd12" not in masked
+    (tmp_path / registered.NAME).write_text(masked)
+    registered.take_up(tmp_path)  # it is there
+    monkeypatch.setattr(store, "repo", {"hydra": store.repo["hydra"]})
+    registered.take_up(tmp_path)
+    assert "c held a secret, which the record masks" in capsys.readouterr().err
+    assert "a" not in store.repo
+    (tmp_path / registered.NAME).write_text('[{"group": 1}]')
+    with pytest.raises(UserError, match="is damaged"):
+        registered.take_up(tmp_path)
 
 
 ASKED = (

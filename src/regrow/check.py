@@ -400,9 +400,14 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
                     f"{key}/{path.name}: it begins with an invisible mark (BOM), and Hydra does "
                     f"not see `{places.HEADER}`. Save it as UTF-8 without one."
                 )
+            if path is None:
+                raise UserError(
+                    f"{key}: it has no keys of its own, as its files hold those of other groups. "
+                    f"Choose a file: {key}=…"
+                )
             raise UserError(
-                f"{key}/{path.name if path else '…'}: its first line must be `{places.HEADER}`. "
-                f"Without it, its values are put below {key}, where nothing reads them."
+                f"{key}/{path.name}: its first line must be `{places.HEADER}`. Without it, its "
+                f"values are put below {key}, where nothing reads them."
             )
         if key not in top and key not in groups and key not in own:
             _refuse_misplaced(key, choices)

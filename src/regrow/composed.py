@@ -46,7 +46,7 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         overrides=overrides,
         choices=choices,
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()}
-        | registered.files(),
+        | ({registered.NAME: nodes} if (nodes := registered.text(redact)) is not None else {}),
         command=list(command),
         source=flags.source_of(hydra),
     )
@@ -56,8 +56,9 @@ def as_recorded(job: Job) -> list[str]:
     """What a resume follows: the overrides as the run's folder will hold them, and the places
     that its config came from."""
     overrides = resume.overrides_in(redact(job.composed["overrides.yaml"]))
-    nodes = registered.sealed(job.composed.get(registered.NAME))
-    return [*overrides, *flags.followed_places(job.source), *nodes]
+    nodes = job.composed.get(registered.NAME)
+    seal = registered.sealed(None if nodes is None else nodes.encode())
+    return [*overrides, *flags.followed_places(job.source), *seal]
 
 
 def with_override(job: Job, key: str, value: Any) -> Job:

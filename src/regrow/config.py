@@ -60,7 +60,7 @@ def entry_point(
 
     from regrow.explain import composition_error, hydras_value_error, wrong_options
     from regrow.hydras import refuse_typed
-    from regrow.registered import take_up
+    from regrow.registered import ELSEWHERE, take_up
     from regrow.resume import expand
 
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
@@ -77,6 +77,8 @@ def entry_point(
             try:
                 find_own_modules()
                 take_up()
+                if (place := os.environ.pop(ELSEWHERE, None)) is not None:
+                    take_up(Path(place))
                 check_arguments(sys.argv[1:])
                 if is_train(task):
                     refuse_typed(sys.argv[1:])
@@ -118,6 +120,8 @@ def entry_point(
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             except UserWarning as error:
+                if f"provider={flags.SEARCH_PATH}" not in str(error):
+                    raise
                 place = str(error).partition("path=")[2].removesuffix(" is not available.")
                 fail(f"{flags.SEARCH_PATH}: there is no {place}. Correct it, or leave it out.")
             except Exception as error:
@@ -290,7 +294,7 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
     if plain in keys and not word.startswith("-"):
         return f"{said} Give {plain} a value: {plain}=…"
     if plain in keys:
-        return f"{said} Write {argument.lstrip('-')}" if equals else f"{said} Write {plain}=…"
+        return f"{said} Write {plain}={argument.partition('=')[2] if equals else '…'}"
     hyphened = plain.replace("_", "-")
     flags_there = [f.lstrip("-") for f in (*FLAGS, *FLAGS_WITH_A_VALUE) if f.startswith("--")]
     if word.startswith("-") and (near := difflib.get_close_matches(hyphened, flags_there, n=1)):

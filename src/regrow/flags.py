@@ -82,7 +82,8 @@ def check(arguments: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         if key.lstrip("+") == SEARCH_PATH and not _are_places(read(override)):
-            raise UserError(f"{override}: it takes a list of places: {SEARCH_PATH}=[{value}]")
+            shown = "/a/folder" if value in ("", "null") else value
+            raise UserError(f"{override}: it takes a list of places: {SEARCH_PATH}=[{shown}]")
     if "--experimental-rerun" in found:
         place = found[found.index("--experimental-rerun") + 1]
         raise UserError(

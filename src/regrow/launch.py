@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from regrow import config as configs
-from regrow import flags, monitor, outside, ownership, ranks, resume
+from regrow import flags, monitor, outside, ownership, ranks, registered, resume
 from regrow import run as runs
 from regrow.check import check
 from regrow.command_line import command
@@ -364,7 +364,8 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     ownership.enter_run(folder, as_recorded(job), job.owner)
     for name, content in job.composed.items():
-        records.write_text(folder / ".hydra" / name, redact(content))
+        text = content if name == registered.NAME else redact(content)  # that one is masked
+        records.write_text(folder / ".hydra" / name, text)
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):
         log.warning("%s", changes)
@@ -446,6 +447,8 @@ def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
             f"data.batch_size={batch} is more than the {count} training examples: each step is an "
             "epoch over all of them"
         )
+    if objects.state.step == 0 and (far := objects.data.far_targets()) is not None:
+        lines.append(far)
     if objects.total_steps is not None and objects.total_steps < warmup_of(config, objects):
         lines.append(in_warmup(objects.total_steps, warmup_of(config, objects)))
     return lines

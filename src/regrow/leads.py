@@ -88,6 +88,8 @@ NONE = {
 def lead(name: str) -> str:
     """ " Here that is …." for a key with a word of another template in it, or nothing."""
     for part in reversed(re.split(r"[./@]", name)):
+        if part in ("train", "test") and name not in (part, f"trainer.{part}"):
+            continue  # data.source.train is meant to be train_file
         if part in WORDS:
             return f" Here that is {WORDS[part]}."
     return ""

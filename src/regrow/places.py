@@ -51,10 +51,11 @@ def _typed() -> list[str]:
     main = [given.get("path") or f"file://{CONF}", *([given["dir"]] if "dir" in given else [])]
     of_file = []
     for place in filter(None, map(_folder, main)):
-        node = read(place / f"{given.get('name', 'train')}.yaml").get("hydra")
+        name = str(given.get("name", "train")).removesuffix(".yaml")
+        node = read(place / f"{name}.yaml").get("hydra")
         its = node.get("searchpath") if isinstance(node, Mapping) else None
         of_file += [str(each) for each in its] if isinstance(its, list) else []
-    return [*main, *map(str, given.get("searchpath", [])), *of_file]
+    return [*main, *map(str, given.get("searchpath") or of_file)]
 
 
 def _folder(place: str) -> Path | None:
@@ -82,6 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def primary_file(name: str) -> str:
     """The file that holds the keys of a primary config, as one would name it."""
+    name = name.removesuffix(".yaml")
     for folder in folders():
         if (folder / f"{name}.yaml").is_file():
             path = folder / f"{name}.yaml"
@@ -143,6 +145,7 @@ def own_keys(name: str, choices: Mapping[str, Any]) -> set[str]:
 
 
 def _primaries(name: str, seen: set[str]) -> Iterator[dict[str, Any]]:
+    name = name.removesuffix(".yaml")
     if name in seen:
         return
     seen.add(name)
@@ -159,8 +162,8 @@ def _primaries(name: str, seen: set[str]) -> Iterator[dict[str, Any]]:
 def without_header(group: str, chosen: Sequence[str]) -> Path | None:
     """The first of the chosen files of a group that does not begin with `# @package _global_`."""
     paths = [path for option in chosen if (path := file_of(group, option)) is not None]
-    others = [p for p in paths if not p.read_text("utf-8", "replace").lstrip().startswith(HEADER)]
-    return next(iter([*others, *paths]), None)
+    others = (p for p in paths if not p.read_text("utf-8", "replace").lstrip().startswith(HEADER))
+    return next(others, None)
 
 
 def package_of(path: Path) -> str:

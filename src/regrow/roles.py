@@ -68,7 +68,7 @@ def check_roles(
                     f"{where}: its config.yaml has {path}._target_={value}, from a module in the "
                     "run's own or the current folder. It is not imported."
                 )
-            if any(value in listed(group, place) for place in others):
+            if isinstance(value, str) and any(value in listed(group, each) for each in others):
                 continue
             if not _fits(value, group, path):
                 raise UserError(

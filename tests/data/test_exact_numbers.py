@@ -140,17 +140,14 @@ def test_a_constant_is_shifted_and_not_scaled_by_its_rounding(
 
 
 @pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (50.0, True)])
-def test_targets_far_from_what_a_model_starts_with_are_said(
-    scale: float, warns: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_targets_far_from_what_a_model_starts_with_are_said(scale: float, warns: bool) -> None:
     inputs = torch.rand(50, 2)
     regression = {"target_kind": "regression", "num_classes": None, "num_outputs": 1}
-    data_of(Examples(inputs, scale * inputs[:, 0]), input_shape=[2], **regression)
-    assert ("Set data.normalize_targets=true" in caplog.text) is warns
-    caplog.clear()
+    train = Examples(inputs, scale * inputs[:, 0])
+    said = data_of(train, input_shape=[2], **regression).far_targets()
+    assert ("Set data.normalize_targets=true" in str(said)) is warns
     more = {"normalize_targets": True}
-    data_of(Examples(inputs, scale * inputs[:, 0]), input_shape=[2], **regression, **more)
-    assert not caplog.records
+    assert data_of(train, input_shape=[2], **regression, **more).far_targets() is None
 
 
 def data_of(train: Any, **changes: Any) -> Data:

@@ -368,6 +368,19 @@ class Remembers(Base):
         return self.out(inputs + self.keys.mean(0))
 
 
+class Averages(Base):
+    """Keeps a running mean of the inputs in a buffer that its first batch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Any:
+        before = torch.zeros(6) if self.mean is None else self.mean
+        self.mean = 0.9 * before + 0.1 * inputs.detach().mean(0)
+        return self.out(inputs - self.mean)
+
+
 class Attached(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -469,6 +482,7 @@ REFUSED: list[tuple[type, tuple[str, ...], str]] = [
     (FilledNone, (), r"forward changes mask"),
     (Growing, (), r"forward changes memory \(before: float32 \(1,\).*persistent=False"),
     (Remembers, (), r"forward changes keys, and the outputs for the same inputs with it"),
+    (Averages, (), r"forward changes mean, and the outputs for the same inputs with it"),
     (Attached, (), r"the buffer memory keeps the graph.*\.detach\(\)"),
     (UnusedLazy, (), r"other\.weight, other\.bias of lazy modules"),
     (LazyThatMakes, (), r"forward makes made\. Register it in __init__"),
@@ -497,7 +511,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
 
 NEED_A_BATCH = (
     *(SparseFunction, Created, FilledNone, Growing, Attached, Detached, InAList, Mapping, Tuple),
-    *(Closure, Remembers),
+    *(Closure, Remembers, Averages),
 )
 
 

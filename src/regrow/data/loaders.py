@@ -142,7 +142,6 @@ class Data:
             integers=integers,
         )
         self._warn_of_rounding()
-        self._warn_of_scale()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
@@ -285,22 +284,23 @@ class Data:
         )
         return Examples(split.inputs, targets, split.weights)
 
-    def _warn_of_scale(self) -> None:
-        """Log where the targets of a regression are far from what a new model's outputs are."""
+    def far_targets(self) -> str | None:
+        """One line on targets of a regression that are far from where a model starts, else None."""
         train = self.source.train
         if self.target_kind != "regression" or self.preprocessing.target_mean is not None:
-            return
-        if isinstance(train, Examples):
-            columns = train.targets.double().view(len(train), -1)
-            means, deviations = columns.mean(0), columns.std(0, correction=0)
-            furthest = int(torch.maximum(means.abs(), deviations).argmax())
-            mean, deviation = float(means[furthest]), float(deviations[furthest])
-            if max(abs(mean), deviation) > 10 and rounding(train.targets) <= 1e-3:
-                log.warning(
-                    "the targets have a mean of %.4g and a standard deviation of %.4g: a model "
-                    "starts near 0 and learns them slowly. Set data.normalize_targets=true.",
-                    *(mean, deviation),
-                )
+            return None
+        if not isinstance(train, Examples) or float(train.targets.abs().amax()) <= 10:
+            return None
+        columns = train.targets.double().reshape(len(train), -1)
+        means, deviations = columns.mean(0), columns.std(0, correction=0)
+        furthest = int(torch.maximum(means.abs(), deviations).argmax())
+        mean, deviation = float(means[furthest]), float(deviations[furthest])
+        if max(abs(mean), deviation) <= 10 or rounding(train.targets) > 1e-3:
+            return None
+        return (
+            f"the targets have a mean of {mean:.4g} and a standard deviation of {deviation:.4g}: a "
+            "model starts near 0 and learns them slowly. Set data.normalize_targets=true"
+        )
 
     def _warn_of_rounding(self) -> None:
         """Log where float32, which models compute in, takes a part of the data away."""

@@ -6,9 +6,11 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import fail, is_started
 from regrow.errors import UserError
+from regrow.explain import composition_error
 
 
 class EnterFrozenCopy(Callback):
@@ -22,3 +24,5 @@ class EnterFrozenCopy(Callback):
                 enter(config)
             except UserError as error:
                 fail(str(error))
+            except OmegaConfBaseException as error:
+                fail(composition_error(error))

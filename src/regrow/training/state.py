@@ -245,8 +245,9 @@ def update_average(
     buffers = dict(averaged.named_buffers())
     for name, source in model.named_buffers():
         # A cache may have grown in one of the two alone, and stays what it is.
-        if (own := buffers.get(name)) is not None and own.shape == source.shape:
-            copies.append(own)
+        own = buffers.get(name)
+        if (own is not None and own.shape == source.shape) or name not in caches(model):
+            copies.append(buffers[name])
             sources.append(source)
     for copy_, source in zip(copies, sources, strict=True):
         copy_.copy_(source)
