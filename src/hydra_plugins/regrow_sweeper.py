@@ -4,7 +4,7 @@ Hydra imports this file in every one of its programs, so it imports nothing of o
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -21,8 +21,7 @@ class RegrowSweeper(Sweeper):
     """
 
     def __init__(self, **options: Any) -> None:
-        """`options` are those of Hydra's own sweeper."""
-        self.options = options
+        """`options` are those of Hydra's own sweeper, which takes them from the config."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -32,7 +31,7 @@ class RegrowSweeper(Sweeper):
         self.context, self.composed = hydra_context, config
         self.hydras: Sweeper | None = None
         if not is_started(task_function):
-            as_hydra = _with_hydras_sweeper(config, self.options)
+            as_hydra = _with_hydras_sweeper(config)
             self.hydras = Plugins.instance().instantiate_sweeper(
                 hydra_context=hydra_context, task_function=task_function, config=as_hydra
             )
@@ -57,12 +56,12 @@ class RegrowSweeper(Sweeper):
             raise
 
 
-def _with_hydras_sweeper(config: DictConfig, options: Mapping[str, Any]) -> DictConfig:
+def _with_hydras_sweeper(config: DictConfig) -> DictConfig:
     """The config with the sweeper that was chosen, in whose place conf/train.yaml puts ours."""
     choice = config.hydra.runtime.choices.get("hydra/sweeper", "basic")
     node: Any = ConfigStore.instance().load(f"hydra/sweeper/{choice}.yaml").node
     config = copy.deepcopy(config)
     OmegaConf.set_readonly(config.hydra, False)
     with open_dict(config):
-        config.hydra.sweeper = {**options, "_target_": node["_target_"]}
+        config.hydra.sweeper._target_ = node["_target_"]
     return config
