@@ -88,6 +88,7 @@ def resumed(*typed: str) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *typed: str) -> str:
+    capsys.readouterr()  # of the runs before
     with pytest.raises(SystemExit) as stop:
         resumed(*typed)
     assert stop.value.code == 2

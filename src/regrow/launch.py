@@ -253,6 +253,8 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             if world.is_main:
                 records.set_status(folder, "running", step=0, pids=pids)
                 introduce(folder, job, objects, world)
+                if is_new and (far := objects.data.far_targets()) is not None:
+                    log.warning("%s", far)
             begun = False
 
             def begin() -> None:
@@ -447,8 +449,6 @@ def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
             f"data.batch_size={batch} is more than the {count} training examples: each step is an "
             "epoch over all of them"
         )
-    if objects.state.step == 0 and (far := objects.data.far_targets()) is not None:
-        lines.append(far)
     if objects.total_steps is not None and objects.total_steps < warmup_of(config, objects):
         lines.append(in_warmup(objects.total_steps, warmup_of(config, objects)))
     return lines
