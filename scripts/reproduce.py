@@ -134,7 +134,8 @@ def arguments_of(
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
     added = older.complete(config)
-    added |= {k: v for k, v in older.earlier(config).items() if k in lacked_before(run)}
+    lacked = lacked_before(run)
+    added |= {key: value for key, value in older.earlier(config).items() if key in lacked}
     if own := is_own(run):
         registered.take_up(run / ".hydra")
         os.environ[registered.ELSEWHERE] = str(run.resolve() / ".hydra")  # for the second run

@@ -194,9 +194,8 @@ def begin() -> bool:
         return True
     if UNFINISHED.exists():
         adopted = read(UNFINISHED).get("adopted") == "yes"
-        say(
-            "an earlier set-up was interrupted, " + ("resuming" if adopted else "making .venv anew")
-        )
+        next_step = "resuming" if adopted else "making .venv from scratch"
+        say(f"an earlier set-up was interrupted, {next_step}")
         return not adopted
     if any(VENV.iterdir()):
         # Someone made it by hand: never emptied, only added to.

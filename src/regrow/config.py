@@ -69,7 +69,7 @@ def entry_point(
         def main() -> None:
             let_hydra_raise()
             register_resolver("options", option_list)  # of --help
-            # Hydra goes on without a place of the search path, and so with another config.
+            # Hydra would skip a missing place of the search path, and so compose another config.
             warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
             if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
                 # Behind `| head`: logging would print a traceback for each line that is left.

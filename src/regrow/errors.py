@@ -183,7 +183,7 @@ def printable(text: str) -> str:
     return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-# Of difflib: a letter that is missing, too many or in another place. At its own 0.6, `test` is
+# difflib's ratio for a letter that is missing, added or moved. At its own 0.6, `test` is
 # near `notes`.
 SIMILAR = 0.75
 

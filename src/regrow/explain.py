@@ -17,7 +17,7 @@ from regrow.errors import UserError, did_you_mean
 
 
 def composition_error(error: Exception) -> str:
-    """What Hydra or OmegaConf says of a config, in one line with the nearest right word."""
+    """Return an error of Hydra's or OmegaConf's in one line, with the nearest right word."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

@@ -48,9 +48,9 @@ def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
             raise UserError(leads.replaced_option(f"hydra/{group}", str(option)))
     _refuse_others("sweeper", node["sweeper"], SWEEPER, ("max_batch_size", "params"))
     _refuse_others("launcher", node["launcher"], BASIC_LAUNCHER, ())
-    known = hydras_keys()
+    known = {*hydras_keys(), "hydra.env"}
     for key in _dotted(node, "hydra."):
-        if key not in (*known, "hydra.env") and not key.endswith("._target_"):
+        if key not in known and not key.endswith("._target_"):
             raise UserError(f"{key}: Hydra has no such setting.{did_you_mean(key, known)}")
     job = node["job"]
     if job.get("chdir"):

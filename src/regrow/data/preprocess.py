@@ -454,7 +454,7 @@ def _histogram(images: Tensor) -> Tensor:
 
 
 def _deviations(columns: Tensor) -> list[float]:
-    """Of each column of (N, F). That of a constant one may come out as 1e-17, by rounding."""
+    """Return the deviation of each column of (N, F); 0 for a constant, not a rounded 1e-17."""
     is_constant = columns.amin(0) == columns.amax(0)
     return _nonzero(columns.std(0, correction=0).masked_fill(is_constant, 0.0))
 
