@@ -199,6 +199,7 @@ def test_twenty_sweeps_that_begin_at_once_have_twenty_folders(tmp_path: Path) ->
     """In twenty processes, of which many draw the same name: there are 16 for each second."""
     program = """
 import multiprocessing
+import os
 from regrow.record import folder
 from regrow.sweep import frozen
 
@@ -209,7 +210,7 @@ together, done = fork.Barrier(20), fork.Barrier(20)
 def begin():
     together.wait()
     with frozen.claim(None, "digits", ["seed=0,1"], "auto") as lock:
-        print(lock.folder, flush=True)
+        os.write(1, f"{lock.folder}\\n".encode())  # whole: print() writes the line's end apart
         done.wait(timeout=20)  # in vain, where one of them has failed
 
 sweeps = [fork.Process(target=begin) for _ in range(20)]
