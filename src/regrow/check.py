@@ -1,7 +1,7 @@
-"""Everything about a config that can be wrong, found before torch is imported.
+"""Check a config for every possible mistake before torch is imported.
 
-Keys and types are held against the YAML that ships with the repository, which a test proves equal
-to the signatures behind it. Only a target that does not ship is imported, to look at its signature.
+Keys and types are compared with the shipped YAML, which a test proves equal to the signatures
+behind it. Only a target that does not ship is imported, to read its signature.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", 
 
 @dataclass(frozen=True)
 class Rule:
-    """What values a key takes, and how to say so."""
+    """The values that a key accepts, as a predicate and in words."""
 
     says: str
     allows: Callable[[Any], bool]
@@ -119,7 +119,7 @@ NORMALIZE = Rule(
 )
 
 
-# Types follow from the shipped values. Here stand the ranges, and what a null may be instead.
+# Ranges, and the types of values that may be null. Other types follow from the shipped values.
 RULES: dict[str, Rule] = {
     "seed": integer(0),
     "data.seed": integer(0),
@@ -284,7 +284,7 @@ LOSSES = {
 
 
 class CheckBeforeStart(Callback):
-    """Hydra's callback: a bad config ends here, before Hydra makes a folder."""
+    """Hydra callback that exits on a bad config before Hydra creates a folder."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
@@ -309,8 +309,11 @@ class CheckBeforeStart(Callback):
 
 
 def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
-    """Raise UserError for settings of Hydra's by which it would write into the current folder, or,
-    in a sweep, nothing at all: a run keeps its own log and its own `.hydra`."""
+    """Raise UserError for Hydra settings of log files and output_subdir that do not apply here.
+
+    Hydra would write into the current folder or, in a sweep, nothing. A run keeps its own log and
+    its own `.hydra`.
+    """
     node = plain(hydra, resolve=False)
     if (kept := node["output_subdir"]) is not None:
         raise UserError(
@@ -338,9 +341,9 @@ def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
 
 
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
-    """Raise UserError with one line for the first thing that is wrong with a composed config.
+    """Raise UserError with one line for the first mistake in a composed config.
 
-    `config` may hold the node `hydra`; `choices` are the options that its groups were composed of.
+    `config` may hold the node `hydra`. `choices` are the chosen options, by group.
     """
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     missing = [key for key, value in _leaves(plain(config, resolve=False)) if value == "???"]
@@ -369,7 +372,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
 
 
 def check_group(config: DictConfig, group: str) -> None:
-    """The same of one group alone, where the others may not be whole yet."""
+    """Check one group's keys, types and ranges, while other groups may still be incomplete."""
     values = plain(config, resolve=False)
     option = HydraConfig.get().runtime.choices.get(group)
     if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
@@ -380,7 +383,7 @@ def check_group(config: DictConfig, group: str) -> None:
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
     leaves = dict(_leaves(values))
-    for path in (path for path in RULES if path in leaves):  # the owner of a value before others
+    for path in (path for path in RULES if path in leaves):  # reports a value's owner first
         value = leaves[path]
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
         is_known = not is_text and _is_ours(values, path)
@@ -435,7 +438,7 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
 
 
 def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
-    """Raise UserError if a key of the top level comes of a package, or of a dot in a file."""
+    """Raise UserError if a top-level key results from a package, or from a dotted key in a file."""
     if "." in key:
         nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
         raise UserError(f"{key}: only the command line takes dots. In a file, write `{nested}`.")
@@ -455,8 +458,10 @@ def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
 
 
 def shipped_node(group: str, option: str) -> dict[str, Any] | None:
-    """A group's option as the YAML says it, with what it inherits; None where there is no file, nor
-    a node in Hydra's ConfigStore."""
+    """Return a group's option as its YAML states it, including what it inherits.
+
+    None if neither a file nor a node in Hydra's ConfigStore defines it.
+    """
     path = places.file_of(group, option)
     content = places.stored(f"{group}/{option}.yaml") if path is None else read_yaml(path)
     if not isinstance(content, dict):
@@ -469,7 +474,7 @@ def shipped_node(group: str, option: str) -> dict[str, Any] | None:
 
 
 def _check_node(node: Any, shipped: Any, path: str) -> None:
-    """Hold a node's keys and types against the shipped ones."""
+    """Raise UserError if a node's keys or types differ from the shipped ones."""
     if not isinstance(shipped, Mapping):
         _check_type(node, shipped, path)
         return
@@ -477,7 +482,7 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
         return
     if not isinstance(node, Mapping):
         raise UserError(f"{path}={_shown(node)} must be a mapping of keys to values.")
-    if not shipped:  # an open mapping
+    if not shipped:  # this mapping accepts any key
         return
     target = node.get("_target_")
     if target != shipped.get("_target_"):
@@ -491,7 +496,7 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
 
 
 def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
-    """Raise UserError for a key that a node does not take, with the nearest that it takes."""
+    """Raise UserError for a key that a node does not accept, with the closest one that it does."""
     path = full.rpartition(".")[0]
     known = [key for key in shipped if not key.startswith("_") and key != "defaults"]
     if isinstance(target, str):
@@ -512,7 +517,7 @@ def _check_type(value: Any, shipped: Any, path: str) -> None:
         return
     ours = path.split(".")[0] in ("trainer", "data", "tags", "notes")
     if value is None and not (ours and isinstance(shipped, bool | int | float | list)):
-        return  # another library's argument, which may well be none
+        return  # another library's argument may be None
     if isinstance(shipped, str) and "${" in shipped:
         return
     if isinstance(shipped, bool):
@@ -532,9 +537,9 @@ def _check_type(value: Any, shipped: Any, path: str) -> None:
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:
-    """Hold a node against its target's own signature, which is returned: parameters by name.
+    """Check a node's keys against its target's signature and return the parameters by name.
 
-    Imports the target's module.
+    Imports the target's module. Raises UserError for a key that the target does not accept.
     """
     target = node.get("_target_")
     if not isinstance(target, str):
@@ -543,7 +548,7 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return {}  # some builtins have none
+        return {}  # some builtins have no signature
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return parameters
     ours = ("interval",) if path == "scheduler" and "optimizer" in parameters else ()
@@ -618,7 +623,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
 
 
 def _is_ours(values: Mapping[str, Any], path: str) -> bool:
-    """Return True if the key's meaning is known: a user's model may take a list as `dropout`."""
+    """Return True if RULES apply to the key: a user's own model may take a list as `dropout`."""
     for key in path.split(".")[:-1]:
         values = values[key]
     return str(values.get("_target_", "regrow.")).startswith(("regrow.", "torch.optim."))

@@ -1,4 +1,4 @@
-"""Hydra at one place: the entry point, its errors as one line, and objects from a config."""
+"""All use of Hydra in one place: the entry point, one-line errors, and objects from a config."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FLAGS_WITH_A_VALUE = (
     *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"),
     *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
 )
-HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # by the run
+HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # the run passes it
 SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
 log = logging.getLogger("regrow")
 
@@ -52,9 +52,9 @@ CONF = places.CONF
 def entry_point(
     config_name: str, resumed: Callable[[list[str]], None] = lambda arguments: None
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
-    """`hydra.main` over `conf/`, whose errors are one line and exit code 2.
+    """Return a decorator like `hydra.main` over `conf/`; an error prints one line and exits with 2.
 
-    `resumed` gets the arguments that `resume=…` stands for, before anything is composed.
+    `resumed` receives the arguments that `resume=…` expands to, before anything is composed.
     """
     import hydra
 
@@ -68,11 +68,11 @@ def entry_point(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         def main() -> None:
             let_hydra_raise()
-            register_resolver("options", option_list)  # of --help
-            # Hydra would skip a missing place of the search path, and so compose another config.
+            register_resolver("options", option_list)  # for --help
+            # Hydra skips a missing search path entry and then composes a different config.
             warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
             if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
-                # Behind `| head`: logging would print a traceback for each line that is left.
+                # With `| head`, logging would print a traceback for each remaining line.
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             try:
                 find_own_modules()
@@ -96,7 +96,7 @@ def entry_point(
                     _started.append(task)
                 if sys.argv[1:] != given:
                     resumed(sys.argv[1:])
-                # Hydra 1.3 takes a version; 1.4 takes the targets that it may call.
+                # Hydra 1.3 takes a version; 1.4 takes the targets that it may instantiate.
                 last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
                 hydra.main(**arguments, **last)(task)()
             except UserError as error:
@@ -109,7 +109,7 @@ def entry_point(
                 if not terminal.nobody_reads():
                     raise
                 raise SystemExit(1) from None
-            except OSError as error:  # Hydra's own mkdir comes before the run's
+            except OSError as error:  # Hydra creates its folder before the run does
                 if (named := folder_named(sys.argv[1:], error.filename)) is None:
                     if (fault := machine_fault(error)) is None:
                         raise
@@ -138,7 +138,7 @@ def entry_point(
 
 @contextlib.contextmanager
 def faults_in_a_line() -> Iterator[None]:
-    """End with one line for a fault of the machine. Of one that a job raises, Hydra prints more."""
+    """Exit with one line for a machine fault raised inside; Hydra would print more."""
     try:
         yield
     except Exception as error:
@@ -152,26 +152,26 @@ _started: list[Callable[..., Any]] = []
 
 
 def is_train(task: Callable[..., Any]) -> bool:
-    """Return True if a task is that of scripts/train.py: only there is -m a sweep of ours."""
+    """Return True if `task` is that of scripts/train.py, the only script where -m is our sweep."""
     code = getattr(task, "__code__", None)
     return code is not None and Path(code.co_filename).resolve() == ROOT / "scripts" / "train.py"
 
 
 def is_started(task: Any = None) -> bool:
-    """Return True if this process runs scripts/train.py, by `task` if that is given."""
+    """Return True if this process runs scripts/train.py, with `task` if one is given."""
     return bool(_started) if task is None else any(task is each for each in _started)
 
 
 def register_resolver(name: str, function: Callable[..., Any]) -> None:
-    """Let `${name:…}` stand in a config."""
-    register: Any = OmegaConf.register_resolver  # from 2.4 on; before, an older one's name
+    """Register the resolver `${name:…}`."""
+    register: Any = OmegaConf.register_resolver  # older than 2.4: a legacy function of this name
     if "replace" not in inspect.signature(register).parameters:
         register = OmegaConf.register_new_resolver
     register(name, function, replace=True)
 
 
 def if_chosen(group: str, option: str, then: Any, otherwise: Any) -> Any:
-    """`then` where `group=option` was chosen: a config has no other way to follow a choice."""
+    """Return `then` if `group=option` was chosen; a config cannot test a choice otherwise."""
     from hydra.core.hydra_config import HydraConfig
 
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
@@ -182,7 +182,7 @@ register_resolver("if_chosen", if_chosen)
 
 
 def output_dir() -> Path:
-    """The folder that Hydra gives the job. Its name may look like an interpolation, and is none."""
+    """Return the folder that Hydra gives the job. A name with `${` in it is taken literally."""
     from hydra.core.hydra_config import HydraConfig
 
     runtime = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
@@ -191,8 +191,10 @@ def output_dir() -> Path:
 
 
 def is_named(key: str) -> bool:
-    """Return True if `hydra.run.dir` or `hydra.sweep.dir` names a folder: by itself, it is the
-    current one, which only who types it can mean."""
+    """Return True if `key`, hydra.run.dir or hydra.sweep.dir, was set.
+
+    The default is the current folder, so that value only counts if it was typed.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
@@ -202,7 +204,7 @@ def is_named(key: str) -> bool:
 
 
 def version_arguments() -> dict[str, Any]:
-    """What Hydra 1.3 wants to be told of the version it is to behave like, and 1.4 no more."""
+    """Return the argument `version_base` for Hydra 1.3, and nothing for 1.4."""
     import hydra
 
     is_new = "execution_whitelist" in inspect.signature(hydra.main).parameters
@@ -210,8 +212,10 @@ def version_arguments() -> dict[str, Any]:
 
 
 def hydras_targets(arguments: Sequence[str]) -> list[str]:
-    """What Hydra 1.4 may call for itself, such as one's own `hydra.callbacks`: what the files that
-    this command may compose name, which are its user's, and what was typed."""
+    """Return the targets that Hydra 1.4 may instantiate itself, such as user `hydra.callbacks`.
+
+    These are all targets in files that this command may compose, and all that were typed.
+    """
     found = {flags.CHECK}
     for place in (CONF, *flags.folders(arguments)):
         for _, content in readable("**/*.yaml", place):
@@ -224,7 +228,7 @@ def hydras_targets(arguments: Sequence[str]) -> list[str]:
 
 
 def _callables(node: Any) -> Iterator[str]:
-    """The dotted names in a node: of targets, and of the classes that logging makes."""
+    """Yield the dotted names in a node: targets, and classes that `logging` instantiates."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             if key in ("_target_", "class", "()") and isinstance(value, str):
@@ -238,10 +242,10 @@ def _callables(node: Any) -> Iterator[str]:
 
 
 def find_own_modules() -> None:
-    """Let a `_target_` name a module that lies in the repository, beside `src/`, and a config use
-    the resolvers that `resolvers.py` there registers. Raises UserError if that cannot be imported.
+    """Make modules in the repository's root importable, and import its `resolvers.py`.
 
-    Python itself looks beside the script. Last, so that it hides no installed module.
+    The root goes last on sys.path, so that it does not shadow installed modules. Raises UserError
+    if `resolvers.py` cannot be imported.
     """
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
@@ -250,7 +254,7 @@ def find_own_modules() -> None:
 
 @functools.cache
 def import_resolvers(root: Path) -> None:
-    """Import the root's `resolvers.py`, once, and not an installed module of that name."""
+    """Import the `resolvers.py` in `root` once, never an installed module of that name."""
     spec = importlib.machinery.PathFinder.find_spec("resolvers", [str(root)])
     if spec is None or spec.loader is None:
         return
@@ -271,8 +275,10 @@ def import_resolvers(root: Path) -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise UserError for the first argument that is neither `key=value` nor an option of Hydra's,
-    whose own parser would answer with its usage, and for a setting of Hydra's without effect."""
+    """Raise UserError for the first argument that is neither `key=value` nor a flag of Hydra's.
+
+    Hydra's own parser would only print its usage.
+    """
     before = ""
     for argument in arguments:
         word, equals, _ = argument.partition("=")
@@ -303,22 +309,26 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
 
 
 def let_hydra_raise() -> None:
-    """Let Hydra raise what it would otherwise print with its own hints. Processes that are started
-    from here inherit both variables, and so know that the user did not ask for tracebacks."""
+    """Make Hydra raise errors that it would otherwise print with its own hints.
+
+    Child processes inherit both variables and can tell that the user did not ask for tracebacks.
+    """
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
         os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
 
 
 def show_traceback(error: BaseException | None) -> None:
-    """Print the traceback of an error that another one caused, such as one of the user's own code,
-    if HYDRA_FULL_ERROR=1 was set by the user."""
+    """Print the traceback of `error` if the user set HYDRA_FULL_ERROR=1.
+
+    A UserError without a cause gets none: its one line is complete.
+    """
     is_asked = os.environ.get("HYDRA_FULL_ERROR") == "1" and SET_BY_US not in os.environ
     if not is_asked or error is None:
         return
     if isinstance(error, UserError) and error.__cause__ is None and error.__context__ is None:
-        return  # the line says it all
+        return
     for each in _chain(error):
-        each.__suppress_context__ = False  # the line leaves out what a traceback has to show
+        each.__suppress_context__ = False  # `from None` would hide the cause in a traceback too
     sys.stdout.flush()
     print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr, end="")
 
@@ -333,9 +343,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong in one line and end: with 2 for a user's error, 1 for the machine's.
+    """Print `message` as one line and exit: with 2 for a user's error, 1 for a machine fault.
 
-    After a traceback of the error that is being handled, if the user asks for those.
+    The handled error's traceback comes first if the user asked for tracebacks.
     """
     show_traceback(sys.exception())
     print(f"error: {printable(one_line(message))}", file=sys.stderr)
@@ -343,12 +353,12 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks. Spaces stay: they may be part of a path in a command."""
+    """Return the message without line breaks. Spaces stay: a path in a command may hold them."""
     return re.sub(r"\s*[\r\n]\s*", " ", message.strip())
 
 
 def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
-    """The argument that names the folder `refused`, or one in it, for a run or a sweep."""
+    """Return the argument that names `refused`, or a folder in it, for a run or a sweep."""
     for argument in arguments if isinstance(refused, str) else ():
         key, _, value = argument.partition("=")
         names_one = key in ("hydra.run.dir", "hydra.sweep.dir")
@@ -359,7 +369,7 @@ def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
 
 
 def not_utf8() -> str:
-    """The file of the search path that is not UTF-8, in a line."""
+    """Return one line that names the file on the search path that is not UTF-8."""
     for path in (path for place in places.folders() for path in sorted(place.rglob("*.yaml"))):
         try:
             path.read_bytes().decode("utf-8")
@@ -371,7 +381,7 @@ def not_utf8() -> str:
 
 
 def not_yaml(error: yaml.YAMLError) -> str:
-    """The file of a config that is not YAML, with the line and what is wrong there."""
+    """Return one line that names the file that is not YAML, the line in it and the problem."""
     mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or said is None:
         return f"a file of the config is not YAML: {error}"
@@ -381,7 +391,7 @@ def not_yaml(error: yaml.YAMLError) -> str:
 
 
 def option_list() -> str:
-    """A line for each config group; a file whose name begins with _ is a part of others."""
+    """Return a line of options for each config group, without files that begin with `_`."""
     return "\n".join(
         f"{group}: {', '.join(options)}"
         for group in sorted(places.groups())
@@ -390,8 +400,10 @@ def option_list() -> str:
 
 
 def known_keys() -> dict[str, list[str]]:
-    """All keys, dotted, that the files on the search path have, with the options that have it; none
-    for those of the top level."""
+    """Return all dotted keys on the search path, each with the options that have it.
+
+    A top-level key has no options.
+    """
     keys: dict[str, list[str]] = {group: [] for group in places.groups()}
     for _, node in readable("*.yaml"):
         content = {key: value for key, value in node.items() if key != "hydra"}
@@ -400,7 +412,7 @@ def known_keys() -> dict[str, list[str]]:
     keys |= {key: [] for key in places.own_keys(primary, {}) if key not in keys}
     for path in (path for folder in places.folders() for path in sorted(folder.glob("*/*.yaml"))):
         group = path.parent.name
-        if group not in RECIPES:  # those hold keys of all groups
+        if group not in RECIPES:  # a recipe holds keys of other groups
             content = places.read(path)
             for key in _dotted(content, prefix=f"{group}."):
                 keys[key] = [*keys.get(key, []), path.stem]
@@ -408,8 +420,11 @@ def known_keys() -> dict[str, list[str]]:
 
 
 def readable(pattern: str, place: Path = CONF) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files in conf/ that match, each with its mapping. One that cannot be read is left out:
-    a command that does not compose it must not end because of it, and Hydra names it otherwise."""
+    """Yield the files in `place` that match, each with its mapping.
+
+    Skips unreadable files: a command that does not compose them must not fail, and Hydra names
+    those that it does compose.
+    """
     for path in sorted(place.glob(pattern)):
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
             content = read_yaml(path)
@@ -418,7 +433,7 @@ def readable(pattern: str, place: Path = CONF) -> Iterator[tuple[Path, dict[str,
 
 
 def broken_files() -> list[str]:
-    """The files in conf/ that are not YAML, each with the line."""
+    """Return the files in conf/ that are not valid YAML, each with the line."""
     found = []
     for path in sorted(CONF.rglob("*.yaml")):
         try:
@@ -436,17 +451,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def typed_overrides(node: Any) -> list[str]:
-    """A list of Hydra's overrides as typed: an interpolation in one is part of its text here."""
+    """Return a node of Hydra's overrides as typed, with interpolations unresolved."""
     overrides = OmegaConf.to_container(node, resolve=False)
     assert isinstance(overrides, list)
     return [str(override) for override in overrides]
 
 
 def recorded_config(folder: Path, where: str) -> dict[str, Any]:
-    """The config of the run in `folder`, which `where` names as the user did.
+    """Return the config of the run in `folder`, which `where` names as the user did.
 
-    If config.yaml is damaged, Hydra's own copy stands in for it, with one line. Raises UserError
-    where that is damaged as well.
+    If config.yaml is damaged, uses Hydra's own copy and logs a warning. Raises UserError if that is
+    damaged as well.
     """
     try:
         return _whole(read_yaml(folder / "config.yaml"))
@@ -459,7 +474,7 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
         choices = its.get("hydra", its)["runtime"]["choices"]
         choice = r"\$\{hydra:runtime\.choices\.(\w+)\}"
         text = re.sub(choice, lambda found: json.dumps(str(choices[found[1]])), text)
-        # Of what may come from anybody, only references to its own keys are resolved.
+        # The folder may be untrusted: resolve only references to the config's own keys.
         if "${" in re.sub(r"\$\{(if_chosen:|oc\.select:)?[\w.,]*\}", "", text):
             raise ValueError("it refers to more than its own keys")
         config = _whole(OmegaConf.to_container(OmegaConf.create(text), resolve=True))
@@ -482,21 +497,24 @@ def _whole(config: Any) -> dict[str, Any]:
 
 
 def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
-    """The config as plain dicts, lists and values."""
+    """Return the config as plain dicts, lists and values."""
     container = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
-# The keys that Hydra itself reads in a node. None of these keys lets a target through.
+# The keys that Hydra itself reads in a node. None of them can bypass the check of targets.
 HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-# Targets that this process may make beside those that conf/ names: see `allow`.
+# Targets that this process may instantiate in addition to those in conf/: see `allow`.
 _allowed: set[str] = set()
 
 
 def allow(*nodes: Any) -> None:
-    """Let `instantiate` make the targets in these nodes: of a config that was composed of a command
-    line, which is its user's own, or of a recorded one once it has passed `roles.check_roles`."""
+    """Allow `instantiate` to use the targets in these nodes.
+
+    The config must be composed from the user's command line, or a recorded one that has passed
+    `roles.check_roles`.
+    """
     _allowed.update(
         target for node in nodes for _, target in targets_in(node) if isinstance(target, str)
     )
@@ -508,13 +526,13 @@ def is_allowed(target: Any) -> bool:
 
 @functools.cache
 def shipped_targets() -> frozenset[str]:
-    """All targets that the files in conf/ name."""
+    """Return all targets that the files in conf/ name."""
     nodes = [node for _, node in readable("**/*.yaml")]
     return frozenset(t for node in nodes for _, t in targets_in(node) if isinstance(t, str))
 
 
 def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, target) of all nodes below."""
+    """Yield (dotted path, target) of `node` and all nodes below it."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield path, node["_target_"]
@@ -526,7 +544,7 @@ def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def refuse_unknown_targets(node: Any) -> None:
-    """Raise UserError for a target that nothing has let through, however deep it lies."""
+    """Raise UserError for a target, at any depth, that is not allowed."""
     for path, target in targets_in(node):
         if not is_allowed(target):
             where = f"{path}._target_={target}" if path else f"_target_={target}"
@@ -539,23 +557,23 @@ def refuse_unknown_targets(node: Any) -> None:
 
 
 def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
-    """The object that a node describes; `arguments` are those that only the run knows.
+    """Return the object that a node describes; `arguments` are those that only the run knows.
 
-    Raises UserError with one line for a target that cannot be imported or refuses its arguments.
+    Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.
     """
     from hydra import utils
     from hydra.errors import InstantiationException
 
     refuse_unknown_targets(node)
     try:
-        if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # from 1.4 on, Hydra looks too
+        if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # Hydra 1.4 checks targets too
             return _made(node, arguments)
         if not arguments:
             return utils.instantiate(dict(node), _convert_="all")
-        # Called here: Hydra would make configs of objects that are dataclasses.
+        # Call it here: Hydra would convert dataclass arguments to configs.
         return utils.instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
     except (InstantiationException, TypeError) as error:
-        # Hydra 1.4 passes a TypeError on as it is; only one of the call itself is meant here.
+        # Hydra 1.4 does not wrap a TypeError. Handle only one from the call itself.
         called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
         if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
             raise
@@ -566,7 +584,7 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             raise cause from None
         said = said_by(error)
         if unknown := re.search(r"Error locating target '([^']+)'[^(]*$", said):
-            # Nothing was raised there: this says whether the module is missing or what is in it.
+            # Raises an error that says whether the module or the name in it is missing.
             locate(unknown[1], "")
         if "missing" in said and "required" in said:
             said += " " + _way_out(said, node)
@@ -574,10 +592,10 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
 
 
 def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
-    """The object that a node describes. Hydra 1.4 makes what lies in it, by a whitelist.
+    """Return the object that a node describes; Hydra 1.4 instantiates inner nodes by a whitelist.
 
-    The outermost target is called here. Hydra would refuse a function or a module that it returns,
-    such as a schedule, unless the whitelist named the place of its definition.
+    The outermost target is called here. Hydra would reject a function or a module that it returns,
+    such as a schedule, unless the whitelist named the module that defines it.
     """
     from hydra import utils
     from hydra.errors import InstantiationException
@@ -610,16 +628,16 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
 
 
 def _canonical(target: str) -> str:
-    """The name under which a target was defined, by which Hydra knows it once it is imported."""
+    """Return the name under which a target was defined, which Hydra compares after importing it."""
     try:
         found = locate(target, "")
         return f"{found.__module__}.{found.__qualname__}"
     except (UserError, AttributeError):
-        return target  # the error is said where it is made
+        return target  # instantiating it reports the error
 
 
 def _way_out(said: str, node: Mapping[str, Any]) -> str:
-    """What to do about a target that lacks arguments."""
+    """Return the advice for a target that lacks arguments."""
     by_position = re.search(r"missing \d+ required positional", said) is not None
     if not node.get("_partial_") and (by_position or HANDED_IN & {*re.findall(r"'(\w+)'", said)}):
         return (
@@ -633,7 +651,7 @@ def _way_out(said: str, node: Mapping[str, Any]) -> str:
 
 
 def locate(target: str, path: str) -> Any:
-    """The object behind a dotted name that stands at `path`. Raises UserError."""
+    """Return the object that the dotted name `target` at `path` refers to. Raises UserError."""
     where = f"{path}._target_={target}" if path else f"_target_={target}"
     module, _, name = target.rpartition(".")
     while module:
@@ -660,7 +678,7 @@ def locate(target: str, path: str) -> Any:
 
 
 def said_by(error: BaseException) -> str:
-    """An error of `instantiate` in one line, with what one's own code raised first, and where."""
+    """Return an error of `instantiate` in one line, with the user code's exception and its line."""
     said = _first_lines(error)
     said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
     cause = error.__cause__ or error.__context__
@@ -676,8 +694,10 @@ def said_by(error: BaseException) -> str:
 
 
 def _is_of_hydra(file: str) -> bool:
-    """Return True if a frame's file is part of Hydra or of Python's import, not of a user's code,
-    which may lie in a folder of such a name."""
+    """Return True if a frame's file is part of Hydra or of Python's import system.
+
+    Compares folders, not names: user code may lie in a folder named hydra.
+    """
     import hydra
 
     places = (Path(hydra.__file__).parent, Path(importlib.__file__).parent)

@@ -1,4 +1,4 @@
-"""From Hydra's job to a run in its folder: where it writes, what it says, how it ends."""
+"""Turn Hydra's job into a run in its folder, and handle its output, log lines and exit."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(cfg: DictConfig) -> float | None:
     """Run what `cfg` describes and return the best monitored value, for a sweeper.
 
-    Raises UserError before anything is written; ends the process with 1 when the run failed, and
-    with 128 + signal when it was stopped.
+    Exits with 2 for a user's error, with 1 if the run failed, and with 128 + signal if a signal
+    stopped it.
     """
     try:
         return _launch(cfg)
@@ -87,7 +87,7 @@ def _launch(cfg: DictConfig) -> float | None:
 
 
 def run_all(job: Job) -> float | None:
-    """Run the job in as many processes as it asks for, one of which may be this."""
+    """Run the job in as many processes as it asks for: in this one if it asks for one."""
     trainer = job.config["trainer"]
     count = trainer["devices"] = ranks.count_of(trainer)
     if count > 1 or trainer["max_restarts"]:
@@ -96,7 +96,10 @@ def run_all(job: Job) -> float | None:
 
 
 def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
-    """Give the job to Slurm, as `launcher` and the overrides `typed` for it say, and leave."""
+    """Submit the job to Slurm with the options in `launcher`, and return.
+
+    The printed command to resume repeats the overrides in `typed`, those of the launcher.
+    """
     from regrow import slurm
 
     options: slurm.SlurmOptions = configs.instantiate(launcher)
@@ -108,7 +111,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
                 draw_missing(folder, job)
                 say_complete(folder, job)
                 return
-            # A refusal leaves nothing: see `claimed`.
+            # If Slurm rejects the job, `claimed` removes the empty folder.
             number = slurm.submit(owned(dataclasses.replace(job, folder=str(folder))), options)
     except UserError:
         if job.folder is None:
@@ -121,7 +124,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
 
 
 def owned(job: Job) -> Job:
-    """The job with what its folder holds as its user's: a node may not have the list of folders."""
+    """Return the job with its entry in the user's list of folders, which a node may not have."""
     try:
         entry = ownership.enter()
     except OSError as error:
@@ -131,7 +134,7 @@ def owned(job: Job) -> Job:
 
 
 def run_job(job: Job, world: World) -> float | None:
-    """Run the job, or this process's part of it, and return the best monitored value."""
+    """Run the job, or this rank's part of it, and return the best monitored value."""
     configs.allow(job.config)  # another process may have composed and checked it
     with contextlib.ExitStack() as stack:
         done, halvings = False, 0
@@ -139,11 +142,11 @@ def run_job(job: Job, world: World) -> float | None:
             folder = Path(job.folder)
             goes_on = stack.enter_context(claimed(folder, job))
             done = goes_on and resume.is_done(folder, job.config)
-            # Of a run that ran out of memory in one of several processes, which ended it.
+            # Set if the run ended because one of its ranks ran out of memory.
             halvings = (records.load_status(folder) or {}).get("halvings", 0)
             halvings = halvings if isinstance(halvings, int) else 0
-        # The main process looks into the folder; what it found there goes for all.
-        # Its config too: it may keep values of an older record.
+        # Only the main process reads the folder: broadcast what it found to all ranks, and its
+        # config, which may keep values of an older record.
         found = {"done": done, "halvings": halvings, "config": job.config}
         found = json.loads(world.from_main(json.dumps(found)))
         job.config.update(found["config"])
@@ -155,14 +158,14 @@ def run_job(job: Job, world: World) -> float | None:
 
 
 def draw_missing(folder: Path, job: Job) -> None:
-    """Draw the plots and the page of a complete run that was killed before it had them."""
+    """Draw the plots and the page of a complete run that was killed before it drew them."""
     if job.draws and not runs.is_drawn(folder):
         log.info("%s is complete but for its plots and its page, which are drawn now", folder)
         runs.draw(folder)
 
 
 def say_complete(folder: Path, job: Job) -> float | None:
-    """Say how to train longer; returns the best monitored value."""
+    """Log how to train longer, and return the best monitored value."""
     summary = records.load_summary(folder)
     log.info("%s is complete. To train longer, raise what ended it:", folder)
     log.info("  %s", longer(folder, job, summary))
@@ -172,7 +175,10 @@ def say_complete(folder: Path, job: Job) -> float | None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, job: Job) -> Iterator[bool]:
-    """The named folder under its lock, and whether a run goes on there."""
+    """Hold the lock of the run's folder inside, and yield True if the job resumes a run there.
+
+    Raises UserError if the folder holds something else.
+    """
     if (folder / resume.SWEEP).is_file():
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
     names.refuse_foreign_run(folder)
@@ -187,7 +193,7 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
 
 
 def leave_nothing(folder: Path) -> None:
-    """Remove a run's own folder in which nothing was written, unless somebody has it."""
+    """Remove a run's own folder if nothing was written there and nobody holds its lock."""
     if folder.resolve() == Path.cwd() or not folder.is_dir():
         return
     if any(path.name != names.LOCK for path in folder.iterdir()):
@@ -197,14 +203,14 @@ def leave_nothing(folder: Path) -> None:
 
 
 def remove_empty_parents(folder: Path) -> None:
-    """Remove the folders that were made for this one, if no other run is in them."""
+    """Remove the parent folders that are empty."""
     for parent in folder.parents[:-1]:
         with contextlib.suppress(OSError):
             parent.rmdir()
 
 
 def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
-    """Build, then train in the job's folder, or in a new one if it names none."""
+    """Build the objects and train in the job's folder, or in a new one if it names none."""
     trainer = job.config["trainer"]
     trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
     objects = runs.build(without_source(job, world), world)
@@ -213,8 +219,10 @@ def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
 
 
 def without_source(job: Job, world: World) -> dict[str, Any]:
-    """The config to build from. With a checkpoint in the job's folder `init_from` is not read: its
-    weights would be replaced, and the source may be gone or trained further by now."""
+    """Return the config to build from, without `init_from` if the job's folder has a checkpoint.
+
+    The checkpoint would replace those weights, and their source may be gone or have changed.
+    """
     has_checkpoint = (
         job.folder is not None
         and world.is_main
@@ -225,7 +233,7 @@ def without_source(job: Job, world: World) -> dict[str, Any]:
 
 
 def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) -> float | None:
-    """Train what was built, and write the record of it."""
+    """Train the built objects and write the run's record."""
     config, trainer = job.config, job.config["trainer"]
     trainer["monitor"], trainer["mode"] = objects.options.monitor, objects.options.mode
     objects.state.progress.halvings = halvings
@@ -236,7 +244,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
         outline = checkpoint.outline(Path(job.folder) / "checkpoints")
         if outline:
             objects.state.refuse_other(outline)
-    world.barrier()  # until here any process may find that the job cannot run
+    world.barrier()  # a rank that fails before this line leaves no folder behind
     with contextlib.ExitStack() as stack:
         try:
             folder = open_folder(job, world, stack)
@@ -248,7 +256,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
                 f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
                 f"{error.strerror or error}. Make room there, or choose another folder."
             ) from error
-        with StopRequest() as stop:  # before the status says that it runs, and may be stopped
+        with StopRequest() as stop:  # install the handlers before the status says "running"
             pids = world.gather(os.getpid())
             if world.is_main:
                 records.set_status(folder, "running", step=0, pids=pids)
@@ -282,7 +290,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
                 if fault is None:
                     raise
                 raise fault from raised
-        number = max(world.gather(stop.signal or 0))  # of whichever process got it
+        number = max(world.gather(stop.signal or 0))  # any rank may have received the signal
         if world.is_main:
             records.set_status(folder, summary["status"], step=summary["steps"], pids=pids)
         if summary["status"] == "interrupted":
@@ -297,16 +305,19 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             if objects.state.step < warmup and objects.state.step != objects.total_steps:
                 log.warning(
                     "%s", in_warmup(objects.state.step, warmup)
-                )  # by time, or early stopping
+                )  # max_seconds or early stopping ended it
             if job.draws:
-                runs.draw(folder)  # once the status is written, which the page shows
+                runs.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
         best: float | None = summary["best"]["value"]
         return best
 
 
 def trial_of(job: Job, objects: runs.Objects, world: World) -> Any:
-    """The search that the job is a trial of, if that may end it."""
+    """Return the reporter for the search that the job is a trial of, or None.
+
+    Raises UserError if the search's metric is not measured.
+    """
     if job.trial is None:
         return None
     from regrow.sweep.trial import Reporter
@@ -317,7 +328,7 @@ def trial_of(job: Job, objects: runs.Objects, world: World) -> Any:
 
 
 def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
-    """The run's folder, in every process; a new one is made and locked until `stack` closes."""
+    """Return the run's folder, in every rank. A new one is created, and locked by `stack`."""
     name = job.folder or ""
     if job.folder is None and world.is_main:
         created = records.create(Path("outputs"), job.config["name"])
@@ -330,13 +341,13 @@ def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
 
 
 def is_plain(error: BaseException) -> bool:
-    """Return True if a line says it all: bad numbers or a bad disk, and no fault in the code."""
+    """Return True if one line is enough: for bad numbers or a bad disk, not for a bug."""
     return isinstance(error, FloatingPointError | OSError) and hasattr(error, "step")
 
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
-    """Write down why the run failed, once: the others fail because this process does."""
-    error.step = step  # type: ignore[attr-defined]  # for whoever must tell of it
+    """Record and log why the run failed, once: the other ranks fail because this one does."""
+    error.step = step  # type: ignore[attr-defined]  # for the process that reports the error
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
@@ -344,29 +355,29 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
     records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **halvings)
     if not isinstance(error, UserError):
         log.error("failed at step %d: %s", step, in_a_line(error))
-        if isinstance(error, OSError):  # a disk that can be mended, more often than not
+        if isinstance(error, OSError):  # usually a disk problem that the user can fix
             log.error("Once that is fixed, resume with:")
             log.error("  %s", again(job, folder))
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
 
 def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]:
-    """What a run can be made again from: config, overrides, code, environment, data.
+    """Write what reproduces the run: config, overrides, code, environment, data.
 
-    Returns the splits whose content changed since and that the user accepts. Raises UserError,
-    before anything is written, if the data is not what the run was trained on.
+    Returns the splits with changed content that the user accepts. Raises UserError, before
+    anything is written, if the data is not what the run was trained on.
     """
     data, accepted = objects.data.fingerprint(), {}
     if (folder / manifest.NAME).is_file():
         accepted = resume.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
-    if lacked := resume.lacked_keys(folder):  # from here on config.yaml has them all
+    if lacked := resume.lacked_keys(folder):  # the new config.yaml has them all
         records.write_json(folder / resume.LACKED, lacked)
     recorded = OmegaConf.create(redact_all(dict(job.config)))
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     ownership.enter_run(folder, as_recorded(job), job.owner)
     for name, content in job.composed.items():
-        text = content if name == registered.NAME else redact(content)  # that one is masked
+        text = content if name == registered.NAME else redact(content)  # masked already
         records.write_text(folder / ".hydra" / name, text)
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):
@@ -384,7 +395,7 @@ def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]
 
 
 def seeds_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every seed of the config, such as that of the split, by its key."""
+    """Return every seed in the config by its dotted key, such as the seed of the split."""
     flat = resume.differences({}, {k: v for k, v in config.items() if k not in resume.ELSEWHERE})
     return {key: value for key, (_, value) in flat.items() if key.split(".")[-1] == "seed"}
 
@@ -437,7 +448,7 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
 
 
 def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
-    """Settings that few would choose on purpose, one line each."""
+    """Return one line for each setting that is probably a mistake."""
     options, lines = objects.options, []
     if options.monitor is None:
         lines.append("no metric is monitored: the last weights are the best ones")
@@ -455,7 +466,7 @@ def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
 
 
 def warmup_of(config: Mapping[str, Any], objects: runs.Objects) -> int:
-    """Steps of the schedule's warm-up; 0 of a schedule that has none, or not under these keys."""
+    """Return the steps of the schedule's warm-up; 0 if it has none under these keys."""
     length = RunLength(objects.total_steps, objects.state.steps_per_epoch)
     node = config["scheduler"]
     return length.warmup(node.get("warmup_steps"), node.get("warmup_fraction"))
@@ -469,7 +480,7 @@ def in_warmup(steps: int, warmup: int) -> str:
 
 
 def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
-    """The result as a table, the folder, and what one may want to type next."""
+    """Log the results as a table, the folder, and commands that may come next."""
     rows = [(name, value) for name, value in summary["test"].items() if name.count("/") == 1]
     best = summary["best"]
     if best["value"] is not None:
@@ -489,7 +500,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
 
 
 def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """The config as a tree: a line for each group, wrapped. What is off or empty is left out."""
+    """Return the config as a tree: a wrapped line for each group, without values that are off."""
     lines = []
     width = max(80, min(140, _terminal_width()))
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
@@ -499,7 +510,7 @@ def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[s
         flat = resume.differences({}, values)
         words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if _is_shown(k, new)]
         if name == "logger":
-            words = ["jsonl", *values]  # their settings are in config.yaml
+            words = ["jsonl", *values]  # names only; config.yaml has the settings
         text = " ".join([str(option), *words]).strip()
         if not text:
             continue
@@ -517,13 +528,13 @@ def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[s
 
 
 def longer(folder: Path, job: Job, summary: Mapping[str, Any]) -> str:
-    """The command that goes on with a complete run, for as long again."""
+    """Return the command that trains a complete run for as long again."""
     limits = resume.reached(summary, job.config["trainer"])
     return again(job, folder, *(f"{key}={more}" for key, more in limits.items()))
 
 
 def again(job: Job, folder: Path, *more: str) -> str:
-    """The command that resumes the run in `folder`."""
+    """Return the command that resumes the run in `folder`."""
     return command(*flags.arguments_of(job.source), f"resume={folder}", *more)
 
 

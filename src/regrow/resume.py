@@ -1,4 +1,4 @@
-"""Which folder a run is in, and whether it begins there or goes on."""
+"""Resume runs and sweeps: expand `resume=<folder>`, and check what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from regrow.roles import check_roles
 
 log = logging.getLogger(__name__)
 
-SWEEP = ownership.SWEEP  # of a sweep's folder
-ELSEWHERE = ("launcher", "sweep")  # groups that say where or beside what a run is made
+SWEEP = ownership.SWEEP  # marks a sweep's folder
+ELSEWHERE = ("launcher", "sweep")  # groups about where a run is started, not about the run
 
-# What may differ from the recorded run: limits, devices, slices, workers, logging. Nothing here
-# moves the maths beyond float rounding. Everything else must be named to be changed.
+# Keys that may differ from the recorded run: limits, devices, micro-batches, workers, logging.
+# They change results by float rounding at most. Any other change must be named.
 MAY_CHANGE = (
     "tags",
     "notes",
     "logger.*",
-    "data.changed",  # lets nothing through unless it was typed: see `refuse_other_data`
+    "data.changed",  # has no effect unless it was typed: see `refuse_other_data`
     "data.root",
     "data.source.root",
     "data.source.download",
@@ -66,7 +66,7 @@ MAY_CHANGE = (
 )
 CHANGED = "data.changed"
 LACKED = Path(".hydra", "older.json")
-_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # and not a literal one
+_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not an escaped one
 LIMITS = (
     "trainer.max_epochs",
     "trainer.max_steps",
@@ -76,9 +76,9 @@ LIMITS = (
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """`resume=<folder> …` as the run's recorded overrides, then the new ones, in that folder.
+    """Expand `resume=<folder> …` to the run's recorded overrides, the new ones, and its folder.
 
-    Any other command line is left as it is. Raises UserError for a folder that holds no run.
+    Returns any other command line unchanged. Raises UserError for a folder without a run.
     """
     arguments = ownership.take_trust(arguments)
     named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
@@ -101,7 +101,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     old = [a for a in recorded_overrides(folder) if key_of(a) not in keys]
     if own := is_own(folder):
         registered.take_up(folder / ".hydra")
-    for override in old:  # a folder may come from anybody
+    for override in old:  # the folder may come from someone else
         if is_foreign(override, may_refer=own):
             raise UserError(
                 f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
@@ -122,15 +122,15 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
-    """The sweep's own overrides, then the new ones, in that folder. Its frozen code runs again."""
+    """Return the sweep's overrides, the new ones, and its folder. Its frozen code runs again."""
     given, new = flags.split(arguments)
-    named, folder = folder, Path(os.path.relpath(folder.resolve()))  # `latest` may name another
-    ownership.check_sweep(folder, f"resume={named}")  # before Hydra sees what is in there
+    named, folder = folder, Path(os.path.relpath(folder.resolve()))  # the link `latest` may move
+    ownership.check_sweep(folder, f"resume={named}")  # before Hydra reads the folder
     registered.take_up(folder / ownership.CODE)
     content = read_json(folder / SWEEP)
     keys = {key_of(a) for a in new}
     before = content.get("overrides", [])
-    if "launcher" not in keys:  # another one has other options
+    if "launcher" not in keys:  # a different launcher has different options
         before = [*before, *content.get("launcher", [])]
     old = [str(a) for a in before if key_of(str(a)) not in (*keys, CHANGED)]
     refuse_masked(folder, old)
@@ -151,7 +151,7 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def is_own(folder: Path) -> bool:
-    """Return True if `folder` holds a run that is listed as this user's."""
+    """Return True if the run in `folder` is listed as this user's or is trusted."""
     try:
         return ownership.is_own_run(folder, followed(folder))
     except UserError:
@@ -159,7 +159,7 @@ def is_own(folder: Path) -> bool:
 
 
 def if_trusted(folder: Path) -> str:
-    """The end of a refusal that `trust=…` lifts; nothing where there is no record to trust."""
+    """Return the hint `trust=…` for the end of an error, or "" if there is no record to trust."""
     with contextlib.suppress(UserError, OSError):
         digits = ownership.digest_of_run(followed(folder))[: ownership.DIGITS]
         return f" If the run is yours, add trust={digits}"
@@ -167,10 +167,11 @@ def if_trusted(folder: Path) -> str:
 
 
 def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
-    """Return True if data would be downloaded to a place that others may have put into a record.
+    """Return True if data would be downloaded to a path that someone else may have recorded.
 
-    It is the user's if it was `typed` (keys, with or without `data.`), or if the folder is the
-    user's and its overrides or conf/ name the place: nothing seals config.yaml.
+    A path is safe if it was `typed` (keys, with or without `data.`), or if the folder is the
+    user's and its overrides or conf/ name the path. config.yaml alone does not count: it has no
+    seal.
     """
     data = config.get("data")
     source = data.get("source") if isinstance(data, Mapping) else None
@@ -191,7 +192,7 @@ def _typed_places(folder: Path) -> list[Any]:
 
 
 def places_of_conf() -> Iterator[Any]:
-    """Where the files in conf/ keep data."""
+    """Yield the data roots in the files of conf/; may yield None."""
     for file, content in readable("**/*.yaml"):
         data = content if file.parent.name == "data" else content.get("data")
         source = data.get("source") if isinstance(data, dict) else None
@@ -201,8 +202,10 @@ def places_of_conf() -> Iterator[Any]:
 def refuse_download(
     folder: Path, where: str, config: Mapping[str, Any], keys: Iterable[str]
 ) -> None:
-    """Raise UserError where a foreign record says, in spite of its config.yaml, where to download
-    data to; `keys` were typed."""
+    """Raise UserError if a run that is not the user's would download data to a path it names.
+
+    `keys` were typed. `where` names the run in the error.
+    """
     if not is_own(folder) and downloads_elsewhere(folder, config, keys):
         source = config["data"]["source"]
         raise UserError(
@@ -220,9 +223,9 @@ def _recorded_config(folder: Path) -> dict[str, Any]:
 
 
 def without_loggers(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """The overrides of a folder that is not the user's: nothing is sent to an account named there.
+    """Return the overrides without those of loggers, and print a warning if there were any.
 
-    Says so in one line where that leaves something out.
+    For a folder that is not the user's: nothing may be sent to an account that it names.
     """
     loggers = [o for o in overrides if re.split(r"[./]", key_of(o))[0] == "logger"]
     if loggers:
@@ -246,9 +249,11 @@ def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def is_foreign(override: str, *, may_refer: bool = False) -> bool:
-    """Return True if an override reaches beyond a run's config: Hydra's own options, the
-    launcher's, a file of another folder, another package, or, unless it `may_refer` to them, the
-    environment and the user's own resolvers."""
+    """Return True if an override affects more than a run's config.
+
+    These are Hydra's own options, the launcher's, files in other folders, other packages and,
+    unless it `may_refer`, the environment and the user's resolvers.
+    """
     key, _, value = override.partition("=")
     names = value.strip("[]'\"").split(",") if places.is_group(key_of(override)) else []
     return (
@@ -262,18 +267,18 @@ def is_foreign(override: str, *, may_refer: bool = False) -> bool:
 
 
 def is_of_the_launcher(override: str) -> bool:
-    """Return True if an override says where, or beside what, a run is made: no part of the run."""
+    """Return True if an override is of the group launcher or sweep, which no run records."""
     return key_of(override).split(".")[0] in ELSEWHERE
 
 
 def followed(folder: Path) -> list[str]:
-    """What a resume of the run in `folder` follows: see `composed.as_recorded`."""
+    """Return what resuming the run in `folder` uses of its record: see `composed.as_recorded`."""
     places = flags.followed_places(flags.recorded(folder))
     return [*recorded_overrides(folder), *places, *registered.recorded(folder)]
 
 
 def recorded_overrides(folder: Path) -> list[str]:
-    """The overrides that started the run in `folder`. Raises UserError if it cannot be read."""
+    """Return the overrides that started the run in `folder`. Raises UserError if unreadable."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
         return overrides_in(path.read_text(encoding="utf-8"))
@@ -283,7 +288,7 @@ def recorded_overrides(folder: Path) -> list[str]:
 
 
 def overrides_in(text: str) -> list[str]:
-    """The overrides that an overrides.yaml of this text lists. Raises ValueError or YAMLError."""
+    """Return the overrides in the text of an overrides.yaml. Raises ValueError or YAMLError."""
     overrides = yaml.safe_load(text) or []
     if not isinstance(overrides, list):
         raise ValueError("a list of overrides is expected")
@@ -291,8 +296,7 @@ def overrides_in(text: str) -> list[str]:
 
 
 def typed(overrides: Sequence[str]) -> list[str]:
-    """Those of a start's overrides that were typed for it: all, or what `expand` put behind
-    `resume=<folder>`."""
+    """Return the overrides typed for this start: all, or those after `expand`'s resume=<folder>."""
     places = [number for number, override in enumerate(overrides) if key_of(override) == "resume"]
     if not places or overrides[places[-1]].partition("=")[2] in ("auto", "never"):
         return list(overrides)
@@ -300,15 +304,15 @@ def typed(overrides: Sequence[str]) -> list[str]:
 
 
 def key_of(override: str) -> str:
-    """The key that an override such as `+a.b@c=1` or `~a.b` is about."""
+    """Return the key of an override, such as `a.b@c` of `+a.b@c=1` or `a.b` of `~a.b`."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise UserError if what a run that is to be resumed by name recorded does not fit its place.
+    """Raise UserError if a run resumed by name recorded a target or a download that is not safe.
 
-    `overrides` are those of this start, recorded ones included. What was typed now is the user's
-    own. This goes first, since looking at a target imports it.
+    `overrides` are those of this start, recorded ones included; typed ones are trusted. Call this
+    before any other check: those import targets.
     """
     if config["resume"] in ("auto", "never"):
         return
@@ -319,14 +323,16 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
 
 
 def places_of(folder: Path) -> list[Path]:
-    """The folders beside conf/ that the config of the run in `folder` came from, if it is the
-    user's: its seal covers them. And those that this command names."""
+    """Return the config folders besides conf/ that this command names, and those of the run.
+
+    The run's count only if it is the user's: its seal covers them.
+    """
     places = flags.folders_of(flags.recorded(folder)) if is_own(folder) else {}
     return [*places.values(), *flags.folders(flags.absolute(sys.argv[1:]))]
 
 
 def targets_of(override: str) -> list[str]:
-    """The dotted keys of the nodes whose `_target_` an override gives, none of those beside it."""
+    """Return the dotted keys of the nodes whose `_target_` an override sets."""
     key, _, value = override.partition("=")
     key = key.lstrip("+~")
     if key.endswith("._target_"):
@@ -340,13 +346,13 @@ def targets_of(override: str) -> list[str]:
 
 
 def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
-    """Return True if `folder` holds a run that this one resumes. Raises UserError if it must not.
+    """Return True if this run resumes one in `folder`. Raises UserError if their configs conflict.
 
     `overrides` are those of this start, recorded ones included: see `expand`.
 
-    Keys that are newer than the record keep their earlier meaning, in `config` too. A null
-    `trainer.num_threads` becomes what the recorded run had, for bits depend on it, unless
-    the number of processes is another. So do the monitor and its direction that the run settled on.
+    Updates `config`. Keys newer than the record get the value for the earlier behaviour. A null
+    `trainer.num_threads` becomes the recorded one if the number of processes is the same: results
+    depend on it bit for bit. The monitor and its mode become those of the recorded run.
     """
     if not (folder / "config.yaml").is_file():
         return False
@@ -373,7 +379,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
         named |= older.following(config, named)
     refused = []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
-        if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
+        if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
             continue
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
             log.info("changed: %s from %s to %s", key, old, new)
@@ -399,8 +405,10 @@ def changed_sources(
     lacked: Sequence[str],
     chosen: Collection[str],
 ) -> set[str]:
-    """The keys that others follow, and that are not what they were in the recorded run: chosen, if
-    the record lacked them, or else of another value."""
+    """Return the keys that other keys follow and that differ from the recorded run.
+
+    A key that the record lacked differs if it was `chosen`, any other if its value changed.
+    """
     before, now = _flat(recorded), _flat(config)
     return {
         key
@@ -410,7 +418,7 @@ def changed_sources(
 
 
 def lacked_before(folder: Path) -> list[str]:
-    """The keys that the record in `folder` lacked when an earlier resume completed it."""
+    """Return the keys that the record in `folder` lacked when an earlier resume completed it."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = read_json(folder / LACKED)
         return [str(key) for key in content] if isinstance(content, list) else []
@@ -418,7 +426,7 @@ def lacked_before(folder: Path) -> list[str]:
 
 
 def lacked_keys(folder: Path) -> list[str]:
-    """The keys that an older record in `folder` lacks, or lacked before: for `lacked_before`."""
+    """Return the keys that an older record in `folder` lacks, or lacked before it was completed."""
     if not (folder / "config.yaml").is_file():
         return []
     lacking = older.complete(recorded_config(folder, str(folder)))
@@ -426,12 +434,14 @@ def lacked_keys(folder: Path) -> list[str]:
 
 
 def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:
-    """Give `config` the monitor and direction that the recorded run settled on, unless they are
-    typed; `new` are the keys typed for this start alone. Returns the keys that follow from a typed
-    one, and so count as named."""
+    """Give `config` the recorded run's monitor and mode, unless they are typed.
+
+    `new` are the keys typed for this start alone. Returns the keys that follow from a typed one
+    and so count as named.
+    """
     before, trainer = recorded["trainer"], config["trainer"]
     if before.get("monitor") is None and "trainer.monitor" not in new:
-        trainer["monitor"] = None  # without a validation split
+        trainer["monitor"] = None  # the run had no validation split
     if trainer["mode"] is None and before.get("monitor") == trainer["monitor"]:
         trainer["mode"] = before.get("mode")
     elif trainer["mode"] is None:
@@ -469,7 +479,7 @@ def refuse_other_data(
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
-    """The data's fingerprint at the latest start of the run in `folder`; empty where it is lost."""
+    """Return the data's fingerprint at the run's latest start; empty if it is lost."""
     recorded = manifest.read(folder)
     for later in recorded.get("resumes", []):
         recorded |= later
@@ -491,16 +501,16 @@ def _change_of(name: str, was: Any, **now: Any) -> str:
 
 
 def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Return True if the folder's run is complete and `config` asks for no more of it.
+    """Return True if the run in `folder` is complete and `config` does not extend it.
 
-    Raises UserError if a limit was changed all the same, to one that does not let it go on.
+    Raises UserError if a limit was changed to a value that the run has already reached.
     """
     status = load_status(folder)
     if status is None or status["state"] != "completed":
         return False
     summary = load_summary(folder)
     if not summary:
-        return False  # written again by a resume from the last step
+        return False  # resuming from the last step writes it again
     recorded = recorded_config(folder, f"resume={folder}")
     older.complete(recorded)
     changed = differences(recorded, config)
@@ -517,11 +527,11 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, int]:
-    """The limits that a complete run has come to, each with a value that is as much again."""
+    """Return the limits that a complete run has reached, each with a doubled value."""
     patience = trainer["early_stopping"]["patience"]
     waited = summary["evaluations_without_improvement"]
     spent = {"max_steps": summary["steps"], "max_seconds": summary["seconds"]}
-    if trainer["max_steps"] is None:  # it wins over max_epochs
+    if trainer["max_steps"] is None:  # max_steps overrides max_epochs
         spent["max_epochs"] = summary["epochs"]
     found = {
         f"trainer.{key}": 2 * math.ceil(max(trainer[key], value))
@@ -534,7 +544,7 @@ def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str,
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both; a key that is not there shows as "absent"."""
+    """Return the dotted keys whose values differ, with both values, "absent" for a missing key."""
     before, after = _flat(old), _flat(new)
     return {
         key: (before.get(key, "absent"), after.get(key, "absent"))
