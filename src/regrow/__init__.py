@@ -14,23 +14,23 @@ __all__ = ["build", "compose"]
 
 
 def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
-    """The config that `python scripts/train.py` would compose of these overrides, checked and
-    resolved. In a notebook: no Hydra needs to be initialised, and none that is is touched.
+    """Return the config that `python scripts/train.py` composes from these overrides, resolved.
 
-    Raises UserError for whatever is wrong with it, in one line.
+    The config is checked. Works in a notebook, with or without an initialised Hydra, and leaves
+    Hydra's state unchanged. Raises UserError with one line for a mistake.
     """
-    from regrow import notebook  # Hydra comes with it
+    from regrow import notebook  # imports Hydra
 
     return notebook.compose(config_name, overrides)
 
 
 def build(config: Mapping[str, Any] | DictConfig) -> Objects:
-    """The objects that a config describes, as a run makes them: `state.model`, `state.optimizer`,
-    `data`, `task`, the batches `train` and `val`. Starts no run and writes nothing.
+    """Return the objects that a config describes, as a run builds them, without starting one.
 
-    Seeds and threads of this process are set as the run's are. `objects.data.close()` ends the
-    data's workers. Raises UserError, as for a target that neither conf/ nor `compose` named.
+    These are `state.model`, `state.optimizer`, `data`, `task`, and the batches `train` and `val`.
+    Sets this process's seeds and threads as a run does. `objects.data.close()` ends the data's
+    workers. Raises UserError, for example for a target that neither conf/ nor `compose` named.
     """
-    from regrow import notebook  # torch comes with it
+    from regrow import notebook  # imports torch
 
     return notebook.build(config)

@@ -1,4 +1,4 @@
-"""`key=value` arguments of the scripts that are no Hydra apps, read without torch."""
+"""`key=value` arguments of the scripts that are not Hydra apps, parsed without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regrow.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Option:
-    """One key. Without a default it must be given; `kind` is text, integer or boolean."""
+    """One key. `kind` is text, integer or boolean."""
 
     help: str
     default: Any = None
@@ -27,7 +27,7 @@ class Option:
 @dataclass(frozen=True)
 class Arguments:
     values: dict[str, Any]
-    data: dict[str, Any] = field(default_factory=dict)  # `data.<key>=…`, the key dotted
+    data: dict[str, Any] = field(default_factory=dict)  # of `data.<key>=…`, by dotted key
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -36,12 +36,12 @@ class Arguments:
 def parse(
     arguments: Sequence[str], options: Mapping[str, Option], *, text: str, takes_data: bool = False
 ) -> Arguments:
-    """Read a command line. `--help` prints `text` and the options, and ends the process.
+    """Parse a command line. `--help` prints `text` and the options, and exits.
 
-    Raises UserError for whatever is no option or no value of one.
+    Raises UserError for an unknown option or an invalid value.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
-        with contextlib.suppress(BrokenPipeError):  # into `| head -1`
+        with contextlib.suppress(BrokenPipeError):  # `| head -1` closes the pipe early
             print(usage(options, text, takes_data=takes_data))
         sys.exit(0)
     values = {key: option.default for key, option in options.items()}

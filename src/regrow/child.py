@@ -1,6 +1,6 @@
 """`python -m regrow.child`: one of the processes that `ranks.start` starts.
 
-Importing torch takes seconds, in which a rank must be as easy to end as later.
+Importing torch takes seconds. A signal must end the rank during them, too.
 """
 
 from __future__ import annotations

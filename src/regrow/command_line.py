@@ -1,8 +1,8 @@
-"""Text on command lines: quoted for Hydra's grammar, quoted for the shell, and paths as typed.
+"""Text on command lines: quoting for Hydra's grammar and for the shell, and paths as typed.
 
-Two readers take a command line apart: the shell, then Hydra's override grammar, to which `=`, `,`,
-brackets and every letter outside ASCII are syntax errors. Nothing that this package puts on a
-command line, or reads back from a record, goes to either of them unquoted.
+Two parsers read a command line: the shell, then Hydra's override grammar, in which `=`, `,`,
+brackets and every letter outside ASCII are syntax errors. All that this package puts on a command
+line, or reads back from a record, is quoted for both.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 from regrow.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# Keys whose value is one path. It may be typed as it is, whatever is in it.
+# Keys whose value is one path. It may be typed unquoted, whatever characters it holds.
 PATHS = (
     *("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir", "sweep.file"),
     *("data.root", "data.source.root", "data.source.train_file", "data.source.val_file"),
     "data.source.test_file",
 )
 ONE_VALUE = ("resume", "hydra.run.dir", "hydra.sweep.dir", "sweep.file")  # no sweep varies these
-WORDS = ("auto", "never", "null", "")  # stand for no path
+WORDS = ("auto", "never", "null", "")  # not paths
 NAME_BYTES, PATH_BYTES = 255, 4000
 _BARE = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*|[A-Za-z_][A-Za-z0-9_-]*")
 _TYPED_OTHERWISE = ("null", "true", "false", "inf", "nan")  # as Hydra reads these words
 
 
 def quoted(text: str) -> str:
-    """`text` as a value in Hydra's grammar, from which the config gets exactly this string."""
+    """Return `text` quoted for Hydra's grammar, so that the config gets exactly this string."""
     if _BARE.fullmatch(text) and text.lower() not in _TYPED_OTHERWISE:
         return text
     text = escaped(text)
@@ -41,22 +41,22 @@ def quoted(text: str) -> str:
     def before_quote(found: re.Match[str]) -> str:
         return found[1] * 2 + (f"\\{quote}" if found[2] else "")
 
-    # Hydra removes backslashes before a quote, and leaves all others.
+    # Hydra removes backslashes before a quote, and keeps all others.
     return quote + re.sub(rf"(\\*)({quote}|\Z)", before_quote, text) + quote
 
 
 def escaped(text: str) -> str:
-    """`text` as OmegaConf has to be given it: it would look for a key after `${`."""
+    """Return `text` with each `${` escaped, which OmegaConf would take for an interpolation."""
     return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text)
 
 
 def override(key: str, value: str | Path) -> str:
-    """`key=value` for Hydra, of text that is to arrive as it is."""
+    """Return `key=value` with the value quoted for Hydra."""
     return f"{key}={quoted(str(value))}"
 
 
 def paths_as_typed(arguments: Sequence[str], *, multirun: bool) -> list[str]:
-    """The arguments, with paths quoted that Hydra's grammar would refuse or read otherwise.
+    """Return the arguments, with paths quoted where Hydra's grammar would reject or alter them.
 
     A path that exists is taken literally. Raises UserError for one with a line break, or too long.
     """
@@ -74,9 +74,9 @@ def paths_as_typed(arguments: Sequence[str], *, multirun: bool) -> list[str]:
 
 
 def path_of(key: str, value: str) -> str:
-    """The path that `key=value` names: literally, or as Hydra reads it where that is no path yet.
+    """Return the path that `key=value` names: literally if it exists, else as Hydra parses it.
 
-    Raises UserError for one with a line break, or too long.
+    Raises UserError for a path with a line break, or one that is too long.
     """
     refuse_unusable(key, value)
     if quoted(value) != value and not _exists(value):
@@ -87,9 +87,9 @@ def path_of(key: str, value: str) -> str:
 
 
 def read(argument: str) -> Any:
-    """The value that Hydra's grammar reads in `key=value`; `...` where that is a syntax error.
+    """Return the value that Hydra parses from `key=value`; `...` for a syntax error.
 
-    A sweep over several values stays Hydra's own object.
+    For several values, a sweep, returns Hydra's own override object.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -101,13 +101,13 @@ def read(argument: str) -> Any:
     if parsed.is_sweep_override():
         return parsed
     value = parsed.value()
-    if isinstance(value, str):  # as OmegaConf will read it
+    if isinstance(value, str):  # unescape as OmegaConf does
         value = re.sub(r"(\\*)\\\$\{", lambda found: found[1][::2] + "${", value)
     return value
 
 
 def refuse_unusable(key: str, path: str) -> None:
-    """Raise UserError for a path with a line break, and for one that no file system takes."""
+    """Raise UserError for a path with a line break, or one too long for any file system."""
     if "\n" in path or "\r" in path:
         raise UserError(f"{key}={path!r}: a path must not contain a line break. Rename the folder.")
     names = [len(name.encode("utf-8", "surrogateescape")) for name in path.split("/")]
@@ -119,12 +119,12 @@ def refuse_unusable(key: str, path: str) -> None:
 
 
 def shell(words: Sequence[str]) -> str:
-    """The words as a line that bash or zsh, when it is pasted there, takes apart again."""
+    """Return the words quoted as one line that can be pasted into bash or zsh."""
     return " ".join(map(_word, words))
 
 
 def command(*arguments: str, script: str = "train.py", root: Path = ROOT) -> str:
-    """A command line that can be pasted into a shell in the current folder."""
+    """Return a command that can be pasted into a shell in the current folder."""
     path = root / "scripts" / script
     shown = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
     if shown.startswith("-"):
@@ -139,7 +139,7 @@ def _word(word: str) -> str:
         content = os.fsencode(word)
     except UnicodeEncodeError:
         content = word.encode("utf-8", "surrogateescape")
-    # By its bytes: the terminal has another encoding than file names, or no sign for it.
+    # Show bytes: the terminal's encoding may differ from that of file names or lack a character.
     shown = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\{b:03o}" for b in content)
     return f"$'{''.join(shown)}'"
 
@@ -153,12 +153,12 @@ def _shows(word: str) -> bool:
 def _exists(path: str) -> bool:
     try:
         return os.path.lexists(path)
-    except (OSError, ValueError):  # too long
+    except (OSError, ValueError):  # the path is too long
         return False
 
 
 def _is_readable(key: str, value: str, multirun: bool) -> bool:
-    """Return True if Hydra's grammar reads text in `key=value`, or several values if allowed."""
+    """Return True if Hydra parses `key=value` as text, or as several values where allowed."""
     found = read(f"{key}={value}")
     if found is ...:
         return False

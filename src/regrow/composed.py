@@ -1,4 +1,4 @@
-"""From what Hydra composed to a job: plain data, which any process can run. Without torch."""
+"""Turn Hydra's composed config into a job: plain data that any process can run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regrow.resume import ELSEWHERE
 
 
 def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
-    """The job that `cfg` and Hydra's own config of this moment describe.
+    """Return the job that `cfg` and Hydra's current config describe.
 
     `folder` is the run's own, or None for a new one under outputs/<name>.
     """
@@ -53,8 +53,11 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
 
 
 def as_recorded(job: Job) -> list[str]:
-    """What a resume follows: the overrides as the run's folder will hold them, and the places
-    that its config came from."""
+    """Return what resuming the run will use, and what its seal covers.
+
+    These are the overrides as the run's folder will hold them, the places that its config came
+    from, and a digest of registered nodes.
+    """
     overrides = resume.overrides_in(redact(job.composed["overrides.yaml"]))
     nodes = job.composed.get(registered.NAME)
     seal = registered.sealed(None if nodes is None else nodes.encode())
@@ -62,7 +65,7 @@ def as_recorded(job: Job) -> list[str]:
 
 
 def with_override(job: Job, key: str, value: Any) -> Job:
-    """The job with one more override, as if it had been typed."""
+    """Return the job with one more override, as if it had been typed."""
     config = copy.deepcopy(job.config)
     *parents, last = key.split(".")
     node = config

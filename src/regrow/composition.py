@@ -1,4 +1,4 @@
-"""A config composed by Hydra's API, in this process, which need not be a program of Hydra's."""
+"""Compose a config through Hydra's API, in any process, not only in a Hydra app."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from regrow.config import CONF, find_own_modules, version_arguments
 
 
 def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """Compose a source (see `flags`), with the `hydra` node. Raises Hydra's errors."""
+    """Return the composed config of a source (see `flags`), with the `hydra` node.
+
+    Raises Hydra's errors.
+    """
     from hydra import compose as by_hydra
     from hydra import initialize_config_dir
     from hydra._internal.hydra import Hydra
@@ -37,7 +40,7 @@ def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConf
 
 @contextlib.contextmanager
 def hydra_as_it_was() -> Iterator[None]:
-    """Give back, at the end, what is global in Hydra: a notebook may have a Hydra of its own."""
+    """Restore Hydra's global state at the end: a notebook may have initialised Hydra itself."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.singleton import Singleton

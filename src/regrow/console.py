@@ -1,4 +1,4 @@
-"""Where a run's log lines go: the terminal, above its progress bars, and a file."""
+"""Handlers for a run's log lines: the terminal, above its progress bars, and a file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger("regrow")
 
 
 def _have_a_lock_of_our_own() -> None:
-    """tqdm's own is shared with all processes that are forked after it was made.
+    """Replace tqdm's lock, which all processes forked after its creation share.
 
-    A job of a sweep that is killed while it writes a line would leave it held, and every other job
-    would wait for ever.
+    If a sweep's job is killed while it writes a line, the shared lock stays held and every other
+    job waits forever.
     """
     tqdm.set_lock(threading.RLock())
 
@@ -32,7 +32,7 @@ os.register_at_fork(after_in_child=_have_a_lock_of_our_own)
 
 
 class _LogFile(logging.FileHandler):
-    """On a full disk it loses lines; the run and its terminal do not hear of it from here."""
+    """A log file that silently loses lines if the disk is full, instead of failing the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -52,17 +52,17 @@ class _BarHandler(logging.Handler):
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """The run's log on the terminal: plain lines, warnings and errors marked."""
+    """Show the run's log on the terminal inside: plain lines, with warnings and errors marked."""
     handler = _BarHandler()
     handler.setFormatter(_ConsoleFormat())
-    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
+    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks go to train.log only
     with _attached(handler):
         yield
 
 
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
-    """The same log in `train.log`, with the time and the rank."""
+    """Write the same log to `train.log` inside, with the time and the rank."""
     handler = _LogFile(folder / "train.log", encoding="utf-8", errors="backslashreplace")
     text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(_FileFormat(text))

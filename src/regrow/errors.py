@@ -1,4 +1,4 @@
-"""The errors that are part of the interface: one line, with the key, the value and the way out."""
+"""The errors that are part of the interface: one line, with the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line; scripts print it and exit with 2."""
+    """A mistake the user can fix. The message is one line; scripts print it and exit with 2."""
 
 
 class DataError(UserError):
-    """Broken data. The message names the file and the row, or the example."""
+    """Invalid data. The message names the file and the row, or the example."""
 
 
 class MachineFault(OSError):
-    """The machine lacks something that the program needs. The message is one line."""
+    """The machine lacks a resource that the program needs. The message is one line."""
 
 
 class SlicesTooLarge(Exception):
-    """One of several processes has no memory for a slice: all start again, with smaller ones.
+    """One rank has no memory for a micro-batch: all ranks must restart with smaller ones.
 
-    `halvings` says how often the slices are then to be halved.
+    `halvings` is the number of times to halve the micro-batch after the restart.
     """
 
     def __init__(self, message: str, halvings: int) -> None:
@@ -44,7 +44,7 @@ def _shared_memory() -> str:
 
 
 def _limit(name: str, unit: int = 1) -> str:
-    """The limit as the shell's ulimit shows it, which counts memory in KiB."""
+    """Return the limit as the shell's ulimit shows it; for memory, pass `unit` 1024."""
     try:
         import resource
 
@@ -54,7 +54,7 @@ def _limit(name: str, unit: int = 1) -> str:
         return "unknown"
 
 
-# What the kernel, torch and gloo say, and what it means here. The first that fits is taken.
+# Messages of the kernel, torch and gloo, with what they mean here. The first match counts.
 _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
         r"Too many open files|received \d+ items of ancdata",
@@ -126,7 +126,7 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
             "Set TMPDIR to a folder that has room."
         ),
     ),
-    (  # no room, a read-only file system, a quota that is used up
+    (  # disk full, read-only file system, quota exceeded
         r"^\[Errno (?:28|30|122)\] ([^:]+)(?:: '(.*)')?",
         lambda found: (
             f"{found[2]}: {found[1]}. Make room there, or choose another folder."
@@ -145,9 +145,9 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 
 
 def machine_fault(error: BaseException) -> MachineFault | None:
-    """The fault of the machine that an error, or what it came of, tells of; None for any other."""
+    """Return the machine fault behind an error or one of its causes; None for any other error."""
     told: BaseException | None = error
-    seen: set[int] = set()  # an error that is raised again elsewhere may stand among its own causes
+    seen: set[int] = set()  # an error that is raised again may be among its own causes
     while told is not None and id(told) not in seen:
         seen.add(id(told))
         if isinstance(told, MachineFault):
@@ -166,33 +166,33 @@ def machine_fault(error: BaseException) -> MachineFault | None:
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error in one line, without torch's list of C++ frames."""
+    """Return an error in one line, without torch's list of C++ frames."""
     text = str(machine_fault(error) or error).partition("Exception raised from")[0]
     return re.sub(r"\s+", " ", text).strip()
 
 
-# Control characters, and those that turn the direction of text: a terminal would obey them.
+# Control characters, and those that change the direction of text: a terminal executes them.
 _ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """The text with control characters as escapes, new lines and tabs aside.
+    """Return the text with control characters escaped, except new lines and tabs.
 
-    Names and commands may come from a folder or a file of anybody's.
+    Names and commands may come from an untrusted folder or file.
     """
     return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-# difflib's ratio for a letter that is missing, added or moved. At its own 0.6, `test` is
-# near `notes`.
+# difflib's ratio for one letter missing, added or moved. With its default of 0.6, `test` matches
+# `notes`.
 SIMILAR = 0.75
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """ " Did you mean …?" with the nearest of `words`, or nothing.
+    """Return " Did you mean …?" with the closest of `words`, or "".
 
-    That is a dotted name that ends in the word, then one that begins with it, then one spelt
-    nearly so, then one whose last part has it among its words; of several the shortest.
+    Prefers a dotted name that ends in the word, then one that begins with it, then one with a
+    similar spelling, then one whose last part contains the word; the shortest of several.
     """
     others = sorted({other for other in words if other != word}, key=lambda w: (len(w), w))
     last = word.rpartition(".")[2]

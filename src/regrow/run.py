@@ -1,7 +1,7 @@
-"""From a composed config to objects, in order, and from objects to a finished run.
+"""Build objects from a composed config, in order, and train them to a finished run.
 
-All objects are made here and nowhere else. `build` touches no folder, so that whatever is wrong
-with the data, the model or their fit shows before anything is written.
+All objects are built here and nowhere else. `build` writes nothing, so that errors in the data, the
+model or their combination appear before a folder exists.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class Objects:
     task: Any
     state: TrainState
     train: TrainBatches
-    val: EvalBatches | None  # None: the data has no such split
+    val: EvalBatches | None  # None: the data has no validation split
     total_steps: int | None
     parameters: list[nn.Parameter]
 
 
 def build(config: Mapping[str, Any], world: World) -> Objects:
-    """Every object of a run, in the order in which they need each other. Writes nothing."""
+    """Return all objects of a run, built in the order of their dependencies. Writes nothing."""
     seed = config["seed"]
     options: TrainerOptions = instantiate(config["trainer"])
     set_numerics(options, world.device)
@@ -103,7 +103,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
         load_weights(model, Path(config["init_from"]))
         warn_of_other_splits(Path(config["init_from"]), config["data"])
-    if world.mesh is None:  # sharding moves each process's part alone
+    if world.mesh is None:  # sharding moves only this rank's part
         model.to(world.device)
     if options.sync_batch_norm:
         model = synchronise_batch_norm(model, world.device)
@@ -112,9 +112,9 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
 
     task_node = dict(config["task"])
     if task_node.get("class_names", ...) is None:
-        task_node["class_names"] = data.class_names  # found in the data, such as folders' names
+        task_node["class_names"] = data.class_names  # read from the data, such as folder names
     task = instantiate(task_node, loss=instantiate(config["loss"]))
-    task.in_units = data.in_units  # a regression's metrics are in the targets' own units
+    task.in_units = data.in_units  # regression metrics are in the targets' own units
     options = with_monitor(options, config, task, world.device, has_val=val is not None)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:
@@ -161,8 +161,10 @@ def with_monitor(
     *,
     has_val: bool,
 ) -> TrainerOptions:
-    """The options with the monitor that can be measured, if any, and its direction. Raises
-    UserError for one that is not measured, or where nothing says whether more of it is better."""
+    """Return the options with their monitor checked and its mode set; both None without one.
+
+    Raises UserError for a monitor that is not measured, or whose mode is unknown.
+    """
     if not has_val or options.monitor is None:
         why = "trainer.monitor=null" if has_val else "the data has no validation split"
         monitor.refuse_without(config, why)
@@ -192,12 +194,12 @@ def with_monitor(
 
 
 def measured_by(task: Any, device: torch.device) -> list[str]:
-    """What an evaluation on the validation split gives a value for."""
+    """Return the names of the metrics that an evaluation on the validation split measures."""
     return ["val/loss", *(f"val/{name}" for name in task.metrics(device).names)]
 
 
 def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> Schedule:
-    """A schedule of ours, or torch's or timm's scheduler by `_target_`, with its `interval`."""
+    """Return our schedule, or an adapter for torch's or timm's scheduler with its `interval`."""
     target = locate(node["_target_"], "scheduler")
     if not scheduler_adapter.adapts(target):
         schedule: Schedule = instantiate(node)(length=length)
@@ -207,7 +209,7 @@ def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> S
     def make(node: Mapping[str, Any], stand_in: Any) -> Any:
         arguments = {key: value for key, value in node.items() if key != "interval"}
         inner = {}
-        if isinstance(arguments.get("schedulers"), list):  # SequentialLR's and ChainedScheduler's
+        if isinstance(arguments.get("schedulers"), list):  # SequentialLR and ChainedScheduler
             inner["schedulers"] = [make(each, stand_in) for each in arguments.pop("schedulers")]
         return instantiate(arguments, optimizer=stand_in, **inner)
 
@@ -222,7 +224,7 @@ def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> S
 
 
 class Silence:
-    """The record of a process that writes none."""
+    """The record of a rank that writes none."""
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None: ...
@@ -234,7 +236,7 @@ class Silence:
 
 
 def check_first_batch(objects: Objects, world: World) -> None:
-    """Find what does not fit, before a folder is made. Leaves no trace in the run."""
+    """Raise UserError if model, task and data do not fit together. Leaves the run unchanged."""
     model, options = objects.state.model, objects.options
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.val)
@@ -259,28 +261,28 @@ def check_first_batch(objects: Objects, world: World) -> None:
 
 
 def first_batch(train: TrainBatches, val: EvalBatches | None) -> Batch:
-    """The first batch of the validation split, or of the training split without one."""
+    """Return the first batch of the validation split, or of the training split if `val` is None."""
     return next(iter(train.epoch(0) if val is None else val))
 
 
 def writers_of(world: World, options: TrainerOptions) -> Any:
-    """Who writes a checkpoint together, where the model is sharded."""
+    """Return the group of ranks that writes a sharded checkpoint; None if nothing is sharded."""
     if world.mesh is None:
         return None
-    from regrow.training.sharded_checkpoint import Writers  # a second of imports
+    from regrow.training.sharded_checkpoint import Writers  # takes a second to import
 
     return Writers(timedelta(seconds=options.timeout_seconds))
 
 
 def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
-    """Optimizer steps of the whole run; None when only time limits it."""
+    """Return the optimizer steps of the whole run; None if only time limits it."""
     if options.max_steps is not None:
         return options.max_steps
     return None if options.max_epochs is None else options.max_epochs * steps_per_epoch
 
 
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
-    """Everything that a step uses; `record` says where its numbers and the state go."""
+    """Return all that a step uses. `record` is the Plan's `record`, `checkpoints` and `trial`."""
     options, model = objects.options, objects.state.model
     exchange = Exchange(world, stop)
     return Plan(
@@ -311,11 +313,11 @@ def train(
     accepted: Mapping[str, Any] | None = None,
     begun: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train in `folder`, going on where its last checkpoint is, and write the record of it.
+    """Train in `folder`, resuming from its newest checkpoint, and write the run's record.
 
-    `accepted` are the splits whose content changed since, in the main process. `begun` is called
-    there once nothing but training is left to fail. Returns the content of `summary.json`; its
-    `status` is "completed" or "interrupted".
+    `accepted` are the splits whose changed content the user accepted; only the main process has
+    them. The main process calls `begun` just before training. Returns the content of
+    `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
     writer = checkpoint.CheckpointWriter(
@@ -330,7 +332,7 @@ def train(
     if facts and accepted:
         tell_position(state, accepted, facts)
     if world.is_main:
-        (folder / WEIGHTS).unlink(missing_ok=True)  # of a run that was shorter
+        (folder / WEIGHTS).unlink(missing_ok=True)  # outdated once this run trains longer
     record: Record = Silence()
     if world.is_main:
         record = loggers.open_loggers(
@@ -350,7 +352,7 @@ def train(
         with profiling(options, folder, world):
             status = loop.fit(state, plan)
         summary = summarise(status, state, options, started)
-        if status == "completed" and state.progress.pruned:  # never tested: it was given up
+        if status == "completed" and state.progress.pruned:  # a pruned trial is not tested
             if world.is_main:
                 write_summary(folder, summary)
         elif status == "completed":
@@ -364,7 +366,7 @@ def train(
             if world.is_main:
                 write_summary(folder, summary)
         exit_code = 0 if status == "completed" else loggers.KILLED
-    except Interrupted:  # while testing: the training is done and saved
+    except Interrupted:  # during the test; training is finished and saved
         summary = summarise("interrupted", state, options, started)
         exit_code = loggers.KILLED
     finally:
@@ -377,9 +379,9 @@ def train(
 def go_on(
     state: TrainState, writer: checkpoint.CheckpointWriter, world: World
 ) -> dict[str, Any] | None:
-    """Take up the newest checkpoint that is whole, if there is one. Returns its manifest.
+    """Load the newest complete checkpoint. Returns its manifest, or None if there is none.
 
-    The main process looks for it and says which it is; the others read the same.
+    The main process finds it and broadcasts its name, so that all ranks read the same one.
     """
     loaded = None
     if world.is_main:
@@ -390,14 +392,14 @@ def go_on(
     parts, facts = loaded or checkpoint.read(writer.folder / found)
     try:
         parts = checkpoint.fill(parts, writer.folder / found, world.mesh)
-    except checkpoint.DamagedCheckpoint as damage:  # whole, but not to be read by this torch
+    except checkpoint.DamagedCheckpoint as damage:  # complete, but this torch cannot read it
         raise UserError(f"{damage}. To resume from the one before, move {found} away.") from None
     halvings = state.progress.halvings
     state.load_state_dict(parts)
     state.progress.halvings = max(halvings, state.progress.halvings)
     writer.saved = (state.step, state.progress.evaluated_step == state.step)
     if world.is_main:
-        with contextlib.suppress(OSError):  # a kill may have come between a save and this
+        with contextlib.suppress(OSError):  # the run may have been killed before it rotated
             checkpoint.rotate(writer.folder, writer.options, writer.mode, written=state.step)
         manifest.set_step(writer.folder.parent, state.step)
     log.info("resuming from step %d (%s)", state.step, f"checkpoints/{found}")
@@ -406,7 +408,7 @@ def go_on(
 
 
 def tell_position(state: TrainState, accepted: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Log where the run resumes, if a changed number of training examples moves it."""
+    """Log where the run resumes if the number of training examples has changed."""
     counts = [(it or {}).get("examples") for it in accepted.get("train", {}).values()]
     if len({*counts}) < 2:
         return
@@ -419,11 +421,11 @@ def tell_position(state: TrainState, accepted: Mapping[str, Any], facts: Mapping
 
 
 def tell_of_another_rate(state: TrainState) -> None:
-    """Say so where a resume changes the schedule, as a raised limit stretches a cosine."""
+    """Log if the schedule has changed since the save; a raised limit stretches a cosine."""
     if state.step == 0 or isinstance(state.schedule, Stateful):
         return
     parts = getattr(state.optimizer, "parts", [state.optimizer])
-    if not any(part.state for part in parts):  # of another optimizer, whose rates are not these
+    if not any(part.state for part in parts):  # another optimizer: its rates do not compare
         return
     before = optim.rates(state.optimizer)["lr"]
     optim.set_lr(state.optimizer, state.schedule(state.step - 1))
@@ -464,9 +466,9 @@ def summarise(
 
 
 def take_best(state: TrainState, folder: Path, world: World) -> int:
-    """Put the best weights, averaged ones where there are any, into the model to evaluate.
+    """Load the best weights into the model to evaluate, averaged ones if the run has them.
 
-    Returns the step that they are from.
+    Returns the step of those weights.
     """
     best = checkpoint.named(folder / "checkpoints", "best")
     name = world.from_main(best.name if best.exists() else "")
@@ -492,7 +494,7 @@ def take_best(state: TrainState, folder: Path, world: World) -> int:
 
 
 def export_weights(state: TrainState, folder: Path, world: World) -> None:
-    """The tested weights of a sharded model as one file, for programs that read no shards."""
+    """Write the tested weights of a sharded model as one file, for programs without sharding."""
     weights = {}
     for name, tensor in state.evaluated.state_dict().items():
         whole = sharding.whole(tensor)
@@ -507,12 +509,12 @@ def export_weights(state: TrainState, folder: Path, world: World) -> None:
 
 
 def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str, float]:
-    """Measure the test split, once, with the weights of `step`, which `take_best` has put there."""
+    """Measure the test split once, with the weights of `step` that `take_best` has loaded."""
     options, state = objects.options, objects.state
     batches = objects.data.evaluation(
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
     )
-    # Not by loop.evaluate: these weights already are those that a schedule-free optimizer shows.
+    # Not loop.evaluate: saved weights already are a schedule-free optimizer's evaluation weights.
     plan.world.copy_buffers(state.evaluated)
     waited = stopping_together(batches, len(batches), plan.stop, plan.world)
     bar = evaluation_bar("test", batches, options.progress_bar and plan.world.is_main)
@@ -530,7 +532,7 @@ def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str
 
 
 def draw(folder: Path) -> None:
-    """The pictures and the page. They come last and never fail a run that is done."""
+    """Draw the plots and the page of a finished run. A failure is only logged."""
     try:
         report.draw(folder)
     except Exception:
@@ -538,19 +540,21 @@ def draw(folder: Path) -> None:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write a complete run's results. The page of earlier ones goes first: see `is_drawn`."""
+    """Write a complete run's results. First removes the page of earlier ones: see `is_drawn`."""
     (folder / "report.html").unlink(missing_ok=True)
     records.write_json(folder / records.SUMMARY, summary)
 
 
 def is_drawn(folder: Path) -> bool:
-    """Return True if a complete run has its page, which is written last. Times would not tell: a
-    clock may be set back in between."""
+    """Return True if a complete run has its page, which is written last.
+
+    File times cannot tell: a clock may be set back in between.
+    """
     return (folder / "report.html").is_file()
 
 
 def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:
-    """torch.profiler over the training, its trace in the run folder; for runs of a few steps."""
+    """Return torch.profiler as a context that writes a trace to `folder`; for runs of few steps."""
     import contextlib
 
     if not (options.profile and world.is_main):
@@ -568,9 +572,9 @@ def profiling(options: TrainerOptions, folder: Path, world: World) -> Any:
 
 
 def resolve_device(name: str, index: int = 0) -> torch.device:
-    """The device that was asked for; `auto` takes CUDA, then MPS, then the CPU.
+    """Return the device for `name`; `auto` takes CUDA, then MPS, then the CPU.
 
-    `index` is this process's place among those of its machine.
+    `index` is the local rank. Raises UserError if the machine lacks the device.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
@@ -589,7 +593,7 @@ def resolve_device(name: str, index: int = 0) -> torch.device:
 
 
 def set_numerics(options: TrainerOptions, device: torch.device) -> None:
-    """The switches of the process that bits and speed depend on."""
+    """Set this process's switches that results and speed depend on."""
     if options.precision == "fp16" and device.type != "cuda":
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and the device is {device.type}. "
@@ -615,11 +619,11 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: its share, where it is one of several."""
+    """Return the number of cores that this process may use, its share if it is one of several."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    given = os.environ.get("SLURM_CPUS_PER_TASK")  # where srun has not bound the task to them
+    given = os.environ.get("SLURM_CPUS_PER_TASK")  # srun may not bind the task to its cores
     if given and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return min(cores, int(given))
     cores = min(cores, int(given)) if given else cores
