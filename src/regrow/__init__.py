@@ -31,6 +31,6 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
     Sets this process's seeds and threads as a run does. `objects.data.close()` ends the data's
     workers. Raises UserError, for example for a target that neither conf/ nor `compose` named.
     """
-    from regrow import notebook  # imports torch
+    from regrow import notebook  # imports Hydra
 
     return notebook.build(config)

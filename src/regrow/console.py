@@ -55,7 +55,7 @@ def console() -> Iterator[None]:
     """Show the run's log on the terminal inside: plain lines, with warnings and errors marked."""
     handler = _BarHandler()
     handler.setFormatter(_ConsoleFormat())
-    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks go to train.log only
+    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
     with _attached(handler):
         yield
 

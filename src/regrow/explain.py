@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf as one line, with the file or the key, and the way that works."""
+"""Explain errors of Hydra and OmegaConf in one line, with the file or the key, and the fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regrow.errors import UserError, did_you_mean
 
 
 def composition_error(error: Exception) -> str:
-    """Return an error of Hydra's or OmegaConf's in one line, with the nearest right word."""
+    """Return an error of Hydra's or OmegaConf's in one line, with the closest valid word."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -80,7 +80,7 @@ def composition_error(error: Exception) -> str:
 
 
 def hydras_value_error(error: Exception) -> str | None:
-    """The same of a ValueError that Hydra raises about a config; None for any other error."""
+    """Return a ValueError that Hydra raises about a config in one line; None for any other."""
     text = one_line(str(error))
     if found := re.match(r"Invalid defaults list in '([^']+)', defaults must be a list", text):
         return f"{_file(found[1])}: defaults must be a list: begin each of its lines with `- `."
@@ -93,7 +93,7 @@ def hydras_value_error(error: Exception) -> str | None:
 
 
 def _cannot_merge(override: str, error: Exception) -> str:
-    """What is wrong with a value that the composed config does not take."""
+    """Return the error for an override that cannot be merged into the composed config."""
     reason = one_line(str(error.__cause__ or "").partition("full_key:")[0])
     if reason.startswith("Cannot merge DictConfig with ListConfig"):
         reason = "a list and a mapping cannot take each other's place"
@@ -123,7 +123,7 @@ def _missing_file(error: Any) -> str:
 
 
 def _missing_default(file: str, group: str, option: str) -> str:
-    """What is wrong with an entry of a file's defaults list that names no file."""
+    """Return the error for an entry of a file's defaults list that names no existing file."""
     missing = f"{group}/{option}".lstrip("/")
     if " " in missing or ":" in missing:
         return (
@@ -140,7 +140,10 @@ def _missing_default(file: str, group: str, option: str) -> str:
 
 
 def _missing_primary(name: str) -> str:
-    """What to say of a primary config that is not found: it is a name, in one of two places."""
+    """Return the error for a primary config that is not found.
+
+    It must be a name, found in conf/ (or --config-path) or in --config-dir.
+    """
     given = flags.typed(flags.absolute(sys.argv[1:]))
     name = str(given.get("name", name))
     said, file = f"--config-name {name}:", f"{name.removesuffix('.yaml')}.yaml"
@@ -163,7 +166,7 @@ def _unreadable(error: Any) -> str:
     key, equals, value = str(error.override).partition("=")
     reason = one_line(str(error)).partition(" See https://")[0]
     advice = f"{key}={quoted(value)}"
-    if not equals or read(advice) is ...:  # the key is what cannot be read
+    if not equals or read(advice) is ...:  # the key is invalid
         return f"{error.override} cannot be read: {reason}"
     if value[:1] in "[{":
         return (
@@ -174,7 +177,7 @@ def _unreadable(error: Any) -> str:
 
 
 def several_values(argument: str) -> str:
-    """What to say of several values for a single run."""
+    """Return the error for several values in a single run."""
     key = argument.partition("=")[0]
     said = f"{argument}: several values are a sweep: add -m."
     parsed = read(argument)
@@ -199,7 +202,7 @@ def _file(config: str) -> str:
 
 
 def _override_in_file(config: str, key: str) -> str:
-    """What is wrong with an `override` of a file's defaults list, which overrides nothing."""
+    """Return the error for an `override` in a file's defaults list that overrides nothing."""
     parent = config.rpartition("/")[0]
     name, _, package = key.partition("@")
     group = name.removeprefix(f"{parent}/") if parent else name
@@ -249,7 +252,7 @@ def _cannot_delete(group: str) -> str:
 
 
 def wrong_options(arguments: Sequence[str]) -> str | None:
-    """What is wrong with the first group whose option is not a name, or None."""
+    """Return the error for the first group whose option is not a name, or None."""
     for argument in arguments:
         key, equals, value = argument.partition("=")
         group = key.lstrip("+~")
@@ -284,24 +287,24 @@ def wrong_options(arguments: Sequence[str]) -> str | None:
 
 
 def _plain_values(argument: str) -> Iterator[Any]:
-    """The values in an override, also those in a list and of a sweep."""
+    """Yield the values in an override, including those in a list or a sweep."""
     value = read(argument)
     if hasattr(value, "is_discrete_sweep"):
         try:
             found: Any = list(value.sweep_iterator()) if value.is_discrete_sweep() else []
-        except Exception:  # a glob, which only Hydra's loader can expand
+        except Exception:  # only Hydra's loader can expand a glob
             found = []
     else:
         found = value if isinstance(value, list) else [value]
     for each in found:
-        each = each.text if hasattr(each, "text") else each  # a quoted one
+        each = each.text if hasattr(each, "text") else each  # a quoted string
         if isinstance(each, dict):
             continue
         yield from each if isinstance(each, list) else [each]
 
 
 def unknown_key(name: str, *, sign: str = "") -> str:
-    """What to say of a key that the composed config has not."""
+    """Return the error for a key that the composed config lacks."""
     keys = known_keys()
     group, _, rest = name.partition(".")
     if "@" in name:
@@ -346,7 +349,7 @@ def where_own_keys_go() -> str:
 
 
 def hydras_keys() -> list[str]:
-    """The keys of Hydra's own node, dotted."""
+    """Return the dotted keys of Hydra's own node."""
     from hydra.conf import HydraConf
     from omegaconf import OmegaConf
 
@@ -361,24 +364,24 @@ def hydras_keys() -> list[str]:
 
 
 def takes(target: str, path: str, key: str) -> bool:
-    """Return True if the target of the node at `path` takes this argument from a config.
+    """Return True if a config may give this argument to the target of the node at `path`.
 
-    Imports the target's module. An argument that the run hands in is not taken from a config.
+    Imports the target's module. False for an argument that the run passes itself.
     """
     try:
         parameters = inspect.signature(locate(target, path)).parameters
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        return True  # some builtins have no signature: they say it themselves
+        return True  # some builtins have no signature; the call itself reports an error
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return True
-    # All arguments of our own targets that a config may give are in conf/.
+    # conf/ lists every argument of our own targets that a config may give.
     return key in parameters and key not in HANDED_IN and not target.startswith("regrow.")
 
 
 def _target_that_takes(name: str) -> str | None:
-    """The target of the node that a key would belong to, if the target takes it. Imports it."""
+    """Return the target of the key's node if it accepts the key, else None. Imports the target."""
     parent, _, key = name.rpartition(".")
     if not parent or not places.is_group(parent.split(".")[0]):
         return None
@@ -393,7 +396,7 @@ def _target_that_takes(name: str) -> str | None:
 
 
 def _of_choices() -> Any:
-    """The config that the options and targets on the command line make, without other values."""
+    """Return the config composed from the command line's options and targets, without values."""
     from omegaconf import OmegaConf
 
     from regrow.composition import composition, hydra_as_it_was
@@ -409,5 +412,5 @@ def _of_choices() -> Any:
     try:
         with hydra_as_it_was():
             return OmegaConf.to_container(composition(source, chosen), resolve=False)
-    except Exception:  # this only adds a hint to an error
+    except Exception:  # the result only adds a hint to an error
         return {}

@@ -1,4 +1,4 @@
-"""The learning-rate range test as a program: from a composed config to one suggestion."""
+"""The learning-rate range test as a program: suggest a learning rate for a composed config."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ log = logging.getLogger("regrow")
 
 
 def find_lr(cfg: DictConfig) -> float:
-    """Test what `cfg` describes, write the curve and return the suggested rate.
+    """Run the range test on what `cfg` describes, write the curve and return the suggested rate.
 
-    No run is started or touched. Raises UserError before anything is written.
+    Starts and changes no run. Raises UserError in a sweep; otherwise prints it and exits.
     """
     try:
         return _find_lr(cfg)
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # Hydra tells which job it was
+            raise  # Hydra reports which job it was
         configs.fail(str(error))
     except Exception as error:
         if (fault := machine_fault(error)) is None:
@@ -104,7 +104,7 @@ def _find_lr(cfg: DictConfig) -> float:
 def train_command(
     lr: float, config: dict[str, Any], overrides: list[str], source: dict[str, Any] | None = None
 ) -> str:
-    """The command of the run that was tested, at the suggested rate."""
+    """Return the command that trains the tested run at the suggested rate."""
     kept = [
         override
         for override in overrides
@@ -117,14 +117,14 @@ def train_command(
 
 
 def new_folder(config: dict[str, Any], hydra: Any) -> Path:
-    """The folder named by hydra.run.dir or a sweep; else outputs/<name>/find_lr/<time>."""
+    """Return the folder of hydra.run.dir or a sweep, else a new outputs/<name>/find_lr/<time>."""
     if hydra.mode == RunMode.MULTIRUN or configs.is_named("hydra.run.dir"):
         return configs.output_dir()
     return records.create(Path("outputs"), f"{config['name']}/find_lr")
 
 
 def write(folder: Path, curve: Curve, lr: float, command: str) -> None:
-    """lr_finder.csv, lr_finder.json and lr_finder.png."""
+    """Write lr_finder.csv, lr_finder.json and lr_finder.png."""
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["lr", "loss", "smoothed"])
@@ -136,7 +136,7 @@ def write(folder: Path, curve: Curve, lr: float, command: str) -> None:
 
 
 def draw(curve: Curve, lr: float) -> Figure:
-    """Loss against rate, and where the suggestion lies."""
+    """Plot loss against learning rate, with the suggestion marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -145,7 +145,7 @@ def draw(curve: Curve, lr: float) -> Figure:
     axes.plot(curve.lrs, curve.smoothed, color="#0072b2", linewidth=2, label="smoothed")
     axes.axvline(lr, color="#d55e00", linestyle="--", label=f"suggestion: {lr:g}")
     axes.set_xscale("log")
-    # The end of a test that diverged would leave the rest no room.
+    # Without limits, the end of a diverging test would squash the rest of the curve.
     low, start = min(curve.smoothed), max(curve.losses[: max(2, len(curve.losses) // 10)])
     axes.set_ylim(low - 0.1 * (start - low), start + 0.5 * (start - low))
     axes.set_xlabel("learning rate")

@@ -1,7 +1,7 @@
-"""Hydra's flags that say which config a command composes. They are part of a run's identity.
+"""Hydra's flags that select which config a command composes. They are part of a run's identity.
 
-A run records its source: the primary config's name, and the places beside `conf/` where files of
-the config were found. A resume composes from the same source, and every printed command names it.
+A run records its source: the primary config's name, and the places besides `conf/` where config
+files may be found. Resuming composes from the same source, and every printed command names it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ VALUES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
-COMMANDS = {  # of these Hydra does one
+COMMANDS = {  # Hydra executes only one of these
     **{"-m": "--multirun", "--multirun": "--multirun", "-r": "--run", "--run": "--run"},
     **{"--cfg": "--cfg", "--info": "--info"},
     **{"-sc": "--shell-completion", "--shell-completion": "--shell-completion"},
 }
 PLACES = ("path", "dir", "searchpath")
-COPIES = "places"  # in a sweep's frozen code
+COPIES = "places"  # a folder in a sweep's frozen code
 DEFAULT: dict[str, Any] = {"name": "train", "path": None, "dir": None, "searchpath": []}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags, each followed by its value, and the overrides. Hydra's parser loses overrides on
-    one side of a flag, so that flags go first."""
+    """Return the flags, each followed by its value, and the overrides.
+
+    Flags must come first: Hydra's parser loses overrides on one side of a flag.
+    """
     flags: list[str] = []
     overrides = []
     rest = list(arguments)
@@ -65,8 +67,10 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Raise UserError for flags that lack a value or do not go together. Hydra would end with its
-    usage, a traceback, or as if they were not there."""
+    """Raise UserError for flags that lack a value or do not go together.
+
+    Hydra would print its usage or a traceback, or ignore them.
+    """
     found, overrides = split(arguments)
     for flag, value in itertools.pairwise([*found, ""]):
         if flag in WITH_A_VALUE.values() and (value == "" or value.startswith("-")):
@@ -109,7 +113,7 @@ def check(arguments: Sequence[str]) -> None:
 
 
 def _refuse_no_folder(flag: str, value: str) -> None:
-    """Raise UserError for a --config-path that is no folder: it is relative to the script."""
+    """Raise UserError for a --config-path that is not a folder; it is relative to the script."""
     if (ROOT / "scripts" / value).is_dir():
         return
     _refuse_record(Path(value), f"{flag} {value}")
@@ -124,14 +128,14 @@ def _are_places(value: Any) -> bool:
 
 
 def absolute(arguments: Sequence[str]) -> list[str]:
-    """The arguments with flags first, and with places that mean the same in any folder."""
+    """Return the arguments with flags first, and with absolute paths in flags and search path."""
     flags, overrides = split(arguments)
     for index in range(1, len(flags)):
         value, of = flags[index], flags[index - 1]
         if of == "--config-dir":
             flags[index] = os.path.abspath(value)  # noqa: PTH100  links stay
         elif of == "--config-path" and "://" not in value:
-            # Hydra's rule: it is relative to the script.
+            # Hydra takes it relative to the script.
             flags[index] = os.path.normpath(ROOT / "scripts" / value)
     overrides = [_with_absolute_places(override) for override in overrides]
     return [*flags, *overrides]
@@ -144,7 +148,7 @@ def _with_absolute_places(override: str) -> str:
     if isinstance(places, str):
         places = [places]
     if not _are_places(places):
-        return override  # Hydra says what is wrong
+        return override  # Hydra reports the error
     return as_override([_absolute_place(place) for place in places])
 
 
@@ -160,7 +164,7 @@ def as_override(places: Sequence[str]) -> str:
 
 
 def typed(arguments: Sequence[str]) -> dict[str, Any]:
-    """What of a source these arguments name; see `absolute`."""
+    """Return the parts of a source that these arguments name; see `absolute`."""
     flags, overrides = split(arguments)
     found: dict[str, Any] = {
         KEYS[flag]: value for flag, value in itertools.pairwise(flags) if flag in KEYS
@@ -173,7 +177,7 @@ def typed(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def folders(arguments: Sequence[str]) -> list[Path]:
-    """The folders beside `conf/` that these arguments let Hydra look in; see `absolute`."""
+    """Return the existing folders that these arguments add to `conf/`; see `absolute`."""
     found = typed(arguments)
     places = [found.get("path"), found.get("dir"), *found.get("searchpath", [])]
     texts = [str(place).removeprefix("file://") for place in places if place]
@@ -181,15 +185,15 @@ def folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def refuse_records(arguments: Sequence[str]) -> None:
-    """Raise UserError for flags that compose a run's record, as one repeats a job of Hydra's from
-    its `.hydra`, and for a primary config that leaves out the check of every start.
+    """Raise UserError for flags that compose a run's record, as Hydra repeats a job from `.hydra`.
 
-    Hydra would make a folder before it finds that nothing can run. See `absolute`.
+    Also for a primary config without the check of every start. Hydra would create a folder before
+    it failed. Call `absolute` on the arguments first.
     """
     given, overrides = split(arguments)
     for flag, value in itertools.pairwise(given):
         if flag in ("--config-path", "--config-dir"):
-            # Of --config-path, Hydra's rule is another than that of who types it.
+            # The user may have meant --config-path relative to the current folder.
             within = os.path.relpath(value, ROOT / "scripts")
             for place in (Path(value), Path(within)):
                 _refuse_record(place, f"{flag} {_shown(place)}")
@@ -226,12 +230,14 @@ def _found(name: str, places: Sequence[Path]) -> Path | None:
 
 
 def _is_checked(path: Path, places: Sequence[Path], depth: int = 9) -> bool | None:
-    """Whether a primary config brings `CheckBeforeStart`, by itself or by what it builds on; None
-    where its files do not say."""
+    """Return whether a primary config, or one that it builds on, has `CheckBeforeStart`.
+
+    None if its files do not tell.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError):
-        return None  # Hydra says what is wrong
+        return None  # Hydra reports the error
     if not isinstance(content, dict):
         raise UserError(f"{_shown(path)} must hold keys and values, and holds a list or a text.")
     if CHECK in json.dumps(content.get("hydra"), default=str):
@@ -257,13 +263,13 @@ def _shown(place: Path) -> str:
 
 
 def source_of(hydra: Any) -> dict[str, Any]:
-    """The source that Hydra composed from, by its own config node."""
+    """Return the source that Hydra composed from, according to its own config node."""
     from omegaconf import OmegaConf
 
     source = {**DEFAULT, "name": str(hydra.job.config_name), "searchpath": []}
     if (copied := copied_source(ROOT)) is not None:
         return copied
-    # A folder's name may look like an interpolation, and is none.
+    # Do not resolve: a folder's name may contain `${`.
     places: Any = OmegaConf.to_container(hydra.runtime.config_sources, resolve=False)
     for place in places:
         provider, schema, path = place["provider"], place["schema"], place["path"]
@@ -278,7 +284,7 @@ def source_of(hydra: Any) -> dict[str, Any]:
 
 
 def folders_of(source: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders that a source adds beside `conf/`, each with the name of its copy."""
+    """Return the folders that a source adds to `conf/`, by the name of their copy."""
     places = {"dir": source["dir"], "path": source["path"]}
     places |= {f"searchpath_{n}": place for n, place in enumerate(source["searchpath"])}
     found = {name: re.sub(r"^file://", "", str(place or "")) for name, place in places.items()}
@@ -286,14 +292,14 @@ def folders_of(source: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def copied_source(code: Path) -> dict[str, Any] | None:
-    """The source whose folders were copied into a sweep's frozen code; None if it has none."""
+    """Return the source whose folders were copied into a sweep's frozen code, or None."""
     with contextlib.suppress(OSError, ValueError):
         return checked(_json(code / COPIES / "source.json"), code)
     return None
 
 
 def in_copy(source: Mapping[str, Any], code: Path) -> dict[str, Any]:
-    """The source with the copies of its folders in a sweep's frozen code in their place."""
+    """Return the source with its folders replaced by their copies in a sweep's frozen code."""
     copies = {name: str(code.absolute() / COPIES / name) for name in folders_of(source)}
     places = [
         f"file://{copies[f'searchpath_{n}']}" if f"searchpath_{n}" in copies else place
@@ -304,7 +310,10 @@ def in_copy(source: Mapping[str, Any], code: Path) -> dict[str, Any]:
 
 
 def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") -> list[str]:
-    """What to type for a source, flags first. Places in the current folder are relative to it."""
+    """Return the arguments that select a source, flags first.
+
+    A --config-dir below the current folder is relative to it.
+    """
     source = source or DEFAULT
     found = [] if source["name"] == default else ["--config-name", str(source["name"])]
     if source["path"] is not None:
@@ -317,7 +326,7 @@ def arguments_of(source: Mapping[str, Any] | None, *, default: str = "train") ->
 
 
 def others(flags: Sequence[str]) -> list[str]:
-    """The flags, as `split` gives them, that have nothing to do with the source."""
+    """Return those of the flags, as `split` returns them, that do not select a source."""
     kept = []
     rest = list(flags)
     while rest:
@@ -330,7 +339,7 @@ def others(flags: Sequence[str]) -> list[str]:
 
 
 def of_sweep(folder: Path) -> dict[str, Any]:
-    """The source of the sweep in `folder`; of one from before it was recorded, that of a job."""
+    """Return the source of the sweep in `folder`; if an old sweep lacks it, a job's source."""
     first = None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         content = _json(folder / "sweep.json")
@@ -345,8 +354,11 @@ def of_sweep(folder: Path) -> dict[str, Any]:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """The source of the run in `folder`: of its manifest, or, for one from before that held it or
-    one that was killed at its start, of what Hydra composed. Anybody may have written both."""
+    """Return the source of the run in `folder`, from its manifest or else from Hydra's record.
+
+    A run that is older, or was killed at its start, has none in its manifest. Both files are
+    untrusted.
+    """
     found: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
         content = _json(folder / "manifest.json")
@@ -367,7 +379,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def checked(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A recorded source, or UserError for one that no run wrote."""
+    """Return a recorded source. Raises UserError if no run can have written it."""
     source = {key: source.get(key, value) for key, value in DEFAULT.items()}
     name, places = source["name"], source["searchpath"]
     fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) is not None
@@ -384,10 +396,10 @@ def checked(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def followed(
     where: str, source: Mapping[str, Any], given: Mapping[str, Any], *, is_own: bool
 ) -> dict[str, Any]:
-    """The source to compose a record from: the recorded one, but for places that were `given`.
+    """Return the source to compose a record from: the recorded one, with the `given` places.
 
-    `where` names the record. Raises UserError for another config's name, and for a place that was
-    not typed, unless the folder is the user's own: one from elsewhere adds no search path.
+    `where` names the record. Raises UserError for a different config name and, unless the folder
+    is the user's own, for a recorded place that was not typed.
     """
     if given.get("name", source["name"]) != source["name"]:
         raise UserError(
@@ -405,7 +417,7 @@ def followed(
 
 
 def followed_places(source: Mapping[str, Any] | None) -> list[str]:
-    """The places of a source as a line of a run's seal; none for a config of `conf/` alone."""
+    """Return the places of a source as a line of a run's seal; no line for `conf/` alone."""
     places = {key: source[key] for key in PLACES if source[key]} if source else {}
     return [json.dumps(places, sort_keys=True)] if places else []
 

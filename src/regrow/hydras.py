@@ -1,4 +1,4 @@
-"""Settings of Hydra's own that nothing here reads are refused, each with the way that works."""
+"""Reject Hydra settings that have no effect here, and name the setting that does."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from regrow.explain import hydras_keys
 
 SWEEPER = "hydra_plugins.regrow_sweeper.RegrowSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-# Nodes of Hydra's that hold any key, and those that it fills itself.
+# Hydra's nodes that accept any key, and those that Hydra fills itself.
 OPEN = ("callbacks", "job_logging", "hydra_logging", "sweeper", "launcher", "aliases")
 FILLED = ("runtime", "overrides", "help", "hydra_help", "job.env_set", "job.env_copy")
 OURS = ("check", "sweep")  # the callbacks of conf/train.yaml
 
 
 def refuse_typed(arguments: Sequence[str]) -> None:
-    """Raise UserError for the first argument that sets what nothing here reads."""
+    """Raise UserError for the first argument that sets a Hydra setting without effect here."""
     for argument in arguments:
         key, equals, value = argument.partition("=")
         key = key.lstrip("+~")
@@ -34,12 +34,12 @@ def refuse_typed(arguments: Sequence[str]) -> None:
         if key in ("hydra/launcher", "hydra/sweeper"):
             raise UserError(leads.replaced_option(key, value))
         if equals and key == "hydra.job.chdir" and read(argument) in (False, None):
-            continue  # as it is
+            continue  # the default
         raise UserError(f"{argument}: {said}")
 
 
 def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
-    """Raise UserError for the first setting, of a file or typed, that nothing here reads."""
+    """Raise UserError for the first Hydra setting in the config that has no effect here."""
     node = plain(hydra, resolve=False)
     choices = node["runtime"]["choices"]
     for group, usual in (("launcher", "basic"), ("sweeper", "basic"), ("output", "default")):
@@ -55,7 +55,7 @@ def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
     job = node["job"]
     if job.get("chdir"):
         raise UserError(f"hydra.job.chdir=true: {leads.replaced('hydra.job.chdir')}")
-    # By itself it is the script's name, or `app` where a config is composed without one.
+    # The default is the script's name, or `app` if a config is composed without a script.
     if job.get("name") not in (None, "???", "app", "train", Path(sys.argv[0]).stem):
         raise UserError(f"hydra.job.name={job['name']}: {leads.replaced('hydra.job.name')}")
     for line in node["overrides"]["hydra"]:
@@ -66,7 +66,7 @@ def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
 
 
 def _refuse_others(name: str, its: Any, target: str, empty: Sequence[str]) -> None:
-    """Raise UserError for what a launcher or sweeper is told, where ours is not told it."""
+    """Raise UserError for a setting of a launcher or sweeper that is not ours."""
     for key, value in its.items() if isinstance(its, Mapping) else ():
         full = f"hydra.{name}.{key}"
         is_usual = value == target if key == "_target_" else key in empty and value is None
@@ -75,7 +75,7 @@ def _refuse_others(name: str, its: Any, target: str, empty: Sequence[str]) -> No
 
 
 def _refuse_in_sweep(node: Mapping[str, Any]) -> None:
-    """Raise UserError for what a sweep's jobs do not get: each is a process of its own."""
+    """Raise UserError for settings that do not reach a sweep's jobs, which are own processes."""
     for name, value in (node["job"].get("env_set") or {}).items():
         raise UserError(
             f"hydra.job.env_set.{name}={leads.shown(value)}: the jobs of a sweep do not get it. "

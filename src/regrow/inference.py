@@ -1,4 +1,4 @@
-"""A trained model at work: exact numbers over a split, and predictions for new inputs."""
+"""Use a trained model: evaluate it exactly on a split, and predict for new inputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from regrow.training.show import evaluation_bar
 
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
-    """The run's numbers over a split, such as "test/accuracy", without augmentation.
+    """Return the run's metrics over a split, such as "test/accuracy", without augmentation.
 
-    A model that draws random numbers draws those of the run's own evaluation.
+    A model that draws random numbers draws the same ones as in the run's own evaluation.
     """
     batches = run.data.evaluation(split, device=run.device)
     bar = evaluation_bar(split, batches)
@@ -36,16 +36,16 @@ def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str
 
 
 def draws_of(run: LoadedRun, split: str) -> Draws:
-    """The seeds of the run's own evaluation of these weights; afterwards, whether it drew."""
+    """Return the seeds of the run's own evaluation of these weights; they record any draw."""
     return Draws(run.config["seed"], split, run.step, 0, watch=True)
 
 
 def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
-    """Reasons why a model that draws may draw other numbers than it did in its run."""
+    """Return the reasons why a model that draws may draw different numbers than in its run."""
     config = recorded_config(run.folder, str(run.folder))
     recorded = config["data"]
     reasons = []
-    if "ema_warmup" not in config["trainer"]:  # a key of the version that seeds evaluations
+    if "ema_warmup" not in config["trainer"]:  # added in the version that seeds evaluations
         reasons.append("the run is older than seeded evaluations")
     status = load_status(run.folder) or {}
     if (processes := len(status.get("pids", ()))) > 1:
@@ -59,13 +59,14 @@ def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
 
 
 def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, str]]:
-    """A row of text per example of what lies at `path`: an image, a folder, .npy or .csv.
+    """Yield a row of text per example in `path`: an image, a folder, .npy or .csv.
 
-    `input`, then for classes `prediction` (the name) and `probability/<class>`; for yes or no
-    `prediction` and `probability` (of yes, the second class); for labels `predicted/<label>` (1 or
-    0) and `probability/<label>`; for a regression `prediction` in the targets' own units, or
-    `prediction/<target>` where there are several. Numbers have all digits
-    of a float64. Raises UserError or DataError.
+    The columns are `input`, then by task:
+    multiclass: `prediction` (the name) and `probability/<class>`;
+    binary: `prediction` and `probability` (of the second class);
+    multilabel: `predicted/<label>` (1 or 0) and `probability/<label>`;
+    regression: `prediction` in the targets' own units, or `prediction/<target>` for several.
+    Numbers have all digits of a float64. Raises UserError or DataError.
     """
     _refuse_several_inputs(run)
     row = _rows(run)
@@ -82,7 +83,7 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
 
 
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
-    """Raise UserError for outputs that are more than one row per example."""
+    """Raise UserError for outputs that do not fit one row per example."""
     dimensions = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
     allowed = dimensions.get(run.task.kind)
     if allowed is None or (isinstance(outputs, Tensor) and outputs.ndim in allowed):
@@ -96,7 +97,7 @@ def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
 
 
 def _refuse_several_inputs(run: LoadedRun) -> None:
-    """Raise UserError for a model that takes several tensors, which no file of one array holds."""
+    """Raise UserError for a model with several input tensors: a file holds one array."""
     if run.input_names:
         raise UserError(
             f"run={run.folder}: the model takes several inputs ({', '.join(run.input_names)}), and "
@@ -106,7 +107,7 @@ def _refuse_several_inputs(run: LoadedRun) -> None:
 
 
 def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
-    """The columns of one example's prediction, by the kind of the task."""
+    """Return the function from one example's prediction to its columns, for the run's task."""
     kind = run.task.kind
     if kind == "regression":
         return lambda one: _values(run, one["prediction"])

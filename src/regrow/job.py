@@ -1,4 +1,4 @@
-"""One run as plain data, so that one process can compose it and others can do it."""
+"""One run as plain data, so that one process can compose it and others can run it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run and where, as what JSON can say: `Job(**json.loads(job.to_json()))` is it."""
+    """What to run and where, as JSON data: `Job(**json.loads(job.to_json())) == job`."""
 
     config: dict[str, Any]  # resolved
-    folder: str | None  # the run's own, if it was named; None: a new one under outputs/<name>
+    folder: str | None  # the run's own; None: a new one under outputs/<name>
     overrides: list[str]
-    choices: dict[str, Any]  # the options that the config's groups were composed of
+    choices: dict[str, Any]  # the chosen options, by group
     composed: dict[str, str]  # what Hydra composed, by file name in `.hydra/`
     command: list[str]
-    source: dict[str, Any] | None = None  # which config it was composed of: see flags.py
-    draws: bool = True  # its pictures and its page, at its end
-    owner: dict[str, Any] | None = None  # what its folder holds, made where the list of folders is
-    trial: dict[str, Any] | None = None  # of a search that may end it: see sweep/trial.py
+    source: dict[str, Any] | None = None  # the config it was composed from: see flags.py
+    draws: bool = True  # plots and page, at the end of the run
+    owner: dict[str, Any] | None = None  # its folder's owner.json, made where the user's list is
+    trial: dict[str, Any] | None = None  # of a search that may end the run: see sweep/trial.py
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
