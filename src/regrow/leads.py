@@ -1,4 +1,4 @@
-"""Words of other templates and of Hydra's plug-ins, each with the way that works here."""
+"""Words from other templates and Hydra's plug-ins, each with its equivalent here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# A word, as a key or as a part of one, and what does here what it does elsewhere. Most are those of
-# lightning-hydra-template and of Lightning's Trainer.
+# A word, as a key or as a part of one, and its equivalent here. Most are from
+# lightning-hydra-template and Lightning's Trainer.
 WORDS = {
     "accelerator": "trainer.device=cpu, cuda or mps",
     "accumulate_grad_batches": "trainer.accumulation_steps",
@@ -65,7 +65,7 @@ WORDS = {
     "val_check_interval": "trainer.eval_every_steps",
 }
 
-# Options that other templates have, by group.
+# Options of other templates, by group.
 OPTIONS = {
     "debug": {"default": "fast", "fdr": "fast", "limit": "fast", "profiler": "profile"},
     "trainer": {
@@ -75,9 +75,9 @@ OPTIONS = {
     "logger": {"many_loggers": "[csv,tensorboard,wandb]"},
 }
 
-# Groups whose files hold values of all others. None is chosen by default.
+# Groups whose files hold values of other groups. None is chosen by default.
 RECIPES = ("experiment", "debug", "local")
-# What to write for no option of a group.
+# How to choose no option of a group.
 NONE = {
     "logger": "For none beside metrics.jsonl, which is always written: logger=[]",
     "scheduler": "For a learning rate that stays: scheduler=constant",
@@ -86,17 +86,17 @@ NONE = {
 
 
 def lead(name: str) -> str:
-    """ " Here that is …." for a key with a word of another template in it, or nothing."""
+    """Return " Here that is …." for a key that holds another template's word, or ""."""
     for part in reversed(re.split(r"[./@]", name)):
         if part in ("train", "test") and name not in (part, f"trainer.{part}"):
-            continue  # data.source.train is meant to be train_file
+            continue  # data.source.train stands for train_file
         if part in WORDS:
             return f" Here that is {WORDS[part]}."
     return ""
 
 
 def of_option(group: str, option: str) -> str:
-    """The same for an option, such as debug=fdr."""
+    """Return the same hint for another template's option, such as debug=fdr."""
     found = OPTIONS.get(group, {}).get(option)
     return f" Here that is {group}={found}." if found else ""
 
@@ -115,7 +115,7 @@ _LAUNCHER = (
     "launcher=slurm."
 )
 _SWEEPER = "-m starts a sweep of another kind here. Use sweep=grid, list or optuna, and its keys."
-# Settings that would be read by nothing, with the way that works. The longest that fits counts.
+# Settings that have no effect here, each with what to use. The longest match counts.
 REPLACED = {
     "hydra/launcher": _LAUNCHER,
     "hydra.launcher": _LAUNCHER,
@@ -149,7 +149,7 @@ REPLACED = {
 
 
 def replaced(key: str) -> str | None:
-    """What to say of a setting of Hydra's that has no effect here, or None for one that has."""
+    """Return what to use for a Hydra setting that has no effect here; None for one that has."""
     for prefix in sorted(REPLACED, key=len, reverse=True):
         if key == prefix or key.startswith((f"{prefix}.", f"{prefix}/", f"{prefix}@")):
             return REPLACED[prefix]
@@ -157,7 +157,7 @@ def replaced(key: str) -> str | None:
 
 
 def replaced_option(group: str, option: str) -> str:
-    """What to say of a launcher or sweeper of Hydra's."""
+    """Return the error for an option of hydra/launcher, hydra/sweeper or hydra/output."""
     known = LAUNCHERS if group == "hydra/launcher" else SWEEPERS
     if option in known and group in ("hydra/launcher", "hydra/sweeper"):
         return f"{group}={option}: it is replaced here. Use {known[option]}."
@@ -165,7 +165,7 @@ def replaced_option(group: str, option: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in one line, as one types it if it is plain."""
+    """Return a value in one line, as it would be typed."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{shown(each)}" for key, each in value.items()) + "}"
     if isinstance(value, bool) or value is None:

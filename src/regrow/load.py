@@ -1,4 +1,4 @@
-"""Trained models back from a run's folder: for the scripts, for notebooks, and to start from.
+"""Load trained models from a run's folder, for the scripts and for notebooks.
 
 from regrow.load import load_run
 run = load_run("outputs/digits/latest")
@@ -32,7 +32,7 @@ from regrow.training import checkpoint
 log = logging.getLogger("regrow")
 
 PREPROCESSING = "preprocessing.json"
-# Properties of the data that the model was trained for. Other data must have them too.
+# Properties of the data that the model depends on. Other data must share them.
 OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Keys of the trainer that the outputs depend on.
@@ -44,13 +44,13 @@ OF_THE_TRAINER = (
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's model with the weights of one checkpoint, ready to use, and all it was made with.
+    """A run's model with the weights of one checkpoint, ready to use, and its other objects.
 
-    The data is read when `data` is first asked for; `preprocessing` and `class_names` come from
-    the folder alone where the run recorded them.
+    The first access to `data` reads the data. `preprocessing` and `class_names` need only the
+    folder if the run recorded them.
     """
 
-    folder: Path  # the run's own, also when a link to it was given
+    folder: Path  # resolved, if a link to it was given
     config: dict[str, Any]
     model: nn.Module  # in evaluation mode, on `device`
     task: Any
@@ -58,13 +58,13 @@ class LoadedRun:
     step: int
     device: torch.device
     precision: str
-    recorded: Preprocessing | None  # as the run kept it
+    recorded: Preprocessing | None  # None: the run did not record it
     class_names: list[str] | None
-    input_names: list[str] | None  # where an example has several inputs
+    input_names: list[str] | None  # None: an example is one tensor
 
     @cached_property
     def data(self) -> Any:
-        """The run's data, normalised by the statistics of what the run was trained on."""
+        """The run's data, normalised by the statistics of its training data."""
         where = f"run={self.folder}"
         check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
         allow(self.config["data"])
@@ -79,24 +79,24 @@ class LoadedRun:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """From raw examples to the model's inputs; read from the data where it was not kept."""
+        """How raw examples become the model's inputs: as recorded, or else from the data."""
         if self.recorded is not None:
             return self.recorded
         how: Preprocessing = self.data.preprocessing
         return how
 
     def close(self) -> None:
-        """End the data's workers, if there are any; the end of the program does so too."""
+        """End the data's workers, if there are any; the program's exit does so too."""
         if "data" in self.__dict__:
             self.data.close()
 
     def in_units(self, values: Tensor) -> Tensor:
-        """Regression outputs (N,) or (N, K) in the targets' own units, as float64."""
+        """Convert regression outputs (N,) or (N, K) to the targets' own units, as float64."""
         return in_units(values, self.preprocessing.target_mean, self.preprocessing.target_std)
 
 
 def preprocessing_record(data: Any) -> dict[str, Any]:
-    """The part of the data that prediction needs: the content of preprocessing.json."""
+    """Return the content of preprocessing.json: what prediction needs of the data."""
     names = data.input_names()
     return {**data.preprocessing.to_dict(), "class_names": data.class_names, "input_names": names}
 
@@ -108,14 +108,14 @@ def load_run(
     device: str | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> LoadedRun:
-    """The run in `folder` as it was, from the folder alone. The data need not be there.
+    """Return the run in `folder`, loaded from the folder alone. The data need not exist.
 
-    `which` names a checkpoint: "best", "last" or a folder such as "step_00000460". Where the run
-    kept an average of its weights, that is what one gets. `device` is auto, cpu, cuda or mps; None
-    takes the run's own, or the CPU where that is missing. `data` replaces keys of the data, such as
+    `which` names a checkpoint: "best", "last" or a folder such as "step_00000460". If the run
+    averaged its weights, the model gets the average. `device` is auto, cpu, cuda or mps; None
+    takes the run's own, or the CPU if that is missing. `data` replaces keys of the data, such as
     {"batch_size": 1} or {"source.test_file": "new.csv"}. `close` ends the data's workers. Raises
-    UserError for a folder without a run, a missing or damaged checkpoint, or a config that would
-    make what is foreign to its place.
+    UserError for a folder without a run, a missing or damaged checkpoint, or a config with a
+    target that does not belong in its place.
     """
     given, folder = Path(folder), Path(folder).resolve()
     config = _config(folder, given)
@@ -129,7 +129,7 @@ def load_run(
             f"run={given}: its config.yaml has data.class_names, and {error}. It is not made."
         ) from None
     find_own_modules()
-    # The data is checked where it is read, which a prediction never does.
+    # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
     check_roles(config, made, folder, f"run={given}", others=places_of(folder))
     allow(*(config[group] for group in made))
@@ -137,13 +137,13 @@ def load_run(
     if downloads_elsewhere(folder, config, data or {}):
         config["data"]["source"]["download"] = False
     if class_names is None and config["task"].get("class_names", ...) is None:
-        class_names = _names_in(config, folder)  # of a run that did not keep them
+        class_names = _names_in(config, folder)  # the run did not record them
     if data:
         columns = recorded.columns if recorded is not None else None
         _pin(config["data"], class_names=class_names, feature_columns=columns)
     path, parts, facts = _checkpoint(folder / "checkpoints", which)
     chosen = _device(device, config["trainer"]["device"])
-    if "pretrained" in config["model"]:  # all weights come from the checkpoint: no download
+    if "pretrained" in config["model"]:  # avoid a download: all weights come from the checkpoint
         config["model"]["pretrained"] = False
     model: nn.Module = instantiate(config["model"])
     weights = parts.get("averaged", parts.get("model", {}))
@@ -159,7 +159,7 @@ def load_run(
         model.to(memory_format=torch.channels_last)
     task = dict(config["task"])
     if task.get("class_names", ...) is None:
-        task["class_names"] = class_names  # as the run took them from its data
+        task["class_names"] = class_names  # the run took them from its data
     run = LoadedRun(
         folder=folder,
         config=config,
@@ -178,19 +178,19 @@ def load_run(
 
 
 def set_numerics(run: LoadedRun) -> None:
-    """Set the process's switches as the run had them: threads and kernels that its bits depend on.
+    """Set this process's threads and kernels as in the run, whose exact results depend on them.
 
-    For scripts; a notebook's process is its own.
+    For scripts; a notebook keeps its own settings.
     """
-    # Not the trainer's options themselves: a folder may be older than one of them.
+    # Not TrainerOptions: an older run's config may lack some of its keys.
     options = {**run.config["trainer"], "precision": run.precision, "detect_anomaly": False}
     runs.set_numerics(cast(Any, SimpleNamespace(**options)), run.device)
 
 
 def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Replace keys of a recorded data node; whatever the model was made with stays as it was.
+    """Replace keys of a recorded data node.
 
-    Raises UserError for a key that is not there, one that belongs to the model, and a wrong type.
+    Raises UserError for an unknown key, one that the model depends on, and a wrong type.
     """
     source = data.get("source")
     for name, value in new.items():
@@ -211,14 +211,14 @@ def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
                 "Swap what is read, such as data.root."
             )
         _check_type(name, value, node[leaf])
-        # In conf/data these were one value, so that they are swapped together.
+        # conf/data interpolates one from the other, so replace both.
         if not parents and isinstance(source, dict) and source.get(leaf, value) == node[leaf]:
             source[leaf] = value
         node[leaf] = value
 
 
 def _pin(data: dict[str, Any], **found: Any) -> None:
-    """What was found in the training data once: other data is read by the same, in their order."""
+    """Set null keys to what the run found in its training data, so that other data uses it too."""
     for node in (data, data.get("source")):
         for key, value in found.items():
             if isinstance(node, dict) and key in node and node[key] is None:
@@ -262,7 +262,7 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
         )
     config = recorded_config(folder, f"run={given}")
     groups = ("data", "model", "task", "loss", "trainer")
-    # A custom task may bring its own loss, and then its node `loss` names no target.
+    # With a custom task that brings its own loss, the node `loss` needs no target.
     needed = {**dict.fromkeys(groups, ("_target_",)), "loss": (), "trainer": OF_THE_TRAINER}
     lost = [
         f"{group}.{key}" for group in groups for key in needed[group] if key not in config[group]
@@ -280,7 +280,7 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
 def _recorded(
     folder: Path, given: Path
 ) -> tuple[Preprocessing | None, list[str] | None, list[str] | None]:
-    """The preprocessing, the names of the classes and of the inputs, as far as they were kept."""
+    """Return the preprocessing, class names and input names; None for each that is not recorded."""
     path = folder / PREPROCESSING
     if not path.is_file():
         return None, None, None
@@ -297,7 +297,10 @@ def _recorded(
 
 
 def _names(value: Any) -> list[str] | None:
-    """Plain names: they become an argument of the task, which would make an object of a node."""
+    """Return `value` if it is None or a list of plain names. Raises TypeError.
+
+    The names become an argument of the task: Hydra would instantiate a node among them.
+    """
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
@@ -311,7 +314,7 @@ def _names_in(config: Mapping[str, Any], folder: Path) -> list[str] | None:
         allow(config["data"])
         names: list[str] | None = instantiate(config["data"]).class_names
     except UserError:
-        return None  # the data is gone: the classes go by their numbers
+        return None  # the data is missing: classes go by their numbers
     return names
 
 
@@ -338,7 +341,7 @@ def _precision(recorded: str, device: torch.device) -> str:
 
 
 def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[str, Any]]:
-    """The folder, parts and manifest of a checkpoint, also of a run that is still rotating its."""
+    """Return the folder, parts and manifest of a checkpoint, even while a run is rotating them."""
     there = checkpoint.complete(folder)
     names = [name for name in ("best", "last") if checkpoint.named(folder, name).is_dir()]
     names += [path.name for path in there]
@@ -353,7 +356,7 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[
             return path, *checkpoint.load(path)
         except (checkpoint.DamagedCheckpoint, OSError) as damage:
             if checkpoint.named(folder, which) != path:
-                continue  # replaced by a newer one while it was read
+                continue  # a newer one replaced it while it was read
             others = [p.name for p in there if p.name != path.name]
             raise UserError(
                 f"checkpoint={which}: {damage}. "

@@ -1,4 +1,4 @@
-"""Waiting for a lock of the kernel, which says what it waits for."""
+"""Wait for a kernel lock, and log what the process waits for."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ TELL_SECONDS = 2.0  # a longer wait is announced in one line
 
 
 def wait_for(descriptor: int, what: str) -> None:
-    """Take the exclusive lock of an open file or folder; `what` it is for is said after 2 seconds.
+    """Take the exclusive lock of an open file or folder.
 
-    Raises OSError on a file system without locks.
+    A wait longer than 2 seconds logs `what` it is for. Raises OSError on a file system without
+    locks.
     """
     started, told = time.monotonic(), False
     while True:
@@ -34,7 +35,7 @@ def wait_for(descriptor: int, what: str) -> None:
 
 
 def in_use_by(descriptor: int) -> str:
-    """Name who has the lock of an open file: the process, if it is known and of this machine."""
+    """Return words for who holds the lock of an open file: a process of this machine, if known."""
     status = os.fstat(descriptor)
     device = status.st_dev
     place = f"{os.major(device):02x}:{os.minor(device):02x}:{status.st_ino}"

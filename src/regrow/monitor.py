@@ -1,6 +1,6 @@
-"""The monitored metric: whether more of it is better, and what a run without one cannot do.
+"""The monitored metric: its direction, and what a run without one cannot do.
 
-Without torch: a sweep asks before it starts its jobs.
+Imports no torch: a sweep uses this before it starts its jobs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words of metrics' names.
+# Words in the names of metrics: more is better, then less is better.
 _MORE = _words(
     "acc accuracy ap auc aucpr aupr auprc auroc bleu chrf concordance corrcoef correlation dice "
     "dsc f f1 f2 fbeta f1score fscore hit hits iou jaccard kappa kendall map mcc matthews meteor "
@@ -39,7 +39,7 @@ _QUALIFIERS = _words(
     "all at avg average class ema epoch k log macro max mean median micro min per raw rate sample "
     "samples score step sum test token top total train val weighted word"
 )
-# Whole names whose words do not tell, or tell the opposite.
+# Whole names whose words do not tell the direction, or tell the opposite.
 _WHOLE = {
     "cross_entropy": "min",
     "crossentropy": "min",
@@ -58,21 +58,21 @@ _WHOLE = {
     "hit_rate": "max",
     "win_rate": "max",
 }
-# They turn the meaning of the other words, neg_mean_squared_error, one_minus_accuracy, or measure
-# something else of the metric, drop_in_accuracy.
+# Words that reverse the direction (neg_mean_squared_error, one_minus_accuracy) or measure something
+# else about the metric (drop_in_accuracy).
 _TURNS = _words(
     "neg negative minus inv inverse inverted reciprocal one non not without anti lack "
     "change decrease delta diff difference drop gap increase range spread std var variance"
 )
-# A sign turns it too: -loss, 1-accuracy, 100 - f1; not 1-shot accuracy.
+# A minus sign reverses it too: -loss, 1-accuracy, 100 - f1; but not 1-shot accuracy.
 _SIGN = re.compile(r"\s*(?:1|1\.0|100)?\s*[-\u2212]\s*([a-z0-9]+)")
 
 
 def by_name(metric: str) -> str | None:
-    """max or min for a metric such as val/f1/cat, by its base name; None where that is unknown."""
+    """Return max or min for a metric such as val/f1/cat, by its base name; None if unknown."""
     parts = metric.split("/")
     name = parts[1] if len(parts) > 1 else parts[0]
-    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # MeanSquaredError, but IoU as it is
+    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # splits MeanSquaredError; IoU stays whole
     spellings = [re.findall(r"[a-z0-9]+", text.lower()) for text in (name, split)]
     for words in spellings:
         if whole := _WHOLE.get("_".join(words)):
@@ -100,21 +100,21 @@ def _is_qualifier(word: str) -> bool:
 
 
 def of_run(config: Mapping[str, Any]) -> str | None:
-    """The direction of a run's monitor: its trainer's mode, its task's own, or by the name.
+    """Return the direction of a run's monitor: from the trainer, the task, or the metric's name.
 
-    None where it has no monitor, or torchmetrics must be asked.
+    None if the run has no monitor, or only torchmetrics can tell.
     """
     trainer, task = config["trainer"], config["task"]
     monitor = trainer["monitor"]
     if trainer["mode"] is not None or monitor is None:
         return None if monitor is None else str(trainer["mode"])
-    if task.get("mode") in MODES and task.get("monitor") == monitor:  # a task of the user's own
+    if task.get("mode") in MODES and task.get("monitor") == monitor:  # a user's own task
         return str(task["mode"])
     return by_name(monitor)
 
 
 def contradiction(metric: str, mode: str) -> str | None:
-    """What is odd about a direction that is the opposite of what the metric's name says."""
+    """Return a warning if a direction contradicts the metric's name, else None."""
     by_its_name = by_name(metric)
     if by_its_name in (None, mode):
         return None
@@ -123,7 +123,7 @@ def contradiction(metric: str, mode: str) -> str | None:
 
 
 def of_metrics(metrics: Any, monitor: str) -> str | None:
-    """What torchmetrics says, if `metrics` holds one of its objects under the metric's name."""
+    """Return max or min by torchmetrics, if `metrics` holds its object under the metric's name."""
     if hasattr(metrics, "higher_is_better"):
         higher = metrics.higher_is_better(monitor)
     else:
@@ -137,7 +137,7 @@ def of_metrics(metrics: Any, monitor: str) -> str | None:
 
 
 def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null") -> None:
-    """Raise UserError for what decides by a monitored value, in a config of a run without one."""
+    """Raise UserError for settings that need a monitor, in the config of a run without one."""
     patience = values["trainer"]["early_stopping"]["patience"]
     if patience is not None:
         raise UserError(
@@ -153,9 +153,9 @@ def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null")
 
 
 def lacks_val(source: Mapping[str, Any]) -> bool:
-    """Return True if a data source of this repository's is sure to have no validation split.
+    """Return True if one of our data sources certainly has no validation split.
 
-    False where only reading it tells.
+    False if only reading the data can tell.
     """
     if source.get("num_val") == 0 or ("val" in source and source["val"] is None):
         return True

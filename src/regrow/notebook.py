@@ -1,5 +1,7 @@
-"""`regrow.compose` and `regrow.build`: a config, and the objects that it describes, in a notebook
-or a script of one's own. No run is started and nothing is written."""
+"""`regrow.compose` and `regrow.build`: a config and its objects, in a notebook or your own script.
+
+They start no run and write nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The config as `python scripts/train.py …` would compose and check it, resolved."""
+    """Return the config as `python scripts/train.py …` would compose and check it, resolved."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
@@ -60,7 +62,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def build(config: Mapping[str, Any] | DictConfig) -> Objects:
-    """Every object of a run, on this process's device. Sets threads and seeds as a run does."""
+    """Return all objects of a run, on the config's device. Sets threads and seeds as a run does."""
     from regrow import run
     from regrow.training.parallel import World
 
@@ -84,7 +86,7 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
 
 
 def _literal(value: Any) -> Any:
-    """Plain values for OmegaConf, which is to look for no key in their text."""
+    """Return plain values with `${` escaped, so that OmegaConf does not interpolate their text."""
     if isinstance(value, Mapping):
         return {key: _literal(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

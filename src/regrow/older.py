@@ -1,7 +1,7 @@
-"""Records from before a key existed: the value that reproduces the behaviour of that time.
+"""Complete older records with keys added since, at the values for the earlier behaviour.
 
-A run's config names every key of its time. A later version of this code adds keys, some with a
-default that changes the maths. `complete` gives an older record the value that stands for what the
+A run's config holds every key that existed at its time. Later versions add keys, some with a
+default that changes the maths. `complete` gives an older record the value that reproduces what the
 code did without the key, so that resume, evaluate, predict and reproduce keep the run's meaning.
 """
 
@@ -18,7 +18,7 @@ class AddedKey(NamedTuple):
     target: str | None  # `_target_` of the node that holds the key; None: the top level
     key: str
     before: Any  # reproduces the behaviour from before the key existed
-    follows: str | None = None  # the key, dotted, that conf/ takes it from
+    follows: str | None = None  # the dotted key that conf/ interpolates it from
 
 
 IMAGE_FOLDER = "regrow.data.datasets.image_folder"
@@ -48,25 +48,25 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     AddedKey("regrow.data.loaders.Data", "target_dtype", "float32"),
 )
-# Keys of that time that this code does not take, by `_target_`: another key says the same.
+# Keys that this code no longer accepts, by `_target_`; another key replaces each.
 REMOVED_KEYS: tuple[tuple[str, str], ...] = tuple(
     (f"regrow.tasks.tasks.{task}", "mode")  # trainer.mode
     for task in ("Multiclass", "Binary", "Multilabel", "Regression")
 )
-# Fields of preprocessing.json, likewise: how a run reads what it predicts from.
+# Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {
     "exif_orientation": False,
     "extensions": EARLY_EXTENSIONS,
     "leave_out": [],
 }
-# Fields of a checkpoint's progress, likewise.
+# Added fields of a checkpoint's progress.
 ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that a recorded config lacks. Returns them, dotted, with their values.
 
-    Keys that this code does not take are removed: see `removed`.
+    Also deletes keys that this code no longer accepts: see `removed`.
     """
     added: dict[str, Any] = {}
     for key in removed(config):
@@ -82,7 +82,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of a recorded config that this code does not take."""
+    """Return the dotted keys of a recorded config that this code no longer accepts."""
     target = config.get("_target_")
     found = [f"{prefix}{key}" for its, key in REMOVED_KEYS if its == target and key in config]
     for name, value in config.items():
@@ -94,7 +94,7 @@ def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _rows(
     node: dict[str, Any], target: Any, prefix: str
 ) -> Iterator[tuple[AddedKey, dict[str, Any], str]]:
-    """The rows for each node of a config, with the node and the key's dotted name."""
+    """Yield the rows for each node of a config, with the node and the key's dotted name."""
     for row in ADDED_KEYS:
         if row.target == target:
             yield row, node, f"{prefix}{row.key}"
@@ -104,13 +104,13 @@ def _rows(
 
 
 def earlier(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys, dotted, that have their earlier value in a completed config."""
+    """Return the dotted keys that have their earlier value in a completed config."""
     rows = _rows(config, None, "")
     return {key: row.before for row, node, key in rows if node.get(row.key, ...) == row.before}
 
 
 def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
-    """The keys, dotted, that conf/ takes from one of the `changed` keys or groups."""
+    """Return the dotted keys that conf/ interpolates from one of the `changed` keys or groups."""
     found = set(changed)
     for row, _, key in _rows(config, None, ""):
         if row.follows and any(f"{row.follows}.".startswith(f"{each}.") for each in found):
@@ -119,10 +119,9 @@ def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
 
 
 def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]) -> dict[str, Any]:
-    """Put what `complete` added into the config of a run that resumes the record.
+    """Copy what `complete` added into the config of the resumed run, and return what changed.
 
-    A key that was typed (`typed` are dotted keys) or that the config lacks stays as it is. Returns
-    what was put.
+    Skips keys in `typed` (dotted) and keys that the config lacks.
     """
     typed, adopted = set(typed), {}
     for key, value in added.items():
@@ -136,14 +135,14 @@ def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]
 
 
 def line(where: str, keys: Mapping[str, Any]) -> str:
-    """One line that tells which keys an older record got."""
+    """Return one line about the keys that an older record was given."""
     return f"{where} is older than these keys, which keep what the code did then: " + ", ".join(
         as_override(key, value) for key, value in keys.items()
     )
 
 
 def as_override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar, of plain values."""
+    """Return `key=value` in Hydra's grammar, for a plain value."""
     if isinstance(value, str):
         return override(key, value)
     return f"{key}={json.dumps(value, ensure_ascii=False)}"

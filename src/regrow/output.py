@@ -1,4 +1,4 @@
-"""Files that a script writes where the user says: never half, and never over another unasked."""
+"""Write output files that the user names: atomically, overwriting a file only if asked."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import TextIO
 
 from regrow.errors import UserError
 
-# A spreadsheet takes a cell that begins so for a formula: the last four are full-width signs.
+# A spreadsheet evaluates a cell that begins with one of these. The last four are full-width.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def harmless(text: str) -> str:
-    """The text of a cell, with an apostrophe before it if a spreadsheet would compute it.
+    """Return the text of a cell, with an apostrophe before it if a spreadsheet would evaluate it.
 
-    Every table that anybody may open in a spreadsheet goes through here. A negative number stays
-    one.
+    Use it for every table that may be opened in a spreadsheet. A negative number is unchanged.
     """
     if not text.lstrip(" ").startswith(FORMULA_SIGNS):
         return text
@@ -32,13 +31,12 @@ def harmless(text: str) -> str:
 
 
 def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: bool) -> int:
-    """Write rows, whole or not at all, and return their number.
+    """Write rows atomically and return their number. Cells pass through `harmless`.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe before it. Raises UserError
-    where `target` exists, unless it may be overwritten.
+    Raises UserError if `target` exists, unless `overwrite`.
     """
     count = 0
-    # Names of files can be bytes that are no text.
+    # The file escapes what UTF-8 cannot encode: file names may be arbitrary bytes.
     with _new_file(target, overwrite) as file:
         for row in rows:
             if count == 0:
@@ -49,20 +47,20 @@ def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: boo
 
 
 def write_text(text: str, target: Path, *, overwrite: bool) -> None:
-    """Write a text file that the user named, whole or not at all. Raises UserError."""
+    """Write a text file that the user named, atomically. Raises UserError."""
     with _new_file(target, overwrite) as file:
         file.write(text)
 
 
 def open_new(path: Path, mode: int = 0o666) -> int:
-    """A descriptor of a new file. A link that somebody put there is removed, and not followed."""
+    """Return a descriptor of a new file. Removes what is at `path`; never follows a link there."""
     path.unlink(missing_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 @contextlib.contextmanager
 def _new_file(target: Path, overwrite: bool) -> Iterator[TextIO]:
-    """A file that takes the name `target` once it is whole. Raises UserError."""
+    """Yield a temporary file that is renamed to `target` once it is complete. Raises UserError."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(
@@ -80,15 +78,15 @@ def _new_file(target: Path, overwrite: bool) -> Iterator[TextIO]:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise UserError for an output that cannot be written, before any work is done.
+    """Raise UserError for an output that cannot be written. Call it before doing the work.
 
-    A file that exists needs `overwrite`. A folder, link, device or pipe is never replaced.
+    An existing file needs `overwrite`. A folder, link, device or pipe is never replaced.
     """
     try:
         mode = target.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = stat.S_IFREG
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:  # name too long, or folder not readable
         raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
     else:
         if stat.S_ISREG(mode) and not overwrite:
@@ -106,7 +104,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    refuse_existing(target, overwrite)  # it may have come to be there in the meantime
+    refuse_existing(target, overwrite)  # it may have appeared in the meantime
     if overwrite:
         temporary.replace(target)
     else:
@@ -115,7 +113,7 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
 
 def _move_where_nothing_is(temporary: Path, target: Path) -> None:
     try:
-        os.link(temporary, target)  # unlike a rename, this fails where there is a file by now
+        os.link(temporary, target)  # unlike a rename, fails if a file has appeared
     except FileExistsError:
         refuse_existing(target, overwrite=False)
     except OSError:  # a file system without links
