@@ -1,4 +1,4 @@
-"""Processes that torchrun or srun started: which of them this one is, and how they are one run."""
+"""Processes that torchrun or srun started: read their ranks and join them into one run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from regrow.errors import UserError
 from regrow.record.folder import write_text
 
 T = TypeVar("T")
-PATIENCE = 300.0  # seconds in which the first process must say where the others find it
-TELL_SECONDS = 5.0  # a wait that is longer says what it waits for
+PATIENCE = 300.0  # seconds that the other ranks wait for rank 0
+TELL_SECONDS = 5.0  # a longer wait is announced in one line
 OF_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
 ALONE = "To run in one process, unset RANK and WORLD_SIZE."
 
@@ -31,7 +31,7 @@ def started_from_outside() -> bool:
 
 
 def number_of(name: str, default: int) -> int:
-    """The environment's variable as a number. Raises UserError."""
+    """Return an environment variable as a number. Raises UserError."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"\d+", text):
         raise UserError(f"{name}={text} in the environment is not a number. {ALONE}")
@@ -39,7 +39,7 @@ def number_of(name: str, default: int) -> int:
 
 
 def check_environment() -> None:
-    """Raise UserError where the variables that make this process one of several contradict."""
+    """Raise UserError if the variables for rank, world size and rendezvous contradict."""
     rank, size = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
     local, here = number_of("LOCAL_RANK", 0), number_of("LOCAL_WORLD_SIZE", 1)
     if rank >= size:
@@ -73,10 +73,10 @@ def check_environment() -> None:
 
 
 def is_in_a_shell() -> bool:
-    """Return True if a person's shell started this process, in a step such as `srun --pty bash`.
+    """Return True if an interactive shell started this process, as in `srun --pty bash`.
 
-    Such a shell starts each command in a process group of its own, on its terminal. A task of srun
-    has no terminal; with --pty the first has one, as the leader of its session.
+    Such a shell starts each command on its terminal, in a separate process group. A task of srun
+    has no terminal; with --pty the first task has one, as session leader.
     """
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
@@ -86,9 +86,10 @@ def is_in_a_shell() -> bool:
 
 
 def srun_environment() -> dict[str, str]:
-    """What torchrun would say of one of several processes that srun started; else nothing.
+    """Return torchrun's variables for one of several processes that srun started; else nothing.
 
-    See "OUTPUT ENVIRONMENT VARIABLES" in srun's manual.
+    Raises UserError if srun's variables are incomplete. See "OUTPUT ENVIRONMENT VARIABLES" in
+    srun's manual.
     """
     said = os.environ
     if "RANK" in said or number_of("SLURM_STEP_NUM_TASKS", 1) == 1 or is_in_a_shell():
@@ -109,7 +110,7 @@ def srun_environment() -> dict[str, str]:
 
 
 def per_node(text: str) -> list[int]:
-    """Slurm's way to write one number for each node: "2(x3),1" is [2, 2, 2, 1]."""
+    """Parse Slurm's notation for one number per node: "2(x3),1" is [2, 2, 2, 1]."""
     counts = []
     for part in text.split(","):
         count, times = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()  # type: ignore[union-attr]
@@ -118,9 +119,9 @@ def per_node(text: str) -> list[int]:
 
 
 def meeting_file() -> Path:
-    """Where srun's first process writes at which address it waits for the others.
+    """Return the file in which srun's rank 0 writes the address of the rendezvous.
 
-    All are in the same folder, of a file system that they share.
+    All ranks have the same current folder, on a shared file system.
     """
     said = os.environ
     restart = said.get("SLURM_RESTART_COUNT", "0")
@@ -128,9 +129,9 @@ def meeting_file() -> Path:
 
 
 def meeting_place() -> tuple[str, int] | None:
-    """The host and port in the meeting file, or None while it is not there.
+    """Return the host and port in the meeting file, or None while it does not exist.
 
-    Raises UserError for a file that another user may have written: it says whom to connect to.
+    Raises UserError if another user may have written it: this process connects to that address.
     """
     file = meeting_file()
     try:
@@ -151,10 +152,10 @@ def meeting_place() -> tuple[str, int] | None:
 
 
 def meet() -> Any:
-    """The store that the processes share, which the first one holds.
+    """Return the store that all ranks share and rank 0 hosts.
 
-    With MASTER_ADDR it is there, as for torchrun's env://; srun's processes find it by a file.
-    Raises UserError if it is not there in time.
+    Its address is MASTER_ADDR, as for torchrun's env://, or for srun is in a file. Raises UserError
+    if it does not appear in time.
     """
     import torch.distributed as dist
 
@@ -186,7 +187,7 @@ def meet() -> Any:
 
 
 def hold_store(named: str | None) -> Any:
-    """The store, in this process: at the port that was named, or a free one that a file names."""
+    """Host the store in this process: at MASTER_PORT, or at a free port written to the file."""
     is_local = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
     is_local = named in ("127.0.0.1", "::1", "localhost") if named is not None else is_local
     port = number_of("MASTER_PORT", 0) if named is not None else 0
@@ -216,18 +217,20 @@ def hold_store(named: str | None) -> Any:
 
 
 def is_ipv6(host: str | None) -> bool:
-    """Return True if a host is found at addresses of IPv6 alone."""
+    """Return True if a host resolves to IPv6 addresses only."""
     if host is None:
         return False
-    with contextlib.suppress(OSError):  # the first process need not find itself by name
+    with contextlib.suppress(OSError):  # rank 0 may be unable to resolve its own name
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return all(family == socket.AF_INET6 for family, *_ in found)
     return False
 
 
 def store_of(listener: socket.socket) -> Any:
-    """A store in this process, at the port of `listener`. Left to itself, torch would listen to
-    every network."""
+    """Return a store hosted in this process at the port of `listener`.
+
+    Without a listener, torch would listen on every network.
+    """
     import torch.distributed as dist
 
     address, port = listener.getsockname()[:2]
@@ -241,7 +244,7 @@ def store_of(listener: socket.socket) -> Any:
 
 
 def arrive(store: Any) -> None:
-    """Tell the others that this process is there. Raises UserError if it is there already."""
+    """Announce this rank in the store. Raises UserError if the rank is announced already."""
     rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if store.add(f"ranks/{rank}", 1) > 1:
         raise UserError(f"RANK={rank}: two processes say that they are this one. {ALONE}")
@@ -249,7 +252,7 @@ def arrive(store: Any) -> None:
 
 
 def wait_for_all(store: Any, seconds: float) -> None:
-    """As the first process, wait for the others, and say for which. Raises UserError."""
+    """As rank 0, wait for the other ranks, and print which are missing. Raises UserError."""
     size = os.environ["WORLD_SIZE"]
     wait_until(
         lambda: not absent(store, "here"), lambda: others_in_words(absent(store, "here")), seconds
@@ -259,7 +262,7 @@ def wait_for_all(store: Any, seconds: float) -> None:
 
 
 def check_size(store: Any, rank: int) -> None:
-    """Raise UserError where another process counts another number of them."""
+    """Raise UserError if `rank` has a different world size."""
     size, other = os.environ["WORLD_SIZE"], store.get(f"here/{rank}").decode()
     if other != size:
         raise UserError(
@@ -268,7 +271,7 @@ def check_size(store: Any, rank: int) -> None:
 
 
 def absent(store: Any, what: str) -> list[int]:
-    """The ranks that have not written `what` into the store."""
+    """Return the ranks that have not written `what` into the store."""
     size = int(os.environ["WORLD_SIZE"])
     return [rank for rank in range(1, size) if not store.check([f"{what}/{rank}"])]
 
@@ -281,8 +284,10 @@ def others_in_words(ranks: list[int]) -> str:
 
 
 def wait_until(happened: Callable[[], T | None], what: Callable[[], str], seconds: float) -> T:
-    """Wait until `happened` gives something true, and return that. Says for `what` it waits once it
-    takes a while. Raises UserError."""
+    """Wait until `happened` returns a true value, and return it.
+
+    After TELL_SECONDS prints `what` it waits for. Raises UserError after `seconds`.
+    """
     started, told = time.monotonic(), False
     while not (found := happened()):
         waited = time.monotonic() - started
@@ -300,12 +305,12 @@ def wait_until(happened: Callable[[], T | None], what: Callable[[], str], second
 
 
 def alone() -> str:
-    """How to run in one process, by what makes this process one of several."""
+    """Return the advice how to run in one process, for srun or for variables."""
     by_srun = "SLURM_STEP_ID" in os.environ and "MASTER_ADDR" not in os.environ
     return "To run in one process, use srun --ntasks=1." if by_srun else ALONE
 
 
 def have_met() -> None:
-    """Remove the file by which srun's processes have met, if they did."""
+    """Remove the meeting file of srun's processes, if there is one."""
     if "MASTER_ADDR" not in os.environ and "SLURM_JOB_ID" in os.environ:
         meeting_file().unlink(missing_ok=True)

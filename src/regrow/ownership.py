@@ -1,10 +1,10 @@
-"""Which folders of runs and sweeps are this user's own.
+"""Track which folders of runs and sweeps are this user's own.
 
-To resume a folder is to follow what lies in it: a sweep's frozen code and commands, a run's
-loggers. So each new folder is entered in a list that only its user can write,
-`$XDG_STATE_HOME/regrow/folders`: an id, the SHA-256 of a sweep's code, and a key. The folder holds
-the id, and a seal over what a resume would follow: an HMAC with that key. A copy with other code or
-other commands is not the user's, whatever id it holds. Moving or renaming a folder changes nothing.
+Resuming a folder executes what lies in it: a sweep's frozen code and commands, a run's loggers. So
+each new folder is entered in a list that only its user can write, `$XDG_STATE_HOME/regrow/folders`:
+an id, the SHA-256 of a sweep's code, and a key. The folder holds the id, and a seal over what
+resuming would use: an HMAC with that key. A copy with different code or commands is not the user's,
+whatever its id. A folder may be moved or renamed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SWEEP, CODE = "sweep.json", "code"
 OWNER = Path(".hydra", "owner.json")  # in a run's folder
 LIST, LOCK = "folders", ".lock"
 NO_CODE = "-"
-MOST_BYTES = 4_000_000  # some 30,000 folders; beyond that the older half is forgotten
+MOST_BYTES = 4_000_000  # some 30,000 folders; a longer list loses its older half
 DIGITS = 12
-UNSEALED = ("seal", "complete")  # a job that ends on another machine changes the second
+UNSEALED = ("seal", "complete")  # a job that ends on another machine changes "complete"
 
 
 class Entry(NamedTuple):
-    """A line of the list."""
+    """One line of the list."""
 
     id: str
     code: str  # SHA-256 of a sweep's frozen code, or NO_CODE
@@ -52,9 +52,9 @@ class Entry(NamedTuple):
 
 
 def state_folder() -> Path:
-    """Where the list lies. Raises OSError where there is no such place."""
+    """Return the folder of the list. Raises OSError if the environment names none."""
     named = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not named.is_absolute():  # the specification: a relative one is not used
+    if not named.is_absolute():  # the specification says to ignore a relative path
         named = Path(os.path.expanduser("~/.local/state"))  # noqa: PTH111  it never raises
     if not named.is_absolute():
         raise OSError("neither HOME nor XDG_STATE_HOME is set")
@@ -62,7 +62,7 @@ def state_folder() -> Path:
 
 
 def enter(code: str = NO_CODE) -> Entry:
-    """Add a folder to the list. Raises OSError where the list cannot be written."""
+    """Add a new entry to the list. Raises OSError if the list cannot be written."""
     entry = Entry(secrets.token_hex(16), code, secrets.token_hex(32))
     folder = _usable(state_folder(), make=True)
     with _alone(folder):
@@ -80,12 +80,12 @@ def enter(code: str = NO_CODE) -> Entry:
 
 
 def reason_of(error: OSError) -> str:
-    """Why the list cannot be written, in a few words."""
+    """Return in a few words why the list cannot be written."""
     return f"{error.filename or 'the list of your folders'}: {error.strerror or error}"
 
 
 def entries() -> list[Entry]:
-    """All lines of the list; none where it cannot be read, or where others may write it."""
+    """Return all entries; none if the list cannot be read, or if others may write it."""
     try:
         text = (_usable(state_folder()) / LIST).read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -95,13 +95,13 @@ def entries() -> list[Entry]:
 
 
 def find(identity: object) -> Entry | None:
-    """The list's line for an id that a folder holds."""
+    """Return the entry for an id that a folder holds, or None."""
     found = [entry for entry in entries() if entry.id == identity]
     return found[-1] if found else None
 
 
 def _usable(folder: Path, *, make: bool = False) -> Path:
-    """The state folder, if nobody else may write there. Raises OSError."""
+    """Return the state folder if nobody else may write there. Raises OSError."""
     if make:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -118,7 +118,7 @@ def _usable(folder: Path, *, make: bool = False) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One writer at a time, as far as the file system knows locks: a line is one write anyway."""
+    """Hold the list's lock, if the file system has locks: each line is a single write anyway."""
     with open(folder / LOCK, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
         with contextlib.suppress(OSError):
             locks.wait_for(lock.fileno(), f"{folder / LOCK}")
@@ -154,7 +154,7 @@ _trusted: set[str] = set()
 
 
 def take_trust(arguments: Sequence[str]) -> list[str]:
-    """The arguments without `trust=…`, which is kept for this process. Raises UserError."""
+    """Return the arguments without `trust=…`, which this process remembers. Raises UserError."""
     for argument in arguments:
         if argument.startswith("trust="):
             digits = argument.removeprefix("trust=").strip("'\"").lower()
@@ -175,15 +175,15 @@ def _is_trusted(digest: str) -> bool:
 
 
 def owner_of_job(entry: Entry, overrides: Sequence[str]) -> dict[str, Any]:
-    """What a run's folder holds, made where the list is: another machine may have another one."""
+    """Return the content of a run's owner.json. Call it where the user's list is."""
     return {"id": entry.id, "seals": [seal_of(entry, ["run", *overrides])]}
 
 
 def enter_run(folder: Path, overrides: Sequence[str], owner: Mapping[str, Any] | None) -> None:
-    """Enter a run that is about to record these overrides. `owner`, if given, was made before.
+    """Write owner.json for a run that is about to record these overrides.
 
-    Says so where the list cannot be written. Call it before the overrides are written: a run that
-    is killed in between keeps the seal over those of before.
+    `owner` is its content if it was made before. Logs a warning if the list cannot be written. Call
+    it before the overrides are written: a run killed in between keeps the earlier seal, too.
     """
     before = _mapping(folder / OWNER)
     if owner is None:
@@ -222,7 +222,7 @@ def digest_of_run(overrides: Sequence[str]) -> str:
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a sweep.json with its seal, where the list knows its id."""
+    """Return the content of a sweep.json, with its seal if the list has its id."""
     if (entry := find(content.get("id"))) is not None:
         content["seal"] = seal_of(entry, _kept(content))
     return content
@@ -233,11 +233,11 @@ def _kept(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sweep(folder: Path, named: str) -> Entry | None:
-    """Return the list's line for the sweep in `folder`, or None if it is trusted by its digits.
+    """Return the entry of the sweep in `folder`, or None if it is trusted by its digits.
 
     Raises UserError, which begins with `named`, for a sweep that is neither, and for one whose code
-    is missing or holds what no frozen copy holds. Python's caches are no part of the code and are
-    not used: see `remove_caches`.
+    is missing or holds links or special files. Python's caches do not count and are not used: see
+    `remove_caches`.
     """
     content = _content(folder, named)
     if not (folder / CODE / ORIGIN).is_file() or (folder / CODE).is_symlink():
@@ -247,12 +247,12 @@ def check_sweep(folder: Path, named: str) -> Entry | None:
             "hydra.sweep.dir."
         )
     code = digest_of_code(folder / CODE, named)
-    if content is None:  # killed before it had planned a job: nothing is followed but the code
+    if content is None:  # killed before it planned a job: resuming uses only the code
         own = [entry for entry in entries() if entry.code == code]
     else:
         own = _entered(code, content)
     if own:
-        if content is None:  # anybody may have put this user's code there
+        if content is None:  # someone else may have copied this user's code there
             refuse_links(folder, named)
         return own[-1]
     digest = _digest_of_sweep(code, content)
@@ -267,7 +267,7 @@ def check_sweep(folder: Path, named: str) -> Entry | None:
 
 
 def _entered(code: str, content: Mapping[str, Any]) -> list[Entry]:
-    """The list's line for a sweep of this code that is as it was sealed, if there is one."""
+    """Return the entry of a sweep with this code and an intact seal, in a list; or no entry."""
     entry = find(content.get("id"))
     if entry is None or entry.code != code:
         return []
@@ -275,7 +275,7 @@ def _entered(code: str, content: Mapping[str, Any]) -> list[Entry]:
 
 
 def trust_of(folder: Path) -> list[str]:
-    """`trust=…` for the command that resumes the sweep, where it needs that; else nothing."""
+    """Return `trust=…` if the command that resumes the sweep needs it; else no argument."""
     content = _content(folder, str(folder))
     code = digest_of_code(folder / CODE, str(folder))
     if content is not None and _entered(code, content):
@@ -284,14 +284,14 @@ def trust_of(folder: Path) -> list[str]:
 
 
 def _digest_of_sweep(code: str, content: Mapping[str, Any] | None) -> str:
-    """SHA-256 over what a resume follows. A search's list of jobs is not followed, and grows."""
+    """Return the SHA-256 of what resuming uses: not a search's list of jobs, which grows."""
     aside = ("id", "jobs") if content and content.get("kind") == "search" else ("id",)
     followed = {key: its for key, its in _kept(content or {}).items() if key not in aside}
     return hashlib.sha256(_bytes([code, followed])).hexdigest()
 
 
 def _content(folder: Path, named: str) -> dict[str, Any] | None:
-    """The content of sweep.json; None where there is none."""
+    """Return the content of sweep.json, or None if there is none. Raises UserError."""
     try:
         content = read_json(folder / SWEEP)
     except FileNotFoundError:
@@ -304,8 +304,10 @@ def _content(folder: Path, named: str) -> dict[str, Any] | None:
 
 
 def digest_of_code(code: Path, named: str) -> str:
-    """SHA-256 over names and bytes of all files, Python's caches aside. Raises UserError for links
-    and other things that are neither file nor folder."""
+    """Return the SHA-256 of the names and bytes of all files, except Python's caches.
+
+    Raises UserError for links and special files.
+    """
     digest = hashlib.sha256()
 
     def look(folder: Path) -> None:
@@ -333,7 +335,7 @@ def digest_of_code(code: Path, named: str) -> str:
 
 
 def remove_caches(code: Path) -> None:
-    """Remove Python's caches from a copy: whoever wrote into them would have his code run."""
+    """Remove Python's caches from a copy: the seal does not cover them, but Python runs them."""
     for root, folders, _ in os.walk(code):
         if "__pycache__" in folders:
             folders.remove("__pycache__")

@@ -1,4 +1,4 @@
-"""No process outlives the one that started it."""
+"""End a process when the one that started it dies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process if `parent` is dead, and on Linux from now on when it is killed."""
+    """Exit if `parent` is dead. On Linux, also end this process when its parent dies later."""
     if sys.platform.startswith("linux"):
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before this line
+    if os.getppid() != parent:  # the parent died before prctl
         os._exit(1)

@@ -1,6 +1,6 @@
-"""Where the files of a config are found: in `conf/`, and where flags or a search path look besides.
+"""Find the files of a config: in `conf/`, and in folders that flags or a search path add.
 
-Also in Hydra's ConfigStore, which holds what a script registered.
+Also reads Hydra's ConfigStore, which holds what a script registered.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ HEADER = "# @package _global_"
 
 
 def folders() -> tuple[Path, ...]:
-    """The folders of this command's search path, in Hydra's order, and `conf/`."""
+    """Return the folders of this command's search path, in Hydra's order, and `conf/`."""
     found = [place for place in map(_folder, _composed_from() or _typed()) if place is not None]
     return tuple(dict.fromkeys([*found, CONF]))
 
 
 def _composed_from() -> list[str]:
-    """The search path that Hydra composed from; empty before that."""
+    """Return the search path that Hydra has composed from; empty before it composes."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -46,7 +46,7 @@ def _composed_from() -> list[str]:
 
 
 def _typed() -> list[str]:
-    """The search path that the command line asks for, which Hydra has not composed from yet."""
+    """Return the search path that the command line asks for, before Hydra composes from it."""
     given = flags.typed(flags.absolute(sys.argv[1:]))
     main = [given.get("path") or f"file://{CONF}", *([given["dir"]] if "dir" in given else [])]
     of_file = []
@@ -73,7 +73,7 @@ def _folder(place: str) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty for one that is not there or cannot be read, which Hydra names."""
+    """Return a file's mapping; empty if it is missing or unreadable, which Hydra reports."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         text = path.read_text(encoding="utf-8")
         content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -82,7 +82,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def primary_file(name: str) -> str:
-    """The file that holds the keys of a primary config, as one would name it."""
+    """Return the file that holds the keys of a primary config, as shown to the user."""
     name = name.removesuffix(".yaml")
     for folder in folders():
         if (folder / f"{name}.yaml").is_file():
@@ -92,14 +92,14 @@ def primary_file(name: str) -> str:
 
 
 def is_group(name: str) -> bool:
-    """Return True if config files of this group are somewhere on the search path."""
+    """Return True if the group exists on the search path or in the ConfigStore."""
     if not name or name.startswith(("/", ".")) or ".." in name or name.split("/")[0] == "hydra":
         return False
     return isinstance(stored(name), dict) or any((folder / name).is_dir() for folder in folders())
 
 
 def groups() -> set[str]:
-    """All groups of the top level; only folders that hold a config."""
+    """Return all top-level groups; only folders that hold a config file count."""
     found = {path.parent.name for folder in folders() for path in folder.glob("*/*.yaml")} | {
         name for name, node in (stored("") or {}).items() if isinstance(node, dict)
     }
@@ -107,7 +107,7 @@ def groups() -> set[str]:
 
 
 def options(group: str) -> list[str]:
-    """The options of a group."""
+    """Return the options of a group, sorted, without files that begin with `_`."""
     found = {path.stem for folder in folders() for path in (folder / group).glob("[!_]*.yaml")}
     store = stored(group)
     found |= {name.removesuffix(".yaml") for name in store} if isinstance(store, dict) else set()
@@ -115,14 +115,17 @@ def options(group: str) -> list[str]:
 
 
 def file_of(group: str, option: str) -> Path | None:
-    """The file of an option: the first on the search path."""
+    """Return the file of an option, the first on the search path, or None."""
     option = option.removesuffix(".yaml")
     paths = (folder / group / f"{option}.yaml" for folder in folders())
     return next((path for path in paths if path.is_file()), None)
 
 
 def stored(path: str) -> Any:
-    """What Hydra's ConfigStore holds: names by group, or the content of a name as plain data."""
+    """Return what the ConfigStore holds at `path`: a group's mapping, or a node as plain data.
+
+    None if it holds nothing there.
+    """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -138,8 +141,7 @@ def stored(path: str) -> Any:
 
 
 def own_keys(name: str, choices: Mapping[str, Any]) -> set[str]:
-    """The keys of the top level that a primary config, with those it is made of, brings itself,
-    and the groups that it chooses."""
+    """Return the top-level keys of a primary config and its parents, and the groups it chooses."""
     chosen = {group.partition("@")[0].split("/")[0] for group in choices}
     return chosen - {"hydra"} | {key for node in _primaries(name, set()) for key in node}
 
@@ -160,19 +162,19 @@ def _primaries(name: str, seen: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def without_header(group: str, chosen: Sequence[str]) -> Path | None:
-    """The first of the chosen files of a group that does not begin with `# @package _global_`."""
+    """Return the first chosen file of a group without `# @package _global_` at its start."""
     paths = [path for option in chosen if (path := file_of(group, option)) is not None]
     others = (p for p in paths if not p.read_text("utf-8", "replace").lstrip().startswith(HEADER))
     return next(others, None)
 
 
 def package_of(path: Path) -> str:
-    """The package that a file's first lines name; empty if they name none."""
+    """Return the package that a file's first lines name, or ""."""
     found = re.match(r"(?:#.*\n|\s)*?#\s*@package\s+(\S+)", path.read_text("utf-8", "replace"))
     return found[1] if found else ""
 
 
 def names_in(choice: Any) -> list[str]:
-    """The options in a choice: `cnn`, or `[a,b]`, each without `.yaml`."""
+    """Return the options in a choice such as `cnn` or `[a,b]`, each without `.yaml`."""
     names = str(choice).strip("[]").split(",")
     return [name.strip(" '\"").removesuffix(".yaml") for name in names if name.strip(" '\"")]

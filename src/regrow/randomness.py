@@ -1,8 +1,7 @@
-"""Every seed of a run: a pure function of the run's seed and fixed sub-keys.
+"""Derive every seed of a run, as a pure function of the run's seed and fixed sub-keys.
 
-Nothing draws from a random state that someone must remember to save. What needs random numbers
-derives a key from `(seed, what for, epoch or step, example or micro-batch, rank)` and seeds from
-it.
+No code draws from a random state that a checkpoint must save. Code that needs random numbers
+derives a key from `(seed, purpose, epoch or step, example or micro-batch, rank)` and seeds from it.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ def _of_text(text: str) -> int:
 
 
 def key(seed: int, *parts: int | str) -> int:
-    """A 63-bit key of the seed and its sub-keys, the same on every machine and Python.
+    """Return a 63-bit key of the seed and its sub-keys, the same on every machine and Python.
 
     Each part goes through the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable
-    pseudorandom number generators", OOPSLA 2014), so that neighbouring steps share nothing.
+    pseudorandom number generators", OOPSLA 2014), so that keys of adjacent steps are unrelated.
     """
     state = seed & _MASK
     for part in parts:
@@ -43,14 +42,14 @@ def key(seed: int, *parts: int | str) -> int:
 
 
 def generator(seed: int, *parts: int | str) -> torch.Generator:
-    """A private generator on the CPU, so that every device sees the same numbers."""
+    """Return a private generator on the CPU, so that every device gets the same numbers."""
     import torch
 
     return torch.Generator().manual_seed(key(seed, *parts))
 
 
 def seed_everything(value: int) -> None:
-    """Seed torch, numpy and `random`, for code that draws from the ambient state."""
+    """Seed torch, numpy and `random`, for code that draws from the global state."""
     import numpy
     import torch
 
@@ -62,8 +61,8 @@ def seed_everything(value: int) -> None:
 def seed_step(value: int, *, on_device: bool = True) -> None:
     """Seed all that a model or a loss draws from: torch, its device, numpy and `random`.
 
-    `torch.manual_seed` costs about a hundred microseconds; the generators themselves three, numpy
-    four and `random` eight, and nobody waits for a device.
+    `torch.manual_seed` costs about a hundred microseconds. Seeding the generators directly costs
+    three, numpy four and `random` eight, without waiting for a device.
     """
     import numpy
 
@@ -78,7 +77,7 @@ def seed_step(value: int, *, on_device: bool = True) -> None:
 
 
 def states(*, on_device: bool = True) -> list[Any]:
-    """Where the generators stand that `seed_step` seeds. Waits for no device."""
+    """Return the states of the generators that `seed_step` seeds, without waiting for a device."""
     import numpy
 
     torch = sys.modules["torch"]
@@ -92,7 +91,7 @@ def states(*, on_device: bool = True) -> list[Any]:
 
 @contextlib.contextmanager
 def states_kept(*, on_device: bool = True) -> Iterator[None]:
-    """Put the generators back afterwards, so that the code inside draws without a trace."""
+    """Restore the generators' states afterwards, so that draws inside have no effect outside."""
     import numpy
 
     torch = sys.modules["torch"]
@@ -110,9 +109,9 @@ def states_kept(*, on_device: bool = True) -> Iterator[None]:
 class Draws:
     """Seeds each batch of one evaluation by its number.
 
-    The keys follow from the seed, the set, the step of the weights, the batch and the rank: what a
-    model or a loss draws is the same in the run, after a resume and in a script. With `watch`
-    `drawn` tells afterwards whether anything was drawn.
+    The keys depend on the seed, the split, the step of the weights, the batch and the rank. So a
+    model or a loss draws the same numbers in the run, after resuming and in a script. With `watch`,
+    `drawn` is True afterwards if anything was drawn.
     """
 
     def __init__(self, seed: int, name: str, step: int, rank: int, *, watch: bool = False) -> None:
@@ -121,14 +120,14 @@ class Draws:
         self._before = ""
 
     def begin(self, number: int) -> None:
-        """Before batch `number`."""
+        """Seed for batch `number`. Call it before that batch."""
         self.look()
         seed_step(key(self.seed, "evaluation", self.name, self.step, number, self.rank))
         if self.watch:
             self._before = _shown(states())
 
     def look(self) -> None:
-        """Note whether anything was drawn since `begin`."""
+        """Update `drawn` for the draws since `begin`."""
         if self.watch and self._before:
             self.drawn = self.drawn or self._before != _shown(states())
 
