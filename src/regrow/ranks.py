@@ -1,7 +1,7 @@
-"""The processes of a job, started inside it and watched until the last one has ended.
+"""Start the processes of a job, and watch them until the last one has ended.
 
-PyTorch starts and ends them (torch.distributed.elastic.multiprocessing); here stands what they are
-told, and what is done when one of them fails. torchrun and srun do the same from outside.
+PyTorch starts and ends them (torch.distributed.elastic.multiprocessing). This module sets their
+environment and handles a failure. torchrun and srun do the same from outside.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from regrow.record import folder as records
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
-SAFE_PATH = "PYTHONSAFEPATH"  # as Python's option -P
+SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 
 
@@ -37,14 +37,14 @@ STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signa
 class Outcome:
     """How a start ended."""
 
-    exit_code: int  # 0 when all processes did
-    folder: str | None  # the run's, once there is one
+    exit_code: int  # 0 if all processes exited with 0
+    folder: str | None  # the run's, once it exists
     best: float | None
-    error: dict[str, Any] | None  # what the first process that failed said of it
+    error: dict[str, Any] | None  # reported by the first process that failed
 
 
 def count_of(trainer: Mapping[str, Any]) -> int:
-    """The number of processes on this machine. Raises UserError for one that cannot be."""
+    """Return the number of processes on this machine. Raises UserError for an impossible one."""
     import torch
 
     devices, device = trainer["devices"], trainer["device"]
@@ -77,8 +77,8 @@ def count_of(trainer: Mapping[str, Any]) -> int:
 def run(job: Job, count: int) -> float | None:
     """Run the job in `count` processes and return the best monitored value.
 
-    A process that dies ends all. They start again from the last checkpoint, together, as often as
-    trainer.max_restarts says; and, in smaller slices, after one that ran out of memory.
+    If one dies, all end. They restart together from the last checkpoint, up to
+    trainer.max_restarts times; and, with smaller micro-batches, after one ran out of memory.
     """
     restarts = job.config["trainer"]["max_restarts"]
     while True:
@@ -108,18 +108,18 @@ def run(job: Job, count: int) -> float | None:
 
 
 def start(job: Job, count: int) -> Outcome:
-    """One start of all processes, to their end."""
+    """Start all processes once and wait for their end."""
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # they are forwarded, below
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # `forwarding` handles them
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     server = outside.store_of(listener)
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     with private_folder() as private, forwarding() as forwarded:
-        path = Path(private, "job.json")  # what the ranks execute comes from nobody but this user
+        path = Path(private, "job.json")  # private: the ranks execute it
         try:
             path.write_text(job.to_json(), encoding="utf-8")
             context = start_processes(
@@ -139,11 +139,11 @@ def start(job: Job, count: int) -> Outcome:
     assert result is not None
     said = {name: read(store, name) for name in ("folder", "best", "error", "lost")}
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-    if forwarded.signals and codes:  # some may have been too young to end in good order
+    if forwarded.signals and codes:  # a starting rank may not exit cleanly
         return Outcome(128 + forwarded.signals[0], said["folder"], None, None)
     stopped = [code for code in codes.values() if code in STOPPED]
     error = said["error"]
-    # Once one has ended, PyTorch sends the others a SIGTERM, and they may be about to end too.
+    # Once one rank ends, PyTorch sends the others SIGTERM, also if they are about to end anyway.
     expected = {-signal.SIGTERM} if stopped else set()
     killed = {rank: -code for rank, code in codes.items() if code < 0 and code not in expected}
     if error is None and killed:
@@ -160,7 +160,7 @@ def start(job: Job, count: int) -> Outcome:
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
-    """A temporary folder that nobody else can read. Raises MachineFault."""
+    """Yield a temporary folder that no other user can read. Raises MachineFault."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="regrow-")
     except OSError as error:
@@ -170,7 +170,7 @@ def private_folder() -> Iterator[str]:
 
 
 def no_temporary_files(error: OSError) -> OSError:
-    """A fault of the folder for temporary files in one line; another error as it is."""
+    """Return a MachineFault if the temporary folder is full or read-only, else `error` itself."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return error
     return MachineFault(
@@ -179,7 +179,7 @@ def no_temporary_files(error: OSError) -> OSError:
 
 
 def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
-    """What torch's env:// rendezvous reads. The store is in this process, on a free port."""
+    """Return a rank's environment, for torch's env:// rendezvous with the store at `port`."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -191,7 +191,7 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "REGROW_PARENT": str(os.getpid()),
         "REGROW_WATCHED": "1",
-        # gloo would listen wherever the machine's name leads.
+        # By default gloo listens on the interface that the machine's name resolves to.
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
         "REGROW_JOB": str(job),
         "PYTHONPATH": python_path(),
@@ -199,11 +199,10 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
 
 
 def python_path() -> str:
-    """Where another start of this Python would not look by itself.
+    """Return the PYTHONPATH that another process needs to find the same modules.
 
-    Without the repository's root, which comes last (`find_own_modules`): PYTHONPATH comes first,
-    where a module of the user's named `profile` would hide Python's own. `-P`, beside it, keeps
-    Python from looking into the current folder.
+    Leaves out the repository's root, which `find_own_modules` puts last: at the front, a user's
+    module named `profile` would shadow Python's own. `-P` likewise keeps out the current folder.
     """
     own = (sys.prefix, sys.base_prefix)
     added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
@@ -213,7 +212,7 @@ def python_path() -> str:
 
 
 def refuse_separator(*paths: str | Path) -> None:
-    """Raise UserError for a path that PYTHONPATH would take for two."""
+    """Raise UserError for a path that PYTHONPATH would split into two."""
     for path in map(str, paths):
         if os.pathsep in path:
             raise UserError(
@@ -228,7 +227,7 @@ def read(store: Any, name: str) -> Any:
 
 @dataclasses.dataclass
 class Forwarded:
-    """Signals that came to this process, each of them one to every rank too."""
+    """The signals that this process has received and forwards to every rank."""
 
     signals: list[int] = dataclasses.field(default_factory=list)
     pids: list[int] = dataclasses.field(default_factory=list)
@@ -238,7 +237,7 @@ class Forwarded:
         self._send(number)
 
     def to(self, pids: list[int]) -> None:
-        """The ranks, once they are there; they get what came before, too."""
+        """Set the ranks' process ids and send them the signals received so far."""
         self.pids = pids
         for number in self.signals:
             self._send(number)
@@ -251,7 +250,7 @@ class Forwarded:
 
 @contextlib.contextmanager
 def forwarding() -> Iterator[Forwarded]:
-    """Leave signals to the ranks, which know what to do with them."""
+    """Forward signals to the ranks, which handle them."""
     forwarded = Forwarded()
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Nodes of Hydra's ConfigStore that a script registered, kept with a run or a sweep."""
+"""Record the ConfigStore nodes that a script registered with a run or sweep, and restore them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from regrow.command_line import ROOT
 from regrow.errors import UserError, printable
 
 NAME = "config_store.json"
-ELSEWHERE = "REGROW_CONFIG_STORE"  # the folder of another that is to be taken up
+ELSEWHERE = "REGROW_CONFIG_STORE"  # a folder whose nodes to register as well
 
 
 def text(mask: Callable[[str], str] = str) -> str | None:
-    """What was registered, as the content of a file; None, if there is nothing. `mask` is to leave
-    out secrets."""
+    """Return the registered nodes as the content of a file, or None if there are none.
+
+    `mask` replaces secrets in the text of a node.
+    """
     nodes = [*_nodes(ConfigStore.instance().repo)]
     shown = [{**node, "node": mask(node["node"])} for node in nodes]
     for node, its in zip(nodes, shown, strict=True):
@@ -30,18 +32,18 @@ def text(mask: Callable[[str], str] = str) -> str | None:
 
 
 def write(folder: Path) -> None:
-    """Write what was registered into a copy of the code."""
+    """Write the registered nodes into a copy of the code."""
     if (content := text()) is not None:
         (folder / NAME).write_text(content, encoding="utf-8")
 
 
 def sealed(content: bytes | None) -> list[str]:
-    """A line of a run's seal for what was registered; none, if there is nothing."""
+    """Return the line of a run's seal for the registered nodes, in a list; empty without them."""
     return [] if content is None else [f"{NAME} {hashlib.sha256(content).hexdigest()}"]
 
 
 def recorded(folder: Path) -> list[str]:
-    """That line for the record of the run in `folder`. Raises UserError if it cannot be read."""
+    """Return `sealed` of the run's record in `folder`. Raises UserError if it cannot be read."""
     path = folder / ".hydra" / NAME
     try:
         return sealed(path.read_bytes() if path.is_file() else None)
@@ -50,9 +52,11 @@ def recorded(folder: Path) -> list[str]:
 
 
 def take_up(folder: Path = ROOT) -> None:
-    """Register what lies in a folder: a copy of the code, this one by default, or a run's `.hydra`.
-    Names that are there already stay. A folder from elsewhere must have been checked to be the
-    user's own or trusted. Raises UserError for what cannot be registered."""
+    """Register the nodes recorded in `folder`: a copy of the code, or a run's `.hydra`.
+
+    Existing names stay. The caller must have checked that the folder is the user's own or trusted.
+    Raises UserError for a damaged record.
+    """
     path = folder / NAME
     if not path.is_file():
         return
@@ -76,7 +80,7 @@ def take_up(folder: Path = ROOT) -> None:
 
 
 def _nodes(repo: Mapping[str, Any], group: str = "") -> Iterator[dict[str, Any]]:
-    """All nodes but Hydra's own, and those of its plugins."""
+    """Yield all nodes except those of Hydra and its plugins."""
     for name, value in repo.items():
         if not group and (name == "hydra" or name.startswith("_")):
             continue

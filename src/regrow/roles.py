@@ -1,10 +1,10 @@
-"""What a config that came with a run's folder may make: nothing but what belongs in its place.
+"""Check which targets a recorded config may instantiate.
 
-A folder may come from anybody, and a `_target_` can name any function that is installed. So a
-target is made only if a file in `conf/` names it for that group, or if it is a class of the role's
-own kind, such as an `nn.Module` in the model's place. No list of trusted packages would do: torch
-itself holds functions that run a shell. To tell a class's kind its module is imported, which runs
-it: so not one that lies with the run, nor one of Python's own.
+A folder may come from anyone, and a `_target_` can name any installed function. So a target is
+allowed only if a file in `conf/` names it for that group, or if it is a class of the group's own
+kind, such as an `nn.Module` for the model. A list of trusted packages is not enough: torch itself
+has functions that run a shell. Testing a class's kind imports its module, which executes it. So
+modules in the run's folder or in Python's standard library are not imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regrow.config import CONF, HYDRAS_OWN, ROOT, locate, readable
 from regrow.errors import UserError
 from regrow.leads import RECIPES
 
-# Where any class of a kind is in its place.
+# The nodes where any class of a kind is allowed.
 KINDS = {
     "model": ("torch.nn.Module",),
     "loss": ("torch.nn.Module",),
@@ -40,15 +40,17 @@ def check_roles(
     typed: Collection[str] = (),
     others: Collection[Path] = (),
 ) -> None:
-    """Raise UserError for the first target, in the groups that are about to be made, that is
-    foreign to its place, and for an interpolation, which a recorded config has none of.
+    """Raise UserError for the first target that does not belong in its place, or interpolation.
+
+    Checks targets in the `groups` that are about to be instantiated. A recorded config is resolved,
+    so any interpolation below the top level is an error.
 
     `folder` is the run's, and `where` names it as the user did, such as run=outputs/digits/latest.
-    The targets of the nodes that were `typed` are the user's own; those below them are not. Files
+    The targets of `typed` nodes are the user's own and allowed; those of nodes below are not. Files
     in `others`, which the user named, count like those of conf/.
     """
     for path, key, value in _entries(config, ""):
-        # Of any group: one may look into another. Plain keys of the top level make nothing.
+        # Check all groups: they may refer to each other. Top-level values are never instantiated.
         if isinstance(value, str) and "${" in value and path:
             full = f"{path}.{key}".lstrip(".")
             raise UserError(
@@ -78,8 +80,10 @@ def check_roles(
 
 
 def is_apart(target: str, folder: Path) -> bool:
-    """Return True if a target's module is neither in a run's folder nor found by Python only
-    because of the current folder. Imports nothing."""
+    """Return True if a target's module is in neither the run's nor the current folder.
+
+    The repository's root is allowed as current folder. Imports nothing.
+    """
     try:
         spec = importlib.util.find_spec(target.partition(".")[0])
     except (ImportError, ValueError):
@@ -102,20 +106,20 @@ def _fits(target: Any, group: str, path: str) -> bool:
     if any(target in listed(group, place) for place in places.folders()):
         return True
     if target.partition(".")[0] in sys.stdlib_module_names or "__" in target:
-        return False  # holds none of the kinds; some of these do things when they are imported
+        return False  # has no class of these kinds; importing some modules has side effects
     kinds = [kind for place, kind in KINDS.items() if f"{path}.".startswith(f"{place}.")]
     if not kinds:
         return False
     found = locate(target, path)
-    # A package that was not imported by now holds no base of what was found.
+    # If a kind's package is not imported by now, `found` cannot be a subclass.
     there = [kind for kind in kinds[0] if kind.partition(".")[0] in sys.modules]
     return inspect.isclass(found) and any(issubclass(found, locate(k, path)) for k in there)
 
 
 @functools.cache
 def listed(group: str, place: Path = CONF) -> frozenset[str]:
-    """The targets that the files of `conf/`, or of another place, name for a group."""
-    # Elsewhere these folders alone: runs may lie in the current one, and add nothing by themselves.
+    """Return the targets that the files of `conf/`, or of another place, name for a group."""
+    # Elsewhere read only these folders: a place such as the current folder may hold runs.
     parts = [place] if place == CONF else [place / each for each in (group, *RECIPES)]
     found = set()
     for file, content in (each for part in parts for each in readable("**/*.yaml", part)):
@@ -125,7 +129,7 @@ def listed(group: str, place: Path = CONF) -> frozenset[str]:
 
 
 def _entries(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """(path of the node, key, value) of everything below."""
+    """Yield (path of the node, key, value) of everything below."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield path, str(key), value

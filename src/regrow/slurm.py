@@ -1,4 +1,4 @@
-"""Jobs for Slurm. submitit submits them; before their time is up they save and are queued again."""
+"""Submit jobs to Slurm with submitit. Before a job's time is up, it saves and is requeued."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from regrow.ranks import SAFE_PATH, STOPPED, python_path
 from regrow.record import folder as records
 from regrow.record import names
 
-EARLY = 60  # Slurm may signal so many seconds before it was told to
+EARLY = 60  # Slurm may send the signal up to this many seconds early
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """The request of a job to Slurm. Without a unit in its name, an option is sbatch's own."""
+    """The request of a job to Slurm. An option without a unit in its name is sbatch's own."""
 
     nodes: int
     tasks_per_node: int
@@ -50,7 +50,7 @@ class SlurmOptions:
 
 
 def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
-    """Raise UserError for what Slurm would refuse, or would only show once the job has waited."""
+    """Raise UserError for options that Slurm rejects, or that fail once the job starts."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "launcher=slurm: there is no sbatch on this machine. Submit from one that has it, or "
@@ -76,7 +76,7 @@ def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
         )
     lines = [f"{k}={v}" for k, v in {**vars(options), **(options.sbatch or {})}.items()
              if k != "setup" and re.search(r"[\r\n]", str(v))]  # fmt: skip
-    if lines:  # the script that sbatch gets would have one line more, and run it
+    if lines:  # sbatch's script would execute the second line
         raise UserError(f"launcher: {lines[0]!r} has more than one line.")
     asks = options.gpus_per_node or any(
         "gpu" in f"{k}={v}" for k, v in (options.sbatch or {}).items()
@@ -88,21 +88,21 @@ def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
 
 
 def queued(folder: Path) -> str | None:
-    """The job of this run's folder that Slurm still has, if there is one."""
+    """Return the Slurm job of this run's folder that is queued or running, or None."""
     ids = [file.name.split("_")[0] for file in folder.glob("slurm/*_submission.sh")]
     if not ids:
         return None
     command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(ids)}"]
     answer = subprocess.run(
         command, capture_output=True, encoding="utf-8"
-    )  # fails if none is known
+    )  # fails if Slurm knows none
     return next(iter(answer.stdout.split()), None)
 
 
 def submit(job: Job, options: SlurmOptions) -> str:
-    """Let Slurm run the job in its folder; returns Slurm's number of it.
+    """Submit the job to run in its folder, and return Slurm's job number.
 
-    Raises UserError where the run is queued already, and with sbatch's own words.
+    Raises UserError if the run is queued already, or with sbatch's message.
     """
     assert job.folder is not None
     folder = Path(job.folder).resolve()
@@ -117,9 +117,9 @@ def submit(job: Job, options: SlurmOptions) -> str:
 def submit_array(
     jobs: Mapping[int, Job], options: SlurmOptions, sweep: Path, name: str
 ) -> dict[int, str]:
-    """Let Slurm run the jobs of the sweep in its folder, by number, as one array.
+    """Submit the sweep's jobs as one array, and return Slurm's job number of each.
 
-    Returns Slurm's number of each. Raises UserError with sbatch's own words.
+    Both mappings are by the sweep's number. Raises UserError with sbatch's message.
     """
     with submitting(sweep.resolve() / "slurm", options, name) as executor:
         tasks = {n: Task(write_job(job), (sweep.resolve(), n)) for n, job in jobs.items()}
@@ -129,12 +129,12 @@ def submit_array(
 
 
 def write_job(job: Job) -> Path:
-    """Write the job's file, which its processes read, into its run's folder."""
+    """Write the job to a file in its run's folder, which its processes read; return the path."""
     file = Path(str(job.folder)).resolve() / "slurm" / "job.json"
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # keys for services may be in there
-    (file.parents[1] / names.LOCK).touch()  # it is a run's folder from now on: see `names`
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # may hold API keys
+    (file.parents[1] / names.LOCK).touch()  # marks it as a run's folder: see `names`
     file.with_name("restarts").unlink(missing_ok=True)
-    # Once it has begun, whoever queues it again means it to go on; see `launch.submit` before.
+    # A requeued job must resume; `launch.submit` has checked `resume` before.
     job = dataclasses.replace(job, config={**job.config, "resume": "auto"})
     records.write_text(file, job.to_json(), private=True)
     return file
@@ -142,7 +142,10 @@ def write_job(job: Job) -> Path:
 
 @contextlib.contextmanager
 def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
-    """submitit's executor, with its files in `folder`; what sbatch refuses leaves none there."""
+    """Yield submitit's executor with its files in `folder`, removed again if sbatch rejects a job.
+
+    Raises UserError with sbatch's message.
+    """
     import submitit
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -162,7 +165,7 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         setup=[
             *options.setup,
             f"export PYTHONPATH={shlex.quote(python_path())}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"export {SAFE_PATH}=1",  # the current folder may hide Python's own modules
+            f"export {SAFE_PATH}=1",  # the current folder may shadow Python's own modules
         ],
         stderr_to_stdout=True,
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}"],
@@ -172,7 +175,7 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
         **({"gpus_per_node": options.gpus_per_node} if options.gpus_per_node else {}),
     )
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's words, too
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the message as well
             yield executor
     except submitit.core.utils.FailedJobError as error:
         for left in {*folder.glob("*"), *folder.glob(".*")} - before:
@@ -180,13 +183,13 @@ def submitting(folder: Path, options: SlurmOptions, name: str) -> Iterator[Any]:
                 r"job\.json|\d+_.*|\.?(submission_file_)?[0-9a-f-]+\.(pkl|sh)", left.name
             ):
                 left.unlink()
-        with contextlib.suppress(OSError):  # there may be an earlier job's
+        with contextlib.suppress(OSError):  # files of an earlier job may remain
             folder.rmdir()
         raise UserError(f"launcher=slurm: {why_refused(str(error))}") from None
 
 
 def why_refused(said: str) -> str:
-    """What sbatch said, in one line; where it finds no cluster, what to do."""
+    """Return sbatch's message in one line, or advice if it finds no cluster."""
     lines = [re.sub(r"^sbatch: (error|fatal): ", "", line) for line in said.splitlines()]
     words = " ".join("; ".join(line for line in lines if line).split())
     if re.search("configuration source|contact slurm controller", words):
@@ -198,27 +201,27 @@ def why_refused(said: str) -> str:
 
 
 def waiting_or_running(numbers: Sequence[str]) -> set[str]:
-    """Those of Slurm's job numbers that it still has."""
+    """Return those of Slurm's job numbers that are queued or running."""
     if not numbers:
         return set()
     command = ["squeue", "--noheader", "--array", "--format=%i"]
     answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    # An array's job is 12_3, which Slurm may also call by a number of its own.
+    # Print an array's jobs as 12_3; Slurm also has separate numbers for them.
     return set(answer.stdout.split()) & set(numbers)
 
 
 class Task:
-    """What srun starts: one process of the run, or, where it is the only task, all of them."""
+    """What srun starts: one rank of the run, or all of them if it is the only task."""
 
     def __init__(self, job: Path, sweep: tuple[Path, int] | None = None) -> None:
         self.job = job
-        self.sweep = sweep  # its folder, and the job's number there
+        self.sweep = sweep  # its folder, and the job's number in it
         self.process: subprocess.Popen[bytes] | None = None
         self.signalled = False
 
     def __call__(self) -> None:
-        """Run to the end. Raises SystemExit if it is not a good one."""
-        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # is submitit's alone
+        """Run to the end. Raises SystemExit if the process fails or is stopped."""
+        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # only for submitit, not the child
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-P", "-m", "regrow.child"],
             env={
@@ -242,7 +245,7 @@ class Task:
             return
         if self.signalled or code in STOPPED:
             if not is_first:
-                return  # to fail would end the first, which must put the job back
+                return  # failing would end the first task, which must requeue the job
             if is_preempted():
                 requeue("preempted")
         elif int(os.environ["SLURM_NTASKS"]) > 1 and self.may_start_again(code):
@@ -255,7 +258,7 @@ class Task:
         self.process.send_signal(number)
 
     def checkpoint(self) -> Any:
-        """What submitit calls before time is up: stop in good order, then come back."""
+        """Stop cleanly and return the resubmission; submitit calls this before time is up."""
         import submitit
 
         if self.process is not None:
@@ -264,12 +267,15 @@ class Task:
         return submitit.helpers.DelayedSubmission(Task(self.job, self.sweep))
 
     def may_start_again(self, code: int) -> bool:
-        """Return True if the config lets a job of several tasks restart after one failed: so many
-        times, or in smaller slices after it ran out of memory."""
+        """Return True if a job of several tasks may restart after one failed.
+
+        It may trainer.max_restarts times, and with smaller micro-batches after running out of
+        memory.
+        """
         refused = self.job.with_name(f"refused-{os.environ['SLURM_JOB_ID']}")
-        if code == 2:  # a mistake of the user, which would only be made again
+        if code == 2:  # a user's error would only recur
             refused.touch()
-        time.sleep(2)  # in which another task, for whose sake this one failed, has said so
+        time.sleep(2)  # the task that made this one fail needs time to write its file
         if refused.exists():
             return False
         counter = self.job.with_name("restarts")
@@ -281,7 +287,7 @@ class Task:
         return "halvings" in (records.load_status(self.job.parents[1]) or {})
 
     def start_again(self) -> None:
-        """Queue all tasks again. Each that sees a failure comes here; the first of them does it."""
+        """Requeue all tasks. Each failing task calls this; only the first call has an effect."""
         number = os.environ.get("SLURM_RESTART_COUNT", "0")
         with contextlib.suppress(FileExistsError):
             self.job.with_name(f"failed-{os.environ['SLURM_JOB_ID']}.{number}").touch(
@@ -293,17 +299,17 @@ class Task:
                 records.write_text(counter, str(before + 1))
             assert self.process is not None
             requeue(f"task {os.environ['SLURM_PROCID']} ended with {self.process.returncode}")
-        time.sleep(60)  # by then Slurm has ended this task, and all others
+        time.sleep(60)  # Slurm ends this task and all others meanwhile
 
 
 def is_preempted() -> bool:
-    """Return True if Slurm has asked this job to make room: it then must put itself back."""
+    """Return True if Slurm preempts this job, which then must requeue itself."""
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
     said = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     return re.search(r"\bPreemptTime=\d", said) is not None
 
 
 def requeue(reason: str) -> None:
-    """Put this job back into the queue, from where it goes on with the last checkpoint."""
+    """Requeue this job, which then resumes from the last checkpoint."""
     print(f"{reason}: going back to the queue", flush=True)
     subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
