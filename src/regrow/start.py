@@ -1,4 +1,4 @@
-"""How a script's `main` starts: in this process alone, or in the first of several."""
+"""Start a script's `main`: in a single process, or in rank 0 of several."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from regrow.parent import die_with_parent
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Run `main`; of several processes that torchrun or srun started, the first alone does.
+    """Run `main`; of several processes that torchrun or srun started, only in rank 0.
 
-    It composes the config and gives its job to the others.
+    Rank 0 composes the config and gives its job to the other ranks.
     """
     if os.environ.get("REGROW_SWEEP_WARM"):
-        from regrow.sweep import process  # before Hydra, which takes a while
+        from regrow.sweep import process  # before Hydra, which imports slowly
 
         told = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("REGROW_SWEEP")}
         process.context_of(fresh=False)
-        os.environ.update(told)  # is for this process alone
+        os.environ.update(told)  # the server must not inherit them
     try:
         os.environ.update(outside.srun_environment())
         is_one_of_several = outside.started_from_outside()
@@ -47,13 +47,13 @@ def start(main: Callable[[], Any]) -> None:
     code: Any = 0
     if os.environ["RANK"] == "0":
         try:
-            main()  # with a job it never comes back
+            main()  # does not return if there is a job
         except SystemExit as end:
             code = end.code
-        except Exception:  # the others wait for a word of this one
+        except Exception:  # the other ranks wait until this one dismisses them
             traceback.print_exc()
             code = 1
-    from regrow import worker  # torch comes with it
+    from regrow import worker  # imports torch
 
     if os.environ["RANK"] == "0":
         worker.dismiss(code if isinstance(code, int) else int(code is not None))

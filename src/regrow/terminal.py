@@ -1,4 +1,4 @@
-"""Output in any encoding: a character that the terminal lacks is replaced, never an error."""
+"""Print in any encoding: replace a character that the terminal lacks instead of failing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import select
 import sys
 
 ERRORS = "regrow-shown"
-# What ASCII has for the signs that this package prints.
+# ASCII replacements for the characters that this package prints.
 _ASCII = {
     **{"├": "|", "─": "-", "│": "|", "└": "`", "×": "x", "±": "+-", "…": "...", "–": "-", "—": "-"},
     **{"’": "'", "\u2018": "'", "“": '"', "”": '"', "·": ".", "→": "->", "≥": ">=", "≤": "<="},
@@ -36,12 +36,12 @@ codecs.register_error(ERRORS, _replace)
 
 
 def nobody_reads() -> bool:
-    """Return True if the reader of stdout has gone, as `| head -1` does. The rest is dropped."""
+    """Return True if the reader of stdout has gone, as `| head -1` does; then drop all output."""
     try:
         descriptor = sys.stdout.fileno()
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # there is none, or it is closed
+    except (AttributeError, OSError, ValueError):  # stdout is missing or closed
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
@@ -52,8 +52,8 @@ def nobody_reads() -> bool:
 
 
 def show(encoding: str | None = None) -> None:
-    """Let stdout and stderr of this process show any text, in `encoding` if it is given."""
+    """Make stdout and stderr accept any text, in `encoding` if it is given."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors=ERRORS)
-    atexit.register(nobody_reads)  # Python's own flush, which comes later, would complain
+    atexit.register(nobody_reads)  # else Python's flush at exit reports a broken pipe

@@ -1,4 +1,4 @@
-"""Weights to start a new run from: `init_from=` a run folder, a checkpoint or a bare state_dict."""
+"""Load weights for a new run: `init_from=` a run folder, a checkpoint or a bare state_dict."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ log = logging.getLogger("regrow")
 
 
 def load_weights(model: nn.Module, source: Path) -> None:
-    """Start `model` from the weights of a run folder, a checkpoint, or a bare state_dict file.
+    """Load weights from a run folder, a checkpoint, or a bare state_dict file into `model`.
 
-    Entries of another shape, such as a head for other classes, keep their fresh values and are
-    named; a name that is missing or unknown on either side is said. Raises UserError when nothing
-    fits.
+    Entries of a different shape, such as a head for other classes, keep their fresh values. Logs
+    these, and names that only one side has. Raises UserError if nothing fits.
     """
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     weights = {_clean(name, own): value for name, value in _weights(source).items()}
@@ -49,7 +48,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
 
 
 def warn_of_other_splits(source: Path, data: Mapping[str, Any]) -> None:
-    """Say so if the run that the weights come from cut the same data in another way than `data`."""
+    """Log a warning if the run of the weights split the same data in a different way."""
     folders = [source, *source.resolve().parents[:3]]  # a run, or a checkpoint of one
     recorded = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
     if recorded is None:
@@ -71,7 +70,7 @@ def warn_of_other_splits(source: Path, data: Mapping[str, Any]) -> None:
 
 
 def _clean(name: str, own: Mapping[str, Tensor]) -> str:
-    """The name without what DDP and torch.compile put before it in other programs' files."""
+    """Return the name without the prefixes of DDP and torch.compile in other programs' files."""
     while name not in own:
         shorter = name.removeprefix("module.").replace("_orig_mod.", "")
         if shorter == name:
@@ -94,19 +93,19 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
             content = parts.get("averaged", parts.get("model"))
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols; what matters is an error
+                warnings.simplefilter("ignore")  # about pickle protocols
                 content = torch.load(source, map_location="cpu", weights_only=True)
     except checkpoint.DamagedCheckpoint as damage:
         raise UserError(f"init_from={source}: {damage}.") from None
     except pickle.UnpicklingError as error:
-        # torch's own words tell how to open it all the same, which would run what is in there.
+        # Hide torch's advice how to open it anyway: that would execute code in the file.
         raise UserError(
             f"init_from={source}: it holds more than tensors and plain values, and is not opened."
         ) from error
     except Exception as error:  # the readers of zip and pickle raise a dozen different kinds
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}".strip()
         raise UserError(f"init_from={source}: no state_dict can be read ({reason}).") from None
-    if isinstance(content, dict):  # what get_extra_state gave stays with its run
+    if isinstance(content, dict):  # results of get_extra_state belong to their run
         content = {k: v for k, v in content.items() if not str(k).endswith("_extra_state")}
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         items = content.items() if isinstance(content, dict) else ()

@@ -1,6 +1,6 @@
-"""One process of several, started by `ranks.start` or from outside.
+"""One rank of several, started by `ranks.start` or from outside.
 
-It meets the others, takes the job, and does its part. Whoever fails first says so.
+It joins the rendezvous, receives the job, and runs its part. The first rank that fails reports it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ log = logging.getLogger("regrow")
 
 
 def main() -> None:
-    """Do the part of this process in the job that another one composed."""
+    """Run this process's part of a job that another process composed."""
     terminal.show()
     try:
-        configs.find_own_modules()  # of a rank that torchrun or srun started, too
+        configs.find_own_modules()  # ranks that torchrun or srun started need it too
     except UserError as error:
         configs.fail(str(error))
     file = os.environ.get("REGROW_JOB")
@@ -54,13 +54,13 @@ def main() -> None:
         configs.fail(str(error))
     if os.environ["RANK"] != "0":
         store.set(f"came/{os.environ['RANK']}", "")
-    if isinstance(said, int):  # there is no job
+    if isinstance(said, int):  # an exit code: there is no job
         leave(said)
     work(Job(**said), store)
 
 
 def work_alone(text: str) -> None:
-    """All of a job that was composed elsewhere."""
+    """Run all of a job, as JSON, that another process composed."""
     configs.find_own_modules()
     job = Job(**json.loads(text))
     try:
@@ -73,7 +73,7 @@ def work_alone(text: str) -> None:
 
 
 def meet() -> Any:
-    """The store that all processes share, by the environment that the starter has set."""
+    """Return the store that all ranks share, by the environment variables of the launcher."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     else:
@@ -86,7 +86,7 @@ def meet() -> Any:
 
 
 def job_from(store: Any) -> str:
-    """The job that the first process gives. Raises UserError if it gives none in time."""
+    """Return the job from rank 0, as JSON. Raises UserError if it does not arrive in time."""
     try:
         outside.wait_until(
             lambda: bool(store.check(["job"])),
@@ -101,7 +101,7 @@ def job_from(store: Any) -> str:
 
 
 def lead(job: Job) -> NoReturn:
-    """As the first of the processes that were started from outside: give the job to the others."""
+    """As rank 0 of processes started from outside, send the job to the other ranks and run it."""
     trainer = job.config["trainer"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if trainer["devices"] not in ("auto", 1, local):
@@ -123,7 +123,7 @@ def lead(job: Job) -> NoReturn:
     except SystemExit as end:
         code = int(end.code or 0)
     signal.signal(signal.SIGTERM, before)
-    if code:  # the others end with the store
+    if code:  # the other ranks end when the store does
         outside.have_met()
         if job.folder is not None:
             launch.leave_nothing(Path(job.folder))
@@ -132,10 +132,10 @@ def lead(job: Job) -> NoReturn:
 
 
 def dismiss(code: int) -> NoReturn:
-    """As the first of the processes that were started from outside: there is no job, all end."""
+    """As rank 0 of processes started from outside, end all ranks, as there is no job."""
     try:
         store = meet()
-    except UserError:  # as `lead` may have said
+    except UserError:  # `lead` may have reported it
         leave(code)
     store.set("job", json.dumps(code))
     wait_for_others(store)
@@ -143,7 +143,7 @@ def dismiss(code: int) -> NoReturn:
 
 
 def wait_for_others(store: Any) -> None:
-    """Stay until all have come, so that none waits for the store of a process that has left."""
+    """Wait up to 60 seconds until all ranks have read the job from this process's store."""
     try:
         outside.wait_until(
             lambda: not outside.absent(store, "came"),
@@ -151,13 +151,13 @@ def wait_for_others(store: Any) -> None:
             60,
         )
     except (UserError, KeyboardInterrupt):
-        pass  # the error was said before
+        pass  # the error was reported before
     finally:
         outside.have_met()
 
 
 def work(job: Job, store: Any) -> NoReturn:
-    """This process's part of the job, and the end of the process."""
+    """Run this process's part of the job, and exit."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         with console() if rank == 0 else contextlib.nullcontext():
@@ -165,7 +165,7 @@ def work(job: Job, store: Any) -> NoReturn:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:  # before the run could take it as a wish to stop
+    except KeyboardInterrupt:  # before the run handles signals
         code = 128 + signal.SIGINT
     except BaseException as error:
         report(error, store, rank)
@@ -173,15 +173,15 @@ def work(job: Job, store: Any) -> NoReturn:
         if rank == 0 and job.folder is not None:
             launch.leave_nothing(Path(job.folder))
         if rank == 0 and "REGROW_WATCHED" not in os.environ:
-            with contextlib.suppress(RuntimeError):  # torchrun has the store, and may have left
+            with contextlib.suppress(RuntimeError):  # torchrun hosts the store and may have ended
                 wait_for_others(store)
     leave(code)
 
 
 def run_part(job: Job, store: Any, rank: int, size: int) -> None:
-    """Meet the others and run."""
+    """Join the process group and run this rank's part of the job."""
     trainer = job.config["trainer"]
-    alone = "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1  # Slurm has bound it
+    alone = "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1  # bound by Slurm
     index = 0 if alone else int(os.environ.get("LOCAL_RANK", rank))
     device = runs.resolve_device(trainer["device"], index)
     world = World(device=device, rank=rank, size=size, store=store)
@@ -205,7 +205,7 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
 
 
 def report(error: BaseException, store: Any, rank: int) -> None:
-    """Say what ended this process, unless it ended because of another."""
+    """Report what ended this process, unless it ended because another rank failed."""
     name = "" if machine_fault(error) else f"{type(error).__name__}: "
     text = f"rank {rank}: {name}{in_a_line(error)}"
     said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
@@ -220,15 +220,15 @@ def report(error: BaseException, store: Any, rank: int) -> None:
         if store.add("failures", 1) > 1:
             return
         store.set("error", json.dumps(said))
-    except RuntimeError:  # the store is gone: so are those who would read it
+    except RuntimeError:  # the store is gone, and so are its readers
         if lost_the_others(error) or (said["kind"] == "user" and rank > 0):
-            return  # the first process, which had the store, has said the same
+            return  # rank 0, which hosted the store, has reported the same
     if said["kind"] == "user":
         configs.show_traceback(error)
-        if "REGROW_WATCHED" not in os.environ:  # whoever watches says it
+        if "REGROW_WATCHED" not in os.environ:  # else `ranks.run` prints it
             print(f"error: {printable(configs.one_line(str(error)))}", file=sys.stderr)
     elif fault := machine_fault(error):
-        if not hasattr(error, "step"):  # else the run has said it
+        if not hasattr(error, "step"):  # else the run has logged it
             print(f"error: rank {rank}: {fault}", file=sys.stderr)
     elif lost_the_others(error):
         print(f"error: {text}", file=sys.stderr)
@@ -237,7 +237,7 @@ def report(error: BaseException, store: Any, rank: int) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End now: the threads of a process group may wait for others, or fall over each other."""
+    """Exit at once, without cleanup: a process group's threads may hang or crash at exit."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
