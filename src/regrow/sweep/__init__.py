@@ -1,1 +1,1 @@
-"""Many runs at once: planned, frozen, each in a process of its own, and what came of them."""
+"""Sweeps: plan many runs, freeze the code, run each in a separate process, collect the results."""

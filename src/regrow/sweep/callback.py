@@ -1,4 +1,4 @@
-"""The move into a sweep's frozen copy, before Hydra tells other callbacks that the sweep starts."""
+"""Enter a sweep's frozen copy before Hydra calls other callbacks at the sweep's start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from regrow.explain import composition_error
 
 
 class EnterFrozenCopy(Callback):
-    """Hydra calls the copy's callbacks again, so without this they would start a sweep twice."""
+    """Hydra callback that enters the frozen copy of the code.
+
+    Hydra calls all callbacks again in the copy; without this one, they see the sweep start twice.
+    """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if is_started():

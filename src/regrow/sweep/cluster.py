@@ -1,4 +1,4 @@
-"""Jobs that Slurm runs: which it has, and, for a search, waiting for them one by one."""
+"""A sweep's jobs on Slurm: submit them, and for a search wait for them one by one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from regrow.sweep import state
 from regrow.sweep.local import Ended
 from regrow.sweep.plan import Planned
 
-EVERY = 5.0  # seconds between two questions to Slurm
+EVERY = 5.0  # seconds between two queries to Slurm
 AT_ONCE = 4  # trials of a search, unless launcher.jobs says otherwise
 
 
 def queued(folder: Path, numbers: Sequence[int]) -> set[int]:
-    """Those of a sweep's jobs that Slurm has, waiting or running."""
+    """Return those of a sweep's jobs that are queued or running on Slurm."""
     names = {n: str(name) for n in numbers if (name := state.noted(folder, n).get("slurm"))}
     there = slurm.waiting_or_running([*names.values()])
     return {number for number, name in names.items() if name in there}
@@ -28,19 +28,19 @@ def queued(folder: Path, numbers: Sequence[int]) -> set[int]:
 def submit(
     folder: Path, jobs: Mapping[int, Job], options: slurm.SlurmOptions, name: str
 ) -> dict[int, str]:
-    """Give the jobs to Slurm and note its number of each, which is returned."""
+    """Submit the jobs to Slurm; note and return its job number of each."""
     for number in jobs:
         state.forget(folder, number)
     given = slurm.submit_array(jobs, options, folder, name)
     for number, its in given.items():
-        said = state.noted(folder, number)  # it may have ended by now
+        said = state.noted(folder, number)  # the job may have ended by now
         state.note(folder, number, said.get("state", "queued"), said.get("reason"), slurm=its)
     return given
 
 
 @dataclass
 class Cluster:
-    """Jobs that were given to Slurm one by one, and are waited for."""
+    """The place where a search's jobs run on Slurm, submitted one by one."""
 
     folder: Path
     options: slurm.SlurmOptions
@@ -74,7 +74,7 @@ class Cluster:
         self._asked = time.monotonic()
         try:
             there = queued(self.folder, [*self._running])
-        except subprocess.CalledProcessError:  # its controller may be away for a while
+        except subprocess.CalledProcessError:  # Slurm's controller may be unavailable for a while
             return []
         found = []
         for number in set(self._running) - there:
@@ -86,5 +86,5 @@ class Cluster:
         return found
 
     def send(self, number: int, only: Planned | None = None) -> None:
-        """Send nothing: Slurm's jobs continue, and a resumed search waits for them."""
+        """Send no signal: Slurm's jobs continue, and a resumed search waits for them."""
         self._running.clear()

@@ -1,4 +1,4 @@
-"""The configs of many jobs, of which most choose the same files and differ in a value."""
+"""Compose the configs of many jobs fast: most choose the same files and differ in a value."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from regrow.config import typed_overrides
 
 @dataclass
 class Composed:
-    """`load_sweep_config` of Hydra's loader, ten times as fast from the second job on.
+    """Like `load_sweep_config` of Hydra's loader, but ten times as fast from the second job on.
 
-    Which files a config is made of depends on the choice of options alone. Jobs that choose the
-    same share that work, 0.1 s; of what differs, values are set as the loader would set them.
+    The chosen options alone determine a config's files. Jobs with the same choices share that work
+    (0.1 s); other values are then set as the loader sets them.
     """
 
     loader: ConfigLoader
-    config: DictConfig  # of the sweep
+    config: DictConfig  # the sweep's
     _of_choices: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
     _is_group: dict[str, bool] = field(default_factory=dict)
 
@@ -42,7 +42,7 @@ class Composed:
         try:
             for override in values:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-        except OmegaConfBaseException:  # the loader says it in its own way
+        except OmegaConfBaseException:  # let the loader raise its own error
             return self.loader.load_sweep_config(self.config, [*overrides])
         cfg.hydra.overrides.task = [*overrides]
         if not OmegaConf.is_interpolation(cfg.hydra.job, "override_dirname"):  # Hydra 1.3
@@ -58,12 +58,12 @@ class Composed:
         return is_one and not (override.is_hydra_override() or self._is_choice(override))
 
     def _is_choice(self, override: Override) -> bool:
-        """Return True if it is about the defaults list, in which values play no part."""
+        """Return True if it chooses an option in the defaults list, which no value can affect."""
         if override.is_hydra_override() or isinstance(override.value(), dict):
             return False
         key, hydra = override.key_or_group, self.config.hydra
-        if key not in self._is_group:  # also on a search path that is not this repository's
-            # Resolved, one such as hydra.sweep.subdir=${hydra.job.override_dirname} would fail.
+        if key not in self._is_group:  # a group may also come from an added search path
+            # Not resolved: hydra.sweep.subdir=${hydra.job.override_dirname} would fail here.
             typed = typed_overrides(hydra.overrides.hydra)
             options = self.loader.get_group_options(key, None, hydra.job.config_name, typed)
             self._is_group[key] = bool(options)

@@ -1,6 +1,6 @@
-"""`python -m regrow.sweep.finish FOLDER JOB CODE`: a job of a sweep has ended on another machine.
+"""`python -m regrow.sweep.finish FOLDER JOB CODE`: finish a sweep's job on another machine.
 
-Notes what the run's own folder cannot say, and brings the sweep's table up to date.
+Notes what the run's own folder does not record, and updates the sweep's table.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def finish(folder: Path, number: int, code: int) -> None:
 
 
 def last_error(folder: Path, slurm: str | None) -> str:
-    """What the job printed last as an error; its output may come from several processes."""
+    """Return the job's last printed error; its output may come from several processes."""
     for file in (folder / "slurm").glob(f"{slurm}_*.out") if slurm else ():
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in reversed(lines):

@@ -1,8 +1,8 @@
-"""A sweep's folder, and in it the copy of the code that all of its jobs run from.
+"""A sweep's folder, with the frozen copy of the code from which all its jobs run.
 
-The process that the user started chooses the folder, makes the copy, and becomes the same script
-of the copy. So whatever is composed, checked and run of a sweep, now or when it goes on next week,
-comes from there: edits and another git branch change nothing of it.
+The process that the user started chooses the folder, makes the copy, and executes the same script
+of the copy. So all that a sweep composes, checks and runs, now or when it is resumed next week,
+comes from the copy: edits or a switch of git branch do not affect it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from regrow.sweep import state
 
 DIR = "hydra.sweep.dir"
 PARTS = ("src", "conf", "scripts")
-# Variables that tell the copy's script where it is.
+# Environment variables that pass the sweep's state to the copy's script.
 FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
-IDENTITY = "REGROW_SWEEP_ID"  # by which the list of the user's folders knows the sweep
-SEALS = Path("src", "regrow", "ownership.py")  # of the code: an older one seals nothing
+IDENTITY = "REGROW_SWEEP_ID"  # the sweep's id in the list of the user's folders
+SEALS = Path("src", "regrow", "ownership.py")  # code without this module writes no seals
 
 
 def claim(
@@ -38,17 +38,18 @@ def claim(
     resume: str,
     source: Mapping[str, Any] = flags.DEFAULT,
 ) -> records.Lock:
-    """The lock of the sweep's folder: the one `named`; else the newest that the same command began
-    and that nobody goes on with; else a new one under outputs/<name>/sweeps.
+    """Return the acquired lock of the sweep's folder.
 
-    Raises UserError for a named folder that holds something else, or is in use, and for a sweep
-    that is neither the user's nor trusted, before anything is written there.
+    The folder is the one `named`; else the newest unfinished sweep of the same command that no
+    process is running; else a new one under outputs/<name>/sweeps. Raises UserError, before
+    anything is written, for a named folder that holds something else or is in use, and for a sweep
+    that is neither the user's nor trusted.
     """
     if named is not None:
         names.refuse_foreign_sweep(named)
         if (named / state.FILE).is_file() or is_copy(named / state.CODE):
             ownership.check_sweep(named, f"hydra.sweep.dir={named}")
-        # A start that was killed may have left the copy, and names with a dot: lock and leftovers.
+        # A killed start may have left the copy, the lock and temporary files; names with a dot.
         held = [path.name for path in named.glob("[!.]*") if not is_copy(path)]
         if held and not (named / state.FILE).is_file():
             raise UserError(
@@ -74,10 +75,9 @@ def claim(
 
 
 def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Path, str]:
-    """Copy what the jobs run into the sweep's folder, unless that was done: the code, and the
-    folders that the config's `source` adds.
+    """Copy the code, and the folders that the config's `source` adds, into the sweep's folder.
 
-    Returns where it is and the id by which the list of the user's folders knows it, empty where
+    Keeps an existing copy. Returns its path and its id in the list of the user's folders, "" if
     that cannot be written. Raises UserError for code that is neither the user's nor trusted.
     """
     code = folder / state.CODE
@@ -85,10 +85,10 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
         entry = ownership.check_sweep(folder, str(folder))
         ownership.remove_caches(code)
         copied = flags.copied_source(code)
-        if copied is not None and source != flags.in_copy(copied, code):  # as a resume names them
+        if copied is not None and source != flags.in_copy(copied, code):  # a resume names copies
             refuse_another_source(folder, copied, source)
         return code, entry.id if entry is not None else adopt(folder)
-    temporary = folder / f".{state.CODE}"  # of a start that was cut
+    temporary = folder / f".{state.CODE}"  # may remain from an interrupted start
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)  # conf/local may name accounts
     ignored = shutil.ignore_patterns("*.egg-info")
@@ -97,7 +97,7 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
             shutil.copytree(
                 ROOT / part, temporary / part, ignore=ignored, ignore_dangling_symlinks=True
             )
-        for file in manifest.namespace_files(ROOT):  # of their folders, which may hold data
+        for file in manifest.namespace_files(ROOT):  # single files: the folders may hold data
             target = temporary / file.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, target)
@@ -115,7 +115,7 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
 
 
 def copy_places(source: Mapping[str, Any], target: Path) -> None:
-    """Copy the YAML files of the folders that a source adds: a search composes each of its jobs."""
+    """Copy the YAML files of the folders that a source adds, from which jobs are composed."""
     for name, place in flags.folders_of(source).items():
         for file in place.rglob("*.yaml"):
             copy = target / name / file.relative_to(place)
@@ -125,7 +125,7 @@ def copy_places(source: Mapping[str, Any], target: Path) -> None:
 
 
 def refuse_another_source(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UserError where the sweep in `folder` is composed of other places than `now`."""
+    """Raise UserError if the sweep in `folder` was composed from a different source than `now`."""
     for key in ("name", *flags.PLACES):
         if before[key] != now[key]:
             words = command(*flags.arguments_of(before), "-m", root=manifest.own_root())
@@ -136,7 +136,10 @@ def refuse_another_source(folder: Path, before: Mapping[str, Any], now: Mapping[
 
 
 def entered(code_sha256: str) -> str:
-    """The id of a new entry in the list of the user's folders; empty, and said, without one."""
+    """Return the id of a new entry in the list of the user's folders.
+
+    If the list cannot be written, prints a warning and returns "".
+    """
     try:
         return ownership.enter(code_sha256).id
     except OSError as error:
@@ -149,9 +152,10 @@ def entered(code_sha256: str) -> str:
 
 
 def adopt(folder: Path) -> str:
-    """Enter a sweep whose contents the user trusts, and seal it as it is now; its id.
+    """Enter a sweep that the user trusts, seal it as it is now, and return its id.
 
-    Code that would break the seal with its next write is not entered; one line says so.
+    If its code is older and would break the seal with its next write, prints a warning and returns
+    "".
     """
     if not (folder / state.CODE / SEALS).is_file():
         print(
@@ -167,12 +171,12 @@ def adopt(folder: Path) -> str:
 
 
 def is_copy(path: Path) -> bool:
-    """Return True if this is a frozen copy, and not a folder of the user's with the same name."""
+    """Return True if this is a frozen copy, not a user's folder with the same name."""
     return path.name == state.CODE and (path / manifest.ORIGIN).is_file()
 
 
 def tell_of_edits(folder: Path) -> None:
-    """Say so where the sweep that goes on is one of older code."""
+    """Print a warning if the resumed sweep's code differs from the current code."""
     code = folder / state.CODE
     if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
         print(
@@ -185,9 +189,9 @@ def tell_of_edits(folder: Path) -> None:
 def become(
     code: Path, identity: str, lock: records.Lock, arguments: Sequence[str], *, warm: bool
 ) -> NoReturn:
-    """Go on as the same script of the frozen code, which takes the lock over.
+    """Replace this process by the same script of the frozen code, which takes over the lock.
 
-    `warm`: it is to fork its jobs, and starts the server for that at once.
+    With `warm`, it will fork its jobs and starts the fork server at once.
     """
     assert lock.descriptor is not None
     os.set_inheritable(lock.descriptor, True)
@@ -205,17 +209,17 @@ def become(
 
 
 def script_in(code: Path) -> Path:
-    """The script of the copy: the same, or train.py if one's own from elsewhere started it."""
+    """Return the copy's script of the same name; train.py if the copy lacks that."""
     started = Path(sys.argv[0]).resolve()
     same = code / started.relative_to(ROOT) if started.is_relative_to(ROOT) else None
     return same if same is not None and same.is_file() else code / "scripts" / "train.py"
 
 
 def resume_in_copy(arguments: Sequence[str]) -> None:
-    """Become the frozen code of a sweep that is resumed by name, if that is not this code.
+    """Execute the frozen code of a sweep resumed by name, if it differs from this code.
 
-    Hydra would compose this code's conf/ first, which may lack keys of the sweep's. `arguments` are
-    those that `resume.expand_sweep` gives.
+    Otherwise Hydra would first compose this code's conf/, which may lack keys of the sweep.
+    `arguments` are those that `resume.expand_sweep` returns.
     """
     named = [path_of(key, v) for key, _, v in (a.partition("=") for a in arguments) if key == DIR]
     if not named or [a for a in arguments if a.startswith("-")] != ["-m"]:
@@ -235,8 +239,8 @@ def opened(
     resume: str,
     source: Mapping[str, Any] = flags.DEFAULT,
 ) -> tuple[Path, str, records.Lock]:
-    """The code, the id and the lock of the sweep's folder: see `claim` and `freeze`."""
-    ranks.python_path()  # of which the sweep's folder will be a part
+    """Return the code, the id and the lock of the sweep's folder: see `claim` and `freeze`."""
+    ranks.python_path()  # raises if a path contains the separator
     ranks.refuse_separator((named or Path.cwd()).resolve())
     try:
         lock = claim(named, name, overrides, resume, source)
@@ -255,10 +259,10 @@ def is_entered(environment: Mapping[str, str]) -> bool:
 
 
 def taken_over(environment: Mapping[str, str]) -> records.Lock | None:
-    """The lock, where this is the script of a frozen copy; None in the process before."""
+    """Return the lock in the process that runs a sweep's frozen copy; None in any other."""
     if not is_entered(environment):
         return None
     lock = records.Lock.taken_over(Path(environment[FOLDER]), int(environment[LOCK]))
-    for name in (FOLDER, LOCK, WARM):  # nothing that is started from here is told
+    for name in (FOLDER, LOCK, WARM):  # child processes must not inherit them
         os.environ.pop(name)
     return lock

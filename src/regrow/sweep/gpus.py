@@ -1,4 +1,4 @@
-"""GPUs on loan: each to one job, of whichever sweep on this machine."""
+"""Lease GPUs: each to one job at a time, among all of the user's sweeps on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from regrow import locks
 
 
 def visible() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Without torch."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    Imports no torch.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None:
         return []
@@ -37,7 +40,7 @@ def visible() -> list[str]:
 
 @dataclass
 class Leases:
-    """Which GPUs are lent. The kernel takes a loan back when its holder dies."""
+    """The leased GPUs. The kernel releases a lease when its holder dies."""
 
     names: Sequence[str]
     folder: Path = field(
@@ -46,7 +49,7 @@ class Leases:
     _held: dict[str, int] = field(default_factory=dict)
 
     def take(self, count: int) -> list[str] | None:
-        """`count` GPUs that nobody has, or None while there are not so many."""
+        """Lease `count` free GPUs; return None if there are fewer."""
         if len(self.names) - len(self._held) < count:
             return None
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -56,13 +59,13 @@ class Leases:
                 break
             if name not in self._held and self._lock(name):
                 taken.append(name)
-        if len(taken) < count:  # another sweep has some
+        if len(taken) < count:  # another sweep holds some
             self.give_back(taken)
             return None
         return taken
 
     def in_use(self) -> str:
-        """Say of each GPU that is lent who is using it."""
+        """Return words for who is using each leased GPU."""
         phrases = []
         for name in self.names:
             if name in self._held:

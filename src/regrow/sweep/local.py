@@ -1,4 +1,4 @@
-"""Jobs on this machine: how many at once, with which GPUs and threads, and how each ended."""
+"""Run jobs on this machine: how many at once, with which GPUs and threads, and how each ended."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from regrow.sweep.process import cores
 
 log = logging.getLogger("regrow")
 
-MOST = 8  # jobs at once, unless asked for: each needs memory of its own
+MOST = 8  # jobs at once with launcher.jobs=auto: each needs its own memory
 
 
 def gpus_for(trainer: Mapping[str, Any], there: int) -> int:
-    """How many of the machine's GPUs a job takes."""
+    """Return how many of the machine's GPUs a job takes; `there` is their number."""
     if not there or trainer["device"] not in ("auto", "cuda"):
         return 0
     return there if trainer["devices"] == "auto" else int(trainer["devices"])
 
 
 def jobs_at_once(asked: int | str | None, trainers: Sequence[Mapping[str, Any]], there: int) -> int:
-    """How many jobs with such `trainer` nodes run at once; `there` are the machine's GPUs.
+    """Return how many jobs with these `trainer` nodes run at once; `there` is the number of GPUs.
 
-    Raises UserError for a job that would wait for more of them for ever.
+    Raises UserError for a job that needs more GPUs than there are: it would wait forever.
     """
     needs = [gpus_for(trainer, there) for trainer in trainers]
     if max(needs, default=0) > there:
@@ -56,7 +56,7 @@ def jobs_at_once(asked: int | str | None, trainers: Sequence[Mapping[str, Any]],
 
 
 def threads_of(trainer: Mapping[str, Any], jobs: int) -> int:
-    """A process's share of the cores, where `jobs` such jobs run at once."""
+    """Return a process's share of the cores if `jobs` such jobs run at once."""
     processes = 1 if trainer["devices"] == "auto" else int(trainer["devices"])
     return max(1, cores() // (jobs * processes))
 
@@ -67,12 +67,12 @@ class Ended:
 
     planned: Planned
     state: str  # completed, interrupted or failed
-    reason: str | None  # of a failure, where the process could not say it
+    reason: str | None  # of a failure that the process could not report itself
 
 
 @dataclass
 class Local:
-    """The jobs that run now."""
+    """The place where jobs run on this machine."""
 
     folder: Path
     jobs: int
@@ -80,7 +80,7 @@ class Local:
     leases: gpus.Leases
     _running: dict[int, tuple[Planned, BaseProcess, list[str]]] = field(default_factory=dict)
     _waits_since: float | None = None  # for GPUs
-    _told: set[bool] = field(default_factory=set)  # of a wait: while jobs run, while none does
+    _told: set[bool] = field(default_factory=set)  # waits announced: True while jobs run
 
     @property
     def running(self) -> list[Planned]:
@@ -91,7 +91,7 @@ class Local:
         return len(self._running) < self.jobs
 
     def start(self, planned: Planned) -> bool:
-        """Start the job, if there are GPUs for it."""
+        """Start the job and return True, or return False if its GPUs are not free."""
         need = gpus_for(planned.job.config["trainer"], len(self.leases.names))
         taken = self.leases.take(need)
         if taken is None:
@@ -107,9 +107,9 @@ class Local:
         return True
 
     def _tell_of_wait(self, planned: Planned, need: int) -> None:
-        """Say once that a job waits for GPUs; where no job runs, each time that it comes to that.
+        """Log that a job waits for GPUs: once while other jobs run, each time while none runs.
 
-        With more jobs at once than GPUs, each job waits for those before it.
+        With more jobs at once than GPUs, each job waits for earlier ones.
         """
         now, is_at_work = time.monotonic(), bool(self._running)
         self._waits_since = now if self._waits_since is None else self._waits_since
@@ -122,7 +122,7 @@ class Local:
         )
 
     def ended(self, seconds: float) -> list[Ended]:
-        """Wait so long for jobs to end; those that did."""
+        """Wait up to `seconds` for jobs to end, and return those that did."""
         sentinels = [child.sentinel for _, child, _ in self._running.values()]
         connection.wait(sentinels, timeout=seconds)
         found = []
@@ -130,7 +130,7 @@ class Local:
             if child.is_alive():
                 continue
             child.join()
-            with contextlib.suppress(OSError):  # what it may have left, such as data workers
+            with contextlib.suppress(OSError):  # end what it may have left, such as data workers
                 os.killpg(child.pid or 0, signal.SIGKILL)
             self.leases.give_back(taken)
             del self._running[number]
@@ -139,7 +139,7 @@ class Local:
         return found
 
     def send(self, number: int, only: Planned | None = None) -> None:
-        """A signal to each job, or to one, as from a terminal; SIGKILL to all its processes."""
+        """Send a signal to the main process of each job, or of one; SIGKILL to all processes."""
         for planned, child, _ in [*self._running.values()]:
             if only is not None and planned.number != only.number:
                 continue
@@ -151,7 +151,7 @@ class Local:
 
 
 def how(planned: Planned, code: int) -> Ended:
-    """What an exit code says of a job."""
+    """Return how a job ended, by its exit code."""
     if code == 0:
         return Ended(planned, "completed", None)
     if code in STOPPED:

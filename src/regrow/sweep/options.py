@@ -1,4 +1,4 @@
-"""The kinds of sweep, as frozen values. Their defaults stand in `conf/sweep/`, only there."""
+"""The options of each kind of sweep. Their defaults are in `conf/sweep/` only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sets:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """Optuna's search, by its own names where it has one."""
+    """Optuna's search; option names are Optuna's where it has one."""
 
     params: dict[str, Any] | None
     fail_fast: bool

@@ -1,4 +1,4 @@
-"""From what was asked for to jobs: which there are, each of them composed and checked."""
+"""Plan a sweep's jobs from its overrides, each of them composed and checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from regrow.sweep.options import Grid, Sets
 
 @dataclass(frozen=True)
 class Planned:
-    """A job that can be run."""
+    """A job that is composed, checked and ready to run."""
 
     entry: state.Entry
     job: Job
@@ -48,12 +48,15 @@ class Planned:
 
 
 def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """Every combination of the values in `lines`, each as all its overrides and the swept ones."""
+    """Return every combination of the values in `lines`, as all overrides and the swept ones.
+
+    Raises UserError for an interval, an empty sweep, and a swept key of the sweep itself.
+    """
     options: dict[str, list[str]] = {}
     swept: dict[str, None] = {}
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(lines)):
         key, line = override.get_key_element(), override.input_line
-        options[key] = [str(line)]  # what comes later wins
+        options[key] = [str(line)]  # the last one wins
         swept.pop(key, None)
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
@@ -76,7 +79,7 @@ def grid(loader: ConfigLoader, lines: Sequence[str]) -> list[tuple[list[str], li
 
 
 def sets_of(options: Sets) -> list[list[str]]:
-    """The sets of overrides, as lists of them. Raises UserError for what cannot be one."""
+    """Return the sets of overrides, each as a list. Raises UserError for an invalid set."""
     found = list(options.sets)
     if options.file is not None:
         path = Path(options.file)
@@ -93,7 +96,7 @@ def sets_of(options: Sets) -> list[list[str]]:
         if isinstance(each, Mapping):
             each = [f"{key}={_typed(value)}" for key, value in each.items()]
         elif isinstance(each, str):
-            with contextlib.suppress(ValueError):  # a quote that does not end
+            with contextlib.suppress(ValueError):  # an unclosed quote
                 each = shlex.split(each)
         if not isinstance(each, list) or not all(
             isinstance(o, str) and ("=" in o or o.startswith("~")) for o in each
@@ -111,9 +114,9 @@ def sets_of(options: Sets) -> list[list[str]]:
 def combinations(
     loader: ConfigLoader, options: Grid | Sets, arguments: Sequence[str], varied: Sequence[str]
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """All jobs of a finite sweep: their overrides, and those of them that set it apart.
+    """Yield all jobs of a finite sweep: all overrides, and those that distinguish the job.
 
-    That are those with several values, and the keys that an earlier start has `varied`.
+    The latter have several values, or keys that an earlier start has `varied`.
     """
     lines = [*lines_of(options.params), *arguments]
     for each in sets_of(options) if isinstance(options, Sets) else [[]]:
@@ -125,7 +128,7 @@ def combinations(
 
 
 def lines_of(params: Mapping[str, Any] | None) -> list[str]:
-    """`sweep.params` as overrides; a list there is as many values."""
+    """Return `sweep.params` as overrides; a list becomes several values."""
     return [
         f"{key}={','.join(map(_typed, value)) if isinstance(value, list) else _typed(value)}"
         for key, value in (params or {}).items()
@@ -133,7 +136,7 @@ def lines_of(params: Mapping[str, Any] | None) -> list[str]:
 
 
 def _typed(value: Any, *, inside: bool = False) -> str:
-    """A value of YAML as one types it; text that stands by itself is taken as typed already."""
+    """Return a YAML value as it would be typed; top-level text counts as typed already."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{k}:{_typed(v, inside=True)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -145,7 +148,7 @@ def _typed(value: Any, *, inside: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Composer:
-    """Makes jobs of overrides, by what conf/ says."""
+    """Turns overrides into jobs by composing configs."""
 
     composed: Composed
     folder: Path
@@ -157,9 +160,9 @@ class Composer:
         swept: Sequence[str],
         known: Mapping[str, state.Entry] | None = None,
     ) -> Planned:
-        """Compose and check one job. Raises UserError, which names it.
+        """Compose and check one job. Raises UserError that names the job.
 
-        It has the number and the folder of the one of `known` that it is, by its config, if any.
+        A job with the same config as one in `known` takes its number and folder.
         """
         overrides = [o for o in overrides if key_of(o) != "resume"]
         values = dict(o.partition("=")[::2] for o in swept)
@@ -185,12 +188,12 @@ class Composer:
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(cfg)
-            check_settings(cfg.hydra, is_sweep=True)  # an experiment may bring some
+            check_settings(cfg.hydra, is_sweep=True)  # an experiment may change them
             check(cfg, cfg.hydra.runtime.choices)
             folder = str(cfg.hydra.sweep.subdir) if before is None else before.folder
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from None
-        except (ValueError, TypeError) as error:  # Hydra's, of an option that is not a name
+        except (ValueError, TypeError) as error:  # from Hydra, if an option is not a name
             wrong = wrong_options(overrides) or hydras_value_error(error)
             if wrong is None:
                 raise
@@ -211,9 +214,9 @@ class Composer:
 def numbered(
     composer: Composer, wanted: Sequence[tuple[list[str], list[str]]], known: Sequence[state.Entry]
 ) -> list[Planned]:
-    """The wanted jobs: those known by what their config is keep their numbers, others are added.
+    """Return the wanted jobs. Jobs with a `known` config keep their numbers; others get new ones.
 
-    Raises UserError for the first that is wrong, and for two that would share a folder.
+    Raises UserError for the first invalid job, and for two that would share a folder.
     """
     by_identity = {entry.identity: entry for entry in known}
     following = max((entry.number for entry in known), default=-1) + 1
@@ -237,7 +240,10 @@ def numbered(
 def left_over(
     composer: Composer, planned: Sequence[Planned], known: Sequence[state.Entry], *, retry: bool
 ) -> list[Planned]:
-    """Jobs of an earlier command that are to be run still, and that this one does not name."""
+    """Return the unfinished jobs of earlier commands that this command does not plan.
+
+    With `retry`, failed jobs count as unfinished.
+    """
     numbers = {one.number for one in planned}
     found = []
     for entry in known:
@@ -245,14 +251,17 @@ def left_over(
         if entry.number in numbers or not is_open or any(MASK in o for o in entry.overrides):
             continue
         swept = [f"{key}={value}" if value else key for key, value in entry.swept.items()]
-        before = [o for o in entry.overrides if key_of(o) != CHANGED]  # typed for another start
+        before = [o for o in entry.overrides if key_of(o) != CHANGED]  # applied to that start only
         again = composer.plan(entry.number, before, swept, {entry.identity: entry})
         found.append(dataclasses.replace(again, entry=entry))
     return found
 
 
 def fixed_by(lines: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
-    """What a sweep's overrides say of all of its jobs alike, by key, and no tracker or tag."""
+    """Return the overrides that all jobs share, by key, without those that do not change results.
+
+    `state.ASIDE` lists the latter, such as loggers and tags.
+    """
     varied = {key_of(override) for override in swept}
     return {
         key_of(line): line
@@ -262,8 +271,10 @@ def fixed_by(lines: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
 
 
 def refuse_another(folder: Path, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
-    """Raise UserError where the jobs in `folder` have something else in common: the two would be
-    taken for one setting."""
+    """Raise UserError if the jobs in `folder` share other overrides than `fixed`.
+
+    Results of both would be compared as one setting.
+    """
     content = state.read(folder)
     before: dict[str, str] = content.get("fixed", {})
     varied = {key_of(o) for o in swept} | set(content.get("varied", []))
@@ -277,7 +288,7 @@ def refuse_another(folder: Path, fixed: Mapping[str, str], swept: Sequence[str])
 
 
 def in_group(planned: Planned, group: str) -> Planned:
-    """The job with its group among trackers: all of a sweep share one."""
+    """Return the job with `group` as its wandb group, which all jobs of a sweep share."""
     tracker = planned.job.config["logger"].get("wandb")
     if not isinstance(tracker, Mapping) or tracker.get("group", ...) is not None:
         return planned
@@ -286,7 +297,7 @@ def in_group(planned: Planned, group: str) -> Planned:
 
 
 def with_threads(planned: Planned, count: int) -> Planned:
-    """The job with its share of the cores, unless it names a number."""
+    """Return the job with `count` threads, unless its config sets a number."""
     if planned.job.config["trainer"]["num_threads"] is not None:
         return planned
     job = with_override(planned.job, "trainer.num_threads", count)
@@ -294,7 +305,7 @@ def with_threads(planned: Planned, count: int) -> Planned:
 
 
 def overrides_of(config: DictConfig) -> list[str]:
-    """What was typed for the sweep, in Hydra's words and ours."""
+    """Return the overrides that were typed for the sweep, of Hydra's node and of the config."""
     said = OmegaConf.to_container(config.hydra.overrides, resolve=False)
     assert isinstance(said, dict)
     return [str(o) for o in (*said["hydra"], *said["task"])]

@@ -1,6 +1,6 @@
-"""What the server that jobs are forked from imports: what most runs need, and no more.
+"""The imports of the server that jobs are forked from: the modules that most runs need.
 
-Importing starts no thread and touches no GPU and no data. Imported nowhere else.
+Importing them starts no thread and uses no GPU or data. Nothing else imports this module.
 """
 
 # ruff: noqa: E402, F401
@@ -11,19 +11,19 @@ import signal
 from regrow.parent import die_with_parent
 
 die_with_parent(os.getppid())
-# A Ctrl-C is for the sweep. It was blocked as this process was started.
+# Only the sweep handles Ctrl-C. The signal was blocked when this process started.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-# It would start its threads as it is imported; a job asks for them again, see `process.work`.
+# OpenBLAS would start its threads on import. `process.work` restores a job's threads.
 _is_given = "OPENBLAS_NUM_THREADS" in os.environ
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import sklearn.datasets
-import torch._dynamo  # the first optimizer that is built would
+import torch._dynamo  # else building the first optimizer imports it
 import torchmetrics.classification
 
-# Code that cannot be imported must not end the server: each job that needs it says so by itself.
+# Code that cannot be imported must not end the server: each job that needs it reports the error.
 with contextlib.suppress(Exception):
     from regrow import worker
     from regrow.data import augment, datasets, loaders

@@ -1,7 +1,7 @@
-"""A job's own process, by the standard library's multiprocessing.
+"""Run a job in a separate process, with the standard library's multiprocessing.
 
-It is forked from a server that has imported what a run needs and done nothing else, so it starts at
-once and still shares nothing with the job before it; or it is a fresh Python.
+The process is forked from a server that has only imported what a run needs, so it starts at once
+and shares no state with earlier jobs; or it is a fresh Python.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from regrow.sweep import state
 
 
 def context_of(*, fresh: bool) -> BaseContext:
-    """How jobs are started. The server begins to import now, beside whatever is done next."""
-    # Python 3.11's server does not look where this process does, so not in the frozen code.
+    """Return the context that starts jobs. The server begins to import now, in the background."""
+    # Python 3.11's server does not inherit sys.path and would not find the frozen code.
     os.environ["PYTHONPATH"] = python_path()
-    # Nor may it look into the current folder: a profile.py there would hide Python's own.
+    # It must not search the current folder: a profile.py there would shadow Python's own.
     os.environ[SAFE_PATH] = "1"
     if fresh:
         return multiprocessing.get_context("spawn")
@@ -40,7 +40,7 @@ def context_of(*, fresh: bool) -> BaseContext:
     context.set_forkserver_preload(["regrow.sweep.preloaded"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        multiprocessing.forkserver.ensure_running()  # it takes no Ctrl-C: see preloaded.py
+        multiprocessing.forkserver.ensure_running()  # it ignores Ctrl-C: see preloaded.py
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
@@ -49,7 +49,7 @@ def context_of(*, fresh: bool) -> BaseContext:
 def start(
     context: BaseContext, folder: Path, number: int, text: str, environment: dict[str, str]
 ) -> BaseProcess:
-    """Start the job that `text` describes, as number `number` of the sweep in `folder`."""
+    """Start the job in `text`, as JSON, as number `number` of the sweep in `folder`."""
     log = state.log_of(folder, number)
     log.parent.mkdir(exist_ok=True)
     process = context.Process(  # type: ignore[attr-defined]
@@ -62,10 +62,10 @@ def start(
 
 def work(folder: str, number: int, text: str, environment: dict[str, str]) -> None:
     """Run the job in this process, with its output in its log. Does not return."""
-    # As in a run that is started by itself: its data workers are forked, where that is the default.
+    # Start data workers as in a single run: forked where that is the default.
     multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.setpgid(0, 0)  # a Ctrl-C is for the sweep, which passes it on
+    os.setpgid(0, 0)  # the sweep receives Ctrl-C and forwards it
     die_with_the_sweep()
     log = os.open(state.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -73,8 +73,8 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
         os.dup2(descriptor, stream)
     terminal.show("utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a killed job has said how far it came
-    os.environ.pop(SAFE_PATH, None)  # a script that the job starts looks beside itself
+        sys.stdout.reconfigure(line_buffering=True)  # the log of a killed job is up to date
+    os.environ.pop(SAFE_PATH, None)  # scripts that the job starts may import modules beside them
     os.environ.update(environment)
     have_threads_again()
     code, reason = 0, None
@@ -102,14 +102,14 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def have_threads_again() -> None:
-    """Give numpy's linear algebra the threads of a run by itself, since the server has one."""
+    """Give numpy's linear algebra as many threads as in a single run; the server has one."""
     if "regrow.sweep.preloaded" in sys.modules and "OPENBLAS_NUM_THREADS" not in os.environ:
         from threadpoolctl import ThreadpoolController
 
@@ -117,14 +117,14 @@ def have_threads_again() -> None:
 
 
 def die_with_the_sweep() -> None:
-    """End this process when the sweep's is killed, or the server between the two."""
+    """End this process if the sweep's process, or the server between them, is killed."""
     sweep = parent_process()
     die_with_parent(os.getppid())
     if sweep is None:
         return
     if not sweep.is_alive():
         os._exit(1)
-    if not sys.platform.startswith("linux"):  # where the kernel does not
+    if not sys.platform.startswith("linux"):  # elsewhere the kernel does not do it
 
         def watch() -> None:
             sweep.join()

@@ -1,4 +1,4 @@
-"""The results of a sweep: results.csv, sweep.html and the table at the end, from its folder."""
+"""Write a sweep's results from its folder: results.csv, sweep.html and the table at the end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from regrow.sweep import state
 
 log = logging.getLogger("regrow")
 
-SHOWN = 20  # settings in the terminal
+SHOWN = 20  # most settings shown in the terminal
 CSV, PAGE = "results.csv", "sweep.html"
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """A row for each job, in the order of their numbers."""
+    """Return a row for each job, in the order of their numbers."""
     rows = []
     for entry in state.entries(folder):
         its, reason = state.state_of(folder, entry)
@@ -46,13 +46,16 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def asked_since(entry: state.Entry, run: Run) -> list[str]:
-    """The overrides by which somebody changed a job's run, outside of the sweep."""
-    shares = "trainer.num_threads="  # the sweep's own addition
+    """Return the overrides by which a job's run was changed outside the sweep."""
+    shares = "trainer.num_threads="  # added by the sweep itself
     return [o for o in run.overrides if o not in entry.overrides and not o.startswith(shares)]
 
 
 def write_table(folder: Path) -> Comparison:
-    """(Re)write results.csv of the sweep in `folder`. Raises UserError where there is none."""
+    """Write results.csv of the sweep in `folder`, and return the comparison.
+
+    Raises UserError if there is no sweep.
+    """
     if not state.read(folder):
         raise UserError(f"{folder} holds no sweep: there is no {state.FILE}.")
     content = state.read(folder)
@@ -66,7 +69,7 @@ def write_table(folder: Path) -> Comparison:
 def write_page(
     folder: Path, found: Comparison, pictures: str = "none", output: Path | None = None
 ) -> Path:
-    """(Re)write sweep.html, and with pictures="best" those of the best job before; its path."""
+    """Draw the best job's plots if pictures="best", then write sweep.html and return its path."""
     if found.best is not None and pictures == "best":
         draw(folder / found.best.folder)
     title = f"{state.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
@@ -74,7 +77,7 @@ def write_page(
 
 
 def draw(run: Path) -> None:
-    """A run's pictures and page. They never fail a sweep that is done."""
+    """Draw a run's plots and page, unless it has them. A failure is only logged."""
     if (run / "report.html").exists():
         return
     try:
@@ -84,7 +87,7 @@ def draw(run: Path) -> None:
 
 
 def summary_of(folder: Path, found: Comparison) -> list[str]:
-    """The summary at the end of a sweep, as lines."""
+    """Return the lines of the summary at the end of a sweep."""
     lines = []
     if found.settings:
         header, rows = comparison.table_of(found)

@@ -1,4 +1,4 @@
-"""A sweep from its command to its table."""
+"""Run a sweep, from its command to its table of results."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ from regrow.sweep.show import Show
 
 log = logging.getLogger("regrow")
 
-# How a sweep is made; without them a command is the same sweep.
+# Keys that do not identify a sweep: commands that differ only in these mean the same sweep.
 BESIDE = ("hydra.sweep.dir", "resume", CHANGED, "sweep.retry_failed", "sweep.fail_fast")
 
 
 def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> None:
-    """Do what --multirun asks for. Ends the process, with 0 if all jobs are complete, 1 if some
-    failed, 128 + signal if it was stopped. Raises UserError before anything is written.
+    """Run the sweep that --multirun asks for, and exit. Raises UserError.
+
+    The exit code is 0 if all jobs are complete or were submitted, 1 if some failed, and
+    128 + signal if the sweep was stopped. A sweep that fails before it plans a job leaves nothing.
     """
     enter(config)
     identity = os.environ.pop(frozen.IDENTITY, "")
@@ -49,15 +51,14 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
     with lock, console():
         try:
             code = _run(loader, config, list(arguments), lock.folder, identity)
-        except BaseException:  # a Ctrl-C too
+        except BaseException:  # including Ctrl-C
             leave_nothing(lock.folder)
             raise
     raise SystemExit(code)
 
 
 def enter(config: DictConfig) -> None:
-    """Freeze the code and start again as its copy, unless this is the copy. Raises UserError before
-    anything is written."""
+    """Freeze the code and continue as its copy, unless this is the copy. Raises UserError."""
     if outside.started_from_outside():
         raise UserError(
             "--multirun starts its processes itself. Start it without torchrun or srun."
@@ -83,7 +84,7 @@ def enter(config: DictConfig) -> None:
 
 
 def same_sweep(config: DictConfig) -> list[str]:
-    """The overrides by which a command is known to mean this sweep."""
+    """Return the overrides that identify the sweep of a command."""
     return [
         override
         for override in plan.overrides_of(config)
@@ -96,7 +97,7 @@ def is_of(override: str, group: str) -> bool:
 
 
 def leave_nothing(folder: Path) -> None:
-    """Remove a sweep's folder in which no job was planned yet, and what was made for it."""
+    """Remove a sweep's folder and its empty parents, unless a job is planned there."""
     if (folder / state.FILE).exists():
         return
     if frozen.is_copy(folder / state.CODE):
@@ -172,18 +173,18 @@ class Sweep:
     options: Options
     launcher: dict[str, Any]
     facts: dict[str, Any]
-    context: Any = None  # of multiprocessing
+    context: Any = None  # multiprocessing's
     gpus: list[str] = field(default_factory=gpus.visible)
     at_once: int = 1
     entry: ownership.Entry | None = None  # in the list of the user's folders
-    shares: int = 1  # among so many the cores are divided: bits depend on it, so it never changes
+    shares: int = 1  # jobs that share the cores; fixed, because exact results depend on it
 
     @property
     def is_for_slurm(self) -> bool:
         return "_target_" in self.launcher
 
     def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
-        """Raise UserError where the folder holds jobs that were made otherwise."""
+        """Add `fixed` and `swept` to the facts. Raises UserError if the folder's jobs conflict."""
         if state.read(self.folder):
             now = self.facts.get("config", flags.DEFAULT)
             frozen.refuse_another_source(self.folder, flags.of_sweep(self.folder), now)
@@ -198,7 +199,7 @@ class Sweep:
         self.facts |= {"fixed": dict(fixed), "varied": [*dict.fromkeys(varied)]}
 
     def prepared(self, planned: Sequence[Planned]) -> list[Planned]:
-        """The jobs as they are run, beside each other; how many at once is decided for all."""
+        """Return the jobs ready to run, after setting how many run at once."""
         if not self.is_for_slurm:
             trainers = [one.job.config["trainer"] for one in planned]
             self.at_once = local.jobs_at_once(self.launcher["jobs"], trainers, len(self.gpus))
@@ -219,14 +220,14 @@ class Sweep:
         return dataclasses.replace(planned, job=dataclasses.replace(planned.job, owner=owner))
 
     def write(self, entries: Sequence[state.Entry], **facts: Any) -> None:
-        """From here on the folder is a sweep's."""
+        """Write sweep.json, which makes the folder a sweep's, and update the link to the latest."""
         state.write(self.folder, entries, **self.facts, **facts)
         records.link_latest(self.folder, Path("outputs", self.facts["name"]))
 
 
 def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Sequence[str]) -> int:
-    """A sweep whose jobs Optuna proposes."""
-    from regrow.sweep import search as by_optuna  # half a second of imports
+    """Run a sweep whose jobs Optuna proposes, and return the exit code."""
+    from regrow.sweep import search as by_optuna  # takes half a second to import
 
     folder = sweep.folder
     space = by_optuna.space_of(composer, options, arguments)
@@ -270,7 +271,7 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
 
 
 def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
-    """The job's request to Slurm. Raises UserError for one that it would refuse."""
+    """Return the request of the jobs to Slurm. Raises UserError if Slurm would reject it."""
     options: slurm.SlurmOptions = instantiate(sweep.launcher)
     for one in jobs:
         slurm.check(options, one.job.config["trainer"])
@@ -278,7 +279,7 @@ def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
 
 
 def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]) -> int:
-    """Give what is to be run to Slurm, as one array, and leave. Its last job writes the page."""
+    """Submit the jobs in `todo` to Slurm as one array, and return 0. The last writes the page."""
     folder, name = sweep.folder, sweep.facts["name"]
     is_new = not (folder / state.FILE).exists()
     options = slurm_options(sweep, todo)
@@ -306,7 +307,7 @@ def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]
 
 
 def introduce(folder: Path, what: str, done: int, at_once: int, jobs: Sequence[Planned]) -> None:
-    """Log what is about to run, and the command that resumes it."""
+    """Log what is about to run, and the command to resume it."""
     threads = {one.job.config["trainer"]["num_threads"] for one in jobs}
     count = threads.pop() if len(threads) == 1 else None
     each = f", each process with {count} thread{'s'[: count > 1]}" if count else ""
@@ -325,9 +326,9 @@ def going_on(folder: Path, *more: str) -> str:
 
 
 def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:
-    """Write and show the results of what were to be `total` jobs; the exit code.
+    """Write and log the results of up to `total` jobs, and return the exit code.
 
-    `signals` are those that the sweep was stopped by, if it was.
+    `signals` are those that stopped the sweep, if any.
     """
     folder = sweep.folder
     found = results.write_table(folder)

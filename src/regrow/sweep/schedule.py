@@ -1,4 +1,4 @@
-"""The jobs of a sweep, from the first to the last: what is started when, and what is noted."""
+"""Run the jobs of a sweep from the first to the last, and note how each ended."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Source(Protocol):
-    """Where jobs come from."""
+    """A source of jobs."""
 
     def next(self) -> Planned | None:
-        """The next job; None where there is none, or none before others have ended."""
+        """Return the next job; None if there is none, or none until others have ended."""
 
     def ended(self, planned: Planned) -> None: ...
 
 
 class Place(Protocol):
-    """Where jobs run."""
+    """A place where jobs run."""
 
     @property
     def running(self) -> list[Planned]: ...
@@ -40,7 +40,7 @@ class Place(Protocol):
 
 @dataclass
 class Queue:
-    """The jobs of a finite sweep, in their order."""
+    """The jobs of a finite sweep, in order."""
 
     jobs: list[Planned]
 
@@ -53,7 +53,7 @@ class Queue:
 
 @dataclass
 class Stop:
-    """A wish to stop: by a signal, or by a failed job where one is enough."""
+    """A request to stop, by a signal or, with fail_fast, by a failed job."""
 
     place: Place
     signals: list[int] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Stop:
         return bool(self.signals) or self.failed
 
     def note(self, number: int, frame: object = None) -> None:
-        """The first signal lets all jobs save and end, the second ends them."""
+        """Handle a signal: the first lets all jobs save and end, the second kills them."""
         self.signals.append(number)
         self.place.send(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
 
@@ -85,18 +85,18 @@ def noting_signals(stop: Stop) -> Iterator[None]:
 
 
 def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bool) -> Stop:
-    """Run all jobs to their ends, or until a wish to stop, which is returned."""
+    """Run all jobs until they end or a stop is requested; return the request."""
     stop = Stop(place)
     with noting_signals(stop), show:
         waiting: Planned | None = None
         while True:
-            # Only once there is room: a search knows more the later it is asked.
+            # Ask only once there is room: a search proposes better the more jobs have ended.
             while place.has_room and not stop.wished:
                 waiting = waiting or source.next()
                 if waiting is None or stop.wished or not place.start(waiting):
                     break
                 show.started(waiting)
-                if stop.signals:  # came as the job was started, and may have missed it
+                if stop.signals:  # the signal may have missed the starting job
                     place.send(signal.SIGTERM, only=waiting)
                 waiting = None
             if not place.running and (stop.wished or waiting is None):
@@ -111,14 +111,14 @@ def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bo
 
 
 def outcome(folder: Path, ended: Ended, stop: Stop) -> str:
-    """A job's state, once its process has ended; noted where its run's folder does not say it."""
+    """Return a job's state after its process has ended. Notes a failure its run did not record."""
     entry = ended.planned.entry
     its, reason = state.state_of(folder, entry)
     if its in state.GOOD or ended.state == "interrupted":
         return its if its in state.GOOD else "interrupted"
     if ended.state == "completed":
         return "completed"
-    if stop.wished and its != "failed":  # it had to end before it could do so in good order
+    if stop.wished and its != "failed":  # stopped before it could exit cleanly
         return "interrupted"
     if state.noted(folder, entry.number).get("state") != "failed":
         reason = ended.reason or reason or "it ended without a word"
