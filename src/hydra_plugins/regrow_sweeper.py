@@ -1,6 +1,6 @@
-"""What Hydra finds of this package: the sweeper behind `--multirun`, and nothing more.
+"""The Hydra plugin of this package: the sweeper behind `--multirun`.
 
-Hydra imports this file in every one of its programs, so it imports nothing of ours by itself.
+Every Hydra app imports this file, so it must not import our package at the top level.
 """
 
 import copy
@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class RegrowSweeper(Sweeper):
-    """Hands Hydra's multirun to `regrow.sweep`. What it does is set by the group `sweep`.
+    """Passes Hydra's multirun to `regrow.sweep`, which the config group `sweep` sets up.
 
-    Of a script of one's own, which only shares the configs, Hydra's own sweeper runs the function.
+    In a user's own script that only shares the configs, Hydra's own sweeper runs the task function.
     """
 
     def __init__(self, **options: Any) -> None:
-        """`options` are those of Hydra's own sweeper, which takes them from the config."""
+        """Ignore `options`: they are for Hydra's own sweeper, which reads them from the config."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -35,7 +35,7 @@ class RegrowSweeper(Sweeper):
             self.hydras = Plugins.instance().instantiate_sweeper(
                 hydra_context=hydra_context, task_function=task_function, config=as_hydra
             )
-            # Hydra 1.4 refuses jobs whose hydra.sweeper is not that of the sweep.
+            # Hydra 1.4 rejects jobs whose hydra.sweeper differs from the sweep's.
             self.hydras.setup(
                 hydra_context=hydra_context, task_function=task_function, config=config
             )
@@ -48,7 +48,7 @@ class RegrowSweeper(Sweeper):
 
         try:
             run(self.context.config_loader, self.composed, list(arguments))
-        except SystemExit:  # its end, after which Hydra 1.3 would tell no callback
+        except SystemExit:  # the normal end; Hydra 1.3 then calls no callback
             if version_arguments():
                 self.context.callbacks.on_multirun_end(
                     config=self.composed, config_name=self.composed.hydra.job.config_name
@@ -57,7 +57,7 @@ class RegrowSweeper(Sweeper):
 
 
 def _with_hydras_sweeper(config: DictConfig) -> DictConfig:
-    """The config with the sweeper that was chosen, in whose place conf/train.yaml puts ours."""
+    """Return the config with the chosen sweeper of Hydra instead of ours from conf/train.yaml."""
     choice = config.hydra.runtime.choices.get("hydra/sweeper", "basic")
     node: Any = ConfigStore.instance().load(f"hydra/sweeper/{choice}.yaml").node
     config = copy.deepcopy(config)

@@ -1,7 +1,7 @@
-"""Jobs that Optuna proposes, one as another ends. A trial's number is its job's.
+"""Run a search: Optuna proposes a job whenever another ends. A trial's number is its job's.
 
-Optuna's study lies in the sweep's folder. What it proposes follows from the sampler's seed and from
-the trials so far, so a search that was cut goes on with the proposals it would have made.
+Optuna's study is in the sweep's folder. Its proposals depend only on the sampler's seed and the
+trials so far, so a resumed search makes the proposals that the interrupted one would have made.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from regrow.sweep.plan import Composer, Planned
 
 log = logging.getLogger("regrow")
 
-OF_THE_RUN = ("parameters", "steps", "seconds")  # what a summary says beside metrics
+OF_THE_RUN = ("parameters", "steps", "seconds")  # facts in a summary that are not metrics
 
 
 @dataclass(frozen=True)
 class Space:
-    """The keys that a search varies, and those that stay as they were typed."""
+    """The keys that a search varies, and the fixed overrides."""
 
     fixed: list[str]
-    varied: dict[str, BaseDistribution]  # by key as typed
+    varied: dict[str, BaseDistribution]  # by key, as typed
 
     def overrides(self, values: dict[str, Any]) -> tuple[list[str], list[str]]:
         swept = [f"{key}={values[key]}" for key in self.varied]
         return [*self.fixed, *swept], swept
 
     def described(self) -> dict[str, str]:
-        """Each key's range, as Optuna writes it."""
+        """Return each key's range, in Optuna's JSON."""
         return {key_of(key): distribution_to_json(its) for key, its in self.varied.items()}
 
     def combinations(self) -> list[dict[str, Any]]:
-        """All points. Raises UserError where there is no end of them."""
+        """Return all points. Raises UserError if they are infinite."""
         return [
             dict(zip(self.varied, values, strict=True))
             for values in itertools.product(*(points(k, d) for k, d in self.varied.items()))
@@ -66,7 +66,7 @@ class Space:
 
 
 def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> Space:
-    """The keys to search over. Raises UserError if there are none."""
+    """Return the search space. Raises UserError if nothing is varied."""
     lines = [*plan.lines_of(options.params), *arguments]
     fixed: dict[str, str] = {}
     varied: dict[str, BaseDistribution] = {}
@@ -74,7 +74,7 @@ def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> S
     for override in parser.parse_overrides(lines):
         key = override.get_key_element()
         fixed.pop(key, None)
-        varied.pop(key, None)  # what comes later wins
+        varied.pop(key, None)  # the last one wins
         if override.is_sweep_override():
             varied[key] = distribution_of(override)
         else:
@@ -88,7 +88,7 @@ def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> S
 
 
 def refuse_another(folder: Path, space: Space, options: Search) -> None:
-    """Raise UserError where the trials in `folder` are of another space, and would mislead."""
+    """Raise UserError if the trials in `folder` are of an incompatible search space."""
     before: dict[str, str] = state.read(folder).get("space", space.described())
     now = space.described()
     for key in sorted({*before, *now}):
@@ -109,7 +109,7 @@ def refuse_another(folder: Path, space: Space, options: Search) -> None:
 
 
 def keep_sampler(folder: Path, options: Search) -> None:
-    """Raise UserError where the search in `folder` began with another TPE."""
+    """Raise UserError if the search in `folder` began with a different `multivariate`."""
     began = state.read(folder).get("multivariate", options.multivariate)
     if options.sampler == "tpe" and began != options.multivariate:
         raise UserError(
@@ -119,7 +119,10 @@ def keep_sampler(folder: Path, options: Search) -> None:
 
 
 def distribution_of(override: Override) -> BaseDistribution:
-    """Optuna's form of Hydra's `interval`, `range`, `choice` or list of values."""
+    """Return Hydra's `interval`, `range`, `choice` or list of values as Optuna's distribution.
+
+    Raises UserError for an invalid range.
+    """
     value, line = override.value(), override.input_line
     try:
         is_log = "log" in getattr(value, "tags", ())
@@ -143,15 +146,18 @@ def distribution_of(override: Override) -> BaseDistribution:
 
 
 def is_of(of: BaseDistribution, value: Any) -> bool:
-    """Return True if a value is one that the distribution holds, or any number for a range: what
-    Optuna's journal says becomes an override, and the range may have changed since."""
+    """Return True if a choice contains the value, or if a range gets any number.
+
+    The check is needed because values from Optuna's journal become overrides. A range may have
+    changed since.
+    """
     if isinstance(of, CategoricalDistribution):
         return value in of.choices
     return isinstance(value, int | float)
 
 
 def points(key: str, of: BaseDistribution) -> list[Any]:
-    """All values of a distribution. Raises UserError where there is no end of them."""
+    """Return all values of a distribution. Raises UserError if they are infinite."""
     if isinstance(of, CategoricalDistribution):
         return list(of.choices)
     if isinstance(of, IntDistribution):
@@ -160,13 +166,13 @@ def points(key: str, of: BaseDistribution) -> list[Any]:
 
 
 def first_of(of: BaseDistribution) -> Any:
-    """One value, to see whether it would do."""
+    """Return one value, for a check of the space."""
     return of.choices[0] if isinstance(of, CategoricalDistribution) else of.low  # type: ignore[attr-defined]
 
 
 @dataclass
 class Trials:
-    """Jobs by what Optuna asks for: a source for `schedule.run`."""
+    """The jobs that Optuna proposes: a source for `schedule.run`."""
 
     composer: Composer
     options: Search
@@ -179,7 +185,7 @@ class Trials:
     _warned: bool = False
 
     def next(self) -> Planned | None:
-        """A trial that was cut, or a new one while there are some left."""
+        """Return an interrupted trial, or else a new one; None if none is left."""
         if self._open:
             return self._open.pop(0)
         while True:
@@ -204,8 +210,11 @@ class Trials:
                 return planned
 
     def _proposal(self, trials: Sequence[Any], number: int) -> dict[str, Any]:
-        """The parameters of the next trial. Asked of a copy in memory and then enqueued: Optuna
-        writes a trial parameter by parameter, and a kill in between would leave half of one."""
+        """Return the parameters of the next trial.
+
+        Asks a copy of the study in memory; the caller enqueues the result. Optuna writes a trial
+        parameter by parameter, so a killed process would leave an incomplete trial.
+        """
         if self.options.sampler == "grid":
             combinations = self.space.combinations()
             return combinations[number - sum("retry_of" in one.user_attrs for one in trials)]
@@ -221,7 +230,7 @@ class Trials:
         for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             whole = optuna.trial.Trial(self.study, one._trial_id)
             for key, its in self.space.varied.items():
-                whole._suggest(key, its)  # what was enqueued, where the kill came before it
+                whole._suggest(key, its)  # fetch enqueued values that were not written yet
             planned = self._planned(one.number, whole.params)
             if planned is None:
                 continue
@@ -232,13 +241,13 @@ class Trials:
                 self._open.append(planned)
         if self.options.retry_failed:
             self._retry()
-        for one in self.study.get_trials(deepcopy=False):  # also those of a start that was cut here
+        for one in self.study.get_trials(deepcopy=False):  # also if an earlier start ended here
             if (failed := one.user_attrs.get("retry_of")) is not None:
                 reason = f"tried again as job {one.number}"
                 state.note(self.composer.folder, failed, "retried", reason)
 
     def _retry(self) -> None:
-        """Ask for the failed trials again; a finished trial cannot be told twice."""
+        """Enqueue failed trials as new ones: Optuna accepts only one result per trial."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {one.user_attrs.get("retry_of") for one in trials}
         for one in trials:
@@ -246,7 +255,7 @@ class Trials:
                 self.study.enqueue_trial(one.params, user_attrs={"retry_of": one.number})
 
     def _planned(self, number: int, params: dict[str, Any]) -> Planned | None:
-        """The trial as a job; None for one whose config is wrong, which has failed."""
+        """Return the trial as a job; if its config is invalid, record a failure and return None."""
         folder = self.composer.folder
         try:
             if set(params) != set(self.space.varied) or not all(
@@ -272,7 +281,7 @@ class Trials:
         return dataclasses.replace(planned, job=dataclasses.replace(planned.job, trial=told))
 
     def ended(self, planned: Planned) -> None:
-        """Tell Optuna what came of a trial; one that was cut stays open."""
+        """Tell Optuna the result of a trial; an interrupted trial stays open."""
         its, _ = state.state_of(self.composer.folder, planned.entry)
         if its == "pruned":
             self.study.tell(planned.number, state=TrialState.PRUNED)
@@ -286,8 +295,11 @@ class Trials:
 
 
 def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
-    """What a completed run came to: its best monitored value, what was measured there, or a fact
-    of the run."""
+    """Return a completed run's value of each metric; None for one that it lacks.
+
+    A value is the best monitored one, another metric measured at that step, or a fact of the run.
+    Raises UserError if the summary cannot be read.
+    """
     summary = records.load_summary(run)
     if not summary:
         raise UserError(
@@ -303,8 +315,10 @@ def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
 
 
 def objectives(options: Search, config: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The metrics and the directions, for jobs such as `config`. Raises UserError for those that do
-    not fit."""
+    """Return the metrics and the directions of a search, for jobs with such a `config`.
+
+    Raises UserError if they do not fit the jobs, each other or the pruner.
+    """
     trainer = config["trainer"]
     has_val = not monitor.lacks_val(config["data"]["source"])
     named = options.metric if options.metric is not None else trainer["monitor"]
@@ -352,7 +366,7 @@ def objectives(options: Search, config: dict[str, Any]) -> tuple[list[str], list
 
 
 def _direction_of(metric: str, config: Mapping[str, Any]) -> str:
-    """maximize or minimize. Raises UserError where nothing says which."""
+    """Return maximize or minimize. Raises UserError if the direction is unknown."""
     if metric in OF_THE_RUN:
         return "minimize"
     is_monitored = metric == config["trainer"]["monitor"]
@@ -373,8 +387,11 @@ def pruner_options(options: Search) -> dict[str, Any]:
 
 
 def sampler_of(options: Search, trials: int) -> Any:
-    """Optuna's sampler for the next trial; its seed moves on with the number of those so far, or a
-    search that goes on would propose the same points again."""
+    """Return Optuna's sampler for the next trial.
+
+    The seed depends on the number of `trials` so far: otherwise a resumed search would propose the
+    same points again.
+    """
     seed = (options.seed * 1_000_003 + trials) % 2**32
     if options.sampler == "tpe":
         return optuna.samplers.TPESampler(
@@ -382,11 +399,11 @@ def sampler_of(options: Search, trials: int) -> Any:
         )
     if options.sampler == "nsgaii":
         return optuna.samplers.NSGAIISampler(seed=seed)
-    return optuna.samplers.RandomSampler(seed=seed)  # of a grid, which is enqueued, never asked
+    return optuna.samplers.RandomSampler(seed=seed)  # a grid only enqueues, never asks
 
 
 def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
-    """The study in the sweep's folder, made or taken up."""
+    """Create or open the study in the sweep's folder. Raises UserError for other directions."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     trial.remove_torn_line(folder / trial.STORAGE)
     study = optuna.create_study(
@@ -405,7 +422,7 @@ def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
 
 
 def representative(composer: Composer, space: Space) -> Planned:
-    """A job of the search, to be checked before anything is written. Raises UserError."""
+    """Return one job of the search, checked before anything is written. Raises UserError."""
     values = {key: first_of(its) for key, its in space.varied.items()}
     for key in values:
         if key_of(key).split(".")[0] in ("launcher", "sweep", "resume", "hydra"):

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: on a terminal a bar for each job, else a line as each ends."""
+"""Show a sweep's progress: a bar per job on a terminal, else a line as each starts and ends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from regrow.sweep.plan import Planned
 
 log = logging.getLogger("regrow")
 
-EVERY = 1.0  # seconds between two looks at what the jobs wrote
+EVERY = 1.0  # seconds between two reads of the jobs' metrics
 
 
 class Show:
-    """`total` jobs, of which `done` were done before. A context manager, for its bars."""
+    """Shows `total` jobs, of which `done` were done before. A context manager, for its bars."""
 
     def __init__(self, folder: Path, total: int, done: int, jobs: int) -> None:
         self.folder, self.total, self.done = folder, total, done
@@ -76,7 +76,7 @@ class Show:
             self._bars[0].set_postfix_str(f"{self.failed} failed" if self.failed else "")
 
     def tick(self, running: list[Planned]) -> None:
-        """Look at how far the jobs are, now and then."""
+        """Update the bars of the running jobs, at most once every EVERY seconds."""
         if time.monotonic() - self._looked < EVERY:
             return
         self._looked = time.monotonic()
@@ -89,7 +89,7 @@ class Show:
 
 
 def progress_of(folder: Path, planned: Planned) -> str:
-    """How far a job is, by the last line that it logged."""
+    """Return a job's progress as text, from the last line of its metrics."""
     line = last_line(folder / planned.entry.folder / records.METRICS)
     trainer = planned.job.config["trainer"]
     if not line:
@@ -101,7 +101,7 @@ def progress_of(folder: Path, planned: Planned) -> str:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a metrics.jsonl, by its end alone."""
+    """Return the last complete line of a metrics.jsonl, reading only the end of the file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
@@ -119,7 +119,7 @@ def last_line(path: Path) -> dict[str, Any]:
 
 
 def result_of(run: Path) -> str:
-    """A completed run's best monitored value."""
+    """Return a completed run's best monitored value as text, or "" without one."""
     try:
         best = records.read_json(run / records.SUMMARY)["best"]
         return f"{best['metric']} {best['value']:.4f}"

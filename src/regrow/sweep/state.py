@@ -1,4 +1,4 @@
-"""What a sweep's folder says of its jobs: which there are, and how each of them stands."""
+"""Read and write the list of a sweep's jobs and the state of each, in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOCK, RESULTS_LOCK = ".state.lock", ".results.lock"
 OWN = (CODE, JOBS, LOGS, "slurm")  # folders beside those of the jobs
 # Groups and keys that do not change the result of a job.
 ASIDE = (*ELSEWHERE, "resume", "logger", "tags", "notes", "hydra")
-# Whatever is none of these is still to be done.
+# A job in any other state is unfinished.
 GOOD = ("completed", "pruned", "retried")  # retried: failed, and another job took its place
 ENDED = (*GOOD, "failed")
 
@@ -36,9 +36,9 @@ class Entry:
     """A job, as sweep.json lists it."""
 
     number: int
-    identity: str  # of its config: the same again is the same job
-    swept: dict[str, str]  # what sets it apart, as typed
-    folder: str  # of its run, in the sweep's
+    identity: str  # a hash of its config: jobs with equal ones are the same
+    swept: dict[str, str]  # the overrides that distinguish it, as typed
+    folder: str  # the run's folder, in the sweep's
     overrides: list[str] = field(default_factory=list)  # all, to compose it again
 
     @property
@@ -47,20 +47,22 @@ class Entry:
 
 
 def identity_of(cfg: DictConfig) -> str:
-    """A hash over a job's config as it was composed, before its interpolations are resolved: its
-    own number, or the time, may stand in it."""
+    """Return a hash of a job's config before interpolations are resolved.
+
+    A resolved config may hold the job's number or the time.
+    """
     config = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
     kept = {key: value for key, value in config.items() if key not in ASIDE}
     if isinstance(kept.get("data"), dict):
-        kept["data"].pop("changed", None)  # as if it were not typed: see resume.refuse_other_data
+        kept["data"].pop("changed", None)  # applies to one start only: see resume.refuse_other_data
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of sweep.json; empty where there is none yet.
+    """Return the content of sweep.json; empty if it does not exist yet.
 
-    Raises UserError where it cannot be read: taken for empty, it would be written anew.
+    Raises UserError if it cannot be read: treated as empty, it would be overwritten.
     """
     try:
         content = records.read_json(folder / FILE)
@@ -74,7 +76,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) -> None:
-    """Change sweep.json: these facts, and the list of jobs if it is given."""
+    """Update sweep.json with these facts, and with the list of jobs if it is given."""
     with alone(folder):
         content = {**read(folder), **redact_all(facts)}
         if entries is not None:
@@ -83,7 +85,7 @@ def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) ->
 
 
 def add(folder: Path, entry: Entry) -> None:
-    """List a job, unless it is listed already."""
+    """Add a job to sweep.json, unless it is listed already."""
     with alone(folder):
         content = read(folder)
         if all(one["number"] != entry.number for one in content["jobs"]):
@@ -93,14 +95,14 @@ def add(folder: Path, entry: Entry) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """One at a time: jobs that end on other machines write here too."""
+    """Hold a lock of the sweep's folder: jobs that end on other machines write there too."""
     with (folder / name).open("wb") as lock:
         locks.wait_for(lock.fileno(), f"{folder / name}")
         yield
 
 
 def entries(folder: Path) -> list[Entry]:
-    """The jobs that sweep.json lists. Raises UserError for what is not a job of this folder."""
+    """Return the jobs in sweep.json. Raises UserError for an entry that is not a valid job."""
     jobs = read(folder).get("jobs", [])
     found = []
     for job in jobs if isinstance(jobs, list) else [jobs]:
@@ -124,7 +126,7 @@ def entries(folder: Path) -> list[Entry]:
 def is_open(
     folder: Path, overrides: Sequence[str], source: Mapping[str, Any] = flags.DEFAULT
 ) -> bool:
-    """Return True if a sweep that these overrides of this source began there has not ended."""
+    """Return True if `folder` has an unfinished sweep of these overrides and this source."""
     try:
         content = read(folder)
     except UserError:
@@ -138,7 +140,7 @@ def is_open(
 
 
 def note(folder: Path, number: int, state: str, reason: str | None = None, **more: Any) -> None:
-    """Write down of a job what its run's folder cannot say, such as that it was killed."""
+    """Note a state of a job that its run's folder does not record, such as that it was killed."""
     (folder / JOBS).mkdir(exist_ok=True)
     reason = None if reason is None else redact(" ".join(reason.split()))
     records.write_json(folder / JOBS / f"{number}.json", {"state": state, "reason": reason, **more})
@@ -156,9 +158,10 @@ def noted(folder: Path, number: int) -> dict[str, Any]:
 
 
 def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
-    """A job's state and, where it has no good end, the reason.
+    """Return a job's state and, unless it ended well, the reason.
 
-    The state is that of its run (running, completed, interrupted, failed), or `waiting`.
+    The state is that of its run (running, completed, interrupted, failed), pruned, retried, or one
+    that `note` wrote; else `waiting`.
     """
     said = noted(folder, entry.number)
     status = records.load_status(folder / entry.folder) or {}
@@ -178,7 +181,7 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
 
 
 def is_to_be_run(folder: Path, entry: Entry, *, retry: bool) -> bool:
-    """Return True if the job has not come to an end, or, with `retry`, to a bad one."""
+    """Return True if the job has not ended or, with `retry`, has failed."""
     return state_of(folder, entry)[0] not in (GOOD if retry else ENDED)
 
 

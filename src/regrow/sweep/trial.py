@@ -1,4 +1,4 @@
-"""A run as a trial of Optuna's search: it reports each evaluation and hears whether to go on."""
+"""A run as a trial of Optuna's search: report each evaluation, and end if the pruner says so."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STORAGE, STUDY = "optuna.log", "sweep"
 
 
 class JournalLock:
-    """The right to append to Optuna's journal; the kernel takes it back when its holder is killed.
+    """The lock of Optuna's journal, which the kernel releases if its holder is killed.
 
-    Optuna's own lock is a file, which a killed job leaves behind for 30 seconds.
+    Optuna's own lock is a file: a killed job would block all others for 30 seconds.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -32,12 +32,12 @@ class JournalLock:
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self.journal, flags, 0o600)  # values may be secrets
+        return os.open(self.journal, flags, 0o600)  # values may hold secrets
 
     def acquire(self) -> bool:
         descriptor = self._open()
         locks.wait_for(descriptor, f"{self.journal}")
-        end = whole_lines(self.journal)  # half a line of a killed job would spoil all after it
+        end = whole_lines(self.journal)  # a killed job's partial line would break the next
         if end < os.fstat(descriptor).st_size:
             os.ftruncate(descriptor, end)
         self._descriptor = descriptor
@@ -48,7 +48,7 @@ class JournalLock:
 
 
 def storage_of(folder: Path) -> Any:
-    """Optuna's journal in the sweep's folder: a file that several machines may append to."""
+    """Return Optuna's journal in the sweep's folder, to which several machines may append."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -58,8 +58,10 @@ def storage_of(folder: Path) -> Any:
 
 
 def remove_torn_line(path: Path) -> None:
-    """Remove what a killed writer left of its last line: Optuna would append to it, and then read
-    neither. Only for the process that holds the sweep's lock, before its jobs begin."""
+    """Remove a partial last line of a killed writer, to which Optuna would append.
+
+    Optuna then could not read either line. Call it only with the sweep's lock, before jobs start.
+    """
     if not path.is_file():
         return
     content = path.read_bytes()
@@ -70,13 +72,13 @@ def remove_torn_line(path: Path) -> None:
 
 
 def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
-    """Optuna's pruner of that name, or None."""
+    """Return Optuna's pruner of that name, or None."""
     import optuna
 
     if name == "median":
         return optuna.pruners.MedianPruner(
             n_startup_trials=startup_trials,
-            n_warmup_steps=warmup_evaluations,  # a report's step is its evaluation's number
+            n_warmup_steps=warmup_evaluations,  # a report's step is the evaluation's number
             n_min_trials=1,
         )
     if name == "hyperband":
@@ -85,7 +87,7 @@ def pruner_of(name: str, startup_trials: int, warmup_evaluations: int) -> Any:
 
 
 class Reporter:
-    """Reports the loop's evaluations to the search, from the run's own process on any machine."""
+    """Reports a run's evaluations to the search, from the run's process on any machine."""
 
     def __init__(
         self, folder: str, number: int, metrics: list[str], pruner: Mapping[str, Any]
@@ -103,9 +105,9 @@ class Reporter:
                 raise UserError(f"sweep.metric={metric} is not measured.{hint} There are {whole}.")
 
     def is_over(self, step: int, values: Mapping[str, float]) -> bool:
-        """Report `values` of an evaluation at `step`; whether the pruner ends the trial here.
+        """Report `values` of an evaluation at `step`; return True if the pruner ends the trial.
 
-        The pruner counts evaluations, so that trials of other batch sizes compare.
+        The pruner counts evaluations, not steps, so that trials with different batch sizes compare.
         """
         value = values.get(self.metrics[0])
         if self.pruner["name"] == "none" or value is None or not math.isfinite(value):
@@ -115,7 +117,7 @@ class Reporter:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         trial = self._load()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a value that a run reports again after a resume
+            warnings.simplefilter("ignore")  # a resumed run may report a value again
             reported = trial.user_attrs.get("evaluations", {})
             number = reported.setdefault(str(step), len(reported) + 1)
             trial.set_user_attr("evaluations", reported)
