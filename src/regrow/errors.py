@@ -156,7 +156,7 @@ def machine_fault(error: BaseException) -> MachineFault | None:
             told, NotImplementedError
         ):
             text = str(told)
-            if isinstance(told, MemoryError):  # Python's own has no text
+            if isinstance(told, MemoryError):  # Python's own error has no text
                 text = f"Cannot allocate memory: {text}"
             for pattern, words in _FAULTS:
                 if found := re.search(pattern, text):

@@ -141,7 +141,7 @@ def seal_of(entry: Entry, content: Any) -> str:
 
 
 def _is_sealed(entry: Entry, content: Any, seal: object) -> bool:
-    with contextlib.suppress(ValueError):  # a key that is not a key
+    with contextlib.suppress(ValueError):  # the key is not hexadecimal
         return hmac.compare_digest(seal_of(entry, content), str(seal))
     return False
 

@@ -614,7 +614,7 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.are_deterministic_algorithms_enabled() != options.deterministic:
-        torch.use_deterministic_algorithms(options.deterministic)  # imports the compiler: seconds
+        torch.use_deterministic_algorithms(options.deterministic)  # slow: imports the compiler
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
 
 
