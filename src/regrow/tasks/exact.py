@@ -107,7 +107,7 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
 
 
 def _twice_pairs(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return twice the number of pairs in the right order and twice that of all pairs, (C,) int64."""
+    """Return twice the pairs in the right order, and twice all pairs; both (C,) int64."""
     scores, order = scores.contiguous().sort(1)
     positive = positive.gather(1, order)
     num = scores.shape[1]

@@ -209,7 +209,7 @@ def l1(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
-    """Return the absolute error, squared / (2 beta) below `beta`, (B,), as the mean over D outputs."""
+    """Return the absolute error, squared / (2 beta) below `beta`; (B,), the mean over D outputs."""
     if beta < 0:
         raise UserError(f"loss.beta={beta} is negative. Give zero (plain L1) or more.")
     outputs, targets = matched(outputs, targets)
@@ -217,7 +217,10 @@ def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
 
 
 def huber(outputs: Tensor, targets: Tensor, *, delta: float) -> Tensor:
-    """Return half the squared error, linear beyond `delta` (Huber 1964), (B,); mean over D outputs."""
+    """Return half the squared error, linear beyond `delta` (Huber 1964).
+
+    (B,), the mean over D outputs.
+    """
     if delta <= 0:
         raise UserError(f"loss.delta={delta} is not above zero. Give the error where it bends.")
     outputs, targets = matched(outputs, targets)

@@ -38,9 +38,7 @@ class Recipe:
 
     names: tuple[str, ...]  # the keys of `scalars`
     build: Callable[[], dict[str, Metric]]  # imports torchmetrics, so it is called late
-    flatten: Callable[
-        [Tensor, Tensor], Rows
-    ]  # flattens a batch to rows of one shape, without copies
+    flatten: Callable[[Tensor, Tensor], Rows]  # a batch to rows of one shape, without copies
     finish: Callable[[Tensor, Tensor], Rows]  # converts rows to torchmetrics' inputs
     no_rows: Rows  # for a process without examples
     scalars: Callable[[dict[str, Tensor]], dict[str, float]]
@@ -92,7 +90,7 @@ class Metrics:
         return {} if values["_seen"][0] == 0 else self._recipe.details(values)
 
     def higher_is_better(self, monitor: str) -> bool | None:
-        """Return torchmetrics' `higher_is_better` of a metric such as val/f1/cat, None if unknown."""
+        """Return torchmetrics' `higher_is_better` for a metric such as val/f1/cat, else None."""
         higher = getattr(self._recipe.build().get(monitor.split("/")[1]), "higher_is_better", None)
         return higher if isinstance(higher, bool) else None
 
