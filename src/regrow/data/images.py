@@ -213,7 +213,7 @@ class ImageFiles:
         return dataclasses.replace(self, transform=transform)
 
     def keys(self) -> list[Hashable]:
-        """Return a key per file, equal for copies; see `identity` in conf/data/image_folder.yaml."""
+        """Return a key per file, equal for copies: see `identity` in the data set's config."""
         if self.identity == "ends":
             return [key_of_ends(file) for file in self.files]
         return list(contents_of(self.files, self.root))

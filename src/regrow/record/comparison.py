@@ -60,10 +60,9 @@ class Row:
         return str((self.run.summary.get("best") or {}).get("metric") or "")
 
     def value(self, metric: str) -> float | None:
-        """Return a completed run's best monitored value, another metric of that step, or a fact
-        such as `parameters`.
+        """Return a completed run's value of `metric`; None if there is no finite number.
 
-        None if there is no finite number.
+        It is the best monitored value, another metric of that step, or a fact such as `parameters`.
         """
         if self.run is None or self.state != "completed":
             return None

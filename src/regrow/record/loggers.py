@@ -262,7 +262,7 @@ class TensorBoard:
 
 
 def _events(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
-    """Yield (step, tag) of everything that TensorBoard would show, after purges by earlier resumes."""
+    """Yield (step, tag) of all that TensorBoard would show, after earlier resumes' purges."""
     paths = list(paths)
     if not paths:
         return

@@ -157,9 +157,7 @@ def overlay(
         for name_of_group, lines in zip(named, runs.values(), strict=True):
             colour = colours[name_of_group]
             label = name_of_group if len(name_of_group) <= 100 else f"{name_of_group[:99]}…"
-            label = (
-                f"_{label}" if name_of_group in told else label
-            )  # a leading _ keeps it out of the legend
+            label = f"_{label}" if name_of_group in told else label  # _ hides it in the legend
             told.add(name_of_group)
             steps, values = series(lines, f"val/{name}")
             if not steps:

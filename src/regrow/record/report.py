@@ -54,7 +54,7 @@ class Run:
         return str(self.status.get("state") or self.summary.get("status") or "unknown")
 
     def metrics(self, split: str) -> dict[str, Any]:
-        """Return a split's final metrics, without the split in the keys; else the last logged ones."""
+        """Return a split's final or last logged metrics, without the split in the keys."""
         found = self.summary.get(split) or {}
         if not found:
             for line in self.lines:
@@ -87,7 +87,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the folder itself if it is a run's, else the runs below it, without following links."""
+    """Return the folder itself if it is a run's, else the runs below it; links are not followed."""
     if is_run(folder):
         return [folder]
     found = []
