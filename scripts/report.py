@@ -56,9 +56,7 @@ def is_folder(argument: str) -> bool:
 
 
 def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
-    """Write the page of the runs in `folders` and return its path. Raises UserError if there are
-    none.
-    """
+    """Write the page of the runs in `folders`; return its path. Raises UserError without runs."""
     if len(folders) == 1 and (folders[0] / SWEEP).is_file():
         return of_sweep(folders[0], output)
     runs: dict[Path, None] = {}  # resolved: `latest` and its run count once

@@ -110,9 +110,7 @@ class _Crops:
             self.crops, self.columns, self.stride = written, shifts, shifts**2
 
     def table(self, seed: int, epoch: int) -> Tensor:
-        """Return each example's crop offset, (N,); offsets beyond the last image address the
-        mirrors.
-        """
+        """Return each example's crop offset, (N,); those beyond the last image address mirrors."""
         size, shifts = (self.num,), 2 * self.options.pad + 1
         random = generator(seed, "augment", epoch)
         top = torch.randint(0, shifts, size, generator=random)
@@ -132,9 +130,7 @@ class _Crops:
 
 
 def _reflected(images: Tensor, pad: int) -> Tensor:
-    """Return (N, C, H + 2 pad, W + 2 pad) images with reflected borders; F.pad reflects only
-    floats.
-    """
+    """Return (N, C, H + 2 pad, W + 2 pad) images, reflected; F.pad reflects only floats."""
     for dim in (2, 3):
         last = images.shape[dim] - 1
         if pad > last:
@@ -149,9 +145,7 @@ def _reflected(images: Tensor, pad: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """RandomResizedCrop to (C, H, W), a mirror for half the images, and ColorJitter, on one PIL
-    image.
-    """
+    """RandomResizedCrop to (C, H, W), random mirror and ColorJitter, on one PIL image."""
 
     input_shape: list[int]
     crop_scale: list[float]

@@ -45,9 +45,7 @@ class Batch:
         self.num_global = num_global
 
     def split(self, slices: int) -> list[Batch]:
-        """Return `slices` micro-batches of nearly equal size; an empty one holds one of weight
-        zero.
-        """
+        """Return `slices` micro-batches of nearly equal size; an empty one gets weight zero."""
         if slices == 1:
             return [self]
         return [self._slice(index, slices) for index in range(slices)]

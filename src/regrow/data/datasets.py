@@ -1,5 +1,4 @@
-"""Data sources. Each public function is a `data.source` and returns train, val and test as
-`Splits`.
+"""Data sources: functions for `data.source` that return train, val and test as `Splits`.
 
 Your own source is a function that returns `Splits` of `Examples` (tensors, kept on the device) or
 of map-style data sets (read by DataLoader workers); `from_datasets` makes one from your own
@@ -198,8 +197,9 @@ def _torchvision(
 
 
 def _find_or_download(kind: str, name: str, root: str, train: bool, download: bool) -> Any:
-    """Return torchvision's data set from `root`. Raises UserError if it is neither there nor
-    available.
+    """Return torchvision's data set from `root`, downloaded if missing and allowed.
+
+    Raises UserError if it is unavailable, DataError if its files are broken.
     """
     import torchvision.datasets
 

@@ -269,9 +269,7 @@ class _Seeded:
             raise _sendable(error) from error
 
     def _check(self, item: Any, index: int) -> None:
-        """Raise DataError for a class index out of range. Items of a custom collate are checked
-        after it.
-        """
+        """Raise DataError for a class index out of range; a custom collate is checked later."""
         if self.num_classes is None:
             return
         if isinstance(item, Mapping):
@@ -306,9 +304,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 class _Collate:
-    """Collates items to (inputs, targets, weights); a class, because closures cannot be sent to
-    workers.
-    """
+    """Collates items to (inputs, targets, weights); a class, because closures cannot be pickled."""
 
     def __init__(
         self,
@@ -453,7 +449,7 @@ def _none_left_behind() -> Iterator[None]:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             half_made = frame.f_locals.get("self")
             if isinstance(half_made, _BaseDataLoaderIter):
-                half_made._shutdown = True  # else its __del__ raises
+                half_made._shutdown = True  # type: ignore[attr-defined]  # else its __del__ raises
         raise
 
 

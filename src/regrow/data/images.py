@@ -219,9 +219,7 @@ class ImageFiles:
         return list(contents_of(self.files, self.root))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over classes and contents in order, or over classes, file names and
-        sizes.
-        """
+        """Return the SHA-256 over classes and contents in order; "ends": over names and sizes."""
         digest = hashlib.sha256()
         if self.identity == "ends":
             for file, target in zip(self.files, self.classes, strict=True):

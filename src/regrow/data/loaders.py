@@ -169,9 +169,7 @@ class Data:
     def evaluation(
         self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> EvalBatches:
-        """Return the batches of a split, without augmentation. Raises UserError if it does not
-        exist.
-        """
+        """Return the unaugmented batches of a split. Raises UserError if it does not exist."""
         found = dict(self.source.items()).get(split)
         if found is None:
             raise UserError(
@@ -223,9 +221,7 @@ class Data:
         return in_units(values, self.target_mean, self.target_std)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return count and SHA-256 of each split, over the contents of tensors, files or some
-        items.
-        """
+        """Return count and SHA-256 of each split, over contents of tensors, files or some items."""
         found, unknown = {}, {}
         for name, split in self.source.items():
             try:

@@ -217,9 +217,7 @@ class Preprocessing:
         return images
 
     def _images(self, tensor: Tensor, path: Path) -> Tensor:
-        """Return (N, C, H, W) from that, (N, H, W, C), (N, H, W), (N, C·H·W), or uint8 of other
-        sizes.
-        """
+        """Return (N, C, H, W) images from (N, H, W, C), (N, H, W), (N, C·H·W) or other sizes."""
         channels, *size = self.input_shape
         if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.input_shape):
             return tensor.view(-1, channels, *size)

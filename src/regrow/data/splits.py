@@ -155,10 +155,9 @@ class Splits:
 
 
 def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
-    """Return the names as text. Raises UserError for those that YAML reads as neither text nor
-    number.
+    """Return the names as text. Raises UserError if YAML reads one as another type.
 
-    YAML reads `no` as False, and `off` and `false` too.
+    Numbers are accepted. YAML reads `no` as False, and `off` and `false` too.
     """
     for name in class_names or ():
         if not isinstance(name, str | int) or isinstance(name, bool):

@@ -122,7 +122,7 @@ class Column:
 
 
 def number(text: str, where: str) -> float:
-    """The cell as a finite float, or a DataError that says where it is."""
+    """Return the cell as a finite float. Raises DataError with `where`."""
     if _is_number(text):
         return float(text)
     if not text:

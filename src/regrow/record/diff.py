@@ -31,9 +31,7 @@ AS_A_PATCH = (
 
 @dataclass
 class Changes:
-    """The parts of a checkout that its commit does not hold. Names are relative to the repository's
-    top.
-    """
+    """The parts of a checkout that its commit does not hold; names are relative to its top."""
 
     patch: bytes = b""
     left_out: dict[str, str | None] = field(default_factory=dict)  # SHA-256 by name

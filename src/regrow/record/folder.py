@@ -63,10 +63,10 @@ def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
 
 
 def link_latest(folder: Path, runs: Path) -> None:
-    """Point <runs>/latest at `folder`, atomically; for a sweep's job, <runs>/sweeps/latest at the
-    sweep.
+    """Point <runs>/latest at `folder`, atomically.
 
-    `runs` is outputs/<name>. A folder elsewhere, or deeper, is not linked.
+    For a sweep's job, point <runs>/sweeps/latest at the sweep. `runs` is outputs/<name>. A folder
+    elsewhere, or deeper, is not linked.
     """
     try:
         inside = folder.resolve().relative_to(runs.resolve())
@@ -201,9 +201,7 @@ class Lock:
         return lock
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Return True if the lock file is still in the folder: its last holder may have removed
-        both.
-        """
+        """Return True if the lock file still exists: its last holder may have removed it."""
         try:
             return os.path.samestat(os.fstat(descriptor), (self.folder / ".lock").stat())
         except FileNotFoundError:

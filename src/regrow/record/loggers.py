@@ -479,10 +479,9 @@ def open_loggers(
     run_name: str,
     config: Mapping[str, Any] | None,
 ) -> Loggers:
-    """Return metrics.jsonl, truncated to `position` (None: emptied), and each of the config's
-    nodes.
+    """Return loggers of metrics.jsonl, truncated to `position`, and of the config's nodes.
 
-    A tracker that cannot be opened is reported and skipped.
+    `position` None empties metrics.jsonl. A tracker that cannot be opened is reported and skipped.
     """
     jsonl = Jsonl(folder)
     jsonl.rewind(position or 0, resume_step)

@@ -224,9 +224,7 @@ def code_sha256(root: Path, *, namespaces: bool = True) -> str:
 
 
 def code_files(root: Path) -> dict[str, str]:
-    """Return the start of the SHA-256 of each file that `code_sha256` covers, by its name in
-    `root`.
-    """
+    """Return the start of the SHA-256 of each file in `code_sha256`, by its name in `root`."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in _code_paths(root)

@@ -312,9 +312,7 @@ def compare(
 
 
 def _link(path: Path, start: Path) -> str:
-    """Return a relative link, quoted so that a folder's name is not read as scheme, query or
-    fragment.
-    """
+    """Return a relative link, quoted: a folder's name may look like a scheme or a query."""
     return quote(os.fsencode(os.path.relpath(path, start)))
 
 
@@ -380,8 +378,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Return (split, name): test metrics, then the monitored val metric, or all if nothing was
-    tested.
+    """Return (split, name) of the test metrics and the monitored val metric, else of all of val.
 
     Per-class metrics are only on the run's own page.
     """

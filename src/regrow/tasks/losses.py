@@ -152,10 +152,10 @@ class CrossEntropy:
         return LossOutput(values, weights if valid is None else weights * valid)
 
     def _smooths_cheaply(self, outputs: Tensor, targets: Tensor) -> bool:
-        """Return True if probabilities as targets give the same result, up to rounding, in fewer
-        kernels.
+        """Return True if probabilities as targets give the same result in fewer kernels.
 
-        With few classes this halves the cost of smoothing; with many it is slower than torch's.
+        Results agree up to rounding. With few classes this halves the cost of smoothing; with many
+        it is slower than torch's.
         """
         return (
             self.label_smoothing > 0

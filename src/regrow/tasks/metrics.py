@@ -46,8 +46,7 @@ class Recipe:
 
 
 class Metrics:
-    """Metrics of one pass over a split. `update` does not wait for the device until a chunk is
-    full.
+    """Metrics of one pass over a split. `update` does not wait until a chunk is full.
 
     All processes must call `scalars`, even those without examples: torchmetrics gathers there. A
     later `details` is local.
@@ -143,9 +142,7 @@ class Metrics:
 
 
 def widest(outputs: Tensor) -> Tensor:
-    """Return `outputs` in float64, on the CPU for MPS, which lacks it: float32 probabilities would
-    tie.
-    """
+    """Return `outputs` in float64, on the CPU for MPS; float32 probabilities would tie."""
     return (outputs.cpu() if outputs.device.type == "mps" else outputs).double()
 
 

@@ -58,9 +58,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, device: torch.device) -> Metrics:
-        """Return empty metrics for one pass over a split. They only leave out examples of weight
-        zero.
-        """
+        """Return empty metrics for one pass over a split; they ignore weights other than zero."""
         ...
 
 

@@ -46,8 +46,7 @@ def _contexts(
 
 
 class Start:
-    """The state at the start of a module's forward pass: buffers, and numpy's and `random`'s
-    generators.
+    """State at the start of a module's forward pass: buffers, numpy's and `random`'s generators.
 
     torch restores its own generators.
     """

@@ -169,9 +169,7 @@ class CheckpointWriter:
         return snapshot, shards
 
     def _laid_out(self, parts: Parts) -> tuple[Parts, Shards, list[tuple[Tensor, Tensor]]]:
-        """Return `parts` with tensors replaced by kept memory, the shards, and (source, target)
-        pairs.
-        """
+        """Return `parts` with tensors replaced by kept memory, its shards, and pairs to copy."""
         pairs: list[tuple[Tensor, Tensor]] = []
         shards: Shards = {}
 
@@ -284,8 +282,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, written: int) -> None:
-    """Delete each checkpoint that is neither among the newest or best, a milestone, nor just
-    written.
+    """Delete all checkpoints except the newest, the best, milestones and the one just written.
 
     First updates `last` and `best`. Ignores incomplete folders and anything that is not a
     checkpoint of this folder.
@@ -333,8 +330,9 @@ def named(folder: Path, name: str) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest. Raises DamagedCheckpoint, or UserError if its format is too
-    new.
+    """Return a checkpoint's manifest.
+
+    Raises DamagedCheckpoint, or UserError if its format is too new.
     """
     try:
         content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -372,8 +370,9 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> tuple[Parts, dict[str, Any]]:
-    """Return a verified checkpoint: its parts on the CPU, and its manifest. Raises
-    DamagedCheckpoint.
+    """Return a verified checkpoint's parts, on the CPU, and its manifest.
+
+    Raises DamagedCheckpoint.
     """
     parts, content = read(path)
     return fill(parts, path), content
@@ -463,8 +462,7 @@ def _read(file: Path, device: str = "cpu") -> dict[str, Any]:
 def load_newest(
     folder: Path, load: Callable[[Path], tuple[Parts, dict[str, Any]]] = load
 ) -> tuple[Parts, dict[str, Any]] | None:
-    """Return the newest checkpoint that `load` (or `read`) verifies, or None if none was ever
-    written.
+    """Return the newest checkpoint that `load` (or `read`) verifies; None if there never was one.
 
     Warns about each damaged one that it skipped, and renames it. Raises UserError if checkpoints
     exist and all are damaged: that must not look like a fresh start.

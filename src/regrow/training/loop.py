@@ -179,9 +179,7 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
 
 
 def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
-    """Return a micro-batch's weighted losses, to be differentiated, and its contribution to the
-    sums.
-    """
+    """Return a micro-batch's weighted losses, to be differentiated, and its part of the sums."""
     with autocast(plan.world.device, plan.options.precision):
         outputs = call(plan.forward, batch.inputs)
         loss = plan.task.loss(outputs, batch.targets, batch.weights)
@@ -287,8 +285,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
 def evaluate(
     state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return `measure`'s values for the evaluated weights, under `name/…`, and the details for
-    plots.
+    """Return `measure`'s values for the evaluated weights, under `name/…`, and its details.
 
     Leaves the training state unchanged. Raises Interrupted if a stop is requested meanwhile.
     """
@@ -320,12 +317,11 @@ def measure(
     bar: Any,
     draws: Draws,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the exact loss and metrics over all `batches`, and the details for plots; advances
-    `bar`.
+    """Return the exact loss and metrics over all `batches`, and details for plots.
 
     Accumulates sums over every example and process and divides once, without padding or dropping.
-    Leaves the model in evaluation mode. `draws` seeds each batch, which changes the random
-    generators: see `states_kept`.
+    Leaves the model in evaluation mode and advances `bar`. `draws` seeds each batch, which changes
+    the random generators: see `states_kept`.
     """
     sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
@@ -497,9 +493,7 @@ def refuse_endless_skipping(state: TrainState, result: StepResult, plan: Plan) -
 
 
 def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
-    """Retry the step, and run every later one, in twice as many micro-batches. The result is the
-    same.
-    """
+    """Retry the step, and run all later ones, in twice as many micro-batches."""
     slices = plan.options.accumulation_steps << state.progress.halvings
     where = (
         f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"

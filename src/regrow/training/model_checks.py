@@ -1,6 +1,4 @@
-"""Checks that refuse, before a run starts, a model that it could not train, average, save or
-restore.
-"""
+"""Refuse, before a run starts, a model that it could not train, average, save or restore."""
 
 from __future__ import annotations
 
@@ -85,7 +83,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_conj() or tensor.is_neg():
         raise UserError(f"model: {name} is a conjugated view. Add .resolve_conj().resolve_neg().")
-    if torch._debug_has_internal_overlap(tensor) == 1:  # of expand
+    if torch._debug_has_internal_overlap(tensor) == 1:  # e.g. from expand()
         raise UserError(
             f"model: several elements of {name} share their memory, so no value can be loaded into "
             "it. Add .clone() after expand()."

@@ -145,9 +145,7 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 
 
 def rates(optimizer: Optimizer) -> dict[str, float]:
-    """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled group, else of the first
-    group.
-    """
+    """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled or else the first group."""
     found = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     scaled = {f"lr/x{scale:g}": lr for scale, lr in found.items() if scale != 1}
     return {"lr": found.get(1.0, optimizer.param_groups[0]["lr"]), **scaled}
@@ -181,8 +179,7 @@ _SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 @contextlib.contextmanager
 def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """Switch a schedule-free optimizer to its evaluation weights, then restore the training
-    weights.
+    """Switch a schedule-free optimizer to its evaluation weights, then back.
 
     Such optimizers (Defazio et al., "The road less scheduled", 2024) train one point and evaluate
     another. Their own way back is not bit-exact, so the weights are copied and restored.
@@ -376,8 +373,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """Return the first parameter with a non-finite gradient, else with a non-finite value, else
-    None.
+    """Return the first parameter with a non-finite gradient, or else value; None if all are finite.
 
     With a sharded model, all processes must call this together.
     """

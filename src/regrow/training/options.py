@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    patience: int | None  # evaluations
+    patience: int | None  # in evaluations
     min_delta: float
 
 

@@ -85,8 +85,7 @@ class World:
         return bytes(content.tolist()).decode()
 
     def copy_buffers(self, model: nn.Module) -> None:
-        """Copy the main process's buffers to every process: BatchNorm's statistics differ between
-        ranks.
+        """Copy the main process's buffers to every process: BatchNorm's statistics differ by rank.
 
         Skips caches if their sizes differ between processes.
         """
@@ -164,9 +163,7 @@ class Exchange:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def with_gradients(self, bucket: Any) -> Any:
-        """Sum a bucket of DDP's gradients over the processes, and with the last bucket the sent
-        sums.
-        """
+        """Sum a bucket of DDP's gradients over the processes; with the last one, the sent sums."""
         gradients: Tensor = bucket.buffer()
         tensors = [gradients]
         if bucket.is_last() and isinstance(self._sums, Tensor):

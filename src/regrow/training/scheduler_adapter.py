@@ -143,9 +143,7 @@ class SchedulerAdapter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state. If the options differ, the scheduler replays its steps with
-        them.
-        """
+        """Load a saved state; with other options, the scheduler replays its steps instead."""
         self._begin()
         if (self.initial, self.steps_per_count) == (state["initial"], state["steps_per_count"]):
             self.scheduler.load_state_dict(_joined(self.scheduler.state_dict(), state["scheduler"]))
