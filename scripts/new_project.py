@@ -184,7 +184,7 @@ def copy_file(source: Path, target: Path, old: Names, new: Names) -> None:
         target.symlink_to(rename(str(source.readlink()), old, new))
         return
     content = source.read_bytes()
-    with contextlib.suppress(UnicodeDecodeError):  # e.g. a picture
+    with contextlib.suppress(UnicodeDecodeError):  # e.g. an image
         content = rename(content.decode(), old, new).encode()
     target.write_bytes(content)
     shutil.copymode(source, target)

@@ -33,7 +33,7 @@ RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
 WITHOUT_LOCK = "make setup LOCK=no"
 ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # starts uv's and pip's failure messages
-# What uv and pip print if a file's SHA-256 is not in the lock, with the file's name.
+# Matches uv's and pip's message for a file whose SHA-256 is not in the lock, and the file's name.
 MISMATCH = re.compile(
     r"hash mismatch for [`'\"]?(?P<uv>[^\s`'\"]+)|"
     r"do not match the hashes.*?(?:someone may have tampered with them\.)\s+(?P<pip>\S+)",
@@ -46,7 +46,7 @@ def say(line: str) -> None:
 
 
 def wanted() -> dict[str, str]:
-    """Return what .venv must be made from: the requirements, the interpreter, the place.
+    """Return the facts that .venv depends on: the requirements, the interpreter, the place.
 
     The place counts because scripts in .venv and the editable install hold absolute paths.
     """

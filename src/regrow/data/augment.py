@@ -79,9 +79,9 @@ class _Crops:
     """Every crop of every padded image, and of its mirror, as one overlapping view of flat memory.
 
     Entry s of the view is the crop whose first pixel is byte s of the padded images, so one
-    `index_select` reads a batch of crops at the speed of a copy, without an index per pixel. Few
-    small images have rows too short for that; their crops are written out, and entry s is one of
-    them.
+    `index_select` reads a batch of crops at the speed of a copy, without an index per pixel. For a
+    few small images, whose rows are too short for that, the crops are written out and entry s is
+    one of them.
     """
 
     def __init__(self, images: Tensor, options: CropFlip) -> None:

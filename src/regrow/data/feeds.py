@@ -38,7 +38,7 @@ RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float3
 # Ctrl-C and most schedulers signal every process, but only the run decides how to react.
 FOR_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TO_A_WORKER = signal.SIGUSR2  # the run's signal to its workers to exit
-END_SECONDS = 3.0  # then a worker is killed, e.g. one stuck in C code
+END_SECONDS = 3.0  # after this a worker is killed, e.g. if stuck in C code
 
 
 class MemoryFeed:

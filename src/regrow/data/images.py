@@ -219,7 +219,10 @@ class ImageFiles:
         return list(contents_of(self.files, self.root))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over classes and contents in order; "ends": over names and sizes."""
+        """Return the SHA-256 over classes and contents in order.
+
+        With identity "ends" it is over classes, file names and sizes.
+        """
         digest = hashlib.sha256()
         if self.identity == "ends":
             for file, target in zip(self.files, self.classes, strict=True):

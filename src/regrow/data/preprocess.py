@@ -42,7 +42,7 @@ class Preprocessing:
     mean, std: per channel of pixels in 0 … 1, or per feature in raw units; None: not normalised.
     input_max: the raw value of white.
     resize: the shorter side before the centre crop, or None to scale directly to the input size.
-    target_mean, target_std: convert a regression's standardised targets and outputs back to units.
+    target_mean, target_std: revert the standardisation of regression targets and outputs.
     exif_orientation, extensions, leave_out: how files are read, see `Reading`.
     """
 
@@ -217,7 +217,10 @@ class Preprocessing:
         return images
 
     def _images(self, tensor: Tensor, path: Path) -> Tensor:
-        """Return (N, C, H, W) images from (N, H, W, C), (N, H, W), (N, C·H·W) or other sizes."""
+        """Return (N, C, H, W) images from that, (N, H, W, C), (N, H, W) or (N, C·H·W).
+
+        uint8 images of other sizes are fitted. Raises DataError for other shapes.
+        """
         channels, *size = self.input_shape
         if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.input_shape):
             return tensor.view(-1, channels, *size)

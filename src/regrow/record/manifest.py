@@ -304,8 +304,8 @@ def own_root() -> Path:
 def git(root: Path) -> dict[str, Any] | None:
     """Return commit, branch, remote, dirty flag and diff; None outside a repository.
 
-    Time and size are bounded: values that take longer than seconds are None or omitted. For a copy,
-    the values recorded when it was made are returned.
+    Time and size are bounded: values that take longer than a few seconds are None or omitted. For a
+    copy, the values recorded when it was made are returned.
     """
     if noted := origin(root):
         facts: dict[str, Any] | None = noted["git"]

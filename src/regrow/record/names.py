@@ -26,8 +26,8 @@ RUN = (
     *("lr_finder.csv", "lr_finder.json", "lr_finder.png"),
 )
 RUN_PATTERNS = (r"git(\.\d+)?\.diff", r"evaluation_(train|val|test)(_\w+)?\.json")
-# `.code` is the frozen code during the copy. Once it has sweep.json, the folder is a sweep's for
-# good.
+# `.code` is the frozen code during the copy. A folder with sweep.json permanently belongs to a
+# sweep.
 SWEEP_START = (LOCK, ".state.lock", ".results.lock", ".code", "code")
 SWEEP = (
     *SWEEP_START,

@@ -58,7 +58,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, device: torch.device) -> Metrics:
-        """Return empty metrics for one pass over a split; they ignore weights other than zero."""
+        """Return empty metrics for one pass over a split. Weights only exclude, where zero."""
         ...
 
 
