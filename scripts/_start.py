@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
-# A thread that waits for the others looks so often before it sleeps. At libgomp's own number a run
-# on two busy cores took 12.2 s instead of 4.0; on quiet ones 1.3 instead of 1.4.
+# Spins of a waiting thread before it sleeps. With libgomp's default a run on two busy cores took
+# 12.2 s instead of 4.0; on idle ones 1.3 instead of 1.4.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if sys.version_info < (3, 11) or not all(find_spec(name) for name in ("hydra", "torch", "yaml")):
@@ -23,8 +23,8 @@ if sys.version_info < (3, 11) or not all(find_spec(name) for name in ("hydra", "
     )
     sys.exit(2)
 
-# Paths and files are UTF-8, also where the locale says otherwise; only the terminal keeps the
-# locale's encoding. Python reads this setting as it starts.
+# Use UTF-8 for paths and files whatever the locale; only the terminal keeps the locale's encoding.
+# Python reads this setting at startup, so it must restart.
 _script = getattr(sys.modules["__main__"], "__file__", None)
 if (
     not sys.flags.utf8_mode

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import _start  # noqa: F401  finds the package, or says what to set up
+import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.arguments import Arguments, Option, parse
 from regrow.config import fail
@@ -49,7 +49,7 @@ def evaluate(options: Arguments) -> None:
     output = Path(options["output"]) if options["output"] else None
     if output is not None:
         refuse_existing(output, options["overwrite"])
-    # torch comes with these: only once the arguments are right.
+    # these import torch: only after the arguments are checked
     from regrow.console import console
     from regrow.inference import draws_of, other_draws
     from regrow.inference import evaluate as measured
@@ -96,7 +96,7 @@ def evaluate(options: Arguments) -> None:
                 f"{output} cannot be written: {error.strerror}. Name a file: output=….json"
             ) from None
     summary = load_summary(run.folder, whole=False)
-    told = (summary or {}).get("test")  # a trial that was ended early has none
+    told = (summary or {}).get("test")  # a pruned trial has none
     if split == "test" and checkpoint == "best" and not options.data and told:
         print(f"\nThe run itself measured {compared(told, values)}.")
     if draws.drawn and (reasons := other_draws(run, options.data)):
@@ -108,9 +108,9 @@ def evaluate(options: Arguments) -> None:
 
 
 def compared(told: Mapping[str, float], values: Mapping[str, float]) -> str:
-    """How the metrics that both have compare, and which only one of them has."""
+    """Return how the common metrics compare, and which metrics only one side has."""
     both = sorted(told.keys() & values.keys())
-    if all(repr(told[key]) == repr(values[key]) for key in both):  # a NaN is a NaN
+    if all(repr(told[key]) == repr(values[key]) for key in both):  # NaN equals NaN
         result = "the same"
     else:
         is_close = all(
@@ -121,7 +121,7 @@ def compared(told: Mapping[str, float], values: Mapping[str, float]) -> str:
             )
             for key in both
         )
-        # Another number of processes or threads sums in another order.
+        # Another number of processes or threads changes the order of summation.
         result = "the same but for rounding" if is_close else "other numbers"
     for which, keys in (
         ("it did not measure", values.keys() - told.keys()),

@@ -1,7 +1,7 @@
 """Look for a learning rate: `python scripts/find_lr.py model=cnn`. Options as of train.py, and
 `find_lr.…` (see `conf/find_lr.yaml`)."""
 
-import _start  # noqa: F401  finds the package, or says what to set up
+import _start  # noqa: F401  finds the package or explains the set-up
 from omegaconf import DictConfig
 
 from regrow.config import entry_point, faults_in_a_line
@@ -10,7 +10,7 @@ from regrow.config import entry_point, faults_in_a_line
 @entry_point("find_lr")
 def main(config: DictConfig) -> float:
     with faults_in_a_line():
-        from regrow.find_lr import find_lr  # torch comes with it: only once the config is right
+        from regrow.find_lr import find_lr  # imports torch: only after the config is checked
 
     return find_lr(config)
 

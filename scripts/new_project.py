@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "regrow"
 TITLE = "Regrow"
 
-# Copied as they are: the licence names its holders, the lock only what others wrote.
+# Copied unchanged: the licence names its holders, the lock only names other projects.
 KEPT = {"LICENSE", "requirements.lock"}
-# Where git cannot tell what belongs to the repository: not these at its top, nor those anywhere.
+# Without git's list of files, skip these at the top, and the names below anywhere.
 NOT_AT_TOP = {
     ".git",
     ".venv",
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Names:
-    """One name in the forms in which a repository carries it."""
+    """One name in the forms that a repository uses."""
 
     title: str  # Deep Fish
     package: str  # deep_fish
@@ -73,7 +73,7 @@ OLD = Names(title=TITLE, package=PACKAGE)
 
 
 def names_of(name: str) -> Names:
-    """The forms of `name`; raises Refused where no package could be called so."""
+    """Return the forms of `name`. Raises Refused if it cannot name a package."""
     title = " ".join(name.split())
     package = re.sub(r"[\s.-]+", "_", title).lower()
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", package):
@@ -93,7 +93,7 @@ def names_of(name: str) -> Names:
 
 
 def who_has(package: str) -> str | None:
-    """What else goes by the name `package`, in words; None if it is free."""
+    """Return what else is called `package`, in words; None if the name is free."""
     if package in sys.stdlib_module_names:
         return "a module of Python"
     if (ROOT / package).is_dir() or (ROOT / "scripts" / f"{package}.py").exists():
@@ -104,15 +104,15 @@ def who_has(package: str) -> str | None:
 
 
 def required() -> set[str]:
-    """Names of what the lock pins, and the modules that are imported under another name."""
+    """Return the names in the lock, and modules that are imported under another name."""
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0].strip().replace("-", "_") for line in lines if "==" in line}
     return pinned | {"hydra", "hydra_plugins", "sklearn", "pil", "yaml", "google", "opentelemetry"}
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """What git printed; None if it failed or is not there."""
-    # A hook's GIT_DIR would win over the folder.
+    """Return git's output, or None if it fails or is not installed."""
+    # A hook's GIT_DIR would override the folder.
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -132,7 +132,7 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def files_to_copy(root: Path) -> list[PurePosixPath]:
-    """What git tracks; where git cannot tell, all but caches, runs and data."""
+    """Return the files that git tracks; without git, all but caches, runs and data."""
     listed = git(root, "ls-files", "-z", "--", ".") or ""
     names = [name for name in listed.split("\0") if name]
     if not names:
@@ -154,21 +154,21 @@ def walk(folder: Path, depth: int = 0) -> Iterable[Path]:
             continue
         if path.is_dir() and not path.is_symlink():
             yield from walk(path, depth + 1)
-        elif path.parent.name != "local" or path.suffix != ".yaml":  # this machine's own
+        elif path.parent.name != "local" or path.suffix != ".yaml":  # local to this machine
             yield path
 
 
 def rename(text: str, old: Names, new: Names) -> str:
-    """`text` with every whole mention of `old` replaced; words that only contain it stay."""
+    """Return `text` with every whole mention of `old` replaced; words that only contain it stay."""
     forms = {
         old.camel: new.camel,
         old.constant: new.constant,
         old.distribution: new.distribution,
         old.package: new.package,
-        old.title: new.title,  # of equal forms the title wins: Regrow alone is prose
+        old.title: new.title,  # if forms are equal the title wins: Regrow alone is prose
     }
     whole = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
-    # RegrowSearch and the like are class names.
+    # Class names such as RegrowSearch start with it.
     pattern = rf"(?<![A-Za-z0-9])(?:(?:{whole})(?![A-Za-z0-9])|{old.camel}(?=[A-Z]))"
 
     def replacement(found: re.Match[str]) -> str:
@@ -184,7 +184,7 @@ def copy_file(source: Path, target: Path, old: Names, new: Names) -> None:
         target.symlink_to(rename(str(source.readlink()), old, new))
         return
     content = source.read_bytes()
-    with contextlib.suppress(UnicodeDecodeError):  # a picture
+    with contextlib.suppress(UnicodeDecodeError):  # e.g. an image
         content = rename(content.decode(), old, new).encode()
     target.write_bytes(content)
     shutil.copymode(source, target)
@@ -205,7 +205,7 @@ All notable changes to {new.title}. The format is that of \
 
 
 def write_copy(folder: Path, new: Names, *, without_benchmarks: bool) -> None:
-    """The renamed files of this repository, into the empty `folder`."""
+    """Write the renamed files of this repository into the empty `folder`."""
     for path in files_to_copy(ROOT):
         if without_benchmarks and path.parts[0] == "benchmarks":
             continue
@@ -221,7 +221,7 @@ def write_copy(folder: Path, new: Names, *, without_benchmarks: bool) -> None:
     )
     (folder / "CHANGELOG.md").write_text(fresh_changelog(new, OLD), encoding="utf-8")
     if importlib.util.find_spec("ruff"):
-        # Another name: another order of the imports, other line breaks, texts that grew too long.
+        # A new name changes the order of imports and line breaks, and makes some texts too long.
         for command in (
             ["check", "--select", "I", "--fix-only"],
             ["format"],
@@ -235,13 +235,13 @@ def write_copy(folder: Path, new: Names, *, without_benchmarks: bool) -> None:
 
 
 def first_commit(folder: Path, message: str) -> str:
-    """Make `folder` a repository with one commit, as far as git allows; says how far."""
+    """Make `folder` a repository with one commit, as far as git allows. Returns how far it got."""
 
     if shutil.which("git") is None:
         return "git is not installed: no repository was made"
     if git(folder, "init", "-q") is None:
         return "git init failed: no repository was made"
-    git(folder, "symbolic-ref", "HEAD", "refs/heads/main")  # the name that CI looks at
+    git(folder, "symbolic-ref", "HEAD", "refs/heads/main")  # the branch that CI runs on
     if git(folder, "add", "-A") is None:
         return "git add failed: the repository is empty"
     if git(folder, "commit", "-q", "--no-verify", "-m", message) is None:
@@ -250,7 +250,7 @@ def first_commit(folder: Path, message: str) -> str:
 
 
 def make_project(name: str, destination: Path, *, without_benchmarks: bool = False) -> str:
-    """Write the copy; returns how far git got. `destination` appears complete or not at all."""
+    """Write the copy and return how far git got. `destination` appears complete or not at all."""
     new = names_of(name)
     destination = destination.expanduser().absolute()
     if destination.resolve().is_relative_to(ROOT):
@@ -286,7 +286,7 @@ USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """name, dest and without_benchmarks. Raises Refused for anything else."""
+    """Return name, dest and without_benchmarks. Raises Refused for anything else."""
     options = {"without_benchmarks": "false"}
     places = ["dest", "name"]
     for argument in arguments:
@@ -307,7 +307,7 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without the signs of a name
+        if isinstance(stream, io.TextIOWrapper):  # the terminal may lack characters of a name
             stream.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if arguments is None else arguments
     if any(argument in ("-h", "--help") for argument in given):

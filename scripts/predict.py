@@ -13,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-import _start  # noqa: F401  finds the package, or says what to set up
+import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.arguments import Arguments, Option, parse
 from regrow.config import fail
@@ -54,7 +54,7 @@ def predict(options: Arguments) -> None:
     if output.exists() and output.samefile(source):
         raise UserError(f"output={output} is the input itself. Choose another name.")
     refuse_existing(output, options["overwrite"])
-    # torch comes with these: only once the arguments are right.
+    # these import torch: only after the arguments are checked
     from tqdm import tqdm
 
     from regrow.console import console

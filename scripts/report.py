@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-import _start  # noqa: F401  finds the package, or says what to set up
+import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.arguments import Option, parse
 from regrow.config import one_line
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_folder(argument: str) -> bool:
-    """Return True if an argument is a folder, even if its name is also an option of another key."""
+    """Return True if an argument is a folder, even if its name looks like a key."""
     key, equals, _ = argument.partition("=")
     if argument in ("-h", "--help") or (equals and key in OPTIONS):
         return False
@@ -56,29 +56,29 @@ def is_folder(argument: str) -> bool:
 
 
 def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
-    """The page of the runs in `folders`; raises UserError where there is none."""
+    """Write the page of the runs in `folders`; return its path. Raises UserError without runs."""
     if len(folders) == 1 and (folders[0] / SWEEP).is_file():
         return of_sweep(folders[0], output)
-    runs: dict[Path, None] = {}  # resolved: `latest` and the run it names are one
+    runs: dict[Path, None] = {}  # resolved: `latest` and its run count once
     without = []
     for folder in folders:
         found = report.find_runs(folder)
         runs |= dict.fromkeys(run.resolve() for run in found)
-        if not found and (folder.is_dir() or not folder.exists()):  # the page of before is no run
+        if not found and (folder.is_dir() or not folder.exists()):  # an old page is not a run
             without.append(str(folder))
     if not runs:
         raise UserError(
             f"{', '.join(without)}: no run is there. Give a run's folder, such as "
             "outputs/digits/latest, or a folder of runs."
         )
-    if without:  # as outputs/digits/* matches
+    if without:  # e.g. matched by outputs/digits/*
         print(f"note: no run in {', '.join(without)}", file=sys.stderr)
     if len(runs) == 1:
         run = next(iter(runs))
         return report.draw(run, output)
     if output is None:
         common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
-        if Path.cwd().is_relative_to(common):  # they have nothing in common
+        if Path.cwd().is_relative_to(common):  # they have no folder in common
             common = Path()
         output = Path(os.path.relpath(common)) / "comparison.html"
     else:
@@ -94,7 +94,7 @@ def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
 
 
 def of_sweep(folder: Path, output: Path | None) -> Path:
-    """How a sweep stands, also while it runs."""
+    """Write a sweep's table and page, even while it runs, and return the page's path."""
     found = results.write_table(folder)
     for line in results.summary_of(folder, found):
         print(printable(line))

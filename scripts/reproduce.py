@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import _start  # noqa: F401  finds the package, or says what to set up
+import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow import flags, older, registered
 from regrow.arguments import Arguments, Option, parse
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def typed_places(options: Arguments) -> dict[str, Any]:
-    """The search path that was typed, as Hydra's flags would have it."""
+    """Return the search path from the command line, in the form of Hydra's flags."""
     typed = [
         *(["--config-dir", options["config_dir"]] if options["config_dir"] else []),
         *(["--config-path", options["config_path"]] if options["config_path"] else []),
@@ -72,8 +72,8 @@ def typed_places(options: Arguments) -> dict[str, Any]:
 
 
 def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> int:
-    """0 if the second run is the first, bit for bit, otherwise 1."""
-    run = given.resolve()  # `latest` may come to name another
+    """Run again and return 0 if the second run equals the first bit for bit, else 1."""
+    run = given.resolve()  # `latest` may change meanwhile
     config, before = record_of(run, given)
     source = flags.followed(f"run={given}", flags.recorded(run), places, is_own=is_own(run))
     arguments = arguments_of(run, config, given, source)
@@ -100,7 +100,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
 
 
 def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the manifest of a complete run, as they were when it last went on."""
+    """Return the config and manifest of a complete run, as of its latest start."""
     status = records.load_status(run)
     if status is None or status["state"] != "completed":
         state = "holds no run" if status is None else f"is {status['state']}, not completed"
@@ -127,9 +127,9 @@ def arguments_of(
     given: Path,
     source: Mapping[str, Any] = flags.DEFAULT,
 ) -> list[str]:
-    """The command line that makes the recorded config again, but for trackers.
+    """Return the command line that composes the recorded config again, except for trackers.
 
-    Raises UserError where it reaches beyond a run's own keys, or makes another config by now.
+    Raises UserError if it uses keys that are not a run's own, or now composes another config.
     """
     gone = older.removed(config)
     recorded = [o for o in recorded_overrides(run) if key_of(o) not in gone]
@@ -145,8 +145,8 @@ def arguments_of(
             "It is not followed."
         )
     arguments = [o for o in recorded if key_of(o).split(".")[0] not in ("logger", "resume")]
-    # Bits depend on the first two, and unasked they are what the machine has. The others are what
-    # the run settled on.
+    # Bits depend on the first two, which by default come from the machine. The others are the
+    # values that the run resolved.
     settled = ("num_threads", "devices", "monitor", "mode")
     kept = {f"trainer.{key}": config["trainer"][key] for key in settled}
     arguments = [o for o in arguments if key_of(o) not in kept]
@@ -175,7 +175,7 @@ def arguments_of(
 
 
 def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
-    """The config that train.py would compose, as plain values. Makes no object of it."""
+    """Return the config that train.py would compose, as plain values. Instantiates nothing."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -193,13 +193,13 @@ def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train(arguments: list[str]) -> int:
-    """The real command, in a process of its own."""
+    """Run the real command in a new process and return its exit code."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
     return subprocess.run(command, check=False).returncode
 
 
 def not_restored(git: Mapping[str, Any]) -> list[str]:
-    """Which code of the run its commit and its git.diff do not give back."""
+    """Return lines on the run's code that its commit and its git.diff do not restore."""
     said = []
     if masked := git.get("redacted"):
         said.append(
@@ -216,7 +216,7 @@ def not_restored(git: Mapping[str, Any]) -> list[str]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when the run was made, and may account for other bits."""
+    """Return lines on what changed since the run was made and may explain different bits."""
 
     def facts(content: Mapping[str, Any]) -> dict[str, Any]:
         its = content.get("hardware") or {}
@@ -224,8 +224,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         parts = {key: content.get(key) for key in ("python", "environment", "data")}
         return {**parts, "hardware": hardware}
 
-    # A package of the first run's may be missing in the second's record and installed all the same:
-    # an older record lists packages that were not imported, and a killed run those of its start.
+    # A package of the first run may be missing in the second record though installed: an older
+    # record lists packages that were not imported, and a killed run's record those of its start.
     packages = before.get("packages") or {}
     there = now.get("packages") or {}
     versions = {name: there.get(name) or installed(name) for name in packages}
@@ -245,7 +245,7 @@ def installed(name: str) -> str:
 
 
 def first_difference(run: Path, again: Path, shown: Path) -> str | None:
-    """The first line of metrics.jsonl, or else the weights, in which the second run differs."""
+    """Return the first difference in metrics.jsonl, or else in the weights; None if equal."""
     ours, theirs = lines_of(run), lines_of(again)
     for number in range(max(len(ours), len(theirs))):
         where = f"{shown / records.METRICS}:{number + 1}"
@@ -254,7 +254,7 @@ def first_difference(run: Path, again: Path, shown: Path) -> str | None:
         if number >= len(ours):
             return f"{where} is missing, and the second run has {theirs[number]}"
         for key, (old, new) in differences(ours[number], theirs[number]).items():
-            if repr(old) != repr(new):  # a NaN is a NaN
+            if repr(old) != repr(new):  # NaN equals NaN
                 return f"{where}: {key} was {old!r} and is {new!r}"
     if weights_of(run) != weights_of(again):
         old, new = weights_of(run), weights_of(again)
@@ -263,7 +263,7 @@ def first_difference(run: Path, again: Path, shown: Path) -> str | None:
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """Return the lines of metrics.jsonl without values that depend on the clock."""
     lines = (run / records.METRICS).read_text(encoding="utf-8").splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}

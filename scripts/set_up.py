@@ -32,8 +32,8 @@ PINNED = "requirements.lock"
 RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
 WITHOUT_LOCK = "make setup LOCK=no"
-ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # begins what uv and pip say of a failure
-# What uv and pip print if a file's SHA-256 is none of those in the lock, and the file's name in it.
+ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # starts uv's and pip's failure messages
+# Matches uv's and pip's message for a file whose SHA-256 is not in the lock, and the file's name.
 MISMATCH = re.compile(
     r"hash mismatch for [`'\"]?(?P<uv>[^\s`'\"]+)|"
     r"do not match the hashes.*?(?:someone may have tampered with them\.)\s+(?P<pip>\S+)",
@@ -46,7 +46,7 @@ def say(line: str) -> None:
 
 
 def wanted() -> dict[str, str]:
-    """What a complete environment was made from: the requirements, the interpreter, the place.
+    """Return the facts that .venv depends on: the requirements, the interpreter, the place.
 
     The place counts because scripts in .venv and the editable install hold absolute paths.
     """
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, str]:
 
 
 def asked_for() -> str:
-    """The argument lock=yes or lock=no; "" without one: keep to what .venv was made with."""
+    """Return "yes" or "no" from the argument lock=…; "" without one, to keep .venv's own choice."""
     key, _, lock = "".join(sys.argv[1:]).partition("=")
     if key not in ("", "lock") or lock not in ("", "yes", "no"):
         sys.exit(f"set-up: LOCK={lock}: it is yes or no. {WITHOUT_LOCK} installs the ranges.")
@@ -87,7 +87,8 @@ def is_complete() -> bool:
 def alone() -> Iterator[int | None]:
     """Hold the lock of this folder; yields its descriptor.
 
-    Installers inherit the descriptor, so that the lock outlives us while one of them still writes.
+    Installers inherit the descriptor, so that the lock is held as long as one of them writes, even
+    if this process has ended.
     """
     with LOCK_FILE.open("ab") as file:
         try:
@@ -96,21 +97,21 @@ def alone() -> Iterator[int | None]:
             except BlockingIOError:
                 say("waiting for another set-up of this folder")
                 fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             yield None
             return
         yield file.fileno()
 
 
 def call(*command: str | Path, lock: int | None) -> bool:
-    """Run an installer; whether it succeeded. Ends the set-up at a hash mismatch."""
+    """Run an installer and return True if it succeeded. Exits at a hash mismatch."""
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         stderr=subprocess.PIPE,
-        # uv's own list of certificates lacks those that a company adds to the system's.
+        # uv's own certificates lack those that a company adds to the system's.
         env={"UV_SYSTEM_CERTS": "1"} | os.environ,
         pass_fds=() if lock is None else (lock,),
         text=True,
@@ -121,7 +122,7 @@ def call(*command: str | Path, lock: int | None) -> bool:
     with process:
         assert process.stderr is not None
         for line in process.stderr:
-            if held or ERROR.match(line):  # a hash mismatch ends in a line of our own
+            if held or ERROR.match(line):  # a hash mismatch prints one line of our own instead
                 held.append(line)
             else:
                 print(line, end="", file=sys.stderr, flush=True)
@@ -136,13 +137,13 @@ def call(*command: str | Path, lock: int | None) -> bool:
 
 
 def mismatch(said: str) -> str | None:
-    """The file whose hash an installer refused, or None if it failed for another reason."""
+    """Return the file whose hash an installer refused, or None if it failed for another reason."""
     found = MISMATCH.search(re.sub(r"[\s│╰─▶├×]+", " ", said))  # uv draws lines and wraps
     return None if found is None else (found["uv"] or found["pip"])
 
 
 def refuse_without_hashes() -> None:
-    """End the set-up if a line of the lock has no hash: it would be installed unchecked."""
+    """Exit if a line of the lock has no hash: it would be installed unchecked."""
     text = (ROOT / PINNED).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         if line.strip() and not line.startswith("#") and "--hash=" not in line:
@@ -150,7 +151,7 @@ def refuse_without_hashes() -> None:
 
 
 def working_uv() -> str | None:
-    """The path of uv, if there is one that runs (a version manager's stand-in may not)."""
+    """Return the path of a working uv (a version manager's shim may not work), else None."""
     uv = shutil.which("uv")
     if uv is None:
         return None
@@ -159,7 +160,10 @@ def working_uv() -> str | None:
 
 
 def empty_venv() -> None:
-    """Empty the folder, the mark last; the folder itself stays, as it may be a link."""
+    """Empty .venv, except the mark of an unfinished set-up.
+
+    The folder itself stays, because it may be a link.
+    """
     for path in VENV.iterdir():
         if path == UNFINISHED:
             continue
@@ -170,14 +174,14 @@ def empty_venv() -> None:
 
 
 def mark(content: dict[str, str]) -> None:
-    """Replace the mark of an unfinished set-up in one step, with what the next one must know."""
+    """Atomically replace the mark of an unfinished set-up, with facts for the next one."""
     temporary = VENV / ".set-up.tmp"
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(UNFINISHED)
 
 
 def begin() -> bool:
-    """Mark .venv as unfinished. Return True if it must be made from nothing."""
+    """Mark .venv as unfinished. Returns True if it must be built from scratch."""
     VENV.mkdir(exist_ok=True)
     target = wanted()
     if STAMP.exists():
@@ -198,7 +202,7 @@ def begin() -> bool:
         say(f"an earlier set-up was interrupted, {next_step}")
         return not adopted
     if any(VENV.iterdir()):
-        # Someone made it by hand: never emptied, only added to.
+        # Created by hand: never emptied, only added to.
         version = "import sys; sys.exit(sys.version_info < (3, 11))"
         if not PYTHON.exists() or subprocess.run([PYTHON, "-c", version]).returncode:
             sys.exit("set-up: .venv is no environment of Python >= 3.11; move it away, then again")
@@ -212,7 +216,7 @@ def begin() -> bool:
 
 def create(uv: str | None, lock: int | None) -> None:
     empty_venv()
-    base = getattr(sys, "_base_executable", None) or sys.executable  # .venv's own may be running
+    base = getattr(sys, "_base_executable", None) or sys.executable  # .venv's own may be in use
     if importlib.util.find_spec("ensurepip"):
         made = call(base, "-m", "venv", VENV, lock=lock)
     elif uv:
@@ -224,10 +228,10 @@ def create(uv: str | None, lock: int | None) -> None:
 
 
 def install(uv: str | None, lock: int | None, *, pinned: bool) -> str:
-    """Install the pinned packages, or, where they do not fit, the ranges; returns which."""
+    """Install the pinned packages or, if they do not fit, the ranges. Returns the file used."""
     if pinned:
         refuse_without_hashes()
-    # Compiled once here, as pip does: where Python may not write, every start would do it again.
+    # Compile bytecode now, as pip does: where Python cannot write, every start would recompile.
     to_venv = ["--compile-bytecode", "--python", str(PYTHON)]
     installers = [[uv, "pip", "install", *to_venv]] if uv else []
     if subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0:
@@ -240,7 +244,7 @@ def install(uv: str | None, lock: int | None, *, pinned: bool) -> str:
         for installer in installers:
             if not call(*installer, *hashes, "-r", requirements, lock=lock):
                 continue
-            # The build tool is installed already: nothing more to fetch.
+            # The build tool is already installed, so nothing more is fetched.
             if call(*installer, "--no-deps", "--no-build-isolation", "-e", ".", lock=lock):
                 return requirements
     sys.exit(
@@ -264,7 +268,7 @@ def main() -> None:
             say(f"LOCK={lock}: .venv is complete and was made with it, so nothing is to be done")
         return
     with alone() as lock:
-        if is_complete():  # made by the one we waited for
+        if is_complete():  # the set-up that we waited for made it
             return
         before = read(STAMP) or read(UNFINISHED)
         pinned = (asked_for() or before.get("lock", "yes")) == "yes"

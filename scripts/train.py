@@ -1,6 +1,6 @@
 """Train: `python scripts/train.py optimizer=adamw scheduler=cosine`. Every option is in `conf/`."""
 
-import _start  # noqa: F401  finds the package, or says what to set up
+import _start  # noqa: F401  finds the package or explains the set-up
 from omegaconf import DictConfig
 
 from regrow.config import entry_point, faults_in_a_line
@@ -8,7 +8,7 @@ from regrow.start import start
 
 
 def resumed(arguments: list[str]) -> None:
-    from regrow.sweep import frozen  # for a resume alone
+    from regrow.sweep import frozen  # only needed for a resume
 
     frozen.resume_in_copy(arguments)
 
@@ -16,7 +16,7 @@ def resumed(arguments: list[str]) -> None:
 @entry_point("train", resumed)
 def main(config: DictConfig) -> float | None:
     with faults_in_a_line():
-        from regrow.launch import launch  # torch comes with it: only once the config is right
+        from regrow.launch import launch  # imports torch: only after the config is checked
 
     return launch(config)
 

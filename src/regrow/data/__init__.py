@@ -1,1 +1,1 @@
-"""Data: data sets, their order, and batches on the device."""
+"""Data sets, the order of examples, and batches on the device."""

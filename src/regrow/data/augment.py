@@ -1,10 +1,10 @@
 """Augmentation of training examples, exactly reproducible per (seed, epoch, example).
 
-Images that live in memory are augmented a batch at a time. An object such as `CropFlip` lays them
-out once (`store`), draws one table of random numbers per epoch, a row per example (`table`), and
-reads augmented examples by index (`gather`): what an example looks like does not depend on the
-batch it is in. Images in files are augmented one by one in the workers by any callable on a PIL
-image, such as `Photo`; torch, numpy and `random` are seeded for each example before the call.
+Images in memory are augmented a batch at a time. An object such as `CropFlip` lays them out once
+(`store`), draws one table of random numbers per epoch, with a row per example (`table`), and reads
+augmented examples by index (`gather`), so an augmented example does not depend on its batch. Images
+in files are augmented one by one in the workers by any callable on a PIL image, such as `Photo`;
+torch, numpy and `random` are seeded for each example before the call.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 PADDING_MODES = ("constant", "reflect")
-WRITTEN_BYTES = 1 << 22  # of all crops: written within some milliseconds
+WRITTEN_BYTES = 1 << 22  # up to this size all crops are written out, in some milliseconds
 
 
 class Store(Protocol):
     def table(self, seed: int, epoch: int) -> Tensor:
-        """Random choices of an epoch, (N, …) on the CPU, row i for example i."""
+        """Return an epoch's random choices, (N, …) on the CPU, row i for example i."""
         ...
 
     def gather(self, indices: Tensor, table: Tensor) -> Tensor:
-        """Augmented examples at `indices` (B,), given the rows of the table at `indices`."""
+        """Return augmented examples at `indices` (B,), given the table's rows at `indices`."""
         ...
 
 
@@ -46,9 +46,10 @@ class Augmentation(Protocol):
 class CropFlip:
     """Shift by up to `pad` pixels each way, and mirror half of the images.
 
-    What comes in are zeros, or the image itself by `padding_mode="reflect"`. With `alternate_flips`
-    each image is mirrored in every other epoch, so that no two epochs in a row show the same one
-    (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024); which come first is drawn.
+    The border is filled with zeros, or with the reflected image for `padding_mode="reflect"`. With
+    `alternate_flips` each image is mirrored in every other epoch, so that no two consecutive epochs
+    show the same one (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024); a random
+    draw decides which images start mirrored.
     """
 
     pad: int
@@ -78,9 +79,9 @@ class _Crops:
     """Every crop of every padded image, and of its mirror, as one overlapping view of flat memory.
 
     Entry s of the view is the crop whose first pixel is byte s of the padded images, so one
-    `index_select` reads a batch of crops at the speed of a copy, with no index per pixel. Of few
-    small images, whose rows are too short for that, the crops themselves are written out instead,
-    and entry s is one of them.
+    `index_select` reads a batch of crops at the speed of a copy, without an index per pixel. For a
+    few small images, whose rows are too short for that, the crops are written out and entry s is
+    one of them.
     """
 
     def __init__(self, images: Tensor, options: CropFlip) -> None:
@@ -109,7 +110,7 @@ class _Crops:
             self.crops, self.columns, self.stride = written, shifts, shifts**2
 
     def table(self, seed: int, epoch: int) -> Tensor:
-        """Where in its image each example's crop starts; beyond the last image: in its mirror."""
+        """Return each example's crop offset, (N,); those beyond the last image address mirrors."""
         size, shifts = (self.num,), 2 * self.options.pad + 1
         random = generator(seed, "augment", epoch)
         top = torch.randint(0, shifts, size, generator=random)
@@ -129,7 +130,7 @@ class _Crops:
 
 
 def _reflected(images: Tensor, pad: int) -> Tensor:
-    """(N, C, H + 2 pad, W + 2 pad): mirrored at the border pixels, as torch pads floats alone."""
+    """Return (N, C, H + 2 pad, W + 2 pad) images, reflected; F.pad reflects only floats."""
     for dim in (2, 3):
         last = images.shape[dim] - 1
         if pad > last:
@@ -144,7 +145,7 @@ def _reflected(images: Tensor, pad: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """RandomResizedCrop to (C, H, W), a mirror for half, and ColorJitter, on one PIL image."""
+    """RandomResizedCrop to (C, H, W), random mirror and ColorJitter, on one PIL image."""
 
     input_shape: list[int]
     crop_scale: list[float]

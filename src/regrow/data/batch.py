@@ -1,4 +1,4 @@
-"""One process's examples of one optimizer step, and how they are cut into slices."""
+"""One process's examples of one optimizer step, and how they are split into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """The same inputs with `function` applied to every tensor."""
+    """Return the inputs with `function` applied to every tensor."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, dict):
@@ -21,11 +21,11 @@ def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 class Batch:
-    """Inputs (B, …), targets (B, …) and weights (B,) or None for all one, on the device.
+    """Inputs (B, …), targets (B, …) and weights (B,), None for all one, on the device.
 
     `num_local` counts the real examples in it, `num_global` those of the whole window over all
     processes. A process without an example gets one of weight zero, so that its forward and
-    backward pass take part in what the others do: `num_local` is then 0.
+    backward pass take part in the collectives: `num_local` is then 0.
     """
 
     __slots__ = ("inputs", "num_global", "num_local", "targets", "weights")
@@ -45,7 +45,7 @@ class Batch:
         self.num_global = num_global
 
     def split(self, slices: int) -> list[Batch]:
-        """Cut into `slices` of nearly equal size; one beyond the examples is one of weight zero."""
+        """Return `slices` micro-batches of nearly equal size; an empty one gets weight zero."""
         if slices == 1:
             return [self]
         return [self._slice(index, slices) for index in range(slices)]
@@ -62,7 +62,7 @@ class Batch:
         return Batch(inputs, self.targets[start:stop], weights, num_local, self.num_global)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on the device; the host does not wait where memory is pinned."""
+        """Return the batch on `device`; the host does not wait if memory is pinned."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=device.type == "cuda")
@@ -73,14 +73,14 @@ class Batch:
 
 
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The part of `start … stop` that is this rank's: contiguous, sizes differ by at most one."""
+    """Return this rank's part of `start … stop`: contiguous, sizes differ by at most one."""
     size, extra = divmod(stop - start, world_size)
     first = start + rank * size + min(rank, extra)
     return first, first + size + (rank < extra)
 
 
 def tensors_of(item: object) -> tuple[Inputs, Tensor, Tensor | None]:
-    """Inputs, targets and weights of a collated batch: a pair, a triple or a mapping.
+    """Return inputs, targets and weights of a collated batch: a pair, a triple or a mapping.
 
     Raises TypeError for anything else.
     """

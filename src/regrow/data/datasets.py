@@ -1,8 +1,8 @@
-"""What to read. Each function here is a `data.source` and returns train, val and test as `Splits`.
+"""Data sources: functions for `data.source` that return train, val and test as `Splits`.
 
-A source of your own is a function that returns `Splits` of `Examples` (tensors, kept on the
-device) or of map-style data sets (read by DataLoader workers); `from_datasets` makes one of your
-own `torch.utils.data.Dataset`s.
+Your own source is a function that returns `Splits` of `Examples` (tensors, kept on the device) or
+of map-style data sets (read by DataLoader workers); `from_datasets` makes one from your own
+`torch.utils.data.Dataset`s.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ ATTRIBUTES = {
 
 
 def digits(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """1,797 handwritten digits of 8x8 pixels in 0 … 16 (UCI, Alpaydin and Kaynak, 1998)."""
+    """Return 1,797 handwritten digits of 8x8 pixels in 0 … 16 (UCI, Alpaydin and Kaynak, 1998)."""
     images, classes = _digits()
     return _cut(images, classes, val_fraction, test_fraction, seed, input_max=16.0)
 
 
 def digits_attributes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """Four labels of the same digits, in the same splits: even, prime, above four, has a loop."""
+    """Return four labels of the same digits and splits: even, prime, above four, has a loop."""
     images, classes = _digits()
     members = [torch.isin(classes, torch.tensor(values)) for values in ATTRIBUTES.values()]
     labels = torch.stack(members, 1).float()
@@ -61,14 +61,14 @@ def digits_attributes(*, val_fraction: float, test_fraction: float, seed: int) -
 
 
 def breast_cancer(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """569 tumours, 30 measures, malignant (0) or benign (1) (UCI, Wolberg et al., 1995)."""
+    """Return 569 tumours, 30 measures, malignant (0) or benign (1) (UCI, Wolberg et al., 1995)."""
     rows = _bundled("breast_cancer.csv", delimiter=",", skiprows=1)
     inputs, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, -1]).float()
     return _cut(inputs, targets, val_fraction, test_fraction, seed)
 
 
 def diabetes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """442 patients, 10 measures, disease progression after a year (Efron et al., 2004)."""
+    """Return 442 patients, 10 measures, disease progression after a year (Efron et al., 2004)."""
     inputs = torch.from_numpy(_bundled("diabetes_data_raw.csv.gz"))
     targets = torch.from_numpy(_bundled("diabetes_target.csv.gz")).float()
     splits = _cut(inputs, targets, val_fraction, test_fraction, seed)
@@ -83,7 +83,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _bundled(file: str, **options: Any) -> Any:
-    """A table that scikit-learn ships, read without importing it, which takes over a second."""
+    """Return a table that scikit-learn ships, without importing it, which takes over a second."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -128,7 +128,7 @@ def synthetic(
     noise: float,
     seed: int,
 ) -> Splits:
-    """Examples of any shape with targets that can be learnt; images, (C, H, W), are uint8.
+    """Return examples of any shape with learnable targets; images, (C, H, W), are uint8.
 
     Targets come from a random linear map of the inputs, plus `noise` times a normal deviate.
     """
@@ -158,22 +158,22 @@ def synthetic(
 
 
 def mnist(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
-    """70,000 handwritten digits of 28x28 pixels; the 10,000 for testing as published."""
+    """Return 70,000 handwritten digits of 28x28 pixels, with the published 10,000 for testing."""
     return _torchvision("MNIST", "mnist", root, download, val_fraction, seed)
 
 
 def fashion_mnist(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
-    """70,000 articles of clothing of 28x28 pixels; the 10,000 for testing as published."""
+    """Return 70,000 articles of clothing of 28x28 pixels, with the published 10,000 for testing."""
     return _torchvision("FashionMNIST", "fashion_mnist", root, download, val_fraction, seed)
 
 
 def cifar10(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
-    """60,000 colour photographs of 32x32 pixels; the 10,000 for testing as published."""
+    """Return 60,000 colour photographs of 32x32 pixels, with the published 10,000 for testing."""
     return _torchvision("CIFAR10", "cifar10", root, download, val_fraction, seed)
 
 
 def cifar100(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
-    """The same in 100 classes."""
+    """Return photographs like CIFAR-10's, in 100 classes."""
     return _torchvision("CIFAR100", "cifar100", root, download, val_fraction, seed)
 
 
@@ -197,21 +197,24 @@ def _torchvision(
 
 
 def _find_or_download(kind: str, name: str, root: str, train: bool, download: bool) -> Any:
-    """torchvision's data set from `root`; one line where it is not there and cannot be had."""
+    """Return torchvision's data set from `root`, downloaded if missing and allowed.
+
+    Raises UserError if it is unavailable, DataError if its files are broken.
+    """
     import torchvision.datasets
 
     make = getattr(torchvision.datasets, kind)
     missing = "it is not there"
     try:
         return make(root, train=train, download=False)
-    except Exception as error:  # a RuntimeError says that files are not there or not whole
+    except Exception as error:  # a RuntimeError: files are missing or incomplete
         if not isinstance(error, RuntimeError) or "not found" not in str(error):
             raise DataError(_broken(kind, root, error)) from None
     if download:
         try:
             with _alone(Path(root)), _quiet():
                 return make(root, train=train, download=True)
-        except (ValueError, EOFError) as error:  # the files are there and cannot be parsed
+        except (ValueError, EOFError) as error:  # the downloaded files cannot be parsed
             raise DataError(_broken(kind, root, error)) from None
         except Exception as error:
             # URLError, HTTPError, ConnectionError, a RuntimeError over all mirrors, an OSError …
@@ -232,16 +235,16 @@ def _broken(kind: str, root: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process at a time downloads; the others find the files when it is their turn."""
+    """Let one process at a time download; the others then find the files."""
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY)  # a folder can be locked too, and leaves no file
+    descriptor = os.open(root, os.O_RDONLY)  # locking the folder leaves no lock file
     try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders
+        with contextlib.suppress(OSError):  # some network file systems cannot lock folders
             locks.wait_for(descriptor, f"the folder {root}, to download into it")
         yield
     except BaseException:
-        if is_new:  # torchvision makes folders before it asks for anything
+        if is_new:  # torchvision creates folders before it downloads
             for folder, _, _ in os.walk(root, topdown=False):
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)  # noqa: PTH106
@@ -252,7 +255,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torchvision's progress and retry lines, and with an end to waiting for a server."""
+    """Hide torchvision's progress and retry lines, and limit the wait for a server."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30.0)
     try:
@@ -269,7 +272,9 @@ def from_datasets(
     test: MapStyle | None,
     collate: Callable[[list[Any]], Any] | None,
 ) -> Splits:
-    """Your own map-style data sets; the classes are named in YAML, the rest of `data` stays as is.
+    """Return splits of your own map-style data sets, with their classes named in YAML.
+
+    The rest of `data` stays as it is.
 
         data:
           source:
@@ -281,11 +286,11 @@ def from_datasets(
           normalize: none
           augmentation: null
 
-    An item is `(inputs, targets)` or a mapping with inputs, targets and, if wanted, weights;
-    inputs are a tensor, or a tuple or mapping of tensors. torch, numpy and `random` are seeded
-    for each item from (seed, epoch, index), so draw from them as you like; a data set that keeps
-    random state of its own is outside the promise of equal batches. uint8 images (C, H, W) can
-    be normalised with `normalize: imagenet` or given mean and std. A resume compares 16 items of
-    each split with those of before; a method `fingerprint()` that returns a text replaces that.
+    An item is `(inputs, targets)` or a mapping with inputs, targets and optionally weights; inputs
+    are a tensor, or a tuple or mapping of tensors. torch, numpy and `random` are seeded for each
+    item from (seed, epoch, index), so items may draw from them; batches are not reproducible for a
+    data set that keeps its own random state. uint8 images (C, H, W) can be normalised with
+    `normalize: imagenet` or a given mean and std. A resume compares 16 items of each split with
+    those of the earlier run; a method `fingerprint()` that returns a text replaces that.
     """
     return Splits(train, val, test, collate=collate)

@@ -1,4 +1,4 @@
-"""Two ways from places in an order to batches on the device, the same to the loop."""
+"""Two feeds from positions in an order to batches on the device, with the same interface."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ log = logging.getLogger("regrow.data")
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
-# Ctrl-C and most schedulers signal every process; what it means is for the run to decide.
+# Ctrl-C and most schedulers signal every process, but only the run decides how to react.
 FOR_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-TO_A_WORKER = signal.SIGUSR2  # the run's own word to its workers: end
-END_SECONDS = 3.0  # a worker that has not ended by then, such as one stuck in C code, is killed
+TO_A_WORKER = signal.SIGUSR2  # the run's signal to its workers to exit
+END_SECONDS = 3.0  # after this a worker is killed, e.g. if stuck in C code
 
 
 class MemoryFeed:
     """A split whose tensors live on the device; several windows are gathered at once.
 
-    Chunks lie at fixed places of the epoch, so that a batch has the same alignment in memory, and
-    with it the same bits, whether the epoch was entered at its start or in its middle.
+    Chunks start at fixed positions of the epoch, so that a batch has the same memory alignment, and
+    with it the same bits, whether the epoch is entered at its start or in the middle.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MemoryFeed:
         self.normalize, self.device, self.seed, self.store = normalize, device, seed, store
         self.inputs: Tensor | None = None
         small = 4 * examples.inputs.numel() <= RESIDENT_BYTES
-        # MPS takes no float64: what is left of it after the normalisation is float32.
+        # MPS does not support float64, so normalise before the transfer, to float32.
         wide = device.type == "mps" and examples.inputs.dtype == torch.float64
         self.resident = store is None and (small or wide)
         if self.resident:
@@ -74,7 +74,7 @@ class MemoryFeed:
             self.inputs = examples.inputs.to(device)
 
     def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
-        """Batches of the windows `start …` of an epoch whose examples come in `order` (N,)."""
+        """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,)."""
         table = None
         if self.store is not None:
             table = self.store.table(self.seed, epoch).to(self.device)
@@ -135,7 +135,7 @@ class FileFeed:
         self.normalize, self.device, self.name = normalize, device, name
         self.is_checked = False
         self.plan = _Plan()
-        self._seen: object = None  # the persistent workers that will end with the interpreter
+        self._seen: object = None  # persistent workers that already have a finalizer
         with _no_advice_on_workers():
             self.loader: DataLoader[Any] = DataLoader(
                 _Seeded(dataset, name, seed, num_classes, ignore_index),  # type: ignore[arg-type]
@@ -145,11 +145,11 @@ class FileFeed:
                 pin_memory=pin_memory and device.type == "cuda",
                 persistent_workers=persistent_workers and num_workers > 0,
                 worker_init_fn=functools.partial(_begin_worker, os.getpid()),
-                generator=generator(seed, "workers"),  # or each epoch draws from the global one
+                generator=generator(seed, "workers"),  # else each epoch draws from the global one
             )
 
     def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
-        """Batches of the windows `start …`; the next one is on its way while one is worked on."""
+        """Yield the batches of windows `start …`; the next one loads while one is in use."""
         self.plan.point_at(windows, order, epoch, start)
         try:
             with _no_advice_on_workers(), _signals_held(), _none_left_behind():
@@ -162,7 +162,7 @@ class FileFeed:
                 f"{error}. Define it at the top level of a module, or use data.num_workers=0."
             ) from error
         if getattr(items, "_workers", ()) and items is not self._seen:
-            # With `items`, or at the end of the interpreter, whichever comes first.
+            # Runs when `items` is collected or at interpreter exit, whichever comes first.
             util.Finalize(items, _stop, args=(items._workers,), exitpriority=1)  # type: ignore[attr-defined]
             self._seen = items if self.loader.persistent_workers else None
         ready: Batch | None = None
@@ -182,7 +182,7 @@ class FileFeed:
                 _end_workers(items)
 
     def close(self) -> None:
-        """End persistent workers; the next `read` starts new ones."""
+        """Stop persistent workers; the next `read` starts new ones."""
         _end_workers(self.loader._iterator)
         self.loader._iterator = self._seen = None
 
@@ -197,7 +197,7 @@ class FileFeed:
                 f"{self.name}: a batch of {expected} items has targets of shape "
                 f"{list(targets.shape)}. Let `collate` give as many targets, and weights, as items."
             )
-        if targets.dtype == torch.float64:  # what the default collate makes of Python numbers
+        if targets.dtype == torch.float64:  # the default collate turns Python numbers into float64
             if not self.is_checked and (lost := rounding(targets)) > 1e-3:
                 log.warning(
                     "the targets of %s are large beside their spread: float32 rounds them by up to "
@@ -214,7 +214,7 @@ class FileFeed:
 
 
 class _Plan:
-    """The DataLoader's batch_sampler: lists of (epoch, index), so that the epoch travels along."""
+    """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch."""
 
     def point_at(self, windows: Windows, order: Tensor, epoch: int, start: int) -> None:
         self.windows, self.order, self.epoch, self.start = windows, order, epoch, start
@@ -230,7 +230,7 @@ class _Plan:
 
 
 class _Broken:
-    """A broken example, on its way out of a worker as a value: an exception would be wrapped."""
+    """A broken example, returned by a worker as a value: torch would wrap an exception."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -269,7 +269,7 @@ class _Seeded:
             raise _sendable(error) from error
 
     def _check(self, item: Any, index: int) -> None:
-        """A class index out of range. What only a custom collate can read is checked after it."""
+        """Raise DataError for a class index out of range; a custom collate is checked later."""
         if self.num_classes is None:
             return
         if isinstance(item, Mapping):
@@ -291,10 +291,10 @@ class _Seeded:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or in a worker one of the same text if its class cannot be pickled.
+    """Return the error, or a RuntimeError with its text if its class cannot be pickled.
 
-    Torch sends the class to the run. One that is defined in a function would never arrive, and the
-    run would wait for it without end.
+    Torch sends the class to the run. A class defined in a function would never arrive, and the run
+    would wait forever.
     """
     try:
         pickle.dumps(type(error))
@@ -304,7 +304,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 class _Collate:
-    """Items to (inputs, targets, weights); a class, because a closure does not reach a worker."""
+    """Collates items to (inputs, targets, weights); a class, because closures cannot be pickled."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class _Collate:
             try:
                 batch = default_collate(items)
             except (TypeError, RuntimeError, KeyError) as error:
-                if machine_fault(error):  # such as a full /dev/shm
+                if machine_fault(error):  # e.g. a full /dev/shm
                     raise
                 reason = " ".join(str(error).split())[:200]
                 return _Broken(
@@ -354,14 +354,14 @@ class _Collate:
                     f"data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
                 )
         inputs, targets, weights = found
-        inputs = each(inputs, Tensor.detach)  # a worker can send no tensor with a history
+        inputs = each(inputs, Tensor.detach)  # a worker cannot send a tensor with a graph
         return inputs, targets.detach(), None if weights is None else weights.detach()
 
 
 def input_names(
     dataset: MapStyle, collate: Callable[[list[Any]], Any] | None, seed: int
 ) -> list[str] | None:
-    """The inputs' names, or places from 0, where an example has several; else None."""
+    """Return the inputs' names, or positions from 0, if an example has several; else None."""
     item = _Seeded(dataset, "train", seed, None, None)[(0, 0)]
     found = _Collate(collate, "train", None, None)([item])
     if isinstance(found, _Broken):
@@ -373,9 +373,9 @@ def input_names(
 
 
 def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int | None:
-    """The first class index that is out of range, and not left out by the loss.
+    """Return the first class index that is out of range and not ignored by the loss, else None.
 
-    -100 is let through as well: the losses of torch leave it out.
+    -100 is accepted as well: torch's losses ignore it.
     """
     if targets.is_floating_point() or targets.is_complex():
         return None
@@ -387,7 +387,7 @@ def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int 
 
 @contextlib.contextmanager
 def seeded(value: int) -> Iterator[None]:
-    """Ambient random states seeded from `value`, and put back: the loop may rely on its own."""
+    """Seed the global random states from `value`, then restore them for the loop."""
     with states_kept(on_device=False):  # a worker must not touch the device
         seed_step(value, on_device=False)
         yield
@@ -395,19 +395,19 @@ def seeded(value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_advice_on_workers() -> Iterator[None]:
-    """More workers than cores is the user's choice; torch warns of it at each epoch."""
+    """Hide torch's warning about more workers than cores: that is the user's choice."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
 
 
 def _end_workers(items: object) -> None:
-    """Now, rather than by the garbage collector, which may wait five seconds for each.
+    """Stop the workers now; the garbage collector may wait five seconds for each.
 
-    One that is busy with an example ends too: a run that is to stop has no time to wait for it.
+    A worker that is busy with an example is stopped too: an interrupted run cannot wait for it.
     """
     workers = getattr(items, "_workers", ())
-    if getattr(items, "_worker_pids_set", False):  # or torch would raise for one that is killed
+    if getattr(items, "_worker_pids_set", False):  # else torch raises for a killed worker
         torch._C._remove_worker_pids(id(items))
         items._worker_pids_set = False  # type: ignore[attr-defined]
     _stop(workers)
@@ -417,10 +417,10 @@ def _end_workers(items: object) -> None:
 
 
 def _stop(workers: Iterable[BaseProcess]) -> None:
-    """Tell workers to end, and kill those that do not.
+    """Tell workers to exit, and kill those that do not.
 
-    At the end of the interpreter nothing else would end them: multiprocessing sends one SIGTERM,
-    which a worker takes for the run's, and joins without a timeout.
+    At interpreter exit nothing else would stop them: multiprocessing sends one SIGTERM, which a
+    worker takes for the run's, and joins without a timeout.
     """
     there = [worker for worker in workers if worker.is_alive()]
     for worker in there:
@@ -440,7 +440,7 @@ def _send(worker: BaseProcess, number: int) -> None:
 
 @contextlib.contextmanager
 def _none_left_behind() -> Iterator[None]:
-    """If a start of workers fails half-way, end those that have begun: nobody else knows them."""
+    """If starting workers fails halfway, stop those started: nothing else refers to them."""
     before = {*multiprocessing.active_children()}
     try:
         yield
@@ -449,13 +449,13 @@ def _none_left_behind() -> Iterator[None]:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             half_made = frame.f_locals.get("self")
             if isinstance(half_made, _BaseDataLoaderIter):
-                half_made._shutdown = True  # type: ignore[attr-defined]  # its own end would raise
+                half_made._shutdown = True  # type: ignore[attr-defined]  # else its __del__ raises
         raise
 
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """So that none reaches a new worker while it still has the handlers of the run."""
+    """Block signals, so that none reaches a new worker while it has the run's handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FOR_THE_RUN, TO_A_WORKER})
     try:
         yield
@@ -464,12 +464,12 @@ def _signals_held() -> Iterator[None]:
 
 
 def _begin_worker(run: int, worker: int) -> None:
-    """In a new worker of the process `run`, whose signals are held: see `_signals_held`."""
-    # Torch's own watch takes whoever is the parent by then, and waits for ever for a killed run.
+    """Set up a new worker of the process `run`, whose signals are blocked: see `_signals_held`."""
+    # Torch's own watchdog watches the current parent, and so waits forever for a killed run.
     die_with_parent(run)
     for number in FOR_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
-    # Not for ever: Python's own end terminates what is left, and waits for it.
+    # Ignore only the first SIGTERM: at exit Python terminates the remaining workers and joins them.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # torch takes 0 for no failure
+    signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # for torch, 0 is not a failure
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FOR_THE_RUN, TO_A_WORKER})

@@ -1,4 +1,4 @@
-"""Files below a folder: which are read, which are left out and why, and which hold the same."""
+"""Find files below a folder, report those left out and why, and detect copies."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pathlib import Path
 from regrow.errors import DataError, machine_fault
 
 OF_SUFFIX = "of suffix "
-NUM_NAMES = 3  # shown of the files that are left out for one reason
-NUM_SUFFIXES = 8  # named; the rest is counted
-# Written by systems and archivers beside what they hold. Some contain images, such as thumbnails.
+NUM_NAMES = 3  # names shown per reason to leave files out
+NUM_SUFFIXES = 8  # suffixes named; the others are counted
+# Folders that systems and archivers create. Some contain images, such as thumbnails.
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-END = 4096  # bytes at each end of a file that are compared before its contents
+END = 4096  # bytes at each end of a file, compared before its contents
 CHUNK = 1 << 20
-NUM_READERS = 4  # threads that read contents; hashing releases the interpreter's lock
-ANNOUNCED_BYTES = 1 << 30  # reading more than this is announced, since it takes seconds
-YOUNG_NS = 2_000_000_000  # a file changed less than this ago may change again in the same tick
+NUM_READERS = 4  # threads that read contents; hashing releases the GIL
+ANNOUNCED_BYTES = 1 << 30  # log before reading more than this, which takes seconds
+YOUNG_NS = 2_000_000_000  # a file changed more recently may change again in the same clock tick
 
 log = logging.getLogger("regrow.data")
 
@@ -47,7 +47,7 @@ class LeftOut:
             names.append(shown(os.path.relpath(path, self.root)))
 
     def __str__(self) -> str:
-        """One line without a full stop; "" if nothing was left out."""
+        """Return one line without a full stop, or "" if nothing was left out."""
         parts, num_suffixes, rest = [], 0, 0
         for reason, count in self.counts.most_common():
             num_suffixes += reason.startswith(OF_SUFFIX)
@@ -61,13 +61,13 @@ class LeftOut:
         return f"left out of {shown(self.root)}: {'; '.join(parts)}" if parts else ""
 
     def sentence(self) -> str:
-        """The line as a sentence that follows another, or ""."""
+        """Return the line as a sentence to append to another, or ""."""
         line = str(self)
         return f" {line[0].upper()}{line[1:]}." if line else ""
 
 
 def shown(path: str | Path) -> str:
-    """The path on one line, also if its bytes are not UTF-8 or it contains a newline."""
+    """Return the path on one line, even if its bytes are not UTF-8 or it contains a newline."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return text if text.isprintable() else repr(text)[1:-1]
 
@@ -77,9 +77,9 @@ def is_hidden(name: str) -> bool:
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError | OSError:
-    """The error to raise for a file that cannot be read: `error` itself if the machine is to blame.
+    """Return the error to raise for an unreadable file: `error` itself for a fault of the machine.
 
-    A data worker's errors arrive as text, from which `machine_fault` tells it again.
+    Errors of data workers arrive as text, in which `machine_fault` recognises it again.
     """
     if machine_fault(error):
         return error
@@ -90,7 +90,7 @@ def unreadable(path: str | Path, error: OSError) -> DataError | OSError:
 
 
 def is_folder(path: Path) -> bool:
-    """Raises DataError if nobody can tell, for lack of permission."""
+    """Return True if `path` is a folder. Raises DataError without permission to check."""
     try:
         return path.is_dir()
     except OSError as error:
@@ -100,11 +100,11 @@ def is_folder(path: Path) -> bool:
 def find_files(
     folder: Path, suffixes: Collection[str], leave_out: Collection[str], left_out: LeftOut
 ) -> list[Path]:
-    """Files below the folder with one of the suffixes, sorted by path.
+    """Return the files below the folder with one of the suffixes, sorted by path.
 
-    `leave_out` may contain "hidden" (names that begin with a dot, and folders of the system) and
-    "empty" (files without a byte). These, linked folders, and all that is not a readable regular
-    file are added to `left_out`. Raises DataError for a folder that cannot be read.
+    `leave_out` may contain "hidden" (names that begin with a dot, and system folders) and "empty"
+    (files of zero bytes). These, linked folders, and everything that is not a readable regular file
+    are added to `left_out`. Raises DataError for a folder that cannot be read.
     """
     found: list[Path] = []
     pending = [os.fspath(folder)]
@@ -128,7 +128,7 @@ def find_files(
 def _reason(
     entry: os.DirEntry[str], suffixes: Collection[str], leave_out: Collection[str]
 ) -> str | None:
-    """The reason to leave the entry out, or None."""
+    """Return the reason to leave the entry out, or None."""
     if "hidden" in leave_out and is_hidden(entry.name):
         return "hidden"
     if entry.is_dir(follow_symlinks=False):
@@ -150,15 +150,15 @@ def _reason(
 
 
 def keys_of_copies(files: Sequence[str], root: str) -> list[Hashable]:
-    """One key per file. Two keys are equal if and only if the files' contents are.
+    """Return one key per file. Two keys are equal if and only if the files' contents are.
 
-    Compares sizes first, then the ends of files of equal size, and reads the contents only where
-    these agree too. So a key means something only beside the others of the same call.
+    Compares sizes first, then the ends of files of equal size, and reads contents only if these
+    agree too. So keys are only comparable within one call.
     """
     keys: list[Hashable] = [_status(file).st_size for file in files]
     for refine in (_ends_of, lambda chosen: contents_of(chosen, root)):
         counts = Counter(keys)
-        # The two ends are all of a small file.
+        # The two ends cover all of a small file.
         again = [at for at, key in enumerate(keys) if counts[key] > 1 and not _is_whole(key)]
         for at, more in zip(again, refine([files[at] for at in again]), strict=True):
             old = keys[at]
@@ -171,7 +171,7 @@ def _is_whole(key: Hashable) -> bool:
 
 
 def key_of_ends(file: str) -> tuple[int, bytes]:
-    """Size, and a hash of the first and last 4 KiB: different files may share it."""
+    """Return the size and a hash of the first and last 4 KiB: different files may share it."""
     try:
         size = Path(file).stat().st_size
         digest = hashlib.blake2b(digest_size=16)
@@ -196,11 +196,11 @@ def _status(file: str) -> os.stat_result:
 
 
 def contents_of(files: Sequence[str], root: str) -> list[bytes]:
-    """SHA-256 of each file's contents.
+    """Return the SHA-256 of each file's contents.
 
-    A file is read once: its hash is remembered under the user's cache folder, for as long as its
-    path, size, inode and times of change stay the same. The kernel sets the last of these at every
-    write, and no program can set it back.
+    A file is read once: its hash is cached in the user's cache folder while its path, size, inode
+    and change times stay the same. The kernel sets the ctime at every write, and no program can set
+    it back.
     """
     memory = _Memory(root)
     stamps = [_stamp(file, _status(file)) for file in files]
@@ -221,7 +221,7 @@ def contents_of(files: Sequence[str], root: str) -> list[bytes]:
 
 
 def _hash(file: str) -> tuple[bytes, bytes, bool]:
-    """Stamp and SHA-256 of a file, and whether a later change is certain to change the stamp."""
+    """Return a file's stamp and SHA-256, and True if any later change must change the stamp."""
     try:
         with Path(file).open("rb") as opened:
             status = os.fstat(opened.fileno())
@@ -245,24 +245,24 @@ def _stamp(file: str, status: os.stat_result) -> bytes:
 
 
 class _Memory:
-    """Known hashes of the files below one root, in a file that only grows.
+    """Known hashes of the files below one root, in an append-only file.
 
     A record is a stamp (16 bytes), a SHA-256 (32) and a checksum of both (4). A damaged record is
-    not used: its file is read again. Without a cache folder nothing is remembered.
+    ignored, so its file is read again. Without a cache folder nothing is stored.
     """
 
     RECORD = 52
-    BATCH = 1000  # records that are written at once, so that little is lost at a kill
+    BATCH = 1000  # records per write, so that a kill loses little
 
     def __init__(self, root: str) -> None:
         base = os.environ.get("XDG_CACHE_HOME", "")
-        if not Path(base).is_absolute():  # the specification: a relative one is not used
+        if not Path(base).is_absolute():  # the specification ignores relative paths
             base = os.path.expanduser("~/.cache")  # noqa: PTH111  it never raises
         name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
         self.path = Path(base) / "regrow" / "contents" / name
         self.known: dict[bytes, bytes] = {}
         self.new: list[bytes] = []
-        self.is_usable = self.path.is_absolute()  # not so without a home
+        self.is_usable = self.path.is_absolute()  # False without a home folder
         if not self.is_usable:
             return
         with contextlib.suppress(OSError):
@@ -290,7 +290,7 @@ class _Memory:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write each, at the end: other processes may add to the same file.
+            # A single appending write: other processes may append to the same file.
             with self.path.open("ab", buffering=0) as file:
                 file.write(b"".join(self.new))
         self.new.clear()

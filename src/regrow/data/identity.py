@@ -1,4 +1,4 @@
-"""The identity of a data set of the user's own, by the contents of a few of its items."""
+"""The identity of a user's data set, from the contents of a few of its items."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from regrow.data.feeds import seeded
 from regrow.data.splits import MapStyle
 from regrow.randomness import key
 
-NUM_READ = 16  # items of each split, spread evenly from the first to the last
+NUM_READ = 16  # items per split, spread evenly from the first to the last
 
 
 class Unknown(Exception):
-    """The items do not identify the data set; the text says why."""
+    """Raised if the items do not identify the data set; the text says why."""
 
 
 def of_items(dataset: MapStyle) -> str:
-    """SHA-256 over the type, the length and up to 16 items. Raises Unknown.
+    """Return the SHA-256 over the type, the length and up to 16 items. Raises Unknown.
 
     torch, numpy and `random` are seeded alike for each read, so a transform that draws from them
-    gives the same item. Each item is read twice, to find one that draws from elsewhere.
+    gives the same item. Each item is read twice, to detect one that draws from another source.
     """
     dataset = _copied(dataset)
     digest = hashlib.sha256(of_length(dataset).encode())
@@ -41,20 +41,23 @@ def of_items(dataset: MapStyle) -> str:
 
 
 def of_length(dataset: MapStyle) -> str:
-    """SHA-256 over type and length, as records from before `data.identity` have it."""
+    """Return the SHA-256 over type and length, as in records older than `data.identity`."""
     return hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode()).hexdigest()
 
 
 def _copied(dataset: Any) -> Any:
-    """A shallow copy, down through Subsets and wrappers: reading an item may open a file, and an
-    open file must not reach the workers, which share its position."""
+    """Return a shallow copy, including nested Subsets and wrappers.
+
+    Reading an item may open a file, and the workers must not inherit it: they would share its
+    position.
+    """
     try:
         copied = copy.copy(dataset)
         if "dataset" in vars(copied):
             copied.dataset = _copied(copied.dataset)
         if "datasets" in vars(copied):
             copied.datasets = [_copied(part) for part in copied.datasets]
-    except Exception:  # a data set that cannot be copied, or without attributes of its own
+    except Exception:  # cannot be copied, or has no attributes
         return dataset
     return copied
 
@@ -64,18 +67,18 @@ def _of_item(dataset: MapStyle, index: int) -> bytes:
     with seeded(key(0, "identity", index)):
         try:
             item = dataset[index]
-        except Exception:  # the run names it, if it comes to read it
+        except Exception:  # the run reports the item if it reads it
             return b"unreadable"
     try:
         _add(digest, item)
-    except (TypeError, ValueError, RuntimeError) as error:  # such as a quantized tensor
+    except (TypeError, ValueError, RuntimeError) as error:  # e.g. a quantized tensor
         reason = " ".join(str(error).split())[:100]
         raise Unknown(f"item {index} cannot be compared ({reason})") from None
     return digest.digest()
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Add a value with its type and, for a container, its length, so that no two run together."""
+    """Add a value with its type and, for a container, its length, so that no two values collide."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic):
         content = value if isinstance(value, bytes) else repr(value).encode(errors="replace")
         digest.update(f"{type(value).__name__} {len(content)}\n".encode() + content)
@@ -93,7 +96,7 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(f"sequence {len(value)}\n".encode())
         for part in value:
             _add(digest, part)
-    elif hasattr(value, "__array_interface__"):  # of numpy, and images of Pillow
+    elif hasattr(value, "__array_interface__"):  # numpy arrays and Pillow images
         array = np.asarray(value)
         if array.dtype.hasobject:
             _add(digest, [list(array.shape), *array.ravel().tolist()])

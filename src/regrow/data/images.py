@@ -1,4 +1,4 @@
-"""Images in files. A broken one is named."""
+"""Images in files. Errors name the file."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from regrow.errors import DataError, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Formats that Pillow registers and that are not read: they need another program, are only
-# identified, or may contain a file of any format, also one that another program would run.
+# Formats that Pillow registers but that are not read: they need another program, are only
+# identified, or may contain a file of any format, including one that another program would run.
 NOT_READ = {
     "EPS": "goes to Ghostscript, which runs it as a program",
     "WMF": "needs Windows",
@@ -46,18 +46,18 @@ NOT_READ = {
     "FPX": "needs the package olefile",
     "MIC": "needs the package olefile",
 }
-# Formats of a suffix that another format's decoder opens.
+# Formats that another format's decoder opens.
 OPENED_AS = {"MPO": "JPEG"}
 # Formats that often hold several frames, of which the first is read.
 OF_FRAMES = frozenset({"AVIF", "DCX", "FLI", "GIF", "MPO", "PSD", "TIFF", "WEBP"})
-NUM_LOOKED_AT = 256  # files that are opened to see whether they hold several frames
+NUM_LOOKED_AT = 256  # files opened to check for several frames
 TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
           6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 
 
 @functools.cache
 def formats_by_suffix() -> dict[str, str]:
-    """Each suffix, in lower case, of the raster formats that Pillow decodes by itself."""
+    """Return the raster formats that Pillow decodes by itself, by lower-case suffix."""
     from PIL import Image
 
     found = Image.registered_extensions()
@@ -69,7 +69,7 @@ def formats_by_suffix() -> dict[str, str]:
 
 
 def suffixes_of(extensions: Sequence[str] | None) -> frozenset[str]:
-    """The suffixes to read; None: all that Pillow decodes by itself. Raises UserError."""
+    """Return the suffixes to read; None: all that Pillow decodes by itself. Raises UserError."""
     known = formats_by_suffix()
     if extensions is None:
         return frozenset(known)
@@ -84,10 +84,10 @@ def suffixes_of(extensions: Sequence[str] | None) -> frozenset[str]:
 
 @functools.cache
 def formats_for(suffix: str) -> tuple[str, ...]:
-    """The formats that the content of a file may have; its suffix need not tell the truth.
+    """Return the formats that a file's content may have; its suffix may be wrong.
 
-    Pillow would hand PostScript of any suffix to Ghostscript. A format without a magic number, such
-    as TGA, accepts much that is broken, so only its own suffix allows it.
+    Pillow would pass PostScript of any suffix to Ghostscript. A format without a magic number, such
+    as TGA, accepts many broken files, so it is allowed only for its own suffix.
     """
     from PIL import Image
 
@@ -100,10 +100,10 @@ def formats_for(suffix: str) -> tuple[str, ...]:
 
 
 def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Image:
-    """The first frame as a PIL image in grey (1 channel) or RGB (3), upright if asked for.
+    """Return the first frame as a PIL image in grey (1 channel) or RGB (3), upright on request.
 
-    Transparency is dropped, as torchvision drops it. Raises DataError, which names the file, also
-    for pixels of more than 8 bits in grey, which Pillow would clip to white.
+    Drops transparency, like torchvision. Raises DataError, which names the file, also for grey
+    pixels of more than 8 bits, which Pillow would clip to white.
     """
     from PIL import Image
 
@@ -111,7 +111,7 @@ def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Im
         with Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"{file.mode} pixels have more than 8 bits; convert them to 8")
-            # A palette may hold transparency, which converts by way of RGBA only.
+            # Transparency in a palette only converts by way of RGBA.
             image = file.convert("RGBA") if file.mode == "P" else file
             image = image.convert("L" if channels == 1 else "RGB")
             return _upright(image, file) if exif_orientation else image
@@ -119,7 +119,7 @@ def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Im
         if error.errno is not None:
             raise unreadable(path, error) from None
         raise _broken(path, error) from None
-    except Exception as error:  # the decoders raise a dozen different kinds
+    except Exception as error:  # decoders raise a dozen different errors
         raise _broken(path, error) from None
 
 
@@ -129,24 +129,25 @@ def _broken(path: str | Path, error: Exception) -> DataError:
 
 
 def _upright(image: Image, file: Image) -> Image:
-    """`image` turned as the EXIF data of `file`, loaded before, says (CIPA DC-008, tag 0x0112).
+    """Return `image` turned as the EXIF data of the loaded `file` says (CIPA DC-008, tag 0x0112).
 
-    Pillow turns a TIFF as it loads it, and then reports no orientation.
+    Pillow turns a TIFF while loading it, and then reports no orientation.
     """
     from PIL.Image import Transpose
 
     try:
         orientation = file.getexif().get(0x0112)
         method = TURNED.get(orientation)  # type: ignore[arg-type]
-    except Exception:  # damaged EXIF data, in an image that is readable
+    except Exception:  # damaged EXIF data in a readable image
         return image
     return image if method is None else image.transpose(Transpose[method])
 
 
 def fit(image: Image, size: Sequence[int], resize: int | None) -> Image:
-    """Scale to `size` (H, W); with `resize`, scale the shorter side to it and crop the centre.
+    """Return the image scaled to `size` (H, W).
 
-    The same pixels as torchvision's Resize and CenterCrop on a PIL image.
+    With `resize`, the shorter side is scaled to it and the centre is cropped. The pixels are the
+    same as from torchvision's Resize and CenterCrop on a PIL image.
     """
     from PIL.Image import Resampling
 
@@ -165,7 +166,7 @@ def fit(image: Image, size: Sequence[int], resize: int | None) -> Image:
 
 
 def to_tensor(image: Image) -> Tensor:
-    """(C, H, W) uint8."""
+    """Return the image as (C, H, W) uint8."""
     pixels = torch.from_numpy(np.array(image))
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
@@ -208,17 +209,20 @@ class ImageFiles:
         return dataclasses.replace(self, files=files, classes=classes)
 
     def augmented(self, transform: Callable[[Image], Image]) -> ImageFiles:
-        """The same examples, each through `transform` in place of Resize and CenterCrop."""
+        """Return the same examples, with `transform` in place of Resize and CenterCrop."""
         return dataclasses.replace(self, transform=transform)
 
     def keys(self) -> list[Hashable]:
-        """One key per file, equal for copies; see `identity` in conf/data/image_folder.yaml."""
+        """Return a key per file, equal for copies: see `identity` in the data set's config."""
         if self.identity == "ends":
             return [key_of_ends(file) for file in self.files]
         return list(contents_of(self.files, self.root))
 
     def fingerprint(self) -> str:
-        """SHA-256 over classes and contents in order, or over classes, file names and sizes."""
+        """Return the SHA-256 over classes and contents in order.
+
+        With identity "ends" it is over classes, file names and sizes.
+        """
         digest = hashlib.sha256()
         if self.identity == "ends":
             for file, target in zip(self.files, self.classes, strict=True):
@@ -236,7 +240,7 @@ class ImageFiles:
 
 
 def find_images(folder: Path, reading: Reading, left_out: LeftOut) -> list[Path]:
-    """Image files below the folder, sorted by path; the others are added to `left_out`."""
+    """Return the image files below the folder, sorted by path; others are added to `left_out`."""
     return find_files(folder, suffixes_of(reading.extensions), reading.leave_out, left_out)
 
 
@@ -255,9 +259,9 @@ def image_folder(
     test_fraction: float,
     seed: int,
 ) -> Splits:
-    """Folders of images, one per class: root/<class>/…, or root/train/<class>/…, root/val/….
+    """Return the splits of root/<class>/…, or of root/train/<class>/…, root/val/<class>/….
 
-    A split without a folder of its own is cut from the training images by its fraction.
+    A split without its own folder is cut from the training images by its fraction.
     """
     check_fractions(val_fraction, test_fraction)
     channels, *size = input_shape
@@ -277,7 +281,7 @@ def image_folder(
         raise UserError(f"data.root={root} is no folder. Set it to the folder of images.")
     reading = Reading(extensions, tuple(leave_out), exif_orientation)
     left_out = LeftOut(folder)
-    suffixes_of(extensions)  # before any folder is read
+    suffixes_of(extensions)  # check before reading any folder
     inside = _folders(folder, reading)
     class_names = text_names(class_names)
     names = [name for name in NAMES if name in inside]
@@ -347,7 +351,7 @@ def image_folder(
 
 
 def _folders(folder: Path, reading: Reading) -> list[str]:
-    """Names of the folders in `folder`, linked ones included, sorted. Raises DataError."""
+    """Return the names of the folders in `folder`, including links, sorted. Raises DataError."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir()]
@@ -367,7 +371,7 @@ def _folders(folder: Path, reading: Reading) -> list[str]:
 def _look_beside(
     folder: Path, read: Sequence[str], reading: Reading, where: str, left_out: LeftOut
 ) -> None:
-    """Add to `left_out` what lies in `folder`, the folders `read` aside."""
+    """Add everything in `folder` to `left_out`, except the folders `read`."""
     for name in sorted(path.name for path in folder.iterdir()):
         if "hidden" in reading.leave_out and is_hidden(name):
             left_out.add("hidden", folder / name)
@@ -376,7 +380,7 @@ def _look_beside(
 
 
 def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> list[Path]:
-    """The images of a class; none where a split lacks its folder."""
+    """Return the images of a class; none if a split lacks its folder."""
     if not is_folder(folder):
         return []
     if folder.is_symlink() and root.resolve().is_relative_to(folder.resolve()):
@@ -385,7 +389,7 @@ def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> 
 
 
 def _keys(own: Mapping[str, ImageFiles], root: str, identity: str) -> dict[str, list[Hashable]]:
-    """A key per file of each folder, equal for copies, which are looked for in all at once."""
+    """Return a key per file of each split. Copies have equal keys across all splits."""
     if identity == "ends":
         return {name: split.keys() for name, split in own.items()}
     keys = iter(keys_of_copies([file for split in own.values() for file in split.files], root))
@@ -393,7 +397,7 @@ def _keys(own: Mapping[str, ImageFiles], root: str, identity: str) -> dict[str, 
 
 
 def _frames(files: Sequence[str]) -> str:
-    """A line if files hold several frames, of which the first is read. Looks at some of them."""
+    """Return a note if some files hold several frames, else "". Checks a sample of the files."""
     from PIL import Image
 
     formats = formats_by_suffix()
@@ -401,7 +405,7 @@ def _frames(files: Sequence[str]) -> str:
     able = able[:: max(1, -(-len(able) // NUM_LOOKED_AT))]
     several = []
     for file in able:
-        with contextlib.suppress(Exception):  # a broken one is named when it is read
+        with contextlib.suppress(Exception):  # broken files are reported when read
             suffix = Path(file).suffix.lower()
             with Image.open(file, formats=formats_for(suffix)) as image:
                 if getattr(image, "is_animated", False):

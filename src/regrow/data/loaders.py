@@ -1,4 +1,4 @@
-"""`Data`: what every `conf/data/*.yaml` makes, and the batches the loop takes from it."""
+"""`Data`, which every `conf/data/*.yaml` creates, and its batches for the loop."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS = ("multiclass", "binary", "multilabel", "regression")
 
 
 class TrainBatches:
-    """One rank's share of the training windows; an epoch can be entered at any window at once."""
+    """One rank's share of the training windows; an epoch can start at any window at no cost."""
 
     def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows, seed: int, rows: int) -> None:
         self._feed, self._windows, self._seed = feed, windows, seed
@@ -49,16 +49,16 @@ class TrainBatches:
         self.steps_per_epoch = len(windows)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of the windows `start …` of the epoch; nothing before `start` is read."""
+        """Return the batches of the epoch's windows `start …`; nothing before `start` is read."""
         order = permutation(self._seed, epoch, self.num_examples)
         return self._feed.read(self._windows, order, epoch, start)
 
 
 class EvalBatches:
-    """One rank's share of a split in its own order: each example once, none padded or dropped.
+    """One rank's share of a split in its own order: each example once, without padding or dropping.
 
-    All ranks see equally many batches, so that their forward passes meet. A rank that has no
-    example left in one takes an example of weight zero, with `num_local` 0.
+    All ranks see equally many batches, so that their forward passes match. A rank without an
+    example in a batch gets an example of weight zero, with `num_local` 0.
     """
 
     def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows) -> None:
@@ -75,11 +75,11 @@ class EvalBatches:
 class Data:
     """The three splits, checked, and how their examples become batches.
 
-    `batch_size` counts the examples of an optimizer step over all processes, `eval_batch_size`
-    those of a forward pass in one. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary;
-    (B, L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the
-    training split if `normalize_targets`: `target_mean` and `target_std` then undo it. Integer
-    inputs in memory become `integers`, int64 or float32, where they are not normalised.
+    `batch_size` counts an optimizer step's examples over all processes, `eval_batch_size` those of
+    a forward pass in one process. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary; (B,
+    L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the training
+    split if `normalize_targets`: `target_mean` and `target_std` revert it. Integer inputs in memory
+    become `integers`, int64 or float32, unless they are normalised.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Data:
         self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.num_overlapping = check_overlap(source, overlap)
-        self.source = dataclasses.replace(source, known_keys={})  # as many as there are files
+        self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
         self.preprocessing: Preprocessing = preprocessing(
             source,
             input_shape=self.input_shape,
@@ -152,7 +152,7 @@ class Data:
 
     @property
     def num_examples(self) -> dict[str, int]:
-        """The number of examples in each split that exists."""
+        """The number of examples in each existing split."""
         return {name: len(split) for name, split in self.source.items()}
 
     def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
@@ -169,7 +169,7 @@ class Data:
     def evaluation(
         self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> EvalBatches:
-        """The split without augmentation. Raises UserError where there is no such split."""
+        """Return the unaugmented batches of a split. Raises UserError if it does not exist."""
         found = dict(self.source.items()).get(split)
         if found is None:
             raise UserError(
@@ -180,9 +180,10 @@ class Data:
         return EvalBatches(self._feed(split, False, device), windows)
 
     def sample_inputs(self) -> Tensor:
-        """Up to 1,024 training inputs, spread over the split, normalised and not augmented.
+        """Return up to 1,024 training inputs, spread over the split, normalised and not augmented.
 
-        (N, …) on the CPU, the same in every process. UserError for inputs of several tensors.
+        (N, …) on the CPU, the same in every process. Raises UserError for inputs of several
+        tensors.
         """
         count = self._num_trained_on()
         num_chosen = min(count, NUM_SAMPLED)
@@ -206,7 +207,7 @@ class Data:
         return torch.cat(tensors)
 
     def input_names(self) -> list[str] | None:
-        """The inputs' names, or places from 0, where an example has several; else None."""
+        """Return the inputs' names, or positions from 0, if an example has several; else None."""
         if isinstance(self.source.train, Examples) or self.source.resize is not None:
             return None
         return input_names(self.source.train, self.source.collate, self.seed)
@@ -216,11 +217,11 @@ class Data:
         return count if self.limit_train is None else min(count, self.limit_train)
 
     def in_units(self, values: Tensor) -> Tensor:
-        """Standardised regression targets or outputs (N,) or (N, K) in the data's own units."""
+        """Return standardised regression targets or outputs, (N,) or (N, K), in their own units."""
         return in_units(values, self.target_mean, self.target_std)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Count and SHA-256 of each split, over the contents of tensors, files or some items."""
+        """Return count and SHA-256 of each split, over contents of tensors, files or some items."""
         found, unknown = {}, {}
         for name, split in self.source.items():
             try:
@@ -238,11 +239,11 @@ class Data:
         return found
 
     def predict_inputs(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """As `Preprocessing.read`, for one who has the data at hand."""
+        """Same as `Preprocessing.read`, with this data's preprocessing."""
         return self.preprocessing.read(path, batch_size)
 
     def close(self) -> None:
-        """End the workers and let go of device memory."""
+        """Stop the workers and free device memory."""
         for feed in self._feeds.values():
             if isinstance(feed, FileFeed):
                 feed.close()
@@ -285,7 +286,7 @@ class Data:
         return Examples(split.inputs, targets, split.weights)
 
     def far_targets(self) -> str | None:
-        """One line on targets of a regression that are far from where a model starts, else None."""
+        """Return a warning if regression targets are far from 0, where models start, else None."""
         train = self.source.train
         if self.target_kind != "regression" or self.preprocessing.target_mean is not None:
             return None
@@ -303,7 +304,7 @@ class Data:
         )
 
     def _warn_of_rounding(self) -> None:
-        """Log where float32, which models compute in, takes a part of the data away."""
+        """Warn if float32, which models compute in, would lose digits of the data."""
         train, how = self.source.train, self.preprocessing
         if not isinstance(train, Examples):
             return
@@ -404,7 +405,7 @@ class Data:
 
 
 def _sha256(split: Split, how: str) -> str:
-    """Raises identity.Unknown for a data set whose items cannot be compared."""
+    """Return a split's SHA-256. Raises identity.Unknown if its items cannot be compared."""
     if isinstance(split, Examples):
         digest = hashlib.sha256()
         for tensor in (split.inputs, split.targets, split.weights):

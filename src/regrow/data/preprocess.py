@@ -1,4 +1,4 @@
-"""From raw examples to the model's inputs, the same in training, evaluation and prediction."""
+"""Converts raw examples to model inputs, the same way in training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from regrow.data.splits import Examples, Reading, Splits
 from regrow.data.tables import read_table
 from regrow.errors import DataError, UserError
 
-# Of ImageNet's training images in 0 … 1: what torchvision's pretrained models were trained with.
+# Mean and deviation of ImageNet's training images in 0 … 1, which torchvision's pretrained models
+# were trained with.
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-# Spread over a split: images in files that `normalize: train` looks at, and what a model is shown.
+# Number of examples, spread over a split, for `normalize: train` of image files and for
+# `sample_inputs`.
 NUM_SAMPLED = 1024
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -33,14 +35,14 @@ log = logging.getLogger("regrow.data")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """All that prediction needs, as plain values, so that a run's folder can keep it as JSON.
+    """All that prediction needs, as plain values, stored as JSON in a run's folder.
 
     kind: image (uint8 pixels), table (floating features), integer (int64, such as tokens) or tensor
-    (handed on as they are).
+        (passed through unchanged).
     mean, std: per channel of pixels in 0 … 1, or per feature in raw units; None: not normalised.
-    input_max: the raw value of white. resize: shorter side before the centre crop, or None to
-    scale straight to the input size. target_mean, target_std: what a regression's standardised
-    targets and outputs are multiplied and shifted by to be in their own units again.
+    input_max: the raw value of white.
+    resize: the shorter side before the centre crop, or None to scale directly to the input size.
+    target_mean, target_std: revert the standardisation of regression targets and outputs.
     exif_orientation, extensions, leave_out: how files are read, see `Reading`.
     """
 
@@ -63,9 +65,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """From a run's preprocessing.json, also one from before a field existed.
+        """Return the values of a run's preprocessing.json, which may lack fields added later.
 
-        Raises TypeError for fields that are not those, or not of their types.
+        Raises TypeError for unknown fields or wrong types.
         """
         how = cls(**{**older.ADDED_PREPROCESSING, **values})
         numbers = (how.mean, how.std, how.target_mean, how.target_std)
@@ -85,11 +87,11 @@ class Preprocessing:
         return how
 
     def read(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Names and model inputs (B, …) on the CPU, batch by batch, from what lies at `path`.
+        """Yield names and model inputs (B, …) on the CPU, batch by batch, from the files at `path`.
 
-        An image, a folder of images, an .npy array (N, …) in the data set's own raw units, or a
-        .csv with the feature columns by name. Names are file paths, or row numbers from 0.
-        Raises UserError or DataError, which name the file and the row.
+        `path` is an image, a folder of images, an .npy array (N, …) in the data set's raw units, or
+        a .csv with the feature columns by name. Names are file paths, or row numbers from 0. Raises
+        UserError or DataError, which name the file and the row.
         """
         normalize = Normalizer(self)
         for names, raw in self._raw(path, batch_size):
@@ -157,7 +159,7 @@ class Preprocessing:
         return pixels if self.input_max == 255 else pixels.float() * (self.input_max / 255)
 
     def _array(self, path: Path) -> npt.NDArray[Any]:
-        """The file as numbers (N, …); a single example becomes N = 1."""
+        """Return the file as numbers (N, …); a single example becomes N = 1."""
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -176,7 +178,7 @@ class Preprocessing:
 
     def _part(self, array: npt.NDArray[Any], path: Path, start: int) -> Tensor:
         shape = tuple(self.input_shape)
-        # torch computes with neither foreign byte orders nor most unsigned and long numbers.
+        # torch supports neither foreign byte orders nor most unsigned and long types.
         wide = {"u": np.int64, "f": np.float64, "i": np.int64, "b": np.bool_}[array.dtype.kind]
         is_known = array.dtype in (np.uint8, np.float16, np.float32) and array.dtype.isnative
         kind = array.dtype if is_known else np.dtype(wide)
@@ -215,7 +217,10 @@ class Preprocessing:
         return images
 
     def _images(self, tensor: Tensor, path: Path) -> Tensor:
-        """(N, C, H, W) from that, (N, H, W, C), (N, H, W), (N, C·H·W), or uint8 of other sizes."""
+        """Return (N, C, H, W) images from that, (N, H, W, C), (N, H, W) or (N, C·H·W).
+
+        uint8 images of other sizes are fitted. Raises DataError for other shapes.
+        """
         channels, *size = self.input_shape
         if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.input_shape):
             return tensor.view(-1, channels, *size)
@@ -246,7 +251,7 @@ def _is_list(value: Any, *types: type) -> bool:
 
 
 class Normalizer:
-    """Raw inputs to float32 model inputs, on the device of the inputs."""
+    """Converts raw inputs to float32 model inputs, on the device of the inputs."""
 
     def __init__(self, how: Preprocessing) -> None:
         self.kind = how.kind
@@ -265,7 +270,7 @@ class Normalizer:
             self.mean, self.std = self.mean.view(per_channel), self.std.view(per_channel)
 
     def __call__(self, inputs: Inputs) -> Inputs:
-        """Images (B, C, H, W) or features (B, …) to float32, normalised."""
+        """Return images (B, C, H, W) or features (B, …) as float32, normalised."""
         if self.kind == "image":
             return each(inputs, self.image)
         if self.kind == "table":
@@ -275,7 +280,7 @@ class Normalizer:
         return each(inputs, single if self.mean is None else self.pixels)
 
     def pixels(self, inputs: Tensor) -> Tensor:
-        """Of a data set of one's own, whose floats may be in any unit."""
+        """Return a user's data set's images, normalised. Raises UserError unless they are uint8."""
         if inputs.dtype != torch.uint8:
             raise UserError(
                 "data.normalize is for uint8 images, and this data set gives "
@@ -297,7 +302,7 @@ class Normalizer:
 
 
 def single(values: Tensor) -> Tensor:
-    """float64 as float32, which models compute in; other types as they are."""
+    """Return float64 as float32, which models compute in; other dtypes unchanged."""
     return values.float() if values.dtype == torch.float64 else values
 
 
@@ -307,9 +312,9 @@ def standardised(
     std: list[float] | None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Targets (N,) or (N, K) in float64 until they are standardised, then float32.
+    """Return targets (N,) or (N, K) as float32, standardised in float64.
 
-    `dtype` is that of the statistics: float32 for records of a time when it rounded them.
+    `dtype` is that of the statistics: float32 for older records, which rounded them.
     """
     if mean is None or std is None:
         return single(values)
@@ -320,9 +325,9 @@ def standardised(
 
 
 def in_units(values: Tensor, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    """What `standardised` gave, or outputs like it, in the targets' own units, as float64.
+    """Return standardised targets, or outputs, in the targets' own units, as float64.
 
-    A float32 has seven digits: of a time in Unix seconds, too few for the minute.
+    float32 has seven digits: too few for the minute of a Unix time.
     """
     wide = widest(values)
     if mean is None or std is None:
@@ -331,12 +336,12 @@ def in_units(values: Tensor, mean: list[float] | None, std: list[float] | None) 
 
 
 def widest(values: Tensor) -> Tensor:
-    """In float64. MPS has none, so the CPU takes over there."""
+    """Return `values` in float64, on the CPU for MPS, which does not support it."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def rounding(values: Tensor) -> float:
-    """The share of the spread by which float32 rounds a column of float64 `values` (N, …)."""
+    """Return the share of the spread that float32 rounds away, in float64 `values` (N, …)."""
     if values.dtype != torch.float64 or len(values) < 2:
         return 0.0
     columns = values.reshape(len(values), -1)
@@ -353,7 +358,7 @@ def preprocessing(
     normalize_targets: bool,
     integers: str,
 ) -> Preprocessing:
-    """Statistics of the training split alone, or those given, and what was found in `splits`."""
+    """Return the preprocessing, with statistics of the training split alone, or the given ones."""
     train = splits.train
     kind = _kind(splits, normalize, integers)
     mean, std = _statistics(splits, kind, input_shape, normalize)
@@ -384,8 +389,11 @@ def preprocessing(
 
 
 def _kind(splits: Splits, normalize: Any, integers: str) -> str:
-    """image: uint8 (N, C, H, W); integer: other integers that are not to be normalised; the rest of
-    a user's own data sets is untouched."""
+    """Return the kind of the inputs, see `Preprocessing`.
+
+    In memory, uint8 (N, C, H, W) is an image; other integers that are not normalised are integer. A
+    user's data set is not touched.
+    """
     if isinstance(splits.train, Examples):
         inputs = splits.train.inputs
         if inputs.dtype == torch.uint8 and (inputs.ndim == 4 or integers == "float32"):
@@ -407,7 +415,7 @@ def _statistics(
     if isinstance(normalize, dict) and normalize.keys() == {"mean", "std"}:
         mean, std = list(normalize["mean"]), list(normalize["std"])
     elif normalize == "imagenet":
-        mean, std = IMAGENET if number == 3 else ([0.449], [0.226])  # their mean for one channel
+        mean, std = IMAGENET if number == 3 else ([0.449], [0.226])  # one channel: their mean
     elif normalize != "train":
         raise UserError(
             f"data.normalize={normalize} is none of train, imagenet, none, {{mean: […], std: […]}}."
@@ -448,7 +456,7 @@ def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[floa
 
 
 def _histogram(images: Tensor) -> Tensor:
-    """(C, 256) counts of the pixels' values: exact, and one pass over bytes."""
+    """Return (C, 256) counts of the pixel values: exact, in one pass over bytes."""
     channels = images.transpose(0, 1).flatten(1)
     return torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
 
@@ -460,5 +468,5 @@ def _deviations(columns: Tensor) -> list[float]:
 
 
 def _nonzero(std: Tensor) -> list[float]:
-    """A constant feature is shifted and not scaled."""
+    """Replace zeros by one, so that a constant feature is shifted and not scaled."""
     return torch.where(std > 0, std, torch.ones_like(std)).tolist()

@@ -1,8 +1,8 @@
-"""Which examples make a batch: a pure function of the seed, the epoch, the position and the rank.
+"""The examples of a batch, as a pure function of the seed, the epoch, the position and the rank.
 
-An epoch is one permutation, cut into windows of `size` examples, one per optimizer step over all
-processes. A rank takes its contiguous share of each window. Nothing here has a state, so a run that
-resumes at window 700 takes window 700, without a replay of the 699 before it.
+An epoch is one permutation, divided into windows of `size` examples, one per optimizer step over
+all processes. A rank takes its contiguous share of each window. There is no state, so a run that
+resumes at window 700 starts there, without replaying the 699 before it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from regrow.randomness import generator
 
 
 def permutation(seed: int, epoch: int, num_examples: int) -> Tensor:
-    """The order of an epoch's examples, (N,) int64."""
+    """Return the order of an epoch's examples, (N,) int64."""
     return torch.randperm(num_examples, generator=generator(seed, "order", epoch))
 
 
 class Share(NamedTuple):
-    """Places `start … stop` of an epoch's order: what one rank takes of one window.
+    """Positions `start … stop` of an epoch's order: one rank's share of one window.
 
     An empty share points at the window's first example and counts none: `num_local` is 0.
     """
@@ -36,7 +36,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """An epoch of `num_examples` cut into windows of `size`, seen by one rank."""
+    """An epoch of `num_examples` divided into windows of `size`, from the view of one rank."""
 
     num_examples: int
     size: int

@@ -1,4 +1,4 @@
-"""The result of a source: the three splits, cut by fixed keys and free of overlap."""
+"""The result of a source: three splits, cut reproducibly and without overlap."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("regrow.data")
 
 
 class MapStyle(Protocol):
-    """A data set as torch's DataLoader takes it; item i is always the same example."""
+    """A data set for torch's DataLoader; item i is always the same example."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
@@ -29,12 +29,12 @@ class MapStyle(Protocol):
 
 @dataclass(frozen=True)
 class Examples:
-    """A split that lives in memory as tensors.
+    """A split in memory, as tensors.
 
-    inputs: (N, C, H, W) uint8 images, or (N, …) floating features in their raw units, or integers.
-    targets: (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or
-    (N,) or (N, K) values, float64 where float32 would round them. weights: (N,) float32, or None
-    for all one. numpy arrays and lists of numbers become tensors. Raises DataError for others.
+    inputs: (N, C, H, W) uint8 images, (N, …) floating features in raw units, or integers. targets:
+    (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or (N,) or (N, K)
+    values, float64 if float32 would round them. weights: (N,) float32, or None for all one.
+    Converts numpy arrays and lists of numbers. Raises DataError for anything else.
     """
 
     inputs: Tensor
@@ -68,14 +68,14 @@ class Examples:
         return Examples(self.inputs[indices], self.targets[indices], weights)
 
     def keys(self) -> list[Hashable]:
-        """One key per example, equal for equal inputs, whatever their targets."""
+        """Return one key per example, equal for equal inputs, whatever their targets."""
         rows = self.inputs.contiguous().flatten(1).numpy()
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which files of a folder are read, and how. None: all suffixes that Pillow decodes."""
+    """Which files of a folder are read, and how. extensions=None: all that Pillow decodes."""
 
     extensions: list[str] | None = None
     leave_out: tuple[str, ...] = ("hidden", "empty")
@@ -86,9 +86,9 @@ Split = Examples | MapStyle
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """A tensor, numpy array or list of numbers (N, …) as a tensor on the CPU.
+    """Return a tensor, numpy array or list of numbers (N, …) as a tensor on the CPU.
 
-    Raises DataError, which calls it `what`, for all else.
+    Raises DataError, which names it `what`, for anything else.
     """
     if isinstance(value, list | tuple) and value and all(isinstance(it, Tensor) for it in value):
         shapes = sorted({tuple(it.shape) for it in value})
@@ -101,14 +101,14 @@ def as_tensor(value: Any, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         try:
             array = np.asarray(value)
-        except (ValueError, TypeError) as error:  # lists of several lengths
+        except (ValueError, TypeError) as error:  # lists of unequal lengths
             raise DataError(f"{what}: {' '.join(str(error).split())[:200]}") from None
         if array.dtype.kind not in "buif":
             raise DataError(
                 f"{what}: {type(value).__name__} of {array.dtype}, which is not a type of number. "
                 "Convert it to numbers of one type and shape."
             )
-        if array.dtype.kind == "u" and array.dtype.itemsize > 1:  # torch computes little in these
+        if array.dtype.kind == "u" and array.dtype.itemsize > 1:  # torch has few kernels for these
             array = array.astype(np.int64)
         if array.dtype == np.longdouble and array.dtype.itemsize > 8:
             array = array.astype(np.float64)
@@ -122,12 +122,12 @@ def as_tensor(value: Any, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Splits:
-    """Train, validation and test examples, and what was found out while reading them.
+    """Train, validation and test examples, and facts found while reading them.
 
     A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
-    white, `columns` the features of a table, `resize`, `reading` and `collate` belong to files.
-    `notes` are lines to log at the start of a run. `known_keys` are those of each split's examples,
-    where they were slow to find and have been found.
+    white, `columns` are a table's features; `resize`, `reading` and `collate` apply to files.
+    `notes` are lines to log at the start of a run. `known_keys` holds each split's keys if the
+    source has already computed them, which is slow.
     """
 
     train: Split
@@ -155,9 +155,9 @@ class Splits:
 
 
 def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
-    """The names as text: YAML reads 0 as a number. Raises UserError for what it reads as another.
+    """Return the names as text. Raises UserError if YAML reads one as another type.
 
-    Of `no` YAML makes False, which `off` and `false` give too.
+    Numbers are accepted. YAML reads `no` as False, and `off` and `false` too.
     """
     for name in class_names or ():
         if not isinstance(name, str | int) or isinstance(name, bool):
@@ -201,10 +201,10 @@ def cut(
     test_fraction: float,
     seed: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Indices of train, val and test, each stratum cut in proportion; a fraction of 0 gives None.
+    """Return the indices of train, val and test, stratified; a fraction of 0 gives None.
 
-    Examples with equal keys (true duplicates) always land in the same split. Which examples are
-    tested depends on the data, `seed` and `test_fraction` alone, not on how validation is cut.
+    Examples with equal keys (true duplicates) always land in the same split. The test split depends
+    only on the data, `seed` and `test_fraction`, not on `val_fraction`.
     """
     check_fractions(val_fraction, test_fraction)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
@@ -233,7 +233,7 @@ def cut(
 def _sample(
     strata: npt.NDArray[Any], fraction: float, random: torch.Generator
 ) -> npt.NDArray[np.bool_]:
-    """Systematic sampling of the shuffled, then sorted list: ±1 of each stratum's proportion."""
+    """Return a systematic sample of the shuffled, then sorted list: ±1 of each stratum's share."""
     shuffled = torch.randperm(len(strata), generator=random).numpy()
     ordered = shuffled[np.argsort(strata[shuffled], kind="stable")]
     counts = np.floor(np.arange(len(strata) + 1) * fraction + 0.5)
@@ -243,7 +243,7 @@ def _sample(
 
 
 def strata_of(targets: Tensor) -> npt.NDArray[Any]:
-    """What to stratify by: the class, the combination of labels, or the decile of the value."""
+    """Return the strata: the class, the combination of labels, or the decile of the value."""
     values = targets.numpy()
     if values.ndim > 1:
         return np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
@@ -262,7 +262,7 @@ def cut_examples(
     seed: int,
     strata: npt.NDArray[Any] | None = None,
 ) -> tuple[Examples, Examples | None, Examples | None]:
-    """Cut one set of examples into three, by `cut`."""
+    """Split examples into train, val and test, with `cut`."""
     train, val, test = cut(
         examples.keys(),
         strata_of(examples.targets) if strata is None else strata,
@@ -278,10 +278,10 @@ def cut_examples(
 
 
 def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
-    """Count examples that are in two splits, by content; refuse them, or say so in the log.
+    """Return the counts of examples in two splits, by content; refuse or report them.
 
-    Looks at tensors, at files, and at `torch.utils.data.Subset`s of one data set. Other data sets
-    are seen only where they are the same object, or offer `keys()`, one hashable per example.
+    Compares tensors, files, and `torch.utils.data.Subset`s of one data set. Other data sets are
+    compared only if they are the same object, or offer `keys()`, one hashable per example.
     """
     if policy not in ("refuse", "report", "ignore"):
         raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
@@ -296,7 +296,7 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
         ours, theirs = keys.get(one), keys.get(other)
         if not ours or not theirs:
             continue
-        shared = set(theirs).intersection(ours)  # of the smaller one, as a rule
+        shared = set(theirs).intersection(ours)  # theirs is usually smaller
         if not shared:
             continue
         both = [index for index, key in enumerate(theirs) if key in shared]

@@ -1,4 +1,4 @@
-"""Tables of numbers in CSV files. A broken line is named by file, line and column."""
+"""Tables of numbers in CSV files. Errors name the file, line and column."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 class Table:
     path: Path
     features: npt.NDArray[np.float64]  # (N, F)
-    texts: list[list[str]]  # N rows of the columns that were asked for as text
-    lines: list[int]  # where in the file each row ends, from 1
+    texts: list[list[str]]  # N rows of the columns requested as text
+    lines: list[int]  # the line where each row ends, from 1
 
 
 def read_header(path: Path, delimiter: str) -> list[str]:
@@ -44,13 +44,13 @@ def read_header(path: Path, delimiter: str) -> list[str]:
 
 
 def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str]) -> Table:
-    """Read `columns` as finite numbers and `texts` as they are. Raises DataError."""
+    """Read `columns` as finite numbers and `texts` as text. Raises DataError."""
     header = read_header(path, delimiter)
     missing = [name for name in [*columns, *texts] if name not in header]
     if missing:
         hint = ""
         if len(header) == 1 and (others := [sign for sign in ";\t|," if sign in header[0]]):
-            sign = "$" if others[0] == "\t" else ""  # so that the shell reads the tab
+            sign = "$" if others[0] == "\t" else ""  # makes the shell insert a tab
             hint = f""" Is {others[0]!r} its delimiter? Then add {sign}'data.source.delimiter="{
                 others[0] if not sign else chr(92) + "t"
             }"'."""
@@ -104,10 +104,10 @@ class Column:
     """Reads the cells of one column: all of them numbers, or all of them true and false."""
 
     def __init__(self) -> None:
-        self.truths: bool | None = None  # whether its cells are true and false
+        self.truths: bool | None = None  # True if its cells are true and false
 
     def number(self, text: str, where: str) -> float:
-        """The cell as a finite float, or a DataError that says where it is. True is 1, false 0."""
+        """Return the cell as a finite float; true is 1, false 0. Raises DataError with `where`."""
         truth = TRUTHS.get(text.lower())
         if self.truths is None:
             self.truths = truth is not None
@@ -122,7 +122,7 @@ class Column:
 
 
 def number(text: str, where: str) -> float:
-    """The cell as a finite float, or a DataError that says where it is."""
+    """Return the cell as a finite float. Raises DataError with `where`."""
     if _is_number(text):
         return float(text)
     if not text:
@@ -135,12 +135,12 @@ def number(text: str, where: str) -> float:
 
 
 def _is_number(text: str) -> bool:
-    # float() takes 1_000 and the digits of any script as well.
+    # float() also accepts 1_000 and the digits of any script.
     return NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each row of the file."""
+    """Yield (line number, cells) of each row of the file."""
     if len(delimiter) != 1:
         raise UserError(f"data.source.delimiter={delimiter!r} is not one character.")
     try:
@@ -183,12 +183,12 @@ def csv(
     test_fraction: float,
     seed: int,
 ) -> Splits:
-    """A table of numbers with a header line. Files are relative to `root`.
+    """Return the splits of a table of numbers with a header line. Files are relative to `root`.
 
-    A split without a file of its own is cut from `train_file` by its fraction. Features are all
-    columns that are neither target nor weight, or those listed. Targets by `target_kind`:
-    multiclass and binary: one column of class names or of indices from 0; multilabel: columns of
-    0 and 1; regression: columns of numbers.
+    A split without its own file is cut from `train_file` by its fraction. By default the features
+    are all columns that are neither target nor weight. Targets by `target_kind`: multiclass and
+    binary: one column of class names or of indices from 0; multilabel: columns of 0 and 1;
+    regression: columns of numbers.
     """
     check_fractions(val_fraction, test_fraction)
     if not target_columns:
@@ -251,7 +251,7 @@ def csv(
 
 
 def _refuse_empty(table: Table, columns: list[str]) -> None:
-    """An empty target would be a class of its own, without a name."""
+    """Raise DataError for an empty target, which would become a nameless class."""
     for line, cells in zip(table.lines, table.texts, strict=True):
         if "" in cells:
             number("", f"{table.path}, line {line}, column {columns[cells.index('')]!r}")
@@ -262,7 +262,7 @@ def _is_index(text: str) -> bool:
 
 
 def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
-    """The distinct words of the target column, sorted; None where it holds class indices."""
+    """Return the target column's distinct words, sorted, or None if they are class indices."""
     ignored = set() if ignore_index is None else {str(ignore_index)}
     words = sorted({row[0] for row in table.texts} - ignored)
     return None if all(_is_index(word) for word in words) else words
@@ -297,7 +297,7 @@ def _targets(
                 f"and data.num_outputs."
             )
         index_of = {name: index for index, name in enumerate(names or [])}
-        # An index is taken for one only where it cannot be a class's name.
+        # Accept indices only if no class name is a number.
         if not any(_is_index(name) for name in index_of):
             index_of |= {str(index): index for index in range(count or 0)}
         if ignore_index is not None and kind == "multiclass":

@@ -1,1 +1,1 @@
-"""Networks, as plain modules."""
+"""Models as plain modules."""

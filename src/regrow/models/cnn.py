@@ -16,10 +16,10 @@ SMALLEST_SIZE = 8
 
 
 class CNN(nn.Module):
-    """Images (B, C, H, W) of any channels and sizes from 8x8 to (B, num_outputs).
+    """Maps images (B, C, H, W) of any channels and sizes from 8x8 to (B, num_outputs).
 
-    Each width in `channels` is a stage of two 3x3 convolutions; between stages the image is halved
-    as long as it has four rows and columns. The mean over places goes to the head.
+    Each width in `channels` is a stage of two 3x3 convolutions. The image is halved between stages
+    while it has at least four rows and columns. The mean over positions goes to the head.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ def _stage(before: int, after: int, norm: str) -> nn.Sequential:
 
 
 def image_shape(input_shape: list[int], smallest: int) -> tuple[int, int, int]:
-    """(C, H, W), if the data are images of at least that size."""
+    """Return (C, H, W). Raises UserError unless the data are images of at least that size."""
     if len(input_shape) != 3:
         raise UserError(
             f"data.input_shape={list(input_shape)} is no image, and this model needs (C, H, W). "

@@ -1,4 +1,4 @@
-"""Freezing parts of a model by the names of its modules."""
+"""Freeze parts of a model by the names of its modules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from regrow.errors import UserError, did_you_mean
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
-    """Stop training of all modules whose name matches a pattern such as `layer[12].*`.
+    """Freeze all modules whose names match a pattern such as `layer[12].*`, with their children.
 
-    A module is frozen with all that is in it. Norms with running statistics among them stay in
-    evaluation mode also after `model.train()`: else their statistics would go on moving. Returns
-    the names of the frozen parameters. Raises `UserError` for a pattern that matches nothing, and
-    if nothing is left to train.
+    Norms with running statistics stay in evaluation mode even after `model.train()`: otherwise
+    their statistics would keep changing. Returns the names of the frozen parameters. Raises
+    `UserError` for a pattern that matches nothing, and if nothing is left to train.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
@@ -30,7 +29,8 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
             for part in module.modules():
                 if getattr(part, "running_mean", None) is not None:
                     part.eval()
-                    # Bound to the instance: the loop need not know, and a deep copy keeps it.
+                    # Bound to the instance, so that the loop need not know and a deep copy keeps
+                    # it.
                     part.train = MethodType(_stay_in_evaluation, part)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if patterns and len(frozen) == len(list(model.parameters())):

@@ -1,4 +1,4 @@
-"""How weights start: one scheme over all linear and convolutional layers."""
+"""Weight initialisation: one scheme for all linear and convolutional layers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from regrow.errors import UserError, did_you_mean
 
 @runtime_checkable
 class StartsFromData(Protocol):
-    """A model whose first weights follow from training examples."""
+    """A model whose initial weights are computed from training examples."""
 
     def initialize_from(self, inputs: Tensor) -> None:
-        """Set them, after the model is made and before weights are loaded into it.
+        """Set the weights, after the model is created and before any weights are loaded.
 
         inputs: (N, …) float32 on the CPU, up to 1,024 training examples spread over the split,
-        normalised and not augmented; the same in every process and at every start. No gradients
-        are recorded.
+        normalised and not augmented; the same in every process and at every start. Runs without
+        gradients.
         """
         ...
 
 
 @torch.no_grad()
 def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
-    """Let the model set its first weights; UserError where it could not be loaded or trained then.
+    """Let the model set its initial weights from `inputs`.
 
-    Whoever loads a run makes the model without data, so all that it holds must be there before.
+    Raises UserError if a tensor is added, removed or reshaped, or is not finite: loading a run
+    creates the model without data, so `__init__` must create every tensor.
     """
     assert isinstance(model, nn.Module)
     before = {name: tensor.shape for name, tensor in _tensors(model).items()}
@@ -47,7 +48,7 @@ def start_from_data(model: StartsFromData, inputs: Tensor) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of state_dict without those of get_extra_state."""
+    """Return the entries of state_dict without those of get_extra_state."""
     return {name: v for name, v in model.state_dict().items() if isinstance(v, Tensor)}
 
 
@@ -64,15 +65,15 @@ SCHEMES: dict[str, Callable[[Tensor], object]] = {
     "kaiming": _he,
     "xavier": nn.init.xavier_uniform_,  # Glorot and Bengio 2010
     "orthogonal": nn.init.orthogonal_,  # Saxe et al. 2014
-    "truncated_normal": _truncated_normal,  # standard deviation 0.02, cut at two of them
+    "truncated_normal": _truncated_normal,  # standard deviation 0.02, truncated at two of them
 }
 
 
 def apply(model: nn.Module, scheme: str) -> None:
-    """Draw the weights of linear, convolutional and attention layers anew; biases become zero.
+    """Redraw the weights of linear, convolutional and attention layers; biases become zero.
 
-    Norms keep their ones and zeros. `default` leaves all as the layers made themselves. Draws from
-    torch's global generator, in the order of `model.modules()`.
+    Norms are unchanged. `default` keeps the layers' own initialisation. Draws from torch's global
+    generator, in the order of `model.modules()`.
     """
     if scheme == "default":
         return
@@ -83,7 +84,7 @@ def apply(model: nn.Module, scheme: str) -> None:
     draw = SCHEMES[scheme]
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            for part in module.in_proj_weight.data.chunk(3):  # query, key and value have own fans
+            for part in module.in_proj_weight.data.chunk(3):  # each of query, key, value has a fan
                 draw(part)
             if module.in_proj_bias is not None:
                 nn.init.zeros_(module.in_proj_bias)

@@ -23,9 +23,10 @@ NORMS = ("none", "layer", "batch")
 
 
 class MLP(nn.Module):
-    """Inputs of any shape (B, *input_shape), flattened, to (B, num_outputs).
+    """Maps inputs of any shape (B, *input_shape), flattened, to (B, num_outputs).
 
-    Each width in `hidden` is a linear layer, norm, activation and dropout; none is a linear model.
+    Each width in `hidden` is a linear layer, norm, activation and dropout; an empty list gives a
+    linear model.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class MLP(nn.Module):
 
 
 def choice(key: str, value: str, known: dict[str, type[nn.Module]] | tuple[str, ...]) -> str:
-    """The value, if it is known."""
+    """Return `value`. Raises UserError if it is unknown."""
     if value not in known:
         hint = did_you_mean(value, known) or f" Choose from {', '.join(known)}."
         raise UserError(f"model.{key}={value} is unknown.{hint}")

@@ -1,6 +1,6 @@
-"""torchvision's networks, their first layer and head fitted to the data's images and classes.
+"""torchvision's networks, with the first layer and head fitted to the data's images and classes.
 
-torchvision is imported when a model is made: it costs more than a second.
+torchvision is imported when a model is created, because that takes more than a second.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from regrow.models import freeze as freezing
 from regrow.models import init as initialisation
 from regrow.models.cnn import image_shape
 
-SMALL_IMAGE = 64  # up to this size a ResNet keeps the image's resolution at its start
-PATCHES_PER_SIDE = 8, 14  # at most, for small images and for large ones
+SMALL_IMAGE = 64  # up to this size a ResNet's stem keeps the resolution
+PATCHES_PER_SIDE = 8, 14  # at most, for small and for large images
 VIT_B_16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "mlp_ratio": 4}
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def resnet(
     init: str,
     freeze: list[str],
 ) -> nn.Module:
-    """ResNet-18 or -50 (He et al. 2016), (B, C, H, W) to (B, num_outputs).
+    """Return a ResNet-18 or -50 (He et al. 2016), (B, C, H, W) to (B, num_outputs).
 
     Images of up to 64x64 get the stem of the paper's CIFAR networks, a 3x3 convolution without
     stride or pooling. `zero_init_residual` starts each block as the identity (Goyal et al. 2017).
@@ -77,7 +77,7 @@ def vit(
     init: str,
     freeze: list[str],
 ) -> nn.Module:
-    """Vision transformer (Dosovitskiy et al. 2021), (B, C, S, S) to (B, num_outputs)."""
+    """Return a vision transformer (Dosovitskiy et al. 2021), (B, C, S, S) to (B, num_outputs)."""
     from torchvision.models import VisionTransformer, ViT_B_16_Weights
     from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -126,7 +126,7 @@ def vit(
 
 
 def fitting_patch(size: int) -> int:
-    """The smallest patch, from 2 on, that gives no more than 8 (large images: 14) per side."""
+    """Return the smallest patch size, from 2, with at most 8 (large images: 14) per side."""
     most = PATCHES_PER_SIDE[size > SMALL_IMAGE]
     fitting = [patch for patch in range(2, size) if size % patch == 0 and size // patch <= most]
     if not fitting:
@@ -138,7 +138,7 @@ def fitting_patch(size: int) -> int:
 
 
 def load_fitting(model: nn.Module, found: dict[str, Tensor]) -> None:
-    """Load what has the model's names and shapes, and say what was not: a new stem, a new head."""
+    """Load the tensors that match in name and shape, and log the rest: a new stem, a new head."""
     own = model.state_dict()
     fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     fresh = [name for name in own if name not in fitting]

@@ -14,22 +14,22 @@ from regrow.models.cnn import image_shape
 from regrow.models.mlp import choice
 
 VIEWS = ("one", "mirror", "mirror_shift")
-PATCH = 2  # pixels, each way, of the patches that the first layer takes apart
-ADDED_VARIANCE = 5e-4  # to that of each direction: what hardly varies is mostly noise
+PATCH = 2  # side in pixels of the patches that the first layer whitens
+ADDED_VARIANCE = 5e-4  # of each direction; directions that hardly vary are mostly noise
 SMALLEST_SIZE = 9
 
 
 class WhitenedCNN(nn.Module):
-    """Images (B, C, H, W), from 9x9, to (B, num_outputs).
+    """Maps images (B, C, H, W), from 9x9, to (B, num_outputs).
 
-    The filters of the first layer are not learnt: they are the principal directions of the training
-    images' 2x2 patches, each scaled to a variance of nearly one and taken with both signs
-    (`initialize_from`). Each of three stages halves the image. Convolutions start by passing their
-    input on. Of the norms only the shift is learnt.
+    The first layer's filters are not learnt: they are the principal directions of the training
+    images' 2x2 patches, each scaled to a variance of nearly one and used with both signs
+    (`initialize_from`). Each of three stages halves the image. Convolutions are initialised to pass
+    their input on. Only the norms' shift is learnt, not their scale.
 
-    Outside of training an image is seen in several `views`, whose outputs are averaged: `one`;
-    `mirror`, it and its mirror; `mirror_shift`, these two with a quarter each, and with an eighth
-    each the same of the image moved by a pixel down and right, and up and left.
+    In evaluation the outputs of several `views` of an image are averaged. `one`: the image.
+    `mirror`: the image and its mirror. `mirror_shift`: these two with weight a quarter each, and,
+    with an eighth each, the same for the image shifted by a pixel down and right, and up and left.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class WhitenedCNN(nn.Module):
         freezing.freeze(self, freeze)
 
     def initialize_from(self, inputs: Tensor) -> None:
-        """Set the filters of the first layer by training images (N, C, H, W), normalised."""
+        """Set the first layer's filters from training images (N, C, H, W), normalised."""
         weight = self.whiten.weight
         size = weight[0].numel()
         products, count = torch.zeros(size, size, dtype=torch.float64), 0
-        for part in torch.split(inputs, 64):  # of large images all patches would take gigabytes
+        for part in torch.split(inputs, 64):  # all patches of large images would take gigabytes
             patches = F.unfold(part, PATCH).transpose(1, 2).flatten(0, 1).double()
             products += patches.T @ patches
             count += len(patches)
         values, vectors = torch.linalg.eigh(products / count)
-        # Which of its two signs an eigenvector comes with is up to rounding.
+        # The sign of an eigenvector depends on rounding, so fix it.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         filters = (vectors * largest.sign() / (values + ADDED_VARIANCE).sqrt()).T
         weight.copy_(torch.cat([filters, -filters]).view_as(weight))
@@ -94,7 +94,7 @@ class WhitenedCNN(nn.Module):
 
 
 class _Stage(nn.Module):
-    """(B, before, H, W) to (B, after, H // 2, W // 2)."""
+    """Maps (B, before, H, W) to (B, after, H // 2, W // 2)."""
 
     def __init__(self, before: int, after: int, norm_momentum: float) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The record of a run: its folder, trackers, manifest, pictures and page."""
+"""The record of a run: its folder, trackers, manifest, plots and report page."""

@@ -1,4 +1,4 @@
-"""Several runs as a table: a row for each, a line for each setting over its seeds, and the best."""
+"""Several runs as a table: a row per run, a line per setting over its seeds, and the best."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ UNKNOWN = "too few seeds to tell"
 
 
 def label_of(swept: Mapping[str, str]) -> str:
-    """What sets a run apart, as it was typed."""
+    """Return the overrides that distinguish a run, as typed."""
     return " ".join(f"{key}={value}" if value else key for key, value in swept.items())
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run, or a job that has none yet."""
+    """A run, or a job without a run so far."""
 
     job: str
     state: str
-    swept: Mapping[str, str]  # what sets it apart
+    swept: Mapping[str, str]  # the overrides that distinguish it
     seed: object
     run: Run | None
     folder: str
@@ -54,14 +54,16 @@ class Row:
 
     @property
     def monitored(self) -> str:
-        """The metric that the run chose its best weights by; empty where there is none."""
+        """The metric that selected the run's best weights; empty without one."""
         if self.run is None or self.state != "completed":
             return ""
         return str((self.run.summary.get("best") or {}).get("metric") or "")
 
     def value(self, metric: str) -> float | None:
-        """What a completed run came to: its best monitored value, what else was measured there, or
-        a fact of the run such as `parameters`; None where that is no finite number."""
+        """Return a completed run's value of `metric`; None if there is no finite number.
+
+        It is the best monitored value, another metric of that step, or a fact such as `parameters`.
+        """
         if self.run is None or self.state != "completed":
             return None
         summary = self.run.summary
@@ -73,7 +75,7 @@ class Row:
         return float(found) if is_number else None
 
     def metrics(self) -> dict[str, Any]:
-        """The final ones, without those of single classes."""
+        """Return the final metrics, without those per class."""
         if self.run is None or self.state != "completed":
             return {}
         found = {**(self.run.summary.get("val") or {}), **(self.run.summary.get("test") or {})}
@@ -82,13 +84,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the runs that differ in their seed alone came to."""
+    """The results of the runs that differ only in their seed."""
 
     label: str
     rows: Sequence[Row]
     monitored: Estimate
     tested: Estimate | None
-    from_best: Difference | None  # None of the best itself, and where there are too few seeds
+    from_best: Difference | None  # None for the best itself, and with too few seeds
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,13 @@ class Comparison:
     rows: Sequence[Row]
     metric: str  # monitored
     mode: str  # max or min
-    test_metric: str | None  # the same of the test split
+    test_metric: str | None  # the same metric on the test split
     settings: Sequence[Setting]  # the best first
     left_out: Sequence[Row]  # completed, but without that metric
 
     @property
     def best(self) -> Row | None:
-        """The run whose value is the best."""
+        """The run with the best value."""
         sign = 1 if self.mode == "max" else -1
         having = [
             (row.value(self.metric), row) for setting in self.settings for row in setting.rows
@@ -112,8 +114,10 @@ class Comparison:
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """Any runs, told apart by the keys in which their configs differ: as they were typed, where
-    that tells the same runs apart."""
+    """Return a row per run, distinguished by the keys in which their configs differ.
+
+    Uses the overrides as typed, if these distinguish the same runs.
+    """
     keys = differing_keys([run.config for run in runs], references([run.folder for run in runs]))
     flats = [flatten(run.config) for run in runs]
     differing = [{key: _plain(flat[key]) for key in keys if key in flat} for flat in flats]
@@ -137,12 +141,12 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 
 def _setting(swept: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The same whatever the order and the spelling of what was typed."""
+    """Return a key that does not depend on the order and spelling of the overrides."""
     return tuple(sorted((k, _number(v)) for k, v in swept.items() if k not in SEEDS))
 
 
 def _number(text: str) -> str:
-    """One spelling for 1e-3 and 0.001; other text as it is."""
+    """Return one spelling for 1e-3 and 0.001; other text unchanged."""
     try:
         return repr(float(text))
     except ValueError:
@@ -150,15 +154,15 @@ def _number(text: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text in which 0 and 0.0 are one value."""
+    """Return text in which 0 and 0.0 are equal."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:g}" if is_number else str(value)
 
 
 def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison:
-    """Settings over their seeds, the best first, by `metric`; else by what most runs monitored.
+    """Return settings over their seeds, the best first, by `metric` or what most runs monitored.
 
-    `mode` is max or min; else that of the runs.
+    `mode` is max or min, by default that of the runs.
     """
     completed = [row for row in rows if row.monitored]
     monitored = [row.monitored for row in completed]
@@ -216,8 +220,11 @@ def interval(of: Estimate | Difference | None) -> str:
 
 
 def verdict(setting: Setting, is_best: bool) -> str:
-    """How the setting compares with the best one, by its seeds: "worse" if it differs although
-    several are compared, "probably worse" if it would differ were it the only one."""
+    """Return how the setting compares with the best one, judged over seeds.
+
+    "worse": it differs even with several comparisons. "probably worse": it would differ as the only
+    one.
+    """
     if is_best:
         return "best"
     if setting.from_best is None:
@@ -228,7 +235,7 @@ def verdict(setting: Setting, is_best: bool) -> str:
 
 
 def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the settings, the best first."""
+    """Return header and rows of the settings, the best first."""
     per_cent = f"{LEVEL:.0%}"
     header = ["setting", "n", comparison.metric, f"{per_cent} interval"]
     header += [comparison.test_metric] if comparison.test_metric else []
@@ -241,14 +248,14 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         row += [difference, interval(its.from_best), verdict(its, index == 0)]
         rows.append(row)
     empty = {i for i in range(1, len(header)) if not any(row[i] for row in rows)}
-    if len(rows) == 1 or {row[-1] for row in rows[1:]} == {UNKNOWN}:  # nothing to tell apart
+    if len(rows) == 1 or {row[-1] for row in rows[1:]} == {UNKNOWN}:  # no verdict to show
         empty |= {len(header) - 1}
     kept = [i for i in range(len(header)) if i not in empty]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the columns side by side."""
+    """Return lines with aligned columns."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -257,7 +264,7 @@ def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A row for each run: job, status, what was swept, final metrics, weights, folder, reason."""
+    """Write a row per run: job, status, overrides, final metrics, weights, folder, reason, log."""
     swept = list(dict.fromkeys(key for row in rows for key in row.swept))
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics()))
     text = io.StringIO()
@@ -282,7 +289,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
-    """One page: the settings, what failed, the runs side by side and their curves."""
+    """Write one page: the settings, failed jobs, the runs side by side and their curves."""
     tables = {}
     if comparison.settings:
         tables["Settings"] = table_of(comparison)

@@ -1,4 +1,4 @@
-"""git.diff: how the code differs from its commit, as a patch that `git apply` restores."""
+"""git.diff: the code's changes since its commit, as a patch for `git apply`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from regrow.record.redact import redact
 
-ORIGIN = "origin.json"  # in a copy of the code: what it is a copy of
-LIMIT = 1_000_000  # bytes of the patch; what does not fit is listed by name and SHA-256
+ORIGIN = "origin.json"  # in a copy of the code: its origin
+LIMIT = 1_000_000  # bytes of the patch; files that do not fit are listed by name and SHA-256
 SECONDS = 5.0
-HASHED_BYTES = 100_000_000  # of the files that are listed
+HASHED_BYTES = 100_000_000  # of the listed files
 LISTED = 200
-# Settings of the user that would give a patch which `git apply` does not read.
+# Override user settings that would produce a patch that `git apply` cannot read.
 AS_A_PATCH = (
     *("-c", "core.quotePath=true", "diff", "--no-ext-diff", "--no-textconv", "--no-color"),
     *("--binary", "--src-prefix=a/", "--dst-prefix=b/", "--unified=3", "--no-relative"),
@@ -31,17 +31,17 @@ AS_A_PATCH = (
 
 @dataclass
 class Changes:
-    """What of a checkout its commit does not hold. Names are relative to the repository's top."""
+    """The parts of a checkout that its commit does not hold; names are relative to its top."""
 
     patch: bytes = b""
     left_out: dict[str, str | None] = field(default_factory=dict)  # SHA-256 by name
-    cut: bool = False  # whether code is among what was left out
-    not_listed: int = 0  # so many more were left out
+    cut: bool = False  # True if code was left out
+    not_listed: int = 0  # number of further files left out
     untracked: list[str] = field(default_factory=list)
 
 
 def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -> bytes | None:
-    """The first `limit` bytes that git prints, or None when it fails or takes too long."""
+    """Return the first `limit` bytes of git's output, or None if it fails or takes too long."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
     try:
         process = subprocess.Popen(
@@ -58,7 +58,7 @@ def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -
     with process:
         assert process.stdout is not None
         output = process.stdout.read(limit)
-        if len(output) == limit:  # a huge diff is never held in memory
+        if len(output) == limit:  # never hold a huge diff in memory
             process.kill()
         code = process.wait()
     timer.cancel()
@@ -66,8 +66,10 @@ def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -
 
 
 def changes_of(root: Path, top: Path, *, limit: int | None = None) -> Changes:
-    """Changes of tracked files, staged ones included, and the content of new code: `.py` files and
-    `conf/**/*.yaml` under `root`. `top` is the repository's folder, of which `root` may be a part.
+    """Return the changes of tracked files, including staged ones, and the content of new code.
+
+    New code is `.py` files and `conf/**/*.yaml` under `root`. `top` is the repository's folder,
+    which may contain `root`.
     """
     limit = LIMIT if limit is None else limit
     until = time.monotonic() + SECONDS
@@ -106,9 +108,9 @@ def changes_of(root: Path, top: Path, *, limit: int | None = None) -> Changes:
 
 
 def redacted(patch: bytes) -> tuple[bytes, list[str]]:
-    """The patch without secrets, and the names of the files in which one was masked.
+    """Return the patch without secrets, and the names of the files in which one was masked.
 
-    Lines stay lines, so the patch of every other file applies.
+    The number of lines does not change, so the patch still applies to every other file.
     """
     text, names = patch.decode("utf-8", "surrogateescape"), []
     sections = re.split(r"(?m)^(?=diff --git )", text)
@@ -125,7 +127,7 @@ def redacted(patch: bytes) -> tuple[bytes, list[str]]:
 
 
 def _redacted_lines(body: str) -> str:
-    """The lines of hunks, redacted without the sign in their first column, as the file has them."""
+    """Return the lines of hunks, redacted without the sign in their first column."""
     lines = body.split("\n")
     signs = [line[:1] if line[:1] in (" ", "+", "-") else "" for line in lines]
     own = [line[len(sign) :] for sign, line in zip(signs, lines, strict=True)]
@@ -134,7 +136,7 @@ def _redacted_lines(body: str) -> str:
 
 
 def _name_in(head: str) -> str:
-    """The file that a section of a patch is about."""
+    """Return the file that a section of a patch changes."""
     named = re.findall(r"(?m)^(?:\+\+\+|---) (.+?)\t?$", head) or [head.split(" ")[-1].strip()]
     name: str = next(one for one in reversed(named) if one != "/dev/null")
     if name.startswith('"'):
@@ -144,7 +146,7 @@ def _name_in(head: str) -> str:
 
 
 def _base(top: Path) -> str:
-    """The commit that is checked out, or the empty tree before the first one."""
+    """Return the checked-out commit, or the empty tree before the first commit."""
     if run_git(top, "rev-parse", "--verify", "-q", "HEAD", limit=1000) is not None:
         return "HEAD"
     empty = run_git(top, "hash-object", "-t", "tree", "--stdin", limit=1000) or b""
@@ -152,13 +154,13 @@ def _base(top: Path) -> str:
 
 
 def _names(folder: Path, *arguments: str) -> list[str]:
-    """File names that git prints with -z; undecodable bytes stay as surrogates."""
+    """Return file names that git prints with -z; undecodable bytes stay as surrogates."""
     output = run_git(folder, arguments[0], "-z", *arguments[1:], limit=LIMIT) or b""
     return [os.fsdecode(name) for name in output.split(b"\0")[:-1]]
 
 
 def _is_new_code(name: str, inside: str, top: Path) -> bool:
-    """Return True if an untracked file is code, not a copy of it or part of an environment."""
+    """Return True if an untracked file is code, outside copies of the code and environments."""
     own = name.removeprefix(inside)
     if not own.endswith(".py") and not (own.startswith("conf/") and own.endswith(".yaml")):
         return False
@@ -167,7 +169,7 @@ def _is_new_code(name: str, inside: str, top: Path) -> bool:
 
 
 def _addition(name: str, path: Path, room: int) -> bytes | None:
-    """A new file as a patch of git's; None if it is larger than `room` or not text."""
+    """Return a new file as a git patch; None if it is larger than `room` or not text."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         mode, content = "120000", os.fsencode(path.readlink())
@@ -196,7 +198,7 @@ def _addition(name: str, path: Path, room: int) -> bytes | None:
 
 
 def _quoted(name: str) -> str:
-    """A name as git writes it with core.quotePath; in quotes with a space, too."""
+    """Return a name as git writes it with core.quotePath; also quoted if it has a space."""
     raw = os.fsencode(name)
     if re.fullmatch(rb"[!#-\[\]-~]+", raw):
         return name
@@ -205,7 +207,7 @@ def _quoted(name: str) -> str:
 
 
 class _Hashes:
-    """SHA-256 of files by name, while there is room in the list and in the bytes to read."""
+    """SHA-256 of files by name, within limits on the list's length and the bytes read."""
 
     def __init__(self, top: Path) -> None:
         self.top, self.count, self.room = top, 0, HASHED_BYTES

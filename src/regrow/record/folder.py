@@ -1,4 +1,4 @@
-"""A run's folder: made once, written by one process at a time, and readable after any crash."""
+"""A run's folder: created once, written by one process at a time, readable after any crash."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ IN_A_SUMMARY: dict[str, type | UnionType] = {
     **{"status": str, "steps": int, "epochs": int, "seconds": int | float},
     **{"best": dict, "val": dict, "test": dict, "evaluations_without_improvement": int},
 }
-_SUFFIX = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: read aloud and typed without mistakes
+_SUFFIX = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: easy to read aloud and to type
 
 
 class FolderBusy(UserError):
-    """Another living process holds the folder."""
+    """Raised if another living process holds the folder."""
 
 
 def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
-    """Make outputs/<name>/<date>_<time>-<suffix>; never one that another process was given."""
+    """Create and return outputs/<name>/<date>_<time>-<suffix>, unique to this process."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise UserError(
@@ -56,21 +56,23 @@ def create(outputs: Path, name: str, now: datetime | None = None) -> Path:
         suffix = "".join(secrets.choice(_SUFFIX) for _ in range(4))
         folder = parent / f"{stamp}-{suffix}"
         try:
-            folder.mkdir()  # the kernel decides who made it; a check beforehand could not
+            folder.mkdir()  # atomic; a check beforehand would race
         except FileExistsError:
             continue
         return folder
 
 
 def link_latest(folder: Path, runs: Path) -> None:
-    """Let <runs>/latest name `folder`, in one step; of a job of a sweep, <runs>/sweeps/latest the
-    sweep. `runs` is outputs/<name>; a folder that lies elsewhere, or deeper, is not linked.
+    """Point <runs>/latest at `folder`, atomically.
+
+    For a sweep's job, point <runs>/sweeps/latest at the sweep. `runs` is outputs/<name>. A folder
+    elsewhere, or deeper, is not linked.
     """
     try:
         inside = folder.resolve().relative_to(runs.resolve())
     except ValueError:
         return
-    if ".." in runs.parts:  # a name that came with a folder
+    if ".." in runs.parts:  # the name comes from a foreign folder
         return
     if inside.parts[:1] == ("sweeps",):
         runs, inside = runs / "sweeps", Path(*inside.parts[1:2])
@@ -81,13 +83,13 @@ def link_latest(folder: Path, runs: Path) -> None:
         log.warning("%s is no link, left as it is", link)
         return
     if link.is_symlink() and len(link.readlink().parts) != 1:
-        log.warning("%s names another place, left as it is", link)  # a run did not write it
+        log.warning("%s names another place, left as it is", link)  # not written by a run
         return
     temporary = link.with_name(f".latest-{secrets.token_hex(8)}")
     try:
         temporary.symlink_to(inside, target_is_directory=True)
         temporary.replace(link)
-    except OSError as error:  # a file system without links: the run does not need one
+    except OSError as error:  # the file system has no links: the run does not need one
         log.warning("%s was not updated: %s", link, error)
         temporary.unlink(missing_ok=True)
 
@@ -95,8 +97,8 @@ def link_latest(folder: Path, runs: Path) -> None:
 def refuse_links(folder: Path, named: str, part: str = "", way_out: str = "") -> None:
     """Raise UserError for a link in the folder, or in a part of it, that leads out of the folder.
 
-    What is written would follow it, so this goes before writing into a folder from elsewhere.
-    wandb links to its own logs, and begins a new folder each time it starts.
+    Writing would follow the link, so call this before writing into a folder from elsewhere. wandb's
+    folder is exempt: it links to its own logs, and wandb creates a new folder at each start.
     """
     inside, below = folder.resolve(), [folder / part] if part else []
     for root, folders, files in os.walk(folder / part):
@@ -112,7 +114,7 @@ def refuse_links(folder: Path, named: str, part: str = "", way_out: str = "") ->
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove a folder that holds nothing but the lock of this process; of the current one, that."""
+    """Remove a folder that holds only this process's lock; of the current one, only the lock."""
     if folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
         (folder / ".lock").unlink()
         if folder.resolve() != Path.cwd():
@@ -120,9 +122,9 @@ def remove_unused(folder: Path) -> None:
 
 
 def remove_start(folder: Path) -> None:
-    """Remove what a run has written before its first step, the folder too if nothing else is there.
+    """Remove what a run wrote before its first step, and the folder if nothing else is in it.
 
-    Call it only for a folder in which nothing but the lock was when the run began.
+    Only call this for a folder that held nothing but the lock when the run began.
     """
     for path in folder.iterdir():
         if path.name == names.LOCK or not names.is_of_a_run(path.name):
@@ -140,9 +142,10 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 class Lock:
-    """The right to write into a folder; the kernel takes it back when its holder dies.
+    """An exclusive lock on a folder; the kernel releases it when its holder dies.
 
-    `with Lock(folder):` or acquire() and release(). Raises FolderBusy when another has it.
+    Use `with Lock(folder):` or acquire() and release(). Raises FolderBusy if another process holds
+    it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -167,7 +170,7 @@ class Lock:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     os.close(descriptor)
                     raise
-                if attempt == 5:  # waited a quarter of a second: no mere look by is_locked()
+                if attempt == 5:  # after 0.25 s it is not just a check by is_locked()
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                     os.close(descriptor)
                     raise FolderBusy(
@@ -178,19 +181,19 @@ class Lock:
         if not self._is_in_place(descriptor):
             os.close(descriptor)
             return self.acquire()
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        with contextlib.suppress(OSError):  # the lock works even on a full disk
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         self.descriptor = descriptor
         _held.add(self)
-        for leftover in self.folder.glob(".*.tmp"):  # of a writer that was killed
+        for leftover in self.folder.glob(".*.tmp"):  # left by a killed writer
             if names.is_temporary(leftover.name) and leftover.is_file():
                 leftover.unlink(missing_ok=True)
         return self
 
     @classmethod
     def taken_over(cls, folder: Path, descriptor: int) -> Lock:
-        """The lock that the program before this one, in the same process, had on `folder`."""
+        """Return the lock on `folder` that this process held before it replaced its program."""
         os.set_inheritable(descriptor, False)
         lock = cls(folder)
         lock.descriptor = descriptor
@@ -198,7 +201,7 @@ class Lock:
         return lock
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Return True if the file is still the folder's: its last holder may have removed both."""
+        """Return True if the lock file still exists: its last holder may have removed it."""
         try:
             return os.path.samestat(os.fstat(descriptor), (self.folder / ".lock").stat())
         except FileNotFoundError:
@@ -223,7 +226,7 @@ class Lock:
 
 
 def _let_go_in_a_fork() -> None:
-    # A forked data worker that outlives its killed parent would keep the lock for seconds.
+    # A forked data worker that outlives its killed parent would hold the lock for seconds.
     for lock in list(_held):
         lock.release()
 
@@ -232,7 +235,7 @@ os.register_at_fork(after_in_child=_let_go_in_a_fork)
 
 
 def is_locked(folder: Path) -> bool:
-    """Return True if a living process, this one included, holds the folder's lock."""
+    """Return True if a living process, including this one, holds the folder's lock."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -250,16 +253,16 @@ def is_locked(folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Replace the file in one step: after a crash it holds the old text or the new one, whole.
+    """Replace the file atomically: after a crash it holds the complete old or new text.
 
-    A `private` one is for this user's eyes alone. A byte of a file name that is not UTF-8 is
-    written as \\udcXX, which JSON and YAML read back as what Python calls that byte.
+    A `private` file is readable by this user only. Bytes of file names that are not UTF-8 are
+    written as \\udcXX, which JSON and YAML read back as Python's form of that byte.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"), private=private)
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Like write_text."""
+    """Like write_text, for bytes."""
     refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -278,7 +281,7 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
 def refuse_special(path: Path) -> None:
     """Raise FileExistsError for a folder, device, pipe or socket, which a rename would replace.
 
-    A link is replaced itself: the file that it names stays as it is.
+    A link itself is replaced: its target does not change.
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "it exists and is not a regular file", str(path))
@@ -295,12 +298,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Like write_text. A NaN is written as NaN, which Python's json reads back."""
+    """Write `value` as JSON, like write_text. NaN is written as NaN, which Python's json reads."""
     write_text(path, as_json(value))
 
 
 def as_json(value: Any) -> str:
-    """The text of a JSON file."""
+    """Return `value` as the text of a JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
 
@@ -311,9 +314,9 @@ def read_json(path: Path) -> Any:
 def read_damaged(
     path: Path, types: Mapping[str, type | UnionType], *, whole: bool = True
 ) -> dict[str, Any]:
-    """The mapping in a JSON file; empty, with one line, if it is not one with these types.
+    """Return the mapping in a JSON file; if it is damaged or has other types, warn and return {}.
 
-    No file is an empty mapping, too. Keys may be missing if it need not be `whole`.
+    A missing file gives {} too. Unless `whole`, keys may be missing.
     """
     try:
         content = read_json(path)
@@ -336,9 +339,9 @@ def read_damaged(
 
 
 def load_summary(folder: Path, *, whole: bool = True) -> dict[str, Any]:
-    """What summary.json says; empty where there is none, or none that can be used.
+    """Return the content of summary.json; empty if it is missing or damaged.
 
-    A `whole` one has all that a resume looks at.
+    If `whole`, every key that a resume needs must be there.
     """
     summary = read_damaged(folder / SUMMARY, IN_A_SUMMARY, whole=whole)
     best = summary.get("best", {"value": None})
@@ -361,7 +364,7 @@ def dump_line(values: dict[str, Any]) -> bytes:
 
 
 def whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
+    """Return the number of bytes up to the end of the last complete line."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -375,7 +378,7 @@ def whole_lines(path: Path) -> int:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. One that a crash tore is left out; no file, no lines."""
+    """Return the lines of metrics.jsonl, without torn ones; empty if there is no file."""
     return list(iterate_metrics(folder))
 
 
@@ -392,7 +395,7 @@ def iterate_metrics(folder: Path) -> Iterator[dict[str, Any]]:
                 values = None
             if isinstance(values, dict) and isinstance(values.get("step"), int):
                 yield values
-            elif line.endswith(b"\n"):  # the last line may be half written
+            elif line.endswith(b"\n"):  # the last line may be incomplete
                 broken.append(number)
     if broken:
         shown = ", ".join(map(str, broken[:5])) + (" …" if len(broken) > 5 else "")
@@ -411,7 +414,7 @@ def set_status(
     error: str | None = None,
     **more: Any,
 ) -> None:
-    """Write status.json. It only tells: on a full disk the run goes on, with a warning."""
+    """Write status.json. On a full disk the run continues, with a warning."""
     if error is not None:
         error = redact(re.sub(r"\s+", " ", error).strip())
     status = {"state": state, "step": step, "pids": list(pids), "error": error, **more}
@@ -423,13 +426,13 @@ def set_status(
 
 
 def set_step(folder: Path, step: int) -> None:
-    """Note in status.json how far the run has come: of a killed one, that is all there is."""
+    """Record the step in status.json; after a kill it is the only trace of progress."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         set_status(folder, **{**read_json(folder / STATUS), "step": step})
 
 
 def load_status(folder: Path) -> dict[str, Any] | None:
-    """What status.json says, or None; `running` with nobody holding the lock is `interrupted`."""
+    """Return the content of status.json or None; `running` without a lock becomes `interrupted`."""
     status = read_damaged(folder / STATUS, {"state": str, "step": int}, whole=False)
     if not isinstance(status.get("state"), str):
         return None

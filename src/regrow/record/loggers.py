@@ -1,7 +1,7 @@
-"""Trackers. metrics.jsonl is the record; the others are views of it that can be made again.
+"""Trackers. metrics.jsonl is the record; the others are views that can be rebuilt from it.
 
-A resumed run first cuts metrics.jsonl back to its checkpoint (`Jsonl.rewind`), then opens its
-trackers, which fill what a crash took from them out of metrics.jsonl and show each step once.
+A resumed run first truncates metrics.jsonl to its checkpoint (`Jsonl.rewind`), then opens its
+trackers. They restore from metrics.jsonl what a crash lost, and show each step once.
 """
 
 from __future__ import annotations
@@ -36,29 +36,31 @@ from regrow.record.redact import redact_all
 log = logging.getLogger(__name__)
 
 
-GIVEN = ("folder", "resume_step", "run_name", "config")  # to each logger that takes them
-KILLED = 255  # the exit code that wandb shows as killed and not as failed
+GIVEN = ("folder", "resume_step", "run_name", "config")  # passed to each logger that takes them
+KILLED = 255  # the exit code that wandb shows as killed, not as failed
 
 
 class Logger(Protocol):
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None: ...
     def flush(self) -> None:
-        """Called at each checkpoint: hand over what is buffered."""
+        """Write out buffered values. Called at each checkpoint."""
 
     def close(self, exit_code: int = 0) -> None: ...
 
 
 class Jsonl:
-    """metrics.jsonl: one object per line. Each line reaches the kernel at once; only sync()
-    waits for the disk. NaN and infinities are written NaN and Infinity, as Python's json reads
-    them. Lines that find no room are kept in memory and written when there is some again.
+    """metrics.jsonl: one object per line.
+
+    Each line reaches the kernel at once; only sync() waits for the disk. NaN and infinities are
+    written as NaN and Infinity, which Python's json reads. If the disk is full, lines stay in
+    memory until there is room.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self.end = whole_lines(self.path)  # a killed writer's half line is cut off
+        self.end = whole_lines(self.path)  # drops a killed writer's partial line
         os.ftruncate(self.descriptor, self.end)
         sync_folder(folder)
         self.waiting: deque[bytes] = deque()
@@ -69,7 +71,7 @@ class Jsonl:
         self._write()
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
-        """Nothing: histograms are no record."""
+        """Do nothing: histograms are not part of the record."""
 
     def _write(self) -> None:
         try:
@@ -80,7 +82,7 @@ class Jsonl:
                 self.end += written
                 self.waiting.popleft()
         except OSError as error:
-            with suppress(OSError):  # no half line for a reader to stumble over
+            with suppress(OSError):  # leave no partial line
                 os.ftruncate(self.descriptor, self.end)
             if not self.full:
                 log.warning("%s: %s. Its lines wait in memory.", self.path, error.strerror)
@@ -91,23 +93,23 @@ class Jsonl:
             self.full = False
 
     def position(self) -> int:
-        """The length in bytes with all that was logged, lines that still wait included."""
+        """Return the length in bytes of everything logged, including lines still in memory."""
         self.flush()
         return self.end + sum(map(len, self.waiting))
 
     def sync(self, position: int) -> None:
-        """Wait until what was logged up to `position` is on the disk. Raises OSError if it is not.
+        """Wait until everything logged up to `position` is on disk. Raises OSError if it is not.
 
         May be called from another thread.
         """
-        if os.fstat(self.descriptor).st_size < position:  # lines are whole up to where they end
+        if os.fstat(self.descriptor).st_size < position:  # some lines are still in memory
             raise OSError(f"{self.path} has no room for its lines")
         os.fsync(self.descriptor)
 
     def rewind(self, position: int, step: int | None = None) -> None:
-        """Forget what was logged after the checkpoint of `step`, which holds this position.
+        """Drop the lines logged after the checkpoint of `step`, which stores `position`.
 
-        An edited file has no line that ends there. Then the lines up to the step are kept.
+        If the file was edited, no line ends at `position`; then the lines up to `step` are kept.
         """
         ends_there = position == 0 or (
             position <= self.end and os.pread(self.descriptor, 1, position - 1) == b"\n"
@@ -200,13 +202,13 @@ class Csv:
         return [harmless(cell) if isinstance(cell, str) else cell for cell in cells]
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
-        """Nothing: a table has no place for them."""
+        """Do nothing: a table cannot hold histograms."""
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: nothing is buffered."""
 
     def close(self, exit_code: int = 0) -> None:
-        # Rows that a full disk refused are in metrics.jsonl by now.
+        # Restore rows that a full disk refused from metrics.jsonl.
         self._rewrite(list(iterate_metrics(self.path.parent)))
 
 
@@ -228,8 +230,8 @@ class TensorBoard:
         kept = -1 if resume_step is None else resume_step
         old = sorted(path.glob("events.out.tfevents.*"))
         self.shown = {event for event in _events(old) if event[0] <= kept}
-        # Files are read in the order of their names, which begin with a time in seconds: a run that
-        # is resumed within the same second still comes after.
+        # Files are read in the order of their names, which begin with a time in seconds: a run
+        # resumed within the same second still comes later.
         self.writer = SummaryWriter(
             str(path),
             purge_step=kept + 1 if old else None,
@@ -245,7 +247,7 @@ class TensorBoard:
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         for tag, tensor in tensors.items():
-            finite = tensor[tensor.isfinite()]  # a histogram of a NaN raises
+            finite = tensor[tensor.isfinite()]  # a histogram of NaN raises
             if finite.numel() and not self._is_shown(step, tag):
                 self.writer.add_histogram(tag, finite, step)
 
@@ -260,7 +262,7 @@ class TensorBoard:
 
 
 def _events(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
-    """(step, tag) of all that TensorBoard would show, purges by earlier resumes included."""
+    """Yield (step, tag) of all that TensorBoard would show, after earlier resumes' purges."""
     paths = list(paths)
     if not paths:
         return
@@ -283,10 +285,10 @@ _NO_LOGIN = (
 
 
 class Wandb:
-    """Weights & Biases. The id stays in wandb.json, so a resumed run goes on in the same place.
+    """Weights & Biases. wandb.json keeps the id, so a resumed run continues the same wandb run.
 
-    The environment's WANDB_MODE wins over `mode`. Offline runs are sent with `wandb sync`.
-    Raises UserError when `mode` is online and nobody is logged in.
+    The environment's WANDB_MODE overrides `mode`. Offline runs are uploaded with `wandb sync`.
+    Raises UserError if `mode` is online without a login.
     """
 
     def __init__(
@@ -318,7 +320,7 @@ class Wandb:
                 raise UserError(_NO_LOGIN)
             identity = _wandb_identity(folder)
             if chosen == "offline":
-                # An offline run cannot look up what was sent: each attempt holds the whole run.
+                # An offline run cannot query the server, so each attempt holds the whole run.
                 _set_aside_offline_runs(folder)
             arguments: dict[str, Any] = {
                 "project": project,
@@ -340,7 +342,7 @@ class Wandb:
                 log.warning("wandb is not reached, this run is kept offline: %s", reason)
                 chosen = "offline"
                 os.environ["WANDB_MODE"] = chosen
-                wandb.teardown()  # or it says that the id is in use
+                wandb.teardown()  # else wandb reports that the id is in use
                 wandb.setup(wandb.Settings(**common))
                 self.run = wandb.init(mode=chosen, **arguments)
         self.histogram = wandb.Histogram
@@ -356,7 +358,7 @@ class Wandb:
         return Path(self.run.dir).parent
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        # What the server already holds is not sent again: a resumed run logs the same numbers.
+        # Skip steps that the server already has: a resumed run logs the same numbers.
         if self.run is not None and step >= self.first_step:
             self.run.log({**values, "epoch": epoch}, step=step)
 
@@ -371,7 +373,7 @@ class Wandb:
         self.run.log(histograms, step=step)
 
     def flush(self) -> None:
-        """wandb's own process sends; the newest step goes out with the one after it."""
+        """Do nothing: wandb's own process sends, the newest step along with the next one."""
 
     def close(self, exit_code: int = 0) -> None:
         if self.run is not None:
@@ -380,7 +382,7 @@ class Wandb:
 
 
 def wandb_mode(mode: str) -> Literal["online", "offline", "disabled"]:
-    """The mode in force: the environment's wins. Raises UserError on an unknown one."""
+    """Return the effective mode; the environment overrides `mode`. Raises UserError if unknown."""
     key, value = "logger.wandb.mode", mode
     if os.environ.get("WANDB_MODE"):
         key, value = "WANDB_MODE", os.environ["WANDB_MODE"]
@@ -396,7 +398,7 @@ def wandb_mode(mode: str) -> Literal["online", "offline", "disabled"]:
 
 @contextmanager
 def _wandb_environment(mode: str) -> Iterator[None]:
-    """WANDB_MODE as resolved, as long as wandb reads it."""
+    """Set WANDB_MODE to the effective mode while wandb reads it."""
     before = os.environ.get("WANDB_MODE")
     os.environ["WANDB_MODE"] = mode
     try:
@@ -412,7 +414,7 @@ def _wandb_identity(folder: Path) -> str:
     path = folder / "wandb.json"
     if path.exists():
         return str(read_json(path)["id"])
-    identity = secrets.token_hex(4)  # not from `random`, which belongs to the run
+    identity = secrets.token_hex(4)  # not from `random`, whose state belongs to the run
     write_json(path, {"id": identity})
     return identity
 
@@ -430,8 +432,10 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Loggers:
-    """metrics.jsonl and the chosen trackers as one. A tracker that breaks is named once and left
-    out; the run and the record go on."""
+    """metrics.jsonl and the chosen trackers as one logger.
+
+    A tracker's first error is logged; the run and the record continue.
+    """
 
     def __init__(self, jsonl: Jsonl, trackers: Mapping[str, Logger]) -> None:
         self.jsonl = jsonl
@@ -475,9 +479,9 @@ def open_loggers(
     run_name: str,
     config: Mapping[str, Any] | None,
 ) -> Loggers:
-    """metrics.jsonl, cut back to `position` (None: to nothing), then each of the config's nodes.
+    """Return loggers of metrics.jsonl, truncated to `position`, and of the config's nodes.
 
-    A tracker that cannot be opened is named and left out.
+    `position` None empties metrics.jsonl. A tracker that cannot be opened is reported and skipped.
     """
     jsonl = Jsonl(folder)
     jsonl.rewind(position or 0, resume_step)
@@ -504,7 +508,7 @@ def open_loggers(
 
 
 def _taken_by(node: Callable[..., Logger], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a logger takes: one's own need not take all."""
+    """Return the arguments that a logger takes; a user's own logger need not take all."""
     try:
         parameters = inspect.signature(node).parameters
     except (TypeError, ValueError):
@@ -520,7 +524,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, Any]) -> None:
-    """Raise UserError for what a logger of one's own needs and neither the config nor a run gives.
+    """Raise UserError if a logger needs an argument that neither the config nor the run gives.
 
     `parameters` are those of its signature, by name.
     """
@@ -537,7 +541,10 @@ def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, 
 
 
 def check_choice(nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Before any folder is made, and without importing them: packages present, modes known."""
+    """Raise UserError for a missing package or an unknown mode, without importing the trackers.
+
+    Called before any folder is created.
+    """
     needs = {"tensorboard": "tensorboard", "wandb": "wandb"}
     for name, node in nodes.items():
         if name in needs and importlib.util.find_spec(needs[name]) is None:
@@ -554,7 +561,7 @@ def check_choice(nodes: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _wandb_login_is_possible() -> bool:
-    """False only where wandb would find no credentials in any of its places."""
+    """Return False only if none of wandb's sources has credentials."""
     settings = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")) / "settings"
     files = [Path(os.environ.get("NETRC", "~/.netrc")), Path("~/_netrc"), settings]
     return any(map(os.environ.get, ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))) or any(

@@ -1,4 +1,4 @@
-"""manifest.json: what made this run. Command, code, versions, hardware, data and seeds."""
+"""manifest.json: how a run was made. Command, code, versions, hardware, data and seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from regrow.record.redact import redact_all
 log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
-# Read at the start, when few packages are imported; `note_packages` adds what was imported.
+# Read at the start, when few packages are imported; `note_packages` adds those imported later.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -42,7 +42,7 @@ PACKAGES = (
     "matplotlib",
     "optuna",
 )
-# Variables that change results or speed. All others stay unread, whatever they hold.
+# Variables that change results or speed. No others are read.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -61,8 +61,8 @@ ENVIRONMENT = (
 )
 
 
-# Folders in the root whose Python files no `_target_` names; the others only where they hold no
-# `__init__.py`.
+# Folders in the root whose Python files no `_target_` names; those of NOT_NAMESPACES only if they
+# hold no `__init__.py`.
 NOT_OWN = ("src", "scripts", "tests", "benchmarks")
 ENTRIES = 10_000
 NOT_NAMESPACES = ("conf", "docs", "data", "outputs", "multirun", "wandb", "build", "dist")
@@ -78,12 +78,12 @@ def write(
     accepted: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write manifest.json and, for code with changes, git.diff; return the manifest.
+    """Write manifest.json and, for code with changes, git.diff. Returns the manifest.
 
-    Where there is one already, it stays and this start is added to its `resumes`; see `set_step`.
-    `root` is the repository's folder, `data` the data's fingerprint. `accepted` are the splits
-    that changed since the run began, with both fingerprints, where the user accepts them. `config`
-    is the source that the run's config was composed from: see `flags.py`.
+    If there is a manifest, this start is added to its `resumes`; see `set_step`. `root` is the
+    repository's folder, `data` the data's fingerprint. `accepted` holds the splits that changed
+    since the run began and that the user accepts, with both fingerprints. `config` is the source
+    that the run's config was composed from: see `flags.py`.
     """
     now: dict[str, Any] = {
         "command": shlex.join(command),
@@ -126,14 +126,14 @@ def write(
 
 
 def latest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest as of the latest start: what a resume changed in place of what was before."""
+    """Return a manifest as of the latest start, with the values that a resume changed."""
     last = (content.get("resumes") or [{}])[-1]
     packages = {**(content.get("packages") or {}), **(last.get("packages") or {})}
     return {**content, **last, "packages": packages}
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of manifest.json; empty where there is none, or none that can be used."""
+    """Return the content of manifest.json; empty if it is missing or damaged."""
     content = read_damaged(folder / NAME, {})
     for key in ("git", "data", "packages", "hardware", "environment", "seeds"):
         if not isinstance(content.get(key), dict | None):
@@ -147,7 +147,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def set_step(folder: Path, step: int) -> None:
-    """Note the step from which the latest start resumed, once its checkpoint is read."""
+    """Record the step that the latest start resumed from, once its checkpoint is read."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         content = read_json(folder / NAME)
         content["resumes"][-1]["step"] = step
@@ -157,7 +157,7 @@ def set_step(folder: Path, step: int) -> None:
 def note_packages(folder: Path, root: Path) -> None:
     """Add the versions of all packages that this process imported, for the latest start.
 
-    Called at the end of a run: reading them takes a third of a second. It never fails a run.
+    Called at the end of a run, because reading them takes a third of a second. Ignores all errors.
     """
     with contextlib.suppress(Exception):
         content = read_json(folder / NAME)
@@ -181,13 +181,13 @@ def _write_patch(folder: Path, name: str, patch: str, entry: dict[str, Any]) -> 
 
 
 def code_changes(folder: Path, root: Path) -> str | None:
-    """One line on how the code differs from the run's, or None when it does not."""
+    """Return one line on how the code differs from the run's, or None if it does not."""
     content = read(folder)
-    if not content:  # lost: nobody can tell
+    if not content:  # lost: no comparison possible
         return None
     recorded = latest(content)
     files, now = recorded.get("code_files"), code_files(root)
-    if files is None:  # an older record, whose hash left out packages without an __init__.py
+    if files is None:  # an older record, whose hash omits packages without an __init__.py
         if recorded.get("code_sha256") == code_sha256(root, namespaces=False):
             return None
         said = "files of conf, src, scripts or the root differ"
@@ -204,14 +204,17 @@ def code_changes(folder: Path, root: Path) -> str | None:
 
 
 def name_some(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and the number of others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(sorted(names)[:most]) + more
 
 
 def code_sha256(root: Path, *, namespaces: bool = True) -> str:
-    """Over names and bytes of the YAML files of conf and of the Python files of src and scripts, of
-    the root and of packages there."""
+    """Return the SHA-256 over names and contents of the code.
+
+    It covers the YAML files of conf and the Python files of src and scripts, of the root and of
+    packages there.
+    """
     digest = hashlib.sha256()
     for path in _code_paths(root, namespaces=namespaces):
         content = path.read_bytes()
@@ -221,7 +224,7 @@ def code_sha256(root: Path, *, namespaces: bool = True) -> str:
 
 
 def code_files(root: Path) -> dict[str, str]:
-    """The start of each file's SHA-256, by its name in `root`: what `code_sha256` is over."""
+    """Return the start of the SHA-256 of each file in `code_sha256`, by its name in `root`."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in _code_paths(root)
@@ -236,18 +239,18 @@ def _code_paths(root: Path, *, namespaces: bool = True) -> list[Path]:
 
 
 def own_packages(root: Path) -> list[str]:
-    """Packages in the root of the repository that a `_target_` may name."""
+    """Return packages in the repository's root that a `_target_` may name."""
     names = [path.parent.name for path in sorted(root.glob("*/__init__.py"))]
     return [name for name in names if name not in NOT_OWN]
 
 
-OF_RECORDS = ("origin.json", "sweep.json", "manifest.json")  # a frozen copy, a sweep, a run
+OF_RECORDS = ("origin.json", "sweep.json", "manifest.json")  # mark a frozen copy, a sweep, a run
 
 
 def namespace_files(root: Path) -> list[Path]:
-    """Python files in folders of the root that have no `__init__.py`: Python imports them, too.
+    """Return Python files in root folders without `__init__.py`, which Python can import too.
 
-    Of each folder so many entries are looked at, since it may as well hold a million images.
+    At most `ENTRIES` entries per folder are read, because it may hold a million images.
     """
     found = []
     for folder in sorted(root.iterdir()):
@@ -271,20 +274,20 @@ def namespace_files(root: Path) -> list[Path]:
 
 
 def write_origin(copy: Path, root: Path) -> None:
-    """Note in a `copy` of the code what `root`, of which it was made, is in git at this moment."""
+    """Record in a `copy` of the code the git state of its `root`."""
     facts = origin(root) or {"root": str(root), "git": git(root)}
     if facts["git"] is None and "git_missing" not in facts:
         facts["git_missing"] = git_missing(root)
     patch = (facts["git"] or {}).get("diff")
     facts = redact_all(facts)
     if patch:
-        facts["git"]["diff"] = patch  # redacted line by line: it is still a patch
-    # As ASCII: the patch may hold bytes that are not UTF-8.
+        facts["git"]["diff"] = patch  # already redacted, line by line, as a patch
+    # ASCII, because the patch may hold bytes that are not UTF-8.
     write_text(copy / ORIGIN, json.dumps(facts, indent=2) + "\n")
 
 
 def origin(root: Path) -> dict[str, Any]:
-    """The origin of `root` if it is a copy; else empty."""
+    """Return the origin of `root` if it is a copy, else {}."""
     with contextlib.suppress(OSError, ValueError):
         facts: dict[str, Any] = read_json(root / ORIGIN)
         return facts
@@ -292,17 +295,17 @@ def origin(root: Path) -> dict[str, Any]:
 
 
 def own_root() -> Path:
-    """The user's own checkout, also in a process that runs a frozen copy of it."""
+    """Return the user's own checkout, even in a process that runs a frozen copy of it."""
     root = Path(__file__).resolve().parents[3]
     own = Path(origin(root).get("root", root))
     return own if (own / "scripts" / "train.py").is_file() else root
 
 
 def git(root: Path) -> dict[str, Any] | None:
-    """Commit, branch, remote, whether there are changes, and the diff; None outside a repository.
+    """Return commit, branch, remote, dirty flag and diff; None outside a repository.
 
-    Time and size are bounded: what does not come within seconds is null or left out. Of a copy,
-    what was noted when it was made.
+    Time and size are bounded: values that take longer than a few seconds are None or omitted. For a
+    copy, the values recorded when it was made are returned.
     """
     if noted := origin(root):
         facts: dict[str, Any] | None = noted["git"]
@@ -342,7 +345,7 @@ _WAYS_OUT: dict[str, Callable[[Path], str]] = {
 
 
 def git_missing(root: Path) -> str | None:
-    """The reason why `git(root)` is None, or None where git answers."""
+    """Return the reason why `git(root)` is None, or None if git works."""
     if noted := origin(root):
         reason: str | None = noted.get("git_missing")
         return reason
@@ -371,7 +374,7 @@ def git_missing(root: Path) -> str | None:
 
 
 def submodules(top: Path) -> dict[str, Any]:
-    """The commit of each submodule, and whether it has changes, which are not recorded."""
+    """Return each submodule's commit, and whether it has changes, which are not recorded."""
     if not (top / ".gitmodules").is_file():
         return {}
     listed = _git(top, "config", "-f", ".gitmodules", "--get-regexp", r"\.path$") or ""
@@ -390,7 +393,7 @@ def submodules(top: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str, limit: int = 100_000) -> str | None:
-    """The output of git, or None if it fails or takes too long."""
+    """Return git's output, or None if it fails or takes too long."""
     output = diff.run_git(root, *arguments, limit=limit)
     if output is None:
         return None
@@ -399,7 +402,7 @@ def _git(root: Path, *arguments: str, limit: int = 100_000) -> str | None:
 
 
 def packages() -> dict[str, str]:
-    """Versions of the stack's installed packages, without importing them."""
+    """Return versions of the stack's installed packages, without importing them."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -408,7 +411,7 @@ def packages() -> dict[str, str]:
 
 
 def imported_packages(root: Path) -> dict[str, str]:
-    """Versions of the packages that this process has imported, the code of `root` aside."""
+    """Return versions of the packages that this process has imported, except the code of `root`."""
     imported = {}
     for name, module in [*sys.modules.items()]:
         if "." not in name and name not in sys.stdlib_module_names:
@@ -416,22 +419,24 @@ def imported_packages(root: Path) -> dict[str, str]:
             imported[name] = Path(file).resolve() if file else None
     found = {}
     for one in importlib.metadata.distributions():
-        with contextlib.suppress(Exception):  # one whose metadata is broken has no version
+        with contextlib.suppress(Exception):  # a package with broken metadata has no version
             place = _editable(one)
             if place is None:
                 used = not imported.keys().isdisjoint(_modules_of(one))
-            else:  # its metadata may list no module
+            else:  # its metadata may not list modules
                 files = [file for file in imported.values() if file and _is_in(file, place)]
                 used = any(not _is_in(file, root.resolve()) for file in files)
-            name = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()  # as PACKAGES has them
-            if used and name not in found:  # the first on the path is the one that is imported
+            name = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()  # spelled as in PACKAGES
+            if used and name not in found:  # the first on the path is the imported one
                 found[name] = one.version + ("" if place is None else _of_a_checkout(place))
     return found
 
 
 def _modules_of(one: importlib.metadata.Distribution) -> set[str]:
-    """Names that can be imported of it. As `packages_distributions`, which takes five times as
-    long."""
+    """Return the importable names of a distribution.
+
+    Like `packages_distributions`, which takes five times as long.
+    """
     if listed := one.read_text("top_level.txt"):
         return set(listed.split())
     lines = (one.read_text("RECORD") or "").splitlines()
@@ -439,7 +444,7 @@ def _modules_of(one: importlib.metadata.Distribution) -> set[str]:
 
 
 def _editable(one: importlib.metadata.Distribution) -> Path | None:
-    """The folder that it was installed from with `pip install -e`, if it was."""
+    """Return the folder of a `pip install -e`, or None."""
     told = json.loads(one.read_text("direct_url.json") or "{}")
     if not told.get("dir_info", {}).get("editable"):
         return None
@@ -447,7 +452,7 @@ def _editable(one: importlib.metadata.Distribution) -> Path | None:
 
 
 def _is_in(file: Path, folder: Path) -> bool:
-    """Return True if it is code of the folder, and not of an environment there."""
+    """Return True if `file` is code of the folder, and not of an environment in it."""
     return file.is_relative_to(folder) and "site-packages" not in file.parts
 
 
@@ -457,7 +462,7 @@ def _of_a_checkout(place: Path) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Host, system, processor and memory; accelerators as far as torch is loaded."""
+    """Return host, system, processor and memory; accelerators if torch is loaded."""
     facts: dict[str, Any] = {
         "host": platform.node(),
         "system": platform.platform(),

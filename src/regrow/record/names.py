@@ -1,8 +1,8 @@
-"""Every name that a run, a sweep or a script gives to a file in its folder. Others are the user's.
+"""All names of files that a run, a sweep or a script writes in its folder. Others are the user's.
 
-`hydra.run.dir=…` may name any folder, and a run replaces files and clears up after a kill. So it
-takes a folder only if that is empty, or holds what a run left there; and it deletes a temporary
-file only if its name is exactly one that it gives.
+`hydra.run.dir=…` may name any folder, and a run replaces files and cleans up after a kill. So it
+accepts a folder only if it is empty or holds a run's files, and deletes a temporary file only if
+its name is exactly one that a run writes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from regrow.errors import UserError
 
-# Of these every run has the first from its first instant until it is deleted.
+# Every run has the first of these from its start until it is deleted.
 LOCK = ".lock"
 RUN = (
     *(LOCK, ".hydra", "config.yaml", "preprocessing.json", "manifest.json", "status.json"),
@@ -26,13 +26,14 @@ RUN = (
     *("lr_finder.csv", "lr_finder.json", "lr_finder.png"),
 )
 RUN_PATTERNS = (r"git(\.\d+)?\.diff", r"evaluation_(train|val|test)(_\w+)?\.json")
-# `.code` is the frozen code while it is copied. With sweep.json the folder is a sweep's for good.
+# `.code` is the frozen code during the copy. A folder with sweep.json permanently belongs to a
+# sweep.
 SWEEP_START = (LOCK, ".state.lock", ".results.lock", ".code", "code")
 SWEEP = (
     *SWEEP_START,
     *("sweep.json", "results.csv", "sweep.html", "jobs", "logs", "slurm", "optuna.log"),
 )
-# Those of these names that are folders.
+# The folders among these names.
 FOLDERS = (
     *(".hydra", "checkpoints", "plots", "profile", "tensorboard", "wandb", "slurm"),
     *("code", ".code", "jobs", "logs"),
@@ -40,7 +41,7 @@ FOLDERS = (
 
 
 def is_of_a_run(name: str) -> bool:
-    """Return True if a run, or a script for it, gives this name to a file or folder of its own."""
+    """Return True if a run, or a script for it, writes a file or folder of this name."""
     return (
         name in RUN
         or any(re.fullmatch(pattern, name) for pattern in RUN_PATTERNS)
@@ -53,7 +54,7 @@ def is_of_a_sweeps_start(name: str) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """Return True if this names a file that is being written, or was when its writer died."""
+    """Return True if this names a file being written, or left by a writer that died."""
     if name == ".weights.pt.tmp":
         return True
     found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
@@ -63,7 +64,7 @@ def is_temporary(name: str) -> bool:
 def refuse_foreign_run(folder: Path) -> None:
     """Raise UserError if `folder` holds something that no run wrote. Writes nothing.
 
-    Once it holds a run's manifest, other names in it are notes of the user, and stay as they are.
+    If it holds a run's manifest, other names are the user's notes and are allowed.
     """
     content = _json(folder / "manifest.json")
     is_ours = isinstance(content, dict) and {"code_sha256", "seeds"} <= content.keys()
@@ -74,7 +75,7 @@ def refuse_foreign_run(folder: Path) -> None:
 
 
 def refuse_foreign_sweep(folder: Path) -> None:
-    """The same for a folder that a sweep is to take."""
+    """Raise UserError if `folder` holds something that no sweep wrote. Writes nothing."""
     content = _json(folder / "sweep.json")
     is_ours = isinstance(content, dict) and {"jobs", "overrides"} <= content.keys()
     _refuse(folder, "hydra.sweep.dir", is_of_a_sweeps_start, is_ours, "sweep")
@@ -100,7 +101,7 @@ def _refuse(folder: Path, key: str, is_own: Any, is_ours: bool, what: str) -> No
         return
     foreign = [entry.name for entry in found if not is_own(entry.name)]
     if found and not foreign and all(entry.name != LOCK for entry in found):
-        foreign = [entry.name for entry in found]  # only the name is a run's
+        foreign = [entry.name for entry in found]  # only the names match a run's
     if foreign:
         raise UserError(
             f"{key}={folder} holds {foreign[0]}, which no {what} of this repository wrote. "

@@ -1,4 +1,4 @@
-"""Pictures of a run, from its folder's files alone. matplotlib is imported when one is drawn."""
+"""Plots of a run, from its folder's files alone. matplotlib is only imported to draw one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ if TYPE_CHECKING:
 
 Lines = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, told apart with any colour vision. Ink, muted and grid are replaced by
-# the page's own in a report, so that a picture follows its light and dark.
+# Okabe and Ito's colours, distinguishable with any colour vision. A report replaces ink, muted and
+# grid by the page's own colours, so that plots follow its light or dark mode.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#7f6a3f", "#e0567b")
 INK, MUTED, GRID = "#24292f", "#656d76", "#d8dee4"
 PANELS = 6
-DETAILED_CLASSES = 20  # beyond, numbers in the cells could not be read
+DETAILED_CLASSES = 20  # with more classes, numbers in the cells are unreadable
 MAX_LABELS = 12
-POINTS = 4000  # of a line; more than a picture has columns
+POINTS = 4000  # per line; more than a plot has pixel columns
 
 
 def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
-    """Write plots/*.png of whatever the folder holds, or of figures that were `drawn` already.
-
-    Returns the paths written.
-    """
+    """Write plots/*.png of the folder's content, or of the figures `drawn`. Returns their paths."""
     paths = []
     for name, figure in (figures(folder) if drawn is None else drawn).items():
         path = folder / "plots" / f"{name}.png"
@@ -42,7 +39,7 @@ def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
 
 
 def figures(folder: Path, lines: Lines | None = None) -> dict[str, Figure]:
-    """By name, in the order in which one looks at them; `lines` if they have been read."""
+    """Return the folder's figures by name, in reading order; `lines` if they have been read."""
     lines = read_metrics(folder) if lines is None else lines
     found = {"learning_curves": curves(lines), "learning_rate": rates(lines)}
     for path in sorted((folder / "plots").glob("*.json")):
@@ -57,7 +54,7 @@ def figures(folder: Path, lines: Lines | None = None) -> dict[str, Figure]:
         elif isinstance(details, dict) and details.get("true"):
             found[f"predicted_{path.stem}"] = predicted(details["true"], details["predicted"])
     there = {name: figure for name, figure in found.items() if figure is not None}
-    for figure in there.values():  # lay it out once, and not for each file that it is written to
+    for figure in there.values():  # lay out once, not for each file written
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return there
@@ -67,7 +64,7 @@ def figures(folder: Path, lines: Lines | None = None) -> dict[str, Figure]:
 
 
 def series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key; of a step that was logged twice, the later."""
+    """Return the steps and values of one key; for a step logged twice, the later value."""
     points = {
         line["step"]: float(line[key]) for line in lines if isinstance(line.get(key), int | float)
     }
@@ -75,9 +72,9 @@ def series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
-    """Of a long line the least and the most finite value of each stretch: it looks the same.
+    """Return a long line's smallest and largest finite value per stretch, which looks the same.
 
-    A gap that is shorter than a stretch is closed.
+    Closes gaps shorter than a stretch.
     """
     if len(steps) <= POINTS:
         return steps, values
@@ -92,7 +89,7 @@ def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int
 
 
 def panel_names(lines: Lines) -> list[str]:
-    """What is worth a panel: the loss first, then what is measured on the validation split."""
+    """Return the metrics to plot: the loss first, then those of the validation split."""
     keys = dict.fromkeys(key for line in lines for key in line)
     names = [key.removeprefix("val/") for key in keys if re.fullmatch(r"val/[^/]+", key)]
     has_loss = any(f"{kind}loss" in keys for kind in ("train/", "train/epoch_", "val/"))
@@ -100,7 +97,7 @@ def panel_names(lines: Lines) -> list[str]:
 
 
 def curves(lines: Lines) -> Figure | None:
-    """One panel per metric; train and validation in the same."""
+    """Return one panel per metric, with train and validation together."""
     names = panel_names(lines)
     if not names:
         return None
@@ -122,7 +119,7 @@ def curves(lines: Lines) -> Figure | None:
 
 
 def rates(lines: Lines) -> Figure | None:
-    """The learning rate of each group; beside it, the gradient's norm."""
+    """Return a plot of each group's learning rate and, next to it, the gradient norm."""
     keys = dict.fromkeys(key for line in lines for key in line)
     rate_keys = [key for key in keys if re.fullmatch(r"train/lr(/.+)?", key)]
     if not rate_keys:
@@ -145,9 +142,9 @@ def rates(lines: Lines) -> Figure | None:
 def overlay(
     runs: Mapping[str, Lines], names: Sequence[str], groups: Sequence[str] | None = None
 ) -> Figure | None:
-    """The same metric of several runs in one panel: `val/…`, or `train/…` where there is none.
+    """Return a panel per metric with all runs: `val/…`, or `train/…` if a run has no `val/…`.
 
-    Runs of one of `groups`, which are as many as they, have one colour and one entry in the legend.
+    `groups`, one per run, share a colour and a legend entry.
     """
     if not runs or not names:
         return None
@@ -160,7 +157,7 @@ def overlay(
         for name_of_group, lines in zip(named, runs.values(), strict=True):
             colour = colours[name_of_group]
             label = name_of_group if len(name_of_group) <= 100 else f"{name_of_group[:99]}…"
-            label = f"_{label}" if name_of_group in told else label  # with a _ it is in no legend
+            label = f"_{label}" if name_of_group in told else label  # _ hides it in the legend
             told.add(name_of_group)
             steps, values = series(lines, f"val/{name}")
             if not steps:
@@ -192,7 +189,7 @@ def _line(
 ) -> None:
     if not steps:
         return
-    # A value between two NaN, or a single one, is no line: it needs its dot.
+    # A single value, or one between two NaN, makes no line: it needs a dot.
     finite = [math.isfinite(value) for value in values]
     dots = len(steps) <= 30 or sum(finite) <= 30
     axis.plot(
@@ -223,11 +220,11 @@ def _finish(axis: Axes, title: str, values: Sequence[float]) -> None:
     axis.set_xlabel("step", fontsize=9, color=MUTED)
     finite = sorted(value for value in values if math.isfinite(value))
     if len(finite) > 20 and finite[0] > 0 and finite[-1] > 100 * finite[len(finite) // 2]:
-        axis.set_yscale("log")  # one spike would press all else onto the axis
+        axis.set_yscale("log")  # one spike would flatten the rest
 
 
 def _plain(text: str) -> str:
-    """A dollar in a name is a dollar: matplotlib would read a formula."""
+    """Escape dollar signs: matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 
@@ -264,7 +261,7 @@ def _colours(count: int) -> list[str]:
 
 
 def confusion(matrix: Sequence[Any], class_names: Sequence[str] | None) -> Figure:
-    """Counts and, beside them, each true class's shares; for several labels one per label."""
+    """Return plots of the counts and of each true class's shares; one per label for multilabel."""
     import numpy as np
 
     counts = np.asarray(matrix, dtype=float)
@@ -343,7 +340,7 @@ def _names(class_names: Sequence[str] | None, count: int) -> list[str]:
 
 
 def predicted(true: Sequence[Any], values: Sequence[Any]) -> Figure | None:
-    """Each example a dot, on the diagonal when it is right; one panel per output."""
+    """Return a panel per output, with each example as a dot, on the diagonal if exact."""
     import numpy as np
 
     targets, outputs = (np.asarray(it, dtype=float) for it in (true, values))
@@ -373,7 +370,7 @@ def predicted(true: Sequence[Any], values: Sequence[Any]) -> Figure | None:
 
 
 def to_svg(figure: Figure) -> str:
-    """An <svg> for a page's own HTML: text stays text, ink and colours are the page's variables."""
+    """Return an <svg> for a page: text stays text, ink and colours are the page's variables."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "regrow"}):
@@ -382,7 +379,7 @@ def to_svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # several pictures share one page
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # several plots share one page
     size = f'style="max-width: {figure.get_figwidth() * 1.08:.2f}in" '
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', size, text, count=1)
     variables = {INK: "ink", MUTED: "muted", GRID: "line"}

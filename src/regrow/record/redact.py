@@ -1,4 +1,4 @@
-"""Secrets kept out of everything that a run writes about itself."""
+"""Mask secrets in everything that a run writes about itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
-# The last word of a name, so that max_tokens, monkey and keyboard stay readable. A vocabulary's own
-# tokens, such as pad_token, are none of anybody's.
+# Only the last word of a name counts, so that max_tokens, monkey and keyboard stay readable. A
+# vocabulary's tokens, such as pad_token, are not secrets.
 _NAME = (
     r"(?:[\w.-]*?[_.-])?(?:api_?key|access_?key|secret_?key|private_?key|secret|"
     r"(?<!pad_)(?<!bos_)(?<!eos_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)token|"
@@ -33,8 +33,11 @@ _HARMLESS = {"null", "none", "true", "false", "str", MASK}
 
 
 def redact(text: str, secrets: Sequence[str] | None = None) -> str:
-    """The text with credentials in URLs, assigned secrets, known forms of token and the values of
-    this process's secret environment variables masked; `secrets` if they are at hand."""
+    """Return the text with secrets masked; pass `secrets` if they are already known.
+
+    Masks credentials in URLs, assigned secrets, known forms of tokens and the values of this
+    process's secret environment variables.
+    """
     for value in _environment_secrets() if secrets is None else secrets:
         text = text.replace(value, _masked(value))
     text = _IN_URL.sub(rf"\1{MASK}@", text)
@@ -43,7 +46,7 @@ def redact(text: str, secrets: Sequence[str] | None = None) -> str:
 
 
 def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
-    """The same for every string of a nested value; under a secret key, whatever stands there."""
+    """Return a nested value with every string redacted; under a secret key, the whole string."""
     secrets = _environment_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
@@ -63,14 +66,14 @@ def is_secret_name(name: str) -> bool:
 
 
 def _masked(secret: str) -> str:
-    """The mask, in as many lines as the secret has: a patch counts its lines."""
+    """Return the mask, with as many lines as the secret: a patch counts its lines."""
     return "\n".join([MASK] * (secret.count("\n") + 1))
 
 
 def _mask_assigned(match: re.Match[str]) -> str:
     value = match[2].strip("\"'")
     if value.lower() in _HARMLESS or value.startswith(("$", "<", "os.", "self.")):
-        return match[0]  # a reference, or a marker such as <pad>, is no secret
+        return match[0]  # a reference, or a marker such as <pad>, is not a secret
     return match[1] + MASK
 
 
@@ -81,5 +84,5 @@ def _environment_secrets() -> list[str]:
         if len(value) >= 8
         and (is_secret_name(name) or name.upper().endswith(("_KEY", "_PASS", "_PWD")))
     }
-    # A path (SSH_AUTH_SOCK, GOOGLE_APPLICATION_CREDENTIALS) names a secret and is none.
+    # A path (SSH_AUTH_SOCK, GOOGLE_APPLICATION_CREDENTIALS) names a secret but is not one.
     return sorted((v for v in values if not v.startswith("/")), key=len, reverse=True)

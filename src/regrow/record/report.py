@@ -31,14 +31,14 @@ from regrow.record.folder import (
 )
 from regrow.record.redact import redact, redact_all
 
-DRAWN_RUNS = 40  # in one picture; the table holds all
-# Differ between any two runs and say nothing about either.
+DRAWN_RUNS = 40  # in one plot; the table holds all runs
+# Keys that differ between any two runs without telling anything about them.
 BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder tells; missing or torn files are empty."""
+    """The content of a run's folder; missing or incomplete files are empty."""
 
     folder: Path
     name: str
@@ -54,7 +54,7 @@ class Run:
         return str(self.status.get("state") or self.summary.get("status") or "unknown")
 
     def metrics(self, split: str) -> dict[str, Any]:
-        """`val` or `test`, without the split in the keys; else the last that was logged."""
+        """Return a split's final or last logged metrics, without the split in the keys."""
         found = self.summary.get(split) or {}
         if not found:
             for line in self.lines:
@@ -63,7 +63,7 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """Raises UserError when the folder holds no run."""
+    """Return the run in `folder`. Raises UserError if there is none."""
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
     manifest, config = manifests.read(folder), _mapping(folder / "config.yaml")
@@ -87,7 +87,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder itself when it is a run's; else the runs below it, links not followed."""
+    """Return the folder itself if it is a run's, else the runs below it; links are not followed."""
     if is_run(folder):
         return [folder]
     found = []
@@ -118,7 +118,7 @@ def _read(path: Path) -> Any:
         return read_json(path)
     except (OSError, ValueError):
         return None
-    except Exception as error:  # YAML's own errors, without importing it for their names
+    except Exception as error:  # YAML errors, without importing yaml to name them
         return {"unreadable": f"{path.name}: {' '.join(str(error).split())}"}
 
 
@@ -126,7 +126,7 @@ def _read(path: Path) -> Any:
 
 
 def draw(folder: Path, output: Path | None = None) -> Path:
-    """(Re)write the run's pictures and its page; the page's path."""
+    """Write the run's plots and its page. Returns the page's path."""
     run = load(folder)
     refuse_links(folder, str(folder), "plots")
     drawn = plots.figures(folder, run.lines)
@@ -135,7 +135,7 @@ def draw(folder: Path, output: Path | None = None) -> Path:
 
 
 def write(folder: Path, output: Path | None = None) -> Path:
-    """(Re)write the run's page, report.html in its folder unless said otherwise; its path."""
+    """Write the run's page, by default report.html in its folder. Returns its path."""
     run = load(folder)
     return _write(run, plots.figures(folder, run.lines), output)
 
@@ -195,7 +195,7 @@ def _results(run: Run) -> str:
         )
     header = ["metric", "val", "test"]
     whole = [row for name, row in rows.items() if "/" not in name]
-    per_class = [row for name, row in rows.items() if "/" in name]  # f1/zero
+    per_class = [row for name, row in rows.items() if "/" in name]  # e.g. f1/zero
     more = _details("per class", _table(header, per_class)) if per_class else ""
     return _section("Result", _table(header, whole) + chosen + more)
 
@@ -263,9 +263,9 @@ def compare(
     tables: Mapping[str, Table] | None = None,
     groups: Mapping[Path, str] | None = None,
 ) -> Path:
-    """Write one page with the runs side by side: what came out, what differs in their configs.
+    """Write one page with the runs side by side: their results, and where their configs differ.
 
-    `tables` go before them, by their titles. The curves of each of `groups` have one colour.
+    `tables` come first, by title. The curves of each of `groups` share a colour.
     """
     labels = _labels(runs)
     keys = differing_keys([run.config for run in runs], references([run.folder for run in runs]))
@@ -312,7 +312,7 @@ def compare(
 
 
 def _link(path: Path, start: Path) -> str:
-    """A relative link; a folder's name is not taken for a scheme, a query or a fragment."""
+    """Return a relative link, quoted: a folder's name may look like a scheme or a query."""
     return quote(os.fsencode(os.path.relpath(path, start)))
 
 
@@ -321,7 +321,7 @@ _NOTHING = "<span class=muted>&ndash;</span>"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a list is one value, as on the command line."""
+    """Return the config with dotted keys; a list is one value, as on the command line."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -334,10 +334,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differing_keys(
     configs: Sequence[Mapping[str, Any]], references: Collection[str] = ()
 ) -> list[str]:
-    """Keys, in the order of the configs, whose values are not the same in all of them.
+    """Return the keys whose values differ between the configs, in the order of the configs.
 
-    Without those that only say again what another says: `references`, whose value is taken from
-    another key, and what all runs with the same `_target_` have alike.
+    Omits redundant keys: `references`, whose value comes from another key, and keys that are the
+    same in all runs with the same `_target_`.
     """
     flats = [flatten(config) for config in configs]
 
@@ -361,7 +361,7 @@ def differing_keys(
 
 
 def references(folders: Sequence[Path]) -> set[str]:
-    """Keys that take another key's value in each of the runs that have them."""
+    """Return the keys that take another key's value in every run that has them."""
     composed = [flatten(_mapping(folder / ".hydra" / "config.yaml")) for folder in folders]
     keys = {key for flat in composed for key in flat}
     return {
@@ -378,8 +378,10 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Test metrics, then of val what was chosen by, or all where nothing was tested. Per-class
-    metrics stay on the run's own page."""
+    """Return (split, name) of the test metrics and the monitored val metric, else of all of val.
+
+    Per-class metrics are only on the run's own page.
+    """
     chosen = {str((run.summary.get("best") or {}).get("metric")) for run in runs}
     found: dict[tuple[str, str], None] = {}
     for split in ("test", "val"):
@@ -392,8 +394,10 @@ def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The overrides that not all have; where they tell nothing, the shortest endings of the paths
-    that tell the runs apart."""
+    """Return a label per run: the overrides that not all runs have.
+
+    Where these are empty or equal, the shortest path endings that distinguish the runs are added.
+    """
     endings = _endings([run.folder for run in runs])
     having = Counter(override for run in runs for override in {*run.overrides})
     labels = []
@@ -460,7 +464,7 @@ def _value(key: str, value: Any) -> str:
     if value is _MISSING:
         return _NOTHING
     if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()  # as one types it
+        return "null" if value is None else str(value).lower()  # as typed on the command line
     text = str(value)
     short = text.rpartition(".")[2] if key.endswith("_target_") else text
     short = short if len(short) <= 40 else f"{short[:39]}…"
@@ -485,14 +489,14 @@ def _section(title: str, content: str) -> str:
 
 
 def _details(title: str, content: str) -> str:
-    """Folded away; the content is HTML already."""
+    """Return a collapsed section; the content is HTML already."""
     return f"<details><summary>{_text(title)}</summary>{content}</details>"
 
 
 def _table(
     header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = (1, 2)
 ) -> str:
-    """Cells are HTML already; `numbers` are the columns of numbers, all others are text."""
+    """Return a table; cells are HTML already, `numbers` are the columns of numbers."""
     kinds = [" class=number" if index in numbers else "" for index in range(len(header))]
     head = "".join(f"<th{k}>{_text(name)}" for k, name in zip(kinds, header, strict=True))
     body = "".join(

@@ -1,5 +1,7 @@
-"""Runs that differ in their seed alone are one setting: its mean, its spread, and whether settings
-differ by more than their seeds make them."""
+"""Statistics over seeds: runs that differ only in their seed are one setting.
+
+They give a setting's mean and spread, and tell whether settings differ by more than their seeds do.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +11,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 LEVEL = 0.95
-FEWEST = 3  # seeds: of two, equal differences are common, as accuracies come in steps
+FEWEST = 3  # seeds: with two, equal differences are common, because accuracies come in steps
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds; what so few of them cannot tell is NaN."""
+    """A mean over seeds; NaN where there are too few seeds."""
 
     count: int
     mean: float
-    sd: float  # of the seeds, with n - 1
+    sd: float  # over seeds, with n - 1
     low: float  # of the confidence interval of the mean, by Student's t
     high: float
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a setting is from the best one."""
+    """The difference of a setting from the best one."""
 
     mean: float
     low: float  # of the confidence interval
     high: float
-    p: float  # two-sided, by Student's t, as the interval
-    adjusted_p: float  # for the number of comparisons, after Holm (1979)
-    paired: bool  # over the same seeds, seed by seed; else after Welch (1947)
+    p: float  # two-sided, by Student's t, like the interval
+    adjusted_p: float  # for the number of comparisons, by Holm (1979)
+    paired: bool  # seed by seed, over the same seeds; else by Welch (1947)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Of one setting's values, one for each seed."""
+    """Return the estimate of one setting's values, one per seed."""
     count, mean = len(values), statistics.fmean(values) if values else math.nan
     if count < 2:
         return Estimate(count, mean, math.nan, math.nan, math.nan)
@@ -50,12 +52,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 def differences(
     best: Mapping[object, float], others: Sequence[Mapping[object, float]]
 ) -> list[Difference | None]:
-    """Of each of `others` from `best`, each as {seed: value}; None where there are too few seeds.
+    """Return the difference of each of `others` from `best`; None if there are too few seeds.
 
-    Values of the same seeds are compared seed by seed, since a seed also cuts the data.
+    Settings are {seed: value}. Values of the same seeds are compared seed by seed, because a seed
+    also determines the data splits.
     """
     raw = [_difference(best, other) for other in others]
-    # The best is itself chosen among them all, so all their pairs count.
+    # The best is itself selected, so all pairs of settings count.
     pairs = len(others) * (len(others) + 1) // 2
     adjusted = _holm([None if one is None else one.p for one in raw], among=pairs)
     return [
@@ -79,7 +82,7 @@ def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> D
         paired = False
     else:
         return None
-    if not error > 1e-9 * abs(mean):  # the same difference each time: metrics come in steps
+    if not error > 1e-9 * abs(mean):  # the same difference for each seed: metrics come in steps
         return Difference(mean, mean, mean, 1.0, 1.0, paired) if mean == 0 else None
     reach = _t_quantile(freedom) * error
     p = _p_value(mean / error, freedom)
@@ -87,7 +90,7 @@ def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> D
 
 
 def _holm(values: Sequence[float | None], *, among: int) -> list[float | None]:
-    """p-values adjusted so that any false difference among so many is as rare as one was."""
+    """Return p-values adjusted by Holm's method for `among` comparisons."""
     order = sorted((p, index) for index, p in enumerate(values) if p is not None)
     adjusted: list[float | None] = [None] * len(values)
     highest = 0.0

@@ -1,4 +1,4 @@
-"""Checks of the first batch: shapes, types and ranges that do not fit; probabilities as logits."""
+"""Checks of the first batch: shapes, dtypes and ranges, and probabilities given as logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from regrow.errors import UserError
 from regrow.tasks.losses import Loss, LossOutput, attribute, matched
 
-# Nodes of the graph that only move values, and those that surely end in logits.
+# Graph nodes that only move values, and those whose outputs are certainly logits.
 _MOVES = (
     "View",
     "UnsafeView",
@@ -24,7 +24,7 @@ _LINEAR = ("Addmm", "Mm", "Bmm", "Linear", "Convolution", "Relu")
 
 
 def fits(loss: Loss, kind: str) -> None:
-    """Raise `UserError` if the loss says that it is for other tasks."""
+    """Raise `UserError` if the loss declares that it is for other tasks."""
     kinds = attribute(loss, "kinds", None)
     if kinds is not None and kind not in kinds:
         raise UserError(
@@ -34,7 +34,7 @@ def fits(loss: Loss, kind: str) -> None:
 
 
 def one_per_class(loss: Loss, name: str, num_classes: int) -> None:
-    """Raise `UserError` if the loss holds a list of factors of another length than the classes."""
+    """Raise `UserError` if the loss's list `name` does not have one factor per class."""
     factors = attribute(loss, name, None)
     if isinstance(factors, list) and len(factors) != num_classes:
         raise UserError(
@@ -45,7 +45,10 @@ def one_per_class(loss: Loss, name: str, num_classes: int) -> None:
 def multiclass(
     outputs: Tensor, targets: Tensor, *, num_classes: int, ignore_index: int | None, logits: bool
 ) -> None:
-    """(B, C, …) outputs; (B, …) int64 class indices or (B, C, …) probabilities as targets."""
+    """Raise UserError for a batch that does not fit multiclass.
+
+    Expects (B, C, …) outputs; (B, …) int64 class indices or (B, C, …) probabilities as targets.
+    """
     _real("multiclass", outputs)
     shape, expected = tuple(targets.shape), (outputs.shape[0], *outputs.shape[2:])
     if outputs.ndim < 2 or outputs.shape[1] != num_classes:
@@ -95,7 +98,7 @@ def multiclass(
 
 
 def binary(outputs: Tensor, targets: Tensor, *, logits: bool) -> None:
-    """(B,) or (B, 1) outputs; (B,) or (B, 1) targets of 0 to 1."""
+    """Raise UserError unless outputs and targets are (B,) or (B, 1), targets from 0 to 1."""
     _real("binary", outputs)
     if outputs.ndim == 0 or outputs.shape[1:] not in ((), (1,)):
         raise UserError(
@@ -112,7 +115,7 @@ def binary(outputs: Tensor, targets: Tensor, *, logits: bool) -> None:
 
 
 def multilabel(outputs: Tensor, targets: Tensor, *, num_classes: int, logits: bool) -> None:
-    """(B, C) outputs and targets of 0 to 1."""
+    """Raise UserError unless outputs and targets are (B, C), targets from 0 to 1."""
     _real("multilabel", outputs)
     if targets.ndim != 2 or targets.shape[1] != num_classes:
         labels = num_classes if targets.ndim > 1 else "C"
@@ -130,7 +133,7 @@ def multilabel(outputs: Tensor, targets: Tensor, *, num_classes: int, logits: bo
 
 
 def regression(outputs: Tensor, targets: Tensor) -> None:
-    """(B,), (B, 1) or (B, D) floating-point outputs and targets."""
+    """Raise UserError unless outputs and targets are floating-point, finite and of one shape."""
     _real("regression", outputs)
     if not targets.is_floating_point():
         raise UserError(
@@ -145,7 +148,10 @@ def regression(outputs: Tensor, targets: Tensor) -> None:
 
 
 def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
-    """Call the loss once: one value per example, unless it says that it is no sum over them."""
+    """Call the loss once. Raises UserError unless it returns one value per example.
+
+    A loss with `sums_over_examples=False` may return any shape.
+    """
     with torch.no_grad():
         result = loss(outputs.detach(), targets)
     output = LossOutput(result) if isinstance(result, Tensor) else LossOutput(*result)
@@ -198,10 +204,10 @@ def _no_sigmoid(outputs: Tensor, logits: bool) -> None:
 
 
 def _ends_in_sigmoid(outputs: Tensor) -> bool:
-    """By the graph where it tells; else by values.
+    """Return True if `outputs` come from a sigmoid, judged by the graph, else by the values.
 
-    All in [0, 1] is not enough: the logits of a fresh model can lie there by chance, small and on
-    one side of zero. Probabilities centre on a half or reach for both ends.
+    Values in [0, 1] are not enough: a fresh model's logits can lie there by chance, small and all
+    positive. Probabilities centre on a half or reach both ends.
     """
     node = outputs.grad_fn
     while node is not None and node.name().startswith(_MOVES) and node.next_functions:
@@ -211,7 +217,7 @@ def _ends_in_sigmoid(outputs: Tensor) -> bool:
     if node is not None and node.name().startswith(_LINEAR):
         return False
     values = outputs.detach().float()
-    if not values.numel() or not ((values > 0) & (values <= 1)).all():  # a ReLU has zeros
+    if not values.numel() or not ((values > 0) & (values <= 1)).all():  # a ReLU gives zeros
         return False
     centred = abs(float(values.mean()) - 0.5) < 0.15
     return centred or bool(values.min() < 0.1 and values.max() > 0.9)

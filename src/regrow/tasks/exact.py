@@ -1,6 +1,7 @@
 """Metrics that torchmetrics lacks or rounds, on its classes, which gather states over processes.
 
-Imports torchmetrics, a second: to be imported when there is something to measure.
+Importing torchmetrics takes a second, so import this module only when there is something to
+measure.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric, classification
 from torchmetrics.utilities import dim_zero_cat
 
-FAR = 1e6  # squares over scatter, from which on sums of squares have lost six digits
-CHUNK_ELEMENTS = 1 << 20  # of scores that are sorted at once
+FAR = 1e6  # sums of squares this many times the scatter have lost six digits
+CHUNK_ELEMENTS = 1 << 20  # scores sorted at once
 
 
 class Seen(Metric):
@@ -37,14 +38,14 @@ class Seen(Metric):
 
 
 class ExactR2(Metric):
-    """R², the mean over outputs, NaN where the targets are constant.
+    """R², the mean over outputs; NaN if the targets are constant.
 
-    From sums, as torchmetrics has it, but without its tolerance, which takes small targets for
-    constant ones. Sums of squares lose the digits of targets far from zero: there the count, mean
-    and scatter of each update are merged (Chan, Golub and LeVeque, 1983).
+    Computed from sums like torchmetrics, but without its tolerance, which takes small targets for
+    constant ones. Sums of squares lose digits for targets far from zero: there the count, mean and
+    scatter of each update are merged (Chan, Golub and LeVeque, 1983).
     """
 
-    parts: list[Tensor]  # of each update: (1, 6) or, for several outputs, (1, 6, D)
+    parts: list[Tensor]  # per update: (1, 6) or, for several outputs, (1, 6, D)
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class BinaryAUROC(classification.BinaryAUROC):
 
 
 class MulticlassAUROC(classification.MulticlassAUROC):
-    """(C,) each class against all others."""
+    """(C,) AUROC of each class against all others."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
         scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
@@ -85,19 +86,19 @@ class MulticlassAUROC(classification.MulticlassAUROC):
 
 
 class MultilabelAUROC(classification.MultilabelAUROC):
-    """(C,) each label."""
+    """(C,) AUROC of each label."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
         return auroc(dim_zero_cat(self.preds).T, dim_zero_cat(self.target).T == 1)
 
 
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:
-    """(C,) float64 on the CPU: areas under the ROC curves of (C, N) `scores`, of which those that
-    are `positive`, (C, N) bool, should be higher. NaN where all or none is.
+    """Return the (C,) float64 areas under the ROC curves, on the CPU.
 
-    The share of pairs of a positive and a negative in the right order, ties as half, from the sum
-    of the positives' ranks (Mann and Whitney, 1947). Counted in whole numbers: torchmetrics adds up
-    the area in float32.
+    `scores` are (C, N); `positive`, (C, N) bool, marks those that should be higher. NaN where all
+    or none is positive. The area is the share of (positive, negative) pairs in the right order,
+    ties counting half, from the sum of the positives' ranks (Mann and Whitney, 1947). Pairs are
+    counted as integers: torchmetrics accumulates the area in float32.
     """
     rows = max(1, CHUNK_ELEMENTS // max(1, scores.shape[1]))
     chunks = zip(torch.split(scores, rows), torch.split(positive, rows), strict=True)
@@ -106,14 +107,14 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
 
 
 def _twice_pairs(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) int64: twice the pairs in the right order, and twice all pairs."""
+    """Return twice the pairs in the right order, and twice all pairs; both (C,) int64."""
     scores, order = scores.contiguous().sort(1)
     positive = positive.gather(1, order)
     num = scores.shape[1]
     places = torch.arange(1, num + 1, device=scores.device)
-    begins = torch.ones_like(positive)  # a run of ties
+    begins = torch.ones_like(positive)  # start of each run of ties
     begins[:, 1:] = scores[:, 1:] != scores[:, :-1]
-    ends = begins.roll(-1, 1)  # the first place always begins one
+    ends = begins.roll(-1, 1)  # the first place always begins a run
     first = places.where(begins, 0).cummax(1).values
     last = places.where(ends, num).flip(1).cummin(1).values.flip(1)
     ones = positive.sum(1)

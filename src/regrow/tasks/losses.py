@@ -1,9 +1,9 @@
-"""Losses as values and their weights: the loop adds up and divides once, over everything.
+"""Losses as values and weights; the loop sums them and divides once over everything.
 
 A loss is any callable of `(outputs, targets)`. It returns one value per example (or per token),
-alone or as `(values, weights)` or as a `LossOutput` with named components to log. What a step
-reports and follows is `sum(values * weights) / sum(weights)` over all its micro-batches and
-processes, so a loss never takes a mean over examples itself.
+alone, as `(values, weights)`, or as a `LossOutput` with named components to log. A step reports and
+minimises `sum(values * weights) / sum(weights)` over all its micro-batches and processes, so a loss
+never averages over examples itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from regrow.errors import UserError
 
-_NO_TARGET = -(1 << 40)  # torch's own default, -100, would leave out a broken target in silence
-FEW_CLASSES = 100  # for which probabilities as targets are quicker than torch's label smoothing
+_NO_TARGET = -(1 << 40)  # torch's default, -100, would silently ignore a broken target
+FEW_CLASSES = 100  # up to here, probabilities as targets are faster than torch's label smoothing
 
 
 class LossOutput(NamedTuple):
-    """`values` and `weights` of one shape, (B,) or (B, …) for tokens; None means one each."""
+    """`values` and `weights` of one shape, (B,) or (B, …) for tokens; weights None: all one."""
 
     values: Tensor
     weights: Tensor | None = None
@@ -36,10 +36,10 @@ Loss = Callable[[Tensor, Tensor], Any]
 
 
 def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutput:
-    """What a loss returned, with the examples' weights (B,) multiplied in.
+    """Return a loss's result as a LossOutput, with the examples' weights (B,) multiplied in.
 
-    Weights are None only for one value per example. A single number, of a loss that is no sum over
-    examples, is given to each example, so that their mean is that number.
+    Its weights are None only for one value per example. A scalar, from a loss that is not a sum
+    over examples, is given to each example, so that their mean is that scalar.
     """
     if isinstance(result, Tensor):
         result = LossOutput(result)
@@ -61,13 +61,13 @@ def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutp
 
 
 def attribute(loss: Loss, name: str, default: Any) -> Any:
-    """What a loss says of itself, also through `functools.partial`."""
+    """Return an attribute of a loss, also through `functools.partial`."""
     return getattr(loss, name, getattr(getattr(loss, "func", None), name, default))
 
 
 @functools.lru_cache(maxsize=16)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device, copied there once."""
+    """Return a cached small tensor on the device."""
     with torch.inference_mode(False):  # the first call may be an evaluation's
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -76,7 +76,7 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 def _smoothed_rows(
     classes: int, smoothing: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(C, C) the probabilities that stand for each class index, copied to the device once."""
+    """Return the cached (C, C) smoothed probabilities of each class index, on the device."""
     with torch.inference_mode(False):  # the first call may be an evaluation's
         share = smoothing / classes
         table = torch.full((classes, classes), share, dtype=dtype)
@@ -87,13 +87,13 @@ def _smoothed_rows(
 class CrossEntropy:
     """Cross entropy of logits (B, C, …) with class indices (B, …) or probabilities (B, C, …).
 
-    With class weights w the result is torch's own: the weighted losses' sum over the sum of
-    w[target]; for probabilities the mean over examples. See `torch.nn.CrossEntropyLoss` for the
+    With class weights w the result equals torch's: the sum of the weighted losses over the sum of
+    w[target]; for probabilities, the mean over examples. See `torch.nn.CrossEntropyLoss` for the
     formula with label smoothing (Szegedy et al. 2016). Targets of `ignore_index` have weight zero.
     """
 
-    label_smoothing: float  # 0 to 1, mass that is spread over all classes
-    class_weights: list[float] | None  # one for each class
+    label_smoothing: float  # 0 to 1, the mass spread over all classes
+    class_weights: list[float] | None  # one per class
     ignore_index: int | None
 
     name = "cross_entropy"
@@ -123,7 +123,7 @@ class CrossEntropy:
             rows = _smoothed_rows(classes, self.label_smoothing, outputs.dtype, outputs.device)
             try:
                 smoothed = rows.index_select(0, targets)
-            except IndexError as error:  # names no target; that of cross_entropy does
+            except IndexError as error:  # does not name the target
                 outside = targets[(targets < 0) | (targets >= classes)]
                 raise IndexError(f"Target {outside[0].item()} is out of bounds.") from error
             return LossOutput(F.cross_entropy(outputs, smoothed, reduction="none"))
@@ -134,7 +134,7 @@ class CrossEntropy:
         values = F.cross_entropy(
             outputs,
             targets.to(outputs.dtype) if soft else targets,
-            # Without smoothing the class weight is a plain factor, so it may also be zero.
+            # Without smoothing the class weight is a plain factor, so it can also be zero.
             weight=table if soft or self.label_smoothing else None,
             ignore_index=_NO_TARGET if self.ignore_index is None else self.ignore_index,
             reduction="none",
@@ -152,9 +152,10 @@ class CrossEntropy:
         return LossOutput(values, weights if valid is None else weights * valid)
 
     def _smooths_cheaply(self, outputs: Tensor, targets: Tensor) -> bool:
-        """Return True if probabilities as targets give the same, up to rounding, by fewer kernels.
+        """Return True if probabilities as targets give the same result in fewer kernels.
 
-        With few classes that halves what smoothing costs; with many it is slower than torch's own.
+        Results agree up to rounding. With few classes this halves the cost of smoothing; with many
+        it is slower than torch's.
         """
         return (
             self.label_smoothing > 0
@@ -171,7 +172,7 @@ class CrossEntropy:
 class BCEWithLogits:
     """Binary cross entropy of logits (B,) or (B, C) with targets 0 to 1; the mean over C labels."""
 
-    pos_weight: float | list[float] | None  # factor on the positive part, one or one per label
+    pos_weight: float | list[float] | None  # factor of the positive term: one, or one per label
 
     name = "bce_with_logits"
     kinds = ("binary", "multilabel")
@@ -198,17 +199,17 @@ class BCEWithLogits:
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error, (B,); the mean over D outputs."""
+    """Return the squared error, (B,), as the mean over D outputs."""
     return per_example(F.mse_loss(*matched(outputs, targets), reduction="none"))
 
 
 def l1(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Absolute error, (B,); the mean over D outputs."""
+    """Return the absolute error, (B,), as the mean over D outputs."""
     return per_example(F.l1_loss(*matched(outputs, targets), reduction="none"))
 
 
 def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
-    """Absolute error, squared / (2 beta) below `beta`, (B,); the mean over D outputs."""
+    """Return the absolute error, squared / (2 beta) below `beta`; (B,), the mean over D outputs."""
     if beta < 0:
         raise UserError(f"loss.beta={beta} is negative. Give zero (plain L1) or more.")
     outputs, targets = matched(outputs, targets)
@@ -216,7 +217,10 @@ def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
 
 
 def huber(outputs: Tensor, targets: Tensor, *, delta: float) -> Tensor:
-    """Half the squared error, linear beyond `delta` (Huber 1964), (B,); the mean over D outputs."""
+    """Return half the squared error, linear beyond `delta` (Huber 1964).
+
+    (B,), the mean over D outputs.
+    """
     if delta <= 0:
         raise UserError(f"loss.delta={delta} is not above zero. Give the error where it bends.")
     outputs, targets = matched(outputs, targets)
@@ -224,17 +228,20 @@ def huber(outputs: Tensor, targets: Tensor, *, delta: float) -> Tensor:
 
 
 def per_example(values: Tensor) -> Tensor:
-    """(B, …) values to (B,): the mean over everything but the examples."""
+    """Return (B, …) values as (B,), averaged over all other dimensions."""
     return values if values.ndim == 1 else values.flatten(1).mean(1)
 
 
 def full_precision(outputs: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32: a sum of many losses needs the digits."""
+    """Return float16 and bfloat16 as float32: a sum of many losses needs the digits."""
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def matched(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and targets of one shape and dtype; (B, 1) becomes (B,), nothing is broadcast."""
+    """Return outputs and targets in one shape and dtype; (B, 1) becomes (B,), nothing broadcasts.
+
+    Raises UserError if their shapes differ.
+    """
     if outputs.ndim == 2 and outputs.shape[1] == 1:
         outputs = outputs.squeeze(1)
     if targets.ndim == 2 and targets.shape[1] == 1:

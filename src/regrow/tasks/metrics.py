@@ -1,10 +1,9 @@
 """Metrics on torchmetrics, exact over any number of batches and processes.
 
-They count examples, not their weights: a weight of zero leaves an example out, others change the
-loss only. A class that occurs neither in the targets nor in the predictions has NaN for its values
-and is left out of averages; one that occurs but is never predicted has a precision of 0, as in
-scikit-learn. One NaN among the outputs makes every metric NaN: what would be predicted there is
-arbitrary.
+They count examples and ignore weights, except that a weight of zero leaves an example out. A class
+that occurs neither in the targets nor in the predictions gives NaN and is left out of averages; one
+that occurs but is never predicted has a precision of 0, as in scikit-learn. One NaN among the
+outputs makes every metric NaN: its prediction would be arbitrary.
 """
 
 from __future__ import annotations
@@ -23,40 +22,40 @@ from regrow.errors import UserError
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-CHUNK_EXAMPLES = 65_536  # an update of torchmetrics costs some 50 µs for each metric
-CHUNK_ELEMENTS = 1 << 24  # at most 64 MB of waiting outputs
-MAX_PAIRS = 2_000  # true and predicted values kept for the picture
+CHUNK_EXAMPLES = 65_536  # a torchmetrics update costs about 50 µs per metric
+CHUNK_ELEMENTS = 1 << 24  # at most 64 MB of buffered outputs
+MAX_PAIRS = 2_000  # (true, predicted) values kept for the plot
 
 Rows = tuple[Tensor, Tensor]  # (N, …) outputs and (N, …) targets
-COUNTS = ("_seen", "confusion")  # states of whole numbers, which float32 would round
-SHAPED = ("auroc", "r2")  # states shaped like the rows: no rows must still have their shape
+COUNTS = ("_seen", "confusion")  # integer states, which float32 would round
+SHAPED = ("auroc", "r2")  # their states have the rows' shape, even for no rows
 AVERAGED = ("accuracy", "precision", "recall", "f1", "auroc")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one kind of task measures."""
+    """The metrics of one kind of task."""
 
-    names: tuple[str, ...]  # all that `scalars` gives
+    names: tuple[str, ...]  # the keys of `scalars`
     build: Callable[[], dict[str, Metric]]  # imports torchmetrics, so it is called late
     flatten: Callable[[Tensor, Tensor], Rows]  # a batch to rows of one shape, without copies
-    finish: Callable[[Tensor, Tensor], Rows]  # rows to what torchmetrics takes
-    no_rows: Rows  # for a process that has no examples
+    finish: Callable[[Tensor, Tensor], Rows]  # converts rows to torchmetrics' inputs
+    no_rows: Rows  # for a process without examples
     scalars: Callable[[dict[str, Tensor]], dict[str, float]]
     details: Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
 class Metrics:
-    """One pass over a split. `update` waits for nothing until a chunk is full.
+    """Metrics of one pass over a split. `update` does not wait until a chunk is full.
 
-    With several processes all of them call `scalars`, also one that had no examples: torchmetrics
-    gathers there. `details` after it is local.
+    All processes must call `scalars`, even those without examples: torchmetrics gathers there. A
+    later `details` is local.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.names = recipe.names
         self._recipe, self._device = recipe, torch.device(device)
-        if self._device.type == "mps":  # it has no float64
+        if self._device.type == "mps":  # MPS does not support float64
             self._device = torch.device("cpu")
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_waiting = self._num_elements = 0
@@ -64,10 +63,10 @@ class Metrics:
         self._values: dict[str, Tensor] | None = None
 
     def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Take a batch: outputs and targets as the loss has them, weights (B,)."""
+        """Add a batch: outputs and targets as the loss takes them, weights (B,)."""
         num_examples = outputs.shape[0]
         rows = self._recipe.flatten(outputs.detach(), targets)
-        if weights is not None and rows[0].shape[0] != num_examples:  # tokens
+        if weights is not None and rows[0].shape[0] != num_examples:  # one weight per token
             weights = weights.repeat_interleave(rows[0].shape[0] // max(num_examples, 1))
         self._waiting.append((*rows, weights))
         self._num_waiting += rows[0].shape[0]
@@ -77,7 +76,7 @@ class Metrics:
             self._feed()
 
     def scalars(self) -> dict[str, float]:
-        """The metrics by name, NaN where one is not defined."""
+        """Return the metrics by name, NaN where undefined."""
         values = self._compute()
         num_rows, num_nans = values["_seen"].tolist()
         if num_rows == 0 or num_nans > 0:
@@ -85,12 +84,12 @@ class Metrics:
         return self._recipe.scalars(values)
 
     def details(self) -> dict[str, Any]:
-        """What pictures need: confusion matrices, or pairs of true and predicted values."""
+        """Return the data for plots: confusion matrices, or pairs of true and predicted values."""
         values = self._compute()
         return {} if values["_seen"][0] == 0 else self._recipe.details(values)
 
     def higher_is_better(self, monitor: str) -> bool | None:
-        """What torchmetrics says of a metric, such as val/f1/cat, that it computes."""
+        """Return torchmetrics' `higher_is_better` for a metric such as val/f1/cat, else None."""
         higher = getattr(self._recipe.build().get(monitor.split("/")[1]), "higher_is_better", None)
         return higher if isinstance(higher, bool) else None
 
@@ -114,7 +113,7 @@ class Metrics:
                 metric.update(outputs, targets)
 
     def _taken(self) -> Rows:
-        """All that waits, without the examples of weight zero."""
+        """Return the buffered rows, without examples of weight zero, and clear the buffer."""
         waiting = self._waiting or [(*self._recipe.no_rows, None)]
         self._waiting, self._num_waiting, self._num_elements = [], 0, 0
         outputs = torch.cat([o.to(self._device) for o, _, _ in waiting])
@@ -133,22 +132,22 @@ class Metrics:
             self._feed()
         assert self._metrics is not None
         with warnings.catch_warnings():
-            # Of a process without examples, which computes from what the others have counted.
+            # A process without examples warns, but computes from the others' counts.
             warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called")
             values = {"_seen": self._metrics["_seen"].compute()}
-            if values["_seen"][0] > 0:  # gathered, so that all processes decide alike
+            if values["_seen"][0] > 0:  # gathered, so all processes take the same branch
                 values |= {k: m.compute() for k, m in self._metrics.items() if k not in values}
         self._values = values
         return values
 
 
 def widest(outputs: Tensor) -> Tensor:
-    """In float64: float32 probabilities tie where logits do not. MPS has none, so the CPU works."""
+    """Return `outputs` in float64, on the CPU for MPS; float32 probabilities would tie."""
     return (outputs.cpu() if outputs.device.type == "mps" else outputs).double()
 
 
 def names_of(class_names: list[str] | None, num_classes: int) -> list[str]:
-    """The classes' names, or their indices."""
+    """Return the classes' names, or their indices."""
     if class_names is None:
         return [str(index) for index in range(num_classes)]
     names = [str(name) for name in class_names]
@@ -163,7 +162,7 @@ def names_of(class_names: list[str] | None, num_classes: int) -> list[str]:
 def multiclass_metrics(
     class_names: list[str], ignore_index: int | None, *, per_class: bool, auroc: bool
 ) -> Recipe:
-    """Accuracy over examples; precision, recall, F1 and AUROC as means over classes."""
+    """Return the recipe for accuracy over examples; precision, recall, F1, AUROC as class means."""
     num_classes = len(class_names)
 
     def build() -> dict[str, Any]:
@@ -192,7 +191,7 @@ def multiclass_metrics(
         counts = values["confusion"].cpu().double()
         right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         by_class = _by_class(right, true, predicted, values.get("auroc"))
-        # What of a class is right is its accuracy as well as its recall.
+        # A class's accuracy equals its recall.
         result = _means({"accuracy": by_class["recall"], **by_class}, class_names, per_class)
         return result | {"accuracy": float(right.sum() / counts.sum())}
 
@@ -208,7 +207,7 @@ def multiclass_metrics(
 
 
 def binary_metrics(class_names: list[str], threshold: float, *, auroc: bool) -> Recipe:
-    """Accuracy; precision, recall, F1 and AUROC of the positive class."""
+    """Return the recipe for accuracy; precision, recall, F1 and AUROC of the positive class."""
 
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
@@ -240,7 +239,7 @@ def binary_metrics(class_names: list[str], threshold: float, *, auroc: bool) -> 
 def multilabel_metrics(
     class_names: list[str], threshold: float, *, per_class: bool, auroc: bool
 ) -> Recipe:
-    """All as means over labels, and the share of examples with every label right."""
+    """Return the recipe for all metrics as means over labels, and the exact-match ratio."""
     num_labels = len(class_names)
 
     def build() -> dict[str, Any]:
@@ -260,7 +259,7 @@ def multilabel_metrics(
         counts = values["confusion"].cpu().double()  # (C, true, predicted)
         right, true, predicted = counts[:, 1, 1], counts[:, 1].sum(1), counts[:, :, 1].sum(1)
         by_class = _by_class(right, true, predicted, values.get("auroc"))
-        # Defined for every label, absent ones too.
+        # Defined for every label, including absent ones.
         accuracy = (counts[:, 0, 0] + right) / counts.sum((1, 2))
         result = _means({"accuracy": accuracy, **by_class}, class_names, per_class)
         return result | {"exact_match": float(values["exact_match"])}
@@ -277,9 +276,9 @@ def multilabel_metrics(
 
 
 def regression_metrics(num_outputs: int, in_units: Callable[[Tensor], Tensor]) -> Recipe:
-    """MAE and RMSE over all values; R², the mean over outputs, NaN for constant targets.
+    """Return the recipe for MAE and RMSE over all values, and R² as the mean over outputs.
 
-    `in_units` undoes a standardisation of the targets, on outputs and targets alike.
+    `in_units` reverts the standardisation of targets, for outputs and targets alike.
     """
     names = ("mae", "rmse", "r2")
 
@@ -324,8 +323,10 @@ def _names(class_names: list[str], *, per_class: bool, auroc: bool) -> tuple[str
 def _by_class(
     right: Tensor, true: Tensor, predicted: Tensor, auroc: Tensor | None
 ) -> dict[str, Tensor]:
-    """(C,) or () each: precision, recall and F1 from the counts of each class, NaN where they are
-    not defined, and AUROC as it is."""
+    """Return precision, recall and F1 from each class's counts, and `auroc`; each is (C,) or ().
+
+    Undefined values are NaN.
+    """
     absent = true + predicted == 0
     found = {
         "precision": (right / predicted.clamp(min=1)).masked_fill(absent, math.nan),
@@ -333,14 +334,14 @@ def _by_class(
         "f1": 2 * right / (true + predicted),
     }
     if auroc is not None:
-        found["auroc"] = auroc.reshape(right.shape)  # torchmetrics squeezes one label away
+        found["auroc"] = auroc.reshape(right.shape)  # torchmetrics squeezes a single label
     return found
 
 
 def _means(
     by_class: dict[str, Tensor], class_names: list[str], per_class: bool
 ) -> dict[str, float]:
-    """The mean of each metric over the classes for which it is defined, then each class's own."""
+    """Return each metric's mean over the classes for which it is defined, then each class's own."""
     result = {name: float(values.nanmean()) for name, values in by_class.items()}
     if per_class:
         for name, values in by_class.items():
@@ -350,5 +351,5 @@ def _means(
 
 
 def _confusion(values: dict[str, Tensor], class_names: list[str]) -> dict[str, Any]:
-    """Counts with rows for the true class; a matrix of two by two per label for several labels."""
+    """Return the counts, with a row per true class; for several labels a 2x2 matrix per label."""
     return {"confusion_matrix": values["confusion"].tolist(), "class_names": class_names}

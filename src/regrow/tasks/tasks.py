@@ -1,6 +1,6 @@
-"""Tasks: how outputs become a loss, a prediction and metrics; a class per kind of target.
+"""Tasks: how outputs become a loss, a prediction and metrics. There is a class per kind of target.
 
-All four have the same methods (`Task`). Shapes: B examples, C classes or labels, D values.
+All four have the methods of `Task`. Shapes: B examples, C classes or labels, D values.
 """
 
 from __future__ import annotations
@@ -27,42 +27,43 @@ from regrow.tasks.metrics import (
 
 
 class Task(Protocol):
-    """What the loop, the scripts and the record use of a task."""
+    """The interface of a task for the loop, the scripts and the record."""
 
     kind: str
-    monitor: str  # the metric that chooses the best weights
+    monitor: str  # the metric that selects the best checkpoint
     running_name: str | None
-    sums_over_examples: bool  # False: a batch cannot be cut into slices
+    sums_over_examples: bool  # False: a batch cannot be split into micro-batches
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
-        """Values and weights; the examples' `weights` (B,) are multiplied in."""
+        """Return values and weights, with the examples' `weights` (B,) multiplied in."""
         ...
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise `UserError` where a batch does not fit the task.
+        """Raise `UserError` if a batch does not fit the task.
 
-        Best with gradients enabled: the outputs' graph tells a sigmoid for sure, values do not.
+        Best called with gradients enabled: the outputs' graph identifies a sigmoid reliably, values
+        do not.
         """
         ...
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """A score per example for the progress bar, without a wait for the device.
+        """Return a score per example for the progress bar, without waiting for the device.
 
-        Called with gradients enabled; what it returns is detached.
+        Called with gradients enabled; the caller detaches the result.
         """
         ...
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
-        """`prediction`, and `probability` where there is one, in float64: float32 makes ties."""
+        """Return `prediction`, and `probability` if any, in float64: float32 makes ties."""
         ...
 
     def metrics(self, device: torch.device) -> Metrics:
-        """Counters for one pass over a split. Weights only leave out examples of weight zero."""
+        """Return empty metrics for one pass over a split. Weights only exclude, where zero."""
         ...
 
 
 class Multiclass:
-    """One class of C per example: logits (B, C, …), int64 indices (B, …) or probabilities."""
+    """One of C classes per example: logits (B, C, …), int64 indices (B, …) or probabilities."""
 
     kind = "multiclass"
 
@@ -84,7 +85,7 @@ class Multiclass:
         self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
         self.ignore_index: int | None = attribute(loss, "ignore_index", None)
-        # How many targets are left out is not known without a wait for the device.
+        # The number of ignored targets is not known without waiting for the device.
         self.running_name = "accuracy" if self.ignore_index is None else None
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
@@ -218,7 +219,7 @@ class Multilabel:
 class Regression:
     """Real values: outputs and targets (B,), (B, 1) or (B, D). Nothing is broadcast.
 
-    Where the data standardises its targets, `in_units` leads back: predictions and metrics are in
+    If the data standardises its targets, `in_units` reverts that: predictions and metrics are in
     the targets' own units, the loss is not.
     """
 

@@ -1,1 +1,1 @@
-"""The loop and what it stands on: state, checkpoints, processes, precision, optimizers."""
+"""The training loop and its parts: state, checkpoints, processes, precision, optimizers."""

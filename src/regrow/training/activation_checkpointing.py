@@ -1,4 +1,4 @@
-"""Memory for time: chosen modules keep no activations and compute them again when needed."""
+"""Activation checkpointing: chosen modules recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from regrow.training.sharding import matching
 
 
 def apply(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Let the modules whose names match run their forward pass again in the backward pass.
+    """Make the modules whose names match rerun their forward pass in the backward pass.
 
-    Names and numbers stay as they are: dropout and what draws from numpy or `random` draw the same
-    again, and BatchNorm counts a batch once. Raises UserError for a pattern that matches no module.
+    Parameter names and results do not change: dropout, numpy and `random` repeat their draws, and
+    BatchNorm counts a batch once. Raises UserError for a pattern that matches no module.
     """
     found = matching(model, patterns, "trainer.activation_checkpointing")
-    # torch.compile takes no contexts: compiled, BatchNorm would count twice.
+    # torch.compile ignores context_fn: compiled, BatchNorm would count each batch twice.
     disable: Any = torch.compiler.disable
     run = disable(_forward) if found else _forward
     for module in found.values():
@@ -32,7 +32,7 @@ def apply(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():  # nothing is computed again, so nothing need be copied
+    if not torch.is_grad_enabled():  # without gradients nothing is recomputed
         return forward(*args, **kwargs)
     contexts = functools.partial(_contexts, module)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
@@ -41,14 +41,14 @@ def _forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwarg
 def _contexts(
     module: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the first forward pass and of the second."""
+    """Return the contexts of the first and the second forward pass."""
     return contextlib.nullcontext(), Start(module).second()
 
 
 class Start:
-    """Where a module's forward pass starts: its buffers, and numpy's and `random`'s generators.
+    """State at the start of a module's forward pass: buffers, numpy's and `random`'s generators.
 
-    torch's own generators are restored by torch.
+    torch restores its own generators.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -59,19 +59,19 @@ class Start:
             for name, buffer in each._buffers.items()
             if buffer is not None
         ]
-        # Copies of all: BatchNorm changes its statistics without counting a version.
+        # Copy every buffer: BatchNorm changes its statistics without bumping their version.
         self.copies = [buffer.detach().clone() for _, _, buffer in self.buffers]
 
     @contextlib.contextmanager
     def second(self) -> Iterator[None]:
-        """Start as the first pass did, and leave the buffers and generators as they were."""
+        """Start from the first pass's state; afterwards restore buffers and generators."""
         now = [buffers[name] for buffers, name, _ in self.buffers]
         drawn = numpy.random.get_state(), random.getstate()
         for (buffers, name, _), copy, grown in zip(self.buffers, self.copies, now, strict=True):
             if (
                 grown is not None and grown.shape == copy.shape
-            ):  # the module may have noted the size of a cache
-                buffers[name] = copy.clone()  # a graph that is kept may ask for a third pass
+            ):  # the module may have stored its cache's size
+                buffers[name] = copy.clone()  # a retained graph may run a third pass
         numpy.random.set_state(self.numpy)
         random.setstate(self.random)
         try:

@@ -1,9 +1,9 @@
 """Checkpoints: folders that are complete or absent, verified when read, rotated when written.
 
-A checkpoint is written under a temporary name, its files are synced, a manifest with the size and
-SHA-256 of each is written last, and the folder is renamed. So at every instant at least one
-complete checkpoint exists once the first was written. `torch.load` accepts a flipped bit without a
-word; the manifest does not.
+A checkpoint is written under a temporary name and its files are synced; a manifest with the size
+and SHA-256 of each file is written last, and the folder is renamed. So once the first checkpoint is
+written, at least one complete checkpoint exists at any time. `torch.load` silently accepts a
+flipped bit; the manifest check does not.
 """
 
 from __future__ import annotations
@@ -37,50 +37,50 @@ Parts = dict[str, dict[str, Any]]
 Shards = dict[str, tuple[Tensor, Any]]  # this process's part of a sharded tensor, and the tensor
 T = TypeVar("T")
 MANIFEST = "manifest.json"
-SHARDS = "shards"  # the folder of sharded tensors, in a checkpoint
-PAGE_BYTES = 4096  # the smallest that kernels give
-SMALL_BYTES = 1 << 20  # of weights: below it the first copy touches its memory itself
-SERIAL_ELEMENTS = 1 << 14  # for more, a second thread would start a team of threads of its own
-FORMAT = 1  # of the folder; a reader refuses one that is newer than itself
+SHARDS = "shards"  # a checkpoint's folder of sharded tensors
+PAGE_BYTES = 4096  # the smallest page size of kernels
+SMALL_BYTES = 1 << 20  # of weights: for less, make_room does not start a thread
+SERIAL_ELEMENTS = 1 << 14  # above this, a second thread would start its own team of threads
+FORMAT = 1  # of the folder; readers refuse newer formats
 
 
 class DamagedCheckpoint(Exception):
-    """Says in one line what is wrong with which file."""
+    """Raised for a damaged checkpoint; the message names the file and the fault in one line."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint's manifest says beside its files."""
+    """The facts in a checkpoint's manifest, besides its files."""
 
     step: int
     epoch: int
     value: float | None  # the monitored value, if this step was evaluated
     milestone: bool
-    metrics_bytes: int  # how much of metrics.jsonl belongs to this step
+    metrics_bytes: int  # size of metrics.jsonl at this step
 
 
 class CheckpointWriter:
-    """Saves beside the loop: the loop waits for a copy of the state, never for the disk.
+    """Saves in the background: the loop waits for a copy of the state, never for the disk.
 
-    One copy of the state is kept in memory and used again. There is never more than one write under
-    way; one that failed is reported at the next step, and the older checkpoints stay.
+    The memory of the copy is kept and reused. At most one write runs at a time; a failed write is
+    reported at the next step, and older checkpoints stay.
     """
 
     def __init__(
         self,
         folder: Path,
         options: CheckpointOptions,
-        mode: str | None,  # max or min: which values are the best; None: the newest is the best
+        mode: str | None,  # max or min of the values is best; None: the newest is best
         written: Callable[[int], None] = lambda step: None,
         *,
         is_main: bool = True,
         writers: Writers | None = None,
     ) -> None:
         self.folder, self.options, self.mode = folder, options, mode
-        self.written = written  # is told the step of each checkpoint that is complete
+        self.written = written  # called with the step of each complete checkpoint
         self.writes = is_main or writers is not None
-        self.writers = writers  # all processes, each its part, where the model is sharded
-        self.saved: tuple[int, bool] | None = None  # step, and whether it was evaluated
+        self.writers = writers  # every process writes its part of a sharded model
+        self.saved: tuple[int, bool] | None = None  # (step, True if it was evaluated)
         self._copies: dict[str, Tensor] = {}
         self._room_is_settled = False
         self._thread: threading.Thread | None = None
@@ -90,10 +90,10 @@ class CheckpointWriter:
             _clear_up(folder)
 
     def make_room(self, parts: Callable[[], Parts]) -> None:
-        """Make, once, the memory that `parts()` will be copied into; only that call is waited for.
+        """Allocate, once, the memory that `parts()` will be copied to, in the background.
 
-        The kernel gives memory at the first touch, and takes far longer for it than a copy does.
-        For a small state that is less than what a thread costs.
+        The kernel provides memory at the first touch, which takes far longer than a copy. For a
+        small state that costs less than a thread. Only the call of `parts` blocks.
         """
         if self._room_is_settled or not self.writes:
             return
@@ -104,7 +104,7 @@ class CheckpointWriter:
             return
 
         def touch() -> None:
-            with contextlib.suppress(RuntimeError):  # too little of it: save will say so
+            with contextlib.suppress(RuntimeError):  # out of memory: save reports it
                 for _, target in self._laid_out(outline)[2]:
                     pages = target.flatten()[:: PAGE_BYTES // target.element_size()]
                     for some in torch.split(pages, SERIAL_ELEMENTS):
@@ -130,15 +130,15 @@ class CheckpointWriter:
             self.wait()
 
     def poll(self) -> None:
-        """Report a write that has failed meanwhile. Waits for nothing.
+        """Report a write that has failed, without waiting.
 
-        Where several write, each would hear of it after another step: they wait for `wait`.
+        If several processes write, each would notice after another step, so they report in `wait`.
         """
         if self._failure is not None and self.writers is None:
             self.wait()
 
     def newest_until(self, step: int) -> str | None:
-        """The name of the newest complete checkpoint that is not of a later step."""
+        """Return the name of the newest complete checkpoint up to and including `step`, if any."""
         self.wait()
         names = [
             path.name for path, facts in complete(self.folder).items() if facts["step"] <= step
@@ -146,7 +146,7 @@ class CheckpointWriter:
         return names[-1] if names else None
 
     def wait(self) -> bool:
-        """Wait for the write under way. Returns whether it went well; says so when it did not."""
+        """Wait for the current write. Returns True if it succeeded, else logs a warning."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -156,7 +156,7 @@ class CheckpointWriter:
             "checkpoint not saved: %s. The run goes on; the checkpoints before it are untouched.",
             str(self._failure) or type(self._failure).__name__,
         )
-        self._failure = self.saved = None  # so that this very step may be tried again
+        self._failure = self.saved = None  # so that this step can be saved again
         return False
 
     def _copy(self, parts: Parts) -> tuple[Parts, Shards]:
@@ -169,7 +169,7 @@ class CheckpointWriter:
         return snapshot, shards
 
     def _laid_out(self, parts: Parts) -> tuple[Parts, Shards, list[tuple[Tensor, Tensor]]]:
-        """`parts` with the kept memory in place of its tensors; and which goes where."""
+        """Return `parts` with tensors replaced by kept memory, its shards, and pairs to copy."""
         pairs: list[tuple[Tensor, Tensor]] = []
         shards: Shards = {}
 
@@ -206,7 +206,7 @@ class CheckpointWriter:
             on_main(lambda: sync(facts.metrics_bytes))
             write(self.folder, parts, facts, shards, self.writers)
             on_main(finish)
-        except Exception as error:  # whatever it is, a thread's end would hide it
+        except Exception as error:  # the thread would swallow any exception
             self._failure = error
 
 
@@ -221,9 +221,9 @@ def write(
     shards: Shards | None = None,
     writers: Writers | None = None,
 ) -> Path:
-    """One checkpoint, `folder/step_<8 digits>`, whole or not at all. Raises OSError.
+    """Write one checkpoint, `folder/step_<8 digits>`, completely or not at all. Raises OSError.
 
-    With `writers` all of them write their `shards`, and the main one all else.
+    With `writers`, each of them writes its `shards` and the main one everything else.
     """
     target = folder / f"step_{facts.step:08d}"
     temporary = folder / f".tmp-{target.name}"
@@ -256,7 +256,7 @@ def write(
 
 
 def write_parts(folder: Path, parts: Parts) -> dict[str, Any]:
-    """A file for each part; the size and SHA-256 of each. Raises OSError."""
+    """Write a file for each part. Returns the size and SHA-256 of each. Raises OSError."""
     files = {}
     for name, part in parts.items():
         try:
@@ -271,9 +271,9 @@ def write_parts(folder: Path, parts: Parts) -> dict[str, Any]:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a checkpoint that is whole its name."""
+    """Rename a complete checkpoint to its final name."""
     old = target.with_name(f".old-{target.name}")
-    if target.exists():  # of this run before it went back to an older one
+    if target.exists():  # from before this run went back to an older checkpoint
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     temporary.rename(target)
@@ -282,10 +282,10 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, written: int) -> None:
-    """Delete what is neither newest, nor best, nor a milestone, nor just written.
+    """Delete all checkpoints except the newest, the best, milestones and the one just written.
 
-    `last` and `best` are made to name theirs first. Incomplete folders do not count, and nothing
-    but checkpoints of this folder is touched.
+    First updates `last` and `best`. Ignores incomplete folders and anything that is not a
+    checkpoint of this folder.
     """
     manifests = complete(folder)
     newest_first = sorted(manifests, reverse=True)
@@ -293,7 +293,7 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, writte
     ranked = sorted(
         (path for path, facts in manifests.items() if _is_number(facts["value"])),
         key=lambda path: (sign * manifests[path]["value"], manifests[path]["step"]),
-        reverse=True,  # of equal ones the latest, as the loop has it
+        reverse=True,  # ties go to the latest, as in the loop
     )
     kept = {
         *newest_first[: max(1, options.keep_last)],
@@ -307,13 +307,15 @@ def rotate(folder: Path, options: CheckpointOptions, mode: str | None, *, writte
     for path in newest_first:
         if path not in kept:
             old = folder / f".old-{path.name}"
-            path.rename(old)  # from here on it is incomplete for every reader
+            path.rename(old)  # readers now ignore it
             shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The checkpoints whose manifest can be read, and that, oldest first. Their files are not
-    looked at."""
+    """Return the checkpoints with a readable manifest, and the manifests, oldest first.
+
+    Does not check their other files.
+    """
     found = {}
     for path in sorted(folder.glob("step_????????")):
         with contextlib.suppress(DamagedCheckpoint):
@@ -322,13 +324,16 @@ def complete(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def named(folder: Path, name: str) -> Path:
-    """The checkpoint that `last`, `best` or its own name stands for; it may not be there."""
+    """Return the path of a checkpoint by name: `last`, `best` or its own. It may not exist."""
     path = folder / name
     return folder / path.read_text(encoding="utf-8").strip() if path.is_file() else path.resolve()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises DamagedCheckpoint, and UserError where it is too new."""
+    """Return a checkpoint's manifest.
+
+    Raises DamagedCheckpoint, or UserError if its format is too new.
+    """
     try:
         content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         digest = content.pop("sha256")
@@ -348,7 +353,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, once every file agrees with it. Raises DamagedCheckpoint."""
+    """Return the manifest after checking every file against it. Raises DamagedCheckpoint."""
     content = read_manifest(path)
     for name, expected in content["files"].items():
         file = path / name
@@ -365,21 +370,26 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> tuple[Parts, dict[str, Any]]:
-    """A verified checkpoint: its parts on the CPU, and its manifest. Raises DamagedCheckpoint."""
+    """Return a verified checkpoint's parts, on the CPU, and its manifest.
+
+    Raises DamagedCheckpoint.
+    """
     parts, content = read(path)
     return fill(parts, path), content
 
 
 def read(path: Path) -> tuple[Parts, dict[str, Any]]:
-    """As `load`, with sharded tensors left empty, on the meta device: see `fill`."""
+    """Same as `load`, but sharded tensors stay empty, on the meta device: see `fill`."""
     content = verify(path)
     names = [name for name in content["files"] if "/" not in name]
     return {Path(name).stem: _read(path / name) for name in names}, content
 
 
 def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
-    """The parts with the tensors that were left empty: whole, or sharded over a mesh's processes,
-    which all processes must then call. Raises DamagedCheckpoint.
+    """Return the parts with the empty tensors filled.
+
+    Without a `mesh` they are full tensors. With one they are sharded over its processes, all of
+    which must call this together. Raises DamagedCheckpoint.
     """
     empty: dict[str, Tensor] = {}
     content: dict[str, Any] = {}
@@ -403,7 +413,7 @@ def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
         look(part, name)
     if not empty:
         return parts
-    from regrow.training import sharded_checkpoint  # a second of imports
+    from regrow.training import sharded_checkpoint  # importing takes a second
 
     try:
         content |= sharded_checkpoint.read(path / SHARDS, empty, mesh)
@@ -420,8 +430,10 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def outline(folder: Path) -> Parts | None:
-    """What the newest checkpoint that can be read holds: its parts, all empty but the model, whose
-    tensors are without content. None where there is none."""
+    """Return the parts of the newest readable checkpoint without their content, or None.
+
+    All parts are empty but the model, whose tensors are on the meta device.
+    """
     for path in reversed(complete(folder)):
         with contextlib.suppress(DamagedCheckpoint):
             files = read_manifest(path)["files"]
@@ -435,11 +447,11 @@ def _read(file: Path, device: str = "cpu") -> dict[str, Any]:
     try:
         part: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        # torch's own words tell how to open it all the same, which would run what is in there.
+        # torch's message explains how to open the file anyway, which would run the code in it.
         raise DamagedCheckpoint(
             f"{name} holds more than tensors and plain values, and is not opened"
         ) from None
-    except Exception as error:  # the readers of zip and pickle raise a dozen different kinds
+    except Exception as error:  # zip and pickle readers raise a dozen different errors
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DamagedCheckpoint(f"{name} cannot be read: {reason}") from None
     if not isinstance(part, dict):
@@ -450,10 +462,10 @@ def _read(file: Path, device: str = "cpu") -> dict[str, Any]:
 def load_newest(
     folder: Path, load: Callable[[Path], tuple[Parts, dict[str, Any]]] = load
 ) -> tuple[Parts, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, by `load` or `read`; None where none was ever written.
+    """Return the newest checkpoint that `load` (or `read`) verifies; None if there never was one.
 
-    Says which it skipped and why, and renames those out of the way (they are kept). Raises
-    UserError when there are some and all are damaged: that is never taken for a fresh start.
+    Warns about each damaged one that it skipped, and renames it. Raises UserError if checkpoints
+    exist and all are damaged: that must not look like a fresh start.
     """
     reasons = []
     for path in sorted(folder.glob("step_????????"), reverse=True):
@@ -485,12 +497,12 @@ def _set_aside(path: Path) -> None:
 
 
 def _clear_up(folder: Path) -> None:
-    """Remove what a killed process left half-done; put back what it had half replaced."""
+    """Remove a killed process's leftovers, and restore a checkpoint that it had half replaced."""
     for old in folder.glob(".old-step_????????"):
         target = folder / old.name.removeprefix(".old-")
         if not target.exists():
             with contextlib.suppress(DamagedCheckpoint):
-                verify(old)  # its files too: a rotation may have deleted some of them
+                verify(old)  # including its files: a rotation may have deleted some
                 old.rename(target)
     leftovers = [*folder.glob(".tmp-step_????????"), *folder.glob(".old-step_????????")]
     for leftover in (*leftovers, *folder.glob(".tmp-last"), *folder.glob(".tmp-best")):
@@ -502,8 +514,11 @@ def _clear_up(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Memory, not cores, limits a copy; and where cores are shared, each of hundreds of tensors
-    would wait for the slowest thread: ten times as long was measured."""
+    """Use one thread: memory, not cores, limits a copy.
+
+    On shared cores each of hundreds of tensors would wait for the slowest thread: ten times as long
+    was measured.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -513,7 +528,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class _HashingFile:
-    """A binary file that knows the size and SHA-256 of what was written to it."""
+    """A binary file that tracks the size and SHA-256 of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
@@ -549,11 +564,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Let the symbolic link name `target`, in one step; see `named`."""
+    """Point the symbolic link at `target`, atomically; see `named`."""
     temporary = link.with_name(f".tmp-{link.name}")
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(target.name)
-    except OSError:  # a file system without links: a file that holds the name
+    except OSError:  # the file system has no links: write the name to a file
         temporary.write_text(target.name, encoding="utf-8")
     temporary.replace(link)

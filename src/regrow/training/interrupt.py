@@ -1,4 +1,4 @@
-"""Stopping when asked to: SIGTERM, SIGINT and SIGUSR1 end a run after a last checkpoint."""
+"""Graceful stop: SIGTERM, SIGINT and SIGUSR1 end a run after a last checkpoint."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first signal and leaves the loop to stop at its next safe place.
+    """Records the first signal; the loop stops at its next safe point.
 
-    A second signal stops at once. The same within a second is the first by another way: schedulers
-    signal every process of a job, and the one that started it hands its signal on. As a context
-    manager it puts the handlers back. Outside the main thread it handles nothing and only answers
-    that nobody asked.
+    A second signal stops the process at once. The same signal within a second counts as the first:
+    schedulers signal every process of a job, and its launcher forwards its own signal. The context
+    manager restores the previous handlers on exit. Outside the main thread it handles no signals
+    and `requested` stays False.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StopRequest:
         return self.signal is not None
 
     def while_waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, with the wait for each cut short by raising Interrupted."""
+        """Yield `items`; a stop request interrupts the wait for one with Interrupted."""
         iterator = iter(items)
         while True:
             self._waiting = True

@@ -1,7 +1,7 @@
-"""The loop: all that happens during training, by name, in the order in which it happens.
+"""The training loop: every event of a run, by name, in order.
 
-To change what a run does, change these functions. `TrainState` holds what changes during a run and
-`Plan` what stays; nothing else is looked at, and nothing happens anywhere else.
+To change what a run does, change these functions. `TrainState` holds what changes during a run,
+`Plan` what stays the same; the loop reads nothing else.
 """
 
 from __future__ import annotations
@@ -56,23 +56,23 @@ log = logging.getLogger(__name__)
 
 class Slice(NamedTuple):
     sums: Sums
-    weighted: bool  # whether the weights differ from one each
+    weighted: bool  # True if the weights are not all one
     components: tuple[str, ...]
 
 
 class StepResult(NamedTuple):
-    sums: Sums  # over all slices and processes
+    sums: Sums  # over all micro-batches and processes
     components: tuple[str, ...]
-    grad_norm: Tensor | float  # () true, global, before clipping
-    skipped: optim.Skipped  # empty steps too
+    grad_norm: Tensor | float  # () of the unscaled gradients, over all processes, before clipping
+    skipped: optim.Skipped  # True for empty steps too
 
 
 def fit(state: TrainState, plan: Plan) -> str:
-    """Train from where `state` is to the end. Returns "completed" or "interrupted".
+    """Train from `state` to the end. Returns "completed" or "interrupted".
 
-    Raises OSError when it came to the end and the last checkpoint could not be written.
+    Raises OSError if the run finished but its last checkpoint could not be written.
     """
-    together = plan.world.size > 1  # then nobody may end a wait alone: see Exchange
+    together = plan.world.size > 1  # then no rank may stop alone: see Exchange
     try:
         state.model.train()
         plan.exchange.start_clock()
@@ -86,7 +86,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                     state.progress.seconds += plan.exchange.seconds
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
-                    if result.skipped is not True:  # so the optimizer has a state
+                    if result.skipped is not True:  # the optimizer then has a state
                         plan.checkpoints.make_room(state.state_dict)
                     plan.checkpoints.poll()
                     if over := settle(state, plan):
@@ -98,12 +98,12 @@ def fit(state: TrainState, plan: Plan) -> str:
         return "interrupted"
     if not saved:
         raise OSError(f"the weights of step {state.step}, the last, could not be saved")
-    plan.world.barrier()  # all may read what was saved
+    plan.world.barrier()  # from here on every rank may read the checkpoint
     return "completed"
 
 
 def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
-    """One update of the weights from one global batch, in as many slices as fit."""
+    """Update the weights from one global batch, in as many micro-batches as memory requires."""
     plan.buffers.remember()
     optim.set_lr(state.optimizer, state.schedule(state.step))
     while (parts := gradients(state, batch, plan)) is None:
@@ -111,14 +111,16 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         plan.buffers.restore(True)
     sums = plan.exchange.wait()
 
-    # What the slices left is the gradient of the summed loss over the number of examples. Where
-    # that is not the sum of the weights, or fp16 scaled the loss, one factor puts it right.
+    # The micro-batches accumulated the gradient of the summed loss, divided by the number of
+    # examples. Where the divisor must be the sum of the weights, or fp16 scaled the loss, one
+    # factor corrects it.
     factor: float | Tensor = 1.0
     empty: optim.Skipped = False
     if any(part.weighted for part in parts):
         weight = sums[WEIGHT]
         empty = weight.eq(0).float() if isinstance(weight, Tensor) else weight == 0
-        # Python refuses to divide by zero; either way the norm is not finite, the step skipped.
+        # A float division by zero would raise. NaN makes the norm non-finite, so the step is
+        # skipped.
         factor = batch.num_global / weight if isinstance(weight, Tensor) or weight else math.nan
     if state.loss_scale is not None:
         factor = factor / state.loss_scale.value
@@ -142,7 +144,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
         weight = average_weight(state, plan.options)
         update_average(state.averaged, state.model, weight, skipped)
     count(state, sums, skipped, empty)
-    no_factor = isinstance(factor, float) and factor == 1.0  # then one operation less
+    no_factor = isinstance(factor, float) and factor == 1.0  # saves one operation
     true_norm = norm if no_factor else norm * factor
     if isinstance(empty, Tensor):
         true_norm = torch.where(empty.bool(), 0.0, torch.as_tensor(true_norm, device=empty.device))
@@ -152,7 +154,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
 
 
 def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None:
-    """Forward and backward over all slices of the batch; None where memory did not suffice."""
+    """Run forward and backward over all micro-batches. Returns None if memory did not suffice."""
     for parameter in plan.parameters:
         parameter.grad = None
     slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)
@@ -160,24 +162,24 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
     try:
         for index, micro_batch in enumerate(slices):
             is_last = index == len(slices) - 1
-            # What the model draws (dropout) follows from the step, not from what was drawn before.
-            # The loss may draw too; torch, numpy and `random` all start from this key.
+            # Dropout must depend on the step, not on earlier draws. The loss may draw as well:
+            # torch, numpy and `random` all start from this key.
             seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
             with synchronises(plan.forward, is_last):
                 losses, part = forward(micro_batch, plan)
                 parts.append(part)
-                if is_last:  # under way while the gradients are computed
+                if is_last:  # overlaps with the backward pass
                     plan.exchange.send([part.sums for part in parts], losses.dtype)
                 backward(losses, state, micro_batch, plan)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return None  # the traceback, and all that it holds in memory, ends here
+        return None  # frees the traceback and the tensors that it holds
     return parts
 
 
 def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
-    """The weighted losses of one slice, to be differentiated, and what it adds to the sums."""
+    """Return a micro-batch's weighted losses, to be differentiated, and its part of the sums."""
     with autocast(plan.world.device, plan.options.precision):
         outputs = call(plan.forward, batch.inputs)
         loss = plan.task.loss(outputs, batch.targets, batch.weights)
@@ -198,7 +200,7 @@ def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
 
 
 def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
-    """Add the gradients of one slice, those of the sum of its losses, to what is there."""
+    """Accumulate the gradients of a micro-batch's summed losses."""
     share = 1.0 / batch.num_global
     if state.loss_scale is None:
         factor = constant(share, losses.dtype, losses.device)
@@ -208,7 +210,7 @@ def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> Non
 
 
 def report(state: TrainState, result: StepResult, plan: Plan) -> None:
-    """The log lines that are due after a step: of the step, of the epoch, of the tensors."""
+    """Log what is due after a step: metrics of the step and of the epoch, and histograms."""
     options, progress, step = plan.options, state.progress, state.step
     if due(step, options.log_every_steps):
         loss, score, weight, examples, *components = read(result.sums)
@@ -226,7 +228,8 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         if empty := int(state.empty_steps.item()):
             line["train/empty_steps"] = empty
         plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
-    # Where only the device knows, it is asked as rarely as it is waited for.
+    # A tensor `skipped` is only known to the device, which is read here no more often than for the
+    # log.
     if due(step, options.log_every_steps) or result.skipped is True:
         refuse_endless_skipping(state, result, plan)
     if due(step, options.log_histograms_every_steps):
@@ -239,11 +242,11 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
 
 
 def settle(state: TrainState, plan: Plan) -> bool:
-    """Evaluate and save if they are due after this step. Returns whether the run is over.
+    """Evaluate and save if due after this step. Returns True if the run is over.
 
-    The step alone decides what is due, so a run that was cut between two of these goes on with the
-    one that is missing. The end of a run is evaluated wherever it is; if the limit is raised later,
-    that evaluation stays in the record.
+    What is due depends on the step alone, so a run interrupted between evaluation and checkpoint
+    resumes with the missing one. A run's end is evaluated wherever it falls; if the limit is raised
+    later, that evaluation stays in the record.
     """
     options, progress = plan.options, state.progress
     ends_epoch = state.step_in_epoch == 0
@@ -262,7 +265,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         tell_of_early_stop(values, state, plan)
         progress.pruned = pruned(state, plan)
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
-    if (ends_epoch or evaluates) and not is_saved:  # of a step saved before, it was said before
+    if (ends_epoch or evaluates) and not is_saved:  # already announced when this step was saved
         announce(state, plan)
     over = finished(state, plan)
     stops = plan.exchange.stops
@@ -272,7 +275,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         or (ends_epoch and due(state.epoch, options.checkpoint.milestones_every_epochs))
         or progress.best_step == state.step
     )
-    # Among steps that are left out no save is regular: rotation would keep what led to them alone.
+    # Do not save during a streak of skipped steps: rotation would then keep only those checkpoints.
     saves = saves and not state.skips[1].item()
     if saves or over or stops:
         save(state, plan)
@@ -282,9 +285,9 @@ def settle(state: TrainState, plan: Plan) -> bool:
 def evaluate(
     state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """What `measure` gives for the weights to evaluate, under `name/…`, and what pictures need.
+    """Return `measure`'s values for the evaluated weights, under `name/…`, and its details.
 
-    Training is left as it was. Raises Interrupted when a stop is asked for in between.
+    Leaves the training state unchanged. Raises Interrupted if a stop is requested meanwhile.
     """
     draws = Draws(plan.seed, name, state.step, plan.world.rank)
     with optim.evaluating(state.optimizer, state.model), states_kept():
@@ -314,11 +317,11 @@ def measure(
     bar: Any,
     draws: Draws,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The exact loss and metrics over all of `batches`, and what pictures need; `bar` is moved on.
+    """Return the exact loss and metrics over all `batches`, and details for plots.
 
-    Sums over every example and process, divided once; nothing is padded and nothing dropped.
-    Leaves the model in evaluation mode. `draws` seeds each batch, so generators move: see
-    `states_kept`.
+    Accumulates sums over every example and process and divides once, without padding or dropping.
+    Leaves the model in evaluation mode and advances `bar`. `draws` seeds each batch, which changes
+    the random generators: see `states_kept`.
     """
     sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
@@ -337,7 +340,7 @@ def measure(
                 sums[LOSS] += (values * weights).sum()
                 sums[WEIGHT] += weights.sum()
             metrics.update(outputs, batch.targets, batch.weights)
-            if not bar.disable:  # for the eye only
+            if not bar.disable:  # only for the progress bar
                 score = task.running(outputs, batch.targets)
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
                 sums[EXAMPLES] += batch.num_local
@@ -348,7 +351,7 @@ def measure(
 
 
 def save(state: TrainState, plan: Plan) -> None:
-    """A checkpoint of this step, written beside the loop, unless there is one already."""
+    """Save a checkpoint of this step in the background, unless it is saved already."""
     evaluated = state.progress.evaluated_step == state.step
     if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
@@ -365,7 +368,6 @@ def save(state: TrainState, plan: Plan) -> None:
 
 
 def finished(state: TrainState, plan: Plan) -> bool:
-    """Return True if a limit is reached."""
     progress, limit = state.progress, plan.options.max_seconds
     return (
         stopped_early(state, plan.options)
@@ -376,13 +378,14 @@ def finished(state: TrainState, plan: Plan) -> bool:
 
 
 def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOptions) -> None:
-    """Let an evaluation decide: the best so far, the plateau, early stopping."""
+    """Update the best checkpoint, the plateau schedule and early stopping from an evaluation."""
     progress, mode = state.progress, options.mode
     if options.monitor is None or mode is None:
         return
     value = values[options.monitor]
-    # Of equal ones the latest: a small validation split is soon at its highest accuracy, by weights
-    # with half of their training before them. After skipped steps these are no later weights.
+    # Ties go to the latest step: a small validation split soon reaches its highest accuracy, with
+    # weights at half of their training. After skipped steps the weights are not newer, so ties are
+    # ignored.
     equals = value == progress.best_value and not state.skips[1].item()
     if equals or improves(value, progress.best_value, mode=mode):
         progress.best_value, progress.best_step = value, state.step
@@ -397,7 +400,7 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
 
 
 def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: Plan) -> None:
-    """Say so where early stopping ends the run, and why."""
+    """Log that early stopping ends the run, and why."""
     monitor = plan.options.monitor
     if not plan.world.is_main or monitor is None or not stopped_early(state, plan.options):
         return
@@ -416,8 +419,8 @@ def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: Pla
 
 
 def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
-    """Warn at the end of an epoch in which no step had any weight: nothing was learnt in it."""
-    was_bad = bool(state.skips[1].item())  # bad steps have no sums either
+    """Warn after an epoch in which every step had zero weight, so nothing was learnt."""
+    was_bad = bool(state.skips[1].item())  # skipped steps have no sums either
     if plan.world.is_main and read(state.sums)[WEIGHT] == 0 and not was_bad:
         log.warning(
             "epoch %d: every step was empty, since all weights are zero. Check the targets, the "
@@ -427,7 +430,7 @@ def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
 
 
 def pruned(state: TrainState, plan: Plan) -> bool:
-    """Tell the search, if the run is a trial of one, and hear whether to end here."""
+    """Report to the search, if the run is a trial. Returns True if the search ends the run here."""
     if plan.trial is None:
         return False
     ends = plan.world.is_main and plan.trial.is_over(state.step, state.progress.latest)
@@ -435,17 +438,17 @@ def pruned(state: TrainState, plan: Plan) -> bool:
 
 
 def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
-    """Return True if early stopping's patience is over. Not kept: a resume may raise it."""
+    """Return True if early stopping's patience is exceeded. Not saved, so a resume may raise it."""
     patience = options.early_stopping.patience
     return patience is not None and state.progress.evaluations_without_improvement > patience
 
 
 def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
-    """Run one batch through model and loss in evaluation mode, so that what breaks breaks early."""
+    """Run one batch through model and loss in evaluation mode, to fail before training starts."""
     buffers = Buffers(model)  # some models count calls in evaluation mode too
     model.eval()
     with autocast(batch.targets.device, precision):
-        outputs = call(model, batch.inputs)  # with its graph: that tells what the model ends in
+        outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
         task.check(outputs, batch.targets)
         task.loss(outputs, batch.targets, batch.weights)
     buffers.restore(True)
@@ -454,13 +457,13 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
 
 @torch.no_grad()
 def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
-    """Raise UserError if the model cannot train on a slice of one example."""
+    """Raise UserError if the model cannot train on a micro-batch of one example."""
     buffers = Buffers(model)
     batch = batch.split(max(1, batch.num_local))[0]
     try:
         with autocast(batch.targets.device, precision):
             call(model.train(), batch.inputs)
-    except ValueError as error:  # BatchNorm has no variance to divide by
+    except ValueError as error:  # BatchNorm cannot compute a variance
         raise UserError(
             "the smallest slice of a step is one example, and this model cannot train on one: "
             f"{str(error).splitlines()[0]}. Use data.drop_last=true, another data.batch_size, "
@@ -471,13 +474,13 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
 
 
 def refuse_endless_skipping(state: TrainState, result: StepResult, plan: Plan) -> None:
-    """End the run after too many steps in a row without a finite gradient."""
+    """Raise FloatingPointError after too many steps in a row without a finite gradient."""
     in_a_row = int(state.skips[1].item())
-    # fp16 finds its scale by overflowing: that many halvings are a search, not a fault.
+    # fp16 finds its scale by overflowing: these halvings are a search, not a fault.
     allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
     if in_a_row >= allowed:
         loss, where = float(result.sums[LOSS]), optim.first_non_finite(state.model)
-        # From one that was followed by a finite step; the last before the streak led into it.
+        # Only a checkpoint followed by a finite step is good; the last one led into the streak.
         good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
         raise FloatingPointError(
             f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
@@ -490,7 +493,7 @@ def refuse_endless_skipping(state: TrainState, result: StepResult, plan: Plan) -
 
 
 def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
-    """Do the step again in twice as many slices, and every step after it. The maths stays."""
+    """Retry the step, and run all later ones, in twice as many micro-batches."""
     slices = plan.options.accumulation_steps << state.progress.halvings
     where = (
         f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
@@ -502,7 +505,7 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
             f"{where}: nothing is left to halve. Use a smaller model or input, "
             "trainer.precision=bf16, or a device with more memory."
         )
-    if plan.world.size > 1:  # the others are beyond this slice: all start again, in smaller ones
+    if plan.world.size > 1:  # the other ranks are past this point: all must restart
         raise SlicesTooLarge(where, state.progress.halvings + 1)
     state.progress.halvings += 1
     for parameter in plan.parameters:
@@ -513,22 +516,22 @@ def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
 
 
 def say_if_out_of_memory(error: RuntimeError, what: str, way_out: str) -> None:
-    """Raise it in one line where memory was short and there is nothing to halve."""
+    """Raise UserError if `error` is out of memory and there is nothing to halve."""
     if is_out_of_memory(error):
         raise UserError(f"{what} ran out of memory. {way_out}") from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of CUDA, or of the CPU's allocator, which has no class of its own."""
+    """Return True for CUDA's error or the CPU allocator's, which has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-# In torch's words for operations that do not take integers, or integers beside floats.
+# Torch's words in errors on integers, or on integers mixed with floats.
 NAMES_A_TYPE = r"\b(Long|Int|Short|Char|Byte|Bool|int|char|dtype|datatype)\b"
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The outputs for inputs that are one tensor, or a tuple or mapping of arguments.
+    """Return the outputs for inputs that are one tensor, or a tuple or mapping of arguments.
 
     Raises UserError for integers that the model's floats cannot be computed with.
     """
@@ -542,7 +545,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def refuse_integers(error: Exception, inputs: Any) -> None:
-    """Raise UserError if a forward pass failed by the type of its inputs, and they are integers."""
+    """Raise UserError if a forward pass failed because its inputs are integers."""
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     tensors = [inputs] if isinstance(inputs, Tensor) else values
     integers = [t for t in tensors if not t.is_floating_point() and not t.is_complex()]
@@ -560,12 +563,12 @@ def refuse_integers(error: Exception, inputs: Any) -> None:
 def count(
     state: TrainState, sums: Sums, skipped: optim.Skipped, empty: optim.Skipped = False
 ) -> None:
-    """Add a step to the epoch's sums, to the steps that were skipped, or to the empty ones.
+    """Add a step to the epoch's sums, to the skipped steps or to the empty steps.
 
-    An empty step, whose weights are all zero, is skipped as well, but it is not a bad one: it
-    neither begins nor ends a streak of those.
+    An empty step, whose weights are all zero, is skipped as well, but is not a bad step: it neither
+    starts nor ends a streak of bad steps.
     """
-    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # on the device: nobody knows yet
+    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # known only to the device
         assert isinstance(sums, Tensor)
         left_out = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
         bad, streak = left_out, state.skips[1]
@@ -591,7 +594,7 @@ def count(
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Sums of half-precision numbers are no sums."""
+    """Return float32 values: half precision would lose digits in sums."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 

@@ -1,5 +1,7 @@
-"""The learning-rate range test: a short run whose rate grows at every step (Smith, "Cyclical
-learning rates for training neural networks", 2017, section 3.3)."""
+"""The learning-rate range test: a short run with a learning rate that grows at every step.
+
+Source: Smith, "Cyclical learning rates for training neural networks", 2017, section 3.3.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,17 @@ from regrow.training.plan import Batch, Plan
 from regrow.training.state import TrainState
 from regrow.training.sums import read
 
-MEMORY = 0.9  # of the running mean that divergence is judged by
-WIDTH = 0.03  # of the bell that smooths the curve, as a share of its steps
-MARGIN = 3.0  # the suggestion lies so many times below the rate of the lowest loss
+MEMORY = 0.9  # decay of the running mean that detects divergence
+WIDTH = 0.03  # width of the smoothing bell, as a share of the steps
+MARGIN = 3.0  # the suggestion is the learning rate of the lowest loss, divided by this
 
 
 @dataclass(frozen=True, kw_only=True)
 class RangeTest:
-    """From `min_lr` in equal factors to `max_lr`, `num_steps` optimizer steps at the most.
+    """At most `num_steps` optimizer steps, from `min_lr` in equal factors to `max_lr`.
 
-    It ends early where the running mean of the loss is `divergence_factor` times its lowest.
+    The test ends early when the running mean of the loss reaches `divergence_factor` times its
+    lowest.
     """
 
     min_lr: float
@@ -41,14 +44,14 @@ class RangeTest:
             )
 
     def lr(self, index: int) -> float:
-        """The rate of step `index`, from 0."""
+        """Return the learning rate of step `index`, from 0."""
         growth: float = (self.max_lr / self.min_lr) ** (index / max(1, self.num_steps - 1))
         return self.min_lr * growth
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss that each step saw before its update; `ended` says why there are no more."""
+    """The loss of each step before its update; `ended` says why the curve ends."""
 
     lrs: list[float]
     losses: list[float]
@@ -57,9 +60,9 @@ class Curve:
 
 
 def range_test(state: TrainState, plan: Plan, test: RangeTest) -> Curve:
-    """Train at growing rates, and put back all that changed: the run can begin as if never tested.
+    """Train at growing learning rates, then restore the state as if the test had not run.
 
-    Batches, slices, precision and clipping are the run's own; its schedule is left out.
+    Batches, micro-batches, precision and clipping are the run's own; its schedule is not used.
     """
     before = copy.deepcopy(state.state_dict())
     schedule, was_training, first = state.schedule, state.model.training, state.step
@@ -82,7 +85,7 @@ def range_test(state: TrainState, plan: Plan, test: RangeTest) -> Curve:
             losses.append(loss)
             running = loss if index == 0 else MEMORY * running + (1 - MEMORY) * loss
             lowest = running if index == 0 else min(lowest, running)
-            # As a distance, so that it also holds for losses around and below zero.
+            # A difference, not a ratio, so that it also works for losses near or below zero.
             if running - lowest > (test.divergence_factor - 1) * abs(lowest):
                 ended = "the loss diverged"
                 break
@@ -95,12 +98,12 @@ def range_test(state: TrainState, plan: Plan, test: RangeTest) -> Curve:
 
 
 def suggest(curve: Curve) -> float:
-    """A rate below the one at which the smoothed loss is lowest, to two digits.
+    """Return a learning rate below that of the lowest smoothed loss, to two digits.
 
-    Past its lowest point the loss rises because the rate is too high; a longer run needs some
-    distance from there. Raises UserError for a curve that never fell beyond its own noise.
+    Past its lowest point the loss rises because the learning rate is too high; a longer run needs
+    some margin. Raises UserError for a curve that never fell by more than its own noise.
     """
-    flat = curve.losses[: max(2, len(curve.losses) // 10)]  # the rate is too small to matter
+    flat = curve.losses[: max(2, len(curve.losses) // 10)]  # the rate is still too small to matter
     start = statistics.fmean(flat) if flat else math.nan
     lowest = min(curve.smoothed, default=math.nan)
     noise = 2 * statistics.pstdev(flat) if flat else 0.0
@@ -114,12 +117,12 @@ def suggest(curve: Curve) -> float:
 
 
 def still_falling(curve: Curve) -> bool:
-    """Return True if the lowest loss is at the end, so that the best rate may lie beyond."""
+    """Return True if the lowest loss is at the end, so the best learning rate may be higher."""
     return curve.smoothed.index(min(curve.smoothed)) == len(curve.smoothed) - 1
 
 
 def smooth(values: Sequence[float], width: float) -> list[float]:
-    """Means weighted by a bell of `width` steps around each value, so that nothing lags."""
+    """Return means weighted by a bell of `width` steps around each value, so that nothing lags."""
     reach = max(1, math.ceil(3 * width))
     bell = [math.exp(-0.5 * (offset / width) ** 2) for offset in range(-reach, reach + 1)]
     smoothed = []
@@ -137,7 +140,7 @@ def _batches(state: TrainState, plan: Plan) -> Iterator[Batch]:
 
 
 def _unit_lr(state: TrainState) -> float:
-    """`optimizer.lr`, which the schedule's factor multiplies."""
+    """Return `optimizer.lr`, which the schedule's factor multiplies."""
     for group in state.optimizer.param_groups:
         if group["lr_scale"] > 0:
             unit: float = group["base_lr"] / group["lr_scale"]

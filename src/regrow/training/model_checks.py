@@ -27,9 +27,9 @@ def has_lazy_parts(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def materialise(model: nn.Module, batch: Batch) -> None:
-    """Let lazy modules make their parameters from a batch, on the CPU, before anything uses them.
+    """Initialise lazy modules from a batch, on the CPU, before anything uses their parameters.
 
-    Raises UserError if some are left.
+    Raises UserError if some parameters stay uninitialised, or if forward creates others.
     """
     before = _tensors(model).keys()
     call(model.eval(), _on_cpu(_few(batch).inputs))
@@ -83,7 +83,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_conj() or tensor.is_neg():
         raise UserError(f"model: {name} is a conjugated view. Add .resolve_conj().resolve_neg().")
-    if torch._debug_has_internal_overlap(tensor) == 1:  # of expand
+    if torch._debug_has_internal_overlap(tensor) == 1:  # e.g. from expand()
         raise UserError(
             f"model: several elements of {name} share their memory, so no value can be loaded into "
             "it. Add .clone() after expand()."
@@ -91,7 +91,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _check_extra_state(model: nn.Module, ema_decay: float | None) -> None:
-    """Entries of state_dict that are not tensors, as get_extra_state gives them."""
+    """Raise UserError if an entry from get_extra_state cannot be averaged or saved."""
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             continue
@@ -106,7 +106,7 @@ def _check_extra_state(model: nn.Module, ema_decay: float | None) -> None:
             torch.save(value, file)
             file.seek(0)
             torch.load(file, weights_only=True)
-        except Exception as error:  # whatever pickle raises for an object of any class
+        except Exception as error:  # pickle raises errors of many classes
             raise UserError(
                 f"model: {name} of the model's state is a {type(value).__name__}, which no "
                 "checkpoint is opened with. Let get_extra_state return tensors, numbers, text, "
@@ -125,23 +125,23 @@ def check_forward(
     needs_all: bool,
     compiles: bool,
 ) -> None:
-    """Raise UserError for what only a forward pass in training mode shows. Leaves no trace.
+    """Raise UserError for faults that only a forward pass in training mode shows. Leaves no trace.
 
-    `before`: the model as `described` before any forward pass.
-    `needs_all`: whether each trainable parameter must get a gradient, as in DDP.
+    `before`: the model as `described` before any forward pass. `needs_all`: True if each trainable
+    parameter must get a gradient, as in DDP.
     """
     if batch.num_local < 2:  # BatchNorm may refuse one example
         return
-    # One of several experts may see none of a few examples.
+    # With few examples, an expert of several may see none.
     few = batch if needs_all else _few(batch)
     with _buffers_kept(model, averaged), autocast(batch.targets.device, precision):
         try:
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
                 outputs = call(model.train(), few.inputs)
-        except Exception:  # such as ghost batch normalisation, which needs more examples than two
+        except Exception:  # e.g. ghost batch normalisation, which needs more than two examples
             return
         grown = _check_buffers(model, before)
-        if grown and not is_sharded:  # whose passes must be as many in every process
+        if grown and not is_sharded:  # else all ranks must run equally many passes
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
                 _check_caches(model, few, grown)
         nodes = [*_graph(outputs)]
@@ -151,15 +151,17 @@ def check_forward(
             if getattr(node, "_saved_sparse", False):
                 inputs = (_leaf(following) for following, _ in node.next_functions)
                 raise _sparse(next((names[id(i)] for i in inputs if id(i) in names), "a module"))
-        if not is_sharded:  # whose forward pass uses gathered copies
+        if not is_sharded:  # a sharded model's forward pass uses gathered copies
             _check_leaves(model, leaves, names, needs_all)
         if averaged is not None and not is_sharded:
             _check_copy(averaged, few, names)
 
 
 def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:
-    """Raise UserError for a part of the state that a forward pass changes in kind. Returns the
-    caches (non-persistent buffers) that it made, or made anew with another shape."""
+    """Raise UserError for a part of the state whose dtype or shape a forward pass changes.
+
+    Returns the caches (non-persistent buffers) that it created or replaced with another shape.
+    """
     after = described(model)
     changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     cached = caches(model)
@@ -181,12 +183,12 @@ def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:
 
 
 def _check_caches(model: nn.Module, few: Batch, grown: list[str]) -> None:
-    """Raise UserError if outputs depend on the caches' history, which no checkpoint holds."""
+    """Raise UserError if outputs depend on the caches' history, which checkpoints do not hold."""
     found = []
     cached = caches(model)
     persistent = {n: b.clone() for n, b in model.named_buffers() if n not in cached}
     with _buffers_kept(model):
-        for _ in range(2):  # the second with the caches that the first one left
+        for _ in range(2):  # the second pass starts with the first one's caches
             with states_kept():
                 found.append([*_found(call(model, few.inputs))])
             with torch.no_grad():
@@ -230,7 +232,7 @@ def _check_leaves(
 
 
 def _check_copy(averaged: nn.Module, few: Batch, names: Mapping[int, str]) -> None:
-    """A copied closure or hook still refers to the model that it was made for."""
+    """Raise UserError if the copy uses the original's parameters, as closures and hooks do."""
     try:
         outputs = call(averaged, few.inputs)
     except Exception:
@@ -245,7 +247,7 @@ def _check_copy(averaged: nn.Module, few: Batch, names: Mapping[int, str]) -> No
 
 
 def _graph(outputs: Any) -> Iterator[Any]:
-    """The nodes of the graph that led to `outputs`, each once."""
+    """Yield each node of the graph behind `outputs` once."""
     seen: set[Any] = set()
     waiting = [tensor.grad_fn for tensor in _found(outputs)]
     while waiting:
@@ -280,7 +282,7 @@ def _buffers_kept(*models: nn.Module | None) -> Iterator[None]:
 
 
 def _few(batch: Batch) -> Batch:
-    """Two examples, or three."""
+    """Return the first two or three examples."""
     few: Batch = batch.split(max(1, batch.num_local // 2))[0]
     return few
 
@@ -298,7 +300,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def described(model: nn.Module) -> dict[str, str]:
-    """The dtype and shape of each parameter and buffer."""
+    """Return the dtype and shape of each parameter and buffer."""
     return {name: f"{_dtype(t)} {tuple(t.shape)}" for name, t in _tensors(model).items()}
 
 

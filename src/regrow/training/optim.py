@@ -1,4 +1,4 @@
-"""Parameter groups by rule, the update itself, and Muon for matrices with AdamW for the rest."""
+"""Parameter groups, the update, and Muon for matrices with AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 def parameter_groups(
     model: nn.Module, *, lr_scale: Mapping[str, float] | None, decay_norms_and_biases: bool
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in groups that share a rate and a decay.
+    """Return the trainable parameters in groups that share a learning rate and a weight decay.
 
-    `lr_scale` maps a pattern of parameter or module names to a factor of the rate; the first that
-    matches counts. Vectors (norms, biases) get no weight decay unless `decay_norms_and_biases`.
-    Raises UserError for a pattern that matches nothing and for a model with nothing to train.
+    `lr_scale` maps patterns of parameter or module names to factors of the learning rate; the first
+    match counts. Vectors (norms, biases) get no weight decay unless `decay_norms_and_biases`.
+    Raises UserError for a pattern that matches nothing and for a model without trainable
+    parameters.
     """
     lr_scale = lr_scale or {}
     groups: dict[tuple[float, bool], dict[str, Tensor]] = {}
@@ -64,12 +65,12 @@ def parameter_groups(
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Return True if a pattern is for a parameter: its name, or that of a module around it."""
+    """Return True if `pattern` matches the parameter's name or that of a module around it."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer over `groups`, each with the rate that the schedule multiplies, `base_lr`."""
+    """Return the optimizer over `groups`. Each gets `base_lr`, which the schedule multiplies."""
     for group in groups:
         group["lr_scale"] = float(group["lr_scale"])
     try:
@@ -77,7 +78,7 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"optimizer: {' '.join(str(error).split())}.") from error
     if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
-        optimizer.train()  # schedule-free ones refuse to step otherwise
+        optimizer.train()  # schedule-free optimizers refuse to step otherwise
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"] * group["lr_scale"]
     for part in getattr(optimizer, "parts", [optimizer]):
@@ -88,9 +89,9 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
 
 
 def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take up moments and counters. What the config sets stays, or a new rate would be lost.
+    """Load moments and counters. Settings stay as configured, so a new learning rate takes effect.
 
-    Those of another optimizer do not fit this one: it starts without moments, and one line says so.
+    The moments of another optimizer do not fit: this one then starts without moments and warns.
     """
     state = dict(state)
     before, now = state.pop(CLASS, None), type(optimizer).__qualname__
@@ -111,7 +112,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ) from error
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
         group.update({name: fresh[name] for name in SETTINGS & fresh.keys()})
-    # A checkpoint holds contiguous tensors; fused kernels walk memory in the parameter's own order.
+    # Checkpoints hold contiguous tensors, but fused kernels walk memory in the parameter's order.
     for part in getattr(optimizer, "parts", [optimizer]):
         for parameter, moments in part.state.items():
             for name, value in moments.items():
@@ -121,10 +122,10 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | None) -> bool:
-    """Return True if a checkpoint's moments are of another class than `optimizer`.
+    """Return True if a checkpoint's moments belong to another class than `optimizer`.
 
-    A record from before the class was kept is told by its settings: each kind has some that the
-    other lacks. One kind alone may have more of them in another version of torch.
+    Older records lack the class, so their settings decide: two classes each have some that the
+    other lacks. If only one side has more, it may be the same class in another version of torch.
     """
     if before is not None:
         return before != type(optimizer).__qualname__
@@ -138,25 +139,25 @@ def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | 
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
-    """The rate of every group for the next update. It follows from the step alone."""
+    """Set each group's learning rate for the next update. It depends on the step alone."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 def rates(optimizer: Optimizer) -> dict[str, float]:
-    """`lr/x<scale>` of each group with a scale, and `lr` of the others, else of the first."""
+    """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled or else the first group."""
     found = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     scaled = {f"lr/x{scale:g}": lr for scale, lr in found.items() if scale != 1}
     return {"lr": found.get(1.0, optimizer.param_groups[0]["lr"]), **scaled}
 
 
-# Whether a step was left out as not finite: known to the host, or () 1.0 or 0.0 on the device.
+# True if a step was skipped as non-finite: a bool on the host, or a () tensor of 1.0 or 0.0.
 Skipped = bool | Tensor
 
 
-CLASS = "class"  # of the optimizer, in its part of a checkpoint
+CLASS = "class"  # the key of the optimizer's class in its part of a checkpoint
 
-# Of a parameter group, those that are no state of any optimizer.
+# Keys of a parameter group that are not part of an optimizer's state.
 SETTINGS = {
     *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
     *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
@@ -170,18 +171,18 @@ class Clipping:
     value: float | None
 
 
-# The others' fused kernels take no sharded parameters.
+# Other optimizers' fused kernels do not accept sharded parameters.
 _FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
-# Their fused kernels take `found_inf` and leave weights and moments alone where it is 1.
+# Their fused kernels take `found_inf` and leave weights and moments unchanged where it is 1.
 _SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @contextlib.contextmanager
 def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """Lets a schedule-free optimizer show the weights it stands for, and puts back the others.
+    """Switch a schedule-free optimizer to its evaluation weights, then back.
 
     Such optimizers (Defazio et al., "The road less scheduled", 2024) train one point and evaluate
-    another. Their own way back is not exact to the bit, so the weights are kept and copied back.
+    another. Their own way back is not bit-exact, so the weights are copied and restored.
     """
     if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
         yield
@@ -202,7 +203,7 @@ def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
         return False
     if not all(group.get("fused") for group in optimizer.param_groups):
         return False
-    # SGD's first step makes its momentum from uninitialised memory and fills it only if it runs.
+    # SGD's first step allocates its momentum uninitialised and only fills it if the step runs.
     return not (optimizer.defaults.get("momentum") and not optimizer.state)
 
 
@@ -215,11 +216,11 @@ def update(
     clipping: Clipping,
     valid: Tensor | float,
 ) -> Skipped:
-    """One update with `gradients * factor`, clipped; nothing at all where it would not be finite.
+    """Update with `gradients * factor`, clipped; skip the update if it would not be finite.
 
-    `norm` is the norm of `gradients` before the factor, `valid` is finite if the loss is; each is a
-    number or a () tensor. Returns whether the update was skipped: as a bool if the host had to
-    know, else as a () tensor of 1.0 or 0.0 that nobody has waited for.
+    `norm` is the norm of `gradients` before the factor; `valid` is finite if the loss is. Each is a
+    number or a () tensor. Returns True if the update was skipped: a bool if the host had to know,
+    else a () tensor of 1.0 or 0.0 that the host has not waited for.
     """
     scale: float | Tensor
     skipped: Skipped
@@ -231,14 +232,14 @@ def update(
         if clipping.norm is not None:
             scale = factor * (clipping.norm / (true_norm + 1e-6)).clamp(max=1.0)
     else:
-        # The one synchronisation of such a step.
+        # The only host synchronisation of this step.
         norm_read, valid_read, scale = numbers(norm, valid, factor)
         if not (math.isfinite(norm_read * scale) and math.isfinite(valid_read)):
             return True
         skipped = False
         if clipping.norm is not None:
             scale *= min(1.0, clipping.norm / (norm_read * scale + 1e-6))
-    # As torch.nn.utils.clip_grad_norm_, with the factor multiplied in: one pass for both.
+    # Same as torch.nn.utils.clip_grad_norm_, with `factor` multiplied in, to save one pass.
     if not isinstance(scale, float) or scale != 1.0:
         torch._foreach_mul_(gradients, scale)
     if clipping.value is not None:
@@ -249,7 +250,7 @@ def update(
 
 
 def numbers(norm: Tensor | float, *others: Tensor | float) -> list[float]:
-    """() tensors as floats, with one wait for the device; on a CPU there is none to save."""
+    """Return () tensors as floats, with a single wait for the device."""
     if isinstance(norm, float) or sums.on_host(norm.device):
         return [float(value) for value in (norm, *others)]
     tensors = [torch.as_tensor(value, device=norm.device) for value in (norm, *others)]
@@ -261,9 +262,9 @@ class MuonWithAdamW(Optimizer):
     """Muon for the matrices inside the network, AdamW for everything else, as one optimizer.
 
     Muon orthogonalises the momentum of a matrix (Jordan et al., "Muon", 2024). It is not meant for
-    vectors, nor for embeddings and output layers: `adamw_modules` are patterns of what AdamW takes,
-    matrix or not. Convolution kernels are AdamW's too, unless `kernels` hands them to Muon as
-    matrices with a row for each filter.
+    vectors, embeddings or output layers: parameters that match `adamw_modules` go to AdamW even if
+    they are matrices. Convolution kernels also go to AdamW, unless `kernels` gives them to Muon as
+    matrices with one row per filter.
     """
 
     def __init__(
@@ -282,14 +283,14 @@ class MuonWithAdamW(Optimizer):
         adamw_eps: float,
     ) -> None:
         def is_for_muon(name: str, parameter: Tensor) -> bool:
-            # One row, as of a class token, is a vector.
+            # A kernel with one row, such as a class token, is a vector.
             is_kernel = kernels and parameter.ndim > 2 and len(parameter) > 1
             outside = any(_matches(name, pattern) for pattern in adamw_modules)
             return (parameter.ndim == 2 or is_kernel) and not outside
 
         groups = [part for group in params for part in _split(group, is_for_muon)]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-        self.kernels: list[tuple[Tensor, Tensor]] = []  # each with the matrix that Muon updates
+        self.kernels: list[tuple[Tensor, Tensor]] = []  # (kernel, the matrix that Muon updates)
         matrices = [g for g in self.param_groups if g["is_for_muon"]]
         for group in matrices:
             group["params"] = [self._as_matrix(parameter) for parameter in group["params"]]
@@ -312,11 +313,11 @@ class MuonWithAdamW(Optimizer):
             self.parts.append(
                 torch.optim.AdamW(others, lr=lr, betas=(beta1, beta2), eps=adamw_eps, fused=True)
             )
-        # The parts hold the groups and the moments; this object shows them as one.
+        # The parts hold the groups and moments; this object presents them as one.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def _as_matrix(self, parameter: Tensor) -> Tensor:
-        """A copy of a kernel: the order of its columns does not follow its layout in memory."""
+        """Return a kernel as a matrix copy: its columns need not match its memory layout."""
         if parameter.ndim == 2:
             return parameter
         matrix = parameter.detach().flatten(1).clone(memory_format=torch.contiguous_format)
@@ -361,9 +362,9 @@ def _split(
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
-    """() the global 2-norm; NaN or inf if any element is. On a CPU a number, as it is soon read."""
+    """Return the () global 2-norm, NaN or inf if any element is; a float on a CPU."""
     half = any(gradient.dtype in (torch.float16, torch.bfloat16) for gradient in gradients)
-    # float16 ends at 65,504, and a norm of inf would skip a good step.
+    # float16 ends at 65,504: a norm of inf would skip a good step.
     norms = torch._foreach_norm(gradients, 2, torch.float32 if half else None)
     if sums.on_host(norms[0].device):
         return math.hypot(*[norm.item() for norm in norms])
@@ -372,9 +373,9 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter whose gradient, or else value, is not finite.
+    """Return the first parameter with a non-finite gradient, or else value; None if all are finite.
 
-    Of a sharded model all processes must ask.
+    With a sharded model, all processes must call this together.
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not sharding.whole(parameter.grad).isfinite().all():

@@ -1,4 +1,4 @@
-"""The trainer's settings, as frozen values. Their defaults stand in `conf/trainer/`, only there."""
+"""The trainer's settings, as frozen values. Their defaults are defined only in `conf/trainer/`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    patience: int | None  # evaluations
+    patience: int | None  # in evaluations
     min_delta: float
 
 
@@ -23,7 +23,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DDPOptions:
-    """Arguments of torch.nn.parallel.DistributedDataParallel, by its own names."""
+    """Arguments of torch.nn.parallel.DistributedDataParallel, with the same names."""
 
     find_unused_parameters: bool
     gradient_as_bucket_view: bool
@@ -33,7 +33,7 @@ class DDPOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPOptions:
-    """Of torch.distributed.fsdp.fully_shard, and which modules are sharded as a unit."""
+    """Arguments of torch.distributed.fsdp.fully_shard, and the modules to shard as units."""
 
     modules: list[str] | None
     reshard_after_forward: bool
@@ -76,7 +76,7 @@ class TrainerOptions:
     check_first_batch: bool
     progress_bar: bool
     monitor: str | None
-    mode: str | None  # max or min, once the run is built; None without a monitor
+    mode: str | None  # max or min, set when the run is built; None without a monitor
     early_stopping: EarlyStopping
     ddp: DDPOptions
     fsdp: FSDPOptions

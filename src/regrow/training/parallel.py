@@ -1,4 +1,4 @@
-"""The processes of a run: exact sums over them, and what all of them must decide alike."""
+"""The processes of a run: exact sums over them, and decisions that all of them must share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from regrow.training.state import caches
 
 T = TypeVar("T")
 
-ASK_EVERY_BATCHES = 8  # of an evaluation: a question costs a message to every process
+ASK_EVERY_BATCHES = 8  # in an evaluation: each check sends a message to every process
 
 
 def lost_the_others(error: BaseException) -> bool:
-    """Return True if this is what a process sees when another one is gone."""
+    """Return True if `error` is what a process sees when another one is gone."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError)
         or "closed by peer" in str(error)
@@ -38,27 +38,27 @@ def lost_the_others(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """This process and its place among the run's processes."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     store: Any = None  # dist.Store; None in a run of one process
-    mesh: Any = None  # DeviceMesh of all processes, where the model is sharded over them
+    mesh: Any = None  # DeviceMesh of all processes, if the model is sharded
 
     @property
     def is_main(self) -> bool:
-        """Return True if this process writes the record."""
+        """True if this process writes the record."""
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
-        """`values` summed over all processes, in place."""
+        """Sum `values` over all processes, in place, and return them."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def norm(self, gradients: list[Tensor]) -> Tensor | float:
-        """() the 2-norm of all gradients, of which this process may hold a part of each."""
+        """Return the () 2-norm of all gradients, of which this process may hold only a part."""
         norm = gradient_norm(gradients)
         if self.mesh is None:
             return norm
@@ -67,13 +67,13 @@ class World:
         return self.sum_(norm.square()).sqrt()
 
     def gather(self, value: int) -> list[int]:
-        """Every process's value, by rank."""
+        """Return every process's value, by rank."""
         values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         values[self.rank] = value
         return [int(v) for v in self.sum_(values).tolist()]
 
     def from_main(self, text: str) -> str:
-        """The main process's text, in every process."""
+        """Return the main process's text, in every process."""
         if self.size == 1:
             return text
         content = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
@@ -85,9 +85,9 @@ class World:
         return bytes(content.tolist()).decode()
 
     def copy_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers: BatchNorm's statistics follow the slices.
+        """Copy the main process's buffers to every process: BatchNorm's statistics differ by rank.
 
-        But for caches that have grown to another size in one of them.
+        Skips caches if their sizes differ between processes.
         """
         if self.size == 1:
             return
@@ -110,29 +110,30 @@ class World:
 
 
 class Exchange:
-    """One sum over all processes for each step: what the step reports, and what must be decided.
+    """One sum over all processes per step: the step's metrics, and shared decisions.
 
-    It is sent when the last forward pass is done and read when the gradients are there; DDP takes
-    it along with the last of them, for on few cores a message of its own cost a fifth of a step.
+    It is sent after the last forward pass and read once the gradients are there. DDP sends it
+    together with its last bucket of gradients: on few cores a separate message cost a fifth of a
+    step.
 
-    A signal reaches one process and every process has a clock of its own. So that all stop at the
-    same step, the wish to stop and the main process's seconds travel along with the step's sums. On
-    a GPU what came back is read one step late, for the host must not wait for the step under way.
+    A signal reaches one process, and every process has its own clock. So that all stop at the same
+    step, the stop request and the main process's seconds are sent with the step's sums. On a GPU
+    they are read one step late, because the host must not wait for the current step.
     """
 
     def __init__(self, world: World, stop: StopRequest) -> None:
         self.world, self.stop = world, stop
-        self.seconds = 0.0  # since the exchange before, by the main process's clock
+        self.seconds = 0.0  # since the previous exchange, by the main process's clock
         self._wished = False
-        self.rides = False  # with the gradients
-        self._sums: sums.Sums | None = None  # with the wish and the seconds, while they travel
+        self.rides = False  # True if sent with the gradients
+        self._sums: sums.Sums | None = None  # includes stop request and seconds while being sent
         self._work: Any = None
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
         self.start_clock()
 
     @property
     def stops(self) -> bool:
-        """Whether to stop after this step. The same in every process."""
+        """True if the run must stop after this step. The same in every process."""
         return self.stop.requested if self.world.size == 1 else self._wished
 
     def start_clock(self) -> None:
@@ -146,7 +147,7 @@ class Exchange:
         self._clock += time.perf_counter() - stopped
 
     def send(self, parts: list[sums.Sums], dtype: torch.dtype) -> None:
-        """Let the sum of `parts` be taken over all processes, too; between them in `dtype`."""
+        """Start summing `parts` over all processes; the values are sent in `dtype`."""
         total = functools.reduce(sums.added, parts)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -162,7 +163,7 @@ class Exchange:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def with_gradients(self, bucket: Any) -> Any:
-        """Sum a bucket of DDP's gradients over the processes; with the last one, what was sent."""
+        """Sum a bucket of DDP's gradients over the processes; with the last one, the sent sums."""
         gradients: Tensor = bucket.buffer()
         tensors = [gradients]
         if bucket.is_last() and isinstance(self._sums, Tensor):
@@ -179,7 +180,7 @@ class Exchange:
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
     def wait(self) -> sums.Sums:
-        """The sum of what all processes sent."""
+        """Return the sum of what all processes sent."""
         assert self._sums is not None
         if not isinstance(self._sums, Tensor) or self.world.size == 1:
             return self._sums
@@ -213,7 +214,7 @@ class Exchange:
 def stopping_together(
     batches: Iterable[T], count: int, stop: StopRequest, world: World
 ) -> Iterator[T]:
-    """`batches`, `count` of them here, ended by Interrupted in all processes at the same place."""
+    """Yield `count` batches. A stop raises Interrupted in all processes at the same batch."""
     if world.size == 1:
         yield from stop.while_waiting(batches)
         return
@@ -228,11 +229,11 @@ def stopping_together(
 def distribute(
     model: nn.Module, options: DDPOptions, world: World, exchange: Exchange
 ) -> nn.Module:
-    """The model as a step calls it: itself, or DDP around it, which sums the gradients."""
-    if world.size == 1 or world.mesh is not None:  # a sharded one sums them itself
+    """Return the module that a step calls: the model, or DDP around it to sum the gradients."""
+    if world.size == 1 or world.mesh is not None:  # a sharded model sums them itself
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    if names := caches(model):  # which may grow in one process and not in another
+    if names := caches(model):  # their sizes may differ between processes
         ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, names)
     distributed = DistributedDataParallel(model, device_ids=devices, **vars(options))
@@ -242,8 +243,8 @@ def distribute(
 
 
 def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients are summed over the processes once per step, in its last slice's backward pass."""
-    # FSDP2. Asked of the class, for a module is slow to say that it lacks something.
+    """Return a context that sums gradients over processes in the last micro-batch only."""
+    # FSDP2. Look at the class: on a module, a missing attribute is slow to look up.
     if hasattr(type(forward), "set_requires_gradient_sync"):
         forward.set_requires_gradient_sync(last_slice)
     if last_slice or not isinstance(forward, DistributedDataParallel):
@@ -252,7 +253,10 @@ def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextMa
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """BatchNorm over the slices of all processes. Raises UserError where torch has no kernel."""
+    """Return the model with BatchNorm synchronised over all processes.
+
+    Raises UserError if the device is not CUDA.
+    """
     if device.type != "cuda":
         raise UserError(
             f"trainer.sync_batch_norm=true needs CUDA, and the device is {device.type}. "

@@ -1,4 +1,4 @@
-"""All that stays the same during a run, and what the loop expects of the things in it."""
+"""Everything that stays the same during a run, and the interfaces that the loop expects."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Batch(Protocol):
 
     inputs: Any  # a tensor (B, …), or a tuple or mapping of them: the model's arguments
     targets: Tensor  # (B, …)
-    weights: Tensor | None  # (B,) of the examples; None: all one
-    num_local: int  # examples in it; an empty share is one example of weight zero
-    num_global: int  # examples of the step, over all processes
+    weights: Tensor | None  # (B,), per example; None: all one
+    num_local: int  # examples in this share; an empty share holds one example of weight zero
+    num_global: int  # examples in the step, over all processes
 
     def split(self, slices: int) -> list[Any]: ...
 
@@ -60,7 +60,7 @@ class Task(Protocol):
 
 
 class Record(Protocol):
-    """Where the numbers go."""
+    """The destination of the logged values."""
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
@@ -77,7 +77,7 @@ class Trial(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """All that stays the same during a run."""
+    """Everything that stays the same during a run."""
 
     options: TrainerOptions
     task: Task
@@ -87,7 +87,7 @@ class Plan:
     world: World
     seed: int
     total_steps: int | None
-    parameters: list[nn.Parameter]  # those that are trained
+    parameters: list[nn.Parameter]  # the trainable ones
     clipping: optim.Clipping
     buffers: Buffers
     checkpoints: CheckpointWriter

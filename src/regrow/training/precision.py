@@ -13,25 +13,25 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 INITIAL = 2.0**16
-# Gradients of zero would let it grow without end, to inf, from which no halving leads back. From
-# here eight lead back to where it began. Apex has the same limit.
+# Zero gradients would let the scale grow to inf, which halving cannot undo. From this limit eight
+# halvings return to the initial value. Apex has the same limit.
 MAX_SCALE = 2.0**24
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context of a forward pass and its loss. It may be entered again and again."""
+    """Return the context for a forward pass and its loss. It can be entered repeatedly."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, _AUTOCAST[precision])
 
 
 class LossScale:
-    """The factor that keeps fp16 gradients from vanishing, on the device.
+    """The factor that keeps fp16 gradients from vanishing, as a tensor on the device.
 
     It halves after a step whose gradient overflowed and doubles after `growth_interval` steps
-    without one (Micikevicius et al., "Mixed precision training", ICLR 2018). The factor is a
-    tensor, so that the search costs no host synchronisation.
+    without an overflow (Micikevicius et al., "Mixed precision training", ICLR 2018). As a tensor it
+    needs no host synchronisation.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class LossScale:
         self.growth_interval = growth_interval
 
     def update(self, skipped: bool | Tensor, empty: bool | Tensor = False) -> None:
-        """`skipped`: whether the gradient was not finite; a tensor of 1.0 or 0.0, or a bool.
+        """Update the scale. `skipped`: 1.0 or True if the gradient was not finite.
 
-        An `empty` step, whose weights were all zero, says nothing of the scale: it stays.
+        An `empty` step, whose weights were all zero, leaves the scale unchanged.
         """
         if empty is True:
             return
@@ -64,7 +64,7 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         value = float(state["value"])
-        if not 0 < value < math.inf:  # of a record from before there was a limit
+        if not 0 < value < math.inf:  # from an older version without a limit
             log.warning("the checkpoint's loss scale is %g: it starts at %g again", value, INITIAL)
             value = INITIAL
         self.value.fill_(value)

@@ -1,7 +1,8 @@
-"""Schedulers of torch's interface (and timm's), chosen by `_target_`, as a `Schedule` of the loop.
+"""Adapt schedulers with torch's (or timm's) interface, chosen by `_target_`, to a `Schedule`.
 
-They step an optimizer of their own, of one group at `optimizer.lr`. Its rate is what the schedule
-returns, as a factor, so that `param_groups.lr_scale` keeps its meaning; its momentum is copied.
+Each steps a stand-in optimizer with one group at `optimizer.lr`. The schedule returns the
+stand-in's learning rate as a factor, so that `param_groups.lr_scale` keeps its meaning; its
+momentum is copied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from regrow.errors import UserError
 log = logging.getLogger(__name__)
 
 INTERVALS = ("step", "epoch")
-MOMENTA = ("momentum", "betas")  # what OneCycleLR and CyclicLR move beside the rate
+MOMENTA = ("momentum", "betas")  # OneCycleLR and CyclicLR change these as well as the learning rate
 
 
 class _StandIn(Optimizer):
@@ -31,15 +32,15 @@ class _StandIn(Optimizer):
         super().__init__([nn.Parameter(torch.zeros(()))], dict(settings))
 
     def step(self, closure: Any = None) -> Any:
-        """Nothing to update. A scheduler warns if its optimizer has never stepped."""
+        """Do nothing. A scheduler warns if its optimizer has never stepped."""
 
 
 class SchedulerAdapter:
     """`step -> factor` of `optimizer.lr`, from a scheduler that counts its own steps.
 
-    `make` takes an optimizer. Advances by one for each optimizer step or each epoch, as `interval`
-    says. `total_steps` is the run's length in optimizer steps, None where time alone limits it.
-    Raises UserError for what the scheduler refuses, if possible before the first step.
+    `make` takes an optimizer. The scheduler advances once per `interval`: per optimizer step or per
+    epoch. `total_steps` is the run's length in optimizer steps, None if only time limits it. Raises
+    UserError for options that the scheduler refuses, if possible before the first step.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class SchedulerAdapter:
         self.steps_per_count = 1 if interval == "step" else steps_per_epoch
         self.interval = interval
         self.settings = {k: v for k, v in optimizer.defaults.items() if not isinstance(v, Tensor)}
-        self.settings["lr"] = self.base = float(optimizer.defaults["lr"])  # it may be a tensor
+        self.settings["lr"] = self.base = float(optimizer.defaults["lr"])  # may be a tensor
         self._begin()
         self._check_length(total_steps)
-        self._advance()  # finds wrong options before the run
+        self._advance()  # detects wrong options before the run
         self._begin()
 
     def _begin(self) -> None:
@@ -73,12 +74,12 @@ class SchedulerAdapter:
             raise UserError(
                 f"scheduler._target_={self.name}: {' '.join(str(error).split())}."
             ) from error
-        self.by_time = hasattr(self.scheduler, "step_update")  # timm's
+        self.by_time = hasattr(self.scheduler, "step_update")  # timm schedulers
         self.initial = _plain(self.scheduler.state_dict())
         self.moves = {key for key in MOMENTA if self.group.get(key) != self.settings.get(key)}
 
     def _check_length(self, total_steps: int | None) -> None:
-        """Find before the run what the scheduler would refuse in its middle."""
+        """Raise UserError before the run for a length that the scheduler would refuse during it."""
         if self.by_time and getattr(self.scheduler, "t_in_epochs", None) is (
             self.interval == "step"
         ):
@@ -103,7 +104,7 @@ class SchedulerAdapter:
         return group
 
     def __call__(self, step: int) -> float:
-        """The factor at `step`. Moves the momentum of the run's optimizer along."""
+        """Return the factor at `step`, and copy the momentum to the run's optimizer."""
         target = step // self.steps_per_count
         if target < self.count:
             self._begin()
@@ -142,7 +143,7 @@ class SchedulerAdapter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume where the state was saved. With other options the scheduler replays them."""
+        """Load a saved state; with other options, the scheduler replays its steps instead."""
         self._begin()
         if (self.initial, self.steps_per_count) == (state["initial"], state["steps_per_count"]):
             self.scheduler.load_state_dict(_joined(self.scheduler.state_dict(), state["scheduler"]))
@@ -179,8 +180,8 @@ def refuse_metric(function: Any, name: str) -> None:
 
 
 def _joined(fresh: Any, saved: Any) -> Any:
-    """The saved state, with what a checkpoint does not hold from a scheduler of equal options."""
-    if isinstance(fresh, Counter):  # MultiStepLR's milestones are an option, and equal
+    """Return the saved state, completed from `fresh`, a scheduler with equal options."""
+    if isinstance(fresh, Counter):  # MultiStepLR's milestones: an option, so equal
         return fresh
     if isinstance(fresh, dict) and isinstance(saved, Mapping):
         return {**fresh, **{key: _joined(fresh.get(key), value) for key, value in saved.items()}}
@@ -190,7 +191,7 @@ def _joined(fresh: Any, saved: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The part of a state that a checkpoint may hold: plain values, containers and tensors."""
+    """Return the part of a state that checkpoints can hold: plain values, containers, tensors."""
     if isinstance(value, Mapping):
         kept = {key: _plain(item) for key, item in value.items()}
         return {

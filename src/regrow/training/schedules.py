@@ -1,8 +1,8 @@
 """Learning rates as functions of the step: `step -> factor` of `optimizer.lr`.
 
-A rate depends on the step alone, so there is nothing to save and a resumed run takes up the same
-curve. Only the plateau depends on what happened; its history is in the checkpoint. Every schedule
-is told the run's length by the run, never by the user, and takes a linear warm-up in steps or as a
+The learning rate depends on the step alone, so a resumed run follows the same curve without saved
+state. Only the plateau depends on results; its history is in the checkpoint. Every schedule gets
+the run's length from the run, never from the user, and takes a linear warm-up in steps or as a
 fraction of all steps.
 """
 
@@ -18,9 +18,9 @@ from regrow.errors import UserError
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run will be, handed in by the run."""
+    """The length of a run, passed in by the run."""
 
-    total_steps: int | None  # None: limited by time alone
+    total_steps: int | None  # None: only time limits the run
     steps_per_epoch: int
 
     def total(self, name: str) -> int:
@@ -32,7 +32,7 @@ class RunLength:
         return self.total_steps
 
     def warmup(self, steps: int | None, fraction: float | None) -> int:
-        """Steps of warm-up, given as a number or as a fraction of all steps."""
+        """Return the number of warm-up steps, given directly or as a fraction of all steps."""
         if fraction is None:
             return steps or 0
         if self.total_steps is None:
@@ -45,14 +45,14 @@ class RunLength:
 
 
 class Schedule(Protocol):
-    """The factor of the rate for the update that follows `step` updates."""
+    """The factor of the learning rate for the update that follows `step` updates."""
 
     def __call__(self, step: int) -> float: ...
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A schedule that does not follow from the step alone: what it is goes into checkpoints."""
+    """A schedule that does not depend on the step alone, so its state goes into checkpoints."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -76,7 +76,7 @@ def step(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """`gamma` to the power of the number of full periods of `every_epochs` epochs."""
+    """Return `gamma` to the power of the number of complete periods of `every_epochs` epochs."""
     period = every_epochs * length.steps_per_epoch
     warmup = length.warmup(warmup_steps, warmup_fraction)
     return _warmed_up(lambda step: gamma ** (step // period), warmup)
@@ -90,7 +90,7 @@ def multistep(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """`gamma` to the power of the number of milestones passed."""
+    """Return `gamma` to the power of the number of milestones passed."""
     milestones = [epoch * length.steps_per_epoch for epoch in milestones_epochs]
     warmup = length.warmup(warmup_steps, warmup_fraction)
     return _warmed_up(lambda step: gamma ** sum(step >= m for m in milestones), warmup)
@@ -103,7 +103,7 @@ def exponential(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """`gamma` per epoch, in equal parts over its steps."""
+    """Decay by `gamma` per epoch, in equal factors over its steps."""
     warmup = length.warmup(warmup_steps, warmup_fraction)
     return _warmed_up(lambda step: gamma ** (step / length.steps_per_epoch), warmup)
 
@@ -115,7 +115,7 @@ def linear(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """From 1 after the warm-up straight to `final_factor` at the end."""
+    """Decay linearly from 1 after the warm-up to `final_factor` at the end."""
     total = length.total("linear")
     warmup = length.warmup(warmup_steps, warmup_fraction)
     return _warmed_up(
@@ -130,7 +130,10 @@ def cosine(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """Half a cosine from 1 to `final_factor` (Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5)."""
+    """Decay along half a cosine from 1 to `final_factor`.
+
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5.
+    """
     total = length.total("cosine")
     warmup = length.warmup(warmup_steps, warmup_fraction)
     return _warmed_up(
@@ -147,7 +150,10 @@ def onecycle(
     warmup_fraction: float | None,
     length: RunLength,
 ) -> Schedule:
-    """Up to the peak and down, each half a cosine (Smith and Topin, "Super-convergence", 2018)."""
+    """Rise to the peak and fall, each along half a cosine.
+
+    Source: Smith and Topin, "Super-convergence", 2018.
+    """
     total = length.total("onecycle")
     peak = max(1, round(peak_fraction * total))
 
@@ -160,7 +166,7 @@ def onecycle(
 
 
 class Plateau:
-    """Times `factor` after more than `patience` evaluations in a row without an improvement."""
+    """Multiplies by `factor` after more than `patience` evaluations without an improvement."""
 
     def __init__(
         self,
@@ -181,7 +187,7 @@ class Plateau:
         return self.current * _ramp(step, self.warmup_steps)
 
     def update(self, value: float, mode: str) -> None:
-        """Take in a monitored value. A NaN is no improvement."""
+        """Record a monitored value. A NaN is not an improvement."""
         if improves(value, self.best, mode=mode, min_delta=self.min_delta):
             self.best, self.waited = value, 0
             return
@@ -231,12 +237,12 @@ def _warmed_up(factor: Callable[[int], float], warmup_steps: int) -> Schedule:
 
 
 def _ramp(step: int, warmup_steps: int) -> float:
-    # The first update has 1/warmup_steps of the rate, not zero: no update is wasted.
+    # The first update has 1/warmup_steps of the learning rate, not zero, so that it is not wasted.
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def _progress(step: int, start: int, total: int) -> float:
-    """0 at `start`, 1 when all `total` updates are done: the last one still moves something."""
+    """Return 0 at `start` and 1 after `total` updates, so that the last update is not zero."""
     return min(1.0, max(0.0, (step - start) / max(1, total - start)))
 
 

@@ -1,8 +1,8 @@
-"""The sharded tensors of a checkpoint, each process's part in a file of its own.
+"""The sharded tensors of a checkpoint, with a file for each process's part.
 
-torch.distributed.checkpoint writes and reads them, for any number of processes. A tensor's place in
-the checkpoint's other files is held by one without content, on the meta device. Nothing that is
-read here is executed: the reader takes the classes of an index alone, and tensors alone.
+torch.distributed.checkpoint writes and reads them, for any number of processes. In the checkpoint's
+other files a tensor on the meta device marks each one's place. Reading executes nothing: the reader
+accepts only the classes of an index, and tensors.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import empty as empty_sharded
 
 T = TypeVar("T")
-ERRORS = (Exception, CheckpointException)  # the latter is none of the former
+ERRORS = (Exception, CheckpointException)  # not a subclass of Exception
 
 
 class Writers:
-    """The processes that write a checkpoint together, beside their loops.
+    """The processes that write a checkpoint together, in the background of their loops.
 
-    They have a group of their own, so that what they say does not meet what the loops say.
+    They use their own process group, so that their messages do not mix with those of the loops.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self.group = group
-        self.mesh = DeviceMesh.from_group(self.group, "cpu")  # of copies, wherever the model is
+        self.mesh = DeviceMesh.from_group(self.group, "cpu")  # the copies are on the CPU
         self.is_main = dist.get_rank() == 0
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Let the main process do it. Raises OSError in all if it failed there."""
+        """Run `work` on the main process. Raises OSError on all processes if it failed there."""
         result, error = None, None
         if self.is_main:
             try:
@@ -62,10 +62,10 @@ class Writers:
         return result
 
     def write(self, folder: Path, tensors: Mapping[str, tuple[Tensor, Any]]) -> dict[str, Any]:
-        """Write each process's parts; the size and SHA-256 of every file, by name.
+        """Write each process's parts. Returns the size and SHA-256 of every file, by name.
 
-        `tensors` are this process's parts and the sharded tensors that they are of. Raises OSError
-        in all processes if one failed.
+        `tensors` holds pairs of this process's part and the sharded tensor. Raises OSError on all
+        processes if one failed.
         """
         sharded = {
             path: DTensor.from_local(
@@ -81,14 +81,14 @@ class Writers:
         writer = FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True)
         try:
             save(sharded, storage_writer=writer, process_group=self.group)
-        except CheckpointException as error:  # each process's reason, in every process
+        except CheckpointException as error:  # holds each process's reason, on every process
             reasons = [str(reason[0]) for reason in error.failures.values()]
             raise OSError("; ".join(reasons)) from None
         rank = dist.get_rank()
         own = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if rank == 0 else [])]
         try:
             said: Any = {f.name: _facts(f) for f in own}
-        except OSError as error:  # all must hear of it, or the rest would wait
+        except OSError as error:  # all must learn of it, or the others would wait
             said = str(error)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, said, group=self.group)
@@ -99,8 +99,11 @@ class Writers:
 
 
 def read(folder: Path, empty: Mapping[str, Tensor], mesh: Any = None) -> dict[str, Any]:
-    """The content of the tensors that are `empty`: whole ones on the CPU, by this process alone;
-    with a `mesh`, sharded over its processes, all of which must ask."""
+    """Return the content of the tensors in `empty`.
+
+    Without a `mesh` they are full tensors on the CPU, read by this process alone. With one they are
+    sharded over its processes, all of which must call this together.
+    """
     targets: dict[str, Any] = {}
     for path, tensor in empty.items():
         if mesh is None:
@@ -110,7 +113,7 @@ def read(folder: Path, empty: Mapping[str, Tensor], mesh: Any = None) -> dict[st
                 *tensor.shape, dtype=tensor.dtype, device_mesh=mesh, placements=[Shard(0)]
             )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this process reads alone
+        warnings.simplefilter("ignore")  # warns that this process reads alone
         load(targets, storage_reader=_Reader(folder), no_dist=mesh is None)
     return targets
 
@@ -129,16 +132,17 @@ class _Reader(FileSystemReader):
 
 
 def _member(kind: Any, name: str) -> Any:
-    """The call that pickles an enum's member in Python 3.11.0 to 3.11.3: `getattr(kind, name)`."""
+    """Return an enum's member: Python 3.11.0 to 3.11.3 pickle it as `getattr(kind, name)`."""
     if kind is not _MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError("builtins.getattr has no place in an index")
     return _MEM_FORMAT_ENCODING[name]
 
 
 class _IndexUnpickler(pickle._Unpickler):
-    """Reads what describes tensors and where they lie; any other class is refused.
+    """Unpickles descriptions of tensors and their locations; refuses any other class.
 
-    Written in Python as it is, it can be told not to give a class itself new attributes.
+    The Python implementation is used because its `load_build` can be overridden to refuse changes
+    to a class.
     """
 
     CLASSES: ClassVar = {

@@ -1,7 +1,7 @@
 """FSDP2: each process holds a part of every parameter, its gradient, its moments and its average.
 
-torch.distributed.fsdp.fully_shard does it. Here stands what the rest must know of sharded
-tensors; all of it takes ordinary tensors too, and then does nothing.
+torch.distributed.fsdp.fully_shard does the sharding. These helpers handle sharded tensors for the
+other modules; given ordinary tensors, they return them unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def shard(model: nn.Module, options: FSDPOptions, mesh: Any) -> None:
-    """Leave this process its part of each parameter; the others are gathered when needed.
+    """Shard the model: each process keeps its part of a parameter and gathers the rest when needed.
 
     Raises UserError for a pattern that matches no module, and for a model that cannot be sharded.
     """
@@ -33,7 +33,7 @@ def shard(model: nn.Module, options: FSDPOptions, mesh: Any) -> None:
         cast_forward_inputs=options.param_dtype is not None,
     )
     whole_model = dataclasses.replace(policy, output_dtype=torch.float32)  # for the loss
-    for module in [*units(model, options.modules), model]:  # inner ones first
+    for module in [*units(model, options.modules), model]:  # inner modules first
         try:
             fully_shard(
                 module,
@@ -48,15 +48,15 @@ def shard(model: nn.Module, options: FSDPOptions, mesh: Any) -> None:
             ) from error
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # the sum over processes, not the mean
+            module.set_gradient_divide_factor(1.0)  # sum over processes, not mean
             module.set_force_sum_reduction_for_comms(True)
 
 
 def units(model: nn.Module, patterns: Sequence[str] | None) -> list[nn.Module]:
-    """The modules that are gathered and freed as one, inner ones first, the model itself left out.
+    """Return the modules to gather and free as units, inner ones first, without the model itself.
 
-    Those whose names match, or, without patterns, the blocks: children of nn.Sequential and
-    nn.ModuleList that have children themselves, outermost ones.
+    They are the modules that match `patterns`. Without patterns they are the blocks: the outermost
+    children of nn.Sequential and nn.ModuleList that have children themselves.
     """
     if patterns is not None:
         return list(matching(model, patterns, "trainer.fsdp.modules").values())
@@ -75,7 +75,7 @@ def units(model: nn.Module, patterns: Sequence[str] | None) -> list[nn.Module]:
 
 
 def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """The outermost modules whose names match one of `patterns`, by name.
+    """Return the outermost modules whose names match one of `patterns`, by name.
 
     Raises UserError for a pattern that matches none.
     """
@@ -87,7 +87,7 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
                 f"The model's are {', '.join([*modules][:20])}."
             )
     found: dict[str, nn.Module] = {}
-    for name, module in modules.items():  # a module comes before those in it
+    for name, module in modules.items():  # a module comes before its children
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             found[name] = module
@@ -95,28 +95,28 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
 
 
 def is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor, whose import would cost every start
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing the class takes long
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This process's part of each, as a view."""
+    """Return views of this process's part of each tensor."""
     if not (tensors and is_sharded(tensors[0])):
         return list(tensors)
     return [tensor.to_local() for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes, each of which must ask."""
+    """Return the full tensor. All processes must call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def as_in(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, where `own` has a sharded tensor under the same name reduced to its part."""
+    """Return `values`, with each tensor that is sharded in `own` reduced to this process's part."""
     return {name: part_like(value, own.get(name)) for name, value in values.items()}
 
 
 def part_like(value: Any, own: Any) -> Any:
-    """A whole tensor as a sharded one like `own`; no process asks another."""
+    """Return a full tensor sharded like `own`, without communication."""
     if not is_sharded(own) or is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -126,7 +126,7 @@ def part_like(value: Any, own: Any) -> Any:
 
 
 def free(model: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has gathered."""
+    """Free the parameters that a forward pass without a backward pass has gathered."""
     module: Any
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):

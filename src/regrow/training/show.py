@@ -1,4 +1,4 @@
-"""What a run shows while it goes: bars, a line per epoch, running means, time and memory."""
+"""The console output of a run: bars, a line per epoch, running means, time and memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accura
 class Quiet:
     """A bar that shows nothing.
 
-    tqdm's own would start a thread and make a lock in every process that imports this, among them
-    the one that a sweep's jobs are forked from.
+    A disabled tqdm bar would still start a thread and create a lock in every process that imports
+    this module, including the one that a sweep's jobs are forked from.
     """
 
     disable = True
@@ -41,7 +41,7 @@ QUIET = Quiet()
 
 
 def running(sums: Sums, score_name: str | None, prefix: str = "") -> dict[str, float]:
-    """The exact means so far, of sums of loss, score, weight and examples."""
+    """Return the exact means so far, from the sums of loss, score, weight and examples."""
     loss, score, weight, examples = read(sums)
     values = {f"{prefix}loss": ratio(loss, weight)}
     if score_name:
@@ -50,7 +50,7 @@ def running(sums: Sums, score_name: str | None, prefix: str = "") -> dict[str, f
 
 
 def clock(state: TrainState, device: torch.device) -> dict[str, float]:
-    """What depends on the clock and the machine."""
+    """Return the values that depend on the clock and the machine."""
     seconds = state.progress.seconds
     values = {"time/seconds": seconds, "time/memory_mb": memory_mb()}
     if seconds > 0:
@@ -61,7 +61,7 @@ def clock(state: TrainState, device: torch.device) -> dict[str, float]:
 
 
 def memory_mb() -> float:
-    """Peak memory of this process, in MiB."""
+    """Return this process's peak memory in MiB."""
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
@@ -75,7 +75,7 @@ def histograms(model: nn.Module) -> dict[str, Tensor]:
 
 
 def progress_bar(state: TrainState, plan: Plan) -> Any:
-    """A bar for the epoch, quiet when the output is no terminal."""
+    """Return a progress bar for the epoch, quiet if stderr is not a terminal."""
     if not (plan.options.progress_bar and plan.world.is_main and sys.stderr.isatty()):
         return QUIET
     return tqdm(
@@ -88,16 +88,16 @@ def progress_bar(state: TrainState, plan: Plan) -> Any:
 
 
 def evaluation_bar(name: str, batches: EvalBatches, shown: bool = True) -> Any:
-    """A bar for an evaluation, quiet when the output is no terminal."""
+    """Return a progress bar for an evaluation, quiet if stderr is not a terminal."""
     if not (shown and sys.stderr.isatty()):
         return QUIET
     return tqdm(total=len(batches), desc=name, unit="batch", leave=False)
 
 
 def advance(bar: Any, sums: Sums, score_name: str | None) -> None:
-    """Move a bar on by one, with what `sums` of its steps or batches say by now.
+    """Advance a bar by one and show the means of `sums`.
 
-    They are read, which waits for the device, only when the bar is drawn: ten times a second.
+    The sums are only read, which waits for the device, when the bar is drawn: ten times a second.
     """
     if not bar.update(1):
         return
@@ -108,7 +108,7 @@ def advance(bar: Any, sums: Sums, score_name: str | None) -> None:
 
 
 def announce(state: TrainState, plan: Plan) -> None:
-    """One line per epoch or evaluation."""
+    """Log one line for an epoch or evaluation."""
     progress = state.progress
     values = {**progress.train_means}
     if progress.evaluated_step == state.step:

@@ -1,4 +1,4 @@
-"""All that changes during a run, and so exactly what a checkpoint holds."""
+"""Everything that changes during a run: exactly what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from regrow.training.sums import Sums
 
 @dataclass
 class Progress:
-    """The plain values: counters, and the history that decisions were taken from."""
+    """The plain values: counters, and the history behind decisions."""
 
-    step: int = 0  # optimizer steps, skipped ones too: the run's position
-    evaluated_step: int = -1  # the last step whose evaluation is done
+    step: int = 0  # optimizer steps, including skipped ones: the run's position
+    evaluated_step: int = -1  # the last evaluated step
     best_value: float | None = None
     best_step: int | None = None
-    best_values: dict[str, float] = field(default_factory=dict)  # all that was measured there
-    evaluations_without_improvement: int = 0  # of early stopping's own reference
+    best_values: dict[str, float] = field(default_factory=dict)  # all metrics of that step
+    evaluations_without_improvement: int = 0  # since early stopping's reference value
     reference_value: float | None = None  # what early stopping compares with
-    pruned: bool = False  # ended by a search, as others did better
-    halvings: int = 0  # of the slices, each after an out-of-memory
-    seconds: float = 0.0  # of training, over all parts of the run
-    train_means: dict[str, float] = field(default_factory=dict)  # of the last whole epoch
+    pruned: bool = False  # stopped by a search because other trials were better
+    halvings: int = 0  # of the micro-batches, one per out-of-memory error
+    seconds: float = 0.0  # of training, over all resumes of the run
+    train_means: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
     latest: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
 
-FOLLOWS = {"saved": False}  # marks a field that follows from others, so no checkpoint holds it
+FOLLOWS = {"saved": False}  # marks a derived field, which no checkpoint holds
 
 
 @dataclass
 class TrainState:
-    """Every field is saved: with a `state_dict` as a part of its own, else in `progress`."""
+    """The run's state. A field with a `state_dict` is saved as a part, any other in `progress`."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -52,11 +52,11 @@ class TrainState:
     averaged: nn.Module | None  # the exponential moving average of the model
     loss_scale: LossScale | None  # of fp16
     sums: Sums  # since the epoch began
-    skips: Tensor  # (2,) steps skipped, in all and the last ones in a row
+    skips: Tensor  # (2,) skipped steps: in total, and in the current streak
     steps_per_epoch: int = field(metadata=FOLLOWS)
     progress: Progress = field(default_factory=Progress)
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
-    # Whether the host knows that skips[1] is zero.
+    # True if the host knows that skips[1] is zero.
     no_streak: bool = field(default=False, metadata=FOLLOWS)
 
     @property
@@ -65,7 +65,7 @@ class TrainState:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed, and so the number of the epoch that the next step is in."""
+        """The number of completed epochs, which is also the index of the next step's epoch."""
         return self.progress.step // self.steps_per_epoch
 
     @property
@@ -74,12 +74,14 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated and kept: the averaged one, if there is one."""
+        """The model that is evaluated and kept: the average, if there is one."""
         return self.averaged if self.averaged is not None else self.model
 
     def _fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state's parts and its plain values, by field. An absent part is None, and a schedule
-        without state a function."""
+        """Return the stateful parts and the plain values, by field.
+
+        Omits absent parts, which are None, and schedules without state, which are functions.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata != FOLLOWS}
         del values["progress"]
         parts = {name: value for name, value in values.items() if isinstance(value, Stateful)}
@@ -87,13 +89,13 @@ class TrainState:
         return parts, plain
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """One entry for each file of a checkpoint. Tensors and plain containers only."""
+        """Return one entry per file of a checkpoint: tensors and plain containers only."""
         stateful, plain = self._fields()
         parts: dict[str, dict[str, Any]] = {k: v.state_dict() for k, v in stateful.items()}
         parts["optimizer"] = {**parts["optimizer"], optim.CLASS: type(self.optimizer).__qualname__}
         parts["progress"] = {**vars(self.progress), **plain}
         if self.averaged is None and hasattr(self.optimizer, "eval"):
-            with optim.evaluating(self.optimizer, self.model):  # the weights it stands for
+            with optim.evaluating(self.optimizer, self.model):  # its evaluation weights
                 parts["averaged"] = {
                     k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
                     for k, v in self.model.state_dict().items()
@@ -101,9 +103,9 @@ class TrainState:
         return parts
 
     def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
-        """Raise UserError if a checkpoint's parts are not this state's, or the model another one.
+        """Raise UserError if a checkpoint has other parts than this state, or is of another model.
 
-        Looks at names and shapes only, so the tensors may be on the meta device.
+        Compares names and shapes only, so the tensors may be on the meta device.
         """
         own = self.state_dict()
         if set(parts) != set(own):
@@ -127,8 +129,10 @@ class TrainState:
                 )
 
     def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
-        """Take up a checkpoint's state, whole. Raises UserError for a part too many or too few, and
-        for one of another model."""
+        """Load a checkpoint.
+
+        Raises UserError if a part is missing or unexpected, or belongs to another model.
+        """
         self.refuse_other(parts)
         stateful, plain = self._fields()
         progress = {**older.ADDED_PROGRESS, **parts["progress"]}
@@ -141,7 +145,7 @@ class TrainState:
         for name, own in plain.items():
             if isinstance(own, Tensor):
                 own.copy_(torch.as_tensor(progress[name], dtype=own.dtype))
-            else:  # sums may have been a tensor, on a device or in an older record
+            else:  # the saved sums may be a tensor: from a device, or in an older record
                 value = progress[name]
                 setattr(self, name, [*map(float, value)] if isinstance(own, list) else value)
         self.no_streak = False
@@ -155,10 +159,10 @@ class TrainState:
 
 
 def average_of(model: nn.Module) -> nn.Module:
-    """A copy to hold the moving average: starts as the model, is never trained."""
+    """Return a copy of the model to hold the moving average. It starts as the model."""
     try:
         return copy.deepcopy(model).requires_grad_(False).eval()
-    except Exception as error:  # whatever an attribute of any class raises
+    except Exception as error:  # attributes of any class may raise anything
         raise UserError(
             "trainer.ema_decay: the model cannot be copied for its average "
             f"({' '.join(str(error).split())[:150]}). Keep no results of a forward pass, open "
@@ -168,12 +172,13 @@ def average_of(model: nn.Module) -> nn.Module:
 
 
 def average_weight(state: TrainState, options: TrainerOptions) -> float | Tensor:
-    """The new weights' share of the average, `1 - decay`, for the update under way.
+    """Return the new weights' share of the average, `1 - decay`, for the current update.
 
     With a warm-up the decay of update n (from 0) is at most (1 + n) / (10 + n), as in TensorFlow's
     ExponentialMovingAverage: until it reaches `ema_decay` the average covers about the last tenth
-    of the updates, and the initial weights soon count for nothing. n follows from the step and the
-    steps without an update, so it is not state. On a device it is a () tensor that nobody reads.
+    of the updates, and the initial weights soon count for nothing. n is derived from the step and
+    the steps without an update, so it is not state. On a device it is a () tensor that the host
+    never reads.
     """
     assert options.ema_decay is not None
     least = 1 - options.ema_decay
@@ -186,7 +191,7 @@ def average_weight(state: TrainState, options: TrainerOptions) -> float | Tensor
 
 
 def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> str | None:
-    """One line about a run that ends before its average has reached `ema_decay`, else None."""
+    """Return a warning if the run ends before its average has reached `ema_decay`, else None."""
     decay = options.ema_decay
     if not decay or total_steps is None:
         return None
@@ -207,7 +212,7 @@ def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> s
 
 
 def steps_without_update(state: TrainState) -> float | Tensor:
-    """How many of the steps so far left the weights alone. A () tensor on a device."""
+    """Return the number of steps that did not change the weights; a () tensor on a device."""
     skipped, empty = state.skips[0], state.empty_steps
     if step_sums.on_host(skipped.device):
         return skipped.item() + empty.item()
@@ -218,10 +223,9 @@ def steps_without_update(state: TrainState) -> float | Tensor:
 def update_average(
     averaged: nn.Module, model: nn.Module, weight: float | Tensor, skipped: optim.Skipped
 ) -> None:
-    """`averaged += weight (model - averaged)`, unless the step was skipped.
+    """Update `averaged += weight (model - averaged)`, unless the step was skipped.
 
-    Buffers (BatchNorm's statistics) are taken over as they are, and parameters of whole numbers,
-    which have no average.
+    Buffers (BatchNorm's statistics) and integer parameters have no average and are copied.
     """
     if skipped is True:
         return
@@ -238,13 +242,13 @@ def update_average(
         (parameters if is_number else sources).append(parameter)
     if isinstance(weight, float) and skipped is False:
         torch._foreach_lerp_(averages, parameters, weight)
-    else:  # without asking the device whether it skipped
+    else:  # avoids asking the device whether the step was skipped
         differences = [*torch._foreach_sub(parameters, averages)]
         torch._foreach_mul_(differences, weight * (1 - skipped))
         torch._foreach_add_(averages, differences)
     buffers = dict(averaged.named_buffers())
     for name, source in model.named_buffers():
-        # A cache may have grown in one of the two alone, and stays what it is.
+        # A cache may have another shape in one of the two; it is then left unchanged.
         own = buffers.get(name)
         if (own is not None and own.shape == source.shape) or name not in caches(model):
             copies.append(buffers[name])
@@ -254,7 +258,7 @@ def update_average(
 
 
 def caches(model: nn.Module) -> list[str]:
-    """The names of the buffers that are not part of the model's state: non-persistent ones."""
+    """Return the names of the non-persistent buffers, which are not part of the model's state."""
     return [
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -263,10 +267,10 @@ def caches(model: nn.Module) -> list[str]:
 
 
 class Buffers:
-    """The model's buffers before a step, to put back if the step is skipped.
+    """The model's buffers before a step, to restore them if the step is skipped.
 
-    A forward pass moves BatchNorm's statistics before anybody knows that the step is bad. Caches
-    that it replaced by others of another shape stay: the model may have noted their size.
+    A forward pass updates BatchNorm's statistics before the step is known to be bad. Caches that it
+    replaced with another shape stay: the model may have stored their size.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -276,7 +280,8 @@ class Buffers:
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.numel()
         }
-        # Places, not tensors alone: `self.count = self.count + 1` in forward makes a new tensor.
+        # Remember places, not just tensors: `self.count = self.count + 1` in forward makes a new
+        # tensor.
         self.places = [*found.values()]
         self.caches = {
             (id(module._buffers), name)
@@ -290,7 +295,7 @@ class Buffers:
         return [buffers[name] for buffers, name in self.places]  # type: ignore[misc]
 
     def _leave_out_grown(self) -> None:
-        """Forget the caches that are gone, or of another shape than was remembered."""
+        """Forget the caches that are gone or have changed shape."""
         if not self.caches:
             return
         kept = []
@@ -331,9 +336,9 @@ class Buffers:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every entry, in the order of the names.
+    """Return the SHA-256 over name, dtype, shape and bytes of every entry, in order of the names.
 
-    Of a sharded model all processes must ask.
+    With a sharded model, all processes must call this together.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -346,7 +351,7 @@ def _add(digest: Any, name: str, value: Any) -> None:
         value = sharding.whole(value).detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict | list | tuple):  # of get_extra_state
+    elif isinstance(value, dict | list | tuple):  # from get_extra_state
         digest.update(f"{name} {type(value).__name__} {len(value)}".encode())
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _add(digest, f"{name}/{key!r}", item)

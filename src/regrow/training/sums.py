@@ -1,7 +1,7 @@
-"""The sums of a step and an epoch: loss, score, weight, examples, then a loss's named parts.
+"""The sums of a step and an epoch: loss, score, weight, examples, then a loss's named components.
 
-On a device that one would have to wait for, the sums stay there. On a CPU they are plain numbers:
-adding up tiny tensors took a twentieth of a small model's step.
+On a GPU the sums stay on the device, so that the host does not wait. On a CPU they are plain
+numbers: adding tiny tensors took a twentieth of a small model's step.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # places in the sums; then the components
+LOSS, SCORE, WEIGHT, EXAMPLES, COUNTED = range(5)  # indices into the sums; the components follow
 
 Sums = Tensor | list[float]  # (4 + components,) of a step, (4,) of an epoch
 
 
 def on_host(device: torch.device) -> bool:
-    """Return True if numbers of this device are read without waiting."""
+    """Return True if the host can read this device's numbers without waiting."""
     return device.type == "cpu"
 
 
 def slice_sums(values: Sequence[Tensor | float], like: Tensor) -> Sums:
-    """A slice's sums from () tensors and numbers; on a device in the dtype of `like`."""
+    """Return a micro-batch's sums from () tensors and numbers; on a GPU in the dtype of `like`."""
     if on_host(like.device):
         return [float(value) for value in values]
     return torch.stack(
@@ -33,18 +33,18 @@ def slice_sums(values: Sequence[Tensor | float], like: Tensor) -> Sums:
 
 
 def epoch_sums(device: torch.device) -> Sums:
-    """Zeros. In float64, where the device has it: a million examples need the digits."""
+    """Return zeros, in float64 where the device supports it: a million examples need the digits."""
     if on_host(device):
         return [0.0] * COUNTED
     return torch.zeros(COUNTED, dtype=sum_dtype(device), device=device)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS does not support float64
 
 
 def added(total: Sums, more: Sums) -> Sums:
-    """`total` plus its places of `more`, which may have others behind them."""
+    """Return `total` plus the leading entries of `more`, which may be longer."""
     more = more[: len(total)]
     if isinstance(total, list):
         return [a + b for a, b in zip(total, more, strict=True)]
@@ -53,7 +53,7 @@ def added(total: Sums, more: Sums) -> Sums:
 
 
 def read(sums: Sums) -> list[float]:
-    """The sums as numbers; waits for the device."""
+    """Return the sums as numbers; waits for the device."""
     return sums if isinstance(sums, list) else sums.tolist()
 
 
@@ -63,5 +63,5 @@ def ratio(total: float, divisor: float) -> float:
 
 @functools.lru_cache(maxsize=64)
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """() on the device, made once: a fresh one costs a copy to the device each step."""
+    """Return a cached () tensor: creating one costs a copy to the device at each step."""
     return torch.full((), value, dtype=dtype, device=device)
