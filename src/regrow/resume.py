@@ -17,6 +17,7 @@ import yaml
 
 from regrow import command_line, flags, monitor, older, ownership, places, registered
 from regrow.config import MULTIRUN, read_yaml, readable, recorded_config, targets_in
+from regrow.dotted import leaves
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -401,7 +402,7 @@ def changed_sources(
 ) -> set[str]:
     """The keys that others follow, and that are not what they were in the recorded run: chosen, if
     the record lacked them, or else of another value."""
-    before, now = _flat(recorded), _flat(config)
+    before, now = leaves(recorded), leaves(config)
     return {
         key
         for key in (row.follows for row in older.ADDED_KEYS if row.follows)
@@ -507,7 +508,7 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     ended = reached(summary, config["trainer"])
     if ended and any(limit in changed for limit in LIMITS):
         key, more = next(iter(ended.items()))
-        value = _flat(config)[key]
+        value = leaves(config)[key]
         was = f" was {changed[key][0]} and would be {value}" if key in changed else f"={value}"
         raise UserError(
             f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
@@ -535,19 +536,9 @@ def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str,
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both; a key that is not there shows as "absent"."""
-    before, after = _flat(old), _flat(new)
+    before, after = leaves(old), leaves(new)
     return {
         key: (before.get(key, "absent"), after.get(key, "absent"))
         for key in sorted({*before, *after})
         if before.get(key, "absent") != after.get(key, "absent")
     }
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
