@@ -616,9 +616,7 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
 
 def usable_cores() -> int:
     """The cores that this process may use: its share, where it is one of several."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = manifest.cores()
     given = os.environ.get("SLURM_CPUS_PER_TASK")  # where srun has not bound the task to them
     if given and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return min(cores, int(given))
