@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import fnmatch
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -23,3 +24,8 @@ def walk(
 def leaves(node: Mapping[str, Any]) -> dict[str, Any]:
     """The values by dotted key, without mappings."""
     return {key: value for key, value in walk(node) if not isinstance(value, Mapping)}
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return True if a name matches one of the patterns, such as `layer[12].*`; case counts."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import yaml
 
 from regrow import command_line, flags, monitor, older, ownership, places, registered
 from regrow.config import MULTIRUN, read_yaml, readable, recorded_config, targets_in
-from regrow.dotted import leaves
+from regrow.dotted import leaves, matches
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -376,7 +375,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a secret: nobody can tell if it is the same
             continue
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
+        if matches(key, MAY_CHANGE):
             log.info("changed: %s from %s to %s", key, old, new)
         elif any(key == name or key.startswith(f"{name}.") for name in named):
             log.warning("changed by name: %s from %s to %s", key, old, new)
