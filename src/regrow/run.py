@@ -29,6 +29,7 @@ from regrow.command_line import command
 from regrow.config import instantiate, locate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
+from regrow.output import whole_file
 from regrow.randomness import Draws, key, seed_everything, states_kept
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
@@ -499,11 +500,8 @@ def export_weights(state: TrainState, folder: Path, world: World) -> None:
         if world.is_main:
             weights[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
     if world.is_main:
-        temporary = folder / f".{WEIGHTS}.tmp"
-        with temporary.open("wb") as file:
+        with whole_file(folder / WEIGHTS) as file:
             torch.save(weights, file)
-            os.fsync(file.fileno())
-        temporary.replace(folder / WEIGHTS)
 
 
 def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str, float]:
