@@ -12,8 +12,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # What each wing or room may import of the others. Those in SERVE_ALL serve all.
 SERVE_ALL = {
-    *("command_line", "errors", "flags", "leads", "locks", "monitor", "older", "output", "parent"),
-    *("places", "randomness", "registered", "terminal"),
+    *("command_line", "dotted", "errors", "flags", "leads", "locks", "monitor", "older"),
+    *("output", "parent", "places", "randomness", "registered", "signals", "terminal"),
 }
 ALLOWED = {
     "start": {"config", "outside", "worker", "sweep"},

@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ from regrow.config import (
     readable,
     typed_overrides,
 )
+from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.explain import composition_error, takes, where_own_keys_go
 from regrow.hydras import check_settings
@@ -346,7 +347,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     `config` may hold the node `hydra`. `choices` are the chosen options, by group.
     """
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    missing = [key for key, value in _leaves(plain(config, resolve=False)) if value == "???"]
+    missing = [
+        key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
+    ]
     if missing:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
@@ -382,9 +385,9 @@ def check_group(config: DictConfig, group: str) -> None:
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
-    leaves = dict(_leaves(values))
-    for path in (path for path in RULES if path in leaves):  # reports a value's owner first
-        value = leaves[path]
+    there = dict(walk(values, closed=RULES))
+    for path in (path for path in RULES if path in there):  # reports a value's owner first
+        value = there[path]
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
         is_known = not is_text and _is_ours(values, path)
         if is_known and not RULES[path].allows(value):
@@ -627,14 +630,6 @@ def _is_ours(values: Mapping[str, Any], path: str) -> bool:
     for key in path.split(".")[:-1]:
         values = values[key]
     return str(values.get("_target_", "regrow.")).startswith(("regrow.", "torch.optim."))
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in RULES:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

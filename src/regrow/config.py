@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow import flags, places, terminal
 from regrow.command_line import path_of, paths_as_typed, read
+from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean, machine_fault, printable
 from regrow.leads import RECIPES, lead
 from regrow.record.redact import redact
@@ -407,14 +408,14 @@ def known_keys() -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {group: [] for group in places.groups()}
     for _, node in readable("*.yaml"):
         content = {key: value for key, value in node.items() if key != "hydra"}
-        keys |= {key: [] for key in _dotted(content)}
+        keys |= {key: [] for key in _keys(content)}
     primary = flags.typed(sys.argv[1:]).get("name", "train")
     keys |= {key: [] for key in places.own_keys(primary, {}) if key not in keys}
     for path in (path for folder in places.folders() for path in sorted(folder.glob("*/*.yaml"))):
         group = path.parent.name
         if group not in RECIPES:  # a recipe holds keys of other groups
             content = places.read(path)
-            for key in _dotted(content, prefix=f"{group}."):
+            for key in _keys(content, f"{group}."):
                 keys[key] = [*keys.get(key, []), path.stem]
     return keys
 
@@ -708,12 +709,6 @@ def _first_lines(error: BaseException) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def _dotted(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items():
-        if key in ("defaults", "_target_", "_partial_"):
-            continue
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            keys += _dotted(value, f"{prefix}{key}.")
-    return keys
+def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    left_out = {"defaults", "_target_", "_partial_"}
+    return [key for key, _ in walk(node, prefix) if left_out.isdisjoint(key.split("."))]

@@ -13,6 +13,7 @@ from typing import Any
 from regrow import flags, leads, places
 from regrow.command_line import quoted, read, shell
 from regrow.config import HANDED_IN, known_keys, locate, one_line, said_by
+from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 
 
@@ -353,14 +354,8 @@ def hydras_keys() -> list[str]:
     from hydra.conf import HydraConf
     from omegaconf import OmegaConf
 
-    def dotted(node: Any, prefix: str) -> Iterator[str]:
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            if isinstance(value, dict):
-                yield from dotted(value, f"{prefix}{key}.")
-
-    node = OmegaConf.to_container(OmegaConf.structured(HydraConf), resolve=False)
-    return [key for key in dotted(node, "hydra.") if not key.startswith("hydra.defaults")]
+    node: Any = OmegaConf.to_container(OmegaConf.structured(HydraConf), resolve=False)
+    return [key for key, _ in walk(node, "hydra.") if not key.startswith("hydra.defaults")]
 
 
 def takes(target: str, path: str, key: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from regrow import leads
 from regrow.command_line import read
 from regrow.config import locate, plain
+from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.explain import hydras_keys
 
@@ -49,7 +50,8 @@ def check_settings(hydra: DictConfig, *, is_sweep: bool) -> None:
     _refuse_others("sweeper", node["sweeper"], SWEEPER, ("max_batch_size", "params"))
     _refuse_others("launcher", node["launcher"], BASIC_LAUNCHER, ())
     known = {*hydras_keys(), "hydra.env"}
-    for key in _dotted(node, "hydra."):
+    closed = [f"hydra.{each}" for each in (*OPEN, *FILLED)]
+    for key, _ in walk(node, "hydra.", closed):
         if key not in known and not key.endswith("._target_"):
             raise UserError(f"{key}: Hydra has no such setting.{did_you_mean(key, known)}")
     job = node["job"]
@@ -93,12 +95,3 @@ def _refuse_in_sweep(node: Mapping[str, Any]) -> None:
                     f"of which is a process of its own. With -m, leave it out: "
                     f"~hydra.callbacks.{name}"
                 )
-
-
-def _dotted(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in node.items():
-        full = f"{prefix}{key}"
-        yield full
-        inner = full.removeprefix("hydra.")
-        if isinstance(value, Mapping) and inner not in (*OPEN, *FILLED):
-            yield from _dotted(value, f"{full}.")

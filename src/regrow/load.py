@@ -23,6 +23,7 @@ from regrow import older
 from regrow import run as runs
 from regrow.config import allow, find_own_modules, instantiate, recorded_config
 from regrow.data.preprocess import Preprocessing, in_units
+from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
 from regrow.record.folder import read_json
 from regrow.resume import downloads_elsewhere, places_of
@@ -199,8 +200,12 @@ def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
         for parent in parents:
             node = node.get(parent) if isinstance(node, Mapping) else None
         if not isinstance(node, dict) or leaf not in node or leaf.startswith("_"):
-            there = [key for key in _dotted(data) if key.split(".")[-1] not in OF_THE_MODEL]
-            known = [f"data.{key}" for key in there]
+            there = {key: key.split(".")[-1] for key in leaves(data)}
+            known = [
+                f"data.{key}"
+                for key, last in there.items()
+                if last not in OF_THE_MODEL and not last.startswith("_")
+            ]
             raise UserError(
                 f"data.{name}: the run's data has no such key.{did_you_mean(f'data.{name}', known)}"
                 f" It has {', '.join(known)}."
@@ -241,16 +246,6 @@ def _check_type(name: str, value: Any, old: Any) -> None:
     fits = type(value) in (int, float) if kind is float else type(value) is kind
     if kind in kinds and not fits and name != "normalize":
         raise UserError(f"data.{name}={value} must be {kinds[kind]}.")
-
-
-def _dotted(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            keys += _dotted(value, f"{prefix}{key}.")
-        elif not key.startswith("_"):
-            keys.append(f"{prefix}{key}")
-    return keys
 
 
 def _config(folder: Path, given: Path) -> dict[str, Any]:

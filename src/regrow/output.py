@@ -6,9 +6,9 @@ import contextlib
 import csv
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 from regrow.errors import UserError
 
@@ -59,22 +59,38 @@ def open_new(path: Path, mode: int = 0o666) -> int:
 
 
 @contextlib.contextmanager
-def _new_file(target: Path, overwrite: bool) -> Iterator[TextIO]:
-    """Yield a temporary file that is renamed to `target` once it is complete. Raises UserError."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def whole_file(
+    path: Path,
+    how: str = "wb",
+    *,
+    mode: int = 0o666,
+    publish: Callable[[Path, Path], object] = Path.replace,
+    **text: Any,
+) -> Iterator[IO[Any]]:
+    """Yield a file that is renamed to `path` once it is complete and synced, or else removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(
-            open_new(temporary), "w", encoding="utf-8", errors="backslashreplace", newline=""
-        ) as file:
+        with open(open_new(temporary, mode), how, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _publish(temporary, target, overwrite)
-    except OSError as error:
-        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
-    finally:
+        publish(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _new_file(target: Path, overwrite: bool) -> Iterator[IO[str]]:
+    """A file that takes the name `target` once it is whole. Raises UserError."""
+    text: Mapping[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    publish = _over_a_file if overwrite else _where_nothing_is
+    try:
+        with whole_file(target, "w", publish=publish, **text) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -103,15 +119,13 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise UserError(f"output={target}: there is no folder {target.parent}. Make it first.")
 
 
-def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    refuse_existing(target, overwrite)  # it may have appeared in the meantime
-    if overwrite:
-        temporary.replace(target)
-    else:
-        _move_where_nothing_is(temporary, target)
+def _over_a_file(temporary: Path, target: Path) -> None:
+    refuse_existing(target, overwrite=True)  # it may have appeared in the meantime
+    temporary.replace(target)
 
 
-def _move_where_nothing_is(temporary: Path, target: Path) -> None:
+def _where_nothing_is(temporary: Path, target: Path) -> None:
+    refuse_existing(target, overwrite=False)  # likewise
     try:
         os.link(temporary, target)  # unlike a rename, fails if a file has appeared
     except FileExistsError:
@@ -119,3 +133,4 @@ def _move_where_nothing_is(temporary: Path, target: Path) -> None:
     except OSError:  # a file system without links
         refuse_existing(target, overwrite=False)
         temporary.replace(target)
+    temporary.unlink(missing_ok=True)

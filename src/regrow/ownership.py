@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 
 from regrow import locks
 from regrow.errors import UserError
-from regrow.output import open_new
-from regrow.record.folder import read_json, refuse_links, write_json
+from regrow.record.folder import read_json, refuse_links, write_bytes, write_json
 from regrow.record.manifest import ORIGIN
 
 log = logging.getLogger("regrow")
@@ -127,10 +126,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _forget_the_oldest(path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
-    temporary = path.with_name(f".{LIST}.{os.getpid()}.tmp")
-    with open(open_new(temporary, 0o600), "wb") as file:  # noqa: PTH123
-        file.writelines(lines[len(lines) // 2 :])
-    temporary.replace(path)
+    write_bytes(path, b"".join(lines[len(lines) // 2 :]), private=True)
 
 
 # -- seals and digits ------------------------------------------------------------------------------

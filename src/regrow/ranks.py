@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from regrow import outside
 from regrow.errors import MachineFault, UserError
 from regrow.job import Job
 from regrow.record import folder as records
+from regrow.signals import STOPPING, handled
 
 log = logging.getLogger("regrow")
 
 ROOT = Path(__file__).resolve().parents[2]
 SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
-STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+STOPPED = tuple(128 + number for number in STOPPING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,12 +252,5 @@ class Forwarded:
 def forwarding() -> Iterator[Forwarded]:
     """Forward signals to the ranks, which handle them."""
     forwarded = Forwarded()
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        before = {number: signal.signal(number, forwarded.note) for number in numbers}
-    try:
+    with handled(STOPPING, forwarded.note):
         yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

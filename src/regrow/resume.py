@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ import yaml
 
 from regrow import command_line, flags, monitor, older, ownership, places, registered
 from regrow.config import MULTIRUN, read_yaml, readable, recorded_config, targets_in
+from regrow.dotted import leaves, matches
 from regrow.errors import UserError, printable
 from regrow.record import manifest
 from regrow.record.folder import load_status, load_summary, read_json
@@ -381,7 +381,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
             continue
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
+        if matches(key, MAY_CHANGE):
             log.info("changed: %s from %s to %s", key, old, new)
         elif any(key == name or key.startswith(f"{name}.") for name in named):
             log.warning("changed by name: %s from %s to %s", key, old, new)
@@ -409,7 +409,7 @@ def changed_sources(
 
     A key that the record lacked differs if it was `chosen`, any other if its value changed.
     """
-    before, now = _flat(recorded), _flat(config)
+    before, now = leaves(recorded), leaves(config)
     return {
         key
         for key in (row.follows for row in older.ADDED_KEYS if row.follows)
@@ -517,7 +517,7 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     ended = reached(summary, config["trainer"])
     if ended and any(limit in changed for limit in LIMITS):
         key, more = next(iter(ended.items()))
-        value = _flat(config)[key]
+        value = leaves(config)[key]
         was = f" was {changed[key][0]} and would be {value}" if key in changed else f"={value}"
         raise UserError(
             f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
@@ -545,19 +545,9 @@ def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str,
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ, with both values, "absent" for a missing key."""
-    before, after = _flat(old), _flat(new)
+    before, after = leaves(old), leaves(new)
     return {
         key: (before.get(key, "absent"), after.get(key, "absent"))
         for key in sorted({*before, *after})
         if before.get(key, "absent") != after.get(key, "absent")
     }
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

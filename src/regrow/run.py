@@ -29,6 +29,7 @@ from regrow.command_line import command
 from regrow.config import instantiate, locate
 from regrow.errors import UserError, did_you_mean
 from regrow.models.init import StartsFromData, start_from_data
+from regrow.output import whole_file
 from regrow.randomness import Draws, key, seed_everything, states_kept
 from regrow.record import folder as records
 from regrow.record import loggers, manifest, report
@@ -501,11 +502,8 @@ def export_weights(state: TrainState, folder: Path, world: World) -> None:
         if world.is_main:
             weights[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
     if world.is_main:
-        temporary = folder / f".{WEIGHTS}.tmp"
-        with temporary.open("wb") as file:
+        with whole_file(folder / WEIGHTS) as file:
             torch.save(weights, file)
-            os.fsync(file.fileno())
-        temporary.replace(folder / WEIGHTS)
 
 
 def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str, float]:
@@ -620,9 +618,7 @@ def set_numerics(options: TrainerOptions, device: torch.device) -> None:
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use, its share if it is one of several."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = manifest.cores()
     given = os.environ.get("SLURM_CPUS_PER_TASK")  # srun may not bind the task to its cores
     if given and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return min(cores, int(given))

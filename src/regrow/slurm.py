@@ -24,6 +24,7 @@ from regrow.job import Job
 from regrow.ranks import SAFE_PATH, STOPPED, python_path
 from regrow.record import folder as records
 from regrow.record import names
+from regrow.signals import STOPPING, handled
 
 EARLY = 60  # Slurm may send the signal up to this many seconds early
 
@@ -221,18 +222,17 @@ class Task:
 
     def __call__(self) -> None:
         """Run to the end. Raises SystemExit if the process fails or is stopped."""
-        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # only for submitit, not the child
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-P", "-m", "regrow.child"],
-            env={
-                **{key: value for key, value in os.environ.items() if key != SAFE_PATH},
-                **outside.srun_environment(),
-                "REGROW_JOB": str(self.job),
-                "REGROW_PARENT": str(os.getpid()),
-            },
-        )
-        signal.signal(signal.SIGUSR2, before)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        with handled([signal.SIGUSR2], signal.SIG_IGN):  # only for submitit, not the child
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-P", "-m", "regrow.child"],
+                env={
+                    **{key: value for key, value in os.environ.items() if key != SAFE_PATH},
+                    **outside.srun_environment(),
+                    "REGROW_JOB": str(self.job),
+                    "REGROW_PARENT": str(os.getpid()),
+                },
+            )
+        for number in STOPPING:
             signal.signal(number, self.forward)
         code = self.process.wait()
         is_first = os.environ["SLURM_PROCID"] == "0"

@@ -27,6 +27,7 @@ from regrow import run as runs
 from regrow.console import console
 from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault, printable
 from regrow.job import Job
+from regrow.signals import handled
 from regrow.training.parallel import World, lost_the_others
 
 log = logging.getLogger("regrow")
@@ -112,9 +113,10 @@ def lead(job: Job) -> NoReturn:
     trainer["devices"] = local
     store = meet()
     store.set("job", job.to_json())
-    code, before = 0, signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    code = 0
     try:
-        outside.wait_for_all(store, trainer["timeout_seconds"])
+        with handled([signal.SIGTERM], lambda *_: sys.exit(128 + signal.SIGTERM)):
+            outside.wait_for_all(store, trainer["timeout_seconds"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -122,7 +124,6 @@ def lead(job: Job) -> NoReturn:
         code = 128 + signal.SIGINT
     except SystemExit as end:
         code = int(end.code or 0)
-    signal.signal(signal.SIGTERM, before)
     if code:  # the other ranks end when the store does
         outside.have_met()
         if job.folder is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from types import MethodType
 
 from torch import nn
 
+from regrow.dotted import matches
 from regrow.errors import UserError, did_you_mean
 
 
@@ -19,7 +19,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
-        matching = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
+        matching = [module for name, module in modules.items() if matches(name, [pattern])]
         if not matching:
             children = ", ".join(name for name, _ in model.named_children())
             hint = did_you_mean(pattern, modules) or f" Its top modules are {children}."

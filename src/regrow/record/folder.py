@@ -21,7 +21,7 @@ from types import TracebackType, UnionType
 from typing import Any, Literal
 
 from regrow.errors import UserError
-from regrow.output import open_new
+from regrow.output import whole_file
 from regrow.record import names
 from regrow.record.redact import redact
 
@@ -264,17 +264,8 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
 def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     """Like write_text, for bytes."""
     refuse_special(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(open_new(temporary, 0o600 if private else 0o666), "wb") as file:  # noqa: PTH123
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path, mode=0o600 if private else 0o666) as file:
+        file.write(content)
     sync_folder(path.parent)
 
 

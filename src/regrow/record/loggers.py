@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import inspect
+import io
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from regrow.record.folder import (
     sync_folder,
     whole_lines,
     write_json,
+    write_text,
 )
 from regrow.record.redact import redact_all
 
@@ -176,12 +178,11 @@ class Csv:
         for row in rows:
             columns.update(dict.fromkeys(row))
         self.columns = list(columns)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([harmless(column) for column in self.columns])
-            writer.writerows(self._cells(row) for row in rows)
-        temporary.replace(self.path)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([harmless(column) for column in self.columns])
+        writer.writerows(self._cells(row) for row in rows)
+        write_text(self.path, text.getvalue())
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         row = {"step": step, "epoch": epoch, **values}

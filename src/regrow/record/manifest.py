@@ -461,6 +461,13 @@ def _of_a_checkout(place: Path) -> str:
     return f" (editable{f', commit {commit[:10]}' if commit else ''})"
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def hardware() -> dict[str, Any]:
     """Return host, system, processor and memory; accelerators if torch is loaded."""
     facts: dict[str, Any] = {
@@ -468,9 +475,7 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
-        "cpus_usable": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus_usable": cores(),
         "memory_gib": None,
         "accelerators": [],
     }

@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
+from regrow.dotted import walk
 from regrow.errors import UserError
 from regrow.record import manifest as manifests
 from regrow.record import plots
@@ -320,15 +321,9 @@ _MISSING = object()
 _NOTHING = "<span class=muted>&ndash;</span>"
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the config with dotted keys; a list is one value, as on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with dotted keys; lists and empty mappings are values."""
+    return {key: value for key, value in walk(config) if not (isinstance(value, Mapping) and value)}
 
 
 def differing_keys(

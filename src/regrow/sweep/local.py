@@ -18,9 +18,9 @@ from typing import Any
 from regrow import locks
 from regrow.errors import UserError
 from regrow.ranks import STOPPED
+from regrow.record.manifest import cores
 from regrow.sweep import gpus, process, state
 from regrow.sweep.plan import Planned
-from regrow.sweep.process import cores
 
 log = logging.getLogger("regrow")
 

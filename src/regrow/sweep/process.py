@@ -24,6 +24,7 @@ from regrow.config import show_traceback
 from regrow.errors import UserError, in_a_line
 from regrow.parent import die_with_parent
 from regrow.ranks import SAFE_PATH, python_path
+from regrow.record.manifest import cores
 from regrow.record.redact import redact
 from regrow.sweep import state
 
@@ -99,13 +100,6 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     from regrow import worker
 
     worker.leave(code)
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def have_threads_again() -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from regrow.signals import STOPPING, handled
 from regrow.sweep import state
 from regrow.sweep.local import Ended
 from regrow.sweep.plan import Planned
 from regrow.sweep.show import Show
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Source(Protocol):
@@ -74,20 +71,10 @@ class Stop:
             self.place.send(signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def noting_signals(stop: Stop) -> Iterator[None]:
-    before = {number: signal.signal(number, stop.note) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bool) -> Stop:
     """Run all jobs until they end or a stop is requested; return the request."""
     stop = Stop(place)
-    with noting_signals(stop), show:
+    with handled(STOPPING, stop.note), show:
         waiting: Planned | None = None
         while True:
             # Ask only once there is room: a search proposes better the more jobs have ended.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from regrow.signals import STOPPING, handled
 
 T = TypeVar("T")
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
@@ -32,7 +31,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._noted = 0.0
         self._waiting = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers = handled(STOPPING, self._note)
 
     @property
     def requested(self) -> bool:
@@ -54,8 +53,7 @@ class StopRequest:
             yield item
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._handlers.__enter__()
         return self
 
     def __exit__(
@@ -64,8 +62,7 @@ class StopRequest:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handlers.__exit__(kind, value, traceback)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

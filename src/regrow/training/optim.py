@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.dotted import matches
 from regrow.errors import UserError
 from regrow.training import sharding, sums
 
@@ -66,7 +66,7 @@ def parameter_groups(
 
 def _matches(name: str, pattern: str) -> bool:
     """Return True if `pattern` matches the parameter's name or that of a module around it."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    return matches(name, [pattern, f"{pattern}.*"])
 
 
 def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optimizer:

@@ -7,13 +7,13 @@ other modules; given ordinary tensors, they return them unchanged.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regrow.dotted import matches
 from regrow.errors import UserError
 from regrow.training.options import FSDPOptions
 
@@ -81,7 +81,7 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+        if not any(matches(name, [pattern]) for name in modules):
             raise UserError(
                 f"{key}={[*patterns]}: no module matches {pattern}. "
                 f"The model's are {', '.join([*modules][:20])}."
@@ -89,7 +89,7 @@ def matching(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, n
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():  # a module comes before its children
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if not inside and matches(name, patterns):
             found[name] = module
     return found
 
