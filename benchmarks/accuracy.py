@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.configured import build, world_of
 from benchmarks.measure import Table
-from regrow import run as runs
-from regrow.training.interrupt import StopRequest
+from regrow.processes.interrupt import StopRequest
+from regrow.runs import train as runs
 
 Runner = Callable[..., tuple[float, float]]  # of overrides: seconds of training, test accuracy
 EPOCHS, BATCH, RATE, BETAS, WARMUP, DECAY, SMOOTHING = 14, 256, 0.02, (0.7, 0.9), 0.2, 0.3, 0.1

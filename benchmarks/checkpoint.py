@@ -15,8 +15,7 @@ import torch
 import torchvision
 
 from benchmarks.measure import Table
-from regrow.training.checkpoint import CheckpointWriter, Facts
-from regrow.training.options import CheckpointOptions
+from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, Facts
 
 ROUNDS = 5
 OPTIONS = CheckpointOptions(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from regrow import run as runs
-from regrow.training.parallel import World
+from regrow.distributed.parallel import World
+from regrow.runs import train as runs
 
 
 def config_of(*overrides: str) -> dict[str, Any]:
@@ -13,7 +13,8 @@ def config_of(*overrides: str) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from regrow.config import CONF, plain
+    from regrow.config.hydra_access import plain
+    from regrow.project import CONF
 
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose("train", list(overrides), return_hydra_config=True)

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
+from regrow.distributed.parallel import World
 from regrow.randomness import Draws, states_kept
 from regrow.training import loop
-from regrow.training.parallel import World
 from regrow.training.show import evaluation_bar
 
 IMAGES = ("data=synthetic", "data.source.num_val=1024", "data.eval_batch_size=256")

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
-from regrow import run as runs
-from regrow.data.batch import Batch
-from regrow.data.loaders import TrainBatches
-from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
+from regrow.distributed.parallel import World
+from regrow.feeding.batch import Batch
+from regrow.feeding.loaders import TrainBatches
+from regrow.processes.interrupt import StopRequest
+from regrow.runs import train as runs
 
 IMAGES = 20_000
 BATCH = 128

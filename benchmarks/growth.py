@@ -27,10 +27,10 @@ from torch import nn
 from benchmarks.configured import build
 from benchmarks.measure import in_turn, per_second
 from benchmarks.step import by_hand, pure, train_py
+from regrow.distributed.parallel import World
 from regrow.record import folder as records
 from regrow.record import loggers, report
 from regrow.sweep import results, state
-from regrow.training.parallel import World
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "scripts" / "train.py")
@@ -167,7 +167,7 @@ def data() -> Growth:
 
 
 def folders() -> Growth:
-    from regrow.data.images import image_folder
+    from regrow.feeding.images import image_folder
 
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for size in (1_000, 10_000, 100_000):

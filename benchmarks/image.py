@@ -130,7 +130,7 @@ def started(
 def main(name: str, model: str, steps: int, *overrides: str) -> None:
     import torch
 
-    from regrow.training import memory
+    from regrow.numerics import memory
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if name == KEPT and not memory.keep_freed_memory():
@@ -148,7 +148,7 @@ def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
     import torch
 
     from benchmarks.step import train_py
-    from regrow.training.parallel import World
+    from regrow.distributed.parallel import World
 
     options = ("trainer.num_threads=null", f"model={model}", *(overrides or SYNTHETIC))
     world = World(device=torch.device("cpu"))

@@ -46,7 +46,7 @@ def measure() -> Table:
 
 
 def part(rank: int, port: int, results: Path) -> None:
-    from regrow.training.parallel import World
+    from regrow.distributed.parallel import World
 
     torch.set_num_threads(1)
     logging.disable(logging.INFO)

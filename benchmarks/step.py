@@ -24,9 +24,9 @@ from benchmarks import peers
 from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
 from benchmarks.peers import ENGINES
-from regrow import run as runs
-from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
+from regrow.distributed.parallel import World
+from regrow.processes.interrupt import StopRequest
+from regrow.runs import train as runs
 
 STEPS = 600
 BEFORE = 40  # steps that are not timed, of which the first are slower: two epochs

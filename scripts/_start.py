@@ -37,6 +37,6 @@ if (
     os.environ["PYTHONUTF8"] = "1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-from regrow import terminal  # noqa: E402  only for a Python that is new enough
+from regrow.processes import terminal  # noqa: E402  only for a Python that is new enough
 
 terminal.show()

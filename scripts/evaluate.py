@@ -14,10 +14,10 @@ from pathlib import Path
 
 import _start  # noqa: F401  finds the package or explains the set-up
 
-from regrow.arguments import Arguments, Option, parse
-from regrow.config import fail
+from regrow.cli.arguments import Arguments, Option, parse
 from regrow.errors import UserError, machine_fault, printable
-from regrow.output import refuse_existing, write_text
+from regrow.failing import fail
+from regrow.record.output import refuse_existing, write_text
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
@@ -50,11 +50,11 @@ def evaluate(options: Arguments) -> None:
     if output is not None:
         refuse_existing(output, options["overwrite"])
     # these import torch: only after the arguments are checked
-    from regrow.console import console
-    from regrow.inference import draws_of, other_draws
-    from regrow.inference import evaluate as measured
-    from regrow.load import load_run, set_numerics
     from regrow.record.folder import as_json, load_summary, write_json
+    from regrow.runs.console import console
+    from regrow.runs.inference import draws_of, other_draws
+    from regrow.runs.inference import evaluate as measured
+    from regrow.runs.load import load_run, set_numerics
 
     with console():
         split, checkpoint = options["split"], options["checkpoint"]

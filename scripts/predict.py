@@ -15,10 +15,10 @@ from pathlib import Path
 
 import _start  # noqa: F401  finds the package or explains the set-up
 
-from regrow.arguments import Arguments, Option, parse
-from regrow.config import fail
+from regrow.cli.arguments import Arguments, Option, parse
 from regrow.errors import UserError, machine_fault
-from regrow.output import refuse_existing, write_csv
+from regrow.failing import fail
+from regrow.record.output import refuse_existing, write_csv
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
@@ -57,9 +57,9 @@ def predict(options: Arguments) -> None:
     # these import torch: only after the arguments are checked
     from tqdm import tqdm
 
-    from regrow.console import console
-    from regrow.inference import predict as predictions
-    from regrow.load import load_run, set_numerics
+    from regrow.runs.console import console
+    from regrow.runs.inference import predict as predictions
+    from regrow.runs.load import load_run, set_numerics
 
     with console():
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])

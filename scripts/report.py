@@ -13,12 +13,12 @@ from pathlib import Path
 
 import _start  # noqa: F401  finds the package or explains the set-up
 
-from regrow.arguments import Option, parse
-from regrow.config import one_line
+from regrow.cli.arguments import Option, parse
+from regrow.config.resume import SWEEP
 from regrow.errors import UserError, machine_fault, printable
-from regrow.output import refuse_existing
+from regrow.failing import one_line
 from regrow.record import comparison, report
-from regrow.resume import SWEEP
+from regrow.record.output import refuse_existing
 from regrow.sweep import results
 
 OPTIONS = {

@@ -17,16 +17,13 @@ from typing import Any
 
 import _start  # noqa: F401  finds the package or explains the set-up
 
-from regrow import flags, older, registered
-from regrow.arguments import Arguments, Option, parse
-from regrow.command_line import override
-from regrow.config import CONF, fail, plain, recorded_config
-from regrow.errors import UserError, printable
-from regrow.explain import composition_error
-from regrow.record import folder as records
-from regrow.record import manifest
-from regrow.record.redact import redact_all
-from regrow.resume import (
+from regrow.cli.arguments import Arguments, Option, parse
+from regrow.config import flags, older, registered
+from regrow.config.command_line import override
+from regrow.config.explain import composition_error
+from regrow.config.hydra_access import plain
+from regrow.config.recorded import recorded_config
+from regrow.config.resume import (
     ELSEWHERE,
     differences,
     downloads_elsewhere,
@@ -38,7 +35,13 @@ from regrow.resume import (
     places_of_conf,
     recorded_overrides,
 )
-from regrow.roles import check_roles
+from regrow.config.roles import check_roles
+from regrow.errors import UserError, printable
+from regrow.failing import fail
+from regrow.project import CONF
+from regrow.record import folder as records
+from regrow.record import manifest
+from regrow.record.redact import redact_all
 
 OPTIONS = {
     "run": Option("the folder of a complete run", required=True),
@@ -181,7 +184,7 @@ def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from regrow.composition import composition
+    from regrow.config.composition import composition
 
     try:
         config = composition(source, overrides)

@@ -3,8 +3,8 @@
 import _start  # noqa: F401  finds the package or explains the set-up
 from omegaconf import DictConfig
 
-from regrow.config import entry_point, faults_in_a_line
-from regrow.start import start
+from regrow.cli.entry import entry_point, faults_in_a_line
+from regrow.cli.start import start
 
 
 def resumed(arguments: list[str]) -> None:
@@ -16,7 +16,7 @@ def resumed(arguments: list[str]) -> None:
 @entry_point("train", resumed)
 def main(config: DictConfig) -> float | None:
     with faults_in_a_line():
-        from regrow.launch import launch  # imports torch: only after the config is checked
+        from regrow.runs.launch import launch  # imports torch: only after the config is checked
 
     return launch(config)
 

@@ -11,7 +11,7 @@ import tempfile
 import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
-# The list of the user's own folders (regrow.ownership), and the hashes of files (data.files).
+# The list of the user's own folders (ownership), and the hashes of files (files).
 for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
     os.environ[variable] = tempfile.mkdtemp(prefix="regrow-")
     atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)

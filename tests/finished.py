@@ -17,11 +17,12 @@ import pytest
 import torch
 from running import CPU, as_hydra_has_it, composed
 
-from regrow import launch
-from regrow import run as runs
-from regrow.composed import job_of
-from regrow.config import CONF, allow
+from regrow.config.job import job_of
+from regrow.config.targets import allow
+from regrow.project import CONF
 from regrow.record.folder import Lock
+from regrow.runs import train as runs
+from regrow.runs.session import run_in
 
 SCRIPTS = CONF.parent / "scripts"
 QUICK = ("trainer.max_steps=4", "trainer.num_threads=1", "trainer.device=cpu")
@@ -36,7 +37,7 @@ def finished(folder: Path, *overrides: str) -> Path:
     allow(job.config)  # as the check of a command line does
     with pytest.MonkeyPatch.context() as patch, Lock(folder):
         patch.setattr(runs, "draw", lambda folder: None)
-        launch.run_in(job, CPU)
+        run_in(job, CPU)
     return folder
 
 

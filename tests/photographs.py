@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regrow.data.splits import Examples, Splits
+from regrow.feeding.splits import Examples, Splits
 
 
 def cifar10(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:

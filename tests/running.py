@@ -22,16 +22,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from regrow import run as runs
-from regrow.config import CONF, allow, plain, version_arguments
-from regrow.data.batch import Batch
+from regrow.config.hydra_access import plain, version_arguments
+from regrow.config.targets import allow
+from regrow.distributed.parallel import Exchange, World
+from regrow.feeding.batch import Batch
+from regrow.numerics.buffers import Buffers
+from regrow.numerics.precision import LossScale
+from regrow.numerics.sums import epoch_sums
+from regrow.processes.interrupt import StopRequest
+from regrow.project import CONF
+from regrow.runs import train as runs
 from regrow.training import loop, optim
-from regrow.training.interrupt import StopRequest
 from regrow.training.options import TrainerOptions
-from regrow.training.parallel import Exchange, World
-from regrow.training.precision import LossScale
-from regrow.training.state import Buffers, TrainState, average_of
-from regrow.training.sums import epoch_sums
+from regrow.training.state import TrainState, average_of
 
 CPU = World(device=torch.device("cpu"))
 # Ragged on purpose: 50 examples in windows of 16, so that each epoch ends in a window of 2.
@@ -76,7 +79,7 @@ def _config_of(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def launched(*overrides: str, draws: bool = False) -> float | None:
     """Hydra's job in this process, in the current folder; the run is TINY."""
-    from regrow.launch import launch
+    from regrow.runs.launch import launch
 
     with contextlib.nullcontext() if draws else without_pictures():
         return launch(as_hydra_has_it(composed(*TINY, *overrides)))
@@ -214,7 +217,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the last checkpoint's content and the metrics, the clock aside."""
-    from regrow.training import checkpoint
+    from regrow.checkpoint import writer as checkpoint
 
     parts, _ = checkpoint.load((folder / "checkpoints" / "last").resolve())
     digest = hashlib.sha256()

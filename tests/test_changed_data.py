@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from running import as_hydra_has_it, composed
 
-from regrow import resume
-from regrow import run as runs
-from regrow.config import read_yaml
-from regrow.data import identity
-from regrow.data.splits import Splits
-from regrow.launch import launch
+from regrow.config import resume
+from regrow.config.yaml_files import read_yaml
+from regrow.feeding import identity
+from regrow.feeding.splits import Splits
+from regrow.runs import train as runs
+from regrow.runs.launch import launch
 from regrow.sweep import state
 
 CSV = (

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from running import TINY, train
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 
 # Wall-clock time, for people to read, and for the age of a file, whose stamp is of that clock too.
 WALL = r"time\.time(_ns)?\(|datetime\.now\(|st_mtime(_ns)?\b"
 ALLOWED = {
     "src/regrow/record/folder.py": 2,  # a new folder's name; `updated` in status.json
     "src/regrow/record/manifest.py": 1,  # `started`
-    "src/regrow/data/files.py": 3,  # a file's stamp; one of the future is read again
+    "src/regrow/feeding/files.py": 3,  # a file's stamp; one of the future is read again
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from running import composed
 
-from regrow.command_line import override, path_of, paths_as_typed, quoted, read, shell
+from regrow.config.command_line import override, path_of, paths_as_typed, quoted, read, shell
 from regrow.errors import UserError
 
 NASTY = (

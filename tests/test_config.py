@@ -19,14 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from running import composed
 
-from regrow import config as configs
-from regrow.check import RULES, check, shipped_node
-from regrow.command_line import paths_as_typed
-from regrow.config import CONF, locate, plain, read_yaml
+from regrow.cli.entry import check_arguments
+from regrow.config import own_modules, targets
+from regrow.config.check import RULES, check, shipped_node
+from regrow.config.command_line import paths_as_typed
+from regrow.config.explain import composition_error, wrong_options
+from regrow.config.hydra_access import plain
+from regrow.config.hydras import refuse_typed
+from regrow.config.own_modules import find_own_modules
+from regrow.config.resume import SWEEP, expand
+from regrow.config.targets import allow, instantiate, is_allowed, locate
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, did_you_mean
-from regrow.explain import composition_error, wrong_options
-from regrow.hydras import refuse_typed
-from regrow.resume import SWEEP, expand
+from regrow.project import CONF
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -169,16 +174,16 @@ def test_what_ones_own_code_raised_is_said_with_its_place(
     (tmp_path / "unwritten.py").write_text("def net(width):\n    return (\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     names = ("unlucky.net", "unwritten.net", "unlucky.nett", "unluckier.net")
-    monkeypatch.setattr(configs, "_allowed", {*names})
+    monkeypatch.setattr(targets, "_allowed", {*names})
     with pytest.raises(UserError) as found:
-        configs.instantiate({"_target_": "unlucky.net", "width": 7})
+        instantiate({"_target_": "unlucky.net", "width": 7})
     assert f"(ValueError: not 7, {tmp_path}/unlucky.py:2)" in str(found.value)
     with pytest.raises(UserError, match=rf"was never closed, {tmp_path}/unwritten.py:2\)"):
-        configs.instantiate({"_target_": "unwritten.net", "width": 7})
+        instantiate({"_target_": "unwritten.net", "width": 7})
     with pytest.raises(UserError, match=r"_target_=unlucky.nett: there is no nett.* mean net\?"):
-        configs.instantiate({"_target_": "unlucky.nett", "width": 7})
+        instantiate({"_target_": "unlucky.nett", "width": 7})
     with pytest.raises(UserError, match=r"_target_=unluckier.net: there is no such module"):
-        configs.instantiate({"_target_": "unluckier.net", "width": 7})
+        instantiate({"_target_": "unluckier.net", "width": 7})
 
 
 @pytest.mark.parametrize("named", ["hydra.run.dir=file/run", "-m hydra.sweep.dir=file/sweep"])
@@ -237,7 +242,7 @@ OFFERS = (
 def error_of(arguments: list[str]) -> str:
     """What the program says of these arguments; "" for nothing."""
     try:
-        configs.check_arguments(arguments)
+        check_arguments(arguments)
         refuse_typed(arguments)
         if (wrong := wrong_options(arguments)) is not None:
             return wrong
@@ -339,8 +344,8 @@ def test_a_module_in_the_root_of_the_repository_is_found(
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(UserError, match="there is no such module"):
         locate("a_module_of_ones_own.Net", "model")
-    monkeypatch.setattr(configs, "ROOT", tmp_path)
-    configs.find_own_modules()
+    monkeypatch.setattr(own_modules, "ROOT", tmp_path)
+    find_own_modules()
     assert locate("a_module_of_ones_own.Net", "model").__name__ == "Net"
 
 
@@ -565,16 +570,16 @@ NESTED = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.mkdir",
 
 def test_only_what_was_let_through_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configs, "_allowed", set())
-    made = configs.instantiate(configs.read_yaml(CONF / "scheduler" / "cosine.yaml"))
+    monkeypatch.setattr(targets, "_allowed", set())
+    made = instantiate(read_yaml(CONF / "scheduler" / "cosine.yaml"))
     assert callable(made)  # conf/ names it
     with pytest.raises(UserError, match=r"_target_=torch.nn.Sequential is named neither in conf/"):
-        configs.instantiate(NESTED)
-    configs.allow({"_target_": "torch.nn.Sequential"})
+        instantiate(NESTED)
+    allow({"_target_": "torch.nn.Sequential"})
     with pytest.raises(UserError, match=r"_args_.0._target_=os.mkdir is named neither in conf/"):
-        configs.instantiate(NESTED)
+        instantiate(NESTED)
     assert not Path("made").exists()
-    made = configs.instantiate({**NESTED, "_args_": []})
+    made = instantiate({**NESTED, "_args_": []})
     assert type(made).__name__ == "Sequential"
 
 
@@ -586,16 +591,16 @@ def test_hydra_too_refuses_a_foreign_target_in_a_node(
     if not hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):
         pytest.skip("Hydra looks at targets from 1.4 on")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configs, "_allowed", {"torch.nn.Sequential"})
-    monkeypatch.setattr(configs, "refuse_unknown_targets", lambda node: None)
+    monkeypatch.setattr(targets, "_allowed", {"torch.nn.Sequential"})
+    monkeypatch.setattr(targets, "refuse_unknown_targets", lambda node: None)
     with pytest.raises(UserError, match=r"os\.mkdir"):
-        configs.instantiate(NESTED)
+        instantiate(NESTED)
     assert not Path("made").exists()
 
 
 def test_a_command_line_lets_its_own_targets_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "_allowed", set())
+    monkeypatch.setattr(targets, "_allowed", set())
     config = composed("model._target_=torch.nn.Identity")
-    assert not configs.is_allowed("torch.nn.Identity")
+    assert not is_allowed("torch.nn.Identity")
     check(config, config.hydra.runtime.choices)
-    assert configs.is_allowed("torch.nn.Identity") and not configs.is_allowed("os.mkdir")
+    assert is_allowed("torch.nn.Identity") and not is_allowed("os.mkdir")

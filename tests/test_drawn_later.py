@@ -11,8 +11,8 @@ import forked
 import pytest
 from running import launched
 
-from regrow import run as runs
 from regrow.record.folder import load_status
+from regrow.runs import train as runs
 
 TESTS = Path(__file__).resolve().parent
 # A run in a process of its own, which is killed before the page is written.

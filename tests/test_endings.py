@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from regrow.data.feeds import FileFeed
-from regrow.data.sampling import Windows
+from regrow.feeding.feeds import FileFeed
+from regrow.feeding.sampling import Windows
 
 class Numbers:
     def __len__(self):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from running import CPU, composed, config_of, metrics_of, train
 
-from regrow import run as runs
-from regrow.check import check
-from regrow.config import CONF
+from regrow.config.check import check
+from regrow.project import CONF
+from regrow.runs import train as runs
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 DEBUG = sorted(path.stem for path in (CONF / "debug").glob("*.yaml"))

@@ -18,11 +18,11 @@ import pytest
 from running import TINY, launched
 from waiting import until
 
-from regrow import ranks
-from regrow.config import CONF
-from regrow.data.files import _Memory
-from regrow.data.images import load_image
 from regrow.errors import MachineFault, SlicesTooLarge, UserError, in_a_line, machine_fault
+from regrow.feeding.files import _Memory
+from regrow.feeding.images import load_image
+from regrow.processes import ranks
+from regrow.project import CONF
 from regrow.record.folder import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -274,8 +274,8 @@ def test_a_quota_that_is_used_up_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -
 READ = """
 import sys
 import torch
-from regrow.data.feeds import FileFeed
-from regrow.data.sampling import Windows
+from regrow.feeding.feeds import FileFeed
+from regrow.feeding.sampling import Windows
 
 def raises(items):
     class Local(Exception):

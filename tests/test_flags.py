@@ -15,9 +15,10 @@ import forked
 import pytest
 from running import TINY
 
-from regrow import flags
-from regrow.config import ROOT, read_yaml
+from regrow.config import flags
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
+from regrow.project import ROOT
 from regrow.record.folder import read_json, write_json, write_text
 from regrow.sweep import frozen
 

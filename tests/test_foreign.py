@@ -20,11 +20,13 @@ import pytest
 import yaml
 from running import config_of, launched
 
-from regrow import config as configs
-from regrow import console, flags, ownership, resume, roles
-from regrow.config import ROOT
+from regrow.config import flags, resume, roles
 from regrow.errors import UserError, printable
+from regrow.failing import fail
+from regrow.project import ROOT
 from regrow.record import folder as records
+from regrow.record import ownership
+from regrow.runs import console
 from regrow.sweep import frozen, state
 
 MARKER = "import pathlib, sys\npathlib.Path(sys.argv[0]).with_name('executed').touch()\n"
@@ -259,7 +261,7 @@ def test_code_that_seals_nothing_is_trusted_each_time(
     own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its next write would break the seal, and the printed command would lack `trust=…`."""
-    (own / frozen.state.CODE / frozen.SEALS).unlink()
+    (own / frozen.state.CODE / "src" / "regrow" / "ownership.py").unlink()
     with pytest.raises(UserError) as refused:
         resumed(own)
     resumed(own, digits_in(refused))
@@ -583,7 +585,7 @@ def test_a_terminal_gets_no_orders(capsys: pytest.CaptureFixture[str], tmp_path:
     with console.console(), console.log_file(tmp_path):
         logging.getLogger("regrow").warning("%s", ESCAPE)
     with pytest.raises(SystemExit):
-        configs.fail(ESCAPE)
+        fail(ESCAPE)
     said = capsys.readouterr()
     for text in (said.out + said.err, (tmp_path / "train.log").read_text()):
         assert r"\x1b[2J" in text and r"\u202e" in text and "gnp.exe" in text

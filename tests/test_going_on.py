@@ -11,10 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 from running import TINY, config_of
 
-from regrow.config import CONF
+from regrow.config.resume import MAY_CHANGE, continues
 from regrow.errors import UserError
+from regrow.project import CONF
 from regrow.record.folder import write_text
-from regrow.resume import MAY_CHANGE, continues
 
 CHANGES_THE_MATHS = (
     *("seed=1 data.seed=1", "data.batch_size=8", "data.source.num_train=40", "data.limit_train=30"),

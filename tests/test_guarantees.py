@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from regrow.config import CONF
+from regrow.project import CONF
 
 TESTS = Path(__file__).parent
 ROW = re.compile(r"^\| (?!promise|---)(?P<promise>[^|]+) \| (?P<names>`[^|]+`) \|$", re.MULTILINE)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from waiting import until
 
-from regrow import locks, ownership
 from regrow.data import datasets
-from regrow.sweep import gpus, local, state, trial
+from regrow.record import locks, ownership
+from regrow.runs import trial
+from regrow.sweep import gpus, local, state
 
 
 @pytest.fixture(autouse=True)

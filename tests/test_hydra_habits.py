@@ -15,12 +15,19 @@ import hydra
 import pytest
 import yaml
 from finished import finished
+from omegaconf import OmegaConf
 from running import TINY
 
 import regrow
-from regrow import check, config, flags, roles
-from regrow.config import ROOT
+from regrow.cli import entry
+from regrow.cli.entry import hydras_targets
+from regrow.config import check, flags, roles, yaml_files
+from regrow.config.hydra_access import plain
+from regrow.config.keys import known_keys
+from regrow.config.targets import allow, instantiate, refuse_unknown_targets, shipped_targets
 from regrow.errors import UserError
+from regrow.failing import SET_BY_US, let_hydra_raise, show_traceback
+from regrow.project import ROOT
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
 QUIET = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
@@ -158,23 +165,24 @@ def conf(tmp_path: Path, monkeypatch: Any) -> Iterator[Path]:
         (copy / place / "latin.yaml").write_bytes("a: é".encode("latin-1"))
         (copy / place / "listed.yaml").write_text("- a\n- b\n")
     (copy / "model" / "folder.yaml").mkdir()
-    for module in (config, check, roles):
+    for module in (entry, yaml_files, check, roles):
         if hasattr(module, "CONF"):
             monkeypatch.setattr(module, "CONF", copy)
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    config.shipped_targets.cache_clear()
+    for module in (entry, yaml_files):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    shipped_targets.cache_clear()
     roles.listed.cache_clear()
     yield copy
-    config.shipped_targets.cache_clear()
+    shipped_targets.cache_clear()
     roles.listed.cache_clear()
 
 
 def test_a_broken_file_elsewhere_in_conf_does_not_end_a_command(conf: Path) -> None:
-    assert "regrow.models.mlp.MLP" in config.shipped_targets()
+    assert "regrow.models.mlp.MLP" in shipped_targets()
     assert "regrow.models.mlp.MLP" in roles.listed("model")
-    assert "optimizer.lr" in config.known_keys()
-    assert flags.CHECK in config.hydras_targets([])
-    values = config.plain(hydra_free(*TINY))
+    assert "optimizer.lr" in known_keys()
+    assert flags.CHECK in hydras_targets([])
+    values = plain(hydra_free(*TINY))
     check._check_keys(values, {})
 
 
@@ -183,12 +191,12 @@ def hydra_free(*overrides: str) -> Any:
 
     composition = composed(*overrides)
     del_hydra = [str(key) for key in composition if key != "hydra"]
-    return config.OmegaConf.masked_copy(composition, del_hydra)
+    return OmegaConf.masked_copy(composition, del_hydra)
 
 
 def test_a_target_that_a_broken_file_may_name_names_the_file(conf: Path) -> None:
     with pytest.raises(UserError, match=r"own\.Net.*cannot be read: conf/broken\.yaml:3, .*latin"):
-        config.refuse_unknown_targets({"_target_": "own.Net"})
+        refuse_unknown_targets({"_target_": "own.Net"})
 
 
 def test_a_composed_file_that_is_broken_is_named_with_its_line(tmp_path: Path) -> None:
@@ -206,9 +214,9 @@ def raised_in(folder: Path, monkeypatch: Any) -> UserError:
     name = f"own_{abs(hash(folder))}"
     (folder / f"{name}.py").write_text("def make():\n    text = 'a'\n    return int(text)\n")
     monkeypatch.syspath_prepend(folder)
-    config.allow({"_target_": f"{name}.make"})
+    allow({"_target_": f"{name}.make"})
     with pytest.raises(UserError) as raised:
-        config.instantiate({"_target_": f"{name}.make"})
+        instantiate({"_target_": f"{name}.make"})
     return raised.value
 
 
@@ -226,17 +234,17 @@ def test_a_user_who_asks_for_tracebacks_gets_them(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     error = raised_in(tmp_path / "project", monkeypatch)
-    for name in ("HYDRA_FULL_ERROR", config.SET_BY_US):
+    for name in ("HYDRA_FULL_ERROR", SET_BY_US):
         monkeypatch.delenv(name, raising=False)
-    config.let_hydra_raise()
-    config.show_traceback(error)
+    let_hydra_raise()
+    show_traceback(error)
     assert os.environ["HYDRA_FULL_ERROR"] == "1" and capsys.readouterr().err == ""
-    monkeypatch.delenv(config.SET_BY_US)
-    config.let_hydra_raise()
-    config.show_traceback(error)
+    monkeypatch.delenv(SET_BY_US)
+    let_hydra_raise()
+    show_traceback(error)
     said = capsys.readouterr().err
     assert "Traceback" in said and "return int(text)" in said
-    config.show_traceback(UserError("a line that says it all"))
+    show_traceback(UserError("a line that says it all"))
     assert capsys.readouterr().err == ""
 
 
@@ -282,9 +290,7 @@ def test_hydra_may_call_what_the_users_own_files_and_command_line_name(tmp_path:
         "hydra: {job_logging: {handlers: {x: {class: own.Handler}}}}\n"
     )
     given = ["+hydra.callbacks.c._target_=typed.Say", "+hydra.callbacks.d={_target_:typed.Too,a:1}"]
-    found = config.hydras_targets(
-        ["--config-dir", str(tmp_path), *given, "model._target_=not.This"]
-    )
+    found = hydras_targets(["--config-dir", str(tmp_path), *given, "model._target_=not.This"])
     assert {"own.Say", "own.Handler", "typed.Say", "typed.Too", flags.CHECK} <= {*found}
     assert "not.This" not in found
 

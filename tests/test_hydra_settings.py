@@ -16,15 +16,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from running import TINY, composed
 
-from regrow import leads, places, registered
-from regrow.check import check
-from regrow.config import ROOT, known_keys, read_yaml
+from regrow.config import leads, places, registered
+from regrow.config.check import check
+from regrow.config.explain import composition_error, hydras_value_error
+from regrow.config.hydras import check_settings
+from regrow.config.keys import known_keys
+from regrow.config.roles import listed
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
-from regrow.explain import composition_error, hydras_value_error
-from regrow.hydras import check_settings
+from regrow.project import CONF, ROOT
 from regrow.record.folder import read_json
 from regrow.record.redact import redact
-from regrow.roles import listed
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
 WRONG = "optimizer.lr=0"  # in a command whose config is right otherwise: it ends before a run
@@ -173,7 +175,7 @@ def test_m_runs_the_function_of_ones_own_script_with_hydras_sweeper(
     plugin: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "mine.py"
-    script.write_text(OWN_SCRIPT.format(conf=str(places.CONF)))
+    script.write_text(OWN_SCRIPT.format(conf=str(CONF)))
     said = run(tmp_path, "-m", "seed=3,4", script=script)
     assert "my function: 3" in said and "my function: 4" in said
     said = run(tmp_path, "-m", "seed=3,4", "hydra/sweeper=fake", script=script, path=plugin)
@@ -284,7 +286,7 @@ ConfigStore.instance().store(
     group="model", name="registered", node={{"defaults": ["mlp", "_self_"], "hidden": [33]}}
 )
 import train
-from regrow.start import start
+from regrow.cli.start import start
 
 if __name__ == "__main__":
     start(train.main)

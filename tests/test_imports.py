@@ -1,4 +1,4 @@
-"""The house plan: imports run one way, and what is slow is imported when it is needed."""
+"""Imports run one way, and slow modules are imported when they are needed."""
 
 from __future__ import annotations
 
@@ -7,78 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+LAB = {"data", "models", "tasks", "training"}  # what is learned and how
+KNOW_HYDRA = {"cli", "config", "runs", "sweep"}
 
-SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
-# What each wing or room may import of the others. Those in SERVE_ALL serve all.
-SERVE_ALL = {
-    *("command_line", "dotted", "errors", "flags", "leads", "locks", "monitor", "older"),
-    *("output", "parent", "places", "randomness", "registered", "signals", "terminal"),
-}
-ALLOWED = {
-    "start": {"config", "outside", "worker", "sweep"},
-    "outside": {"record"},
-    "child": {"worker"},
-    "worker": {"launch", "run", "outside", "config", "console", "job", "training"},
-    "console": {"record"},
-    "composed": {"config", "resume", "job", "record"},
-    "ownership": {"record"},
-    "launch": {
-        "composed",
-        *("run", "load", "resume", "check", "config", "record", "training"),
-        *("job", "ranks", "outside", "worker", "slurm", "console", "sweep", "ownership"),
-    },
-    "sweep": {
-        *("check", "composed", "config", "console", "job", "outside", "ranks", "record", "resume"),
-        *("slurm", "worker", "data", "models", "tasks", "training", "ownership"),
-        *("explain", "hydras"),
-    },
-    "slurm": {"outside", "ranks", "job", "record"},
-    "ranks": {"job", "record", "outside"},
-    "run": {"config", "weights", "training", "tasks", "data", "models", "record"},
-    "find_lr": {"console", "launch", "run", "resume", "check", "config", "record", "training"},
-    "inference": {"config", "load", "record", "training"},
-    "load": {"run", "config", "resume", "roles", "training", "data", "record"},
-    "weights": {"config", "training"},
-    "roles": {"config"},
-    "arguments": {"config"},
-    "resume": {"config", "ownership", "record", "roles"},
-    "check": {"config", "explain", "hydras", "record", "resume"},
-    "hydras": {"config", "explain"},
-    "explain": {"composition", "config"},
-    "composition": {"config"},
-    "config": {"explain", "hydras", "resume", "record"},  # the first two in the entry point alone
-    "notebook": {"check", "composition", "config", "explain", "run", "training"},
-    "training": set(),
-    "tasks": set(),
-    "data": set(),
-    "models": set(),
-    "record": set(),
-}
-KNOW_HYDRA = {
-    "command_line",
-    "flags",
-    "run",
-    "composed",
-    "launch",
-    "config",
-    "check",
-    "resume",
-    "find_lr",
-    "notebook",
-    "sweep",
-    "composition",
-    "explain",
-    "hydras",
-    "places",
-    "registered",
-}
+
+def files_of(source: Path) -> dict[str, Path]:
+    """The modules of the package below `source`, by dotted name."""
+    found = {}
+    for path in sorted((source / "regrow").rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in it."""
+    """Return what a file imports anywhere: names of modules, and of what it takes from them."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -86,41 +32,96 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+def wing_of(module: str) -> str:
+    """Return the folder of a module; a module of the root is a wing by itself."""
+    part = module.split(".")[1] if "." in module else ""
+    return "lab" if part in LAB else part
 
 
-def crossings(path: Path) -> set[str]:
-    """Rooms of this package that a file imports against the plan."""
-    room = room_of(path)
-    parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("regrow.")}
-    return parts - {room, *SERVE_ALL} - ALLOWED.get(room, set())
+def imports_in(source: Path) -> dict[str, set[str]]:
+    """Return the modules of the package that each of its modules imports."""
+    files = files_of(source)
+    return {
+        module: {
+            name if name in files else name.rpartition(".")[0]
+            for name in imports_of(path)
+            if name in files or name.rpartition(".")[0] in files
+        }
+        for module, path in files.items()
+    }
 
 
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
+def wings_in(source: Path) -> dict[str, set[str]]:
+    """Return the wings that each wing imports."""
+    found: dict[str, set[str]] = {}
+    for module, names in imports_in(source).items():
+        wing = wing_of(module)
+        found.setdefault(wing, set()).update({wing_of(name) for name in names} - {wing})
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_run_one_way(path: Path) -> None:
-    assert crossings(path) == set()
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of nodes that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [*graph.get(start, ())]
+        while left:
+            if (node := left.pop()) not in seen:
+                seen.add(node)
+                left += graph.get(node, ())
+        return seen
+
+    reach = {node: reached(node) for node in graph}
+    found = {
+        tuple(sorted(each for each in reach[node] if node in reach.get(each, ())))
+        for node in graph
+        if node in reach[node]
+    }
+    return [list(group) for group in sorted(found)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_few_rooms_know_hydra(path: Path) -> None:
-    names = {name.split(".")[0] for name in imports_of(path)}
-    assert room_of(path) in KNOW_HYDRA or not names & {"hydra", "omegaconf"}
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = imports_in(SOURCE)
+    assert len(graph) > 100 and cycles(graph) == []
 
 
-def test_a_crossing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
-    (tmp_path / "data").mkdir()
-    bad = tmp_path / "data" / "bad.py"
-    bad.write_text("def f():\n    from regrow.tasks import losses\n")
-    assert crossings(bad) == {"tasks"}
+def test_no_wing_imports_itself_by_way_of_others() -> None:
+    graph = wings_in(SOURCE)
+    assert {"config", "runs", "sweep", "lab"} <= {*graph} and cycles(graph) == []
+
+
+def test_cycles_are_found_in_lazy_imports_too(tmp_path: Path) -> None:
+    for name, text in {
+        "config/a.py": "from regrow.config import b",
+        "config/b.py": "def f():\n    from regrow.record.c import x",
+        "record/c.py": "import regrow.tasks.d",
+        "tasks/d.py": "if TYPE_CHECKING:\n    from regrow.config.a import y",
+    }.items():
+        path = tmp_path / "regrow" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    ring = ["regrow.config.a", "regrow.config.b", "regrow.record.c", "regrow.tasks.d"]
+    assert cycles(imports_in(tmp_path)) == [ring]
+    assert cycles(wings_in(tmp_path)) == [["config", "lab", "record"]]
+    (tmp_path / "regrow" / "tasks" / "d.py").write_text("from regrow.record import c")
+    assert cycles(imports_in(tmp_path)) == [["regrow.record.c", "regrow.tasks.d"]]
+    (tmp_path / "regrow" / "tasks" / "d.py").write_text("")
+    assert cycles(imports_in(tmp_path)) == cycles(wings_in(tmp_path)) == []
+
+
+def test_few_wings_know_hydra() -> None:
+    hydra = {"hydra", "omegaconf"}
+    know = {
+        wing_of(module)
+        for module, path in files_of(SOURCE).items()
+        if hydra & {name.split(".")[0] for name in imports_of(path)}
+    }
+    assert know <= {*KNOW_HYDRA, ""}  # "" is the package itself, which names a type
 
 
 def modules_after(code: str) -> set[str]:
-    script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); {code}; print(*sys.modules)"
+    script = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); {code}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -128,13 +129,13 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_a_config_is_checked_without_torch() -> None:
-    loaded = modules_after("import regrow.config, regrow.check, regrow.resume")
+    loaded = modules_after("import regrow.config, regrow.config.check, regrow.config.resume")
     assert not loaded & {"torch", "torchvision", "sklearn", "matplotlib", "wandb", "numpy"}
 
 
 def test_a_run_starts_without_what_only_its_end_needs() -> None:
     loaded = modules_after(
-        "import regrow.launch, regrow.data.datasets, regrow.tasks.tasks, regrow.tasks.losses, "
+        "import regrow.runs.launch, regrow.data.datasets, regrow.tasks.tasks, regrow.tasks.losses, "
         "regrow.models.mlp, regrow.training.schedules"
     )
     slow = {"torchvision", "torchmetrics", "sklearn", "matplotlib", "wandb", "tensorboard", "PIL"}

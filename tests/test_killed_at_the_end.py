@@ -14,7 +14,7 @@ import pytest
 import torch
 from running import TINY, fingerprint
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 from regrow.record import manifest
 from regrow.record.folder import load_status, read_json
 

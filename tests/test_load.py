@@ -19,16 +19,17 @@ from finished import finished
 from running import CPU, TINY, config_of
 from torch import nn
 
-from regrow.config import allow, instantiate, read_yaml
+from regrow.checkpoint import writer as checkpoint
+from regrow.config.resume import downloads_elsewhere, targets_of
+from regrow.config.roles import check_roles
+from regrow.config.targets import allow, instantiate
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record.folder import read_json
-from regrow.resume import downloads_elsewhere, targets_of
-from regrow.roles import check_roles
-from regrow.run import build
-from regrow.training import checkpoint
+from regrow.runs.train import build
+from regrow.runs.weights import load_weights
 from regrow.training.state import weights_sha256
-from regrow.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_latest_stays_the_run_that_it_was_when_asked(run: Path) -> None:
 
 
 def test_the_data_is_read_only_when_it_is_asked_for(run: Path) -> None:
-    changed(run, data={"_target_": "regrow.data.loaders.Data", "batch_size": 0})
+    changed(run, data={"_target_": "regrow.feeding.loaders.Data", "batch_size": 0})
     loaded = load_run(run)
     assert loaded.preprocessing.input_shape == [6]
     with pytest.raises(UserError, match=r"data\.batch_size=0"):

@@ -12,15 +12,16 @@ from finished import finished, one_line_and_exit_code_2, script
 from omegaconf import OmegaConf
 from running import CPU, TINY, composed, config_of, launched, metrics_of, train
 
-from regrow import launch, monitor, resume
-from regrow import run as runs
-from regrow.check import check
-from regrow.config import read_yaml
+from regrow.config import resume
+from regrow.config.check import check
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
-from regrow.record import comparison
+from regrow.record import comparison, monitor
 from regrow.record.folder import read_json, write_text
 from regrow.record.report import load
+from regrow.runs import train as runs
+from regrow.runs.banner import what_is_odd
 from regrow.tasks.metrics import Metrics
 from regrow.training import loop
 
@@ -365,7 +366,7 @@ def test_every_source_trains_without_validation(source: str, tmp_path: Path) -> 
 def test_a_run_that_few_would_mean_says_so() -> None:
     def lines(*overrides: str) -> list[str]:
         config = config_of(*TINY, *overrides)
-        return launch.what_is_odd(config, runs.build(config, CPU))
+        return what_is_odd(config, runs.build(config, CPU))
 
     assert lines() == []
     (line,) = lines("data.batch_size=51")

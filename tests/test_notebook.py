@@ -22,10 +22,13 @@ from omegaconf import OmegaConf
 from running import CPU, TINY, config_of
 
 import regrow
-from regrow import config as configs
-from regrow import run
-from regrow.config import CONF, ROOT, plain, version_arguments
+from regrow.config.hydra_access import plain, version_arguments
+from regrow.config.keys import known_keys
+from regrow.config.own_modules import import_resolvers
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
+from regrow.project import CONF, ROOT
+from regrow.runs import train as run
 
 
 def test_a_config_is_that_of_the_command_resolved() -> None:
@@ -144,20 +147,20 @@ def test_resolvers_that_cannot_be_imported_are_one_line(text: str, tmp_path: Pat
     (tmp_path / "resolvers.py").write_text(text)
     before = sys.modules.get("resolvers")
     with pytest.raises(UserError, match=r"resolvers\.py:[12]: \w+Error: .*correct it, or remove"):
-        configs.import_resolvers(tmp_path)
+        import_resolvers(tmp_path)
     assert sys.modules.get("resolvers") is before
 
 
 def test_resolvers_are_imported_once_and_not_from_elsewhere(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    configs.import_resolvers(tmp_path)  # none there
+    import_resolvers(tmp_path)  # none there
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "resolvers.py").write_text(RESOLVERS.replace('"eval"', '"of_a_test"'))
     monkeypatch.setitem(sys.modules, "resolvers", sys)  # an installed module of that name
-    configs.import_resolvers(tmp_path / "a")
+    import_resolvers(tmp_path / "a")
     OmegaConf.clear_resolver("of_a_test")
-    configs.import_resolvers(tmp_path / "a")
+    import_resolvers(tmp_path / "a")
     assert not OmegaConf.has_resolver("of_a_test") and sys.modules["resolvers"] is sys
 
 
@@ -209,7 +212,7 @@ GIVEN = (*GIVEN, "optimizer.lr=${eval:'1e-3 * 2'}")
 
 def value_of(folder: Path) -> tuple[Any, Any]:
     assert json.loads((folder / "status.json").read_text())["state"] == "completed"
-    config = configs.read_yaml(folder / "config.yaml")
+    config = read_yaml(folder / "config.yaml")
     return config["model"]["hidden"], config["optimizer"]["lr"]
 
 
@@ -272,7 +275,7 @@ def test_the_words_of_the_page_are_keys_options_and_scripts_of_ours() -> None:
     rows = [line for line in text.partition("## From Hydra's words")[2].split("\n") if "|" in line]
     words = [word for row in rows for word in re.findall("`([^`]+)`", row.split("|")[2])]
     assert len(words) > 60
-    keys = {*configs.known_keys(), "hydra.run.dir", "seed", "run", "checkpoint"}
+    keys = {*known_keys(), "hydra.run.dir", "seed", "run", "checkpoint"}
     for word in words:
         key, equals, value = word.partition("=")
         if "/" in word:

@@ -15,15 +15,17 @@ import torch
 from finished import process, script
 from running import CPU, as_hydra_has_it, composed, metrics_of
 
-from regrow import launch, older, resume
-from regrow import run as runs
-from regrow.composed import job_of
-from regrow.config import read_yaml
+from regrow.checkpoint import writer as checkpoint
+from regrow.config import older, resume
+from regrow.config.job import job_of
+from regrow.config.older import AddedKey
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
-from regrow.older import AddedKey
+from regrow.record import moved
 from regrow.record.folder import read_json
-from regrow.training import checkpoint
+from regrow.runs import train as runs
+from regrow.runs.session import run_job
 
 RECORDS = Path(__file__).parent / "older"
 RUNS = ("averages", "images", "regression")
@@ -45,7 +47,7 @@ def train(*overrides: str) -> None:
     folder = Path(config.hydra.run.dir).resolve()
     job = job_of(as_hydra_has_it(config), folder, ["python", "scripts/train.py"])
     torch.set_num_threads(1)
-    launch.run_job(job, CPU)
+    run_job(job, CPU)
 
 
 def assert_close(found: Any, expected: Any, where: str = "") -> None:
@@ -82,16 +84,21 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert_close(parts["optimizer"]["state"], before["optimizer"]["state"], name)
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return a record's config, its targets named as they are today."""
+    return moved.in_config(read_yaml(folder / "config.yaml"))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_same_end(
     name: str, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    before = read_yaml(Path(name, "config.yaml"))
+    before = recorded(Path(name))
     added = older.complete(before)
     train(f"resume={name}")
     assert_same_run(Path(name), Path("whole", name))
-    now = read_yaml(Path(name, "config.yaml"))
+    now = recorded(Path(name))
     assert resume.differences(before, now).keys() <= {"resume"}
     assert resume.lacked_before(Path(name)) == [*added]
     changing = [record.message for record in caplog.records if KEPT in record.message]
@@ -120,7 +127,7 @@ def test_it_is_evaluated_as_it_was(
     said = capsys.readouterr().out
     assert "The run itself measured the same" in said
     assert_close(read_json(Path("numbers.json"))["values"], read_json(run / "summary.json")["test"])
-    assert said.count(KEPT) == bool(older.complete(read_yaml(run / "config.yaml")))
+    assert said.count(KEPT) == bool(older.complete(recorded(run)))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -149,9 +156,13 @@ def test_it_is_reproduced(name: str, root: Path) -> None:
     assert_same_run(again, Path("whole", name))
     same_bits = "not identical: " not in done.stdout
     assert done.returncode == (0 if same_bits else 1), done.stderr
-    assert done.stdout.count(KEPT) == bool(
-        older.complete(read_yaml(Path("whole", name, "config.yaml")))
-    )
+    assert done.stdout.count(KEPT) == bool(older.complete(recorded(Path("whole", name))))
+
+
+def test_a_recorded_override_gets_the_name_that_its_target_has_today(root: Path) -> None:
+    path = Path("averages", ".hydra", "overrides.yaml")
+    path.write_text(path.read_text() + "- data._target_=regrow.data.loaders.Data\n")
+    assert "data._target_=regrow.feeding.loaders.Data" in resume.expand(["resume=averages"])
 
 
 # The table itself, with rows of the tests' own.
@@ -226,7 +237,7 @@ def test_without_the_row_a_resume_is_refused(
     overrides = resume.expand([f"resume={folder}"])
 
     def config() -> dict[str, Any]:
-        found = read_yaml(folder / "config.yaml")
+        found = recorded(folder)
         older.complete(found)
         found["resume"] = str(folder)
         found["trainer"]["brand_new"] = True
@@ -248,7 +259,7 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
     """A null of the record, which an older one gets too, is not kept then."""
     folder = Path("averages")
     for typed, index in ((["loss.ignore_index=2"], 2), ([], None)):
-        config = read_yaml(folder / "config.yaml")
+        config = recorded(folder)
         older.complete(config)
         config["resume"] = str(folder)
         config["loss"]["ignore_index"] = config["data"]["ignore_index"] = index
@@ -259,7 +270,7 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
 
 def as_now(folder: Path, **data: str) -> dict[str, Any]:
     """The run's config as conf/ has it now, as far as these tests look."""
-    config = read_yaml(folder / "config.yaml")
+    config = recorded(folder)
     older.complete(config)
     config["resume"] = str(folder)
     config["trainer"]["ema_warmup"] = True

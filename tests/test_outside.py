@@ -15,9 +15,9 @@ import pytest
 from running import TINY
 from waiting import until
 
-from regrow import outside
-from regrow.config import CONF
 from regrow.errors import UserError
+from regrow.processes import outside
+from regrow.project import CONF
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 
 NET = """
 import profile  # Python's own: the project's module of that name must not hide it

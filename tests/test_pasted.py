@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from running import TINY
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 from regrow.record.folder import load_status
 
 # Both as the path of the project and as that of a run.

@@ -16,7 +16,7 @@ import forked
 import pytest
 from running import TINY, fingerprint, metrics_of, train
 
-from regrow.config import CONF
+from regrow.project import CONF
 from regrow.record.folder import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -382,7 +382,7 @@ def listening(pid: int) -> set[str]:
 
 
 def test_json_carries_a_job_whole() -> None:
-    from regrow.job import Job
+    from regrow.config.job import Job
 
     job = Job({"a": [1, None, 0.1]}, None, ["a=1"], {"model": "mlp"}, {"x.yaml": "é"}, ["p"])
     assert Job(**json.loads(job.to_json())) == job

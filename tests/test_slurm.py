@@ -22,11 +22,11 @@ import pytest
 import slurm
 from running import TINY, config_of, fingerprint, train
 
-from regrow import outside
-from regrow.config import CONF
 from regrow.errors import UserError
+from regrow.processes import outside
+from regrow.processes.slurm import SlurmOptions, check
+from regrow.project import CONF
 from regrow.record.folder import read_json
-from regrow.slurm import SlurmOptions, check
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")
@@ -447,7 +447,7 @@ import json, os, sys, time
 from pathlib import Path
 
 from regrow import slurm, worker
-from regrow.job import Job
+from regrow.config.job import Job
 from regrow.record.folder import read_json
 
 class Forked:
@@ -552,7 +552,7 @@ def test_a_run_of_another_does_not_submit_anything(tmp_path: Path) -> None:
     file = tmp_path / "run" / ".hydra" / "overrides.yaml"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(["launcher=slurm", "launcher.setup=[touch /tmp/mine]"]))
-    from regrow.resume import expand
+    from regrow.config.resume import expand
 
     with pytest.raises(UserError, match="It is not followed"):
         expand([f"resume={tmp_path / 'run'}"])

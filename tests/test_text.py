@@ -15,8 +15,8 @@ import pytest
 import yaml
 from running import TINY
 
-from regrow import terminal
-from regrow.config import ROOT
+from regrow.processes import terminal
+from regrow.project import ROOT
 from regrow.record import folder as records
 
 TRAIN = ROOT / "scripts" / "train.py"
@@ -137,13 +137,14 @@ def test_signs_that_an_encoding_lacks_have_a_form_in_ascii() -> None:
 def test_a_config_file_that_is_not_utf_8_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrow import config, places
+    from regrow.cli import entry
+    from regrow.config import places
 
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "bad.yaml").write_bytes(b"a: 1\nb: \xfc\n")
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(entry, "ROOT", tmp_path)
     monkeypatch.setattr(places, "CONF", tmp_path / "conf")
-    assert config.not_utf8().startswith("conf/bad.yaml:2 is not UTF-8.")
+    assert entry.not_utf8().startswith("conf/bad.yaml:2 is not UTF-8.")
 
 
 # -- the rule --------------------------------------------------------------------------------------

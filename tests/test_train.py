@@ -12,10 +12,10 @@ import forked
 import pytest
 from running import fingerprint, launched, metrics_of
 
-from regrow.config import CONF
+from regrow.config.resume import expand
 from regrow.errors import UserError
+from regrow.project import CONF
 from regrow.record.folder import Lock, read_json
-from regrow.resume import expand
 
 ROOT = CONF.parent
 TRAIN = ROOT / "scripts" / "train.py"

@@ -26,7 +26,7 @@ class RegrowSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from regrow.config import is_started
+        from regrow.config.started import is_started
 
         self.context, self.composed = hydra_context, config
         self.hydras: Sweeper | None = None
@@ -43,7 +43,7 @@ class RegrowSweeper(Sweeper):
     def sweep(self, arguments: Sequence[str]) -> Any:
         if self.hydras is not None:
             return self.hydras.sweep(list(arguments))
-        from regrow.config import version_arguments
+        from regrow.config.hydra_access import version_arguments
         from regrow.sweep.run import run
 
         try:

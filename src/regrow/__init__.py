@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from regrow.run import Objects
+    from regrow.runs.train import Objects
 
 __all__ = ["build", "compose"]
 
@@ -19,7 +19,7 @@ def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictCo
     The config is checked. Works in a notebook, with or without an initialised Hydra, and leaves
     Hydra's state unchanged. Raises UserError with one line for a mistake.
     """
-    from regrow import notebook  # imports Hydra
+    from regrow.cli import notebook  # imports Hydra
 
     return notebook.compose(config_name, overrides)
 
@@ -31,6 +31,6 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
     Sets this process's seeds and threads as a run does. `objects.data.close()` ends the data's
     workers. Raises UserError, for example for a target that neither conf/ nor `compose` named.
     """
-    from regrow import notebook  # imports Hydra
+    from regrow.cli import notebook  # imports Hydra
 
     return notebook.build(config)

@@ -11,9 +11,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from regrow.config import instantiate, plain, version_arguments
-from regrow.data.batch import Batch
-from regrow.data.loaders import Data
+from regrow.config.hydra_access import plain, version_arguments
+from regrow.config.targets import instantiate
+from regrow.feeding.batch import Batch
+from regrow.feeding.loaders import Data
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from running import as_hydra_has_it, composed
 
-from regrow import run as runs
-from regrow.data.loaders import Data
-from regrow.data.preprocess import in_units, standardised
-from regrow.data.splits import Examples, Splits
-from regrow.inference import evaluate, predict
-from regrow.launch import launch
+from regrow.feeding.loaders import Data
+from regrow.feeding.preprocess import in_units, standardised
+from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
+from regrow.runs import train as runs
+from regrow.runs.inference import evaluate, predict
+from regrow.runs.launch import launch
 from regrow.tasks.metrics import Metrics, regression_metrics
 
 CPU = torch.device("cpu")

@@ -17,14 +17,14 @@ import pytest
 import torch
 from waiting import alive, until
 
-from regrow.config import instantiate
-from regrow.data import feeds
+from regrow.config.targets import instantiate
 from regrow.data.augment import Photo
-from regrow.data.batch import Batch
 from regrow.data.datasets import from_datasets
-from regrow.data.images import load_image
-from regrow.data.loaders import Data
 from regrow.errors import DataError, UserError
+from regrow.feeding import feeds
+from regrow.feeding.batch import Batch
+from regrow.feeding.images import load_image
+from regrow.feeding.loaders import Data
 
 Make = Callable[..., Data]
 Same = Callable[[list[Batch], list[Batch]], bool]
@@ -58,7 +58,7 @@ class Mapped:
 def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
     """As a user's YAML would have it; `_target_` paths of this file are given as objects here."""
     node = {
-        "_target_": "regrow.data.loaders.Data",
+        "_target_": "regrow.feeding.loaders.Data",
         "seed": 0, "root": ".", "target_kind": "multiclass", "num_classes": 3, "num_outputs": 3,
         "input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 4,
         "num_workers": 0, "pin_memory": True, "persistent_workers": True,
@@ -75,7 +75,7 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
 def test_a_model_that_starts_from_data_sees_the_same_files_with_any_number_of_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("regrow.data.loaders.NUM_SAMPLED", 7)
+    monkeypatch.setattr("regrow.feeding.loaders.NUM_SAMPLED", 7)
     found = [of_ones_own(Noisy(30, 0), num_workers=n).sample_inputs() for n in (0, 2)]
     assert found[0][:, 0].tolist() == [0, 4, 8, 12, 17, 21, 25]
     assert torch.equal(found[0], found[1])
@@ -182,8 +182,8 @@ from pathlib import Path
 
 import torch
 
-from regrow.data.feeds import FileFeed
-from regrow.data.sampling import Windows
+from regrow.feeding.feeds import FileFeed
+from regrow.feeding.sampling import Windows
 
 def begins_late():
     Path(sys.argv[1], str(os.getpid())).touch()

@@ -18,13 +18,13 @@ from finished import finished
 from PIL import Image, ImageOps
 from running import config_of
 
-from regrow import older
-from regrow.data import files
-from regrow.data.files import contents_of, keys_of_copies
-from regrow.data.images import NOT_READ, formats_by_suffix, load_image
-from regrow.data.loaders import Data
-from regrow.data.preprocess import Preprocessing
+from regrow.config import older
 from regrow.errors import DataError, UserError
+from regrow.feeding import files
+from regrow.feeding.files import contents_of, keys_of_copies
+from regrow.feeding.images import NOT_READ, formats_by_suffix, load_image
+from regrow.feeding.loaders import Data
+from regrow.feeding.preprocess import Preprocessing
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")

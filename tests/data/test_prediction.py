@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.data.loaders import Data
-from regrow.data.preprocess import Preprocessing
 from regrow.errors import UserError
+from regrow.feeding.loaders import Data
+from regrow.feeding.preprocess import Preprocessing
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")

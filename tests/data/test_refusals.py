@@ -13,9 +13,9 @@ import torch
 from test_exact_numbers import CLASSES, CPU, data_of
 
 from regrow.data.datasets import from_datasets
-from regrow.data.loaders import Data
-from regrow.data.splits import Examples, Splits
 from regrow.errors import DataError, UserError
+from regrow.feeding.loaders import Data
+from regrow.feeding.splits import Examples, Splits
 from regrow.tasks.losses import CrossEntropy
 from regrow.tasks.tasks import Multiclass
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from regrow.data.augment import CropFlip
-from regrow.data.batch import Batch
-from regrow.data.feeds import MemoryFeed
-from regrow.data.loaders import EvalBatches
-from regrow.data.preprocess import Normalizer, Preprocessing
-from regrow.data.sampling import Windows, permutation
-from regrow.data.splits import Examples
+from regrow.feeding.batch import Batch
+from regrow.feeding.feeds import MemoryFeed
+from regrow.feeding.loaders import EvalBatches
+from regrow.feeding.preprocess import Normalizer, Preprocessing
+from regrow.feeding.sampling import Windows, permutation
+from regrow.feeding.splits import Examples
 
 CPU = torch.device("cpu")
 AS_IS = Preprocessing("table", [2], 255.0, None, None, None, None, ",", None, None, True, None, [])

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from regrow.data import datasets
-from regrow.data.loaders import Data
-from regrow.data.splits import Examples
 from regrow.errors import DataError, UserError
+from regrow.feeding.loaders import Data
+from regrow.feeding.splits import Examples
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
@@ -152,7 +152,7 @@ def test_digits_are_read_without_heavy_imports() -> None:
     code = (
         "import sys, torch; from regrow.data.datasets import digits;"
         "digits(val_fraction=0.1, test_fraction=0.2, seed=0);"
-        "import regrow.data.loaders, regrow.data.augment;"
+        "import regrow.feeding.loaders, regrow.data.augment;"
         "heavy = ('sklearn', 'torchvision', 'PIL', 'omegaconf', 'hydra');"
         "print([name for name in heavy if name in sys.modules])"
     )
@@ -181,7 +181,7 @@ def test_a_model_that_starts_from_data_sees_examples_spread_over_what_is_trained
     found = make_data("digits").sample_inputs()
     assert len(found) == 1024 and torch.equal(found[-1], known[1023 * len(known) // 1024])
     assert torch.equal(make_data("digits", "limit_train=9").sample_inputs(), known[:9])
-    monkeypatch.setattr("regrow.data.loaders.NUM_SAMPLED", 100)
+    monkeypatch.setattr("regrow.feeding.loaders.NUM_SAMPLED", 100)
     places = [number * len(known) // 100 for number in range(100)]
     assert torch.equal(make_data("digits").sample_inputs(), known[places])
 
@@ -190,8 +190,8 @@ def test_large_sets_are_normalised_by_the_batch_with_the_same_bits(
     make_data: Make, same: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = list(make_data("digits", "augment=false").train(device=CPU).epoch(0))
-    monkeypatch.setattr("regrow.data.feeds.RESIDENT_BYTES", 0)
-    monkeypatch.setattr("regrow.data.feeds.CHUNK_BYTES", 1)
+    monkeypatch.setattr("regrow.feeding.feeds.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("regrow.feeding.feeds.CHUNK_BYTES", 1)
     assert same(resident, list(make_data("digits", "augment=false").train(device=CPU).epoch(0)))
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.data.loaders import Data
-from regrow.data.splits import Examples, Splits, check_overlap, cut, cut_examples
 from regrow.errors import DataError, UserError
+from regrow.feeding.loaders import Data
+from regrow.feeding.splits import Examples, Splits, check_overlap, cut, cut_examples
 
 Make = Callable[..., Data]
 BUNDLED = ("digits", "digits_attributes", "breast_cancer", "diabetes")

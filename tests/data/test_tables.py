@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.data.loaders import Data
 from regrow.errors import DataError, UserError
+from regrow.feeding.loaders import Data
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")

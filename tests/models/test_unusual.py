@@ -14,16 +14,17 @@ import torch
 from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, launched, train_config
 from torch import Tensor, nn
 
-from regrow import run as runs
-from regrow import weights
-from regrow.config import allow
-from regrow.data.splits import Examples, Splits
+from regrow.config.targets import allow
 from regrow.errors import UserError
+from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
+from regrow.numerics.sums import gradient_norm
 from regrow.record.folder import read_json
+from regrow.runs import train as runs
+from regrow.runs import weights
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
-from regrow.training import model_checks, optim
+from regrow.training import model_checks
 from regrow.training.loop import call
 from regrow.training.state import weights_sha256
 
@@ -268,7 +269,7 @@ def test_a_lazy_model_is_loaded_from_its_folder(
 
 def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:
     gradients = [torch.full((4,), 6e4, dtype=torch.float16)]
-    assert optim.gradient_norm(gradients) == pytest.approx(119_968, rel=1e-3)
+    assert gradient_norm(gradients) == pytest.approx(119_968, rel=1e-3)
 
 
 # Those that are refused.

@@ -14,14 +14,14 @@ import yaml
 from finished import finished, script
 from running import TINY, as_hydra_has_it, composed
 
-from regrow import run as runs
 from regrow.errors import UserError
-from regrow.inference import evaluate
-from regrow.launch import launch
 from regrow.load import load_run
 from regrow.record import plots, report
 from regrow.record.loggers import Jsonl
-from regrow.sweep import trial
+from regrow.runs import train as runs
+from regrow.runs import trial
+from regrow.runs.inference import evaluate
+from regrow.runs.launch import launch
 
 FILES = ("manifest.json", "summary.json", "status.json", "preprocessing.json", "config.yaml")
 DAMAGES = {"empty": "", "torn": '{"a": [1, ', "a_list": "[1]", "of_wrong_types": ""}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from regrow import output
 from regrow.errors import UserError
 from regrow.record import folder as records
+from regrow.record import output
 from regrow.record.folder import (
     FolderBusy,
     Lock,

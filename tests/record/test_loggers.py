@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 from running import TINY, config_of, train_config
 
-from regrow.config import version_arguments
+from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.record.folder import read_metrics
 from regrow.record.loggers import (
@@ -598,7 +598,7 @@ def test_loggers_of_ones_own_take_what_they_like_and_end_no_run(
 
 
 def test_what_a_logger_of_ones_own_needs_is_asked_for_before_anything_is_made() -> None:
-    from regrow.check import check_signature
+    from regrow.config.check import check_signature
 
     node = {"_target_": f"{__name__}.Named"}
     parameters = check_signature(node, "logger.mine")

@@ -12,12 +12,12 @@ import pytest
 from finished import finished, script
 from running import TINY
 
-from regrow.config import ROOT
 from regrow.errors import UserError
-from regrow.output import refuse_existing, write_text
+from regrow.project import ROOT
 from regrow.record import folder as records
 from regrow.record.folder import Lock
 from regrow.record.names import is_of_a_run, is_temporary, refuse_foreign_run, refuse_foreign_sweep
+from regrow.record.output import refuse_existing, write_text
 
 MINE = ("metrics.jsonl", "notes.txt", ".notes.tmp", "train.log", "config.yaml", "checkpoints/x.pt")
 

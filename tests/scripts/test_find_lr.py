@@ -21,12 +21,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 from running import CPU, config_of
 
-from regrow import run as runs
-from regrow.config import CONF, version_arguments
+from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
-from regrow.find_lr import find_lr
+from regrow.processes.interrupt import StopRequest
+from regrow.project import CONF
+from regrow.runs import train as runs
+from regrow.runs.find_lr import find_lr
 from regrow.training import loop, lr_finder
-from regrow.training.interrupt import StopRequest
 from regrow.training.lr_finder import (
     Curve,
     RangeTest,

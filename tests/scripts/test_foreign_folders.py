@@ -13,8 +13,10 @@ import yaml
 from finished import finished, script
 from running import TINY
 
-from regrow import ownership, resume
-from regrow.config import allow, instantiate, read_yaml
+from regrow.config import resume
+from regrow.config.targets import allow, instantiate
+from regrow.config.yaml_files import read_yaml
+from regrow.record import ownership
 
 SCRIPTS = {name: script(name) for name in ("evaluate", "predict", "reproduce", "report")}
 STARTED = Path("started")  # in the current folder

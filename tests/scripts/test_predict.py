@@ -12,7 +12,7 @@ import torch
 from finished import finished, one_line_and_exit_code_2, script
 
 from regrow.load import load_run
-from regrow.output import write_csv
+from regrow.record.output import write_csv
 
 main = script("predict").main
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 from regrow.sweep import frozen, process, run
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import forked
 from running import TINY
 
-from regrow import ownership
-from regrow.config import CONF, ROOT, read_yaml
-from regrow.record import manifest
+from regrow.config.yaml_files import read_yaml
+from regrow.project import CONF, ROOT
+from regrow.record import manifest, ownership
 from regrow.record.folder import read_json
 from regrow.sweep import state
 

@@ -13,7 +13,7 @@ import pytest
 from sweeping import LONG, SMALL, pids_of, sweep, table, under_way, without_options
 from waiting import alive, until
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 from regrow.record.folder import load_status, read_json
 
 FOUR = (*LONG, "seed=0,1,2,3", "launcher.jobs=2", "hydra.sweep.dir=sweep")

@@ -21,7 +21,7 @@ from test_failures import bombs
 from test_sweep import alone
 from waiting import alive, until
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 from regrow.record.folder import read_json
 
 HERE = str(Path(__file__).parent)

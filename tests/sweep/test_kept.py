@@ -12,14 +12,13 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from sweeping import begun
 
-from regrow import ownership
-from regrow.config import CONF
+from regrow.config.resume import expand_sweep
 from regrow.errors import UserError
+from regrow.project import CONF
 from regrow.record import folder as records
-from regrow.record import manifest
-from regrow.resume import expand_sweep
+from regrow.record import manifest, ownership
+from regrow.runs.trial import STUDY, storage_of
 from regrow.sweep import frozen, options, plan, run, search, state
-from regrow.sweep.trial import STUDY, storage_of
 
 SEARCH = options.Search(
     params=None, fail_fast=False, retry_failed=False, pictures="none", n_trials=3, metric=None,

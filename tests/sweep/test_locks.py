@@ -22,7 +22,7 @@ import sys
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
-import regrow.console
+import regrow.runs.console
 
 if SHARED:
     shared = TqdmDefaultWriteLock()
@@ -81,7 +81,7 @@ def test_a_job_killed_as_it_reports_leaves_the_journal_free_and_whole(
         return
     import optuna
 
-    from regrow.sweep.trial import storage_of
+    from regrow.runs.trial import storage_of
 
     with (tmp_path / "optuna.log").open("a") as journal:
         journal.write('{"op_code": 4, "half a li')  # as a kill leaves it in the middle of a write

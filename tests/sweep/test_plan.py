@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sweeping import begun
 
-from regrow.config import CONF, version_arguments
+from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
+from regrow.project import CONF
 from regrow.record.folder import Lock, create
 from regrow.sweep import frozen, gpus, local, plan, search, state
 from regrow.sweep.composed import Composed

@@ -11,7 +11,7 @@ from sweeping import LONG, SMALL, sweep, table, under_way
 from waiting import until
 
 from regrow.record.folder import read_json
-from regrow.sweep.trial import STUDY, storage_of
+from regrow.runs.trial import STUDY, storage_of
 
 SEARCH = ("sweep=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.dropout=0,0.2",
           "hydra.sweep.dir=sweep", "launcher.jobs=1")  # fmt: skip

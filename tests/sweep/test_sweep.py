@@ -24,7 +24,7 @@ from sweeping import (
 )
 from waiting import until
 
-from regrow.config import ROOT
+from regrow.project import ROOT
 from regrow.record.folder import load_status, read_json
 
 TWO_BY_TWO = ("optimizer=adamw,sgd", "seed=0,1")
@@ -172,7 +172,7 @@ def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     assert table(tmp_path / "edited" / "sweep") == table(tmp_path / "untouched" / "sweep")
     # A sweep that starts now takes the edits: what was copied is what there was.
-    (root / "src" / "regrow" / "run.py").write_text((ROOT / "src/regrow/run.py").read_text())
+    (root / "src" / "regrow" / "run.py").write_text((ROOT / "src/regrow/runs/train.py").read_text())
     other = sweep(tmp_path / "later", *SMALL, "seed=0", "hydra.sweep.dir=sweep", root=root)
     assert other.returncode == 0
     assert "lr: 0.5" in (tmp_path / "later" / "sweep" / "0" / "config.yaml").read_text()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.data.datasets import from_datasets
-from regrow.data.splits import Splits
+from regrow.feeding.splits import Splits
 from regrow.models.mlp import MLP
 
 

@@ -21,16 +21,17 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from regrow import run as runs
-from regrow.data.batch import share
+from regrow.checkpoint.sharded import Writers
+from regrow.checkpoint.writer import CheckpointWriter, Facts
+from regrow.distributed.parallel import World, stopping_together
+from regrow.distributed.sharding import whole
+from regrow.feeding.batch import share
+from regrow.numerics import sums
+from regrow.processes.interrupt import Interrupted, StopRequest
+from regrow.runs import train as runs
 from regrow.tasks.metrics import Metrics as Measured
 from regrow.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
-from regrow.training import loop, sums
-from regrow.training.checkpoint import CheckpointWriter, Facts
-from regrow.training.interrupt import Interrupted, StopRequest
-from regrow.training.parallel import World, stopping_together
-from regrow.training.sharded_checkpoint import Writers
-from regrow.training.sharding import whole
+from regrow.training import loop
 from regrow.training.state import weights_sha256
 
 Config = dict[str, Any]

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 import torchmetrics.classification  # noqa: F401
 
-from regrow import run as runs
+from regrow.checkpoint import writer as checkpoint
+from regrow.distributed.parallel import World
 from regrow.record import loggers
-from regrow.training import checkpoint, loop
-from regrow.training.parallel import World
+from regrow.runs import train as runs
+from regrow.training import loop
 
 DONE, FAILED = 0, 3
 

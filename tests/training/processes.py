@@ -12,7 +12,7 @@ from pathlib import Path
 
 import forked
 
-from regrow.config import CONF
+from regrow.project import CONF
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 

@@ -14,9 +14,9 @@ import torch
 from running import TINY, config_of, fingerprint, train
 from torch import nn
 
+from regrow.distributed import activation_checkpointing, sharding
 from regrow.errors import UserError
 from regrow.randomness import seed_everything
-from regrow.training import activation_checkpointing, sharding
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -73,8 +73,8 @@ def test_a_module_runs_again_in_the_backward_pass_and_keeps_its_names() -> None:
 
 
 def test_a_pattern_without_a_module_is_one_line() -> None:
-    from regrow import run as runs
-    from regrow.training.parallel import World
+    from regrow.distributed.parallel import World
+    from regrow.runs import train as runs
 
     config = config_of(*TINY, "trainer.activation_checkpointing=[bodi]")
     with pytest.raises(UserError, match=r"no module matches bodi\. The model's are body"):

@@ -10,8 +10,8 @@ import sys
 import pytest
 from running import CPU, config_of
 
-from regrow import run as runs
-from regrow.training import memory
+from regrow.numerics import memory
+from regrow.runs import train as runs
 
 pytestmark = pytest.mark.skipif(not memory.is_glibc(), reason="of glibc alone")
 

@@ -12,12 +12,13 @@ import torch
 from running import CPU, TINY, Bench, batch_of, config_of, train
 from torch import Tensor, nn
 
-from regrow import older
-from regrow import run as runs
+from regrow.config import older
+from regrow.numerics import sums
 from regrow.record.folder import read_json
+from regrow.runs import train as runs
 from regrow.tasks import losses
 from regrow.tasks.tasks import Regression
-from regrow.training import optim, sums
+from regrow.training import optim
 from regrow.training.state import too_short_for_average
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)

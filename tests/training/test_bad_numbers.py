@@ -14,12 +14,14 @@ import torch
 from running import TINY, Bench, batch_of, config_of, metrics_of, train, train_config
 from torch import Tensor, nn
 
-from regrow.data.batch import Batch
+from regrow.checkpoint import writer as checkpoint
+from regrow.feeding.batch import Batch
+from regrow.numerics import sums
+from regrow.numerics.buffers import Buffers
+from regrow.numerics.precision import LossScale
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
-from regrow.training import checkpoint, optim, sums
-from regrow.training.precision import LossScale
-from regrow.training.state import Buffers
+from regrow.training import optim
 
 CPU = torch.device("cpu")
 MAKERS: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from running import CPU, TINY, config_of, train
 
-from regrow import run as runs
-from regrow.data.batch import Batch
+from regrow.feeding.batch import Batch
+from regrow.runs import train as runs
 from regrow.training import loop
 
 NAN = math.nan

@@ -21,15 +21,15 @@ import pytest
 import torch
 from running import CPU, TINY, config_of, fingerprint, train
 
-from regrow import run as runs
+from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.errors import UserError
 from regrow.record import loggers
 from regrow.record.folder import load_status, set_status
-from regrow.training import checkpoint, loop, optim
-from regrow.training.checkpoint import CheckpointWriter, DamagedCheckpoint, Facts
-from regrow.training.options import CheckpointOptions
+from regrow.runs import train as runs
+from regrow.runs.weights import load_weights
+from regrow.training import loop, optim
 from regrow.training.state import FOLLOWS
-from regrow.weights import load_weights
 
 RUN = (
     *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),

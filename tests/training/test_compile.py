@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from running import CPU, TINY, config_of, fingerprint, train
 
-from regrow import run as runs
 from regrow.errors import UserError
+from regrow.runs import train as runs
 
 
 def test_a_missing_compiler_is_said_before_anything_is_built(

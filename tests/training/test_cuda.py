@@ -10,10 +10,10 @@ import torch
 from running import config_of, fingerprint, metrics_of, train
 from waits import no_wait_for_the_gpu
 
-from regrow import run as runs
+from regrow.distributed.parallel import World
+from regrow.processes.interrupt import StopRequest
+from regrow.runs import train as runs
 from regrow.training import loop
-from regrow.training.interrupt import StopRequest
-from regrow.training.parallel import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

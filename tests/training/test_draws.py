@@ -13,10 +13,11 @@ from finished import finished, script
 from running import TINY, fingerprint, metrics_of, train
 
 from regrow import randomness
-from regrow.config import CONF, read_yaml
+from regrow.config.yaml_files import read_yaml
+from regrow.processes.interrupt import Interrupted
+from regrow.project import CONF
 from regrow.record.folder import read_json
 from regrow.training import loop
-from regrow.training.interrupt import Interrupted
 
 MLP = read_yaml(CONF / "model" / "mlp.yaml")
 RUN = (

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, Facts
 from regrow.record.loggers import Jsonl
-from regrow.training import checkpoint
-from regrow.training.checkpoint import CheckpointWriter, Facts
-from regrow.training.options import CheckpointOptions
 
 OPTIONS = CheckpointOptions(
     save_every_epochs=1,

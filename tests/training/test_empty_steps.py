@@ -12,11 +12,12 @@ import torch
 from running import CPU, TINY, Bench, batch_of, fingerprint, metrics_of, train
 from torch import Tensor, nn
 
-from regrow.data.batch import Batch
+from regrow.feeding.batch import Batch
+from regrow.numerics import precision, sums
+from regrow.numerics.precision import LossScale
 from regrow.tasks.losses import CrossEntropy
 from regrow.tasks.tasks import Multiclass
-from regrow.training import optim, precision, sums
-from regrow.training.precision import LossScale
+from regrow.training import optim
 
 # Two of three classes have no weight: with two examples a step, many a step has none at all.
 RARE = (

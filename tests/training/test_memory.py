@@ -11,12 +11,12 @@ import torch
 from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, metrics_of, train
 from torch import Tensor, nn
 
-from regrow import run as runs
 from regrow.errors import UserError
+from regrow.processes.interrupt import StopRequest
+from regrow.runs import train as runs
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
 from regrow.training import loop
-from regrow.training.interrupt import StopRequest
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -100,7 +100,7 @@ def test_a_step_without_room_is_done_again_in_slices_that_fit(in_backward: bool)
 
 def test_a_trace_of_an_abandoned_try_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy, _ = trained(1000, slices=4)
-    monkeypatch.setattr("regrow.training.state.Buffers.restore", lambda self, skipped: None)
+    monkeypatch.setattr("regrow.numerics.buffers.Buffers.restore", lambda self, skipped: None)
     cramped, _ = trained(4)
     found, expected = (b.state.model.layers[1].running_mean for b in (cramped, roomy))
     assert not torch.equal(found, expected)

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from running import TINY, Bench, batch_of, fingerprint, metrics_of, train
 from torch import nn
 
-from regrow.config import CONF
 from regrow.errors import UserError
+from regrow.numerics import sums
+from regrow.numerics.sums import gradient_norm
+from regrow.project import CONF
 from regrow.tasks import losses
 from regrow.tasks.tasks import Regression
-from regrow.training import optim, sums
+from regrow.training import optim
 from regrow.training.optim import Clipping, MuonWithAdamW
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
@@ -291,7 +293,7 @@ def test_clipping_on_a_device_does_not_ask_it(monkeypatch: pytest.MonkeyPatch) -
             assert self.found_inf.device.type == "meta"  # type: ignore[attr-defined]
 
     gradients = [parameter.grad]
-    norm = optim.gradient_norm(gradients)
+    norm = gradient_norm(gradients)
     factor = torch.ones((), device="meta")
     valid = torch.ones((), device="meta")
     for clipping in (Clipping(1.0, 0.1), Clipping(None, None)):

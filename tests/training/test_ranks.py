@@ -16,8 +16,9 @@ from running import CPU, TINY, config_of
 from test_communication import worked_out
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from regrow.training import checkpoint, sharded_checkpoint
-from regrow.training.parallel import World
+from regrow.checkpoint import sharded as sharded_checkpoint
+from regrow.checkpoint import writer as checkpoint
+from regrow.distributed.parallel import World
 
 SIZE = 3  # 50 examples in windows of 16: no share is like another, and some are empty
 COUNTS = range(3 * SIZE * in_ranks.BATCH + 2)  # of examples in an evaluation

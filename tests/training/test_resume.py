@@ -15,13 +15,14 @@ from running import CPU, TINY, config_of, fingerprint, metrics_of, train, train_
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regrow import run as runs
 from regrow.data.datasets import from_datasets
-from regrow.data.loaders import TrainBatches
-from regrow.data.splits import Splits
-from regrow.training import loop, sums
-from regrow.training.interrupt import StopRequest
-from regrow.training.precision import LossScale
+from regrow.feeding.loaders import TrainBatches
+from regrow.feeding.splits import Splits
+from regrow.numerics import sums
+from regrow.numerics.precision import LossScale
+from regrow.processes.interrupt import StopRequest
+from regrow.runs import train as runs
+from regrow.training import loop
 from regrow.training.schedules import Plateau
 from regrow.training.state import TrainState
 
@@ -499,7 +500,7 @@ def test_workers_and_stops_change_nothing(tmp_path: Path) -> None:
 def test_examples_that_draw_without_a_seed_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrow.data import feeds
+    from regrow.feeding import feeds
 
     train_config(tmp_path / "whole", read_by(0))
     monkeypatch.setattr(feeds, "key", lambda *parts: random.getrandbits(60))

@@ -10,10 +10,10 @@ import torch
 from running import CPU, TINY, config_of, fingerprint, metrics_of, train
 from torch.optim import lr_scheduler
 
-from regrow import config as configs
-from regrow import run as runs
-from regrow.check import check_signature
+from regrow.config.check import check_signature
+from regrow.config.targets import allow
 from regrow.errors import UserError
+from regrow.runs import train as runs
 from regrow.training.schedules import RunLength
 
 PER_EPOCH, EPOCHS = 7, 9
@@ -51,7 +51,7 @@ def sgd(lr: float = LR) -> torch.optim.Optimizer:
 def adapted(name: str, interval: str, node: dict[str, Any] | None = None, **more: Any) -> Any:
     node = {**(NODES[name] if node is None else node), **more}
     node |= {"_target_": f"{TORCH}{name}", "interval": interval}
-    configs.allow(node)
+    allow(node)
     return runs.schedule_of(node, sgd(), LENGTH)
 
 
@@ -209,7 +209,7 @@ def test_timms_interface_is_stepped_with_its_count(interval: str) -> None:
         "t_in_epochs": interval == "epoch",
         "interval": interval,
     }
-    configs.allow(node)
+    allow(node)
     schedule = runs.schedule_of(node, sgd(), LENGTH)
     per_count = PER_EPOCH if interval == "epoch" else 1
     for step in range(TOTAL):

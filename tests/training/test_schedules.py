@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from regrow.config import CONF, instantiate, read_yaml
+from regrow.config.targets import instantiate
+from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
+from regrow.project import CONF
 from regrow.training import schedules
 from regrow.training.schedules import Plateau, RunLength
 

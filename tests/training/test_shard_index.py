@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from regrow.training.sharded_checkpoint import _IndexUnpickler
+from regrow.checkpoint.sharded import _IndexUnpickler
 
 
 class Attribute:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from running import TINY, metrics_of, train
 
-from regrow.training import loop, optim, parallel, show
+from regrow.distributed import parallel
+from regrow.training import loop, optim, show
 
 
 class Terminal:

@@ -12,8 +12,8 @@ import pytest
 from processes import Process
 from running import TINY, fingerprint, train
 
+from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.record.folder import load_status
-from regrow.training.interrupt import Interrupted, StopRequest
 
 RUN = (
     *(*TINY, "data.normalize=none", "data.source._target_=holding.splits"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 
 PADDING_MODES = ("constant", "reflect")
 WRITTEN_BYTES = 1 << 22  # up to this size all crops are written out, in some milliseconds
-
-
-class Store(Protocol):
-    def table(self, seed: int, epoch: int) -> Tensor:
-        """Return an epoch's random choices, (N, …) on the CPU, row i for example i."""
-        ...
-
-    def gather(self, indices: Tensor, table: Tensor) -> Tensor:
-        """Return augmented examples at `indices` (B,), given the table's rows at `indices`."""
-        ...
-
-
-class Augmentation(Protocol):
-    def store(self, images: Tensor) -> Store: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regrow import locks
-from regrow.data.images import image_folder as image_folder
-from regrow.data.splits import (
+from regrow.errors import DataError, UserError
+from regrow.feeding.images import image_folder as image_folder
+from regrow.feeding.splits import (
     Examples,
     MapStyle,
     Splits,
@@ -33,9 +33,9 @@ from regrow.data.splits import (
     cut_examples,
     strata_of,
 )
-from regrow.data.tables import csv as csv
-from regrow.errors import DataError, UserError
+from regrow.feeding.tables import csv as csv
 from regrow.randomness import generator
+from regrow.record import locks
 
 ATTRIBUTES = {
     "even": (0, 2, 4, 6, 8),

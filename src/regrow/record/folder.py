@@ -21,8 +21,8 @@ from types import TracebackType, UnionType
 from typing import Any, Literal
 
 from regrow.errors import UserError
-from regrow.output import whole_file
 from regrow.record import names
+from regrow.record.output import whole_file
 from regrow.record.redact import redact
 
 log = logging.getLogger(__name__)

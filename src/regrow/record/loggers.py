@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from regrow.errors import UserError
-from regrow.output import harmless
 from regrow.record.folder import (
     METRICS,
     dump_line,
@@ -33,6 +32,7 @@ from regrow.record.folder import (
     write_json,
     write_text,
 )
+from regrow.record.output import harmless
 from regrow.record.redact import redact_all
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from regrow.project import ROOT
 from regrow.record import diff
 from regrow.record.diff import ORIGIN as ORIGIN
 from regrow.record.folder import read_damaged, read_json, write_bytes, write_json, write_text
@@ -296,7 +297,7 @@ def origin(root: Path) -> dict[str, Any]:
 
 def own_root() -> Path:
     """Return the user's own checkout, even in a process that runs a frozen copy of it."""
-    root = Path(__file__).resolve().parents[3]
+    root = ROOT
     own = Path(origin(root).get("root", root))
     return own if (own / "scripts" / "train.py").is_file() else root
 

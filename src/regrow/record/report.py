@@ -18,7 +18,7 @@ from urllib.parse import quote
 from regrow.dotted import walk
 from regrow.errors import UserError
 from regrow.record import manifest as manifests
-from regrow.record import plots
+from regrow.record import moved, plots
 from regrow.record.folder import (
     METRICS,
     STATUS,
@@ -67,7 +67,7 @@ def load(folder: Path) -> Run:
     """Return the run in `folder`. Raises UserError if there is none."""
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
-    manifest, config = manifests.read(folder), _mapping(folder / "config.yaml")
+    manifest, config = manifests.read(folder), moved.in_config(_mapping(folder / "config.yaml"))
     overrides = _read(folder / ".hydra" / "overrides.yaml")
     name = str(config.get("name") or folder.resolve().parent.name)
     status = load_status(folder) or {}

@@ -8,9 +8,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import fail, is_started
+from regrow.config.explain import composition_error
+from regrow.config.started import is_started
 from regrow.errors import UserError
-from regrow.explain import composition_error
+from regrow.failing import fail
 
 
 class EnterFrozenCopy(Callback):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow import slurm
-from regrow.job import Job
+from regrow.config.job import Job
+from regrow.processes import slurm
 from regrow.sweep import state
 from regrow.sweep.local import Ended
 from regrow.sweep.plan import Planned

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import typed_overrides
+from regrow.config.hydra_access import typed_overrides
 
 
 @dataclass

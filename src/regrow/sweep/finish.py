@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from regrow.ranks import STOPPED
+from regrow.processes.ranks import STOPPED
 from regrow.sweep import results, state
 
 

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from regrow import flags, outside, ownership, ranks, registered
-from regrow.command_line import command, path_of
-from regrow.config import ROOT
+from regrow.config import flags, registered
+from regrow.config.command_line import command, path_of
 from regrow.errors import UserError
+from regrow.processes import outside, ranks
+from regrow.project import ROOT
 from regrow.record import folder as records
-from regrow.record import manifest, names
+from regrow.record import manifest, names, ownership
 from regrow.sweep import state
 
 DIR = "hydra.sweep.dir"
@@ -28,7 +29,7 @@ PARTS = ("src", "conf", "scripts")
 # Environment variables that pass the sweep's state to the copy's script.
 FOLDER, LOCK, WARM = "REGROW_SWEEP", "REGROW_SWEEP_LOCK", "REGROW_SWEEP_WARM"
 IDENTITY = "REGROW_SWEEP_ID"  # the sweep's id in the list of the user's folders
-SEALS = Path("src", "regrow", "ownership.py")  # code without this module writes no seals
+SEALS = "ownership.py"  # code without this module, in whichever folder, writes no seals
 
 
 def claim(
@@ -157,7 +158,7 @@ def adopt(folder: Path) -> str:
     If its code is older and would break the seal with its next write, prints a warning and returns
     "".
     """
-    if not (folder / state.CODE / SEALS).is_file():
+    if not any((folder / state.CODE / "src").rglob(SEALS)):
         print(
             f"warning: {os.path.relpath(folder)} goes on with code that is older than the list of "
             "your folders. To resume it another time will need trust=… again.",

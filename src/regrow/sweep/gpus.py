@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow import locks
+from regrow.record import locks
 
 
 def visible() -> list[str]:

@@ -15,9 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from regrow import locks
 from regrow.errors import UserError
-from regrow.ranks import STOPPED
+from regrow.processes.ranks import STOPPED
+from regrow.record import locks
 from regrow.record.manifest import cores
 from regrow.sweep import gpus, process, state
 from regrow.sweep.plan import Planned

@@ -20,16 +20,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.check import check
-from regrow.command_line import paths_as_typed, quoted, refuse_unusable
-from regrow.composed import job_of, with_override
+from regrow.config.check import check
+from regrow.config.command_line import paths_as_typed, quoted, refuse_unusable
+from regrow.config.explain import composition_error, hydras_value_error, wrong_options
+from regrow.config.hydras import check_settings
+from regrow.config.job import Job, job_of, with_override
+from regrow.config.resume import CHANGED, key_of
 from regrow.errors import UserError
-from regrow.explain import composition_error, hydras_value_error, wrong_options
-from regrow.hydras import check_settings
-from regrow.job import Job
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
-from regrow.resume import CHANGED, key_of
 from regrow.sweep import state
 from regrow.sweep.composed import Composed
 from regrow.sweep.options import Grid, Sets

@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 
-from regrow.parent import die_with_parent
+from regrow.processes.parent import die_with_parent
 
 die_with_parent(os.getppid())
 # Only the sweep handles Ctrl-C. The signal was blocked when this process started.
@@ -25,10 +25,11 @@ import torchmetrics.classification
 
 # Code that cannot be imported must not end the server: each job that needs it reports the error.
 with contextlib.suppress(Exception):
-    from regrow import worker
-    from regrow.data import augment, datasets, loaders
+    from regrow.data import augment, datasets
+    from regrow.feeding import loaders
     from regrow.models import cnn, mlp
     from regrow.record import plots
+    from regrow.runs import worker
     from regrow.tasks import losses, tasks
     from regrow.training import optim, options, schedules
 

@@ -19,11 +19,11 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
-from regrow import terminal
-from regrow.config import show_traceback
 from regrow.errors import UserError, in_a_line
-from regrow.parent import die_with_parent
-from regrow.ranks import SAFE_PATH, python_path
+from regrow.failing import show_traceback
+from regrow.processes import terminal
+from regrow.processes.parent import die_with_parent
+from regrow.processes.ranks import SAFE_PATH, python_path
 from regrow.record.manifest import cores
 from regrow.record.redact import redact
 from regrow.sweep import state
@@ -80,7 +80,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     have_threads_again()
     code, reason = 0, None
     try:
-        from regrow import worker
+        from regrow.runs import worker
 
         worker.work_alone(text)
     except UserError as error:
@@ -97,7 +97,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     if reason is not None:
         with contextlib.suppress(OSError):
             state.note(Path(folder), number, "failed", reason)
-    from regrow import worker
+    from regrow.runs import worker
 
     worker.leave(code)
 

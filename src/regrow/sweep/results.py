@@ -6,8 +6,8 @@ import logging
 import os
 from pathlib import Path
 
-from regrow import flags
-from regrow.command_line import command
+from regrow.config import flags
+from regrow.config.command_line import command
 from regrow.errors import UserError
 from regrow.record import comparison, manifest, report
 from regrow.record.comparison import Comparison, Row

@@ -16,16 +16,18 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, outside, ownership, slurm
-from regrow.check import check_group
-from regrow.command_line import command
-from regrow.composed import as_recorded
-from regrow.config import instantiate, is_named, plain
-from regrow.console import console
+from regrow.config import flags
+from regrow.config.check import check_group
+from regrow.config.command_line import command
+from regrow.config.hydra_access import is_named, plain
+from regrow.config.job import as_recorded
+from regrow.config.resume import CHANGED, key_of
+from regrow.config.targets import instantiate
 from regrow.errors import UserError
+from regrow.processes import outside, slurm
 from regrow.record import folder as records
-from regrow.record import manifest
-from regrow.resume import CHANGED, key_of
+from regrow.record import manifest, ownership
+from regrow.runs.console import console
 from regrow.sweep import cluster, frozen, gpus, local, plan, process, results, schedule, state
 from regrow.sweep.composed import Composed
 from regrow.sweep.options import Options, Search

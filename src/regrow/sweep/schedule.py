@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from regrow.signals import STOPPING, handled
+from regrow.processes.signals import STOPPING, handled
 from regrow.sweep import state
 from regrow.sweep.local import Ended
 from regrow.sweep.plan import Planned

@@ -29,11 +29,12 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
-from regrow import monitor
+from regrow.config.resume import key_of
 from regrow.errors import UserError
 from regrow.record import folder as records
-from regrow.resume import key_of
-from regrow.sweep import plan, state, trial
+from regrow.record import monitor
+from regrow.runs import trial
+from regrow.sweep import plan, state
 from regrow.sweep.options import Search
 from regrow.sweep.plan import Composer, Planned
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from regrow import flags, locks, ownership
+from regrow.config import flags
+from regrow.config.resume import ELSEWHERE, SWEEP
 from regrow.errors import UserError
 from regrow.record import folder as records
+from regrow.record import locks, ownership
 from regrow.record.comparison import label_of
 from regrow.record.redact import redact, redact_all
-from regrow.resume import ELSEWHERE, SWEEP
 
 FILE = SWEEP
 CODE = "code"

@@ -15,15 +15,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regrow.checkpoint.writer import Facts
+from regrow.distributed import sharding
+from regrow.distributed.parallel import World, stopping_together, synchronises
 from regrow.errors import SlicesTooLarge, UserError
+from regrow.numerics.buffers import Buffers
+from regrow.numerics.precision import autocast
+from regrow.numerics.sums import (
+    COUNTED,
+    EXAMPLES,
+    LOSS,
+    SCORE,
+    WEIGHT,
+    Skipped,
+    Sums,
+    added,
+    constant,
+    epoch_sums,
+    ratio,
+    read,
+    slice_sums,
+    sum_dtype,
+)
+from regrow.processes.interrupt import Interrupted
+from regrow.protocols import Batch, EvalBatches, Task
 from regrow.randomness import Draws, key, seed_step, states_kept
-from regrow.training import optim, sharding
-from regrow.training.checkpoint import Facts
-from regrow.training.interrupt import Interrupted
+from regrow.training import optim
 from regrow.training.options import TrainerOptions
-from regrow.training.parallel import World, stopping_together, synchronises
-from regrow.training.plan import Batch, EvalBatches, Plan, Task
-from regrow.training.precision import autocast
+from regrow.training.plan import Plan
 from regrow.training.schedules import Plateau, improves
 from regrow.training.show import (
     advance,
@@ -34,22 +53,7 @@ from regrow.training.show import (
     progress_bar,
     running,
 )
-from regrow.training.state import Buffers, TrainState, average_weight, update_average
-from regrow.training.sums import (
-    COUNTED,
-    EXAMPLES,
-    LOSS,
-    SCORE,
-    WEIGHT,
-    Sums,
-    added,
-    constant,
-    epoch_sums,
-    ratio,
-    read,
-    slice_sums,
-    sum_dtype,
-)
+from regrow.training.state import TrainState, average_weight, update_average
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,7 @@ class StepResult(NamedTuple):
     sums: Sums  # over all micro-batches and processes
     components: tuple[str, ...]
     grad_norm: Tensor | float  # () of the unscaled gradients, over all processes, before clipping
-    skipped: optim.Skipped  # True for empty steps too
+    skipped: Skipped  # True for empty steps too
 
 
 def fit(state: TrainState, plan: Plan) -> str:
@@ -115,7 +119,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     # examples. Where the divisor must be the sum of the weights, or fp16 scaled the loss, one
     # factor corrects it.
     factor: float | Tensor = 1.0
-    empty: optim.Skipped = False
+    empty: Skipped = False
     if any(part.weighted for part in parts):
         weight = sums[WEIGHT]
         empty = weight.eq(0).float() if isinstance(weight, Tensor) else weight == 0
@@ -560,9 +564,7 @@ def refuse_integers(error: Exception, inputs: Any) -> None:
         ) from error
 
 
-def count(
-    state: TrainState, sums: Sums, skipped: optim.Skipped, empty: optim.Skipped = False
-) -> None:
+def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:
     """Add a step to the epoch's sums, to the skipped steps or to the empty steps.
 
     An empty step, whose weights are all zero, is skipped as well, but is not a bad step: it neither

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from regrow.errors import UserError
+from regrow.numerics.buffers import Buffers, caches
+from regrow.numerics.precision import autocast
+from regrow.protocols import Batch
 from regrow.randomness import states_kept
 from regrow.training.loop import call
-from regrow.training.plan import Batch
-from regrow.training.precision import autocast
-from regrow.training.state import Buffers, caches
 
 HALF = (torch.float16, torch.bfloat16)
 

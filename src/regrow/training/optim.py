@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.distributed import sharding
 from regrow.dotted import matches
 from regrow.errors import UserError
-from regrow.training import sharding, sums
+from regrow.numerics import sums
+from regrow.numerics.sums import Skipped
 
 log = logging.getLogger(__name__)
 
@@ -149,10 +151,6 @@ def rates(optimizer: Optimizer) -> dict[str, float]:
     found = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     scaled = {f"lr/x{scale:g}": lr for scale, lr in found.items() if scale != 1}
     return {"lr": found.get(1.0, optimizer.param_groups[0]["lr"]), **scaled}
-
-
-# True if a step was skipped as non-finite: a bool on the host, or a () tensor of 1.0 or 0.0.
-Skipped = bool | Tensor
 
 
 CLASS = "class"  # the key of the optimizer's class in its part of a checkpoint
@@ -359,17 +357,6 @@ def _split(
         if part:
             names, params = [*part], [*part.values()]
             yield {**group, "params": params, "param_names": names, "is_for_muon": chosen}
-
-
-def gradient_norm(gradients: list[Tensor]) -> Tensor | float:
-    """Return the () global 2-norm, NaN or inf if any element is; a float on a CPU."""
-    half = any(gradient.dtype in (torch.float16, torch.bfloat16) for gradient in gradients)
-    # float16 ends at 65,504: a norm of inf would skip a good step.
-    norms = torch._foreach_norm(gradients, 2, torch.float32 if half else None)
-    if sums.on_host(norms[0].device):
-        return math.hypot(*[norm.item() for norm in norms])
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
 
 
 def first_non_finite(model: nn.Module) -> str | None:

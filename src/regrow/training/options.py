@@ -4,41 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from regrow.checkpoint.writer import CheckpointOptions
+from regrow.distributed.parallel import DDPOptions
+from regrow.distributed.sharding import FSDPOptions
+
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
     patience: int | None  # in evaluations
     min_delta: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    save_every_epochs: int | None
-    save_every_steps: int | None
-    keep_last: int
-    keep_best: int
-    milestones_every_epochs: int | None
-    background: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class DDPOptions:
-    """Arguments of torch.nn.parallel.DistributedDataParallel, with the same names."""
-
-    find_unused_parameters: bool
-    gradient_as_bucket_view: bool
-    static_graph: bool
-    bucket_cap_mb: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FSDPOptions:
-    """Arguments of torch.distributed.fsdp.fully_shard, and the modules to shard as units."""
-
-    modules: list[str] | None
-    reshard_after_forward: bool
-    param_dtype: str | None
-    reduce_dtype: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

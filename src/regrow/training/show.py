@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from regrow.training.plan import EvalBatches, Plan
-from regrow.training.sharding import whole
+from regrow.distributed.sharding import whole
+from regrow.numerics.sums import EXAMPLES, Sums, ratio, read
+from regrow.protocols import EvalBatches
+from regrow.training.plan import Plan
 from regrow.training.state import TrainState
-from regrow.training.sums import EXAMPLES, Sums, ratio, read
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,245 @@
+"""Hydra's entry point over `conf/`, whose errors are one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from regrow.config import flags, places
+from regrow.config.command_line import path_of, paths_as_typed, read
+from regrow.config.flags import MULTIRUN
+from regrow.config.hydra_access import register_resolver, version_arguments
+from regrow.config.keys import known_keys
+from regrow.config.leads import lead
+from regrow.config.own_modules import find_own_modules
+from regrow.config.started import _started, is_train
+from regrow.config.yaml_files import readable
+from regrow.errors import UserError, did_you_mean, machine_fault
+from regrow.failing import fail, let_hydra_raise
+from regrow.processes import terminal
+from regrow.project import CONF, ROOT
+
+FLAGS = (
+    *(*MULTIRUN, "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"),
+    *("-sc", "--shell-completion"),
+)
+FLAGS_WITH_A_VALUE = (
+    *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"),
+    *("-cd", "--config-dir", "-i", "--info", "--experimental-rerun"),
+)
+
+
+def entry_point(
+    config_name: str, resumed: Callable[[list[str]], None] = lambda arguments: None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """Return a decorator like `hydra.main` over `conf/`; an error prints one line and exits with 2.
+
+    `resumed` receives the arguments that `resume=…` expands to, before anything is composed.
+    """
+    import hydra
+
+    from regrow.config.explain import composition_error, hydras_value_error, wrong_options
+    from regrow.config.hydras import refuse_typed
+    from regrow.config.registered import ELSEWHERE, take_up
+    from regrow.config.resume import expand
+
+    arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        def main() -> None:
+            let_hydra_raise()
+            register_resolver("options", option_list)  # for --help
+            # Hydra skips a missing search path entry and then composes a different config.
+            warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
+            if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+                # With `| head`, logging would print a traceback for each remaining line.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            try:
+                find_own_modules()
+                take_up()
+                if (place := os.environ.pop(ELSEWHERE, None)) is not None:
+                    take_up(Path(place))
+                check_arguments(sys.argv[1:])
+                if is_train(task):
+                    refuse_typed(sys.argv[1:])
+                if (wrong := wrong_options(sys.argv[1:])) is not None:
+                    raise UserError(wrong)
+                flags.check(sys.argv[1:])
+                multirun = any(a in MULTIRUN for a in sys.argv[1:])
+                given = paths_as_typed(sys.argv[1:], multirun=multirun)
+                given = flags.absolute(given)
+                flags.refuse_records(given)
+                sys.argv[1:] = flags.absolute(expand(given))
+                if is_train(task):
+                    if flags.typed(given).get("name") == "find_lr":
+                        raise UserError("--config-name find_lr is for scripts/find_lr.py.")
+                    _started.append(task)
+                if sys.argv[1:] != given:
+                    resumed(sys.argv[1:])
+                # Hydra 1.3 takes a version; 1.4 takes the targets that it may instantiate.
+                last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
+                hydra.main(**arguments, **last)(task)()
+            except UserError as error:
+                fail(str(error))
+            except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+                fail(composition_error(error))
+            except UnicodeDecodeError:
+                fail(not_utf8())
+            except BrokenPipeError:
+                if not terminal.nobody_reads():
+                    raise
+                raise SystemExit(1) from None
+            except OSError as error:  # Hydra creates its folder before the run does
+                if (named := folder_named(sys.argv[1:], error.filename)) is None:
+                    if (fault := machine_fault(error)) is None:
+                        raise
+                    fail(str(fault), code=1)
+                fail(f"{named}: {error.filename}: {error.strerror}. Choose another folder.")
+            except yaml.YAMLError as error:
+                fail(not_yaml(error))
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+            except UserWarning as error:
+                if f"provider={flags.SEARCH_PATH}" not in str(error):
+                    raise
+                place = str(error).partition("path=")[2].removesuffix(" is not available.")
+                fail(f"{flags.SEARCH_PATH}: there is no {place}. Correct it, or leave it out.")
+            except Exception as error:
+                if isinstance(error, ValueError) and (said := hydras_value_error(error)):
+                    fail(said)
+                if (fault := machine_fault(error)) is None:
+                    raise
+                fail(str(fault), code=1)
+
+        return main
+
+    return decorate
+
+
+@contextlib.contextmanager
+def faults_in_a_line() -> Iterator[None]:
+    """Exit with one line for a machine fault raised inside; Hydra would print more."""
+    try:
+        yield
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        fail(str(fault), code=1)
+
+
+def hydras_targets(arguments: Sequence[str]) -> list[str]:
+    """Return the targets that Hydra 1.4 may instantiate itself, such as user `hydra.callbacks`.
+
+    These are all targets in files that this command may compose, and all that were typed.
+    """
+    found = {flags.CHECK}
+    for place in (CONF, *flags.folders(arguments)):
+        for _, content in readable("**/*.yaml", place):
+            found |= {*_callables(content)}
+    for argument in arguments:
+        key, equals, _ = argument.lstrip("+").partition("=")
+        if equals and key.startswith("hydra"):
+            found |= {*_callables({key.rpartition(".")[2]: read(argument)})}
+    return sorted(found)
+
+
+def _callables(node: Any) -> Iterator[str]:
+    """Yield the dotted names in a node: targets, and classes that `logging` instantiates."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key in ("_target_", "class", "()") and isinstance(value, str):
+                if re.fullmatch(r"\w+(\.\w+)+", value.removeprefix("ext://")):
+                    yield value.removeprefix("ext://")
+            else:
+                yield from _callables(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _callables(value)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UserError for the first argument that is neither `key=value` nor a flag of Hydra's.
+
+    Hydra's own parser would only print its usage.
+    """
+    before = ""
+    for argument in arguments:
+        word, equals, _ = argument.partition("=")
+        flag = argument.startswith("-")
+        known = (
+            word in (*FLAGS, *FLAGS_WITH_A_VALUE)
+            if flag
+            else ("=" in argument[1:] or argument.startswith("~") or before in FLAGS_WITH_A_VALUE)
+        )
+        if not known:
+            raise UserError(f"{argument}: {_not_an_argument(word, equals, argument)}")
+        before = argument
+
+
+def _not_an_argument(word: str, equals: str, argument: str) -> str:
+    said = "arguments are key=value, without dashes or spaces, such as optimizer.lr=0.1."
+    plain = word.lstrip("-").replace("-", "_")
+    keys = known_keys()
+    if plain in keys and not word.startswith("-"):
+        return f"{said} Give {plain} a value: {plain}=…"
+    if plain in keys:
+        return f"{said} Write {plain}={argument.partition('=')[2] if equals else '…'}"
+    hyphened = plain.replace("_", "-")
+    flags_there = [f.lstrip("-") for f in (*FLAGS, *FLAGS_WITH_A_VALUE) if f.startswith("--")]
+    if word.startswith("-") and (near := difflib.get_close_matches(hyphened, flags_there, n=1)):
+        return f"there is no such flag. Did you mean --{near[0]}?"
+    return said + (lead(plain) or did_you_mean(plain, keys))
+
+
+def folder_named(arguments: Sequence[str], refused: Any) -> str | None:
+    """Return the argument that names `refused`, or a folder in it, for a run or a sweep."""
+    for argument in arguments if isinstance(refused, str) else ():
+        key, _, value = argument.partition("=")
+        names_one = key in ("hydra.run.dir", "hydra.sweep.dir")
+        value = path_of(key, value) if names_one else value
+        if names_one and Path(value).absolute().is_relative_to(Path(refused).absolute()):
+            return argument
+    return None
+
+
+def not_utf8() -> str:
+    """Return one line that names the file on the search path that is not UTF-8."""
+    for path in (path for place in places.folders() for path in sorted(place.rglob("*.yaml"))):
+        try:
+            path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = path.read_bytes()[: error.start].count(b"\n") + 1
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            return f"{shown}:{line} is not UTF-8. Save the file as UTF-8."
+    return "a file of the config is not UTF-8. Save it as UTF-8."
+
+
+def not_yaml(error: yaml.YAMLError) -> str:
+    """Return one line that names the file that is not YAML, the line in it and the problem."""
+    mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or said is None:
+        return f"a file of the config is not YAML: {error}"
+    path = Path(mark.name)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"{shown}:{mark.line + 1} is not YAML: {said}. Correct that line, or the one before it."
+
+
+def option_list() -> str:
+    """Return a line of options for each config group, without files that begin with `_`."""
+    return "\n".join(
+        f"{group}: {', '.join(options)}"
+        for group in sorted(places.groups())
+        if (options := places.options(group))
+    )

@@ -1,0 +1,95 @@
+"""`regrow.compose` and `regrow.build`: a config and its objects, in a notebook or your own script.
+
+They start no run and write nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from regrow.config import flags
+from regrow.config.command_line import escaped, paths_as_typed
+from regrow.config.composition import composition, hydra_as_it_was
+from regrow.config.explain import composition_error, hydras_value_error, wrong_options
+from regrow.config.hydra_access import plain
+from regrow.config.own_modules import find_own_modules
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from regrow.runs.train import Objects
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Return the config as `python scripts/train.py …` would compose and check it, resolved."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    from regrow.config.check import check
+
+    if isinstance(overrides, str):
+        raise UserError(f"overrides={overrides!r} must be a list, such as [{overrides!r}].")
+    for override in overrides:
+        if override.startswith("-"):
+            raise UserError(f"{override} is a flag. compose takes overrides, such as seed=1.")
+        key, _, value = override.partition("=")
+        if key == "resume" and value not in ("auto", "never"):
+            raise UserError(
+                f"{override}: compose resumes no run. regrow.load.load_run gives its model; a new "
+                "run starts from its weights with init_from=…"
+            )
+    with hydra_as_it_was():
+        if (wrong := wrong_options(overrides)) is not None:
+            raise UserError(wrong)
+        try:
+            typed = flags.absolute(paths_as_typed(overrides, multirun=False))
+            config = composition({**flags.DEFAULT, "name": config_name}, typed)
+            HydraConfig.instance().set_config(config)
+            check(config, config.hydra.runtime.choices)
+            names = [str(key) for key in config if key != "hydra"]
+            values = plain(OmegaConf.masked_copy(config, names))
+        except (HydraException, OmegaConfBaseException) as error:
+            said = composition_error(error)
+            raise UserError(said.replace("a sweep: add -m.", "a sweep, not one config.")) from error
+        except ValueError as error:
+            if isinstance(error, UserError) or (wrong := hydras_value_error(error)) is None:
+                raise
+            raise UserError(wrong) from error
+    resolved: DictConfig = OmegaConf.create(_literal(values))
+    return resolved
+
+
+def build(config: Mapping[str, Any] | DictConfig) -> Objects:
+    """Return all objects of a run, on the config's device. Sets threads and seeds as a run does."""
+    from regrow.distributed.parallel import World
+    from regrow.runs import train as run
+
+    find_own_modules()
+    try:
+        node = config if isinstance(config, DictConfig) else OmegaConf.create(_literal(config))
+        values = plain(OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]))
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"{composition_error(error)} Compose it with regrow.compose, which resolves it."
+        ) from error
+    try:
+        trainer = values["trainer"]
+        count, device = trainer["devices"], trainer["device"]
+    except (KeyError, TypeError):
+        raise UserError("this is not a run's config. Make one with regrow.compose.") from None
+    if count not in (1, "auto"):
+        raise UserError(f"trainer.devices={count}: this is one process. Use trainer.devices=1.")
+    trainer["num_threads"] = trainer["num_threads"] or run.usable_cores()
+    return run.build(values, World(device=run.resolve_device(device)))
+
+
+def _literal(value: Any) -> Any:
+    """Return plain values with `${` escaped, so that OmegaConf does not interpolate their text."""
+    if isinstance(value, Mapping):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(each) for each in value]
+    return escaped(value) if isinstance(value, str) else value

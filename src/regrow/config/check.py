@@ -1,0 +1,642 @@
+"""Check a config for every possible mistake before torch is imported.
+
+Keys and types are compared with the shipped YAML, which a test proves equal to the signatures
+behind it. Only a target that does not ship is imported, to read its signature.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from regrow.config import leads, places
+from regrow.config.explain import composition_error, takes, where_own_keys_go
+from regrow.config.hydra_access import plain, typed_overrides
+from regrow.config.hydras import check_settings
+from regrow.config.keys import known_keys
+from regrow.config.resume import check_recorded
+from regrow.config.started import is_started
+from regrow.config.targets import HANDED_IN, allow, locate
+from regrow.config.yaml_files import read_yaml, readable
+from regrow.dotted import walk
+from regrow.errors import UserError, did_you_mean
+from regrow.failing import fail
+from regrow.project import CONF
+from regrow.record import loggers, monitor
+
+GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", "launcher", "sweep")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The values that a key accepts, as a predicate and in words."""
+
+    says: str
+    allows: Callable[[Any], bool]
+
+
+def integer(low: int) -> Rule:
+    return Rule(
+        f"an integer of at least {low}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
+    )
+
+
+def number(low: float = float("-inf"), high: float = float("inf"), *, above: bool = False) -> Rule:
+    ranges = f"above {low:g}" if above else f"from {low:g}"
+    ranges += "" if high == float("inf") else f" to {high:g}"
+    return Rule(
+        f"a number {ranges}",
+        lambda v: _is_number(v) and (v > low if above else v >= low) and v <= high,
+    )
+
+
+def choice(*options: str) -> Rule:
+    return Rule(f"one of {', '.join(options)}", lambda v: isinstance(v, str) and v in options)
+
+
+def optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.says}, or null", lambda v: v is None or rule.allows(v))
+
+
+def text() -> Rule:
+    return Rule("text", lambda v: isinstance(v, str) and v != "")
+
+
+def list_of(rule: Rule) -> Rule:
+    return Rule(
+        f"a list, each {rule.says}",
+        lambda v: isinstance(v, list) and all(rule.allows(item) for item in v),
+    )
+
+
+def mapping_to(rule: Rule) -> Rule:
+    return Rule(
+        f"a mapping to {rule.says}",
+        lambda v: isinstance(v, Mapping) and all(rule.allows(item) for item in v.values()),
+    )
+
+
+def either(one: Rule, other: Rule) -> Rule:
+    return Rule(f"{one.says}, or {other.says}", lambda v: one.allows(v) or other.allows(v))
+
+
+NAME = Rule(
+    'text (in quotes where YAML would read something else: "no")',
+    lambda v: isinstance(v, str | int) and not isinstance(v, bool),
+)
+PLAIN = Rule("text, a number, true or false", lambda v: isinstance(v, str | int | float))
+BETAS = Rule(
+    "a list of two numbers, 0 or more and below 1",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+)
+DIRECTION = choice("maximize", "minimize")
+NORMALIZE = Rule(
+    "one of train, imagenet, none, or {mean: […], std: […]}",
+    lambda v: (
+        v in ("train", "imagenet", "none")
+        if isinstance(v, str)
+        else mapping_to(list_of(number())).allows(v) and set(v) == {"mean", "std"}
+    ),
+)
+
+
+# Ranges, and the types of values that may be null. Other types follow from the shipped values.
+RULES: dict[str, Rule] = {
+    "seed": integer(0),
+    "data.seed": integer(0),
+    "data.source.seed": integer(0),
+    "loss.ignore_index": optional(
+        Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+    ),
+    "task.class_names": optional(list_of(NAME)),
+    "data.class_names": optional(list_of(NAME)),
+    "data.source.class_names": optional(list_of(NAME)),
+    "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
+    "init_from": optional(text()),
+    "data.batch_size": integer(1),
+    "data.eval_batch_size": integer(1),
+    "data.num_workers": integer(0),
+    "data.limit_train": optional(integer(1)),
+    "data.num_classes": optional(integer(1)),
+    "data.num_outputs": integer(1),
+    "data.ignore_index": optional(
+        Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+    ),
+    "data.input_shape": list_of(integer(1)),
+    "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
+    "data.normalize": NORMALIZE,
+    "data.overlap": choice("refuse", "report", "ignore"),
+    "data.changed": choice("refuse", "accept"),
+    "data.identity": choice("contents", "length"),
+    "data.integers": choice("int64", "float32"),
+    "data.target_dtype": choice("float64", "float32"),
+    "data.augmentation.pad": integer(0),
+    "data.augmentation.padding_mode": choice("constant", "reflect"),
+    "data.source.val_fraction": number(0, 1),
+    "data.source.test_fraction": number(0, 1),
+    "data.source.num_train": integer(1),
+    "data.source.num_val": integer(0),
+    "data.source.num_test": integer(0),
+    "data.source.extensions": optional(list_of(text())),
+    "data.source.leave_out": list_of(choice("hidden", "empty")),
+    "data.source.identity": choice("contents", "ends"),
+    "data.source.resize": optional(integer(1)),
+    "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
+    "data.source.feature_columns": optional(list_of(text())),
+    "data.source.target_columns": list_of(text()),
+    "model.hidden": list_of(integer(1)),
+    "model.channels": list_of(integer(1)),
+    "model.dropout": number(0, 1),
+    "model.width": integer(1),
+    "model.depth": integer(1),
+    "model.heads": integer(1),
+    "model.norm_momentum": number(0, 1, above=True),
+    "model.views": choice("one", "mirror", "mirror_shift"),
+    "model.patch_size": optional(integer(1)),
+    "loss.label_smoothing": number(0, 1),
+    "loss.class_weights": optional(list_of(number(0))),
+    "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
+    "loss.delta": number(0, above=True),
+    "loss.beta": number(0),
+    "task.threshold": number(0, 1),
+    "param_groups.lr_scale": optional(mapping_to(number(0))),
+    "optimizer.lr": number(0, above=True),
+    "optimizer.weight_decay": number(0),
+    "optimizer.momentum": number(0, 1),
+    "optimizer.eps": number(0),
+    "optimizer.betas": BETAS,
+    "optimizer.adamw_betas": BETAS,
+    "optimizer.adamw_modules": list_of(text()),
+    "optimizer.alpha": number(0, 1),
+    "optimizer.dampening": number(0),
+    "optimizer.ns_steps": integer(1),
+    "scheduler.warmup_steps": optional(integer(0)),
+    "scheduler.warmup_fraction": optional(number(0, 1)),
+    "scheduler.interval": choice("step", "epoch"),
+    "scheduler.every_epochs": integer(1),
+    "scheduler.milestones_epochs": list_of(integer(1)),
+    "scheduler.gamma": number(0, 1),
+    "scheduler.final_factor": number(0, 1),
+    "scheduler.initial_factor": number(0, 1),
+    "scheduler.peak_fraction": number(0, 1),
+    "scheduler.factor": number(0, 1),
+    "scheduler.patience": integer(0),
+    "scheduler.min_delta": number(0),
+    "scheduler.min_factor": number(0, 1),
+    "launcher.jobs": Rule(
+        "an integer of at least 1, or auto (local), or null (slurm)",
+        lambda v: v in ("auto", None) or integer(1).allows(v),
+    ),
+    "launcher.nodes": integer(1),
+    "launcher.tasks_per_node": integer(1),
+    "launcher.cpus_per_task": integer(1),
+    "launcher.gpus_per_node": integer(0),
+    "launcher.mem_gb": optional(number(0, above=True)),
+    "launcher.timeout_minutes": integer(1),
+    "launcher.partition": optional(text()),
+    "launcher.account": optional(text()),
+    "launcher.qos": optional(text()),
+    "launcher.constraint": optional(text()),
+    "launcher.save_seconds": integer(1),
+    "launcher.max_timeouts": integer(0),
+    "launcher.setup": list_of(text()),
+    "launcher.sbatch": optional(mapping_to(PLAIN)),
+    "trainer.max_epochs": optional(integer(1)),
+    "trainer.max_steps": optional(integer(1)),
+    "trainer.max_seconds": optional(number(0, above=True)),
+    "trainer.device": choice("auto", "cpu", "cuda", "mps"),
+    "trainer.devices": Rule(
+        "an integer of at least 1, or auto", lambda v: v == "auto" or integer(1).allows(v)
+    ),
+    "trainer.strategy": choice("ddp", "fsdp"),
+    "trainer.fsdp.modules": optional(list_of(text())),
+    "trainer.activation_checkpointing": list_of(text()),
+    "trainer.fsdp.param_dtype": optional(choice("fp32", "bf16", "fp16")),
+    "trainer.fsdp.reduce_dtype": optional(choice("fp32", "bf16", "fp16")),
+    "trainer.max_restarts": integer(0),
+    "trainer.timeout_seconds": number(0, above=True),
+    "trainer.accumulation_steps": integer(1),
+    "trainer.num_threads": optional(integer(1)),
+    "trainer.precision": choice("fp32", "bf16", "fp16"),
+    "trainer.clip_norm": optional(number(0, above=True)),
+    "trainer.clip_value": optional(number(0, above=True)),
+    "trainer.ema_decay": optional(
+        Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
+    ),
+    "trainer.max_skipped_steps": integer(1),
+    "trainer.eval_every_epochs": optional(integer(1)),
+    "trainer.eval_every_steps": optional(integer(1)),
+    "trainer.log_every_steps": integer(1),
+    "trainer.log_histograms_every_steps": optional(integer(1)),
+    "trainer.monitor": optional(text()),
+    "trainer.mode": optional(choice("max", "min")),
+    "trainer.early_stopping.patience": optional(integer(0)),
+    "trainer.early_stopping.min_delta": number(0),
+    "trainer.checkpoint.save_every_epochs": optional(integer(1)),
+    "trainer.checkpoint.save_every_steps": optional(integer(1)),
+    "trainer.checkpoint.keep_last": integer(1),
+    "trainer.checkpoint.keep_best": integer(1),
+    "trainer.checkpoint.milestones_every_epochs": optional(integer(1)),
+    "sweep.params": optional(Rule("a mapping of keys to values", lambda v: isinstance(v, Mapping))),
+    "sweep.pictures": choice("best", "all", "none"),
+    "sweep.sets": Rule("a list of sets of overrides", lambda v: isinstance(v, list)),
+    "sweep.file": optional(text()),
+    "sweep.n_trials": integer(1),
+    "sweep.metric": optional(either(text(), list_of(text()))),
+    "sweep.direction": optional(either(DIRECTION, list_of(DIRECTION))),
+    "sweep.sampler": choice("tpe", "random", "grid", "nsgaii"),
+    "sweep.seed": integer(0),
+    "sweep.pruner": choice("none", "median", "hyperband"),
+    "sweep.pruner_startup_trials": integer(0),
+    "sweep.pruner_warmup_evaluations": integer(0),
+    "sweep.max_failures": integer(1),
+    "find_lr.min_lr": number(0, above=True),
+    "find_lr.max_lr": number(0, above=True),
+    "find_lr.num_steps": integer(20),
+    "find_lr.divergence_factor": number(1, above=True),
+}
+
+# The tasks that each shipped loss is for.
+LOSSES = {
+    "CrossEntropy": ("multiclass",),
+    "BCEWithLogits": ("binary", "multilabel"),
+    **dict.fromkeys(("mse", "l1", "smooth_l1", "huber", "mse_plus_mae"), ("regression",)),
+}
+
+
+class CheckBeforeStart(Callback):
+    """Hydra callback that exits on a bad config before Hydra creates a folder."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
+        try:
+            check_leftovers(config.hydra)
+            if is_started():
+                check_settings(config.hydra, is_sweep=False)
+            check(config, config.hydra.runtime.choices)
+        except UserError as error:
+            fail(str(error))
+        except OmegaConfBaseException as error:
+            fail(composition_error(error))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir
+        try:
+            if is_started():
+                check_leftovers(config.hydra, is_sweep=True)
+                check_settings(config.hydra, is_sweep=True)
+        except UserError as error:
+            fail(str(error))
+
+
+def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
+    """Raise UserError for Hydra settings of log files and output_subdir that do not apply here.
+
+    Hydra would write into the current folder or, in a sweep, nothing. A run keeps its own log and
+    its own `.hydra`.
+    """
+    node = plain(hydra, resolve=False)
+    if (kept := node["output_subdir"]) is not None:
+        raise UserError(
+            f"hydra.output_subdir={kept}: a run keeps .hydra in its own folder anyway. Leave "
+            "hydra.output_subdir out."
+        )
+    handlers = node["job_logging"].get("handlers") or {}
+    files = [
+        str(h["filename"]) for h in handlers.values() if isinstance(h, dict) and "filename" in h
+    ]
+    beside = [file for file in files if "runtime.output_dir" in file]
+    option = node["runtime"]["choices"].get("hydra/job_logging")
+    if beside or (is_sweep and handlers):
+        if is_sweep:
+            reason = "a job of a sweep logs to train.log in its folder, and to logs/ of the sweep."
+        else:
+            log = f"{node['job']['name'] or 'train'}.log"
+            reason = (
+                f"it would write {log} beside the run's own. A run logs to train.log in its folder."
+            )
+        raise UserError(
+            f"hydra/job_logging={option}: {reason} Leave hydra/job_logging out"
+            + ("." if is_sweep else ", or use hydra/job_logging=stdout for other libraries' lines.")
+        )
+
+
+def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Raise UserError with one line for the first mistake in a composed config.
+
+    `config` may hold the node `hydra`. `choices` are the chosen options, by group.
+    """
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    missing = [
+        key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
+    ]
+    if missing:
+        others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
+        hint = {
+            "data.num_classes": " (null for a regression)",
+            "data.target_kind": " (multiclass, binary, multilabel or regression)",
+        }.get(missing[0], "")
+        raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
+    values = plain(config)
+    for group in GROUPS:
+        if isinstance(values.get(group), str):
+            raise UserError(
+                f"{group}={values[group]}: keys belong here, and this is a text. To choose an "
+                f"option in a file, write `- override /{group}: {values[group]}` below defaults."
+            )
+        if not isinstance(values.get(group), Mapping):
+            raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+    check_recorded(values, typed_overrides(HydraConfig.get().overrides.task))
+    allow(values)
+    _check_keys(values, choices)
+    _check_ranges(values)
+    loggers.check_choice(values["logger"])
+    _check_combinations(values)
+
+
+def check_group(config: DictConfig, group: str) -> None:
+    """Check one group's keys, types and ranges, while other groups may still be incomplete."""
+    values = plain(config, resolve=False)
+    option = HydraConfig.get().runtime.choices.get(group)
+    if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
+        raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+    _check_node(values[group], shipped_node(group, option) or {}, group)
+    _check_ranges({group: values[group]})
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    there = dict(walk(values, closed=RULES))
+    for path in (path for path in RULES if path in there):  # reports a value's owner first
+        value = there[path]
+        is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
+        is_known = not is_text and _is_ours(values, path)
+        if is_known and not RULES[path].allows(value):
+            raise UserError(f"{path}={_shown(value)} must be {RULES[path].says}.")
+
+
+def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+    top = {key: node for _, nodes in readable("*.yaml") for key, node in nodes.items()}
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    own = places.own_keys(str(HydraConfig.get().job.config_name), choices)
+    for key, value in values.items():
+        if key in leads.RECIPES and value:
+            path = places.without_header(key, places.names_in(choices.get(key) or ""))
+            if path is not None and path.read_bytes().startswith(codecs.BOM_UTF8):
+                raise UserError(
+                    f"{key}/{path.name}: it begins with an invisible mark (BOM), and Hydra does "
+                    f"not see `{places.HEADER}`. Save it as UTF-8 without one."
+                )
+            if path is None:
+                raise UserError(
+                    f"{key}: it has no keys of its own, as its files hold those of other groups. "
+                    f"Choose a file: {key}=…"
+                )
+            raise UserError(
+                f"{key}/{path.name}: its first line must be `{places.HEADER}`. Without it, its "
+                f"values are put below {key}, where nothing reads them."
+            )
+        if key not in top and key not in groups and key not in own:
+            _refuse_misplaced(key, choices)
+            hint = leads.lead(key) or did_you_mean(key, {*top, *groups, *own})
+            raise UserError(f"{key}: there is no such key.{hint}{where_own_keys_go()}")
+        if key in top:
+            _check_node(value, top[key], key)
+    shipped_loggers: dict[str, Any] = {}
+    for folder in reversed(places.folders()):
+        for path in sorted((folder / "logger").glob("*.yaml")):
+            shipped_loggers |= places.read(path)
+    for name, node in values["logger"].items():
+        if name in shipped_loggers:
+            _check_node(node, shipped_loggers[name], f"logger.{name}")
+        else:
+            parameters = check_signature(node, f"logger.{name}")
+            loggers.check_required(node, f"logger.{name}", parameters)
+    for group in GROUPS:
+        names = places.names_in(choices.get(group) or "")
+        if len(names) != 1 or not isinstance(values.get(group), Mapping):
+            continue
+        shipped = shipped_node(group, names[0])
+        if shipped is not None:
+            _check_node(values[group], shipped, group)
+
+
+def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
+    """Raise UserError if a top-level key results from a package, or from a dotted key in a file."""
+    if "." in key:
+        nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
+        raise UserError(f"{key}: only the command line takes dots. In a file, write `{nested}`.")
+    for group in leads.RECIPES:
+        for option in places.names_in(choices.get(group) or ""):
+            path = places.file_of(group, option)
+            if path is not None and places.package_of(path).split(".")[0] == key:
+                raise UserError(f"{group}/{path.name}: its first line must be `{places.HEADER}`.")
+    for argument in sys.argv[1:]:
+        if found := re.match(r"\+*([\w/]+)@(\w+)[^=]*=(.*)", argument):
+            group, package, option = found.groups()
+            if package in (key, "_global_"):
+                raise UserError(
+                    f"{argument}: a group has one place here. Write {group}={option} without @."
+                    + (where_own_keys_go() if package == key else "")
+                )
+
+
+def shipped_node(group: str, option: str) -> dict[str, Any] | None:
+    """Return a group's option as its YAML states it, including what it inherits.
+
+    None if neither a file nor a node in Hydra's ConfigStore defines it.
+    """
+    path = places.file_of(group, option)
+    content = places.stored(f"{group}/{option}.yaml") if path is None else read_yaml(path)
+    if not isinstance(content, dict):
+        return None
+    node: dict[str, Any] = {}
+    for parent in content.pop("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            node = _merged(node, shipped_node(group, parent) or {})
+    return _merged(node, content)
+
+
+def _check_node(node: Any, shipped: Any, path: str) -> None:
+    """Raise UserError if a node's keys or types differ from the shipped ones."""
+    if not isinstance(shipped, Mapping):
+        _check_type(node, shipped, path)
+        return
+    if path == "data.augmentation" and node is None:
+        return
+    if not isinstance(node, Mapping):
+        raise UserError(f"{path}={_shown(node)} must be a mapping of keys to values.")
+    if not shipped:  # this mapping accepts any key
+        return
+    target = node.get("_target_")
+    if target != shipped.get("_target_"):
+        check_signature(node, path)
+        return
+    for key, value in node.items():
+        if key in shipped:
+            _check_node(value, shipped[key], f"{path}.{key}")
+        elif not (isinstance(target, str) and takes(target, path, key)):
+            _refuse_key(f"{path}.{key}", target, shipped)
+
+
+def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
+    """Raise UserError for a key that a node does not accept, with the closest one that it does."""
+    path = full.rpartition(".")[0]
+    known = [key for key in shipped if not key.startswith("_") and key != "defaults"]
+    if isinstance(target, str):
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = inspect.signature(locate(target, path)).parameters
+            known += [key for key in parameters if key not in (*known, *HANDED_IN, "self")]
+    hint = leads.lead(full) or did_you_mean(full, (f"{path}.{key}" for key in known))
+    others = [option for option in known_keys().get(full, []) if not option.startswith("_")]
+    if not hint and others:
+        hint = f" It is one of {path.split('.')[0]}={', '.join(others)}."
+    if not hint and known:
+        hint = f" It takes {', '.join(known)}."
+    raise UserError(f"{full}: {target or path} has no such key.{hint}")
+
+
+def _check_type(value: Any, shipped: Any, path: str) -> None:
+    if path in RULES or shipped is None or shipped == "???":
+        return
+    ours = path.split(".")[0] in ("trainer", "data", "tags", "notes")
+    if value is None and not (ours and isinstance(shipped, bool | int | float | list)):
+        return  # another library's argument may be None
+    if isinstance(shipped, str) and "${" in shipped:
+        return
+    if isinstance(shipped, bool):
+        right, says = isinstance(value, bool), "true or false"
+    elif isinstance(shipped, int):
+        right, says = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif isinstance(shipped, float):
+        right, says = _is_number(value), "a number"
+    elif isinstance(shipped, str):
+        right, says = isinstance(value, str), "text"
+    elif isinstance(shipped, list):
+        right, says = isinstance(value, list), "a list, such as [1,2]"
+    else:
+        return
+    if not right:
+        raise UserError(f"{path}={_shown(value)} must be {says}.")
+
+
+def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:
+    """Check a node's keys against its target's signature and return the parameters by name.
+
+    Imports the target's module. Raises UserError for a key that the target does not accept.
+    """
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{path}._target_={target!r} must name a class or a function.")
+    function = locate(target, path)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}  # some builtins have no signature
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return parameters
+    ours = ("interval",) if path == "scheduler" and "optimizer" in parameters else ()
+    foreign = [
+        str(key)
+        for key in node
+        if key not in (*parameters, *ours) and not (key.startswith("_") and key.endswith("_"))
+    ]
+    if foreign:
+        named = ", ".join(f"{path}.{key}" for key in foreign)
+        hint = did_you_mean(foreign[0], parameters) if len(foreign) == 1 else ""
+        raise UserError(
+            f"{named}: {target} takes no such argument.{hint} To leave out what the option "
+            f"brings: {' '.join(f'~{path}.{key}' for key in foreign)}"
+        )
+    return parameters
+
+
+def _check_combinations(values: Mapping[str, Any]) -> None:
+    trainer, data = values["trainer"], values["data"]
+    task, loss = (values[group].get("_target_", "").split(".")[-1] for group in ("task", "loss"))
+    kind = task.lower()
+    shipped_task = values["task"].get("_target_", "").startswith("regrow.")
+    if shipped_task and data.get("target_kind") not in (None, kind):
+        raise UserError(
+            f"task={kind} does not fit {data['target_kind']} targets, which this data set has. "
+            f"Use task={data['target_kind']}."
+        )
+    if shipped_task and kind not in LOSSES.get(loss, (kind,)):
+        fitting = " or ".join(LOSSES[loss])
+        raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
+    source = data["source"]
+    if isinstance(source, Mapping) and source.get("root", "") is None:
+        raise UserError("data.root must be given: add data.root=…")
+    if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
+        raise UserError(
+            f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
+            "Use trainer.precision=bf16."
+        )
+    fsdp_dtypes = (trainer["fsdp"]["param_dtype"], trainer["fsdp"]["reduce_dtype"])
+    if "fp16" in fsdp_dtypes and trainer["precision"] != "fp16":
+        raise UserError(
+            "trainer.fsdp.param_dtype or reduce_dtype=fp16: small gradients vanish without a loss "
+            "scale, which trainer.precision=fp16 has. Use bf16."
+        )
+    if trainer["strategy"] == "fsdp" and trainer["channels_last"]:
+        raise UserError(
+            "trainer.channels_last=true: FSDP shards contiguous parameters only. "
+            "Use trainer.channels_last=false."
+        )
+    if all(trainer[key] is None for key in ("max_epochs", "max_steps", "max_seconds")):
+        raise UserError(
+            "trainer.max_epochs, max_steps and max_seconds are all null: "
+            "the run would never end. Set one."
+        )
+    scheduler = values["scheduler"]
+    if None not in (scheduler.get("warmup_steps"), scheduler.get("warmup_fraction")):
+        raise UserError(
+            f"scheduler.warmup_steps={scheduler['warmup_steps']} and "
+            f"warmup_fraction={scheduler['warmup_fraction']} say the same thing twice. Set one."
+        )
+    if trainer["monitor"] is None:
+        monitor.refuse_without(values)
+    elif not str(trainer["monitor"]).startswith("val/"):
+        raise UserError(
+            f"trainer.monitor={trainer['monitor']} must be a metric of the validation split, "
+            "such as val/loss."
+        )
+    resume = values["resume"]
+    if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
+        raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
+
+
+def _is_ours(values: Mapping[str, Any], path: str) -> bool:
+    """Return True if RULES apply to the key: a user's own model may take a list as `dropout`."""
+    for key in path.split(".")[:-1]:
+        values = values[key]
+    return str(values.get("_target_", "regrow.")).startswith(("regrow.", "torch.optim."))
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

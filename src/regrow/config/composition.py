@@ -1,0 +1,59 @@
+"""Compose a config through Hydra's API, in any process, not only in a Hydra app."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from regrow.config import flags
+from regrow.config.hydra_access import version_arguments
+from regrow.config.own_modules import find_own_modules
+from regrow.project import CONF
+
+
+def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """Return the composed config of a source (see `flags`), with the `hydra` node.
+
+    Raises Hydra's errors.
+    """
+    from hydra import compose as by_hydra
+    from hydra import initialize_config_dir
+    from hydra._internal.hydra import Hydra
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+
+    find_own_modules()
+    typed = [flags.as_override(source["searchpath"])] if source["searchpath"] else []
+    with initialize_config_dir(
+        str(source["path"] or CONF), job_name="train", **version_arguments()
+    ):
+        if source["dir"] is not None:  # as --config-dir does
+            loader: Any = GlobalHydra.instance().config_loader()
+            searched = loader.get_search_path()
+            anchor = SearchPathQuery(provider="schema")
+            searched.prepend("command-line", f"file://{source['dir']}", anchor)
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("train", searched)
+        return by_hydra(source["name"], [*typed, *overrides], return_hydra_config=True)
+
+
+@contextlib.contextmanager
+def hydra_as_it_was() -> Iterator[None]:
+    """Restore Hydra's global state at the end: a notebook may have initialised Hydra itself."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.singleton import Singleton
+    from hydra.version import VersionBase
+
+    there: dict[Any, Any] = Singleton._instances
+    kinds: tuple[Any, ...] = (GlobalHydra, HydraConfig, VersionBase)
+    before = {kind: there.pop(kind) for kind in kinds if kind in there}
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            there.pop(kind, None)
+        there.update(before)

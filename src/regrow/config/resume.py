@@ -1,0 +1,556 @@
+"""Resume runs and sweeps: expand `resume=<folder>`, and check what a resumed run may change."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regrow.config import command_line, flags, older, places, registered
+from regrow.config.flags import MULTIRUN
+from regrow.config.recorded import recorded_config
+from regrow.config.roles import check_roles
+from regrow.config.targets import targets_in
+from regrow.config.yaml_files import read_yaml, readable
+from regrow.dotted import leaves, matches
+from regrow.errors import UserError, printable
+from regrow.record import manifest, monitor, moved, ownership
+from regrow.record.folder import load_status, load_summary, read_json
+from regrow.record.redact import MASK, redact_all
+
+log = logging.getLogger(__name__)
+
+SWEEP = ownership.SWEEP  # marks a sweep's folder
+ELSEWHERE = ("launcher", "sweep")  # groups about where a run is started, not about the run
+
+# Keys that may differ from the recorded run: limits, devices, micro-batches, workers, logging.
+# They change results by float rounding at most. Any other change must be named.
+MAY_CHANGE = (
+    "tags",
+    "notes",
+    "logger.*",
+    "data.changed",  # has no effect unless it was typed: see `refuse_other_data`
+    "data.root",
+    "data.source.root",
+    "data.source.download",
+    "data.num_workers",
+    "data.pin_memory",
+    "data.persistent_workers",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_seconds",
+    "trainer.device",
+    "trainer.devices",
+    "trainer.strategy",
+    "trainer.max_restarts",
+    "trainer.timeout_seconds",
+    "trainer.ddp.*",
+    "trainer.fsdp.modules",
+    "trainer.fsdp.reshard_after_forward",
+    "trainer.activation_checkpointing",
+    "trainer.accumulation_steps",
+    "trainer.num_threads",
+    "trainer.keep_freed_memory",
+    "trainer.log_every_steps",
+    "trainer.log_histograms_every_steps",
+    "trainer.check_first_batch",
+    "trainer.progress_bar",
+    "trainer.profile",
+    "trainer.detect_anomaly",
+    "trainer.checkpoint.*",
+)
+CHANGED = "data.changed"
+LACKED = Path(".hydra", "older.json")
+_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not an escaped one
+LIMITS = (
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_seconds",
+    "trainer.early_stopping.patience",
+)
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Expand `resume=<folder> …` to the run's recorded overrides, the new ones, and its folder.
+
+    Returns any other command line unchanged. Raises UserError for a folder without a run.
+    """
+    arguments = ownership.take_trust(arguments)
+    named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not named or named[-1] in ("auto", "never"):
+        return list(arguments)
+    folder = Path(command_line.path_of("resume", named[-1]))
+    given, new = flags.split([a for a in arguments if not a.startswith("resume=")])
+    if (folder / SWEEP).is_file():
+        return expand_sweep(folder, [*given, *new])
+    recorded = folder / ".hydra" / "overrides.yaml"
+    if not recorded.is_file():
+        raise UserError(
+            f"resume={folder}: there is no run in that folder. Give the folder that a run printed "
+            "at its start, such as outputs/digits/latest."
+        )
+    if any(a in ("-m", "--multirun") for a in arguments):
+        raise UserError(f"resume={folder} resumes one run. Leave out --multirun.")
+    keys = {key_of(a) for a in new}
+    keys |= {*older.removed(_recorded_config(folder)), CHANGED}
+    old = [moved.in_text(a) for a in recorded_overrides(folder) if key_of(a) not in keys]
+    if own := is_own(folder):
+        registered.take_up(folder / ".hydra")
+    for override in old:  # the folder may come from someone else
+        if is_foreign(override, may_refer=own):
+            raise UserError(
+                f"resume={folder}: its overrides.yaml has {override}, which is none of a run's own "
+                "keys. It is not followed."
+            )
+    if not own:
+        old = without_loggers(folder, old)
+        if downloads_elsewhere(folder, _recorded_config(folder), keys):
+            old.append("data.source.download=false")
+    refuse_masked(folder, old)
+    chosen = flags.followed(
+        f"resume={folder}", flags.recorded(folder), flags.typed(arguments), is_own=own
+    )
+    new = [line for line in new if key_of(line) != flags.SEARCH_PATH]
+    given = [*flags.others(given), *flags.arguments_of(chosen)]
+    place = command_line.override("hydra.run.dir", folder.resolve())
+    return [*given, *old, command_line.override("resume", folder), *new, place]
+
+
+def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
+    """Return the sweep's overrides, the new ones, and its folder. Its frozen code runs again."""
+    given, new = flags.split(arguments)
+    named, folder = folder, Path(os.path.relpath(folder.resolve()))  # the link `latest` may move
+    ownership.check_sweep(folder, f"resume={named}")  # before Hydra reads the folder
+    registered.take_up(folder / ownership.CODE)
+    content = read_json(folder / SWEEP)
+    keys = {key_of(a) for a in new}
+    before = content.get("overrides", [])
+    if "launcher" not in keys:  # a different launcher has different options
+        before = [*before, *content.get("launcher", [])]
+    old = [str(a) for a in before if key_of(str(a)) not in (*keys, CHANGED)]
+    refuse_masked(folder, old)
+    source, code = flags.of_sweep(folder), folder / ownership.CODE
+    if flags.copied_source(code) is not None:
+        source = flags.in_copy(source, code)
+    chosen = flags.followed(f"resume={folder}", source, flags.typed([*given, *new]), is_own=True)
+    old, new = ([a for a in its if key_of(a) != flags.SEARCH_PATH] for its in (old, new))
+    given = [a for a in flags.others(given) if a not in MULTIRUN]
+    return [
+        "-m",
+        *given,
+        *flags.arguments_of(chosen),
+        *old,
+        *new,
+        command_line.override("hydra.sweep.dir", folder),
+    ]
+
+
+def is_own(folder: Path) -> bool:
+    """Return True if the run in `folder` is listed as this user's or is trusted."""
+    try:
+        return ownership.is_own_run(folder, followed(folder))
+    except UserError:
+        return False
+
+
+def if_trusted(folder: Path) -> str:
+    """Return the hint `trust=…` for the end of an error, or "" if there is no record to trust."""
+    with contextlib.suppress(UserError, OSError):
+        digits = ownership.digest_of_run(followed(folder))[: ownership.DIGITS]
+        return f" If the run is yours, add trust={digits}"
+    return ""
+
+
+def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
+    """Return True if data would be downloaded to a path that someone else may have recorded.
+
+    A path is safe if it was `typed` (keys, with or without `data.`), or if the folder is the
+    user's and its overrides or conf/ name the path. config.yaml alone does not count: it has no
+    seal.
+    """
+    data = config.get("data")
+    source = data.get("source") if isinstance(data, Mapping) else None
+    if not isinstance(source, Mapping) or not source.get("download"):
+        return False
+    assert isinstance(data, Mapping)
+    named = {key.removeprefix("data.") for key in typed}
+    place = source.get("root", data.get("root"))
+    follows = "root" in named and place == data.get("root")
+    if follows or named & {"source.root", "source.download"}:
+        return False
+    return not (is_own(folder) and place in [*_typed_places(folder), *places_of_conf()])
+
+
+def _typed_places(folder: Path) -> list[Any]:
+    keys = ("data.root", "data.source.root")
+    return [command_line.read(o) for o in recorded_overrides(folder) if key_of(o) in keys]
+
+
+def places_of_conf() -> Iterator[Any]:
+    """Yield the data roots in the files of conf/; may yield None."""
+    for file, content in readable("**/*.yaml"):
+        data = content if file.parent.name == "data" else content.get("data")
+        source = data.get("source") if isinstance(data, dict) else None
+        yield from (node.get("root") for node in (data, source) if isinstance(node, dict))
+
+
+def refuse_download(
+    folder: Path, where: str, config: Mapping[str, Any], keys: Iterable[str]
+) -> None:
+    """Raise UserError if a run that is not the user's would download data to a path it names.
+
+    `keys` were typed. `where` names the run in the error.
+    """
+    if not is_own(folder) and downloads_elsewhere(folder, config, keys):
+        source = config["data"]["source"]
+        raise UserError(
+            f"{where}: it would download data to {source.get('root')}, a place that its record "
+            "names, and it is not listed as yours. Add data.source.download=false, or "
+            f"data.source.root=… to choose the place.{if_trusted(folder)}"
+        )
+
+
+def _recorded_config(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        content = read_yaml(folder / "config.yaml")
+        return moved.in_config(content) if isinstance(content, dict) else {}
+    return {}
+
+
+def without_loggers(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides without those of loggers, and print a warning if there were any.
+
+    For a folder that is not the user's: nothing may be sent to an account that it names.
+    """
+    loggers = [o for o in overrides if re.split(r"[./]", key_of(o))[0] == "logger"]
+    if loggers:
+        digits = ownership.digest_of_run(followed(folder))[: ownership.DIGITS]
+        print(
+            f"warning: resume={folder}: it is not listed as yours, so its loggers are left out "
+            f"({printable(', '.join(loggers))}). Give them again, or, if you trust it, add "
+            f"trust={digits}",
+            file=sys.stderr,
+        )
+    return [o for o in overrides if o not in loggers]
+
+
+def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if MASK in override:
+            raise UserError(
+                f"resume={folder}: the value of {key_of(override)} was taken for a secret and not "
+                f"recorded. Give it again: {key_of(override)}=…"
+            )
+
+
+def is_foreign(override: str, *, may_refer: bool = False) -> bool:
+    """Return True if an override affects more than a run's config.
+
+    These are Hydra's own options, the launcher's, files in other folders, other packages and,
+    unless it `may_refer`, the environment and the user's resolvers.
+    """
+    key, _, value = override.partition("=")
+    names = value.strip("[]'\"").split(",") if places.is_group(key_of(override)) else []
+    return (
+        override.startswith("-")
+        or key_of(override).startswith("hydra")
+        or is_of_the_launcher(override)
+        or "@" in key
+        or (not may_refer and _REFERENCE.search(value) is not None)
+        or any(".." in name or name.strip(" '\"").startswith("/") for name in names)
+    )
+
+
+def is_of_the_launcher(override: str) -> bool:
+    """Return True if an override is of the group launcher or sweep, which no run records."""
+    return key_of(override).split(".")[0] in ELSEWHERE
+
+
+def followed(folder: Path) -> list[str]:
+    """Return what resuming the run in `folder` uses of its record: see `composed.as_recorded`."""
+    places = flags.followed_places(flags.recorded(folder))
+    return [*recorded_overrides(folder), *places, *registered.recorded(folder)]
+
+
+def recorded_overrides(folder: Path) -> list[str]:
+    """Return the overrides that started the run in `folder`. Raises UserError if unreadable."""
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        return overrides_in(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
+
+
+def overrides_in(text: str) -> list[str]:
+    """Return the overrides in the text of an overrides.yaml. Raises ValueError or YAMLError."""
+    overrides = yaml.safe_load(text) or []
+    if not isinstance(overrides, list):
+        raise ValueError("a list of overrides is expected")
+    return [str(override) for override in overrides]
+
+
+def typed(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides typed for this start: all, or those after `expand`'s resume=<folder>."""
+    places = [number for number, override in enumerate(overrides) if key_of(override) == "resume"]
+    if not places or overrides[places[-1]].partition("=")[2] in ("auto", "never"):
+        return list(overrides)
+    return list(overrides[places[-1] + 1 :])
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override, such as `a.b@c` of `+a.b@c=1` or `a.b` of `~a.b`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UserError if a run resumed by name recorded a target or a download that is not safe.
+
+    `overrides` are those of this start, recorded ones included; typed ones are trusted. Call this
+    before any other check: those import targets.
+    """
+    if config["resume"] in ("auto", "never"):
+        return
+    folder = Path(config["resume"])
+    own = [key for override in typed(overrides) for key in targets_of(override)]
+    check_roles(config, tuple(config), folder, f"resume={folder}", own, places_of(folder))
+    refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
+
+
+def places_of(folder: Path) -> list[Path]:
+    """Return the config folders besides conf/ that this command names, and those of the run.
+
+    The run's count only if it is the user's: its seal covers them.
+    """
+    places = flags.folders_of(flags.recorded(folder)) if is_own(folder) else {}
+    return [*places.values(), *flags.folders(flags.absolute(sys.argv[1:]))]
+
+
+def targets_of(override: str) -> list[str]:
+    """Return the dotted keys of the nodes whose `_target_` an override sets."""
+    key, _, value = override.partition("=")
+    key = key.lstrip("+~")
+    if key.endswith("._target_"):
+        return [key.removesuffix("._target_")]
+    if "_target_" not in value:
+        return []
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    content = OverridesParser.create().parse_override(override).value()
+    return [f"{key}.{path}" if path else key for path, _ in targets_in(content)]
+
+
+def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
+    """Return True if this run resumes one in `folder`. Raises UserError if their configs conflict.
+
+    `overrides` are those of this start, recorded ones included: see `expand`.
+
+    Updates `config`. Keys newer than the record get the value for the earlier behaviour. A null
+    `trainer.num_threads` becomes the recorded one if the number of processes is the same: results
+    depend on it bit for bit. The monitor and its mode become those of the recorded run.
+    """
+    if not (folder / "config.yaml").is_file():
+        return False
+    recorded = recorded_config(folder, f"resume={folder}")
+    lacked = [*lacked_before(folder), *older.complete(recorded)]
+    kept = {key: value for key, value in older.earlier(recorded).items() if key in lacked}
+    chosen = {key_of(override) for override in overrides}
+    chosen |= older.following(config, changed_sources(recorded, config, lacked, chosen))
+    if adopted := older.adopt(config, kept, chosen):
+        log.info("%s", older.line(str(folder), adopted))
+    if config["resume"] == "never":
+        raise UserError(
+            f"hydra.run.dir={folder} holds a run already, and resume=never. Use another folder, or "
+            "leave out resume=never to resume it."
+        )
+    as_many = recorded["trainer"].get("devices") == config["trainer"]["devices"]
+    if config["trainer"]["num_threads"] is None and as_many:
+        config["trainer"]["num_threads"] = recorded["trainer"]["num_threads"]
+    by_name = config["resume"] not in ("auto", "never")
+    before = recorded_overrides(folder) if (folder / ".hydra" / "overrides.yaml").is_file() else []
+    named = keep_monitor(recorded, config, {key_of(o) for o in overrides if o not in before})
+    if by_name:
+        named |= {key_of(override) for override in typed(overrides)}
+        named |= older.following(config, named)
+    refused = []
+    for key, (old, new) in differences(recorded, redact_all(config)).items():
+        if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
+            continue
+        if matches(key, MAY_CHANGE):
+            log.info("changed: %s from %s to %s", key, old, new)
+        elif any(key == name or key.startswith(f"{name}.") for name in named):
+            log.warning("changed by name: %s from %s to %s", key, old, new)
+        else:
+            refused.append(f"{key} was {old} and would be {new}")
+    if refused:
+        way_out = (
+            "Name a key on the command line to change it all the same, or start a new run."
+            if by_name
+            else "Use another folder, or "
+            + command_line.shell([f"resume={folder}"])
+            + " with the keys to change."
+        )
+        raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
+    return True
+
+
+def changed_sources(
+    recorded: Mapping[str, Any],
+    config: Mapping[str, Any],
+    lacked: Sequence[str],
+    chosen: Collection[str],
+) -> set[str]:
+    """Return the keys that other keys follow and that differ from the recorded run.
+
+    A key that the record lacked differs if it was `chosen`, any other if its value changed.
+    """
+    before, now = leaves(recorded), leaves(config)
+    return {
+        key
+        for key in (row.follows for row in older.ADDED_KEYS if row.follows)
+        if (key in chosen if key in lacked else before.get(key) != now.get(key))
+    }
+
+
+def lacked_before(folder: Path) -> list[str]:
+    """Return the keys that the record in `folder` lacked when an earlier resume completed it."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = read_json(folder / LACKED)
+        return [str(key) for key in content] if isinstance(content, list) else []
+    return []
+
+
+def lacked_keys(folder: Path) -> list[str]:
+    """Return the keys that an older record in `folder` lacks, or lacked before it was completed."""
+    if not (folder / "config.yaml").is_file():
+        return []
+    lacking = older.complete(recorded_config(folder, str(folder)))
+    return [*dict.fromkeys([*lacked_before(folder), *lacking])]
+
+
+def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[str]) -> set[str]:
+    """Give `config` the recorded run's monitor and mode, unless they are typed.
+
+    `new` are the keys typed for this start alone. Returns the keys that follow from a typed one
+    and so count as named.
+    """
+    before, trainer = recorded["trainer"], config["trainer"]
+    if before.get("monitor") is None and "trainer.monitor" not in new:
+        trainer["monitor"] = None  # the run had no validation split
+    if trainer["mode"] is None and before.get("monitor") == trainer["monitor"]:
+        trainer["mode"] = before.get("mode")
+    elif trainer["mode"] is None:
+        trainer["mode"] = monitor.of_run(config)
+        return {"trainer.mode"}
+    return set()
+
+
+def refuse_other_data(
+    folder: Path, fingerprint: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return the splits whose content changed since the run began, each with both fingerprints.
+
+    Raises UserError if there are any, unless `data.changed=accept` was typed for this start.
+    """
+    before = recorded_data(folder)
+    changed = {
+        name: {"was": before.get(name), "is": fingerprint.get(name)}
+        for name in (*fingerprint, *(name for name in before if name not in fingerprint))
+        if before and fingerprint.get(name) != before.get(name)
+    }
+    values = [o.partition("=")[2] for o in typed(overrides) if key_of(o) == CHANGED]
+    if changed and values[-1:] != ["accept"]:
+        shown = "; ".join(_change_of(name, **both) for name, both in changed.items())
+        typed_now = command_line.shell(
+            [command_line.override("resume", folder), f"{CHANGED}=accept"]
+        )
+        raise UserError(
+            f"{folder}: the data has changed since that run began ({shown}). Put it back, start a "
+            f"new run, or resume with the data as it is now: {typed_now}"
+        )
+    for name, both in changed.items():
+        log.warning("%s=accept: %s", CHANGED, _change_of(name, **both))
+    return changed
+
+
+def recorded_data(folder: Path) -> dict[str, Any]:
+    """Return the data's fingerprint at the run's latest start; empty if it is lost."""
+    recorded = manifest.read(folder)
+    for later in recorded.get("resumes", []):
+        recorded |= later
+    data = recorded.get("data")
+    if isinstance(data, dict) and all(isinstance(it, dict) for it in data.values()):
+        return data
+    log.warning(
+        "%s: nobody can tell whether the data has changed since that run began",
+        folder / manifest.NAME,
+    )
+    return {}
+
+
+def _change_of(name: str, was: Any, **now: Any) -> str:
+    counts = [(it or {}).get("examples", 0) for it in (was, now["is"])]
+    if counts[0] != counts[1]:
+        return f"{name}: {counts[0]:,} examples then, {counts[1]:,} now"
+    return f"{name}: other content in {counts[1]:,} examples"
+
+
+def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return True if the run in `folder` is complete and `config` does not extend it.
+
+    Raises UserError if a limit was changed to a value that the run has already reached.
+    """
+    status = load_status(folder)
+    if status is None or status["state"] != "completed":
+        return False
+    summary = load_summary(folder)
+    if not summary:
+        return False  # resuming from the last step writes it again
+    recorded = recorded_config(folder, f"resume={folder}")
+    older.complete(recorded)
+    changed = differences(recorded, config)
+    ended = reached(summary, config["trainer"])
+    if ended and any(limit in changed for limit in LIMITS):
+        key, more = next(iter(ended.items()))
+        value = leaves(config)[key]
+        was = f" was {changed[key][0]} and would be {value}" if key in changed else f"={value}"
+        raise UserError(
+            f"{folder} is complete: {key}{was}, and at step {summary['steps']} that is reached. "
+            f"To resume, raise it: {key}={more}"
+        )
+    return bool(ended)
+
+
+def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, int]:
+    """Return the limits that a complete run has reached, each with a doubled value."""
+    patience = trainer["early_stopping"]["patience"]
+    waited = summary["evaluations_without_improvement"]
+    spent = {"max_steps": summary["steps"], "max_seconds": summary["seconds"]}
+    if trainer["max_steps"] is None:  # max_steps overrides max_epochs
+        spent["max_epochs"] = summary["epochs"]
+    found = {
+        f"trainer.{key}": 2 * math.ceil(max(trainer[key], value))
+        for key, value in spent.items()
+        if trainer[key] is not None and value >= trainer[key]
+    }
+    if patience is not None and waited > patience:
+        found["trainer.early_stopping.patience"] = 2 * waited
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose values differ, with both values, "absent" for a missing key."""
+    before, after = leaves(old), leaves(new)
+    return {
+        key: (before.get(key, "absent"), after.get(key, "absent"))
+        for key in sorted({*before, *after})
+        if before.get(key, "absent") != after.get(key, "absent")
+    }

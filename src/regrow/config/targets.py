@@ -1,0 +1,224 @@
+"""Which targets a config may name, and the objects that its nodes describe."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.config.yaml_files import broken_files, readable
+from regrow.errors import UserError, did_you_mean, machine_fault
+from regrow.record import moved
+
+HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # the run passes it
+# The keys that Hydra itself reads in a node. None of them can bypass the check of targets.
+HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+# Targets that this process may instantiate in addition to those in conf/: see `allow`.
+_allowed: set[str] = set()
+
+
+def allow(*nodes: Any) -> None:
+    """Allow `instantiate` to use the targets in these nodes.
+
+    The config must be composed from the user's command line, or a recorded one that has passed
+    `roles.check_roles`.
+    """
+    _allowed.update(
+        target for node in nodes for _, target in targets_in(node) if isinstance(target, str)
+    )
+
+
+def is_allowed(target: Any) -> bool:
+    return isinstance(target, str) and (target in _allowed or target in shipped_targets())
+
+
+@functools.cache
+def shipped_targets() -> frozenset[str]:
+    """Return all targets that the files in conf/ name."""
+    nodes = [node for _, node in readable("**/*.yaml")]
+    return frozenset(t for node in nodes for _, t in targets_in(node) if isinstance(t, str))
+
+
+def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, target) of `node` and all nodes below it."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node["_target_"]
+        for key, value in node.items():
+            yield from targets_in(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from targets_in(value, f"{path}.{index}" if path else str(index))
+
+
+def refuse_unknown_targets(node: Any) -> None:
+    """Raise UserError for a target, at any depth, that is not allowed."""
+    for path, target in targets_in(node):
+        if not is_allowed(target):
+            where = f"{path}._target_={target}" if path else f"_target_={target}"
+            broken = broken_files()
+            also = f" These cannot be read: {', '.join(broken)}." if broken else ""
+            raise UserError(
+                f"{where} is named neither in conf/ nor on this command line. It is not made. If "
+                f"it is yours, add such a file.{also}"
+            )
+
+
+def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
+    """Return the object that a node describes; `arguments` are those that only the run knows.
+
+    Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.
+    """
+    from hydra import utils
+    from hydra.errors import InstantiationException
+
+    refuse_unknown_targets(node)
+    try:
+        if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # Hydra 1.4 checks targets too
+            return _made(node, arguments)
+        if not arguments:
+            return utils.instantiate(dict(node), _convert_="all")
+        # Call it here: Hydra would convert dataclass arguments to configs.
+        return utils.instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
+    except (InstantiationException, TypeError) as error:
+        # Hydra 1.4 does not wrap a TypeError. Handle only one from the call itself.
+        called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
+        if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
+            raise
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        said = said_by(error)
+        if unknown := re.search(r"Error locating target '([^']+)'[^(]*$", said):
+            # Raises an error that says whether the module or the name in it is missing.
+            locate(unknown[1], "")
+        if "missing" in said and "required" in said:
+            said += " " + _way_out(said, node)
+        raise UserError(f"_target_={node['_target_']}: {said}") from error
+
+
+def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """Return the object that a node describes; Hydra 1.4 instantiates inner nodes by a whitelist.
+
+    The outermost target is called here. Hydra would reject a function or a module that it returns,
+    such as a schedule, unless the whitelist named the module that defines it.
+    """
+    from hydra import utils
+    from hydra.errors import InstantiationException
+
+    allowed = {target for _, target in targets_in(node) if is_allowed(target)}
+    whitelist = sorted(allowed | {*map(_canonical, allowed)})
+
+    def inner(value: Any) -> Any:
+        if node.get("_recursive_", True) is False:
+            return value
+        return utils.instantiate(value, _convert_="all", _execution_whitelist_=whitelist)
+
+    if "_target_" not in node:  # a custom task may bring its own loss
+        return inner(dict(node))
+    target = locate(str(node["_target_"]), "")
+    given = inner({key: value for key, value in node.items() if key not in HYDRAS_OWN})
+    positional = inner(list(node.get("_args_", ())))
+    if node.get("_partial_") and not arguments:
+        return functools.partial(target, *positional, **given)
+    if arguments:
+        return target(*positional, **given, **arguments)
+    try:
+        return target(*positional, **given)
+    except Exception as error:  # as Hydra 1.3 raises it
+        if isinstance(error, UserError) or machine_fault(error) is not None:
+            raise
+        raise InstantiationException(
+            f"Error in call to target '{node['_target_']}': {error!r}"
+        ) from error
+
+
+def _canonical(target: str) -> str:
+    """Return the name under which a target was defined, which Hydra compares after importing it."""
+    try:
+        found = locate(target, "")
+        return f"{found.__module__}.{found.__qualname__}"
+    except (UserError, AttributeError):
+        return target  # instantiating it reports the error
+
+
+def _way_out(said: str, node: Mapping[str, Any]) -> str:
+    """Return the advice for a target that lacks arguments."""
+    by_position = re.search(r"missing \d+ required positional", said) is not None
+    if not node.get("_partial_") and (by_position or HANDED_IN & {*re.findall(r"'(\w+)'", said)}):
+        return (
+            "If the run hands that in, as it does for an optimizer, a scheduler and a loss "
+            "function, add _partial_: true to the node; else give what is missing."
+        )
+    return (
+        "Give what is missing. A recorded run that lacks it was made by other code: the commit is "
+        "in its manifest.json."
+    )
+
+
+def locate(target: str, path: str) -> Any:
+    """Return the object that the dotted name `target` at `path` refers to. Raises UserError."""
+    where = f"{path}._target_={target}" if path else f"_target_={target}"
+    if (new := moved.in_text(target)) != target:
+        raise UserError(f"{where}: it has moved. Write _target_: {new}")
+    module, _, name = target.rpartition(".")
+    while module:
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(error.name)):
+                raise UserError(f"{where}: {error}.") from error
+            module, _, first = module.rpartition(".")
+            name = f"{first}.{name}"
+            continue
+        except Exception as error:
+            said = str(error)
+            if isinstance(error, SyntaxError):
+                said = f"{type(error).__name__} ({error.msg}, {error.filename}:{error.lineno})"
+            raise UserError(f"{where}: importing {module}: {said}.") from error
+        for part in name.split("."):
+            if not hasattr(found, part):
+                hint = did_you_mean(part, dir(found))
+                raise UserError(f"{where}: there is no {part}.{hint}")
+            found = getattr(found, part)
+        return found
+    raise UserError(f"{where}: there is no such module. Is it installed?")
+
+
+def said_by(error: BaseException) -> str:
+    """Return an error of `instantiate` in one line, with the user code's exception and its line."""
+    said = _first_lines(error)
+    said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        if isinstance(cause, SyntaxError) and cause.filename:
+            return f"{said} ({cause.msg}, {cause.filename}:{cause.lineno})"
+        if frames and not _is_of_hydra(frames[-1].filename):
+            what = f"{type(cause).__name__}: {_first_lines(cause)}"
+            return f"{said} ({what}, {frames[-1].filename}:{frames[-1].lineno})"
+        cause = cause.__cause__ or cause.__context__
+    return said
+
+
+def _is_of_hydra(file: str) -> bool:
+    """Return True if a frame's file is part of Hydra or of Python's import system.
+
+    Compares folders, not names: user code may lie in a folder named hydra.
+    """
+    import hydra
+
+    places = (Path(hydra.__file__).parent, Path(importlib.__file__).parent)
+    return file.startswith("<frozen importlib") or any(map(Path(file).is_relative_to, places))
+
+
+def _first_lines(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,43 @@
+"""YAML files of a config."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regrow.project import CONF, ROOT
+
+
+def readable(pattern: str, place: Path = CONF) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the files in `place` that match, each with its mapping.
+
+    Skips unreadable files: a command that does not compose them must not fail, and Hydra names
+    those that it does compose.
+    """
+    for path in sorted(place.glob(pattern)):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+            content = read_yaml(path)
+            if isinstance(content, dict):
+                yield path, content
+
+
+def broken_files() -> list[str]:
+    """Return the files in conf/ that are not valid YAML, each with the line."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        try:
+            read_yaml(path)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark is not None else ""
+            found.append(f"{path.relative_to(ROOT)}{line}")
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as file:
+        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}

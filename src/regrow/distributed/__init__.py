@@ -1,0 +1,1 @@
+"""Several ranks: the exchange of a step, DDP and FSDP2."""

@@ -1,0 +1,277 @@
+"""The processes of a run: exact sums over them, and decisions that all of them must share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from regrow.errors import UserError
+from regrow.numerics import sums
+from regrow.numerics.buffers import caches
+from regrow.numerics.sums import gradient_norm
+from regrow.processes.interrupt import Interrupted, StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPOptions:
+    """Arguments of torch.nn.parallel.DistributedDataParallel, with the same names."""
+
+    find_unused_parameters: bool
+    gradient_as_bucket_view: bool
+    static_graph: bool
+    bucket_cap_mb: int
+
+
+T = TypeVar("T")
+
+ASK_EVERY_BATCHES = 8  # in an evaluation: each check sends a message to every process
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Return True if `error` is what a process sees when another one is gone."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError)
+        or "closed by peer" in str(error)
+        or "reset by peer" in str(error)
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and its place among the run's processes."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    store: Any = None  # dist.Store; None in a run of one process
+    mesh: Any = None  # DeviceMesh of all processes, if the model is sharded
+
+    @property
+    def is_main(self) -> bool:
+        """True if this process writes the record."""
+        return self.rank == 0
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum `values` over all processes, in place, and return them."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def norm(self, gradients: list[Tensor]) -> Tensor | float:
+        """Return the () 2-norm of all gradients, of which this process may hold only a part."""
+        norm = gradient_norm(gradients)
+        if self.mesh is None:
+            return norm
+        if isinstance(norm, float):
+            norm = torch.tensor(norm, dtype=torch.float64)
+        return self.sum_(norm.square()).sqrt()
+
+    def gather(self, value: int) -> list[int]:
+        """Return every process's value, by rank."""
+        values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        return [int(v) for v in self.sum_(values).tolist()]
+
+    def from_main(self, text: str) -> str:
+        """Return the main process's text, in every process."""
+        if self.size == 1:
+            return text
+        content = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, 0)
+        if not self.is_main:
+            content = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
+        dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Copy the main process's buffers to every process: BatchNorm's statistics differ by rank.
+
+        Skips caches if their sizes differ between processes.
+        """
+        if self.size == 1:
+            return
+        buffers = dict(model.named_buffers())
+        shapes = {name: list(buffers[name].shape) for name in caches(model) if name in buffers}
+        if caches(model):
+            alike = self.from_main(json.dumps(shapes)) == json.dumps(shapes)
+            if min(self.gather(int(alike))) == 0:
+                buffers = {name: its for name, its in buffers.items() if name not in shapes}
+        for buffer in buffers.values():
+            dist.broadcast(buffer, 0)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def is_first(self, what: str) -> bool:
+        """Return True if no other process has asked for `what` before."""
+        return self.store is None or self.store.add(what, 1) == 1
+
+
+class Exchange:
+    """One sum over all processes per step: the step's metrics, and shared decisions.
+
+    It is sent after the last forward pass and read once the gradients are there. DDP sends it
+    together with its last bucket of gradients: on few cores a separate message cost a fifth of a
+    step.
+
+    A signal reaches one process, and every process has its own clock. So that all stop at the same
+    step, the stop request and the main process's seconds are sent with the step's sums. On a GPU
+    they are read one step late, because the host must not wait for the current step.
+    """
+
+    def __init__(self, world: World, stop: StopRequest) -> None:
+        self.world, self.stop = world, stop
+        self.seconds = 0.0  # since the previous exchange, by the main process's clock
+        self._wished = False
+        self.rides = False  # True if sent with the gradients
+        self._sums: sums.Sums | None = None  # includes stop request and seconds while being sent
+        self._work: Any = None
+        self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
+        self.start_clock()
+
+    @property
+    def stops(self) -> bool:
+        """True if the run must stop after this step. The same in every process."""
+        return self.stop.requested if self.world.size == 1 else self._wished
+
+    def start_clock(self) -> None:
+        self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Exclude the time spent inside from the training time, unless the run ends there."""
+        stopped = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - stopped
+
+    def send(self, parts: list[sums.Sums], dtype: torch.dtype) -> None:
+        """Start summing `parts` over all processes; the values are sent in `dtype`."""
+        total = functools.reduce(sums.added, parts)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if self.world.size == 1:
+            self.seconds, self._sums = seconds, total
+            return
+        own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
+        if isinstance(total, list):
+            self._sums = torch.tensor([*total, *own], dtype=dtype)
+        else:
+            self._sums = torch.cat([total, torch.tensor(own, dtype=dtype).to(total.device)])
+        if not self.rides:
+            self._work = dist.all_reduce(self._sums, async_op=True)
+
+    def with_gradients(self, bucket: Any) -> Any:
+        """Sum a bucket of DDP's gradients over the processes; with the last one, the sent sums."""
+        gradients: Tensor = bucket.buffer()
+        tensors = [gradients]
+        if bucket.is_last() and isinstance(self._sums, Tensor):
+            if self._sums.dtype == gradients.dtype:
+                tensors.append(self._sums)
+            else:
+                self._work = dist.all_reduce(self._sums, async_op=True)
+
+        def summed(future: Any) -> Tensor:
+            future.value()  # raises if a process is gone
+            return gradients
+
+        group: Any = dist.group.WORLD
+        return group.allreduce_coalesced(tensors).get_future().then(summed)
+
+    def wait(self) -> sums.Sums:
+        """Return the sum of what all processes sent."""
+        assert self._sums is not None
+        if not isinstance(self._sums, Tensor) or self.world.size == 1:
+            return self._sums
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._sums.is_cuda:
+            self._take(self._read_late(self._sums[-2:]))
+            return self._sums[:-2]
+        *total, wishes, seconds = self._sums.tolist()
+        self._take((wishes, seconds))
+        return total if sums.on_host(self._sums.device) else self._sums[:-2]
+
+    def _take(self, common: tuple[float, float]) -> None:
+        wishes, self.seconds = common
+        self._wished = self._wished or wishes > 0
+
+    def _read_late(self, common: Tensor) -> tuple[float, float]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        host = torch.empty(2, dtype=common.dtype, pin_memory=True)
+        host.copy_(common, non_blocking=True)
+        event.record()
+        before, self._on_its_way = self._on_its_way, (host, event)
+        if before is None:
+            return 0.0, 0.0
+        before[1].synchronize()
+        wishes, seconds = before[0].tolist()
+        return wishes, seconds
+
+
+def stopping_together(
+    batches: Iterable[T], count: int, stop: StopRequest, world: World
+) -> Iterator[T]:
+    """Yield `count` batches. A stop raises Interrupted in all processes at the same batch."""
+    if world.size == 1:
+        yield from stop.while_waiting(batches)
+        return
+    iterator = iter(batches)
+    for number in range(max(world.gather(count))):
+        if number % ASK_EVERY_BATCHES == 0 and any(world.gather(stop.requested)):
+            raise Interrupted
+        if number < count:
+            yield next(iterator)
+
+
+def distribute(
+    model: nn.Module, options: DDPOptions, world: World, exchange: Exchange
+) -> nn.Module:
+    """Return the module that a step calls: the model, or DDP around it to sum the gradients."""
+    if world.size == 1 or world.mesh is not None:  # a sharded model sums them itself
+        return model
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    if names := caches(model):  # their sizes may differ between processes
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, names)
+    distributed = DistributedDataParallel(model, device_ids=devices, **vars(options))
+    distributed.register_comm_hook(None, lambda _, bucket: exchange.with_gradients(bucket))
+    exchange.rides = True
+    return distributed
+
+
+def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context that sums gradients over processes in the last micro-batch only."""
+    # FSDP2. Look at the class: on a module, a missing attribute is slow to look up.
+    if hasattr(type(forward), "set_requires_gradient_sync"):
+        forward.set_requires_gradient_sync(last_slice)
+    if last_slice or not isinstance(forward, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return forward.no_sync()
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with BatchNorm synchronised over all processes.
+
+    Raises UserError if the device is not CUDA.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"trainer.sync_batch_norm=true needs CUDA, and the device is {device.type}. "
+            "Use trainer.sync_batch_norm=false."
+        )
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    converted: nn.Module = convert(model)
+    return converted

@@ -1,0 +1,64 @@
+"""How a process ends with an error: one line, and a traceback for those who ask for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+from regrow.errors import UserError, printable
+from regrow.record.redact import redact
+
+SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
+
+
+def let_hydra_raise() -> None:
+    """Make Hydra raise errors that it would otherwise print with its own hints.
+
+    Child processes inherit both variables and can tell that the user did not ask for tracebacks.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":
+        os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
+
+
+def show_traceback(error: BaseException | None) -> None:
+    """Print the traceback of `error` if the user set HYDRA_FULL_ERROR=1.
+
+    A UserError without a cause gets none: its one line is complete.
+    """
+    is_asked = os.environ.get("HYDRA_FULL_ERROR") == "1" and SET_BY_US not in os.environ
+    if not is_asked or error is None:
+        return
+    if isinstance(error, UserError) and error.__cause__ is None and error.__context__ is None:
+        return
+    for each in _chain(error):
+        each.__suppress_context__ = False  # `from None` would hide the cause in a traceback too
+    sys.stdout.flush()
+    print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr, end="")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    told: BaseException | None = error
+    while told is not None and id(told) not in seen:
+        seen.add(id(told))
+        yield told
+        told = told.__cause__ or told.__context__
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print `message` as one line and exit: with 2 for a user's error, 1 for a machine fault.
+
+    The handled error's traceback comes first if the user asked for tracebacks.
+    """
+    show_traceback(sys.exception())
+    print(f"error: {printable(one_line(message))}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def one_line(message: str) -> str:
+    """Return the message without line breaks. Spaces stay: a path in a command may hold them."""
+    return re.sub(r"\s*[\r\n]\s*", " ", message.strip())

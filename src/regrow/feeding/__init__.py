@@ -1,0 +1,1 @@
+"""From examples to batches: splits, the order of an epoch, feeds from memory and files."""

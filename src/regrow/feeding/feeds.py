@@ -1,0 +1,475 @@
+"""Two feeds from positions in an order to batches on the device, with the same interface."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import connection, util
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from regrow.errors import DataError, machine_fault
+from regrow.feeding.batch import Batch, each, tensors_of
+from regrow.feeding.preprocess import Normalizer, rounding
+from regrow.feeding.sampling import Windows
+from regrow.feeding.splits import Examples, MapStyle
+from regrow.processes.parent import die_with_parent
+from regrow.protocols import Store
+from regrow.randomness import generator, key, seed_step, states_kept
+
+log = logging.getLogger("regrow.data")
+
+CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
+RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
+# Ctrl-C and most schedulers signal every process, but only the run decides how to react.
+FOR_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TO_A_WORKER = signal.SIGUSR2  # the run's signal to its workers to exit
+END_SECONDS = 3.0  # after this a worker is killed, e.g. if stuck in C code
+
+
+class MemoryFeed:
+    """A split whose tensors live on the device; several windows are gathered at once.
+
+    Chunks start at fixed positions of the epoch, so that a batch has the same memory alignment, and
+    with it the same bits, whether the epoch is entered at its start or in the middle.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        normalize: Normalizer,
+        device: torch.device,
+        *,
+        store: Store | None,
+        seed: int,
+    ) -> None:
+        self.targets = examples.targets.to(device)
+        self.weights = None if examples.weights is None else examples.weights.to(device)
+        self.num_elements = examples.inputs[:1].numel()
+        self.normalize, self.device, self.seed, self.store = normalize, device, seed, store
+        self.inputs: Tensor | None = None
+        small = 4 * examples.inputs.numel() <= RESIDENT_BYTES
+        # MPS does not support float64, so normalise before the transfer, to float32.
+        wide = device.type == "mps" and examples.inputs.dtype == torch.float64
+        self.resident = store is None and (small or wide)
+        if self.resident:
+            normalized = normalize(examples.inputs)
+            assert isinstance(normalized, Tensor)
+            self.inputs = normalized.to(device)
+        elif store is None:
+            self.inputs = examples.inputs.to(device)
+
+    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,)."""
+        table = None
+        if self.store is not None:
+            table = self.store.table(self.seed, epoch).to(self.device)
+        order = order.to(self.device)
+        per_chunk = max(1, CHUNK_BYTES // (4 * self.num_elements * windows.size))
+        for first in range(start - start % per_chunk, len(windows), per_chunk):
+            numbers = range(first, min(first + per_chunk, len(windows)))
+            shares = [windows.share(number) for number in numbers]
+            if windows.world_size == 1:
+                indices = order[shares[0].start : shares[-1].stop]
+            else:
+                indices = torch.cat([order[share.start : share.stop] for share in shares])
+            sizes = [share.stop - share.start for share in shares]
+            inputs = torch.split(self._gather(indices, table), sizes)
+            targets = torch.split(self.targets.index_select(0, indices), sizes)
+            weights: Any = (None,) * len(shares)
+            if self.weights is not None:
+                weights = torch.split(self.weights.index_select(0, indices), sizes)
+            for number, share, x, y, w in zip(
+                numbers, shares, inputs, targets, weights, strict=True
+            ):
+                if number >= start:
+                    if not share.num_local:
+                        w = torch.zeros(1, device=self.device)
+                    yield Batch(x, y, w, share.num_local, share.num_global)
+
+    def _gather(self, indices: Tensor, table: Tensor | None) -> Tensor:
+        if self.store is not None and table is not None:
+            inputs = self.store.gather(indices, table.index_select(0, indices))
+        else:
+            assert self.inputs is not None
+            inputs = self.inputs.index_select(0, indices)
+        if self.resident:
+            return inputs
+        normalized = self.normalize(inputs)
+        assert isinstance(normalized, Tensor)
+        return normalized
+
+
+class FileFeed:
+    """A map-style data set read by DataLoader workers; batches do not depend on their number."""
+
+    def __init__(
+        self,
+        dataset: MapStyle,
+        normalize: Normalizer,
+        device: torch.device,
+        *,
+        name: str,
+        seed: int,
+        num_classes: int | None,
+        ignore_index: int | None,
+        collate: Callable[[list[Any]], Any] | None,
+        num_workers: int,
+        pin_memory: bool,
+        persistent_workers: bool,
+    ) -> None:
+        self.normalize, self.device, self.name = normalize, device, name
+        self.is_checked = False
+        self.plan = _Plan()
+        self._seen: object = None  # persistent workers that already have a finalizer
+        with _no_advice_on_workers():
+            self.loader: DataLoader[Any] = DataLoader(
+                _Seeded(dataset, name, seed, num_classes, ignore_index),  # type: ignore[arg-type]
+                batch_sampler=self.plan,
+                num_workers=num_workers,
+                collate_fn=_Collate(collate, name, num_classes, ignore_index),
+                pin_memory=pin_memory and device.type == "cuda",
+                persistent_workers=persistent_workers and num_workers > 0,
+                worker_init_fn=functools.partial(_begin_worker, os.getpid()),
+                generator=generator(seed, "workers"),  # else each epoch draws from the global one
+            )
+
+    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+        """Yield the batches of windows `start …`; the next one loads while one is in use."""
+        self.plan.point_at(windows, order, epoch, start)
+        try:
+            with _no_advice_on_workers(), _signals_held(), _none_left_behind():
+                items = iter(self.loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            if "pickle" not in str(error):
+                raise
+            raise DataError(
+                f"{self.name}: the data set or data.source.collate cannot be sent to data workers: "
+                f"{error}. Define it at the top level of a module, or use data.num_workers=0."
+            ) from error
+        if getattr(items, "_workers", ()) and items is not self._seen:
+            # Runs when `items` is collected or at interpreter exit, whichever comes first.
+            util.Finalize(items, _stop, args=(items._workers,), exitpriority=1)  # type: ignore[attr-defined]
+            self._seen = items if self.loader.persistent_workers else None
+        ready: Batch | None = None
+        try:
+            for number in range(start, len(windows)):
+                coming = self._batch(next(items), windows, number)
+                if ready is not None:
+                    yield ready
+                ready = coming
+            if ready is not None:
+                yield ready
+        except (Exception, KeyboardInterrupt):
+            self.close()
+            raise
+        finally:
+            if not self.loader.persistent_workers:
+                _end_workers(items)
+
+    def close(self) -> None:
+        """Stop persistent workers; the next `read` starts new ones."""
+        _end_workers(self.loader._iterator)
+        self.loader._iterator = self._seen = None
+
+    def _batch(self, item: Any, windows: Windows, number: int) -> Batch:
+        if isinstance(item, _Broken):
+            raise DataError(item.message)
+        inputs, targets, weights = item
+        share = windows.share(number)
+        expected = max(1, share.num_local)
+        if len(targets) != expected or (weights is not None and len(weights) != expected):
+            raise DataError(
+                f"{self.name}: a batch of {expected} items has targets of shape "
+                f"{list(targets.shape)}. Let `collate` give as many targets, and weights, as items."
+            )
+        if targets.dtype == torch.float64:  # the default collate turns Python numbers into float64
+            if not self.is_checked and (lost := rounding(targets)) > 1e-3:
+                log.warning(
+                    "the targets of %s are large beside their spread: float32 rounds them by up to "
+                    "%.2g of it in the first batch. Subtract their mean in the data set.",
+                    *(self.name, lost),
+                )
+            targets = targets.float()
+        self.is_checked = True
+        if share.num_local == 0:
+            weights = torch.zeros(1)
+        batch = Batch(inputs, targets, weights, share.num_local, share.num_global).to(self.device)
+        batch.inputs = self.normalize(batch.inputs)
+        return batch
+
+
+class _Plan:
+    """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch."""
+
+    def point_at(self, windows: Windows, order: Tensor, epoch: int, start: int) -> None:
+        self.windows, self.order, self.epoch, self.start = windows, order, epoch, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        windows, order, epoch = self.windows, self.order, self.epoch
+        for number in range(self.start, len(windows)):
+            share = windows.share(number)
+            yield [(epoch, index) for index in order[share.start : share.stop].tolist()]
+
+    def __len__(self) -> int:
+        return len(self.windows) - self.start
+
+
+class _Broken:
+    """A broken example, returned by a worker as a value: torch would wrap an exception."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Seeded:
+    """Seeds torch, numpy and `random` for each example from (seed, epoch, index)."""
+
+    def __init__(
+        self,
+        dataset: MapStyle,
+        name: str,
+        seed: int,
+        num_classes: int | None,
+        ignore_index: int | None,
+    ) -> None:
+        self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
+        self.ignore_index = ignore_index
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        try:
+            with seeded(key(self.seed, "example", self.name, epoch, index)):
+                item = self.dataset[index]
+            self._check(item, index)
+            return item
+        except DataError as error:
+            return _Broken(str(error))
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            reason = " ".join(str(error).split())
+            return _Broken(
+                f"{self.name} example {index} cannot be read: {reason}. The files under data.root "
+                "must stay as they are while a run needs them. Put it back and resume."
+            )
+        except Exception as error:
+            raise _sendable(error) from error
+
+    def _check(self, item: Any, index: int) -> None:
+        """Raise DataError for a class index out of range; a custom collate is checked later."""
+        if self.num_classes is None:
+            return
+        if isinstance(item, Mapping):
+            targets = item.get("targets")
+        else:
+            targets = item[1] if isinstance(item, list | tuple) and len(item) > 1 else None
+        try:
+            targets = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError):
+            return
+        wrong = outside(targets, self.num_classes, self.ignore_index)
+        if wrong is not None:
+            files = getattr(self.dataset, "files", None)
+            where = f" ({files[index]})" if files is not None else ""
+            raise DataError(
+                f"{self.name} example {index}{where}: class {wrong} is out of range "
+                f"for data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
+            )
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return the error, or a RuntimeError with its text if its class cannot be pickled.
+
+    Torch sends the class to the run. A class defined in a function would never arrive, and the run
+    would wait forever.
+    """
+    try:
+        pickle.dumps(type(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+class _Collate:
+    """Collates items to (inputs, targets, weights); a class, because closures cannot be pickled."""
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any] | None,
+        name: str,
+        num_classes: int | None,
+        ignore_index: int | None,
+    ) -> None:
+        self.collate, self.name = collate, name
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+
+    def __call__(self, items: list[Any]) -> Any:
+        for item in items:
+            if isinstance(item, _Broken):
+                return item
+        if self.collate is not None:
+            try:
+                batch = self.collate(items)
+            except DataError as error:
+                return _Broken(str(error))
+            except Exception as error:
+                raise _sendable(error) from error
+        else:
+            try:
+                batch = default_collate(items)
+            except (TypeError, RuntimeError, KeyError) as error:
+                if machine_fault(error):  # e.g. a full /dev/shm
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                return _Broken(
+                    f"{self.name}: items of the data set do not make a batch: {reason}. Give items "
+                    "of tensors of one shape, or a collate function: data.source.collate."
+                )
+        try:
+            found = tensors_of(batch)
+        except TypeError as error:
+            return _Broken(
+                f"{self.name}: a batch of the data set is {error}. It must be (inputs, targets) or "
+                "a mapping with inputs, targets and, if wanted, weights. Let data.source.collate "
+                "give that."
+            )
+        if self.collate is not None and self.num_classes is not None:
+            wrong = outside(found[1], self.num_classes, self.ignore_index)
+            if wrong is not None:
+                return _Broken(
+                    f"{self.name}: a batch has class {wrong}, which is out of range for "
+                    f"data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
+                )
+        inputs, targets, weights = found
+        inputs = each(inputs, Tensor.detach)  # a worker cannot send a tensor with a graph
+        return inputs, targets.detach(), None if weights is None else weights.detach()
+
+
+def input_names(
+    dataset: MapStyle, collate: Callable[[list[Any]], Any] | None, seed: int
+) -> list[str] | None:
+    """Return the inputs' names, or positions from 0, if an example has several; else None."""
+    item = _Seeded(dataset, "train", seed, None, None)[(0, 0)]
+    found = _Collate(collate, "train", None, None)([item])
+    if isinstance(found, _Broken):
+        raise DataError(found.message)
+    inputs = found[0]
+    if isinstance(inputs, Tensor):
+        return None
+    return [str(name) for name in (inputs if isinstance(inputs, dict) else range(len(inputs)))]
+
+
+def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int | None:
+    """Return the first class index that is out of range and not ignored by the loss, else None.
+
+    -100 is accepted as well: torch's losses ignore it.
+    """
+    if targets.is_floating_point() or targets.is_complex():
+        return None
+    wrong = ((targets < 0) & (targets != -100)) | (targets >= num_classes)
+    if ignore_index is not None:
+        wrong &= targets != ignore_index
+    return int(targets[wrong].flatten()[0]) if bool(wrong.any()) else None
+
+
+@contextlib.contextmanager
+def seeded(value: int) -> Iterator[None]:
+    """Seed the global random states from `value`, then restore them for the loop."""
+    with states_kept(on_device=False):  # a worker must not touch the device
+        seed_step(value, on_device=False)
+        yield
+
+
+@contextlib.contextmanager
+def _no_advice_on_workers() -> Iterator[None]:
+    """Hide torch's warning about more workers than cores: that is the user's choice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+
+
+def _end_workers(items: object) -> None:
+    """Stop the workers now; the garbage collector may wait five seconds for each.
+
+    A worker that is busy with an example is stopped too: an interrupted run cannot wait for it.
+    """
+    workers = getattr(items, "_workers", ())
+    if getattr(items, "_worker_pids_set", False):  # else torch raises for a killed worker
+        torch._C._remove_worker_pids(id(items))
+        items._worker_pids_set = False  # type: ignore[attr-defined]
+    _stop(workers)
+    end = getattr(items, "_shutdown_workers", None)
+    if end is not None:
+        end()
+
+
+def _stop(workers: Iterable[BaseProcess]) -> None:
+    """Tell workers to exit, and kill those that do not.
+
+    At interpreter exit nothing else would stop them: multiprocessing sends one SIGTERM, which a
+    worker takes for the run's, and joins without a timeout.
+    """
+    there = [worker for worker in workers if worker.is_alive()]
+    for worker in there:
+        _send(worker, TO_A_WORKER)
+    deadline = time.monotonic() + END_SECONDS
+    while there and (left := deadline - time.monotonic()) > 0:
+        connection.wait([worker.sentinel for worker in there], timeout=left)
+        there = [worker for worker in there if worker.is_alive()]
+    for worker in there:
+        _send(worker, signal.SIGKILL)
+
+
+def _send(worker: BaseProcess, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid or 0, number)
+
+
+@contextlib.contextmanager
+def _none_left_behind() -> Iterator[None]:
+    """If starting workers fails halfway, stop those started: nothing else refers to them."""
+    before = {*multiprocessing.active_children()}
+    try:
+        yield
+    except BaseException as error:
+        _stop(child for child in multiprocessing.active_children() if child not in before)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half_made = frame.f_locals.get("self")
+            if isinstance(half_made, _BaseDataLoaderIter):
+                half_made._shutdown = True  # type: ignore[attr-defined]  # else its __del__ raises
+        raise
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Block signals, so that none reaches a new worker while it has the run's handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FOR_THE_RUN, TO_A_WORKER})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(run: int, worker: int) -> None:
+    """Set up a new worker of the process `run`, whose signals are blocked: see `_signals_held`."""
+    # Torch's own watchdog watches the current parent, and so waits forever for a killed run.
+    die_with_parent(run)
+    for number in FOR_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
+    # Ignore only the first SIGTERM: at exit Python terminates the remaining workers and joins them.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # for torch, 0 is not a failure
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FOR_THE_RUN, TO_A_WORKER})

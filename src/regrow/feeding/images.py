@@ -1,0 +1,416 @@
+"""Images in files. Errors name the file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.errors import DataError, UserError
+from regrow.feeding.files import (
+    LeftOut,
+    contents_of,
+    find_files,
+    is_folder,
+    is_hidden,
+    key_of_ends,
+    keys_of_copies,
+    shown,
+    unreadable,
+)
+from regrow.feeding.splits import NAMES, Reading, Splits, check_fractions, cut, text_names
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Formats that Pillow registers but that are not read: they need another program, are only
+# identified, or may contain a file of any format, including one that another program would run.
+NOT_READ = {
+    "EPS": "goes to Ghostscript, which runs it as a program",
+    "WMF": "needs Windows",
+    "BUFR": "is identified only",
+    "GRIB": "is identified only",
+    "HDF5": "is identified only",
+    "MPEG": "is a video, identified only",
+    "IPTC": "may contain any other format, EPS too",
+    "FPX": "needs the package olefile",
+    "MIC": "needs the package olefile",
+}
+# Formats that another format's decoder opens.
+OPENED_AS = {"MPO": "JPEG"}
+# Formats that often hold several frames, of which the first is read.
+OF_FRAMES = frozenset({"AVIF", "DCX", "FLI", "GIF", "MPO", "PSD", "TIFF", "WEBP"})
+NUM_LOOKED_AT = 256  # files opened to check for several frames
+TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+
+
+@functools.cache
+def formats_by_suffix() -> dict[str, str]:
+    """Return the raster formats that Pillow decodes by itself, by lower-case suffix."""
+    from PIL import Image
+
+    found = Image.registered_extensions()
+    return {
+        suffix: name
+        for suffix, name in sorted(found.items())
+        if OPENED_AS.get(name, name) in Image.OPEN and name not in NOT_READ
+    }
+
+
+def suffixes_of(extensions: Sequence[str] | None) -> frozenset[str]:
+    """Return the suffixes to read; None: all that Pillow decodes by itself. Raises UserError."""
+    known = formats_by_suffix()
+    if extensions is None:
+        return frozenset(known)
+    chosen = frozenset(f".{extension.lower().lstrip('.')}" for extension in extensions)
+    if unknown := sorted(chosen - known.keys()):
+        raise UserError(
+            f"data.source.extensions: Pillow does not decode {unknown[0]} by itself. Convert these "
+            f"files, or choose from {', '.join(sorted(known))}."
+        )
+    return chosen
+
+
+@functools.cache
+def formats_for(suffix: str) -> tuple[str, ...]:
+    """Return the formats that a file's content may have; its suffix may be wrong.
+
+    Pillow would pass PostScript of any suffix to Ghostscript. A format without a magic number, such
+    as TGA, accepts many broken files, so it is allowed only for its own suffix.
+    """
+    from PIL import Image
+
+    own = formats_by_suffix().get(suffix)
+    own = OPENED_AS.get(str(own), own)
+    accepted = [name for name, (_, accepts) in Image.OPEN.items() if accepts or name == own]
+    common = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
+    allowed = [name for name in accepted if name not in NOT_READ]
+    return tuple(sorted(allowed, key=lambda name: (name not in common, allowed.index(name))))
+
+
+def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Image:
+    """Return the first frame as a PIL image in grey (1 channel) or RGB (3), upright on request.
+
+    Drops transparency, like torchvision. Raises DataError, which names the file, also for grey
+    pixels of more than 8 bits, which Pillow would clip to white.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"{file.mode} pixels have more than 8 bits; convert them to 8")
+            # Transparency in a palette only converts by way of RGBA.
+            image = file.convert("RGBA") if file.mode == "P" else file
+            image = image.convert("L" if channels == 1 else "RGB")
+            return _upright(image, file) if exif_orientation else image
+    except OSError as error:
+        if error.errno is not None:
+            raise unreadable(path, error) from None
+        raise _broken(path, error) from None
+    except Exception as error:  # decoders raise a dozen different errors
+        raise _broken(path, error) from None
+
+
+def _broken(path: str | Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
+    return DataError(f"{shown(path)} is not a readable image: {reason}. Fix or remove the file.")
+
+
+def _upright(image: Image, file: Image) -> Image:
+    """Return `image` turned as the EXIF data of the loaded `file` says (CIPA DC-008, tag 0x0112).
+
+    Pillow turns a TIFF while loading it, and then reports no orientation.
+    """
+    from PIL.Image import Transpose
+
+    try:
+        orientation = file.getexif().get(0x0112)
+        method = TURNED.get(orientation)  # type: ignore[arg-type]
+    except Exception:  # damaged EXIF data in a readable image
+        return image
+    return image if method is None else image.transpose(Transpose[method])
+
+
+def fit(image: Image, size: Sequence[int], resize: int | None) -> Image:
+    """Return the image scaled to `size` (H, W).
+
+    With `resize`, the shorter side is scaled to it and the centre is cropped. The pixels are the
+    same as from torchvision's Resize and CenterCrop on a PIL image.
+    """
+    from PIL.Image import Resampling
+
+    height, width = size
+    if resize is None:
+        if image.size == (width, height):
+            return image
+        return image.resize((width, height), Resampling.BILINEAR)
+    shorter = min(image.size)
+    scaled = (int(resize * image.width / shorter), int(resize * image.height / shorter))
+    if image.size != scaled:
+        image = image.resize(scaled, Resampling.BILINEAR)
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image) -> Tensor:
+    """Return the image as (C, H, W) uint8."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A map-style data set of image files: item i is a uint8 image (C, H, W) and its class."""
+
+    files: list[str]
+    classes: list[int]
+    size: list[int]  # H, W
+    channels: int
+    resize: int
+    root: str
+    exif_orientation: bool
+    identity: str
+    transform: Callable[[Image], Image] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file = self.files[index]
+        try:
+            image = load_image(file, self.channels, exif_orientation=self.exif_orientation)
+        except DataError as error:
+            raise DataError(
+                f"{error} A run that began with it resumes by resume=<folder> data.changed=accept."
+            ) from None
+        if self.transform is None:
+            image = fit(image, self.size, self.resize)
+        else:
+            image = self.transform(image)
+        return to_tensor(image), self.classes[index]
+
+    def subset(self, indices: Tensor) -> ImageFiles:
+        chosen = indices.tolist()
+        files = [self.files[index] for index in chosen]
+        classes = [self.classes[index] for index in chosen]
+        return dataclasses.replace(self, files=files, classes=classes)
+
+    def augmented(self, transform: Callable[[Image], Image]) -> ImageFiles:
+        """Return the same examples, with `transform` in place of Resize and CenterCrop."""
+        return dataclasses.replace(self, transform=transform)
+
+    def keys(self) -> list[Hashable]:
+        """Return a key per file, equal for copies: see `identity` in the data set's config."""
+        if self.identity == "ends":
+            return [key_of_ends(file) for file in self.files]
+        return list(contents_of(self.files, self.root))
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over classes and contents in order.
+
+        With identity "ends" it is over classes, file names and sizes.
+        """
+        digest = hashlib.sha256()
+        if self.identity == "ends":
+            for file, target in zip(self.files, self.classes, strict=True):
+                path = Path(file)
+                digest.update(
+                    f"{target}/{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode(
+                        errors="surrogateescape"
+                    )
+                )
+            return digest.hexdigest()
+        contents = contents_of(self.files, self.root)
+        for target, content in zip(self.classes, contents, strict=True):
+            digest.update(f"{target}:{content.hex()}\n".encode())
+        return digest.hexdigest()
+
+
+def find_images(folder: Path, reading: Reading, left_out: LeftOut) -> list[Path]:
+    """Return the image files below the folder, sorted by path; others are added to `left_out`."""
+    return find_files(folder, suffixes_of(reading.extensions), reading.leave_out, left_out)
+
+
+def image_folder(
+    *,
+    root: str,
+    input_shape: list[int],
+    resize: int,
+    num_classes: int,
+    class_names: list[str] | None,
+    exif_orientation: bool,
+    extensions: list[str] | None,
+    leave_out: list[str],
+    identity: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Splits:
+    """Return the splits of root/<class>/…, or of root/train/<class>/…, root/val/<class>/….
+
+    A split without its own folder is cut from the training images by its fraction.
+    """
+    check_fractions(val_fraction, test_fraction)
+    channels, *size = input_shape
+    if channels not in (1, 3) or len(size) != 2:
+        raise UserError(
+            f"data.input_shape={input_shape} is no image. Use [3, height, width] or [1, …]."
+        )
+    if resize < max(size):
+        raise UserError(
+            f"data.source.resize={resize} is smaller than the crop {size[0]} x {size[1]} of "
+            f"data.input_shape. Use {max(size)} or more."
+        )
+    if identity not in ("contents", "ends"):
+        raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
+    folder = Path(root)
+    if not is_folder(folder):
+        raise UserError(f"data.root={root} is no folder. Set it to the folder of images.")
+    reading = Reading(extensions, tuple(leave_out), exif_orientation)
+    left_out = LeftOut(folder)
+    suffixes_of(extensions)  # check before reading any folder
+    inside = _folders(folder, reading)
+    class_names = text_names(class_names)
+    names = [name for name in NAMES if name in inside]
+    lone = [name for name in names if name not in (class_names or ())]
+    if lone and "train" not in names:
+        raise UserError(
+            f"data.root={root} holds {' and '.join(lone)}, but no folder train. Add train/<class>/…"
+            f", or, if {lone[0]} is a class, name all classes in data.class_names."
+        )
+    folders = {name: folder / name for name in names} if "train" in names else {"train": folder}
+    found = _folders(folders["train"], reading)
+    if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
+        given = f" and class_names {class_names}" if class_names is not None else ""
+        raise UserError(
+            f"data.num_classes={num_classes}{given}, but {folders['train']} holds {len(found)} "
+            f"class folders: {', '.join(found[:20])}. Set data.num_classes={len(found)} and "
+            f"data.num_outputs={len(found)}, and write class names in quotes."
+        )
+    classes = class_names or found
+    if "train" in names:
+        _look_beside(folder, names, reading, "beside train, val and test", left_out)
+
+    def read(where: Path) -> ImageFiles:
+        if others := [name for name in _folders(where, reading) if name not in classes]:
+            raise DataError(
+                f"{where / others[0]} is none of the classes {', '.join(classes[:20])}."
+            )
+        _look_beside(where, classes, reading, "beside the class folders", left_out)
+        paths = [(path, number) for number, name in enumerate(classes)
+                 for path in _of_class(where / name, folder, reading, left_out)]  # fmt: skip
+        why = left_out.sentence()
+        if not paths:
+            raise DataError(f"{where} holds no images, so that the split is empty.{why}")
+        missing = set(range(len(classes))) - {number for _, number in paths}
+        if missing and where == folders["train"]:
+            raise DataError(f"{where / classes[min(missing)]} holds no images to train on.{why}")
+        files = [str(path) for path, _ in paths]
+        numbers = [number for _, number in paths]
+        return ImageFiles(files, numbers, size, channels, resize, root, exif_orientation, identity)
+
+    own = {name: read(where) for name, where in folders.items()}
+    keys = _keys(own, root, identity)
+    everything = own.pop("train")
+    all_files = everything.files
+    parts = cut(
+        keys["train"],
+        np.array(everything.classes),
+        val_fraction=0.0 if "val" in own else val_fraction,
+        test_fraction=0.0 if "test" in own else test_fraction,
+        seed=seed,
+    )
+    chosen = {name: part for name, part in zip(NAMES, parts, strict=True) if part is not None}
+    splits = own | {name: everything.subset(part) for name, part in chosen.items()}
+    known_keys = {name: keys[name] for name in own} | {
+        name: [keys["train"][index] for index in part.tolist()] for name, part in chosen.items()
+    }
+    return Splits(
+        splits["train"],
+        splits.get("val"),
+        splits.get("test"),
+        class_names=classes,
+        resize=resize,
+        known_keys=known_keys,
+        reading=reading,
+        notes=[line for line in (str(left_out), _frames(all_files)) if line],
+    )
+
+
+def _folders(folder: Path, reading: Reading) -> list[str]:
+    """Return the names of the folders in `folder`, including links, sorted. Raises DataError."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    if "hidden" in reading.leave_out:
+        names = [name for name in names if not is_hidden(name)]
+    for name in names:
+        if not name.isprintable():
+            raise DataError(
+                f"{shown(folder / name)}: a folder's name must be printable UTF-8, since it is "
+                "the name of a class. Rename it."
+            )
+    return sorted(names)
+
+
+def _look_beside(
+    folder: Path, read: Sequence[str], reading: Reading, where: str, left_out: LeftOut
+) -> None:
+    """Add everything in `folder` to `left_out`, except the folders `read`."""
+    for name in sorted(path.name for path in folder.iterdir()):
+        if "hidden" in reading.leave_out and is_hidden(name):
+            left_out.add("hidden", folder / name)
+        elif name not in read:
+            left_out.add(where, folder / name)
+
+
+def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> list[Path]:
+    """Return the images of a class; none if a split lacks its folder."""
+    if not is_folder(folder):
+        return []
+    if folder.is_symlink() and root.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{shown(folder)} is a link to a folder around it. Remove the link.")
+    return find_images(folder, reading, left_out)
+
+
+def _keys(own: Mapping[str, ImageFiles], root: str, identity: str) -> dict[str, list[Hashable]]:
+    """Return a key per file of each split. Copies have equal keys across all splits."""
+    if identity == "ends":
+        return {name: split.keys() for name, split in own.items()}
+    keys = iter(keys_of_copies([file for split in own.values() for file in split.files], root))
+    return {name: [next(keys) for _ in split.files] for name, split in own.items()}
+
+
+def _frames(files: Sequence[str]) -> str:
+    """Return a note if some files hold several frames, else "". Checks a sample of the files."""
+    from PIL import Image
+
+    formats = formats_by_suffix()
+    able = [f for f in files if formats.get(Path(f).suffix.lower()) in OF_FRAMES]
+    able = able[:: max(1, -(-len(able) // NUM_LOOKED_AT))]
+    several = []
+    for file in able:
+        with contextlib.suppress(Exception):  # broken files are reported when read
+            suffix = Path(file).suffix.lower()
+            with Image.open(file, formats=formats_for(suffix)) as image:
+                if getattr(image, "is_animated", False):
+                    several.append(file)
+    if not several:
+        return ""
+    looked_at = f"{len(several):,} of {len(able):,} files looked at"
+    return f"the first frame is read of files with several: {looked_at}, such as {several[0]}"

@@ -1,0 +1,411 @@
+"""`Data`, which every `conf/data/*.yaml` creates, and its batches for the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from regrow.errors import DataError, UserError
+from regrow.feeding import identity
+from regrow.feeding.batch import Batch
+from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
+from regrow.feeding.preprocess import (
+    NUM_SAMPLED,
+    Normalizer,
+    Preprocessing,
+    in_units,
+    preprocessing,
+    rounding,
+    standardised,
+)
+from regrow.feeding.sampling import Windows, permutation
+from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
+
+log = logging.getLogger("regrow.data")
+
+KINDS = ("multiclass", "binary", "multilabel", "regression")
+
+
+class TrainBatches:
+    """One rank's share of the training windows; an epoch can start at any window at no cost."""
+
+    def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows, seed: int, rows: int) -> None:
+        self._feed, self._windows, self._seed = feed, windows, seed
+        self.num_examples = rows
+        self.steps_per_epoch = len(windows)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Return the batches of the epoch's windows `start …`; nothing before `start` is read."""
+        order = permutation(self._seed, epoch, self.num_examples)
+        return self._feed.read(self._windows, order, epoch, start)
+
+
+class EvalBatches:
+    """One rank's share of a split in its own order: each example once, without padding or dropping.
+
+    All ranks see equally many batches, so that their forward passes match. A rank without an
+    example in a batch gets an example of weight zero, with `num_local` 0.
+    """
+
+    def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows) -> None:
+        self._feed, self._windows = feed, windows
+        self.num_examples = windows.num_examples
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._feed.read(self._windows, torch.arange(self.num_examples), 0, 0)
+
+
+class Data:
+    """The three splits, checked, and how their examples become batches.
+
+    `batch_size` counts an optimizer step's examples over all processes, `eval_batch_size` those of
+    a forward pass in one process. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary; (B,
+    L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the training
+    split if `normalize_targets`: `target_mean` and `target_std` revert it. Integer inputs in memory
+    become `integers`, int64 or float32, unless they are normalised.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Splits,
+        seed: int,
+        root: str,
+        target_kind: str,
+        num_classes: int | None,
+        ignore_index: int | None,
+        num_outputs: int,
+        input_shape: list[int],
+        class_names: list[str] | None,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        persistent_workers: bool,
+        drop_last: bool,
+        limit_train: int | None,
+        augment: bool,
+        augmentation: Any,
+        normalize: str | dict[str, list[float]],
+        normalize_targets: bool,
+        target_dtype: str,
+        integers: str,
+        changed: str,
+        identity: str,
+        overlap: str,
+    ) -> None:
+        if not isinstance(source, Splits):
+            raise UserError(
+                f"data.source gives a {type(source).__name__}. Let it return "
+                "regrow.feeding.splits.Splits(train, val, test)."
+            )
+        self.source, self.seed, self.root = source, seed, root
+        self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
+        self.ignore_index, self.target_dtype = ignore_index, target_dtype
+        self.input_shape = list(input_shape)
+        self.class_names = text_names(
+            class_names if class_names is not None else source.class_names
+        )
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.persistent_workers, self.drop_last = persistent_workers, drop_last
+        self.limit_train = limit_train
+        self.augmentation = augmentation if augment else None
+        self.overlap, self.changed = overlap, changed  # the latter is for resume.py
+        self.identity = identity
+        self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
+        self._check(augment, augmentation, normalize_targets)
+        self.num_overlapping = check_overlap(source, overlap)
+        self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
+        self.preprocessing: Preprocessing = preprocessing(
+            source,
+            input_shape=self.input_shape,
+            normalize=normalize,
+            normalize_targets=normalize_targets,
+            integers=integers,
+        )
+        self._warn_of_rounding()
+        self.target_mean = self.preprocessing.target_mean
+        self.target_std = self.preprocessing.target_std
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about the source to log at the start of a run."""
+        return list(self.source.notes)
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """The number of examples in each existing split."""
+        return {name: len(split) for name, split in self.source.items()}
+
+    def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
+        count = self._num_trained_on()
+        windows = Windows(count, self.batch_size, self.drop_last, rank, world_size)
+        if len(windows) == 0:
+            raise UserError(
+                f"data.batch_size={self.batch_size} is more than the {count} training examples, "
+                f"and data.drop_last=true drops them all. Lower one or set the other to false."
+            )
+        feed = self._feed("train", self.augmentation is not None, device)
+        return TrainBatches(feed, windows, self.seed, count)
+
+    def evaluation(
+        self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> EvalBatches:
+        """Return the unaugmented batches of a split. Raises UserError if it does not exist."""
+        found = dict(self.source.items()).get(split)
+        if found is None:
+            raise UserError(
+                f"split={split} does not exist in this data. It has {', '.join(self.num_examples)}."
+            )
+        size = self.eval_batch_size * world_size
+        windows = Windows(len(found), size, False, rank, world_size)
+        return EvalBatches(self._feed(split, False, device), windows)
+
+    def sample_inputs(self) -> Tensor:
+        """Return up to 1,024 training inputs, spread over the split, normalised and not augmented.
+
+        (N, …) on the CPU, the same in every process. Raises UserError for inputs of several
+        tensors.
+        """
+        count = self._num_trained_on()
+        num_chosen = min(count, NUM_SAMPLED)
+        chosen = torch.arange(num_chosen) * count // num_chosen
+        if isinstance(self.source.train, Examples):
+            found = [Normalizer(self.preprocessing)(self.source.train.inputs[chosen])]
+        else:
+            feed = self._new_feed("train", False, torch.device("cpu"))
+            assert isinstance(feed, FileFeed)
+            windows = Windows(len(chosen), self.eval_batch_size, False, 0, 1)
+            try:
+                found = [batch.inputs for batch in feed.read(windows, chosen, 0, 0)]
+            finally:
+                feed.close()
+        tensors = [inputs for inputs in found if isinstance(inputs, Tensor)]
+        if len(tensors) < len(found):
+            raise UserError(
+                "model: this one starts from training inputs of one tensor, and an example of this "
+                "data has several. Use another model."
+            )
+        return torch.cat(tensors)
+
+    def input_names(self) -> list[str] | None:
+        """Return the inputs' names, or positions from 0, if an example has several; else None."""
+        if isinstance(self.source.train, Examples) or self.source.resize is not None:
+            return None
+        return input_names(self.source.train, self.source.collate, self.seed)
+
+    def _num_trained_on(self) -> int:
+        count = len(self.source.train)
+        return count if self.limit_train is None else min(count, self.limit_train)
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Return standardised regression targets or outputs, (N,) or (N, K), in their own units."""
+        return in_units(values, self.target_mean, self.target_std)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return count and SHA-256 of each split, over contents of tensors, files or some items."""
+        found, unknown = {}, {}
+        for name, split in self.source.items():
+            try:
+                digest = _sha256(split, self.identity)
+            except identity.Unknown as error:
+                digest, unknown[name] = identity.of_length(cast(MapStyle, split)), str(error)
+            found[name] = {"examples": len(split), "sha256": digest}
+        if unknown:
+            name, reason = next(iter(unknown.items()))
+            log.warning(
+                "%s: %s. A resume can compare only type and length of %s. Give the data set a "
+                "method fingerprint() that returns a text, such as a hash of its files.",
+                *(name, reason, " and ".join(unknown)),
+            )
+        return found
+
+    def predict_inputs(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Same as `Preprocessing.read`, with this data's preprocessing."""
+        return self.preprocessing.read(path, batch_size)
+
+    def close(self) -> None:
+        """Stop the workers and free device memory."""
+        for feed in self._feeds.values():
+            if isinstance(feed, FileFeed):
+                feed.close()
+        self._feeds.clear()
+
+    def _feed(self, name: str, augmented: bool, device: torch.device) -> MemoryFeed | FileFeed:
+        place = (name, augmented, device)
+        if place not in self._feeds:
+            self._feeds[place] = self._new_feed(name, augmented, device)
+        return self._feeds[place]
+
+    def _new_feed(self, name: str, augmented: bool, device: torch.device) -> MemoryFeed | FileFeed:
+        split: Any = dict(self.source.items())[name]
+        normalizer = Normalizer(self.preprocessing)
+        if isinstance(split, Examples):
+            augmentation: Any = self.augmentation
+            store = augmentation.store(split.inputs.to(device)) if augmented else None
+            standard = self._standardised(split)
+            return MemoryFeed(standard, normalizer, device, store=store, seed=self.seed)
+        if augmented:
+            split = split.augmented(self.augmentation)
+        return FileFeed(
+            split,
+            normalizer,
+            device,
+            name=name,
+            seed=self.seed,
+            num_classes=self.num_classes if self.target_kind == "multiclass" else None,
+            ignore_index=self.ignore_index,
+            collate=self.source.collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.persistent_workers,
+        )
+
+    def _standardised(self, split: Examples) -> Examples:
+        targets = standardised(
+            split.targets, self.target_mean, self.target_std, getattr(torch, self.target_dtype)
+        )
+        return Examples(split.inputs, targets, split.weights)
+
+    def far_targets(self) -> str | None:
+        """Return a warning if regression targets are far from 0, where models start, else None."""
+        train = self.source.train
+        if self.target_kind != "regression" or self.preprocessing.target_mean is not None:
+            return None
+        if not isinstance(train, Examples) or float(train.targets.abs().amax()) <= 10:
+            return None
+        columns = train.targets.double().reshape(len(train), -1)
+        means, deviations = columns.mean(0), columns.std(0, correction=0)
+        furthest = int(torch.maximum(means.abs(), deviations).argmax())
+        mean, deviation = float(means[furthest]), float(deviations[furthest])
+        if max(abs(mean), deviation) <= 10 or rounding(train.targets) > 1e-3:
+            return None
+        return (
+            f"the targets have a mean of {mean:.4g} and a standard deviation of {deviation:.4g}: a "
+            "model starts near 0 and learns them slowly. Set data.normalize_targets=true"
+        )
+
+    def _warn_of_rounding(self) -> None:
+        """Warn if float32, which models compute in, would lose digits of the data."""
+        train, how = self.source.train, self.preprocessing
+        if not isinstance(train, Examples):
+            return
+        for what, values, is_raw, way_out in (
+            ("targets", train.targets, how.target_mean is None, "data.normalize_targets=true"),
+            ("inputs", train.inputs, how.mean is None, "data.normalize=train"),
+        ):
+            if is_raw and (lost := rounding(values)) > 1e-3:
+                log.warning(
+                    "the %s are large beside their spread: float32 rounds them by up to %.2g of "
+                    "it. Set %s, which standardises in float64.",
+                    *(what, lost, way_out),
+                )
+
+    def _check(self, augment: bool, augmentation: Any, normalize_targets: bool) -> None:
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be 1 or more.")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers={self.num_workers} must be 0 or more.")
+        if self.target_kind not in KINDS:
+            raise UserError(f"data.target_kind={self.target_kind} is none of {', '.join(KINDS)}.")
+        for name, split in self.source.items():
+            if len(split) == 0:
+                raise DataError(
+                    f"split {name} is empty. Give it examples, or null for no such split."
+                )
+            if isinstance(split, Examples):
+                self._check_examples(name, split)
+        names = self.class_names
+        if names is not None and self.num_classes is not None and len(names) != self.num_classes:
+            raise UserError(
+                f"data.class_names has {len(names)} names for data.num_classes={self.num_classes}."
+            )
+        if normalize_targets and self.target_kind != "regression":
+            raise UserError(
+                f"data.normalize_targets=true is for regression, not {self.target_kind}. Set false."
+            )
+        if augment and augmentation is not None:
+            self._check_augmentation(augmentation)
+
+    def _check_augmentation(self, augmentation: Any) -> None:
+        train = self.source.train
+        if not isinstance(train, Examples):
+            if not hasattr(train, "augmented"):
+                raise UserError(
+                    "data.augmentation does not reach into a data set of your own. Augment there, "
+                    "and set data.augmentation=null."
+                )
+        elif train.inputs.dtype != torch.uint8 or not hasattr(augmentation, "store"):
+            kind = str(train.inputs.dtype).removeprefix("torch.")
+            raise UserError(
+                f"data.augmentation={type(augmentation).__name__} does not fit {kind} inputs of "
+                f"shape {self.input_shape} in memory. Use CropFlip for images, or null."
+            )
+
+    def _check_examples(self, name: str, split: Examples) -> None:
+        found = list(split.inputs.shape[1:])
+        if found != self.input_shape:
+            columns = self.source.columns
+            what = f": the columns {', '.join(columns[:20])}" if columns else ""
+            raise UserError(
+                f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
+                f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."
+            )
+        if len(split.targets) != len(split.inputs):
+            raise DataError(
+                f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
+            )
+        targets = split.targets
+        if self.target_kind == "multiclass" and not targets.is_floating_point():
+            self._check_classes(name, targets)
+        elif not bool(targets.isfinite().all()):
+            row = int((~targets.isfinite()).nonzero()[0][0])
+            raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
+        width = {"binary": 1, "multiclass": self.num_classes}.get(
+            self.target_kind, targets[0].numel()
+        )
+        if width != self.num_outputs:
+            raise UserError(
+                f"data.num_outputs={self.num_outputs}, but {self.target_kind} targets of shape "
+                f"{list(targets.shape)} take {width}. Set data.num_outputs={width}."
+            )
+
+    def _check_classes(self, name: str, targets: Tensor) -> None:
+        number = self.num_classes
+        if number is None:
+            raise UserError(
+                "data.num_classes=null, and multiclass targets need it. Set the number."
+            )
+        wrong = outside(targets, number, self.ignore_index)
+        if wrong is not None:
+            row = int((targets == wrong).nonzero()[0][0])
+            raise DataError(
+                f"split {name}, example {row}: class {wrong} is out of range for "
+                f"data.num_classes={number}: 0 … {number - 1}."
+            )
+
+
+def _sha256(split: Split, how: str) -> str:
+    """Return a split's SHA-256. Raises identity.Unknown if its items cannot be compared."""
+    if isinstance(split, Examples):
+        digest = hashlib.sha256()
+        for tensor in (split.inputs, split.targets, split.weights):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+    if hasattr(split, "fingerprint"):
+        return str(split.fingerprint())
+    return identity.of_items(split) if how == "contents" else identity.of_length(split)

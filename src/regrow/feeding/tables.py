@@ -1,0 +1,329 @@
+"""Tables of numbers in CSV files. Errors name the file, line and column."""
+
+from __future__ import annotations
+
+import csv as csv_format
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from regrow.errors import DataError, UserError
+from regrow.feeding.splits import Examples, Splits, check_fractions, cut_examples, text_names
+
+log = logging.getLogger("regrow.data")
+
+TRUTHS = {"true": 1.0, "false": 0.0}  # as pandas and spreadsheets write them, in any case
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Table:
+    path: Path
+    features: npt.NDArray[np.float64]  # (N, F)
+    texts: list[list[str]]  # N rows of the columns requested as text
+    lines: list[int]  # the line where each row ends, from 1
+
+
+def read_header(path: Path, delimiter: str) -> list[str]:
+    rows = _rows(path, delimiter)
+    _, header = next(rows, (0, []))
+    if not header:
+        raise DataError(f"{path} is empty. Its first line must name the columns.")
+    doubles = sorted({name for name in header if header.count(name) > 1})
+    if doubles:
+        raise DataError(f"{path}, line 1: column {doubles[0]!r} is there twice. Rename one.")
+    return header
+
+
+def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str]) -> Table:
+    """Read `columns` as finite numbers and `texts` as text. Raises DataError."""
+    header = read_header(path, delimiter)
+    missing = [name for name in [*columns, *texts] if name not in header]
+    if missing:
+        hint = ""
+        if len(header) == 1 and (others := [sign for sign in ";\t|," if sign in header[0]]):
+            sign = "$" if others[0] == "\t" else ""  # makes the shell insert a tab
+            hint = f""" Is {others[0]!r} its delimiter? Then add {sign}'data.source.delimiter="{
+                others[0] if not sign else chr(92) + "t"
+            }"'."""
+        raise DataError(f"{path} has no column {missing[0]!r}; it has {_list(header)}.{hint}")
+    numeric = [(header.index(name), name) for name in columns]
+    textual = [(header.index(name), name) for name in texts]
+    read = [Column() for _ in numeric]
+    features: list[list[float]] = []
+    cells: list[list[str]] = []
+    lines: list[int] = []
+    rows = _rows(path, delimiter)
+    next(rows)
+    blank = 0
+    for line, row in rows:
+        if not row:
+            blank += 1
+            continue
+        if len(row) != len(header):
+            raise DataError(
+                f"{path}, line {line}: {len(row)} cells where the header names {len(header)}. "
+                "Fix or remove the line."
+            )
+        where = f"{path}, line {line}"
+        features.append(
+            [
+                column.number(row[at], f"{where}, column {name!r}")
+                for column, (at, name) in zip(read, numeric, strict=True)
+            ]
+        )
+        cells.append([row[at].strip() for at, _ in textual])
+        lines.append(line)
+    if not lines:
+        raise DataError(f"{path} has a header and no rows.")
+    unused = [name for name in header if name not in (*columns, *texts)]
+    if blank:
+        log.info("%s: left out %d blank line%s", path, blank, "s"[: blank > 1])
+    if unused:
+        log.info("%s: columns that are not used: %s", path, _list(unused))
+    if "" in columns:
+        log.warning(
+            "%s: column %d has no name and is used as a feature: is it the index that pandas "
+            "writes? Then write the table with index=False.",
+            path,
+            header.index("") + 1,
+        )
+    values = np.array(features, np.float64).reshape(len(lines), len(columns))
+    return Table(path, values, cells, lines)
+
+
+class Column:
+    """Reads the cells of one column: all of them numbers, or all of them true and false."""
+
+    def __init__(self) -> None:
+        self.truths: bool | None = None  # True if its cells are true and false
+
+    def number(self, text: str, where: str) -> float:
+        """Return the cell as a finite float; true is 1, false 0. Raises DataError with `where`."""
+        truth = TRUTHS.get(text.lower())
+        if self.truths is None:
+            self.truths = truth is not None
+        if self.truths != (truth is not None):
+            kinds = ("true and false", "numbers") if self.truths else ("numbers", "true and false")
+            if truth is not None or _is_number(text):
+                raise DataError(
+                    f"{where}: the cell holds {text[:40]!r}, and the cells above hold {kinds[0]}. "
+                    f"Write {kinds[0]} alone, or {kinds[1]} alone."
+                )
+        return truth if truth is not None else number(text, where)
+
+
+def number(text: str, where: str) -> float:
+    """Return the cell as a finite float. Raises DataError with `where`."""
+    if _is_number(text):
+        return float(text)
+    if not text:
+        raise DataError(f"{where}: the cell is empty. Fill it in or remove the line.")
+    marks = re.fullmatch(r"[-+]?[\d.,'_\s]+", text)
+    way_out = "Write numbers as 1234.5." if marks else "Fill it in or remove the line."
+    raise DataError(
+        f"{where}: the cell holds {text[:40]!r}, which is not a finite number. {way_out}"
+    )
+
+
+def _is_number(text: str) -> bool:
+    # float() also accepts 1_000 and the digits of any script.
+    return NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
+
+
+def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, cells) of each row of the file."""
+    if len(delimiter) != 1:
+        raise UserError(f"data.source.delimiter={delimiter!r} is not one character.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv_format.reader(file, delimiter=delimiter, strict=True)
+            try:
+                for row in reader:
+                    yield reader.line_num, [cell.strip() for cell in row]
+            except csv_format.Error as error:
+                raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, after line {reader.line_num}: no UTF-8 ({error.reason})."
+                ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _list(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def csv(
+    *,
+    root: str,
+    train_file: str,
+    val_file: str | None,
+    test_file: str | None,
+    delimiter: str,
+    feature_columns: list[str] | None,
+    target_columns: list[str],
+    target_dtype: str,
+    weight_column: str | None,
+    target_kind: str,
+    num_classes: int | None,
+    ignore_index: int | None,
+    class_names: list[str] | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Splits:
+    """Return the splits of a table of numbers with a header line. Files are relative to `root`.
+
+    A split without its own file is cut from `train_file` by its fraction. By default the features
+    are all columns that are neither target nor weight. Targets by `target_kind`: multiclass and
+    binary: one column of class names or of indices from 0; multilabel: columns of 0 and 1;
+    regression: columns of numbers.
+    """
+    check_fractions(val_fraction, test_fraction)
+    if not target_columns:
+        raise UserError("data.source.target_columns=[] names no column. Name the target's column.")
+    if target_kind in ("multiclass", "binary") and len(target_columns) != 1:
+        raise UserError(
+            f"data.source.target_columns has {len(target_columns)} columns; "
+            f"data.target_kind={target_kind} takes one. For several labels use multilabel."
+        )
+    folder = Path(root)
+    extra = [weight_column] if weight_column is not None else []
+    columns = feature_columns
+    if columns is None:
+        header = read_header(folder / train_file, delimiter)
+        columns = [name for name in header if name not in [*target_columns, *extra]]
+    if not columns or set(columns) & {*target_columns, *extra}:
+        raise UserError(
+            f"data.source.feature_columns: {_list(columns) or 'no column'} cannot be the features "
+            f"beside target and weight {_list([*target_columns, *extra])}. Choose other columns."
+        )
+
+    files = {"train": train_file, "val": val_file, "test": test_file}
+    tables = {
+        name: read_table(folder / file, delimiter, columns, [*target_columns, *extra])
+        for name, file in files.items()
+        if file is not None
+    }
+    for table in tables.values():
+        _refuse_empty(table, [*target_columns, *extra])
+    names = text_names(class_names)
+    if names is None and target_kind in ("multiclass", "binary"):
+        names = _found_names(tables["train"], ignore_index)
+    if names is None and target_kind == "multilabel":
+        names = list(target_columns)
+
+    def examples(table: Table) -> Examples:
+        targets = _targets(table, target_kind, num_classes, ignore_index, names, target_columns)
+        if target_dtype == "float32" or target_kind != "regression":
+            targets = targets if targets.dtype == torch.int64 else targets.float()
+        weights = None
+        if extra:
+            weights = torch.tensor([_weight(table, row, extra[0]) for row in range(len(targets))])
+        return Examples(torch.from_numpy(table.features), targets, weights)
+
+    own = {name: examples(table) for name, table in tables.items()}
+    train, val, test = cut_examples(
+        own["train"],
+        val_fraction=0.0 if "val" in own else val_fraction,
+        test_fraction=0.0 if "test" in own else test_fraction,
+        seed=seed,
+    )
+    return Splits(
+        train,
+        own.get("val", val),
+        own.get("test", test),
+        class_names=names,
+        columns=columns,
+        delimiter=delimiter,
+    )
+
+
+def _refuse_empty(table: Table, columns: list[str]) -> None:
+    """Raise DataError for an empty target, which would become a nameless class."""
+    for line, cells in zip(table.lines, table.texts, strict=True):
+        if "" in cells:
+            number("", f"{table.path}, line {line}, column {columns[cells.index('')]!r}")
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
+    """Return the target column's distinct words, sorted, or None if they are class indices."""
+    ignored = set() if ignore_index is None else {str(ignore_index)}
+    words = sorted({row[0] for row in table.texts} - ignored)
+    return None if all(_is_index(word) for word in words) else words
+
+
+def _weight(table: Table, row: int, column: str) -> float:
+    where = f"{table.path}, line {table.lines[row]}, column {column!r}"
+    weight = number(table.texts[row][-1], where)
+    if weight < 0:
+        raise DataError(f"{where}: the weight {weight} is negative.")
+    return weight
+
+
+def _targets(
+    table: Table,
+    kind: str,
+    num_classes: int | None,
+    ignore_index: int | None,
+    names: list[str] | None,
+    columns: list[str],
+) -> Tensor:
+    def where(row: int, column: int = 0) -> str:
+        return f"{table.path}, line {table.lines[row]}, column {columns[column]!r}"
+
+    if kind in ("multiclass", "binary"):
+        count = 2 if kind == "binary" else num_classes
+        if names is not None and len(names) != count:
+            shown = _list(names)
+            raise UserError(
+                f"data.num_classes={count}, but {len(names)} classes were found in column "
+                f"{columns[0]!r} of {table.path}: {shown}. Set data.num_classes={len(names)} "
+                f"and data.num_outputs."
+            )
+        index_of = {name: index for index, name in enumerate(names or [])}
+        # Accept indices only if no class name is a number.
+        if not any(_is_index(name) for name in index_of):
+            index_of |= {str(index): index for index in range(count or 0)}
+        if ignore_index is not None and kind == "multiclass":
+            index_of.setdefault(str(ignore_index), ignore_index)
+        for row, cells in enumerate(table.texts):
+            if cells[0] not in index_of:
+                raise DataError(
+                    f"{where(row)}: class {cells[0][:40]!r} is none of the {count} classes "
+                    f"{_list(names) if names else f'0 … {(count or 0) - 1}'}."
+                )
+        classes = torch.tensor([index_of[cells[0]] for cells in table.texts])
+        return classes if kind == "multiclass" else classes.float()
+    read = [Column() for _ in columns]
+    values = torch.tensor(
+        [
+            [read[at].number(cells[at], where(row, at)) for at in range(len(columns))]
+            for row, cells in enumerate(table.texts)
+        ],
+        dtype=torch.float64,
+    )
+    if kind == "multilabel":
+        wrong = ((values != 0) & (values != 1)).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise DataError(
+                f"{where(row, column)}: a label is 0 or 1, not {table.texts[row][column]!r}."
+            )
+        return values
+    return values.squeeze(1)

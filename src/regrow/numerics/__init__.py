@@ -1,0 +1,1 @@
+"""Sums, precision and memory of a step."""

@@ -1,0 +1,74 @@
+"""Graceful stop: SIGTERM, SIGINT and SIGUSR1 end a run after a last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import TypeVar
+
+from regrow.processes.signals import STOPPING, handled
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Raised where waiting for the end of a step would take too long, as in an evaluation."""
+
+
+class StopRequest:
+    """Records the first signal; the loop stops at its next safe point.
+
+    A second signal stops the process at once. The same signal within a second counts as the first:
+    schedulers signal every process of a job, and its launcher forwards its own signal. The context
+    manager restores the previous handlers on exit. Outside the main thread it handles no signals
+    and `requested` stays False.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._noted = 0.0
+        self._waiting = False
+        self._handlers = handled(STOPPING, self._note)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def while_waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`; a stop request interrupts the wait for one with Interrupted."""
+        iterator = iter(items)
+        while True:
+            self._waiting = True
+            try:
+                if self.requested:
+                    raise Interrupted
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting = False
+            yield item
+
+    def __enter__(self) -> StopRequest:
+        self._handlers.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._handlers.__exit__(kind, value, traceback)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            if number == self.signal and time.monotonic() - self._noted < 1:
+                return
+            os._exit(128 + number)
+        self.signal, self._noted = signal.Signals(number), time.monotonic()
+        if self._waiting:
+            raise Interrupted

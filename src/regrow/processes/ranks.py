@@ -1,0 +1,256 @@
+"""Start the processes of a job, and watch them until the last one has ended.
+
+PyTorch starts and ends them (torch.distributed.elastic.multiprocessing). This module sets their
+environment and handles a failure. torchrun and srun do the same from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.config.job import Job
+from regrow.errors import MachineFault, UserError
+from regrow.processes import outside
+from regrow.processes.signals import STOPPING, handled
+from regrow.project import ROOT
+from regrow.record import folder as records
+
+log = logging.getLogger("regrow")
+
+SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
+STOPPED = tuple(128 + number for number in STOPPING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a start ended."""
+
+    exit_code: int  # 0 if all processes exited with 0
+    folder: str | None  # the run's, once it exists
+    best: float | None
+    error: dict[str, Any] | None  # reported by the first process that failed
+
+
+def count_of(trainer: Mapping[str, Any]) -> int:
+    """Return the number of processes on this machine. Raises UserError for an impossible one."""
+    import torch
+
+    devices, device = trainer["devices"], trainer["device"]
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if devices == "auto":
+        if gpus == 0:
+            raise UserError(
+                "trainer.devices=auto counts GPUs, and there is none to use here. "
+                "Give the number of processes: trainer.devices=2."
+            )
+        return gpus
+    is_mps = device == "mps" or (
+        device == "auto" and not gpus and torch.backends.mps.is_available()
+    )
+    if devices > 1 and is_mps:
+        raise UserError(f"trainer.devices={devices}: MPS takes one process. Use trainer.devices=1.")
+    if gpus and devices > 1 and not torch.distributed.is_nccl_available():
+        raise UserError(
+            f"trainer.devices={devices}: this torch has no NCCL, through which GPUs exchange "
+            "gradients. Use trainer.devices=1, or trainer.device=cpu."
+        )
+    if 0 < gpus < devices:
+        raise UserError(
+            f"trainer.devices={devices}: this machine has {gpus} GPU{'s'[: gpus > 1]}. "
+            f"Use trainer.devices={gpus}, or trainer.device=cpu."
+        )
+    return int(devices)
+
+
+def run(job: Job, count: int) -> float | None:
+    """Run the job in `count` processes and return the best monitored value.
+
+    If one dies, all end. They restart together from the last checkpoint, up to
+    trainer.max_restarts times; and, with smaller micro-batches, after one ran out of memory.
+    """
+    restarts = job.config["trainer"]["max_restarts"]
+    while True:
+        outcome = start(job, count)
+        if outcome.exit_code == 0:
+            return outcome.best
+        if outcome.exit_code in STOPPED:
+            raise SystemExit(outcome.exit_code)
+        error = outcome.error or {"kind": "lost", "text": "no process said why", "step": 0}
+        if error["kind"] == "user":
+            raise UserError(error["text"])
+        memory = error["kind"] == "memory"
+        if outcome.folder is not None:
+            said = {"halvings": error["halvings"]} if memory else {}
+            said |= {"step": error["step"], "error": error["text"]}
+            records.set_status(Path(outcome.folder), "failed", pids=[], **said)
+        if outcome.folder is None or not (memory or restarts):
+            log.error("failed: %s", error["text"])
+            raise SystemExit(1)
+        restarts -= not memory
+        log.warning("%s. Starting again from the last checkpoint.", error["text"])
+        job = dataclasses.replace(
+            job,
+            folder=outcome.folder,
+            config={**job.config, "resume": "auto"},
+        )
+
+
+def start(job: Job, count: int) -> Outcome:
+    """Start all processes once and wait for their end."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # `forwarding` handles them
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = outside.store_of(listener)
+    store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
+    with private_folder() as private, forwarding() as forwarded:
+        path = Path(private, "job.json")  # private: the ranks execute it
+        try:
+            path.write_text(job.to_json(), encoding="utf-8")
+            context = start_processes(
+                name="train",
+                entrypoint=sys.executable,
+                args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.runs.child")),
+                envs={rank: environment(rank, count, port, path) for rank in range(count)},
+                logs_specs=DefaultLogsSpecs(log_dir=private),
+            )
+        except OSError as fault:
+            raise no_temporary_files(fault) from fault
+        try:
+            forwarded.to(list(context.pids().values()))
+            result = context.wait(period=0.05)
+        finally:
+            context.close(signal.SIGKILL)
+    assert result is not None
+    said = {name: read(store, name) for name in ("folder", "best", "error", "lost")}
+    codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    if forwarded.signals and codes:  # a starting rank may not exit cleanly
+        return Outcome(128 + forwarded.signals[0], said["folder"], None, None)
+    stopped = [code for code in codes.values() if code in STOPPED]
+    error = said["error"]
+    # Once one rank ends, PyTorch sends the others SIGTERM, also if they are about to end anyway.
+    expected = {-signal.SIGTERM} if stopped else set()
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and code not in expected}
+    if error is None and killed:
+        rank, number = next(iter(killed.items()))
+        name = signal.Signals(number).name
+        error = {"kind": "killed", "text": f"rank {rank} was killed by {name}"}
+        stopped = []
+    error = error or said["lost"]
+    if error is not None and "step" not in error:
+        error["step"] = (said["lost"] or {}).get("step", 0)
+    code = 0 if not codes else 1 if error is not None or not stopped else stopped[0]
+    return Outcome(code, said["folder"], said["best"], error)
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[str]:
+    """Yield a temporary folder that no other user can read. Raises MachineFault."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="regrow-")
+    except OSError as error:
+        raise no_temporary_files(error) from error
+    with folder as name:
+        yield name
+
+
+def no_temporary_files(error: OSError) -> OSError:
+    """Return a MachineFault if the temporary folder is full or read-only, else `error` itself."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return error
+    return MachineFault(
+        f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder that has room."
+    )
+
+
+def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
+    """Return a rank's environment, for torch's env:// rendezvous with the store at `port`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "REGROW_PARENT": str(os.getpid()),
+        "REGROW_WATCHED": "1",
+        # By default gloo listens on the interface that the machine's name resolves to.
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+        "REGROW_JOB": str(job),
+        "PYTHONPATH": python_path(),
+    }
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH that another process needs to find the same modules.
+
+    Leaves out the repository's root, which `find_own_modules` puts last: at the front, a user's
+    module named `profile` would shadow Python's own. `-P` likewise keeps out the current folder.
+    """
+    own = (sys.prefix, sys.base_prefix)
+    added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
+    added = [path for path in added if Path(path) != ROOT]
+    refuse_separator(*added)
+    return os.pathsep.join(dict.fromkeys(path for path in added if path))
+
+
+def refuse_separator(*paths: str | Path) -> None:
+    """Raise UserError for a path that PYTHONPATH would split into two."""
+    for path in map(str, paths):
+        if os.pathsep in path:
+            raise UserError(
+                f"{path}: other processes find no code in a path with {os.pathsep!r}. Rename the "
+                "folder. One run in one process works there."
+            )
+
+
+def read(store: Any, name: str) -> Any:
+    return json.loads(store.get(name)) if store.check([name]) else None
+
+
+@dataclasses.dataclass
+class Forwarded:
+    """The signals that this process has received and forwards to every rank."""
+
+    signals: list[int] = dataclasses.field(default_factory=list)
+    pids: list[int] = dataclasses.field(default_factory=list)
+
+    def note(self, number: int, frame: object = None) -> None:
+        self.signals.append(number)
+        self._send(number)
+
+    def to(self, pids: list[int]) -> None:
+        """Set the ranks' process ids and send them the signals received so far."""
+        self.pids = pids
+        for number in self.signals:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def forwarding() -> Iterator[Forwarded]:
+    """Forward signals to the ranks, which handle them."""
+    forwarded = Forwarded()
+    with handled(STOPPING, forwarded.note):
+        yield forwarded

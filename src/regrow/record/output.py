@@ -1,0 +1,137 @@
+"""Write output files that the user names: atomically, overwriting a file only if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from regrow.errors import UserError
+
+# A spreadsheet evaluates a cell that begins with one of these. The last four are full-width.
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def harmless(text: str) -> str:
+    """Return the text of a cell, with an apostrophe before it if a spreadsheet would evaluate it.
+
+    Use it for every table that may be opened in a spreadsheet. A negative number is unchanged.
+    """
+    if not text.lstrip(" ").startswith(FORMULA_SIGNS):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def write_csv(rows: Iterable[Mapping[str, str]], target: Path, *, overwrite: bool) -> int:
+    """Write rows atomically and return their number. Cells pass through `harmless`.
+
+    Raises UserError if `target` exists, unless `overwrite`.
+    """
+    count = 0
+    # The file escapes what UTF-8 cannot encode: file names may be arbitrary bytes.
+    with _new_file(target, overwrite) as file:
+        for row in rows:
+            if count == 0:
+                csv.writer(file).writerow([harmless(key) for key in row])
+            csv.writer(file).writerow([harmless(value) for value in row.values()])
+            count += 1
+    return count
+
+
+def write_text(text: str, target: Path, *, overwrite: bool) -> None:
+    """Write a text file that the user named, atomically. Raises UserError."""
+    with _new_file(target, overwrite) as file:
+        file.write(text)
+
+
+def open_new(path: Path, mode: int = 0o666) -> int:
+    """Return a descriptor of a new file. Removes what is at `path`; never follows a link there."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path,
+    *,
+    mode: int = 0o666,
+    publish: Callable[[Path, Path], object] = Path.replace,
+) -> Iterator[IO[bytes]]:
+    """Yield a file that is renamed to `path` once it is complete and synced, or else removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(open_new(temporary, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _new_file(target: Path, overwrite: bool) -> Iterator[IO[str]]:
+    """Yield a text file that is renamed to `target` once it is complete. Raises UserError."""
+    publish = _over_a_file if overwrite else _where_nothing_is
+    try:
+        with whole_file(target, publish=publish) as file:
+            text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+            yield text
+            text.flush()
+            text.detach()  # the file is closed by its owner
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise UserError for an output that cannot be written. Call it before doing the work.
+
+    An existing file needs `overwrite`. A folder, link, device or pipe is never replaced.
+    """
+    try:
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    except OSError as error:  # name too long, or folder not readable
+        raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
+    else:
+        if stat.S_ISREG(mode) and not overwrite:
+            raise UserError(
+                f"output={target} exists already. Choose another name, or add overwrite=true."
+            )
+    if stat.S_ISLNK(mode):
+        raise UserError(f"output={target} is a link. Name the file itself.")
+    if stat.S_ISDIR(mode):
+        raise UserError(f"output={target} is a folder. Name a file, such as {target / 'out.csv'}.")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"output={target} is not a regular file. Choose another name.")
+    if not target.parent.is_dir():
+        raise UserError(f"output={target}: there is no folder {target.parent}. Make it first.")
+
+
+def _over_a_file(temporary: Path, target: Path) -> None:
+    refuse_existing(target, overwrite=True)  # it may have appeared in the meantime
+    temporary.replace(target)
+
+
+def _where_nothing_is(temporary: Path, target: Path) -> None:
+    refuse_existing(target, overwrite=False)  # likewise
+    try:
+        os.link(temporary, target)  # unlike a rename, fails if a file has appeared
+    except FileExistsError:
+        refuse_existing(target, overwrite=False)
+    except OSError:  # a file system without links
+        refuse_existing(target, overwrite=False)
+        temporary.replace(target)
+    temporary.unlink(missing_ok=True)

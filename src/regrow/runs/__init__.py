@@ -1,0 +1,1 @@
+"""One run: launched, recorded, loaded again, evaluated and predicted with."""

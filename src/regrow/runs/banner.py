@@ -1,0 +1,178 @@
+"""The lines that a run prints at its start and its end."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.config import flags, resume
+from regrow.config.command_line import command
+from regrow.config.job import Job
+from regrow.distributed.parallel import World
+from regrow.record import monitor
+from regrow.record.redact import redact_all
+from regrow.runs import train as runs
+from regrow.training import optim
+from regrow.training.scheduler_adapter import SchedulerAdapter
+from regrow.training.schedules import RunLength
+from regrow.training.state import too_short_for_average
+
+log = logging.getLogger("regrow")
+
+
+def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:
+    """Log what is about to run, and the command that resumes it."""
+    options, state = objects.options, objects.state
+    config = redact_all(dict(job.config))
+    for line in config_tree(config, job.choices):
+        log.info("%s", line)
+    sizes = objects.data.num_examples
+    log.info("data: %s", ", ".join(f"{count:,} {name}" for name, count in sizes.items()))
+    for note in objects.data.notes:
+        log.warning("%s", note)
+    total = sum(p.numel() for p in state.model.parameters())
+    trained = sum(p.numel() for p in objects.parameters)
+    frozen = "" if trained == total else f", {trained:,} of them trained"
+    log.info("model: %s with %s parameters%s", type(state.model).__name__, f"{total:,}", frozen)
+    batch, slices = config["data"]["batch_size"], options.accumulation_steps
+    each = -(-batch // (world.size * slices))
+    log.info(
+        "batch: %d = %d device%s × %d slice%s × %s%d",
+        *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1]),
+        *("" if batch == world.size * slices * each else "at most ", each),
+    )
+    length = objects.total_steps
+    steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"
+    threads = config["trainer"]["num_threads"]
+    chosen = " (trainer.device=auto)" if options.device == "auto" else ""
+    log.info(
+        "run: %s, %d per epoch, on %s%s in %s with %d thread%s",
+        *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
+        *(threads, "s"[: threads > 1]),
+    )
+    if world.device.type != "cpu" and not optim.skips_on_device(state.optimizer, world.device):
+        log.info("optimizer: it cannot skip a bad step on the device; each step waits for it once")
+    if short := too_short_for_average(options, objects.total_steps):
+        log.log(logging.INFO if options.ema_warmup else logging.WARNING, "%s", short)
+    for line in what_is_odd(config, objects):
+        log.warning("%s", line)
+    if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
+        log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
+    if isinstance(state.schedule, SchedulerAdapter):
+        log.info(
+            "scheduler: %s is stepped once per %s (scheduler.interval)",
+            *(state.schedule.name.rpartition(".")[2], state.schedule.interval),
+        )
+    log.info("folder: %s", folder)
+    log.info("if interrupted, resume with: %s", again(job, folder))
+
+
+def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
+    """Return one line for each setting that is probably a mistake."""
+    options, lines = objects.options, []
+    if options.monitor is None:
+        lines.append("no metric is monitored: the last weights are the best ones")
+    elif odd := monitor.contradiction(options.monitor, str(options.mode)):
+        lines.append(f"trainer.mode={options.mode}: {odd}")
+    batch, count = config["data"]["batch_size"], objects.train.num_examples
+    if batch > count:
+        lines.append(
+            f"data.batch_size={batch} is more than the {count} training examples: each step is an "
+            "epoch over all of them"
+        )
+    if objects.total_steps is not None and objects.total_steps < warmup_of(config, objects):
+        lines.append(in_warmup(objects.total_steps, warmup_of(config, objects)))
+    return lines
+
+
+def warmup_of(config: Mapping[str, Any], objects: runs.Objects) -> int:
+    """Return the steps of the schedule's warm-up; 0 if it has none under these keys."""
+    length = RunLength(objects.total_steps, objects.state.steps_per_epoch)
+    node = config["scheduler"]
+    return length.warmup(node.get("warmup_steps"), node.get("warmup_fraction"))
+
+
+def in_warmup(steps: int, warmup: int) -> str:
+    return (
+        f"the run ends at step {steps}, in the warm-up of {warmup} steps: the learning rate never "
+        "comes to optimizer.lr. Lower scheduler.warmup_steps, or train for longer"
+    )
+
+
+def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
+    """Log the results as a table, the folder, and commands that may come next."""
+    rows = [(name, value) for name, value in summary["test"].items() if name.count("/") == 1]
+    best = summary["best"]
+    if best["value"] is not None:
+        rows.insert(0, (f"best {best['metric']} (step {best['step']})", best["value"]))
+    rows.append(("seconds of training", summary["seconds"]))
+    width = max(len(name) for name, _ in rows)
+    log.info("")
+    for name, value in rows:
+        log.info("  %s  %.5g", name.ljust(width), value)
+    log.info("")
+    log.info("record: %s", folder / "report.html" if job.draws else folder)
+    log.info("next:   %s", longer(folder, job, summary))
+    split = "test" if summary["test"] else "val" if summary["val"] else "train"
+    log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
+    kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
+    log.info("        %s", command("-m", *flags.arguments_of(job.source), *kept, "seed=0,1,2"))
+
+
+def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
+    """Return the config as a tree: a wrapped line for each group, without values that are off."""
+    lines = []
+    width = max(80, min(140, _terminal_width()))
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
+    for name, values in {"run": plain, **groups}.items():
+        option = choices.get(name) or ""
+        flat = resume.differences({}, values)
+        words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if _is_shown(k, new)]
+        if name == "logger":
+            words = ["jsonl", *values]  # names only; config.yaml has the settings
+        text = " ".join([str(option), *words]).strip()
+        if not text:
+            continue
+        mark = "└─" if name == [*groups][-1] else "├─"
+        first, rest = f"{mark} {name:<10} ", f"{'  ' if mark == '└─' else '│ '} {'':<10} "
+        lines += textwrap.wrap(
+            text,
+            width,
+            initial_indent=first,
+            subsequent_indent=rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+def longer(folder: Path, job: Job, summary: Mapping[str, Any]) -> str:
+    """Return the command that trains a complete run for as long again."""
+    limits = resume.reached(summary, job.config["trainer"])
+    return again(job, folder, *(f"{key}={more}" for key, more in limits.items()))
+
+
+def again(job: Job, folder: Path, *more: str) -> str:
+    """Return the command that resumes the run in `folder`."""
+    return command(*flags.arguments_of(job.source), f"resume={folder}", *more)
+
+
+def _terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _is_shown(key: str, value: Any) -> bool:
+    is_off = value is None or value is False or value in ("", [], {})
+    is_off = is_off or (isinstance(value, float) and value == 0)
+    return not is_off and key.split(".")[-1] not in ("_partial_", "_target_", "resume")
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value).replace(" ", "")
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,20 @@
+"""`python -m regrow.runs.child`: one of the processes that `ranks.start` starts.
+
+Importing torch takes seconds. A signal must end the rank during them, too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from regrow.processes.parent import die_with_parent
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    die_with_parent(int(os.environ["REGROW_PARENT"]))
+
+    from regrow.runs import worker
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    worker.main()

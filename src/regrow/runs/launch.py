@@ -1,0 +1,117 @@
+"""From Hydra's job to a run, on this machine or on Slurm."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from regrow.config import resume
+from regrow.config.check import check
+from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
+from regrow.config.job import Job, as_recorded, job_of
+from regrow.config.targets import instantiate
+from regrow.errors import UserError, machine_fault
+from regrow.failing import fail
+from regrow.processes import outside
+from regrow.record import folder as records
+from regrow.record import ownership
+from regrow.runs.banner import again
+from regrow.runs.console import console
+from regrow.runs.session import (
+    claimed,
+    draw_missing,
+    leave_nothing,
+    remove_empty_parents,
+    run_all,
+    say_complete,
+)
+
+log = logging.getLogger("regrow")
+
+
+def launch(cfg: DictConfig) -> float | None:
+    """Run what `cfg` describes and return the best monitored value, for a sweeper.
+
+    Exits with 2 for a user's error, with 1 if the run failed, and with 128 + signal if a signal
+    stopped it.
+    """
+    try:
+        return _launch(cfg)
+    except UserError as error:
+        leave_nothing(output_dir())
+        fail(str(error))
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        leave_nothing(output_dir())
+        fail(str(fault), code=1)
+
+
+def _launch(cfg: DictConfig) -> float | None:
+    hydra = HydraConfig.get()
+    check(cfg, hydra.runtime.choices)
+    for override in typed_overrides(hydra.overrides.task):
+        if resume.key_of(override).split(".")[0] == "sweep":
+            raise UserError(f"{override}: one run is no sweep. Add -m, or leave it out.")
+    for override in typed_overrides(hydra.overrides.hydra):
+        if resume.key_of(override).startswith("hydra.sweep."):
+            raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
+    folder = output_dir() if is_named("hydra.run.dir") else None
+    job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
+    if outside.started_from_outside():
+        from regrow.runs import worker
+
+        worker.lead(job)
+    with console():
+        launcher = plain(cfg)["launcher"]
+        if "_target_" in launcher:
+            given = typed_overrides(HydraConfig.get().overrides.task)
+            typed = [o for o in given if resume.is_of_the_launcher(o)]
+            submit(job, launcher, typed)
+            return None
+        return run_all(job)
+
+
+def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
+    """Submit the job to Slurm with the options in `launcher`, and return.
+
+    The printed command to resume repeats the overrides in `typed`, those of the launcher.
+    """
+    from regrow.processes import slurm
+
+    options: slurm.SlurmOptions = instantiate(launcher)
+    slurm.check(options, job.config["trainer"])
+    folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))
+    try:
+        with claimed(folder, job) as goes_on:
+            if goes_on and resume.is_done(folder, job.config):
+                draw_missing(folder, job)
+                say_complete(folder, job)
+                return
+            # If Slurm rejects the job, `claimed` removes the empty folder.
+            number = slurm.submit(owned(dataclasses.replace(job, folder=str(folder))), options)
+    except UserError:
+        if job.folder is None:
+            remove_empty_parents(folder)
+        raise
+    log.info("submitted to Slurm: job %s, to be stopped with scancel %s", number, number)
+    log.info("folder: %s", folder)
+    log.info("output: %s", folder / "slurm" / f"{number}_0_log.out")
+    log.info("if interrupted, resume with: %s", again(job, folder, *typed))
+
+
+def owned(job: Job) -> Job:
+    """Return the job with its entry in the user's list of folders, which a node may not have."""
+    try:
+        entry = ownership.enter()
+    except OSError as error:
+        log.warning("this run is not entered as yours (%s)", ownership.reason_of(error))
+        return job
+    return dataclasses.replace(job, owner=ownership.owner_of_job(entry, as_recorded(job)))

@@ -1,0 +1,366 @@
+"""Load trained models from a run's folder, for the scripts and for notebooks.
+
+from regrow.load import load_run
+run = load_run("outputs/digits/latest")
+outputs = run.model(inputs)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from regrow.checkpoint import writer as checkpoint
+from regrow.config import older
+from regrow.config.own_modules import find_own_modules
+from regrow.config.recorded import recorded_config
+from regrow.config.resume import downloads_elsewhere, places_of
+from regrow.config.roles import check_roles
+from regrow.config.targets import allow, instantiate
+from regrow.dotted import leaves
+from regrow.errors import UserError, did_you_mean
+from regrow.feeding.preprocess import Preprocessing, in_units
+from regrow.record.folder import read_json
+from regrow.runs import train as runs
+
+log = logging.getLogger("regrow")
+
+PREPROCESSING = "preprocessing.json"
+# Properties of the data that the model depends on. Other data must share them.
+OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
+PRECISIONS = ("fp32", "bf16", "fp16")
+# Keys of the trainer that the outputs depend on.
+OF_THE_TRAINER = (
+    *("device", "precision", "channels_last", "num_threads", "tf32", "cudnn_benchmark"),
+    "deterministic",
+)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model with the weights of one checkpoint, ready to use, and its other objects.
+
+    The first access to `data` reads the data. `preprocessing` and `class_names` need only the
+    folder if the run recorded them.
+    """
+
+    folder: Path  # resolved, if a link to it was given
+    config: dict[str, Any]
+    model: nn.Module  # in evaluation mode, on `device`
+    task: Any
+    checkpoint: str  # the checkpoint's own name, such as step_00000460
+    step: int
+    device: torch.device
+    precision: str
+    recorded: Preprocessing | None  # None: the run did not record it
+    class_names: list[str] | None
+    input_names: list[str] | None  # None: an example is one tensor
+
+    @cached_property
+    def data(self) -> Any:
+        """The run's data, normalised by the statistics of its training data."""
+        where = f"run={self.folder}"
+        check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
+        allow(self.config["data"])
+        data = instantiate(self.config["data"])
+        for note in data.notes:
+            log.warning("%s", note)
+        if self.recorded is not None:
+            data.preprocessing = self.recorded
+            data.target_mean = self.recorded.target_mean
+            data.target_std = self.recorded.target_std
+        return data
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """How raw examples become the model's inputs: as recorded, or else from the data."""
+        if self.recorded is not None:
+            return self.recorded
+        how: Preprocessing = self.data.preprocessing
+        return how
+
+    def close(self) -> None:
+        """End the data's workers, if there are any; the program's exit does so too."""
+        if "data" in self.__dict__:
+            self.data.close()
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Convert regression outputs (N,) or (N, K) to the targets' own units, as float64."""
+        return in_units(values, self.preprocessing.target_mean, self.preprocessing.target_std)
+
+
+def preprocessing_record(data: Any) -> dict[str, Any]:
+    """Return the content of preprocessing.json: what prediction needs of the data."""
+    names = data.input_names()
+    return {**data.preprocessing.to_dict(), "class_names": data.class_names, "input_names": names}
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    which: str = "best",
+    device: str | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> LoadedRun:
+    """Return the run in `folder`, loaded from the folder alone. The data need not exist.
+
+    `which` names a checkpoint: "best", "last" or a folder such as "step_00000460". If the run
+    averaged its weights, the model gets the average. `device` is auto, cpu, cuda or mps; None
+    takes the run's own, or the CPU if that is missing. `data` replaces keys of the data, such as
+    {"batch_size": 1} or {"source.test_file": "new.csv"}. `close` ends the data's workers. Raises
+    UserError for a folder without a run, a missing or damaged checkpoint, or a config with a
+    target that does not belong in its place.
+    """
+    given, folder = Path(folder), Path(folder).resolve()
+    config = _config(folder, given)
+    if added := older.complete(config):
+        log.info("%s", older.line(f"run={given}", added))
+    recorded, class_names, input_names = _recorded(folder, given)
+    try:
+        class_names = class_names or _names(config["data"].get("class_names"))
+    except TypeError as error:
+        raise UserError(
+            f"run={given}: its config.yaml has data.class_names, and {error}. It is not made."
+        ) from None
+    find_own_modules()
+    # `LoadedRun.data` checks the data node: predicting does not read it.
+    made = ("model", "task", "loss")
+    check_roles(config, made, folder, f"run={given}", others=places_of(folder))
+    allow(*(config[group] for group in made))
+    swap(config["data"], data or {})
+    if downloads_elsewhere(folder, config, data or {}):
+        config["data"]["source"]["download"] = False
+    if class_names is None and config["task"].get("class_names", ...) is None:
+        class_names = _names_in(config, folder)  # the run did not record them
+    if data:
+        columns = recorded.columns if recorded is not None else None
+        _pin(config["data"], class_names=class_names, feature_columns=columns)
+    path, parts, facts = _checkpoint(folder / "checkpoints", which)
+    chosen = _device(device, config["trainer"]["device"])
+    if "pretrained" in config["model"]:  # avoid a download: all weights come from the checkpoint
+        config["model"]["pretrained"] = False
+    model: nn.Module = instantiate(config["model"])
+    weights = parts.get("averaged", parts.get("model", {}))
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"checkpoint={which}: its weights are not those of the model in config.yaml: {reason}"
+        ) from None
+    model.to(chosen).eval()
+    if config["trainer"]["channels_last"]:
+        model.to(memory_format=torch.channels_last)
+    task = dict(config["task"])
+    if task.get("class_names", ...) is None:
+        task["class_names"] = class_names  # the run took them from its data
+    run = LoadedRun(
+        folder=folder,
+        config=config,
+        model=model,
+        task=instantiate(task, loss=instantiate(config["loss"])),
+        checkpoint=path.name,
+        step=facts["step"],
+        device=chosen,
+        precision=_precision(config["trainer"]["precision"], chosen),
+        recorded=recorded,
+        class_names=None if class_names is None else [str(name) for name in class_names],
+        input_names=input_names,
+    )
+    run.task.in_units = run.in_units
+    return run
+
+
+def set_numerics(run: LoadedRun) -> None:
+    """Set this process's threads and kernels as in the run, whose exact results depend on them.
+
+    For scripts; a notebook keeps its own settings.
+    """
+    # Not TrainerOptions: an older run's config may lack some of its keys.
+    options = {**run.config["trainer"], "precision": run.precision, "detect_anomaly": False}
+    runs.set_numerics(cast(Any, SimpleNamespace(**options)), run.device)
+
+
+def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Replace keys of a recorded data node.
+
+    Raises UserError for an unknown key, one that the model depends on, and a wrong type.
+    """
+    source = data.get("source")
+    for name, value in new.items():
+        *parents, leaf = name.split(".")
+        node: Any = data
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, Mapping) else None
+        if not isinstance(node, dict) or leaf not in node or leaf.startswith("_"):
+            there = {key: key.split(".")[-1] for key in leaves(data)}
+            known = [
+                f"data.{key}"
+                for key, last in there.items()
+                if last not in OF_THE_MODEL and not last.startswith("_")
+            ]
+            raise UserError(
+                f"data.{name}: the run's data has no such key.{did_you_mean(f'data.{name}', known)}"
+                f" It has {', '.join(known)}."
+            )
+        if leaf in OF_THE_MODEL:
+            raise UserError(
+                f"data.{name} belongs to the trained model and stays {node[leaf]}. "
+                "Swap what is read, such as data.root."
+            )
+        _check_type(name, value, node[leaf])
+        # conf/data interpolates one from the other, so replace both.
+        if not parents and isinstance(source, dict) and source.get(leaf, value) == node[leaf]:
+            source[leaf] = value
+        node[leaf] = value
+
+
+def _pin(data: dict[str, Any], **found: Any) -> None:
+    """Set null keys to what the run found in its training data, so that other data uses it too."""
+    for node in (data, data.get("source")):
+        for key, value in found.items():
+            if isinstance(node, dict) and key in node and node[key] is None:
+                node[key] = value
+
+
+def _check_type(name: str, value: Any, old: Any) -> None:
+    if name in ("batch_size", "eval_batch_size") and (type(value) is not int or value < 1):
+        raise UserError(f"data.{name}={value} must be an integer of at least 1.")
+    if name == "num_workers" and (type(value) is not int or value < 0):
+        raise UserError(f"data.{name}={value} must be an integer of at least 0.")
+    kinds = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list",
+    }
+    kind = type(old)
+    fits = type(value) in (int, float) if kind is float else type(value) is kind
+    if kind in kinds and not fits and name != "normalize":
+        raise UserError(f"data.{name}={value} must be {kinds[kind]}.")
+
+
+def _config(folder: Path, given: Path) -> dict[str, Any]:
+    if not (folder / "config.yaml").is_file():
+        what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
+        raise UserError(
+            f"run={given} is no run's folder: {what}. Give the folder that a run printed at its "
+            "start, such as outputs/digits/latest."
+        )
+    config = recorded_config(folder, f"run={given}")
+    groups = ("data", "model", "task", "loss", "trainer")
+    # With a custom task that brings its own loss, the node `loss` needs no target.
+    needed = {**dict.fromkeys(groups, ("_target_",)), "loss": (), "trainer": OF_THE_TRAINER}
+    lost = [
+        f"{group}.{key}" for group in groups for key in needed[group] if key not in config[group]
+    ]
+    if lost:
+        raise UserError(f"run={given}: its config.yaml has no {', '.join(lost)}. Is it a run's?")
+    if (precision := config["trainer"]["precision"]) not in PRECISIONS:
+        raise UserError(
+            f"run={given}: its config.yaml has trainer.precision={precision}. It must be one of "
+            f"{', '.join(PRECISIONS)}."
+        )
+    return config
+
+
+def _recorded(
+    folder: Path, given: Path
+) -> tuple[Preprocessing | None, list[str] | None, list[str] | None]:
+    """Return the preprocessing, class names and input names; None for each that is not recorded."""
+    path = folder / PREPROCESSING
+    if not path.is_file():
+        return None, None, None
+    try:
+        content: dict[str, Any] = read_json(path)
+        names = [_names(content.pop(key, None)) for key in ("class_names", "input_names")]
+        return Preprocessing.from_dict(content), names[0], names[1]
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        log.warning(
+            "run=%s: its %s cannot be read (%s): the same is looked for in the data",
+            *(given, PREPROCESSING, " ".join(str(error).split())[:200]),
+        )
+        return None, None, None
+
+
+def _names(value: Any) -> list[str] | None:
+    """Return `value` if it is None or a list of plain names. Raises TypeError.
+
+    The names become an argument of the task: Hydra would instantiate a node among them.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
+        raise TypeError(f"{str(value)[:80]!r} is not a list of names")
+    return value
+
+
+def _names_in(config: Mapping[str, Any], folder: Path) -> list[str] | None:
+    try:
+        check_roles(config, ("data",), folder, f"run={folder}", others=places_of(folder))
+        allow(config["data"])
+        names: list[str] | None = instantiate(config["data"]).class_names
+    except UserError:
+        return None  # the data is missing: classes go by their numbers
+    return names
+
+
+def _device(name: str | None, recorded: str) -> torch.device:
+    if name is not None:
+        if name not in ("auto", "cpu", "cuda", "mps"):
+            raise UserError(f"device={name} must be one of auto, cpu, cuda, mps.")
+        try:
+            return runs.resolve_device(name)
+        except UserError as error:
+            raise UserError(str(error).replace("trainer.device", "device")) from None
+    try:
+        return runs.resolve_device(recorded)
+    except UserError:
+        log.warning("the run's device, %s, is missing here: using the CPU", recorded)
+        return torch.device("cpu")
+
+
+def _precision(recorded: str, device: torch.device) -> str:
+    if recorded == "fp16" and device.type != "cuda":
+        log.warning("the run's precision, fp16, needs CUDA: using fp32 on the %s", device.type)
+        return "fp32"
+    return recorded
+
+
+def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[str, Any]]:
+    """Return the folder, parts and manifest of a checkpoint, even while a run is rotating them."""
+    there = checkpoint.complete(folder)
+    names = [name for name in ("best", "last") if checkpoint.named(folder, name).is_dir()]
+    names += [path.name for path in there]
+    if which not in names:
+        raise UserError(
+            f"checkpoint={which}: {_shown(folder)} has no such checkpoint. "
+            f"There is {', '.join(names) or 'none'}."
+        )
+    while True:
+        path = checkpoint.named(folder, which)
+        try:
+            return path, *checkpoint.load(path)
+        except (checkpoint.DamagedCheckpoint, OSError) as damage:
+            if checkpoint.named(folder, which) != path:
+                continue  # a newer one replaced it while it was read
+            others = [p.name for p in there if p.name != path.name]
+            raise UserError(
+                f"checkpoint={which}: {damage}. "
+                + (f"Choose another: {', '.join(others)}." if others else "There is no other.")
+            ) from None
+
+
+def _shown(path: Path) -> str:
+    here = Path(os.path.realpath(os.curdir))
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,310 @@
+"""A run in its folder: where it writes, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from regrow.checkpoint import writer as checkpoint
+from regrow.config import registered, resume
+from regrow.config.job import Job, as_recorded
+from regrow.config.targets import allow
+from regrow.distributed.parallel import World, lost_the_others
+from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault
+from regrow.processes import ranks
+from regrow.processes.interrupt import StopRequest
+from regrow.project import ROOT
+from regrow.record import folder as records
+from regrow.record import manifest, names, ownership
+from regrow.record.redact import redact, redact_all
+from regrow.runs import train as runs
+from regrow.runs.banner import again, conclude, in_warmup, introduce, longer, warmup_of
+from regrow.runs.console import log_file
+from regrow.runs.load import preprocessing_record
+
+log = logging.getLogger("regrow")
+
+
+def run_all(job: Job) -> float | None:
+    """Run the job in as many processes as it asks for: in this one if it asks for one."""
+    trainer = job.config["trainer"]
+    count = trainer["devices"] = ranks.count_of(trainer)
+    if count > 1 or trainer["max_restarts"]:
+        return ranks.run(job, count)
+    return run_job(job, World(device=runs.resolve_device(trainer["device"])))
+
+
+def run_job(job: Job, world: World) -> float | None:
+    """Run the job, or this rank's part of it, and return the best monitored value."""
+    allow(job.config)  # another process may have composed and checked it
+    with contextlib.ExitStack() as stack:
+        done, halvings = False, 0
+        if job.folder is not None and world.is_main:
+            folder = Path(job.folder)
+            goes_on = stack.enter_context(claimed(folder, job))
+            done = goes_on and resume.is_done(folder, job.config)
+            # Set if the run ended because one of its ranks ran out of memory.
+            halvings = (records.load_status(folder) or {}).get("halvings", 0)
+            halvings = halvings if isinstance(halvings, int) else 0
+        # Only the main process reads the folder: broadcast what it found to all ranks, and its
+        # config, which may keep values of an older record.
+        found = {"done": done, "halvings": halvings, "config": job.config}
+        found = json.loads(world.from_main(json.dumps(found)))
+        job.config.update(found["config"])
+        if not found["done"]:
+            return run_in(job, world, found["halvings"])
+        if world.is_main:
+            draw_missing(Path(str(job.folder)), job)
+    return say_complete(Path(str(job.folder)), job)
+
+
+def draw_missing(folder: Path, job: Job) -> None:
+    """Draw the plots and the page of a complete run that was killed before it drew them."""
+    if job.draws and not runs.is_drawn(folder):
+        log.info("%s is complete but for its plots and its page, which are drawn now", folder)
+        runs.draw(folder)
+
+
+def say_complete(folder: Path, job: Job) -> float | None:
+    """Log how to train longer, and return the best monitored value."""
+    summary = records.load_summary(folder)
+    log.info("%s is complete. To train longer, raise what ended it:", folder)
+    log.info("  %s", longer(folder, job, summary))
+    best: float | None = summary["best"]["value"]
+    return best
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, job: Job) -> Iterator[bool]:
+    """Hold the lock of the run's folder inside, and yield True if the job resumes a run there.
+
+    Raises UserError if the folder holds something else.
+    """
+    if (folder / resume.SWEEP).is_file():
+        raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
+    names.refuse_foreign_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume.is_own(folder):
+        records.refuse_links(folder, f"hydra.run.dir={folder}", way_out=resume.if_trusted(folder))
+    with records.Lock(folder):
+        try:
+            yield resume.continues(folder, job.config, job.overrides)
+        finally:
+            records.remove_unused(folder)
+
+
+def leave_nothing(folder: Path) -> None:
+    """Remove a run's own folder if nothing was written there and nobody holds its lock."""
+    if folder.resolve() == Path.cwd() or not folder.is_dir():
+        return
+    if any(path.name != names.LOCK for path in folder.iterdir()):
+        return
+    with contextlib.suppress(OSError, UserError), records.Lock(folder):
+        records.remove_unused(folder)
+
+
+def remove_empty_parents(folder: Path) -> None:
+    """Remove the parent folders that are empty."""
+    for parent in folder.parents[:-1]:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
+    """Build the objects and train in the job's folder, or in a new one if it names none."""
+    trainer = job.config["trainer"]
+    trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
+    objects = runs.build(without_source(job, world), world)
+    with contextlib.closing(objects.data):
+        return run_objects(job, objects, world, halvings)
+
+
+def without_source(job: Job, world: World) -> dict[str, Any]:
+    """Return the config to build from, without `init_from` if the job's folder has a checkpoint.
+
+    The checkpoint would replace those weights, and their source may be gone or have changed.
+    """
+    has_checkpoint = (
+        job.folder is not None
+        and world.is_main
+        and checkpoint.outline(Path(job.folder) / "checkpoints") is not None
+    )
+    found: bool = json.loads(world.from_main(json.dumps(has_checkpoint)))
+    return {**job.config, "init_from": None} if found else job.config
+
+
+def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) -> float | None:
+    """Train the built objects and write the run's record."""
+    config, trainer = job.config, job.config["trainer"]
+    trainer["monitor"], trainer["mode"] = objects.options.monitor, objects.options.mode
+    objects.state.progress.halvings = halvings
+    if trainer["check_first_batch"]:
+        runs.check_first_batch(objects, world)
+    trial = trial_of(job, objects, world)
+    if job.folder is not None and world.is_main:
+        outline = checkpoint.outline(Path(job.folder) / "checkpoints")
+        if outline:
+            objects.state.refuse_other(outline)
+    world.barrier()  # a rank that fails before this line leaves no folder behind
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = open_folder(job, world, stack)
+            is_new = all(path.name == names.LOCK for path in folder.iterdir())
+            stack.enter_context(log_file(folder, world.rank))
+            accepted = write_start(folder, job, objects) if world.is_main else {}
+        except OSError as error:
+            raise UserError(
+                f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
+                f"{error.strerror or error}. Make room there, or choose another folder."
+            ) from error
+        with StopRequest() as stop:  # install the handlers before the status says "running"
+            pids = world.gather(os.getpid())
+            if world.is_main:
+                records.set_status(folder, "running", step=0, pids=pids)
+                introduce(folder, job, objects, world)
+                if is_new and (far := objects.data.far_targets()) is not None:
+                    log.warning("%s", far)
+            begun = False
+
+            def begin() -> None:
+                nonlocal begun
+                begun = True
+                records.link_latest(folder, Path("outputs", config["name"]))
+
+            try:
+                summary = runs.train(objects, config, folder, world, stop, trial, accepted, begin)
+                if world.is_main:
+                    manifest.note_packages(folder, ROOT)
+            except BaseException as raised:
+                if isinstance(raised, UserError) and world.is_main and is_new and not begun:
+                    records.remove_start(folder)
+                    if job.folder is None:
+                        remove_empty_parents(folder)
+                    raise
+                if world.is_main:
+                    manifest.note_packages(folder, ROOT)
+                fault = None if lost_the_others(raised) else machine_fault(raised)
+                cause = fault or raised
+                note_failure(cause, folder, job, objects.state.step, world)
+                if world.store is None and is_plain(cause):
+                    raise SystemExit(1) from cause
+                if fault is None:
+                    raise
+                raise fault from raised
+        number = max(world.gather(stop.signal or 0))  # any rank may have received the signal
+        if world.is_main:
+            records.set_status(folder, summary["status"], step=summary["steps"], pids=pids)
+        if summary["status"] == "interrupted":
+            name = signal.Signals(number).name
+            if world.is_main:
+                log.warning("stopped by %s at step %d. Resume with:", name, summary["steps"])
+                log.warning("  %s", again(job, folder))
+            world.barrier()
+            raise SystemExit(128 + number)
+        if world.is_main:
+            warmup = warmup_of(config, objects)
+            if objects.state.step < warmup and objects.state.step != objects.total_steps:
+                log.warning(
+                    "%s", in_warmup(objects.state.step, warmup)
+                )  # max_seconds or early stopping ended it
+            if job.draws:
+                runs.draw(folder)  # the page shows the status, so write that first
+            conclude(folder, job, summary)
+        best: float | None = summary["best"]["value"]
+        return best
+
+
+def trial_of(job: Job, objects: runs.Objects, world: World) -> Any:
+    """Return the reporter for the search that the job is a trial of, or None.
+
+    Raises UserError if the search's metric is not measured.
+    """
+    if job.trial is None:
+        return None
+    from regrow.runs.trial import Reporter
+
+    reporter = Reporter(**job.trial)
+    reporter.check(runs.measured_by(objects.task, world.device))
+    return reporter
+
+
+def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
+    """Return the run's folder, in every rank. A new one is created, and locked by `stack`."""
+    name = job.folder or ""
+    if job.folder is None and world.is_main:
+        created = records.create(Path("outputs"), job.config["name"])
+        stack.enter_context(records.Lock(created))
+        name = str(created)
+    name = world.from_main(name)
+    if world.store is not None and world.is_main:
+        world.store.set("folder", json.dumps(name))
+    return Path(name)
+
+
+def is_plain(error: BaseException) -> bool:
+    """Return True if one line is enough: for bad numbers or a bad disk, not for a bug."""
+    return isinstance(error, FloatingPointError | OSError) and hasattr(error, "step")
+
+
+def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
+    """Record and log why the run failed, once: the other ranks fail because this one does."""
+    error.step = step  # type: ignore[attr-defined]  # for the process that reports the error
+    if lost_the_others(error) or not world.is_first("to fail"):
+        return
+    line = f"{type(error).__name__}: {error}"
+    halvings = {"halvings": error.halvings} if isinstance(error, SlicesTooLarge) else {}
+    records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **halvings)
+    if not isinstance(error, UserError):
+        log.error("failed at step %d: %s", step, in_a_line(error))
+        if isinstance(error, OSError):  # usually a disk problem that the user can fix
+            log.error("Once that is fixed, resume with:")
+            log.error("  %s", again(job, folder))
+        logging.getLogger("regrow.file").error("%s", traceback.format_exc())
+
+
+def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]:
+    """Write what reproduces the run: config, overrides, code, environment, data.
+
+    Returns the splits with changed content that the user accepts. Raises UserError, before
+    anything is written, if the data is not what the run was trained on.
+    """
+    data, accepted = objects.data.fingerprint(), {}
+    if (folder / manifest.NAME).is_file():
+        accepted = resume.refuse_other_data(folder, data, job.overrides)
+    (folder / ".hydra").mkdir(exist_ok=True)
+    if lacked := resume.lacked_keys(folder):  # the new config.yaml has them all
+        records.write_json(folder / resume.LACKED, lacked)
+    recorded = OmegaConf.create(redact_all(dict(job.config)))
+    records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
+    ownership.enter_run(folder, as_recorded(job), job.owner)
+    for name, content in job.composed.items():
+        text = content if name == registered.NAME else redact(content)  # masked already
+        records.write_text(folder / ".hydra" / name, text)
+    records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
+    if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):
+        log.warning("%s", changes)
+    manifest.write(
+        folder,
+        command=job.command,
+        root=ROOT,
+        data=data,
+        seeds=seeds_of(job.config),
+        config=job.source,
+        accepted=accepted,
+    )
+    return accepted
+
+
+def seeds_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every seed in the config by its dotted key, such as the seed of the split."""
+    flat = resume.differences({}, {k: v for k, v in config.items() if k not in resume.ELSEWHERE})
+    return {key: value for key, (_, value) in flat.items() if key.split(".")[-1] == "seed"}

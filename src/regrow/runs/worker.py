@@ -1,0 +1,247 @@
+"""One rank of several, started by `ranks.start` or from outside.
+
+It joins the rendezvous, receives the job, and runs its part. The first rank that fails reports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from regrow.config.job import Job
+from regrow.config.own_modules import find_own_modules
+from regrow.distributed.parallel import World, lost_the_others
+from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault, printable
+from regrow.failing import fail, one_line, show_traceback
+from regrow.processes import outside, terminal
+from regrow.processes.signals import handled
+from regrow.runs import train as runs
+from regrow.runs.console import console
+from regrow.runs.session import is_plain, leave_nothing, run_all, run_job
+
+log = logging.getLogger("regrow")
+
+
+def main() -> None:
+    """Run this process's part of a job that another process composed."""
+    terminal.show()
+    try:
+        find_own_modules()  # ranks that torchrun or srun started need it too
+    except UserError as error:
+        fail(str(error))
+    file = os.environ.get("REGROW_JOB")
+    text = Path(file).read_text(encoding="utf-8") if file else ""
+    if "RANK" not in os.environ:
+        try:
+            work_alone(text)
+        except UserError as error:
+            fail(str(error))
+        sys.exit(0)
+    try:
+        store = meet()
+        said = json.loads(text or job_from(store))
+    except UserError as error:
+        fail(str(error))
+    if os.environ["RANK"] != "0":
+        store.set(f"came/{os.environ['RANK']}", "")
+    if isinstance(said, int):  # an exit code: there is no job
+        leave(said)
+    work(Job(**said), store)
+
+
+def work_alone(text: str) -> None:
+    """Run all of a job, as JSON, that another process composed."""
+    find_own_modules()
+    job = Job(**json.loads(text))
+    try:
+        with console():
+            run_all(job)
+    except UserError:
+        if job.folder is not None:
+            leave_nothing(Path(job.folder))
+        raise
+
+
+def meet() -> Any:
+    """Return the store that all ranks share, by the environment variables of the launcher."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    else:
+        store = outside.meet()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep its store
+    store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    if "REGROW_WATCHED" not in os.environ:
+        outside.arrive(store)
+    return store
+
+
+def job_from(store: Any) -> str:
+    """Return the job from rank 0, as JSON. Raises UserError if it does not arrive in time."""
+    try:
+        outside.wait_until(
+            lambda: bool(store.check(["job"])),
+            lambda: "the first process, which composes the config",
+            outside.PATIENCE,
+        )
+        job = str(store.get("job").decode())
+        outside.check_size(store, 0)
+        return job
+    except RuntimeError:
+        raise UserError("the first process ended before it gave this one its job.") from None
+
+
+def lead(job: Job) -> NoReturn:
+    """As rank 0 of processes started from outside, send the job to the other ranks and run it."""
+    trainer = job.config["trainer"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if trainer["devices"] not in ("auto", 1, local):
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: {local} were started on this machine. "
+            "Leave out trainer.devices, or give the same number to both."
+        )
+    trainer["devices"] = local
+    store = meet()
+    store.set("job", job.to_json())
+    code = 0
+    try:
+        with handled([signal.SIGTERM], lambda *_: sys.exit(128 + signal.SIGTERM)):
+            outside.wait_for_all(store, trainer["timeout_seconds"])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as end:
+        code = int(end.code or 0)
+    if code:  # the other ranks end when the store does
+        outside.have_met()
+        if job.folder is not None:
+            leave_nothing(Path(job.folder))
+        leave(code)
+    work(job, store)
+
+
+def dismiss(code: int) -> NoReturn:
+    """As rank 0 of processes started from outside, end all ranks, as there is no job."""
+    try:
+        store = meet()
+    except UserError:  # `lead` may have reported it
+        leave(code)
+    store.set("job", json.dumps(code))
+    wait_for_others(store)
+    leave(code)
+
+
+def wait_for_others(store: Any) -> None:
+    """Wait up to 60 seconds until all ranks have read the job from this process's store."""
+    try:
+        outside.wait_until(
+            lambda: not outside.absent(store, "came"),
+            lambda: outside.others_in_words(outside.absent(store, "came")),
+            60,
+        )
+    except (UserError, KeyboardInterrupt):
+        pass  # the error was reported before
+    finally:
+        outside.have_met()
+
+
+def work(job: Job, store: Any) -> NoReturn:
+    """Run this process's part of the job, and exit."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        with console() if rank == 0 else contextlib.nullcontext():
+            run_part(job, store, rank, size)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # before the run handles signals
+        code = 128 + signal.SIGINT
+    except BaseException as error:
+        report(error, store, rank)
+        code = 2 if isinstance(error, UserError) else 1
+        if rank == 0 and job.folder is not None:
+            leave_nothing(Path(job.folder))
+        if rank == 0 and "REGROW_WATCHED" not in os.environ:
+            with contextlib.suppress(RuntimeError):  # torchrun hosts the store and may have ended
+                wait_for_others(store)
+    leave(code)
+
+
+def run_part(job: Job, store: Any, rank: int, size: int) -> None:
+    """Join the process group and run this rank's part of the job."""
+    trainer = job.config["trainer"]
+    alone = "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1  # bound by Slurm
+    index = 0 if alone else int(os.environ.get("LOCAL_RANK", rank))
+    device = runs.resolve_device(trainer["device"], index)
+    world = World(device=device, rank=rank, size=size, store=store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=trainer["timeout_seconds"]),
+    )
+    if world.is_main:
+        outside.have_met()
+    if trainer["strategy"] == "fsdp" and size > 1:
+        world = dataclasses.replace(world, mesh=init_device_mesh(device.type, (size,)))
+    best = run_job(job, world)
+    if world.is_main:
+        store.set("best", json.dumps(best))
+    world.barrier()
+
+
+def report(error: BaseException, store: Any, rank: int) -> None:
+    """Report what ended this process, unless it ended because another rank failed."""
+    name = "" if machine_fault(error) else f"{type(error).__name__}: "
+    text = f"rank {rank}: {name}{in_a_line(error)}"
+    said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
+    if isinstance(error, UserError):
+        said |= {"kind": "user", "text": str(error)}
+    elif isinstance(error, SlicesTooLarge):
+        said |= {"kind": "memory", "halvings": error.halvings}
+    try:
+        if lost_the_others(error):
+            store.set("lost", json.dumps(said))
+            return
+        if store.add("failures", 1) > 1:
+            return
+        store.set("error", json.dumps(said))
+    except RuntimeError:  # the store is gone, and so are its readers
+        if lost_the_others(error) or (said["kind"] == "user" and rank > 0):
+            return  # rank 0, which hosted the store, has reported the same
+    if said["kind"] == "user":
+        show_traceback(error)
+        if "REGROW_WATCHED" not in os.environ:  # else `ranks.run` prints it
+            print(f"error: {printable(one_line(str(error)))}", file=sys.stderr)
+    elif fault := machine_fault(error):
+        if not hasattr(error, "step"):  # else the run has logged it
+            print(f"error: rank {rank}: {fault}", file=sys.stderr)
+    elif lost_the_others(error):
+        print(f"error: {text}", file=sys.stderr)
+    elif not (isinstance(error, SlicesTooLarge) or is_plain(error)):
+        traceback.print_exception(error)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once, without cleanup: a process group's threads may hang or crash at exit."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

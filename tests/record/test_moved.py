@@ -1,0 +1,58 @@
+"""Names of older targets are replaced in records, and refused elsewhere with the new name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import TINY, composed
+
+from regrow.config.check import check
+from regrow.config.targets import locate
+from regrow.errors import UserError
+from regrow.record import moved
+
+
+@pytest.mark.parametrize("name", [*moved.MOVED.values()])
+def test_every_new_name_can_be_imported(name: str) -> None:
+    module, _, last = name.rpartition(".")
+    if last[0].isupper():
+        assert hasattr(importlib.import_module(module), last)
+    else:
+        importlib.import_module(name)
+
+
+def test_a_recorded_config_gets_the_names_of_today() -> None:
+    before = {
+        "data": {"_target_": "regrow.data.loaders.Data", "root": "regrow.data.loaders.Data"},
+        "both": [{"_target_": "regrow.training.options.DDPOptions"}, {"_target_": "own.Net"}],
+    }
+    now = moved.in_config(before)
+    assert now["data"] == {
+        "_target_": "regrow.feeding.loaders.Data",
+        "root": "regrow.data.loaders.Data",  # a plain value
+    }
+    assert now["both"][0] == {"_target_": "regrow.distributed.parallel.DDPOptions"}
+    assert now["both"][1] == {"_target_": "own.Net"}
+    assert before["data"]["_target_"] == "regrow.data.loaders.Data"
+
+
+@pytest.mark.parametrize(
+    "name", ["regrow.checks.X", "my.regrow.check.X", "regrow.training.options.TrainerOptions"]
+)
+def test_a_name_that_only_resembles_a_moved_one_stays(name: str) -> None:
+    assert moved.in_text(name) == name
+
+
+def test_an_old_target_is_refused_with_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = "regrow.data.loaders.Data", "regrow.feeding.loaders.Data"
+    said = rf"data\._target_={old}: it has moved\. Write _target_: {new}$"
+    config: Any = composed(*TINY, f"data._target_={old}")
+    with pytest.raises(UserError, match=said):
+        check(config, config.hydra.runtime.choices)
+    assert locate(new, "data").__name__ == "Data"
