@@ -1,4 +1,4 @@
-"""The house plan: imports run one way, and what is slow is imported when it is needed."""
+"""Imports run one way, and slow modules are imported when they are needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
-# What each wing or room may import of the others. Those in SERVE_ALL serve all.
+# The packages that each package or module may import. Those in SERVE_ALL serve all.
 SERVE_ALL = {
     *("command_line", "errors", "flags", "leads", "locks", "monitor", "older", "output", "parent"),
     *("places", "randomness", "registered", "terminal"),
@@ -47,7 +47,7 @@ ALLOWED = {
     "hydras": {"config", "explain"},
     "explain": {"composition", "config"},
     "composition": {"config"},
-    "config": {"explain", "hydras", "resume", "record"},  # the first two in the entry point alone
+    "config": {"explain", "hydras", "resume", "record"},  # the first two only in the entry point
     "notebook": {"check", "composition", "config", "explain", "run", "training"},
     "training": set(),
     "tasks": set(),
@@ -76,7 +76,7 @@ KNOW_HYDRA = {
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in it."""
+    """Return the modules that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -91,7 +91,7 @@ def room_of(path: Path) -> str:
 
 
 def crossings(path: Path) -> set[str]:
-    """Rooms of this package that a file imports against the plan."""
+    """Return the modules of this package that a file imports against the plan."""
     room = room_of(path)
     parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("regrow.")}
     return parts - {room, *SERVE_ALL} - ALLOWED.get(room, set())
