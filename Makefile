@@ -1,4 +1,4 @@
-# Every command of this repository. `make train` and `make test` need nothing but Python >= 3.11.
+# All commands of this repository. `make train` and `make test` only need Python >= 3.11.
 # Works with GNU make 3.81 and any POSIX shell.
 
 SHELL := /bin/sh
@@ -8,13 +8,13 @@ ARGS =
 .PHONY: help train test test-slow test-all test-nightly mutate test-next-hydra check format bench peers lock clean setup
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# PYTHON=… chooses the interpreter; otherwise the first new enough is taken. LOCK=no installs the ranges of
-# requirements.txt instead of the lock, such as CPU wheels or those of a mirror that builds its own files; later
-# set-ups of the same .venv keep to that, until LOCK=yes.
-setup: ## build .venv, or bring it up to date
+# PYTHON=… chooses the interpreter; by default, the first one that is new enough is used. LOCK=no installs the
+# version ranges of requirements.txt instead of the lock file: for CPU wheels, or a mirror that builds its own
+# files. Later set-ups of the same .venv keep this choice until LOCK=yes.
+setup: ## build or update .venv
 	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			exec "$$python" scripts/set_up.py $(if $(filter command,$(origin LOCK)),lock=$(LOCK)); \
@@ -26,54 +26,54 @@ setup: ## build .venv, or bring it up to date
 train: setup ## train: make train ARGS="optimizer=adamw scheduler=cosine"
 	@$(PY) scripts/train.py $(ARGS)
 
-test: setup ## the tests, without the slow ones (under five minutes on two cores)
+test: setup ## run the tests that are not slow (under five minutes on two cores)
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: setup ## the slow tests alone
+test-slow: setup ## run only the slow tests
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow and not nightly" $(ARGS)
 
-test-all: ## the fast and the slow tests
+test-all: ## run the fast and the slow tests
 	@$(MAKE) test
 	@$(MAKE) test-slow
 
-mutate: setup ## break each promise on purpose, in a copy, and see that its tests notice
+mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail
 	@$(PY) tests/mutate.py $(ARGS)
 
-test-nightly: setup ## all tests, those that show the same in other forms too, and the mutations
+test-nightly: setup ## run all tests, including variants of slow ones, and the mutations
 	@$(MAKE) test
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 	@$(MAKE) mutate
 
-test-next-hydra: setup ## what knows Hydra, with the newest below 1.5, release candidates included
+test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra below 1.5, including release candidates
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
 	@PYTHONPATH=build/next-hydra $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" --one-of-each \
 		tests/test_config.py tests/test_load.py tests/test_train.py \
 		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
 
-check: setup ## formatting, lint and types
+check: setup ## check formatting, lint and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 
-format: setup ## format, and mend what the linter can
+format: setup ## format, and fix what the linter can
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-bench: setup ## benchmarks/RESULTS.md anew, some 45 minutes; ARGS=step measures a part, ARGS=--help lists them
+bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step measures one part, ARGS=--help lists the parts
 	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
 	@$(PY) -m benchmarks $(ARGS)
 
-peers: setup ## other engines, for `make bench` to be measured beside
+peers: setup ## install other engines for `make bench` to compare with
 	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
 	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
 
-lock: ## pin again after a change of requirements (newest versions: ARGS=--upgrade)
+lock: ## update the lock file after a change of requirements (newest versions: ARGS=--upgrade)
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
 	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
 		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
 		--generate-hashes $(ARGS) requirements-dev.txt --output-file requirements.lock
 
-clean: ## remove caches; outputs, data and .venv stay
+clean: ## remove caches; keep outputs, data and .venv
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
 	@find . \( -path ./outputs -o -path ./data -o -path ./.venv -o -path ./.git \) -prune \
 		-o -type d -name __pycache__ -exec rm -rf {} +

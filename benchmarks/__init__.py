@@ -1,1 +1,1 @@
-"""What this template costs, beside what one would write by hand. A clone can drop this folder."""
+"""The cost of this template, compared with code written by hand. A clone can drop this folder."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: measure; all of it also writes RESULTS.md and its pictures."""
+"""`python -m benchmarks [NAME …]`: measure. Without names, also write RESULTS.md and its plots."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def head() -> str:
 
 
 def processor() -> str:
-    """As Linux names it, else as Python does."""
+    """Return the processor's name from Linux, or else from Python."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.M)
     return names[0] if names else platform.processor()
 
 
 def engines() -> str:
-    """The versions of what `make peers` has installed."""
+    """Return the versions of the engines that `make peers` installed."""
     found = {each.name: each.version for each in distributions(path=[str(peers.INSTALLED)])}
     names = ("pytorch-ignite", "accelerate", "transformers", "lightning")
     said = ", ".join(f"{name} {found[name]}" for name in names if name in found)

@@ -1,6 +1,6 @@
-"""Time to accuracy: `experiment=digits_fast` beside the same recipe in a script tuned by hand.
+"""Time to accuracy: `experiment=digits_fast` and the same recipe in a script tuned by hand.
 
-A round is a seed, which also cuts the data. The seconds are those of training alone.
+A round is a seed, which also determines the splits. Only training time is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.measure import Table
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
 
-Runner = Callable[..., tuple[float, float]]  # of overrides: seconds of training, test accuracy
+Runner = Callable[..., tuple[float, float]]  # overrides -> seconds of training, test accuracy
 EPOCHS, BATCH, RATE, BETAS, WARMUP, DECAY, SMOOTHING = 14, 256, 0.02, (0.7, 0.9), 0.2, 0.3, 0.1
 SEEDS = range(5)
 OPTIONS = ("experiment=digits_fast", "trainer.device=cpu")
@@ -44,7 +44,7 @@ def measure() -> Table:
 def race(
     runners: Mapping[str, Runner], options: tuple[str, ...], seeds: range, *, warm_up: bool
 ) -> tuple[dict[str, list[float]], str]:
-    """Seconds of training for each seed, and what accuracies came out, in words."""
+    """Return the seconds of training for each seed, and a sentence with the accuracies."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     right: dict[str, list[float]] = {name: [] for name in runners}
     for seed in (*([99] if warm_up else []), *seeds):
@@ -81,7 +81,7 @@ def by_hand(*options: str) -> tuple[float, float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
     started = time.perf_counter()
-    # Smoothed once: with probabilities the loss has fewer kernels than with label_smoothing.
+    # Smooth once: probabilities need fewer kernels than label_smoothing.
     goals = F.one_hot(targets, 10) * (1 - SMOOTHING) + SMOOTHING / 10
     total = EPOCHS * math.ceil(len(inputs) / BATCH)
     warm = round(WARMUP * total)

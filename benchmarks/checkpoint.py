@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up the loop: ResNet-50 and AdamW's moments, 307 MB.
+"""How long a checkpoint blocks the loop: ResNet-50 and AdamW's moments, 307 MB.
 
 `torch.save` writes the same to the same disk, without a checksum or a sync.
 """
@@ -39,7 +39,7 @@ def measure() -> Table:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     seconds: dict[str, list[float]] = {}
-    first_ones = []  # kept: freed memory would be there for the next, as it is for no run's first
+    first_ones = []  # kept: a run's first checkpoint cannot reuse freed memory
 
     def clocked(name: str, run: Callable[[], object]) -> None:
         started = time.perf_counter()
@@ -53,10 +53,10 @@ def measure() -> Table:
             new = CheckpointWriter(Path(folder) / "new", OPTIONS, "max")
             first_ones.append(new)
             clocked("making room for it, once", lambda: new.make_room(parts))  # noqa: B023
-            new.wait()  # the loop goes on meanwhile
+            new.wait()  # the loop runs meanwhile
             for name, writer in (("a save", kept), ("the first save of a run", new)):
                 clocked(name, lambda: writer.save(parts(), facts, lambda position: None))  # noqa: B023
-                writer.wait()  # each alone: none is slowed down by the writing of another
+                writer.wait()  # one at a time, so that no write slows down another
             clocked("torch.save", lambda: torch.save(parts(), Path(folder) / "plain.pt"))
     return Table(
         title="A checkpoint of ResNet-50 with AdamW, 307 MB",

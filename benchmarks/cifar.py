@@ -1,9 +1,9 @@
-"""CIFAR-10 to 94 %: `experiment=cifar10_fast` beside its method in a script tuned by hand.
+"""CIFAR-10 to 94 %: `experiment=cifar10_fast` and its method in a script tuned by hand.
 
-Not part of a whole `make bench`: it needs the data and, without a GPU, half an hour a round.
-The method is that of the airbench records (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single
-GPU", 2024, and its later variant with Muon), written anew. A round is a seed; the seconds are those
-of training alone.
+A full `make bench` does not include it: it needs the data and, without a GPU, half an hour per
+round. The method is that of the airbench records (Jordan, "94% on CIFAR-10 in 3.29 seconds on a
+single GPU", 2024, and its later variant with Muon), written from scratch. A round is a seed; only
+training time is measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OURS, BY_HAND = "train.py experiment=cifar10_fast", "hand-tuned, in memory"
 
 
 def measure(*arguments: str) -> Table:
-    """`seeds=5` makes five rounds; the other arguments say where the data are, and the device."""
+    """`seeds=5` runs five rounds; the other arguments give the data's folder and the device."""
     rounds = [a.removeprefix("seeds=") for a in arguments if a.startswith("seeds=")]
     if not all(number.isdigit() and int(number) for number in rounds):
         sys.exit(f"benchmarks: seeds={rounds[0]} must be a number of at least 1")
@@ -43,7 +43,7 @@ def measure(*arguments: str) -> Table:
     device, epochs = world_of(*options).device, config_of(*options)["trainer"]["max_epochs"]
     seeds, on_gpu = range(int(rounds[0]) if rounds else 1), device.type == "cuda"
     runners = {OURS: ours, BY_HAND: by_hand}
-    seconds, said = race(runners, options, seeds, warm_up=on_gpu)  # on a CPU half an hour
+    seconds, said = race(runners, options, seeds, warm_up=on_gpu)  # half an hour on a CPU
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     return Table(
         title="CIFAR-10 to 94 %",
@@ -79,7 +79,7 @@ def by_hand(*options: str) -> tuple[float, float]:
 def train(
     model: Any, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor, seed: int
 ) -> None:
-    """Kernels kept at one norm by Muon, the rest by SGD; the first layer's shift rests later on."""
+    """Muon keeps kernels at one norm, SGD trains the rest; the first layer's bias freezes later."""
     generator = torch.Generator(images.device).manual_seed(seed)
     kernels = [p for p in model.stages.parameters() if p.ndim == 4]
     shifts = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]
@@ -132,7 +132,7 @@ def muon(kernels: list[nn.Parameter], momenta: list[Tensor], rate: float) -> Non
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """All singular values near one, by the Newton-Schulz iteration of Jordan et al., "Muon"."""
+    """Make all singular values near one, by the Newton-Schulz iteration of Jordan et al. (Muon)."""
     near = matrix.bfloat16()
     near /= near.norm() + 1e-7
     for _ in range(5):

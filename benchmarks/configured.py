@@ -1,4 +1,4 @@
-"""Objects of train.py as its config makes them, for what is timed inside of one process."""
+"""Build the objects of train.py from its config, to time them inside one process."""
 
 from __future__ import annotations
 

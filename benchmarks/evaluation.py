@@ -1,5 +1,6 @@
-"""Evaluation with all of its metrics beside a bare loop over the same batches: forward, loss and
-right answers, summed."""
+"""Evaluation with all metrics, compared with a bare loop over the same batches that only sums the
+loss and the correct answers.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Training images per second: 32×32, shifted by up to four pixels, half of them mirrored, and
-normalised; other numbers for each example and epoch. One core, but for the workers."""
+normalised, with new random numbers for each example and epoch. One core, except for the workers.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def measure_feeding() -> Table:
         consume(batch.inputs for batch in objects.train.epoch(next(epochs)))
 
     def whole_batch() -> None:
-        """One crop and one flip for all of a batch, as is often done for speed."""
+        """Use one crop and one flip for the whole batch, as is often done for speed."""
         order = torch.randperm(IMAGES)
         consume(transform(images[indices]) for indices in order.split(BATCH))
 
@@ -92,7 +93,7 @@ def measure_feeding() -> Table:
 
 
 def an_epoch_of(epochs: int, run: Callable[[], None]) -> float:
-    """Seconds of one epoch, as the mean of so many."""
+    """Return the mean seconds of one epoch over `epochs` epochs."""
     started = time.perf_counter()
     for _ in range(epochs):
         run()
@@ -107,7 +108,7 @@ WAITING = {
 
 
 def measure_waiting(name: str) -> Table:
-    """How long the loop waits for its batches, of augmented images, in all that it does."""
+    """Measure how long the loop waits for batches of augmented images during training."""
     steps, options = WAITING[name]
     waited, whole = zip(*(waiting(steps, *options) for _ in range(3)), strict=True)
     return Table(
@@ -121,7 +122,7 @@ def measure_waiting(name: str) -> Table:
 
 
 def waiting(steps: int, *overrides: str) -> tuple[float, float]:
-    """Seconds a step of waiting, and in all, after a fifth as many steps that are not counted."""
+    """Return seconds of waiting and total seconds per step, after a fifth as many untimed steps."""
     asked: list[float] = []
     given: list[float] = []
 

@@ -1,8 +1,8 @@
-"""How costs grow: with the model, the data, the log and the jobs of a sweep.
+"""How costs grow with the model, the data, the log and the jobs of a sweep.
 
-Every cost is measured at sizes a factor apart, once each but for a step. Its exponent is the slope
-of the logarithms over the larger half of the sizes, of three over all: 0 for what does not grow, 1
-for what grows in proportion.
+Every cost is measured at sizes a factor apart, once each except for a step. Its exponent is the
+slope of the logarithms over the larger half of the sizes, or over all if there are three: 0 for
+constant cost, 1 for proportional growth.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PICTURE = "growth_{}.svg"
 
 @dataclass(frozen=True)
 class Growth:
-    """Costs by size. `picture` is the name of the drawing made of them."""
+    """Costs by size. `picture` is the name of the plot."""
 
     title: str
     note: str
     picture: str
-    of: str  # what there is more of
+    of: str  # the quantity that grows
     costs: Mapping[str, Mapping[int, float]]  # seconds, by "name, unit" and by size
 
     def text(self) -> str:
@@ -79,7 +79,7 @@ def measure() -> list[Growth]:
 
 # -- the model -------------------------------------------------------------------------------------
 
-# Widths of two hidden layers, and how many steps are timed after how many that are not.
+# Widths of two hidden layers, and the numbers of untimed and timed steps.
 WIDTHS = {
     11: (300, 40),
     69: (300, 40),
@@ -88,7 +88,7 @@ WIDTHS = {
     3124: (12, 3),
     9962: (4, 2),
 }
-LR = 1e-6  # the widest diverges at 1e-3, and denormal gradients make a step three times slower
+LR = 1e-6  # the widest diverges at 1e-3, and denormal gradients make a step three times as slow
 
 
 def model() -> Growth:
@@ -146,7 +146,7 @@ def data() -> Growth:
             objects.data.fingerprint()
         train = objects.train
         for name, start in (("begin an epoch", 0), ("resume half-way", train.steps_per_epoch // 2)):
-            next(train.epoch(0, start))  # once, for the memory that it takes
+            next(train.epoch(0, start))  # once, to allocate its memory
             with clocked(found, f"{name}, s", size):
                 next(train.epoch(1, start))
         epochs = itertools.chain.from_iterable(train.epoch(epoch) for epoch in itertools.count())
@@ -269,7 +269,7 @@ def sweep() -> Growth:
 
 
 def run_jobs(folder: Path, size: int) -> tuple[float, float, float]:
-    """Seconds from the command to the first job's start, the last one's end, and its own end."""
+    """Return the seconds until the first job starts, the last job ends, and the command ends."""
     rates = ",".join(f"{0.001 * (1 + number)}" for number in range(size // 2))
     command = [
         *(sys.executable, TRAIN, "-m", f"optimizer.lr={rates}", "seed=0,1"),
@@ -296,7 +296,7 @@ def run_jobs(folder: Path, size: int) -> tuple[float, float, float]:
 
 
 def copied(sweep: Path, many: Path, size: int) -> None:
-    """A sweep of so many jobs, made of the runs of a smaller one."""
+    """Make a sweep of `size` jobs from the runs of a smaller one."""
     there = state.entries(sweep)
     entries = []
     for number in range(size):
@@ -307,7 +307,7 @@ def copied(sweep: Path, many: Path, size: int) -> None:
     state.write(many, entries, **{k: v for k, v in state.read(sweep).items() if k != "jobs"})
 
 
-# -- for all ---------------------------------------------------------------------------------------
+# -- shared ----------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""A training step of ResNet-18 on 32×32 images, and what the C library's allocator adds to it.
+"""A training step of ResNet-18 on 32×32 images, and the cost of the C library's allocator.
 
-Each candidate has a process of its own, since the allocator is the process's; it does a round of
-steps for each line on its standard input, and says how long they took.
+Each candidate runs in its own process, since the allocator belongs to the process. It runs one
+round of steps for each line on its standard input, and prints how long they took.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 def measure_variants() -> list[Table]:
-    """What each way to make a step cheaper does here."""
+    """Measure the effect of each way to make a step cheaper."""
     return [
         variants("ResNet-18 on 32×32 images", "resnet18", STEPS),
         variants("a small CNN on 32×32 images", "cnn", 10 * STEPS),
@@ -100,7 +100,7 @@ def table(what: str, model: str, steps: int) -> Table:
 
 
 def other_allocators() -> Mapping[str, Path]:
-    """Debian's libjemalloc2, libtcmalloc-minimal4 and libmimalloc2.0, where they are installed."""
+    """Debian's libjemalloc2, libtcmalloc-minimal4 and libmimalloc2.0, if they are installed."""
     names = {"jemalloc": "libjemalloc.so.2", "tcmalloc": "libtcmalloc_minimal.so.4"}
     names["mimalloc"] = "libmimalloc.so.2"
     folders = [Path("/usr/lib"), *Path("/usr/lib").glob("*-linux-gnu")]
@@ -138,7 +138,7 @@ def main(name: str, model: str, steps: int, *overrides: str) -> None:
     run = ours(model, steps, *overrides) if name == OURS else bare(model, steps)
     for _ in sys.stdin:
         print(run(), flush=True)
-    # Not ru_maxrss, which begins with what the process before this one held.
+    # Not ru_maxrss, which starts at the value of the parent process.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) // 1024
     print(f"{name}, {model}: peak of memory {peak} MiB", file=sys.stderr)
@@ -174,7 +174,7 @@ def bare(name: str, steps: int) -> Callable[[], float]:
 
     model = network(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    images = torch.randn(EXAMPLES, 3, 32, 32)  # as many as train.py holds, for the memory's sake
+    images = torch.randn(EXAMPLES, 3, 32, 32)  # as many as train.py holds, for equal memory
     batches, y = images.split(BATCH), torch.randint(10, (BATCH,))
 
     def run() -> float:

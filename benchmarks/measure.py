@@ -1,4 +1,4 @@
-"""Timing in turn: every round runs each candidate once, so that a noisy machine is noisy to all."""
+"""Interleaved timing: every round runs each candidate once, so that noise affects all alike."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Table:
     title: str
     note: str
     unit: str
-    reference: str  # whose time the ratios are over
-    seconds: Mapping[str, list[float]]  # a value for each round
-    against: Mapping[str, str] = field(default_factory=dict)  # names with a reference of their own
+    reference: str  # name of the candidate that the ratios divide by
+    seconds: Mapping[str, list[float]]  # one value per round
+    against: Mapping[str, str] = field(default_factory=dict)  # candidates with their own reference
     per: float = 1.0  # divides the seconds: steps in a round, for example
     scale: float = 1.0  # unit per second
 
@@ -42,9 +42,9 @@ class Table:
 def in_turn(
     candidates: Mapping[str, Callable[[], float | None]], *, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after a round that is not counted.
+    """Return the seconds of each candidate in each round, after an untimed round.
 
-    One that times itself returns them.
+    A candidate that times itself returns its seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(rounds + 1):
@@ -57,5 +57,5 @@ def in_turn(
 
 
 def per_second(name: str) -> float:
-    """What a second is in the unit that a name ends with, as in "a batch, µs"."""
+    """Return the scale from seconds to the unit that a name ends with, as in "a batch, µs"."""
     return {"s": 1.0, "ms": 1e3, "µs": 1e6}[name.rpartition(", ")[2]]

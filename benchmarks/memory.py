@@ -1,4 +1,4 @@
-"""The peak of a run's memory beside that of a bare loop: processes of their own, as in `image`."""
+"""The peak memory of a run and of a bare loop, each in its own process, as in `image`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.picture`: draw the pictures in RESULTS.md of the tables in it."""
+"""`python -m benchmarks.picture`: draw the plots in RESULTS.md from its tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#7f6a3f")
 
 
 def draw(text: str, path: Path) -> None:
-    """The median ratios as bars, the range over the rounds as a line on each."""
+    """Draw the median ratios as bars, and the range over the rounds as a line on each."""
     from matplotlib.figure import Figure
 
     tables = [t for t in TABLE.finditer(text) if t["title"].startswith(SHOWN)]
@@ -51,7 +51,7 @@ def draw(text: str, path: Path) -> None:
 
 
 def draw_growth(table: re.Match[str], path: Path) -> None:
-    """Each column by size, on logarithms, with its exponent."""
+    """Draw each column by size, on logarithmic axes, with its exponent."""
     from matplotlib.figure import Figure
 
     of, *names = table["header"].split(" | ")

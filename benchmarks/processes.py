@@ -1,4 +1,4 @@
-"""A step in two processes beside DDP loops written by hand that do the same arithmetic."""
+"""A step in two processes, compared with hand-written DDP loops that do the same arithmetic."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def part(rank: int, port: int, results: Path) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
     world = World(device=torch.device("cpu"), rank=rank, size=SIZE, store=store)
-    # A checkpoint is written beside the loop, and here there is no core left beside it.
+    # A checkpoint is written in the background, and here no core is left for it.
     options = ("trainer.checkpoint.save_every_steps=null",)
     ours, inputs, targets = train_py(world, *options, steps=STEPS)
     sliced, _, _ = train_py(

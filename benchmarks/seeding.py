@@ -1,6 +1,6 @@
-"""The cost of seeding a micro-batch: torch, numpy and `random`, timed where the loop does it.
+"""The cost of seeding a micro-batch: torch, numpy and `random`, timed inside the loop.
 
-A tight loop would find half of that, as its caches are warm.
+A tight loop would measure half of it, because its caches are warm.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure() -> Table:
 def timed(
     run: Callable[[], float], functions: dict[str, Callable[..., Any]]
 ) -> tuple[float, float]:
-    """Seconds a step, and of it in `functions`, which stand in for those of the loop."""
+    """Return the seconds per step, and the seconds in `functions`, which replace the loop's own."""
     took: dict[str, list[float]] = {name: [] for name in functions}
 
     def clocked(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What one waits for: help, the composed config, a mistake in a config, the first step."""
+"""Start-up times: help, the composed config, a mistake in a config, the first step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def measure() -> list[Table]:
 
 
 def measure_first_step() -> Table:
-    """From the command to the end of the first optimizer step."""
+    """Measure the time from the command to the end of the first optimizer step."""
     folder = Path(tempfile.mkdtemp())
     script = folder / "by_hand.py"
     script.write_text(BY_HAND.format(conf=str(ROOT / "conf")))

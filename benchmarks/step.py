@@ -1,9 +1,8 @@
-"""A training step of `train.py`'s loop beside loops written by hand that do the same arithmetic.
+"""A training step of `train.py`'s loop, compared with hand-written loops of the same arithmetic.
 
-All train an MLP on digits without augmentation: batch 64, AdamW with decay on the matrices alone,
-cosine rate, plain cross entropy, gradient clipped at norm 1, running loss and accuracy, and the
-loss logged every 50 steps. Engines of others are measured too, where `make peers` has installed
-them.
+All train an MLP on digits without augmentation: batch 64, AdamW with decay on matrices only,
+cosine schedule, plain cross entropy, gradients clipped at norm 1, running loss and accuracy, and
+the loss logged every 50 steps. If `make peers` has installed other engines, they are measured too.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
 
 STEPS = 600
-BEFORE = 40  # steps that are not timed, of which the first are slower: two epochs
+BEFORE = 40  # untimed steps, two epochs; the first steps are slower
 TOTAL = 100_000
 SMALL = ("model.hidden=[64]", "model.norm=none")
 
@@ -69,15 +68,16 @@ def table(what: str, *overrides: str) -> Table:
 def train_py(
     world: World, *overrides: str, steps: int, before: int = BEFORE
 ) -> tuple[Callable[[], float], Tensor, Tensor]:
-    """The real loop with its real record; evaluation is not part of a step and is left out.
+    """The real loop with its real record, without evaluation, which is not part of a step.
 
-    Returns what runs and times `steps` steps, and this process's inputs and targets of one epoch.
+    Returns a function that runs and times `steps` steps, and this process's inputs and targets of
+    one epoch.
     """
 
     class After(StopRequest):
-        """Asks to stop after so many steps, of which it times all but the first.
+        """Requests a stop after a number of steps, and times all but the first of them.
 
-        Several processes ask before the step is counted.
+        With several processes, the request comes before the step is counted.
         """
 
         first = last = 0
@@ -99,7 +99,7 @@ def train_py(
         *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
         *("trainer.checkpoint.save_every_steps=300", *overrides),
     )
-    temporary = tempfile.TemporaryDirectory() if world.is_main else None  # as long as `run` lives
+    temporary = tempfile.TemporaryDirectory() if world.is_main else None  # exists as long as `run`
     folder = Path(world.from_main(temporary.name if temporary else ""))
     stop = After()
 
@@ -118,7 +118,7 @@ def train_py(
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """As many examples as the default training split has: 20 steps an epoch."""
+    """As many examples as in the default training split: 20 steps per epoch."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -127,7 +127,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def mlp(is_small: bool = False) -> nn.Module:
-    """The default model written out, or that of `SMALL`."""
+    """The default model, or that of `SMALL`, written out."""
     if is_small:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     return nn.Sequential(
@@ -145,7 +145,7 @@ def pure(
     lr: float = 1e-3,
     before: int = 0,
 ) -> Callable[[], float]:
-    """What the arithmetic takes: one batch, again and again; without the steps `before`."""
+    """The bare arithmetic on one batch, repeated; without the `before` steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     x, y = inputs[:64], targets[:64]
 
@@ -172,7 +172,7 @@ def by_hand(
     lr: float = 1e-3,
     before: int = 0,
 ) -> Callable[[], float]:
-    """The loop that one writes by hand; without the steps `before`."""
+    """A typical hand-written loop; without the `before` steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""Twenty jobs of a second of training each, two at a time: what a sweep adds to them."""
+"""Twenty jobs with one second of training each, two at a time: the overhead of a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a model that misbehave on cue, named by `_target_` in the tests of several processes."""
+"""Modules that misbehave on cue, named by `_target_` in the tests of several processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Hungry(nn.Module):
-    """An MLP for which more than `room` examples at once are out of memory, in one rank."""
+    """An MLP that runs out of memory for more than `room` examples at once, in one rank."""
 
     def __init__(self, input_shape: list[int], num_outputs: int, room: int, rank: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Failing(nn.Module):
 
 
 class Slow(nn.Module):
-    """An MLP whose every call takes `seconds`, once the file `gate` exists."""
+    """An MLP whose every call takes `seconds` once the file `gate` exists."""
 
     def __init__(self, input_shape: list[int], num_outputs: int, seconds: float, gate: str) -> None:
         super().__init__()

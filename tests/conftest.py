@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no display, no environment of a cluster or tracker."""
+"""Shared by all tests: one thread, no display, no environment of a cluster or tracker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ["MPLBACKEND"] = "Agg"
 for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
     os.environ[variable] = tempfile.mkdtemp(prefix="regrow-")
     atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
-# Set by torchrun, Slurm or a user's profile; a test that means them sets them itself.
+# Set by torchrun, Slurm or a user's profile. A test that needs them sets them itself.
 OUTSIDE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in list(os.environ):
     if name in OUTSIDE or name.startswith(("SLURM_", "WANDB_", "TORCHELASTIC_", "HYDRA_")):
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures that passing tests measured, which pytest would keep to itself."""
+    """Print the figures that passing tests measured, which pytest would hide."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             terminalreporter.write_line(f"{name}: {value}")
@@ -46,6 +46,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """One thread: bits depend on their number. Does not import torch where no test needs it."""
+    """Use one thread, since bits depend on it. Import torch only in tests that need it."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)

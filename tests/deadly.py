@@ -1,8 +1,8 @@
 """Kills its process at the end of a run or sweep, for tests that start it with DIES_AT set.
 
-DIES_AT is `<file>:<when>`, where a file is renamed to its name at the end of its writing, or
-`loggers:<when>`: before or after the loggers are closed. Read as `sitecustomize` too, because a
-sweep becomes the script of its own copy.
+DIES_AT is `<file>:<when>`, before or after the file is renamed to its final name, or
+`loggers:<when>`: before or after the loggers are closed. It is also imported as `sitecustomize`,
+because a sweep becomes the script of its own copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs from start to end for tests: in this process, with all that a run leaves in its folder."""
+"""Complete runs for tests, in this process, with everything that a run leaves in its folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = ("trainer.max_steps=4", "trainer.num_threads=1", "trainer.device=cpu")
 
 
 def finished(folder: Path, *overrides: str) -> Path:
-    """A complete run in `folder`, without its pictures."""
+    """Make a complete run in `folder`, without plots."""
     folder.mkdir(parents=True, exist_ok=True)
     config = composed(*QUICK, *overrides, f"hydra.run.dir={folder.resolve()}")
     job = job_of(as_hydra_has_it(config), folder.resolve(), ["python", "train.py"])
@@ -42,8 +42,8 @@ def finished(folder: Path, *overrides: str) -> Path:
 
 
 def script(name: str) -> ModuleType:
-    """A script as a module, so that its `main` can be called in this process."""
-    if str(SCRIPTS) not in sys.path:  # as Python has it for a script
+    """Import a script as a module, so that its `main` can be called in this process."""
+    if str(SCRIPTS) not in sys.path:  # as Python does for a script
         sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -53,7 +53,7 @@ def script(name: str) -> ModuleType:
 
 
 def process(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A script as a user starts it, from `folder`."""
+    """Start a script from `folder`, as a user does."""
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
     return forked.run(
         [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments],
@@ -67,7 +67,7 @@ def process(name: str, *arguments: str, folder: Path) -> subprocess.CompletedPro
 
 @contextlib.contextmanager
 def one_line_and_exit_code_2(capsys: Any, message: str) -> Iterator[None]:
-    """What is said and how it ends where the user has something to mend."""
+    """Check the output and exit code of an error that the user must fix."""
     with pytest.raises(SystemExit) as ended:
         yield
     assert ended.value.code == 2

@@ -1,9 +1,9 @@
-"""`run` and `Popen` of subprocess for the commands of this repository, without the time to import.
+"""`run` and `Popen` of subprocess for this repository's commands, without the time to import.
 
 Importing torch, torchmetrics and matplotlib takes ten times as long as a test's run. So a server
-that has imported them, and done nothing else, forks a process for each command; that process runs
-the script as Python would. What a start itself must do is tested with subprocess: see
-test_imports. So are other projects' scripts, and what Python reads as it starts.
+that has only imported them forks a process for each command, which runs the script as Python
+would. Tests of the start itself use subprocess (see test_imports), as do tests of other projects'
+scripts and of files that Python reads as it starts.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS, SOURCE = ROOT / "scripts", str(ROOT / "src")
-# Python, its libraries and the C library read these once, as they start.
+# Python, its libraries and the C library read these once, at their start.
 AT_THE_START = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "LD_", "GLIBC_")
 TAKEN = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONHASHSEED")
 
 
 class Popen:
-    """A command in a process of its own, as subprocess.Popen has it; output goes through files."""
+    """A command in its own process, like subprocess.Popen; output goes through files."""
 
     def __init__(
         self, args: Sequence[str], *, cwd: Any = None, env: Mapping[str, str] | None = None,
@@ -101,7 +101,7 @@ class Popen:
 
 
 def popen(args: Sequence[str], *, draws: bool = False, **options: Any) -> Any:
-    """The command in a forked process if that is the same, or as subprocess.Popen starts it."""
+    """Run the command in a forked process if that is equivalent, or else by subprocess.Popen."""
     if _is_the_same(args, options.get("env")):
         return Popen(args, draws=draws, **options)
     return subprocess.Popen(args, **options)
@@ -111,7 +111,7 @@ def run(
     args: Sequence[str], *, capture_output: bool = False, check: bool = False,
     timeout: float | None = None, draws: bool = False, **options: Any,
 ) -> subprocess.CompletedProcess[Any]:  # fmt: skip
-    """subprocess.run, in a forked process where that is the same."""
+    """Like subprocess.run, in a forked process if that is equivalent."""
     if capture_output:
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     if not _is_the_same(args, options.get("env")):
@@ -149,7 +149,7 @@ def _read_at_the_start(env: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def without_pictures() -> Iterator[None]:
-    """Runs write an empty page and no pictures, which take longer than all else in a short run."""
+    """Runs write an empty page and no plots, which take longer than the rest of a short run."""
     from regrow.record import report
 
     def draw(folder: Path, output: Path | None = None) -> Path:
@@ -168,7 +168,7 @@ _server: tuple[subprocess.Popen[bytes], Any] | None = None
 
 
 def _asked(**request: Any) -> Any:
-    """The server's answer; it is started with the first request."""
+    """Return the server's answer. The first request starts the server."""
     global _server
     if _server is None:
         ours, its = socket.socketpair()
@@ -222,7 +222,7 @@ def import_what_runs_need() -> None:
 def become(
     args: list[str], cwd: str, env: dict[str, str], out: str, err: str, session: bool, draws: bool
 ) -> None:
-    """Be the Python process that was asked for. Does not return."""
+    """Become the requested Python process. Does not return."""
     import runpy
     import threading
     import traceback

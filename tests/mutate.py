@@ -1,9 +1,9 @@
-"""`make mutate`: break each promise on purpose and see that its test fails.
+"""`make mutate`: break each promise on purpose and check that its test fails.
 
 Each entry of mutations.yaml names a promise, a change to one file that breaks it, and the tests
-that must notice. The changes are made in a copy. A mutation that no test notices survives, and the
-exit code is 1; so it is for a change that no longer applies, so that the list moves with the code.
-Arguments choose entries by a part of their promise.
+that must fail. The changes are made in a copy. If no test fails, the mutation survives, and the
+exit code is 1. A change that no longer applies also gives 1, so that the list follows the code.
+Arguments select entries by a part of their promise.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ COPIED = ("src", "conf", "scripts", "tests", "docs", "pyproject.toml", "README.m
 class Mutation:
     promise: str
     file: str
-    find: str  # stands in the file exactly once
+    find: str  # occurs in the file exactly once
     replace: str
     tests: list[str]  # arguments of pytest, relative to the repository
 
     def apply(self, root: Path) -> str:
-        """Change the file under `root` and return its text from before. Raises LookupError."""
+        """Change the file under `root` and return its previous text. Raises LookupError."""
         path = root / self.file
         text = path.read_text(encoding="utf-8")
         if (count := text.count(self.find)) != 1:
@@ -45,7 +45,7 @@ def mutations(path: Path = LIST) -> list[Mutation]:
 
 
 def run_tests(root: Path, tests: list[str]) -> int:
-    """pytest's exit code: 0 all passed, 1 some failed, anything else: they could not run."""
+    """Return pytest's exit code: 0 all passed, 1 some failed, otherwise they could not run."""
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
@@ -54,7 +54,7 @@ def run_tests(root: Path, tests: list[str]) -> int:
 
 
 def verdict(mutation: Mutation, root: Path) -> str:
-    """killed, or why not."""
+    """Return "killed", or the reason why not."""
     try:
         before = mutation.apply(root)
     except (LookupError, OSError) as error:
@@ -81,7 +81,7 @@ def main(words: list[str]) -> int:
                 shutil.copytree(ROOT / name, root / name, ignore=ignored)
             elif (ROOT / name).exists():
                 shutil.copy(ROOT / name, root / name)
-        # Unchanged code passes, or a failure would prove nothing.
+        # The unchanged code must pass, or a failure would prove nothing.
         if run_tests(root, sorted({test for m in chosen for test in m.tests})) != 0:
             print("the tests fail without any mutation", file=sys.stderr)
             return 1

@@ -1,4 +1,4 @@
-"""Runs for tests: composed like the real ones, trained in this process, in their own folder."""
+"""Runs for tests, composed like real ones and trained in this process, in their own folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from regrow.training.options import TrainerOptions
 from regrow.training.state import TrainState, average_of
 
 CPU = World(device=torch.device("cpu"))
-# Ragged on purpose: 50 examples in windows of 16, so that each epoch ends in a window of 2.
+# Ragged on purpose: 50 examples in windows of 16, so that each epoch ends with a window of 2.
 TINY = (
     "data=synthetic",
     "data.source.num_train=50",
@@ -56,7 +56,7 @@ TINY = (
 
 
 def composed(*overrides: str) -> DictConfig:
-    """The config with its `hydra` node, as Hydra's job gets it."""
+    """Return the config with its `hydra` node, as Hydra's job gets it."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), **version_arguments()):
         config = compose("train", overrides=list(overrides), return_hydra_config=True)
@@ -78,7 +78,7 @@ def _config_of(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def launched(*overrides: str, draws: bool = False) -> float | None:
-    """Hydra's job in this process, in the current folder; the run is TINY."""
+    """Run Hydra's job in this process, in the current folder. The run is TINY."""
     from regrow.runs.launch import launch
 
     with contextlib.nullcontext() if draws else without_pictures():
@@ -86,7 +86,7 @@ def launched(*overrides: str, draws: bool = False) -> float | None:
 
 
 def as_hydra_has_it(config: DictConfig) -> DictConfig:
-    """What Hydra hands to its job, and the state in which it is then."""
+    """Set Hydra's state, and return the config that Hydra passes to its job."""
     folder = Path(config.hydra.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.set_readonly(config.hydra, False)
@@ -99,7 +99,7 @@ def as_hydra_has_it(config: DictConfig) -> DictConfig:
 
 
 class StopAtStep(StopRequest):
-    """Asks to stop once the state has reached a step, as a signal at that moment would."""
+    """Requests a stop once the state has reached a step, as a signal at that moment would."""
 
     def __init__(self, state: Any, step: int | None) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class StopAtStep(StopRequest):
 def train(
     folder: Path, *overrides: str, stop_at: int | None = None, world: World = CPU
 ) -> dict[str, Any]:
-    """Train in `folder`, or go on there; stop gracefully at step `stop_at`."""
+    """Train in `folder`, or resume there. Stop gracefully at step `stop_at`."""
     config = config_of(*overrides)
     return train_config(folder, config, stop_at=stop_at, world=world)
 
@@ -125,13 +125,13 @@ def train_config(
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    allow(config)  # a test's own
+    allow(config)  # as for a test's own targets
     objects = runs.build(config, world)
     return runs.train(objects, config, folder, world, StopAtStep(objects.state, stop_at))
 
 
 class InMemory:
-    """A record that keeps its lines."""
+    """A record that keeps its lines in memory."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -198,7 +198,7 @@ class Bench:
         model.train()
 
     def step(self, batch: Batch) -> dict[str, Any]:
-        """One step; returns its line of the log."""
+        """Run one step and return its log line."""
         result = loop.train_step(self.state, batch, self.plan)
         self.state.progress.step += 1
         loop.report(self.state, result, self.plan)
@@ -210,19 +210,19 @@ def batch_of(inputs: Any, targets: torch.Tensor, weights: torch.Tensor | None = 
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """Return metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the last checkpoint's content and the metrics, the clock aside."""
+    """Return the SHA-256 of the last checkpoint's content and the metrics, without the clock."""
     from regrow.checkpoint import writer as checkpoint
 
     parts, _ = checkpoint.load((folder / "checkpoints" / "last").resolve())
     digest = hashlib.sha256()
     _add(digest, parts)
-    # repr, not equality: a NaN is the same as a NaN here.
+    # repr, not equality: NaN must equal NaN here.
     digest.update(repr(metrics_of(folder)).encode())
     return digest.hexdigest()
 

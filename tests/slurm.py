@@ -1,4 +1,4 @@
-"""A Slurm of one machine, for tests: its daemons on loopback, in a folder of their own."""
+"""A single-machine Slurm for tests: its daemons on loopback, in their own folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP OverSubscribe=NO Pri
 
 
 def why_not() -> str:
-    """Why there can be no Slurm here; empty where there can."""
+    """Return the reason why Slurm cannot run here, or an empty string if it can."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root"
     missing = [name for name in NEEDED if shutil.which(name) is None]
@@ -61,7 +61,7 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def running(root: Path) -> Iterator[dict[str, str]]:
-    """The daemons, for as long; yields the environment in which Slurm's commands find them."""
+    """Run the daemons; yields the environment in which Slurm's commands find them."""
     root.chmod(0o755)
     for name in ("state", "spool"):
         (root / name).mkdir()

@@ -21,7 +21,7 @@ def table(split: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logistic(train: Any, test: Any) -> float:
-    """Accuracy; its strength of regularisation is chosen by cross-validation on train."""
+    """Return the accuracy. Cross-validation on train chooses the regularisation strength."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
@@ -34,7 +34,7 @@ def logistic(train: Any, test: Any) -> float:
 
 
 def logistic_per_label(train: Any, test: Any) -> float:
-    """F1, averaged over the labels."""
+    """Return F1, averaged over the labels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
     from sklearn.pipeline import make_pipeline
@@ -49,7 +49,7 @@ def logistic_per_label(train: Any, test: Any) -> float:
 
 
 def ridge(train: Any, test: Any) -> float:
-    """Minus the root of the mean squared error."""
+    """Return minus the root mean squared error."""
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -1,4 +1,4 @@
-"""A resume whose data is not what the run was trained on: refused, unless it is typed now."""
+"""A resume whose data differs from the run's is refused unless data.changed=accept is typed now."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OWN = (
 
 
 class Own:
-    """A data set of a user: labels from a file, inputs through a transform that draws."""
+    """A custom data set: labels from a file, inputs through a transform that draws."""
 
     own_draws: np.random.Generator | None = None
     opened = 0
@@ -68,7 +68,7 @@ def own(**options: object) -> Splits:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)  # the slow part, and none of this
+    monkeypatch.setattr(runs, "draw", lambda folder: None)  # the slow part, not tested here
     return tmp_path
 
 
@@ -82,13 +82,13 @@ def start(*overrides: str) -> None:
 
 
 def resumed(*typed: str) -> None:
-    """As `resume=run …` on the command line."""
+    """Resume as `resume=run …` on the command line does."""
     arguments = [a for a in resume.expand(["resume=run", *typed]) if "hydra.run.dir" not in a]
     start(*arguments)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *typed: str) -> str:
-    capsys.readouterr()  # of the runs before
+    capsys.readouterr()  # from the runs before
     with pytest.raises(SystemExit) as stop:
         resumed(*typed)
     assert stop.value.code == 2
@@ -109,7 +109,7 @@ def test_only_the_key_typed_at_the_resume_accepts_other_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_rows()
-    start(*CSV, "trainer.max_epochs=1", "data.changed=accept")  # harmless, and no leave for later
+    start(*CSV, "trainer.max_epochs=1", "data.changed=accept")  # no effect, now or later
     write_rows(90)
     assert "train: 70 examples then, 63 now" in (line := refusal(capsys, MORE))
     assert "resume=run data.changed=accept" in line
@@ -121,7 +121,7 @@ def test_only_the_key_typed_at_the_resume_accepts_other_data(
     assert "training examples: 70 then, 63 now. Step 7 is now step 0 of 7 in epoch 1" in said
     (entry,) = resumes()
     assert entry["changed_data"]["train"]["was"]["examples"] == 70  # type: ignore[index]
-    # What was accepted is what the next resume compares with, and the leave is over.
+    # The next resume compares with the accepted data, and needs the key again.
     resumed("trainer.max_epochs=3")
     write_rows(80)
     assert "train: 63 examples then, 56 now" in refusal(capsys, "trainer.max_epochs=4")
@@ -145,10 +145,10 @@ def test_the_same_command_again_accepts_where_it_says_so(
 def test_a_changed_target_is_other_data(capsys: pytest.CaptureFixture[str]) -> None:
     write_rows()
     start(*CSV, "trainer.max_epochs=1")
-    write_rows(y3=1.6)  # the inputs are the same, and in the same decile the split is, too
+    write_rows(y3=1.6)  # equal inputs in the same decile, so the split is equal too
     assert "other content in" in refusal(capsys, MORE)
     write_rows()
-    resumed(MORE)  # put back, as the message says
+    resumed(MORE)  # restored, as the message says
     assert "changed_data" not in resumes()[0]
 
 
@@ -178,7 +178,7 @@ def test_a_record_from_before_compares_type_and_length_as_then(
     write_labels()
     start(*OWN, "trainer.max_epochs=1", "data.identity=length")
     recorded = read_yaml(Path("run/config.yaml"))
-    del recorded["data"]["identity"]  # as the code of that time recorded it
+    del recorded["data"]["identity"]  # as recorded by the earlier code
     Path("run/config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recorded)))
     write_labels(y27=0)
     start(*OWN, MORE)
@@ -225,7 +225,7 @@ def test_items_of_any_usual_type_are_compared_by_content(item: object, other: ob
 
 
 def test_reading_items_for_the_comparison_leaves_the_data_set_as_it_was() -> None:
-    """An open file that a worker inherits would share its position."""
+    """Workers that inherit an open file would share its position."""
     data = Own([0, 1, 0])
     part = torch.utils.data.Subset(data, [0, 2])  # type: ignore[arg-type,var-annotated]
     state = torch.get_rng_state()

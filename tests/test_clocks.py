@@ -1,4 +1,4 @@
-"""A clock that is set, by hand or by NTP, moves no limit and no wait."""
+"""Setting the clock, by hand or by NTP, changes no limit and no wait."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from running import TINY, train
 
 from regrow.project import ROOT
 
-# Wall-clock time, for people to read, and for the age of a file, whose stamp is of that clock too.
+# Wall-clock time for people to read, and for the age of a file, whose timestamp uses that clock.
 WALL = r"time\.time(_ns)?\(|datetime\.now\(|st_mtime(_ns)?\b"
 ALLOWED = {
     "src/regrow/record/folder.py": 2,  # a new folder's name; `updated` in status.json
     "src/regrow/record/manifest.py": 1,  # `started`
-    "src/regrow/feeding/files.py": 3,  # a file's stamp; one of the future is read again
+    "src/regrow/feeding/files.py": 3,  # a file's timestamp; one in the future is read again
 }
 
 

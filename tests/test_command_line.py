@@ -1,4 +1,4 @@
-"""Text on command lines arrives as it was meant: by Hydra, by the shell, in the config."""
+"""Text on command lines arrives unchanged through Hydra, the shell and the config."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_hydra_reads_quoted_text_back_as_it_was(texts: tuple[str, ...]) -> None:
 
 
 def test_unquoted_text_would_be_read_otherwise() -> None:
-    """The negative control: Hydra's grammar refuses most of these, or finds something else."""
+    """The negative control: Hydra's grammar refuses most of these, or reads something else."""
     wrong = [text for text in NASTY if read(f"notes={text}") != text]
     assert len(wrong) > len(NASTY) / 2
 
@@ -136,7 +136,7 @@ def test_bash_takes_the_line_apart_as_it_was_put_together() -> None:
 def test_a_path_may_be_typed_as_it_is(key: str, path: str) -> None:
     (argument,) = paths_as_typed([f"{key}={path}"], multirun=False)
     if path.strip("'\" ") != path or "\\" in path:
-        return  # Hydra has a reading of its own, unless the path exists
+        return  # Hydra has its own reading, unless the path exists
     assert read(argument) == path
 
 

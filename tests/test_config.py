@@ -1,4 +1,4 @@
-"""Bad input is one line and exit code 2, nothing is written; the YAML is what the code takes."""
+"""Bad input gives one line and exit code 2, nothing is written; the YAML matches the code."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(arguments: str, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-# What to type for the values that an error leaves open.
+# Values to type where an error leaves the choice open.
 OPEN = {
     "data.target_kind": "multiclass",
     "data.num_classes": "2",
@@ -220,7 +220,7 @@ SET_ONE = {
     "trainer.max_epochs=null": "trainer.max_steps=1",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "scheduler.warmup_steps=1",
 }
-# Where what is advised leads to the next error.
+# Errors whose advice leads to another error, and that error.
 NEXT = {
     "loss.beta=1": "loss=smooth_l1 is for task=regression",
     "data=csv": "data.num_classes must be given: add data.num_classes=… (null for a regression)",
@@ -240,7 +240,7 @@ OFFERS = (
 
 
 def error_of(arguments: list[str]) -> str:
-    """What the program says of these arguments; "" for nothing."""
+    """Return the program's error for these arguments, or ""."""
     try:
         check_arguments(arguments)
         refuse_typed(arguments)
@@ -256,7 +256,7 @@ def error_of(arguments: list[str]) -> str:
 
 
 def ways_out(arguments: list[str], said: str) -> list[list[str]]:
-    """The arguments as a user types them who follows the advice, one list for each advice."""
+    """Return the arguments that follow the advice, one list per advice."""
     *others, last = arguments
     key, _, value = last.partition("=")
     if found := re.search(r"Did you mean (\S+)\?", said):
@@ -367,7 +367,7 @@ def options() -> list[tuple[str, str]]:
     ]
 
 
-# What the run hands in: these are no keys of a config.
+# The run passes these: they are not config keys.
 HANDED_IN = {
     "optimizer": {"params"},
     "scheduler": {"length"},
@@ -379,8 +379,9 @@ HANDED_IN = {
 
 
 def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
-    """Keys that the target does not take, and parameters of our own targets without a key or with
-    a default of their own: defaults stand in YAML, only there."""
+    """Return keys that the target does not take, and parameters of our own targets without a key
+    or with a default: defaults belong in YAML only.
+    """
     parameters = inspect.signature(locate(node["_target_"], path)).parameters
     keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -406,12 +407,12 @@ def test_a_key_that_no_parameter_answers_to_is_found() -> None:
     assert mismatches("optimizer", node, "optimizer") == {"lrr"}
     del node["lr"]
     assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
-    others = {"_target_": "torch.optim.Adamax", "lr": 0.1, "lrr": 0.1}  # theirs may be left out
+    others = {"_target_": "torch.optim.Adamax", "lr": 0.1, "lrr": 0.1}  # its own may be left out
     assert mismatches("optimizer", others, "optimizer") == {"lrr"}
 
 
 def missing(node: Any) -> set[str]:
-    """Keys, dotted, whose value is still to be given."""
+    """Return the dotted keys whose value is still missing."""
     return {key for key, value in flat(node) if value == "???"}
 
 
@@ -434,7 +435,7 @@ def test_a_value_that_is_inherited_would_be_found() -> None:
 
 
 def test_floats_in_yaml_are_floats() -> None:
-    """PyYAML takes 1e-3 for text."""
+    """PyYAML parses 1e-3 as text."""
     for path in CONF.rglob("*.yaml"):
         values = re.sub("#.*", "", path.read_text())
         for word in values.replace(",", " ").split():

@@ -1,4 +1,4 @@
-"""A run that is killed after its training, while its plots are drawn, gets them later."""
+"""A run killed after its training, while its plots are drawn, gets them later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regrow.record.folder import load_status
 from regrow.runs import train as runs
 
 TESTS = Path(__file__).resolve().parent
-# A run in a process of its own, which is killed before the page is written.
+# A run in its own process, which is killed before the page is written.
 KILLED = f"""
 import os, signal, sys
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "src")!r}]
@@ -48,13 +48,13 @@ def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
     assert "complete but for its plots" in said.out + said.err
     assert "run is complete. To" in said.out + said.err
     page = (run / "report.html").stat().st_mtime_ns
-    launched("hydra.run.dir=run", draws=True)  # nothing is missing: nothing is drawn
+    launched("hydra.run.dir=run", draws=True)  # nothing is missing, so nothing is drawn
     assert (run / "report.html").stat().st_mtime_ns == page
-    # A page of before the run was extended is not the page of its results, whatever the clock said.
+    # A page from before the run was extended does not show its results, whatever the clock says.
     later = page + 3600 * 10**9
     os.utime(run / "report.html", ns=(later, later))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "draw", lambda folder: None)  # as if it were killed before
+        patch.setattr(runs, "draw", lambda folder: None)  # as if killed before
         launched("hydra.run.dir=run", "trainer.max_epochs=4")
     launched("hydra.run.dir=run", "trainer.max_epochs=4", draws=True)
     assert (run / "report.html").stat().st_mtime_ns < later

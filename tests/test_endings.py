@@ -1,4 +1,4 @@
-"""Every program that reads with data workers ends, however it ends (see INVARIANTS 27)."""
+"""Every program that reads with data workers ends, however it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from finished import SCRIPTS, finished
 from waiting import alive, until
 
-DEADLINE = 150  # seconds; a hang lasts for ever, and a busy machine needs many
+DEADLINE = 150  # seconds; a hang never ends, and a busy machine needs a long time
 
 NOTEBOOK = """
 import os, signal, sys, time
@@ -103,7 +103,7 @@ def test_a_start_of_workers_that_fails_half_way_leaves_none() -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The overrides of a data set of images, read by two workers."""
+    """The overrides for an image data set, read by two workers."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("images")
@@ -128,7 +128,7 @@ def trained(images: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def ended(folder: Path, command: list[str]) -> tuple[int, str]:
-    """The exit code of the command and all that it said; it must end by itself."""
+    """Return the exit code and the output of the command, which must end by itself."""
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -172,8 +172,8 @@ def test_every_script_ends_that_reads_with_workers(
     root = next(o for o in images if o.startswith("data.root=")).partition("=")[2]
     assert script("predict", f"run={trained}", f"input={root}/test/cat")[0] == 0
     code, said = script("find_lr", *images, "find_lr.num_steps=4")
-    assert code in (0, 2) and "Traceback" not in said  # four steps may find no rate
-    # The run finds in its first batch what cannot work: the workers have started by then.
+    assert code in (0, 2) and "Traceback" not in said  # four steps may not find a learning rate
+    # The run finds the error in its first batch, when the workers have already started.
     code, said = script("train", *images, "model.num_classes=3", "task.num_classes=2")
     assert code == 2 and "Traceback" not in said, said
     code, said = script("train", *images, "hydra.run.dir=done")

@@ -1,4 +1,4 @@
-"""A fault of the machine is one line with the way out, exit code 1; the rest is in train.log."""
+"""A fault of the machine is one line with the fix, exit code 1; the rest is in train.log."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_other_errors_are_no_fault_of_the_machine() -> None:
     assert machine_fault(SlicesTooLarge("out of memory with 8 examples", 1)) is None
     assert "ulimit -v" in str(machine_fault(ImportError("libtorch.so: failed to map segment")))
     one, other = ValueError("one"), ValueError("other")
-    one.__cause__, other.__context__ = other, one  # as where an error is raised again elsewhere
+    one.__cause__, other.__context__ = other, one  # as when an error is raised again elsewhere
     assert machine_fault(one) is None
     hidden = ValueError("the data's own")
     hidden.__context__, hidden.__suppress_context__ = OSError(24, "Too many open files"), True
@@ -119,7 +119,7 @@ def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def begins(shell: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The command in a shell that has made the machine small."""
+    """Run the command in a shell with limited resources."""
     return subprocess.run(
         [*("unshare", "-m", "bash", "-c", f'{shell} && exec "$@"', "bash"),
          sys.executable, str(TRAIN), *overrides],
@@ -199,7 +199,7 @@ def in_a_small_machine(
 
 
 def said_once(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that the command printed."""
+    """Return the single line that the command printed."""
     assert "Traceback" not in done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     return line
@@ -269,7 +269,7 @@ def test_a_quota_that_is_used_up_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -
         ranks.private_folder().__enter__()
 
 
-# -- what a user's own code does -------------------------------------------------------------------
+# -- a user's own code -----------------------------------------------------------------------------
 
 READ = """
 import sys
@@ -316,7 +316,7 @@ def test_what_a_worker_cannot_send_does_not_hang(which: str) -> None:
 
 
 class Refuses:
-    """A logger that finds out late that it cannot work."""
+    """A logger that fails late."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "tensorboard").mkdir()

@@ -1,4 +1,4 @@
-"""Figures in texts are those of the benches that they come from."""
+"""Figures in texts match the benchmarks that they come from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="a copy without ben
 
 
 def ratio(title: str, row: str) -> float:
-    """The median ratio of a row in RESULTS.md; `title` is how the table's title begins."""
+    """Return a row's median ratio in RESULTS.md. The table's title starts with `title`."""
     results = (BENCHES / "RESULTS.md").read_text(encoding="utf-8")
     (table,) = re.findall(rf"^## {re.escape(title)}.*?(?=^## |\Z)", results, re.M | re.S)
     (found,) = re.findall(
@@ -24,7 +24,7 @@ def ratio(title: str, row: str) -> float:
 
 
 def trained(row: str) -> tuple[int, float, float]:
-    """Epochs, seconds of training and accuracy of a row of the CIFAR-10 table in NOTES.md."""
+    """Return epochs, training seconds and accuracy of a row of the CIFAR-10 table in NOTES.md."""
     notes = (BENCHES / "NOTES.md").read_text(encoding="utf-8")
     (found,) = re.findall(rf"^\| {row} \| (\d+) \| ([\d,]+) \| ([\d.]+) \|$", notes, re.M)
     return int(found[0]), float(found[1].replace(",", "")), float(found[2])

@@ -1,4 +1,4 @@
-"""Which config a command composes is part of a run's identity: its name, and where it was found."""
+"""The config that a command composes, its name and location, is part of a run's identity."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a config of one's own beside `conf/`."""
+    """A folder with a custom config, outside of `conf/`."""
     write_text_in(tmp_path / "D" / "mytrain.yaml", MINE)
     write_text_in(tmp_path / "D" / "model" / "wide.yaml", "defaults: [mlp]\nhidden: [99]\n")
     return tmp_path
@@ -63,7 +63,7 @@ def test_flags_go_first_each_with_its_value(tmp_path: Path, monkeypatch: Any) ->
         "name": "mytrain", "dir": f"{tmp_path}/D", "searchpath": [f"file://{tmp_path}/E", "pkg://x.y"]
     }  # fmt: skip
     path = flags.absolute(["--config-path", "../conf"])[1]
-    assert Path(path) == ROOT / "conf"  # relative to the script, as Hydra has it
+    assert Path(path) == ROOT / "conf"  # relative to the script, as in Hydra
 
 
 def test_a_source_is_typed_as_it_was_recorded(tmp_path: Path, monkeypatch: Any) -> None:
@@ -138,7 +138,7 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     assert "all      3" in said
     said = run(place, "-m", "resume=s", "--config-name", "train", code=2)
     assert "it was started with --config-name mytrain" in said
-    # A cut sweep of one config is not the open sweep of another's same command.
+    # An interrupted sweep with one config is not taken over by the same command with another.
     (sweep,) = [place / "s"]
     content = {**read_json(sweep / "sweep.json"), "complete": False}
     write_json(sweep / "sweep.json", content)
@@ -205,4 +205,4 @@ def test_a_jobs_folder_may_be_named_by_its_overrides(
     assert len(jobs) == 2
     for name in names:
         assert any(name in job for job in jobs)
-    run(tmp_path, "-m", "resume=s")  # with nothing left to do
+    run(tmp_path, "-m", "resume=s")  # with no jobs left

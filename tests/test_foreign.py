@@ -1,4 +1,4 @@
-"""A folder from elsewhere executes nothing, sends nothing, and writes nothing outside of itself."""
+"""A folder from elsewhere executes nothing, sends nothing, and only writes inside itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nothing_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A sweep of this user's, with code that says so when it is run."""
+    """A sweep of this user's, whose code prints a line when it runs."""
     return sweep_in(tmp_path / "sweep")
 
 
@@ -197,7 +197,7 @@ def test_code_with_a_link_or_a_special_file_is_never_run(own: Path, what: str) -
 
 
 def test_pythons_caches_are_not_used(own: Path, tmp_path: Path) -> None:
-    """A cache that is not held against its source would be run instead of it."""
+    """A cache that is not checked against its source would run instead of it."""
     code = own / "code"
     (code / "scripts" / "helper.py").write_text("x = 1\n")
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')\n")
@@ -222,7 +222,7 @@ def test_a_sweep_without_its_code_gets_no_other(own: Path) -> None:
 
 
 def test_code_alone_is_run_only_if_it_is_the_users(own: Path) -> None:
-    """As a start that was killed leaves it, before it had planned a job."""
+    """As left by a start that was killed before it planned a job."""
     (own / "sweep.json").unlink()
     (own / ".lock").touch()
     with frozen.claim(own, "digits", [], "auto"):
@@ -272,7 +272,7 @@ def test_code_that_seals_nothing_is_trusted_each_time(
 
 def test_a_sweep_of_keys_that_conf_lacks_by_now_resumes_with_its_own_code(tmp_path: Path) -> None:
     folder = sweep_in(tmp_path / "sweep")
-    overrides = ["task.mode=max", "seed=0,1"]  # of 8483121, and since removed
+    overrides = ["task.mode=max", "seed=0,1"]  # from 8483121, removed since
     state.write(folder, overrides=overrides)
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=sweep"]
     done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
@@ -335,7 +335,7 @@ def test_the_real_command_runs_foreign_code_only_if_it_is_trusted(own: Path) -> 
 
 
 def run_in(folder: Path, *overrides: str) -> Path:
-    """A run's folder as far as `resume=` looks, of this user's."""
+    """A minimal run folder of this user's for `resume=`."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
     ownership.enter_run(folder, overrides, None)
@@ -441,7 +441,7 @@ def test_a_foreign_run_does_not_say_where_data_is_downloaded_to(tmp_path: Path) 
 def test_a_config_folder_of_the_users_names_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as a function that makes a model, which is of no kind."""
+    """Such as a function that returns a model, which is of no known kind."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     mine = tmp_path / "mine" / "model"
     mine.mkdir(parents=True)
@@ -459,7 +459,7 @@ def test_a_config_folder_of_the_users_names_targets(
     record = {"config": {**flags.DEFAULT, "dir": str(mine.parent)}}
     (folder / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="no file in conf/model names"):
-        check()  # nothing says that the place is the user's
+        check()  # nothing marks the place as the user's
     monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", str(mine.parent)])
     check()
     monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -485,7 +485,7 @@ def test_a_foreign_record_that_hides_its_download_is_refused(tmp_path: Path) -> 
 
     check()  # the user's own
     (folder / ".hydra" / "owner.json").unlink()
-    for typed in ((), ("data.root=mine",)):  # which data.source.root does not follow
+    for typed in ((), ("data.root=mine",)):  # data.source.root does not follow it
         with pytest.raises(UserError, match="would download data to evil") as error:
             check(*typed)
     check("data.source.download=false")
@@ -504,7 +504,7 @@ def test_the_list_is_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.Monk
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert (folder / "folders").read_text() == f"{entry.id} {'c' * 64} {entry.key}\n"
-    folder.chmod(0o777)  # somebody else may have written there
+    folder.chmod(0o777)  # someone else may have written there
     assert ownership.find(entry.id) is None
     with pytest.raises(PermissionError):
         ownership.enter()

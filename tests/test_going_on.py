@@ -1,4 +1,4 @@
-"""What may differ between a run and its resume: what leaves the maths alone, or was named."""
+"""What may differ between a run and its resume: keys that keep the maths, or named ones."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_readme_says_of_each_key_what_a_resume_does() -> None:
 
 
 def test_the_number_of_threads_comes_from_the_record_unless_the_processes_change(run: Path) -> None:
-    """Bits depend on it. TINY recorded one thread; the resume leaves it to the machine."""
+    """Bits depend on it. TINY recorded one thread; the resumed command leaves it null."""
     unasked = [option for option in TINY if not option.startswith("trainer.num_threads")]
     config = config_of(*unasked)
     assert config["trainer"]["num_threads"] is None

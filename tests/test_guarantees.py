@@ -1,4 +1,4 @@
-"""What docs/guarantees.md says shows a promise is there to show it, and in the fast tests too."""
+"""The tests that docs/guarantees.md names exist, and each promise has a fast one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rows() -> list[tuple[str, list[str]]]:
 
 
 def all_tests() -> dict[str, bool]:
-    """Every test as `pytest -k` sees it, by file and name, and whether it is a fast one."""
+    """Return each test as `pytest -k` sees it, by file and name, and whether it is fast."""
     found = {}
     for path in TESTS.rglob("test_*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

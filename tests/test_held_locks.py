@@ -1,4 +1,4 @@
-"""A wait for a lock says in one line what it waits for and who holds it."""
+"""A wait for a lock is logged in one line, with what it waits for and who holds it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from regrow.sweep import gpus, local, state
 
 @pytest.fixture(autouse=True)
 def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The lines of the log."""
+    """Return the lines of the log."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -103,4 +103,4 @@ def test_a_sweep_that_waits_for_gpus_says_who_has_them(tmp_path: Path, heard: li
     for _ in range(3):
         assert not place.start(planned)
     assert heard[1].endswith("a job of this sweep is using GPU 1") and len(heard) == 2
-    assert mine.take(0) == [] and mine._held.keys() == {"1"}  # the look at the rest lent nothing
+    assert mine.take(0) == [] and mine._held.keys() == {"1"}  # looking at the rest took nothing

@@ -1,4 +1,4 @@
-"""What a long-time user of Hydra types: it works as there, or one line says what to type here."""
+"""Habits of Hydra users work as there, or one line says what to type here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IS_1_3 = hydra.__version__.startswith("1.3")
 
 
 def refused(folder: Path, *arguments: str, script: str = "train.py") -> str:
-    """What the command says, which is one line, with nothing left behind."""
+    """Return the command's error, which is one line, and check that nothing is left behind."""
     before = sorted(folder.rglob("*"))
     done = forked.run(
         [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=QUIET,
@@ -206,7 +206,7 @@ def test_a_composed_file_that_is_broken_is_named_with_its_line(tmp_path: Path) -
     assert f"{tmp_path}/D/experiment/mine.yaml:3 is not YAML: " in said
 
 
-# -- errors in one's own code ----------------------------------------------------------------------
+# -- errors in a user's own code -------------------------------------------------------------------
 
 
 def raised_in(folder: Path, monkeypatch: Any) -> UserError:
@@ -266,7 +266,7 @@ def test_only_asked_for_does_a_command_print_a_traceback(asks: bool, tmp_path: P
     assert ("Traceback" in done.stdout) is asks
 
 
-# -- one's own callbacks ---------------------------------------------------------------------------
+# -- a user's own callbacks ------------------------------------------------------------------------
 
 CALLBACK = """
 import logging

@@ -1,4 +1,4 @@
-"""Settings, files and scripts as users of Hydra and of other templates bring them."""
+"""Settings, files and scripts that users of Hydra and of other templates bring along."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from regrow.record.folder import read_json
 from regrow.record.redact import redact
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
-WRONG = "optimizer.lr=0"  # in a command whose config is right otherwise: it ends before a run
+WRONG = "optimizer.lr=0"  # ends an otherwise valid command before a run starts
 SAID = "optimizer.lr=0 must be"
 
 
@@ -37,7 +37,7 @@ def run(
     folder: Path, *arguments: str, script: str | Path = "train.py", path: str = "", code: int = 0
 ) -> str:
     kept = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
-    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT / "src"), path]  # another Hydra's first
+    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT / "src"), path]  # another Hydra first
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = forked.run(
         [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=kept,
@@ -234,7 +234,7 @@ MINE = "--config-dir D -cn mytrain2 "
     [
         (f"{MINE} experiment=mine model=wide {WRONG}", SAID),
         (f"{MINE} my_ownn=1", "my_ownn: there is no such key. Did you mean my_own?"),
-        (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where one's own keys go
+        (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where the user's own keys belong
         (f"{MINE} model=wide +model.hiden=[1]", "Did you mean model.hidden?"),
         (f"{MINE} model=wyde", "there is no such option. Did you mean wide?"),
         ("--config-dir D my_own=1", "my_own: there is no such key."),  # the file is not chosen
@@ -309,7 +309,7 @@ def test_a_node_that_a_wrapper_registered_survives_a_sweep_and_its_resume(tmp_pa
     small = [line for line in SMALL if not line.startswith("model.")]
     run(tmp_path, *small, "model=registered", "-m", "seed=0,1", "hydra.sweep.dir=s", script=script)
     assert read_yaml(tmp_path / "s" / "1" / "config.yaml")["model"]["hidden"] == [33]
-    run(tmp_path, "-m", "resume=s", "seed=0,1,2")  # as it is printed: with train.py
+    run(tmp_path, "-m", "resume=s", "seed=0,1,2")  # as printed, with train.py
     assert read_yaml(tmp_path / "s" / "2" / "config.yaml")["model"]["hidden"] == [33]
 
 
@@ -318,11 +318,11 @@ def test_a_node_that_a_wrapper_registered_survives_in_a_run(tmp_path: Path) -> N
     script.write_text(WRAPPER.format(scripts=str(ROOT / "scripts")))
     small = [line for line in SMALL if not line.startswith("model.")]
     run(tmp_path, *small, "model=registered", "hydra.run.dir=r", script=script)
-    run(tmp_path, "resume=r", "trainer.max_steps=3")  # as it is printed: with train.py
+    run(tmp_path, "resume=r", "trainer.max_steps=3")  # as printed, with train.py
     assert read_yaml(tmp_path / "r" / "config.yaml")["model"]["hidden"] == [33]
     kept = tmp_path / "r" / ".hydra" / registered.NAME
     kept.write_text(kept.read_text().replace("33", "34"))
-    said = run(tmp_path, "resume=r", "trainer.max_steps=4", code=2)  # not as it was sealed
+    said = run(tmp_path, "resume=r", "trainer.max_steps=4", code=2)  # differs from the sealed one
     assert "model=registered: there is no such option." in said
 
 
@@ -347,7 +347,7 @@ def test_what_was_registered_is_written_without_hydras_own(
     registered.take_up(tmp_path)
     assert store.load("a/b/c.yaml").node._content["x"]._value() == "${y}"
     assert store.load("a/b/c.yaml").package == "p"
-    # A run's record masks secrets, and is whole all the same.
+    # A run's record masks secrets, and is complete otherwise.
     assert masked is not None and "abcd12" not in masked
     (tmp_path / registered.NAME).write_text(masked)
     registered.take_up(tmp_path)  # it is there

@@ -1,4 +1,4 @@
-"""A run or sweep that is killed while its results are written is completed by the same command."""
+"""A run or sweep killed while its results are written is completed by the same command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NIGHTLY = pytest.mark.nightly
 
 
 def started(folder: Path, *arguments: str, dies_at: str = "") -> int:
-    """The exit code of the command in `folder`, killed at a point."""
+    """Return the exit code of the command in `folder`, killed at a point."""
     (folder / "sitecustomize.py").write_text("import deadly\n")
     paths = [str(folder), str(Path(__file__).parent), str(ROOT / "src")]
     done = forked.run(
@@ -51,7 +51,7 @@ def started(folder: Path, *arguments: str, dies_at: str = "") -> int:
 
 
 def files(folder: Path) -> set[str]:
-    """The names of all files below, but for uncommitted changes, which each start records."""
+    """Return all file names below, except uncommitted changes, which each start records."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name for name in found if not (name.endswith(".diff") or "__pycache__" in name)}
 
@@ -141,7 +141,7 @@ def test_a_sweep_killed_as_it_writes_its_tables_is_completed_by_the_same_command
 
 
 def rows_of(sweep: Path) -> list[dict[str, str]]:
-    """results.csv without what depends on the clock."""
+    """Return results.csv without what depends on the clock."""
     with (sweep / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]

@@ -1,4 +1,4 @@
-"""A run back from its folder, and weights to start from: nothing foreign made, nothing silent."""
+"""Loading a run from its folder, and initial weights: nothing foreign runs, nothing is silent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may modify."""
     return Path(shutil.copytree(original, tmp_path / "run", symlinks=True))
 
 
@@ -69,7 +69,7 @@ def without(run: Path, group: str, key: str) -> None:
 
 
 def resealed(folder: Path) -> None:
-    """A checkpoint's manifest made to fit its files: what somebody who means harm would do."""
+    """Make a checkpoint's manifest match its files, as an attacker would."""
     content = json.loads((folder / "manifest.json").read_text())
     content.pop("sha256")
     for name in content["files"]:
@@ -146,7 +146,7 @@ def test_a_run_still_in_training_is_read_again_where_its_checkpoint_went(
     other = next(path for path in checkpoint.complete(run / "checkpoints") if path != first)
 
     def rotated(path: Path) -> Any:
-        if path == first and path.exists():  # at this very moment the run moves on
+        if path == first and path.exists():  # the run moves on at this very moment
             best.unlink()
             best.symlink_to(other.name)
             shutil.rmtree(path)
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_with_what_else_there_is(run: Path) -> Non
 
 
 def with_config(run: Path, text: str) -> None:
-    """Replace the config, and lose Hydra's copy of it."""
+    """Replace the config, and remove Hydra's copy of it."""
     (run / "config.yaml").write_text(text)
     (run / ".hydra" / "config.yaml").unlink()
 
@@ -210,7 +210,7 @@ def test_a_foreign_target_is_not_made(run: Path, tmp_path: Path, group: str) -> 
         _ = load_run(run).data
     assert not made.exists()
     allow(evil)
-    instantiate(evil)  # the negative control: made, it would have run
+    instantiate(evil)  # the negative control: instantiated, it would have run
     assert made.exists()
 
 
@@ -227,7 +227,7 @@ def test_a_foreign_target_is_not_made_below_or_in_a_list(run: Path, tmp_path: Pa
 def test_a_module_that_came_with_the_run_is_not_imported(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Also where Python would find it: in the current folder, as in a notebook."""
+    """Even if Python would find it, in the current folder, as in a notebook."""
     made = tmp_path / "executed"
     code = f"import pathlib, torch\npathlib.Path({str(made)!r}).mkdir()\nNet = torch.nn.Identity\n"
     (run / "evil_module.py").write_text(code)
@@ -247,7 +247,7 @@ def test_a_module_that_came_with_the_run_is_not_imported(
 @pytest.mark.parametrize(
     "node",
     [
-        {"_target_": "logging.os.system", "command": "mkdir"},  # is os.system under another name
+        {"_target_": "logging.os.system", "command": "mkdir"},  # os.system under another name
         {"_target_": "torch.utils.collect_env.run", "command": "mkdir"},  # runs a shell
         {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.mkdir", "path": "made"}]},
         {"_target_": "os.mkdir", "_partial_": True},
@@ -287,10 +287,10 @@ def test_nothing_of_pythons_own_is_imported_to_look_at_it(run: Path) -> None:
 
 
 def test_a_target_of_another_role_is_foreign(run: Path) -> None:
-    changed(run, model={"_target_": "regrow.data.datasets.digits"})  # ours, but no model
+    changed(run, model={"_target_": "regrow.data.datasets.digits"})  # ours, but not a model
     with pytest.raises(UserError, match="which no file in conf/model names"):
         load_run(run)
-    changed(run, model={"_target_": "torch.hub.load"})  # torch's, but no module
+    changed(run, model={"_target_": "torch.hub.load"})  # torch's, but not a module
     with pytest.raises(UserError, match="which no file in conf/model names"):
         load_run(run)
 
@@ -300,7 +300,7 @@ def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:
     config = read_yaml(run / "config.yaml")
     config["model"] = {"_target_": "torch.nn.Linear", "in_features": 6, "out_features": 3}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="not those of the model"):  # made, and of other weights
+    with pytest.raises(UserError, match="not those of the model"):  # built, with other weights
         load_run(run)
 
 
@@ -334,7 +334,7 @@ def test_a_record_gives_hydra_no_orders(run: Path, key: str) -> None:
 def test_timms_schedulers_may_be_recorded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are not torch's; only what derives from timm's own base is in a scheduler's place."""
+    """They are not torch's. Only subclasses of timm's own base are accepted as a scheduler."""
     package = tmp_path / "site" / "timm" / "scheduler"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
@@ -345,7 +345,7 @@ def test_timms_schedulers_may_be_recorded(
     (package / "scheduler.py").write_text("class Scheduler: ...\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     for name in ("timm", "timm.scheduler", "timm.scheduler.scheduler"):
-        monkeypatch.setitem(sys.modules, name, None)  # so that what is made of it goes at the end
+        monkeypatch.setitem(sys.modules, name, None)  # so that its modules are removed at the end
         del sys.modules[name]
     for name in ("Cosine", "Other", "make"):
         config = {"scheduler": {"_target_": f"timm.scheduler.{name}"}}
@@ -383,7 +383,7 @@ def test_a_foreign_record_downloads_nowhere_by_itself(run: Path) -> None:
 def test_an_edited_record_of_ones_own_downloads_nowhere_else(
     run: Path, swapped: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its overrides are sealed, config.yaml is not."""
+    """Its overrides are sealed, but config.yaml is not."""
     monkeypatch.chdir(run.parent)
     mnist = {"_target_": "regrow.data.datasets.mnist", "val_fraction": 0.1, "seed": 0}
     for place, expected in (("data", True), (str(run.parent / "evil"), False)):
@@ -432,7 +432,7 @@ def test_a_resume_goes_back_from_a_checkpoint_that_holds_no_tensors(
     assert not made.exists()
 
 
-# -- weights to start from ------------------------------------------------------------------------
+# -- initial weights -------------------------------------------------------------------------------
 
 
 def model_of(*overrides: str) -> nn.Module:
@@ -511,7 +511,7 @@ def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
     whole = finished(tmp_path / "whole", *given, "trainer.max_steps=4")
     parts = finished(tmp_path / "parts", *given, "trainer.max_steps=2")
     shutil.rmtree(source)
-    if now == "changed":  # into what would not even load
+    if now == "changed":  # into something that would not even load
         source.write_text("no weights")
     finished(parts, *given, "trainer.max_steps=4")
     shas = {read_json(it / "summary.json")["weights_sha256"] for it in (whole, parts)}

@@ -1,4 +1,4 @@
-"""Which way a metric is better, and runs that monitor none."""
+"""The better direction of a metric, and runs that monitor none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from regrow.runs.banner import what_is_odd
 from regrow.tasks.metrics import Metrics
 from regrow.training import loop
 
-# Of 50 examples in windows of 16: an evaluation after each of 8 steps, in which the loss falls.
+# 50 examples in windows of 16: an evaluation after each of 8 steps, in which the loss falls.
 LEARNS = (*TINY, "optimizer.lr=0.05", "trainer.max_steps=8", "trainer.eval_every_steps=1")
 REGRESSION = (
     *("task=regression", "data.target_kind=regression", "data.num_classes=null"),
@@ -45,11 +45,11 @@ NO_VAL = (*TINY, "data.source.num_val=0")
         *((f"val/{name}", None) for name in ("score", "neg_mean_squared_error", "margin")),
         ("val/accuracy_loss", None),
         *((f"val/{name}", "max") for name in ("accuracy_top5", "f1_macro", "precision_at_1")),
-        # The metric's word is not what is measured.
+        # The name contains a metric, but measures another quantity.
         *((f"val/{name}", None) for name in ("loss_reduction", "error_detection_rate")),
         *((f"val/{name}", None) for name in ("distance_gain", "reward_std")),
         *((f"val/{name}", None) for name in ("std_accuracy", "drop_in_accuracy", "loss gap f1")),
-        # A sign, or a word that is one, turns the metric.
+        # A sign, or a word with its meaning, inverts the metric.
         *((f"val/{name}", None) for name in ("-loss", "1-accuracy", "100 - f1", "inv_mse")),
         *((f"val/{name}", "max") for name in ("1-shot-accuracy", "top-1-acc", "5-fold-auc")),
         ("night/accuracy", "max"),
@@ -93,8 +93,8 @@ def best_of(summary: dict[str, Any], folder: Path) -> tuple[float, list[float]]:
         (("trainer.monitor=val/loss",), min),
         (("trainer.monitor=val/accuracy",), max),
         ((*REGRESSION, "trainer.monitor=val/r2"), max),
-        ((*REGRESSION,), min),  # its own, val/rmse
-        (("trainer.monitor=val/loss", "trainer.mode=max"), max),  # what the user says counts
+        ((*REGRESSION,), min),  # its own metric, val/rmse
+        (("trainer.monitor=val/loss", "trainer.mode=max"), max),  # the user's value wins
     ],
 )
 def test_the_best_weights_are_those_of_the_best_value(
@@ -132,7 +132,7 @@ def test_a_contradiction_is_allowed_with_a_line(
 
 
 class Scored:
-    """A task's metrics under a name that says nothing, held as torchmetrics holds them."""
+    """A task's metrics under an uninformative name, held as torchmetrics holds them."""
 
     def __init__(self, metrics: Metrics, **held: Any) -> None:
         self.inner, self.names, self.held = metrics, ("score",), held
@@ -165,7 +165,7 @@ def test_torchmetrics_tells_where_the_name_does_not(
         with pytest.raises(UserError, match=r"trainer\.mode=null.*Add trainer\.mode=max"):
             runs.build(config, CPU)
         config = config_of(*TINY, "trainer.monitor=val/score", "trainer.mode=min")
-        assert runs.build(config, CPU).options.mode == "min"  # what the line offers
+        assert runs.build(config, CPU).options.mode == "min"  # as the message advises
     else:
         assert runs.build(config, CPU).options.mode == mode
 
@@ -199,7 +199,7 @@ def test_a_resume_keeps_the_recorded_direction_unless_another_is_typed(
         return trainer
 
     assert resumed(mode="min")["mode"] == "min"
-    assert resumed(mode="max")["mode"] == "max"  # a record of before, with the wrong one
+    assert resumed(mode="max")["mode"] == "max"  # an older record, with the wrong one
     assert resumed("trainer.mode=min", mode="max")["mode"] == "min"
     assert resumed("trainer.monitor=val/accuracy", mode="min")["mode"] == "max"  # follows
 
@@ -211,7 +211,7 @@ def test_tables_rank_by_the_direction() -> None:
         return comparison.Row(str(job), "completed", {"x": str(job)}, 0, run, "")  # type: ignore[arg-type]
 
     rows = [row(1, 0.9, "max"), row(2, 0.3, "max")]
-    found = comparison.compare(rows, "val/loss")  # which none of them monitored
+    found = comparison.compare(rows, "val/loss")  # none of them monitored it
     assert found.mode == "min" and found.best is rows[1]
 
 
@@ -261,7 +261,7 @@ def test_it_is_killed_and_resumed_like_any_other(tmp_path: Path) -> None:
 def test_a_command_is_repeated_without_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default names a monitor, and the record has none: they are one config all the same."""
+    """The default names a monitor and the record has none: both are the same config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "draw", lambda folder: None)
     for typed in ([], ["trainer.monitor=val/loss"]):
@@ -360,7 +360,7 @@ def test_every_source_trains_without_validation(source: str, tmp_path: Path) -> 
     assert load_run(run).step == 4
 
 
-# What is said at the start or at the event.
+# Messages at the start or at the event.
 
 
 def test_a_run_that_few_would_mean_says_so() -> None:
@@ -375,7 +375,7 @@ def test_a_run_that_few_would_mean_says_so() -> None:
     assert "ends at step 12, in the warm-up of 13 steps" in line
     assert lines("scheduler.warmup_steps=12") == lines("scheduler.warmup_fraction=1.0") == []
     timed = ("scheduler=constant", "trainer.max_epochs=null", "trainer.max_seconds=9")
-    assert lines(*timed, "scheduler.warmup_steps=9") == []  # nobody knows yet
+    assert lines(*timed, "scheduler.warmup_steps=9") == []  # not known yet
 
 
 def test_a_time_limit_in_the_warm_up_is_told_at_the_end(
@@ -403,7 +403,7 @@ def test_a_nan_monitor_that_ends_the_run_is_told(
     said = "step 2: early stopping ends the run: val/accuracy is NaN"
     assert [said in record.message for record in caplog.records].count(True) == 1
     caplog.clear()
-    train(tmp_path / "on", *LEARNS)  # without early stopping nothing ends
+    train(tmp_path / "on", *LEARNS)  # without early stopping, nothing ends
     assert "early stopping" not in caplog.text
 
 
@@ -425,7 +425,7 @@ def test_an_early_stop_is_told_with_its_reason(
 def test_another_optimizer_starts_without_moments_and_says_so(
     first: str, second: str, older: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`older`: the checkpoint does not say of which class its moments are."""
+    """`older`: the checkpoint does not name the class of its moments."""
     from regrow.training import optim
 
     train(tmp_path, *TINY, f"optimizer={first}", stop_at=5)

@@ -1,4 +1,4 @@
-"""The list of `make mutate` fits the code, and the script tells a survivor from a killed one."""
+"""The list of `make mutate` matches the code, and the script detects a surviving mutation."""
 
 from __future__ import annotations
 

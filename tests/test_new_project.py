@@ -1,4 +1,4 @@
-"""scripts/new_project.py: a copy is renamed through and through, works, or is not there at all."""
+"""scripts/new_project.py: a copy is renamed everywhere and works, or is not created."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_no_mention_of_the_old_name_remains(copy: Path, new_project: ModuleType)
     old_names = new_project.OLD
     forms = "|".join({old_names.package, old_names.distribution, old_names.title, old_names.camel})
     old = re.compile(rf"(?i)(?<![a-z0-9])({forms})(?![a-z0-9])")
-    allowed = {Path("LICENSE"), Path("CHANGELOG.md")}  # whose it was, where it comes from
+    allowed = {Path("LICENSE"), Path("CHANGELOG.md")}  # the author, and the origin
     mentions = []
     for path in files(copy):
         if path.relative_to(copy) in allowed or b"\0" in path.read_bytes():
@@ -161,7 +161,7 @@ def test_no_mention_of_the_old_name_remains(copy: Path, new_project: ModuleType)
         assert not old.search(str(path.relative_to(copy)))
     assert not mentions
     assert len(files(copy)) > 10
-    assert old.search((copy / "CHANGELOG.md").read_text())  # the search does find
+    assert old.search((copy / "CHANGELOG.md").read_text())  # the control: the search finds it there
 
 
 def test_a_copy_carries_its_own_name_everywhere(copy: Path, new_project: ModuleType) -> None:
@@ -232,7 +232,7 @@ def test_without_git_the_same_files_are_found(
     assert "outputs/run/status.json" not in map(str, with_git)
     monkeypatch.undo()
     (copy / "scratch.py").write_text("")
-    assert new_project.files_to_copy(copy) == with_git  # what is not tracked is left behind
+    assert new_project.files_to_copy(copy) == with_git  # untracked files are left behind
 
 
 @pytest.mark.slow

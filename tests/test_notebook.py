@@ -1,4 +1,4 @@
-"""`regrow.compose` and `regrow.build` in a notebook, and one's own resolvers in every process."""
+"""`regrow.compose` and `regrow.build` in a notebook, and custom resolvers in every process."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_importing_the_package_imports_little() -> None:
     assert done.stdout.split("\n")[:2] == ["set()", "False"]
 
 
-# -- resolvers of one's own ------------------------------------------------------------------------
+# -- custom resolvers ------------------------------------------------------------------------------
 
 RESOLVERS = """
 from regrow.config import register_resolver
@@ -171,7 +171,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     (folder / "resolvers.py").write_text(RESOLVERS)
-    # A config and a model that need it, the model in the process that makes it.
+    # A config and a model that need it, the model in the process that builds it.
     model = (
         "import resolvers\nfrom omegaconf import OmegaConf\nfrom regrow.models.mlp import MLP\n\n\n"
     )

@@ -34,7 +34,7 @@ KEPT = "is older than these keys, which keep what the code did then"
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the folder that the runs were started in, which is the current one."""
+    """A copy of the folder that the runs were started in, as the current folder."""
     shutil.copytree(RECORDS, tmp_path / "older", symlinks=True)
     monkeypatch.chdir(tmp_path / "older")
     monkeypatch.setattr(runs, "draw", lambda folder: None)
@@ -42,7 +42,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(*overrides: str) -> None:
-    """What train.py does with a command line, in this process."""
+    """Run a command line of train.py in this process."""
     config = composed(*resume.expand(overrides))
     folder = Path(config.hydra.run.dir).resolve()
     job = job_of(as_hydra_has_it(config), folder, ["python", "scripts/train.py"])
@@ -69,7 +69,7 @@ def assert_close(found: Any, expected: Any, where: str = "") -> None:
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """Whether a run ended in what the uninterrupted run of that time ended in."""
+    """Check that a run ended like the uninterrupted run of that time."""
     assert_close(metrics_of(found), metrics_of(expected))
     told, was = (read_json(folder / "summary.json") for folder in (found, expected))
     for key in ("status", "steps", "epochs", "best", "val", "test"):
@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_to_the_same_end(
     assert resume.lacked_before(Path(name)) == [*added]
     changing = [record.message for record in caplog.records if KEPT in record.message]
     assert len(changing) <= 1
-    for key in added:  # only what differs from today's default is worth a line
+    for key in added:  # only a difference from today's default is logged
         value = now
         for part in key.split("."):
             value = value[part]
@@ -112,7 +112,7 @@ def test_a_killed_run_resumes_to_the_same_end(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_numbers_of_the_uninterrupted_run_are_those_of_the_killed_one(name: str) -> None:
-    """A control of the records themselves: they are one run, killed and not killed."""
+    """A control of the records: they are one run, killed and not killed."""
     killed, whole = metrics_of(RECORDS / name), metrics_of(RECORDS / "whole" / name)
     assert 0 < len(killed) < len(whole)
     assert_close(killed, whole[: len(killed)])
@@ -142,7 +142,7 @@ def test_it_predicts(name: str, root: Path) -> None:
     assert run.step == best
 
 
-@pytest.mark.slow  # a run in one go, in a process of its own
+@pytest.mark.slow  # an uninterrupted run in its own process
 @pytest.mark.parametrize(
     "name",
     [
@@ -161,7 +161,7 @@ def test_it_is_reproduced(name: str, root: Path) -> None:
 
 def test_a_recorded_override_gets_the_name_that_its_target_has_today(root: Path) -> None:
     path = Path("averages", ".hydra", "overrides.yaml")
-    path.write_text(path.read_text() + "- data._target_=regrow.data.loaders.Data\n")
+    path.write_text(path.read_text() + "- data._target_=regrow.feeding.loaders.Data\n")
     assert "data._target_=regrow.feeding.loaders.Data" in resume.expand(["resume=averages"])
 
 
@@ -188,7 +188,7 @@ def test_a_record_gets_the_keys_that_it_lacks(rows: None) -> None:
     added = older.complete(config)
     assert added == {"owner": "nobody", "trainer.warm_up": False, "trainer.stop.after": None}
     assert config["trainer"]["warm_up"] is False and config["trainer"]["stop"]["after"] is None
-    assert older.complete(config) == {}  # and a complete one stays as it is
+    assert older.complete(config) == {}  # and a complete one is unchanged
 
 
 def test_a_key_that_the_record_has_stays(rows: None) -> None:
@@ -213,7 +213,7 @@ def test_a_resume_adopts_them_unless_they_are_typed(rows: None) -> None:
 
     added = older.complete(record())
     whole = config()
-    # What is equal already is not worth a line.
+    # Equal values are not logged.
     assert older.adopt(whole, added, []) == {"trainer.warm_up": False, "trainer.stop.after": None}
     assert whole["trainer"]["warm_up"] is False and whole["trainer"]["stop"]["after"] is None
     typed = config()
@@ -231,7 +231,7 @@ def test_the_line_names_the_keys_as_they_are_typed() -> None:
 def test_without_the_row_a_resume_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The negative control: the present config has a key that the record lacks."""
+    """The negative control: the current config has a key that the record lacks."""
     caplog.set_level(logging.INFO)
     folder = Path("averages")
     overrides = resume.expand([f"resume={folder}"])
@@ -256,7 +256,7 @@ def test_without_the_row_a_resume_is_refused(
 
 
 def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> None:
-    """A null of the record, which an older one gets too, is not kept then."""
+    """Then a null in the record, which an older one gets too, is not kept."""
     folder = Path("averages")
     for typed, index in ((["loss.ignore_index=2"], 2), ([], None)):
         config = recorded(folder)
@@ -269,7 +269,7 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
 
 
 def as_now(folder: Path, **data: str) -> dict[str, Any]:
-    """The run's config as conf/ has it now, as far as these tests look."""
+    """The run's config as in today's conf/, as far as these tests need it."""
     config = recorded(folder)
     older.complete(config)
     config["resume"] = str(folder)
@@ -297,7 +297,7 @@ def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -
     (folder / "config.yaml").write_text(json.dumps(completed))
     overrides = resume.expand([f"resume={folder}"])
     with pytest.raises(UserError, match=r"trainer\.ema_warmup was False and would be True"):
-        # The same record as a new one: it had the key, and its value only equals the earlier one.
+        # The same as a new record: it had the key, and its value merely equals the earlier one.
         resume.continues(folder, as_now(folder), overrides)
     (folder / resume.LACKED).write_text(json.dumps(lacked))
     config = as_now(folder)
@@ -326,7 +326,7 @@ def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
 
 
 def test_the_records_are_of_that_time() -> None:
-    """Nobody has made them again since: later code would be held against itself."""
+    """They were not made again; otherwise later code would be compared with itself."""
     for name in RUNS:
         manifest = json.loads((RECORDS / name / "manifest.json").read_text())
         assert manifest["git"]["commit"].startswith("8483121")

@@ -1,4 +1,4 @@
-"""Processes that something else started: what contradicts is named, and no wait is silent."""
+"""Processes started by something else: contradictions are named, and no wait is silent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN = CONF.parent / "scripts" / "train.py"
 
 @pytest.fixture
 def in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The meeting file of a step of srun, not written yet."""
+    """The rendezvous file of a step of srun, not written yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")

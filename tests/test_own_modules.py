@@ -1,4 +1,4 @@
-"""A model in the root of the project is found by every process that may run it."""
+"""Every process that may run a model in the root of the project finds it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(project: Path, *command: str) -> str:
-    # Without what these tests are started with, such as where the package is.
+    # Without the settings of these tests, such as the path of the package.
     environment = {
         k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HYDRA_FULL_ERROR")
     }
@@ -92,7 +92,7 @@ def test_every_rank_finds_a_module_of_the_root(
 def test_a_sweep_freezes_and_finds_modules_of_the_root(
     project: Path, fresh: str, tmp_path: Path
 ) -> None:
-    (project / "profile.py").write_text("")  # the server of jobs starts in this folder
+    (project / "profile.py").write_text("")  # the job server starts in this folder
     sweep = tmp_path / "sweep"
     given = ("model=net,deep", f"launcher.fresh_processes={fresh}", f"hydra.sweep.dir={sweep}")
     start(project, "scripts/train.py", "-m", *given, *QUICK)
@@ -103,7 +103,7 @@ def test_a_sweep_freezes_and_finds_modules_of_the_root(
     assert not (code / "my_models" / "data.bin").exists()
 
 
-# Of another copy of this package than the one that is imported already.
+# From another copy of this package than the imported one.
 AS_A_SCRIPT = """
 import runpy, sys
 for name in [name for name in sys.modules if name.partition(".")[0] == "regrow"]:

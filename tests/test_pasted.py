@@ -1,4 +1,4 @@
-"""Every printed command runs as it is pasted into bash, also in a project in an awkward place."""
+"""Every printed command works when pasted into bash, also in a project with an awkward path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from running import TINY
 from regrow.project import ROOT
 from regrow.record.folder import load_status
 
-# Both as the path of the project and as that of a run.
+# Used as the project's path and as a run's.
 PLACE = 'Dropbox (Uni)/lr=1, [b]/Ünï $HOME #1; it\'s "so"'
 RUN = "mine/Ünï (2), {x}=~'y' ${seed}.."
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
@@ -28,7 +28,7 @@ LONG = ("trainer.max_steps=1000000", "trainer.max_epochs=null", "trainer.log_eve
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this project in a folder with every awkward sign, and `python` on its PATH."""
+    """A copy of this project in a folder with every awkward character, and `python` on its PATH."""
     root = tmp_path_factory.mktemp("projects") / PLACE
     root.mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -49,7 +49,7 @@ def environment(project: Path, **more: str) -> dict[str, str]:
 def pasted(
     project: Path, line: str, *, cwd: Path | None = None, code: int | None = 0, **more: str
 ) -> str:
-    """What bash prints when the line is pasted."""
+    """Return bash's output when the line is pasted."""
     done = subprocess.run(
         ["bash", "-c", line], cwd=cwd or project, env=environment(project, **more),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=300,
@@ -68,7 +68,7 @@ def commands(said: str) -> list[str]:
 
 
 def stopped(project: Path, arguments: Sequence[str], folder: Path) -> str:
-    """What a run or a sweep prints that gets a SIGTERM once `folder` is that of a running run."""
+    """Return the output of a command that gets a SIGTERM once the run in `folder` is running."""
     process = subprocess.Popen(
         [sys.executable, "scripts/train.py", *arguments], cwd=project, env=environment(project),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

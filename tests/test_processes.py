@@ -24,7 +24,7 @@ TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer
 LONG = (*TWO, "trainer.max_epochs=60", "trainer.eval_every_epochs=20",
         "trainer.checkpoint.save_every_steps=7")  # fmt: skip
 THREE_SHARDED = (*TINY, "trainer=fsdp", "trainer.devices=3", "trainer.device=cpu")
-# What an MLP takes and the modules of blocks.py do not.
+# Arguments of an MLP that the modules of blocks.py do not take.
 BARE = tuple(
     f"~model.{key}" for key in ("init", "hidden", "dropout", "activation", "norm", "freeze")
 )
@@ -40,7 +40,7 @@ def start(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: An
 
 
 def run(folder: Path, *overrides: str, code: int = 0, by: tuple[str, ...] = ()) -> str:
-    """Run to the end; returns what it said on stderr."""
+    """Run to the end; returns its stderr."""
     process = start(folder, *overrides, by=by)
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, out + err
@@ -60,7 +60,7 @@ def ranks_of(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the long run leaves when nothing happens to it."""
+    """The results of the long run, undisturbed."""
     folder = tmp_path_factory.mktemp("long") / "whole"
     run(folder, *LONG)
     return fingerprint(folder)
@@ -68,7 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two processes, complete."""
+    """The folder of a complete run of two processes."""
     folder = tmp_path_factory.mktemp("short") / "two"
     run(folder, *TWO)
     return folder
@@ -86,7 +86,7 @@ def test_two_processes_leave_one_record_with_the_numbers_of_one(two: Path, tmp_p
 
 
 def variables_of(starter: str, rank: int) -> dict[str, str]:
-    """What torchrun, or srun, tells one of two processes on a machine."""
+    """Return the variables that torchrun, or srun, sets for one of two processes on a machine."""
     if starter == "torchrun":
         names: dict[str, Any] = {
             "RANK": rank,
@@ -138,7 +138,7 @@ def test_what_started_outside_is_the_same_run(tmp_path: Path) -> None:
 def test_two_agents_make_one_run_and_a_killed_one_ends_it(
     killed: int, whole: str, tmp_path: Path
 ) -> None:
-    """As on two machines: each has a torchrun of its own."""
+    """As on two machines: each has its own torchrun."""
     folder = tmp_path / "agents"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -221,11 +221,11 @@ def test_a_signal_to_one_process_or_all_stops_all_at_one_step(whole: str, tmp_pa
         process = start(folder, *LONG)
         until(lambda: (folder / "checkpoints" / "last").exists() and running(folder), process)
         ranks = ranks_of(folder)
-        # To one of them; then to all, as schedulers do, the one that started them included.
+        # To one of them, then to all, as schedulers do, including the parent.
         for pid in [ranks[1]] if number == signal.SIGTERM else [process.pid, *ranks]:
             os.kill(pid, number)
         _, err = process.communicate(timeout=90)
-        if process.returncode == 0:  # it was done before the signal came
+        if process.returncode == 0:  # it was done before the signal
             break
         assert process.returncode == code, err
         assert read_json(folder / "status.json")["state"] == "interrupted"
@@ -355,7 +355,7 @@ def test_the_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
     process = start(folder, *LONG)
     until((folder / "checkpoints" / "last").exists, process)
-    assert listening(process.pid) == {"0100007F"}  # 127.0.0.1: no other machine is to join
+    assert listening(process.pid) == {"0100007F"}  # 127.0.0.1: no other machine may join
     pids = ranks_of(folder)
     assert {address for pid in pids for address in listening(pid)} == {"0100007F"}
     process.kill()
@@ -371,7 +371,7 @@ def until_gone(pids: list[int]) -> None:
 
 
 def listening(pid: int) -> set[str]:
-    """The addresses to which a process listens, as the kernel writes them."""
+    """Return the addresses that a process listens on, as the kernel writes them."""
     links = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
     lines = [
         line.split()

@@ -1,4 +1,4 @@
-"""The keys that everything random is derived from."""
+"""The keys that all randomness is derived from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_bit_of_the_seed_and_of_a_part_counts(bits: int) -> None:
 
 
 def test_neighbouring_steps_share_nothing() -> None:
-    """Half of the bits of 63 differ between two keys, as between random numbers."""
+    """Two keys differ in half of their 63 bits, like random numbers."""
     keys = [key(0, "model", step) for step in range(1000)]
     differing = [(a ^ b).bit_count() for a, b in itertools.pairwise(keys)]
     assert 30.5 < sum(differing) / len(differing) < 32.5

@@ -1,4 +1,4 @@
-"""Slurm starts the processes, or is given the job: the run is the same, and it comes back."""
+"""Slurm starts the processes, or gets the job: the run is the same, and it is requeued."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `LONG` comes to when nothing disturbs it."""
+    """The results of `LONG`, undisturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     subprocess.run(
         [sys.executable, str(TRAIN), *LONG, f"hydra.run.dir={folder}"],
@@ -62,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 def call(
     cluster: dict[str, str], folder: Path, *arguments: str, by: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """The command to its end; in the folder's parent."""
+    """Run the command to its end, in the folder's parent."""
     return subprocess.run(
         [*by, sys.executable, str(TRAIN), *arguments, f"hydra.run.dir={folder.name}"],
         cwd=folder.parent, env=cluster, capture_output=True, text=True, timeout=240,
@@ -70,7 +70,7 @@ def call(
 
 
 def submitted(cluster: dict[str, str], folder: Path, *arguments: str) -> str:
-    """The number of the job that the command became, once it has saved a checkpoint."""
+    """Return the number of the submitted job, once it has saved a checkpoint."""
     done = call(cluster, folder, *LONG, *HERE, *arguments)
     assert done.returncode == 0, done.stderr
     until((folder / "checkpoints" / "last").exists, folder)
@@ -79,14 +79,14 @@ def submitted(cluster: dict[str, str], folder: Path, *arguments: str) -> str:
 
 
 def jobs(cluster: dict[str, str]) -> dict[str, str]:
-    """The state of each job that Slurm has."""
+    """Return the state of each job in Slurm."""
     command = ["squeue", "--noheader", "--format=%i %T"]
     said = subprocess.run(command, env=cluster, capture_output=True, text=True, check=True)
     return dict(line.split() for line in said.stdout.splitlines())  # type: ignore[misc]
 
 
 def until_done(cluster: dict[str, str], folder: Path) -> str:
-    """Wait until Slurm has no job; returns what they said."""
+    """Wait until Slurm has no job; returns their output."""
     deadline = time.monotonic() + 300
     while jobs(cluster):
         assert time.monotonic() < deadline, output_of(folder)
@@ -114,12 +114,12 @@ def test_what_srun_started_is_the_same_run(
     done = call(cluster, folder, *overrides, by=("srun", "--ntasks=2"))
     assert done.returncode == 0, done.stderr
     assert fingerprint(folder) == whole
-    assert done.stdout.count("record: ") == 1  # one of them speaks
+    assert done.stdout.count("record: ") == 1  # only one of them prints
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def in_a_terminal(cluster: dict[str, str], folder: Path, command: list[str], typed: str) -> str:
-    """All that is shown, to the end of the command."""
+    """Return everything shown until the command ends."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
@@ -134,7 +134,7 @@ def in_a_terminal(cluster: dict[str, str], folder: Path, command: list[str], typ
                 if not (more := os.read(terminal, 4096)):
                     break
                 shown += more
-    except OSError:  # its way to say that the command has ended
+    except OSError:  # its way to report that the command has ended
         pass
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -229,7 +229,7 @@ def test_a_job_on_one_machine_leaves_the_same_record(
     assert again.returncode == 0 and "run is complete" in again.stdout
     assert not jobs(cluster)
     assert (folder / "slurm").stat().st_mode & 0o077 == 0
-    assert not (folder / "slurm" / "job.json").exists()  # it may hold keys for services
+    assert not (folder / "slurm" / "job.json").exists()  # it may hold API keys
 
 
 @needs_slurm
@@ -237,7 +237,7 @@ def test_a_job_that_waits_is_not_submitted_twice(cluster: dict[str, str], tmp_pa
     folder = tmp_path / "run"
     held = (*LONG, "launcher=slurm", *HERE, "launcher.sbatch={hold: true}", "resume=never")
     assert call(cluster, folder, *held).returncode == 0
-    # what Slurm queues again goes on, whatever its first start was to do
+    # a requeued run resumes, whatever its first start was to do
     assert read_json(folder / "slurm" / "job.json")["config"]["resume"] == "auto"
     (number,) = jobs(cluster)
     again = call(cluster, folder, *held)
@@ -263,7 +263,7 @@ def test_a_job_that_waits_is_not_submitted_twice(cluster: dict[str, str], tmp_pa
 def test_a_run_whose_time_is_up_saves_and_is_queued_again(
     cluster: dict[str, str], whole: str, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
-    """Slurm's signal before the end of the time, sent by hand."""
+    """Slurm's signal before the time limit, sent by hand."""
     folder = tmp_path / "run"
     number = submitted(cluster, folder, f"launcher={launcher[0]}", *launcher[1:])
     before = read_json(folder / "status.json")["pids"]
@@ -361,7 +361,7 @@ def test_without_restarts_a_killed_task_ends_the_job(
     assert time.monotonic() - began < 60
     assert "going back" not in output
     status = read_json(folder / "status.json")
-    assert status["state"] in ("failed", "running"), status  # running, and no lock: interrupted
+    assert status["state"] in ("failed", "running"), status  # running without a lock: interrupted
 
 
 def sweep(cluster: dict[str, str], cwd: Path, *arguments: str) -> Any:
@@ -482,7 +482,7 @@ def test_a_task_whose_time_is_up_saves_and_comes_back(tmp_path: Path) -> None:
     limits = ("trainer.max_epochs=30", "trainer.eval_every_epochs=10")
     once = (*TINY, *limits, "trainer.checkpoint.save_every_epochs=5")
     train(tmp_path / "whole", *once)
-    config = json.dumps(config_of(*once, "resume=never"))  # of its first start alone
+    config = json.dumps(config_of(*once, "resume=never"))  # only for its first start
     done = forked.run(
         [sys.executable, "-c", ON_TIME, config, tmp_path / "run"],
         cwd=tmp_path, capture_output=True, text=True, timeout=100,
@@ -526,7 +526,7 @@ def test_what_sbatch_says_is_one_line_and_nothing_is_written(
 
 def test_srun_says_in_its_way_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outside.per_node("2(x3),1") == [2, 2, 2, 1]
-    monkeypatch.setattr(outside, "is_in_a_shell", lambda: False)  # as pytest itself may be
+    monkeypatch.setattr(outside, "is_in_a_shell", lambda: False)  # pytest itself may be in one
     for name, value in {
         "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3",
         "SLURM_PROCID": "6", "SLURM_LOCALID": "0",
@@ -542,12 +542,12 @@ def test_srun_says_in_its_way_what_torchrun_says(monkeypatch: pytest.MonkeyPatch
         patch.delenv("SLURM_NODEID")
         with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=7 is set, but SLURM_NODEID not"):
             outside.srun_environment()
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # such as a shell in an allocation
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # as in the shell of an allocation
     assert outside.srun_environment() == {}
 
 
 def test_a_run_of_another_does_not_submit_anything(tmp_path: Path) -> None:
-    """What a folder recorded is followed when its run goes on; where it was run is not."""
+    """A resume follows what a folder recorded, but not where it was run."""
     train(tmp_path / "run", *TINY)
     file = tmp_path / "run" / ".hydra" / "overrides.yaml"
     file.parent.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 def run(
     folder: Path, *arguments: str, script: Path = TRAIN, code: int = 0, **environment: str
 ) -> str:
-    """What the script prints; bytes that are not UTF-8 become surrogates."""
+    """Return the script's output; bytes that are not UTF-8 become surrogates."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA_", "LC_", "PYTHON"))}
     done = forked.run(
         [sys.executable, str(script), *arguments], cwd=folder, env={**kept, **environment},
@@ -151,7 +151,7 @@ def test_a_config_file_that_is_not_utf_8_is_named(
 
 
 def without_encoding(source: str) -> Iterator[str]:
-    """Calls that read or write text in the locale's encoding."""
+    """Find calls that read or write text in the locale's encoding."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -170,7 +170,7 @@ def without_encoding(source: str) -> Iterator[str]:
             switched = (given.get(key) for key in ("text", "universal_newlines"))
             is_text = any(isinstance(it, ast.Constant) and it.value for it in switched)
             of_a_path = name == "write_text" and of != ""
-            # Of a path the first argument is the encoding; of a distribution, the file.
+            # For a path, the first argument is the encoding; for a distribution, the file.
             reads = name == "FileHandler" or (name == "read_text" and not node.args)
             if is_text or of_a_path or reads:
                 yield ast.unparse(node)

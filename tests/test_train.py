@@ -1,4 +1,4 @@
-"""The command as a user types it: the folder it leaves, how it goes on, what it prints."""
+"""The command as a user types it: the folder it leaves, how it resumes, what it prints."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_resume_never_does_not_touch_a_run(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) -> None:
-    """With a rate that does not depend on the limit."""
+    """With a learning rate that does not depend on the limit."""
     launched("hydra.run.dir=whole", "scheduler=constant", "trainer.max_epochs=4")
     launched("hydra.run.dir=parts", "scheduler=constant", "trainer.max_epochs=2")
     launched("hydra.run.dir=parts", "scheduler=constant", "trainer.max_epochs=4")
@@ -126,7 +126,7 @@ def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(
     assert "hunter2" not in (tmp_path / "mine" / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"data.root was taken for a secret.*Give it again"):
         expand(["resume=mine", "name=digits"])
-    with pytest.raises(SystemExit):  # what is no secret is compared as ever
+    with pytest.raises(SystemExit):  # keys that are not secret are compared as always
         launched("hydra.run.dir=mine", "trainer.max_epochs=2", *secrets, "seed=3")
 
 
@@ -248,7 +248,7 @@ def test_a_recorded_target_is_judged_before_its_module_is_imported(
         launched("hydra.run.dir=mine", target, "resume=mine")
     assert "It is not imported" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
-    with pytest.raises(SystemExit):  # the negative control: typed anew, it is the user's own
+    with pytest.raises(SystemExit):  # the negative control: typed again, it is the user's own
         launched("hydra.run.dir=new", target)
     assert (tmp_path / "was_here").exists()
 
@@ -296,7 +296,7 @@ def test_a_run_without_a_test_split_ends_well(tmp_path: Path) -> None:
 def test_a_recipe_that_changed_since_is_refused_unless_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The option was recorded, its file says something else now: that is not what was named."""
+    """The option was recorded, but its file has changed since, so it was not named."""
     launched("hydra.run.dir=mine", "optimizer=sgd", "trainer.max_epochs=1")
     recorded = tmp_path / "mine" / "config.yaml"
     recorded.write_text(recorded.read_text().replace("momentum: 0.9", "momentum: 0.8"))

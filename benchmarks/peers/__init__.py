@@ -1,4 +1,4 @@
-"""Other engines, each in a process of its own that does a round of steps when it is told to."""
+"""Other engines, each in its own process that runs a round of steps on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTALLED = ROOT / "build" / "peers"  # by `make peers`
+INSTALLED = ROOT / "build" / "peers"  # where `make peers` installs
 ENGINES = {  # names of functions in loops.py
     "naive loop, .item() each step": "naive",
     "Ignite": "ignite",
@@ -26,7 +26,7 @@ ENGINES = {  # names of functions in loops.py
 def started(
     names: Sequence[str], steps: int, is_small: bool
 ) -> Iterator[dict[str, Callable[[], float]]]:
-    """For each engine what runs a round and returns its seconds for `steps` steps."""
+    """For each engine, yield a function that runs `steps` steps and returns their seconds."""
     paths = os.pathsep.join([str(INSTALLED), str(ROOT), str(ROOT / "src")])
     with contextlib.ExitStack() as stack:
         rounds = {}
@@ -39,7 +39,7 @@ def started(
                 text=True,
                 env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             )
-            stack.enter_context(process)  # closes its input, which ends it, and waits
+            stack.enter_context(process)  # on exit, closes its input, which ends it, and waits
             rounds[name] = round_of(process, name)
         yield rounds
 

@@ -1,8 +1,8 @@
-"""The training step of `benchmarks.step` as each engine's users write it.
+"""The training step of `benchmarks.step`, written as each engine's users write it.
 
-All: digits through a DataLoader, batch 64, fused AdamW, cosine rate, gradient clipped at norm 1,
-running accuracy, loss logged every 50 steps, one thread. Timed from the end of an early step to
-the end of the last, so that no engine pays here for how it starts.
+All use digits through a DataLoader, batch 64, fused AdamW, cosine schedule, gradients clipped at
+norm 1, running accuracy, loss logged every 50 steps, and one thread. Timing runs from the end of
+an early step to the end of the last one, so an engine's start-up does not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks import step
 from benchmarks.step import BEFORE
 
 log: list[Any] = []
-mlp: Callable[[], nn.Module]  # which, the command line says
+mlp: Callable[[], nn.Module]  # the command line chooses it
 
 
 class Clock:
@@ -37,7 +37,7 @@ class Clock:
         self.started = self.ended = 0.0
 
     def step(self) -> bool:
-        """Count a step; whether it was the last."""
+        """Count a step. Return True for the last one."""
         self.done += 1
         if self.done == BEFORE:
             self.started = time.perf_counter()
@@ -61,7 +61,7 @@ def loader() -> DataLoader[Any]:
 
 
 def naive(clock: Clock) -> None:
-    """As in most tutorials: numbers are read back each step."""
+    """As in most tutorials: read numbers back in each step."""
     model, optimizer, schedule, batches = parts()
     while True:
         total, correct, count = 0.0, 0, 0
@@ -166,7 +166,7 @@ def fabric(clock: Clock) -> None:
 
 
 def transformers(clock: Clock) -> None:
-    """Without a running accuracy, for which its Trainer has no place."""
+    """No running accuracy, because its Trainer does not support one."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class WithLoss(nn.Module):
@@ -203,7 +203,7 @@ def transformers(clock: Clock) -> None:
 
 
 def lightning_lean(clock: Clock) -> None:
-    """All that can be switched off is."""
+    """Everything that can be switched off is off."""
     import lightning as L
 
     class Module(L.LightningModule):
@@ -231,8 +231,9 @@ def lightning_lean(clock: Clock) -> None:
 
 
 def lightning_template(clock: Clock) -> None:
-    """As the best-known template of Lightning and Hydra sets it up: metrics as objects, logged
-    over the epoch and shown in a rich bar; a CSV logger, checkpoints and early stopping."""
+    """As the most popular Lightning-Hydra template sets it up: metrics as objects, logged over the
+    epoch and shown in a rich bar, with a CSV logger, checkpoints and early stopping.
+    """
     import lightning as L
     from lightning.pytorch.callbacks import (
         EarlyStopping,

@@ -1,4 +1,4 @@
-"""Data as a user gets it: composed from conf/data, with overrides."""
+"""Data as a user configures it: composed from conf/data, with overrides."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def same() -> Callable[[list[Batch], list[Batch]], bool]:
 
 @pytest.fixture
 def image_root(tmp_path: Path) -> Path:
-    """24 images of 20x26 pixels in two classes, no two alike."""
+    """24 distinct images of 20x26 pixels in two classes."""
     from PIL import Image
 
     random = np.random.default_rng(0)

@@ -119,7 +119,7 @@ def test_features_far_from_zero_are_standardised_in_float64(
 def test_a_constant_is_shifted_and_not_scaled_by_its_rounding(
     make_data: Callable[..., Data], tmp_path: Path
 ) -> None:
-    """The deviation of 0.1, a thousand times, comes out as 3e-17: 0.2 would become 4e15."""
+    """The deviation of a thousand values 0.1 is computed as 3e-17, so 0.2 would become 4e15."""
     for name, value in (("train", 0.1), ("val", 0.2)):
         rows = [f"{value},0.7,{n}" for n in range(1000)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["a,y,n", *rows]) + "\n")
@@ -227,4 +227,4 @@ def test_auroc_from_the_file_of_predictions_is_the_evaluations(here: Path) -> No
     exact = evaluate(run, "test")["test/auroc"]
     assert roc_auc_score(test.targets.numpy(), found) == pytest.approx(exact, abs=1e-12)
     rounded = np.array(found, np.float32)
-    assert len(set(rounded.tolist())) < len(set(found))  # ties, which nine digits bring
+    assert len(set(rounded.tolist())) < len(set(found))  # ties, caused by rounding to nine digits

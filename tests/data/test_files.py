@@ -33,7 +33,7 @@ SMALL = ("num_classes=2", "input_shape=[3,16,16]", "source.resize=18", "batch_si
 
 
 class Noisy:
-    """A user's data set whose transform draws from all three ambient random states."""
+    """A custom data set whose transform draws from all three ambient random generators."""
 
     def __init__(self, count: int, offset: int) -> None:
         self.count, self.offset = count, offset
@@ -56,7 +56,7 @@ class Mapped:
 
 
 def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
-    """As a user's YAML would have it; `_target_` paths of this file are given as objects here."""
+    """As in a user's YAML; objects replace the `_target_` paths of this file."""
     node = {
         "_target_": "regrow.feeding.loaders.Data",
         "seed": 0, "root": ".", "target_kind": "multiclass", "num_classes": 3, "num_outputs": 3,
@@ -116,7 +116,7 @@ def test_batches_are_the_same_for_any_number_of_workers(same: Same, num_workers:
     ours, next_ours = two_epochs(many)
     assert same(first, ours) and same(second, next_ours)
     assert not same(first, second)
-    # Persistent workers see the new epoch's noise, not only its order.
+    # Persistent workers use the new epoch's noise, not only its order.
     noise = {row[0].item(): row[1:] for batch in ours for row in batch.inputs}
     later = {row[0].item(): row[1:] for batch in next_ours for row in batch.inputs}
     assert all((noise[index] != later[index]).all() for index in noise)
@@ -162,7 +162,7 @@ def test_workers_that_are_not_persistent_end_with_the_epoch(same: Same) -> None:
 
 
 def test_a_worker_ignores_the_signals_of_the_run(same: Same) -> None:
-    """Schedulers signal every process of a run, and the run decides what follows."""
+    """Schedulers signal every process of a run, but only the run reacts."""
     first, second = two_epochs(of_ones_own(Noisy(13, 0)))
     data = of_ones_own(Noisy(13, 0), num_workers=1)
     train = data.train(device=CPU)
@@ -266,7 +266,7 @@ def test_a_class_out_of_range_and_a_foreign_item_are_named() -> None:
 def test_an_image_that_holds_a_program_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PIL hands PostScript of any name to Ghostscript, unless it is told what an image may be."""
+    """PIL passes PostScript of any name to Ghostscript unless the allowed formats are given."""
     from PIL import Image
 
     ghost = tmp_path / "gs"
@@ -278,7 +278,7 @@ def test_an_image_that_holds_a_program_is_not_run(
     with pytest.raises(DataError, match="is not a readable image"):
         load_image(image, 3, exif_orientation=True)
     assert not (tmp_path / "ran").exists()
-    with contextlib.suppress(OSError), Image.open(image) as file:  # it would have been
+    with contextlib.suppress(OSError), Image.open(image) as file:  # it would have been run
         file.load()
     assert (tmp_path / "ran").exists()
 
@@ -299,7 +299,7 @@ def test_an_image_folder_becomes_batches(make_data: Make, image_root: Path, same
     data = make_data("image_folder", f"root={image_root}", "num_workers=0", "augment=false", *SMALL)
     first, second = two_epochs(data)
     images = [sorted(x.sum().item() for b in run for x in b.inputs) for run in (first, second)]
-    assert np.allclose(images[0], images[1])  # another order of the same, untouched images
+    assert np.allclose(images[0], images[1])  # the same unmodified images in another order
 
 
 def test_evaluation_sees_torchvisions_resize_and_centre_crop(

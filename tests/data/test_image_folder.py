@@ -1,4 +1,4 @@
-"""Folders of images as they come: turned, odd, doubled, linked, hidden, broken."""
+"""Realistic image folders: rotated, odd, duplicated, linked, hidden and broken files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from regrow.feeding.preprocess import Preprocessing
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
 SMALL = ("num_classes=2", "input_shape=[3,16,16]", "source.resize=18", "num_workers=0")
-# Stored as `STORED[n](upright)`, a photo with orientation n is upright again after being turned.
+# `STORED[n](upright)`, stored with orientation n, is upright again after the rotation.
 STORED = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
 
 
@@ -39,7 +39,7 @@ def noise(seed: int, height: int = 20, width: int = 26) -> Image.Image:
 
 
 def stored(upright: Image.Image, orientation: int, path: Path, **options: Any) -> None:
-    """Save the image as a camera held in that orientation does."""
+    """Save the image as a camera held in that orientation would."""
     method = STORED[orientation]
     turned = upright if method is None else upright.transpose(Image.Transpose(method))
     exif = Image.Exif()
@@ -84,7 +84,7 @@ def test_a_photo_is_turned_upright(
     assert difference.mean() <= tolerance
     with Image.open(file) as opened:
         assert np.array_equal(loaded, ImageOps.exif_transpose(opened).convert("RGB"))
-    if suffix != ".tif" and orientation != 1:  # Pillow itself turns a TIFF
+    if suffix != ".tif" and orientation != 1:  # Pillow rotates a TIFF itself
         as_stored = load_image(file, 3, exif_orientation=False)
         assert as_stored.size != upright.size or not np.array_equal(as_stored, loaded)
 
@@ -121,7 +121,7 @@ def test_the_key_and_the_record_decide_on_orientation(make_data: Make, tmp_path:
 
 @pytest.mark.slow  # two runs
 def test_photos_turned_by_exif_are_learnt(tmp_path: Path) -> None:
-    """The class is the bright side, which nobody can tell without the orientation."""
+    """The class is the bright side, which cannot be known without the orientation."""
     random = np.random.default_rng(0)
     sides = (np.s_[:8], np.s_[-8:], np.s_[:, :10], np.s_[:, -10:])
     for number in range(120):
@@ -161,7 +161,7 @@ def test_scans_with_a_black_frame_are_not_copies(
         shutil.copy(file, target)
     arguments = ("image_folder", f"root={split}", "source.test_fraction=0", *SMALL)
     assert make_data(*arguments).num_overlapping == {}
-    # The negative controls: a real copy is found, and the ends alone would claim them all.
+    # The negative controls: a real copy is found, and the ends alone would match all of them.
     copied = next((split / "train" / "a").iterdir())
     shutil.copy(copied, split / "val" / "b" / f"other{suffix}")
     with pytest.raises(DataError, match=r"1 of the 21 val examples are in train too.*other"):
@@ -221,25 +221,25 @@ def test_a_fingerprint_sees_the_middle_of_a_file_and_not_its_name_or_time(
     before = data.fingerprint()
     early = make_data(*arguments, f"root={root}", "source.identity=ends").fingerprint()
     assert before.keys() == early.keys() and before != early
-    moved = shutil.copytree(root, tmp_path / "moved")  # new times of change
+    moved = shutil.copytree(root, tmp_path / "moved")  # new ctime
     assert make_data(*arguments, f"root={moved}").fingerprint() == before
     file = Path(data.source.train.files[0])
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    os.utime(file, ns=times)  # as a copying program may set it
+    os.utime(file, ns=times)  # a copying program may set this
     after = make_data(*arguments, f"root={root}").fingerprint()
     assert after["train"] != before["train"] and after["val"] == before["val"]
     same = make_data(*arguments, f"root={root}", "source.identity=ends").fingerprint()
-    assert same == early  # the negative control: what a run of 8483121 compares
+    assert same == early  # the negative control: the comparison of 8483121
 
 
 def test_contents_are_read_once_and_again_where_anything_may_have_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "YOUNG_NS", -(10**12))  # files of this test are old enough
+    monkeypatch.setattr(files, "YOUNG_NS", -(10**12))  # treat this test's files as old enough
     read: list[str] = []
     whole = files._hash
     monkeypatch.setattr(files, "_hash", lambda f: (read.append(f), whole(f))[1])
@@ -251,19 +251,19 @@ def test_contents_are_read_once_and_again_where_anything_may_have_changed(
     assert contents_of(paths, str(tmp_path)) == first and len(read) == 30
     memory = next((tmp_path / "cache" / "regrow" / "contents").iterdir())
     content = bytearray(memory.read_bytes())
-    content[60] ^= 1  # a flipped bit, and a record that was cut short
+    content[60] ^= 1  # a flipped bit, and a truncated record
     memory.write_bytes(content[:-7])
     assert contents_of(paths, str(tmp_path)) == first and len(read) == 32
     assert contents_of(paths, str(tmp_path)) == first and len(read) == 32
     shutil.rmtree(tmp_path / "cache")
-    (tmp_path / "cache").touch()  # no folder can be made there
+    (tmp_path / "cache").touch()  # no folder can be created there
     assert contents_of(paths, str(tmp_path)) == first and len(read) == 62
 
 
 def test_a_file_that_was_just_written_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It could change again within the same tick of the clock of its file system."""
+    """It could change again within one tick of the file system's clock."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "a").write_bytes(b"1")
     contents_of([str(tmp_path / "a")], str(tmp_path))
@@ -306,7 +306,7 @@ def test_a_file_is_known_by_its_content_but_for_formats_without_a_mark(tmp_path:
 
 
 def crowded(root: Path) -> Path:
-    """Two classes of six images, and all that lies about in real folders."""
+    """Two classes of six images, and other files that real folders contain."""
     for number in range(12):
         folder = root / ("a", "b")[number % 2] / ("" if number < 6 else "deep/er")
         folder.mkdir(parents=True, exist_ok=True)
@@ -395,7 +395,7 @@ def test_a_folder_with_val_and_without_train_says_so(make_data: Make, image_root
     (image_root / "test").rename(image_root / "dog")
     with pytest.raises(UserError, match=r"holds val, but no .* if val is a class, name all"):
         make_data(*arguments)
-    data = make_data(*arguments, "class_names=[dog,val]")  # as the message says
+    data = make_data(*arguments, "class_names=[dog,val]")  # as the message advises
     assert data.class_names == ["dog", "val"]
 
 

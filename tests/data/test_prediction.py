@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def from_folder_alone(data: Data) -> Preprocessing:
-    """As a run's folder keeps it."""
+    """Built from the run's folder alone."""
     return Preprocessing.from_dict(json.loads(json.dumps(data.preprocessing.to_dict())))
 
 
@@ -81,7 +81,7 @@ def test_rows_of_a_table_are_processed_as_in_evaluation(make_data: Make, tmp_pat
         "target_kind=binary", "num_classes=2", "num_outputs=1", "input_shape=[2]",
     )  # fmt: skip
     test = data.source.test.inputs
-    lines = [f"{b},{a}" for a, b in test[:, [1, 0]].tolist()]  # no target, and another order
+    lines = [f"{b},{a}" for a, b in test[:, [1, 0]].tolist()]  # no target, other column order
     (tmp_path / "new.csv").write_text("\n".join(["b,a", *lines]))
     assert torch.equal(read(data, tmp_path / "new.csv"), evaluated(data))
     np.save(tmp_path / "new.npy", test.numpy())

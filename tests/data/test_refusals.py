@@ -1,4 +1,4 @@
-"""Data that cannot be used ends in one line that says what to do; what can be read is read."""
+"""Unusable data ends in one line with the fix; readable data is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table(make: Make, folder: Path, text: str, *more: str, width: int = 2) -> Da
 
 
 def rows(*cells: str) -> str:
-    """A table with columns a, b, y whose column b holds `cells` in turn."""
+    """A table with columns a, b, y whose column b cycles through `cells`."""
     lines = [f"{n},{cells[n % len(cells)]},{n}" for n in range(40)]
     return "\n".join(["a,b,y", *lines]) + "\n"
 
@@ -168,7 +168,7 @@ def collate(items: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_items_that_only_a_collate_can_read_are_read_and_checked() -> None:
-    """As those of a Hugging Face data set."""
+    """Like those of a Hugging Face data set."""
     items = [{"x": torch.full((4,), float(n)), "label": n % 3} for n in range(6)]
     source = from_datasets(train=items, val=items, test=None, collate=collate)
     (batch,) = data_of(items, source=source).evaluation("val", device=CPU)

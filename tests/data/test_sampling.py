@@ -45,7 +45,7 @@ def test_evaluation_sees_every_example_once_over_all_ranks(world_size: int, size
 
 
 def test_a_sampler_that_pads_would_be_caught() -> None:
-    """The negative control: what DistributedSampler does to seven examples on two ranks."""
+    """The negative control: DistributedSampler pads seven examples on two ranks."""
     from torch.utils.data import DistributedSampler
 
     samplers = [DistributedSampler(range(7), 2, rank, shuffle=False) for rank in range(2)]
@@ -71,7 +71,7 @@ def test_a_windows_shares_are_the_single_process_window(world_size: int, size: i
             if share.num_local == 0:
                 assert share.weights is not None and share.weights.tolist() == [0.0]
                 assert len(share.inputs) == 1
-    # The negative control: the shares of another epoch's order are not this window.
+    # The negative control: the shares of another epoch's order differ from this window.
     other = list(
         feed_of(count).read(Windows(count, size, False, 0, 1), permutation(3, 2, count), 2, 0)
     )
@@ -90,7 +90,7 @@ def test_an_epoch_entered_in_its_middle_gives_the_same_windows(start: int) -> No
 
 
 def test_a_batch_has_the_same_alignment_wherever_the_epoch_was_entered() -> None:
-    """Kernels may take another path, and give other bits, for another alignment."""
+    """With another alignment, kernels may take another path and give other bits."""
     order = permutation(0, 0, 29)
     windows = Windows(29, 3, False, 0, 1)
     whole = list(feed_of(29).read(windows, order, 0, 0))

@@ -64,7 +64,7 @@ def test_broken_mnist_files_are_named(make_data: Make, tmp_path: Path) -> None:
 def test_cifar10_is_read_from_its_files(
     make_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the format on disk; the checksums are those of the small files."""
+    """In the on-disk format; the checksums are those of the small files."""
     from torchvision.datasets import CIFAR10
 
     folder = tmp_path / CIFAR10.base_folder
@@ -102,7 +102,7 @@ def test_without_network_one_line_says_what_to_do(
     make_data: Make, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no server listens there
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError) as caught:
         make_data(name, f"root={tmp_path}")
@@ -143,7 +143,7 @@ def test_synthetic_examples_come_in_any_shape(
                       f"num_outputs={outputs}", f"num_classes={classes}", seed=9)  # fmt: skip
     assert (
         again.fingerprint() == data.fingerprint()
-    )  # the run's seed orders, it makes no other data
+    )  # the run's seed changes the order, not the data
     with pytest.raises(DataError, match="split train is empty"):
         make_data("synthetic", "source.num_train=0")
 

@@ -1,4 +1,4 @@
-"""Models: any shape of data, the same weights from the same seed, starts and freezing."""
+"""Models: any shape of data, equal weights from equal seeds, initialization and freezing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FACTORIES: dict[str, Any] = {
 
 
 def options(name: str, input_shape: list[int], num_outputs: int = 3, **changed: Any) -> Any:
-    """What `conf/model/<name>.yaml` hands in."""
+    """The arguments that `conf/model/<name>.yaml` passes."""
     text = (Path(__file__).parents[2] / f"conf/model/{name}.yaml").read_text()
     node = {key: value for key, value in yaml.safe_load(text).items() if key != "_target_"}
     small = {"width": 24, "depth": 2} if name == "vit" else {}
@@ -85,7 +85,7 @@ def test_the_seed_alone_decides_the_weights(name: str, init: str) -> None:
 
 
 def photographs(count: int = 200) -> torch.Tensor:
-    """(count, 3, 12, 12) with neighbouring pixels and channels alike."""
+    """Images (count, 3, 12, 12) whose neighbouring pixels and channels are similar."""
     noise = torch.randn(count, 3, 13, 13, generator=torch.Generator().manual_seed(0))
     smooth = noise[:, :, 1:, 1:] + noise[:, :, :-1, 1:] + noise[:, :, 1:, :-1]
     return smooth + 2 * smooth.mean(1, keepdim=True)
@@ -130,7 +130,7 @@ def test_the_first_layer_takes_patches_apart_into_directions_of_equal_variance()
     assert torch.allclose(covariance_of(filtered)[:12, :12], torch.eye(12), atol=0.01)
     assert torch.equal(filtered[:, 12:], -filtered[:, :12])
     assert not model.whiten.weight.requires_grad
-    # Directions in which nothing varies are not blown up: two of three channels tell nothing new.
+    # Directions without variance are not amplified: two of three channels are redundant.
     start_from_data(model, photographs()[:, :1].expand(-1, 3, -1, -1))
     assert model.whiten.weight.abs().max() < 1 / 5e-4**0.5 + 1
     assert covariance_of(model.whiten(photographs()[:, :1].expand(-1, 3, -1, -1))).max() < 1.01
@@ -257,7 +257,7 @@ def test_frozen_parts_do_not_move_and_the_rest_does() -> None:
     after = model.state_dict()
     moved = {key for key in after if not torch.equal(after[key], before[key])}
     assert moved and all(key.startswith(("body.2", "body.3", "body.4", "head")) for key in moved)
-    assert "body.2.1.running_mean" in moved  # and a norm that is not frozen goes on counting
+    assert "body.2.1.running_mean" in moved  # and a norm that is not frozen still counts
 
 
 def test_frozen_norms_stay_in_evaluation_mode_also_in_a_copy() -> None:
@@ -265,7 +265,7 @@ def test_frozen_norms_stay_in_evaluation_mode_also_in_a_copy() -> None:
     for candidate in (model, copy.deepcopy(model)):
         candidate.train()
         assert not candidate.body[0][1].training and candidate.body[2][1].training
-        assert candidate.body[0][0].training  # only what keeps statistics
+        assert candidate.body[0][0].training  # only layers with statistics
         mean = candidate.body[0][1].running_mean.clone()
         candidate(torch.randn(4, 1, 8, 8))
         assert torch.equal(candidate.body[0][1].running_mean, mean)

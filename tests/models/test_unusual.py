@@ -1,4 +1,4 @@
-"""Unusual models train, average, skip, save and resume right, or one line refuses them at once."""
+"""Unusual models train, average, skip, save and resume correctly, or one line refuses them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Base(nn.Module):
 
 
 class Experts(Base):
-    """Each example goes to one of four linear layers, by its rank in the batch."""
+    """Routes each example to one of four linear layers, by its rank in the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class Experts(Base):
         return self.out(mixed)
 
 
-# Those that train.
+# Models that train.
 
 
 class Integers(Base):
-    """Parameters and buffers of every kind of whole number, and of none at all."""
+    """Parameters and buffers of every integer type, and empty ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Double(Base):
 
 
 class Wrapped(Base):
-    """Parametrizations, old and new, and weights that two modules share."""
+    """Old and new parametrizations, and weights that two modules share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Extra(Base):
 
 
 class Positions(Base):
-    """A cached table that grows with the longest input so far, as rotary embeddings keep one."""
+    """A cached table that grows with the longest input so far, as with rotary embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:
     assert gradient_norm(gradients) == pytest.approx(119_968, rel=1e-3)
 
 
-# Those that are refused.
+# Models that are refused.
 
 
 class Complex(Base):
@@ -522,7 +522,7 @@ NEED_A_BATCH = (
 def test_a_check_that_needs_no_batch_is_made_without_the_first(
     model: type, options: tuple[str, ...], line: str
 ) -> None:
-    """conf/trainer/default.yaml says which are not."""
+    """conf/trainer/default.yaml lists the checks that need it."""
     config = config_with(model, *options, "trainer.check_first_batch=false")
     with (
         contextlib.nullcontext() if model in NEED_A_BATCH else pytest.raises(UserError, match=line)
@@ -558,7 +558,7 @@ def forward_check(model: type) -> Callable[..., None]:
     )
 
 
-# Integers to a model of floats
+# Integer inputs to a float model.
 
 
 @pytest.mark.parametrize(
@@ -605,7 +605,7 @@ def test_a_run_on_integers_in_memory_ends_before_it_starts_and_the_advice_helps(
 
 
 def counts() -> Splits:
-    """Features that are whole numbers."""
+    """Integer features."""
     draws = torch.Generator().manual_seed(0)
     train, val = (torch.randint(0, 90, (n, 6), generator=draws) for n in (50, 20))
     return Splits(Examples(train, train[:, 0] % 3), Examples(val, val[:, 0] % 3), None)

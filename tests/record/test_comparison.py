@@ -1,4 +1,4 @@
-"""Runs side by side: what a setting came to over its seeds, and which was the best."""
+"""Runs side by side: a setting's results over its seeds, and the best setting."""
 
 from __future__ import annotations
 

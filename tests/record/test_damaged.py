@@ -1,4 +1,4 @@
-"""A damaged file of a record costs what it held, and one line: the checkpoints stay usable."""
+"""A damaged file of a record loses only its contents, with one line; checkpoints stay usable."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_run_with_a_damaged_file_is_measured_reported_and_resumed(
     (run / name).write_text(text)
     values = evaluate(load_run(run, device="cpu"), "test")
     assert values == evaluate(load_run(whole, device="cpu"), "test")
-    monkeypatch.setattr(plots, "figures", lambda *_: {})  # they read none of these files
+    monkeypatch.setattr(plots, "figures", lambda *_: {})  # figures read none of these files
     report.write(run, run.parent / "page.html")
     resumed("trainer.max_steps=9")
     summary = json.loads((run / "summary.json").read_text())
@@ -92,7 +92,7 @@ def edited(text: str, change: Callable[[list[str]], list[str]]) -> str:
         (lambda lines: ["\n", *lines], 0),  # longer
         (lambda lines: [*lines[1:]], 1),  # shorter
         (lambda lines: [lines[0][:10] + "\n", *lines[1:]], 1),
-        (lambda lines: [lines[0].replace("{", "[", 1), *lines[1:]], 1),  # as long
+        (lambda lines: [lines[0].replace("{", "[", 1), *lines[1:]], 1),  # equally long
         (lambda lines: [], None),
     ],
 )
@@ -110,7 +110,7 @@ def test_an_edited_log_costs_the_edited_lines(
         except ValueError:
             continue
     losses = [line["step"] for line in found if isinstance(line, dict) and "train/loss" in line]
-    assert losses[-1] == 9 and len({*losses}) == len(losses)  # none twice
+    assert losses[-1] == 9 and len({*losses}) == len(losses)  # no duplicates
     if lost is not None:
         expected = {line["step"] for line in before if "train/loss" in line} | {9}
         assert len(expected - {*losses}) <= lost

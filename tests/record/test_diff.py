@@ -33,7 +33,7 @@ def commit(root: Path) -> None:
 
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
-    """A repository with files of every kind, committed."""
+    """A committed repository with files of every kind."""
     root = tmp_path / "top"
     (root / "src").mkdir(parents=True)
     git(root, "init", "-qb", "main")
@@ -51,7 +51,7 @@ def top(tmp_path: Path) -> Path:
 
 
 def edit(root: Path) -> None:
-    """Changes of every kind, some of them staged."""
+    """Make changes of every kind, some of them staged."""
     (root / "src" / "a.py").write_text("".join(f"line {n}\n" for n in range(1, 40)) + "no newline")
     (root / "src" / "crlf.py").write_bytes(b"a\r\nc\r\n\r\n")
     (root / "src" / "latin.py").write_bytes("# Grüße\n".encode("latin-1"))
@@ -84,7 +84,7 @@ def edit(root: Path) -> None:
 
 
 def restored(root: Path, patch: str, place: Path) -> dict[str, tuple[int, bytes]]:
-    """What `git apply` makes of a clean checkout."""
+    """Apply the patch to a clean checkout and return its content."""
     git(root.parent, "clone", "-q", str(root), str(place))
     if patch:
         (place.parent / "git.diff").write_bytes(patch.encode("utf-8", "surrogateescape"))
@@ -202,7 +202,7 @@ def test_a_redacted_patch_still_applies_and_names_what_was_masked(
     top: Path, tmp_path: Path
 ) -> None:
     (top / "secret.py").write_text(f'x = 1\ntoken = "abcdef123"\nkey = """\n{KEY}"""\n')
-    (top / "tricky.py").write_text("token:\nx=1234567\n")  # the mask must not eat a sign
+    (top / "tricky.py").write_text("token:\nx=1234567\n")  # the mask must not remove a sign
     (top / "plain.py").write_text("x = 1\n")
     (top / "src" / "a.py").write_text("a\n")
     told = manifest.git(top)

@@ -33,7 +33,7 @@ from regrow.record.folder import (
 
 
 def test_a_lock_that_was_removed_is_not_taken_for_one(tmp_path: Path) -> None:
-    """A second process waits for the lock while the first removes the folder that it leaves."""
+    """A second process waits for the lock while the first one removes the folder that it leaves."""
     folder = tmp_path / "run"
     folder.mkdir()
     first, second = Lock(folder).acquire(), Lock(folder)
@@ -146,7 +146,7 @@ def test_latest_names_the_newest_run_and_of_sweeps_the_newest_sweep(tmp_path: Pa
         link_latest(folder, runs)
     links = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("latest")}
     assert links == {"digits/latest", "digits/sweeps/latest"}
-    link_latest(runs / "latest", runs)  # as hydra.run.dir=outputs/digits/latest gives it
+    link_latest(runs / "latest", runs)  # as with hydra.run.dir=outputs/digits/latest
     assert (runs / "latest").resolve() == runs / "chosen"
 
 
@@ -180,7 +180,7 @@ def test_a_forked_worker_that_outlives_its_killed_parent_does_not_keep_the_lock(
     tmp_path: Path,
 ) -> None:
     process, child = hold(tmp_path, "fork")
-    assert is_locked(tmp_path)  # the child let go of its copy only, not of the parent's lock
+    assert is_locked(tmp_path)  # the child released only its copy, not the parent's lock
     process.kill()
     process.wait()
     try:
@@ -238,7 +238,7 @@ def test_a_file_is_whole_after_its_writer_was_killed_at_any_instant(tmp_path: Pa
         assert set(value["filler"]) == {value["n"]}
     (tmp_path / ".summary.json.7.tmp").touch()
     with Lock(tmp_path):
-        assert not list(tmp_path.glob(".*.tmp"))  # what a killed writer left
+        assert not list(tmp_path.glob(".*.tmp"))  # left by a killed writer
 
 
 def test_json_keeps_every_bit_of_a_float_and_nan(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_rewind_gives_the_file_of_an_uninterrupted_run(tmp_path: Path) -> None:
     cut = Jsonl(tmp_path / "cut")
     log(cut, range(1, 5))
     position = cut.position()
-    log(cut, range(5, 8))  # lost with the crash
+    log(cut, range(5, 8))  # lost in the crash
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "tr')  # and a half line
     (tmp_path / "broken").mkdir()
@@ -211,7 +211,7 @@ def without_folder(folder: Path, resume_step: int | None) -> dict[str, Any]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """TensorBoard's own deprecation warnings are not ours to mend."""
+    """Ignore TensorBoard's own deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -287,7 +287,7 @@ def test_tensorboard_is_filled_from_the_record_when_a_kill_emptied_its_buffer(
         jsonl = Jsonl(tmp_path)
         for step in range(1, 6):
             jsonl.log(step, 0, {"train/loss": float(step)})
-        resumed = tensorboard(tmp_path, 5)  # added on the resume, or its file never written
+        resumed = tensorboard(tmp_path, 5)  # added at the resume, or its file was never written
         resumed.log(6, 0, {"train/loss": 6.0})
         resumed.close()
         jsonl.close()
@@ -494,7 +494,7 @@ def test_a_broken_tracker_is_named_once_and_the_record_goes_on(
 
 
 class Told:
-    """Of how its run ended."""
+    """Records how its run ended."""
 
     codes: ClassVar[list[int]] = []
 
@@ -553,7 +553,7 @@ def test_options_merge_into_one_mapping(
 
 
 class Short:
-    """A logger of one's own that takes nothing of a run, and has no more methods than it needs."""
+    """A minimal custom logger that takes no arguments from the run."""
 
     seen: ClassVar[list[int]] = []
 

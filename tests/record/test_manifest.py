@@ -84,7 +84,7 @@ def test_outside_a_repository_git_is_null(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "plain").mkdir()
     told = write(tmp_path / "run", tmp_path / "plain")
     assert told["git"] is None and told["git_missing"] == "not a git repository"
-    monkeypatch.setenv("PATH", "/nowhere")  # nor without git
+    monkeypatch.setenv("PATH", "/nowhere")  # also without git
     assert write(tmp_path / "other", tmp_path / "plain")["git"] is None
 
 
@@ -92,7 +92,7 @@ def test_a_checkout_of_another_user_is_recorded_with_the_reason_and_a_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = repository(tmp_path / "root")
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its tests
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for tests
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
     told = write(tmp_path / "run", root)
@@ -146,7 +146,7 @@ def test_no_planted_secret_enters_the_folder(
     assert told["environment"] == {"SLURM_JOB_ID": "77"} | told["environment"]
     assert "WANDB_API_KEY" not in told["environment"]
     monkeypatch.setattr(diff, "redact", lambda text: text)
-    write(tmp_path / "unmasked", root)  # the same test would see a leak
+    write(tmp_path / "unmasked", root)  # the control: the same test detects a leak
     assert TOKENS["in the diff"] in (tmp_path / "unmasked" / "git.diff").read_text()
 
 
@@ -202,7 +202,7 @@ def test_a_huge_diff_is_cut_and_does_not_take_long(
     assert told["git"]["diff_is_cut"] is True
     content = (root / "src" / "a.py").read_bytes()
     assert told["git"]["not_in_diff"] == {"src/a.py": hashlib.sha256(content).hexdigest()}
-    assert "+new = 1" in (tmp_path / "run" / "git.diff").read_text()  # what fits is whole
+    assert "+new = 1" in (tmp_path / "run" / "git.diff").read_text()  # complete up to the limit
 
 
 def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None
     manifest.set_step(tmp_path / "run", 40)
     assert [it["step"] for it in read_json(tmp_path / "run" / "manifest.json")["resumes"]] == [40]
     assert "+x = 3" in (tmp_path / "run" / resume["git"]["diff"]).read_text()
-    assert "packages" not in resume  # only what differs
+    assert "packages" not in resume  # only the differences
     assert manifest.code_changes(tmp_path / "run", root) is None
 
 
@@ -243,7 +243,7 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     del older["code_files"]
     older["code_sha256"] = manifest.code_sha256(root, namespaces=False)
     write_json(run / "manifest.json", older)
-    assert manifest.code_changes(run, root) is None  # its hash left out my_models
+    assert manifest.code_changes(run, root) is None  # its hash excluded my_models
     (root / "my_losses.py").write_text("x = 3\n")
     change = "The code has changed since: files of conf, src, scripts or the root differ."
     assert manifest.code_changes(run, root) == change
@@ -275,7 +275,7 @@ def test_the_versions_of_all_imported_packages_are_noted_at_the_end(
     run = tmp_path / "run"
     repository(root)
     told = write(run, root)
-    assert "lab-metrics" not in told["packages"]  # not imported yet: no start waits for it
+    assert "lab-metrics" not in told["packages"]  # not imported yet: a start does not wait for it
     __import__("lab_metrics_x")
     __import__("edited_x")
     manifest.note_packages(run, root)
@@ -297,7 +297,7 @@ def test_the_versions_of_all_imported_packages_are_noted_at_the_end(
     assert manifest.latest(content)["packages"] == {**noted, "lab-metrics": "1.3"}
     shutil.rmtree(site / "unused-3.0.dist-info")
     (run / "manifest.json").write_text("")
-    manifest.note_packages(run, root)  # a damaged one fails no run
+    manifest.note_packages(run, root)  # a damaged manifest does not fail a run
 
 
 @pytest.mark.parametrize(

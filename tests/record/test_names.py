@@ -1,4 +1,4 @@
-"""Nobody's files are replaced or deleted but a run's own, which it knows by their names."""
+"""No files are replaced or deleted except a run's own, which are identified by their names."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_a_killed_start_leaves_is_taken_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds notes\.txt"):
         refuse_foreign_run(folder)
     records.write_json(folder / "manifest.json", {"code_sha256": "", "seeds": {}})
-    refuse_foreign_run(folder)  # a run's, with notes of the user's
+    refuse_foreign_run(folder)  # a run's folder, with the user's notes
     sweep = make(tmp_path / "sweep", ".lock", "code/origin.json", ".code/src/x.py", ".state.lock")
     refuse_foreign_sweep(sweep)
     make(sweep, "0/config.yaml")
@@ -136,7 +136,7 @@ def test_every_name_that_a_run_and_the_scripts_write_is_known(
     refuse_foreign_run(run)  # by its names alone
 
 
-# -- what the user names ---------------------------------------------------------------------------
+# -- paths that the user names ---------------------------------------------------------------------
 
 
 def test_a_script_asks_before_it_overwrites_what_the_user_named(

@@ -221,7 +221,7 @@ def test_a_key_that_only_one_has_differs_and_one_is_not_true() -> None:
 
 
 def test_what_follows_from_another_key_is_not_listed_as_a_difference() -> None:
-    """A reference to another key, and what comes with another class."""
+    """A reference to another key, and the keys of another class."""
     configs: list[dict[str, Any]] = [
         {"seed": 0, "data": {"seed": 0}, "opt": {"_target_": "a.SGD", "lr": 1.0, "momentum": 0.9}},
         {"seed": 1, "data": {"seed": 1}, "opt": {"_target_": "a.Adam", "lr": 1.0, "eps": 1e-8}},
@@ -270,7 +270,7 @@ def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
 
 
 def script() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is run
+    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script
     spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts" / "report.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -314,7 +314,7 @@ def test_what_a_glob_matches_beside_runs_is_left_out_with_one_note(
     assert script().main([*arguments, f"output={output}", "overwrite=true"]) == 0
     error = capsys.readouterr().err
     assert error.startswith("note: no run in ") and error.count("\n") == 1
-    assert "find_lr" in error and "comparison.html" not in error  # which this command writes
+    assert "find_lr" in error and "comparison.html" not in error  # a file that this command writes
     assert "3 runs" in Page(output).text
 
 

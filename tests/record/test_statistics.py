@@ -1,4 +1,4 @@
-"""Means, intervals and differences over seeds, against scipy's own."""
+"""Means, intervals and differences over seeds, compared with scipy's."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def test_equal_values_are_no_difference_and_a_constant_one_is_not_judged() -> No
     one = {0: 0.5, 1: 0.625, 2: 0.75}
     same, apart = differences(one, [dict(one), {seed: value - 0.25 for seed, value in one.items()}])
     assert same is not None and same.p == 1
-    assert apart is None  # an accuracy comes in steps: the same one each time says nothing
+    assert apart is None  # accuracies are discrete: equal ones each time prove nothing
 
 
 def test_noise_alone_is_seldom_taken_for_a_difference() -> None:
-    """Of settings that do not differ, about one in twenty comparisons says that they do."""
+    """Without real differences, about one in twenty comparisons reports one."""
     wrong = 0
     for number in range(400):
         (found,) = differences(values(0.9, 2 * number), [values(0.9, 2 * number + 1)])
@@ -89,7 +89,7 @@ def test_noise_alone_is_seldom_taken_for_a_difference() -> None:
 
 
 def test_holm_divides_by_what_is_left_and_never_falls() -> None:
-    """Worked out by hand after Holm (1979), below 1 so that clipping hides nothing."""
+    """Computed by hand after Holm (1979), below 1 so that clipping hides nothing."""
     assert _holm([0.03, 0.01, 0.02], among=6) == pytest.approx([0.12, 0.06, 0.10])
     assert _holm([0.021, 0.02], among=6) == pytest.approx([0.12, 0.12])
     assert _holm([None, 0.1], among=3) == [None, pytest.approx(0.3)]

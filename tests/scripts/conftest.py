@@ -10,7 +10,7 @@ from finished import finished
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs on real digits, so that best and last are not the same."""
+    """Three epochs on real digits, so that best and last differ."""
     folder = tmp_path_factory.mktemp("outputs") / "digits" / "run"
     return finished(folder, "trainer.max_steps=60", "optimizer.lr=0.01", "trainer.ema_decay=0.9")
 
@@ -25,7 +25,7 @@ def diabetes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a CSV of two features and three named classes; returns the folder of both."""
+    """A run on a CSV with two features and three named classes. Returns the folder of both."""
     root = tmp_path_factory.mktemp("table")
     rows = [f"{'abc'[n % 3]},{n % 3 * 10 + n * 0.01},{100 - n}" for n in range(90)]
     (root / "rows.csv").write_text("\n".join(["label,x,y", *rows]))

@@ -31,7 +31,7 @@ def test_the_numbers_are_those_of_the_run(
     run: Path = request.getfixturevalue(fixture)
     run = run if (run / "config.yaml").exists() else run / "run"
     told = read_json(run / "summary.json")["test"]
-    # As text, for a NaN is the same as a NaN here.
+    # As text, because NaN must equal NaN here.
     assert json.dumps(evaluated(run, output=tmp_path)) == json.dumps(told)
     other = evaluated(run, "split=val", output=tmp_path)
     assert {f"test/{k.removeprefix('val/')}": v for k, v in other.items()} != told
@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_the_run_for_every_task(
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """SGD that trains one point and evaluates another (Defazio et al. 2024), as small as can be."""
+    """A minimal SGD that trains one point and evaluates another (Defazio et al. 2024)."""
 
     def __init__(self, params: Any, *, lr: float, beta: float) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "training": True, "steps": 0})
@@ -139,7 +139,7 @@ def test_other_data_is_normalised_as_the_training_data_was(table: Path, tmp_path
     near = evaluated(table / "run", *swapped, output=tmp_path)
     other = [*swapped, "data.source.train_file=far.csv"]
     assert evaluated(table / "run", *other, output=tmp_path) == near
-    # Without the record of the training data, its statistics would be those of the other file.
+    # Without the record of the training data, it would use the other file's statistics.
     run = shutil.copytree(table / "run", tmp_path / "run", symlinks=True)
     (run / "preprocessing.json").unlink()
     assert evaluated(run, *other, output=tmp_path) != near

@@ -43,7 +43,7 @@ TEST = RangeTest(min_lr=1e-6, max_lr=10.0, num_steps=200, divergence_factor=4.0)
 
 
 def job(*overrides: str) -> DictConfig:
-    """What Hydra hands to the script."""
+    """Return what Hydra passes to the script."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), **version_arguments()):
         cfg = compose("find_lr", overrides=[*SMALL, *overrides], return_hydra_config=True)
@@ -62,7 +62,7 @@ def built(*overrides: str) -> tuple[runs.Objects, loop.Plan]:
 
 
 def fingerprint(objects: runs.Objects) -> str:
-    """SHA-256 over the whole state, and what is left beside it."""
+    """Return the SHA-256 of the whole state, and the files left beside it."""
     state = objects.state
     gradients = [p.grad for p in state.model.parameters()]
     text = repr((copy.deepcopy(state.state_dict()), gradients, state.model.training))
@@ -73,7 +73,7 @@ def fingerprint(objects: runs.Objects) -> str:
 
 
 def loss_after(lr: float, *overrides: str, epochs: int = 5) -> float:
-    """Validation loss of a run at `lr`."""
+    """Return the validation loss of a run at `lr`."""
     objects, plan = built(*overrides, f"optimizer.lr={lr}", f"trainer.max_epochs={epochs}")
     state = objects.state
     for epoch in range(epochs):
@@ -218,7 +218,7 @@ def test_smoothing_keeps_a_line_and_its_place() -> None:
     ],
 )
 def test_training_at_the_suggestion_is_better_than_far_below_it(model: str, optimizer: str) -> None:
-    # Without smoothing, whose loss has a floor above zero.
+    # Without label smoothing, whose loss has a floor above zero.
     overrides = (f"model={model}", f"optimizer={optimizer}", "loss=cross_entropy")
     lrs = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""No script executes what a foreign run's folder names, and none starts its loggers."""
+"""No script executes code that a foreign run's folder names, or starts its loggers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STARTED = Path("started")  # in the current folder
 
 
 class Marks:
-    """A logger that shows that it was started."""
+    """A logger that leaves a trace when it starts."""
 
     def __init__(self) -> None:
         STARTED.touch()
@@ -40,13 +40,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         finished(folder / "run", *TINY, "+logger.mine._target_=test_foreign_folders.Marks")
-        assert STARTED.exists()  # the negative control: a run of one's own starts it
+        assert STARTED.exists()  # the negative control: one's own run starts it
     return folder / "run"
 
 
 @pytest.fixture
 def foreign(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, of which this user's list knows nothing."""
+    """A copy of the run that is not in this user's list."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(ownership, "_trusted", set())
@@ -56,7 +56,7 @@ def foreign(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def ended(name: str, *more: str) -> int:
-    """The exit code of the script over the foreign run."""
+    """Return the script's exit code for the foreign run."""
     arguments = {
         "predict": ["run=run", "input=rows.npy", "output=out.csv"],
         "report": ["run"],
@@ -69,7 +69,7 @@ def ended(name: str, *more: str) -> int:
 
 @pytest.mark.parametrize("name", [*SCRIPTS])
 def test_a_script_starts_no_logger_of_a_foreign_run(name: str, foreign: Path) -> None:
-    assert ended(name) == (2 if name == "reproduce" else 0)  # that refuses what it cannot repeat
+    assert ended(name) == (2 if name == "reproduce" else 0)  # it refuses what it cannot repeat
     assert not STARTED.exists()
 
 
@@ -112,7 +112,7 @@ def test_a_script_executes_nothing_that_a_foreign_run_names(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert (code, len(said)) == ((0, 0) if name == "report" else (2, 1))
     assert not Path("executed").exists()
-    if name == "evaluate":  # the negative control: made, it would have run
+    if name == "evaluate":  # the negative control: instantiated, it would have run
         allow(evil)
         instantiate(evil)
         assert Path("executed").exists()

@@ -48,7 +48,7 @@ def test_a_regression_is_in_the_units_of_its_targets(diabetes: Path, tmp_path: P
     rows = predicted(diabetes, tmp_path / "rows.npy", tmp_path / "out.csv")
     values = torch.tensor([float(row["prediction"]) for row in rows], dtype=torch.float64)
     assert list(rows[0]) == ["input", "prediction"]
-    # Progression is 25 to 346; standardised it would lie around 0.
+    # The target ranges from 25 to 346; standardised it would be around 0.
     error = (values - test.targets).square().mean().sqrt()
     assert error < test.targets.std() and values.mean() > 100
     batch = next(iter(run.data.evaluation("test", device=run.device)))
@@ -92,7 +92,7 @@ def test_images_in_a_folder_without_the_data(tmp_path: Path) -> None:
     )
     new = tmp_path / "new"
     shutil.move(root / "cat", new)
-    shutil.rmtree(root)  # the data is gone: all there is is the run's folder
+    shutil.rmtree(root)  # the data is gone: only the run's folder is left
     moved = shutil.move(run, tmp_path / "elsewhere")
     rows = predicted(moved, new, tmp_path / "out.csv")
     assert [row["input"] for row in rows] == sorted(str(path) for path in new.iterdir())

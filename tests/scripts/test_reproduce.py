@@ -1,4 +1,4 @@
-"""A record can be run again and is compared bit for bit; what differs is named."""
+"""A record can be repeated and is compared bit for bit; differences are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run to spoil. What is run again runs in this process, which starts faster."""
+    """A copy of the run to modify. It is repeated in this process, which starts faster."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(recorded, tmp_path / "run", symlinks=True)
 
@@ -58,7 +58,7 @@ def test_an_honest_record_is_identical(run: Path, capsys: pytest.CaptureFixture[
     assert said[-1] == f"identical: {count} lines of metrics.jsonl, and the weights, {weights}"
     assert code == 0 and count > 4
     assert not any("changed since" in line for line in said)
-    assert not (Path("outputs") / "digits" / "latest").exists()  # it goes on naming the first
+    assert not (Path("outputs") / "digits" / "latest").exists()  # it still names the first
 
 
 def test_a_run_that_went_on_for_longer_is_identical(
@@ -71,7 +71,7 @@ def test_a_run_that_went_on_for_longer_is_identical(
         return answer(Path(name), capsys)
 
     assert in_parts("longer", "scheduler=constant")[0] == 0
-    code, said = in_parts("bent", "scheduler=cosine")  # its rate fell for 20 steps, then for 40
+    code, said = in_parts("bent", "scheduler=cosine")  # decays over 20, then 40 steps
     assert code == 1 and any(line.startswith("This run was resumed") for line in said)
 
 
@@ -79,7 +79,7 @@ def test_an_altered_number_is_named_with_its_line(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = json.loads((run / "metrics.jsonl").read_text().splitlines()[2])["train/loss"]
-    alter(run / "metrics.jsonl", 2, **{"time/seconds": 1e6})  # the clock does not count
+    alter(run / "metrics.jsonl", 2, **{"time/seconds": 1e6})  # the clock is ignored
     alter(run / "metrics.jsonl", 3, **{"train/loss": 0.125})
     code, said = answer(run, capsys)
     assert code == 1
@@ -104,7 +104,7 @@ def test_a_missing_line_and_other_weights_are_named(
 def test_another_seed_in_the_whole_record_is_found(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The record says seed 1 throughout, its numbers are those of seed 0."""
+    """The record says seed 1 throughout, but its numbers are those of seed 0."""
     for name in ("config.yaml", ".hydra/overrides.yaml"):
         text = (run / name).read_text().replace("seed: 0", "seed: 1")
         (run / name).write_text(text + ("- seed=1\n" if "overrides" in name else ""))
@@ -129,9 +129,9 @@ def test_what_has_changed_since_is_said(run: Path, capsys: pytest.CaptureFixture
 def test_packages_are_compared_with_an_older_record_too(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of before, which lists what was installed and not what was imported."""
+    """An older record lists the installed packages, not the imported ones."""
     content = read_json(run / "manifest.json")
-    assert "tqdm" in content["packages"]  # imported, and not in the list of the start
+    assert "tqdm" in content["packages"]  # imported, but not in the list from the start
     content["packages"] = {"torch": content["packages"]["torch"], "optuna": version("optuna")}
     write_json(run / "manifest.json", content)
     code, said = answer(run, capsys)

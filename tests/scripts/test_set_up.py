@@ -1,4 +1,4 @@
-"""scripts/set_up.py: the lock's hashes hold, and each way out is one line."""
+"""scripts/set_up.py: the lock's hashes are checked, and each fix is one line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_each_pin_of_the_lock_has_hashes_and_no_index_stands_there(set_up: Modul
 
 
 def project(folder: Path, version: str, digest: str | None) -> Path:
-    """A project of one tiny package, whose lock pins another: fish, of which there is 1.0."""
+    """A project of one tiny package, whose lock pins another: fish, which exists as 1.0."""
     (folder / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "set_up.py", folder / "scripts")
     wheels = folder.parent / "wheels"
@@ -150,7 +150,7 @@ def test_another_lock_than_that_of_a_complete_venv_is_installed(
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     wheels = str(folder.parent / "wheels")
-    # No network, and pip alone: uv may not be there.
+    # No network, and only pip: uv may be missing.
     environment = {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels}
     return subprocess.run(
         [sys.executable, "scripts/set_up.py", *arguments],
@@ -175,7 +175,7 @@ def test_a_mismatch_ends_in_one_line_and_lock_no_installs_the_ranges(tmp_path: P
     assert done.returncode == 1 and len(lines) == 1
     assert lines[0].startswith("set-up: fish==1.0: ") and "make setup LOCK=no" in lines[0]
     assert not list((folder / ".venv").rglob("fish.py"))  # no fall-back
-    done = start(folder, "lock=no")  # the way out
+    done = start(folder, "lock=no")  # the fix
     assert done.returncode == 0, done.stderr
     assert list((folder / ".venv").rglob("fish.py"))
     assert (stamp(folder)["installed_from"], stamp(folder)["lock"]) == (
@@ -183,9 +183,9 @@ def test_a_mismatch_ends_in_one_line_and_lock_no_installs_the_ranges(tmp_path: P
         "no",
     )
     (folder / "requirements.txt").write_text("fish>=0.5\n")
-    assert start(folder).returncode == 0  # a later one keeps to it
+    assert start(folder).returncode == 0  # a later one keeps it
     assert stamp(folder)["lock"] == "no"
-    assert start(folder, "lock=yes").returncode == 0  # what is pinned is installed already
+    assert start(folder, "lock=yes").returncode == 0  # the pinned version is already installed
     assert stamp(folder)["lock"] == "yes"
 
 

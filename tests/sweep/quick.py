@@ -1,8 +1,8 @@
-"""`train.py -m …` in the process that it is given, for tests of what a sweep does with its jobs.
+"""`train.py -m …` in the given process, for tests of how a sweep handles its jobs.
 
-The real command goes on as the script of its frozen code, and forks its jobs from a server: two
-more Pythons, which import for ten seconds. Here the sweep goes on in the process that froze the
-code, and forks the jobs itself. All else is as it is.
+The real command continues as the script of its frozen code, and forks its jobs from a server:
+two more Pythons, which import for ten seconds. Here the sweep continues in the process that froze
+the code, and forks the jobs itself. Everything else is the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
             told = {frozen.FOLDER: lock.folder, frozen.LOCK: lock.descriptor}
             told |= {frozen.IDENTITY: identity, frozen.WARM: ""}
             os.environ.update({name: str(value) for name, value in told.items()})
-            lock.descriptor = None  # as a new program would not know it
+            lock.descriptor = None  # a new program would not have it
             sweep(loader, config, arguments)
 
         frozen.become = go_on  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Sweeps for tests: the real command, in a folder of their own."""
+"""Sweeps for tests: the real command, each in its own folder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from regrow.record.folder import read_json
 from regrow.sweep import state
 
 SMALL = tuple(o for o in TINY if not o.startswith("trainer.num_threads"))
-# Long enough to be cut, with a checkpoint every few steps.
+# Long enough to be interrupted, with a checkpoint every few steps.
 LONG = (*SMALL, "trainer.max_epochs=150", "trainer.eval_every_epochs=50",
         "trainer.checkpoint.save_every_steps=20", "trainer.log_every_steps=50")  # fmt: skip
 
 
 def begun(folder: Path, overrides: list[str], **facts: Any) -> None:
-    """A sweep of this user's in `folder`, as far as it is looked for."""
+    """Make the minimum of a sweep of this user's in `folder`."""
     (folder / "code").mkdir(parents=True)
     manifest.write_origin(folder / "code", folder)
     entry = ownership.enter(ownership.digest_of_code(folder / "code", ""))
@@ -36,7 +36,7 @@ def begun(folder: Path, overrides: list[str], **facts: Any) -> None:
 
 
 def without_options(model: str) -> tuple[str, ...]:
-    """This model, without what the default one takes."""
+    """Use this model, without the arguments of the default one."""
     keys = [key for key in read_yaml(CONF / "model" / "mlp.yaml") if key != "_target_"]
     return (f"model._target_={model}", *(f"~model.{key}" for key in keys))
 
@@ -57,7 +57,7 @@ def environment(**more: str) -> dict[str, str]:
 def sweep(
     folder: Path, *arguments: str, root: Path = ROOT, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """A sweep to its end; started in `folder`."""
+    """Run a sweep to its end, from `folder`."""
     folder.mkdir(exist_ok=True)
     return forked.run(
         command(*arguments, root=root), cwd=folder, env=environment(**more),
@@ -67,7 +67,7 @@ def sweep(
 
 @contextlib.contextmanager
 def under_way(folder: Path, *arguments: str, root: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
-    """A sweep that has begun; ended with the block, if it has not by then."""
+    """A started sweep, which ends with the block at the latest."""
     folder.mkdir(exist_ok=True)
     process = forked.popen(
         command(*arguments, root=root), cwd=folder, env=environment(), text=True,
@@ -91,7 +91,7 @@ def weights(sweep: Path) -> dict[str, str]:
 
 
 def pids_of(sweep: Path) -> list[int]:
-    """The processes of the jobs that are running."""
+    """Return the processes of the running jobs."""
     found: list[int] = []
     for status in sweep.glob("*/status.json"):
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""What happens to a sweep when a job fails, when it is stopped, and when it is killed."""
+"""What a sweep does when a job fails, and when it is stopped or killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def bombs(folder: Path) -> tuple[str, ...]:
-    """A model of the user's own whose value `ends` says how it ends."""
+    """A custom model whose value `ends` chooses how it ends."""
     (folder / "bomb.py").write_text(BOMB)
     return without_options("bomb.Net")
 
@@ -66,7 +66,7 @@ def test_failures_stay_where_they_are(tmp_path: Path) -> None:
         assert (tmp_path / "sweep" / row["log"]).is_file()
     assert "my own mistake" in (tmp_path / "sweep" / rows["raised"]["log"]).read_text()
     assert "4 of 5 jobs failed" in done.stderr and "sweep.retry_failed=true" in done.stderr
-    # The same again leaves them alone; asked to, it tries them again, mended.
+    # The same command leaves failed jobs alone; sweep.retry_failed runs them again, once fixed.
     path = {"PYTHONPATH": str(tmp_path)}
     again = sweep(tmp_path, *named, **path)
     assert again.returncode == 1 and "started" not in again.stdout
@@ -84,7 +84,7 @@ def test_a_mistake_that_only_the_job_finds_is_recorded(tmp_path: Path) -> None:
     good, bad = table(tmp_path / "sweep")
     assert good["status"] == "completed" and bad["status"] == "failed"
     assert bad["reason"].startswith("trainer.monitor=val/nothing is not measured")
-    assert not (tmp_path / "sweep" / "1").exists()  # as of a run by itself, nothing is left
+    assert not (tmp_path / "sweep" / "1").exists()  # as for a single run, nothing is left
 
 
 @pytest.mark.slow
@@ -116,10 +116,10 @@ def test_a_stop_as_jobs_start_leaves_none_that_failed(
 
 @pytest.mark.slow
 def test_a_stop_while_planning_leaves_nothing(tmp_path: Path) -> None:
-    many = ("seed=range(1000)", "hydra.sweep.dir=sweep")  # a minute of composing, or two
+    many = ("seed=range(1000)", "hydra.sweep.dir=sweep")  # one or two minutes of composing
     with under_way(tmp_path, *SMALL, *many) as process:
         until((tmp_path / "sweep" / "code").is_dir)
-        time.sleep(8)  # in which the copy's Python has begun
+        time.sleep(8)  # meanwhile, the copy's Python has started
         assert not (tmp_path / "sweep" / "sweep.json").exists()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -142,7 +142,7 @@ def test_jobs_whose_code_cannot_be_imported_fail_each_by_itself(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_fail_fast_stops_the_others(tmp_path: Path) -> None:
-    """The second job fails by its bad numbers, when the first has long begun."""
+    """The second job fails by its bad numbers when the first has long started."""
     arguments = (*LONG, "optimizer=sgd", "seed=0,1", "optimizer.lr=0.01,1e30", "launcher.jobs=2")
     late = ("trainer.max_skipped_steps=300", "trainer.max_epochs=5000")
     done = sweep(tmp_path, *arguments, *late, "sweep.fail_fast=true", "hydra.sweep.dir=sweep")
@@ -239,7 +239,7 @@ def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> 
     assert sweep(tmp_path, *arguments).returncode == 0
     assert [path for path in sweeps.iterdir() if not path.is_symlink()] == [first]
     assert {row["status"] for row in table(first)} == {"completed"}
-    # A sweep that is complete is not taken up: the next is a new one.
+    # A complete sweep is not resumed: the next one is new.
     other = [o for o in arguments if not o.startswith("trainer.max_epochs=150")]
     assert sweep(tmp_path, *other, "trainer.max_epochs=1").returncode == 0
     assert len([path for path in sweeps.iterdir() if not path.is_symlink()]) == 2
@@ -262,7 +262,7 @@ def test_jobs_that_were_cut_go_on_also_when_the_command_names_others(tmp_path: P
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_server_ends_its_jobs_and_is_said(tmp_path: Path) -> None:
-    """The process that jobs are forked from, killed alone: none of them goes on unwatched."""
+    """The process that forks the jobs is killed alone: no job continues unwatched."""
     folder = tmp_path / "sweep"
     with under_way(tmp_path, *FOUR, "sweep.fail_fast=true") as process:
         until(lambda: len(pids_of(folder)) == 2)

@@ -1,6 +1,6 @@
-"""A sweep and its jobs, stopped and killed: in seconds, by the way of quick.py.
+"""A sweep and its jobs, stopped and killed, in seconds thanks to quick.py.
 
-The same with the real command, its copy's Python and its server: test_failures, test_sweep.
+test_failures and test_sweep do the same with the real command, its copy's Python and its server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TWO = (*LONG, "trainer.max_epochs=60", "trainer.checkpoint.save_every_epochs=60"
 
 
 def begin(folder: Path, *arguments: str) -> Any:
-    """The sweep under way; started in `folder`, where modules of its own may be."""
+    """Start a sweep in `folder`, which may hold its own modules."""
     return forked.popen(
         [sys.executable, "-c", "import quick; quick.main()", "-m", *arguments],
         cwd=folder, env=environment(PYTHONPATH=f"{HERE}:{folder}"), text=True,
@@ -41,7 +41,7 @@ def begin(folder: Path, *arguments: str) -> Any:
 
 
 def finish(process: Any, code: int = 0) -> str:
-    """Wait for its end; returns what it said."""
+    """Wait for its end and return its output."""
     said, _ = process.communicate(timeout=100)
     assert process.returncode == code, said
     return str(said)
@@ -49,7 +49,7 @@ def finish(process: Any, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of TWO, to which nothing happened."""
+    """The folder of TWO, run without interruption."""
     folder = tmp_path_factory.mktemp("untouched")
     finish(begin(folder, *TWO))
     return folder / "sweep"
@@ -72,7 +72,7 @@ def test_a_stop_lets_all_jobs_save_though_they_have_just_begun(
     assert "interrupted" in states.values() and {*states.values()} <= {"interrupted", "completed"}
     for job, ended in states.items():
         status = read_json(folder / job / "status.json")
-        assert status["state"] == ended  # a killed one would still say that it runs
+        assert status["state"] == ended  # a killed one would still say "running"
         saved = (folder / job / "checkpoints" / "last").readlink().name
         assert saved == f"step_{status['step']:08}"
     finish(begin(tmp_path, *TWO))
@@ -90,7 +90,7 @@ def test_a_sweep_killed_by_itself_takes_its_jobs_with_it_and_ends_the_same(
     process.wait()
     until(lambda: not any(alive(pid) for pid in pids), seconds=1)
     left = {read_json(folder / job / "status.json")["state"] for job in "01"}
-    assert "running" in left  # as a killed one leaves it; they did not come to their ends
+    assert "running" in left  # as a killed job leaves it; none ran to its end
     finish(begin(tmp_path, *TWO))
     assert table(folder) == table(untouched)
 
@@ -127,7 +127,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
 def test_a_killed_job_takes_the_ranks_with_it_that_it_has_just_started(tmp_path: Path) -> None:
-    """They are two Pythons that import; what a sweep has forked, and what that has, end too."""
+    """They are two Pythons that import. Processes that a sweep and its jobs forked end too."""
     process = begin(tmp_path, *TWO, "trainer=ddp", "trainer.devices=2")
     until(lambda: any(len(children_of(job)) == 2 for job in children_of(process.pid)))
     jobs = children_of(process.pid)
@@ -140,7 +140,7 @@ def test_a_killed_job_takes_the_ranks_with_it_that_it_has_just_started(tmp_path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
 def test_a_killed_server_takes_a_job_that_is_still_importing_with_it(tmp_path: Path) -> None:
-    """As of a real sweep, though this server has imported nothing yet."""
+    """As in a real sweep, though this server has not imported anything yet."""
     program = "import multiprocessing; from regrow.sweep import process; from pathlib import Path\n"
     program += "context = multiprocessing.get_context('forkserver')\n"
     program += "job = process.start(context, Path('sweep'), 0, '', {})\n"
@@ -152,20 +152,20 @@ def test_a_killed_server_takes_a_job_that_is_still_importing_with_it(tmp_path: P
     )  # fmt: skip
     assert sweep.stdout is not None
     job = int(sweep.stdout.readline())
-    until((tmp_path / "sweep" / "logs" / "0.log").exists)  # it ends with its sweep from here on
+    until((tmp_path / "sweep" / "logs" / "0.log").exists)  # from here on, it ends with its sweep
     status = Path(f"/proc/{job}/status").read_text()
     (server,) = [int(x.split()[1]) for x in status.splitlines() if x.startswith("PPid:")]
     assert server != sweep.pid
     os.kill(server, signal.SIGKILL)
     until(lambda: not alive(job), seconds=1)
-    assert int(sweep.communicate(timeout=60)[0]) != 0  # which the sweep notes as a failure
+    assert int(sweep.communicate(timeout=60)[0]) != 0  # the sweep counts this as a failure
 
 
 # -- what a sweep runs, and where ------------------------------------------------------------------
 
 
 def test_edits_change_nothing_of_what_was_frozen(tmp_path: Path) -> None:
-    """The repository is edited between the copy and the start of what is in it."""
+    """The repository is edited between the copy and the start of the copied code."""
     root, sweep = tmp_path / "repository", tmp_path / "sweep"
     for part in ("src", "conf", "scripts"):
         shutil.copytree(ROOT / part, root / part)
@@ -180,7 +180,8 @@ sys.argv[0] = str(root / "scripts" / "train.py")
 frozen.ROOT = root
 lock = Lock(sweep).acquire()
 code, identity = frozen.freeze(sweep)
-for edited in ("src/regrow/config.py", "scripts/train.py"):
+for edited in ("src/regrow/config/check.py", "scripts/train.py"):
+    assert (root / edited).is_file()
     (root / edited).write_text("this is no Python")
 config = root / "conf" / "optimizer" / "adamw.yaml"
 config.write_text(config.read_text().replace("lr:", "lr: 0.5 #"))
@@ -196,7 +197,7 @@ frozen.become(code, identity, lock, ["--cfg", "job", "--package", "optimizer"], 
 
 
 def test_twenty_sweeps_that_begin_at_once_have_twenty_folders(tmp_path: Path) -> None:
-    """In twenty processes, of which many draw the same name: there are 16 for each second."""
+    """In twenty processes, many of which draw the same name: there are 16 per second."""
     program = """
 import multiprocessing
 import os

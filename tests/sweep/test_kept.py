@@ -1,4 +1,4 @@
-"""What a sweep's folder keeps, and what may not be mixed in it."""
+"""What a sweep's folder keeps, and which settings must not be mixed in it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RATES: dict[str, BaseDistribution] = {"lr": CategoricalDistribution(["0.1", "0.2
 
 
 class Composer:
-    """Takes every job for a right one."""
+    """Accepts every job."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
     run.leave_nothing(tmp_path)
     assert thesis.read_text() == "years of work"
     manifest.write_origin(thesis.parent, CONF.parent)  # the negative control
-    (tmp_path / ".lock").touch()  # which a start makes first
+    (tmp_path / ".lock").touch()  # a start creates it first
     ownership.enter(ownership.digest_of_code(thesis.parent, ""))
     frozen.claim(tmp_path, "digits", [], "auto").release()
     run.leave_nothing(tmp_path)
@@ -138,7 +138,7 @@ def cut(*arguments: Any) -> None:
 
 
 def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
-    """Optuna writes a trial parameter by parameter; a kill may come in between."""
+    """Optuna writes a trial parameter by parameter, and a kill may happen in between."""
     space: dict[str, BaseDistribution] = {
         "a": FloatDistribution(0, 1),
         "b": FloatDistribution(0, 1),
@@ -155,7 +155,7 @@ def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
 
 
 def complete(its: Any, one: Any) -> None:
-    """End a trial as a run would that is the better the smaller its `lr`."""
+    """End a trial as a run would that is better for smaller `lr`."""
     run = its.composer.folder / one.entry.folder
     run.mkdir()
     found = {"metric": "val/accuracy", "value": 1 - float(one.entry.swept["lr"])}
@@ -167,7 +167,7 @@ def complete(its: Any, one: Any) -> None:
 
 
 def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_path: Path) -> None:
-    """Past the ten trials that TPE draws at random, so that the others depend on what came out."""
+    """After the ten trials that TPE draws at random, so that the others depend on the results."""
     space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1e-1, log=True)}
     whole, cut_ = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut_):
@@ -175,7 +175,7 @@ def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_pa
     its = trials(whole, space, n_trials=14)
     while (one := its.next()) is not None:
         complete(its, one)
-    for _ in range(4):  # four trials, and a fifth that is under way when it is killed
+    for _ in range(4):  # four trials, and a fifth that is running when the search is killed
         its = trials(cut_, space, n_trials=14)
         its.take_up()
         for _ in range(4):
@@ -222,7 +222,7 @@ def test_a_search_goes_on_in_its_own_space(
 
 
 def test_a_value_that_the_space_does_not_hold_is_no_override() -> None:
-    """Anybody may have edited the journal of a folder that came back."""
+    """Anyone may have edited the journal of a folder that was elsewhere."""
     evil = "1 hydra.callbacks.x._target_=os.system"
     assert search.is_of(RATES["lr"], "0.1") and not search.is_of(RATES["lr"], evil)
     rates = FloatDistribution(0.1, 1.0)
@@ -251,13 +251,13 @@ def test_lines_that_hold_no_job_are_said() -> None:
 
 
 def test_a_search_keeps_the_tpe_that_it_began_with(tmp_path: Path) -> None:
-    """Optuna 4 modelled each key by itself; Optuna 5 models them jointly, for one metric."""
+    """Optuna 4 modelled each key separately; Optuna 5 models them jointly, for one metric."""
     tpe = dataclasses.replace(SEARCH, sampler="tpe", multivariate=True)
     search.keep_sampler(tmp_path, tpe)  # a new one
     state.write(tmp_path, [], space={}, multivariate=False)
     with pytest.raises(UserError, match=r"sweep.multivariate=true: .* began with false"):
         search.keep_sampler(tmp_path, tpe)
     given = dataclasses.replace(tpe, multivariate=False)
-    search.keep_sampler(tmp_path, given)  # the way out
+    search.keep_sampler(tmp_path, given)  # the fix
     assert search.sampler_of(given, 3)._multivariate is False
     assert search.sampler_of(tpe, 3)._multivariate is True

@@ -1,4 +1,4 @@
-"""A job that is killed anywhere delays no other: jobs share no lock (see INVARIANTS 28)."""
+"""A job killed anywhere does not delay others: jobs share no lock."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_job_killed_as_it_reports_leaves_the_journal_free_and_whole(
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True)
     assert done.returncode == -9, done.stderr
     left = tmp_path / "optuna.log.lock"
-    assert left.is_symlink() == optunas  # for which every other job would wait
+    assert left.is_symlink() == optunas  # every other job would wait for it
     if optunas:
         return
     import optuna
@@ -84,7 +84,7 @@ def test_a_job_killed_as_it_reports_leaves_the_journal_free_and_whole(
     from regrow.runs.trial import storage_of
 
     with (tmp_path / "optuna.log").open("a") as journal:
-        journal.write('{"op_code": 4, "half a li')  # as a kill leaves it in the middle of a write
+        journal.write('{"op_code": 4, "half a li')  # as a kill in the middle of a write leaves it
     study = optuna.create_study(
         study_name="sweep", storage=storage_of(tmp_path), load_if_exists=True
     )

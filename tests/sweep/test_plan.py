@@ -1,4 +1,4 @@
-"""Which jobs there are, what each takes of the machine, and how a search space is read."""
+"""Which jobs there are, what each uses of the machine, and how a search space is parsed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from regrow.record.folder import Lock, create
 from regrow.sweep import frozen, gpus, local, plan, search, state
 from regrow.sweep.composed import Composed
 
-LOADER: Any = None  # Hydra's parser needs one for glob(…) alone
+LOADER: Any = None  # Hydra's parser only needs one for glob(…)
 
 
 @pytest.fixture
 def loader_and_config() -> Iterator[tuple[ConfigLoader, DictConfig]]:
-    """Hydra's, and the config of a sweep that it has loaded."""
+    """Return Hydra's loader, and the config of a sweep that it loaded."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), **version_arguments()):
         loader = GlobalHydra.instance().config_loader()
@@ -110,7 +110,7 @@ def test_jobs_share_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_is_lent_once_also_to_another_sweep(tmp_path: Path) -> None:
     mine, yours = (gpus.Leases(["0", "1", "2"], tmp_path / "locks") for _ in range(2))
     assert mine.take(2) == ["0", "1"]
-    assert yours.take(2) is None  # and the one that it could have had is free again
+    assert yours.take(2) is None  # and the one it could have had is free again
     assert yours.take(1) == ["2"] and mine.take(1) is None
     mine.give_back(["0"])
     assert yours.take(1) == ["0"]
@@ -179,7 +179,7 @@ def test_jobs_that_were_made_otherwise_are_not_mixed_in(tmp_path: Path) -> None:
     assert fixed == {"optimizer": "optimizer=adamw"}
     state.write(tmp_path, [], fixed=fixed, varied=["seed"])
     plan.refuse_another(tmp_path, fixed, ["seed=0"])
-    plan.refuse_another(tmp_path, {}, ["optimizer=adamw", "seed=5"])  # varied now
+    plan.refuse_another(tmp_path, {}, ["optimizer=adamw", "seed=5"])  # now a varied key
     with pytest.raises(UserError, match="was made with optimizer=adamw"):
         plan.refuse_another(tmp_path, {"optimizer": "optimizer=sgd"}, ["seed=0"])
     with pytest.raises(UserError, match="was made with no such override"):

@@ -1,4 +1,4 @@
-"""Searches by Optuna: trials to a total, through failures, kills and pruning."""
+"""Searches with Optuna: trials up to a total, through failures, kills and pruning."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_failures_end_a_search_before_they_are_too_many(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_trial_that_does_worse_is_ended_early(tmp_path: Path, devices: int) -> None:
-    """The grid's order is known: two good trials, then two that learn nothing."""
+    """The grid's order is known: two good trials, then two that do not learn."""
     arguments = (
         *("sweep=optuna", "sweep.sampler=grid", "optimizer.lr=choice(0.01,0.02,1e-9,1e-8)"),
         *("sweep.pruner=median", "sweep.pruner_startup_trials=2", "launcher.jobs=1"),

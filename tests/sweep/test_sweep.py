@@ -1,4 +1,4 @@
-"""Sweeps by the real command: what they leave, and that each job is the run it would be alone."""
+"""Sweeps by the real command: what they leave, and that each job equals the standalone run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Net(torch.nn.Linear):
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a grid of four jobs, complete; what it said is in `said`."""
+    """The folder of a complete grid of four jobs. Its output is in `said`."""
     folder = tmp_path_factory.mktemp("grid")
     done = sweep(folder, *SMALL, *TWO_BY_TWO, "tags=[tried]", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(folder: Path, overrides: list[str]) -> str:
-    """The weights of a job's own command, run by itself."""
+    """Return the weights of a job's own command, run by itself."""
     forked.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, "hydra.run.dir=alone"],
         cwd=folder, env=environment(), check=True, capture_output=True, timeout=200,
@@ -103,8 +103,8 @@ def test_fresh_processes_come_to_the_same(grid: Path, tmp_path: Path) -> None:
     done = sweep(tmp_path, *SMALL, *TWO_BY_TWO, *arguments)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "sweep") == weights(grid)
-    # The negative control: of two jobs that differ in their logs alone, a model that draws by
-    # itself makes two runs.
+    # The negative control: two jobs that differ only in their logs give different runs if the
+    # model draws from an unseeded generator.
     (tmp_path / "mistaken.py").write_text(MISTAKEN)
     mistaken = (*without_options("mistaken.Net"), "trainer.log_every_steps=1,2")
     arguments = ("launcher.fresh_processes=true", "hydra.sweep.dir=mistaken")
@@ -160,19 +160,21 @@ def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     root = tmp_path / "repository"
     for part in ("src", "conf", "scripts"):
         shutil.copytree(ROOT / part, root / part)
+    module = root / "src" / "regrow" / "runs" / "train.py"
+    code = module.read_text()
     arguments = (*LONG, "seed=0,1,2", "launcher.jobs=1", "trainer.num_threads=1")
     untouched = sweep(tmp_path / "untouched", *arguments, "hydra.sweep.dir=sweep", root=root)
     assert untouched.returncode == 0, untouched.stderr
     with under_way(tmp_path / "edited", *arguments, "hydra.sweep.dir=sweep", root=root) as process:
         until((tmp_path / "edited" / "sweep" / "0" / "metrics.jsonl").exists)
-        (root / "src" / "regrow" / "run.py").write_text("this is no Python")
+        module.write_text("this is no Python")
         config = root / "conf" / "optimizer" / "adamw.yaml"
         config.write_text(config.read_text().replace("lr:", "lr: 0.5 #"))
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert table(tmp_path / "edited" / "sweep") == table(tmp_path / "untouched" / "sweep")
-    # A sweep that starts now takes the edits: what was copied is what there was.
-    (root / "src" / "regrow" / "run.py").write_text((ROOT / "src/regrow/runs/train.py").read_text())
+    # A sweep that starts now uses the edits; the copy held the code from before.
+    module.write_text(code)
     other = sweep(tmp_path / "later", *SMALL, "seed=0", "hydra.sweep.dir=sweep", root=root)
     assert other.returncode == 0
     assert "lr: 0.5" in (tmp_path / "later" / "sweep" / "0" / "config.yaml").read_text()
@@ -287,7 +289,7 @@ def test_several_processes_in_a_job(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_each_job_has_a_gpu_of_its_own(tmp_path: Path) -> None:
-    """As the driver's own program says which there are; torch finds none here and takes the CPU."""
+    """GPUs are listed as by the driver's program; torch finds none here and uses the CPU."""
     import torch
 
     if torch.cuda.is_available():

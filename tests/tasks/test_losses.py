@@ -1,4 +1,4 @@
-"""Every loss: equal to torch's where torch has it, and equal in slices and as a whole."""
+"""Every loss equals torch's, if torch has it, and is the same in micro-batches and as a whole."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def indices(*shape: int, high: int = C) -> Tensor:
 
 
 def sums(result: Any, weights: Tensor | None = None, size: int = B) -> Tensor:
-    """Numerator and divisor, as the loop adds them up."""
+    """Numerator and divisor, as the loop sums them."""
     values, weights, _ = weighted(result, weights, size)
     if weights is None:
         return torch.stack([values.sum(), torch.tensor(float(values.numel())).double()])
@@ -123,7 +123,7 @@ def test_slices_added_and_divided_once_give_the_whole_batch(
     assert abs(sliced - whole) < 1e-12
     assert whole_outputs.grad is not None and sliced_outputs.grad is not None
     torch.testing.assert_close(sliced_outputs.grad, whole_outputs.grad, atol=1e-12, rtol=0)
-    assert abs(torch.stack(means).mean() - whole) > 1e-6  # the usual mistake
+    assert abs(torch.stack(means).mean() - whole) > 1e-6  # a common mistake
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

@@ -1,4 +1,4 @@
-"""Metrics: equal to scikit-learn, in chunks as in one, and clear where they are not defined."""
+"""Metrics: equal to scikit-learn, equal in chunks, and explicit where they are undefined."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_chunks_give_what_one_update_gives(
     batches = [measured(recipe, o, t).scalars() for o, t in parts]
     name = "r2" if kind.startswith("regression") else "f1"
     mean = np.nanmean([values[name] for values in batches])
-    assert abs(mean - expected[name]) > 1e-4  # a mean over batches is something else
+    assert abs(mean - expected[name]) > 1e-4  # a mean over batches differs
 
 
 def test_multiclass_is_scikit_learns() -> None:
@@ -189,7 +189,7 @@ def test_r_squared_does_not_depend_on_the_unit() -> None:
     outputs, targets = outputs.double() * 1e-6, targets.double() * 1e-6
     found = measured(regression_metrics(1, as_is), outputs, targets).scalars()["r2"]
     assert found == pytest.approx(expected)
-    from torchmetrics.functional import r2_score  # what it would say by itself
+    from torchmetrics.functional import r2_score  # its own value, as the control
 
     assert abs(float(r2_score(outputs[:, 0], targets)) - expected) > 0.1
 
@@ -229,11 +229,11 @@ def test_tokens_and_soft_targets_count_one_by_one() -> None:
 
 def test_an_absent_class_is_nan_and_left_out_of_the_averages() -> None:
     outputs, targets = drawn(60, C), indices(60, high=2)
-    outputs[:, 3] = -100  # eel: never there, never predicted
+    outputs[:, 3] = -100  # eel: never a target, never predicted
     found = measured(multiclass(), outputs, targets).scalars()
     predicted = outputs.argmax(1).numpy()
     assert math.isnan(found["f1/eel"]) and math.isnan(found["auroc/eel"])
-    assert found["f1/owl"] == 0 and math.isnan(found["auroc/owl"])  # predicted, never there
+    assert found["f1/owl"] == 0 and math.isnan(found["auroc/owl"])  # predicted, but never a target
     near(
         found,
         {
@@ -291,7 +291,7 @@ def test_a_nan_among_the_outputs_shows_in_every_metric(kind: str) -> None:
 
 
 def test_logits_between_zero_and_one_are_still_logits() -> None:
-    """torchmetrics takes such a chunk for probabilities: it must be told."""
+    """torchmetrics takes such a chunk for probabilities unless told otherwise."""
     outputs, targets = torch.rand(40, generator=RNG) * 0.2 - 0.05, indices(40, high=2)
     found = measured(binary_metrics(["no", "yes"], 0.51, auroc=True), outputs, targets).scalars()
     predicted = outputs.double().sigmoid() > 0.51
@@ -299,7 +299,7 @@ def test_logits_between_zero_and_one_are_still_logits() -> None:
 
 
 def test_auroc_tells_confident_logits_apart() -> None:
-    """Sigmoid in float32 makes them all one."""
+    """Sigmoid in float32 rounds them all to one."""
     outputs, targets = torch.linspace(18, 30, 40), torch.arange(40) // 20
     assert measured(binary(), outputs, targets).scalars()["auroc"] == 1
 
@@ -339,11 +339,11 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
             metrics = measured(recipe, outputs[own], targets[own], batch=60)
             scalars = metrics.scalars()
-            # Details are local: the other process is not waited for.
+            # Details are local: this does not wait for the other process.
             results.append((scalars, metrics.details() if rank == 0 else None))
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
-    os._exit(0)  # as real runs end: the threads of a process group may fall over each other
+    os._exit(0)  # as real runs end: the threads of a process group may crash at exit
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Checks of the first batch, predictions, and what a step costs."""
+"""Checks of the first batch, predictions, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_task_that_cannot_be_is_refused_when_it_is_made(make: Any) -> None:
 
 
 class Ending(nn.Module):
-    """A fresh model with what it should not end in."""
+    """A fresh model with an output layer that it should not have."""
 
     def __init__(self, num_outputs: int, last: nn.Module) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_a_softmax_before_cross_entropy_is_found(size: int, grad: bool) -> None:
         inputs = torch.randn(size, 8)
         with torch.set_grad_enabled(grad), pytest.raises(UserError, match="ends in a softmax"):
             multiclass().check(Ending(10, nn.Softmax(1))(inputs), ones(size))
-        with torch.set_grad_enabled(grad):  # and not where there is none
+        with torch.set_grad_enabled(grad):  # accepted without a softmax
             for last in (nn.Identity(), nn.ReLU(), nn.LogSoftmax(1), nn.Sigmoid()):
                 multiclass().check(Ending(10, last)(inputs), ones(size))
 
@@ -185,25 +185,25 @@ def test_a_sigmoid_before_bce_with_logits_is_found(task: Task, size: int, grad: 
             outputs = Ending(num_outputs, nn.Sigmoid())(torch.randn(size, 8))
             with pytest.raises(UserError, match="ends in a sigmoid"):
                 task.check(outputs, targets)
-    surely = torch.tensor([[0.001], [0.999]]).expand(2, num_outputs)  # a trained model's
+    surely = torch.tensor([[0.001], [0.999]]).expand(2, num_outputs)  # as from a trained model
     with pytest.raises(UserError, match="ends in a sigmoid"):
         task.check(surely, targets[:2])
 
 
 def test_logits_are_not_taken_for_a_sigmoid() -> None:
-    """Fresh models, whose logits often lie on one side of zero; and outputs near [0, 1]."""
+    """Fresh models, whose logits are often on one side of zero, and outputs near [0, 1]."""
     wrong = 0
     for seed in range(200):
         torch.manual_seed(seed)
         for last in (nn.Identity(), nn.ReLU()):
             outputs = Ending(1, last)(torch.randn(64, 8))
             binary().check(outputs, ones(64))
-            binary().check(outputs[:4], ones(4))  # the graph tells
+            binary().check(outputs[:4], ones(4))  # the graph shows it
             try:
                 binary().check(outputs.detach(), ones(64))
             except UserError:
                 wrong += 1
-    assert wrong <= 8  # of 400 narrow models, where there is no graph
+    assert wrong <= 8  # of 400 narrow models without a graph
     binary().check(torch.zeros(4, 1), ones(4))  # a head that starts at zero
     binary().check(torch.linspace(0, 1.5, 8), ones(8))
     mse_on_probabilities = Binary(
@@ -264,7 +264,7 @@ def test_running_accuracy_is_hidden_where_targets_are_ignored() -> None:
 
 
 def test_a_step_does_as_many_operations_as_its_bare_form() -> None:
-    """Counted, as times waver: log-softmax and its pick for the loss, two for the score."""
+    """Counted, since times vary: log-softmax and its pick for the loss, two for the score."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):

@@ -1,6 +1,6 @@
-"""Run in a network namespace of its own: how many bytes a step of two processes sends, as JSON.
+"""Runs in its own network namespace: how many bytes a step of two processes sends, as JSON.
 
-Nothing else speaks there, so the kernel's counter of the loopback device counts the step alone.
+There is no other traffic, so the kernel's counter of the loopback device counts the step alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def part(rank: int, size: int, port: int, config: Config, file: Path) -> None:
     found = communicated(world, config, lambda: sent() // size, STEPS)
     if rank == 0:
         file.write_text(json.dumps(found))
-    os._exit(0)  # as real runs end: the threads of a process group may fall over each other
+    os._exit(0)  # as real runs end: the threads of a process group may crash at exit
 
 
 def sent() -> int:

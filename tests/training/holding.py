@@ -1,4 +1,4 @@
-"""Parts of a run that stay where a test asks them to, as a user's own slow code might."""
+"""Parts of a run that pause where a test asks them to, as a user's slow code might."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from regrow.models.mlp import MLP
 
 
 def stay(place: str) -> None:
-    """Stay for a while if `marks/<place>` holds the seconds; once, and say so by renaming it."""
+    """Pause once if `marks/<place>` holds the seconds, and rename it to report the pause."""
     mark = Path("marks") / place
-    with contextlib.suppress(FileNotFoundError):  # not asked, or another worker was first
+    with contextlib.suppress(FileNotFoundError):  # not requested, or another worker was first
         seconds = float(mark.read_text())
         mark.rename(mark.with_suffix(".reached"))
         time.sleep(seconds)
@@ -51,7 +51,7 @@ def splits(**options: Any) -> Splits:
 
 
 def net(ballast: int, **options: Any) -> nn.Module:
-    """An MLP that may be slow in a forward pass, and slow to save if `ballast` is many floats."""
+    """An MLP whose forward pass may be slow, and which is slow to save if `ballast` is large."""
     model = MLP(**options)
     model.ballast = nn.Parameter(torch.zeros(ballast), requires_grad=False)
     model.register_forward_pre_hook(_stay_in_the_pass)

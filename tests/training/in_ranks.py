@@ -1,4 +1,4 @@
-"""What several processes do together, for test_ranks.py: each writes down what it saw."""
+"""Computations of several processes, for test_ranks.py: each process writes its results."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from regrow.training import loop
 from regrow.training.state import weights_sha256
 
 Config = dict[str, Any]
-BATCH = 2  # of an evaluation
+BATCH = 2  # per evaluation batch
 
 
 def together(size: int, config: Config, folder: Path) -> list[dict[str, Any]]:
-    """What each of `size` processes saw, by rank."""
+    """Return the results of each of `size` processes, by rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(part, args=(size, store.port, config, folder), nprocs=size, join=True)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def joined(rank: int, size: int, port: int) -> World:
-    """This process as one of `size`, quiet and with one thread."""
+    """Join as one of `size` processes, quiet and with one thread."""
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -61,11 +61,11 @@ def part(rank: int, size: int, port: int, config: Config, folder: Path) -> None:
         folder / f"{rank}.pt",
     )
     dist.barrier()
-    os._exit(0)  # as real runs end: the threads of a process group may fall over each other
+    os._exit(0)  # as real runs end: the threads of a process group may crash at exit
 
 
 def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Six steps: the weights, and of each step the loss and the norm."""
+    """Train six steps. Return the weights, and the loss and norm of each step."""
     objects = runs.build({**config, "trainer": {**config["trainer"], **changes}}, world)
     saved = SimpleNamespace(saved=None)
     plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
@@ -92,7 +92,7 @@ def trained_in_slices(world: World, config: Config, folder: Path) -> dict[str, A
 
 
 def trained_with_sums_on_device(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """Where reading a number is a wait: a CPU stands for the device."""
+    """As on a device where reading a number is a wait; a CPU replaces it."""
     on_host = sums.on_host
     sums.on_host = lambda device: False
     try:
@@ -102,7 +102,7 @@ def trained_with_sums_on_device(world: World, config: Config, folder: Path) -> d
 
 
 def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """The broken variant: the mean over processes, as if each had the same number of examples."""
+    """The broken variant: the mean over processes, as if each had as many examples."""
 
     def mean(losses: Tensor, state: Any, batch: Any, plan: Any) -> None:
         torch.autograd.backward(losses.sum() / max(1, batch.num_local) / world.size)
@@ -130,7 +130,7 @@ def trained_sharded_in_slices(world: World, config: Config, folder: Path) -> dic
 
 
 def trained_in_bf16(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """Gathered and computed in bf16, summed and stepped in fp32."""
+    """Gathered and computed in bf16, summed and updated in fp32."""
     policy = {**config["trainer"]["fsdp"], "param_dtype": "bf16", "reduce_dtype": "fp32"}
     seen = trained(sharded(world), config, folder, fsdp=policy)
     autocast = trained(sharded(world), config, folder, fsdp=policy, precision="bf16")
@@ -142,7 +142,7 @@ def sharded_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, 
 
 
 def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """Three steps, a checkpoint, and three more from there in objects made anew."""
+    """Three steps, a checkpoint, and three more steps from it in new objects."""
     world = sharded(world)
     trainer = {**config["trainer"], "ema_decay": 0.9}
     options = runs.instantiate(trainer["checkpoint"])
@@ -170,7 +170,7 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
 
 
 def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[float, float, int]]:
-    """A run's steps from its newest checkpoint to step `last`, where it saves the next one."""
+    """Run from the newest checkpoint to step `last`, and save the next one there."""
     objects = runs.build(config, world)
     writers = Writers(timedelta(seconds=60)) if world.mesh is not None else None
     writer = CheckpointWriter(
@@ -192,12 +192,12 @@ def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[flo
 
 
 def relayed(world: World, config: Config, folder: Path) -> list[tuple[float, float, int]]:
-    """Steps of a run that one process has begun: two by FSDP, and one by DDP."""
+    """Steps of a run that one process started: two with FSDP, and one with DDP."""
     return [*leg(sharded(world), config, folder, 4), *leg(world, config, folder, 5)]
 
 
 WIDTH = 512
-# Sharded, slices, options of FSDP.
+# Sharding, micro-batches, options of FSDP.
 COMMUNICATING: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "ddp": (False, 1, {}),
     "ddp, 4 slices": (False, 4, {}),
@@ -211,7 +211,7 @@ COMMUNICATING: dict[str, tuple[bool, int, dict[str, Any]]] = {
 def communicated(
     world: World, config: Config, sent: Callable[[], int], count: int
 ) -> dict[str, float]:
-    """By case, what `sent` counts in each of `count` steps, over the parameters' bytes in fp32."""
+    """By case: the `sent` bytes of each of `count` steps, over the parameters' bytes in fp32."""
     found = {}
     for name, (is_sharded, slices, fsdp) in COMMUNICATING.items():
         trainer = {**config["trainer"], "accumulation_steps": slices}
@@ -220,7 +220,7 @@ def communicated(
         objects = runs.build({**config, "trainer": trainer}, its)
         saved = SimpleNamespace(saved=None)
         plan = runs.plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
-        steps(objects, plan, 2, whole_weights=False)  # connections are made, buckets built anew
+        steps(objects, plan, 2, whole_weights=False)  # connections are made and buckets rebuilt
         before = by_now(sent)
         steps(objects, plan, 2 + count, whole_weights=False)
         parameters = sum(p.numel() for p in objects.state.model.parameters())
@@ -229,18 +229,18 @@ def communicated(
 
 
 def by_now(sent: Callable[[], int]) -> int:
-    """What was sent, at an instant at which no process sends."""
+    """Return the bytes sent so far, at an instant when no process sends."""
     dist.barrier()
     count = sent()
-    dist.barrier()  # nobody goes on before all have looked
+    dist.barrier()  # nobody continues before all have read the counter
     return count
 
 
 def sent_by_this_process() -> int:
-    """The bytes that the kernel counts for each of its connections: tcpi_bytes_sent, linux/tcp.h"""
+    """The kernel's byte count of each of its connections: tcpi_bytes_sent, linux/tcp.h"""
     total = 0
     for descriptor in [*Path("/proc/self/fd").iterdir()]:
-        with contextlib.suppress(OSError):  # closed meanwhile, or no TCP
+        with contextlib.suppress(OSError):  # closed meanwhile, or not TCP
             if str(descriptor.readlink()).startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
@@ -256,7 +256,7 @@ def sent(world: World, config: Config, folder: Path) -> dict[str, float]:
 
 
 def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """A NaN in one example, in the share of the last process."""
+    """A NaN in one example, in the last process's share."""
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
@@ -291,7 +291,7 @@ RECIPES: dict[str, Callable[[], Any]] = {
 
 
 def measured(world: World, config: Config, folder: Path) -> dict[str, dict[str, float]]:
-    """Every metric over 0 … 3·N·B+1 examples, in the share of this process."""
+    """Every metric over 0 … 3·N·B+1 examples, in this process's share."""
     values = {}
     for kind, recipe in RECIPES.items():
         for count in range(3 * world.size * BATCH + 2):
@@ -306,7 +306,7 @@ def measured(world: World, config: Config, folder: Path) -> dict[str, dict[str, 
 
 
 def stopped(world: World, config: Config, folder: Path) -> list[int]:
-    """How many batches each process saw when the last one asked to stop; their counts differ."""
+    """The batches each process saw before the last one asked to stop; their counts differ."""
     stop, seen = StopRequest(), 0
 
     def batches() -> Iterator[int]:
@@ -329,7 +329,7 @@ def told(world: World, config: Config, folder: Path) -> list[Any]:
 
 
 def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> Any:
-    """The buffers after an evaluation, where each process came with others; the cache's size."""
+    """Buffers after an evaluation that processes start with different ones; the cache's size."""
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
@@ -341,9 +341,9 @@ def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> An
 
 
 def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """Whether to stop, and the seconds, after a step in which one process alone got a signal.
+    """Whether to stop, and the seconds, after a step in which only one process got a signal.
 
-    The clock of the last process has run for a hundred seconds more than the others'.
+    The last process's clock is a hundred seconds ahead of the others'.
     """
     objects, stop = runs.build(config, world), StopRequest()
     saved = SimpleNamespace(saved=None)
@@ -360,7 +360,7 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
 
 
 def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list[dict[str, Any]]:
-    """Three steps whose weights are zero: nowhere, in the main process alone, everywhere."""
+    """Three steps with zero weights: nowhere, in the main process alone, everywhere."""
     objects = runs.build({**config, "trainer": {**config["trainer"], "ema_decay": 0.9}}, world)
     saved = SimpleNamespace(saved=None)
     plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)

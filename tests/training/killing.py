@@ -1,10 +1,10 @@
-"""A crash harness: runs a run in forked children, kills them at chosen instants, starts them again.
+"""A crash harness: runs a run in forked children, kills them at given instants, restarts them.
 
-Started as a process of its own, `python killing.py <request.json>`. It imports, with one thread,
-what a run needs, and only then forks, so that a child begins to train within milliseconds. The
-request holds the config and, for each folder, where to kill: after so many seconds, at a named
-point, or so long after a checkpoint. The answer, on the last line of its output, says for each
-folder the newest checkpoint at each death.
+Started in its own process: `python killing.py <request.json>`. It imports what a run needs, with
+one thread, and only then forks, so that a child starts to train within milliseconds. The request
+holds the config and, for each folder, when to kill: after a number of seconds, at a named point,
+or some time after a checkpoint. The answer, on the last line of its output, gives the newest
+checkpoint at each death, for each folder.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def run_until_killed(
     *,
     from_step: int = 0,
 ) -> bool:
-    """Whether the child ended before it was killed: `after` seconds from its start, or from its
-    checkpoint of `from_step`; never, if None."""
+    """Return True if the child ended before it was killed, `after` seconds from its start or from
+    its checkpoint of `from_step`; None: not killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:
@@ -79,11 +80,11 @@ def run_until_killed(
 
 
 def over(pid: int) -> bool:
-    """Whether a child has ended; it is still to be waited for."""
+    """Return True if a child has ended. The caller must still wait for it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-# Named points: just before and just after each of these, as the n-th call comes.
+# Named points: just before and just after the n-th call of each.
 
 POINTS: dict[str, tuple[Any, str]] = {
     "step": (loop, "train_step"),
@@ -109,7 +110,7 @@ POINTS: dict[str, tuple[Any, str]] = {
 
 
 def dies_at(point: str, when: str, count: int) -> Callable[[], None]:
-    """Prepares a child to kill itself before or after the n-th call of a named point."""
+    """Prepare a child to kill itself before or after the n-th call of a named point."""
 
     def prepare() -> None:
         owner, name = POINTS[point]
@@ -130,7 +131,7 @@ def dies_at(point: str, when: str, count: int) -> Callable[[], None]:
 
 
 def counts_calls(answer: Path) -> Callable[[], None]:
-    """Prepares a child to write down how often it came to each named point."""
+    """Prepare a child to record how often it reached each named point."""
 
     def prepare() -> None:
         calls = dict.fromkeys(POINTS, 0)
@@ -165,7 +166,7 @@ def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], 
     return prepare
 
 
-# Mistakes that the comparison has to catch: prepared in every child.
+# Mistakes that the comparison must detect, prepared in every child.
 
 
 def without_rewind() -> None:
@@ -180,7 +181,7 @@ MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_see
 
 
 def newest(folder: Path) -> Path:
-    """A run's newest checkpoint; its folder where there is none."""
+    """Return a run's newest checkpoint, or its folder if there is none."""
     return max((folder / "checkpoints").glob("step_????????"), default=folder)
 
 
@@ -190,10 +191,11 @@ def newest_step(folder: Path) -> int:
 
 
 def main(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each job, with `killed`: the newest checkpoint's step at each death, null where the run was
-    over before. A kill is a share of an undisturbed run's seconds; or a point, when, and a share of
-    the calls to it; or a step, and a share of the seconds that an undisturbed run goes on after its
-    last checkpoint."""
+    """Return each job with `killed`: the newest checkpoint's step at each death, or null if the run
+    had already ended. A kill is a share of an undisturbed run's seconds; a point, when, and a share
+    of its calls; or a step, and a share of the seconds between an undisturbed run's last
+    checkpoint and its end.
+    """
     torch.set_num_threads(1)
     config, answers = request["config"], []
     undisturbed = Path(request["undisturbed"])

@@ -1,4 +1,4 @@
-"""The real command as a process of its own, to be stopped or killed."""
+"""The real command in its own process, to be stopped or killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAIN = CONF.parent / "scripts" / "train.py"
 
 
 class Process:
-    """The command in a folder, as a process group of its own, told where to stay."""
+    """The command in a folder, in its own process group, with places to pause."""
 
     def __init__(self, folder: Path, *arguments: str, stays: str = "", seconds: float = 1) -> None:
         self.folder, self.marks = folder, folder / "marks"

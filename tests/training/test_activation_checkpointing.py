@@ -1,4 +1,4 @@
-"""Activations that are computed twice instead of kept change nothing but the memory."""
+"""Recomputing activations instead of keeping them changes only the memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_it_changes_no_bit_of_a_run(
 ) -> None:
     options = (*TINY, "model.dropout=0.3", "trainer.ema_decay=0.9")
     train(tmp_path / "kept", *options)
-    if broken:  # the negative control: dropout draws others in the second pass
+    if broken:  # the negative control: dropout draws other masks in the second pass
         its = functools.partial(activation_checkpointing.checkpoint, preserve_rng_state=False)
         monkeypatch.setattr(activation_checkpointing, "checkpoint", its)
     train(tmp_path / "again", *options, "trainer.activation_checkpointing=[body]")
@@ -90,7 +90,7 @@ class Noisy(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, inputs: Any) -> Any:
-        self.calls = self.calls + 1  # a new tensor, not the old one changed
+        self.calls = self.calls + 1  # a new tensor, not a change in place
         kept = torch.from_numpy(numpy.random.rand(4) < 0.5) * (1 + random.random())
         return (self.linear(inputs) * kept * self.calls).float().relu()
 
@@ -118,7 +118,7 @@ def test_draws_of_numpy_and_random_and_changed_buffers_are_the_same_in_both_pass
 
 
 class Positions(nn.Module):
-    """A cached table that grows with the longest input so far, and notes its size."""
+    """A cached table that grows with the longest input so far, and records its size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_an_evaluation_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
+@pytest.mark.filterwarnings("ignore")  # in the compiler's own code
 def test_a_compiled_model_counts_once_too() -> None:
     def trained(patterns: list[str], compiles: bool) -> list[Any]:
         seed_everything(3)

@@ -1,4 +1,4 @@
-"""Memory that a step frees stays for the next one, and is not fetched from the kernel again."""
+"""Memory that a step frees is kept for the next one and not requested from the kernel again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regrow.runs import train as runs
 
 pytestmark = pytest.mark.skipif(not memory.is_glibc(), reason="of glibc alone")
 
-# 40 MB: more than glibc by itself ever comes to keep.
+# 40 MB: more than glibc alone ever keeps.
 FAULTS = """
 import resource, sys
 import torch
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(what: str, **environment: str) -> tuple[str, int]:
-    """Whether memory is kept now, and the page faults of ten times 40 MB."""
+    """Return whether memory is kept now, and the page faults of ten times 40 MB."""
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True,
         env={k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | environment,
@@ -43,7 +43,7 @@ def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     pages = 10 * 40_000_000 // resource.getpagesize()
     is_kept, count = faults("kept")
     assert is_kept == "True" and count < pages / 100
-    assert faults("not kept")[1] > pages / 1000  # huge pages may make them fewer, and larger
+    assert faults("not kept")[1] > pages / 1000  # with huge pages they are fewer and larger
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""The arithmetic of a step: slices, logged numbers, clipping, evaluation that leaves no trace."""
+"""The arithmetic of a step: micro-batches, logged numbers, clipping, evaluation without effects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from regrow.tasks.tasks import Binary, Multiclass, Multilabel, Regression
 from regrow.training import loop, optim
 
 CLASSES = 5
-WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.25]  # exact in float32, so that float64 can show its digits
+WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.25]  # exact in float32, so that float64 shows its digits
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 WINDOWS = (13, 13, 2)  # the last one is ragged
 
@@ -86,7 +86,7 @@ def of_values(function: Callable[..., Tensor], **options: Any) -> Reference:
     return lambda x, y: function(x.squeeze(1), y, **options)
 
 
-# name: task, number of outputs, kind of target, and what torch gives for one whole batch
+# name: task, number of outputs, kind of target, and torch's result for one whole batch
 CASES: dict[str, tuple[Any, int, str, Reference]] = {
     "cross_entropy": (multiclass(cross_entropy()), CLASSES, "class", torch_ce()),
     "label_smoothing": (
@@ -174,7 +174,7 @@ def windows_of(
 def trained(
     task: Any, outputs: int, batches: list[Batch], *, slices: int, **options: Any
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Weights after a step for each batch, and the lines logged."""
+    """Return the weights after a step for each batch, and the logged lines."""
     model = model_of(outputs, batches[0].inputs.dtype)
     bench = Bench(model, task, SGD, slices=slices, **options)
     lines = [bench.step(batch) for batch in batches]
@@ -182,7 +182,7 @@ def trained(
 
 
 def by_torch(reference: Reference, outputs: int, batches: list[Batch]) -> list[Tensor]:
-    """Weights after the same steps by torch's own loss over each whole batch."""
+    """Return the weights after the same steps by torch's own loss over each whole batch."""
     model = model_of(outputs, batches[0].inputs.dtype)
     optimizer = SGD(model.parameters())
     for batch in batches:
@@ -197,7 +197,7 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 class MeanOfMeans:
-    """The usual mistake: each slice's mean counts the same, however many examples it has."""
+    """A common mistake: each micro-batch's mean counts the same, whatever its size."""
 
     def __init__(self, task: Any, batches: list[Batch], slices: int) -> None:
         self.task, self.slices, self.batches = task, slices, iter(batches)
@@ -218,7 +218,7 @@ class MeanOfMeans:
 
 @pytest.fixture(params=["host", "device"])
 def host_or_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums as numbers; and as tensors that are waited for, with the CPU in the device's place."""
+    """Sums as numbers; and as tensors that are waited for, with the CPU as the device."""
     monkeypatch.setattr(sums, "on_host", lambda device: request.param == "host")
 
 
@@ -260,7 +260,7 @@ def test_a_mean_of_slices_means_is_caught_for_every_loss(case: str) -> None:
     task, outputs, kind, reference = CASES[case]
     batches = windows_of(kind)
     wrong = MeanOfMeans(task, batches, slices=4)
-    if kind == "ignored":  # a slice without a valid target has no mean at all
+    if kind == "ignored":  # a micro-batch without a valid target has no mean
         batches = batches[:2]
     weights, _ = trained(wrong, outputs, batches, slices=4)
     assert not difference(weights, by_torch(reference, outputs, batches)) < 1e-5
@@ -282,7 +282,7 @@ def test_a_missing_rescale_is_caught(case: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_run_in_slices_has_the_weights_of_the_run_without(
     slices: int, batch: int, tmp_path: Path
 ) -> None:
-    """With a ragged window, more slices than examples, and a batch larger than the epoch of 50."""
+    """A ragged window, more micro-batches than examples, a batch larger than the epoch of 50."""
     run = (*TINY, f"data.batch_size={batch}", "trainer.max_steps=3")
     summaries = [
         train(tmp_path / name, *run, f"trainer.accumulation_steps={number}")
@@ -299,7 +299,7 @@ def test_a_run_in_slices_has_the_weights_of_the_run_without(
         assert a == pytest.approx(b, abs=1e-5)
 
 
-# The logged numbers
+# Logged numbers
 
 
 def true_norm(model: nn.Module, reference: Reference, batch: Batch) -> float:
@@ -323,7 +323,7 @@ def test_loss_and_gradient_norm_in_the_log_are_those_of_the_whole_batch(
         norm = true_norm(model, reference, batch)
         loss = reference(model(batch.inputs), batch.targets).item()
         line = bench.step(batch)
-        assert norm > 0.01  # so that clipping would show
+        assert norm > 0.01  # large enough for clipping to show
         assert line["train/grad_norm"] == pytest.approx(norm, rel=1e-6)
         assert line["train/loss"] == pytest.approx(loss, rel=1e-6)
 
@@ -448,7 +448,7 @@ def test_clipping_is_what_torch_does(norm: float | None, value: float | None, sl
         assert difference(free, expected) > 1e-4
 
 
-# Evaluation leaves no trace
+# Evaluation without effects
 
 IMAGES = (
     "data=digits",

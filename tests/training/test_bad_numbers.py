@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing, is counted and logged, and k in a row end the run."""
+"""A non-finite step changes nothing, is counted and logged, and k in a row end the run."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def batch(number: int, bad: float | None = None) -> Batch:
     random = torch.Generator().manual_seed(number)
     inputs = torch.randn(12, 6, generator=random)
     if bad is not None:
-        inputs[5, 2] = bad  # in the second of three slices
+        inputs[5, 2] = bad  # in the second of three micro-batches
     return batch_of(inputs, torch.randint(3, (12,), generator=random))
 
 
 def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
-    """Every tensor of the model, the optimizer and the average."""
+    """Return every tensor of the model, the optimizer and the average."""
     if isinstance(value, Tensor):
         return {path: value.clone()}
     if isinstance(value, dict):
@@ -89,7 +89,7 @@ def test_a_bad_number_in_one_slice_changes_no_weight_moment_average_or_buffer(
     assert any("running_mean" in key for key in before)
     line = bench.step(batch(1, bad))
     assert same(before, held_by(bench))
-    assert bench.state.step == 2  # the step counts all the same
+    assert bench.state.step == 2  # the step still counts
     assert line["train/skipped_steps"] == 1
     assert line["train/loss"] != line["train/loss"] or abs(line["train/loss"]) == torch.inf
     bench.step(batch(2))
@@ -149,7 +149,7 @@ def test_a_bad_loss_with_good_gradients_is_skipped_too() -> None:
 def test_a_step_whose_loss_is_not_a_number_is_skipped(
     on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slices of which one loses infinitely much and one gains it."""
+    """One micro-batch has a loss of inf, another of -inf."""
     monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
     bench = bench_of(MAKERS["adamw"])
     bench.step(batch(0))
@@ -173,7 +173,7 @@ def test_a_step_whose_loss_is_not_a_number_is_skipped(
 def test_epoch_means_leave_skipped_steps_out(
     on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the sums stay on a device that skips by itself, which a CPU can stand for."""
+    """Also if the sums stay on a device that skips by itself; a CPU acts as the device here."""
     monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
     bench = bench_of(MAKERS["adamw"])
@@ -216,7 +216,7 @@ def test_a_bad_loss_is_named_before_the_gradients_that_it_made() -> None:
 
 
 def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -> None:
-    """A step that goes too far is finite itself: what was saved after it is of no use."""
+    """A step that goes too far is finite itself, but what was saved after it is useless."""
     config = (*TINY, "optimizer=sgd", "optimizer.lr=0.1", "trainer.max_skipped_steps=3")
     saving = ("trainer.checkpoint.save_every_steps=1", "trainer.checkpoint.keep_last=2")
     train(tmp_path, *config, *saving, stop_at=5)
@@ -227,12 +227,12 @@ def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -
     parts, _ = checkpoint.load(tmp_path / "checkpoints" / found[1])
     assert all(weight.abs().max() < 100 for weight in parts["model"].values())
     newest = checkpoint.named(tmp_path / "checkpoints", "last")
-    parts, _ = checkpoint.load(newest)  # the control: what led to it is there, too
+    parts, _ = checkpoint.load(newest)  # the control: the state that led to it is saved too
     assert any(weight.abs().max() > 1e6 for weight in parts["model"].values())
 
 
 def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path) -> None:
-    """Rotation would then keep only those, and lose what the run can be repeated from."""
+    """Rotation would keep only those, and lose the state from which the run can be repeated."""
     config = (*TINY, "optimizer=sgd", "optimizer.lr=0.1", "trainer.max_skipped_steps=50")
     saving = ("trainer.checkpoint.save_every_steps=1", "trainer.checkpoint.keep_last=50")
     train(tmp_path, *config, *saving, stop_at=5)
@@ -241,12 +241,12 @@ def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path)
     skipped = summary["skipped_steps"]
     assert skipped >= 4
     led_there = summary["steps"] - skipped
-    # The end of the run is saved wherever it is; nothing between it and the start of the streak.
+    # The end of the run is always saved; nothing between it and the start of the streak is.
     assert found == [*range(1, led_there + 1), summary["steps"]]
 
 
 def test_the_search_of_the_fp16_scale_is_no_fault() -> None:
-    """From 2^30 it takes some halvings to reach a scale at which nothing overflows."""
+    """From 2^30, it takes some halvings to reach a scale without overflow."""
     scale = LossScale(CPU, initial=2.0**30, growth_interval=5)
     bench = bench_of(
         MAKERS["sgd"], precision="fp16", loss_scale=scale, max_skipped_steps=3, slices=1

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, and that its weights are those which are kept and tested."""
+"""Which evaluation is the best, and that its weights are kept and tested."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EACH_STEP = ("trainer.eval_every_steps=1", "trainer.checkpoint.save_every_epochs
 
 @pytest.fixture
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
-    """Sets what the evaluations in training measure, one after the other."""
+    """Set the results of the evaluations in training, one after the other."""
     evaluate = loop.evaluate
 
     def set_to(values: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is found, the older one is used, rotation keeps what must stay."""
+"""Checkpoints: damage is found, the previous one is used, rotation keeps what must stay."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run stopped at step 7, whose checkpoints are those of steps 6 and 7 and the best."""
+    """A run stopped at step 7, with the checkpoints of steps 6 and 7 and the best one."""
     folder = tmp_path_factory.mktemp("stopped")
     assert train(folder, *RUN, stop_at=7)["steps"] == 7
     return folder
@@ -140,7 +140,7 @@ def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_is_used(
     warned = warnings_of(caplog)
     assert f"step_00000007/{name}" in warned
     assert "Going back to step_00000006" in warned
-    assert (folder / "damaged_step_00000007").is_dir()  # out of the way, and kept
+    assert (folder / "damaged_step_00000007").is_dir()  # set aside, and kept
     assert not (folder / "step_00000007").exists()
 
 
@@ -171,7 +171,7 @@ def test_an_empty_checkpoint_folder_is_passed_over(
 def test_torch_alone_takes_a_flipped_bit_and_the_end_differs(
     whole: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: without the manifest's sums the same damage goes unseen."""
+    """The negative control: without the manifest's hashes, the same damage goes unnoticed."""
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder, symlinks=True)
     file = folder / "checkpoints" / "step_00000007" / "model.pt"
@@ -225,7 +225,7 @@ def test_when_all_are_damaged_one_line_says_so_and_nothing_is_deleted(
     for name in names:
         flip_one_bit(folder / "checkpoints" / name / "optimizer.pt")
     before = contents_of(folder)
-    for _ in range(2):  # trying again makes nothing worse
+    for _ in range(2):  # trying again does no harm
         with pytest.raises(UserError, match="every checkpoint is damaged") as caught:
             train(folder, *RUN)
         assert "\n" not in str(caught.value)
@@ -298,7 +298,7 @@ def test_no_key_carries_the_prefix_of_a_wrapper(stopped: Path) -> None:
         assert "head.weight" in found
         assert not [name for name in found if "module." in name or "_orig_mod" in name]
     wrapped = torch.compile(compiled.state.model).state_dict()
-    assert [name for name in wrapped if "_orig_mod" in name]  # which the other way has
+    assert [name for name in wrapped if "_orig_mod" in name]  # the control: the wrapper has them
 
 
 # Rotation
@@ -314,7 +314,7 @@ def part(value: float = 0.0) -> dict[str, dict[str, Any]]:
 
 
 def written(folder: Path, values: list[float | None], options: Any, mode: str = "max") -> set[int]:
-    """The steps that are left after a checkpoint and a rotation for each value."""
+    """Return the steps left after a checkpoint and a rotation for each value."""
     for step, value in enumerate(values, 1):
         milestone = bool(options.milestones_every_epochs) and step % 3 == 0
         checkpoint.write(folder, part(step), facts(step, value, milestone=milestone))
@@ -456,7 +456,7 @@ def checkpoints_of_folder(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("step_*"))
 
 
-# Writing beside the loop
+# Writing in the background
 
 
 def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -> None:
@@ -480,7 +480,7 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -
     parts, _ = checkpoint.load(tmp_path / "step_00000001")
     assert parts["model"]["weight"].tolist() == [1.0] * 4
     assert parts["model"]["list"][1][1].tolist() == [1.0] * 4
-    # Written without a copy, the same would hold the weights of the next step.
+    # Without a copy, it would hold the weights of the next step.
     monkeypatch.setattr(CheckpointWriter, "_copy", lambda self, parts: (parts, {}))
     go_on.clear()
     weights.fill_(1)
@@ -497,7 +497,7 @@ def test_the_memory_of_the_first_copy_is_touched_beforehand(tmp_path: Path) -> N
     faults, kept = [], []
     for makes_room in (True, False):
         writer = CheckpointWriter(tmp_path / str(makes_room), OPTIONS, "max")
-        kept.append(writer)  # its memory is not to be had again
+        kept.append(writer)  # its memory cannot be reused
         if makes_room:
             writer.make_room(lambda: parts)
             writer.wait()
@@ -521,7 +521,7 @@ def test_the_memory_of_the_first_copy_is_touched_beforehand(tmp_path: Path) -> N
 def test_a_run_makes_room_for_its_first_checkpoint_unless_it_is_small(
     skips_first: bool, is_small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole of it, also where the first step leaves the optimizer without a state."""
+    """All of it, even if the first step leaves the optimizer without a state."""
     if not is_small:
         monkeypatch.setattr(checkpoint, "SMALL_BYTES", 0)
     update, updates = optim.update, []
@@ -572,7 +572,7 @@ def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) ->
 
 
 class FullDisk:
-    """Lets every sync of a file fail, while it is on."""
+    """Lets every file sync fail while it is on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = False
@@ -635,7 +635,7 @@ def test_a_failed_write_is_reported_at_the_next_step(
     run = (*TINY, "trainer.checkpoint.save_every_steps=3", "trainer.eval_every_epochs=null")
     train(tmp_path / "run", *run, "trainer.checkpoint.save_every_epochs=null")
     assert [step for step, said in reported.items() if not said] == [0, 1, 2, 3]
-    # Without the look at each step, the next save would be the first to tell.
+    # Without the check at each step, the next save would be the first to report it.
     caplog.clear()
     reported.clear()
     monkeypatch.setattr(CheckpointWriter, "poll", lambda self: None)
@@ -649,7 +649,7 @@ def test_a_checkpoint_is_never_ahead_of_its_record(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Lines of steps 4 to 6 find no room, the checkpoint of step 6 would; then the run dies."""
+    """Lines of steps 4 to 6 do not fit, the checkpoint of step 6 would; then the run dies."""
     train_step, pwrite = loop.train_step, os.pwrite
     full = [False]
 
@@ -676,7 +676,7 @@ def test_a_checkpoint_is_never_ahead_of_its_record(
     dies_and_goes_on(run)
     assert "metrics.jsonl has no room for its lines" in warnings_of(caplog)
     assert fingerprint(run) == fingerprint(whole)
-    # With what is in the file for all there is, the lines that waited are lost.
+    # If the file counts as complete, the waiting lines are lost.
     with monkeypatch.context() as patch:
         patch.setattr(loggers.Jsonl, "position", lambda self: self.end)
         dies_and_goes_on(tmp_path / "broken")
@@ -823,7 +823,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "step_00000001")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "step_00000001" / "model.pt", weights_only=False)
-    assert (tmp_path / "executed").exists()  # as it would without the refusal
+    assert (tmp_path / "executed").exists()  # without the refusal, it does
 
 
 class Counter:
@@ -866,7 +866,7 @@ def test_a_new_field_of_the_state_is_saved_and_restored(
     assert (later.number, later.totals, later.counter.count) == (3, [0.1, 2.0], 4)
     assert torch.equal(later.mean, state.mean)
     assert later.known == 0 and "known" not in parts["progress"]
-    for lost in ("number", "mean", "counter"):  # the control: one that is lost is noticed
+    for lost in ("number", "mean", "counter"):  # the control: a lost field is detected
         without = {**parts, "progress": {k: v for k, v in parts["progress"].items() if k != lost}}
         without.pop(lost, None)
         with pytest.raises(UserError, match=lost):

@@ -1,4 +1,4 @@
-"""What a step sends is what docs/scaling.md says that it sends."""
+"""A step sends as many bytes as docs/scaling.md computes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def can_make_a_namespace() -> bool:
 
 
 def worked_out(size: int) -> dict[str, float]:
-    """Bytes that a process sends in a step, over the bytes of the parameters in fp32.
+    """Return the bytes that a process sends in a step, over the bytes of the parameters in fp32.
 
-    A ring sends (N-1)/N of a tensor to gather it or to reduce it to shares, twice that to reduce it
-    in all. gloo has no reduction to shares and reduces in all instead.
+    A ring sends (N-1)/N of a tensor for an all-gather or a reduce-scatter, and twice that for an
+    all-reduce. gloo has no reduce-scatter and uses an all-reduce instead.
     """
     gather, reduce = (size - 1) / size, 2 * (size - 1) / size
     return {
@@ -51,6 +51,6 @@ def test_a_step_sends_as_many_bytes_as_worked_out(size: int, tmp_path: Path) -> 
     expected = worked_out(size)
     assert sent.keys() == expected.keys()
     for name, times in expected.items():
-        # Headers, and the few numbers that a step says beside its gradients.
+        # Headers, and the few numbers that a step sends besides its gradients.
         assert times <= sent[name] < 1.03 * times, name
     assert sent["fsdp"] > 1.3 * expected["ddp"]  # the bounds can tell one strategy from another

@@ -16,7 +16,7 @@ from regrow.runs import train as runs
 def test_a_missing_compiler_is_said_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    importlib.import_module("torch._inductor.config")  # keeps what CXX says by then
+    importlib.import_module("torch._inductor.config")  # reads CXX now, not the value set below
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"trainer.compile=true needs a C.. compiler.*no-such-comp"):
         runs.build(config_of(*TINY, "trainer.compile=true"), CPU)
@@ -26,7 +26,7 @@ def test_a_missing_compiler_is_said_before_anything_is_built(
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
+@pytest.mark.filterwarnings("ignore")  # in the compiler's own code
 def test_a_compiled_run_grows_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = (*TINY, "trainer.compile=true", "trainer.max_epochs=3")
     with caplog.at_level("INFO"):

@@ -1,4 +1,4 @@
-"""On a GPU: the same promises. Everything here skips where there is none."""
+"""The same promises on a GPU. Without one, all tests here are skipped."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_no_step_waits_for_the_gpu(precision: str) -> None:
     objects = runs.build(config, GPU)
     plan = runs.plan_of(objects, 0, GPU, StopRequest(), record=None, checkpoints=None)
     batches = [*objects.train.epoch(0, 0)]
-    loop.train_step(objects.state, batches[0], plan)  # kernels are chosen, memory is taken
+    loop.train_step(objects.state, batches[0], plan)  # chooses kernels and allocates memory
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError), no_wait_for_the_gpu():
-        objects.state.skips.sum().item()  # control: the mode finds a wait
+        objects.state.skips.sum().item()  # the control: the mode finds a wait
     with no_wait_for_the_gpu():
         for batch in batches[1:]:
             loop.train_step(objects.state, batch, plan)

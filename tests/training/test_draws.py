@@ -31,7 +31,7 @@ evaluate = script("evaluate").main
 
 def in_parts(folder: Path, *stops: int) -> None:
     for stop in stops:
-        ambient(stop)  # as another process would have it
+        ambient(stop)  # as in another process
         train(folder, *RUN, stop_at=stop)
     ambient(99)
     train(folder, *RUN)

@@ -1,4 +1,4 @@
-"""A power cut loses no checkpoint that was reported: the order of system calls, as observed."""
+"""A power cut loses no reported checkpoint: the order of the observed system calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Calls = list[tuple[str, str]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What is synced, renamed and removed, by name, in order."""
+    """Return what is synced, renamed and removed, by name, in order."""
     seen: Calls = []
     fsync, rename, replace, rmtree = os.fsync, os.rename, os.replace, shutil.rmtree
 
@@ -76,7 +76,7 @@ def test_every_file_and_both_folders_are_synced_around_the_rename(
     before, after = calls[:renamed], calls[renamed + 1 :]
     for name in ("model.pt", "optimizer.pt", checkpoint.MANIFEST, ".tmp-step_00000001"):
         assert ("fsync", name) in before
-    # The manifest is last of the files: with it the checkpoint counts as complete.
+    # The manifest is the last file: with it, the checkpoint counts as complete.
     files = [name for call, name in before if call == "fsync"]
     assert files[-2:] == [checkpoint.MANIFEST, ".tmp-step_00000001"]
     assert after[0] == ("fsync", "checkpoints")
@@ -140,7 +140,7 @@ def test_the_metrics_are_synced_before_the_checkpoint_that_knows_them(
 def test_a_missing_sync_would_be_seen(
     tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: with no sync of files, the observation has none."""
+    """The negative control: without file syncs, none are observed."""
     monkeypatch.setattr(checkpoint, "_sync", lambda file: None)
     save(CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max"), 1)
     assert ("fsync", "model.pt") not in calls
@@ -159,7 +159,7 @@ def test_a_step_whose_write_failed_may_be_saved_again(
         patched.setattr(checkpoint, "write", full)
         facts = Facts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=0)
         writer.save({"model": {}}, facts, lambda position: None)
-        writer.saved = (1, False)  # as the loop does
+        writer.saved = (1, False)  # as in the loop
         assert not writer.wait()
     assert writer.saved is None
     save(writer, 1)

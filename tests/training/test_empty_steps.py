@@ -19,7 +19,7 @@ from regrow.tasks.losses import CrossEntropy
 from regrow.tasks.tasks import Multiclass
 from regrow.training import optim
 
-# Two of three classes have no weight: with two examples a step, many a step has none at all.
+# Two of three classes have no weight: with two examples a step, many steps have none.
 RARE = (
     *TINY,
     *("loss=cross_entropy", "loss.class_weights=[1,0,0]", "data.batch_size=2"),
@@ -62,7 +62,7 @@ def assert_same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("on_host", [True, False])  # False: a CPU stands for a device
+@pytest.mark.parametrize("on_host", [True, False])  # False: a CPU as the device
 @pytest.mark.parametrize("slices", [1, 2])
 def test_an_empty_step_changes_nothing_and_counts(
     on_host: bool, slices: int, monkeypatch: pytest.MonkeyPatch
@@ -79,7 +79,7 @@ def test_an_empty_step_changes_nothing_and_counts(
         assert line["train/grad_norm"] == 0 and line["train/loss"] != line["train/loss"]
     assert_same(content(run), before)
     assert run.state.step == 6
-    run.step(batch(0, 0, 1, 2))  # and it learns again
+    run.step(batch(0, 0, 1, 2))  # and it still learns
     with pytest.raises(AssertionError):
         assert_same(content(run), before)
 
@@ -104,8 +104,9 @@ def test_it_may_be_the_first_step() -> None:
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: a NaN is a bad step still, and an empty one between neither ends a streak nor
-    adds to it."""
+    """The control: a NaN is still a bad step, and an empty step in between neither ends a streak
+    nor adds to it.
+    """
     if not on_host:
         monkeypatch.setattr(sums, "on_host", lambda device: False)
     run = bench()
@@ -159,11 +160,11 @@ def test_an_epoch_of_empty_steps_alone_is_warned_of(caplog: pytest.LogCaptureFix
     (line,) = epoch(batch(1, 2), batch(2, 1))
     assert line.startswith("epoch 1: every step was empty") and "loss.class_weights" in line
     assert epoch(batch(1, 2), batch(0, 1)) == []
-    assert epoch(batch(1, 2), batch(0, 1, bad=True)) == []  # a bad step is told of elsewhere
+    assert epoch(batch(1, 2), batch(0, 1, bad=True)) == []  # a bad step is reported elsewhere
 
 
 def test_slices_do_not_make_a_step_empty(tmp_path: Path) -> None:
-    """One slice of weight zero beside one with weight is a step like any other."""
+    """A micro-batch of weight zero and one with weight make a normal step."""
     one = train(tmp_path / "one", *RARE, "model.dropout=0")
     two = train(tmp_path / "two", *RARE, "model.dropout=0", "trainer.accumulation_steps=2")
     assert one["empty_steps"] == two["empty_steps"] > 0
@@ -192,14 +193,14 @@ def test_an_empty_step_leaves_the_scale(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_scale_has_a_limit_that_the_search_leads_back_from() -> None:
     scale = LossScale(CPU.device, growth_interval=1)
-    for _ in range(200):  # gradients of zero never overflow
+    for _ in range(200):  # zero gradients never overflow
         scale.update(False)
     assert scale.value == precision.MAX_SCALE
     halvings = 0
     while scale.value > precision.INITIAL:
         scale.update(True)
         halvings += 1
-    assert halvings < 16  # those that are no fault: see refuse_endless_skipping
+    assert halvings < 16  # only as many as are tolerated: see refuse_endless_skipping
     without = torch.tensor(precision.INITIAL)  # the control: doubling alone ends at inf
     assert (without * 2.0**200).isinf()
 
@@ -213,7 +214,7 @@ def test_a_recorded_scale_that_is_lost_is_repaired(
     assert scale.value == precision.INITIAL and scale.good_steps == 7
     assert "loss scale" in caplog.text
     scale.load_state_dict({"value": torch.tensor(2.0**30), "good_steps": torch.tensor(0.0)})
-    assert scale.value == 2.0**30  # of before the limit: as it was
+    assert scale.value == 2.0**30  # from before the limit: unchanged
 
 
 def test_an_empty_step_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:

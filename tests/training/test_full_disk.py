@@ -1,4 +1,4 @@
-"""A disk that is full, for a while or for good: nothing is lost but what found no room."""
+"""A disk that is full, temporarily or permanently: only what did not fit is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN = (
 
 
 class Disk:
-    """A small disk of its own, filled up and emptied as a test asks."""
+    """A small disk of its own, which a test fills and empties."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.filling = folder, folder / "filling"
@@ -63,7 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, events: dict[int, Callable[[], None]]) -> None:
-    """Let these happen just before the steps of these numbers, counted from one."""
+    """Call these just before the steps of these numbers, counted from one."""
     train_step = loop.train_step
 
     def eventful(state: Any, batch: Any, plan: Any) -> Any:
@@ -76,7 +76,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch, events: dict[int, Callable[[], 
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    """The one error that the run ends with, and how to go on."""
+    """Return the error that the run ends with, and how to resume."""
     with pytest.raises(SystemExit) as ended:
         launched(*RUN)
     assert ended.value.code == code
@@ -150,7 +150,7 @@ def test_a_start_on_a_full_disk_is_one_line(disk: Disk, capsys: pytest.CaptureFi
         "there, or choose another folder."
     )
     disk.empty()
-    assert launched(*RUN) is not None  # what little was written is in nobody's way
+    assert launched(*RUN) is not None  # the little that was written does no harm
 
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_said_and_the_run_goes_on(

@@ -1,4 +1,4 @@
-"""A run that is killed, wherever and however often, grows back into the one that was not."""
+"""A run killed anywhere, and however often, ends like the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ POINTS = (
 
 
 def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> list[dict[str, Any]]:
-    """Start a run for each job, kill it as the job says, and again until it is complete."""
+    """Start a run for each job, kill it as the job says, and restart it until it is complete."""
     jobs = [
         {"mistake": "none", **job, "folder": str(tmp_path / f"{i}")} for i, job in enumerate(jobs)
     ]
@@ -61,7 +61,7 @@ def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> lis
 
 
 def differing(answers: list[dict[str, Any]], whole: Path) -> list[dict[str, Any]]:
-    """Those that did not end as the uninterrupted run."""
+    """Return the runs that did not end like the uninterrupted run."""
     expected, weights = fingerprint(whole), weights_of(whole)
     return [
         answer
@@ -84,15 +84,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def instants(number: int, in_a_row: int, *, seed: int) -> list[list[Any]]:
-    """Several kills of a run, one after the other, at random shares of its length."""
+    """Several kills of a run, one after the other, at random fractions of its length."""
     drawn = random.Random(seed)
     return [[drawn.uniform(0.0, 1.0) for _ in range(in_a_row)] for _ in range(number)]
 
 
 def points(shares: tuple[float, ...], seed: int) -> list[list[Any]]:
-    """Deaths at every named point, before and after it, each followed by another one."""
+    """Deaths before and after every named point, each followed by another one."""
     drawn = random.Random(seed)
-    # Only a run that goes on winds its log back.
+    # Only a resumed run rewinds its log.
     begun = {"rewind": [["step", "after", 0.5]]}
     return [
         [*begun.get(point, []), [point, when, share], [drawn.choice(POINTS), "before", 0.0]]
@@ -108,7 +108,7 @@ def by_point(answer: dict[str, Any]) -> bool:
 
 
 def not_reached(answers: list[dict[str, Any]]) -> list[Any]:
-    """Named points at which nobody died, though it was their turn."""
+    """Return the named points where no child died, though it was their turn."""
     return [
         answer["kills"] for answer in answers if by_point(answer) and None in answer["killed"][:-1]
     ]
@@ -117,10 +117,10 @@ def not_reached(answers: list[dict[str, Any]]) -> list[Any]:
 def test_a_run_killed_at_random_instants_and_points_ends_the_same(
     whole: Path, tmp_path: Path
 ) -> None:
-    # The last rotation is the one that nothing comes after.
+    # No event follows the last rotation.
     last = [["rotate", "before", 1.0], ["point", "before", 1.0], ["summary", "after", 1.0]]
     kills = [*instants(3, 3, seed=0), *points((0.5,), seed=0)[::5], *([kill] for kill in last)]
-    # Mistakes that the same comparison has to catch, in the same process: it is slow to start.
+    # Mistakes that the comparison must detect, in the same process, which is slow to start.
     broken: list[dict[str, Any]] = [
         {"mistake": mistake, "kills": [["report", "after", 0.7]]}
         for mistake in ("without_rewind", "without_seeds")
@@ -139,8 +139,8 @@ def test_a_run_killed_at_random_instants_and_points_ends_the_same(
 @pytest.mark.slow
 def test_a_run_killed_hundreds_of_times_ends_the_same(whole: Path, tmp_path: Path) -> None:
     kills = [*instants(50, 4, seed=1), *points((0.0, 1.0), seed=1), *points((0.4,), seed=2)]
-    # Whatever the machine does: some before the first checkpoint, some between two, and some after
-    # the last one, when the test, the pictures and the summary are made.
+    # On any machine: some before the first checkpoint, some between two, and some after the last
+    # one, during the test, the plots and the summary.
     kills += [[share / 100] for share in range(10)]
     kills += [[[step, share / 10]] for step in (6, 12) for share in range(9)]
     answers = killed(tmp_path, [{"kills": k} for k in kills], seconds=900)
@@ -167,7 +167,7 @@ IMAGES = (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pictures of noise in two classes, dark and bright."""
+    """60 images of noise in two classes, dark and bright."""
     folder = tmp_path_factory.mktemp("images")
     noise = torch.Generator().manual_seed(0)
     for index in range(60):

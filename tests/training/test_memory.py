@@ -1,4 +1,4 @@
-"""Out of memory: the step is done again in smaller slices, and nothing shows that it was tried."""
+"""Out of memory: the step is repeated in smaller micro-batches, and failed tries leave no trace."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_no_room_for_an_update_or_an_evaluation_is_one_line(
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_step_without_room_is_done_again_in_slices_that_fit(in_backward: bool) -> None:
-    """BatchNorm and momentum show any trace that the abandoned tries would leave."""
+    """BatchNorm and momentum would show any trace of the abandoned tries."""
     cramped, lines = trained(4, in_backward=in_backward)
     roomy, expected = trained(1000, slices=4)
-    assert cramped.state.model.failures == 2  # 16, then 8; 4 fits from then on
+    assert cramped.state.model.failures == 2  # 16, then 8; from then on, 4 fits
     assert cramped.state.progress.halvings == 2
     for a, b in zip(
         cramped.state.model.state_dict().values(),
@@ -109,7 +109,7 @@ def test_a_trace_of_an_abandoned_try_is_caught(monkeypatch: pytest.MonkeyPatch) 
 def test_when_nothing_is_left_to_halve_one_line_says_what_to_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nn, "BatchNorm1d", nn.LayerNorm)  # which trains on one example too
+    monkeypatch.setattr(nn, "BatchNorm1d", nn.LayerNorm)  # which also trains on one example
     with pytest.raises(UserError, match="nothing is left to halve") as caught:
         trained(0)
     assert "trainer.precision=bf16" in str(caught.value) and "\n" not in str(caught.value)
@@ -148,7 +148,7 @@ def test_any_other_error_is_no_lack_of_memory() -> None:
 
 
 def test_the_number_of_slices_grows_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run goes on in the slices that were found, without running out again."""
+    """A resumed run keeps the number of micro-batches found, without running out again."""
     failures = []
     forward = loop.forward
 

@@ -1,4 +1,4 @@
-"""The optimizers: groups by rule, Muon beside AdamW; each shipped one learns and resumes."""
+"""The optimizers: groups by rule, Muon with AdamW; each shipped one learns and resumes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest_as_torchs_own_do() -> None:
 
 
 def with_kernels(layout: Any) -> nn.Module:
-    """Kernels of all kinds: of one channel, in groups, of one place, of several of each."""
+    """Kernels of all kinds: one channel, groups, one position, several of each."""
     torch.manual_seed(2)
     layers = nn.Conv2d(1, 3, 1), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=4)
     model = nn.Sequential(*layers, nn.Conv2d(4, 8, 2), nn.Conv2d(8, 2, 1), nn.Flatten())
@@ -166,7 +166,7 @@ def muon(model: nn.Module, **changed: Any) -> Any:
 
 
 def test_the_momentum_of_a_kernel_does_not_follow_its_layout_in_memory() -> None:
-    """It goes into checkpoints, and a run may go on in another layout."""
+    """Checkpoints hold it, and a run may be resumed with another layout."""
     momenta = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = with_kernels(layout)
@@ -235,11 +235,11 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
         optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
 
 
-# The path of devices that skip a step themselves, with the CPU's fused kernels in their place.
+# The path of devices that skip a step themselves, with the CPU's fused kernels.
 
 
 def steps_of(make: Any, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Weights after a good, a bad and a good step."""
+    """Return the weights after a good, a bad and a good step."""
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
     monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
@@ -267,7 +267,7 @@ def test_a_device_that_skips_by_itself_ends_with_the_same_weights(
         assert a.isfinite().all()
         assert a.abs().sum() > 0
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    # Without the flag, the same path lets the bad numbers in.
+    # Without the flag, the same path applies the bad numbers.
     monkeypatch.setattr(kind, "found_inf", None, raising=False)
     monkeypatch.setattr(kind, "__setattr__", _without_flag)
     broken = steps_of(make, True, monkeypatch)

@@ -1,4 +1,4 @@
-"""A model's draws follow from the seed, the step, the micro-batch and the rank: from each."""
+"""A model's draws depend on the seed, the step, the micro-batch and the rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regrow.training import loop
 
 
 class Drawing(nn.Module):
-    """Notes what it draws in each forward pass."""
+    """Records its draws in each forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SquaredError:
 
 
 def draws(*, seed: int = 0, rank: int = 0, start: int = 0, steps: int = 3) -> list[float]:
-    """What the model draws in the two micro-batches of each step."""
+    """Return the model's draws in the two micro-batches of each step."""
     model = Drawing()
     bench = Bench(model, SquaredError(), functools.partial(torch.optim.SGD, lr=0.1), slices=2)
     world = World(device=torch.device("cpu"), rank=rank)

@@ -1,4 +1,4 @@
-"""Several processes compute what one does: in steps, in evaluations, in decisions."""
+"""Several processes compute the same as one, in steps, evaluations and decisions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from regrow.checkpoint import sharded as sharded_checkpoint
 from regrow.checkpoint import writer as checkpoint
 from regrow.distributed.parallel import World
 
-SIZE = 3  # 50 examples in windows of 16: no share is like another, and some are empty
+SIZE = 3  # 50 examples in windows of 16: shares differ, and some are empty
 COUNTS = range(3 * SIZE * in_ranks.BATCH + 2)  # of examples in an evaluation
 Seen = list[dict[str, Any]]
 
-# A loss with class weights, so that the weights of a step are no mere count.
+# A loss with class weights, so that a step's weights are not just a count.
 CONFIG = (
     *TINY,
     "optimizer=sgd",
@@ -42,7 +42,7 @@ def config() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process sees."""
+    """Return the results of one process."""
     torch.set_num_threads(1)
     alone = World(device=torch.device("cpu"))
     folder = tmp_path_factory.mktemp("one")
@@ -50,7 +50,7 @@ def one(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def measured_at_once() -> dict[str, dict[str, float]]:
-    """Each metric from a single update with all examples."""
+    """Return each metric from a single update with all examples."""
     values = {}
     for kind, recipe in in_ranks.RECIPES.items():
         for count in COUNTS:
@@ -67,9 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def several(config: dict[str, Any], folder: Path) -> Seen:
-    """What each of three processes sees. They are started once, for all tests of this file."""
+    """The results of three processes, which are started once for all tests of this file."""
     torch.set_num_threads(1)
-    in_ranks.leg(CPU, config, folder, 2)  # what they go on from, in one of their checks
+    in_ranks.leg(CPU, config, folder, 2)  # one of their checks resumes from it
     return in_ranks.together(SIZE, config, folder)
 
 
@@ -148,7 +148,7 @@ def test_one_process_reads_what_several_have_sharded(several: Seen, folder: Path
 def test_the_number_of_processes_may_change_between_any_two_steps(
     one: dict[str, Any], several: Seen, folder: Path, config: dict[str, Any]
 ) -> None:
-    """Begun by one process, then three with FSDP, three with DDP, and one again."""
+    """Started by one process, then three with FSDP, three with DDP, and one again."""
     relayed = [*several[0]["relayed"], *in_ranks.leg(CPU, config, folder, 6)]
     assert len(relayed) == 4
     for (loss, norm, count), (loss_1, norm_1, count_1) in zip(
@@ -165,7 +165,7 @@ def test_each_process_sends_as_many_bytes_as_worked_out(several: Seen) -> None:
     for rank in several:
         assert rank["sent"].keys() == expected.keys()
         for name, times in expected.items():
-            # A ring's shares differ by some rows; headers, and the few numbers beside gradients.
+            # A ring's shares differ by some rows; headers, and the few numbers besides gradients.
             assert 0.97 * times < rank["sent"][name] < 1.04 * times, name
 
 
@@ -184,7 +184,7 @@ def test_damage_of_a_shard_is_found_and_named(
 def test_an_index_of_shards_cannot_run_anything(
     several: Seen, folder: Path, tmp_path: Path
 ) -> None:
-    """Its SHA-256 does not help where the whole folder is a stranger's."""
+    """Its SHA-256 does not help if the whole folder is a stranger's."""
 
     class Foreign:
         def __reduce__(self) -> Any:
@@ -195,7 +195,7 @@ def test_an_index_of_shards_cannot_run_anything(
     name, entry = next(iter(index.state_dict_metadata.items()))
     empty = {name: torch.empty(entry.size, device="meta")}
     assert name in sharded_checkpoint.read(shards, empty)
-    # A class on the stack, and what pickle's BUILD is to give it.
+    # A class on the stack, and the state for pickle's BUILD.
     rebound = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}S'ran'\nK\x01stb."
     foreign = {"no place in an index": Foreign(), "has no place": BytesStorageMetadata()}
     for says, entry in {**foreign, "is no tensor": 7, "changes no class": rebound}.items():
@@ -206,7 +206,7 @@ def test_an_index_of_shards_cannot_run_anything(
             sharded_checkpoint.read(shards, empty)
     assert not hasattr(type(index), "ran")
     assert not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(Foreign()))  # it would have
+    pickle.loads(pickle.dumps(Foreign()))  # the control: it would have
     assert (tmp_path / "ran").exists()
 
 
@@ -232,7 +232,7 @@ def test_all_are_told_what_the_main_process_knows(several: Seen) -> None:
 
 
 def test_an_evaluation_uses_the_buffers_of_the_main_process(several: Seen) -> None:
-    """BatchNorm's statistics differ between processes; the numbers of one model must not."""
+    """BatchNorm's statistics differ between processes; the results of one model must not."""
     seen = [rank["evaluated_with_own_buffers"] for rank in several]
     assert seen == [[5.0, 5.0, number + 1] for number in range(SIZE)]  # a cache may have any size
 

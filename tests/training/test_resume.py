@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: the same weights, the same numbers."""
+"""A stopped run resumes as if it had not been stopped: the same weights, the same numbers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ CASES = {
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same run, the clock aside."""
+    """Return True if two folders hold the same run, without the clock."""
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (a, b)]
     for summary in summaries:
         for name in ("seconds", "seconds_of_this_part"):
@@ -97,7 +97,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def in_parts(folder: Path, run: tuple[str, ...], stops: list[int]) -> dict[str, Any]:
-    """Stop at each of `stops`, going on in between, and then go on to the end."""
+    """Stop at each of `stops`, resuming in between, and then run to the end."""
     for stop in stops:
         summary = train(folder, *run, stop_at=stop)
         assert (summary["status"], summary["steps"]) == ("interrupted", stop)
@@ -144,7 +144,7 @@ def test_stops_twice_within_an_epoch_and_at_its_end_change_nothing(
 def test_nor_where_the_sums_stay_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU stands for it."""
+    """A CPU acts as the device."""
     monkeypatch.setattr(sums, "on_host", lambda device: False)
     train(tmp_path / "whole", *EVERYTHING)
     in_parts(tmp_path / "cut", EVERYTHING, [5, 7, 8])
@@ -171,12 +171,12 @@ def test_the_run_that_is_compared_uses_what_it_says(
     rates = [x["train/lr"] for x in lines if "train/lr" in x]
     assert len(rates) == STEPS
     assert rates[0] < rates[1]  # warm-up
-    assert rates[-1] < rates[1]  # the plateau fell
-    assert sum("val/loss" in x for x in lines) == 6  # of steps 3, 4, 6, 8, 9, 12
+    assert rates[-1] < rates[1]  # the plateau lowered it
+    assert sum("val/loss" in x for x in lines) == 6  # from steps 3, 4, 6, 8, 9, 12
 
 
 class StopAtQuestion(StopRequest):
-    """Asks to stop at the n-th time that the loop looks, wherever that is."""
+    """Requests a stop the n-th time that the loop checks, wherever that is."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class StopAtQuestion(StopRequest):
 
 
 def test_a_stop_wherever_the_loop_looks_changes_nothing(tmp_path: Path) -> None:
-    """Evaluations are several batches long here, so many of these fall into the midst of one."""
+    """Evaluations take several batches here, so many of these stops fall inside one."""
     run = (*EVERYTHING, "data.eval_batch_size=6", "trainer.max_epochs=2")
     config = config_of(*run)
     train(tmp_path / "whole", *run)
@@ -268,7 +268,7 @@ def test_a_rate_and_decay_changed_on_a_resume_take_effect(name: str, tmp_path: P
     assert rates == [0.01] * 5 + [0.002] * 7
     train(tmp_path / "rate", *run, stop_at=5)
     rate = train(tmp_path / "rate", *run, new[0])
-    assert rate["weights_sha256"] != changed["weights_sha256"]  # the decay counts too
+    assert rate["weights_sha256"] != changed["weights_sha256"]  # the decay has an effect too
 
 
 # Decisions across a resume
@@ -302,11 +302,11 @@ def test_a_forgotten_history_of_early_stopping_is_caught(
     assert train(tmp_path / "cut", *run)["steps"] > 12
 
 
-# Negative controls: what the comparison above must catch
+# Negative controls: mistakes that the comparison above must detect
 
 
 def forget(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
-    """Let a resume lose a part of the progress."""
+    """Make a resume lose a part of the progress."""
     load = TrainState.load_state_dict
 
     def forgetful(self: TrainState, parts: dict[str, dict[str, Any]]) -> None:
@@ -377,7 +377,7 @@ def test_a_resume_that_loses_something_is_caught(
     whole = whole_run("everything", tmp_path_factory)
     train(tmp_path, *EVERYTHING, stop_at=stop)
     if mistake is without_the_evaluation:
-        train(tmp_path, *EVERYTHING, stop_at=6)  # in the evaluation that step 6 asks for
+        train(tmp_path, *EVERYTHING, stop_at=6)  # in the evaluation after step 6
         config = config_of(*EVERYTHING)
         stops = StopAfterEvaluation()
         runs.train(runs.build(config, CPU), config, tmp_path, CPU, stops)
@@ -387,7 +387,7 @@ def test_a_resume_that_loses_something_is_caught(
 
 
 class StopAfterEvaluation(StopRequest):
-    """Asks to stop once an evaluation has run to its end."""
+    """Requests a stop once an evaluation has finished."""
 
     def while_waiting(self, items: Any) -> Iterator[Any]:
         yield from items
@@ -459,7 +459,7 @@ def test_a_schedule_free_run_goes_on_exactly(tmp_path: Path) -> None:
 
 
 class Noisy(Dataset[Any]):
-    """Items that draw from torch's ambient state, as transforms do."""
+    """Items that draw from torch's ambient state, like transforms."""
 
     def __init__(self, count: int, augment: bool) -> None:
         self.inputs = torch.randn(count, 6, generator=torch.Generator().manual_seed(count))

@@ -1,4 +1,4 @@
-"""torch's and timm's schedulers by `_target_`: their own rates, exact resumes, one-line errors."""
+"""torch's and timm's schedulers by `_target_`: their own values, exact resumes, clear errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def adapted(name: str, interval: str, node: dict[str, Any] | None = None, **more
 
 
 def torchs(name: str, interval: str) -> tuple[list[float], list[float]]:
-    """torch's own rates and momenta, one for each step."""
+    """Return torch's own learning rates and momenta, one per step."""
     optimizer = sgd()
     scheduler = getattr(lr_scheduler, name)(optimizer, **NODES[name])
     rates, momenta = [], []
@@ -177,7 +177,7 @@ def test_keys_of_our_own_schedules_do_not_apply() -> None:
 
 
 class TimmLike:
-    """timm's interface: a function of a count that is handed in."""
+    """timm's interface: a function of a count passed to it."""
 
     def __init__(self, optimizer: Any, t_initial: int, t_in_epochs: bool = True) -> None:
         self.optimizer, self.t_initial, self.t_in_epochs = optimizer, t_initial, t_in_epochs

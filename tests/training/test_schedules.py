@@ -1,4 +1,4 @@
-"""Each schedule against torch's own, or its formula, at every step."""
+"""Each schedule matches torch's own, or its formula, at every step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLD: dict[str, Any] = {"warmup_steps": None, "warmup_fraction": None}
 
 
 def torchs(make: Callable[[torch.optim.Optimizer], Any], *, per_epoch: bool = False) -> list[float]:
-    """torch's rates for a base rate of 1, one for each step."""
+    """Return torch's learning rates for a base of 1, one per step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = make(optimizer)
     rates = []
@@ -88,7 +88,7 @@ def test_onecycle_goes_up_to_one_and_down_in_half_cosines() -> None:
         peak_fraction=0.3, initial_factor=0.04, final_factor=4e-6, **COLD, length=LENGTH
     )
     peak = round(0.3 * TOTAL)
-    # torch counts its cycle in updates less one, and ends a step before its last update.
+    # torch counts its cycle in updates minus one, and ends a step before its last update.
     torch_like = torchs(
         lambda o: lr_scheduler.OneCycleLR(
             o,
@@ -122,7 +122,7 @@ def test_warm_up_rises_in_equal_parts_and_then_leaves_the_schedule(
         unwarmed = cold(step) if name in ("step", "exponential") else 1.0
         assert warm(step) == pytest.approx((step + 1) / 6 * unwarmed)
     assert warm(0) > 0  # no update is wasted
-    if name in ("linear", "cosine"):  # they begin their way down after the warm-up
+    if name in ("linear", "cosine"):  # they start to decay after the warm-up
         assert warm(6) == pytest.approx(1.0)
         assert warm(TOTAL) == pytest.approx(0.1)
     else:
@@ -132,7 +132,7 @@ def test_warm_up_rises_in_equal_parts_and_then_leaves_the_schedule(
 def test_every_shipped_schedule_stays_between_zero_and_one_and_is_a_function_of_the_step() -> None:
     for path in sorted((CONF / "scheduler").glob("*.yaml")):
         node = read_yaml(path)
-        if "interval" in node:  # another library's: see test_scheduler_adapter.py
+        if "interval" in node:  # third-party: see test_scheduler_adapter.py
             continue
         schedule, again = instantiate(node)(length=LENGTH), instantiate(node)(length=LENGTH)
         rates = ours(schedule)

@@ -1,4 +1,4 @@
-"""What the index of sharded tensors may hold, whichever Python wrote it."""
+"""Which objects the index of sharded tensors may hold, whichever Python wrote it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regrow.checkpoint.sharded import _IndexUnpickler
 
 
 class Attribute:
-    """Pickled as `getattr(kind, name)`, as Python 3.11.0 to 3.11.3 do with members of an enum."""
+    """Pickled as `getattr(kind, name)`, as Python 3.11.0 to 3.11.3 do with enum members."""
 
     def __init__(self, kind: Any, name: str) -> None:
         self.of = kind, name

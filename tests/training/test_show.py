@@ -1,4 +1,4 @@
-"""What a run shows while it goes, on a terminal and elsewhere."""
+"""What a run displays while it trains, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regrow.training import loop, optim, show
 
 
 class Terminal:
-    """A real one, whose output is collected; standard error is connected to it."""
+    """A real terminal, whose output is collected; standard error is connected to it."""
 
     def __init__(self) -> None:
         self.end, other = os.openpty()
@@ -35,7 +35,7 @@ class Terminal:
         try:
             while piece := os.read(self.end, 65536):
                 self.pieces.append(piece)
-        except OSError:  # as Linux tells that the other end was closed
+        except OSError:  # on Linux: the other end was closed
             pass
 
     def text(self) -> str:
@@ -47,7 +47,7 @@ class Terminal:
 
 @pytest.fixture
 def drawn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bars of a run of milliseconds, else never seen."""
+    """Draw the bars of a run of milliseconds, which would otherwise not appear."""
     monkeypatch.setattr(show, "tqdm", functools.partial(show.tqdm, mininterval=0))
 
 
@@ -74,7 +74,7 @@ def test_both_bars_show_running_means_rate_and_time_left_on_a_terminal(
 def test_seconds_of_training_are_all_but_those_of_evaluations(
     batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where an epoch is one step, and what is taken in after the sums were sent."""
+    """Also if an epoch is one step; work after the sums were sent is included."""
     now = [0.0]
 
     def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +89,7 @@ def test_seconds_of_training_are_all_but_those_of_evaluations(
     monkeypatch.setattr(optim, "update", taking(10, optim.update))
     monkeypatch.setattr(loop, "measure", taking(1000, loop.measure))
     summary = train(tmp_path, *TINY, f"data.batch_size={batch_size}")
-    # The time between the last sums and the end is the only one that is not in.
+    # Only the time between the last sums and the end is missing.
     assert summary["seconds"] == 11 * summary["steps"] - 10
 
 

@@ -1,4 +1,4 @@
-"""Signals to the real command, whatever it is at: it stops in time, saves, and grows back."""
+"""Signals to the real command at any point: it stops in time, saves, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def completed(folder: Path, *arguments: str) -> str:
-    """Train to the end in this process, which starts faster, from where the run in `folder` is."""
+    """Train the run in `folder` to its end in this process, which starts faster."""
     for mark in folder.glob("marks/*"):
         mark.unlink()
     assert train(folder / "run", *arguments)["status"] == "completed"
@@ -35,7 +35,7 @@ def completed(folder: Path, *arguments: str) -> str:
 
 
 def interrupted(process: Process, number: signal.Signals) -> None:
-    """The process ends in time as one that was stopped by this signal, its last step saved."""
+    """Check that the process ended in time after this signal, with its last step saved."""
     code, errors = process.end(DEADLINE)
     assert code == 128 + number, errors
     assert f"stopped by {number.name} at step" in errors
@@ -49,7 +49,7 @@ def interrupted(process: Process, number: signal.Signals) -> None:
 def test_a_signal_to_the_whole_group_while_waiting_for_data_changes_nothing(
     tmp_path: Path,
 ) -> None:
-    """As Ctrl-C and most schedulers send it: to the workers too, one of which sleeps."""
+    """As Ctrl-C and most schedulers send it: also to the workers, one of which sleeps."""
     process = Process(tmp_path / "cut", *RUN, SMALL, stays="train_data", seconds=60)
     process.wait_for(process.reached("train_data"))
     os.killpg(process.process.pid, signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, whole: str) -> None:
     process.wait_for(process.reached("training"))
     process.process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
-    assert process.process.poll() is None  # it would finish its step
+    assert process.process.poll() is None  # it is finishing its step
     process.process.send_signal(signal.SIGINT)
     code, _ = process.end(5.0)
     assert code == 130

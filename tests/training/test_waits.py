@@ -1,4 +1,4 @@
-"""What the tests on a GPU use to find waits, as far as it works without one."""
+"""Tests, without a GPU, of how the GPU tests find waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_mode_is_set_in_spite_of_its_warning_and_put_back(
 
     def set_mode(mode: str | int) -> None:
         modes.append(mode)
-        if not warned:  # torch does so once
+        if not warned:  # torch warns once
             warned.append(True)
             warnings.warn(
                 "Synchronization debug mode is a prototype feature and does", stacklevel=2
@@ -29,7 +29,7 @@ def test_the_mode_is_set_in_spite_of_its_warning_and_put_back(
         assert modes[-1] == "error" and warned
         raise ValueError("by the test")
     assert modes == [0, "error", 0]
-    # Control: with warnings as errors, the mode by itself ends a test, and stays on.
+    # The control: with warnings as errors, the mode alone ends a test, and stays on.
     warned.clear()
     with pytest.raises(UserWarning):
         torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""Where the host waits for a GPU, as an error."""
+"""Raise an error where the host waits for a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @contextlib.contextmanager
 def no_wait_for_the_gpu() -> Iterator[None]:
-    """Raise RuntimeError for what makes the host wait for the GPU; put torch's mode back after it.
+    """Raise RuntimeError where the host waits for the GPU. Restore torch's mode at the end.
 
-    torch warns that the mode is a prototype, once in a process and after it has set it. Where
-    warnings are errors, that would end the test and leave the mode on.
+    torch warns that the mode is a prototype, once per process and after setting it. If warnings are
+    errors, that would end the test and leave the mode on.
     """
     before = torch.cuda.get_sync_debug_mode()
     try:
