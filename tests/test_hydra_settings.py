@@ -140,7 +140,7 @@ for kind, name in (("launcher", "FakeLauncher"), ("sweeper", "FakeSweeper")):
 """
 OWN_SCRIPT = """
 import hydra
-from regrow.config import version_arguments
+from regrow.config.hydra_access import version_arguments
 
 @hydra.main(config_path={conf!r}, config_name="train", **version_arguments())
 def main(config):

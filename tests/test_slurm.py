@@ -446,7 +446,8 @@ ON_TIME = """
 import json, os, sys, time
 from pathlib import Path
 
-from regrow import slurm, worker
+from regrow.processes import slurm
+from regrow.runs import worker
 from regrow.config.job import Job
 from regrow.record.folder import read_json
 

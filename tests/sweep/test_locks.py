@@ -55,7 +55,7 @@ from pathlib import Path
 
 import optuna
 
-from regrow.sweep import trial
+from regrow.runs import trial
 
 folder = Path(sys.argv[1])
 if OPTUNAS:

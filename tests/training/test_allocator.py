@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not memory.is_glibc(), reason="of glibc alone")
 FAULTS = """
 import resource, sys
 import torch
-from regrow.training import memory
+from regrow.numerics import memory
 print(memory.keep_freed_memory() if sys.argv[1] == "kept" else None)
 for index in range(30):  # glibc needs a few to find a place for such a block
     if index == 20:

@@ -765,7 +765,7 @@ LIMITED = """
 import logging, resource, signal, sys
 from pathlib import Path
 import torch
-from regrow.training import checkpoint
+from regrow.checkpoint import writer as checkpoint
 from test_checkpoint import OPTIONS, facts
 folder = Path(sys.argv[1])
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -784,7 +784,7 @@ save(3)
 
 
 def test_a_real_limit_of_file_size_loses_one_checkpoint_and_no_more(tmp_path: Path) -> None:
-    paths = [str(Path(runs.__file__).parents[1]), *sys.path]
+    paths = [str(Path(runs.__file__).parents[2]), *sys.path]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
