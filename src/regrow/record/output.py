@@ -64,7 +64,7 @@ def whole_file(
     path: Path,
     *,
     mode: int = 0o666,
-    publish: Callable[[Path, Path], object] = Path.replace,
+    publish: Callable[[Path, Path], object] | None = None,
 ) -> Iterator[IO[bytes]]:
     """Yield a file that is renamed to `path` once it is complete and synced, or else removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -73,7 +73,7 @@ def whole_file(
             yield file
             file.flush()
             os.fsync(file.fileno())
-        publish(temporary, path)
+        (publish or Path.replace)(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
