@@ -21,6 +21,7 @@ from regrow.feeding.files import LeftOut
 from regrow.feeding.images import find_images, fit, load_image, suffixes_of, to_tensor
 from regrow.feeding.splits import Examples, Reading, Splits
 from regrow.feeding.tables import read_table
+from regrow.numerics.precision import widest
 
 # Mean and deviation of ImageNet's training images in 0 … 1, which torchvision's pretrained models
 # were trained with.
@@ -333,11 +334,6 @@ def in_units(values: Tensor, mean: list[float] | None, std: list[float] | None) 
     if mean is None or std is None:
         return wide
     return wide * wide.new_tensor(std) + wide.new_tensor(mean)
-
-
-def widest(values: Tensor) -> Tensor:
-    """Return `values` in float64, on the CPU for MPS, which does not support it."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def rounding(values: Tensor) -> float:

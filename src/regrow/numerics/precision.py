@@ -1,4 +1,4 @@
-"""Autocast, and the loss scale of fp16."""
+"""Autocast, the loss scale of fp16, and float64 where a device lacks it."""
 
 from __future__ import annotations
 
@@ -69,3 +69,11 @@ class LossScale:
             value = INITIAL
         self.value.fill_(value)
         self.good_steps.copy_(state["good_steps"])
+
+
+def widest(values: Tensor) -> Tensor:
+    """Return `values` in float64, in which probabilities of different logits do not tie.
+
+    The result is on the CPU for MPS, which has no float64.
+    """
+    return (values.cpu() if values.device.type == "mps" else values).double()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.numerics.precision import widest
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -139,11 +140,6 @@ class Metrics:
                 values |= {k: m.compute() for k, m in self._metrics.items() if k not in values}
         self._values = values
         return values
-
-
-def widest(outputs: Tensor) -> Tensor:
-    """Return `outputs` in float64, on the CPU for MPS; float32 probabilities would tie."""
-    return (outputs.cpu() if outputs.device.type == "mps" else outputs).double()
 
 
 def names_of(class_names: list[str] | None, num_classes: int) -> list[str]:

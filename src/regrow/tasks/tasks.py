@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.numerics.precision import widest
 from regrow.tasks import checks
 from regrow.tasks.losses import Loss, LossOutput, attribute, matched, per_example, weighted
 from regrow.tasks.metrics import (
@@ -22,7 +23,6 @@ from regrow.tasks.metrics import (
     multilabel_metrics,
     names_of,
     regression_metrics,
-    widest,
 )
 
 
