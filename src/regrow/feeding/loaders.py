@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -230,10 +229,6 @@ class Data:
                 *(name, reason, " and ".join(unknown)),
             )
         return found
-
-    def predict_inputs(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Same as `Preprocessing.read`, with this data's preprocessing."""
-        return self.preprocessing.read(path, batch_size)
 
     def close(self) -> None:
         """Stop the workers and free device memory."""

@@ -21,7 +21,6 @@ from regrow.errors import UserError
 
 log = logging.getLogger(__name__)
 
-INTERVALS = ("step", "epoch")
 MOMENTA = ("momentum", "betas")  # OneCycleLR and CyclicLR change these as well as the learning rate
 
 
