@@ -119,6 +119,7 @@ def test_a_run_of_another_primary_config_resumes_by_its_printed_command(place: P
     assert "it was started with --config-name mytrain" in said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_search_path_is_passed_on_to_the_second_run(place: Path) -> None:
     run(place, *SMALL, "hydra.searchpath=[D]", "model=wide", "hydra.run.dir=r")

@@ -92,6 +92,7 @@ def test_a_run_killed_as_it_ends_is_completed_by_the_same_command(
     assert_is_whole(tmp_path / "outputs", whole)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=NIGHTLY)])
 def test_a_sharded_run_killed_as_it_exports_its_weights_is_completed(

@@ -17,6 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "new_project.py"
 
 
+# Tests that use the package's name in paths, targets, programs and records.
+OF_NAMES = [
+    *("tests/test_imports.py", "tests/test_config.py", "tests/test_own_modules.py"),
+    *("tests/record/test_moved.py", "tests/record/test_damaged.py", "tests/test_monitor.py"),
+    *("tests/sweep/test_locks.py", "tests/training/test_kill.py", "tests/test_guarantees.py"),
+]
+
+
 @pytest.fixture(scope="module")
 def new_project() -> ModuleType:
     spec = importlib.util.spec_from_file_location("new_project", SCRIPT)
@@ -236,8 +244,9 @@ def test_without_git_the_same_files_are_found(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("files", [OF_NAMES, pytest.param([], marks=pytest.mark.nightly)])
 def test_the_tests_and_the_main_script_of_a_copy_work(
-    new_project: ModuleType, tmp_path: Path
+    files: list[str], new_project: ModuleType, tmp_path: Path
 ) -> None:
     copy = tmp_path / "ocean"
     new_project.make_project("Ocean Study", copy)
@@ -245,7 +254,7 @@ def test_the_tests_and_the_main_script_of_a_copy_work(
     config = run(copy, environment, "scripts/train.py", "--cfg", "job")
     assert config.returncode == 0, config.stderr
     assert "ocean_study" in config.stdout
-    chosen = ("-m", "not slow", "--one-of-each", "-p", "no:cacheprovider")
+    chosen = ("-m", "not slow", "--one-of-each", "-p", "no:cacheprovider", *files)
     tests = run(copy, environment, "-m", "pytest", *chosen)
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout

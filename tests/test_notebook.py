@@ -216,6 +216,7 @@ def value_of(folder: Path) -> tuple[Any, Any]:
     return config["model"]["hidden"], config["optimizer"]["lr"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_its_resume_and_what_reads_it_find_resolvers(project: Path) -> None:
     said(project, "scripts/train.py", *GIVEN, "hydra.run.dir=one")

@@ -133,6 +133,7 @@ def test_what_started_outside_is_the_same_run(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "outside") == fingerprint(tmp_path / "inside")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_two_agents_make_one_run_and_a_killed_one_ends_it(
@@ -282,6 +283,7 @@ def test_a_failing_process_tells_why_and_ends_all(tmp_path: Path) -> None:
     assert status["state"] == "failed" and "on cue" in status["error"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_out_of_memory_in_one_process_starts_all_again_in_smaller_slices(tmp_path: Path) -> None:
     hungry = ("model._target_=blocks.Hungry", "+model.rank=1")

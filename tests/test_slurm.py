@@ -215,6 +215,7 @@ def test_a_signal_to_the_step_stops_all_at_one_step(
     assert fingerprint(folder) == whole
 
 
+@pytest.mark.nightly
 @needs_slurm
 def test_a_job_on_one_machine_leaves_the_same_record(
     cluster: dict[str, str], whole: str, tmp_path: Path
@@ -274,6 +275,7 @@ def test_a_run_whose_time_is_up_saves_and_is_queued_again(
     assert read_json(folder / "status.json")["pids"] != before
 
 
+@pytest.mark.nightly
 @needs_slurm
 def test_a_cancelled_run_saves_and_is_not_queued_again(
     cluster: dict[str, str], whole: str, tmp_path: Path

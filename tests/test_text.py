@@ -104,6 +104,7 @@ def test_a_run_in_a_locale_of_another_encoding_resumes_in_utf_8(
     assert "resuming from step 2" in said
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
 @pytest.mark.slow
 def test_a_folder_whose_name_is_not_utf_8_holds_a_run(tmp_path: Path) -> None:

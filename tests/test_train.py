@@ -318,6 +318,7 @@ def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_next_commands_work_as_printed(tmp_path: Path) -> None:
     done = command("optimizer=adamw", "scheduler=cosine", *SMALL)

@@ -97,6 +97,7 @@ def test_a_job_is_the_run_that_it_would_be_by_itself(grid: Path, tmp_path: Path)
     assert alone(tmp_path, [*other, "seed=2"]) != row["weights_sha256"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_fresh_processes_come_to_the_same(grid: Path, tmp_path: Path) -> None:
     arguments = ("launcher.fresh_processes=true", "hydra.sweep.dir=sweep", "tags=[tried]")

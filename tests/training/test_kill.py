@@ -44,7 +44,7 @@ def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> lis
     request.write_text(
         json.dumps({"config": config_of(*RUN), "jobs": jobs, "undisturbed": undisturbed})
     )
-    source, tests = Path(runs.__file__).parents[1], Path(__file__).parents[1]
+    source, tests = Path(runs.__file__).parents[2], Path(__file__).parents[1]
     paths = os.pathsep.join([str(source), str(tests)])
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
