@@ -53,6 +53,7 @@ test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra belo
 check: setup ## check formatting, lint and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
+	@$(PY) tests/english.py
 	@$(PY) -m mypy
 
 format: setup ## format, and fix what the linter can

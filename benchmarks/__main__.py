@@ -52,7 +52,7 @@ BENCHMARKS: dict[str, Callable[[], Table | list[Table] | list[Growth]]] = {
 
 HELP = f"""python -m benchmarks [NAME …]
 {", ".join(BENCHMARKS)}
-Without a name: all of them, some 45 minutes; RESULTS.md and its pictures are then written anew.
+Without a name: all of them, some 45 minutes; RESULTS.md and its pictures are then rewritten.
 
 python -m benchmarks cifar10 [seeds=5] [KEY=VALUE …]
 CIFAR-10 to 94 %, which needs its files (data.root=…) and, without a GPU, half an hour a seed."""

@@ -1,4 +1,4 @@
-"""What every script imports first: it finds this checkout's package, and what that needs.
+"""Find this checkout's package and what it needs: every script imports this module first.
 
 For any Python, also one that is too old for the rest or has nothing installed: it is that which
 this speaks to.

@@ -256,7 +256,7 @@ def make_project(name: str, destination: Path, *, without_benchmarks: bool = Fal
     if destination.resolve().is_relative_to(ROOT):
         raise Refused(f"DEST={destination} lies inside this repository. Choose a folder outside.")
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise Refused(f"DEST={destination} exists and is no folder. Choose another.")
+        raise Refused(f"DEST={destination}: a file of this name exists. Choose another name.")
     if destination.is_dir() and any(destination.iterdir()):
         raise Refused(f"DEST={destination} is not empty. Choose another folder, or empty it.")
     destination.parent.mkdir(parents=True, exist_ok=True)

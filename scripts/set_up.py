@@ -1,8 +1,8 @@
-"""Make .venv complete: build it, mend a half-made one, or bring it up to date. Called by make.
+"""Make .venv complete: build it, repair a half-made one, or bring it up to date. Called by make.
 
 Needs nothing but the standard library of Python 3.11 or newer. A stamp, put in place last by one
 rename, says that .venv is complete and from what it was made; as long as it holds, a call costs a
-few hundredths of a second. Without a stamp everything is made anew, so a set-up may be killed at
+few hundredths of a second. Without a stamp everything is made again, so a set-up may be killed at
 any moment. Set-ups of one folder wait for each other.
 """
 
@@ -194,7 +194,7 @@ def begin() -> bool:
             why = "requirements changed" if is_new else f"installing what {other} says"
             say(f"{why}, bringing .venv up to date")
             return False
-        say("making .venv anew: another Python, or the folder was moved")
+        say("making .venv again: another Python, or the folder was moved")
         return True
     if UNFINISHED.exists():
         adopted = read(UNFINISHED).get("adopted") == "yes"
@@ -205,7 +205,7 @@ def begin() -> bool:
         # Created by hand: never emptied, only added to.
         version = "import sys; sys.exit(sys.version_info < (3, 11))"
         if not PYTHON.exists() or subprocess.run([PYTHON, "-c", version]).returncode:
-            sys.exit("set-up: .venv is no environment of Python >= 3.11; move it away, then again")
+            sys.exit("set-up: .venv has no Python >= 3.11. Move it away, then run this again.")
         say("installing into the .venv that is here")
         mark({"adopted": "yes"})
         return False
@@ -290,6 +290,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("set-up: stopped; the same command goes on")
+        sys.exit("set-up: stopped. Run the same command to continue.")
     except OSError as error:
         sys.exit(f"set-up: {error}")

@@ -40,7 +40,7 @@ BAD = {
     "+optimizer.lrr=1": "torch.optim.AdamW has no such key. Did you mean optimizer.lr?",
     "optimizer=adamww": "optimizer=adamww: there is no such option. Did you mean adamw?",
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
-    "sweep=optuna": "sweep=optuna: one run is no sweep. Add -m, or leave it out.",
+    "sweep=optuna": "sweep=optuna: sweep keys only apply to sweeps. Add -m, or remove it.",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "optimizer.foreach=true": "torch.optim.AdamW takes it. Add a plus: +optimizer.foreach=true",
     "+optimizer.params=[]": "torch.optim.AdamW has no such key. It takes lr, betas,",
@@ -231,7 +231,7 @@ NEXT = {
     "data.source.delimiter=,": "the chosen data has no such key",
     "data.source.delimiter=;": "the chosen data has no such key",
     "+model.width=3": "Write it without +",
-    "-m hydra/sweeper=optuna": "one run is no sweep",
+    "-m hydra/sweeper=optuna": "sweep keys only apply to sweeps",
     "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
 }
 OFFERS = (

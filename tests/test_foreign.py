@@ -115,7 +115,7 @@ ATTACKS: dict[str, Callable[[Path], None]] = {
                        "overrides": ["hydra.callbacks.x._target_=os.system"]}]),
     "another space": lambda folder: edit(folder, space={"lr": "{}"}),
     "no id": lambda folder: edit(folder, id=""),
-    "an id that is no text": lambda folder: edit(folder, id=["x"]),
+    "an id that is not text": lambda folder: edit(folder, id=["x"]),
     "no seal": lambda folder: edit(folder, seal=None),
 }  # fmt: skip
 

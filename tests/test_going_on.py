@@ -1,4 +1,4 @@
-"""What may differ between a run and its resume: keys that keep the maths, or named ones."""
+"""A resume may differ from its run: in keys that keep the maths, or in named ones."""
 
 from __future__ import annotations
 

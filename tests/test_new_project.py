@@ -120,7 +120,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     with pytest.raises(new_project.Refused, match="not empty"):
         new_project.make_project("Deep Fish", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(new_project.Refused, match="is no folder"):
+    with pytest.raises(new_project.Refused, match="a file of this name exists"):
         new_project.make_project("Deep Fish", tmp_path / "thesis.txt")
 
 

@@ -244,7 +244,7 @@ def test_a_job_that_waits_is_not_submitted_twice(cluster: dict[str, str], tmp_pa
     again = call(cluster, folder, *held)
     assert again.returncode == 2
     assert again.stderr == (
-        "error: run is queued already. To submit it anew, cancel that: "
+        "error: run is queued already. To submit it again, cancel that: "
         f"scancel {number}\n"
     )  # fmt: skip
     subprocess.run(["scancel", number], env=cluster, check=True)

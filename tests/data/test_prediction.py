@@ -102,10 +102,15 @@ def test_wrong_inputs_are_one_line(make_data: Make, tmp_path: Path) -> None:
         (table, "few.npy", np.zeros((3, 4)), "rows of shape [4], this run's model takes [30]"),
         (table, "rows.csv", None, "features have no names"),
         (digits, "rows.csv", None, "model takes images of shape [1, 8, 8]"),
-        (digits, "file.xyz", None, "is no image, folder of images, .npy or .csv"),
+        (
+            digits,
+            "file.xyz",
+            None,
+            "not a known kind. Use an image, a folder of images, .npy or .csv",
+        ),
         (digits, "folder", None, "holds no images"),
         (digits, "broken.png", None, "broken.png is not a readable image"),
-        (digits, "broken.npy", None, "is no readable array"),
+        (digits, "broken.npy", None, "is not a readable array"),
         (digits, "nowhere.png", None, "does not exist"),
     ]
     (tmp_path / "folder").mkdir()
@@ -120,5 +125,5 @@ def test_wrong_inputs_are_one_line(make_data: Make, tmp_path: Path) -> None:
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert name in str(caught.value)
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="no readable array"):
+    with pytest.raises(UserError, match="not a readable array"):
         read(digits, tmp_path / "pickled.npy")

@@ -178,7 +178,7 @@ def test_a_pickle_in_an_array_is_not_opened(
     monkeypatch.setenv("EVIL", str(tmp_path / "executed"))
     np.save(tmp_path / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
     arguments = [f"run={digits}", f"input={tmp_path / 'evil.npy'}", f"output={tmp_path / 'o.csv'}"]
-    with one_line_and_exit_code_2(capsys, "no readable array"):
+    with one_line_and_exit_code_2(capsys, "not a readable array"):
         main(arguments)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "o.csv").exists()
     np.load(tmp_path / "evil.npy", allow_pickle=True)  # the negative control: it does execute
@@ -208,7 +208,10 @@ def test_a_value_that_is_nan_is_shown(diabetes: Path, tmp_path: Path) -> None:
         (["run=DIGITS", "input=nowhere.png"], "input=nowhere.png does not exist."),
         (["run=DIGITS", "input=DIGITS", "output=."], "output=. is a folder. Name a file"),
         (["run=DIGITS", "input=DIGITS", "output=/no/such/x.csv"], "there is no folder /no/such"),
-        (["run=DIGITS", "input=DIGITS/config.yaml"], "is no image, folder of images, .npy or .csv"),
+        (
+            ["run=DIGITS", "input=DIGITS/config.yaml"],
+            "not a known kind. Use an image, a folder of images, .npy or",
+        ),
         (["run=DIGITS", "input=DIGITS", "batch_size=0"], "must be an integer of at least 1"),
         (["run=DIGITS", "input=DIGITS", "overwrite=1"], "overwrite=1 must be true or false"),
         (["run=DIGITS", "input=DIGITS", "data.root=x"], "data.root: there is no such key."),

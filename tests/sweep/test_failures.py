@@ -1,4 +1,4 @@
-"""What a sweep does when a job fails, and when it is stopped or killed."""
+"""A sweep whose job fails, or which is stopped or killed."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_failures_stay_where_they_are(tmp_path: Path) -> None:
     again = sweep(tmp_path, *named, **path)
     assert again.returncode == 1 and "started" not in again.stdout
     (tmp_path / "bomb.py").write_text(BOMB.replace("self.training and", "False and"))
-    mended = sweep(tmp_path, *named, "sweep.retry_failed=true", **path)
-    assert mended.returncode == 0, mended.stderr
+    fixed = sweep(tmp_path, *named, "sweep.retry_failed=true", **path)
+    assert fixed.returncode == 0, fixed.stderr
     assert {row["status"] for row in table(tmp_path / "sweep")} == {"completed"}
 
 
@@ -132,12 +132,12 @@ def test_jobs_whose_code_cannot_be_imported_fail_each_by_itself(tmp_path: Path) 
     copy = tmp_path / "copy"
     for part in ("src", "conf", "scripts"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "src" / "regrow" / "models" / "mlp.py").write_text("raise RuntimeError('half mended')")
+    (copy / "src" / "regrow" / "models" / "mlp.py").write_text("raise RuntimeError('half fixed')")
     done = sweep(tmp_path, *SMALL, "seed=0,1", "hydra.sweep.dir=sweep", root=copy)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     rows = table(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["failed", "failed"]
-    assert all("half mended" in row["reason"] for row in rows)
+    assert all("half fixed" in row["reason"] for row in rows)
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ lock = Lock(sweep).acquire()
 code, identity = frozen.freeze(sweep)
 for edited in ("src/regrow/config/check.py", "scripts/train.py"):
     assert (root / edited).is_file()
-    (root / edited).write_text("this is no Python")
+    (root / edited).write_text("this is not Python")
 config = root / "conf" / "optimizer" / "adamw.yaml"
 config.write_text(config.read_text().replace("lr:", "lr: 0.5 #"))
 frozen.become(code, identity, lock, ["--cfg", "job", "--package", "optimizer"], warm=False)

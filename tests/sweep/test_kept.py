@@ -1,4 +1,4 @@
-"""What a sweep's folder keeps, and which settings must not be mixed in it."""
+"""A sweep's folder: what it keeps, and which settings must not be mixed in it."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     assert untouched.returncode == 0, untouched.stderr
     with under_way(tmp_path / "edited", *arguments, "hydra.sweep.dir=sweep", root=root) as process:
         until((tmp_path / "edited" / "sweep" / "0" / "metrics.jsonl").exists)
-        module.write_text("this is no Python")
+        module.write_text("this is not Python")
         config = root / "conf" / "optimizer" / "adamw.yaml"
         config.write_text(config.read_text().replace("lr:", "lr: 0.5 #"))
         said, _ = process.communicate(timeout=300)

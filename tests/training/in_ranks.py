@@ -341,7 +341,7 @@ def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> An
 
 
 def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
-    """Whether to stop, and the seconds, after a step in which only one process got a signal.
+    """Return whether to stop, and the seconds, after a step in which only one process got a signal.
 
     The last process's clock is a hundred seconds ahead of the others'.
     """

@@ -1,4 +1,4 @@
-"""The same promises on a GPU. Without one, all tests here are skipped."""
+"""Promises that hold on a GPU too. Without one, all tests here are skipped."""
 
 from __future__ import annotations
 

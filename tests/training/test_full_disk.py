@@ -167,11 +167,11 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_said_and_the_run_goes_on(
         (run / "checkpoints").rename(run / "aside")
         (run / "checkpoints").write_text("no folder")
 
-    def mend() -> None:
+    def repair() -> None:
         (run / "checkpoints").unlink()
         (run / "aside").rename(run / "checkpoints")
 
-    before_step(monkeypatch, {6: spoil, 8: mend})
+    before_step(monkeypatch, {6: spoil, 8: repair})
     assert launched(*RUN) is not None
     assert "checkpoint not saved: [Errno 20] Not a directory" in capsys.readouterr().err
     assert fingerprint(run) == whole

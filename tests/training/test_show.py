@@ -1,4 +1,4 @@
-"""What a run displays while it trains, on a terminal and elsewhere."""
+"""The output of a run while it trains, on a terminal and elsewhere."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class _Reader(FileSystemReader):
             metadata: Metadata = _IndexUnpickler(file).load()
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):  # would be unpickled
-                raise pickle.UnpicklingError(f"{name} is no tensor")
+                raise pickle.UnpicklingError(f"{name} is not a tensor")
         for stored in metadata.storage_data.values():
             if Path(stored.relative_path).name != stored.relative_path:
                 raise pickle.UnpicklingError(f"{stored.relative_path} is another folder's")

@@ -163,7 +163,7 @@ class CheckpointWriter:
         if self._failure is None:
             return True
         log.warning(
-            "checkpoint not saved: %s. The run goes on; the checkpoints before it are untouched.",
+            "checkpoint not saved: %s. The run continues; earlier checkpoints are untouched.",
             str(self._failure) or type(self._failure).__name__,
         )
         self._failure = self.saved = None  # so that this step can be saved again
@@ -356,8 +356,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST} does not match its own SHA-256")
     if content["format"] > FORMAT:
         raise UserError(
-            f"{path} has format {content['format']}, and this code reads up to {FORMAT}. Go on "
-            "with the version that wrote it."
+            f"{path} has format {content['format']}, and this code reads up to {FORMAT}. Use "
+            "the version that wrote it."
         )
     return content
 
@@ -493,7 +493,7 @@ def load_newest(
     if reasons:
         raise UserError(
             f"{folder}: every checkpoint is damaged ({'; '.join(reasons)}). All stay as they are. "
-            "Restore one from a copy, or start anew in another folder."
+            "Restore one from a copy, or start a new run in another folder."
         )
     return None
 

@@ -1,1 +1,1 @@
-"""What a user starts: Hydra's entry point, the arguments of scripts, the start of a process."""
+"""The user's entry points: Hydra's, the arguments of scripts, the start of a process."""

@@ -22,7 +22,7 @@ from regrow.record.redact import redact
 
 @dataclass(frozen=True)
 class Job:
-    """What to run and where, as JSON data: `Job(**json.loads(job.to_json())) == job`."""
+    """A run's config and place, as JSON data: `Job(**json.loads(job.to_json())) == job`."""
 
     config: dict[str, Any]  # resolved
     folder: str | None  # the run's own; None: a new one under outputs/<name>

@@ -1,4 +1,4 @@
-"""Whether this process runs `scripts/train.py`."""
+"""Tell whether this process runs `scripts/train.py`."""
 
 from __future__ import annotations
 

@@ -230,7 +230,9 @@ def _find_or_download(kind: str, name: str, root: str, train: bool, download: bo
 
 def _broken(kind: str, root: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"{kind} under data.root={root} is broken: {reason}. Delete it there to get it anew."
+    return (
+        f"{kind} under data.root={root} is broken: {reason}. Delete it there to download it again."
+    )
 
 
 @contextlib.contextmanager

@@ -267,7 +267,8 @@ def image_folder(
     channels, *size = input_shape
     if channels not in (1, 3) or len(size) != 2:
         raise UserError(
-            f"data.input_shape={input_shape} is no image. Use [3, height, width] or [1, …]."
+            f"data.input_shape={input_shape}: not an image's shape. Use [3, height, width] or "
+            "[1, height, width]."
         )
     if resize < max(size):
         raise UserError(
@@ -278,7 +279,7 @@ def image_folder(
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
     folder = Path(root)
     if not is_folder(folder):
-        raise UserError(f"data.root={root} is no folder. Set it to the folder of images.")
+        raise UserError(f"data.root={root}: not a folder. Set it to the folder of images.")
     reading = Reading(extensions, tuple(leave_out), exif_orientation)
     left_out = LeftOut(folder)
     suffixes_of(extensions)  # check before reading any folder

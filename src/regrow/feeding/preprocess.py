@@ -128,7 +128,9 @@ class Preprocessing:
                 part = rows[start : start + batch_size]
                 yield [str(start + row) for row in range(len(part))], part
         else:
-            raise UserError(f"input={path} is no image, folder of images, .npy or .csv.")
+            raise UserError(
+                f"input={path}: not a known kind. Use an image, a folder of images, .npy or .csv."
+            )
 
     def _must_be(self, kind: str, path: Path) -> None:
         if self.kind != kind:
@@ -165,7 +167,7 @@ class Preprocessing:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path} is no readable array: {reason}.") from None
+            raise DataError(f"{path} is not a readable array: {reason}.") from None
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
             raise DataError(f"{path} holds no plain numbers. Save one numeric array with np.save.")
         shape = tuple(self.input_shape)

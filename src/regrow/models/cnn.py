@@ -74,7 +74,7 @@ def image_shape(input_shape: list[int], smallest: int) -> tuple[int, int, int]:
     """Return (C, H, W). Raises UserError unless the data are images of at least that size."""
     if len(input_shape) != 3:
         raise UserError(
-            f"data.input_shape={list(input_shape)} is no image, and this model needs (C, H, W). "
+            f"data.input_shape={list(input_shape)}: this model needs images, (C, H, W). "
             "Use model=mlp."
         )
     channels, height, width = input_shape

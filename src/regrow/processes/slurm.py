@@ -109,7 +109,7 @@ def submit(job: Job, options: SlurmOptions) -> str:
     folder = Path(job.folder).resolve()
     if (waiting := queued(folder)) is not None:
         raise UserError(
-            f"{job.folder} is queued already. To submit it anew, cancel that: scancel {waiting}"
+            f"{job.folder} is queued already. To submit it again, cancel that: scancel {waiting}"
         )
     with submitting(folder / "slurm", options, job.config["name"]) as executor:
         return str(executor.submit(Task(write_job(job))).job_id)
@@ -212,7 +212,7 @@ def waiting_or_running(numbers: Sequence[str]) -> set[str]:
 
 
 class Task:
-    """What srun starts: one rank of the run, or all of them if it is the only task."""
+    """A task of srun: one rank of the run, or all of them if it is the only task."""
 
     def __init__(self, job: Path, sweep: tuple[Path, int] | None = None) -> None:
         self.job = job

@@ -80,7 +80,7 @@ def link_latest(folder: Path, runs: Path) -> None:
         return
     link = runs / "latest"
     if link.exists() and not link.is_symlink():
-        log.warning("%s is no link, left as it is", link)
+        log.warning("%s is not a link, left as it is", link)
         return
     if link.is_symlink() and len(link.readlink().parts) != 1:
         log.warning("%s names another place, left as it is", link)  # not written by a run

@@ -394,7 +394,7 @@ def wandb_mode(mode: str) -> Literal["online", "offline", "disabled"]:
             return "offline"
         case "disabled":
             return "disabled"
-    raise UserError(f"{key}={value} is no mode. Use online, offline or disabled.")
+    raise UserError(f"{key}={value}: not a mode. Use online, offline or disabled.")
 
 
 @contextmanager

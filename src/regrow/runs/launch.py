@@ -59,7 +59,7 @@ def _launch(cfg: DictConfig) -> float | None:
     check(cfg, hydra.runtime.choices)
     for override in typed_overrides(hydra.overrides.task):
         if resume.key_of(override).split(".")[0] == "sweep":
-            raise UserError(f"{override}: one run is no sweep. Add -m, or leave it out.")
+            raise UserError(f"{override}: sweep keys only apply to sweeps. Add -m, or remove it.")
     for override in typed_overrides(hydra.overrides.hydra):
         if resume.key_of(override).startswith("hydra.sweep."):
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")

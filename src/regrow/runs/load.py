@@ -254,7 +254,7 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
     if not (folder / "config.yaml").is_file():
         what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
         raise UserError(
-            f"run={given} is no run's folder: {what}. Give the folder that a run printed at its "
+            f"run={given}: not a run's folder ({what}). Give the folder that a run printed at its "
             "start, such as outputs/digits/latest."
         )
     config = recorded_config(folder, f"run={given}")

@@ -115,8 +115,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:
         raise UserError(
-            f"trainer.accumulation_steps={slices}: this loss is no sum over examples, so the batch "
-            "cannot be cut into slices. Use trainer.accumulation_steps=1."
+            f"trainer.accumulation_steps={slices}: this loss is not a sum over examples, so the "
+            "batch cannot be cut into slices. Use trainer.accumulation_steps=1."
         )
 
     averaged = average_of(model) if options.ema_decay is not None else None

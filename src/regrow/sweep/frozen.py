@@ -160,7 +160,7 @@ def adopt(folder: Path) -> str:
     """
     if not any((folder / state.CODE / "src").rglob(SEALS)):
         print(
-            f"warning: {os.path.relpath(folder)} goes on with code that is older than the list of "
+            f"warning: {os.path.relpath(folder)} resumes with code that is older than the list of "
             "your folders. To resume it another time will need trust=… again.",
             file=sys.stderr,
         )
