@@ -11,8 +11,8 @@ from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
 from regrow.distributed.parallel import World
 from regrow.randomness import Draws, states_kept
-from regrow.training import loop
-from regrow.training.show import evaluation_bar
+from regrow.training import evaluate
+from regrow.training.progress import evaluation_bar
 
 IMAGES = ("data=synthetic", "data.source.num_val=1024", "data.eval_batch_size=256")
 
@@ -34,7 +34,7 @@ def table(what: str, *overrides: str) -> Table:
     def ours() -> None:
         bar, draws = evaluation_bar("val", val, False), Draws(0, "val", 0, 0)
         with states_kept():  # as loop.evaluate does
-            loop.measure(model, task, val, world, "fp32", bar, draws)
+            evaluate.measure(model, task, val, world, "fp32", bar, draws)
 
     @torch.no_grad()
     def bare() -> None:

@@ -18,6 +18,7 @@ from regrow.config.targets import allow
 from regrow.errors import UserError
 from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
+from regrow.numerics.calls import call
 from regrow.numerics.sums import gradient_norm
 from regrow.record.folder import read_json
 from regrow.runs import train as runs
@@ -25,7 +26,6 @@ from regrow.runs import weights
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
 from regrow.training import model_checks
-from regrow.training.loop import call
 from regrow.training.state import weights_sha256
 
 OPTIONS = (

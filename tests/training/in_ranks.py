@@ -31,7 +31,7 @@ from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.runs import train as runs
 from regrow.tasks.metrics import Metrics as Measured
 from regrow.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
-from regrow.training import loop
+from regrow.training import loop, step
 from regrow.training.state import weights_sha256
 
 Config = dict[str, Any]
@@ -107,12 +107,12 @@ def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str,
     def mean(losses: Tensor, state: Any, batch: Any, plan: Any) -> None:
         torch.autograd.backward(losses.sum() / max(1, batch.num_local) / world.size)
 
-    backward = loop.backward
-    loop.backward = mean
+    backward = step.backward
+    step.backward = mean
     try:
         return trained(world, config, folder)
     finally:
-        loop.backward = backward
+        step.backward = backward
 
 
 def sharded(world: World) -> World:

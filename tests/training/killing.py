@@ -28,7 +28,7 @@ from regrow.checkpoint import writer as checkpoint
 from regrow.distributed.parallel import World
 from regrow.record import loggers
 from regrow.runs import train as runs
-from regrow.training import loop
+from regrow.training import loop, step
 
 DONE, FAILED = 0, 3
 
@@ -174,7 +174,7 @@ def without_rewind() -> None:
 
 
 def without_seeds() -> None:
-    loop.seed_step = lambda value: None  # type: ignore[assignment]
+    step.seed_step = lambda value: None  # type: ignore[assignment]
 
 
 MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_seeds": without_seeds}

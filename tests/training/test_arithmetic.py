@@ -21,7 +21,7 @@ from regrow.numerics.precision import LossScale
 from regrow.tasks import losses
 from regrow.tasks.custom import mse_plus_mae
 from regrow.tasks.tasks import Binary, Multiclass, Multilabel, Regression
-from regrow.training import loop, optim
+from regrow.training import loop, optim, step
 
 CLASSES = 5
 WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.25]  # exact in float32, so that float64 shows its digits
@@ -333,15 +333,15 @@ def test_a_log_of_the_last_slice_alone_is_caught(monkeypatch: pytest.MonkeyPatch
     batch = windows_of(kind)[0]
     model = model_of(outputs)
     loss = reference(model(batch.inputs), batch.targets).item()
-    forward = loop.forward
+    forward = step.forward
     calls: list[int] = []
 
-    def only_the_last(*arguments: Any) -> tuple[torch.Tensor, loop.Slice]:
+    def only_the_last(*arguments: Any) -> tuple[torch.Tensor, step.Slice]:
         calls.append(1)
         losses, part = forward(*arguments)
         return losses, part._replace(sums=[value * (len(calls) == 4) for value in part.sums])
 
-    monkeypatch.setattr(loop, "forward", only_the_last)
+    monkeypatch.setattr(step, "forward", only_the_last)
     line = Bench(model, task, SGD, slices=4).step(batch)
     assert line["train/loss"] != pytest.approx(loss, rel=1e-3)
 
@@ -545,6 +545,6 @@ def test_dropout_that_draws_from_the_ambient_state_is_caught(
     run = (*TINY, "model.dropout=0.3")
     found = weights_by_evaluations(tmp_path / "seeded", *run)
     assert found["every"] == found["never"]
-    monkeypatch.setattr(loop, "seed_step", lambda value: None)
+    monkeypatch.setattr(step, "seed_step", lambda value: None)
     found = weights_by_evaluations(tmp_path / "unseeded", *run)
     assert found["every"] != found["never"]

@@ -17,7 +17,7 @@ from regrow.config.yaml_files import read_yaml
 from regrow.processes.interrupt import Interrupted
 from regrow.project import CONF
 from regrow.record.folder import read_json
-from regrow.training import loop
+from regrow.training import evaluate, step
 
 MLP = read_yaml(CONF / "model" / "mlp.yaml")
 RUN = (
@@ -26,7 +26,7 @@ RUN = (
     *(f"~model.{key}" for key in MLP if key not in ("_target_", "input_shape", "num_outputs")),
     *("task.per_class=false", "task.auroc=false", "trainer.max_epochs=2"),
 )
-evaluate = script("evaluate").main
+evaluate_script = script("evaluate").main
 
 
 def in_parts(folder: Path, *stops: int) -> None:
@@ -51,7 +51,7 @@ def test_a_model_that_draws_trains_the_same_after_a_resume(tmp_path: Path) -> No
 
 def test_a_seed_of_torch_alone_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = lambda value: torch.default_generator.manual_seed(value)  # noqa: E731
-    monkeypatch.setattr(loop, "seed_step", seed)
+    monkeypatch.setattr(step, "seed_step", seed)
     train(tmp_path / "whole", *RUN)
     in_parts(tmp_path / "parts", 3)
     assert fingerprint(tmp_path / "parts") != fingerprint(tmp_path / "whole")
@@ -88,7 +88,7 @@ def test_a_script_measures_what_the_run_did_with_a_model_that_draws(
     for split in ("test", "val"):
         for _ in range(2):
             ambient(int(torch.randint(1000, ()).item()))
-            evaluate(
+            evaluate_script(
                 [
                     f"run={run}",
                     f"split={split}",
@@ -100,7 +100,7 @@ def test_a_script_measures_what_the_run_did_with_a_model_that_draws(
             assert measured["draws"] is True
             assert measured["values"] == told[split]
     assert "may differ" not in capsys.readouterr().out
-    evaluate(
+    evaluate_script(
         [
             f"run={run}",
             "data.eval_batch_size=5",
@@ -119,7 +119,7 @@ def test_evaluations_that_are_not_seeded_are_caught(
     run = finished(tmp_path / "run", *RUN)
     monkeypatch.setattr(randomness.Draws, "begin", lambda self, number: None)
     ambient(1)
-    evaluate([f"run={run}", f"output={tmp_path / 'out.json'}", "overwrite=true"])
+    evaluate_script([f"run={run}", f"output={tmp_path / 'out.json'}", "overwrite=true"])
     assert read_json(tmp_path / "out.json")["values"] != read_json(run / "summary.json")["test"]
 
 
@@ -128,7 +128,7 @@ def test_of_a_model_that_does_not_draw_nothing_is_said(
 ) -> None:
     run = finished(tmp_path / "run", *TINY)
     output = f"output={tmp_path / 'out.json'}"
-    evaluate([f"run={run}", "data.eval_batch_size=5", output])
+    evaluate_script([f"run={run}", "data.eval_batch_size=5", output])
     assert read_json(tmp_path / "out.json")["draws"] is False
     assert "may differ" not in capsys.readouterr().out
 
@@ -137,7 +137,7 @@ def test_a_stop_within_an_evaluation_changes_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tmp_path / "whole", *RUN)
-    measure, stops = loop.measure, [True]
+    measure, stops = evaluate.measure, [True]
 
     def interrupted(model: Any, task: Any, batches: Any, *rest: Any) -> Any:
         if stops.pop():
@@ -153,7 +153,7 @@ def test_a_stop_within_an_evaluation_changes_no_number(
         stops.append(False)
         return measure(model, task, batches, *rest)
 
-    monkeypatch.setattr(loop, "measure", interrupted)
+    monkeypatch.setattr(evaluate, "measure", interrupted)
     train(tmp_path / "parts", *RUN)
     assert not (tmp_path / "parts" / "summary.json").exists()
     train(tmp_path / "parts", *RUN)

@@ -12,11 +12,12 @@ from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, metrics_
 from torch import Tensor, nn
 
 from regrow.errors import UserError
+from regrow.numerics import calls
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
 from regrow.tasks import losses
 from regrow.tasks.tasks import Multiclass
-from regrow.training import loop
+from regrow.training import evaluate, step
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -73,7 +74,7 @@ def test_no_room_for_an_update_or_an_evaluation_is_one_line(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop, "measure", full)
+    monkeypatch.setattr(evaluate, "measure", full)
     with pytest.raises(UserError, match=r"an evaluation ran out .* data\.eval_batch_size"):
         train(tmp_path / "evaluation", *TINY)
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
@@ -143,14 +144,14 @@ def checked(*overrides: str) -> None:
 
 
 def test_any_other_error_is_no_lack_of_memory() -> None:
-    assert not loop.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert loop.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough"))
+    assert not calls.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert calls.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough"))
 
 
 def test_the_number_of_slices_grows_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run keeps the number of micro-batches found, without running out again."""
     failures = []
-    forward = loop.forward
+    forward = step.forward
 
     def crowded(batch: Any, plan: Any) -> Any:
         if batch.num_local > 8:
@@ -158,7 +159,7 @@ def test_the_number_of_slices_grows_back(tmp_path: Path, monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(batch, plan)
 
-    monkeypatch.setattr(loop, "forward", crowded)
+    monkeypatch.setattr(step, "forward", crowded)
     train(tmp_path / "whole", *TINY)
     assert failures == [16]
     train(tmp_path / "cut", *TINY, stop_at=5)
@@ -174,7 +175,7 @@ def test_a_run_without_room_for_one_example_ends_in_one_line(
     def crowded(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(loop, "forward", crowded)
+    monkeypatch.setattr(step, "forward", crowded)
     config = config_of(*TINY)
     with pytest.raises(UserError, match="out of memory"):
         runs.train(runs.build(config, CPU), config, tmp_path, CPU, StopRequest())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.distributed.parallel import World
 from regrow.feeding.feeds import _Seeded
 from regrow.tasks.losses import LossOutput
-from regrow.training import loop
+from regrow.training import step
 
 
 class Drawing(nn.Module):
@@ -50,7 +50,7 @@ def draws(*, seed: int = 0, rank: int = 0, start: int = 0, steps: int = 3) -> li
     plan: Any = dataclasses.replace(bench.plan, seed=seed, world=world)
     bench.state.progress.step = start
     for _ in range(steps):
-        loop.gradients(bench.state, batch_of(torch.ones(4, 2), torch.ones(4)), plan)
+        step.gradients(bench.state, batch_of(torch.ones(4, 2), torch.ones(4)), plan)
         bench.state.progress.step += 1
     return model.drawn
 

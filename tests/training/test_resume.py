@@ -22,7 +22,7 @@ from regrow.numerics import sums
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
-from regrow.training import loop
+from regrow.training import step
 from regrow.training.schedules import Plateau
 from regrow.training.state import TrainState
 
@@ -316,7 +316,7 @@ def forget(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
 
 
 def not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "seed_step", lambda value: None)
+    monkeypatch.setattr(step, "seed_step", lambda value: None)
 
 
 def without_sums(monkeypatch: pytest.MonkeyPatch) -> None:

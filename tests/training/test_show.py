@@ -17,7 +17,8 @@ import pytest
 from running import TINY, metrics_of, train
 
 from regrow.distributed import parallel
-from regrow.training import loop, optim, show
+from regrow.training import evaluate, optim, step
+from regrow.training import progress as show
 
 
 class Terminal:
@@ -85,9 +86,9 @@ def test_seconds_of_training_are_all_but_those_of_evaluations(
         return timed
 
     monkeypatch.setattr(parallel, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(loop, "forward", taking(1, loop.forward))
+    monkeypatch.setattr(step, "forward", taking(1, step.forward))
     monkeypatch.setattr(optim, "update", taking(10, optim.update))
-    monkeypatch.setattr(loop, "measure", taking(1000, loop.measure))
+    monkeypatch.setattr(evaluate, "measure", taking(1000, evaluate.measure))
     summary = train(tmp_path, *TINY, f"data.batch_size={batch_size}")
     # Only the time between the last sums and the end is missing.
     assert summary["seconds"] == 11 * summary["steps"] - 10

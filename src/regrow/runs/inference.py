@@ -12,12 +12,13 @@ from torch import Tensor
 from regrow.config.recorded import recorded_config
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
+from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.randomness import Draws, states_kept
 from regrow.record.folder import load_status
 from regrow.runs.load import LoadedRun
-from regrow.training.loop import call, measure
-from regrow.training.show import evaluation_bar
+from regrow.training.evaluate import measure
+from regrow.training.progress import evaluation_bar
 
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:

@@ -48,10 +48,11 @@ from regrow.record import folder as records
 from regrow.record import loggers, manifest, monitor, report
 from regrow.record.output import whole_file
 from regrow.training import loop, model_checks, optim, scheduler_adapter
+from regrow.training.evaluate import measure
 from regrow.training.options import TrainerOptions
 from regrow.training.plan import Plan
+from regrow.training.progress import evaluation_bar
 from regrow.training.schedules import RunLength, Schedule, Stateful
-from regrow.training.show import evaluation_bar
 from regrow.training.state import TrainState, average_of, weights_sha256
 
 log = logging.getLogger(__name__)
@@ -236,11 +237,11 @@ def check_first_batch(objects: Objects, world: World) -> None:
     model, options = objects.state.model, objects.options
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.val)
-    loop.check_first_batch(model, objects.task, first, options.precision)
+    model_checks.check_first_batch(model, objects.task, first, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
     if smallest // (options.accumulation_steps * world.size) <= 1:
-        loop.check_one_example(model, first, options.precision)
+        model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
     with states_kept():
         model_checks.check_forward(
@@ -512,7 +513,7 @@ def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str
     waited = stopping_together(batches, len(batches), plan.stop, plan.world)
     bar = evaluation_bar("test", batches, options.progress_bar and plan.world.is_main)
     draws = Draws(plan.seed, "test", step, plan.world.rank)
-    measured, details = loop.measure(
+    measured, details = measure(
         state.evaluated, plan.task, waited, plan.world, options.precision, bar, draws
     )
     sharding.free(state.evaluated)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from regrow.errors import UserError
 from regrow.numerics.sums import read
 from regrow.protocols import Batch
-from regrow.training.loop import train_step
 from regrow.training.plan import Plan
 from regrow.training.state import TrainState
+from regrow.training.step import train_step
 
 MEMORY = 0.9  # decay of the running mean that detects divergence
 WIDTH = 0.03  # width of the smoothing bell, as a share of the steps

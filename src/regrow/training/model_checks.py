@@ -13,10 +13,41 @@ from torch.nn.parameter import is_lazy
 
 from regrow.errors import UserError
 from regrow.numerics.buffers import Buffers, caches
+from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
-from regrow.protocols import Batch
+from regrow.protocols import Batch, Task
 from regrow.randomness import states_kept
-from regrow.training.loop import call
+
+
+def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
+    """Run one batch through model and loss in evaluation mode, to fail before training starts."""
+    buffers = Buffers(model)  # some models count calls in evaluation mode too
+    model.eval()
+    with autocast(batch.targets.device, precision):
+        outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
+        task.check(outputs, batch.targets)
+        task.loss(outputs, batch.targets, batch.weights)
+    buffers.restore(True)
+    model.train()
+
+
+@torch.no_grad()
+def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
+    """Raise UserError if the model cannot train on a micro-batch of one example."""
+    buffers = Buffers(model)
+    batch = batch.split(max(1, batch.num_local))[0]
+    try:
+        with autocast(batch.targets.device, precision):
+            call(model.train(), batch.inputs)
+    except ValueError as error:  # BatchNorm cannot compute a variance
+        raise UserError(
+            "the smallest slice of a step is one example, and this model cannot train on one: "
+            f"{str(error).splitlines()[0]}. Use data.drop_last=true, another data.batch_size, "
+            "fewer trainer.accumulation_steps or a model without BatchNorm."
+        ) from None
+    finally:
+        buffers.restore(True)
+
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -1,0 +1,101 @@
+"""Exact loss and metrics over a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.distributed import sharding
+from regrow.distributed.parallel import World, stopping_together
+from regrow.numerics.calls import call, say_if_out_of_memory
+from regrow.numerics.precision import autocast
+from regrow.numerics.sums import (
+    COUNTED,
+    EXAMPLES,
+    LOSS,
+    SCORE,
+    WEIGHT,
+    ratio,
+    sum_dtype,
+)
+from regrow.protocols import Batch, EvalBatches, Task
+from regrow.randomness import Draws, states_kept
+from regrow.training import optim
+from regrow.training.plan import Plan
+from regrow.training.progress import (
+    advance,
+    evaluation_bar,
+)
+from regrow.training.state import TrainState
+from regrow.training.step import at_least_float32
+
+
+def evaluate(
+    state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return `measure`'s values for the evaluated weights, under `name/…`, and its details.
+
+    Leaves the training state unchanged. Raises Interrupted if a stop is requested meanwhile.
+    """
+    draws = Draws(plan.seed, name, state.step, plan.world.rank)
+    with optim.evaluating(state.optimizer, state.model), states_kept():
+        plan.world.copy_buffers(state.evaluated)
+        waited = stopping_together(batches, len(batches), plan.stop, plan.world)
+        bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
+        precision = plan.options.precision
+        try:
+            values, details = measure(
+                state.evaluated, plan.task, waited, plan.world, precision, bar, draws
+            )
+        except RuntimeError as error:
+            say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
+            raise
+        sharding.free(state.evaluated)
+    state.model.train()
+    return {f"{name}/{key}": value for key, value in values.items()}, details
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Batch],
+    world: World,
+    precision: str,
+    bar: Any,
+    draws: Draws,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the exact loss and metrics over all `batches`, and details for plots.
+
+    Accumulates sums over every example and process and divides once, without padding or dropping.
+    Leaves the model in evaluation mode and advances `bar`. `draws` seeds each batch, which changes
+    the random generators: see `states_kept`.
+    """
+    sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
+    metrics = task.metrics(world.device)
+    model.eval()
+    with bar:
+        for number, batch in enumerate(batches):
+            draws.begin(number)
+            with autocast(world.device, precision):
+                outputs = call(model, batch.inputs)
+                loss = task.loss(outputs, batch.targets, batch.weights)
+            values, weights = at_least_float32(loss.values), loss.weights
+            if weights is None:
+                sums[LOSS] += values.sum()
+                sums[WEIGHT] += values.numel()
+            else:
+                sums[LOSS] += (values * weights).sum()
+                sums[WEIGHT] += weights.sum()
+            metrics.update(outputs, batch.targets, batch.weights)
+            if not bar.disable:  # only for the progress bar
+                score = task.running(outputs, batch.targets)
+                sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
+                sums[EXAMPLES] += batch.num_local
+            advance(bar, sums, task.running_name)
+    draws.look()
+    loss_sum, _, weight, _ = world.sum_(sums).tolist()
+    return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, metrics.details()

@@ -1,0 +1,230 @@
+"""One update of the weights from one global batch, in micro-batches."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regrow.distributed import sharding
+from regrow.distributed.parallel import synchronises
+from regrow.errors import SlicesTooLarge, UserError
+from regrow.numerics.calls import call, is_out_of_memory, say_if_out_of_memory
+from regrow.numerics.precision import autocast
+from regrow.numerics.sums import (
+    LOSS,
+    WEIGHT,
+    Skipped,
+    Sums,
+    added,
+    constant,
+    slice_sums,
+)
+from regrow.protocols import Batch
+from regrow.randomness import key, seed_step
+from regrow.training import optim
+from regrow.training.plan import Plan
+from regrow.training.state import TrainState, average_weight, update_average
+
+log = logging.getLogger(__name__)
+
+
+class Slice(NamedTuple):
+    sums: Sums
+    weighted: bool  # True if the weights are not all one
+    components: tuple[str, ...]
+
+
+class StepResult(NamedTuple):
+    sums: Sums  # over all micro-batches and processes
+    components: tuple[str, ...]
+    grad_norm: Tensor | float  # () of the unscaled gradients, over all processes, before clipping
+    skipped: Skipped  # True for empty steps too
+
+
+def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
+    """Update the weights from one global batch, in as many micro-batches as memory requires."""
+    plan.buffers.remember()
+    optim.set_lr(state.optimizer, state.schedule(state.step))
+    while (parts := gradients(state, batch, plan)) is None:
+        halve_slices(state, batch, plan)
+        plan.buffers.restore(True)
+    sums = plan.exchange.wait()
+
+    # The micro-batches accumulated the gradient of the summed loss, divided by the number of
+    # examples. Where the divisor must be the sum of the weights, or fp16 scaled the loss, one
+    # factor corrects it.
+    factor: float | Tensor = 1.0
+    empty: Skipped = False
+    if any(part.weighted for part in parts):
+        weight = sums[WEIGHT]
+        empty = weight.eq(0).float() if isinstance(weight, Tensor) else weight == 0
+        # A float division by zero would raise. NaN makes the norm non-finite, so the step is
+        # skipped.
+        factor = batch.num_global / weight if isinstance(weight, Tensor) or weight else math.nan
+    if state.loss_scale is not None:
+        factor = factor / state.loss_scale.value
+    found = sharding.local([p.grad for p in plan.parameters if p.grad is not None])
+    norm = plan.world.norm(found)
+    try:
+        skipped = optim.update(
+            state.optimizer, found, norm, factor=factor, clipping=plan.clipping, valid=sums[LOSS]
+        )
+    except RuntimeError as error:
+        say_if_out_of_memory(
+            error,
+            f"the update of step {state.step + 1}",
+            "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger device.",
+        )
+        raise
+    plan.buffers.restore(skipped)
+    if state.loss_scale is not None:
+        state.loss_scale.update(skipped, empty)
+    if state.averaged is not None:
+        weight = average_weight(state, plan.options)
+        update_average(state.averaged, state.model, weight, skipped)
+    count(state, sums, skipped, empty)
+    no_factor = isinstance(factor, float) and factor == 1.0  # saves one operation
+    true_norm = norm if no_factor else norm * factor
+    if isinstance(empty, Tensor):
+        true_norm = torch.where(empty.bool(), 0.0, torch.as_tensor(true_norm, device=empty.device))
+    elif empty:
+        true_norm = 0.0
+    return StepResult(sums, parts[0].components, true_norm, skipped)
+
+
+def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None:
+    """Run forward and backward over all micro-batches. Returns None if memory did not suffice."""
+    for parameter in plan.parameters:
+        parameter.grad = None
+    slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)
+    parts: list[Slice] = []
+    try:
+        for index, micro_batch in enumerate(slices):
+            is_last = index == len(slices) - 1
+            # Dropout must depend on the step, not on earlier draws. The loss may draw as well:
+            # torch, numpy and `random` all start from this key.
+            seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
+            with synchronises(plan.forward, is_last):
+                losses, part = forward(micro_batch, plan)
+                parts.append(part)
+                if is_last:  # overlaps with the backward pass
+                    plan.exchange.send([part.sums for part in parts], losses.dtype)
+                backward(losses, state, micro_batch, plan)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None  # frees the traceback and the tensors that it holds
+    return parts
+
+
+def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
+    """Return a micro-batch's weighted losses, to be differentiated, and its part of the sums."""
+    with autocast(plan.world.device, plan.options.precision):
+        outputs = call(plan.forward, batch.inputs)
+        loss = plan.task.loss(outputs, batch.targets, batch.weights)
+    values, weights = at_least_float32(loss.values), loss.weights
+    losses = values if weights is None else values * weights
+    score = plan.task.running(outputs, batch.targets) if batch.num_local else None
+    parts: list[Tensor | float] = [
+        losses.detach().sum(),
+        0.0 if score is None else score.detach().sum(dtype=losses.dtype),
+        batch.num_local if weights is None else weights.detach().sum(dtype=losses.dtype),
+        batch.num_local,
+    ]
+    for part in loss.components.values():
+        part = part.detach() if weights is None else (part * weights).detach()
+        parts.append(part.sum(dtype=losses.dtype))
+    sums = slice_sums(parts, like=losses)
+    return losses, Slice(sums, weights is not None, tuple(loss.components))
+
+
+def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
+    """Accumulate the gradients of a micro-batch's summed losses."""
+    share = 1.0 / batch.num_global
+    if state.loss_scale is None:
+        factor = constant(share, losses.dtype, losses.device)
+    else:
+        factor = (share * state.loss_scale.value).to(losses.dtype)
+    torch.autograd.backward(losses, factor.expand_as(losses))
+
+
+def refuse_endless_skipping(state: TrainState, result: StepResult, plan: Plan) -> None:
+    """Raise FloatingPointError after too many steps in a row without a finite gradient."""
+    in_a_row = int(state.skips[1].item())
+    # fp16 finds its scale by overflowing: these halvings are a search, not a fault.
+    allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
+    if in_a_row >= allowed:
+        loss, where = float(result.sums[LOSS]), optim.first_non_finite(state.model)
+        # Only a checkpoint followed by a finite step is good; the last one led into the streak.
+        good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
+        raise FloatingPointError(
+            f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
+            + ("" if math.isfinite(loss) else f"; the loss itself is {loss}")
+            + (f"; the first bad parameter is {where}" if where else "")
+            + (f"; the last good checkpoint is {good}" if good else "")
+            + (". None was finite: look at the data and the loss" if in_a_row == state.step else "")
+            + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
+        )
+
+
+def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
+    """Retry the step, and run all later ones, in twice as many micro-batches."""
+    slices = plan.options.accumulation_steps << state.progress.halvings
+    where = (
+        f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
+    )
+    if not plan.task.sums_over_examples:
+        raise UserError(f"{where}, and this loss cannot be cut. Use a smaller data.batch_size.")
+    if slices >= batch.num_local:
+        raise UserError(
+            f"{where}: nothing is left to halve. Use a smaller model or input, "
+            "trainer.precision=bf16, or a device with more memory."
+        )
+    if plan.world.size > 1:  # the other ranks are past this point: all must restart
+        raise SlicesTooLarge(where, state.progress.halvings + 1)
+    state.progress.halvings += 1
+    for parameter in plan.parameters:
+        parameter.grad = None
+    if plan.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    log.warning("%s: continuing in %d", where, 2 * slices)
+
+
+def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:
+    """Add a step to the epoch's sums, to the skipped steps or to the empty steps.
+
+    An empty step, whose weights are all zero, is skipped as well, but is not a bad step: it neither
+    starts nor ends a streak of bad steps.
+    """
+    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # known only to the device
+        assert isinstance(sums, Tensor)
+        left_out = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
+        bad, streak = left_out, state.skips[1]
+        if isinstance(empty, Tensor):
+            bad = left_out * (1 - empty)
+            state.empty_steps += empty
+            streak = torch.where(empty.bool(), streak, (streak + 1) * bad)
+        else:
+            streak = (streak + 1) * bad
+        state.sums = added(state.sums, torch.where(left_out.bool(), 0.0, sums))
+        state.skips[0] += bad
+        state.skips[1] = streak
+        state.no_streak = False
+    elif empty:
+        state.empty_steps += 1
+    elif skipped:
+        state.skips += 1
+        state.no_streak = False
+    else:
+        state.sums = added(state.sums, sums)
+        if not state.no_streak:
+            state.skips[1], state.no_streak = 0, True
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return float32 values: half precision would lose digits in sums."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
