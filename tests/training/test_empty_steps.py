@@ -121,7 +121,7 @@ def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.Mo
 
 def test_what_is_skipped_on_the_device_is_told_apart_there() -> None:
     """`count` with the tensors of a device that nobody has waited for."""
-    from regrow.training.step import count
+    from regrow.training.state import count
 
     run = bench()
     run.state.sums = torch.zeros(4, dtype=torch.float64)

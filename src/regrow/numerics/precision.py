@@ -77,3 +77,8 @@ def widest(values: Tensor) -> Tensor:
     The result is on the CPU for MPS, which has no float64.
     """
     return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return float32 values: half precision would lose digits in sums."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

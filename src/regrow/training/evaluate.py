@@ -11,7 +11,7 @@ from torch import nn
 from regrow.distributed import sharding
 from regrow.distributed.parallel import World, stopping_together
 from regrow.numerics.calls import call, say_if_out_of_memory
-from regrow.numerics.precision import autocast
+from regrow.numerics.precision import at_least_float32, autocast
 from regrow.numerics.sums import (
     COUNTED,
     EXAMPLES,
@@ -30,7 +30,6 @@ from regrow.training.progress import (
     evaluation_bar,
 )
 from regrow.training.state import TrainState
-from regrow.training.step import at_least_float32
 
 
 def evaluate(

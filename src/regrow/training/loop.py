@@ -20,6 +20,7 @@ from regrow.numerics.sums import (
 from regrow.processes.interrupt import Interrupted
 from regrow.training import optim
 from regrow.training.evaluate import evaluate
+from regrow.training.faults import refuse_endless_skipping
 from regrow.training.options import TrainerOptions
 from regrow.training.plan import Plan
 from regrow.training.progress import (
@@ -32,7 +33,7 @@ from regrow.training.progress import (
 )
 from regrow.training.schedules import Plateau, improves
 from regrow.training.state import TrainState
-from regrow.training.step import StepResult, refuse_endless_skipping, train_step
+from regrow.training.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     # A tensor `skipped` is only known to the device, which is read here no more often than for the
     # log.
     if due(step, options.log_every_steps) or result.skipped is True:
-        refuse_endless_skipping(state, result, plan)
+        refuse_endless_skipping(state, result.sums, plan)
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:

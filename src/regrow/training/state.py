@@ -17,7 +17,7 @@ from regrow.errors import UserError
 from regrow.numerics import sums as step_sums
 from regrow.numerics.buffers import caches
 from regrow.numerics.precision import LossScale
-from regrow.numerics.sums import Skipped, Sums
+from regrow.numerics.sums import Skipped, Sums, added
 from regrow.training import optim
 from regrow.training.options import TrainerOptions
 from regrow.training.schedules import Schedule, Stateful
@@ -281,3 +281,34 @@ def _add(digest: Any, name: str, value: Any) -> None:
             _add(digest, f"{name}/{key!r}", item)
     else:
         digest.update(f"{name} {value!r}".encode())
+
+
+def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:
+    """Add a step to the epoch's sums, to the skipped steps or to the empty steps.
+
+    An empty step, whose weights are all zero, is skipped as well, but is not a bad step: it neither
+    starts nor ends a streak of bad steps.
+    """
+    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # known only to the device
+        assert isinstance(sums, Tensor)
+        left_out = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
+        bad, streak = left_out, state.skips[1]
+        if isinstance(empty, Tensor):
+            bad = left_out * (1 - empty)
+            state.empty_steps += empty
+            streak = torch.where(empty.bool(), streak, (streak + 1) * bad)
+        else:
+            streak = (streak + 1) * bad
+        state.sums = added(state.sums, torch.where(left_out.bool(), 0.0, sums))
+        state.skips[0] += bad
+        state.skips[1] = streak
+        state.no_streak = False
+    elif empty:
+        state.empty_steps += 1
+    elif skipped:
+        state.skips += 1
+        state.no_streak = False
+    else:
+        state.sums = added(state.sums, sums)
+        if not state.no_streak:
+            state.skips[1], state.no_streak = 0, True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import NamedTuple
 
@@ -11,25 +10,22 @@ from torch import Tensor
 
 from regrow.distributed import sharding
 from regrow.distributed.parallel import synchronises
-from regrow.errors import SlicesTooLarge, UserError
 from regrow.numerics.calls import call, is_out_of_memory, say_if_out_of_memory
-from regrow.numerics.precision import autocast
+from regrow.numerics.precision import at_least_float32, autocast
 from regrow.numerics.sums import (
     LOSS,
     WEIGHT,
     Skipped,
     Sums,
-    added,
     constant,
     slice_sums,
 )
 from regrow.protocols import Batch
 from regrow.randomness import key, seed_step
 from regrow.training import optim
+from regrow.training.faults import halve_slices
 from regrow.training.plan import Plan
-from regrow.training.state import TrainState, average_weight, update_average
-
-log = logging.getLogger(__name__)
+from regrow.training.state import TrainState, average_weight, count, update_average
 
 
 class Slice(NamedTuple):
@@ -150,81 +146,3 @@ def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> Non
     else:
         factor = (share * state.loss_scale.value).to(losses.dtype)
     torch.autograd.backward(losses, factor.expand_as(losses))
-
-
-def refuse_endless_skipping(state: TrainState, result: StepResult, plan: Plan) -> None:
-    """Raise FloatingPointError after too many steps in a row without a finite gradient."""
-    in_a_row = int(state.skips[1].item())
-    # fp16 finds its scale by overflowing: these halvings are a search, not a fault.
-    allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
-    if in_a_row >= allowed:
-        loss, where = float(result.sums[LOSS]), optim.first_non_finite(state.model)
-        # Only a checkpoint followed by a finite step is good; the last one led into the streak.
-        good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
-        raise FloatingPointError(
-            f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
-            + ("" if math.isfinite(loss) else f"; the loss itself is {loss}")
-            + (f"; the first bad parameter is {where}" if where else "")
-            + (f"; the last good checkpoint is {good}" if good else "")
-            + (". None was finite: look at the data and the loss" if in_a_row == state.step else "")
-            + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
-        )
-
-
-def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
-    """Retry the step, and run all later ones, in twice as many micro-batches."""
-    slices = plan.options.accumulation_steps << state.progress.halvings
-    where = (
-        f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
-    )
-    if not plan.task.sums_over_examples:
-        raise UserError(f"{where}, and this loss cannot be cut. Use a smaller data.batch_size.")
-    if slices >= batch.num_local:
-        raise UserError(
-            f"{where}: nothing is left to halve. Use a smaller model or input, "
-            "trainer.precision=bf16, or a device with more memory."
-        )
-    if plan.world.size > 1:  # the other ranks are past this point: all must restart
-        raise SlicesTooLarge(where, state.progress.halvings + 1)
-    state.progress.halvings += 1
-    for parameter in plan.parameters:
-        parameter.grad = None
-    if plan.world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    log.warning("%s: continuing in %d", where, 2 * slices)
-
-
-def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:
-    """Add a step to the epoch's sums, to the skipped steps or to the empty steps.
-
-    An empty step, whose weights are all zero, is skipped as well, but is not a bad step: it neither
-    starts nor ends a streak of bad steps.
-    """
-    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # known only to the device
-        assert isinstance(sums, Tensor)
-        left_out = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
-        bad, streak = left_out, state.skips[1]
-        if isinstance(empty, Tensor):
-            bad = left_out * (1 - empty)
-            state.empty_steps += empty
-            streak = torch.where(empty.bool(), streak, (streak + 1) * bad)
-        else:
-            streak = (streak + 1) * bad
-        state.sums = added(state.sums, torch.where(left_out.bool(), 0.0, sums))
-        state.skips[0] += bad
-        state.skips[1] = streak
-        state.no_streak = False
-    elif empty:
-        state.empty_steps += 1
-    elif skipped:
-        state.skips += 1
-        state.no_streak = False
-    else:
-        state.sums = added(state.sums, sums)
-        if not state.no_streak:
-            state.skips[1], state.no_streak = 0, True
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return float32 values: half precision would lose digits in sums."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,0 +1,59 @@
+"""Steps that run out of memory or have no finite gradient."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from regrow.errors import SlicesTooLarge, UserError
+from regrow.numerics.sums import LOSS, Sums
+from regrow.protocols import Batch
+from regrow.training import optim
+from regrow.training.plan import Plan
+from regrow.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def refuse_endless_skipping(state: TrainState, sums: Sums, plan: Plan) -> None:
+    """Raise FloatingPointError after too many steps in a row without a finite gradient."""
+    in_a_row = int(state.skips[1].item())
+    # fp16 finds its scale by overflowing: these halvings are a search, not a fault.
+    allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
+    if in_a_row >= allowed:
+        loss, where = float(sums[LOSS]), optim.first_non_finite(state.model)
+        # Only a checkpoint followed by a finite step is good; the last one led into the streak.
+        good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
+        raise FloatingPointError(
+            f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
+            + ("" if math.isfinite(loss) else f"; the loss itself is {loss}")
+            + (f"; the first bad parameter is {where}" if where else "")
+            + (f"; the last good checkpoint is {good}" if good else "")
+            + (". None was finite: look at the data and the loss" if in_a_row == state.step else "")
+            + ". Lower optimizer.lr or set trainer.clip_norm, or look with debug=anomaly."
+        )
+
+
+def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
+    """Retry the step, and run all later ones, in twice as many micro-batches."""
+    slices = plan.options.accumulation_steps << state.progress.halvings
+    where = (
+        f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
+    )
+    if not plan.task.sums_over_examples:
+        raise UserError(f"{where}, and this loss cannot be cut. Use a smaller data.batch_size.")
+    if slices >= batch.num_local:
+        raise UserError(
+            f"{where}: nothing is left to halve. Use a smaller model or input, "
+            "trainer.precision=bf16, or a device with more memory."
+        )
+    if plan.world.size > 1:  # the other ranks are past this point: all must restart
+        raise SlicesTooLarge(where, state.progress.halvings + 1)
+    state.progress.halvings += 1
+    for parameter in plan.parameters:
+        parameter.grad = None
+    if plan.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    log.warning("%s: continuing in %d", where, 2 * slices)
