@@ -33,7 +33,7 @@ def table(what: str, *overrides: str) -> Table:
 
     def ours() -> None:
         bar, draws = evaluation_bar("val", val, False), Draws(0, "val", 0, 0)
-        with states_kept():  # as loop.evaluate does
+        with states_kept():  # as training/evaluate.py does
             evaluate.measure(model, task, val, world, "fp32", bar, draws)
 
     @torch.no_grad()

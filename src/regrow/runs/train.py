@@ -508,7 +508,7 @@ def test_once(objects: Objects, plan: Plan, folder: Path, step: int) -> dict[str
     batches = objects.data.evaluation(
         "test", device=plan.world.device, rank=plan.world.rank, world_size=plan.world.size
     )
-    # Not loop.evaluate: saved weights already are a schedule-free optimizer's evaluation weights.
+    # Not `evaluate`: saved weights already are a schedule-free optimizer's evaluation weights.
     plan.world.copy_buffers(state.evaluated)
     waited = stopping_together(batches, len(batches), plan.stop, plan.world)
     bar = evaluation_bar("test", batches, options.progress_bar and plan.world.is_main)
