@@ -10,9 +10,9 @@ from typing import Any
 def walk(
     node: Mapping[str, Any], prefix: str = "", closed: Container[str] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all below, a mapping before what is in it.
+    """Yield (dotted key, value) for all keys below `node`, a mapping before its own keys.
 
-    Lists are values. What is in a mapping whose dotted key is `closed` is left out.
+    Lists are values. Mappings whose dotted key is in `closed` are yielded but not entered.
     """
     for key, value in node.items():
         full = f"{prefix}{key}"
@@ -22,10 +22,10 @@ def walk(
 
 
 def leaves(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by dotted key, without mappings."""
+    """Return the values by dotted key, without mappings."""
     return {key: value for key, value in walk(node) if not isinstance(value, Mapping)}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Return True if a name matches one of the patterns, such as `layer[12].*`; case counts."""
+    """Return True if a name matches a pattern, such as `layer[12].*`. Case-sensitive."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from running import TINY, composed
 
+from regrow.config import registered
 from regrow.config.check import check
 from regrow.config.targets import locate
 from regrow.errors import UserError
@@ -56,3 +59,16 @@ def test_an_old_target_is_refused_with_its_new_name(
     with pytest.raises(UserError, match=said):
         check(config, config.hydra.runtime.choices)
     assert locate(new, "data").__name__ == "Data"
+
+
+def test_a_recorded_node_of_a_config_store_gets_the_name_of_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", {**store.repo})
+    node = {"group": "data", "name": "mine.yaml", "package": None, "provider": None}
+    node |= {"node": "_target_: regrow.data.loaders.Data", "is_masked": False}
+    (tmp_path / registered.NAME).write_text(json.dumps([node]))
+    registered.take_up(tmp_path)
+    taken: Any = store.repo
+    assert taken["data"]["mine.yaml"].node == {"_target_": "regrow.feeding.loaders.Data"}

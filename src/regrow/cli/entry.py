@@ -24,7 +24,7 @@ from regrow.config.hydra_access import register_resolver, version_arguments
 from regrow.config.keys import known_keys
 from regrow.config.leads import lead
 from regrow.config.own_modules import find_own_modules
-from regrow.config.started import _started, is_train
+from regrow.config.started import is_train, note_start
 from regrow.config.yaml_files import readable
 from regrow.errors import UserError, did_you_mean, machine_fault
 from regrow.failing import fail, let_hydra_raise
@@ -85,7 +85,7 @@ def entry_point(
                 if is_train(task):
                     if flags.typed(given).get("name") == "find_lr":
                         raise UserError("--config-name find_lr is for scripts/find_lr.py.")
-                    _started.append(task)
+                    note_start(task)
                 if sys.argv[1:] != given:
                     resumed(sys.argv[1:])
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may instantiate.

@@ -18,6 +18,11 @@ def is_train(task: Callable[..., Any]) -> bool:
     return code is not None and Path(code.co_filename).resolve() == ROOT / "scripts" / "train.py"
 
 
+def note_start(task: Callable[..., Any]) -> None:
+    """Note that this process runs `task`, the task function of scripts/train.py."""
+    _started.append(task)
+
+
 def is_started(task: Any = None) -> bool:
     """Return True if this process runs scripts/train.py, with `task` if one is given."""
     return bool(_started) if task is None else any(task is each for each in _started)

@@ -195,7 +195,7 @@ def locate(target: str, path: str) -> Any:
 
 def said_by(error: BaseException) -> str:
     """Return an error of `instantiate` in one line, with the user code's exception and its line."""
-    said = _first_lines(error)
+    said = first_lines(error)
     said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
     cause = error.__cause__ or error.__context__
     while cause is not None:
@@ -203,7 +203,7 @@ def said_by(error: BaseException) -> str:
         if isinstance(cause, SyntaxError) and cause.filename:
             return f"{said} ({cause.msg}, {cause.filename}:{cause.lineno})"
         if frames and not _is_of_hydra(frames[-1].filename):
-            what = f"{type(cause).__name__}: {_first_lines(cause)}"
+            what = f"{type(cause).__name__}: {first_lines(cause)}"
             return f"{said} ({what}, {frames[-1].filename}:{frames[-1].lineno})"
         cause = cause.__cause__ or cause.__context__
     return said
@@ -220,5 +220,5 @@ def _is_of_hydra(file: str) -> bool:
     return file.startswith("<frozen importlib") or any(map(Path(file).is_relative_to, places))
 
 
-def _first_lines(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

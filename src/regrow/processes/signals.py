@@ -15,7 +15,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def handled(
     numbers: Iterable[signal.Signals], handler: Callable[[int, Any], Any] | signal.Handlers
 ) -> Iterator[None]:
-    """Handle signals for a while, then as before. Outside the main thread nothing changes."""
+    """Set a handler for signals, and restore the earlier ones. Does nothing in other threads."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in numbers}
