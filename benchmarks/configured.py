@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lab.build import Objects
 from regrow.distributed.parallel import World
 from regrow.runs import train as runs
 
@@ -26,6 +27,6 @@ def world_of(*overrides: str) -> World:
     return World(device=runs.resolve_device(config_of(*overrides)["trainer"]["device"]))
 
 
-def build(world: World, *overrides: str) -> tuple[runs.Objects, dict[str, Any]]:
+def build(world: World, *overrides: str) -> tuple[Objects, dict[str, Any]]:
     config = config_of(*overrides)
     return runs.build(config, world), config

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
+from lab import evaluate
+from lab.progress import evaluation_bar
 from regrow.distributed.parallel import World
 from regrow.randomness import Draws, states_kept
-from regrow.training import evaluate
-from regrow.training.progress import evaluation_bar
 
 IMAGES = ("data=synthetic", "data.source.num_val=1024", "data.eval_batch_size=256")
 
@@ -32,8 +32,8 @@ def table(what: str, *overrides: str) -> Table:
     model, task, val = objects.state.model, objects.task, objects.val
 
     def ours() -> None:
-        bar, draws = evaluation_bar("val", val, False), Draws(0, "val", 0, 0)
-        with states_kept():  # as training/evaluate.py does
+        bar, draws = evaluation_bar(None, val), Draws(0, "val", 0, 0)
+        with states_kept():  # as lab/evaluate.py does
             evaluate.measure(model, task, val, world, "fp32", bar, draws)
 
     @torch.no_grad()

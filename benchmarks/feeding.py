@@ -28,7 +28,7 @@ IMAGES = 20_000
 BATCH = 128
 DATA = (
     *("data=synthetic", f"data.source.num_train={IMAGES}", f"data.batch_size={BATCH}"),
-    *("+data.augmentation._target_=regrow.data.augment.CropFlip", "+data.augmentation.pad=4"),
+    *("+data.augmentation._target_=lab.data.augment.CropFlip", "+data.augmentation.pad=4"),
     *("+data.augmentation.flip=true", "+data.augmentation.padding_mode=constant"),
     "+data.augmentation.alternate_flips=false",
 )

@@ -157,8 +157,8 @@ def ours(model: str, steps: int, *overrides: str) -> Callable[[], float]:
 
 
 def network(name: str) -> nn.Module:
-    from regrow.models.cnn import CNN
-    from regrow.models.vision import resnet
+    from lab.models.cnn import CNN
+    from lab.models.vision import resnet
 
     shape = {"input_shape": [3, 32, 32], "num_outputs": 10, "init": "default", "freeze": []}
     if name == "cnn":

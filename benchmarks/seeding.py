@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.measure import Table
 from benchmarks.step import SMALL, STEPS, train_py
+from lab import loop
 from regrow.distributed.parallel import World
 from regrow.randomness import key, seed_step
-from regrow.training import loop
 
 STEP, ALL = "a step of the small MLP", "seeding"
 PARTS: dict[str, tuple[str, Callable[..., Any]]] = {

@@ -22,6 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lab import loop, optim
+from lab.options import TrainerOptions
+from lab.state import TrainState, average_of
 from regrow.config.hydra_access import plain, version_arguments
 from regrow.config.targets import allow
 from regrow.distributed.parallel import Exchange, World
@@ -32,9 +35,6 @@ from regrow.numerics.sums import epoch_sums
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.runs import train as runs
-from regrow.training import loop, optim
-from regrow.training.options import TrainerOptions
-from regrow.training.state import TrainState, average_of
 
 CPU = World(device=torch.device("cpu"))
 # Ragged on purpose: 50 examples in windows of 16, so that each epoch ends with a window of 2.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from waiting import until
 
-from regrow.data import datasets
+from lab.data import datasets
 from regrow.record import locks, ownership
 from regrow.runs import trial
 from regrow.sweep import gpus, local, state

@@ -178,8 +178,8 @@ def conf(tmp_path: Path, monkeypatch: Any) -> Iterator[Path]:
 
 
 def test_a_broken_file_elsewhere_in_conf_does_not_end_a_command(conf: Path) -> None:
-    assert "regrow.models.mlp.MLP" in shipped_targets()
-    assert "regrow.models.mlp.MLP" in roles.listed("model")
+    assert "lab.models.mlp.MLP" in shipped_targets()
+    assert "lab.models.mlp.MLP" in roles.listed("model")
     assert "optimizer.lr" in known_keys()
     assert flags.CHECK in hydras_targets([])
     values = plain(hydra_free(*TINY))

@@ -299,7 +299,7 @@ def test_a_registered_node_is_checked_as_a_file_is(tmp_path: Path) -> None:
     said = run(tmp_path, "model=registered", WRONG, script=script, code=2)
     assert SAID in said
     said = run(tmp_path, "model=registered", "+model.hiden=[1]", script=script, code=2)
-    assert "model.hiden: regrow.models.mlp.MLP has no such key. Did you mean model.hidden?" in said
+    assert "model.hiden: lab.models.mlp.MLP has no such key. Did you mean model.hidden?" in said
 
 
 @pytest.mark.slow

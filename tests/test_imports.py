@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from regrow.project import lab_name
+
 SOURCE = Path(__file__).resolve().parents[1] / "src"
-LAB = {"data", "models", "tasks", "training"}  # what is learned and how
 KNOW_HYDRA = {"cli", "config", "runs", "sweep"}
 
 
 def files_of(source: Path) -> dict[str, Path]:
-    """The modules of the package below `source`, by dotted name."""
+    """The modules of both packages below `source`, by dotted name."""
     found = {}
-    for path in sorted((source / "regrow").rglob("*.py")):
+    packages = [source / lab_name(), source / "regrow"]
+    for path in sorted(path for package in packages for path in package.rglob("*.py")):
         parts = path.relative_to(source).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
@@ -33,9 +35,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 def wing_of(module: str) -> str:
-    """Return the folder of a module; a module of the root is a wing by itself."""
-    part = module.split(".")[1] if "." in module else ""
-    return "lab" if part in LAB else part
+    """Return the folder of an engine's module, whose root's modules are wings; the lab is one."""
+    package, _, rest = module.partition(".")
+    return "lab" if package == lab_name() else rest.partition(".")[0]
 
 
 def imports_in(source: Path) -> dict[str, set[str]]:
@@ -95,19 +97,38 @@ def test_cycles_are_found_in_lazy_imports_too(tmp_path: Path) -> None:
     for name, text in {
         "config/a.py": "from regrow.config import b",
         "config/b.py": "def f():\n    from regrow.record.c import x",
-        "record/c.py": "import regrow.tasks.d",
-        "tasks/d.py": "if TYPE_CHECKING:\n    from regrow.config.a import y",
+        "record/c.py": "import regrow.runs.d",
+        "runs/d.py": "if TYPE_CHECKING:\n    from regrow.config.a import y",
     }.items():
         path = tmp_path / "regrow" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    ring = ["regrow.config.a", "regrow.config.b", "regrow.record.c", "regrow.tasks.d"]
+    ring = ["regrow.config.a", "regrow.config.b", "regrow.record.c", "regrow.runs.d"]
     assert cycles(imports_in(tmp_path)) == [ring]
-    assert cycles(wings_in(tmp_path)) == [["config", "lab", "record"]]
-    (tmp_path / "regrow" / "tasks" / "d.py").write_text("from regrow.record import c")
-    assert cycles(imports_in(tmp_path)) == [["regrow.record.c", "regrow.tasks.d"]]
-    (tmp_path / "regrow" / "tasks" / "d.py").write_text("")
+    assert cycles(wings_in(tmp_path)) == [["config", "record", "runs"]]
+    (tmp_path / "regrow" / "runs" / "d.py").write_text("from regrow.record import c")
+    assert cycles(imports_in(tmp_path)) == [["regrow.record.c", "regrow.runs.d"]]
+    (tmp_path / "regrow" / "runs" / "d.py").write_text("")
     assert cycles(imports_in(tmp_path)) == cycles(wings_in(tmp_path)) == []
+
+
+def engine_imports_of_the_lab(source: Path) -> list[str]:
+    """Return the engine's modules that name the lab: they must find it by its key."""
+    name = lab_name()
+    return [
+        module
+        for module, path in files_of(source).items()
+        if module.startswith("regrow")
+        and any(f"{each}.".startswith(f"{name}.") for each in imports_of(path))
+    ]
+
+
+def test_the_engine_does_not_import_the_lab(tmp_path: Path) -> None:
+    assert engine_imports_of_the_lab(SOURCE) == []
+    (tmp_path / "regrow" / "runs").mkdir(parents=True)
+    lazy = f"def f():\n    from {lab_name()}.loop import fit"
+    (tmp_path / "regrow" / "runs" / "a.py").write_text(lazy)
+    assert engine_imports_of_the_lab(tmp_path) == ["regrow.runs.a"]
 
 
 def test_few_wings_know_hydra() -> None:
@@ -135,8 +156,8 @@ def test_a_config_is_checked_without_torch() -> None:
 
 def test_a_run_starts_without_what_only_its_end_needs() -> None:
     loaded = modules_after(
-        "import regrow.runs.launch, regrow.data.datasets, regrow.tasks.tasks, regrow.tasks.losses, "
-        "regrow.models.mlp, regrow.training.schedules"
+        "import regrow.runs.launch, lab.data.datasets, lab.tasks.tasks, lab.tasks.losses, "
+        "lab.models.mlp, lab.schedules"
     )
     slow = {"torchvision", "torchmetrics", "sklearn", "matplotlib", "wandb", "tensorboard", "PIL"}
     assert not loaded & slow

@@ -20,6 +20,7 @@ from running import CPU, TINY, config_of
 from torch import nn
 
 from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint.digest import weights_sha256
 from regrow.config.resume import downloads_elsewhere, targets_of
 from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
@@ -29,7 +30,6 @@ from regrow.load import load_run
 from regrow.record.folder import read_json
 from regrow.runs.train import build
 from regrow.runs.weights import load_weights
-from regrow.training.state import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_nothing_of_pythons_own_is_imported_to_look_at_it(run: Path) -> None:
 
 
 def test_a_target_of_another_role_is_foreign(run: Path) -> None:
-    changed(run, model={"_target_": "regrow.data.datasets.digits"})  # ours, but not a model
+    changed(run, model={"_target_": "lab.data.datasets.digits"})  # ours, but not a model
     with pytest.raises(UserError, match="which no file in conf/model names"):
         load_run(run)
     changed(run, model={"_target_": "torch.hub.load"})  # torch's, but not a module
@@ -385,7 +385,7 @@ def test_an_edited_record_of_ones_own_downloads_nowhere_else(
 ) -> None:
     """Its overrides are sealed, but config.yaml is not."""
     monkeypatch.chdir(run.parent)
-    mnist = {"_target_": "regrow.data.datasets.mnist", "val_fraction": 0.1, "seed": 0}
+    mnist = {"_target_": "lab.data.datasets.mnist", "val_fraction": 0.1, "seed": 0}
     for place, expected in (("data", True), (str(run.parent / "evil"), False)):
         changed(run, data={"source": {**mnist, "download": True, "root": place}})
         loaded = load_run(run, data=swapped)
@@ -581,7 +581,7 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
 def test_a_pretrained_model_is_not_downloaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrow.models import vision
+    from lab.models import vision
 
     small = ("data.source.num_train=8", "data.source.num_val=8", "data.source.num_test=8")
     shape = ("data.input_shape=[3,8,8]", "data.batch_size=4", "trainer.max_steps=1")

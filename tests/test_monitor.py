@@ -12,6 +12,9 @@ from finished import finished, one_line_and_exit_code_2, script
 from omegaconf import OmegaConf
 from running import CPU, TINY, composed, config_of, launched, metrics_of, train
 
+from lab import loop
+from lab.build import measured_by
+from lab.tasks.metrics import Metrics
 from regrow.config import resume
 from regrow.config.check import check
 from regrow.config.yaml_files import read_yaml
@@ -22,8 +25,6 @@ from regrow.record.folder import read_json, write_text
 from regrow.record.report import load
 from regrow.runs import train as runs
 from regrow.runs.banner import what_is_odd
-from regrow.tasks.metrics import Metrics
-from regrow.training import loop
 
 # 50 examples in windows of 16: an evaluation after each of 8 steps, in which the loss falls.
 LEARNS = (*TINY, "optimizer.lr=0.05", "trainer.max_steps=8", "trainer.eval_every_steps=1")
@@ -75,7 +76,7 @@ def test_every_metric_of_the_tasks_is_known_and_as_torchmetrics_says(
     config = config_of(*overrides, "trainer.device=cpu")
     objects = runs.build(config, CPU)
     metrics = objects.task.metrics(CPU.device)
-    for name in runs.measured_by(objects.task, CPU.device):
+    for name in measured_by(objects.task, CPU.device):
         by_name = monitor.by_name(name)
         assert by_name is not None, name
         assert monitor.of_metrics(metrics, name) in (None, by_name), name
@@ -153,7 +154,7 @@ def test_torchmetrics_tells_where_the_name_does_not(
 ) -> None:
     from torchmetrics import MeanMetric
 
-    from regrow.tasks.tasks import Multiclass
+    from lab.tasks.tasks import Multiclass
 
     held = type("Mine", (MeanMetric,), {"higher_is_better": higher})()
     ours = Multiclass.metrics
@@ -426,7 +427,7 @@ def test_another_optimizer_starts_without_moments_and_says_so(
     first: str, second: str, older: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`older`: the checkpoint does not name the class of its moments."""
-    from regrow.training import optim
+    from lab import optim
 
     train(tmp_path, *TINY, f"optimizer={first}", stop_at=5)
     with pytest.MonkeyPatch.context() as patch:

@@ -173,7 +173,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "resolvers.py").write_text(RESOLVERS)
     # A config and a model that need it, the model in the process that builds it.
     model = (
-        "import resolvers\nfrom omegaconf import OmegaConf\nfrom regrow.models.mlp import MLP\n\n\n"
+        "import resolvers\nfrom omegaconf import OmegaConf\nfrom lab.models.mlp import MLP\n\n\n"
     )
     model += (
         "def net(**given):\n    assert OmegaConf.has_resolver('eval')\n    return MLP(**given)\n"

@@ -245,7 +245,7 @@ def test_without_the_row_a_resume_is_refused(
 
     with pytest.raises(UserError, match=r"trainer\.brand_new was absent and would be True"):
         resume.continues(folder, config(), overrides)
-    row = AddedKey("regrow.training.options.TrainerOptions", "brand_new", False)
+    row = AddedKey("lab.options.TrainerOptions", "brand_new", False)
     monkeypatch.setattr(older, "ADDED_KEYS", (*older.ADDED_KEYS, row))
     kept = config()
     assert resume.continues(folder, kept, overrides)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from regrow.runs.train import Objects
+    from regrow.protocols import Objects
 
 __all__ = ["build", "compose"]
 

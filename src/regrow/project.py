@@ -1,6 +1,30 @@
-"""Where this checkout is."""
+"""Where this checkout is, and which package is its lab."""
 
+import functools
+import re
 from pathlib import Path
+
+from regrow.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
+
+
+@functools.cache
+def lab_name() -> str:
+    """Return the key `lab` of conf/train.yaml: the package of loop, models, tasks and data.
+
+    Never read from a run's record: a foreign folder must not choose code. Raises UserError.
+    """
+    file = CONF / "train.yaml"
+    found = re.search(r"^lab: *([A-Za-z_]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise UserError(
+            f"{file}: it has no key lab, the name of your package in src/, such as lab."
+        )
+    return found[1]
+
+
+def of_lab(name: str) -> str:
+    """Return a dotted name within the lab, such as lab.loop, with the lab's own name."""
+    return re.sub(r"^lab\.", f"{lab_name()}.", name)

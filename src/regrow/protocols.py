@@ -1,12 +1,24 @@
-"""How the parts of a run meet: batches, tasks, metrics, records and augmentations."""
+"""How the lab and the engine meet. The engine calls the lab through these Protocols alone.
+
+Shapes: B examples of a batch, N examples of a split. Errors: any of these may raise UserError, in
+one line that names the key, the value and the fix.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter
+    from regrow.distributed.parallel import World
+    from regrow.processes.interrupt import StopRequest
+    from regrow.randomness import Draws
+
+VERSION = 1  # a lab for version n works with each engine of version n
 
 
 class Store(Protocol):
@@ -20,7 +32,9 @@ class Store(Protocol):
 
 
 class Augmentation(Protocol):
-    def store(self, images: Tensor) -> Store: ...
+    def store(self, images: Tensor) -> Store:
+        """Return a store of `images`, (N, C, H, W) uint8."""
+        ...
 
 
 class Batch(Protocol):
@@ -32,37 +46,68 @@ class Batch(Protocol):
     num_local: int  # examples in this share; an empty share holds one example of weight zero
     num_global: int  # examples in the step, over all processes
 
-    def split(self, slices: int) -> list[Any]: ...
+    def split(self, slices: int) -> list[Any]:
+        """Return at most `slices` micro-batches of nearly equal size, in order."""
+        ...
 
 
 class TrainBatches(Protocol):
-    num_examples: int
-    steps_per_epoch: int
+    """This process's share of the training split."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+    num_examples: int  # of the split, over all processes
+    steps_per_epoch: int  # optimizer steps
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, a function of (seed, epoch), from step `start` on."""
+        ...
 
 
 class EvalBatches(Protocol):
-    num_examples: int
+    """This process's share of an evaluation split, each example once."""
+
+    num_examples: int  # of the split, over all processes
 
     def __iter__(self) -> Iterator[Batch]: ...
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of batches of this process."""
+        ...
 
 
 class Metrics(Protocol):
-    def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> None: ...
-    def scalars(self) -> dict[str, float]: ...
-    def details(self) -> dict[str, Any]: ...
+    names: tuple[str, ...]
+
+    def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        """Count a batch: the model's outputs (B, …), targets (B, …) and weights (B,)."""
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """Return each metric by name, over the examples of all processes."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """Return what plots need, as plain values for JSON."""
+        ...
 
 
 class Task(Protocol):
-    running_name: str | None
-    sums_over_examples: bool
+    running_name: str | None  # of the score that `running` gives
+    sums_over_examples: bool  # False: the loss of a batch is not a sum, so it cannot be split
 
-    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Any: ...
-    def check(self, outputs: Tensor, targets: Tensor) -> None: ...
-    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None: ...
-    def metrics(self, device: torch.device) -> Metrics: ...
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Any:
+        """Return the losses and their weights, (B,) or (B, …) each, as a `LossOutput`."""
+        ...
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise UserError if outputs and targets of a first batch do not fit this task."""
+        ...
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return a cheap score per example, (B,), for the log of training; None without one."""
+        ...
+
+    def metrics(self, device: torch.device) -> Metrics:
+        """Return fresh metrics of an evaluation."""
+        ...
 
 
 class Record(Protocol):
@@ -70,12 +115,198 @@ class Record(Protocol):
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
-    def position(self) -> int: ...
-    def sync(self, position: int) -> None: ...
+    def position(self) -> int:
+        """Return the bytes of metrics.jsonl so far; a checkpoint records them."""
+        ...
+
+    def sync(self, position: int) -> None:
+        """Make the first `position` bytes durable."""
+        ...
+
     def close(self, exit_code: int = 0) -> None: ...
 
 
 class Trial(Protocol):
     """A search of which this run is one trial."""
 
-    def is_over(self, step: int, values: Mapping[str, float]) -> bool: ...
+    def is_over(self, step: int, values: Mapping[str, float]) -> bool:
+        """Report an evaluation. Returns True if the search ends the run here."""
+        ...
+
+
+class Settings(Protocol):
+    """The settings of the trainer that the engine reads, from the config's node `trainer`."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def accumulation_steps(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def timeout_seconds(self) -> float: ...
+    @property
+    def profile(self) -> bool: ...
+    @property
+    def progress_bar(self) -> bool: ...
+    @property
+    def monitor(self) -> str | None: ...
+    @property
+    def mode(self) -> str | None:
+        """Return "max" or "min"; None without a monitor."""
+        ...
+
+    @property
+    def checkpoint(self) -> CheckpointOptions: ...
+
+
+class Position(Protocol):
+    """The counters of a state that the engine reads."""
+
+    step: int  # optimizer steps so far
+    seconds: float  # of training, over all resumes of the run
+    halvings: int  # of the micro-batches, one per out-of-memory error
+    evaluated_step: int  # the last evaluated step; -1: none
+    best_step: int | None
+    pruned: bool  # stopped by a search
+
+
+class State(Protocol):
+    """Everything that changes during a run: what a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: Any  # a `torch.optim.Optimizer`
+    schedule: Any  # `step -> factor` of the learning rate
+
+    @property
+    def progress(self) -> Position: ...
+    @property
+    def step(self) -> int:
+        """Return the number of optimizer steps so far, skipped ones included."""
+        ...
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def step_in_epoch(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def evaluated(self) -> nn.Module:
+        """Return the model that is evaluated and kept."""
+        ...
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return one entry per file of a checkpoint: tensors and plain containers only."""
+        ...
+
+    def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
+        """Load a checkpoint. Raises UserError if it has other parts or is of another model."""
+        ...
+
+    def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
+        """Raise UserError where `load_state_dict` would; reads only names and shapes."""
+        ...
+
+
+class Objects(Protocol):
+    """The objects that a config describes."""
+
+    @property
+    def options(self) -> Settings: ...
+    @property
+    def data(self) -> Any:
+        """Return the data: `regrow.feeding.loaders.Data`, or an object with its methods."""
+        ...
+
+    @property
+    def task(self) -> Any: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def train(self) -> TrainBatches: ...
+    @property
+    def val(self) -> EvalBatches | None: ...
+    @property
+    def total_steps(self) -> int | None:
+        """Return the optimizer steps of the whole run; None if only time limits it."""
+        ...
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Return the steps of the schedule's warm-up; 0 without one."""
+        ...
+
+    @property
+    def measured(self) -> list[str]:
+        """Return the names of what an evaluation measures, such as val/accuracy."""
+        ...
+
+    def remarks(self, world: World) -> list[tuple[int, str]]:
+        """Return lines for the start of the log, each with its level of `logging`."""
+        ...
+
+
+class Lab(Protocol):
+    """What the package that the key `lab` names must have: see `regrow.runs.lab`."""
+
+    def build(self, config: Mapping[str, Any], world: World) -> Objects:
+        """Return all objects of a run. Writes nothing."""
+        ...
+
+    def check_first_batch(self, objects: Objects, world: World) -> None:
+        """Raise UserError if model, task and data do not fit together. Changes nothing."""
+        ...
+
+    def plan_of(
+        self,
+        objects: Objects,
+        seed: int,
+        world: World,
+        stop: StopRequest,
+        *,
+        record: Record,
+        checkpoints: CheckpointWriter,
+        trial: Trial | None,
+    ) -> Any:
+        """Return everything that stays the same during a run, for `fit`."""
+        ...
+
+    def train_step(self, state: State, batch: Batch, plan: Any) -> Any:
+        """Update the weights once. The result's `sums` are those of `regrow.numerics.sums`."""
+        ...
+
+    def fit(self, state: State, plan: Any) -> str:
+        """Train from `state` to the end. Returns "completed" or "interrupted".
+
+        Raises OSError if the last checkpoint could not be written, and FloatingPointError after too
+        many steps in a row without a finite gradient.
+        """
+        ...
+
+    def summary(self, state: State, options: Settings) -> dict[str, Any]:
+        """Return what `summary.json` says about the state: steps, best, val and counters."""
+        ...
+
+    def measure_split(
+        self,
+        model: nn.Module,
+        task: Any,
+        batches: EvalBatches,
+        world: World,
+        precision: str,
+        draws: Draws,
+        *,
+        stop: StopRequest,
+        bar: str | None,
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the exact loss and metrics over all batches, and details for plots.
+
+        `bar` names the progress bar; None shows none. Raises Interrupted on a stop.
+        """
+        ...

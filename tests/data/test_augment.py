@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regrow.data import augment
-from regrow.data.augment import CropFlip
+from lab.data import augment
+from lab.data.augment import CropFlip
 from regrow.errors import UserError
 
 

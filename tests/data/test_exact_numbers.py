@@ -12,6 +12,7 @@ import pytest
 import torch
 from running import as_hydra_has_it, composed
 
+from lab.tasks.metrics import Metrics, regression_metrics
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import in_units, standardised
 from regrow.feeding.splits import Examples, Splits
@@ -19,7 +20,6 @@ from regrow.load import load_run
 from regrow.runs import train as runs
 from regrow.runs.inference import evaluate, predict
 from regrow.runs.launch import launch
-from regrow.tasks.metrics import Metrics, regression_metrics
 
 CPU = torch.device("cpu")
 SECONDS = 1_764_180_000

@@ -17,9 +17,9 @@ import pytest
 import torch
 from waiting import alive, until
 
+from lab.data.augment import Photo
+from lab.data.datasets import from_datasets
 from regrow.config.targets import instantiate
-from regrow.data.augment import Photo
-from regrow.data.datasets import from_datasets
 from regrow.errors import DataError, UserError
 from regrow.feeding import feeds
 from regrow.feeding.batch import Batch

@@ -12,12 +12,12 @@ import pytest
 import torch
 from test_exact_numbers import CLASSES, CPU, data_of
 
-from regrow.data.datasets import from_datasets
+from lab.data.datasets import from_datasets
+from lab.tasks.losses import CrossEntropy
+from lab.tasks.tasks import Multiclass
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples, Splits
-from regrow.tasks.losses import CrossEntropy
-from regrow.tasks.tasks import Multiclass
 
 Make = Callable[..., Data]
 

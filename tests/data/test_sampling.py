@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from regrow.data.augment import CropFlip
+from lab.data.augment import CropFlip
 from regrow.feeding.batch import Batch
 from regrow.feeding.feeds import MemoryFeed
 from regrow.feeding.loaders import EvalBatches

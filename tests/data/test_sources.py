@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.data import datasets
+from lab.data import datasets
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples
@@ -150,9 +150,9 @@ def test_synthetic_examples_come_in_any_shape(
 
 def test_digits_are_read_without_heavy_imports() -> None:
     code = (
-        "import sys, torch; from regrow.data.datasets import digits;"
+        "import sys, torch; from lab.data.datasets import digits;"
         "digits(val_fraction=0.1, test_fraction=0.2, seed=0);"
-        "import regrow.feeding.loaders, regrow.data.augment;"
+        "import regrow.feeding.loaders, lab.data.augment;"
         "heavy = ('sklearn', 'torchvision', 'PIL', 'omegaconf', 'hydra');"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -12,7 +12,7 @@ from regrow.feeding.loaders import Data
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
 CROP = (
-    "augmentation={_target_: regrow.data.augment.CropFlip, pad: 1, flip: false, "
+    "augmentation={_target_: lab.data.augment.CropFlip, pad: 1, flip: false, "
     "padding_mode: constant, alternate_flips: false}"
 )
 

@@ -11,14 +11,14 @@ import torch
 import yaml
 from torch import nn
 
+from lab.models import vision
+from lab.models.cnn import CNN
+from lab.models.freeze import freeze
+from lab.models.init import SCHEMES, apply, start_from_data
+from lab.models.mlp import MLP
+from lab.models.vision import fitting_patch, resnet, vit
+from lab.models.whitened_cnn import WhitenedCNN
 from regrow.errors import UserError
-from regrow.models import vision
-from regrow.models.cnn import CNN
-from regrow.models.freeze import freeze
-from regrow.models.init import SCHEMES, apply, start_from_data
-from regrow.models.mlp import MLP
-from regrow.models.vision import fitting_patch, resnet, vit
-from regrow.models.whitened_cnn import WhitenedCNN
 
 torch.set_num_threads(1)
 FACTORIES: dict[str, Any] = {

@@ -14,19 +14,20 @@ import torch
 from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, launched, train_config
 from torch import Tensor, nn
 
+from lab.build import check_first_batch, first_batch
+from lab.tasks import losses
+from lab.tasks.tasks import Multiclass
+from regrow.checkpoint.digest import weights_sha256
 from regrow.config.targets import allow
 from regrow.errors import UserError
 from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
+from regrow.numerics import model_checks
 from regrow.numerics.calls import call
 from regrow.numerics.sums import gradient_norm
 from regrow.record.folder import read_json
 from regrow.runs import train as runs
 from regrow.runs import weights
-from regrow.tasks import losses
-from regrow.tasks.tasks import Multiclass
-from regrow.training import model_checks
-from regrow.training.state import weights_sha256
 
 OPTIONS = (
     *("trainer.ema_decay=0.9", "trainer.clip_norm=1.0", "trainer.clip_value=0.5"),
@@ -177,7 +178,7 @@ def config_with(model: type, *overrides: str) -> dict[str, Any]:
 def run_with(folder: Path, model: type, *overrides: str, stop_at: int | None = None) -> Any:
     config = config_with(model, *overrides)
     objects = runs.build(config, CPU)
-    runs.check_first_batch(objects, CPU)  # leaves no trace
+    check_first_batch(objects, CPU)  # leaves no trace
     summary = train_config(folder, config, stop_at=stop_at)
     return summary, objects
 
@@ -243,7 +244,7 @@ def test_on_a_device_a_replaced_buffer_is_put_back_without_a_wait() -> None:
 def test_the_first_batch_leaves_no_trace_in_a_buffer() -> None:
     objects = runs.build(config_with(Counting, *OPTIONS), CPU)
     before = weights_sha256(objects.state.model)
-    runs.check_first_batch(objects, CPU)
+    check_first_batch(objects, CPU)
     assert weights_sha256(objects.state.model) == before
 
 
@@ -506,7 +507,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
     model: type, options: tuple[str, ...], line: str
 ) -> None:
     with pytest.raises(UserError, match=line) as raised:
-        runs.check_first_batch(runs.build(config_with(model, *options), CPU), CPU)
+        check_first_batch(runs.build(config_with(model, *options), CPU), CPU)
     assert "\n" not in str(raised.value)
 
 
@@ -548,7 +549,7 @@ def test_a_parameter_without_a_gradient_is_one_line_under_ddp() -> None:
 
 def forward_check(model: type) -> Callable[..., None]:
     objects = runs.build(config_with(model), CPU)
-    first = runs.first_batch(objects.train, objects.val)
+    first = first_batch(objects.train, objects.val)
     return functools.partial(
         model_checks.check_forward,
         *(objects.state.model, None, first, "fp32"),
@@ -597,7 +598,7 @@ def test_a_run_on_integers_in_memory_ends_before_it_starts_and_the_advice_helps(
         config = config_of(*TINY, "data.normalize=none", *overrides)
         config["data"]["source"] = {"_target_": f"{__name__}.counts"}
         allow(config)
-        runs.check_first_batch(runs.build(config, CPU), CPU)
+        check_first_batch(runs.build(config, CPU), CPU)
 
     with pytest.raises(UserError, match=r"int64 inputs .* data\.integers=float32"):
         checked()

@@ -78,7 +78,7 @@ def make_run(
         "seed": seed,
         "tags": ["baseline"],
         "notes": None,
-        "model": {"_target_": "regrow.models.mlp.MLP", "hidden": [256, 256], "dropout": 0.1},
+        "model": {"_target_": "lab.models.mlp.MLP", "hidden": [256, 256], "dropout": 0.1},
         "optimizer": {"_target_": f"torch.optim.{optimizer}", "lr": lr, "weight_decay": 0.01},
         "trainer": {"max_epochs": epochs, "monitor": f"val/{score}", "mode": "max"},
     }

@@ -30,7 +30,7 @@ def test_every_new_name_can_be_imported(name: str) -> None:
 def test_a_recorded_config_gets_the_names_of_today() -> None:
     before = {
         "data": {"_target_": "regrow.data.loaders.Data", "root": "regrow.data.loaders.Data"},
-        "both": [{"_target_": "regrow.training.options.DDPOptions"}, {"_target_": "own.Net"}],
+        "both": [{"_target_": "lab.options.DDPOptions"}, {"_target_": "own.Net"}],
     }
     now = moved.in_config(before)
     assert now["data"] == {
@@ -43,7 +43,7 @@ def test_a_recorded_config_gets_the_names_of_today() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["regrow.checks.X", "my.regrow.check.X", "regrow.training.options.TrainerOptions"]
+    "name", ["regrow.checks.X", "my.regrow.check.X", "lab.options.TrainerOptions"]
 )
 def test_a_name_that_only_resembles_a_moved_one_stays(name: str) -> None:
     assert moved.in_text(name) == name

@@ -21,22 +21,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 from running import CPU, config_of
 
+from lab import loop, lr_finder
+from lab.build import Objects, plan_of
+from lab.schedules import Plateau
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.runs import train as runs
 from regrow.runs.find_lr import find_lr
-from regrow.training import loop, lr_finder
-from regrow.training.lr_finder import (
-    Curve,
-    RangeTest,
-    range_test,
-    smooth,
-    still_falling,
-    suggest,
-)
-from regrow.training.schedules import Plateau
+from regrow.runs.lr_finder import Curve, RangeTest, range_test, smooth, still_falling, suggest
 
 SMALL = ("trainer.device=cpu", "trainer.num_threads=1")
 TEST = RangeTest(min_lr=1e-6, max_lr=10.0, num_steps=200, divergence_factor=4.0)
@@ -54,14 +48,14 @@ def job(*overrides: str) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def built(*overrides: str) -> tuple[runs.Objects, loop.Plan]:
+def built(*overrides: str) -> tuple[Objects, loop.Plan]:
     config = config_of(*SMALL, *overrides)
     objects = runs.build(config, CPU)
     nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
-    return objects, runs.plan_of(objects, config["seed"], CPU, StopRequest(), **nowhere)
+    return objects, plan_of(objects, config["seed"], CPU, StopRequest(), **nowhere)
 
 
-def fingerprint(objects: runs.Objects) -> str:
+def fingerprint(objects: Objects) -> str:
     """Return the SHA-256 of the whole state, and the files left beside it."""
     state = objects.state
     gradients = [p.grad for p in state.model.parameters()]

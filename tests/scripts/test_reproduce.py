@@ -202,7 +202,7 @@ def test_what_a_folder_recorded_cannot_run_anything(
     with one_line_and_exit_code_2(capsys, message):
         reproduce.main([f"run={run}"])
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("regrow.models.mlp.MLP", "os.system"))
+    (run / "config.yaml").write_text(config.replace("lab.models.mlp.MLP", "os.system"))
     with one_line_and_exit_code_2(capsys, "model._target_=os.system"):
         reproduce.main([f"run={run}"])
     assert not Path("outputs").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from regrow.tasks import exact
+from regrow.numerics import exact
 
 RNG = torch.Generator().manual_seed(0)
 

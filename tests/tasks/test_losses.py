@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.errors import UserError
-from regrow.tasks.custom import mse_plus_mae
-from regrow.tasks.losses import (
+from lab.tasks.custom import mse_plus_mae
+from lab.tasks.losses import (
     FEW_CLASSES,
     BCEWithLogits,
     CrossEntropy,
@@ -25,6 +24,7 @@ from regrow.tasks.losses import (
     smooth_l1,
     weighted,
 )
+from regrow.errors import UserError
 
 torch.set_num_threads(1)
 B, C = 23, 5

@@ -13,8 +13,8 @@ import torch
 from sklearn import metrics as sk
 from torch import Tensor
 
-from regrow.tasks import metrics as module
-from regrow.tasks.metrics import (
+from lab.tasks import metrics as module
+from lab.tasks.metrics import (
     Metrics,
     Recipe,
     binary_metrics,

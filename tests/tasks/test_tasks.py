@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, mse
+from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression, Task
 from regrow.errors import UserError
-from regrow.tasks.losses import BCEWithLogits, CrossEntropy, Loss, mse
-from regrow.tasks.tasks import Binary, Multiclass, Multilabel, Regression, Task
 
 torch.set_num_threads(1)
 CE = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)

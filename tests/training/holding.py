@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.data.datasets import from_datasets
+from lab.data.datasets import from_datasets
+from lab.models.mlp import MLP
 from regrow.feeding.splits import Splits
-from regrow.models.mlp import MLP
 
 
 def stay(place: str) -> None:

@@ -21,6 +21,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from lab import loop, step
+from lab.build import plan_of
+from lab.tasks.metrics import Metrics as Measured
+from lab.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
+from regrow.checkpoint.digest import weights_sha256
 from regrow.checkpoint.sharded import Writers
 from regrow.checkpoint.writer import CheckpointWriter, Facts
 from regrow.distributed.parallel import World, stopping_together
@@ -29,10 +34,6 @@ from regrow.feeding.batch import share
 from regrow.numerics import sums
 from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.runs import train as runs
-from regrow.tasks.metrics import Metrics as Measured
-from regrow.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
-from regrow.training import loop, step
-from regrow.training.state import weights_sha256
 
 Config = dict[str, Any]
 BATCH = 2  # per evaluation batch
@@ -68,7 +69,7 @@ def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[
     """Train six steps. Return the weights, and the loss and norm of each step."""
     objects = runs.build({**config, "trainer": {**config["trainer"], **changes}}, world)
     saved = SimpleNamespace(saved=None)
-    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     return steps(objects, plan)
 
 
@@ -153,9 +154,7 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
         writer = CheckpointWriter(
             folder / "saved", options, "max", is_main=world.is_main, writers=writers
         )
-        return objects, runs.plan_of(
-            objects, 0, world, StopRequest(), record=None, checkpoints=writer
-        )
+        return objects, plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
 
     objects, plan = new()
     steps(objects, plan, 3)
@@ -180,7 +179,7 @@ def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[flo
         is_main=world.is_main,
         writers=writers,
     )
-    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
+    plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
     runs.go_on(objects.state, writer, world)
     seen: list[tuple[float, float, int]] = steps(objects, plan, last)["seen"]
     facts = Facts(step=last, epoch=0, value=None, milestone=False, metrics_bytes=0)
@@ -219,7 +218,7 @@ def communicated(
         its = sharded(world) if is_sharded else world
         objects = runs.build({**config, "trainer": trainer}, its)
         saved = SimpleNamespace(saved=None)
-        plan = runs.plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
+        plan = plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
         steps(objects, plan, 2, whole_weights=False)  # connections are made and buckets rebuilt
         before = by_now(sent)
         steps(objects, plan, 2 + count, whole_weights=False)
@@ -259,7 +258,7 @@ def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, 
     """A NaN in one example, in the last process's share."""
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
-    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     before = {n: whole(t).clone() for n, t in objects.state.model.state_dict().items()}
     batch = next(objects.train.epoch(0, 0))
     if world.rank == world.size - 1:
@@ -332,7 +331,7 @@ def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> An
     """Buffers after an evaluation that processes start with different ones; the cache's size."""
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
-    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     model = objects.state.model
     model.register_buffer("statistic", torch.full((2,), float(world.rank + 5)))
     model.register_buffer("cache", torch.zeros(world.rank + 1), persistent=False)
@@ -347,7 +346,7 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """
     objects, stop = runs.build(config, world), StopRequest()
     saved = SimpleNamespace(saved=None)
-    plan = runs.plan_of(objects, 0, world, stop, record=None, checkpoints=saved)
+    plan = plan_of(objects, 0, world, stop, record=None, checkpoints=saved)
     batches, seen = objects.train.epoch(0, 0), []
     for number in range(2):
         if number == 1 and world.rank == 1:
@@ -363,7 +362,7 @@ def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list
     """Three steps with zero weights: nowhere, in the main process alone, everywhere."""
     objects = runs.build({**config, "trainer": {**config["trainer"], "ema_decay": 0.9}}, world)
     saved = SimpleNamespace(saved=None)
-    plan = runs.plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     state, seen = objects.state, []
     batches = objects.train.epoch(0, 0)
     for empty in (False, world.is_main, True):

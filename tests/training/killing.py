@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import torchmetrics.classification  # noqa: F401
 
+from lab import loop, step
 from regrow.checkpoint import writer as checkpoint
 from regrow.distributed.parallel import World
 from regrow.record import loggers
 from regrow.runs import train as runs
-from regrow.training import loop, step
 
 DONE, FAILED = 0, 3
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from running import TINY, Bench, batch_of, metrics_of, train
 from torch import Tensor, nn
 
+from lab import loop, optim, step
+from lab.tasks import losses
+from lab.tasks.custom import mse_plus_mae
+from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
 from regrow.feeding.batch import Batch
 from regrow.numerics import sums
 from regrow.numerics.precision import LossScale
-from regrow.tasks import losses
-from regrow.tasks.custom import mse_plus_mae
-from regrow.tasks.tasks import Binary, Multiclass, Multilabel, Regression
-from regrow.training import loop, optim, step
 
 CLASSES = 5
 WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.25]  # exact in float32, so that float64 shows its digits

@@ -12,14 +12,14 @@ import torch
 from running import CPU, TINY, Bench, batch_of, config_of, train
 from torch import Tensor, nn
 
+from lab import optim
+from lab.state import too_short_for_average
+from lab.tasks import losses
+from lab.tasks.tasks import Regression
 from regrow.config import older
 from regrow.numerics import sums
 from regrow.record.folder import read_json
 from regrow.runs import train as runs
-from regrow.tasks import losses
-from regrow.tasks.tasks import Regression
-from regrow.training import optim
-from regrow.training.state import too_short_for_average
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)
 BAD = (1, 4)  # steps with a non-finite batch

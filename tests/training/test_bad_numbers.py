@@ -14,14 +14,14 @@ import torch
 from running import TINY, Bench, batch_of, config_of, metrics_of, train, train_config
 from torch import Tensor, nn
 
+from lab import optim
+from lab.tasks import losses
+from lab.tasks.tasks import Multiclass
 from regrow.checkpoint import writer as checkpoint
 from regrow.feeding.batch import Batch
 from regrow.numerics import sums
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.precision import LossScale
-from regrow.tasks import losses
-from regrow.tasks.tasks import Multiclass
-from regrow.training import optim
 
 CPU = torch.device("cpu")
 MAKERS: dict[str, Any] = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 from running import CPU, TINY, config_of, train
 
+from lab import loop
 from regrow.feeding.batch import Batch
 from regrow.runs import train as runs
-from regrow.training import loop
 
 NAN = math.nan
 EACH_STEP = ("trainer.eval_every_steps=1", "trainer.checkpoint.save_every_epochs=null")

@@ -21,6 +21,8 @@ import pytest
 import torch
 from running import CPU, TINY, config_of, fingerprint, train
 
+from lab import loop, optim
+from lab.state import FOLLOWS
 from regrow.checkpoint import writer as checkpoint
 from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.errors import UserError
@@ -28,8 +30,6 @@ from regrow.record import loggers
 from regrow.record.folder import load_status, set_status
 from regrow.runs import train as runs
 from regrow.runs.weights import load_weights
-from regrow.training import loop, optim
-from regrow.training.state import FOLLOWS
 
 RUN = (
     *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),

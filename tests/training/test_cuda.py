@@ -10,10 +10,11 @@ import torch
 from running import config_of, fingerprint, metrics_of, train
 from waits import no_wait_for_the_gpu
 
+from lab import loop
+from lab.build import plan_of
 from regrow.distributed.parallel import World
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
-from regrow.training import loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -76,7 +77,7 @@ def test_a_compiled_run_grows_back_on_a_gpu(tmp_path: Path) -> None:
 def test_no_step_waits_for_the_gpu(precision: str) -> None:
     config = config_of(*IMAGES, f"trainer.precision={precision}", "trainer.log_every_steps=1000")
     objects = runs.build(config, GPU)
-    plan = runs.plan_of(objects, 0, GPU, StopRequest(), record=None, checkpoints=None)
+    plan = plan_of(objects, 0, GPU, StopRequest(), record=None, checkpoints=None)
     batches = [*objects.train.epoch(0, 0)]
     loop.train_step(objects.state, batches[0], plan)  # chooses kernels and allocates memory
     torch.cuda.synchronize()

@@ -12,12 +12,12 @@ import torch
 from finished import finished, script
 from running import TINY, fingerprint, metrics_of, train
 
+from lab import evaluate, step
 from regrow import randomness
 from regrow.config.yaml_files import read_yaml
 from regrow.processes.interrupt import Interrupted
 from regrow.project import CONF
 from regrow.record.folder import read_json
-from regrow.training import evaluate, step
 
 MLP = read_yaml(CONF / "model" / "mlp.yaml")
 RUN = (

@@ -12,12 +12,12 @@ import torch
 from running import CPU, TINY, Bench, batch_of, fingerprint, metrics_of, train
 from torch import Tensor, nn
 
+from lab import optim
+from lab.tasks.losses import CrossEntropy
+from lab.tasks.tasks import Multiclass
 from regrow.feeding.batch import Batch
 from regrow.numerics import precision, sums
 from regrow.numerics.precision import LossScale
-from regrow.tasks.losses import CrossEntropy
-from regrow.tasks.tasks import Multiclass
-from regrow.training import optim
 
 # Two of three classes have no weight: with two examples a step, many steps have none.
 RARE = (
@@ -85,7 +85,7 @@ def test_an_empty_step_changes_nothing_and_counts(
 
 
 def test_the_warm_up_of_the_average_does_not_count_it() -> None:
-    from regrow.training.state import average_weight
+    from lab.state import average_weight
 
     run = bench(ema_decay=0.99, ema_warmup=True)
     run.step(batch(0, 0, 1, 2))
@@ -121,7 +121,7 @@ def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.Mo
 
 def test_what_is_skipped_on_the_device_is_told_apart_there() -> None:
     """`count` with the tensors of a device that nobody has waited for."""
-    from regrow.training.state import count
+    from lab.state import count
 
     run = bench()
     run.state.sums = torch.zeros(4, dtype=torch.float64)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from running import TINY, fingerprint, launched, train
 
+from lab import loop
 from regrow.checkpoint import writer as checkpoint
 from regrow.record.folder import read_json, read_metrics
 from regrow.runs import train as runs
-from regrow.training import loop
 
 RUN = (
     *(*TINY, "hydra.run.dir=disk/run", "task.per_class=false", "task.auroc=false"),

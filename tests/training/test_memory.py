@@ -11,13 +11,14 @@ import torch
 from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, metrics_of, train
 from torch import Tensor, nn
 
+from lab import evaluate, step
+from lab.build import check_first_batch
+from lab.tasks import losses
+from lab.tasks.tasks import Multiclass
 from regrow.errors import UserError
 from regrow.numerics import calls
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
-from regrow.tasks import losses
-from regrow.tasks.tasks import Multiclass
-from regrow.training import evaluate, step
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -138,7 +139,7 @@ def test_batchnorm_on_one_example_is_found_before_the_run_starts() -> None:
 def checked(*overrides: str) -> None:
     objects = runs.build(config_of(*overrides), CPU)
     before = [b.clone() for b in objects.state.model.buffers()]
-    runs.check_first_batch(objects, CPU)
+    check_first_batch(objects, CPU)
     after = list(objects.state.model.buffers())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

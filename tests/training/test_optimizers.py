@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from running import TINY, Bench, batch_of, fingerprint, metrics_of, train
 from torch import nn
 
+from lab import optim
+from lab.optim import Clipping, MuonWithAdamW
+from lab.tasks import losses
+from lab.tasks.tasks import Regression
 from regrow.errors import UserError
 from regrow.numerics import sums
 from regrow.numerics.sums import gradient_norm
 from regrow.project import CONF
-from regrow.tasks import losses
-from regrow.tasks.tasks import Regression
-from regrow.training import optim
-from regrow.training.optim import Clipping, MuonWithAdamW
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
 

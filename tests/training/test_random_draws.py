@@ -11,10 +11,10 @@ import torch
 from running import Bench, batch_of
 from torch import Tensor, nn
 
+from lab import step
+from lab.tasks.losses import LossOutput
 from regrow.distributed.parallel import World
 from regrow.feeding.feeds import _Seeded
-from regrow.tasks.losses import LossOutput
-from regrow.training import step
 
 
 class Drawing(nn.Module):

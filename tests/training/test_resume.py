@@ -15,16 +15,16 @@ from running import CPU, TINY, config_of, fingerprint, metrics_of, train, train_
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regrow.data.datasets import from_datasets
+from lab import step
+from lab.data.datasets import from_datasets
+from lab.schedules import Plateau
+from lab.state import TrainState
 from regrow.feeding.loaders import TrainBatches
 from regrow.feeding.splits import Splits
 from regrow.numerics import sums
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import train as runs
-from regrow.training import step
-from regrow.training.schedules import Plateau
-from regrow.training.state import TrainState
 
 STEPS = 12
 LEAN = ("task.per_class=false", "task.auroc=false")
@@ -63,7 +63,7 @@ WHITENED = (
     *("data.input_shape=[2,9,9]", *LEAN),
     *("model=whitened_cnn", "model.channels=[4,4,4]", "optimizer=muon", "optimizer.kernels=true"),
     *("trainer.channels_last=true", "trainer.precision=bf16"),
-    "+data.augmentation._target_=regrow.data.augment.CropFlip",
+    "+data.augmentation._target_=lab.data.augment.CropFlip",
     *("+data.augmentation.pad=2", "+data.augmentation.padding_mode=reflect"),
     *("+data.augmentation.flip=true", "+data.augmentation.alternate_flips=true"),
 )

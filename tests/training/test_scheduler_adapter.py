@@ -10,11 +10,12 @@ import torch
 from running import CPU, TINY, config_of, fingerprint, metrics_of, train
 from torch.optim import lr_scheduler
 
+from lab.build import schedule_of
+from lab.schedules import RunLength
 from regrow.config.check import check_signature
 from regrow.config.targets import allow
 from regrow.errors import UserError
 from regrow.runs import train as runs
-from regrow.training.schedules import RunLength
 
 PER_EPOCH, EPOCHS = 7, 9
 TOTAL = PER_EPOCH * EPOCHS
@@ -52,7 +53,7 @@ def adapted(name: str, interval: str, node: dict[str, Any] | None = None, **more
     node = {**(NODES[name] if node is None else node), **more}
     node |= {"_target_": f"{TORCH}{name}", "interval": interval}
     allow(node)
-    return runs.schedule_of(node, sgd(), LENGTH)
+    return schedule_of(node, sgd(), LENGTH)
 
 
 def torchs(name: str, interval: str) -> tuple[list[float], list[float]]:
@@ -210,12 +211,12 @@ def test_timms_interface_is_stepped_with_its_count(interval: str) -> None:
         "interval": interval,
     }
     allow(node)
-    schedule = runs.schedule_of(node, sgd(), LENGTH)
+    schedule = schedule_of(node, sgd(), LENGTH)
     per_count = PER_EPOCH if interval == "epoch" else 1
     for step in range(TOTAL):
         assert schedule(step) == pytest.approx(1 - (step // per_count) / TOTAL)
     with pytest.raises(UserError, match=r"Use scheduler\.interval="):
-        runs.schedule_of({**node, "t_in_epochs": interval != "epoch"}, sgd(), LENGTH)
+        schedule_of({**node, "t_in_epochs": interval != "epoch"}, sgd(), LENGTH)
 
 
 def test_the_whole_build_makes_it_from_yaml_alone() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from lab import schedules
+from lab.schedules import Plateau, RunLength
 from regrow.config.targets import instantiate
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import CONF
-from regrow.training import schedules
-from regrow.training.schedules import Plateau, RunLength
 
 PER_EPOCH, EPOCHS = 7, 9
 TOTAL = PER_EPOCH * EPOCHS

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from running import TINY, metrics_of, train
 
+from lab import evaluate, optim, step
+from lab import progress as show
 from regrow.distributed import parallel
-from regrow.training import evaluate, optim, step
-from regrow.training import progress as show
 
 
 class Terminal:

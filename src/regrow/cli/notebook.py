@@ -20,7 +20,7 @@ from regrow.config.own_modules import find_own_modules
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
-    from regrow.runs.train import Objects
+    from regrow.protocols import Objects
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -65,7 +65,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 def build(config: Mapping[str, Any] | DictConfig) -> Objects:
     """Return all objects of a run, on the config's device. Sets threads and seeds as a run does."""
     from regrow.distributed.parallel import World
-    from regrow.runs import train as run
+    from regrow.runs import machine, train
 
     find_own_modules()
     try:
@@ -82,8 +82,8 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
         raise UserError("this is not a run's config. Make one with regrow.compose.") from None
     if count not in (1, "auto"):
         raise UserError(f"trainer.devices={count}: this is one process. Use trainer.devices=1.")
-    trainer["num_threads"] = trainer["num_threads"] or run.usable_cores()
-    return run.build(values, World(device=run.resolve_device(device)))
+    trainer["num_threads"] = trainer["num_threads"] or machine.usable_cores()
+    return train.build(values, World(device=machine.resolve_device(device)))
 
 
 def _literal(value: Any) -> Any:

@@ -34,7 +34,7 @@ from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import fail
-from regrow.project import CONF
+from regrow.project import CONF, lab_name
 from regrow.record import loggers, monitor
 
 GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", "launcher", "sweep")
@@ -565,10 +565,14 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
 
 
 def _check_combinations(values: Mapping[str, Any]) -> None:
+    if (named := values.get("lab", lab_name())) != lab_name():
+        raise UserError(
+            f"lab={named}: it is the project's, not a run's. Set it in conf/train.yaml."
+        )
     trainer, data = values["trainer"], values["data"]
     task, loss = (values[group].get("_target_", "").split(".")[-1] for group in ("task", "loss"))
     kind = task.lower()
-    shipped_task = values["task"].get("_target_", "").startswith("regrow.")
+    shipped_task = values["task"].get("_target_", "").startswith(f"{lab_name()}.")
     if shipped_task and data.get("target_kind") not in (None, kind):
         raise UserError(
             f"task={kind} does not fit {data['target_kind']} targets, which this data set has. "
@@ -623,7 +627,8 @@ def _is_ours(values: Mapping[str, Any], path: str) -> bool:
     """Return True if RULES apply to the key: a user's own model may take a list as `dropout`."""
     for key in path.split(".")[:-1]:
         values = values[key]
-    return str(values.get("_target_", "regrow.")).startswith(("regrow.", "torch.optim."))
+    ours = (f"{lab_name()}.", "regrow.", "torch.optim.")
+    return str(values.get("_target_", "regrow.")).startswith(ours)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

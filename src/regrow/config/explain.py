@@ -17,7 +17,7 @@ from regrow.config.targets import HANDED_IN, locate, said_by
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import one_line
-from regrow.project import CONF
+from regrow.project import CONF, lab_name
 
 
 def composition_error(error: Exception) -> str:
@@ -375,7 +375,11 @@ def takes(target: str, path: str, key: str) -> bool:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return True
     # conf/ lists every argument of our own targets that a config may give.
-    return key in parameters and key not in HANDED_IN and not target.startswith("regrow.")
+    return (
+        key in parameters
+        and key not in HANDED_IN
+        and not target.startswith(("regrow.", f"{lab_name()}."))
+    )
 
 
 def _target_that_takes(name: str) -> str | None:

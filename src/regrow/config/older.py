@@ -12,16 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from regrow.config.command_line import override
+from regrow.project import of_lab
 
 
 class AddedKey(NamedTuple):
-    target: str | None  # `_target_` of the node that holds the key; None: the top level
+    # `_target_` of the node that holds the key, where `lab` stands for the lab's package; None: the
+    # top level
+    target: str | None
     key: str
     before: Any  # reproduces the behaviour from before the key existed
     follows: str | None = None  # the dotted key that conf/ interpolates it from
 
 
-IMAGE_FOLDER = "regrow.data.datasets.image_folder"
+IMAGE_FOLDER = "lab.data.datasets.image_folder"
 EARLY_EXTENSIONS = [
     ".bmp",
     ".gif",
@@ -41,16 +44,16 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey(IMAGE_FOLDER, "identity", "ends"),
     AddedKey("regrow.feeding.loaders.Data", "changed", "refuse"),
     AddedKey("regrow.feeding.loaders.Data", "identity", "length"),
-    AddedKey("regrow.training.options.TrainerOptions", "ema_warmup", False),
+    AddedKey("lab.options.TrainerOptions", "ema_warmup", False),
     AddedKey("regrow.feeding.loaders.Data", "integers", "float32"),
     AddedKey("regrow.feeding.loaders.Data", "ignore_index", None, "loss.ignore_index"),
-    AddedKey("regrow.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
-    AddedKey("regrow.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
+    AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
+    AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     AddedKey("regrow.feeding.loaders.Data", "target_dtype", "float32"),
 )
 # Keys that this code no longer accepts, by `_target_`; another key replaces each.
 REMOVED_KEYS: tuple[tuple[str, str], ...] = tuple(
-    (f"regrow.tasks.tasks.{task}", "mode")  # trainer.mode
+    (f"lab.tasks.tasks.{task}", "mode")  # trainer.mode
     for task in ("Multiclass", "Binary", "Multilabel", "Regression")
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
@@ -84,7 +87,9 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
 def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys of a recorded config that this code no longer accepts."""
     target = config.get("_target_")
-    found = [f"{prefix}{key}" for its, key in REMOVED_KEYS if its == target and key in config]
+    found = [
+        f"{prefix}{key}" for its, key in REMOVED_KEYS if of_lab(its) == target and key in config
+    ]
     for name, value in config.items():
         if isinstance(value, dict):
             found += removed(value, f"{prefix}{name}.")
@@ -96,7 +101,7 @@ def _rows(
 ) -> Iterator[tuple[AddedKey, dict[str, Any], str]]:
     """Yield the rows for each node of a config, with the node and the key's dotted name."""
     for row in ADDED_KEYS:
-        if row.target == target:
+        if (row.target and of_lab(row.target)) == target:
             yield row, node, f"{prefix}{row.key}"
     for name, value in node.items():
         if isinstance(value, dict):

@@ -29,7 +29,8 @@ from regrow.record.redact import MASK, redact_all
 log = logging.getLogger(__name__)
 
 SWEEP = ownership.SWEEP  # marks a sweep's folder
-ELSEWHERE = ("launcher", "sweep")  # groups about where a run is started, not about the run
+# About where a run is started and by which package, not about the run.
+ELSEWHERE = ("launcher", "sweep", "lab")
 
 # Keys that may differ from the recorded run: limits, devices, micro-batches, workers, logging.
 # They change results by float rounding at most. Any other change must be named.

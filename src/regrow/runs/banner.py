@@ -12,18 +12,14 @@ from regrow.config import flags, resume
 from regrow.config.command_line import command
 from regrow.config.job import Job
 from regrow.distributed.parallel import World
+from regrow.protocols import Objects
 from regrow.record import monitor
 from regrow.record.redact import redact_all
-from regrow.runs import train as runs
-from regrow.training import optim
-from regrow.training.scheduler_adapter import SchedulerAdapter
-from regrow.training.schedules import RunLength
-from regrow.training.state import too_short_for_average
 
 log = logging.getLogger("regrow")
 
 
-def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> None:
+def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     """Log what is about to run, and the command that resumes it."""
     options, state = objects.options, objects.state
     config = redact_all(dict(job.config))
@@ -53,24 +49,17 @@ def introduce(folder: Path, job: Job, objects: runs.Objects, world: World) -> No
         *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
         *(threads, "s"[: threads > 1]),
     )
-    if world.device.type != "cpu" and not optim.skips_on_device(state.optimizer, world.device):
-        log.info("optimizer: it cannot skip a bad step on the device; each step waits for it once")
-    if short := too_short_for_average(options, objects.total_steps):
-        log.log(logging.INFO if options.ema_warmup else logging.WARNING, "%s", short)
+    for level, remark in objects.remarks(world):
+        log.log(level, "%s", remark)
     for line in what_is_odd(config, objects):
         log.warning("%s", line)
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
-    if isinstance(state.schedule, SchedulerAdapter):
-        log.info(
-            "scheduler: %s is stepped once per %s (scheduler.interval)",
-            *(state.schedule.name.rpartition(".")[2], state.schedule.interval),
-        )
     log.info("folder: %s", folder)
     log.info("if interrupted, resume with: %s", again(job, folder))
 
 
-def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
+def what_is_odd(config: Mapping[str, Any], objects: Objects) -> list[str]:
     """Return one line for each setting that is probably a mistake."""
     options, lines = objects.options, []
     if options.monitor is None:
@@ -83,16 +72,9 @@ def what_is_odd(config: Mapping[str, Any], objects: runs.Objects) -> list[str]:
             f"data.batch_size={batch} is more than the {count} training examples: each step is an "
             "epoch over all of them"
         )
-    if objects.total_steps is not None and objects.total_steps < warmup_of(config, objects):
-        lines.append(in_warmup(objects.total_steps, warmup_of(config, objects)))
+    if objects.total_steps is not None and objects.total_steps < objects.warmup_steps:
+        lines.append(in_warmup(objects.total_steps, objects.warmup_steps))
     return lines
-
-
-def warmup_of(config: Mapping[str, Any], objects: runs.Objects) -> int:
-    """Return the steps of the schedule's warm-up; 0 if it has none under these keys."""
-    length = RunLength(objects.total_steps, objects.state.steps_per_epoch)
-    node = config["scheduler"]
-    return length.warmup(node.get("warmup_steps"), node.get("warmup_fraction"))
 
 
 def in_warmup(steps: int, warmup: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from regrow.errors import printable
+from regrow.project import lab_name
 from regrow.record.redact import redact
 
 log = logging.getLogger("regrow")
@@ -72,13 +73,15 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attached(handler: logging.Handler) -> Iterator[None]:
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(handler)
+    for each in (log, logging.getLogger(lab_name())):
+        each.setLevel(logging.INFO)
+        each.propagate = False
+        each.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        for each in (log, logging.getLogger(lab_name())):
+            each.removeHandler(handler)
         handler.close()
 
 

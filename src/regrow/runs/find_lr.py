@@ -22,12 +22,15 @@ from regrow.config.targets import instantiate
 from regrow.distributed.parallel import World
 from regrow.errors import UserError, machine_fault
 from regrow.failing import fail
+from regrow.numerics.sums import read
 from regrow.processes.interrupt import StopRequest
+from regrow.protocols import Batch
 from regrow.record import folder as records
+from regrow.runs import lr_finder, machine
 from regrow.runs import train as runs
 from regrow.runs.console import console
-from regrow.training import lr_finder
-from regrow.training.lr_finder import Curve, RangeTest
+from regrow.runs.lab import lab
+from regrow.runs.lr_finder import Curve, RangeTest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,17 +77,21 @@ def _find_lr(cfg: DictConfig) -> float:
         )
     with console():
         test: RangeTest = instantiate(config["find_lr"])
-        world = World(device=runs.resolve_device(trainer["device"]))
-        trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
+        world = World(device=machine.resolve_device(trainer["device"]))
+        trainer["num_threads"] = trainer["num_threads"] or machine.usable_cores()
         objects = runs.build(config, world)
         with contextlib.closing(objects.data):
             for note in objects.data.notes:
                 log.warning("%s", note)
             if trainer["check_first_batch"]:
-                runs.check_first_batch(objects, world)
-            nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
-            plan = runs.plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
-            curve = lr_finder.range_test(objects.state, plan, test)
+                lab().check_first_batch(objects, world)
+            nowhere: dict[str, Any] = {"record": None, "checkpoints": None, "trial": None}
+            plan = lab().plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
+
+            def step(batch: Batch) -> list[float]:
+                return read(lab().train_step(objects.state, batch, plan).sums)
+
+            curve = lr_finder.range_test(objects.state, objects.train, step, test)
         lr = lr_finder.suggest(curve)
         if lr_finder.still_falling(curve):
             log.warning(

@@ -14,11 +14,11 @@ from regrow.distributed.parallel import World
 from regrow.errors import UserError
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
+from regrow.processes.interrupt import StopRequest
 from regrow.randomness import Draws, states_kept
 from regrow.record.folder import load_status
+from regrow.runs.lab import lab
 from regrow.runs.load import LoadedRun
-from regrow.training.evaluate import measure
-from regrow.training.progress import evaluation_bar
 
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
@@ -27,11 +27,12 @@ def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str
     A model that draws random numbers draws the same ones as in the run's own evaluation.
     """
     batches = run.data.evaluation(split, device=run.device)
-    bar = evaluation_bar(split, batches)
     draws = draws or draws_of(run, split)
     with states_kept():
-        values, _ = measure(
-            run.model, run.task, batches, World(run.device), run.precision, bar, draws
+        values, _ = lab().measure_split(
+            *(run.model, run.task, batches, World(run.device), run.precision, draws),
+            stop=StopRequest(),
+            bar=split,
         )
     return {f"{split}/{name}": value for name, value in values.items()}
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
 from regrow.feeding.preprocess import Preprocessing, in_units
 from regrow.record.folder import read_json
-from regrow.runs import train as runs
+from regrow.runs import machine
 
 log = logging.getLogger("regrow")
 
@@ -185,9 +184,8 @@ def set_numerics(run: LoadedRun) -> None:
 
     For scripts; a notebook keeps its own settings.
     """
-    # Not TrainerOptions: an older run's config may lack some of its keys.
     options = {**run.config["trainer"], "precision": run.precision, "detect_anomaly": False}
-    runs.set_numerics(cast(Any, SimpleNamespace(**options)), run.device)
+    machine.set_numerics(options, run.device)
 
 
 def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -320,11 +318,11 @@ def _device(name: str | None, recorded: str) -> torch.device:
         if name not in ("auto", "cpu", "cuda", "mps"):
             raise UserError(f"device={name} must be one of auto, cpu, cuda, mps.")
         try:
-            return runs.resolve_device(name)
+            return machine.resolve_device(name)
         except UserError as error:
             raise UserError(str(error).replace("trainer.device", "device")) from None
     try:
-        return runs.resolve_device(recorded)
+        return machine.resolve_device(recorded)
     except UserError:
         log.warning("the run's device, %s, is missing here: using the CPU", recorded)
         return torch.device("cpu")

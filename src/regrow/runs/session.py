@@ -23,12 +23,15 @@ from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.project import ROOT
+from regrow.protocols import Objects
 from regrow.record import folder as records
 from regrow.record import manifest, names, ownership
 from regrow.record.redact import redact, redact_all
+from regrow.runs import machine
 from regrow.runs import train as runs
-from regrow.runs.banner import again, conclude, in_warmup, introduce, longer, warmup_of
+from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
+from regrow.runs.lab import lab
 from regrow.runs.load import preprocessing_record
 
 log = logging.getLogger("regrow")
@@ -40,7 +43,7 @@ def run_all(job: Job) -> float | None:
     count = trainer["devices"] = ranks.count_of(trainer)
     if count > 1 or trainer["max_restarts"]:
         return ranks.run(job, count)
-    return run_job(job, World(device=runs.resolve_device(trainer["device"])))
+    return run_job(job, World(device=machine.resolve_device(trainer["device"])))
 
 
 def run_job(job: Job, world: World) -> float | None:
@@ -122,7 +125,7 @@ def remove_empty_parents(folder: Path) -> None:
 def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
     trainer = job.config["trainer"]
-    trainer["num_threads"] = trainer["num_threads"] or runs.usable_cores()
+    trainer["num_threads"] = trainer["num_threads"] or machine.usable_cores()
     objects = runs.build(without_source(job, world), world)
     with contextlib.closing(objects.data):
         return run_objects(job, objects, world, halvings)
@@ -142,13 +145,13 @@ def without_source(job: Job, world: World) -> dict[str, Any]:
     return {**job.config, "init_from": None} if found else job.config
 
 
-def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) -> float | None:
+def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> float | None:
     """Train the built objects and write the run's record."""
     config, trainer = job.config, job.config["trainer"]
     trainer["monitor"], trainer["mode"] = objects.options.monitor, objects.options.mode
     objects.state.progress.halvings = halvings
     if trainer["check_first_batch"]:
-        runs.check_first_batch(objects, world)
+        lab().check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
         outline = checkpoint.outline(Path(job.folder) / "checkpoints")
@@ -211,7 +214,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
             world.barrier()
             raise SystemExit(128 + number)
         if world.is_main:
-            warmup = warmup_of(config, objects)
+            warmup = objects.warmup_steps
             if objects.state.step < warmup and objects.state.step != objects.total_steps:
                 log.warning(
                     "%s", in_warmup(objects.state.step, warmup)
@@ -223,7 +226,7 @@ def run_objects(job: Job, objects: runs.Objects, world: World, halvings: int) ->
         return best
 
 
-def trial_of(job: Job, objects: runs.Objects, world: World) -> Any:
+def trial_of(job: Job, objects: Objects, world: World) -> Any:
     """Return the reporter for the search that the job is a trial of, or None.
 
     Raises UserError if the search's metric is not measured.
@@ -233,7 +236,7 @@ def trial_of(job: Job, objects: runs.Objects, world: World) -> Any:
     from regrow.runs.trial import Reporter
 
     reporter = Reporter(**job.trial)
-    reporter.check(runs.measured_by(objects.task, world.device))
+    reporter.check(objects.measured)
     return reporter
 
 
@@ -271,7 +274,7 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
 
-def write_start(folder: Path, job: Job, objects: runs.Objects) -> dict[str, Any]:
+def write_start(folder: Path, job: Job, objects: Objects) -> dict[str, Any]:
     """Write what reproduces the run: config, overrides, code, environment, data.
 
     Returns the splits with changed content that the user accepts. Raises UserError, before

@@ -28,7 +28,7 @@ from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault, p
 from regrow.failing import fail, one_line, show_traceback
 from regrow.processes import outside, terminal
 from regrow.processes.signals import handled
-from regrow.runs import train as runs
+from regrow.runs import machine
 from regrow.runs.console import console
 from regrow.runs.session import is_plain, leave_nothing, run_all, run_job
 
@@ -186,7 +186,7 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
     trainer = job.config["trainer"]
     alone = "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1  # bound by Slurm
     index = 0 if alone else int(os.environ.get("LOCAL_RANK", rank))
-    device = runs.resolve_device(trainer["device"], index)
+    device = machine.resolve_device(trainer["device"], index)
     world = World(device=device, rank=rank, size=size, store=store)
     if device.type == "cuda":
         torch.cuda.set_device(device)

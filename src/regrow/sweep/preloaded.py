@@ -5,10 +5,17 @@ Importing them starts no thread and uses no GPU or data. Nothing else imports th
 
 # ruff: noqa: E402, F401
 import contextlib
+import importlib
 import os
 import signal
 
 from regrow.processes.parent import die_with_parent
+
+# What most runs use of the lab. A module that was removed from it costs nothing.
+OF_THE_LAB = (
+    *("build", "loop", "data.augment", "data.datasets", "models.cnn", "models.mlp"),
+    *("tasks.losses", "tasks.tasks"),
+)
 
 die_with_parent(os.getppid())
 # Only the sweep handles Ctrl-C. The signal was blocked when this process started.
@@ -25,13 +32,14 @@ import torchmetrics.classification
 
 # Code that cannot be imported must not end the server: each job that needs it reports the error.
 with contextlib.suppress(Exception):
-    from regrow.data import augment, datasets
     from regrow.feeding import loaders
-    from regrow.models import cnn, mlp
+    from regrow.project import lab_name
     from regrow.record import plots
     from regrow.runs import worker
-    from regrow.tasks import losses, tasks
-    from regrow.training import optim, options, schedules
+
+    for module in OF_THE_LAB:
+        with contextlib.suppress(Exception):
+            importlib.import_module(f"{lab_name()}.{module}")
 
 if not _is_given:
     del os.environ["OPENBLAS_NUM_THREADS"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regrow.tasks.losses import LossOutput, l1, mse
+from lab.tasks.losses import LossOutput, l1, mse
 
 
 def mse_plus_mae(outputs: Tensor, targets: Tensor, *, mae_factor: float) -> LossOutput:

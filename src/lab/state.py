@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lab import optim
+from lab.options import TrainerOptions
+from lab.schedules import Schedule, Stateful
 from regrow.config import older
 from regrow.distributed import sharding
 from regrow.errors import UserError
@@ -18,9 +20,6 @@ from regrow.numerics import sums as step_sums
 from regrow.numerics.buffers import caches
 from regrow.numerics.precision import LossScale
 from regrow.numerics.sums import Skipped, Sums, added
-from regrow.training import optim
-from regrow.training.options import TrainerOptions
-from regrow.training.schedules import Schedule, Stateful
 
 
 @dataclass
@@ -257,30 +256,6 @@ def update_average(
             sources.append(source)
     for copy_, source in zip(copies, sources, strict=True):
         copy_.copy_(source)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of every entry, in order of the names.
-
-    With a sharded model, all processes must call this together.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        _add(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        value = sharding.whole(value).detach().cpu().resolve_conj().resolve_neg().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict | list | tuple):  # from get_extra_state
-        digest.update(f"{name} {type(value).__name__} {len(value)}".encode())
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _add(digest, f"{name}/{key!r}", item)
-    else:
-        digest.update(f"{name} {value!r}".encode())
 
 
 def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:

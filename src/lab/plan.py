@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lab import optim
+from lab.options import TrainerOptions
 from regrow.checkpoint.writer import CheckpointWriter
 from regrow.distributed.parallel import Exchange, World
 from regrow.numerics.buffers import Buffers
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
-from regrow.training import optim
-from regrow.training.options import TrainerOptions
 
 
 @dataclass(frozen=True)

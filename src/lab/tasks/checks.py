@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lab.tasks.losses import Loss, LossOutput, attribute, matched
 from regrow.errors import UserError
-from regrow.tasks.losses import Loss, LossOutput, attribute, matched
 
 # Graph nodes that only move values, and those whose outputs are certainly logits.
 _MOVES = (

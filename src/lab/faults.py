@@ -7,12 +7,12 @@ import math
 
 import torch
 
+from lab import optim
+from lab.plan import Plan
+from lab.state import TrainState
 from regrow.errors import SlicesTooLarge, UserError
 from regrow.numerics.sums import LOSS, Sums
 from regrow.protocols import Batch
-from regrow.training import optim
-from regrow.training.plan import Plan
-from regrow.training.state import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lab import optim
+from lab.faults import halve_slices
+from lab.plan import Plan
+from lab.state import TrainState, average_weight, count, update_average
 from regrow.distributed import sharding
 from regrow.distributed.parallel import synchronises
 from regrow.numerics.calls import call, is_out_of_memory, say_if_out_of_memory
@@ -22,10 +26,6 @@ from regrow.numerics.sums import (
 )
 from regrow.protocols import Batch
 from regrow.randomness import key, seed_step
-from regrow.training import optim
-from regrow.training.faults import halve_slices
-from regrow.training.plan import Plan
-from regrow.training.state import TrainState, average_weight, count, update_average
 
 
 class Slice(NamedTuple):

@@ -280,7 +280,7 @@ def from_datasets(
 
         data:
           source:
-            _target_: regrow.data.datasets.from_datasets
+            _target_: lab.data.datasets.from_datasets
             train: {_target_: my_project.Spectra, folder: spectra/train, augment: ${data.augment}}
             val: {_target_: my_project.Spectra, folder: spectra/val, augment: false}
             test: null

@@ -12,11 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from regrow.errors import UserError
-from regrow.numerics.precision import widest
-from regrow.tasks import checks
-from regrow.tasks.losses import Loss, LossOutput, attribute, matched, per_example, weighted
-from regrow.tasks.metrics import (
+from lab.tasks import checks
+from lab.tasks.losses import Loss, LossOutput, attribute, matched, per_example, weighted
+from lab.tasks.metrics import (
     Metrics,
     binary_metrics,
     multiclass_metrics,
@@ -24,6 +22,8 @@ from regrow.tasks.metrics import (
     names_of,
     regression_metrics,
 )
+from regrow.errors import UserError
+from regrow.numerics.precision import widest
 
 
 class Task(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lab import optim
+from lab.plan import Plan
+from lab.schedules import Stateful
+from lab.state import TrainState
 from regrow.distributed.sharding import whole
 from regrow.numerics.sums import EXAMPLES, Sums, ratio, read
 from regrow.protocols import EvalBatches
-from regrow.training.plan import Plan
-from regrow.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +91,9 @@ def progress_bar(state: TrainState, plan: Plan) -> Any:
     )
 
 
-def evaluation_bar(name: str, batches: EvalBatches, shown: bool = True) -> Any:
-    """Return a progress bar for an evaluation, quiet if stderr is not a terminal."""
-    if not (shown and sys.stderr.isatty()):
+def evaluation_bar(name: str | None, batches: EvalBatches) -> Any:
+    """Return a progress bar for an evaluation, quiet without a name or a terminal at stderr."""
+    if name is None or not sys.stderr.isatty():
         return QUIET
     return tqdm(total=len(batches), desc=name, unit="batch", leave=False)
 
@@ -120,3 +123,21 @@ def announce(state: TrainState, plan: Plan) -> None:
         shown.append(f"{monitor} {values[monitor]:.4g}")
     best = " (best)" if progress.best_step == state.step else ""
     log.info("epoch %d, step %d: %s%s", state.epoch, state.step, ", ".join(shown), best)
+
+
+def tell_of_another_rate(state: TrainState) -> None:
+    """Log if the schedule has changed since the save; a raised limit stretches a cosine."""
+    if state.step == 0 or isinstance(state.schedule, Stateful):
+        return
+    parts = getattr(state.optimizer, "parts", [state.optimizer])
+    if not any(part.state for part in parts):  # another optimizer: its rates do not compare
+        return
+    before = optim.rates(state.optimizer)["lr"]
+    optim.set_lr(state.optimizer, state.schedule(state.step - 1))
+    now = optim.rates(state.optimizer)["lr"]
+    if not math.isclose(before, now):
+        log.info(
+            "the learning rate of step %d was %.3g and would now be %.3g: the schedule follows "
+            "what was changed",
+            *(state.step, before, now),
+        )

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.models import freeze as freezing
+from lab.models import init as initialisation
+from lab.models.cnn import image_shape
 from regrow.errors import UserError
-from regrow.models import freeze as freezing
-from regrow.models import init as initialisation
-from regrow.models.cnn import image_shape
 
 SMALL_IMAGE = 64  # up to this size a ResNet's stem keeps the resolution
 PATCHES_PER_SIDE = 8, 14  # at most, for small and for large images

@@ -7,9 +7,9 @@ import math
 
 from torch import Tensor, nn
 
+from lab.models import freeze as freezing
+from lab.models import init as initialisation
 from regrow.errors import UserError, did_you_mean
-from regrow.models import freeze as freezing
-from regrow.models import init as initialisation
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

@@ -99,7 +99,7 @@ class Metrics:
         outputs, targets = self._taken()
         outputs, targets = self._recipe.finish(widest(outputs), targets)
         if self._metrics is None:
-            from regrow.tasks.exact import Seen
+            from regrow.numerics.exact import Seen
 
             self._metrics = {"_seen": Seen(), **self._recipe.build()}
             for name, metric in self._metrics.items():
@@ -164,7 +164,7 @@ def multiclass_metrics(
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
-        from regrow.tasks.exact import MulticlassAUROC
+        from regrow.numerics.exact import MulticlassAUROC
 
         same: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
         metrics: dict[str, Any] = {"confusion": tm.MulticlassConfusionMatrix(**same)}
@@ -208,7 +208,7 @@ def binary_metrics(class_names: list[str], threshold: float, *, auroc: bool) -> 
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
-        from regrow.tasks.exact import BinaryAUROC
+        from regrow.numerics.exact import BinaryAUROC
 
         same: dict[str, Any] = {"threshold": threshold, "validate_args": False}
         metrics: dict[str, Any] = {"confusion": tm.BinaryConfusionMatrix(**same)}
@@ -241,7 +241,7 @@ def multilabel_metrics(
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
-        from regrow.tasks.exact import MultilabelAUROC
+        from regrow.numerics.exact import MultilabelAUROC
 
         one: dict[str, Any] = {"num_labels": num_labels, "validate_args": False}
         same = {"threshold": threshold, **one}
@@ -281,7 +281,7 @@ def regression_metrics(num_outputs: int, in_units: Callable[[Tensor], Tensor]) -
     def build() -> dict[str, Any]:
         from torchmetrics import CatMetric, MeanAbsoluteError, MeanSquaredError
 
-        from regrow.tasks.exact import ExactR2
+        from regrow.numerics.exact import ExactR2
 
         return {
             "mae": MeanAbsoluteError(),

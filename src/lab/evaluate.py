@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lab import optim
+from lab.plan import Plan
+from lab.progress import advance, evaluation_bar
+from lab.state import TrainState
 from regrow.distributed import sharding
 from regrow.distributed.parallel import World, stopping_together
 from regrow.numerics.calls import call, say_if_out_of_memory
@@ -21,40 +25,52 @@ from regrow.numerics.sums import (
     ratio,
     sum_dtype,
 )
+from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, EvalBatches, Task
 from regrow.randomness import Draws, states_kept
-from regrow.training import optim
-from regrow.training.plan import Plan
-from regrow.training.progress import (
-    advance,
-    evaluation_bar,
-)
-from regrow.training.state import TrainState
 
 
 def evaluate(
     state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return `measure`'s values for the evaluated weights, under `name/…`, and its details.
+    """Return `measure_split`'s values for the evaluated weights, under `name/…`, and its details.
 
     Leaves the training state unchanged. Raises Interrupted if a stop is requested meanwhile.
     """
     draws = Draws(plan.seed, name, state.step, plan.world.rank)
+    bar = name if plan.options.progress_bar and plan.world.is_main else None
+    what = (state.evaluated, plan.task, batches, plan.world, plan.options.precision, draws)
     with optim.evaluating(state.optimizer, state.model), states_kept():
-        plan.world.copy_buffers(state.evaluated)
-        waited = stopping_together(batches, len(batches), plan.stop, plan.world)
-        bar = evaluation_bar(name, batches, plan.options.progress_bar and plan.world.is_main)
-        precision = plan.options.precision
         try:
-            values, details = measure(
-                state.evaluated, plan.task, waited, plan.world, precision, bar, draws
-            )
+            values, details = measure_split(*what, stop=plan.stop, bar=bar)
         except RuntimeError as error:
             say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
             raise
-        sharding.free(state.evaluated)
     state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
+
+
+def measure_split(
+    model: nn.Module,
+    task: Task,
+    batches: EvalBatches,
+    world: World,
+    precision: str,
+    draws: Draws,
+    *,
+    stop: StopRequest,
+    bar: str | None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return `measure` over this process's share of a split, with a progress bar named `bar`.
+
+    Raises Interrupted, in all processes, if a stop is requested meanwhile.
+    """
+    world.copy_buffers(model)
+    waited = stopping_together(batches, len(batches), stop, world)
+    shown = evaluation_bar(bar, batches)
+    measured = measure(model, task, waited, world, precision, shown, draws)
+    sharding.free(model)
+    return measured
 
 
 @torch.no_grad()

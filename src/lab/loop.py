@@ -9,7 +9,25 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
+from lab import optim
+from lab.evaluate import evaluate
+from lab.faults import refuse_endless_skipping
+from lab.options import TrainerOptions
+from lab.plan import Plan
+from lab.progress import (
+    advance,
+    announce,
+    clock,
+    histograms,
+    progress_bar,
+    running,
+    tell_of_another_rate,
+)
+from lab.schedules import Plateau, improves
+from lab.state import TrainState
+from lab.step import StepResult, train_step
 from regrow.checkpoint.writer import Facts
 from regrow.numerics.sums import (
     WEIGHT,
@@ -18,22 +36,6 @@ from regrow.numerics.sums import (
     read,
 )
 from regrow.processes.interrupt import Interrupted
-from regrow.training import optim
-from regrow.training.evaluate import evaluate
-from regrow.training.faults import refuse_endless_skipping
-from regrow.training.options import TrainerOptions
-from regrow.training.plan import Plan
-from regrow.training.progress import (
-    advance,
-    announce,
-    clock,
-    histograms,
-    progress_bar,
-    running,
-)
-from regrow.training.schedules import Plateau, improves
-from regrow.training.state import TrainState
-from regrow.training.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def fit(state: TrainState, plan: Plan) -> str:
     together = plan.world.size > 1  # then no rank may stop alone: see Exchange
     try:
         state.model.train()
+        tell_of_another_rate(state)
         plan.exchange.start_clock()
         over = state.step > 0 and settle(state, plan)
         while not over:
@@ -237,6 +240,28 @@ def stopped_early(state: TrainState, options: TrainerOptions) -> bool:
     """Return True if early stopping's patience is exceeded. Not saved, so a resume may raise it."""
     patience = options.early_stopping.patience
     return patience is not None and state.progress.evaluations_without_improvement > patience
+
+
+def summary(state: TrainState, options: TrainerOptions) -> dict[str, Any]:
+    """Return what `summary.json` says about the state."""
+    progress = state.progress
+    return {
+        "steps": state.step,
+        "epochs": state.epoch,
+        "best": {
+            "metric": options.monitor,
+            "value": progress.best_value,
+            "step": state.step if options.monitor is None else progress.best_step,
+        },
+        "val": progress.latest if options.monitor is None else progress.best_values,
+        "test": {},
+        "pruned": progress.pruned,
+        "stopped_early": stopped_early(state, options),
+        "evaluations_without_improvement": progress.evaluations_without_improvement,
+        "skipped_steps": int(state.skips[0].item()),
+        "empty_steps": int(state.empty_steps.item()),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+    }
 
 
 def due(count: int, every: int | None) -> bool:

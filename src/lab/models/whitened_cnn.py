@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lab.models import freeze as freezing
+from lab.models.cnn import image_shape
+from lab.models.mlp import choice
 from regrow.errors import UserError
-from regrow.models import freeze as freezing
-from regrow.models.cnn import image_shape
-from regrow.models.mlp import choice
 
 VIEWS = ("one", "mirror", "mirror_shift")
 PATCH = 2  # side in pixels of the patches that the first layer whitens

@@ -9,15 +9,11 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from regrow.errors import UserError
-from regrow.numerics.sums import read
-from regrow.protocols import Batch
-from regrow.training.plan import Plan
-from regrow.training.state import TrainState
-from regrow.training.step import train_step
+from regrow.protocols import Batch, State, TrainBatches
 
 MEMORY = 0.9  # decay of the running mean that detects divergence
 WIDTH = 0.03  # width of the smoothing bell, as a share of the steps
@@ -60,9 +56,12 @@ class Curve:
     ended: str
 
 
-def range_test(state: TrainState, plan: Plan, test: RangeTest) -> Curve:
+def range_test(
+    state: State, train: TrainBatches, step: Callable[[Batch], list[float]], test: RangeTest
+) -> Curve:
     """Train at growing learning rates, then restore the state as if the test had not run.
 
+    `step` updates the weights from a batch and returns the step's sums: see `numerics.sums`.
     Batches, micro-batches, precision and clipping are the run's own; its schedule is not used.
     """
     before = copy.deepcopy(state.state_dict())
@@ -75,8 +74,8 @@ def range_test(state: TrainState, plan: Plan, test: RangeTest) -> Curve:
     state.schedule = lambda step: test.lr(step - first) / unit
     state.model.train()
     try:
-        for index, batch in enumerate(itertools.islice(_batches(state, plan), test.num_steps)):
-            sums = read(train_step(state, batch, plan).sums)
+        for index, batch in enumerate(itertools.islice(_batches(state, train), test.num_steps)):
+            sums = step(batch)
             state.progress.step += 1
             loss = sums[0] / sums[2] if sums[2] else math.nan
             if not math.isfinite(loss):
@@ -135,12 +134,12 @@ def smooth(values: Sequence[float], width: float) -> list[float]:
     return smoothed
 
 
-def _batches(state: TrainState, plan: Plan) -> Iterator[Batch]:
+def _batches(state: State, train: TrainBatches) -> Iterator[Batch]:
     for epoch in itertools.count(state.epoch):
-        yield from plan.train.epoch(epoch)
+        yield from train.epoch(epoch)
 
 
-def _unit_lr(state: TrainState) -> float:
+def _unit_lr(state: State) -> float:
     """Return `optimizer.lr`, which the schedule's factor multiplies."""
     for group in state.optimizer.param_groups:
         if group["lr_scale"] > 0:

@@ -6,10 +6,10 @@ import itertools
 
 from torch import Tensor, nn
 
+from lab.models import freeze as freezing
+from lab.models import init as initialisation
+from lab.models.mlp import choice
 from regrow.errors import UserError
-from regrow.models import freeze as freezing
-from regrow.models import init as initialisation
-from regrow.models.mlp import choice
 
 NORMS = ("none", "group", "batch")
 SMALLEST_SIZE = 8

@@ -1,0 +1,283 @@
+"""Builds the objects of a run from its config, in the order of their dependencies.
+
+All objects are made here and nowhere else. `build` writes nothing, so that errors in the data, the
+model or their combination appear before a folder exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab import optim
+from lab.models.init import StartsFromData, start_from_data
+from lab.options import TrainerOptions
+from lab.plan import Plan
+from lab.schedules import RunLength, Schedule
+from lab.state import TrainState, average_of, too_short_for_average
+from regrow.config.targets import instantiate, locate
+from regrow.distributed import activation_checkpointing, sharding
+from regrow.distributed.parallel import (
+    Exchange,
+    World,
+    distribute,
+    synchronise_batch_norm,
+)
+from regrow.errors import UserError, did_you_mean
+from regrow.numerics import scheduler_adapter
+from regrow.numerics.buffers import Buffers
+from regrow.numerics.precision import LossScale
+from regrow.numerics.sums import epoch_sums
+from regrow.processes.interrupt import StopRequest
+from regrow.protocols import Batch, EvalBatches, TrainBatches
+from regrow.randomness import key, seed_everything, states_kept
+from regrow.record import monitor
+from regrow.runs import model_checks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects that a config describes."""
+
+    options: TrainerOptions
+    data: Any
+    task: Any
+    state: TrainState
+    train: TrainBatches
+    val: EvalBatches | None  # None: the data has no validation split
+    total_steps: int | None
+    warmup_steps: int  # 0 if the schedule has none
+    parameters: list[nn.Parameter]
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of what an evaluation on the validation split measures."""
+        return measured_by(self.task, self.state.skips.device)
+
+    def remarks(self, world: World) -> list[tuple[int, str]]:
+        """Return lines for the start of the log, each with its level of `logging`."""
+        state, options, lines = self.state, self.options, []
+        if world.device.type != "cpu" and not optim.skips_on_device(state.optimizer, world.device):
+            text = "it cannot skip a bad step on the device; each step waits for it once"
+            lines.append((logging.INFO, f"optimizer: {text}"))
+        if short := too_short_for_average(options, self.total_steps):
+            lines.append((logging.INFO if options.ema_warmup else logging.WARNING, short))
+        if isinstance(state.schedule, scheduler_adapter.SchedulerAdapter):
+            name, interval = state.schedule.name.rpartition(".")[2], state.schedule.interval
+            text = f"{name} is stepped once per {interval} (scheduler.interval)"
+            lines.append((logging.INFO, f"scheduler: {text}"))
+        return lines
+
+
+def build(config: Mapping[str, Any], world: World) -> Objects:
+    """Return all objects of a run, built in the order of their dependencies. Writes nothing."""
+    seed = config["seed"]
+    options: TrainerOptions = instantiate(config["trainer"])
+    data = instantiate(config["data"])
+    train = data.train(device=world.device, rank=world.rank, world_size=world.size)
+    val = None
+    if "val" in data.num_examples:
+        val = data.evaluation("val", device=world.device, rank=world.rank, world_size=world.size)
+
+    seed_everything(key(seed, "model"))
+    model: nn.Module = instantiate(config["model"])
+    if model_checks.has_lazy_parts(model):
+        with states_kept():
+            first = first_batch(train, val)
+        model_checks.materialise(model, first)
+    model_checks.check(model, options.ema_decay)
+    if isinstance(model, StartsFromData):
+        start_from_data(model, data.sample_inputs())
+    if config["init_from"]:
+        from regrow.runs.weights import load_weights, warn_of_other_splits
+
+        load_weights(model, Path(config["init_from"]))
+        warn_of_other_splits(Path(config["init_from"]), config["data"])
+    if world.mesh is None:  # sharding moves only this rank's part
+        model.to(world.device)
+    if options.sync_batch_norm:
+        model = synchronise_batch_norm(model, world.device)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    task_node = dict(config["task"])
+    if task_node.get("class_names", ...) is None:
+        task_node["class_names"] = data.class_names  # read from the data, such as folder names
+    task = instantiate(task_node, loss=instantiate(config["loss"]))
+    task.in_units = data.in_units  # regression metrics are in the targets' own units
+    options = with_monitor(options, config, task, world.device, has_val=val is not None)
+    slices = options.accumulation_steps
+    if slices > 1 and not task.sums_over_examples:
+        raise UserError(
+            f"trainer.accumulation_steps={slices}: this loss is not a sum over examples, so the "
+            "batch cannot be cut into slices. Use trainer.accumulation_steps=1."
+        )
+
+    averaged = average_of(model) if options.ema_decay is not None else None
+    activation_checkpointing.apply(model, options.activation_checkpointing)
+    if world.mesh is not None:
+        for each in (model, averaged):
+            if each is not None:
+                sharding.shard(each, options.fsdp, world.mesh)
+    total_steps = steps_of(options, train.steps_per_epoch)
+    groups = optim.parameter_groups(model, **config["param_groups"])
+    optimizer = optim.build(instantiate(config["optimizer"]), groups)
+    length = RunLength(total_steps=total_steps, steps_per_epoch=train.steps_per_epoch)
+    scheduler = config["scheduler"]
+    schedule = schedule_of(scheduler, optimizer, length)
+    warmup = length.warmup(scheduler.get("warmup_steps"), scheduler.get("warmup_fraction"))
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        averaged=averaged,
+        loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
+        sums=epoch_sums(world.device),
+        skips=torch.zeros(2, device=world.device),
+        empty_steps=torch.zeros((), device=world.device),
+        steps_per_epoch=train.steps_per_epoch,
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if options.compile:
+        if world.is_main:
+            log.info("the model is compiled at its first batches, for some seconds or minutes")
+        model.compile()
+    return Objects(options, data, task, state, train, val, total_steps, warmup, parameters)
+
+
+def with_monitor(
+    options: TrainerOptions,
+    config: Mapping[str, Any],
+    task: Any,
+    device: torch.device,
+    *,
+    has_val: bool,
+) -> TrainerOptions:
+    """Return the options with their monitor checked and its mode set; both None without one.
+
+    Raises UserError for a monitor that is not measured, or whose mode is unknown.
+    """
+    if not has_val or options.monitor is None:
+        why = "trainer.monitor=null" if has_val else "the data has no validation split"
+        monitor.refuse_without(config, why)
+        return dataclasses.replace(options, monitor=None, mode=None)
+    measured = measured_by(task, device)
+    if options.monitor not in measured:
+        hint = did_you_mean(options.monitor, measured)
+        raise UserError(
+            f"trainer.monitor={options.monitor} is not measured.{hint}"
+            f" There are {', '.join(name for name in measured if name.count('/') == 1)}."
+        )
+    mode = monitor.of_run(config)
+    if options.mode is None:
+        own = monitor.of_metrics(task.metrics(device), options.monitor)
+        if mode and own and own != mode:
+            raise UserError(
+                f"trainer.mode=null: the name of {options.monitor} says {mode}, and its "
+                f"higher_is_better says {own}. Add trainer.mode={own}, or trainer.mode={mode}."
+            )
+        mode = mode or own
+    if mode is None:
+        raise UserError(
+            f"trainer.mode=null: neither its name nor torchmetrics says whether more of "
+            f"{options.monitor} is better. Add trainer.mode=max, or trainer.mode=min."
+        )
+    return dataclasses.replace(options, mode=mode)
+
+
+def measured_by(task: Any, device: torch.device) -> list[str]:
+    """Return the names of the metrics that an evaluation on the validation split measures."""
+    return ["val/loss", *(f"val/{name}" for name in task.metrics(device).names)]
+
+
+def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> Schedule:
+    """Return our schedule, or an adapter for torch's or timm's scheduler with its `interval`."""
+    target = locate(node["_target_"], "scheduler")
+    if not scheduler_adapter.adapts(target):
+        schedule: Schedule = instantiate(node)(length=length)
+        return schedule
+    scheduler_adapter.refuse_metric(target, node["_target_"])
+
+    def make(node: Mapping[str, Any], stand_in: Any) -> Any:
+        arguments = {key: value for key, value in node.items() if key != "interval"}
+        inner = {}
+        if isinstance(arguments.get("schedulers"), list):  # SequentialLR and ChainedScheduler
+            inner["schedulers"] = [make(each, stand_in) for each in arguments.pop("schedulers")]
+        return instantiate(arguments, optimizer=stand_in, **inner)
+
+    return scheduler_adapter.SchedulerAdapter(
+        lambda stand_in: make(node, stand_in),
+        optimizer,
+        interval=node.get("interval", "epoch"),
+        steps_per_epoch=length.steps_per_epoch,
+        total_steps=length.total_steps,
+        name=node["_target_"],
+    )
+
+
+def check_first_batch(objects: Objects, world: World) -> None:
+    """Raise UserError if model, task and data do not fit together. Leaves the run unchanged."""
+    model, options = objects.state.model, objects.options
+    before = model_checks.described(model)
+    first = first_batch(objects.train, objects.val)
+    model_checks.check_first_batch(model, objects.task, first, options.precision)
+    batch, count = objects.data.batch_size, objects.train.num_examples
+    smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
+    if smallest // (options.accumulation_steps * world.size) <= 1:
+        model_checks.check_one_example(model, first, options.precision)
+    uses_ddp = world.size > 1 and world.mesh is None
+    with states_kept():
+        model_checks.check_forward(
+            model,
+            objects.state.averaged,
+            first,
+            options.precision,
+            before=before,
+            is_sharded=world.mesh is not None,
+            needs_all=uses_ddp and not options.ddp.find_unused_parameters,
+            compiles=options.compile,
+        )
+    sharding.free(model)
+
+
+def first_batch(train: TrainBatches, val: EvalBatches | None) -> Batch:
+    """Return the first batch of the validation split, or of the training split if `val` is None."""
+    return next(iter(train.epoch(0) if val is None else val))
+
+
+def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
+    """Return the optimizer steps of the whole run; None if only time limits it."""
+    if options.max_steps is not None:
+        return options.max_steps
+    return None if options.max_epochs is None else options.max_epochs * steps_per_epoch
+
+
+def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
+    """Return all that a step uses. `record` is the Plan's `record`, `checkpoints` and `trial`."""
+    options, model = objects.options, objects.state.model
+    exchange = Exchange(world, stop)
+    return Plan(
+        options=options,
+        task=objects.task,
+        train=objects.train,
+        val=objects.val,
+        forward=distribute(model, options.ddp, world, exchange),
+        world=world,
+        seed=seed,
+        total_steps=objects.total_steps,
+        parameters=objects.parameters,
+        clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
+        buffers=Buffers(model),
+        stop=stop,
+        exchange=exchange,
+        **record,
+    )
