@@ -253,7 +253,7 @@ class Objects(Protocol):
 
 
 class Lab(Protocol):
-    """What the package that the key `lab` names must have: see `regrow.runs.lab`."""
+    """The functions of the package that the key `lab` names: see `regrow.runs.lab`."""
 
     def build(self, config: Mapping[str, Any], world: World) -> Objects:
         """Return all objects of a run. Writes nothing."""

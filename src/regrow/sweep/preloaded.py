@@ -11,7 +11,7 @@ import signal
 
 from regrow.processes.parent import die_with_parent
 
-# What most runs use of the lab. A module that was removed from it costs nothing.
+# The modules of the lab that most runs use. A removed one costs nothing.
 OF_THE_LAB = (
     *("build", "loop", "data.augment", "data.datasets", "models.cnn", "models.mlp"),
     *("tasks.losses", "tasks.tasks"),
