@@ -31,7 +31,7 @@ from regrow.config.resume import SWEEP, expand
 from regrow.config.targets import allow, instantiate, is_allowed, locate
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, did_you_mean
-from regrow.project import CONF
+from regrow.project import CONF, lab_name
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -386,7 +386,7 @@ def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
     keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return set()
-    if not node["_target_"].startswith("regrow."):
+    if not node["_target_"].startswith(("regrow.", f"{lab_name()}.")):
         ours = {"interval"} if path == "scheduler" and "optimizer" in parameters else set()
         return keys - set(parameters) - ours
     asked = set(parameters) - HANDED_IN.get(group, set())

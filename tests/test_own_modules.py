@@ -106,7 +106,7 @@ def test_a_sweep_freezes_and_finds_modules_of_the_root(
 # From another copy of this package than the imported one.
 AS_A_SCRIPT = """
 import runpy, sys
-for name in [name for name in sys.modules if name.partition(".")[0] == "regrow"]:
+for name in [name for name in sys.modules if name.split(".")[0] in ("regrow", "lab")]:
     del sys.modules[name]
 scripts = sys.argv.pop(1)
 sys.path[:] = [scripts, *(path for path in sys.path[1:] if not path.endswith("/src"))]

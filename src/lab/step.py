@@ -94,6 +94,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
 
 def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None:
     """Run forward and backward over all micro-batches. Returns None if memory did not suffice."""
+    plan.exchange.begin()
     for parameter in plan.parameters:
         parameter.grad = None
     slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)

@@ -13,7 +13,7 @@ import pytest
 from sweeping import LONG, SMALL, pids_of, sweep, table, under_way, without_options
 from waiting import alive, until
 
-from regrow.project import ROOT
+from regrow.project import ROOT, lab_name
 from regrow.record.folder import load_status, read_json
 
 FOUR = (*LONG, "seed=0,1,2,3", "launcher.jobs=2", "hydra.sweep.dir=sweep")
@@ -132,7 +132,7 @@ def test_jobs_whose_code_cannot_be_imported_fail_each_by_itself(tmp_path: Path) 
     copy = tmp_path / "copy"
     for part in ("src", "conf", "scripts"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "src" / "regrow" / "models" / "mlp.py").write_text("raise RuntimeError('half fixed')")
+    (copy / "src" / lab_name() / "models" / "mlp.py").write_text("raise RuntimeError('half fixed')")
     done = sweep(tmp_path, *SMALL, "seed=0,1", "hydra.sweep.dir=sweep", root=copy)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     rows = table(tmp_path / "sweep")

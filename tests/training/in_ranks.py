@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lab import loop, step
 from lab.build import plan_of
+from lab.step import forward
 from lab.tasks.metrics import Metrics as Measured
 from lab.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
 from regrow.checkpoint.digest import weights_sha256
@@ -358,6 +359,37 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
     return {"stops": [stops for stops, _ in seen], "seconds": seen[0][1]}
 
 
+def sent_in_one_step(world: World, config: Config, folder: Path) -> dict[str, Any]:
+    """The examples counted for two synchronised backward passes, and the errors of further ones."""
+    objects = runs.build(config, world)
+    saved = SimpleNamespace(saved=None)
+    plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
+    batch, exchange, errors = next(objects.train.epoch(0, 0)), plan.exchange, []
+    exchange.begin()
+
+    def backward(name: str | None) -> None:
+        losses, part = forward(batch, plan)
+        if name is not None:
+            exchange.send([part.sums], losses.dtype, name)
+        losses.sum().backward()
+
+    backward("first")
+    backward("second")
+    counted = {name: float(exchange.wait(name)[sums.EXAMPLES]) for name in ("first", "second")}
+    try:
+        exchange.send([[0.0] * sums.COUNTED], torch.float32, "second")
+    except RuntimeError as error:
+        errors.append(str(error))
+    exchange.begin()
+    backward("first")  # a new step may use the name again
+    again = float(exchange.wait("first")[sums.EXAMPLES])
+    try:
+        backward(None)
+    except RuntimeError as error:
+        errors.append(str(error))
+    return {"counted": counted, "errors": errors, "again": again, "global": batch.num_global}
+
+
 def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list[dict[str, Any]]:
     """Three steps with zero weights: nowhere, in the main process alone, everywhere."""
     objects = runs.build({**config, "trainer": {**config["trainer"], "ema_decay": 0.9}}, world)
@@ -413,6 +445,7 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "told": told,
     "evaluated_with_own_buffers": evaluated_with_own_buffers,
     "exchanged": exchanged,
+    "sent_in_one_step": sent_in_one_step,
     "trained_with_empty_steps": trained_with_empty_steps,
     "trained_with_empty_steps_on_device": trained_with_empty_steps_on_device,
 }

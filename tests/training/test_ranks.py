@@ -241,6 +241,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(several: Seen) ->
     assert [rank["exchanged"]["stops"] for rank in several] == [[False, True]] * SIZE
 
 
+def test_each_backward_pass_of_a_step_is_counted_once_under_its_name(several: Seen) -> None:
+    for rank in several:
+        seen = rank["sent_in_one_step"]
+        assert seen["counted"] == {"first": seen["global"], "second": seen["global"]}
+        assert seen["again"] == seen["global"] > 0
+        twice, unnamed = seen["errors"]
+        assert twice.startswith("this step has sent sums under the name 'second' already.")
+        assert "a synchronised backward pass without sums of its own." in unnamed
+
+
 def test_the_seconds_of_a_step_are_those_of_the_main_process(several: Seen) -> None:
     seconds = [rank["exchanged"]["seconds"] for rank in several]
     assert len(set(seconds)) == 1 and 0 < seconds[0] < 100

@@ -122,9 +122,9 @@ class World:
 class Exchange:
     """One sum over all processes per step: the step's metrics, and shared decisions.
 
-    It is sent after the last forward pass and read once the gradients are there. DDP sends it
-    together with its last bucket of gradients: on few cores a separate message cost a fifth of a
-    step.
+    Each synchronised backward pass of a step has a name. Its sums are sent after its last forward
+    pass and read once the gradients are there. DDP sends them together with its last bucket of
+    gradients: on few cores a separate message cost a fifth of a step.
 
     A signal reaches one process, and every process has its own clock. So that all stop at the same
     step, the stop request and the main process's seconds are sent with the step's sums. On a GPU
@@ -136,8 +136,10 @@ class Exchange:
         self.seconds = 0.0  # since the previous exchange, by the main process's clock
         self._wished = False
         self.rides = False  # True if sent with the gradients
-        self._sums: sums.Sums | None = None  # includes stop request and seconds while being sent
-        self._work: Any = None
+        # Sent in this step, by name. The first name's also hold stop request and seconds.
+        self._sent: dict[str, sums.Sums] = {}
+        self._boarding: Tensor | None = None  # leaves with the next last bucket of gradients
+        self._work: list[Any] = []
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
         self.start_clock()
 
@@ -156,31 +158,60 @@ class Exchange:
         yield
         self._clock += time.perf_counter() - stopped
 
-    def send(self, parts: list[sums.Sums], dtype: torch.dtype) -> None:
-        """Start summing `parts` over all processes; the values are sent in `dtype`."""
+    def begin(self) -> None:
+        """Begin a step, or repeat it in more micro-batches."""
+        self._sent.clear()
+        self._boarding = None
+
+    def send(self, parts: list[sums.Sums], dtype: torch.dtype, name: str = "model") -> None:
+        """Start summing `parts` over all processes; the values are sent in `dtype`.
+
+        Raises RuntimeError for a name that this step has used: its sums would be counted twice.
+        """
+        if name in self._sent:
+            raise RuntimeError(
+                f"this step has sent sums under the name {name!r} already. Give each synchronised "
+                "backward pass of a step its own name."
+            )
         total = functools.reduce(sums.added, parts)
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+        own: list[float] = []
+        if not self._sent:
+            now = time.perf_counter()
+            seconds, self._clock = now - self._clock, now
+            own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
         if self.world.size == 1:
-            self.seconds, self._sums = seconds, total
+            if own:
+                self.seconds = seconds
+            self._sent[name] = total
             return
-        own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
         if isinstance(total, list):
-            self._sums = torch.tensor([*total, *own], dtype=dtype)
+            total = torch.tensor([*total, *own], dtype=dtype)
         else:
-            self._sums = torch.cat([total, torch.tensor(own, dtype=dtype).to(total.device)])
-        if not self.rides:
-            self._work = dist.all_reduce(self._sums, async_op=True)
+            total = torch.cat([total, torch.tensor(own, dtype=dtype).to(total.device)])
+        self._sent[name] = total
+        if self.rides:
+            self._boarding = total
+        else:
+            self._work.append(dist.all_reduce(total, async_op=True))
 
     def with_gradients(self, bucket: Any) -> Any:
-        """Sum a bucket of DDP's gradients over the processes; with the last one, the sent sums."""
+        """Sum a bucket of DDP's gradients over the processes; with the last one, the sent sums.
+
+        Raises RuntimeError for a backward pass whose sums were not sent.
+        """
         gradients: Tensor = bucket.buffer()
         tensors = [gradients]
-        if bucket.is_last() and isinstance(self._sums, Tensor):
-            if self._sums.dtype == gradients.dtype:
-                tensors.append(self._sums)
+        if bucket.is_last():
+            if self._boarding is None:
+                raise RuntimeError(
+                    "a synchronised backward pass without sums of its own. Call exchange.send "
+                    "under another name before it, or put all losses into one backward pass."
+                )
+            if self._boarding.dtype == gradients.dtype:
+                tensors.append(self._boarding)
             else:
-                self._work = dist.all_reduce(self._sums, async_op=True)
+                self._work.append(dist.all_reduce(self._boarding, async_op=True))
+            self._boarding = None
 
         def summed(future: Any) -> Tensor:
             future.value()  # raises if a process is gone
@@ -189,20 +220,18 @@ class Exchange:
         group: Any = dist.group.WORLD
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
-    def wait(self) -> sums.Sums:
-        """Return the sum of what all processes sent."""
-        assert self._sums is not None
-        if not isinstance(self._sums, Tensor) or self.world.size == 1:
-            return self._sums
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        if self._sums.is_cuda:
-            self._take(self._read_late(self._sums[-2:]))
-            return self._sums[:-2]
-        *total, wishes, seconds = self._sums.tolist()
-        self._take((wishes, seconds))
-        return total if sums.on_host(self._sums.device) else self._sums[:-2]
+    def wait(self, name: str = "model") -> sums.Sums:
+        """Return the sum of what all processes sent under the name."""
+        total = self._sent[name]
+        if not isinstance(total, Tensor) or self.world.size == 1:
+            return total
+        while self._work:
+            self._work.pop().wait()
+        if name == next(iter(self._sent)):
+            last = total[-2:]
+            self._take(self._read_late(last) if total.is_cuda else tuple(last.tolist()))
+            total = total[:-2]
+        return total.tolist() if sums.on_host(total.device) else total
 
     def _take(self, common: tuple[float, float]) -> None:
         wishes, self.seconds = common
