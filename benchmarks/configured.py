@@ -7,6 +7,7 @@ from typing import Any
 from lab.build import Objects
 from regrow.distributed.parallel import World
 from regrow.runs import train as runs
+from regrow.runs.machine import resolve_device
 
 
 def config_of(*overrides: str) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def config_of(*overrides: str) -> dict[str, Any]:
 
 
 def world_of(*overrides: str) -> World:
-    return World(device=runs.resolve_device(config_of(*overrides)["trainer"]["device"]))
+    return World(device=resolve_device(config_of(*overrides)["trainer"]["device"]))
 
 
 def build(world: World, *overrides: str) -> tuple[Objects, dict[str, Any]]:

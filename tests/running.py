@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from forked import without_pictures
 from hydra import compose, initialize_config_dir
@@ -22,8 +23,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lab import loop, optim
+from lab import loop, optim, step
 from lab.options import TrainerOptions
+from lab.plan import Plan, StepPlan
 from lab.state import TrainState, average_of
 from regrow.config.hydra_access import plain, version_arguments
 from regrow.config.targets import allow
@@ -35,6 +37,7 @@ from regrow.numerics.sums import epoch_sums
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.runs import train as runs
+from regrow.runs.lab import lab
 
 CPU = World(device=torch.device("cpu"))
 # Ragged on purpose: 50 examples in windows of 16, so that each epoch ends with a window of 2.
@@ -151,6 +154,22 @@ def options_of(**changes: Any) -> TrainerOptions:
     return dataclasses.replace(options, **changes)
 
 
+def before_each_step(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[TrainState, Plan], None]
+) -> None:
+    """Call `action` with state and plan before each step of the runs of this process."""
+    fit = lab().fit
+
+    def watched(state: Any, plan: Any) -> str:
+        def train_step(state: Any, *arguments: Any) -> Any:
+            action(state, plan)
+            return plan.train_step(state, *arguments)
+
+        return fit(state, dataclasses.replace(plan, train_step=train_step))
+
+    monkeypatch.setattr(lab(), "fit", watched)
+
+
 class Bench:
     """The loop's own step over any model, task and batches, without a folder or a data set."""
 
@@ -179,27 +198,34 @@ class Bench:
             steps_per_epoch=1000,
         )
         self.record = InMemory()
-        fields = dict.fromkeys((f.name for f in dataclasses.fields(loop.Plan)), None)
+        step_plan = StepPlan(
+            options=self.options,
+            task=task,
+            world=CPU,
+            seed=0,
+            forward=model,
+            parameters=[p for p in model.parameters() if p.requires_grad],
+            clipping=optim.Clipping(self.options.clip_norm, self.options.clip_value),
+            buffers=Buffers(model),
+            exchange=Exchange(CPU, StopRequest()),
+        )
+        fields = dict.fromkeys((f.name for f in dataclasses.fields(Plan)), None)
         known = {
+            "step": step_plan,
+            "train_step": step.train_step,
             "options": self.options,
             "task": task,
-            "forward": model,
             "world": CPU,
-            "seed": 0,
-            "parameters": [p for p in model.parameters() if p.requires_grad],
-            "clipping": optim.Clipping(self.options.clip_norm, self.options.clip_value),
-            "buffers": Buffers(model),
             "record": self.record,
             "stop": StopRequest(),
-            "exchange": Exchange(CPU, StopRequest()),
             "checkpoints": SimpleNamespace(saved=None, newest_until=lambda step: None),
         }
-        self.plan = loop.Plan(**{**fields, **known})  # type: ignore[arg-type]
+        self.plan = Plan(**{**fields, **known})  # type: ignore[arg-type]
         model.train()
 
     def step(self, batch: Batch) -> dict[str, Any]:
         """Run one step and return its log line."""
-        result = loop.train_step(self.state, batch, self.plan)
+        result = self.plan.train_step(self.state, batch, self.plan.step)
         self.state.progress.step += 1
         loop.report(self.state, result, self.plan)
         return self.record.lines[-1] if self.record.lines else {}

@@ -15,6 +15,7 @@ import torch
 from finished import process, script
 from running import CPU, as_hydra_has_it, composed, metrics_of
 
+from lab.state import TrainState
 from regrow.checkpoint import writer as checkpoint
 from regrow.config import older, resume
 from regrow.config.job import job_of
@@ -309,7 +310,7 @@ def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -
 def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Later(runs.TrainState):
+    class Later(TrainState):
         def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
             super().load_state_dict({**parts, "progress": self.lacking(parts["progress"])})
 
@@ -317,7 +318,7 @@ def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
         def lacking(progress: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in progress.items() if key != "halvings"}
 
-    monkeypatch.setattr(runs, "TrainState", Later)
+    monkeypatch.setattr("lab.build.TrainState", Later)
     with pytest.raises((UserError, SystemExit), match="its progress differs in halvings"):
         train("resume=averages")
     monkeypatch.setattr(older, "ADDED_PROGRESS", {**older.ADDED_PROGRESS, "halvings": 0})

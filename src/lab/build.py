@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import nn
 from lab import optim
 from lab.models.init import StartsFromData, start_from_data
 from lab.options import TrainerOptions
-from lab.plan import Plan
+from lab.plan import Plan, StepPlan
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
+from lab.step import StepResult
 from regrow.config.targets import instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
@@ -57,6 +58,7 @@ class Objects:
     total_steps: int | None
     warmup_steps: int  # 0 if the schedule has none
     parameters: list[nn.Parameter]
+    train_step: Callable[..., StepResult]  # (state, batch, plan of the step)
 
     @property
     def measured(self) -> list[str]:
@@ -147,11 +149,12 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         steps_per_epoch=train.steps_per_epoch,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
+    step = instantiate(config["step"])
     if options.compile:
         if world.is_main:
             log.info("the model is compiled at its first batches, for some seconds or minutes")
         model.compile()
-    return Objects(options, data, task, state, train, val, total_steps, warmup, parameters)
+    return Objects(options, data, task, state, train, val, total_steps, warmup, parameters, step)
 
 
 def with_monitor(
@@ -262,22 +265,32 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
 
 
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
-    """Return all that a step uses. `record` is the Plan's `record`, `checkpoints` and `trial`."""
+    """Return everything that stays the same during the run.
+
+    `record` is the Plan's `record`, `checkpoints` and `trial`.
+    """
     options, model = objects.options, objects.state.model
     exchange = Exchange(world, stop)
-    return Plan(
+    step = StepPlan(
         options=options,
         task=objects.task,
-        train=objects.train,
-        val=objects.val,
-        forward=distribute(model, options.ddp, world, exchange),
         world=world,
         seed=seed,
-        total_steps=objects.total_steps,
+        forward=distribute(model, options.ddp, world, exchange),
         parameters=objects.parameters,
         clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
         buffers=Buffers(model),
-        stop=stop,
         exchange=exchange,
+    )
+    return Plan(
+        step=step,
+        train_step=objects.train_step,
+        options=options,
+        task=objects.task,
+        world=world,
+        train=objects.train,
+        val=objects.val,
+        total_steps=objects.total_steps,
+        stop=stop,
         **record,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,18 +26,18 @@ from regrow.numerics.sums import (
     sum_dtype,
 )
 from regrow.processes.interrupt import StopRequest
-from regrow.protocols import Batch, EvalBatches, Task
+from regrow.protocols import Batch, Config, EvalBatches, Task
 from regrow.randomness import Draws, states_kept
 
 
 def evaluate(
     state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return `measure_split`'s values for the evaluated weights, under `name/…`, and its details.
 
     Leaves the training state unchanged. Raises Interrupted if a stop is requested meanwhile.
     """
-    draws = Draws(plan.seed, name, state.step, plan.world.rank)
+    draws = Draws(plan.step.seed, name, state.step, plan.world.rank)
     bar = name if plan.options.progress_bar and plan.world.is_main else None
     what = (state.evaluated, plan.task, batches, plan.world, plan.options.precision, draws)
     with optim.evaluating(state.optimizer, state.model), states_kept():
@@ -60,7 +60,7 @@ def measure_split(
     *,
     stop: StopRequest,
     bar: str | None,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return `measure` over this process's share of a split, with a progress bar named `bar`.
 
     Raises Interrupted, in all processes, if a stop is requested meanwhile.
@@ -82,7 +82,7 @@ def measure(
     precision: str,
     bar: Any,
     draws: Draws,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return the exact loss and metrics over all `batches`, and details for plots.
 
     Accumulates sums over every example and process and divides once, without padding or dropping.

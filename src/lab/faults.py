@@ -8,7 +8,7 @@ import math
 import torch
 
 from lab import optim
-from lab.plan import Plan
+from lab.plan import Plan, StepPlan
 from lab.state import TrainState
 from regrow.errors import SlicesTooLarge, UserError
 from regrow.numerics.sums import LOSS, Sums
@@ -36,7 +36,7 @@ def refuse_endless_skipping(state: TrainState, sums: Sums, plan: Plan) -> None:
         )
 
 
-def halve_slices(state: TrainState, batch: Batch, plan: Plan) -> None:
+def halve_slices(state: TrainState, batch: Batch, plan: StepPlan) -> None:
     """Retry the step, and run all later ones, in twice as many micro-batches."""
     slices = plan.options.accumulation_steps << state.progress.halvings
     where = (

@@ -27,7 +27,7 @@ from lab.progress import (
 )
 from lab.schedules import Plateau, improves
 from lab.state import TrainState
-from lab.step import StepResult, train_step
+from lab.step import StepResult
 from regrow.checkpoint.writer import Facts
 from regrow.numerics.sums import (
     WEIGHT,
@@ -49,15 +49,15 @@ def fit(state: TrainState, plan: Plan) -> str:
     try:
         state.model.train()
         tell_of_another_rate(state)
-        plan.exchange.start_clock()
+        plan.step.exchange.start_clock()
         over = state.step > 0 and settle(state, plan)
         while not over:
             with progress_bar(state, plan) as bar:
                 batches = plan.train.epoch(state.epoch, start=state.step_in_epoch)
                 for batch in batches if together else plan.stop.while_waiting(batches):
-                    result = train_step(state, batch, plan)
+                    result = plan.train_step(state, batch, plan.step)
                     state.progress.step += 1
-                    state.progress.seconds += plan.exchange.seconds
+                    state.progress.seconds += plan.step.exchange.seconds
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
                     if result.skipped is not True:  # the optimizer then has a state
@@ -124,7 +124,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         or finished(state, plan)
     )
     if val is not None and evaluates and progress.evaluated_step != state.step:
-        with plan.exchange.clock_stopped():
+        with plan.step.exchange.clock_stopped():
             values, _ = evaluate(state, val, plan, name="val")
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
@@ -135,7 +135,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
     if (ends_epoch or evaluates) and not is_saved:  # already announced when this step was saved
         announce(state, plan)
     over = finished(state, plan)
-    stops = plan.exchange.stops
+    stops = plan.step.exchange.stops
     saves = (
         due(state.step, options.checkpoint.save_every_steps)
         or (ends_epoch and due(state.epoch, options.checkpoint.save_every_epochs))

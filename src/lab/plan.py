@@ -1,12 +1,14 @@
-"""Everything that stays the same during a run, and the interfaces that the loop expects."""
+"""Everything that stays the same during a run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lab import optim
+from lab.optim import Clipping
 from lab.options import TrainerOptions
 from regrow.checkpoint.writer import CheckpointWriter
 from regrow.distributed.parallel import Exchange, World
@@ -16,22 +18,33 @@ from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that stays the same during a run."""
+class StepPlan:
+    """The part that a step needs."""
 
     options: TrainerOptions
     task: Task
-    train: TrainBatches
-    val: EvalBatches | None
-    forward: nn.Module  # the model, or DDP around it
     world: World
     seed: int
-    total_steps: int | None
+    forward: nn.Module  # the model, or DDP around it
     parameters: list[nn.Parameter]  # the trainable ones
-    clipping: optim.Clipping
+    clipping: Clipping
     buffers: Buffers
+    exchange: Exchange
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part that the loop needs besides."""
+
+    step: StepPlan
+    train_step: Callable[..., Any]  # (state, batch, `step`) -> StepResult; the config chooses it
+    options: TrainerOptions
+    task: Task
+    world: World
+    train: TrainBatches
+    val: EvalBatches | None
+    total_steps: int | None  # None: only time limits the run
     checkpoints: CheckpointWriter
     record: Record
     stop: StopRequest
-    exchange: Exchange
     trial: Trial | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lab import optim
 from lab.faults import halve_slices
-from lab.plan import Plan
+from lab.plan import StepPlan
 from lab.state import TrainState, average_weight, count, update_average
 from regrow.distributed import sharding
 from regrow.distributed.parallel import synchronises
@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     skipped: Skipped  # True for empty steps too
 
 
-def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
+def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
     """Update the weights from one global batch, in as many micro-batches as memory requires."""
     plan.buffers.remember()
     optim.set_lr(state.optimizer, state.schedule(state.step))
@@ -92,7 +92,7 @@ def train_step(state: TrainState, batch: Batch, plan: Plan) -> StepResult:
     return StepResult(sums, parts[0].components, true_norm, skipped)
 
 
-def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None:
+def gradients(state: TrainState, batch: Batch, plan: StepPlan) -> list[Slice] | None:
     """Run forward and backward over all micro-batches. Returns None if memory did not suffice."""
     plan.exchange.begin()
     for parameter in plan.parameters:
@@ -118,7 +118,7 @@ def gradients(state: TrainState, batch: Batch, plan: Plan) -> list[Slice] | None
     return parts
 
 
-def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
+def forward(batch: Batch, plan: StepPlan) -> tuple[Tensor, Slice]:
     """Return a micro-batch's weighted losses, to be differentiated, and its part of the sums."""
     with autocast(plan.world.device, plan.options.precision):
         outputs = call(plan.forward, batch.inputs)
@@ -139,7 +139,7 @@ def forward(batch: Batch, plan: Plan) -> tuple[Tensor, Slice]:
     return losses, Slice(sums, weights is not None, tuple(loss.components))
 
 
-def backward(losses: Tensor, state: TrainState, batch: Batch, plan: Plan) -> None:
+def backward(losses: Tensor, state: TrainState, batch: Batch, plan: StepPlan) -> None:
     """Accumulate the gradients of a micro-batch's summed losses."""
     share = 1.0 / batch.num_global
     if state.loss_scale is None:

@@ -6,11 +6,12 @@ one line that names the key, the value and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from regrow.randomness import Draws
 
 VERSION = 1  # a lab for version n works with each engine of version n
+
+# A config, or any other plain value: what YAML and JSON hold.
+Config: TypeAlias = "Mapping[str, Config] | Sequence[Config] | str | float | bool | None"
+Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # (B, …): a model's arguments
+Targets: TypeAlias = Tensor  # (B, …)
+Parts: TypeAlias = dict[str, dict[str, object]]  # of a checkpoint: tensors and plain containers
 
 
 class Store(Protocol):
@@ -40,13 +47,13 @@ class Augmentation(Protocol):
 class Batch(Protocol):
     """This process's share of one optimizer step, on the device."""
 
-    inputs: Any  # a tensor (B, …), or a tuple or mapping of them: the model's arguments
-    targets: Tensor  # (B, …)
+    inputs: Inputs
+    targets: Targets
     weights: Tensor | None  # (B,), per example; None: all one
     num_local: int  # examples in this share; an empty share holds one example of weight zero
     num_global: int  # examples in the step, over all processes
 
-    def split(self, slices: int) -> list[Any]:
+    def split(self, slices: int) -> Sequence[Batch]:
         """Return at most `slices` micro-batches of nearly equal size, in order."""
         ...
 
@@ -76,7 +83,7 @@ class EvalBatches(Protocol):
 class Metrics(Protocol):
     names: tuple[str, ...]
 
-    def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+    def update(self, outputs: Tensor, targets: Targets, weights: Tensor | None) -> None:
         """Count a batch: the model's outputs (B, …), targets (B, …) and weights (B,)."""
         ...
 
@@ -84,8 +91,27 @@ class Metrics(Protocol):
         """Return each metric by name, over the examples of all processes."""
         ...
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Mapping[str, Config]:
         """Return what plots need, as plain values for JSON."""
+        ...
+
+
+class Loss(Protocol):
+    """The losses of a batch before they are summed: the gradient is their weighted mean."""
+
+    @property
+    def values(self) -> Tensor:
+        """Return the losses, (B,), or (B, …) for tokens or pixels."""
+        ...
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Return a weight for each value; None: all one."""
+        ...
+
+    @property
+    def components(self) -> Mapping[str, Tensor]:
+        """Return named parts of the values, each shaped like them, for the log."""
         ...
 
 
@@ -93,15 +119,15 @@ class Task(Protocol):
     running_name: str | None  # of the score that `running` gives
     sums_over_examples: bool  # False: the loss of a batch is not a sum, so it cannot be split
 
-    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Any:
-        """Return the losses and their weights, (B,) or (B, …) each, as a `LossOutput`."""
+    def loss(self, outputs: Tensor, targets: Targets, weights: Tensor | None) -> Loss:
+        """Return the losses of the model's outputs; `weights` are those of the examples, (B,)."""
         ...
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
+    def check(self, outputs: Tensor, targets: Targets) -> None:
         """Raise UserError if outputs and targets of a first batch do not fit this task."""
         ...
 
-    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+    def running(self, outputs: Tensor, targets: Targets) -> Tensor | None:
         """Return a cheap score per example, (B,), for the log of training; None without one."""
         ...
 
@@ -175,8 +201,8 @@ class State(Protocol):
     """Everything that changes during a run: what a checkpoint holds."""
 
     model: nn.Module
-    optimizer: Any  # a `torch.optim.Optimizer`
-    schedule: Any  # `step -> factor` of the learning rate
+    optimizer: Optimizer
+    schedule: Callable[[int], float]  # the learning rate's factor at a step
 
     @property
     def progress(self) -> Position: ...
@@ -196,16 +222,50 @@ class State(Protocol):
         """Return the model that is evaluated and kept."""
         ...
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> Parts:
         """Return one entry per file of a checkpoint: tensors and plain containers only."""
         ...
 
-    def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, parts: Parts) -> None:
         """Load a checkpoint. Raises UserError if it has other parts or is of another model."""
         ...
 
-    def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
+    def refuse_other(self, parts: Parts) -> None:
         """Raise UserError where `load_state_dict` would; reads only names and shapes."""
+        ...
+
+
+class Data(Protocol):
+    """A data set with its splits, as the engine uses it: see `regrow.feeding.loaders.Data`."""
+
+    batch_size: int  # examples per step, over all processes
+
+    @property
+    def num_examples(self) -> Mapping[str, int]:
+        """Return the size of each split by name; the names say which splits there are."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Return warnings for the start of the log, such as files that were left out."""
+        ...
+
+    def evaluation(
+        self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> EvalBatches:
+        """Return this process's share of a split, not augmented."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Config]:
+        """Return what identifies the contents of each split."""
+        ...
+
+    def far_targets(self) -> str | None:
+        """Return a warning about targets far from zero; None without one."""
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
         ...
 
 
@@ -215,12 +275,9 @@ class Objects(Protocol):
     @property
     def options(self) -> Settings: ...
     @property
-    def data(self) -> Any:
-        """Return the data: `regrow.feeding.loaders.Data`, or an object with its methods."""
-        ...
-
+    def data(self) -> Data: ...
     @property
-    def task(self) -> Any: ...
+    def task(self) -> Task: ...
     @property
     def state(self) -> State: ...
     @property
@@ -252,10 +309,29 @@ class Objects(Protocol):
         ...
 
 
+class StepResult(Protocol):
+    @property
+    def sums(self) -> Tensor | list[float]:
+        """Return the step's sums over all processes: see `regrow.numerics.sums`."""
+        ...
+
+
+class Plan(Protocol):
+    """Everything that stays the same during a run. The engine reads only its step."""
+
+    @property
+    def train_step(self) -> Callable[[State, Batch, object], StepResult]:
+        """Return the function that updates the weights once, from (state, batch, `step`)."""
+        ...
+
+    @property
+    def step(self) -> object: ...
+
+
 class Lab(Protocol):
     """The functions of the package that the key `lab` names: see `regrow.runs.lab`."""
 
-    def build(self, config: Mapping[str, Any], world: World) -> Objects:
+    def build(self, config: Mapping[str, Config], world: World) -> Objects:
         """Return all objects of a run. Writes nothing."""
         ...
 
@@ -273,15 +349,11 @@ class Lab(Protocol):
         record: Record,
         checkpoints: CheckpointWriter,
         trial: Trial | None,
-    ) -> Any:
-        """Return everything that stays the same during a run, for `fit`."""
+    ) -> Plan:
+        """Return everything that stays the same during a run."""
         ...
 
-    def train_step(self, state: State, batch: Batch, plan: Any) -> Any:
-        """Update the weights once. The result's `sums` are those of `regrow.numerics.sums`."""
-        ...
-
-    def fit(self, state: State, plan: Any) -> str:
+    def fit(self, state: State, plan: Plan) -> str:
         """Train from `state` to the end. Returns "completed" or "interrupted".
 
         Raises OSError if the last checkpoint could not be written, and FloatingPointError after too
@@ -289,14 +361,14 @@ class Lab(Protocol):
         """
         ...
 
-    def summary(self, state: State, options: Settings) -> dict[str, Any]:
+    def summary(self, state: State, options: Settings) -> dict[str, Config]:
         """Return what `summary.json` says about the state: steps, best, val and counters."""
         ...
 
     def measure_split(
         self,
         model: nn.Module,
-        task: Any,
+        task: Task,
         batches: EvalBatches,
         world: World,
         precision: str,
@@ -304,7 +376,7 @@ class Lab(Protocol):
         *,
         stop: StopRequest,
         bar: str | None,
-    ) -> tuple[dict[str, float], dict[str, Any]]:
+    ) -> tuple[dict[str, float], Mapping[str, Config]]:
         """Return the exact loss and metrics over all batches, and details for plots.
 
         `bar` names the progress bar; None shows none. Raises Interrupted on a stop.

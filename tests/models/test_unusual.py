@@ -22,12 +22,11 @@ from regrow.config.targets import allow
 from regrow.errors import UserError
 from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
-from regrow.numerics import model_checks
 from regrow.numerics.calls import call
 from regrow.numerics.sums import gradient_norm
 from regrow.record.folder import read_json
+from regrow.runs import model_checks, weights
 from regrow.runs import train as runs
-from regrow.runs import weights
 
 OPTIONS = (
     *("trainer.ema_decay=0.9", "trainer.clip_norm=1.0", "trainer.clip_value=0.5"),
@@ -235,9 +234,9 @@ def test_on_a_device_a_replaced_buffer_is_put_back_without_a_wait() -> None:
     model = Counting()
     bench = bench_of(model)
     for skipped, expected in ((0.0, 1), (1.0, 1), (0.0, 2)):
-        bench.plan.buffers.remember()
+        bench.plan.step.buffers.remember()
         model(torch.ones(2, 6))
-        bench.plan.buffers.restore(torch.tensor(skipped))
+        bench.plan.step.buffers.restore(torch.tensor(skipped))
         assert model.calls.item() == expected
 
 

@@ -15,10 +15,11 @@ from regrow.config import registered
 from regrow.config.check import check
 from regrow.config.targets import locate
 from regrow.errors import UserError
+from regrow.project import of_lab
 from regrow.record import moved
 
 
-@pytest.mark.parametrize("name", [*moved.MOVED.values()])
+@pytest.mark.parametrize("name", [of_lab(name) for name in moved.MOVED.values()])
 def test_every_new_name_can_be_imported(name: str) -> None:
     module, _, last = name.rpartition(".")
     if last[0].isupper():
@@ -30,7 +31,7 @@ def test_every_new_name_can_be_imported(name: str) -> None:
 def test_a_recorded_config_gets_the_names_of_today() -> None:
     before = {
         "data": {"_target_": "regrow.data.loaders.Data", "root": "regrow.data.loaders.Data"},
-        "both": [{"_target_": "lab.options.DDPOptions"}, {"_target_": "own.Net"}],
+        "both": [{"_target_": "regrow.training.options.DDPOptions"}, {"_target_": "own.Net"}],
     }
     now = moved.in_config(before)
     assert now["data"] == {
@@ -43,10 +44,17 @@ def test_a_recorded_config_gets_the_names_of_today() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["regrow.checks.X", "my.regrow.check.X", "lab.options.TrainerOptions"]
+    "name", ["regrow.checks.X", "my.regrow.check.X", "my.regrow.training.X", "regrow.trainings.X"]
 )
 def test_a_name_that_only_resembles_a_moved_one_stays(name: str) -> None:
     assert moved.in_text(name) == name
+
+
+def test_names_of_the_lab_get_the_name_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert moved.in_text("regrow.models.mlp.MLP") == of_lab("lab.models.mlp.MLP")
+    monkeypatch.setattr("regrow.project.lab_name", lambda: "mine")
+    assert moved.in_text("regrow.models.mlp.MLP") == "mine.models.mlp.MLP"
+    assert moved.in_text("regrow.training.lr_finder.RangeTest") == "regrow.runs.lr_finder.RangeTest"
 
 
 def test_an_old_target_is_refused_with_its_new_name(

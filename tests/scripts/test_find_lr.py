@@ -21,16 +21,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 from running import CPU, config_of
 
-from lab import loop, lr_finder
+from lab import loop
 from lab.build import Objects, plan_of
 from lab.schedules import Plateau
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
+from regrow.numerics.sums import read
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
+from regrow.runs import lr_finder
 from regrow.runs import train as runs
 from regrow.runs.find_lr import find_lr
-from regrow.runs.lr_finder import Curve, RangeTest, range_test, smooth, still_falling, suggest
+from regrow.runs.lr_finder import Curve, RangeTest, smooth, still_falling, suggest
 
 SMALL = ("trainer.device=cpu", "trainer.num_threads=1")
 TEST = RangeTest(min_lr=1e-6, max_lr=10.0, num_steps=200, divergence_factor=4.0)
@@ -55,6 +57,13 @@ def built(*overrides: str) -> tuple[Objects, loop.Plan]:
     return objects, plan_of(objects, config["seed"], CPU, StopRequest(), **nowhere)
 
 
+def range_tested(state: Any, plan: Any, test: RangeTest) -> Curve:
+    def step(batch: Any) -> list[float]:
+        return read(plan.train_step(state, batch, plan.step).sums)
+
+    return lr_finder.range_test(state, plan.train, step, test)
+
+
 def fingerprint(objects: Objects) -> str:
     """Return the SHA-256 of the whole state, and the files left beside it."""
     state = objects.state
@@ -72,7 +81,7 @@ def loss_after(lr: float, *overrides: str, epochs: int = 5) -> float:
     state = objects.state
     for epoch in range(epochs):
         for batch in plan.train.epoch(epoch):
-            loop.train_step(state, batch, plan)
+            plan.train_step(state, batch, plan.step)
             state.progress.step += 1
     values, _ = loop.evaluate(state, objects.val, plan, name="val")
     return values["val/loss"]
@@ -96,10 +105,10 @@ def test_nothing_of_the_run_changes(overrides: tuple[str, ...]) -> None:
     objects, plan = built(*overrides)
     schedule = objects.state.schedule
     before = fingerprint(objects)
-    curve = range_test(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 30}))
+    curve = range_tested(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 30}))
     assert fingerprint(objects) == before and objects.state.schedule is schedule
     assert len(curve.lrs) > 5 and curve.losses[0] != curve.losses[-1]
-    loop.train_step(objects.state, next(plan.train.epoch(0)), plan)  # the negative control
+    plan.train_step(objects.state, next(plan.train.epoch(0)), plan.step)  # the negative control
     assert fingerprint(objects) != before
 
 
@@ -108,10 +117,10 @@ def test_a_run_after_the_test_is_the_run_without_it() -> None:
         objects, plan = built("model=mlp", "scheduler=plateau", "model.dropout=0.2")
         assert isinstance(objects.state.schedule, Plateau)
         if tested:
-            range_test(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 25}))
+            range_tested(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 25}))
         losses = []
         for batch in plan.train.epoch(0):
-            losses.append(loop.train_step(objects.state, batch, plan).sums[0])
+            losses.append(plan.train_step(objects.state, batch, plan.step).sums[0])
             objects.state.progress.step += 1
         return losses
 
@@ -130,7 +139,7 @@ def test_the_state_is_put_back_when_the_test_fails() -> None:
             raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        range_test(objects.state, dataclasses.replace(plan, train=Failing()), TEST)
+        range_tested(objects.state, dataclasses.replace(plan, train=Failing()), TEST)
     assert fingerprint(objects) == before
 
 
@@ -146,14 +155,14 @@ def test_the_rate_grows_in_equal_factors_and_scales_with_the_groups() -> None:
         step(*a, **k),
     )
     test = RangeTest(min_lr=1e-5, max_lr=1e-3, num_steps=30, divergence_factor=4.0)
-    curve = range_test(objects.state, plan, test)
+    curve = range_tested(objects.state, plan, test)
     assert seen == pytest.approx([test.lr(index) for index in range(30)], rel=1e-9)
     assert curve.lrs == [test.lr(index) for index in range(30)]
 
 
 def test_it_stops_where_the_loss_diverges() -> None:
     objects, plan = built("model=mlp", "optimizer=sgd")
-    curve = range_test(
+    curve = range_tested(
         objects.state,
         plan,
         RangeTest(min_lr=1e-3, max_lr=1e4, num_steps=100, divergence_factor=4.0),
@@ -217,7 +226,7 @@ def test_training_at_the_suggestion_is_better_than_far_below_it(model: str, opti
     lrs = []
     for _ in range(2):
         objects, plan = built(*overrides)
-        lrs.append(suggest(range_test(objects.state, plan, TEST)))
+        lrs.append(suggest(range_tested(objects.state, plan, TEST)))
     assert lrs[0] == lrs[1]
     at, below = loss_after(lrs[0], *overrides), loss_after(lrs[0] / 100, *overrides)
     assert at < 0.6 and at < 0.5 * below, (lrs[0], at, below)
@@ -308,9 +317,9 @@ def test_a_range_test_from_outside(tmp_path: Path) -> None:
 
 def test_the_range_test_uses_the_run_s_own_precision_and_slices() -> None:
     objects, plan = built("model=mlp", "trainer.accumulation_steps=3", "trainer.clip_norm=0.1")
-    curve = range_test(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 20}))
+    curve = range_tested(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 20}))
     whole, plan = built("model=mlp", "trainer.clip_norm=0.1")
-    other = range_test(whole.state, plan, RangeTest(**{**vars(TEST), "num_steps": 20}))
+    other = range_tested(whole.state, plan, RangeTest(**{**vars(TEST), "num_steps": 20}))
     near = zip(curve.losses, other.losses, strict=True)
     assert all(a == pytest.approx(b, rel=1e-3) for a, b in list(near)[:12])
     assert torch.isfinite(torch.tensor(curve.losses)).all()

@@ -78,7 +78,7 @@ def steps(objects: Any, plan: Any, last: int = 6, *, whole_weights: bool = True)
     state, seen = objects.state, []
     while state.step < last:
         for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
-            result = loop.train_step(state, batch, plan)
+            result = plan.train_step(state, batch, plan.step)
             state.progress.step += 1
             loss, _, weight, examples = sums.read(result.sums)
             seen.append((loss / weight, float(result.grad_norm), examples))
@@ -265,7 +265,7 @@ def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, 
     if world.rank == world.size - 1:
         batch.inputs = batch.inputs.clone()
         batch.inputs[0, 0] = float("nan")
-    loop.train_step(objects.state, batch, plan)
+    plan.train_step(objects.state, batch, plan.step)
     after = objects.state.model.state_dict()
     return {
         "skipped": int(objects.state.skips[0]),
@@ -353,9 +353,9 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
         if number == 1 and world.rank == 1:
             stop._note(15, None)
         if world.rank == world.size - 1:
-            plan.exchange._clock -= 100
-        loop.train_step(objects.state, next(batches), plan)
-        seen.append((plan.exchange.stops, plan.exchange.seconds))
+            plan.step.exchange._clock -= 100
+        plan.train_step(objects.state, next(batches), plan.step)
+        seen.append((plan.step.exchange.stops, plan.step.exchange.seconds))
     return {"stops": [stops for stops, _ in seen], "seconds": seen[0][1]}
 
 
@@ -364,7 +364,7 @@ def sent_in_one_step(world: World, config: Config, folder: Path) -> dict[str, An
     objects = runs.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
-    batch, exchange, errors = next(objects.train.epoch(0, 0)), plan.exchange, []
+    batch, exchange, errors = next(objects.train.epoch(0, 0)), plan.step.exchange, []
     exchange.begin()
 
     def backward(name: str | None) -> None:
@@ -401,7 +401,7 @@ def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list
         batch, before = next(batches), weights_sha256(state.model)
         if empty:
             batch.weights = torch.zeros(len(batch.targets))
-        result = loop.train_step(state, batch, plan)
+        result = plan.train_step(state, batch, plan.step)
         state.progress.step += 1
         after = weights_sha256(state.model)
         seen.append(

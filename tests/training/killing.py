@@ -87,7 +87,7 @@ def over(pid: int) -> bool:
 # Named points: just before and just after the n-th call of each.
 
 POINTS: dict[str, tuple[Any, str]] = {
-    "step": (loop, "train_step"),
+    "step": (step, "train_step"),
     "report": (loop, "report"),
     "evaluate": (loop, "evaluate"),
     "decide": (loop, "take_in"),

@@ -399,7 +399,7 @@ def test_a_loss_scale_that_is_never_divided_out_is_caught() -> None:
     bench = Bench(model, task, SGD, precision="fp16", loss_scale=scale)
     batch = windows_of(kind, torch.float32)[0]
     norm = true_norm(model, reference, batch)
-    result = loop.train_step(bench.state, batch, bench.plan)
+    result = step.train_step(bench.state, batch, bench.plan.step)
     assert float(result.grad_norm) == pytest.approx(norm, rel=0.03)
     assert float(result.grad_norm) * 2.0**10 != pytest.approx(norm, rel=0.03)
 

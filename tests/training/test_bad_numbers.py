@@ -137,10 +137,10 @@ def test_a_bad_loss_with_good_gradients_is_skipped_too() -> None:
     bench = bench_of(MAKERS["adamw"], slices=1)
     bench.step(batch(0))
     before = held_by(bench)
-    good = bench.plan.task.loss
-    bad = copy.copy(bench.plan.task)
+    good = bench.plan.step.task.loss
+    bad = copy.copy(bench.plan.step.task)
     bad.loss = lambda o, t, w: good(o, t, w)._replace(values=good(o, t, w).values + torch.inf)
-    object.__setattr__(bench.plan, "task", bad)
+    object.__setattr__(bench.plan.step, "task", bad)
     bench.step(batch(1))
     assert same(before, held_by(bench))
 
@@ -154,16 +154,16 @@ def test_a_step_whose_loss_is_not_a_number_is_skipped(
     bench = bench_of(MAKERS["adamw"])
     bench.step(batch(0))
     before = held_by(bench)
-    good = bench.plan.task.loss
+    good = bench.plan.step.task.loss
     signs = iter([torch.inf, -torch.inf, 0.0])
-    bad = copy.copy(bench.plan.task)
+    bad = copy.copy(bench.plan.step.task)
 
     def loss(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> losses.LossOutput:
         values = good(outputs, targets, weights).values
         return losses.LossOutput(values + next(signs))
 
     bad.loss = loss
-    object.__setattr__(bench.plan, "task", bad)
+    object.__setattr__(bench.plan.step, "task", bad)
     line = bench.step(batch(1))
     assert line["train/skipped_steps"] == 1
     assert same(before, held_by(bench))
@@ -205,10 +205,10 @@ def test_a_bad_parameter_is_named_where_only_it_is_bad() -> None:
 def test_a_bad_loss_is_named_before_the_gradients_that_it_made() -> None:
     bench = bench_of(MAKERS["adamw"], max_skipped_steps=1)
     bench.step(batch(0))
-    good = bench.plan.task.loss
-    bad = copy.copy(bench.plan.task)
+    good = bench.plan.step.task.loss
+    bad = copy.copy(bench.plan.step.task)
     bad.loss = lambda o, t, w: good(o, t, w)._replace(values=good(o, t, w).values * torch.nan)
-    object.__setattr__(bench.plan, "task", bad)
+    object.__setattr__(bench.plan.step, "task", bad)
     with pytest.raises(
         FloatingPointError, match=r"; the loss itself is nan; .* is 0\.weight\. Lower"
     ):

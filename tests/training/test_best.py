@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import CPU, TINY, config_of, train
 
-from lab import loop
+from lab import loop, step
 from regrow.feeding.batch import Batch
 from regrow.runs import train as runs
 
@@ -61,7 +61,7 @@ def test_an_evaluation_after_a_skipped_step_is_no_later_best(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    train_step = loop.train_step
+    train_step = step.train_step
 
     def third_is_bad(state: Any, batch: Any, plan: Any) -> Any:
         if state.step == 2:
@@ -69,7 +69,7 @@ def test_an_evaluation_after_a_skipped_step_is_no_later_best(
             batch = Batch(bad, batch.targets, batch.weights, batch.num_local, batch.num_global)
         return train_step(state, batch, plan)
 
-    monkeypatch.setattr(loop, "train_step", third_is_bad)
+    monkeypatch.setattr(step, "train_step", third_is_bad)
     evaluations([0.5, 0.9, 0.9, 0.7])
     summary = train(tmp_path, *TINY, *EACH_STEP, "trainer.max_steps=4")
     assert summary["best"]["step"] == 2

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from running import CPU, TINY, config_of, fingerprint, train
+from running import CPU, TINY, before_each_step, config_of, fingerprint, train
 
-from lab import loop, optim
-from lab.state import FOLLOWS
+from lab import optim
+from lab.state import FOLLOWS, TrainState
+from lab.step import train_step
 from regrow.checkpoint import writer as checkpoint
 from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.errors import UserError
@@ -616,7 +617,7 @@ def test_a_failed_write_is_reported_at_the_next_save_and_the_older_one_loads(
 def test_a_failed_write_is_reported_at_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, train_step = checkpoint.write, loop.train_step
+    write = checkpoint.write
     reported: dict[int, bool] = {}
 
     def full_at_three(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
@@ -624,14 +625,13 @@ def test_a_failed_write_is_reported_at_the_next_step(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, parts, facts, *others)
 
-    def after_the_write(state: Any, batch: Any, plan: Any) -> Any:
+    def after_the_write(state: Any, plan: Any) -> None:
         if plan.checkpoints._thread is not None:
             plan.checkpoints._thread.join()
         reported[state.step] = "No space left" in warnings_of(caplog)
-        return train_step(state, batch, plan)
 
     monkeypatch.setattr(checkpoint, "write", full_at_three)
-    monkeypatch.setattr(loop, "train_step", after_the_write)
+    before_each_step(monkeypatch, after_the_write)
     run = (*TINY, "trainer.checkpoint.save_every_steps=3", "trainer.eval_every_epochs=null")
     train(tmp_path / "run", *run, "trainer.checkpoint.save_every_epochs=null")
     assert [step for step, said in reported.items() if not said] == [0, 1, 2, 3]
@@ -650,7 +650,7 @@ def test_a_checkpoint_is_never_ahead_of_its_record(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Lines of steps 4 to 6 do not fit, the checkpoint of step 6 would; then the run dies."""
-    train_step, pwrite = loop.train_step, os.pwrite
+    pwrite = os.pwrite
     full = [False]
 
     def no_room_for_lines(descriptor: int, *rest: Any) -> int:
@@ -667,7 +667,7 @@ def test_a_checkpoint_is_never_ahead_of_its_record(
     def dies_and_goes_on(folder: Path) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", no_room_for_lines)
-            patch.setattr(loop, "train_step", until_eight)
+            patch.setattr("lab.step.train_step", until_eight)
             with pytest.raises(KeyboardInterrupt):
                 train(folder, *RUN, "trainer.checkpoint.save_every_epochs=null")
         train(folder, *RUN, "trainer.checkpoint.save_every_epochs=null")
@@ -690,13 +690,12 @@ def test_a_run_on_a_full_disk_goes_on_and_ends_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     disk = FullDisk(monkeypatch)
-    train_step = loop.train_step
 
     def full_from_five_to_eight(state: Any, *args: Any) -> Any:
         disk.on = 5 <= state.step < 8
         return train_step(state, *args)
 
-    monkeypatch.setattr(loop, "train_step", full_from_five_to_eight)
+    monkeypatch.setattr("lab.step.train_step", full_from_five_to_eight)
     summary = train(tmp_path, *RUN)
     assert summary["status"] == "completed"
     assert summary["best"]["step"] == 12  # its weights were saved
@@ -838,7 +837,7 @@ class Counter:
 
 
 @dataclasses.dataclass
-class WithMore(runs.TrainState):
+class WithMore(TrainState):
     """New fields of each kind, and nothing else."""
 
     number: int = 0
@@ -851,7 +850,7 @@ class WithMore(runs.TrainState):
 def test_a_new_field_of_the_state_is_saved_and_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "TrainState", WithMore)
+    monkeypatch.setattr("lab.build.TrainState", WithMore)
     state = runs.build(config_of(*RUN), CPU).state
     assert isinstance(state, WithMore)
     state.number, state.totals, state.known = 3, [0.1, 2.0], 5

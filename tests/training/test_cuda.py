@@ -10,7 +10,6 @@ import torch
 from running import config_of, fingerprint, metrics_of, train
 from waits import no_wait_for_the_gpu
 
-from lab import loop
 from lab.build import plan_of
 from regrow.distributed.parallel import World
 from regrow.processes.interrupt import StopRequest
@@ -79,13 +78,13 @@ def test_no_step_waits_for_the_gpu(precision: str) -> None:
     objects = runs.build(config, GPU)
     plan = plan_of(objects, 0, GPU, StopRequest(), record=None, checkpoints=None)
     batches = [*objects.train.epoch(0, 0)]
-    loop.train_step(objects.state, batches[0], plan)  # chooses kernels and allocates memory
+    plan.train_step(objects.state, batches[0], plan.step)  # chooses kernels and allocates memory
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError), no_wait_for_the_gpu():
         objects.state.skips.sum().item()  # the control: the mode finds a wait
     with no_wait_for_the_gpu():
         for batch in batches[1:]:
-            loop.train_step(objects.state, batch, plan)
+            plan.train_step(objects.state, batch, plan.step)
             objects.state.progress.step += 1
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import TINY, fingerprint, launched, train
+from running import TINY, before_each_step, fingerprint, launched, train
 
-from lab import loop
 from regrow.checkpoint import writer as checkpoint
 from regrow.record.folder import read_json, read_metrics
 from regrow.runs import train as runs
@@ -64,15 +63,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def before_step(monkeypatch: pytest.MonkeyPatch, events: dict[int, Callable[[], None]]) -> None:
     """Call these just before the steps of these numbers, counted from one."""
-    train_step = loop.train_step
 
-    def eventful(state: Any, batch: Any, plan: Any) -> Any:
+    def eventful(state: Any, plan: Any) -> None:
         if plan.checkpoints._thread is not None:
             plan.checkpoints._thread.join()
         events.get(state.step + 1, lambda: None)()
-        return train_step(state, batch, plan)
 
-    monkeypatch.setattr(loop, "train_step", eventful)
+    before_each_step(monkeypatch, eventful)
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int) -> str:

@@ -47,7 +47,7 @@ def draws(*, seed: int = 0, rank: int = 0, start: int = 0, steps: int = 3) -> li
     model = Drawing()
     bench = Bench(model, SquaredError(), functools.partial(torch.optim.SGD, lr=0.1), slices=2)
     world = World(device=torch.device("cpu"), rank=rank)
-    plan: Any = dataclasses.replace(bench.plan, seed=seed, world=world)
+    plan: Any = dataclasses.replace(bench.plan.step, seed=seed, world=world)
     bench.state.progress.step = start
     for _ in range(steps):
         step.gradients(bench.state, batch_of(torch.ones(4, 2), torch.ones(4)), plan)

@@ -38,6 +38,7 @@ EARLY_EXTENSIONS = [
     ".webp",
 ]
 ADDED_KEYS: tuple[AddedKey, ...] = (
+    AddedKey(None, "step", {"_target_": of_lab("lab.step.train_step"), "_partial_": True}),
     AddedKey(IMAGE_FOLDER, "exif_orientation", False),
     AddedKey(IMAGE_FOLDER, "extensions", EARLY_EXTENSIONS),
     AddedKey(IMAGE_FOLDER, "leave_out", []),

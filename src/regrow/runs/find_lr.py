@@ -89,7 +89,7 @@ def _find_lr(cfg: DictConfig) -> float:
             plan = lab().plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
 
             def step(batch: Batch) -> list[float]:
-                return read(lab().train_step(objects.state, batch, plan).sums)
+                return read(plan.train_step(objects.state, batch, plan.step).sums)
 
             curve = lr_finder.range_test(objects.state, objects.train, step, test)
         lr = lr_finder.suggest(curve)

@@ -16,9 +16,9 @@ from regrow.protocols import Lab
 def lab() -> Lab:
     """Return the functions of the package that the key `lab` names. Raises UserError without it."""
     name = lab_name()
-    names = [f"{name}.{module}" for module in ("build", "evaluate", "loop", "step")]
+    names = [f"{name}.{module}" for module in ("build", "evaluate", "loop")]
     try:
-        build, evaluate, loop, step = map(importlib.import_module, names)
+        build, evaluate, loop = map(importlib.import_module, names)
     except ModuleNotFoundError as error:
         if error.name not in (name, *names):
             raise
@@ -30,7 +30,6 @@ def lab() -> Lab:
         build=build.build,
         check_first_batch=build.check_first_batch,
         plan_of=build.plan_of,
-        train_step=step.train_step,
         fit=loop.fit,
         summary=loop.summary,
         measure_split=evaluate.measure_split,

@@ -235,7 +235,7 @@ def export_weights(state: State, folder: Path, world: World) -> None:
 
 def test_once(
     objects: Objects, world: World, stop: StopRequest, draws: Draws
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float], Mapping[str, Any]]:
     """Measure the test split with the weights that `take_best` has loaded: values and details."""
     options = objects.options
     batches = objects.data.evaluation(
