@@ -430,7 +430,7 @@ def test_an_fp16_run_goes_on_with_its_loss_scale(
     monkeypatch.setattr(runs, "set_numerics", lambda options, device: None)
     run = (*TINY, *LEAN, "model.dropout=0.3", "trainer.ema_decay=0.9", "trainer.precision=fp16")
     monkeypatch.setattr(
-        runs, "LossScale", lambda device: LossScale(device, initial=2.0**27, growth_interval=3)
+        "lab.build.LossScale", lambda device: LossScale(device, initial=2.0**27, growth_interval=3)
     )
     train(tmp_path / "whole", *run)
     lines = [x for x in metrics_of(tmp_path / "whole") if "train/loss_scale" in x]
