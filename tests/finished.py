@@ -18,11 +18,9 @@ import torch
 from running import CPU, as_hydra_has_it, composed
 
 from regrow.config.job import job_of
-from regrow.config.targets import allow
 from regrow.project import CONF
-from regrow.record.folder import Lock
 from regrow.runs import train as runs
-from regrow.runs.session import run_in
+from regrow.runs.session import run_job
 
 SCRIPTS = CONF.parent / "scripts"
 QUICK = ("trainer.max_steps=4", "trainer.num_threads=1", "trainer.device=cpu")
@@ -34,10 +32,9 @@ def finished(folder: Path, *overrides: str) -> Path:
     config = composed(*QUICK, *overrides, f"hydra.run.dir={folder.resolve()}")
     job = job_of(as_hydra_has_it(config), folder.resolve(), ["python", "train.py"])
     torch.set_num_threads(1)
-    allow(job.config)  # as the check of a command line does
-    with pytest.MonkeyPatch.context() as patch, Lock(folder):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "draw", lambda folder: None)
-        run_in(job, CPU)
+        run_job(job, CPU)
     return folder
 
 

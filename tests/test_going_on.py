@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from running import TINY, config_of
 
-from regrow.config.resume import MAY_CHANGE, continues
+from regrow.config.resume import MAY_CHANGE, resumed
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.folder import write_text
@@ -46,10 +46,10 @@ def test_what_changes_the_maths_is_refused_unless_it_is_named(
     overrides = [*TINY, *change.split()]
     config = config_of(*overrides)
     with pytest.raises(UserError) as refused:
-        continues(run, config, overrides)
+        resumed(run, config, overrides)
     assert change.partition("=")[0] in str(refused.value)
     assert " was " in str(refused.value) and " would be " in str(refused.value)
-    assert continues(run, {**config, "resume": str(run)}, overrides)
+    assert resumed(run, {**config, "resume": str(run)}, overrides)
     assert "changed by name" in caplog.text
 
 
@@ -58,7 +58,7 @@ def test_what_leaves_the_maths_alone_may_change(
     change: str, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert continues(run, config_of(*TINY, change), [*TINY, change])
+    assert resumed(run, config_of(*TINY, change), [*TINY, change])
     assert f"changed: {change.partition('=')[0].partition('[')[0]}" in caplog.text
 
 
@@ -75,13 +75,12 @@ def test_the_readme_says_of_each_key_what_a_resume_does() -> None:
 def test_the_number_of_threads_comes_from_the_record_unless_the_processes_change(run: Path) -> None:
     """Bits depend on it. TINY recorded one thread; the resumed command leaves it null."""
     unasked = [option for option in TINY if not option.startswith("trainer.num_threads")]
-    config = config_of(*unasked)
-    assert config["trainer"]["num_threads"] is None
-    assert continues(run, config, unasked)
-    assert config["trainer"]["num_threads"] == 1
-    other = config_of(*unasked, "trainer.devices=2")
-    assert continues(run, other, [*unasked, "trainer.devices=2"])
-    assert other["trainer"]["num_threads"] is None
-    asked = config_of(*unasked, "trainer.num_threads=3")
-    assert continues(run, asked, [*unasked, "trainer.num_threads=3"])
-    assert asked["trainer"]["num_threads"] == 3
+    assert config_of(*unasked)["trainer"]["num_threads"] is None
+    for typed, expected in (
+        ([], 1),
+        (["trainer.devices=2"], None),
+        (["trainer.num_threads=3"], 3),
+    ):
+        overrides = [*unasked, *typed]
+        config = resumed(run, config_of(*overrides), overrides)
+        assert config is not None and config["trainer"]["num_threads"] == expected

@@ -195,8 +195,9 @@ def test_a_resume_keeps_the_recorded_direction_unless_another_is_typed(
         write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
         for group in resume.ELSEWHERE:
             del config[group]
-        assert resume.continues(run, {**config, "resume": "run"}, [*overrides, *typed])
-        trainer: dict[str, Any] = config["trainer"]
+        kept = resume.resumed(run, {**config, "resume": "run"}, [*overrides, *typed])
+        assert kept is not None
+        trainer: dict[str, Any] = kept["trainer"]
         return trainer
 
     assert resumed(mode="min")["mode"] == "min"

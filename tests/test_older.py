@@ -245,15 +245,14 @@ def test_without_the_row_a_resume_is_refused(
         return found
 
     with pytest.raises(UserError, match=r"trainer\.brand_new was absent and would be True"):
-        resume.continues(folder, config(), overrides)
+        resume.resumed(folder, config(), overrides)
     row = AddedKey("lab.options.TrainerOptions", "brand_new", False)
     monkeypatch.setattr(older, "ADDED_KEYS", (*older.ADDED_KEYS, row))
-    kept = config()
-    assert resume.continues(folder, kept, overrides)
-    assert kept["trainer"]["brand_new"] is False and "trainer.brand_new=false" in caplog.text
-    typed = config()
-    assert resume.continues(folder, typed, [*overrides, "trainer.brand_new=true"])
-    assert typed["trainer"]["brand_new"] is True
+    kept = resume.resumed(folder, config(), overrides)
+    assert kept is not None and kept["trainer"]["brand_new"] is False
+    assert "trainer.brand_new=false" in caplog.text
+    typed = resume.resumed(folder, config(), [*overrides, "trainer.brand_new=true"])
+    assert typed is not None and typed["trainer"]["brand_new"] is True
 
 
 def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> None:
@@ -265,8 +264,8 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
         config["resume"] = str(folder)
         config["loss"]["ignore_index"] = config["data"]["ignore_index"] = index
         overrides = resume.expand([f"resume={folder}", *typed])
-        assert resume.continues(folder, config, overrides)
-        assert config["data"]["ignore_index"] == index
+        kept = resume.resumed(folder, config, overrides)
+        assert kept is not None and kept["data"]["ignore_index"] == index
 
 
 def as_now(folder: Path, **data: str) -> dict[str, Any]:
@@ -284,9 +283,9 @@ def test_a_typed_key_reaches_those_that_follow_it(root: Path) -> None:
     folder = Path("regression")
     for typed, dtype in ((["data.target_dtype=float64"], "float64"), ([], "float32")):
         config = as_now(folder, target_dtype="float64")
-        assert resume.continues(folder, config, resume.expand([f"resume={folder}", *typed]))
-        assert config["data"]["target_dtype"] == dtype
-        assert config["data"]["source"]["target_dtype"] == dtype
+        kept = resume.resumed(folder, config, resume.expand([f"resume={folder}", *typed]))
+        assert kept is not None and kept["data"]["target_dtype"] == dtype
+        assert kept["data"]["source"]["target_dtype"] == dtype
 
 
 def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -> None:
@@ -299,11 +298,10 @@ def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -
     overrides = resume.expand([f"resume={folder}"])
     with pytest.raises(UserError, match=r"trainer\.ema_warmup was False and would be True"):
         # The same as a new record: it had the key, and its value merely equals the earlier one.
-        resume.continues(folder, as_now(folder), overrides)
+        resume.resumed(folder, as_now(folder), overrides)
     (folder / resume.LACKED).write_text(json.dumps(lacked))
-    config = as_now(folder)
-    assert resume.continues(folder, config, overrides)
-    assert config["trainer"]["ema_warmup"] is False
+    kept = resume.resumed(folder, as_now(folder), overrides)
+    assert kept is not None and kept["trainer"]["ema_warmup"] is False
     assert resume.lacked_keys(folder) == lacked
 
 

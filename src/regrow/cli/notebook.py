@@ -82,7 +82,6 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
         raise UserError("this is not a run's config. Make one with regrow.compose.") from None
     if count not in (1, "auto"):
         raise UserError(f"trainer.devices={count}: this is one process. Use trainer.devices=1.")
-    trainer["num_threads"] = trainer["num_threads"] or machine.usable_cores()
     return train.build(values, World(device=machine.resolve_device(device)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,12 @@ from regrow.record.redact import redact
 
 @dataclass(frozen=True)
 class Job:
-    """A run's config and place, as JSON data: `Job(**json.loads(job.to_json())) == job`."""
+    """A run's config and place, as JSON data: `Job(**json.loads(job.to_json())) == job`.
 
-    config: dict[str, Any]  # resolved
+    Nobody writes to its fields: `session.settled` and the methods return another job.
+    """
+
+    config: Mapping[str, Any]  # resolved
     folder: str | None  # the run's own; None: a new one under outputs/<name>
     overrides: list[str]
     choices: dict[str, Any]  # the chosen options, by group
@@ -37,6 +40,14 @@ class Job:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def with_values(self, **values: Any) -> Job:
+        """Return the job with other values at the top of its config."""
+        return dataclasses.replace(self, config={**self.config, **values})
+
+    def with_trainer(self, **values: Any) -> Job:
+        """Return the job with other values in the node `trainer`."""
+        return self.with_values(trainer={**self.config["trainer"], **values})
 
 
 def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
@@ -86,7 +97,7 @@ def as_recorded(job: Job) -> list[str]:
 
 def with_override(job: Job, key: str, value: Any) -> Job:
     """Return the job with one more override, as if it had been typed."""
-    config = copy.deepcopy(job.config)
+    config = copy.deepcopy(dict(job.config))
     *parents, last = key.split(".")
     node = config
     for parent in parents:

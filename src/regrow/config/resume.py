@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -349,17 +350,21 @@ def targets_of(override: str) -> list[str]:
     return [f"{key}.{path}" if path else key for path, _ in targets_in(content)]
 
 
-def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) -> bool:
-    """Return True if this run resumes one in `folder`. Raises UserError if their configs conflict.
+def resumed(
+    folder: Path, asked: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the `asked` config as it resumes the run in `folder`, or None if there is none.
 
-    `overrides` are those of this start, recorded ones included: see `expand`.
+    `overrides` are those of this start, recorded ones included: see `expand`. Logs what changes.
+    Raises UserError if the configs conflict.
 
-    Updates `config`. Keys newer than the record get the value for the earlier behaviour. A null
+    Keys newer than the record get the value for the earlier behaviour. A null
     `trainer.num_threads` becomes the recorded one if the number of processes is the same: results
     depend on it bit for bit. The monitor and its mode become those of the recorded run.
     """
     if not (folder / "config.yaml").is_file():
-        return False
+        return None
+    config = copy.deepcopy(dict(asked))
     recorded = recorded_config(folder, f"resume={folder}")
     lacked = [*lacked_before(folder), *older.complete(recorded)]
     kept = {key: value for key, value in older.earlier(recorded).items() if key in lacked}
@@ -400,7 +405,7 @@ def continues(folder: Path, config: dict[str, Any], overrides: Sequence[str]) ->
             + " with the keys to change."
         )
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
-    return True
+    return config
 
 
 def changed_sources(

@@ -78,7 +78,6 @@ def _find_lr(cfg: DictConfig) -> float:
     with console():
         test: RangeTest = instantiate(config["find_lr"])
         world = World(device=machine.resolve_device(trainer["device"]))
-        trainer["num_threads"] = trainer["num_threads"] or machine.usable_cores()
         objects = runs.build(config, world)
         with contextlib.closing(objects.data):
             for note in objects.data.notes:

@@ -90,8 +90,9 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     slurm.check(options, job.config["trainer"])
     folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))
     try:
-        with claimed(folder, job) as goes_on:
-            if goes_on and resume.is_done(folder, job.config):
+        with claimed(folder, job) as kept:
+            job = job.with_values(**kept or {})
+            if kept is not None and resume.is_done(folder, job.config):
                 draw_missing(folder, job)
                 say_complete(folder, job)
                 return

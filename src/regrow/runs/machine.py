@@ -69,4 +69,9 @@ def usable_cores() -> int:
     if given and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return min(cores, int(given))
     cores = min(cores, int(given)) if given else cores
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // processes_here())
+
+
+def processes_here() -> int:
+    """Return the number of the run's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -40,7 +40,7 @@ log = logging.getLogger("regrow")
 def run_all(job: Job) -> float | None:
     """Run the job in as many processes as it asks for: in this one if it asks for one."""
     trainer = job.config["trainer"]
-    count = trainer["devices"] = ranks.count_of(trainer)
+    count = ranks.count_of(trainer)
     if count > 1 or trainer["max_restarts"]:
         return ranks.run(job, count)
     return run_job(job, World(device=machine.resolve_device(trainer["device"])))
@@ -50,24 +50,36 @@ def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this rank's part of it, and return the best monitored value."""
     allow(job.config)  # another process may have composed and checked it
     with contextlib.ExitStack() as stack:
-        done, halvings = False, 0
-        if job.folder is not None and world.is_main:
-            folder = Path(job.folder)
-            goes_on = stack.enter_context(claimed(folder, job))
-            done = goes_on and resume.is_done(folder, job.config)
-            # Set if the run ended because one of its ranks ran out of memory.
-            halvings = (records.load_status(folder) or {}).get("halvings", 0)
-            halvings = halvings if isinstance(halvings, int) else 0
-        # Only the main process reads the folder: broadcast what it found to all ranks, and its
-        # config, which may keep values of an older record.
-        found = {"done": done, "halvings": halvings, "config": job.config}
-        found = json.loads(world.from_main(json.dumps(found)))
-        job.config.update(found["config"])
-        if not found["done"]:
-            return run_in(job, world, found["halvings"])
+        job, done, halvings = settled(job, world, stack)
+        if not done:
+            return run_in(job, world, halvings)
         if world.is_main:
             draw_missing(Path(str(job.folder)), job)
     return say_complete(Path(str(job.folder)), job)
+
+
+def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, bool, int]:
+    """Return the job as it runs here, whether its run is complete, and how often to halve batches.
+
+    Settles `trainer.devices`, what the folder's run keeps, and `trainer.num_threads`. `stack` holds
+    the folder's lock.
+    """
+    job = job.with_trainer(devices=machine.processes_here())
+    done, halvings = False, 0
+    if job.folder is not None and world.is_main:
+        folder = Path(job.folder)
+        kept = stack.enter_context(claimed(folder, job))
+        job = job.with_values(**kept or {})
+        done = kept is not None and resume.is_done(folder, job.config)
+        # Set if the run ended because one of its ranks ran out of memory.
+        halvings = (records.load_status(folder) or {}).get("halvings", 0)
+        halvings = halvings if isinstance(halvings, int) else 0
+    # Only the main process reads the folder: broadcast what it found to all ranks.
+    told = {"done": done, "halvings": halvings, "config": job.config}
+    told = json.loads(world.from_main(json.dumps(told)))
+    job = job.with_values(**told["config"])
+    threads = job.config["trainer"]["num_threads"] or machine.usable_cores()
+    return job.with_trainer(num_threads=threads), told["done"], told["halvings"]
 
 
 def draw_missing(folder: Path, job: Job) -> None:
@@ -87,8 +99,8 @@ def say_complete(folder: Path, job: Job) -> float | None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, job: Job) -> Iterator[bool]:
-    """Hold the lock of the run's folder inside, and yield True if the job resumes a run there.
+def claimed(folder: Path, job: Job) -> Iterator[dict[str, Any] | None]:
+    """Hold the lock of the run's folder inside, and yield the config that resumes its run, or None.
 
     Raises UserError if the folder holds something else.
     """
@@ -100,7 +112,7 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
         records.refuse_links(folder, f"hydra.run.dir={folder}", way_out=resume.if_trusted(folder))
     with records.Lock(folder):
         try:
-            yield resume.continues(folder, job.config, job.overrides)
+            yield resume.resumed(folder, job.config, job.overrides)
         finally:
             records.remove_unused(folder)
 
@@ -124,14 +136,12 @@ def remove_empty_parents(folder: Path) -> None:
 
 def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
-    trainer = job.config["trainer"]
-    trainer["num_threads"] = trainer["num_threads"] or machine.usable_cores()
     objects = runs.build(without_source(job, world), world)
     with contextlib.closing(objects.data):
         return run_objects(job, objects, world, halvings)
 
 
-def without_source(job: Job, world: World) -> dict[str, Any]:
+def without_source(job: Job, world: World) -> Mapping[str, Any]:
     """Return the config to build from, without `init_from` if the job's folder has a checkpoint.
 
     The checkpoint would replace those weights, and their source may be gone or have changed.
@@ -147,10 +157,10 @@ def without_source(job: Job, world: World) -> dict[str, Any]:
 
 def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> float | None:
     """Train the built objects and write the run's record."""
-    config, trainer = job.config, job.config["trainer"]
-    trainer["monitor"], trainer["mode"] = objects.options.monitor, objects.options.mode
+    job = job.with_trainer(monitor=objects.options.monitor, mode=objects.options.mode)
+    config = job.config
     objects.state.progress.halvings = halvings
-    if trainer["check_first_batch"]:
+    if config["trainer"]["check_first_batch"]:
         lab().check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:

@@ -106,13 +106,12 @@ def job_from(store: Any) -> str:
 def lead(job: Job) -> NoReturn:
     """As rank 0 of processes started from outside, send the job to the other ranks and run it."""
     trainer = job.config["trainer"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = machine.processes_here()
     if trainer["devices"] not in ("auto", 1, local):
         raise UserError(
             f"trainer.devices={trainer['devices']}: {local} were started on this machine. "
             "Leave out trainer.devices, or give the same number to both."
         )
-    trainer["devices"] = local
     store = meet()
     store.set("job", job.to_json())
     code = 0

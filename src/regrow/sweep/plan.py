@@ -205,9 +205,8 @@ class Composer:
             raise UserError(f"hydra.sweep.subdir={folder} is the sweep's own. Choose another name.")
         command = ["python", "scripts/train.py", *overrides]
         job = job_of(cfg, self.folder / folder, command)
-        config = {**job.config, "resume": "auto"}
         entry = state.Entry(number, identity, swept, folder, overrides)
-        return Planned(entry, dataclasses.replace(job, config=config))
+        return Planned(entry, job.with_values(resume="auto"))
 
 
 def numbered(

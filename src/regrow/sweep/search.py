@@ -315,7 +315,7 @@ def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
     return found
 
 
-def objectives(options: Search, config: dict[str, Any]) -> tuple[list[str], list[str]]:
+def objectives(options: Search, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the metrics and the directions of a search, for jobs with such a `config`.
 
     Raises UserError if they do not fit the jobs, each other or the pruner.
