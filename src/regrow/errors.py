@@ -31,6 +31,14 @@ class SlicesTooLarge(Exception):
         self.halvings = halvings
 
 
+class RunFailed(Exception):
+    """The run of a rank failed at `step` because of `error`, and has logged that."""
+
+    def __init__(self, error: Exception, step: int) -> None:
+        super().__init__(str(error))
+        self.error, self.step = error, step
+
+
 def _shared_memory() -> str:
     try:
         found = os.statvfs("/dev/shm")

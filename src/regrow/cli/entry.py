@@ -228,12 +228,12 @@ def not_utf8() -> str:
 
 def not_yaml(error: yaml.YAMLError) -> str:
     """Return one line that names the file that is not YAML, the line in it and the problem."""
-    mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or said is None:
+    if not isinstance(error, yaml.MarkedYAMLError) or not (error.problem_mark and error.problem):
         return f"a file of the config is not YAML: {error}"
-    path = Path(mark.name)
+    path = Path(error.problem_mark.name)
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"{shown}:{mark.line + 1} is not YAML: {said}. Correct that line, or the one before it."
+    line = error.problem_mark.line + 1
+    return f"{shown}:{line} is not YAML: {error.problem}. Correct that line, or the one before it."
 
 
 def option_list() -> str:

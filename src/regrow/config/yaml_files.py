@@ -32,7 +32,7 @@ def broken_files() -> list[str]:
         try:
             read_yaml(path)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            mark = getattr(error, "problem_mark", None)
+            mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
             line = f":{mark.line + 1}" if mark is not None else ""
             found.append(f"{path.relative_to(ROOT)}{line}")
     return found

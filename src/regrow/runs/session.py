@@ -19,7 +19,7 @@ from regrow.config import registered, resume
 from regrow.config.job import Job, as_recorded
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World, lost_the_others
-from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault
+from regrow.errors import RunFailed, SlicesTooLarge, UserError, in_a_line, machine_fault
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.project import ROOT
@@ -208,7 +208,9 @@ def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> floa
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
                 note_failure(cause, folder, job, objects.state.step, world)
-                if world.store is None and is_plain(cause):
+                if world.store is not None and isinstance(cause, Exception):
+                    raise RunFailed(cause, objects.state.step) from raised
+                if is_plain(cause):
                     raise SystemExit(1) from cause
                 if fault is None:
                     raise
@@ -265,12 +267,11 @@ def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
 
 def is_plain(error: BaseException) -> bool:
     """Return True if one line is enough: for bad numbers or a bad disk, not for a bug."""
-    return isinstance(error, FloatingPointError | OSError) and hasattr(error, "step")
+    return isinstance(error, FloatingPointError | OSError)
 
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
     """Record and log why the run failed, once: the other ranks fail because this one does."""
-    error.step = step  # type: ignore[attr-defined]  # for the process that reports the error
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"

@@ -24,7 +24,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from regrow.config.job import Job
 from regrow.config.own_modules import find_own_modules
 from regrow.distributed.parallel import World, lost_the_others
-from regrow.errors import SlicesTooLarge, UserError, in_a_line, machine_fault, printable
+from regrow.errors import (
+    RunFailed,
+    SlicesTooLarge,
+    UserError,
+    in_a_line,
+    machine_fault,
+    printable,
+)
 from regrow.failing import fail, one_line, show_traceback
 from regrow.processes import outside, terminal
 from regrow.processes.signals import handled
@@ -169,8 +176,11 @@ def work(job: Job, store: Any) -> NoReturn:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:  # before the run handles signals
         code = 128 + signal.SIGINT
-    except BaseException as error:
-        report(error, store, rank)
+    except BaseException as raised:
+        error, step = raised, None
+        if isinstance(raised, RunFailed):
+            error, step = raised.error, raised.step
+        report(error, step, store, rank)
         code = 2 if isinstance(error, UserError) else 1
         if rank == 0 and job.folder is not None:
             leave_nothing(Path(job.folder))
@@ -206,11 +216,14 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
     world.barrier()
 
 
-def report(error: BaseException, store: Any, rank: int) -> None:
-    """Report what ended this process, unless it ended because another rank failed."""
+def report(error: BaseException, step: int | None, store: Any, rank: int) -> None:
+    """Report what ended this process, unless it ended because another rank failed.
+
+    If the run failed at a `step`, it has logged the error.
+    """
     name = "" if machine_fault(error) else f"{type(error).__name__}: "
     text = f"rank {rank}: {name}{in_a_line(error)}"
-    said: dict[str, Any] = {"kind": "failure", "text": text, "step": getattr(error, "step", 0)}
+    said: dict[str, Any] = {"kind": "failure", "text": text, "step": step or 0}
     if isinstance(error, UserError):
         said |= {"kind": "user", "text": str(error)}
     elif isinstance(error, SlicesTooLarge):
@@ -230,11 +243,11 @@ def report(error: BaseException, store: Any, rank: int) -> None:
         if "REGROW_WATCHED" not in os.environ:  # else `ranks.run` prints it
             print(f"error: {printable(one_line(str(error)))}", file=sys.stderr)
     elif fault := machine_fault(error):
-        if not hasattr(error, "step"):  # else the run has logged it
+        if step is None:
             print(f"error: rank {rank}: {fault}", file=sys.stderr)
     elif lost_the_others(error):
         print(f"error: {text}", file=sys.stderr)
-    elif not (isinstance(error, SlicesTooLarge) or is_plain(error)):
+    elif not isinstance(error, SlicesTooLarge) and (step is None or not is_plain(error)):
         traceback.print_exception(error)
 
 
