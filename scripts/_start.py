@@ -11,9 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
-# Spins of a waiting thread before it sleeps. With libgomp's default a run on two busy cores took
-# 12.2 s instead of 4.0; on idle ones 1.3 instead of 1.4.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if sys.version_info < (3, 11) or not all(find_spec(name) for name in ("hydra", "torch", "yaml")):
     print(
@@ -33,10 +30,10 @@ if (
     and _script is not None
     and Path(_script).resolve().parent == ROOT / "scripts"
 ):
-    os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "ascii")
-    os.environ["PYTHONUTF8"] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    _encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    _kept = {"PYTHONIOENCODING": _encoding, **os.environ, "PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _kept)
 
-from regrow.processes import terminal  # noqa: E402  only for a Python that is new enough
+from regrow.processes import begin  # noqa: E402  only for a Python that is new enough
 
-terminal.show()
+begin.main()

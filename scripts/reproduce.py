@@ -87,7 +87,9 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     if before.get("resumes"):
         print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
     again = records.create(Path("outputs"), f"{config['name']}/reproduced")
-    if code := train([*flags.arguments_of(source), *arguments, override("hydra.run.dir", again)]):
+    nodes = {registered.ELSEWHERE: str(run / ".hydra")} if is_own(run) else {}
+    arguments = [*flags.arguments_of(source), *arguments, override("hydra.run.dir", again)]
+    if code := train(arguments, **nodes):
         print(f"error: the second run ended with exit code {code}.", file=sys.stderr)
         return 1
     for line in changes(before, records.read_json(again / manifest.NAME)):
@@ -141,7 +143,6 @@ def arguments_of(
     added |= {key: value for key, value in older.earlier(config).items() if key in lacked}
     if own := is_own(run):
         registered.take_up(run / ".hydra")
-        os.environ[registered.ELSEWHERE] = str(run.resolve() / ".hydra")  # for the second run
     if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:
         raise UserError(
             f"run={given}: its overrides.yaml has {foreign[0]}, which is none of a run's own keys. "
@@ -195,10 +196,10 @@ def composed(overrides: list[str], source: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(composition_error(error)) from None
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str], **environment: str) -> int:
     """Run the real command in a new process and return its exit code."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, check=False, env={**os.environ, **environment}).returncode
 
 
 def not_restored(git: Mapping[str, Any]) -> list[str]:

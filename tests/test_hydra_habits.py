@@ -26,11 +26,12 @@ from regrow.config.hydra_access import plain
 from regrow.config.keys import known_keys
 from regrow.config.targets import allow, instantiate, refuse_unknown_targets, shipped_targets
 from regrow.errors import UserError
-from regrow.failing import SET_BY_US, let_hydra_raise, show_traceback
+from regrow.failing import SET_BY_US, show_traceback
+from regrow.processes import begin
 from regrow.project import ROOT
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
-QUIET = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+QUIET = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", SET_BY_US)}
 IS_1_3 = hydra.__version__.startswith("1.3")
 
 
@@ -236,11 +237,11 @@ def test_a_user_who_asks_for_tracebacks_gets_them(
     error = raised_in(tmp_path / "project", monkeypatch)
     for name in ("HYDRA_FULL_ERROR", SET_BY_US):
         monkeypatch.delenv(name, raising=False)
-    let_hydra_raise()
+    begin.main()
     show_traceback(error)
     assert os.environ["HYDRA_FULL_ERROR"] == "1" and capsys.readouterr().err == ""
     monkeypatch.delenv(SET_BY_US)
-    let_hydra_raise()
+    begin.main()
     show_traceback(error)
     said = capsys.readouterr().err
     assert "Traceback" in said and "return int(text)" in said

@@ -15,15 +15,6 @@ from regrow.record.redact import redact
 SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
 
 
-def let_hydra_raise() -> None:
-    """Make Hydra raise errors that it would otherwise print with its own hints.
-
-    Child processes inherit both variables and can tell that the user did not ask for tracebacks.
-    """
-    if os.environ.get("HYDRA_FULL_ERROR") != "1":
-        os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
-
-
 def show_traceback(error: BaseException | None) -> None:
     """Print the traceback of `error` if the user set HYDRA_FULL_ERROR=1.
 

@@ -50,7 +50,7 @@ def foreign(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(ownership, "_trusted", set())
-    monkeypatch.setattr(SCRIPTS["reproduce"], "train", lambda arguments: 1)
+    monkeypatch.setattr(SCRIPTS["reproduce"], "train", lambda arguments, **_: 1)
     np.save(tmp_path / "rows.npy", np.ones((2, 6), dtype=np.float32))
     return Path(shutil.copytree(original, tmp_path / "run", symlinks=True))
 

@@ -29,7 +29,7 @@ def run(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.chdir(tmp_path)
     shutil.copytree(recorded, tmp_path / "run", symlinks=True)
 
-    def train(arguments: list[str]) -> int:
+    def train(arguments: list[str], **_: str) -> int:
         *overrides, folder = arguments
         finished(Path(folder.removeprefix("hydra.run.dir=")), *overrides)
         return 0

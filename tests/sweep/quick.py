@@ -8,12 +8,12 @@ the code, and forks the jobs itself. Everything else is the same.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+from regrow.processes import begin
 from regrow.project import ROOT
 from regrow.sweep import frozen, process, run
 
@@ -25,7 +25,7 @@ def main() -> None:
         def go_on(code: Path, identity: str, lock: Any, *_: Any, warm: bool) -> None:
             told = {frozen.FOLDER: lock.folder, frozen.LOCK: lock.descriptor}
             told |= {frozen.IDENTITY: identity, frozen.WARM: ""}
-            os.environ.update({name: str(value) for name, value in told.items()})
+            begin.handed.update({name: str(value) for name, value in told.items()})
             lock.descriptor = None  # a new program would not have it
             sweep(loader, config, arguments)
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import re
-import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,8 @@ from regrow.config.own_modules import find_own_modules
 from regrow.config.started import is_train, note_start
 from regrow.config.yaml_files import readable
 from regrow.errors import UserError, did_you_mean, machine_fault
-from regrow.failing import fail, let_hydra_raise
-from regrow.processes import terminal
+from regrow.failing import fail
+from regrow.processes import begin, terminal
 from regrow.project import CONF, ROOT
 
 FLAGS = (
@@ -59,18 +56,12 @@ def entry_point(
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         def main() -> None:
-            let_hydra_raise()
             register_resolver("options", option_list)  # for --help
-            # Hydra skips a missing search path entry and then composes a different config.
-            warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
-            if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
-                # With `| head`, logging would print a traceback for each remaining line.
-                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             try:
                 find_own_modules()
                 take_up()
-                if (place := os.environ.pop(ELSEWHERE, None)) is not None:
-                    take_up(Path(place))
+                if ELSEWHERE in begin.handed:
+                    take_up(Path(begin.handed[ELSEWHERE]))
                 check_arguments(sys.argv[1:])
                 if is_train(task):
                     refuse_typed(sys.argv[1:])

@@ -10,7 +10,7 @@ from typing import Any
 
 from regrow.errors import UserError
 from regrow.failing import fail
-from regrow.processes import outside
+from regrow.processes import begin, outside
 from regrow.processes.parent import die_with_parent
 
 
@@ -19,14 +19,13 @@ def start(main: Callable[[], Any]) -> None:
 
     Rank 0 composes the config and gives its job to the other ranks.
     """
-    if os.environ.get("REGROW_SWEEP_WARM"):
+    if begin.handed.get("REGROW_SWEEP_WARM"):
         from regrow.sweep import process  # before Hydra, which imports slowly
 
-        told = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("REGROW_SWEEP")}
         process.context_of(fresh=False)
-        os.environ.update(told)  # the server must not inherit them
     try:
-        os.environ.update(outside.srun_environment())
+        if given := outside.srun_environment():
+            begin.rank(given)
         is_one_of_several = outside.started_from_outside()
         if is_one_of_several:
             outside.check_environment()

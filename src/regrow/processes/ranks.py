@@ -23,13 +23,12 @@ from typing import Any
 from regrow.config.job import Job
 from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
+from regrow.processes.begin import python_path
 from regrow.processes.signals import STOPPING, handled
-from regrow.project import ROOT
 from regrow.record import folder as records
 
 log = logging.getLogger("regrow")
 
-SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
 STOPPED = tuple(128 + number for number in STOPPING)
 
 
@@ -109,7 +108,6 @@ def start(job: Job, count: int) -> Outcome:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # `forwarding` handles them
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     server = outside.store_of(listener)
@@ -192,29 +190,6 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
         "REGROW_JOB": str(job),
         "PYTHONPATH": python_path(),
     }
-
-
-def python_path() -> str:
-    """Return the PYTHONPATH that another process needs to find the same modules.
-
-    Leaves out the repository's root, which `find_own_modules` puts last: at the front, a user's
-    module named `profile` would shadow Python's own. `-P` likewise keeps out the current folder.
-    """
-    own = (sys.prefix, sys.base_prefix)
-    added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
-    added = [path for path in added if Path(path) != ROOT]
-    refuse_separator(*added)
-    return os.pathsep.join(dict.fromkeys(path for path in added if path))
-
-
-def refuse_separator(*paths: str | Path) -> None:
-    """Raise UserError for a path that PYTHONPATH would split into two."""
-    for path in map(str, paths):
-        if os.pathsep in path:
-            raise UserError(
-                f"{path}: other processes find no code in a path with {os.pathsep!r}. Rename the "
-                "folder. One run in one process works there."
-            )
 
 
 def read(store: Any, name: str) -> Any:

@@ -21,7 +21,8 @@ from typing import Any
 from regrow.config.job import Job
 from regrow.errors import UserError
 from regrow.processes import outside
-from regrow.processes.ranks import SAFE_PATH, STOPPED, python_path
+from regrow.processes.begin import SAFE_PATH, python_path
+from regrow.processes.ranks import STOPPED
 from regrow.processes.signals import STOPPING, handled
 from regrow.record import folder as records
 from regrow.record import names

@@ -342,10 +342,10 @@ class Wandb:
                 reason = " ".join(str(error).split())[:200]
                 log.warning("wandb is not reached, this run is kept offline: %s", reason)
                 chosen = "offline"
-                os.environ["WANDB_MODE"] = chosen
-                wandb.teardown()  # else wandb reports that the id is in use
-                wandb.setup(wandb.Settings(**common))
-                self.run = wandb.init(mode=chosen, **arguments)
+                with _wandb_environment(chosen):
+                    wandb.teardown()  # else wandb reports that the id is in use
+                    wandb.setup(wandb.Settings(**common))
+                    self.run = wandb.init(mode=chosen, **arguments)
         self.histogram = wandb.Histogram
         where = (
             self.run.url if chosen == "online" else f"send it with: wandb sync {self._sync_path()}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 
+from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 
 if __name__ == "__main__":
+    begin.rank({})
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     die_with_parent(int(os.environ["REGROW_PARENT"]))
 

@@ -33,7 +33,7 @@ from regrow.errors import (
     printable,
 )
 from regrow.failing import fail, one_line, show_traceback
-from regrow.processes import outside, terminal
+from regrow.processes import outside
 from regrow.processes.signals import handled
 from regrow.runs import machine
 from regrow.runs.console import console
@@ -44,7 +44,6 @@ log = logging.getLogger("regrow")
 
 def main() -> None:
     """Run this process's part of a job that another process composed."""
-    terminal.show()
     try:
         find_own_modules()  # ranks that torchrun or srun started need it too
     except UserError as error:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from regrow.config import flags, registered
 from regrow.config.command_line import command, path_of
 from regrow.errors import UserError
-from regrow.processes import outside, ranks
+from regrow.processes import begin, outside
 from regrow.project import ROOT
 from regrow.record import folder as records
 from regrow.record import manifest, names, ownership
@@ -241,8 +241,8 @@ def opened(
     source: Mapping[str, Any] = flags.DEFAULT,
 ) -> tuple[Path, str, records.Lock]:
     """Return the code, the id and the lock of the sweep's folder: see `claim` and `freeze`."""
-    ranks.python_path()  # raises if a path contains the separator
-    ranks.refuse_separator((named or Path.cwd()).resolve())
+    begin.python_path()  # raises if a path contains the separator
+    begin.refuse_separator((named or Path.cwd()).resolve())
     try:
         lock = claim(named, name, overrides, resume, source)
         tell_of_edits(lock.folder)
@@ -254,16 +254,6 @@ def opened(
         ) from error
 
 
-def is_entered(environment: Mapping[str, str]) -> bool:
+def is_entered() -> bool:
     """Return True in the process that runs a sweep's frozen copy."""
-    return FOLDER in environment and LOCK in environment
-
-
-def taken_over(environment: Mapping[str, str]) -> records.Lock | None:
-    """Return the lock in the process that runs a sweep's frozen copy; None in any other."""
-    if not is_entered(environment):
-        return None
-    lock = records.Lock.taken_over(Path(environment[FOLDER]), int(environment[LOCK]))
-    for name in (FOLDER, LOCK, WARM):  # child processes must not inherit them
-        os.environ.pop(name)
-    return lock
+    return FOLDER in begin.handed

@@ -86,7 +86,7 @@ def sets_of(options: Sets) -> list[list[str]]:
             text = path.read_text(encoding="utf-8")
             content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else None
         except (OSError, ValueError, yaml.YAMLError) as error:
-            said = getattr(error, "strerror", None) or " ".join(str(error).split())
+            said = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
             raise UserError(f"sweep.file={options.file}: {said}") from None
         lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
         found += lines if content is None else content if isinstance(content, list) else [content]

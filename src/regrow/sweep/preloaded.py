@@ -3,12 +3,12 @@
 Importing them starts no thread and uses no GPU or data. Nothing else imports this module.
 """
 
-# ruff: noqa: E402, F401
+# ruff: noqa: F401
 import contextlib
 import importlib
 import os
-import signal
 
+from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 
 # The modules of the lab that most runs use. A removed one costs nothing.
@@ -18,28 +18,19 @@ OF_THE_LAB = (
 )
 
 die_with_parent(os.getppid())
-# Only the sweep handles Ctrl-C. The signal was blocked when this process started.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-# OpenBLAS would start its threads on import. `process.work` restores a job's threads.
-_is_given = "OPENBLAS_NUM_THREADS" in os.environ
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+with begin.server():
+    import sklearn.datasets
+    import torch._dynamo  # else building the first optimizer imports it
+    import torchmetrics.classification
 
-import sklearn.datasets
-import torch._dynamo  # else building the first optimizer imports it
-import torchmetrics.classification
+    # Code that cannot be imported must not end the server: each job that needs it reports that.
+    with contextlib.suppress(Exception):
+        from regrow.feeding import loaders
+        from regrow.project import lab_name
+        from regrow.record import plots
+        from regrow.runs import worker
 
-# Code that cannot be imported must not end the server: each job that needs it reports the error.
-with contextlib.suppress(Exception):
-    from regrow.feeding import loaders
-    from regrow.project import lab_name
-    from regrow.record import plots
-    from regrow.runs import worker
-
-    for module in OF_THE_LAB:
-        with contextlib.suppress(Exception):
-            importlib.import_module(f"{lab_name()}.{module}")
-
-if not _is_given:
-    del os.environ["OPENBLAS_NUM_THREADS"]
+        for module in OF_THE_LAB:
+            with contextlib.suppress(Exception):
+                importlib.import_module(f"{lab_name()}.{module}")

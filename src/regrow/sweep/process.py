@@ -7,7 +7,6 @@ and shares no state with earlier jobs; or it is a fresh Python.
 from __future__ import annotations
 
 import contextlib
-import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -21,20 +20,15 @@ from pathlib import Path
 
 from regrow.errors import UserError, in_a_line
 from regrow.failing import show_traceback
-from regrow.processes import terminal
+from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
-from regrow.processes.ranks import SAFE_PATH, python_path
-from regrow.record.manifest import cores
 from regrow.record.redact import redact
 from regrow.sweep import state
 
 
 def context_of(*, fresh: bool) -> BaseContext:
     """Return the context that starts jobs. The server begins to import now, in the background."""
-    # Python 3.11's server does not inherit sys.path and would not find the frozen code.
-    os.environ["PYTHONPATH"] = python_path()
-    # It must not search the current folder: a profile.py there would shadow Python's own.
-    os.environ[SAFE_PATH] = "1"
+    begin.sweep()
     if fresh:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -63,21 +57,10 @@ def start(
 
 def work(folder: str, number: int, text: str, environment: dict[str, str]) -> None:
     """Run the job in this process, with its output in its log. Does not return."""
-    # Start data workers as in a single run: forked where that is the default.
-    multiprocessing.set_start_method(None, force=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = os.open(state.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    begin.job(environment, log)
     os.setpgid(0, 0)  # the sweep receives Ctrl-C and forwards it
     die_with_the_sweep()
-    log = os.open(state.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, stream in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(descriptor, stream)
-    terminal.show("utf-8")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # the log of a killed job is up to date
-    os.environ.pop(SAFE_PATH, None)  # scripts that the job starts may import modules beside them
-    os.environ.update(environment)
-    have_threads_again()
     code, reason = 0, None
     try:
         from regrow.runs import worker
@@ -100,14 +83,6 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
     from regrow.runs import worker
 
     worker.leave(code)
-
-
-def have_threads_again() -> None:
-    """Give numpy's linear algebra as many threads as in a single run; the server has one."""
-    if "regrow.sweep.preloaded" in sys.modules and "OPENBLAS_NUM_THREADS" not in os.environ:
-        from threadpoolctl import ThreadpoolController
-
-        ThreadpoolController().limit(limits=cores(), user_api="blas")
 
 
 def die_with_the_sweep() -> None:

@@ -24,7 +24,7 @@ from regrow.config.job import as_recorded
 from regrow.config.resume import CHANGED, key_of
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
-from regrow.processes import outside, slurm
+from regrow.processes import begin, outside, slurm
 from regrow.record import folder as records
 from regrow.record import manifest, ownership
 from regrow.runs.console import console
@@ -47,12 +47,11 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
     128 + signal if the sweep was stopped. A sweep that fails before it plans a job leaves nothing.
     """
     enter(config)
-    identity = os.environ.pop(frozen.IDENTITY, "")
-    lock = frozen.taken_over(os.environ)
-    assert lock is not None
+    told = begin.handed
+    lock = records.Lock.taken_over(Path(told[frozen.FOLDER]), int(told[frozen.LOCK]))
     with lock, console():
         try:
-            code = _run(loader, config, list(arguments), lock.folder, identity)
+            code = _run(loader, config, list(arguments), lock.folder, told[frozen.IDENTITY])
         except BaseException:  # including Ctrl-C
             leave_nothing(lock.folder)
             raise
@@ -70,7 +69,7 @@ def enter(config: DictConfig) -> None:
             raise UserError(f"{override} is of one run. A sweep's folder is hydra.sweep.dir=….")
     for group in ("launcher", "sweep"):
         check_group(config, group)
-    if frozen.is_entered(os.environ):
+    if frozen.is_entered():
         return
     named = Path(config.hydra.sweep.dir) if is_named("hydra.sweep.dir") else None
     source = flags.source_of(config.hydra)

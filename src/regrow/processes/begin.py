@@ -1,0 +1,129 @@
+"""The first call in each kind of process: set its environment, warnings, signals and streams.
+
+Nothing else writes to `os.environ`. What depends on the config is set by `machine.set_numerics`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from regrow.errors import UserError
+from regrow.failing import SET_BY_US
+from regrow.processes import terminal
+from regrow.project import ROOT
+
+SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
+# Variables by which one command hands something to the next, without their children.
+HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
+handed: dict[str, str] = {}
+
+
+def main() -> None:
+    """Begin a command: every script calls this before it imports torch or Hydra."""
+    terminal.show()
+    handed.update({k: os.environ.pop(k) for k in list(os.environ) if k.startswith(HANDED)})
+    # Spins of a waiting thread before it sleeps. With libgomp's default a run on two busy cores
+    # took 12.2 s instead of 4.0; on idle ones 1.3 instead of 1.4.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Hydra would print errors itself, with its own hints. Child processes inherit both variables
+    # and can tell that the user did not ask for tracebacks.
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":
+        os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
+    # Hydra skips a missing search path entry and then composes a different config.
+    warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
+    if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+        # With `| head`, logging would print a traceback for each remaining line.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    _keep_our_handlers()
+
+
+def rank(environment: Mapping[str, str]) -> None:
+    """Begin one of a run's processes. `environment` is what its launcher did not set."""
+    terminal.show()
+    os.environ.update(environment)
+    _keep_our_handlers()
+
+
+def _keep_our_handlers() -> None:
+    """Keep torch from handling signals in the process that starts ranks: `ranks.forwarding` does.
+
+    It has no parameter for that.
+    """
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+
+
+def sweep() -> None:
+    """Begin the process of a sweep, before it starts jobs or their server.
+
+    multiprocessing has no parameter for their environment.
+    """
+    # Python 3.11's server does not inherit sys.path and would not find the frozen code. It must not
+    # search the current folder: a profile.py there would shadow Python's own.
+    os.environ |= {"PYTHONPATH": python_path(), SAFE_PATH: "1"}
+
+
+@contextlib.contextmanager
+def server() -> Iterator[None]:
+    """Begin the server that a sweep forks its jobs from, which makes its imports inside."""
+    # Only the sweep handles Ctrl-C. The signal was blocked when this process started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # OpenBLAS would start its threads on import. `job` restores them.
+    is_given = "OPENBLAS_NUM_THREADS" in os.environ
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    yield
+    if not is_given:
+        del os.environ["OPENBLAS_NUM_THREADS"]
+
+
+def job(environment: Mapping[str, str], log: int) -> None:
+    """Begin a job of a sweep, with its output in the file with the descriptor `log`."""
+    # Start data workers as in a single run: forked where that is the default.
+    multiprocessing.set_start_method(None, force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, stream in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, stream)
+    terminal.show("utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the log of a killed job is up to date
+    os.environ.pop(SAFE_PATH, None)  # scripts that the job starts may import modules beside them
+    os.environ.update(environment)
+    if "regrow.sweep.preloaded" in sys.modules and "OPENBLAS_NUM_THREADS" not in os.environ:
+        from threadpoolctl import ThreadpoolController
+
+        from regrow.record.manifest import cores
+
+        # As many threads as in a single run; the server has one.
+        ThreadpoolController().limit(limits=cores(), user_api="blas")
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH that another process needs to find the same modules.
+
+    Leaves out the repository's root, which `find_own_modules` puts last: at the front, a user's
+    module named `profile` would shadow Python's own. `-P` likewise keeps out the current folder.
+    """
+    own = (sys.prefix, sys.base_prefix)
+    added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
+    added = [path for path in added if Path(path) != ROOT]
+    refuse_separator(*added)
+    return os.pathsep.join(dict.fromkeys(path for path in added if path))
+
+
+def refuse_separator(*paths: str | Path) -> None:
+    """Raise UserError for a path that PYTHONPATH would split into two."""
+    for path in map(str, paths):
+        if os.pathsep in path:
+            raise UserError(
+                f"{path}: other processes find no code in a path with {os.pathsep!r}. Rename the "
+                "folder. One run in one process works there."
+            )
