@@ -26,7 +26,7 @@ from regrow.config.command_line import paths_as_typed
 from regrow.config.explain import composition_error, wrong_options
 from regrow.config.hydra_access import plain
 from regrow.config.hydras import refuse_typed
-from regrow.config.own_modules import find_own_modules
+from regrow.config.own_modules import import_own_modules
 from regrow.config.resume import SWEEP, expand
 from regrow.config.targets import allow, instantiate, is_allowed, locate
 from regrow.config.yaml_files import read_yaml
@@ -345,7 +345,7 @@ def test_a_module_in_the_root_of_the_repository_is_found(
     with pytest.raises(UserError, match="there is no such module"):
         locate("a_module_of_ones_own.Net", "model")
     monkeypatch.setattr(own_modules, "ROOT", tmp_path)
-    find_own_modules()
+    import_own_modules()
     assert locate("a_module_of_ones_own.Net", "model").__name__ == "Net"
 
 

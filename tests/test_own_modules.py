@@ -115,9 +115,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 STARTS_A_JOB = """
 import os, sys
-from regrow.sweep.process import context_of
+from regrow.sweep.process import make_context
 os.chdir(sys.argv[1])
-job = context_of(fresh=True).Process(target=os.getpid)
+job = make_context(fresh=True).Process(target=os.getpid)
 job.start()
 job.join()
 sys.exit(job.exitcode)

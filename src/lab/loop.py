@@ -232,7 +232,7 @@ def pruned(state: TrainState, plan: Plan) -> bool:
     """Report to the search, if the run is a trial. Returns True if the search ends the run here."""
     if plan.trial is None:
         return False
-    ends = plan.world.is_main and plan.trial.is_over(state.step, state.progress.latest)
+    ends = plan.world.is_main and plan.trial.report(state.step, state.progress.latest)
     return bool(plan.world.from_main("yes" if ends else ""))
 
 

@@ -155,7 +155,7 @@ class Record(Protocol):
 class Trial(Protocol):
     """A search of which this run is one trial."""
 
-    def is_over(self, step: int, values: Mapping[str, float]) -> bool:
+    def report(self, step: int, values: Mapping[str, float]) -> bool:
         """Report an evaluation. Returns True if the search ends the run here."""
         ...
 

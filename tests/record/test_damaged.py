@@ -143,14 +143,14 @@ def test_the_torn_last_line_of_a_search_is_removed(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(storage=trial.storage_of(tmp_path), study_name=trial.STUDY)
+    study = optuna.create_study(storage=trial.open_storage(tmp_path), study_name=trial.STUDY)
     study.tell(study.ask(), 1.0)
     path = tmp_path / trial.STORAGE
     content = path.read_bytes()
     path.write_bytes(content + b'{"op_code": 4, "worker')
     trial.remove_torn_line(path)
     assert path.read_bytes() == content and "torn" in caplog.text
-    study = optuna.load_study(storage=trial.storage_of(tmp_path), study_name=trial.STUDY)
+    study = optuna.load_study(storage=trial.open_storage(tmp_path), study_name=trial.STUDY)
     study.tell(study.ask(), 2.0)
     assert len(study.trials) == 2
 

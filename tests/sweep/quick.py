@@ -33,7 +33,7 @@ def main() -> None:
         sweep(loader, config, arguments)
 
     run.run = run_here
-    process.context_of = lambda *, fresh: multiprocessing.get_context("fork")
+    process.make_context = lambda *, fresh: multiprocessing.get_context("fork")
     sys.argv[0] = str(ROOT / "scripts" / "train.py")
     sys.path[0] = str(ROOT / "scripts")
     runpy.run_path(sys.argv[0], run_name="__main__")

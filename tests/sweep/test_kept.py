@@ -17,7 +17,7 @@ from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record import folder as records
 from regrow.record import manifest, ownership
-from regrow.runs.trial import STUDY, storage_of
+from regrow.runs.trial import STUDY, open_storage
 from regrow.sweep import frozen, options, plan, run, search, state
 
 SEARCH = options.Search(
@@ -145,7 +145,7 @@ def test_half_a_trial_is_made_whole_as_it_was_proposed(tmp_path: Path) -> None:
     }
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=storage_of(tmp_path), study_name=STUDY, direction="maximize"
+        storage=open_storage(tmp_path), study_name=STUDY, direction="maximize"
     )
     study.enqueue_trial({"a": 0.25, "b": 0.75})
     assert study.ask({"a": space["a"]}).params == {"a": 0.25}

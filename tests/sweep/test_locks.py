@@ -62,7 +62,7 @@ if OPTUNAS:
     from optuna.storages.journal import JournalFileSymlinkLock
     trial.JournalLock = lambda path: JournalFileSymlinkLock(str(path))
 (folder / trial.STORAGE).touch()
-storage = trial.storage_of(folder)
+storage = trial.open_storage(folder)
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 optuna.create_study(study_name="sweep", storage=storage)
 """
@@ -81,15 +81,15 @@ def test_a_job_killed_as_it_reports_leaves_the_journal_free_and_whole(
         return
     import optuna
 
-    from regrow.runs.trial import storage_of
+    from regrow.runs.trial import open_storage
 
     with (tmp_path / "optuna.log").open("a") as journal:
         journal.write('{"op_code": 4, "half a li')  # as a kill in the middle of a write leaves it
     study = optuna.create_study(
-        study_name="sweep", storage=storage_of(tmp_path), load_if_exists=True
+        study_name="sweep", storage=open_storage(tmp_path), load_if_exists=True
     )
     study.tell(study.ask(), 0.5)
-    again = optuna.load_study(study_name="sweep", storage=storage_of(tmp_path))
+    again = optuna.load_study(study_name="sweep", storage=open_storage(tmp_path))
     assert [trial.value for trial in again.trials] == [0.5]
 
 

@@ -11,7 +11,7 @@ from sweeping import LONG, SMALL, sweep, table, under_way
 from waiting import until
 
 from regrow.record.folder import read_json
-from regrow.runs.trial import STUDY, storage_of
+from regrow.runs.trial import STUDY, open_storage
 
 SEARCH = ("sweep=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.dropout=0,0.2",
           "hydra.sweep.dir=sweep", "launcher.jobs=1")  # fmt: skip
@@ -19,7 +19,7 @@ SEARCH = ("sweep=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.dr
 
 def study(folder: Path) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.load_study(study_name=STUDY, storage=storage_of(folder))
+    return optuna.load_study(study_name=STUDY, storage=open_storage(folder))
 
 
 def points(rows: list[dict[str, str]]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from regrow.config.flags import MULTIRUN
 from regrow.config.hydra_access import register_resolver, version_arguments
 from regrow.config.keys import known_keys
 from regrow.config.leads import lead
-from regrow.config.own_modules import find_own_modules
+from regrow.config.own_modules import import_own_modules
 from regrow.config.started import is_train, note_start
 from regrow.config.yaml_files import readable
 from regrow.errors import UserError, did_you_mean, machine_fault
@@ -58,7 +58,7 @@ def entry_point(
         def main() -> None:
             register_resolver("options", option_list)  # for --help
             try:
-                find_own_modules()
+                import_own_modules()
                 take_up()
                 if ELSEWHERE in begin.handed:
                     take_up(Path(begin.handed[ELSEWHERE]))
@@ -89,7 +89,7 @@ def entry_point(
             except UnicodeDecodeError:
                 fail(not_utf8())
             except BrokenPipeError:
-                if not terminal.nobody_reads():
+                if not terminal.drop_unread():
                     raise
                 raise SystemExit(1) from None
             except OSError as error:  # Hydra creates its folder before the run does

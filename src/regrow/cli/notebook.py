@@ -16,7 +16,7 @@ from regrow.config.command_line import escaped, paths_as_typed
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydra_access import plain
-from regrow.config.own_modules import find_own_modules
+from regrow.config.own_modules import import_own_modules
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
     from regrow.distributed.parallel import World
     from regrow.runs import machine, train
 
-    find_own_modules()
+    import_own_modules()
     try:
         node = config if isinstance(config, DictConfig) else OmegaConf.create(_literal(config))
         values = plain(OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]))

@@ -22,7 +22,7 @@ def start(main: Callable[[], Any]) -> None:
     if begin.handed.get("REGROW_SWEEP_WARM"):
         from regrow.sweep import process  # before Hydra, which imports slowly
 
-        process.context_of(fresh=False)
+        process.make_context(fresh=False)
     try:
         if given := outside.srun_environment():
             begin.rank(given)

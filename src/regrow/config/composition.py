@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from regrow.config import flags
 from regrow.config.hydra_access import version_arguments
-from regrow.config.own_modules import find_own_modules
+from regrow.config.own_modules import import_own_modules
 from regrow.project import CONF
 
 
@@ -25,7 +25,7 @@ def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConf
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
-    find_own_modules()
+    import_own_modules()
     typed = [flags.as_override(source["searchpath"])] if source["searchpath"] else []
     with initialize_config_dir(
         str(source["path"] or CONF), job_name="train", **version_arguments()

@@ -15,7 +15,7 @@ from regrow.errors import UserError
 from regrow.project import ROOT
 
 
-def find_own_modules() -> None:
+def import_own_modules() -> None:
     """Make modules in the repository's root importable, and import its `resolvers.py`.
 
     The root goes last on sys.path, so that it does not shadow installed modules. Raises UserError

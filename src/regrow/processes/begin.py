@@ -109,7 +109,7 @@ def job(environment: Mapping[str, str], log: int) -> None:
 def python_path() -> str:
     """Return the PYTHONPATH that another process needs to find the same modules.
 
-    Leaves out the repository's root, which `find_own_modules` puts last: at the front, a user's
+    Leaves out the repository's root, which `import_own_modules` puts last: at the front, a user's
     module named `profile` would shadow Python's own. `-P` likewise keeps out the current folder.
     """
     own = (sys.prefix, sys.base_prefix)

@@ -209,7 +209,7 @@ def hold_store(named: str | None) -> Any:
         said = f"MASTER_PORT={port}" if named is None else f"MASTER_ADDR={named}, port {port}"
         raise UserError(f"{said}: {error.strerror or error}.") from None
     port = listener.getsockname()[1]
-    store = store_of(listener)
+    store = host_store(listener)
     if named is None:
         host = "127.0.0.1" if is_local else socket.gethostname()
         write_text(meeting_file(), f"{host} {port}", private=True)
@@ -226,8 +226,8 @@ def is_ipv6(host: str | None) -> bool:
     return False
 
 
-def store_of(listener: socket.socket) -> Any:
-    """Return a store hosted in this process at the port of `listener`.
+def host_store(listener: socket.socket) -> Any:
+    """Host a store in this process at the port of `listener`.
 
     Without a listener, torch would listen on every network.
     """

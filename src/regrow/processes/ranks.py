@@ -110,7 +110,7 @@ def start(job: Job, count: int) -> Outcome:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = outside.store_of(listener)
+    server = outside.host_store(listener)
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     with private_folder() as private, forwarding() as forwarded:
         path = Path(private, "job.json")  # private: the ranks execute it

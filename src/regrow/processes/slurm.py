@@ -248,8 +248,12 @@ class Task:
                 return  # failing would end the first task, which must requeue the job
             if is_preempted():
                 requeue("preempted")
-        elif int(os.environ["SLURM_NTASKS"]) > 1 and self.may_start_again(code):
-            self.start_again()
+        elif int(os.environ["SLURM_NTASKS"]) > 1:
+            if code == 2:  # a user's error would only recur
+                self.refused.touch()
+            time.sleep(2)  # the task that made this one fail needs time to write its file
+            if self.may_start_again():
+                self.start_again()
         raise SystemExit(code if code > 0 else 128 - code)
 
     def forward(self, number: int, frame: object = None) -> None:
@@ -266,17 +270,18 @@ class Task:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits for it
         return submitit.helpers.DelayedSubmission(Task(self.job, self.sweep))
 
-    def may_start_again(self, code: int) -> bool:
+    @property
+    def refused(self) -> Path:
+        """The file that a task writes whose error would recur."""
+        return self.job.with_name(f"refused-{os.environ['SLURM_JOB_ID']}")
+
+    def may_start_again(self) -> bool:
         """Return True if a job of several tasks may restart after one failed.
 
         It may trainer.max_restarts times, and with smaller micro-batches after running out of
         memory.
         """
-        refused = self.job.with_name(f"refused-{os.environ['SLURM_JOB_ID']}")
-        if code == 2:  # a user's error would only recur
-            refused.touch()
-        time.sleep(2)  # the task that made this one fail needs time to write its file
-        if refused.exists():
+        if self.refused.exists():
             return False
         counter = self.job.with_name("restarts")
         restarts = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0

@@ -35,8 +35,8 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ERRORS, _replace)
 
 
-def nobody_reads() -> bool:
-    """Return True if the reader of stdout has gone, as `| head -1` does; then drop all output."""
+def drop_unread() -> bool:
+    """Drop all output if the reader of stdout has gone, as `| head -1` does, and return True."""
     try:
         descriptor = sys.stdout.fileno()
         with contextlib.suppress(BrokenPipeError):
@@ -56,4 +56,4 @@ def show(encoding: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors=ERRORS)
-    atexit.register(nobody_reads)  # else Python's flush at exit reports a broken pipe
+    atexit.register(drop_unread)  # else Python's flush at exit reports a broken pipe

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regrow.checkpoint import writer as checkpoint
 from regrow.config import older
-from regrow.config.own_modules import find_own_modules
+from regrow.config.own_modules import import_own_modules
 from regrow.config.recorded import recorded_config
 from regrow.config.resume import downloads_elsewhere, places_of
 from regrow.config.roles import check_roles
@@ -130,7 +130,7 @@ def load_run(
         raise UserError(
             f"run={given}: its config.yaml has data.class_names, and {error}. It is not made."
         ) from None
-    find_own_modules()
+    import_own_modules()
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
     check_roles(config, made, folder, f"run={given}", others=places_of(folder))

@@ -47,8 +47,8 @@ class JournalLock:
         os.close(self._descriptor)
 
 
-def storage_of(folder: Path) -> Any:
-    """Return Optuna's journal in the sweep's folder, to which several machines may append."""
+def open_storage(folder: Path) -> Any:
+    """Open Optuna's journal in the sweep's folder, to which several machines may append."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -104,7 +104,7 @@ class Reporter:
                 whole = ", ".join(name for name in measured if name.count("/") == 1)
                 raise UserError(f"sweep.metric={metric} is not measured.{hint} There are {whole}.")
 
-    def is_over(self, step: int, values: Mapping[str, float]) -> bool:
+    def report(self, step: int, values: Mapping[str, float]) -> bool:
         """Report `values` of an evaluation at `step`; return True if the pruner ends the trial.
 
         The pruner counts evaluations, not steps, so that trials with different batch sizes compare.
@@ -133,7 +133,7 @@ class Reporter:
 
             study = optuna.load_study(
                 study_name=STUDY,
-                storage=storage_of(self.folder),
+                storage=open_storage(self.folder),
                 pruner=pruner_of(**self.pruner),
             )
             (frozen,) = [t for t in study.get_trials(deepcopy=False) if t.number == self.number]

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from regrow.config.job import Job
-from regrow.config.own_modules import find_own_modules
+from regrow.config.own_modules import import_own_modules
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import (
     RunFailed,
@@ -45,7 +45,7 @@ log = logging.getLogger("regrow")
 def main() -> None:
     """Run this process's part of a job that another process composed."""
     try:
-        find_own_modules()  # ranks that torchrun or srun started need it too
+        import_own_modules()  # ranks that torchrun or srun started need it too
     except UserError as error:
         fail(str(error))
     file = os.environ.get("REGROW_JOB")
@@ -70,7 +70,7 @@ def main() -> None:
 
 def work_alone(text: str) -> None:
     """Run all of a job, as JSON, that another process composed."""
-    find_own_modules()
+    import_own_modules()
     job = Job(**json.loads(text))
     try:
         with console():

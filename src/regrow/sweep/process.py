@@ -26,8 +26,8 @@ from regrow.record.redact import redact
 from regrow.sweep import state
 
 
-def context_of(*, fresh: bool) -> BaseContext:
-    """Return the context that starts jobs. The server begins to import now, in the background."""
+def make_context(*, fresh: bool) -> BaseContext:
+    """Make the context that starts jobs. Its server begins to import now, in the background."""
     begin.sweep()
     if fresh:
         return multiprocessing.get_context("spawn")

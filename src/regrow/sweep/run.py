@@ -135,7 +135,7 @@ def _run(
         entry=ownership.find(identity),
     )
     if not sweep.is_for_slurm:
-        sweep.context = process.context_of(fresh=sweep.launcher["fresh_processes"])
+        sweep.context = process.make_context(fresh=sweep.launcher["fresh_processes"])
     if isinstance(options, Search):
         return search(sweep, composer, options, arguments)
     varied = state.read(folder).get("varied", [])

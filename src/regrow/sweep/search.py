@@ -408,7 +408,7 @@ def open_study(folder: Path, options: Search, directions: Sequence[str]) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     trial.remove_torn_line(folder / trial.STORAGE)
     study = optuna.create_study(
-        storage=trial.storage_of(folder),
+        storage=trial.open_storage(folder),
         study_name=trial.STUDY,
         directions=list(directions),  # type: ignore[arg-type]
         load_if_exists=True,
