@@ -267,6 +267,53 @@ def test_only_asked_for_does_a_command_print_a_traceback(asks: bool, tmp_path: P
     assert ("Traceback" in done.stdout) is asks
 
 
+COUNTED = """
+import runpy, sys
+from regrow.config import check
+from regrow.errors import UserError
+ours, calls = check._check_ranges, []
+def counted(values):
+    calls.append(values["seed"])
+    ours(values)
+check._check_ranges = counted
+sys.path.insert(0, {scripts!r})
+sys.argv = [{scripts!r} + "/train.py", *sys.argv[1:]]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("checks:", *calls)
+"""
+CHANGES_THE_SEED = """
+from hydra.experimental.callback import Callback
+
+class Change(Callback):
+    def on_run_start(self, config, **more):
+        config.seed = 7
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "checks"),
+    [
+        ((), "0"),
+        (("+hydra.callbacks.z._target_=mine.Change",), "0 7"),  # another config
+    ],
+)
+def test_a_start_checks_each_value_once(
+    overrides: tuple[str, ...], checks: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(CHANGES_THE_SEED)
+    code = COUNTED.format(scripts=str(ROOT / "scripts"))
+    path = f"{ROOT / 'src'}{os.pathsep}{tmp_path}"
+    quick = (*TINY, "trainer.max_steps=1", "data.source.num_test=2", "hydra.run.dir=run")
+    done = forked.run(
+        [sys.executable, "-c", code, *quick, *overrides], cwd=tmp_path,
+        env={**QUIET, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"checks: {checks}\n" in done.stdout
+
+
 # -- a user's own callbacks ------------------------------------------------------------------------
 
 CALLBACK = """

@@ -278,6 +278,10 @@ LOSSES = {
 }
 
 
+# The config that `CheckBeforeStart` has checked in this process.
+_checked: list[dict[str, Any]] = []
+
+
 class CheckBeforeStart(Callback):
     """Hydra callback that exits on a bad config before Hydra creates a folder."""
 
@@ -288,6 +292,7 @@ class CheckBeforeStart(Callback):
             if is_started():
                 check_settings(config.hydra, is_sweep=False)
             check(config, config.hydra.runtime.choices)
+            _checked[:] = [plain(without_hydra(config))]
         except UserError as error:
             fail(str(error))
         except OmegaConfBaseException as error:
@@ -335,12 +340,22 @@ def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
         )
 
 
+def check_once(config: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Check the config of Hydra's job, unless `CheckBeforeStart` has checked the same."""
+    if plain(config) not in _checked:
+        check(config, choices)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     """Raise UserError with one line for the first mistake in a composed config.
 
     `config` may hold the node `hydra`. `choices` are the chosen options, by group.
     """
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    config = without_hydra(config)
     missing = [
         key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
     ]

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from regrow.config import flags, resume
-from regrow.config.check import check
+from regrow.config.check import check_once
 from regrow.config.command_line import command
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.targets import instantiate
@@ -57,7 +57,7 @@ def find_lr(cfg: DictConfig) -> float:
 
 def _find_lr(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
-    check(cfg, hydra.runtime.choices)
+    check_once(cfg, hydra.runtime.choices)
     config = plain(cfg)
     if config["resume"] not in ("auto", "never"):
         raise UserError(

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from regrow.config import resume
-from regrow.config.check import check
+from regrow.config.check import check_once
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.job import Job, as_recorded, job_of
 from regrow.config.targets import instantiate
@@ -56,7 +56,7 @@ def launch(cfg: DictConfig) -> float | None:
 
 def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
-    check(cfg, hydra.runtime.choices)
+    check_once(cfg, hydra.runtime.choices)
     for override in typed_overrides(hydra.overrides.task):
         if resume.key_of(override).split(".")[0] == "sweep":
             raise UserError(f"{override}: sweep keys only apply to sweeps. Add -m, or remove it.")
