@@ -15,8 +15,8 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
-from regrow.errors import UserError, machine_fault, printable
-from regrow.failing import fail
+from regrow.errors import UserError, printable
+from regrow.failing import in_one_line
 from regrow.record.output import refuse_existing, write_text
 
 OPTIONS = {
@@ -32,17 +32,9 @@ OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with in_one_line():
         given = sys.argv[1:] if arguments is None else arguments
         evaluate(parse(given, OPTIONS, text=__doc__ or "", takes_data=True))
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        if (fault := machine_fault(error)) is None:
-            raise
-        fail(str(fault), code=1)
 
 
 def evaluate(options: Arguments) -> None:

@@ -4,12 +4,13 @@
 import _start  # noqa: F401  finds the package or explains the set-up
 from omegaconf import DictConfig
 
-from regrow.cli.entry import entry_point, faults_in_a_line
+from regrow.cli.entry import entry_point
+from regrow.failing import in_one_line
 
 
 @entry_point("find_lr")
 def main(config: DictConfig) -> float:
-    with faults_in_a_line():
+    with in_one_line():
         from regrow.runs.find_lr import find_lr  # imports torch: only after the config is checked
 
     return find_lr(config)

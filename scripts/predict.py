@@ -16,8 +16,8 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
-from regrow.errors import UserError, machine_fault
-from regrow.failing import fail
+from regrow.errors import UserError
+from regrow.failing import in_one_line
 from regrow.record.output import refuse_existing, write_csv
 
 OPTIONS = {
@@ -34,17 +34,9 @@ OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with in_one_line():
         given = sys.argv[1:] if arguments is None else arguments
         predict(parse(given, OPTIONS, text=__doc__ or ""))
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        if (fault := machine_fault(error)) is None:
-            raise
-        fail(str(fault), code=1)
 
 
 def predict(options: Arguments) -> None:

@@ -16,7 +16,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 from regrow.cli.arguments import Option, parse
 from regrow.config.resume import SWEEP
 from regrow.errors import UserError, machine_fault, printable
-from regrow.failing import one_line
+from regrow.failing import tell
 from regrow.record import comparison, report
 from regrow.record.output import refuse_existing
 from regrow.sweep import results
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             refuse_existing(output, options["overwrite"])
         print(printable(str(make(folders, output, overwrite=options["overwrite"]))))
     except (UserError, OSError) as error:
-        said = str(machine_fault(error) or error)
-        print(f"error: {printable(one_line(said))}", file=sys.stderr)
+        tell(str(machine_fault(error) or error))
         return 2
     return 0
 

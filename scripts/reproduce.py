@@ -36,8 +36,8 @@ from regrow.config.resume import (
     recorded_overrides,
 )
 from regrow.config.roles import check_roles
-from regrow.errors import UserError, printable
-from regrow.failing import fail
+from regrow.errors import UserError, brief, printable
+from regrow.failing import in_one_line, tell
 from regrow.project import CONF
 from regrow.record import folder as records
 from regrow.record import manifest
@@ -53,15 +53,10 @@ ROOT = CONF.parent
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with in_one_line():
         given = sys.argv[1:] if arguments is None else arguments
         options = parse(given, OPTIONS, text=__doc__ or "")
-        code = reproduce(Path(options["run"]), typed_places(options))
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(code)
+        raise SystemExit(reproduce(Path(options["run"]), typed_places(options)))
 
 
 def typed_places(options: Arguments) -> dict[str, Any]:
@@ -90,7 +85,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     nodes = {registered.ELSEWHERE: str(run / ".hydra")} if is_own(run) else {}
     arguments = [*flags.arguments_of(source), *arguments, override("hydra.run.dir", again)]
     if code := train(arguments, **nodes):
-        print(f"error: the second run ended with exit code {code}.", file=sys.stderr)
+        tell(f"the second run ended with exit code {code}.")
         return 1
     for line in changes(before, records.read_json(again / manifest.NAME)):
         print(printable(line))
@@ -115,7 +110,7 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         lines_of(run), weights_of(run)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error, 200)
         raise UserError(
             f"run={given}: there is nothing to compare with, as its {records.METRICS} or "
             f"{records.SUMMARY} cannot be read: {reason}. Restore that file."

@@ -3,8 +3,9 @@
 import _start  # noqa: F401  finds the package or explains the set-up
 from omegaconf import DictConfig
 
-from regrow.cli.entry import entry_point, faults_in_a_line
+from regrow.cli.entry import entry_point
 from regrow.cli.start import start
+from regrow.failing import in_one_line
 
 
 def resumed(arguments: list[str]) -> None:
@@ -15,7 +16,7 @@ def resumed(arguments: list[str]) -> None:
 
 @entry_point("train", resumed)
 def main(config: DictConfig) -> float | None:
-    with faults_in_a_line():
+    with in_one_line():
         from regrow.runs.launch import launch  # imports torch: only after the config is checked
 
     return launch(config)

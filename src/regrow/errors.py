@@ -173,6 +173,11 @@ def machine_fault(error: BaseException) -> MachineFault | None:
     return None
 
 
+def brief(error: BaseException, most: int | None = None) -> str:
+    """Return an error's text, or its type's name, in one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def in_a_line(error: BaseException) -> str:
     """Return an error in one line, without torch's list of C++ frames."""
     text = str(machine_fault(error) or error).partition("Exception raised from")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from regrow.errors import UserError, printable
+from regrow.errors import UserError, machine_fault, printable
 from regrow.record.redact import redact
 
 SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
@@ -46,8 +47,28 @@ def fail(message: str, code: int = 2) -> NoReturn:
     The handled error's traceback comes first if the user asked for tracebacks.
     """
     show_traceback(sys.exception())
-    print(f"error: {printable(one_line(message))}", file=sys.stderr)
+    tell(message)
     raise SystemExit(code)
+
+
+def tell(message: str) -> None:
+    """Print an error as one line."""
+    print(f"error: {printable(one_line(message))}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Exit with one line for a user's error or a machine fault that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        fail(str(fault), code=1)
 
 
 def one_line(message: str) -> str:

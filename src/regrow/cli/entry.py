@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 import sys
@@ -117,17 +116,6 @@ def entry_point(
         return main
 
     return decorate
-
-
-@contextlib.contextmanager
-def faults_in_a_line() -> Iterator[None]:
-    """Exit with one line for a machine fault raised inside; Hydra would print more."""
-    try:
-        yield
-    except Exception as error:
-        if (fault := machine_fault(error)) is None:
-            raise
-        fail(str(fault), code=1)
 
 
 def hydras_targets(arguments: Sequence[str]) -> list[str]:

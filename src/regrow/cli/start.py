@@ -8,8 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from regrow.errors import UserError
-from regrow.failing import fail
+from regrow.failing import in_one_line
 from regrow.processes import begin, outside
 from regrow.processes.parent import die_with_parent
 
@@ -23,14 +22,12 @@ def start(main: Callable[[], Any]) -> None:
         from regrow.sweep import process  # before Hydra, which imports slowly
 
         process.make_context(fresh=False)
-    try:
+    with in_one_line():
         if given := outside.srun_environment():
             begin.rank(given)
         is_one_of_several = outside.started_from_outside()
         if is_one_of_several:
             outside.check_environment()
-    except UserError as error:
-        fail(str(error))
     if not is_one_of_several:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1" and "RANK" not in os.environ and outside.is_in_a_shell():

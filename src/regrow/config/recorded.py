@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from regrow.config.yaml_files import read_yaml
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record import moved
 
 log = logging.getLogger("regrow")
@@ -28,7 +28,7 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
     try:
         return _whole(read_yaml(folder / "config.yaml"))
     except Exception as error:  # the YAML reader raises a dozen different kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error, 200)
     copy = folder / ".hydra" / "config.yaml"
     try:
         text = copy.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from regrow.config.roles import check_roles
 from regrow.config.targets import targets_in
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import leaves, matches
-from regrow.errors import UserError, printable
+from regrow.errors import UserError, brief, printable
 from regrow.record import manifest, monitor, moved, ownership
 from regrow.record.folder import load_status, load_summary, read_json
 from regrow.record.redact import MASK, redact_all
@@ -288,7 +288,7 @@ def recorded_overrides(folder: Path) -> list[str]:
     try:
         return overrides_in(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = brief(error)
         raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
 
 

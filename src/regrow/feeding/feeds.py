@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from regrow.errors import DataError, machine_fault
+from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, each, tensors_of
 from regrow.feeding.preprocess import Normalizer, rounding
 from regrow.feeding.sampling import Windows
@@ -260,7 +260,7 @@ class _Seeded:
         except DataError as error:
             return _Broken(str(error))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            reason = " ".join(str(error).split())
+            reason = brief(error)
             return _Broken(
                 f"{self.name} example {index} cannot be read: {reason}. The files under data.root "
                 "must stay as they are while a run needs them. Put it back and resume."
@@ -333,7 +333,7 @@ class _Collate:
             except (TypeError, RuntimeError, KeyError) as error:
                 if machine_fault(error):  # e.g. a full /dev/shm
                     raise
-                reason = " ".join(str(error).split())[:200]
+                reason = brief(error, 200)
                 return _Broken(
                     f"{self.name}: items of the data set do not make a batch: {reason}. Give items "
                     "of tensors of one shape, or a collate function: data.source.collate."

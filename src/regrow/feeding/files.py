@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow.errors import DataError, machine_fault
+from regrow.errors import DataError, brief, machine_fault
 
 OF_SUFFIX = "of suffix "
 NUM_NAMES = 3  # names shown per reason to leave files out
@@ -83,7 +83,7 @@ def unreadable(path: str | Path, error: OSError) -> DataError | OSError:
     """
     if machine_fault(error):
         return error
-    reason = error.strerror or " ".join(str(error).split())
+    reason = error.strerror or brief(error)
     is_gone = error.errno == errno.ENOENT
     way_out = "Put it back." if is_gone else "Make it readable, or move it out of data.root."
     return DataError(f"{shown(path)} cannot be read: {reason}. {way_out}")

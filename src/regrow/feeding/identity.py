@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.errors import brief
 from regrow.feeding.feeds import seeded
 from regrow.feeding.splits import MapStyle
 from regrow.randomness import key
@@ -72,7 +73,7 @@ def _of_item(dataset: MapStyle, index: int) -> bytes:
     try:
         _add(digest, item)
     except (TypeError, ValueError, RuntimeError) as error:  # e.g. a quantized tensor
-        reason = " ".join(str(error).split())[:100]
+        reason = brief(error, 100)
         raise Unknown(f"item {index} cannot be compared ({reason})") from None
     return digest.digest()
 

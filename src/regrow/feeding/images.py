@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, brief
 from regrow.feeding.files import (
     LeftOut,
     contents_of,
@@ -124,7 +124,7 @@ def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Im
 
 
 def _broken(path: str | Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
+    reason = brief(error).replace(f" '{path}'", "")
     return DataError(f"{shown(path)} is not a readable image: {reason}. Fix or remove the file.")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regrow.config import older
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import Inputs, each
 from regrow.feeding.files import LeftOut
 from regrow.feeding.images import find_images, fit, load_image, suffixes_of, to_tensor
@@ -166,7 +166,7 @@ class Preprocessing:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error, 200)
             raise DataError(f"{path} is not a readable array: {reason}.") from None
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
             raise DataError(f"{path} holds no plain numbers. Save one numeric array with np.save.")

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import Any, Literal
 
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record import names
 from regrow.record.output import whole_file
 from regrow.record.redact import redact
@@ -322,7 +322,7 @@ def read_damaged(
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error, 200)
     except LookupError as error:
         reason = f"it lacks {error}"
     log.warning("%s is damaged and not used: %s", path, reason)

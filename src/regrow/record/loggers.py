@@ -12,7 +12,6 @@ import inspect
 import io
 import logging
 import os
-import re
 import secrets
 import traceback
 from collections import deque
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record.folder import (
     METRICS,
     dump_line,
@@ -339,7 +338,7 @@ class Wandb:
             try:
                 self.run = wandb.init(mode=chosen, **arguments)
             except wandb.errors.CommError as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = brief(error, 200)
                 log.warning("wandb is not reached, this run is kept offline: %s", reason)
                 chosen = "offline"
                 with _wandb_environment(chosen):
@@ -468,7 +467,9 @@ class Loggers:
             except Exception as error:
                 if name not in self.complained:
                     self.complained.add(name)
-                    log.warning("logger %s: %s", name, _in_a_line(error))
+                    log.warning(
+                        "logger %s: %s", name, f"{type(error).__name__}: {brief(error, 200)}"
+                    )
 
 
 def open_loggers(
@@ -503,7 +504,11 @@ def open_loggers(
             Loggers(jsonl, trackers).close(1)
             raise
         except Exception as error:
-            log.warning("logger.%s: %s. The run does without it.", name, _in_a_line(error))
+            log.warning(
+                "logger.%s: %s. The run does without it.",
+                name,
+                f"{type(error).__name__}: {brief(error, 200)}",
+            )
             logging.getLogger("regrow.file").warning("%s", traceback.format_exc())
     return Loggers(jsonl, trackers)
 
@@ -517,11 +522,6 @@ def _taken_by(node: Callable[..., Logger], given: Mapping[str, Any]) -> dict[str
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(given)
     return {key: value for key, value in given.items() if key in parameters}
-
-
-def _in_a_line(error: BaseException) -> str:
-    reason = re.sub(r"\s+", " ", str(error))[:200]
-    return f"{type(error).__name__}: {reason}"
 
 
 def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, Any]) -> None:

@@ -17,8 +17,8 @@ from regrow.config.check import check_once
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.job import Job, as_recorded, job_of
 from regrow.config.targets import instantiate
-from regrow.errors import UserError, machine_fault
-from regrow.failing import fail
+from regrow.errors import UserError
+from regrow.failing import in_one_line
 from regrow.processes import outside
 from regrow.record import folder as records
 from regrow.record import ownership
@@ -42,16 +42,12 @@ def launch(cfg: DictConfig) -> float | None:
     Exits with 2 for a user's error, with 1 if the run failed, and with 128 + signal if a signal
     stopped it.
     """
-    try:
-        return _launch(cfg)
-    except UserError as error:
-        leave_nothing(output_dir())
-        fail(str(error))
-    except Exception as error:
-        if (fault := machine_fault(error)) is None:
+    with in_one_line():
+        try:
+            return _launch(cfg)
+        except Exception:
+            leave_nothing(output_dir())
             raise
-        leave_nothing(output_dir())
-        fail(str(fault), code=1)
 
 
 def _launch(cfg: DictConfig) -> float | None:

@@ -26,7 +26,7 @@ from regrow.config.resume import downloads_elsewhere, places_of
 from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
-from regrow.errors import UserError, did_you_mean
+from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.preprocess import Preprocessing, in_units
 from regrow.record.folder import read_json
 from regrow.runs import machine
@@ -152,7 +152,7 @@ def load_run(
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = brief(error, 300)
         raise UserError(
             f"checkpoint={which}: its weights are not those of the model in config.yaml: {reason}"
         ) from None
@@ -286,7 +286,7 @@ def _recorded(
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         log.warning(
             "run=%s: its %s cannot be read (%s): the same is looked for in the data",
-            *(given, PREPROCESSING, " ".join(str(error).split())[:200]),
+            *(given, PREPROCESSING, brief(error, 200)),
         )
         return None, None, None
 

@@ -30,9 +30,8 @@ from regrow.errors import (
     UserError,
     in_a_line,
     machine_fault,
-    printable,
 )
-from regrow.failing import fail, one_line, show_traceback
+from regrow.failing import in_one_line, show_traceback, tell
 from regrow.processes import outside
 from regrow.processes.signals import handled
 from regrow.runs import machine
@@ -44,23 +43,15 @@ log = logging.getLogger("regrow")
 
 def main() -> None:
     """Run this process's part of a job that another process composed."""
-    try:
+    with in_one_line():
         import_own_modules()  # ranks that torchrun or srun started need it too
-    except UserError as error:
-        fail(str(error))
-    file = os.environ.get("REGROW_JOB")
-    text = Path(file).read_text(encoding="utf-8") if file else ""
-    if "RANK" not in os.environ:
-        try:
+        file = os.environ.get("REGROW_JOB")
+        text = Path(file).read_text(encoding="utf-8") if file else ""
+        if "RANK" not in os.environ:
             work_alone(text)
-        except UserError as error:
-            fail(str(error))
-        sys.exit(0)
-    try:
+            sys.exit(0)
         store = meet()
         said = json.loads(text or job_from(store))
-    except UserError as error:
-        fail(str(error))
     if os.environ["RANK"] != "0":
         store.set(f"came/{os.environ['RANK']}", "")
     if isinstance(said, int):  # an exit code: there is no job
@@ -125,7 +116,7 @@ def lead(job: Job) -> NoReturn:
         with handled([signal.SIGTERM], lambda *_: sys.exit(128 + signal.SIGTERM)):
             outside.wait_for_all(store, trainer["timeout_seconds"])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -240,12 +231,12 @@ def report(error: BaseException, step: int | None, store: Any, rank: int) -> Non
     if said["kind"] == "user":
         show_traceback(error)
         if "REGROW_WATCHED" not in os.environ:  # else `ranks.run` prints it
-            print(f"error: {printable(one_line(str(error)))}", file=sys.stderr)
+            tell(str(error))
     elif fault := machine_fault(error):
         if step is None:
-            print(f"error: rank {rank}: {fault}", file=sys.stderr)
+            tell(f"rank {rank}: {fault}")
     elif lost_the_others(error):
-        print(f"error: {text}", file=sys.stderr)
+        tell(text)
     elif not isinstance(error, SlicesTooLarge) and (step is None or not is_plain(error)):
         traceback.print_exception(error)
 

@@ -26,7 +26,7 @@ from regrow.config.explain import composition_error, hydras_value_error, wrong_o
 from regrow.config.hydras import check_settings
 from regrow.config.job import Job, job_of, with_override
 from regrow.config.resume import CHANGED, key_of
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
 from regrow.sweep import state
@@ -86,7 +86,7 @@ def sets_of(options: Sets) -> list[list[str]]:
             text = path.read_text(encoding="utf-8")
             content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else None
         except (OSError, ValueError, yaml.YAMLError) as error:
-            said = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            said = error.strerror if isinstance(error, OSError) else brief(error)
             raise UserError(f"sweep.file={options.file}: {said}") from None
         lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
         found += lines if content is None else content if isinstance(content, list) else [content]

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 
 from regrow.errors import UserError, in_a_line
-from regrow.failing import show_traceback
+from regrow.failing import show_traceback, tell
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 from regrow.record.redact import redact
@@ -68,7 +68,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
         worker.work_alone(text)
     except UserError as error:
         show_traceback(error)
-        print(redact(f"error: {error}"), file=sys.stderr)
+        tell(redact(str(error)))
         code, reason = 2, str(error)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
