@@ -272,15 +272,10 @@ class Task:
 
     @property
     def refused(self) -> Path:
-        """The file that a task writes whose error would recur."""
         return self.job.with_name(f"refused-{os.environ['SLURM_JOB_ID']}")
 
     def may_start_again(self) -> bool:
-        """Return True if a job of several tasks may restart after one failed.
-
-        It may trainer.max_restarts times, and with smaller micro-batches after running out of
-        memory.
-        """
+        """Return True if trainer.max_restarts allows it, or a rank ran out of memory."""
         if self.refused.exists():
             return False
         counter = self.job.with_name("restarts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -50,36 +51,44 @@ def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this rank's part of it, and return the best monitored value."""
     allow(job.config)  # another process may have composed and checked it
     with contextlib.ExitStack() as stack:
-        job, done, halvings = settled(job, world, stack)
-        if not done:
-            return run_in(job, world, halvings)
+        job, found = settled(job, world, stack)
+        if not found.done:
+            return run_in(job, found, world)
         if world.is_main:
             draw_missing(Path(str(job.folder)), job)
     return say_complete(Path(str(job.folder)), job)
 
 
-def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, bool, int]:
-    """Return the job as it runs here, whether its run is complete, and how often to halve batches.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The state of the job's folder before it runs."""
 
-    Settles `trainer.devices`, what the folder's run keeps, and `trainer.num_threads`. `stack` holds
-    the folder's lock.
+    done: bool = False  # the run is complete
+    has_checkpoint: bool = False
+    halvings: int = 0  # of micro-batches, after a rank ran out of memory
+
+
+def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, Found]:
+    """Return the job as it runs here, and what its folder holds, whose lock `stack` takes.
+
+    Settles `trainer.devices`, what the folder's run keeps, and `trainer.num_threads`.
     """
-    job = job.with_trainer(devices=machine.processes_here())
-    done, halvings = False, 0
+    job, found = job.with_trainer(devices=machine.processes_here()), Found()
     if job.folder is not None and world.is_main:
         folder = Path(job.folder)
         kept = stack.enter_context(claimed(folder, job))
         job = job.with_values(**kept or {})
-        done = kept is not None and resume.is_done(folder, job.config)
-        # Set if the run ended because one of its ranks ran out of memory.
         halvings = (records.load_status(folder) or {}).get("halvings", 0)
-        halvings = halvings if isinstance(halvings, int) else 0
+        found = Found(
+            done=kept is not None and resume.is_done(folder, job.config),
+            has_checkpoint=checkpoint.outline(folder / "checkpoints") is not None,
+            halvings=halvings if isinstance(halvings, int) else 0,
+        )
     # Only the main process reads the folder: broadcast what it found to all ranks.
-    told = {"done": done, "halvings": halvings, "config": job.config}
-    told = json.loads(world.from_main(json.dumps(told)))
-    job = job.with_values(**told["config"])
-    threads = job.config["trainer"]["num_threads"] or machine.usable_cores()
-    return job.with_trainer(num_threads=threads), told["done"], told["halvings"]
+    told = json.dumps([job.config, dataclasses.asdict(found)])
+    config, fields = json.loads(world.from_main(told))
+    threads = config["trainer"]["num_threads"] or machine.usable_cores()
+    return job.with_values(**config).with_trainer(num_threads=threads), Found(**fields)
 
 
 def draw_missing(folder: Path, job: Job) -> None:
@@ -134,25 +143,13 @@ def remove_empty_parents(folder: Path) -> None:
             parent.rmdir()
 
 
-def run_in(job: Job, world: World, halvings: int = 0) -> float | None:
+def run_in(job: Job, found: Found, world: World) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
-    objects = runs.build(without_source(job, world), world)
+    # A checkpoint replaces the weights of `init_from`, whose source may be gone or have changed.
+    init_from = None if found.has_checkpoint else job.config["init_from"]
+    objects = runs.build({**job.config, "init_from": init_from}, world)
     with contextlib.closing(objects.data):
-        return run_objects(job, objects, world, halvings)
-
-
-def without_source(job: Job, world: World) -> Mapping[str, Any]:
-    """Return the config to build from, without `init_from` if the job's folder has a checkpoint.
-
-    The checkpoint would replace those weights, and their source may be gone or have changed.
-    """
-    has_checkpoint = (
-        job.folder is not None
-        and world.is_main
-        and checkpoint.outline(Path(job.folder) / "checkpoints") is not None
-    )
-    found: bool = json.loads(world.from_main(json.dumps(has_checkpoint)))
-    return {**job.config, "init_from": None} if found else job.config
+        return run_objects(job, objects, world, found.halvings)
 
 
 def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> float | None:
