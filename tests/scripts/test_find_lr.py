@@ -258,7 +258,8 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for overrides, message in (
-        (("find_lr.min_lr=2", "find_lr.max_lr=1"), "must be above zero and below"),
+        (("find_lr.min_lr=2", "find_lr.max_lr=1"), "must be below find_lr.max_lr=1"),
+        (("find_lr.min_lr=0",), "find_lr.min_lr=0 must be a number above 0"),
         (("find_lr.num_steps=2",), "find_lr.num_steps=2 must be an integer of at least 20"),
         (("find_lr.min_lr=1", "find_lr.max_lr=2"), "the loss fell at no rate"),
         (("+find_lr.steps=3",), "Did you mean find_lr.num_steps?"),

@@ -33,7 +33,7 @@ from regrow.config.targets import HANDED_IN, allow, locate
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
-from regrow.failing import fail
+from regrow.failing import fail, in_one_line
 from regrow.project import CONF, lab_name
 from regrow.record import loggers, monitor
 
@@ -49,10 +49,7 @@ class Rule:
 
 
 def integer(low: int) -> Rule:
-    return Rule(
-        f"an integer of at least {low}",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
-    )
+    return Rule(f"an integer of at least {low}", lambda v: INTEGER.allows(v) and v >= low)
 
 
 def number(low: float = float("-inf"), high: float = float("inf"), *, above: bool = False) -> Rule:
@@ -94,6 +91,11 @@ def either(one: Rule, other: Rule) -> Rule:
     return Rule(f"{one.says}, or {other.says}", lambda v: one.allows(v) or other.allows(v))
 
 
+def below(node: str, keys: str, rule: Rule) -> dict[str, Rule]:
+    return {f"{node}.{key}": rule for key in keys.split()}
+
+
+INTEGER = Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 NAME = Rule(
     'text (in quotes where YAML would read something else: "no")',
     lambda v: isinstance(v, str | int) and not isinstance(v, bool),
@@ -117,25 +119,17 @@ NORMALIZE = Rule(
 # Ranges, and the types of values that may be null. Other types follow from the shipped values.
 RULES: dict[str, Rule] = {
     "seed": integer(0),
-    "data.seed": integer(0),
-    "data.source.seed": integer(0),
-    "loss.ignore_index": optional(
-        Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
-    ),
+    **below("data", "seed num_workers", integer(0)),
+    **below("data.source", "seed num_val num_test", integer(0)),
+    "loss.ignore_index": optional(INTEGER),
     "task.class_names": optional(list_of(NAME)),
     "data.class_names": optional(list_of(NAME)),
     "data.source.class_names": optional(list_of(NAME)),
     "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
     "init_from": optional(text()),
-    "data.batch_size": integer(1),
-    "data.eval_batch_size": integer(1),
-    "data.num_workers": integer(0),
-    "data.limit_train": optional(integer(1)),
-    "data.num_classes": optional(integer(1)),
-    "data.num_outputs": integer(1),
-    "data.ignore_index": optional(
-        Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
-    ),
+    **below("data", "batch_size eval_batch_size num_outputs", integer(1)),
+    **below("data", "limit_train num_classes", optional(integer(1))),
+    "data.ignore_index": optional(INTEGER),
     "data.input_shape": list_of(integer(1)),
     "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
     "data.normalize": NORMALIZE,
@@ -146,24 +140,17 @@ RULES: dict[str, Rule] = {
     "data.target_dtype": choice("float64", "float32"),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
-    "data.source.val_fraction": number(0, 1),
-    "data.source.test_fraction": number(0, 1),
+    **below("data.source", "val_fraction test_fraction", number(0, 1)),
     "data.source.num_train": integer(1),
-    "data.source.num_val": integer(0),
-    "data.source.num_test": integer(0),
-    "data.source.extensions": optional(list_of(text())),
+    **below("data.source", "extensions feature_columns", optional(list_of(text()))),
     "data.source.leave_out": list_of(choice("hidden", "empty")),
     "data.source.identity": choice("contents", "ends"),
     "data.source.resize": optional(integer(1)),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
-    "data.source.feature_columns": optional(list_of(text())),
     "data.source.target_columns": list_of(text()),
-    "model.hidden": list_of(integer(1)),
-    "model.channels": list_of(integer(1)),
+    **below("model", "hidden channels", list_of(integer(1))),
     "model.dropout": number(0, 1),
-    "model.width": integer(1),
-    "model.depth": integer(1),
-    "model.heads": integer(1),
+    **below("model", "width depth heads", integer(1)),
     "model.norm_momentum": number(0, 1, above=True),
     "model.views": choice("one", "mirror", "mirror_shift"),
     "model.patch_size": optional(integer(1)),
@@ -175,49 +162,34 @@ RULES: dict[str, Rule] = {
     "task.threshold": number(0, 1),
     "param_groups.lr_scale": optional(mapping_to(number(0))),
     "optimizer.lr": number(0, above=True),
-    "optimizer.weight_decay": number(0),
-    "optimizer.momentum": number(0, 1),
-    "optimizer.eps": number(0),
-    "optimizer.betas": BETAS,
-    "optimizer.adamw_betas": BETAS,
+    **below("optimizer", "weight_decay eps dampening", number(0)),
+    **below("optimizer", "momentum alpha", number(0, 1)),
+    **below("optimizer", "betas adamw_betas", BETAS),
     "optimizer.adamw_modules": list_of(text()),
-    "optimizer.alpha": number(0, 1),
-    "optimizer.dampening": number(0),
     "optimizer.ns_steps": integer(1),
     "scheduler.warmup_steps": optional(integer(0)),
     "scheduler.warmup_fraction": optional(number(0, 1)),
     "scheduler.interval": choice("step", "epoch"),
     "scheduler.every_epochs": integer(1),
     "scheduler.milestones_epochs": list_of(integer(1)),
-    "scheduler.gamma": number(0, 1),
-    "scheduler.final_factor": number(0, 1),
-    "scheduler.initial_factor": number(0, 1),
-    "scheduler.peak_fraction": number(0, 1),
-    "scheduler.factor": number(0, 1),
+    **below("scheduler", "gamma final_factor initial_factor peak_fraction factor", number(0, 1)),
+    "scheduler.min_factor": number(0, 1),
     "scheduler.patience": integer(0),
     "scheduler.min_delta": number(0),
-    "scheduler.min_factor": number(0, 1),
     "launcher.jobs": Rule(
         "an integer of at least 1, or auto (local), or null (slurm)",
         lambda v: v in ("auto", None) or integer(1).allows(v),
     ),
-    "launcher.nodes": integer(1),
-    "launcher.tasks_per_node": integer(1),
-    "launcher.cpus_per_task": integer(1),
-    "launcher.gpus_per_node": integer(0),
-    "launcher.mem_gb": optional(number(0, above=True)),
-    "launcher.timeout_minutes": integer(1),
-    "launcher.partition": optional(text()),
-    "launcher.account": optional(text()),
-    "launcher.qos": optional(text()),
-    "launcher.constraint": optional(text()),
+    **below("launcher", "nodes tasks_per_node cpus_per_task timeout_minutes", integer(1)),
     "launcher.save_seconds": integer(1),
-    "launcher.max_timeouts": integer(0),
+    **below("launcher", "gpus_per_node max_timeouts", integer(0)),
+    "launcher.mem_gb": optional(number(0, above=True)),
+    **below("launcher", "partition account qos constraint", optional(text())),
     "launcher.setup": list_of(text()),
     "launcher.sbatch": optional(mapping_to(PLAIN)),
-    "trainer.max_epochs": optional(integer(1)),
-    "trainer.max_steps": optional(integer(1)),
-    "trainer.max_seconds": optional(number(0, above=True)),
+    **below("trainer", "max_epochs max_steps num_threads eval_every_epochs", optional(integer(1))),
+    **below("trainer", "eval_every_steps log_histograms_every_steps", optional(integer(1))),
+    **below("trainer", "max_seconds clip_norm clip_value", optional(number(0, above=True))),
     "trainer.device": choice("auto", "cpu", "cuda", "mps"),
     "trainer.devices": Rule(
         "an integer of at least 1, or auto", lambda v: v == "auto" or integer(1).allows(v)
@@ -225,47 +197,32 @@ RULES: dict[str, Rule] = {
     "trainer.strategy": choice("ddp", "fsdp"),
     "trainer.fsdp.modules": optional(list_of(text())),
     "trainer.activation_checkpointing": list_of(text()),
-    "trainer.fsdp.param_dtype": optional(choice("fp32", "bf16", "fp16")),
-    "trainer.fsdp.reduce_dtype": optional(choice("fp32", "bf16", "fp16")),
+    **below("trainer.fsdp", "param_dtype reduce_dtype", optional(choice("fp32", "bf16", "fp16"))),
     "trainer.max_restarts": integer(0),
     "trainer.timeout_seconds": number(0, above=True),
-    "trainer.accumulation_steps": integer(1),
-    "trainer.num_threads": optional(integer(1)),
+    **below("trainer", "accumulation_steps max_skipped_steps log_every_steps", integer(1)),
     "trainer.precision": choice("fp32", "bf16", "fp16"),
-    "trainer.clip_norm": optional(number(0, above=True)),
-    "trainer.clip_value": optional(number(0, above=True)),
     "trainer.ema_decay": optional(
         Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
     ),
-    "trainer.max_skipped_steps": integer(1),
-    "trainer.eval_every_epochs": optional(integer(1)),
-    "trainer.eval_every_steps": optional(integer(1)),
-    "trainer.log_every_steps": integer(1),
-    "trainer.log_histograms_every_steps": optional(integer(1)),
     "trainer.monitor": optional(text()),
     "trainer.mode": optional(choice("max", "min")),
     "trainer.early_stopping.patience": optional(integer(0)),
     "trainer.early_stopping.min_delta": number(0),
-    "trainer.checkpoint.save_every_epochs": optional(integer(1)),
-    "trainer.checkpoint.save_every_steps": optional(integer(1)),
-    "trainer.checkpoint.keep_last": integer(1),
-    "trainer.checkpoint.keep_best": integer(1),
+    **below("trainer.checkpoint", "save_every_epochs save_every_steps", optional(integer(1))),
     "trainer.checkpoint.milestones_every_epochs": optional(integer(1)),
+    **below("trainer.checkpoint", "keep_last keep_best", integer(1)),
     "sweep.params": optional(Rule("a mapping of keys to values", lambda v: isinstance(v, Mapping))),
     "sweep.pictures": choice("best", "all", "none"),
     "sweep.sets": Rule("a list of sets of overrides", lambda v: isinstance(v, list)),
     "sweep.file": optional(text()),
-    "sweep.n_trials": integer(1),
+    **below("sweep", "n_trials max_failures", integer(1)),
     "sweep.metric": optional(either(text(), list_of(text()))),
     "sweep.direction": optional(either(DIRECTION, list_of(DIRECTION))),
     "sweep.sampler": choice("tpe", "random", "grid", "nsgaii"),
-    "sweep.seed": integer(0),
+    **below("sweep", "seed pruner_startup_trials pruner_warmup_evaluations", integer(0)),
     "sweep.pruner": choice("none", "median", "hyperband"),
-    "sweep.pruner_startup_trials": integer(0),
-    "sweep.pruner_warmup_evaluations": integer(0),
-    "sweep.max_failures": integer(1),
-    "find_lr.min_lr": number(0, above=True),
-    "find_lr.max_lr": number(0, above=True),
+    **below("find_lr", "min_lr max_lr", number(0, above=True)),
     "find_lr.num_steps": integer(20),
     "find_lr.divergence_factor": number(1, above=True),
 }
@@ -285,6 +242,7 @@ _checked: list[dict[str, Any]] = []
 class CheckBeforeStart(Callback):
     """Hydra callback that exits on a bad config before Hydra creates a folder."""
 
+    @in_one_line()
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # as Hydra does next, for ${hydra:…}
         try:
@@ -293,19 +251,15 @@ class CheckBeforeStart(Callback):
                 check_settings(config.hydra, is_sweep=False)
             check(config, config.hydra.runtime.choices)
             _checked[:] = [plain(without_hydra(config))]
-        except UserError as error:
-            fail(str(error))
         except OmegaConfBaseException as error:
             fail(composition_error(error))
 
+    @in_one_line()
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in hydra.sweep.dir
-        try:
-            if is_started():
-                check_leftovers(config.hydra, is_sweep=True)
-                check_settings(config.hydra, is_sweep=True)
-        except UserError as error:
-            fail(str(error))
+        if is_started():
+            check_leftovers(config.hydra, is_sweep=True)
+            check_settings(config.hydra, is_sweep=True)
 
 
 def check_leftovers(hydra: DictConfig, *, is_sweep: bool = False) -> None:
@@ -535,7 +489,7 @@ def _check_type(value: Any, shipped: Any, path: str) -> None:
     if isinstance(shipped, bool):
         right, says = isinstance(value, bool), "true or false"
     elif isinstance(shipped, int):
-        right, says = isinstance(value, int) and not isinstance(value, bool), "an integer"
+        right, says = INTEGER.allows(value), INTEGER.says
     elif isinstance(shipped, float):
         right, says = _is_number(value), "a number"
     elif isinstance(shipped, str):

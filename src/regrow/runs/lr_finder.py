@@ -34,10 +34,9 @@ class RangeTest:
     divergence_factor: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_lr < self.max_lr:
+        if self.min_lr >= self.max_lr:
             raise UserError(
-                f"find_lr.min_lr={self.min_lr} must be above zero and below "
-                f"find_lr.max_lr={self.max_lr}."
+                f"find_lr.min_lr={self.min_lr} must be below find_lr.max_lr={self.max_lr}."
             )
 
     def lr(self, index: int) -> float:
