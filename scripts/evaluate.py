@@ -31,10 +31,10 @@ OPTIONS = {
 }
 
 
+@in_one_line()
 def main(arguments: list[str] | None = None) -> None:
-    with in_one_line():
-        given = sys.argv[1:] if arguments is None else arguments
-        evaluate(parse(given, OPTIONS, text=__doc__ or "", takes_data=True))
+    given = sys.argv[1:] if arguments is None else arguments
+    evaluate(parse(given, OPTIONS, text=__doc__ or "", takes_data=True))
 
 
 def evaluate(options: Arguments) -> None:

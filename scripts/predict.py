@@ -33,10 +33,10 @@ OPTIONS = {
 }
 
 
+@in_one_line()
 def main(arguments: list[str] | None = None) -> None:
-    with in_one_line():
-        given = sys.argv[1:] if arguments is None else arguments
-        predict(parse(given, OPTIONS, text=__doc__ or ""))
+    given = sys.argv[1:] if arguments is None else arguments
+    predict(parse(given, OPTIONS, text=__doc__ or ""))
 
 
 def predict(options: Arguments) -> None:

@@ -52,11 +52,11 @@ OPTIONS = {
 ROOT = CONF.parent
 
 
+@in_one_line()
 def main(arguments: list[str] | None = None) -> None:
-    with in_one_line():
-        given = sys.argv[1:] if arguments is None else arguments
-        options = parse(given, OPTIONS, text=__doc__ or "")
-        raise SystemExit(reproduce(Path(options["run"]), typed_places(options)))
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(given, OPTIONS, text=__doc__ or "")
+    raise SystemExit(reproduce(Path(options["run"]), typed_places(options)))
 
 
 def typed_places(options: Arguments) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -154,10 +154,7 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 
 def machine_fault(error: BaseException) -> MachineFault | None:
     """Return the machine fault behind an error or one of its causes; None for any other error."""
-    told: BaseException | None = error
-    seen: set[int] = set()  # an error that is raised again may be among its own causes
-    while told is not None and id(told) not in seen:
-        seen.add(id(told))
+    for told in chain(error, suppressed=False):
         if isinstance(told, MachineFault):
             return told
         if isinstance(told, RuntimeError | OSError | MemoryError | ImportError) and not isinstance(
@@ -169,8 +166,18 @@ def machine_fault(error: BaseException) -> MachineFault | None:
             for pattern, words in _FAULTS:
                 if found := re.search(pattern, text):
                     return MachineFault(words(found))
-        told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
     return None
+
+
+def chain(error: BaseException, *, suppressed: bool = True) -> Iterator[BaseException]:
+    """Yield an error and its causes, with the contexts that `from None` suppressed or without."""
+    told: BaseException | None = error
+    seen: set[int] = set()  # an error that is raised again may be among its own causes
+    while told is not None and id(told) not in seen:
+        seen.add(id(told))
+        yield told
+        is_hidden = told.__suppress_context__ and not suppressed
+        told = told.__cause__ or (None if is_hidden else told.__context__)
 
 
 def brief(error: BaseException, most: int | None = None) -> str:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from regrow.errors import UserError, machine_fault, printable
+from regrow.errors import UserError, chain, machine_fault, printable
 from regrow.record.redact import redact
 
 SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
@@ -26,19 +26,10 @@ def show_traceback(error: BaseException | None) -> None:
         return
     if isinstance(error, UserError) and error.__cause__ is None and error.__context__ is None:
         return
-    for each in _chain(error):
+    for each in chain(error):
         each.__suppress_context__ = False  # `from None` would hide the cause in a traceback too
     sys.stdout.flush()
     print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr, end="")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    told: BaseException | None = error
-    while told is not None and id(told) not in seen:
-        seen.add(id(told))
-        yield told
-        told = told.__cause__ or told.__context__
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

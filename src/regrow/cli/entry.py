@@ -22,8 +22,8 @@ from regrow.config.leads import lead
 from regrow.config.own_modules import import_own_modules
 from regrow.config.started import is_train, note_start
 from regrow.config.yaml_files import readable
-from regrow.errors import UserError, did_you_mean, machine_fault
-from regrow.failing import fail
+from regrow.errors import UserError, did_you_mean
+from regrow.failing import fail, in_one_line
 from regrow.processes import begin, terminal
 from regrow.project import CONF, ROOT
 
@@ -54,6 +54,7 @@ def entry_point(
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        @in_one_line()
         def main() -> None:
             register_resolver("options", option_list)  # for --help
             try:
@@ -81,8 +82,8 @@ def entry_point(
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may instantiate.
                 last = version_arguments() or {"execution_whitelist": hydras_targets(sys.argv[1:])}
                 hydra.main(**arguments, **last)(task)()
-            except UserError as error:
-                fail(str(error))
+            except UserError:
+                raise
             except (hydra.errors.HydraException, OmegaConfBaseException) as error:
                 fail(composition_error(error))
             except UnicodeDecodeError:
@@ -93,25 +94,19 @@ def entry_point(
                 raise SystemExit(1) from None
             except OSError as error:  # Hydra creates its folder before the run does
                 if (named := folder_named(sys.argv[1:], error.filename)) is None:
-                    if (fault := machine_fault(error)) is None:
-                        raise
-                    fail(str(fault), code=1)
+                    raise
                 fail(f"{named}: {error.filename}: {error.strerror}. Choose another folder.")
             except yaml.YAMLError as error:
                 fail(not_yaml(error))
-            except KeyboardInterrupt:
-                raise SystemExit(130) from None
             except UserWarning as error:
                 if f"provider={flags.SEARCH_PATH}" not in str(error):
                     raise
                 place = str(error).partition("path=")[2].removesuffix(" is not available.")
                 fail(f"{flags.SEARCH_PATH}: there is no {place}. Correct it, or leave it out.")
-            except Exception as error:
-                if isinstance(error, ValueError) and (said := hydras_value_error(error)):
-                    fail(said)
-                if (fault := machine_fault(error)) is None:
+            except ValueError as error:
+                if (said := hydras_value_error(error)) is None:
                     raise
-                fail(str(fault), code=1)
+                fail(said)
 
         return main
 

@@ -10,8 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from regrow.config.targets import first_lines
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.project import ROOT
 
 
@@ -43,6 +42,6 @@ def import_resolvers(root: Path) -> None:
         lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
         raise UserError(
-            f"resolvers.py:{line}: {type(error).__name__}: {first_lines(error)}. It is imported "
+            f"resolvers.py:{line}: {type(error).__name__}: {brief(error)}. It is imported "
             "wherever a config is composed: correct it, or remove it."
         ) from error

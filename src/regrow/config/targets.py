@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.config.yaml_files import broken_files, readable
-from regrow.errors import UserError, did_you_mean, machine_fault
+from regrow.errors import UserError, brief, chain, did_you_mean, machine_fault
 from regrow.record import moved
 
 HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # the run passes it
@@ -91,11 +91,8 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
         if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
             raise
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise cause from None
+        if mistake := next((each for each in chain(error) if isinstance(each, UserError)), None):
+            raise mistake from None
         said = said_by(error)
         if unknown := re.search(r"Error locating target '([^']+)'[^(]*$", said):
             # Raises an error that says whether the module or the name in it is missing.
@@ -195,17 +192,15 @@ def locate(target: str, path: str) -> Any:
 
 def said_by(error: BaseException) -> str:
     """Return an error of `instantiate` in one line, with the user code's exception and its line."""
-    said = first_lines(error)
+    said = brief(error)
     said = said.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
-    cause = error.__cause__ or error.__context__
-    while cause is not None:
+    for cause in [*chain(error)][1:]:
         frames = traceback.extract_tb(cause.__traceback__)
         if isinstance(cause, SyntaxError) and cause.filename:
             return f"{said} ({cause.msg}, {cause.filename}:{cause.lineno})"
         if frames and not _is_of_hydra(frames[-1].filename):
-            what = f"{type(cause).__name__}: {first_lines(cause)}"
+            what = f"{type(cause).__name__}: {brief(cause)}"
             return f"{said} ({what}, {frames[-1].filename}:{frames[-1].lineno})"
-        cause = cause.__cause__ or cause.__context__
     return said
 
 
@@ -218,7 +213,3 @@ def _is_of_hydra(file: str) -> bool:
 
     places = (Path(hydra.__file__).parent, Path(importlib.__file__).parent)
     return file.startswith("<frozen importlib") or any(map(Path(file).is_relative_to, places))
-
-
-def first_lines(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

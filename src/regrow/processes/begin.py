@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,7 +20,9 @@ from regrow.processes import terminal
 from regrow.project import ROOT
 
 SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
-# Variables by which one command hands something to the next, without their children.
+# Empty: torch handles no signals in the process that starts ranks, but `ranks.forwarding` does.
+KEEPS_HANDLERS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+# What one command hands to the next, and not to its children.
 HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
 handed: dict[str, str] = {}
 
@@ -42,29 +43,18 @@ def main() -> None:
     if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
         # With `| head`, logging would print a traceback for each remaining line.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    _keep_our_handlers()
+    os.environ[KEEPS_HANDLERS] = ""
 
 
 def rank(environment: Mapping[str, str]) -> None:
     """Begin one of a run's processes. `environment` is what its launcher did not set."""
     terminal.show()
     os.environ.update(environment)
-    _keep_our_handlers()
-
-
-def _keep_our_handlers() -> None:
-    """Keep torch from handling signals in the process that starts ranks: `ranks.forwarding` does.
-
-    It has no parameter for that.
-    """
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+    os.environ[KEEPS_HANDLERS] = ""
 
 
 def sweep() -> None:
-    """Begin the process of a sweep, before it starts jobs or their server.
-
-    multiprocessing has no parameter for their environment.
-    """
+    """Begin the process of a sweep, whose environment its jobs and their server inherit."""
     # Python 3.11's server does not inherit sys.path and would not find the frozen code. It must not
     # search the current folder: a profile.py there would shadow Python's own.
     os.environ |= {"PYTHONPATH": python_path(), SAFE_PATH: "1"}
@@ -86,6 +76,8 @@ def server() -> Iterator[None]:
 
 def job(environment: Mapping[str, str], log: int) -> None:
     """Begin a job of a sweep, with its output in the file with the descriptor `log`."""
+    import multiprocessing  # not for every command
+
     # Start data workers as in a single run: forked where that is the default.
     multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -467,9 +467,8 @@ class Loggers:
             except Exception as error:
                 if name not in self.complained:
                     self.complained.add(name)
-                    log.warning(
-                        "logger %s: %s", name, f"{type(error).__name__}: {brief(error, 200)}"
-                    )
+                    said = f"{type(error).__name__}: {brief(error, 200)}"
+                    log.warning("logger %s: %s", name, said)
 
 
 def open_loggers(
@@ -504,11 +503,8 @@ def open_loggers(
             Loggers(jsonl, trackers).close(1)
             raise
         except Exception as error:
-            log.warning(
-                "logger.%s: %s. The run does without it.",
-                name,
-                f"{type(error).__name__}: {brief(error, 200)}",
-            )
+            said = f"{type(error).__name__}: {brief(error, 200)}"
+            log.warning("logger.%s: %s. The run does without it.", name, said)
             logging.getLogger("regrow.file").warning("%s", traceback.format_exc())
     return Loggers(jsonl, trackers)
 

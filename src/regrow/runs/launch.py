@@ -36,18 +36,18 @@ from regrow.runs.session import (
 log = logging.getLogger("regrow")
 
 
+@in_one_line()
 def launch(cfg: DictConfig) -> float | None:
     """Run what `cfg` describes and return the best monitored value, for a sweeper.
 
     Exits with 2 for a user's error, with 1 if the run failed, and with 128 + signal if a signal
     stopped it.
     """
-    with in_one_line():
-        try:
-            return _launch(cfg)
-        except Exception:
-            leave_nothing(output_dir())
-            raise
+    try:
+        return _launch(cfg)
+    except Exception:
+        leave_nothing(output_dir())
+        raise
 
 
 def _launch(cfg: DictConfig) -> float | None:

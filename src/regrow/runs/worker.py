@@ -24,13 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from regrow.config.job import Job
 from regrow.config.own_modules import import_own_modules
 from regrow.distributed.parallel import World, lost_the_others
-from regrow.errors import (
-    RunFailed,
-    SlicesTooLarge,
-    UserError,
-    in_a_line,
-    machine_fault,
-)
+from regrow.errors import RunFailed, SlicesTooLarge, UserError, in_a_line, machine_fault
 from regrow.failing import in_one_line, show_traceback, tell
 from regrow.processes import outside
 from regrow.processes.signals import handled

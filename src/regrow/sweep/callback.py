@@ -10,8 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config.explain import composition_error
 from regrow.config.started import is_started
-from regrow.errors import UserError
-from regrow.failing import fail
+from regrow.failing import fail, in_one_line
 
 
 class EnterFrozenCopy(Callback):
@@ -20,13 +19,12 @@ class EnterFrozenCopy(Callback):
     Hydra calls all callbacks again in the copy; without this one, they see the sweep start twice.
     """
 
+    @in_one_line()
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if is_started():
             from regrow.sweep.run import enter
 
             try:
                 enter(config)
-            except UserError as error:
-                fail(str(error))
             except OmegaConfBaseException as error:
                 fail(composition_error(error))
