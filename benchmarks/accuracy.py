@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.configured import build, world_of
 from benchmarks.measure import Table
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 Runner = Callable[..., tuple[float, float]]  # overrides -> seconds of training, test accuracy
 EPOCHS, BATCH, RATE, BETAS, WARMUP, DECAY, SMOOTHING = 14, 256, 0.02, (0.7, 0.9), 0.2, 0.3, 0.1

@@ -6,7 +6,7 @@ from typing import Any
 
 from lab.build import Objects
 from regrow.distributed.parallel import World
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.machine import resolve_device
 
 

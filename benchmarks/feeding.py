@@ -22,7 +22,7 @@ from regrow.distributed.parallel import World
 from regrow.feeding.batch import Batch
 from regrow.feeding.loaders import TrainBatches
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 IMAGES = 20_000
 BATCH = 128

@@ -28,9 +28,9 @@ from benchmarks.configured import build
 from benchmarks.measure import in_turn, per_second
 from benchmarks.step import by_hand, pure, train_py
 from regrow.distributed.parallel import World
-from regrow.record import folder as records
-from regrow.record import loggers, report
-from regrow.sweep import results, state
+from regrow.record import loggers, records, report
+from regrow.sweep import ledger as state
+from regrow.sweep import results
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "scripts" / "train.py")

@@ -25,7 +25,7 @@ from benchmarks.measure import Table, in_turn
 from benchmarks.peers import ENGINES
 from regrow.distributed.parallel import World
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 STEPS = 600
 BEFORE = 40  # untimed steps, two epochs; the first steps are slower

@@ -42,11 +42,11 @@ def evaluate(options: Arguments) -> None:
     if output is not None:
         refuse_existing(output, options["overwrite"])
     # these import torch: only after the arguments are checked
-    from regrow.record.folder import as_json, load_summary, write_json
+    from regrow.record.records import as_json, load_summary, write_json
     from regrow.runs.console import console
     from regrow.runs.inference import draws_of, other_draws
     from regrow.runs.inference import evaluate as measured
-    from regrow.runs.load import load_run, set_numerics
+    from regrow.runs.loaded import load_run, set_numerics
 
     with console():
         split, checkpoint = options["split"], options["checkpoint"]

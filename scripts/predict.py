@@ -51,7 +51,7 @@ def predict(options: Arguments) -> None:
 
     from regrow.runs.console import console
     from regrow.runs.inference import predict as predictions
-    from regrow.runs.load import load_run, set_numerics
+    from regrow.runs.loaded import load_run, set_numerics
 
     with console():
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])

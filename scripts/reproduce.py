@@ -39,8 +39,7 @@ from regrow.config.roles import check_roles
 from regrow.errors import UserError, brief, printable
 from regrow.failing import in_one_line, tell
 from regrow.project import CONF
-from regrow.record import folder as records
-from regrow.record import manifest
+from regrow.record import manifest, records
 from regrow.record.redact import redact_all
 
 OPTIONS = {

@@ -19,7 +19,7 @@ from running import CPU, as_hydra_has_it, composed
 
 from regrow.config.job import job_of
 from regrow.project import CONF
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.session import run_job
 
 SCRIPTS = CONF.parent / "scripts"

@@ -36,7 +36,7 @@ from regrow.numerics.precision import LossScale
 from regrow.numerics.sums import epoch_sums
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.lab import lab
 
 CPU = World(device=torch.device("cpu"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from running import CPU, config_of, train_config
 
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 SEEDS = (0, 1, 2, 3, 4)
 

@@ -17,9 +17,9 @@ from regrow.config import resume
 from regrow.config.yaml_files import read_yaml
 from regrow.feeding import identity
 from regrow.feeding.splits import Splits
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.launch import launch
-from regrow.sweep import state
+from regrow.sweep import ledger as state
 
 CSV = (
     *("data=csv", "task=regression", "data.source.train_file=rows.csv", "data.root=."),

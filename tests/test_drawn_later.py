@@ -11,8 +11,8 @@ import forked
 import pytest
 from running import launched
 
-from regrow.record.folder import load_status
-from regrow.runs import train as runs
+from regrow.record.records import load_status
+from regrow.runs import training as runs
 
 TESTS = Path(__file__).resolve().parent
 # A run in its own process, which is killed before the page is written.

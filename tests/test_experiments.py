@@ -11,7 +11,7 @@ from running import CPU, composed, config_of, metrics_of, train
 
 from regrow.config.check import check
 from regrow.project import CONF
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 DEBUG = sorted(path.stem for path in (CONF / "debug").glob("*.yaml"))

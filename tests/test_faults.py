@@ -23,7 +23,7 @@ from regrow.feeding.files import _Memory
 from regrow.feeding.images import load_image
 from regrow.processes import ranks
 from regrow.project import CONF
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 SAID = {

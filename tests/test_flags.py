@@ -19,7 +19,7 @@ from regrow.config import flags
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import ROOT
-from regrow.record.folder import read_json, write_json, write_text
+from regrow.record.records import read_json, write_json, write_text
 from regrow.sweep import frozen
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")
@@ -143,7 +143,7 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     (sweep,) = [place / "s"]
     content = {**read_json(sweep / "sweep.json"), "complete": False}
     write_json(sweep / "sweep.json", content)
-    from regrow.sweep import state
+    from regrow.sweep import ledger as state
 
     source = {**flags.DEFAULT, "name": "mytrain", "dir": f"{place}/D"}
     assert state.is_open(sweep, content["overrides"], source)

@@ -24,10 +24,10 @@ from regrow.config import flags, resume, roles
 from regrow.errors import UserError, printable
 from regrow.failing import fail
 from regrow.project import ROOT
-from regrow.record import folder as records
-from regrow.record import ownership
+from regrow.record import ownership, records
 from regrow.runs import console
-from regrow.sweep import frozen, state
+from regrow.sweep import frozen
+from regrow.sweep import ledger as state
 
 MARKER = "import pathlib, sys\npathlib.Path(sys.argv[0]).with_name('executed').touch()\n"
 

@@ -14,7 +14,7 @@ from running import TINY, config_of
 from regrow.config.resume import MAY_CHANGE, resumed
 from regrow.errors import UserError
 from regrow.project import CONF
-from regrow.record.folder import write_text
+from regrow.record.records import write_text
 
 CHANGES_THE_MATHS = (
     *("seed=1 data.seed=1", "data.batch_size=8", "data.source.num_train=40", "data.limit_train=30"),

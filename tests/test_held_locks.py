@@ -18,7 +18,8 @@ from waiting import until
 from lab.data import datasets
 from regrow.record import locks, ownership
 from regrow.runs import trial
-from regrow.sweep import gpus, local, state
+from regrow.sweep import gpus, local
+from regrow.sweep import ledger as state
 
 
 @pytest.fixture(autouse=True)

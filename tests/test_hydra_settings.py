@@ -25,7 +25,7 @@ from regrow.config.roles import listed
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 from regrow.record.redact import redact
 
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from regrow.project import lab_name
@@ -129,6 +132,100 @@ def test_the_engine_does_not_import_the_lab(tmp_path: Path) -> None:
     lazy = f"def f():\n    from {lab_name()}.loop import fit"
     (tmp_path / "regrow" / "runs" / "a.py").write_text(lazy)
     assert engine_imports_of_the_lab(tmp_path) == ["regrow.runs.a"]
+
+
+LISTED = re.compile(r"^(\w+)(?:: (.+(?:\n    .+)*))?$", re.MULTILINE)
+
+
+def public_names(source: Path, wing: str) -> dict[str, set[str]]:
+    """Return the public names of a wing by module, from the docstring of its `__init__`."""
+    text = (source / "regrow" / wing / "__init__.py").read_text(encoding="utf-8")
+    said = (ast.get_docstring(ast.parse(text)) or "").partition("\n\nPublic")[2]
+    found = LISTED.findall(said.partition("\n\n")[2])
+    return {module: {*re.split(r",\s+", names)} - {""} for module, names in found}
+
+
+def used_from_outside(source: Path) -> dict[str, dict[str, set[str]]]:
+    """Return the names that other wings and the lab use, by wing and module."""
+    files, used = files_of(source), defaultdict[str, dict[str, set[str]]](dict)
+    for module, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "regrow."
+            ):
+                continue
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                target = whole if whole in files else str(node.module)
+                wing, inner = wing_of(target), target.split(".")[2:]
+                if wing == wing_of(module) or not inner:
+                    continue
+                names = used[wing].setdefault(".".join(inner), set())
+                names |= uses_of(name.name, files[whole], tree) if target == whole else {name.name}
+    return used
+
+
+def uses_of(module: str, path: Path, tree: ast.AST) -> set[str]:
+    """Return the names of the module at `path` that a file uses as `module.name`."""
+    own = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            own |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return own & {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == module
+    }
+
+
+def test_each_wing_names_what_others_use_of_it() -> None:
+    used = used_from_outside(SOURCE)
+    assert len(used) == 10
+    for wing, modules in used.items():
+        public = public_names(SOURCE, wing)
+        assert sum(map(len, public.values())) > 0, wing
+        for module, names in modules.items():
+            assert names <= public[module], f"{wing}/{module}.py"
+            assert not any(name.startswith("_") for name in names)
+
+
+def test_every_public_name_exists() -> None:
+    for wing in used_from_outside(SOURCE):
+        for module, names in public_names(SOURCE, wing).items():
+            there = importlib.import_module(f"regrow.{wing}.{module}")
+            assert [name for name in names if not hasattr(there, name)] == []
+
+
+def test_a_use_of_a_private_name_is_found(tmp_path: Path) -> None:
+    for name, text in {
+        "record/__init__.py": '"""The record.\n\nPublic.\n\na: f, g,\n    h\nb\n"""',
+        "record/a.py": "def secret(): ...\nf = 1",
+        "runs/c.py": "from regrow.record import a\nfrom regrow.record.a import f\na.secret()",
+    }.items():
+        path = tmp_path / "regrow" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert public_names(tmp_path, "record") == {"a": {"f", "g", "h"}, "b": set()}
+    assert used_from_outside(tmp_path)["record"] == {"a": {"f", "secret"}}
+
+
+def test_no_module_is_renamed_by_an_import() -> None:
+    files = files_of(SOURCE)
+    renamed = {
+        f"{name.name} as {name.asname}"
+        for path in files.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if name.asname not in (None, name.name) and f"{node.module}.{name.name}" in files
+    }
+    assert renamed == set()
 
 
 def test_few_wings_know_hydra() -> None:

@@ -16,7 +16,7 @@ from running import TINY, fingerprint
 
 from regrow.project import ROOT
 from regrow.record import manifest
-from regrow.record.folder import load_status, read_json
+from regrow.record.records import load_status, read_json
 
 PROGRAM = """
 import os, runpy, sys

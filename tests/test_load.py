@@ -27,8 +27,8 @@ from regrow.config.targets import allow, instantiate
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
-from regrow.record.folder import read_json
-from regrow.runs.train import build
+from regrow.record.records import read_json
+from regrow.runs.training import build
 from regrow.runs.weights import load_weights
 
 

@@ -21,9 +21,9 @@ from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import comparison, monitor
-from regrow.record.folder import read_json, write_text
+from regrow.record.records import read_json, write_text
 from regrow.record.report import load
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.banner import what_is_odd
 
 # 50 examples in windows of 16: an evaluation after each of 8 steps, in which the loss falls.
@@ -296,7 +296,7 @@ def test_without_a_monitor_nothing_may_decide_by_it(override: str, key: str) -> 
 
 
 def test_a_search_needs_something_to_search_for() -> None:
-    from regrow.sweep.options import Search
+    from regrow.sweep.kinds import Search
     from regrow.sweep.search import objectives
 
     def asked(*overrides: str, **options: Any) -> tuple[list[str], list[str]]:

@@ -28,7 +28,7 @@ from regrow.config.own_modules import import_resolvers
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
-from regrow.runs import train as run
+from regrow.runs import training as run
 
 
 def test_a_config_is_that_of_the_command_resolved() -> None:

@@ -24,8 +24,8 @@ from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import moved
-from regrow.record.folder import read_json
-from regrow.runs import train as runs
+from regrow.record.records import read_json
+from regrow.runs import training as runs
 from regrow.runs.session import run_job
 
 RECORDS = Path(__file__).parent / "older"

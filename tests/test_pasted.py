@@ -17,7 +17,7 @@ import pytest
 from running import TINY
 
 from regrow.project import ROOT
-from regrow.record.folder import load_status
+from regrow.record.records import load_status
 
 # Used as the project's path and as a run's.
 PLACE = 'Dropbox (Uni)/lr=1, [b]/Ünï $HOME #1; it\'s "so"'

@@ -17,7 +17,7 @@ import pytest
 from running import TINY, fingerprint, metrics_of, train
 
 from regrow.project import CONF
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")

@@ -26,7 +26,7 @@ from regrow.errors import UserError
 from regrow.processes import outside
 from regrow.processes.slurm import SlurmOptions, check
 from regrow.project import CONF
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")
@@ -451,7 +451,7 @@ from pathlib import Path
 from regrow.processes import slurm
 from regrow.runs import worker
 from regrow.config.job import Job
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 class Forked:
     # In place of the Python that a task starts, which takes seconds to import.

@@ -17,7 +17,7 @@ from running import TINY
 
 from regrow.processes import terminal
 from regrow.project import ROOT
-from regrow.record import folder as records
+from regrow.record import records
 
 TRAIN = ROOT / "scripts" / "train.py"
 SMALL = (*TINY, "trainer.max_steps=2", "trainer.progress_bar=false")

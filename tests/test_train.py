@@ -15,7 +15,7 @@ from running import fingerprint, launched, metrics_of
 from regrow.config.resume import expand
 from regrow.errors import UserError
 from regrow.project import CONF
-from regrow.record.folder import Lock, read_json
+from regrow.record.records import Lock, read_json
 
 ROOT = CONF.parent
 TRAIN = ROOT / "scripts" / "train.py"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lab import optim
-from lab.models.init import StartsFromData, start_from_data
+from lab.models.initialisation import StartsFromData, start_from_data
 from lab.options import TrainerOptions
 from lab.plan import Plan, StepPlan
 from lab.schedules import RunLength, Schedule

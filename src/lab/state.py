@@ -16,7 +16,7 @@ from lab.schedules import Schedule, Stateful
 from regrow.config import older
 from regrow.distributed import sharding
 from regrow.errors import UserError
-from regrow.numerics import sums as step_sums
+from regrow.numerics import sums
 from regrow.numerics.buffers import caches
 from regrow.numerics.precision import LossScale
 from regrow.numerics.sums import Skipped, Sums, added
@@ -215,7 +215,7 @@ def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> s
 def steps_without_update(state: TrainState) -> float | Tensor:
     """Return the number of steps that did not change the weights; a () tensor on a device."""
     skipped, empty = state.skips[0], state.empty_steps
-    if step_sums.on_host(skipped.device):
+    if sums.on_host(skipped.device):
         return skipped.item() + empty.item()
     return skipped + empty
 

@@ -1,5 +1,5 @@
 """A recorded run as a model that predicts: `load_run(folder).predict(inputs)`."""
 
-from regrow.runs.load import LoadedRun, load_run
+from regrow.runs.loaded import LoadedRun, load_run
 
 __all__ = ["LoadedRun", "load_run"]

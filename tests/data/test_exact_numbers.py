@@ -17,7 +17,7 @@ from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import in_units, standardised
 from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.inference import evaluate, predict
 from regrow.runs.launch import launch
 

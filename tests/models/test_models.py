@@ -13,8 +13,8 @@ from torch import nn
 
 from lab.models import vision
 from lab.models.cnn import CNN
-from lab.models.freeze import freeze
-from lab.models.init import SCHEMES, apply, start_from_data
+from lab.models.freezing import freeze
+from lab.models.initialisation import SCHEMES, apply, start_from_data
 from lab.models.mlp import MLP
 from lab.models.vision import fitting_patch, resnet, vit
 from lab.models.whitened_cnn import WhitenedCNN

@@ -24,9 +24,9 @@ from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
 from regrow.numerics.calls import call
 from regrow.numerics.sums import gradient_norm
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 from regrow.runs import model_checks, weights
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 OPTIONS = (
     *("trainer.ema_decay=0.9", "trainer.clip_norm=1.0", "trainer.clip_value=0.5"),

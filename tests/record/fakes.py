@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from regrow.record.folder import Lock, set_status, write_json, write_text
+from regrow.record.records import Lock, set_status, write_json, write_text
 
 CLASSES = [str(digit) for digit in range(10)]
 

@@ -18,7 +18,7 @@ from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import plots, report
 from regrow.record.loggers import Jsonl
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs import trial
 from regrow.runs.inference import evaluate
 from regrow.runs.launch import launch

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from regrow.errors import UserError
-from regrow.record import folder as records
-from regrow.record import output
-from regrow.record.folder import (
+from regrow.record import output, records
+from regrow.record.records import (
     FolderBusy,
     Lock,
     create,
@@ -52,7 +51,7 @@ def test_a_lock_that_was_removed_is_not_taken_for_one(tmp_path: Path) -> None:
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from regrow.record.folder import Lock, set_status
+from regrow.record.records import Lock, set_status
 folder = Path(sys.argv[1])
 lock = Lock(folder).acquire()
 set_status(folder, "running", step=3, pids=[os.getpid()])
@@ -108,7 +107,7 @@ def test_twenty_processes_in_the_same_instant_get_twenty_folders(tmp_path: Path)
 
 def test_a_taken_suffix_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     letters = iter("aaaaaaaabbbb")
-    monkeypatch.setattr("regrow.record.folder.secrets.choice", lambda _: next(letters))
+    monkeypatch.setattr("regrow.record.records.secrets.choice", lambda _: next(letters))
     now = datetime(2026, 1, 2)
     first, second = create(tmp_path, "x", now), create(tmp_path, "x", now)
     assert (first.name[-4:], second.name[-4:]) == ("aaaa", "bbbb")
@@ -197,7 +196,7 @@ def test_looking_at_the_lock_does_not_refuse_a_holder(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from regrow.record.folder import is_locked\n"
+            "import sys; from pathlib import Path; from regrow.record.records import is_locked\n"
             "print('go', flush=True)\nwhile True: is_locked(Path(sys.argv[1]))",
             str(tmp_path),
         ],
@@ -215,7 +214,7 @@ def test_looking_at_the_lock_does_not_refuse_a_holder(tmp_path: Path) -> None:
 WRITE_FOREVER = """
 import sys
 from pathlib import Path
-from regrow.record.folder import write_json
+from regrow.record.records import write_json
 path = Path(sys.argv[1])
 n = 0
 while True:

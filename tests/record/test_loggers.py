@@ -21,7 +21,6 @@ from running import TINY, config_of, train_config
 
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
-from regrow.record.folder import read_metrics
 from regrow.record.loggers import (
     Csv,
     Jsonl,
@@ -32,6 +31,7 @@ from regrow.record.loggers import (
     open_loggers,
     wandb_mode,
 )
+from regrow.record.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

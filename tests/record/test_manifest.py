@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from regrow.record import diff, manifest
-from regrow.record.folder import read_json, write_json
+from regrow.record.records import read_json, write_json
 from regrow.record.redact import redact, redact_all
 
 TOKENS = {

@@ -14,10 +14,10 @@ from running import TINY
 
 from regrow.errors import UserError
 from regrow.project import ROOT
-from regrow.record import folder as records
-from regrow.record.folder import Lock
+from regrow.record import records
 from regrow.record.names import is_of_a_run, is_temporary, refuse_foreign_run, refuse_foreign_sweep
 from regrow.record.output import refuse_existing, write_text
+from regrow.record.records import Lock
 
 MINE = ("metrics.jsonl", "notes.txt", ".notes.tmp", "train.log", "config.yaml", "checkpoints/x.pt")
 

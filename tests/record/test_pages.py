@@ -18,7 +18,7 @@ from fakes import make_run, write_lines
 
 from regrow.errors import UserError
 from regrow.record import plots, report
-from regrow.record.folder import read_metrics, write_json
+from regrow.record.records import read_metrics, write_json
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert(1)</script>"
@@ -333,7 +333,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported_until_a_picture_is_drawn() -> None:
     code = (
-        "import sys\nimport regrow.record.folder, regrow.record.loggers, regrow.record.manifest\n"
+        "import sys\nimport regrow.record.records, regrow.record.loggers, regrow.record.manifest\n"
         "import regrow.record.plots, regrow.record.report\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'tensorboard', 'wandb', 'yaml', 'hydra'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"

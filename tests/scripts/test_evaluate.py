@@ -13,7 +13,7 @@ import torch
 from finished import SCRIPTS, finished, one_line_and_exit_code_2, process, script
 
 from regrow.config.yaml_files import read_yaml
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 main = script("evaluate").main
 

@@ -30,7 +30,7 @@ from regrow.numerics.sums import read
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.runs import lr_finder
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 from regrow.runs.find_lr import find_lr
 from regrow.runs.lr_finder import Curve, RangeTest, smooth, still_falling, suggest
 

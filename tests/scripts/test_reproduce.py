@@ -12,7 +12,7 @@ import pytest
 from finished import finished, one_line_and_exit_code_2, process, script
 
 from regrow.errors import UserError
-from regrow.record.folder import read_json, write_json
+from regrow.record.records import read_json, write_json
 
 reproduce = script("reproduce")
 
@@ -117,11 +117,11 @@ def test_what_has_changed_since_is_said(run: Path, capsys: pytest.CaptureFixture
     content = read_json(run / "manifest.json")
     content["packages"]["torch"] = "1.0"
     content["data"]["train"]["sha256"] = "0" * 64
-    content["code_files"]["src/regrow/runs/train.py"] = "0" * 16
+    content["code_files"]["src/regrow/runs/training.py"] = "0" * 16
     write_json(run / "manifest.json", content)
     code, said = answer(run, capsys)
     assert code == 0
-    assert "The code has changed since: src/regrow/runs/train.py differs." in said
+    assert "The code has changed since: src/regrow/runs/training.py differs." in said
     assert any(line.startswith("changed since: packages.torch was 1.0 and is ") for line in said)
     assert any(line.startswith("changed since: data.train.sha256 was 000") for line in said)
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from finished import script
 
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKEND = """

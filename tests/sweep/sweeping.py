@@ -18,8 +18,8 @@ from running import TINY
 from regrow.config.yaml_files import read_yaml
 from regrow.project import CONF, ROOT
 from regrow.record import manifest, ownership
-from regrow.record.folder import read_json
-from regrow.sweep import state
+from regrow.record.records import read_json
+from regrow.sweep import ledger as state
 
 SMALL = tuple(o for o in TINY if not o.startswith("trainer.num_threads"))
 # Long enough to be interrupted, with a checkpoint every few steps.

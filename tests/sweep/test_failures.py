@@ -14,7 +14,7 @@ from sweeping import LONG, SMALL, pids_of, sweep, table, under_way, without_opti
 from waiting import alive, until
 
 from regrow.project import ROOT, lab_name
-from regrow.record.folder import load_status, read_json
+from regrow.record.records import load_status, read_json
 
 FOUR = (*LONG, "seed=0,1,2,3", "launcher.jobs=2", "hydra.sweep.dir=sweep")
 BOMB = """

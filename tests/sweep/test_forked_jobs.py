@@ -22,7 +22,7 @@ from test_sweep import alone
 from waiting import alive, until
 
 from regrow.project import ROOT
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 HERE = str(Path(__file__).parent)
 # Long enough to be stopped, after the first of seven checkpoints.
@@ -175,7 +175,7 @@ def test_edits_change_nothing_of_what_was_frozen(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from regrow.record.folder import Lock
+from regrow.record.records import Lock
 from regrow.sweep import frozen
 
 root, sweep = map(Path, sys.argv[1:])

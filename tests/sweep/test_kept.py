@@ -15,10 +15,12 @@ from sweeping import begun
 from regrow.config.resume import expand_sweep
 from regrow.errors import UserError
 from regrow.project import CONF
-from regrow.record import folder as records
-from regrow.record import manifest, ownership
+from regrow.record import manifest, ownership, records
 from regrow.runs.trial import STUDY, open_storage
-from regrow.sweep import frozen, options, plan, run, search, state
+from regrow.sweep import frozen, run, search
+from regrow.sweep import kinds as options
+from regrow.sweep import ledger as state
+from regrow.sweep import planning as plan
 
 SEARCH = options.Search(
     params=None, fail_fast=False, retry_failed=False, pictures="none", n_trials=3, metric=None,

@@ -21,8 +21,10 @@ from sweeping import begun
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.project import CONF
-from regrow.record.folder import Lock, create
-from regrow.sweep import frozen, gpus, local, plan, search, state
+from regrow.record.records import Lock, create
+from regrow.sweep import frozen, gpus, local, search
+from regrow.sweep import ledger as state
+from regrow.sweep import planning as plan
 from regrow.sweep.composed import Composed
 
 LOADER: Any = None  # Hydra's parser only needs one for glob(…)

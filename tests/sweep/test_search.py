@@ -10,7 +10,7 @@ import pytest
 from sweeping import LONG, SMALL, sweep, table, under_way
 from waiting import until
 
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 from regrow.runs.trial import STUDY, open_storage
 
 SEARCH = ("sweep=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.dropout=0,0.2",

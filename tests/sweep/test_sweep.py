@@ -25,7 +25,7 @@ from sweeping import (
 from waiting import until
 
 from regrow.project import ROOT
-from regrow.record.folder import load_status, read_json
+from regrow.record.records import load_status, read_json
 
 TWO_BY_TWO = ("optimizer=adamw,sgd", "seed=0,1")
 MISTAKEN = """

@@ -34,7 +34,7 @@ from regrow.distributed.sharding import whole
 from regrow.feeding.batch import share
 from regrow.numerics import sums
 from regrow.processes.interrupt import Interrupted, StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 Config = dict[str, Any]
 BATCH = 2  # per evaluation batch

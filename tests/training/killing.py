@@ -28,7 +28,7 @@ from lab import loop, step
 from regrow.checkpoint import writer as checkpoint
 from regrow.distributed.parallel import World
 from regrow.record import loggers
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 DONE, FAILED = 0, 3
 

@@ -74,7 +74,7 @@ def test_a_module_runs_again_in_the_backward_pass_and_keeps_its_names() -> None:
 
 def test_a_pattern_without_a_module_is_one_line() -> None:
     from regrow.distributed.parallel import World
-    from regrow.runs import train as runs
+    from regrow.runs import training as runs
 
     config = config_of(*TINY, "trainer.activation_checkpointing=[bodi]")
     with pytest.raises(UserError, match=r"no module matches bodi\. The model's are body"):

@@ -11,7 +11,7 @@ import pytest
 from running import CPU, config_of
 
 from regrow.numerics import memory
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 pytestmark = pytest.mark.skipif(not memory.is_glibc(), reason="of glibc alone")
 

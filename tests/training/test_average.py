@@ -18,8 +18,8 @@ from lab.tasks import losses
 from lab.tasks.tasks import Regression
 from regrow.config import older
 from regrow.numerics import sums
-from regrow.record.folder import read_json
-from regrow.runs import train as runs
+from regrow.record.records import read_json
+from regrow.runs import training as runs
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)
 BAD = (1, 4)  # steps with a non-finite batch

@@ -13,7 +13,7 @@ from running import CPU, TINY, config_of, train
 
 from lab import loop, step
 from regrow.feeding.batch import Batch
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 NAN = math.nan
 EACH_STEP = ("trainer.eval_every_steps=1", "trainer.checkpoint.save_every_epochs=null")

@@ -28,8 +28,8 @@ from regrow.checkpoint import writer as checkpoint
 from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.errors import UserError
 from regrow.record import loggers
-from regrow.record.folder import load_status, set_status
-from regrow.runs import train as runs
+from regrow.record.records import load_status, set_status
+from regrow.runs import training as runs
 from regrow.runs.weights import load_weights
 
 RUN = (

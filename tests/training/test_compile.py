@@ -10,7 +10,7 @@ import pytest
 from running import CPU, TINY, config_of, fingerprint, train
 
 from regrow.errors import UserError
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 
 def test_a_missing_compiler_is_said_before_anything_is_built(

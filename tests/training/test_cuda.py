@@ -13,7 +13,7 @@ from waits import no_wait_for_the_gpu
 from lab.build import plan_of
 from regrow.distributed.parallel import World
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

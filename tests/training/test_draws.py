@@ -17,7 +17,7 @@ from regrow import randomness
 from regrow.config.yaml_files import read_yaml
 from regrow.processes.interrupt import Interrupted
 from regrow.project import CONF
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 
 MLP = read_yaml(CONF / "model" / "mlp.yaml")
 RUN = (

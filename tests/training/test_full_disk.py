@@ -13,8 +13,8 @@ import pytest
 from running import TINY, before_each_step, fingerprint, launched, train
 
 from regrow.checkpoint import writer as checkpoint
-from regrow.record.folder import read_json, read_metrics
-from regrow.runs import train as runs
+from regrow.record.records import read_json, read_metrics
+from regrow.runs import training as runs
 
 RUN = (
     *(*TINY, "hydra.run.dir=disk/run", "task.per_class=false", "task.auroc=false"),

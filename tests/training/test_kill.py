@@ -19,7 +19,7 @@ from PIL import Image
 from processes import Process
 from running import TINY, config_of, fingerprint, train
 
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 RUN = (
     *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),

@@ -18,7 +18,7 @@ from lab.tasks.tasks import Multiclass
 from regrow.errors import UserError
 from regrow.numerics import calls
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

@@ -24,7 +24,7 @@ from regrow.feeding.splits import Splits
 from regrow.numerics import sums
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 STEPS = 12
 LEAN = ("task.per_class=false", "task.auroc=false")

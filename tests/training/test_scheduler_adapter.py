@@ -15,7 +15,7 @@ from lab.schedules import RunLength
 from regrow.config.check import check_signature
 from regrow.config.targets import allow
 from regrow.errors import UserError
-from regrow.runs import train as runs
+from regrow.runs import training as runs
 
 PER_EPOCH, EPOCHS = 7, 9
 TOTAL = PER_EPOCH * EPOCHS

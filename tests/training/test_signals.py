@@ -13,7 +13,7 @@ from processes import Process
 from running import TINY, fingerprint, train
 
 from regrow.processes.interrupt import Interrupted, StopRequest
-from regrow.record.folder import load_status
+from regrow.record.records import load_status
 
 RUN = (
     *(*TINY, "data.normalize=none", "data.source._target_=holding.splits"),

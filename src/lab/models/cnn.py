@@ -6,8 +6,7 @@ import itertools
 
 from torch import Tensor, nn
 
-from lab.models import freeze as freezing
-from lab.models import init as initialisation
+from lab.models import freezing, initialisation
 from lab.models.mlp import choice
 from regrow.errors import UserError
 

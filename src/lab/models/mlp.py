@@ -7,8 +7,7 @@ import math
 
 from torch import Tensor, nn
 
-from lab.models import freeze as freezing
-from lab.models import init as initialisation
+from lab.models import freezing, initialisation
 from regrow.errors import UserError, did_you_mean
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.models import freeze as freezing
-from lab.models import init as initialisation
+from lab.models import freezing, initialisation
 from lab.models.cnn import image_shape
 from regrow.errors import UserError
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.models import freeze as freezing
+from lab.models import freezing
 from lab.models.cnn import image_shape
 from lab.models.mlp import choice
 from regrow.errors import UserError

@@ -423,11 +423,11 @@ def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
         look(part, name)
     if not empty:
         return parts
-    from regrow.checkpoint import sharded as sharded_checkpoint  # importing takes a second
+    from regrow.checkpoint import sharded  # importing takes a second
 
     try:
-        content |= sharded_checkpoint.read(path / SHARDS, empty, mesh)
-    except sharded_checkpoint.ERRORS as error:
+        content |= sharded.read(path / SHARDS, empty, mesh)
+    except sharded.ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DamagedCheckpoint(f"{path.name}/{SHARDS} cannot be read: {reason}") from None
     return {name: filled(part, name) for name, part in parts.items()}

@@ -1,4 +1,32 @@
-"""A config, from the command line to a checked job. Nothing here imports torch."""
+"""A config, from the command line to a checked job. Nothing here imports torch.
+
+Public, by module; all else is private to this folder.
+
+check: check, check_group, check_once
+command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable
+composition: composition, hydra_as_it_was
+explain: composition_error, hydras_value_error, wrong_options
+flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
+    followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
+    source_of, split, typed
+hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, version_arguments
+hydras: check_settings, refuse_typed
+job: as_recorded, Job, job_of, with_override
+keys: known_keys
+leads: lead
+older: ADDED_PREPROCESSING, ADDED_PROGRESS, as_override, complete, earlier, line, removed
+own_modules: import_own_modules
+places: folders, groups, options
+recorded: recorded_config
+registered: ELSEWHERE, NAME, take_up, write
+resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted, is_done,
+    is_foreign, is_of_the_launcher, is_own, key_of, LACKED, lacked_before, lacked_keys, places_of,
+    places_of_conf, reached, recorded_overrides, refuse_other_data, resumed, SWEEP
+roles: check_roles
+started: is_started, is_train, note_start
+targets: allow, instantiate, locate
+yaml_files: read_yaml, readable
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -24,7 +24,7 @@ from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import leaves, matches
 from regrow.errors import UserError, brief, printable
 from regrow.record import manifest, monitor, moved, ownership
-from regrow.record.folder import load_status, load_summary, read_json
+from regrow.record.records import load_status, load_summary, read_json
 from regrow.record.redact import MASK, redact_all
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,14 @@
-"""Processes: started on this machine or by Slurm, met, signalled, and ended with their parent."""
+"""Processes: started on this machine or by Slurm, met, signalled, and ended with their parent.
+
+Public, by module; all else is private to this folder.
+
+begin: handed, job, main, python_path, rank, refuse_separator, server, sweep
+interrupt: Interrupted, StopRequest
+outside: absent, arrive, check_environment, check_size, have_met, is_in_a_shell, meet,
+    others_in_words, PATIENCE, srun_environment, started_from_outside, wait_for_all, wait_until
+parent: die_with_parent
+ranks: count_of, run, STOPPED
+signals: handled, STOPPING
+slurm: check, SlurmOptions, submit, submit_array, waiting_or_running
+terminal: drop_unread
+"""

@@ -22,7 +22,7 @@ from regrow.project import ROOT
 SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
 # Empty: torch handles no signals in the process that starts ranks, but `ranks.forwarding` does.
 KEEPS_HANDLERS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-# What one command hands to the next, and not to its children.
+# Handed from one command to the next, and not to its children.
 HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
 handed: dict[str, str] = {}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from regrow.errors import UserError
-from regrow.record.folder import write_text
+from regrow.record.records import write_text
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds that the other ranks wait for rank 0

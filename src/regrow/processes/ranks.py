@@ -25,7 +25,7 @@ from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
 from regrow.processes.begin import python_path
 from regrow.processes.signals import STOPPING, handled
-from regrow.record import folder as records
+from regrow.record import records
 
 log = logging.getLogger("regrow")
 

@@ -24,8 +24,7 @@ from regrow.processes import outside
 from regrow.processes.begin import SAFE_PATH, python_path
 from regrow.processes.ranks import STOPPED
 from regrow.processes.signals import STOPPING, handled
-from regrow.record import folder as records
-from regrow.record import names
+from regrow.record import names, records
 
 EARLY = 60  # Slurm may send the signal up to this many seconds early
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from regrow.record import monitor, report
-from regrow.record.folder import write_text
 from regrow.record.output import harmless
+from regrow.record.records import write_text
 from regrow.record.redact import redact
 from regrow.record.report import Run, differing_keys, flatten, references
 from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from regrow.errors import UserError, brief
-from regrow.record.folder import (
+from regrow.record.output import harmless
+from regrow.record.records import (
     METRICS,
     dump_line,
     iterate_metrics,
@@ -31,7 +32,6 @@ from regrow.record.folder import (
     write_json,
     write_text,
 )
-from regrow.record.output import harmless
 from regrow.record.redact import redact_all
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from regrow.project import ROOT
 from regrow.record import diff
 from regrow.record.diff import ORIGIN as ORIGIN
-from regrow.record.folder import read_damaged, read_json, write_bytes, write_json, write_text
+from regrow.record.records import read_damaged, read_json, write_bytes, write_json, write_text
 from regrow.record.redact import redact_all
 
 log = logging.getLogger(__name__)

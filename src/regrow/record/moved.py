@@ -22,6 +22,7 @@ MOVED: Mapping[str, str] = {
     "regrow.data.sampling": "regrow.feeding.sampling",
     "regrow.data.splits": "regrow.feeding.splits",
     "regrow.data.tables": "regrow.feeding.tables",
+    "regrow.sweep.options": "regrow.sweep.kinds",
     "regrow.slurm": "regrow.processes.slurm",
     "regrow.training.activation_checkpointing": "regrow.distributed.activation_checkpointing",
     "regrow.training.checkpoint": "regrow.checkpoint.writer",

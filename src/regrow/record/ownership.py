@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 from regrow.errors import UserError
 from regrow.record import locks
-from regrow.record.folder import read_json, refuse_links, write_bytes, write_json
 from regrow.record.manifest import ORIGIN
+from regrow.record.records import read_json, refuse_links, write_bytes, write_json
 
 log = logging.getLogger("regrow")
 

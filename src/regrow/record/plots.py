@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.record.folder import read_json, read_metrics
+from regrow.record.records import read_json, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

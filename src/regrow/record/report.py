@@ -17,9 +17,8 @@ from urllib.parse import quote
 
 from regrow.dotted import walk
 from regrow.errors import UserError
-from regrow.record import manifest as manifests
-from regrow.record import moved, plots
-from regrow.record.folder import (
+from regrow.record import manifest, moved, plots
+from regrow.record.records import (
     METRICS,
     STATUS,
     SUMMARY,
@@ -67,7 +66,7 @@ def load(folder: Path) -> Run:
     """Return the run in `folder`. Raises UserError if there is none."""
     if not is_run(folder):
         raise UserError(f"{folder} holds no run: neither {METRICS} nor {STATUS} is there.")
-    manifest, config = manifests.read(folder), moved.in_config(_mapping(folder / "config.yaml"))
+    facts, config = manifest.read(folder), moved.in_config(_mapping(folder / "config.yaml"))
     overrides = _read(folder / ".hydra" / "overrides.yaml")
     name = str(config.get("name") or folder.resolve().parent.name)
     status = load_status(folder) or {}
@@ -76,7 +75,7 @@ def load(folder: Path) -> Run:
         name=name,
         status=redact_all(status),
         summary=load_summary(folder, whole=False),
-        manifest=redact_all(manifest),
+        manifest=redact_all(facts),
         config=redact_all(config),
         overrides=[redact(str(it)) for it in overrides] if isinstance(overrides, list) else [],
         lines=read_metrics(folder),

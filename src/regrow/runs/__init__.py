@@ -1,1 +1,17 @@
-"""One run: launched, recorded, loaded again, evaluated and predicted with."""
+"""One run: launched, recorded, loaded again, evaluated and predicted with.
+
+Public, by module; all else is private to this folder.
+
+console: console
+find_lr: find_lr
+inference: draws_of, evaluate, other_draws, predict
+launch: launch
+loaded: load_run, LoadedRun, set_numerics
+machine: resolve_device
+model_checks: check, check_first_batch, check_forward, check_one_example, described, has_lazy_parts,
+    materialise
+training: build
+trial: open_storage, remove_torn_line
+weights: load_weights, warn_of_other_splits
+worker: dismiss, leave, main, work_alone
+"""

@@ -25,9 +25,8 @@ from regrow.failing import fail
 from regrow.numerics.sums import read
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch
-from regrow.record import folder as records
-from regrow.runs import lr_finder, machine
-from regrow.runs import train as runs
+from regrow.record import records
+from regrow.runs import lr_finder, machine, training
 from regrow.runs.console import console
 from regrow.runs.lab import lab
 from regrow.runs.lr_finder import Curve, RangeTest
@@ -78,7 +77,7 @@ def _find_lr(cfg: DictConfig) -> float:
     with console():
         test: RangeTest = instantiate(config["find_lr"])
         world = World(device=machine.resolve_device(trainer["device"]))
-        objects = runs.build(config, world)
+        objects = training.build(config, world)
         with contextlib.closing(objects.data):
             for note in objects.data.notes:
                 log.warning("%s", note)

@@ -16,9 +16,9 @@ from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.processes.interrupt import StopRequest
 from regrow.randomness import Draws, states_kept
-from regrow.record.folder import load_status
+from regrow.record.records import load_status
 from regrow.runs.lab import lab
-from regrow.runs.load import LoadedRun
+from regrow.runs.loaded import LoadedRun
 
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:

@@ -20,8 +20,7 @@ from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.failing import in_one_line
 from regrow.processes import outside
-from regrow.record import folder as records
-from regrow.record import ownership
+from regrow.record import ownership, records
 from regrow.runs.banner import again
 from regrow.runs.console import console
 from regrow.runs.session import (

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.config import registered, resume
 from regrow.config.job import Job, as_recorded
 from regrow.config.targets import allow
@@ -25,15 +25,13 @@ from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.project import ROOT
 from regrow.protocols import Objects
-from regrow.record import folder as records
-from regrow.record import manifest, names, ownership
+from regrow.record import manifest, names, ownership, records
 from regrow.record.redact import redact, redact_all
-from regrow.runs import machine
-from regrow.runs import train as runs
+from regrow.runs import machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
 from regrow.runs.lab import lab
-from regrow.runs.load import preprocessing_record
+from regrow.runs.loaded import preprocessing_record
 
 log = logging.getLogger("regrow")
 
@@ -81,7 +79,7 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
         halvings = (records.load_status(folder) or {}).get("halvings", 0)
         found = Found(
             done=kept is not None and resume.is_done(folder, job.config),
-            has_checkpoint=checkpoint.outline(folder / "checkpoints") is not None,
+            has_checkpoint=writer.outline(folder / "checkpoints") is not None,
             halvings=halvings if isinstance(halvings, int) else 0,
         )
     # Only the main process reads the folder: broadcast what it found to all ranks.
@@ -93,9 +91,9 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
 
 def draw_missing(folder: Path, job: Job) -> None:
     """Draw the plots and the page of a complete run that was killed before it drew them."""
-    if job.draws and not runs.is_drawn(folder):
+    if job.draws and not training.is_drawn(folder):
         log.info("%s is complete but for its plots and its page, which are drawn now", folder)
-        runs.draw(folder)
+        training.draw(folder)
 
 
 def say_complete(folder: Path, job: Job) -> float | None:
@@ -147,7 +145,7 @@ def run_in(job: Job, found: Found, world: World) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
     # A checkpoint replaces the weights of `init_from`, whose source may be gone or have changed.
     init_from = None if found.has_checkpoint else job.config["init_from"]
-    objects = runs.build({**job.config, "init_from": init_from}, world)
+    objects = training.build({**job.config, "init_from": init_from}, world)
     with contextlib.closing(objects.data):
         return run_objects(job, objects, world, found.halvings)
 
@@ -161,7 +159,7 @@ def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> floa
         lab().check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
-        outline = checkpoint.outline(Path(job.folder) / "checkpoints")
+        outline = writer.outline(Path(job.folder) / "checkpoints")
         if outline:
             objects.state.refuse_other(outline)
     world.barrier()  # a rank that fails before this line leaves no folder behind
@@ -191,7 +189,9 @@ def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> floa
                 records.link_latest(folder, Path("outputs", config["name"]))
 
             try:
-                summary = runs.train(objects, config, folder, world, stop, trial, accepted, begin)
+                summary = training.train(
+                    objects, config, folder, world, stop, trial, accepted, begin
+                )
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)
             except BaseException as raised:
@@ -229,7 +229,7 @@ def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> floa
                     "%s", in_warmup(objects.state.step, warmup)
                 )  # max_seconds or early stopping ended it
             if job.draws:
-                runs.draw(folder)  # the page shows the status, so write that first
+                training.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
         best: float | None = summary["best"]["value"]
         return best

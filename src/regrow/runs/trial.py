@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.errors import UserError, did_you_mean
 from regrow.record import locks
-from regrow.record.folder import whole_lines
+from regrow.record.records import whole_lines
 
 log = logging.getLogger("regrow")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.record import moved
@@ -83,21 +83,21 @@ def _clean(name: str, own: Mapping[str, Tensor]) -> str:
 
 def _weights(source: Path) -> Mapping[str, Tensor]:
     if (folder := source / "checkpoints").is_dir():
-        best = checkpoint.named(folder, "best")
-        run, source = source, best if best.is_dir() else checkpoint.named(folder, "last")
+        best = writer.named(folder, "best")
+        run, source = source, best if best.is_dir() else writer.named(folder, "last")
         if not source.is_dir():
             raise UserError(f"init_from={run}: that run has no checkpoint yet.")
     if not source.exists():
         raise UserError(f"init_from={source}: there is no such file or folder.")
     try:
         if source.is_dir():
-            parts, _ = checkpoint.load(source.resolve())
+            parts, _ = writer.load(source.resolve())
             content = parts.get("averaged", parts.get("model"))
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols
                 content = torch.load(source, map_location="cpu", weights_only=True)
-    except checkpoint.DamagedCheckpoint as damage:
+    except writer.DamagedCheckpoint as damage:
         raise UserError(f"init_from={source}: {damage}.") from None
     except pickle.UnpicklingError as error:
         # Hide torch's advice how to open it anyway: that would execute code in the file.

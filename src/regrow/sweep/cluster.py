@@ -10,9 +10,9 @@ from pathlib import Path
 
 from regrow.config.job import Job
 from regrow.processes import slurm
-from regrow.sweep import state
+from regrow.sweep import ledger
 from regrow.sweep.local import Ended
-from regrow.sweep.plan import Planned
+from regrow.sweep.planning import Planned
 
 EVERY = 5.0  # seconds between two queries to Slurm
 AT_ONCE = 4  # trials of a search, unless launcher.jobs says otherwise
@@ -20,7 +20,7 @@ AT_ONCE = 4  # trials of a search, unless launcher.jobs says otherwise
 
 def queued(folder: Path, numbers: Sequence[int]) -> set[int]:
     """Return those of a sweep's jobs that are queued or running on Slurm."""
-    names = {n: str(name) for n in numbers if (name := state.noted(folder, n).get("slurm"))}
+    names = {n: str(name) for n in numbers if (name := ledger.noted(folder, n).get("slurm"))}
     there = slurm.waiting_or_running([*names.values()])
     return {number for number, name in names.items() if name in there}
 
@@ -30,11 +30,11 @@ def submit(
 ) -> dict[int, str]:
     """Submit the jobs to Slurm; note and return its job number of each."""
     for number in jobs:
-        state.forget(folder, number)
+        ledger.forget(folder, number)
     given = slurm.submit_array(jobs, options, folder, name)
     for number, its in given.items():
-        said = state.noted(folder, number)  # the job may have ended by now
-        state.note(folder, number, said.get("state", "queued"), said.get("reason"), slurm=its)
+        said = ledger.noted(folder, number)  # the job may have ended by now
+        ledger.note(folder, number, said.get("state", "queued"), said.get("reason"), slurm=its)
     return given
 
 
@@ -79,8 +79,8 @@ class Cluster:
         found = []
         for number in set(self._running) - there:
             planned = self._running.pop(number)
-            its, reason = state.state_of(self.folder, planned.entry)
-            if its not in state.ENDED:
+            its, reason = ledger.state_of(self.folder, planned.entry)
+            if its not in ledger.ENDED:
                 its, reason = "failed", reason or "Slurm has it no more"
             found.append(Ended(planned, its, reason))
         return found

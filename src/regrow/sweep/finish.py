@@ -9,28 +9,28 @@ import sys
 from pathlib import Path
 
 from regrow.processes.ranks import STOPPED
-from regrow.sweep import results, state
+from regrow.sweep import ledger, results
 
 
 def finish(folder: Path, number: int, code: int) -> None:
-    (entry,) = [entry for entry in state.entries(folder) if entry.number == number]
-    slurm = state.noted(folder, number).get("slurm")
-    its, reason = state.state_of(folder, entry)
+    (entry,) = [entry for entry in ledger.entries(folder) if entry.number == number]
+    slurm = ledger.noted(folder, number).get("slurm")
+    its, reason = ledger.state_of(folder, entry)
     if code == 0 or code in STOPPED:
-        state.note(folder, number, "ended", slurm=slurm)
+        ledger.note(folder, number, "ended", slurm=slurm)
     elif code < 0:
         reason = f"its process was killed by signal {-code}"
-        state.note(folder, number, "failed", reason, slurm=slurm)
+        ledger.note(folder, number, "failed", reason, slurm=slurm)
     else:
         reason = (reason if its == "failed" else None) or last_error(folder, slurm)
-        state.note(folder, number, "failed", reason, slurm=slurm)
-    with state.alone(folder, state.RESULTS_LOCK):  # several jobs may end at once
+        ledger.note(folder, number, "failed", reason, slurm=slurm)
+    with ledger.alone(folder, ledger.RESULTS_LOCK):  # several jobs may end at once
         found = results.write_table(folder)
-        if all(row.state in state.ENDED for row in found.rows):
+        if all(row.state in ledger.ENDED for row in found.rows):
             results.write_page(folder, found)
-        total = state.read(folder).get("total", 0)
-        good = all(row.state in state.GOOD for row in found.rows)
-        state.write(folder, complete=good and len(found.rows) >= total)
+        total = ledger.read(folder).get("total", 0)
+        good = all(row.state in ledger.GOOD for row in found.rows)
+        ledger.write(folder, complete=good and len(found.rows) >= total)
 
 
 def last_error(folder: Path, slurm: str | None) -> str:

@@ -20,9 +20,8 @@ from regrow.config.command_line import command, path_of
 from regrow.errors import UserError
 from regrow.processes import begin, outside
 from regrow.project import ROOT
-from regrow.record import folder as records
-from regrow.record import manifest, names, ownership
-from regrow.sweep import state
+from regrow.record import manifest, names, ownership, records
+from regrow.sweep import ledger
 
 DIR = "hydra.sweep.dir"
 PARTS = ("src", "conf", "scripts")
@@ -48,11 +47,11 @@ def claim(
     """
     if named is not None:
         names.refuse_foreign_sweep(named)
-        if (named / state.FILE).is_file() or is_copy(named / state.CODE):
+        if (named / ledger.FILE).is_file() or is_copy(named / ledger.CODE):
             ownership.check_sweep(named, f"hydra.sweep.dir={named}")
         # A killed start may have left the copy, the lock and temporary files; names with a dot.
         held = [path.name for path in named.glob("[!.]*") if not is_copy(path)]
-        if held and not (named / state.FILE).is_file():
+        if held and not (named / ledger.FILE).is_file():
             raise UserError(
                 f"hydra.sweep.dir={named} holds no sweep, but {held[0]}. Choose another folder."
             )
@@ -61,7 +60,7 @@ def claim(
         return records.Lock(named).acquire()
     sweeps = Path("outputs", name, "sweeps")
     for folder in sorted(sweeps.glob("*/"), reverse=True) if resume != "never" else ():
-        if folder.is_symlink() or not state.is_open(folder, overrides, source):
+        if folder.is_symlink() or not ledger.is_open(folder, overrides, source):
             continue
         try:
             ownership.check_sweep(folder, str(folder))
@@ -69,7 +68,7 @@ def claim(
             raise UserError(f"{error}. To start another sweep instead: resume=never") from None
         with contextlib.suppress(UserError):  # in use
             lock = records.Lock(folder).acquire()
-            if state.is_open(folder, overrides, source):
+            if ledger.is_open(folder, overrides, source):
                 return lock
             lock.release()
     return records.Lock(records.create(Path("outputs"), f"{name}/sweeps")).acquire()
@@ -81,15 +80,15 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
     Keeps an existing copy. Returns its path and its id in the list of the user's folders, "" if
     that cannot be written. Raises UserError for code that is neither the user's nor trusted.
     """
-    code = folder / state.CODE
-    if is_copy(code) or (folder / state.FILE).is_file():
+    code = folder / ledger.CODE
+    if is_copy(code) or (folder / ledger.FILE).is_file():
         entry = ownership.check_sweep(folder, str(folder))
         ownership.remove_caches(code)
         copied = flags.copied_source(code)
         if copied is not None and source != flags.in_copy(copied, code):  # a resume names copies
             refuse_another_source(folder, copied, source)
         return code, entry.id if entry is not None else adopt(folder)
-    temporary = folder / f".{state.CODE}"  # may remain from an interrupted start
+    temporary = folder / f".{ledger.CODE}"  # may remain from an interrupted start
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)  # conf/local may name accounts
     ignored = shutil.ignore_patterns("*.egg-info")
@@ -158,27 +157,27 @@ def adopt(folder: Path) -> str:
     If its code is older and would break the seal with its next write, prints a warning and returns
     "".
     """
-    if not any((folder / state.CODE / "src").rglob(SEALS)):
+    if not any((folder / ledger.CODE / "src").rglob(SEALS)):
         print(
             f"warning: {os.path.relpath(folder)} resumes with code that is older than the list of "
             "your folders. To resume it another time will need trust=… again.",
             file=sys.stderr,
         )
         return ""
-    identity = entered(ownership.digest_of_code(folder / state.CODE, str(folder)))
-    if (folder / state.FILE).is_file():
-        state.write(folder, id=identity)
+    identity = entered(ownership.digest_of_code(folder / ledger.CODE, str(folder)))
+    if (folder / ledger.FILE).is_file():
+        ledger.write(folder, id=identity)
     return identity
 
 
 def is_copy(path: Path) -> bool:
     """Return True if this is a frozen copy, not a user's folder with the same name."""
-    return path.name == state.CODE and (path / manifest.ORIGIN).is_file()
+    return path.name == ledger.CODE and (path / manifest.ORIGIN).is_file()
 
 
 def tell_of_edits(folder: Path) -> None:
     """Print a warning if the resumed sweep's code differs from the current code."""
-    code = folder / state.CODE
+    code = folder / ledger.CODE
     if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):
         print(
             f"warning: {os.path.relpath(folder)} resumes with the code that it started with; yours "
@@ -226,7 +225,7 @@ def resume_in_copy(arguments: Sequence[str]) -> None:
     if not named or [a for a in arguments if a.startswith("-")] != ["-m"]:
         return
     folder = Path(named[-1])
-    code = folder / state.CODE
+    code = folder / ledger.CODE
     if outside.started_from_outside() or flags.copied_source(code) is not None:
         return
     if is_copy(code) and manifest.code_sha256(code) != manifest.code_sha256(ROOT):

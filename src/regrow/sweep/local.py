@@ -19,8 +19,8 @@ from regrow.errors import UserError
 from regrow.processes.ranks import STOPPED
 from regrow.record import locks
 from regrow.record.manifest import cores
-from regrow.sweep import gpus, process, state
-from regrow.sweep.plan import Planned
+from regrow.sweep import gpus, ledger, process
+from regrow.sweep.planning import Planned
 
 log = logging.getLogger("regrow")
 
@@ -99,7 +99,7 @@ class Local:
             return False
         self._waits_since = None
         self._told.discard(False)
-        state.forget(self.folder, planned.number)
+        ledger.forget(self.folder, planned.number)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if need else {}
         text = planned.job.to_json()
         child = process.start(self.context, self.folder, planned.number, text, environment)

@@ -23,7 +23,7 @@ from regrow.failing import show_traceback, tell
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 from regrow.record.redact import redact
-from regrow.sweep import state
+from regrow.sweep import ledger
 
 
 def make_context(*, fresh: bool) -> BaseContext:
@@ -45,7 +45,7 @@ def start(
     context: BaseContext, folder: Path, number: int, text: str, environment: dict[str, str]
 ) -> BaseProcess:
     """Start the job in `text`, as JSON, as number `number` of the sweep in `folder`."""
-    log = state.log_of(folder, number)
+    log = ledger.log_of(folder, number)
     log.parent.mkdir(exist_ok=True)
     process = context.Process(  # type: ignore[attr-defined]
         target=work, args=(str(folder), number, text, environment), name=f"job {number}"
@@ -57,7 +57,9 @@ def start(
 
 def work(folder: str, number: int, text: str, environment: dict[str, str]) -> None:
     """Run the job in this process, with its output in its log. Does not return."""
-    log = os.open(state.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    log = os.open(
+        ledger.log_of(Path(folder), number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666
+    )
     begin.job(environment, log)
     os.setpgid(0, 0)  # the sweep receives Ctrl-C and forwards it
     die_with_the_sweep()
@@ -79,7 +81,7 @@ def work(folder: str, number: int, text: str, environment: dict[str, str]) -> No
         code, reason = 1, f"{type(error).__name__}: {in_a_line(error)}"
     if reason is not None:
         with contextlib.suppress(OSError):
-            state.note(Path(folder), number, "failed", reason)
+            ledger.note(Path(folder), number, "failed", reason)
     from regrow.runs import worker
 
     worker.leave(code)

@@ -12,7 +12,7 @@ from regrow.errors import UserError
 from regrow.record import comparison, manifest, report
 from regrow.record.comparison import Comparison, Row
 from regrow.record.report import Run
-from regrow.sweep import state
+from regrow.sweep import ledger
 
 log = logging.getLogger("regrow")
 
@@ -23,10 +23,10 @@ CSV, PAGE = "results.csv", "sweep.html"
 def rows_of(folder: Path) -> list[Row]:
     """Return a row for each job, in the order of their numbers."""
     rows = []
-    for entry in state.entries(folder):
-        its, reason = state.state_of(folder, entry)
+    for entry in ledger.entries(folder):
+        its, reason = ledger.state_of(folder, entry)
         run = folder / entry.folder
-        log = state.log_of(folder, entry.number)
+        log = ledger.log_of(folder, entry.number)
         loaded = report.load(run) if report.is_run(run) else None
         if loaded is not None and its == "completed" and (more := asked_since(entry, loaded)):
             reason = f"by itself it went on with {' '.join(more)}, which the sweep does not have"
@@ -45,7 +45,7 @@ def rows_of(folder: Path) -> list[Row]:
     return rows
 
 
-def asked_since(entry: state.Entry, run: Run) -> list[str]:
+def asked_since(entry: ledger.Entry, run: Run) -> list[str]:
     """Return the overrides by which a job's run was changed outside the sweep."""
     shares = "trainer.num_threads="  # added by the sweep itself
     return [o for o in run.overrides if o not in entry.overrides and not o.startswith(shares)]
@@ -56,9 +56,9 @@ def write_table(folder: Path) -> Comparison:
 
     Raises UserError if there is no sweep.
     """
-    if not state.read(folder):
-        raise UserError(f"{folder} holds no sweep: there is no {state.FILE}.")
-    content = state.read(folder)
+    if not ledger.read(folder):
+        raise UserError(f"{folder} holds no sweep: there is no {ledger.FILE}.")
+    content = ledger.read(folder)
     found = comparison.compare(
         rows_of(folder), content.get("metric") or "", content.get("mode") or ""
     )
@@ -72,7 +72,7 @@ def write_page(
     """Draw the best job's plots if pictures="best", then write sweep.html and return its path."""
     if found.best is not None and pictures == "best":
         draw(folder / found.best.folder)
-    title = f"{state.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
+    title = f"{ledger.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
     return comparison.write_page(found, output or folder / PAGE, title)
 
 

@@ -25,13 +25,12 @@ from regrow.config.resume import CHANGED, key_of
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.processes import begin, outside, slurm
-from regrow.record import folder as records
-from regrow.record import manifest, ownership
+from regrow.record import manifest, ownership, records
 from regrow.runs.console import console
-from regrow.sweep import cluster, frozen, gpus, local, plan, process, results, schedule, state
+from regrow.sweep import cluster, frozen, gpus, ledger, local, planning, process, results, schedule
 from regrow.sweep.composed import Composed
-from regrow.sweep.options import Options, Search
-from regrow.sweep.plan import Planned
+from regrow.sweep.kinds import Options, Search
+from regrow.sweep.planning import Planned
 from regrow.sweep.show import Show
 
 log = logging.getLogger("regrow")
@@ -64,7 +63,7 @@ def enter(config: DictConfig) -> None:
         raise UserError(
             "--multirun starts its processes itself. Start it without torchrun or srun."
         )
-    for override in plan.overrides_of(config):
+    for override in planning.overrides_of(config):
         if key_of(override) == "hydra.run.dir":
             raise UserError(f"{override} is of one run. A sweep's folder is hydra.sweep.dir=….")
     for group in ("launcher", "sweep"):
@@ -88,7 +87,7 @@ def same_sweep(config: DictConfig) -> list[str]:
     """Return the overrides that identify the sweep of a command."""
     return [
         override
-        for override in plan.overrides_of(config)
+        for override in planning.overrides_of(config)
         if key_of(override) not in BESIDE and not is_of(override, "launcher")
     ]
 
@@ -99,11 +98,11 @@ def is_of(override: str, group: str) -> bool:
 
 def leave_nothing(folder: Path) -> None:
     """Remove a sweep's folder and its empty parents, unless a job is planned there."""
-    if (folder / state.FILE).exists():
+    if (folder / ledger.FILE).exists():
         return
-    if frozen.is_copy(folder / state.CODE):
-        shutil.rmtree(folder / state.CODE, ignore_errors=True)
-    for name in (state.LOCK, state.RESULTS_LOCK):
+    if frozen.is_copy(folder / ledger.CODE):
+        shutil.rmtree(folder / ledger.CODE, ignore_errors=True)
+    for name in (ledger.LOCK, ledger.RESULTS_LOCK):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         records.remove_unused(folder)
@@ -118,7 +117,7 @@ def _run(
 ) -> int:
     values = plain(OmegaConf.masked_copy(config, ["name", "launcher", "sweep"]))
     options: Options = instantiate(values["sweep"])
-    composer = plan.Composer(Composed(loader, config), folder)
+    composer = planning.Composer(Composed(loader, config), folder)
     sweep = Sweep(
         folder=folder,
         options=options,
@@ -127,7 +126,7 @@ def _run(
             "name": values["name"],
             "kind": "search" if isinstance(options, Search) else "list of jobs",
             "overrides": same_sweep(config),
-            "launcher": [o for o in plan.overrides_of(config) if is_of(o, "launcher")],
+            "launcher": [o for o in planning.overrides_of(config) if is_of(o, "launcher")],
             "config": flags.source_of(config.hydra),
             "complete": False,
             "id": identity,
@@ -138,19 +137,19 @@ def _run(
         sweep.context = process.make_context(fresh=sweep.launcher["fresh_processes"])
     if isinstance(options, Search):
         return search(sweep, composer, options, arguments)
-    varied = state.read(folder).get("varied", [])
-    wanted = list(plan.combinations(loader, options, arguments, varied))
-    known = state.entries(folder)
+    varied = ledger.read(folder).get("varied", [])
+    wanted = list(planning.combinations(loader, options, arguments, varied))
+    known = ledger.entries(folder)
     swept = [override for _, its in wanted for override in its]
-    lines = [*plan.lines_of(options.params), *arguments]
-    sweep.agree(plan.fixed_by(lines, swept), swept)
-    planned = plan.numbered(composer, wanted, known)
-    rest = plan.left_over(composer, planned, known, retry=options.retry_failed)
+    lines = [*planning.lines_of(options.params), *arguments]
+    sweep.agree(planning.fixed_by(lines, swept), swept)
+    planned = planning.numbered(composer, wanted, known)
+    rest = planning.left_over(composer, planned, known, retry=options.retry_failed)
     jobs = sweep.prepared([*planned, *rest])
     numbers = {one.number for one in jobs}
     entries = [*(one for one in known if one.number not in numbers), *(o.entry for o in jobs)]
     entries.sort(key=lambda entry: entry.number)
-    todo = [o for o in jobs if state.is_to_be_run(folder, o.entry, retry=options.retry_failed)]
+    todo = [o for o in jobs if ledger.is_to_be_run(folder, o.entry, retry=options.retry_failed)]
     if sweep.is_for_slurm and todo:
         return submit(sweep, entries, todo)
     sweep.write(entries, total=len(entries))
@@ -186,17 +185,17 @@ class Sweep:
 
     def agree(self, fixed: Mapping[str, str], swept: Sequence[str]) -> None:
         """Add `fixed` and `swept` to the facts. Raises UserError if the folder's jobs conflict."""
-        if state.read(self.folder):
+        if ledger.read(self.folder):
             now = self.facts.get("config", flags.DEFAULT)
             frozen.refuse_another_source(self.folder, flags.of_sweep(self.folder), now)
-        kind = state.read(self.folder).get("kind", self.facts["kind"])
+        kind = ledger.read(self.folder).get("kind", self.facts["kind"])
         if kind != self.facts["kind"]:
             raise UserError(
                 f"{self.folder} holds a {kind}, and this is a {self.facts['kind']}. "
                 "Another kind of sweep needs another folder."
             )
-        plan.refuse_another(self.folder, fixed, swept)
-        varied = [*state.read(self.folder).get("varied", []), *map(key_of, swept)]
+        planning.refuse_another(self.folder, fixed, swept)
+        varied = [*ledger.read(self.folder).get("varied", []), *map(key_of, swept)]
         self.facts |= {"fixed": dict(fixed), "varied": [*dict.fromkeys(varied)]}
 
     def prepared(self, planned: Sequence[Planned]) -> list[Planned]:
@@ -204,42 +203,44 @@ class Sweep:
         if not self.is_for_slurm:
             trainers = [one.job.config["trainer"] for one in planned]
             self.at_once = local.jobs_at_once(self.launcher["jobs"], trainers, len(self.gpus))
-            self.shares = state.read(self.folder).get("shares", self.at_once)
+            self.shares = ledger.read(self.folder).get("shares", self.at_once)
             self.facts["shares"] = self.shares
         return [self.prepare(one) for one in planned]
 
     def prepare(self, planned: Planned) -> Planned:
-        planned = plan.in_group(planned, self.folder.name)
+        planned = planning.in_group(planned, self.folder.name)
         job = dataclasses.replace(planned.job, draws=self.options.pictures == "all")
         planned = dataclasses.replace(planned, job=job)
         if not self.is_for_slurm:
             threads = local.threads_of(planned.job.config["trainer"], self.shares)
-            planned = plan.with_threads(planned, threads)
+            planned = planning.with_threads(planned, threads)
         if self.entry is None:
             return planned
         owner = ownership.owner_of_job(self.entry, as_recorded(planned.job))
         return dataclasses.replace(planned, job=dataclasses.replace(planned.job, owner=owner))
 
-    def write(self, entries: Sequence[state.Entry], **facts: Any) -> None:
+    def write(self, entries: Sequence[ledger.Entry], **facts: Any) -> None:
         """Write sweep.json, which makes the folder a sweep's, and update the link to the latest."""
-        state.write(self.folder, entries, **self.facts, **facts)
+        ledger.write(self.folder, entries, **self.facts, **facts)
         records.link_latest(self.folder, Path("outputs", self.facts["name"]))
 
 
-def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Sequence[str]) -> int:
+def search(
+    sweep: Sweep, composer: planning.Composer, options: Search, arguments: Sequence[str]
+) -> int:
     """Run a sweep whose jobs Optuna proposes, and return the exit code."""
-    from regrow.sweep import search as by_optuna  # takes half a second to import
+    from regrow.sweep import search  # takes half a second to import
 
     folder = sweep.folder
-    space = by_optuna.space_of(composer, options, arguments)
-    likely = by_optuna.representative(composer, space)
-    metrics, directions = by_optuna.objectives(options, likely.job.config)
+    space = search.space_of(composer, options, arguments)
+    likely = search.representative(composer, space)
+    metrics, directions = search.objectives(options, likely.job.config)
     total = options.n_trials
     if options.sampler == "grid":
         total = min(total, len(space.combinations()))
-    sweep.agree(plan.fixed_by(space.fixed, [*space.varied]), [*space.varied])
-    by_optuna.refuse_another(folder, space, options)
-    by_optuna.keep_sampler(folder, options)
+    sweep.agree(planning.fixed_by(space.fixed, [*space.varied]), [*space.varied])
+    search.refuse_another(folder, space, options)
+    search.keep_sampler(folder, options)
     sweep.facts["space"] = space.described()
     if options.sampler == "tpe":
         sweep.facts["multivariate"] = options.multivariate
@@ -251,15 +252,15 @@ def search(sweep: Sweep, composer: plan.Composer, options: Search, arguments: Se
         place = cluster.Cluster(folder, slurm_options(sweep, [likely]))
         sweep.at_once = place.at_once
     sweep.write(
-        state.entries(folder),
+        ledger.entries(folder),
         total=total,
         metric=metrics[0],
         mode={"maximize": "max", "minimize": "min"}[directions[0]],
     )
-    study = by_optuna.open_study(folder, options, directions)
-    trials = by_optuna.Trials(composer, options, space, metrics, sweep.prepare, study, total)
+    study = search.open_study(folder, options, directions)
+    trials = search.Trials(composer, options, space, metrics, sweep.prepare, study, total)
     trials.take_up()
-    done = sum(state.state_of(folder, one)[0] in state.ENDED for one in state.entries(folder))
+    done = sum(ledger.state_of(folder, one)[0] in ledger.ENDED for one in ledger.entries(folder))
     introduce(folder, f"{total} trials", done, sweep.at_once, [likely] * total)
     show = Show(folder, total, done, sweep.at_once)
     stop = schedule.run(folder, trials, place, show, fail_fast=options.fail_fast)
@@ -279,21 +280,21 @@ def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
     return options
 
 
-def submit(sweep: Sweep, entries: Sequence[state.Entry], todo: Sequence[Planned]) -> int:
+def submit(sweep: Sweep, entries: Sequence[ledger.Entry], todo: Sequence[Planned]) -> int:
     """Submit the jobs in `todo` to Slurm as one array, and return 0. The last writes the page."""
     folder, name = sweep.folder, sweep.facts["name"]
-    is_new = not (folder / state.FILE).exists()
+    is_new = not (folder / ledger.FILE).exists()
     options = slurm_options(sweep, todo)
     queued = cluster.queued(folder, [one.number for one in todo])
     jobs = {one.number: one.job for one in todo if one.number not in queued}
-    state.write(folder, entries, **sweep.facts, total=len(entries))  # a job may end at once
+    ledger.write(folder, entries, **sweep.facts, total=len(entries))  # a job may end at once
     try:
         given = cluster.submit(folder, jobs, options, name) if jobs else {}
     except UserError:
         if is_new:
             for entry in entries:
                 shutil.rmtree(folder / entry.folder, ignore_errors=True)
-            (folder / state.FILE).unlink()
+            (folder / ledger.FILE).unlink()
         raise
     records.link_latest(folder, Path("outputs", name))
     if queued:
@@ -337,8 +338,8 @@ def conclude(sweep: Sweep, signals: Sequence[int], total: int) -> int:
     for line in results.summary_of(folder, found):
         log.info("%s", line)
     results.write_page(folder, found, sweep.options.pictures)
-    complete = len(states) >= total and all(its in state.GOOD for its in states)
-    state.write(folder, complete=complete)
+    complete = len(states) >= total and all(its in ledger.GOOD for its in states)
+    ledger.write(folder, complete=complete)
     if signals:
         log.warning("stopped. Resume with: %s", going_on(folder))
         return 128 + signals[0]

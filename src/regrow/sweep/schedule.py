@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from regrow.processes.signals import STOPPING, handled
-from regrow.sweep import state
+from regrow.sweep import ledger
 from regrow.sweep.local import Ended
-from regrow.sweep.plan import Planned
+from regrow.sweep.planning import Planned
 from regrow.sweep.show import Show
 
 
@@ -100,14 +100,14 @@ def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bo
 def outcome(folder: Path, ended: Ended, stop: Stop) -> str:
     """Return a job's state after its process has ended. Notes a failure its run did not record."""
     entry = ended.planned.entry
-    its, reason = state.state_of(folder, entry)
-    if its in state.GOOD or ended.state == "interrupted":
-        return its if its in state.GOOD else "interrupted"
+    its, reason = ledger.state_of(folder, entry)
+    if its in ledger.GOOD or ended.state == "interrupted":
+        return its if its in ledger.GOOD else "interrupted"
     if ended.state == "completed":
         return "completed"
     if stop.wished and its != "failed":  # stopped before it could exit cleanly
         return "interrupted"
-    if state.noted(folder, entry.number).get("state") != "failed":
+    if ledger.noted(folder, entry.number).get("state") != "failed":
         reason = ended.reason or reason or "it ended without a word"
-        state.note(folder, entry.number, "failed", reason)
+        ledger.note(folder, entry.number, "failed", reason)
     return "failed"

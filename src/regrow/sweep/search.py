@@ -31,12 +31,11 @@ from optuna.trial import TrialState
 
 from regrow.config.resume import key_of
 from regrow.errors import UserError
-from regrow.record import folder as records
-from regrow.record import monitor
+from regrow.record import monitor, records
 from regrow.runs import trial
-from regrow.sweep import plan, state
-from regrow.sweep.options import Search
-from regrow.sweep.plan import Composer, Planned
+from regrow.sweep import ledger, planning
+from regrow.sweep.kinds import Search
+from regrow.sweep.planning import Composer, Planned
 
 log = logging.getLogger("regrow")
 
@@ -68,7 +67,7 @@ class Space:
 
 def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> Space:
     """Return the search space. Raises UserError if nothing is varied."""
-    lines = [*plan.lines_of(options.params), *arguments]
+    lines = [*planning.lines_of(options.params), *arguments]
     fixed: dict[str, str] = {}
     varied: dict[str, BaseDistribution] = {}
     parser = OverridesParser.create(config_loader=composer.composed.loader)
@@ -90,7 +89,7 @@ def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> S
 
 def refuse_another(folder: Path, space: Space, options: Search) -> None:
     """Raise UserError if the trials in `folder` are of an incompatible search space."""
-    before: dict[str, str] = state.read(folder).get("space", space.described())
+    before: dict[str, str] = ledger.read(folder).get("space", space.described())
     now = space.described()
     for key in sorted({*before, *now}):
         try:
@@ -111,7 +110,7 @@ def refuse_another(folder: Path, space: Space, options: Search) -> None:
 
 def keep_sampler(folder: Path, options: Search) -> None:
     """Raise UserError if the search in `folder` began with a different `multivariate`."""
-    began = state.read(folder).get("multivariate", options.multivariate)
+    began = ledger.read(folder).get("multivariate", options.multivariate)
     if options.sampler == "tpe" and began != options.multivariate:
         raise UserError(
             f"sweep.multivariate={str(options.multivariate).lower()}: the search in {folder} "
@@ -235,8 +234,8 @@ class Trials:
             planned = self._planned(one.number, whole.params)
             if planned is None:
                 continue
-            its_state, _ = state.state_of(self.composer.folder, planned.entry)
-            if its_state in state.ENDED:
+            its_state, _ = ledger.state_of(self.composer.folder, planned.entry)
+            if its_state in ledger.ENDED:
                 self.ended(planned)
             else:
                 self._open.append(planned)
@@ -245,7 +244,7 @@ class Trials:
         for one in self.study.get_trials(deepcopy=False):  # also if an earlier start ended here
             if (failed := one.user_attrs.get("retry_of")) is not None:
                 reason = f"tried again as job {one.number}"
-                state.note(self.composer.folder, failed, "retried", reason)
+                ledger.note(self.composer.folder, failed, "retried", reason)
 
     def _retry(self) -> None:
         """Enqueue failed trials as new ones: Optuna accepts only one result per trial."""
@@ -266,13 +265,13 @@ class Trials:
             planned = self.prepare(self.composer.plan(number, *self.space.overrides(params)))
         except UserError as error:
             swept = {key.lstrip("+"): str(value) for key, value in params.items()}
-            entry = state.Entry(number, "", swept, str(number))
-            state.add(folder, entry)
-            state.note(folder, number, "failed", str(error))
+            entry = ledger.Entry(number, "", swept, str(number))
+            ledger.add(folder, entry)
+            ledger.note(folder, number, "failed", str(error))
             log.warning("trial %d failed: %s", number, error)
             self.study.tell(number, state=TrialState.FAIL)
             return None
-        state.add(folder, planned.entry)
+        ledger.add(folder, planned.entry)
         told = {
             "folder": str(folder.absolute()),
             "number": number,
@@ -283,7 +282,7 @@ class Trials:
 
     def ended(self, planned: Planned) -> None:
         """Tell Optuna the result of a trial; an interrupted trial stays open."""
-        its, _ = state.state_of(self.composer.folder, planned.entry)
+        its, _ = ledger.state_of(self.composer.folder, planned.entry)
         if its == "pruned":
             self.study.tell(planned.number, state=TrialState.PRUNED)
         elif its == "completed":

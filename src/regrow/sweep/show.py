@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from regrow.record import folder as records
-from regrow.sweep import state
-from regrow.sweep.plan import Planned
+from regrow.record import records
+from regrow.sweep import ledger
+from regrow.sweep.planning import Planned
 
 log = logging.getLogger("regrow")
 
@@ -59,20 +59,20 @@ class Show:
 
     def ended(self, planned: Planned, how: str) -> None:
         entry = planned.entry
-        self.done += how in state.ENDED
+        self.done += how in ledger.ENDED
         self.failed += how == "failed"
         text = f"job {entry.number} {how}: {entry.label}"
         if how == "completed":
             text += f"  {result_of(self.folder / entry.folder)}"
         elif how == "failed":
-            text += f"  {state.state_of(self.folder, entry)[1]}"
-            text += f" ({os.path.relpath(state.log_of(self.folder, entry.number))})"
+            text += f"  {ledger.state_of(self.folder, entry)[1]}"
+            text += f" ({os.path.relpath(ledger.log_of(self.folder, entry.number))})"
         text += f"  [{self.done} of {self.total}]"
         log.log(logging.WARNING if how == "failed" else logging.INFO, "%s", text)
         if bar := self._shown.pop(entry.number, None):
             bar.set_description_str("")
         if self._bars:
-            self._bars[0].update(how in state.ENDED)
+            self._bars[0].update(how in ledger.ENDED)
             self._bars[0].set_postfix_str(f"{self.failed} failed" if self.failed else "")
 
     def tick(self, running: list[Planned]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.config import older
 from regrow.config.own_modules import import_own_modules
 from regrow.config.recorded import recorded_config
@@ -28,7 +28,7 @@ from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.preprocess import Preprocessing, in_units
-from regrow.record.folder import read_json
+from regrow.record.records import read_json
 from regrow.runs import machine
 
 log = logging.getLogger("regrow")
@@ -335,10 +335,10 @@ def _precision(recorded: str, device: torch.device) -> str:
     return recorded
 
 
-def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[str, Any]]:
+def _checkpoint(folder: Path, which: str) -> tuple[Path, writer.Parts, dict[str, Any]]:
     """Return the folder, parts and manifest of a checkpoint, even while a run is rotating them."""
-    there = checkpoint.complete(folder)
-    names = [name for name in ("best", "last") if checkpoint.named(folder, name).is_dir()]
+    there = writer.complete(folder)
+    names = [name for name in ("best", "last") if writer.named(folder, name).is_dir()]
     names += [path.name for path in there]
     if which not in names:
         raise UserError(
@@ -346,11 +346,11 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, checkpoint.Parts, dict[
             f"There is {', '.join(names) or 'none'}."
         )
     while True:
-        path = checkpoint.named(folder, which)
+        path = writer.named(folder, which)
         try:
-            return path, *checkpoint.load(path)
-        except (checkpoint.DamagedCheckpoint, OSError) as damage:
-            if checkpoint.named(folder, which) != path:
+            return path, *writer.load(path)
+        except (writer.DamagedCheckpoint, OSError) as damage:
+            if writer.named(folder, which) != path:
                 continue  # a newer one replaced it while it was read
             others = [p.name for p in there if p.name != path.name]
             raise UserError(

@@ -29,16 +29,16 @@ from regrow.config.resume import CHANGED, key_of
 from regrow.errors import UserError, brief
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact
-from regrow.sweep import state
+from regrow.sweep import ledger
 from regrow.sweep.composed import Composed
-from regrow.sweep.options import Grid, Sets
+from regrow.sweep.kinds import Grid, Sets
 
 
 @dataclass(frozen=True)
 class Planned:
     """A job that is composed, checked and ready to run."""
 
-    entry: state.Entry
+    entry: ledger.Entry
     job: Job
 
     @property
@@ -157,7 +157,7 @@ class Composer:
         number: int,
         overrides: Sequence[str],
         swept: Sequence[str],
-        known: Mapping[str, state.Entry] | None = None,
+        known: Mapping[str, ledger.Entry] | None = None,
     ) -> Planned:
         """Compose and check one job. Raises UserError that names the job.
 
@@ -177,11 +177,11 @@ class Composer:
         number: int,
         overrides: list[str],
         swept: dict[str, str],
-        known: Mapping[str, state.Entry],
+        known: Mapping[str, ledger.Entry],
     ) -> Planned:
         try:
             cfg = self.composed(overrides)
-            identity = state.identity_of(cfg)
+            identity = ledger.identity_of(cfg)
             before = known.get(identity)
             number = number if before is None else before.number
             with open_dict(cfg):
@@ -201,16 +201,16 @@ class Composer:
         parts = Path(folder).parts
         if not folder.strip() or Path(folder).is_absolute() or ".." in parts:
             raise UserError(f"hydra.sweep.subdir={folder} must lie in the sweep's folder.")
-        if not parts or parts[0] in state.OWN or parts[0].startswith("."):
+        if not parts or parts[0] in ledger.OWN or parts[0].startswith("."):
             raise UserError(f"hydra.sweep.subdir={folder} is the sweep's own. Choose another name.")
         command = ["python", "scripts/train.py", *overrides]
         job = job_of(cfg, self.folder / folder, command)
-        entry = state.Entry(number, identity, swept, folder, overrides)
+        entry = ledger.Entry(number, identity, swept, folder, overrides)
         return Planned(entry, job.with_values(resume="auto"))
 
 
 def numbered(
-    composer: Composer, wanted: Sequence[tuple[list[str], list[str]]], known: Sequence[state.Entry]
+    composer: Composer, wanted: Sequence[tuple[list[str], list[str]]], known: Sequence[ledger.Entry]
 ) -> list[Planned]:
     """Return the wanted jobs. Jobs with a `known` config keep their numbers; others get new ones.
 
@@ -236,7 +236,7 @@ def numbered(
 
 
 def left_over(
-    composer: Composer, planned: Sequence[Planned], known: Sequence[state.Entry], *, retry: bool
+    composer: Composer, planned: Sequence[Planned], known: Sequence[ledger.Entry], *, retry: bool
 ) -> list[Planned]:
     """Return the unfinished jobs of earlier commands that this command does not plan.
 
@@ -245,7 +245,7 @@ def left_over(
     numbers = {one.number for one in planned}
     found = []
     for entry in known:
-        is_open = state.is_to_be_run(composer.folder, entry, retry=retry)
+        is_open = ledger.is_to_be_run(composer.folder, entry, retry=retry)
         if entry.number in numbers or not is_open or any(MASK in o for o in entry.overrides):
             continue
         swept = [f"{key}={value}" if value else key for key, value in entry.swept.items()]
@@ -258,13 +258,13 @@ def left_over(
 def fixed_by(lines: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
     """Return the overrides that all jobs share, by key, without those that do not change results.
 
-    `state.ASIDE` lists the latter, such as loggers and tags.
+    `ledger.ASIDE` lists the latter, such as loggers and tags.
     """
     varied = {key_of(override) for override in swept}
     return {
         key_of(line): line
         for line in lines
-        if key_of(line) not in (*varied, CHANGED) and key_of(line).split(".")[0] not in state.ASIDE
+        if key_of(line) not in (*varied, CHANGED) and key_of(line).split(".")[0] not in ledger.ASIDE
     }
 
 
@@ -273,7 +273,7 @@ def refuse_another(folder: Path, fixed: Mapping[str, str], swept: Sequence[str])
 
     Results of both would be compared as one setting.
     """
-    content = state.read(folder)
+    content = ledger.read(folder)
     before: dict[str, str] = content.get("fixed", {})
     varied = {key_of(o) for o in swept} | set(content.get("varied", []))
     for key in [*before, *fixed]:

@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from regrow.config import flags
 from regrow.config.resume import ELSEWHERE, SWEEP
 from regrow.errors import UserError
-from regrow.record import folder as records
-from regrow.record import locks, ownership
+from regrow.record import locks, ownership, records
 from regrow.record.comparison import label_of
 from regrow.record.redact import redact, redact_all
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.checkpoint.digest import weights_sha256
 from regrow.config.command_line import command
 from regrow.config.targets import instantiate
@@ -25,8 +25,7 @@ from regrow.errors import UserError
 from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
-from regrow.record import folder as records
-from regrow.record import loggers, manifest, report
+from regrow.record import loggers, manifest, records, report
 from regrow.record.output import whole_file
 from regrow.runs.lab import lab
 from regrow.runs.machine import set_numerics
@@ -80,7 +79,7 @@ def train(
     `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
-    writer = checkpoint.CheckpointWriter(
+    checkpoints = writer.CheckpointWriter(
         folder / "checkpoints",
         options.checkpoint,
         options.mode,
@@ -88,7 +87,7 @@ def train(
         is_main=world.is_main,
         writers=writers_of(world, options),
     )
-    facts = go_on(state, writer, world)
+    facts = go_on(state, checkpoints, world)
     if facts and accepted:
         tell_position(state, accepted, facts)
     if world.is_main:
@@ -105,7 +104,7 @@ def train(
         )
         begun()
     plan = lab().plan_of(
-        *(objects, config["seed"], world, stop), record=record, checkpoints=writer, trial=trial
+        *(objects, config["seed"], world, stop), record=record, checkpoints=checkpoints, trial=trial
     )
     started = time.perf_counter()
     exit_code = 1
@@ -136,36 +135,40 @@ def train(
         summary = summary_of("interrupted", state, options, started)
         exit_code = loggers.KILLED
     finally:
-        writer.wait()
+        checkpoints.wait()
         record.close(exit_code)
         objects.data.close()
     return summary
 
 
-def go_on(state: State, writer: checkpoint.CheckpointWriter, world: World) -> dict[str, Any] | None:
+def go_on(
+    state: State, checkpoints: writer.CheckpointWriter, world: World
+) -> dict[str, Any] | None:
     """Load the newest complete checkpoint. Returns its manifest, or None if there is none.
 
     The main process finds it and broadcasts its name, so that all ranks read the same one.
     """
     loaded = None
     if world.is_main:
-        loaded = checkpoint.load_newest(writer.folder, checkpoint.read)
+        loaded = writer.load_newest(checkpoints.folder, writer.read)
     found = world.from_main(f"step_{loaded[1]['step']:08d}" if loaded else "")
     if not found:
         return None
-    parts, facts = loaded or checkpoint.read(writer.folder / found)
+    parts, facts = loaded or writer.read(checkpoints.folder / found)
     try:
-        parts = checkpoint.fill(parts, writer.folder / found, world.mesh)
-    except checkpoint.DamagedCheckpoint as damage:  # complete, but this torch cannot read it
+        parts = writer.fill(parts, checkpoints.folder / found, world.mesh)
+    except writer.DamagedCheckpoint as damage:  # complete, but this torch cannot read it
         raise UserError(f"{damage}. To resume from the one before, move {found} away.") from None
     halvings = state.progress.halvings
     state.load_state_dict(parts)
     state.progress.halvings = max(halvings, state.progress.halvings)
-    writer.saved = (state.step, state.progress.evaluated_step == state.step)
+    checkpoints.saved = (state.step, state.progress.evaluated_step == state.step)
     if world.is_main:
         with contextlib.suppress(OSError):  # the run may have been killed before it rotated
-            checkpoint.rotate(writer.folder, writer.options, writer.mode, written=state.step)
-        manifest.set_step(writer.folder.parent, state.step)
+            writer.rotate(
+                checkpoints.folder, checkpoints.options, checkpoints.mode, written=state.step
+            )
+        manifest.set_step(checkpoints.folder.parent, state.step)
     log.info("resuming from step %d (%s)", state.step, f"checkpoints/{found}")
     return facts
 
@@ -198,16 +201,16 @@ def take_best(state: State, folder: Path, world: World) -> int:
 
     Returns the step of those weights.
     """
-    best = checkpoint.named(folder / "checkpoints", "best")
+    best = writer.named(folder / "checkpoints", "best")
     name = world.from_main(best.name if best.exists() else "")
     if not name:
         return state.step
     best = best.with_name(name)
     try:
-        parts, facts = checkpoint.read(best)
+        parts, facts = writer.read(best)
         of = "averaged" if "averaged" in parts else "model"
-        weights = checkpoint.fill({of: parts[of]}, best, world.mesh)[of]
-    except checkpoint.DamagedCheckpoint as damage:
+        weights = writer.fill({of: parts[of]}, best, world.mesh)[of]
+    except writer.DamagedCheckpoint as damage:
         raise UserError(
             f"the best checkpoint cannot be tested: {damage}. The run is trained all the same; "
             f"test its final weights: "
