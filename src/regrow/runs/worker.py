@@ -182,7 +182,7 @@ def run_part(job: Job, store: Any, rank: int, size: int) -> None:
     device = machine.resolve_device(trainer["device"], index)
     world = World(device=device, rank=rank, size=size, store=store)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # NCCL uses the current one
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
