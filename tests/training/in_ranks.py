@@ -368,7 +368,7 @@ def sent_in_one_step(world: World, config: Config, folder: Path) -> dict[str, An
     exchange.begin()
 
     def backward(name: str | None) -> None:
-        losses, part = forward(batch, plan)
+        losses, part = forward(batch, plan.step)
         if name is not None:
             exchange.send([part.sums], losses.dtype, name)
         losses.sum().backward()
