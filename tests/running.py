@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lab import loop, optim, step
+from lab import build, loop, optim, step
 from lab.options import TrainerOptions
 from lab.plan import Plan, StepPlan
 from lab.state import TrainState, average_of
@@ -182,8 +182,10 @@ class Bench:
         slices: int = 1,
         schedule: Callable[[int], float] = lambda step: 1.0,
         loss_scale: LossScale | None = None,
+        world: World = CPU,
         **options: Any,
     ) -> None:
+        model.to(world.device)
         self.options = options_of(**{"log_every_steps": 1, "accumulation_steps": slices, **options})
         averaged = average_of(model) if self.options.ema_decay is not None else None
         groups = optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=True)
@@ -193,21 +195,23 @@ class Bench:
             schedule=schedule,
             averaged=averaged,
             loss_scale=loss_scale,
-            sums=epoch_sums(CPU.device),
-            skips=torch.zeros(2),
+            sums=epoch_sums(world.device),
+            skips=torch.zeros(2, device=world.device),
+            empty_steps=torch.zeros((), device=world.device),
             steps_per_epoch=1000,
         )
         self.record = InMemory()
         step_plan = StepPlan(
             options=self.options,
             task=task,
-            world=CPU,
+            world=world,
             seed=0,
             forward=model,
             parameters=[p for p in model.parameters() if p.requires_grad],
             clipping=optim.Clipping(self.options.clip_norm, self.options.clip_value),
-            buffers=Buffers(model),
-            exchange=Exchange(CPU, StopRequest()),
+            buffers=Buffers(model, flat=True),
+            exchange=Exchange(world, StopRequest()),
+            capture=build.capture_of(self.options, self.state, task, world, None),
         )
         fields = dict.fromkeys((f.name for f in dataclasses.fields(Plan)), None)
         known = {
@@ -215,7 +219,7 @@ class Bench:
             "train_step": step.train_step,
             "options": self.options,
             "task": task,
-            "world": CPU,
+            "world": world,
             "record": self.record,
             "stop": StopRequest(),
             "checkpoints": SimpleNamespace(saved=None, newest_until=lambda step: None),

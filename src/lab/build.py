@@ -7,6 +7,7 @@ model or their combination appear before a folder exists.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from regrow.distributed.parallel import (
 from regrow.errors import UserError, did_you_mean
 from regrow.numerics import scheduler_adapter
 from regrow.numerics.buffers import Buffers
+from regrow.numerics.capture import LEAST_STEPS, Eager, Graphs
 from regrow.numerics.precision import LossScale
 from regrow.numerics.sums import epoch_sums
 from regrow.processes.interrupt import StopRequest
@@ -264,6 +266,35 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
     return None if options.max_epochs is None else options.max_epochs * steps_per_epoch
 
 
+def capture_of(
+    options: TrainerOptions, state: TrainState, task: Any, world: World, total_steps: int | None
+) -> Eager:
+    """Return how the pieces of a step run: on a GPU as CUDA graphs, if they can."""
+    if world.device.type != "cuda":
+        return Eager()
+    reason = None
+    if not options.capture:
+        reason = ""  # the user knows
+    elif world.size > 1 or world.mesh is not None:
+        reason = "several processes share them"
+    elif options.detect_anomaly:
+        reason = "trainer.detect_anomaly=true reads every operation's result"
+    elif options.activation_checkpointing:
+        reason = "trainer.activation_checkpointing reads random states on the host"
+    elif total_steps is not None and total_steps < LEAST_STEPS:
+        reason = f"the run has fewer than {LEAST_STEPS} of them"
+    return Graphs(
+        world.device,
+        [p for p in state.model.parameters() if p.requires_grad],
+        state.tensors,
+        [state.model, task],
+        functools.partial(optim.settings, state.optimizer),
+        update=optim.skips_on_device(state.optimizer, world.device),
+        deterministic=options.deterministic,
+        reason=reason,
+    )
+
+
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
     """Return everything that stays the same during the run.
 
@@ -271,6 +302,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
     """
     options, model = objects.options, objects.state.model
     exchange = Exchange(world, stop)
+    buffers = Buffers(model, flat=True)
     step = StepPlan(
         options=options,
         task=objects.task,
@@ -279,8 +311,9 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         forward=distribute(model, options.ddp, world, exchange),
         parameters=objects.parameters,
         clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
-        buffers=Buffers(model),
+        buffers=buffers,
         exchange=exchange,
+        capture=capture_of(options, objects.state, objects.task, world, objects.total_steps),
     )
     return Plan(
         step=step,

@@ -31,7 +31,7 @@ from lab.step import StepResult
 from regrow.checkpoint.writer import Facts
 from regrow.numerics.sums import (
     WEIGHT,
-    epoch_sums,
+    cleared,
     ratio,
     read,
 )
@@ -67,6 +67,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                         break
     except Interrupted:
         save(state, plan)
+    plan.step.capture.close()
     saved = plan.checkpoints.wait()
     if not finished(state, plan):
         return "interrupted"
@@ -105,7 +106,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         tell_of_empty_epoch(state, plan)
         progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
         plan.record.log(step, state.epoch, progress.train_means)
-        state.sums = epoch_sums(plan.world.device)
+        state.sums = cleared(state.sums)
 
 
 def settle(state: TrainState, plan: Plan) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, _muon
 
 from regrow.distributed import sharding
 from regrow.dotted import matches
@@ -87,6 +87,11 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
         for group in part.param_groups:
             if sharding.is_sharded(group["params"][0]) and not isinstance(part, _FUSED_ON_SHARDS):
                 group.update({"fused": False} if "fused" in group else {})
+    device = optimizer.param_groups[0]["params"][0].device
+    if skips_on_device(optimizer, device):  # its rate is then a tensor, which a CUDA graph reads
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+            group.update({"capturable": True} if "capturable" in group else {})
     return optimizer
 
 
@@ -114,6 +119,9 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ) from error
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
         group.update({name: fresh[name] for name in SETTINGS & fresh.keys()})
+        lr = group["lr"] = float(group["lr"])
+        if _is_on_device(fresh["lr"]):
+            group["lr"] = fresh["lr"].fill_(lr)
     # Checkpoints hold contiguous tensors, but fused kernels walk memory in the parameter's order.
     for part in getattr(optimizer, "parts", [optimizer]):
         for parameter, moments in part.state.items():
@@ -143,14 +151,23 @@ def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Set each group's learning rate for the next update. It depends on the step alone."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        lr = group["base_lr"] * factor
+        if _is_on_device(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def _is_on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.is_cuda
 
 
 def rates(optimizer: Optimizer) -> dict[str, float]:
     """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled or else the first group."""
-    found = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    found = {group["lr_scale"]: float(group["lr"]) for group in optimizer.param_groups}
     scaled = {f"lr/x{scale:g}": lr for scale, lr in found.items() if scale != 1}
-    return {"lr": found.get(1.0, optimizer.param_groups[0]["lr"]), **scaled}
+    first = optimizer.param_groups[0]["lr_scale"]
+    return {"lr": found.get(1.0, found[first]), **scaled}
 
 
 CLASS = "class"  # the key of the optimizer's class in its part of a checkpoint
@@ -159,7 +176,7 @@ CLASS = "class"  # the key of the optimizer's class in its part of a checkpoint
 SETTINGS = {
     *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
     *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
-    *("fused", "foreach"),
+    *("fused", "foreach", "capturable"),
 }
 
 
@@ -196,13 +213,34 @@ def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
 
 
 def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Return True if a bad step can be skipped without asking the device first."""
-    if device.type != "cuda" or type(optimizer) not in _SKIP_ON_DEVICE:
+    """Return True if a bad step can be skipped without asking the device first.
+
+    These are also the optimizers whose update a CUDA graph may hold: they read nothing on the host
+    and keep no counter in Python.
+    """
+    if device.type != "cuda":
         return False
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        return False
+    if isinstance(optimizer, MuonWithAdamW):
+        is_sharded = any(
+            sharding.is_sharded(p) for g in optimizer.param_groups for p in g["params"]
+        )
+        return not is_sharded
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    return type(optimizer) in _SKIP_ON_DEVICE and is_fused
+
+
+def settings(optimizer: Optimizer) -> Hashable:
+    """Return the numbers, other than rates, that a schedule may change between updates."""
+    groups = optimizer.param_groups
+    return tuple(
+        (g.get("momentum"), *(g.get("betas") or ()), g.get("weight_decay")) for g in groups
+    )
+
+
+def _skips_now(optimizer: Optimizer, device: torch.device) -> bool:
     # SGD's first step allocates its momentum uninitialised and only fills it if the step runs.
-    return not (optimizer.defaults.get("momentum") and not optimizer.state)
+    is_first = bool(optimizer.defaults.get("momentum") and not optimizer.state)
+    return skips_on_device(optimizer, device) and not is_first
 
 
 def update(
@@ -222,9 +260,9 @@ def update(
     """
     scale: float | Tensor
     skipped: Skipped
-    if isinstance(norm, Tensor) and skips_on_device(optimizer, norm.device):
+    if isinstance(norm, Tensor) and _skips_now(optimizer, norm.device):
         true_norm = norm * factor
-        skipped = (true_norm + valid * 0).isfinite().logical_not().float()
+        skipped = (true_norm * 0 + valid * 0).ne(0).float()  # NaN if either is not finite
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         scale = factor
         if clipping.norm is not None:
@@ -327,8 +365,15 @@ class MuonWithAdamW(Optimizer):
         for kernel, matrix in self.kernels:
             matrix.view_as(kernel).copy_(kernel)
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        skipped = getattr(self, "found_inf", None)
         for part in self.parts:
-            part.step()
+            if skipped is None:
+                part.step()
+            elif isinstance(part, torch.optim.Muon):
+                muon_on_device(part, skipped)
+            else:
+                part.found_inf = skipped  # type: ignore[attr-defined]
+                part.step()
         for kernel, matrix in self.kernels:
             kernel.copy_(matrix.view_as(kernel))
             matrix.grad = None
@@ -346,6 +391,31 @@ class MuonWithAdamW(Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+@torch.no_grad()
+def muon_on_device(muon: torch.optim.Muon, skipped: Tensor) -> None:
+    """Do Muon's step with its rate as a tensor, and no change where `skipped` is 1.
+
+    torch's own step reads the rate on the host.
+    """
+    bad = skipped.bool()
+    for group in muon.param_groups:
+        matrices: list[Tensor] = []
+        gradients: list[Tensor] = []
+        momenta: list[Tensor] = []
+        muon._init_group(group, matrices, gradients, momenta)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        for matrix, gradient, momentum in zip(matrices, gradients, momenta, strict=True):
+            mean = momentum.lerp(gradient, 1 - group["momentum"])
+            update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+            update = _muon._zeropower_via_newtonschulz(
+                update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            ratio = _muon._adjust_lr(1.0, group["adjust_lr_fn"], matrix.shape)
+            moved = matrix * decay - update.to(matrix.dtype) * (group["lr"] * ratio)
+            momentum.copy_(torch.where(bad, momentum, mean))
+            matrix.copy_(torch.where(bad, matrix, moved))
 
 
 def _split(

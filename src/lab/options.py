@@ -41,6 +41,7 @@ class TrainerOptions:
     cudnn_benchmark: bool
     channels_last: bool
     compile: bool
+    capture: str | bool  # auto or false
     detect_anomaly: bool
     profile: bool
     eval_every_epochs: int | None

@@ -13,6 +13,7 @@ from lab.options import TrainerOptions
 from regrow.checkpoint.writer import CheckpointWriter
 from regrow.distributed.parallel import Exchange, World
 from regrow.numerics.buffers import Buffers
+from regrow.numerics.capture import Eager
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
 
@@ -30,6 +31,7 @@ class StepPlan:
     clipping: Clipping
     buffers: Buffers
     exchange: Exchange
+    capture: Eager
 
 
 @dataclass(frozen=True)

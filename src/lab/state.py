@@ -78,6 +78,17 @@ class TrainState:
         """The model that is evaluated and kept: the average, if there is one."""
         return self.averaged if self.averaged is not None else self.model
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that an update changes."""
+        models = [self.model] if self.averaged is None else [self.model, self.averaged]
+        found = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        for part in getattr(self.optimizer, "parts", [self.optimizer]):
+            found += [v for moments in part.state.values() for v in moments.values()]
+        if self.loss_scale is not None:
+            found += [self.loss_scale.value, self.loss_scale.good_steps]
+        values: list[Any] = [*found, self.sums, self.skips, self.empty_steps]
+        return [value for value in values if isinstance(value, Tensor)]
+
     def _fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the stateful parts and the plain values, by field.
 
@@ -172,20 +183,22 @@ def average_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def average_weight(state: TrainState, options: TrainerOptions) -> float | Tensor:
+def average_weight(
+    state: TrainState, options: TrainerOptions, step: int | Tensor
+) -> float | Tensor:
     """Return the new weights' share of the average, `1 - decay`, for the current update.
 
     With a warm-up the decay of update n (from 0) is at most (1 + n) / (10 + n), as in TensorFlow's
     ExponentialMovingAverage: until it reaches `ema_decay` the average covers about the last tenth
     of the updates, and the initial weights soon count for nothing. n is derived from the step and
     the steps without an update, so it is not state. On a device it is a () tensor that the host
-    never reads.
+    never reads, and for a CUDA graph the step is one as well.
     """
     assert options.ema_decay is not None
     least = 1 - options.ema_decay
     if not options.ema_warmup:
         return least
-    updates = state.step - steps_without_update(state)
+    updates = step - steps_without_update(state)
     if isinstance(updates, Tensor):
         return (9 / (10 + updates)).clamp(min=least)
     return max(least, 9 / (10 + updates))
@@ -254,8 +267,9 @@ def update_average(
         if (own is not None and own.shape == source.shape) or name not in caches(model):
             copies.append(buffers[name])
             sources.append(source)
-    for copy_, source in zip(copies, sources, strict=True):
-        copy_.copy_(source)
+    for dtype in dict.fromkeys(copy_.dtype for copy_ in copies):  # one operation takes one dtype
+        kept = [i for i, copy_ in enumerate(copies) if copy_.dtype == dtype]
+        torch._foreach_copy_([copies[i] for i in kept], [sources[i] for i in kept])
 
 
 def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:
@@ -266,17 +280,17 @@ def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = Fals
     """
     if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # known only to the device
         assert isinstance(sums, Tensor)
-        left_out = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
-        bad, streak = left_out, state.skips[1]
+        assert isinstance(state.sums, Tensor)
+        bad = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
+        # In place: a CUDA graph holds these tensors.
+        state.sums.add_(torch.where(bad.bool(), 0.0, sums[: len(state.sums)]))
+        streak_goes_on = bad
         if isinstance(empty, Tensor):
-            bad = left_out * (1 - empty)
             state.empty_steps += empty
-            streak = torch.where(empty.bool(), streak, (streak + 1) * bad)
-        else:
-            streak = (streak + 1) * bad
-        state.sums = added(state.sums, torch.where(left_out.bool(), 0.0, sums))
-        state.skips[0] += bad
-        state.skips[1] = streak
+            streak_goes_on = torch.maximum(bad, empty)
+            bad = bad * (1 - empty)
+        state.skips += bad
+        state.skips[1].mul_(streak_goes_on)
         state.no_streak = False
     elif empty:
         state.empty_steps += 1

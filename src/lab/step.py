@@ -25,7 +25,7 @@ from regrow.numerics.sums import (
     slice_sums,
 )
 from regrow.protocols import Batch
-from regrow.randomness import key, seed_step
+from regrow.randomness import key
 
 
 class Slice(NamedTuple):
@@ -46,10 +46,23 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
     plan.buffers.remember()
     optim.set_lr(state.optimizer, state.schedule(state.step))
     while (parts := gradients(state, batch, plan)) is None:
-        halve_slices(state, batch, plan)
+        if not plan.capture.release():
+            halve_slices(state, batch, plan)
         plan.buffers.restore(True)
     sums = plan.exchange.wait()
+    step = state.step if state.averaged is None else plan.capture.number(state.step)
+    return plan.capture.run(lambda given: update(state, batch, parts, *given, plan), (sums, step))
 
+
+def update(
+    state: TrainState,
+    batch: Batch,
+    parts: list[Slice],
+    sums: Sums,
+    step: int | Tensor,
+    plan: StepPlan,
+) -> StepResult:
+    """Update everything from the gradients of `parts` and their `sums`, unless the step is bad."""
     # The micro-batches accumulated the gradient of the summed loss, divided by the number of
     # examples. Where the divisor must be the sum of the weights, or fp16 scaled the loss, one
     # factor corrects it.
@@ -80,7 +93,7 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
     if state.loss_scale is not None:
         state.loss_scale.update(skipped, empty)
     if state.averaged is not None:
-        weight = average_weight(state, plan.options)
+        weight = average_weight(state, plan.options, step)
         update_average(state.averaged, state.model, weight, skipped)
     count(state, sums, skipped, empty)
     no_factor = isinstance(factor, float) and factor == 1.0  # saves one operation
@@ -98,23 +111,31 @@ def gradients(state: TrainState, batch: Batch, plan: StepPlan) -> list[Slice] | 
     for parameter in plan.parameters:
         parameter.grad = None
     slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)
+    plan.capture.begin(slices, state.epoch)
     parts: list[Slice] = []
+    together = plan.world.size > 1
+
+    def accumulate(micro_batch: Batch) -> Slice:
+        losses, part = forward(micro_batch, plan)
+        if is_last and together:  # overlaps with the backward pass
+            plan.exchange.send([each.sums for each in (*parts, part)], losses.dtype)
+        backward(losses, state, micro_batch, plan)
+        return part
+
     try:
         for index, micro_batch in enumerate(slices):
             is_last = index == len(slices) - 1
             # Dropout must depend on the step, not on earlier draws. The loss may draw as well:
             # torch, numpy and `random` all start from this key.
-            seed_step(key(plan.seed, "model", state.step, index, plan.world.rank))
+            seed = key(plan.seed, "model", state.step, index, plan.world.rank)
             with synchronises(plan.forward, is_last):
-                losses, part = forward(micro_batch, plan)
-                parts.append(part)
-                if is_last:  # overlaps with the backward pass
-                    plan.exchange.send([part.sums for part in parts], losses.dtype)
-                backward(losses, state, micro_batch, plan)
+                parts.append(plan.capture.run(accumulate, micro_batch, seed))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return None  # frees the traceback and the tensors that it holds
+    if not together:  # a CUDA graph would not repeat it
+        plan.exchange.send([part.sums for part in parts], torch.float32)
     return parts
 
 

@@ -132,6 +132,11 @@ class Draws:
             self.drawn = self.drawn or self._before != _shown(states())
 
 
+def drawn_on_host() -> str:
+    """Return a digest that changes if torch on the CPU, numpy or `random` draws."""
+    return _shown(states(on_device=False))
+
+
 def _shown(found: list[Any]) -> str:
     digest = hashlib.blake2b()
     for state in found:

@@ -27,6 +27,7 @@ import torchmetrics.classification  # noqa: F401
 from lab import loop, step
 from regrow.checkpoint import writer as checkpoint
 from regrow.distributed.parallel import World
+from regrow.numerics import capture
 from regrow.record import loggers
 from regrow.runs import training as runs
 
@@ -174,7 +175,7 @@ def without_rewind() -> None:
 
 
 def without_seeds() -> None:
-    step.seed_step = lambda value: None  # type: ignore[assignment]
+    capture.seed_step = lambda value: None  # type: ignore[assignment]
 
 
 MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_seeds": without_seeds}

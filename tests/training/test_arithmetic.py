@@ -20,7 +20,7 @@ from lab.tasks import losses
 from lab.tasks.custom import mse_plus_mae
 from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
 from regrow.feeding.batch import Batch
-from regrow.numerics import sums
+from regrow.numerics import capture, sums
 from regrow.numerics.precision import LossScale
 
 CLASSES = 5
@@ -545,6 +545,6 @@ def test_dropout_that_draws_from_the_ambient_state_is_caught(
     run = (*TINY, "model.dropout=0.3")
     found = weights_by_evaluations(tmp_path / "seeded", *run)
     assert found["every"] == found["never"]
-    monkeypatch.setattr(step, "seed_step", lambda value: None)
+    monkeypatch.setattr(capture, "seed_step", lambda value: None)
     found = weights_by_evaluations(tmp_path / "unseeded", *run)
     assert found["every"] != found["never"]

@@ -12,9 +12,10 @@ import torch
 from finished import finished, script
 from running import TINY, fingerprint, metrics_of, train
 
-from lab import evaluate, step
+from lab import evaluate
 from regrow import randomness
 from regrow.config.yaml_files import read_yaml
+from regrow.numerics import capture
 from regrow.processes.interrupt import Interrupted
 from regrow.project import CONF
 from regrow.record.records import read_json
@@ -51,7 +52,7 @@ def test_a_model_that_draws_trains_the_same_after_a_resume(tmp_path: Path) -> No
 
 def test_a_seed_of_torch_alone_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = lambda value: torch.default_generator.manual_seed(value)  # noqa: E731
-    monkeypatch.setattr(step, "seed_step", seed)
+    monkeypatch.setattr(capture, "seed_step", seed)
     train(tmp_path / "whole", *RUN)
     in_parts(tmp_path / "parts", 3)
     assert fingerprint(tmp_path / "parts") != fingerprint(tmp_path / "whole")

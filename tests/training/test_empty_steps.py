@@ -89,11 +89,11 @@ def test_the_warm_up_of_the_average_does_not_count_it() -> None:
 
     run = bench(ema_decay=0.99, ema_warmup=True)
     run.step(batch(0, 0, 1, 2))
-    before = average_weight(run.state, run.options)
+    before = average_weight(run.state, run.options, run.state.step)
     run.step(batch(1, 2, 2, 1))
-    assert average_weight(run.state, run.options) == before
+    assert average_weight(run.state, run.options, run.state.step) == before
     run.step(batch(0, 0, 1, 2))
-    assert average_weight(run.state, run.options) < before
+    assert average_weight(run.state, run.options, run.state.step) < before
 
 
 def test_it_may_be_the_first_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,31 @@ def learn_kernels(optimizers_of: Callable[[nn.Module], Any], layout: Any) -> lis
         for optimizer in optimizers:
             optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_on_a_device_does_torchs_step_and_skips_a_bad_one(nesterov: bool) -> None:
+    torch.manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(3, 5))]
+    copies = copy.deepcopy(matrices)
+    options = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
+    on_host, on_device = (torch.optim.Muon(each, **options) for each in (matrices, copies))
+    on_device.param_groups[0]["lr"] = torch.tensor(0.02)
+    for _ in range(3):
+        for one, other in zip(matrices, copies, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        on_host.step()
+        optim.muon_on_device(on_device, torch.tensor(0.0))
+        torch.testing.assert_close(copies, matrices)
+    before = copy.deepcopy([copies, [on_device.state[p]["momentum_buffer"] for p in copies]])
+    for other in copies:
+        other.grad = torch.full_like(other, torch.nan)
+    optim.muon_on_device(on_device, torch.tensor(1.0))
+    after = [copies, [on_device.state[p]["momentum_buffer"] for p in copies]]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    optim.muon_on_device(on_device, torch.tensor(0.0))
+    assert copies[0].isnan().all()  # the control
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -15,13 +15,12 @@ from running import CPU, TINY, config_of, fingerprint, metrics_of, train, train_
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lab import step
 from lab.data.datasets import from_datasets
 from lab.schedules import Plateau
 from lab.state import TrainState
 from regrow.feeding.loaders import TrainBatches
 from regrow.feeding.splits import Splits
-from regrow.numerics import sums
+from regrow.numerics import capture, sums
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import training as runs
@@ -316,7 +315,7 @@ def forget(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
 
 
 def not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "seed_step", lambda value: None)
+    monkeypatch.setattr(capture, "seed_step", lambda value: None)
 
 
 def without_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,7 @@ RULES: dict[str, Rule] = {
     "trainer.timeout_seconds": number(0, above=True),
     **below("trainer", "accumulation_steps max_skipped_steps log_every_steps", integer(1)),
     "trainer.precision": choice("fp32", "bf16", "fp16"),
+    "trainer.capture": Rule("auto or false", lambda v: v == "auto" or v is False),
     "trainer.ema_decay": optional(
         Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
     ),

@@ -46,6 +46,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.feeding.loaders.Data", "changed", "refuse"),
     AddedKey("regrow.feeding.loaders.Data", "identity", "length"),
     AddedKey("lab.options.TrainerOptions", "ema_warmup", False),
+    AddedKey("lab.options.TrainerOptions", "capture", False),
     AddedKey("regrow.feeding.loaders.Data", "integers", "float32"),
     AddedKey("regrow.feeding.loaders.Data", "ignore_index", None, "loss.ignore_index"),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),

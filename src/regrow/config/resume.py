@@ -61,6 +61,7 @@ MAY_CHANGE = (
     "trainer.accumulation_steps",
     "trainer.num_threads",
     "trainer.keep_freed_memory",
+    "trainer.capture",
     "trainer.log_every_steps",
     "trainer.log_histograms_every_steps",
     "trainer.check_first_batch",

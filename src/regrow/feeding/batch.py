@@ -63,13 +63,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the host does not wait if memory is pinned."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=device.type == "cuda")
-
-        weights = None if self.weights is None else move(self.weights)
-        inputs = each(self.inputs, move)
-        return Batch(inputs, move(self.targets), weights, self.num_local, self.num_global)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `function` applied to every tensor."""
+        inputs, targets = each(self.inputs, function), function(self.targets)
+        weights = None if self.weights is None else function(self.weights)
+        return Batch(inputs, targets, weights, self.num_local, self.num_global)
 
 
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:

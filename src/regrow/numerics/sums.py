@@ -52,6 +52,11 @@ def added(total: Sums, more: Sums) -> Sums:
     return total + more
 
 
+def cleared(total: Sums) -> Sums:
+    """Return zeros; on a device in the same memory, which a CUDA graph adds to."""
+    return [0.0] * len(total) if isinstance(total, list) else total.zero_()
+
+
 def read(sums: Sums) -> list[float]:
     """Return the sums as numbers; waits for the device."""
     return sums if isinstance(sums, list) else sums.tolist()

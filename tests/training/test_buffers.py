@@ -1,0 +1,67 @@
+"""Buffers that are views of one tensor: the model computes and is restored as before."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from regrow.numerics.buffers import Buffers
+
+
+class Aliased(nn.Module):
+    """Keeps a view of a buffer, which must stay a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(4))
+        self.first: Any = self.sums[:2]  # type: ignore[index]
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3), nn.BatchNorm1d(3)]
+    model = nn.Sequential(*layers)
+    return model, copy.deepcopy(model)
+
+
+def step(model: nn.Module, seed: int) -> None:
+    model(torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_flat_buffers_change_no_number_and_take_one_copy_per_dtype() -> None:
+    flat, own = networks()
+    before = {name: buffer.data_ptr() for name, buffer in flat.named_buffers()}
+    buffers = Buffers(flat, flat=True)
+    assert [t.dtype for t in buffers.now] == [torch.float32, torch.int64]
+    assert all(before[name] != buffer.data_ptr() for name, buffer in flat.named_buffers())
+    assert len(Buffers(own).now) == 6
+    for seed in range(3):
+        step(flat, seed), step(own, seed)
+    torch.testing.assert_close(flat.state_dict(), own.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("skipped", [True, torch.tensor(1.0), False, torch.tensor(0.0)])
+@pytest.mark.parametrize("flat", [True, False])
+def test_only_a_skipped_step_restores_them(skipped: Any, flat: bool) -> None:
+    model, _ = networks()
+    buffers = Buffers(model, flat=flat)
+    step(model, 0)
+    before = copy.deepcopy(model.state_dict())
+    buffers.remember()
+    step(model, 1)
+    after = copy.deepcopy(model.state_dict())
+    buffers.restore(skipped)
+    expected = before if float(skipped) else after
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected), rtol=0, atol=0)
+    assert not torch.equal(before["1.running_mean"], after["1.running_mean"])  # the control
+
+
+def test_a_buffer_of_which_the_model_keeps_a_view_stays_where_it_is() -> None:
+    model = Aliased()
+    Buffers(model, flat=True)
+    model.sums.add_(1)  # type: ignore[operator, union-attr]
+    assert model.first.tolist() == [1, 1]
