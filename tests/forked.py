@@ -29,6 +29,13 @@ AT_THE_START = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_",
 TAKEN = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONHASHSEED")
 
 
+def python_path(*folders: str | Path) -> str:
+    """Return a PYTHONPATH of these folders and of those where this process finds packages."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    packages = [path for path in given if path and not Path(path, "regrow").is_dir()]
+    return os.pathsep.join([*map(str, folders), *packages])
+
+
 class Popen:
     """A command in its own process, like subprocess.Popen; output goes through files."""
 
@@ -174,7 +181,7 @@ def _asked(**request: Any) -> Any:
         ours, its = socket.socketpair()
         process = subprocess.Popen(
             [sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()],
-            env={**os.environ, "PYTHONPATH": SOURCE}, stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": python_path(SOURCE)}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         its.close()
         _server = process, ours.makefile("rwb")

@@ -321,7 +321,7 @@ def test_a_model_that_ends_in_softmax_is_found_before_a_folder_is_made(tmp_path:
         "def net(width):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(-1))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": forked.python_path(tmp_path)}
     keys = read_yaml(CONF / "model" / "mlp.yaml")
     removed = [f"~model.{key}" for key in keys if key not in ("_target_", "defaults")]
     done = subprocess.run(

@@ -254,7 +254,7 @@ def test_only_asked_for_does_a_command_print_a_traceback(asks: bool, tmp_path: P
     (tmp_path / "broken_model.py").write_text("import no_such_module_at_all\n")
     environment = {
         **QUIET,
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": forked.python_path(tmp_path),
         **({"HYDRA_FULL_ERROR": "1"} if asks else {}),
     }
     done = forked.run(
@@ -352,8 +352,8 @@ def test_a_callback_of_ones_own_runs(tmp_path: Path) -> None:
     (place / "mine.yaml").write_text("# @package _global_\n" + text)
     done = forked.run(
         [sys.executable, str(ROOT / "scripts/train.py"), "--config-dir", "D", "experiment=mine"],
-        cwd=tmp_path, env={**QUIET, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+        cwd=tmp_path, env={**QUIET, "PYTHONPATH": forked.python_path(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
     )  # fmt: skip
     assert "made by Hydra" in done.stdout and "whitelist" not in done.stdout, done.stdout
 
@@ -365,8 +365,8 @@ def test_a_callback_that_cannot_be_imported_says_why_and_where(tmp_path: Path) -
             *(sys.executable, str(ROOT / "scripts/train.py"), "seed=-1"),
             "+hydra.callbacks.say._target_=my_callbacks.Say",
         ],
-        cwd=tmp_path, env={**QUIET, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+        cwd=tmp_path, env={**QUIET, "PYTHONPATH": forked.python_path(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
     )  # fmt: skip
     said = done.stdout
     assert done.returncode == 2 and said.count("\n") == 1, said

@@ -36,9 +36,8 @@ SAID = "optimizer.lr=0 must be"
 def run(
     folder: Path, *arguments: str, script: str | Path = "train.py", path: str = "", code: int = 0
 ) -> str:
-    kept = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
-    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT / "src"), path]  # another Hydra first
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    kept["PYTHONPATH"] = forked.python_path(*filter(None, [ROOT / "src", path]))
     done = forked.run(
         [sys.executable, str(ROOT / "scripts" / script), *arguments], cwd=folder, env=kept,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,

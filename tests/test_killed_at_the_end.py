@@ -36,11 +36,11 @@ NIGHTLY = pytest.mark.nightly
 def started(folder: Path, *arguments: str, dies_at: str = "") -> int:
     """Return the exit code of the command in `folder`, killed at a point."""
     (folder / "sitecustomize.py").write_text("import deadly\n")
-    paths = [str(folder), str(Path(__file__).parent), str(ROOT / "src")]
+    paths = forked.python_path(folder, Path(__file__).parent, ROOT / "src")
     done = forked.run(
         [sys.executable, "-c", PROGRAM, str(ROOT / "scripts" / "train.py"), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DIES_AT": dies_at},
+        env={**os.environ, "PYTHONPATH": paths, "DIES_AT": dies_at},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

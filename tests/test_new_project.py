@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,7 +251,7 @@ def test_the_tests_and_the_main_script_of_a_copy_work(
 ) -> None:
     copy = tmp_path / "ocean"
     new_project.make_project("Ocean Study", copy)
-    environment = os.environ | {"PYTHONPATH": str(copy / "src")}
+    environment = os.environ | {"PYTHONPATH": forked.python_path(copy / "src")}
     config = run(copy, environment, "scripts/train.py", "--cfg", "job")
     assert config.returncode == 0, config.stderr
     assert "ocean_study" in config.stdout

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -186,12 +187,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(project: Path, *command: str, code: int = 0) -> str:
-    left = ("PYTHONPATH", "HYDRA_FULL_ERROR")
-    places = [
-        str(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if "next-hydra" in p
-    ]
-    environment = {k: v for k, v in os.environ.items() if k not in left}
-    environment |= {"PYTHONPATH": os.pathsep.join(places)} if places else {}
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    environment["PYTHONPATH"] = forked.python_path()
     done = subprocess.run(
         [sys.executable, *command], cwd=project, env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=600,

@@ -50,9 +50,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(project: Path, *command: str) -> str:
     # Without the settings of these tests, such as the path of the package.
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HYDRA_FULL_ERROR")
-    }
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    environment["PYTHONPATH"] = forked.python_path()
     done = subprocess.run(
         [sys.executable, *command], cwd=project, env=environment, capture_output=True, text=True,
         timeout=300,

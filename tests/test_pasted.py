@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import pytest
 from running import TINY
 
@@ -42,7 +43,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(project: Path, **more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    kept["PYTHONPATH"] = forked.python_path()
     return {**kept, "PATH": f"{project / 'bin'}:{kept['PATH']}", **more}
 
 

@@ -28,7 +28,7 @@ THREE_SHARDED = (*TINY, "trainer=fsdp", "trainer.devices=3", "trainer.device=cpu
 BARE = tuple(
     f"~model.{key}" for key in ("init", "hidden", "dropout", "activation", "norm", "freeze")
 )
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": forked.python_path(Path(__file__).parent)}
 
 
 def start(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: Any) -> Any:

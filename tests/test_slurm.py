@@ -44,7 +44,7 @@ def needs_slurm(test: Any) -> Any:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with slurm.running(tmp_path_factory.mktemp("slurm")) as environment:
-        yield {**environment, "PYTHONPATH": str(Path(__file__).parent)}
+        yield {**environment, "PYTHONPATH": forked.python_path(Path(__file__).parent)}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("whole") / "run"
     subprocess.run(
         [sys.executable, str(TRAIN), *LONG, f"hydra.run.dir={folder}"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": forked.python_path(Path(__file__).parent)},
         check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     return fingerprint(folder)

@@ -48,10 +48,8 @@ def command(*arguments: str, root: Path = ROOT) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     tests = str(Path(__file__).resolve().parents[1])
     kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    path = os.pathsep.join(
-        filter(None, [more.pop("PYTHONPATH", ""), tests, kept.get("PYTHONPATH")])
-    )
-    return {**kept, **more, "PYTHONPATH": path}
+    own = more.pop("PYTHONPATH", None)
+    return {**kept, **more, "PYTHONPATH": forked.python_path(*filter(None, [own, tests]))}
 
 
 def sweep(

@@ -27,7 +27,7 @@ class Process:
             mark.unlink()
         if stays:
             (self.marks / stays).write_text(str(seconds))
-        paths = os.pathsep.join([str(CONF.parent / "src"), str(Path(__file__).parent)])
+        paths = forked.python_path(CONF.parent / "src", Path(__file__).parent)
         self.process = forked.popen(
             [sys.executable, str(TRAIN), "hydra.run.dir=run", *arguments],
             cwd=folder,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +45,7 @@ def test_a_step_sends_as_many_bytes_as_worked_out(size: int, tmp_path: Path) -> 
     subprocess.run(
         ["unshare", "--net", sys.executable, HERE / "counting.py", str(size), tmp_path / "sent"],
         check=True, timeout=240, capture_output=True, text=True, cwd=HERE,
-        env={"PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1] / 'src'}"},
+        env={"PYTHONPATH": forked.python_path(HERE, HERE.parent, HERE.parents[1] / "src")},
     )  # fmt: skip
     sent = json.loads((tmp_path / "sent").read_text())
     print(json.dumps(sent, indent=2))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -45,11 +46,10 @@ def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> lis
         json.dumps({"config": config_of(*RUN), "jobs": jobs, "undisturbed": undisturbed})
     )
     source, tests = Path(runs.__file__).parents[2], Path(__file__).parents[1]
-    paths = os.pathsep.join([str(source), str(tests)])
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(HARNESS), str(request)],
-        env={**os.environ, **threads, "PYTHONPATH": paths},
+        env={**os.environ, **threads, "PYTHONPATH": forked.python_path(source, tests)},
         capture_output=True,
         text=True,
         timeout=seconds,
