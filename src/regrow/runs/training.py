@@ -290,4 +290,5 @@ def profiling(options: Settings, folder: Path, world: World) -> Any:
         (folder / "profile" / "operators.txt").write_text(table, encoding="utf-8")
         log.info("profile: %s (open in a browser at ui.perfetto.dev)", folder / "profile")
 
-    return profile(on_trace_ready=finish, profile_memory=True, with_stack=False)
+    # torch 2.11 warns, even of a single cycle, if events are not accumulated.
+    return profile(on_trace_ready=finish, profile_memory=True, with_stack=False, acc_events=True)
