@@ -39,9 +39,13 @@ def measure(*arguments: str) -> Table:
         sys.exit(
             f"benchmarks: {foreign[0]} changes one side alone; cifar10 takes {', '.join(PLACES)}"
         )
+    return table(range(int(rounds[0]) if rounds else 1), *places)
+
+
+def table(seeds: range, *places: str) -> Table:
     options = ("experiment=cifar10_fast", *places)
     device, epochs = world_of(*options).device, config_of(*options)["trainer"]["max_epochs"]
-    seeds, on_gpu = range(int(rounds[0]) if rounds else 1), device.type == "cuda"
+    on_gpu = device.type == "cuda"
     runners = {OURS: ours, BY_HAND: by_hand}
     seconds, said = race(runners, options, seeds, warm_up=on_gpu)  # half an hour on a CPU
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"

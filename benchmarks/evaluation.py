@@ -14,6 +14,7 @@ from lab.progress import evaluation_bar
 from regrow.distributed.parallel import World
 from regrow.randomness import Draws, states_kept
 
+CPU = torch.device("cpu")
 IMAGES = ("data=synthetic", "data.source.num_val=1024", "data.eval_batch_size=256")
 
 
@@ -25,9 +26,10 @@ def measure() -> list[Table]:
     ]
 
 
-def table(what: str, *overrides: str) -> Table:
-    world = World(device=torch.device("cpu"))
-    options = ("trainer.device=cpu", "trainer.num_threads=1", "loss=cross_entropy", *overrides)
+def table(what: str, *overrides: str, device: torch.device = CPU) -> Table:
+    world = World(device=device)
+    on_device = (f"trainer.device={device.type}", "trainer.num_threads=1")
+    options = (*on_device, "loss=cross_entropy", *overrides)
     objects, _ = build(world, *options)
     model, task, val = objects.state.model, objects.task, objects.val
 
@@ -39,7 +41,7 @@ def table(what: str, *overrides: str) -> Table:
     @torch.no_grad()
     def bare() -> None:
         model.eval()
-        loss, right = torch.zeros(()), torch.zeros(())
+        loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
         for batch in val:
             outputs = model(batch.inputs)
             loss += F.cross_entropy(outputs, batch.targets, reduction="sum")

@@ -7,6 +7,7 @@ the loss logged every 50 steps. If `make peers` has installed other engines, the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -66,12 +67,16 @@ def table(what: str, *overrides: str) -> Table:
 
 
 def train_py(
-    world: World, *overrides: str, steps: int, before: int = BEFORE
+    world: World,
+    *overrides: str,
+    steps: int,
+    before: int = BEFORE,
+    feed: Callable[[Any], Any] | None = None,
 ) -> tuple[Callable[[], float], Tensor, Tensor]:
     """The real loop with its real record, without evaluation, which is not part of a step.
 
     Returns a function that runs and times `steps` steps, and this process's inputs and targets of
-    one epoch.
+    one epoch. `feed` makes another feed of the training split's.
     """
 
     class After(StopRequest):
@@ -87,9 +92,9 @@ def train_py(
         def requested(self) -> bool:
             step = objects.state.step + (world.size > 1)
             if step <= self.first:
-                self.started = time.perf_counter()
-            if step <= self.last:
-                self.ended = time.perf_counter()
+                self.started = now(world.device)
+            if step == self.last:
+                self.ended = now(world.device)
             return step >= self.last
 
     objects, config = build(
@@ -99,6 +104,8 @@ def train_py(
         *("trainer.checkpoint.save_every_epochs=null", f"trainer.max_steps={TOTAL}"),
         *("trainer.checkpoint.save_every_steps=300", *overrides),
     )
+    if feed is not None:
+        objects = dataclasses.replace(objects, train=feed(objects.train))
     temporary = tempfile.TemporaryDirectory() if world.is_main else None  # exists as long as `run`
     folder = Path(world.from_main(temporary.name if temporary else ""))
     stop = After()
@@ -115,6 +122,13 @@ def train_py(
         torch.cat([batch.inputs for batch in batches]),
         torch.cat([batch.targets for batch in batches]),
     )
+
+
+def now(device: torch.device) -> float:
+    """Return the clock's time once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -1,0 +1,65 @@
+"""`make bench-gpu`: run parts on a GPU, store their results, and write docs/gpu.md from them."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from benchmarks.gpu import page
+from benchmarks.gpu.parts import PARTS, ROOT, Setting
+
+HELP = f"""python -m benchmarks.gpu [PART …] [KEY=VALUE …]
+Parts, in order of value, each at most four minutes on one H100: {", ".join(PARTS)}. Default: all.
+results=build/bench-gpu  folder of the stored results; what is there is not measured again
+data=FOLDER              CIFAR-10 in pictures (benchmarks/gpu/sprites.py); without, random images
+page=docs/gpu.md         the page to write; page= for none
+commit=…                 of the code, where git cannot say it
+device=cuda              or cpu, to try the code
+size=full                or tiny, to try the code"""
+
+
+def main(*arguments: str) -> int:
+    if "--help" in arguments:
+        print(HELP)
+        return 0
+    given = dict(a.split("=", 1) for a in arguments if "=" in a)
+    names = [a for a in arguments if "=" not in a] or list(PARTS)
+    known = {"results": "build/bench-gpu", "data": "", "page": "docs/gpu.md"}
+    known |= {"device": "cuda", "size": "full", "commit": ""}
+    if unknown := [*(given.keys() - known.keys()), *(n for n in names if n not in PARTS)]:
+        sys.exit(f"benchmarks: there is no {unknown[0]}\n{HELP}")
+    known |= given
+    if known["device"] == "cuda" and not torch.cuda.is_available():
+        sys.exit("benchmarks: there is no GPU here. device=cpu size=tiny tries the code.")
+    setting = Setting(torch.device(known["device"]), known["size"] == "tiny", known["data"] or None)
+    folder = ROOT / known["results"]
+    torch.set_num_threads(1)  # of the host, as in train.py here
+    failed = False
+    for part in names:
+        for name, run in PARTS[part](setting):
+            stored = page.load(folder, part)
+            if name in stored:
+                print(f"{part}: {name} is there", flush=True)
+                continue
+            started = time.perf_counter()
+            print(f"{part}: {name} …", flush=True)
+            try:
+                result = run()
+            except Exception as error:  # the other results do not depend on it
+                print(f"{part}: {name} failed: {type(error).__name__}: {error}", flush=True)
+                failed = True
+                continue
+            seconds = time.perf_counter() - started
+            page.store(
+                folder, part, name, {**result, **page.machine(setting.device, known["commit"])}
+            )
+            print(f"{part}: {name} took {seconds:.0f} s\n{page.text(name, result)}", flush=True)
+        if known["page"]:
+            page.write(ROOT / known["page"], folder, list(PARTS))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
