@@ -36,7 +36,7 @@ class Case:
     batch: int
     steps: int  # of a round
     rounds: int
-    before: int  # untimed steps; capture begins in a run's second epoch
+    before: int  # untimed steps; captured ones are compared with others until then
     candidates: tuple[str, ...]
 
 

@@ -43,7 +43,8 @@ class Setting:
 def tests(setting: Setting) -> Results:
     """The tests that need a GPU, slow ones included."""
     workers = ("-n", "4") if setting.device.type == "cuda" else ()
-    yield "Tests that need a GPU", lambda: pytest("tests/training/test_cuda.py", *workers)
+    files = map(str, sorted(ROOT.glob("tests/training/test_cuda*.py")))
+    yield "Tests that need a GPU", lambda: pytest(*files, *workers)
 
 
 def suite(setting: Setting) -> Results:
@@ -56,6 +57,7 @@ def pytest(*arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command += ["-p", "no:benchmark"]  # a plugin that warns of another one, if it is installed
         started = time.perf_counter()
         subprocess.run([*command, *arguments], cwd=ROOT, check=False)
         seconds = time.perf_counter() - started
@@ -74,7 +76,7 @@ def step(setting: Setting) -> Results:
     digits = Case(
         title="the default MLP on digits, batch 64",
         overrides=("data=digits", "data.augment=false", "data.drop_last=true"),
-        batch=64, steps=5 if tiny else 300, rounds=2 if tiny else 7, before=3 if tiny else 100,
+        batch=64, steps=5 if tiny else 300, rounds=2 if tiny else 7, before=3 if tiny else 110,
         candidates=ALL,
     )  # fmt: skip
     count = 64 if tiny else 10_240

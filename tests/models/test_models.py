@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.nn import functional
 
 from lab.models import vision
 from lab.models.cnn import CNN
@@ -17,7 +18,7 @@ from lab.models.freezing import freeze
 from lab.models.initialisation import SCHEMES, apply, start_from_data
 from lab.models.mlp import MLP
 from lab.models.vision import fitting_patch, resnet, vit
-from lab.models.whitened_cnn import WhitenedCNN
+from lab.models.whitened_cnn import WhitenedCNN, largest
 from regrow.errors import UserError
 
 torch.set_num_threads(1)
@@ -109,6 +110,15 @@ def test_all_but_filters_and_scales_of_a_whitened_cnn_learn(shape: list[int]) ->
     assert all(torch.equal(one[name], value) for name, value in made(
         "whitened_cnn", shape, 5
     ).state_dict().items())  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_largest_values_have_a_finite_gradient_when_compiled_in_bf16() -> None:
+    inputs = torch.randn(8, 4, 3, 3).bfloat16().requires_grad_()
+    outputs = torch.compile(lambda values: largest(functional.gelu(values)))(inputs)
+    outputs.sum().backward()
+    assert torch.equal(outputs, functional.gelu(inputs).amax((2, 3)))
+    assert inputs.grad is not None and inputs.grad.isfinite().all()
 
 
 def test_a_whitened_cnn_takes_its_settings() -> None:

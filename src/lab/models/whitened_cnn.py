@@ -89,8 +89,17 @@ class WhitenedCNN(nn.Module):
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         features = self.stages(F.gelu(self.whiten(inputs)))
-        outputs: Tensor = self.head(features.amax((2, 3)))
+        outputs: Tensor = self.head(largest(features))
         return outputs
+
+
+def largest(features: Tensor) -> Tensor:
+    """Return the largest value of each channel, (B, C).
+
+    As `amax` does, but that has no finite gradient when compiled in bf16 (torch 2.11 to 2.15): it
+    looks for the rounded maximum among values that were not rounded, and divides by their number.
+    """
+    return features.flatten(2).max(2).values
 
 
 class _Stage(nn.Module):
