@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS =
 
-.PHONY: help train test test-slow test-all test-nightly mutate test-next-hydra check format bench peers lock clean setup
+.PHONY: help train test test-slow test-all test-nightly mutate test-next-hydra check format bench bench-gpu peers lock clean setup
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -63,6 +63,12 @@ format: setup ## format, and fix what the linter can
 bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step measures one part, ARGS=--help lists the parts
 	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
 	@$(PY) -m benchmarks $(ARGS)
+
+# Needs no network, and no .venv if packages are elsewhere: see docs/gpu.md.
+bench-gpu: ## measure on a GPU and write docs/gpu.md; ARGS=--help lists the parts
+	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
+	@python=$(PY); [ -x $(PY) ] || python=python3; \
+		PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu $(ARGS)
 
 peers: setup ## install other engines for `make bench` to compare with
 	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }

@@ -40,14 +40,14 @@ class Table:
 
 
 def in_turn(
-    candidates: Mapping[str, Callable[[], float | None]], *, rounds: int
+    candidates: Mapping[str, Callable[[], float | None]], *, rounds: int, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Return the seconds of each candidate in each round, after an untimed round.
+    """Return the seconds of each candidate in each round, after an untimed round to warm up.
 
     A candidate that times itself returns its seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(rounds + 1):
+    for index in range(0 if warm_up else 1, rounds + 1):
         for name, run in candidates.items():
             started = time.perf_counter()
             own = run()

@@ -99,12 +99,12 @@ def remarks(table: Table, row: dict[str, Any]) -> list[str]:
     found = []
     medians = {name: statistics.median(each) / table.per for name, each in table.seconds.items()}
     peak = PEAK.get(row.get("device", ""))
-    if row.get("flops"):
-        used = f"A step is {row['flops'] / 1e12:.3g} Tflop"
-        if peak:
-            shares = (f"{n} {row['flops'] / s / peak:.1%}" for n, s in medians.items())
-            used += f". Of the card's {peak / 1e12:.0f} Tflop/s in bf16: {', '.join(shares)}"
-        found.append(f"{used}.")
+    if row.get("flops") and peak and "bf16" in table.title:
+        shares = (f"{n} {row['flops'] / s / peak:.1%}" for n, s in medians.items())
+        found.append(
+            f"A step is {row['flops'] / 1e12:.2f} Tflop. MFU, of {peak / 1e12:.0f} Tflop/s: "
+            f"{', '.join(shares)}."
+        )
     if loops.FIXED in medians:
         waits = 1 - medians[loops.FIXED] / medians[loops.OURS]
         found.append(f"Share of a step that data cost: {waits:.1%}.")

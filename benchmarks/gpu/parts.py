@@ -25,7 +25,6 @@ from regrow.checkpoint.writer import CheckpointWriter, Facts
 
 ROOT = Path(__file__).resolve().parents[2]
 Results = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
-ALL = (loops.EAGER, loops.OURS, loops.OURS_COMPILED, loops.BARE, loops.CAPTURED, loops.COMPILED)
 IMAGES = ("data=synthetic", "data.augment=false", "data.drop_last=true", "data.overlap=ignore",
           "data.source.num_val=64", "data.source.num_test=64", "trainer.precision=bf16",
           "trainer.channels_last=true", "optimizer=adamw")  # fmt: skip
@@ -42,7 +41,7 @@ class Setting:
 
 def tests(setting: Setting) -> Results:
     """The tests that need a GPU, slow ones included."""
-    workers = ("-n", "4") if setting.device.type == "cuda" else ()
+    workers = ("-n", "8") if setting.device.type == "cuda" else ()
     files = map(str, sorted(ROOT.glob("tests/training/test_cuda*.py")))
     yield "Tests that need a GPU", lambda: pytest(*files, *workers)
 
@@ -73,11 +72,16 @@ def pytest(*arguments: str) -> dict[str, Any]:
 
 def step(setting: Setting) -> Results:
     tiny = setting.is_tiny
+    steps = 5 if tiny else 200
     digits = Case(
         title="the default MLP on digits, batch 64",
-        overrides=("data=digits", "data.augment=false", "data.drop_last=true"),
-        batch=64, steps=5 if tiny else 300, rounds=2 if tiny else 7, before=3 if tiny else 110,
-        candidates=ALL,
+        overrides=(
+            "data=digits", "data.augment=false", "data.drop_last=true",
+            f"trainer.checkpoint.save_every_steps={steps}",
+        ),
+        batch=64, steps=steps, rounds=2 if tiny else 5, before=3 if tiny else 110,
+        candidates=(loops.EAGER, loops.OURS, loops.BARE, loops.CAPTURED, loops.COMPILED),
+        note="train.py saves a checkpoint in each.",
     )  # fmt: skip
     count = 64 if tiny else 10_240
     batch = 16 if tiny else 512
@@ -87,8 +91,11 @@ def step(setting: Setting) -> Results:
             *IMAGES, *(SMALL if tiny else ("model=resnet18",)),
             f"data.source.num_train={count}", f"data.batch_size={batch}",
         ),
-        batch=batch, steps=2 if tiny else 40, rounds=2 if tiny else 5, before=1 if tiny else 60,
-        candidates=ALL,
+        batch=batch, steps=2 if tiny else 30, rounds=2 if tiny else 4, before=1 if tiny else 50,
+        candidates=(
+            loops.EAGER, loops.OURS, loops.OURS_COMPILED,
+            loops.BARE, loops.CAPTURED, loops.COMPILED,
+        ),
     )  # fmt: skip
     yield "mlp", lambda: loops.measure(digits, setting.device)
     yield "resnet18", lambda: loops.measure(photographs, setting.device)
@@ -186,10 +193,9 @@ def race(setting: Setting) -> dict[str, Any]:
     read = f"data.root={setting.data}", "data.source._target_=benchmarks.gpu.sprites.read"
     count = 400 if setting.is_tiny else 49_500
     drawn = "data.source._target_=benchmarks.gpu.sprites.drawn", f"+data.source.count={count}"
+    seeds = 1 if setting.is_tiny else 5 if setting.data else 3
     source = read if setting.data else drawn
-    found = cifar.table(
-        range(1 if setting.is_tiny else 5), *source, f"trainer.device={setting.device.type}"
-    )
+    found = cifar.table(range(seeds), *source, f"trainer.device={setting.device.type}")
     if not setting.data:
         note = f"Random images, so the accuracies mean nothing. {found.note}"
         found = dataclasses.replace(found, note=note)

@@ -1,0 +1,80 @@
+"""`make bench-gpu` without a GPU: its parts, their stored results, its page and its pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks").is_dir(), reason="a copy without benchmarks"
+)
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def test_the_page_is_written_from_results_and_keeps_what_was_written_by_hand(
+    tmp_path: Path,
+) -> None:
+    from benchmarks.gpu import page
+
+    written = tmp_path / "gpu.md"
+    written.write_text("of before\n\n## Checks\n\nby hand\n")
+    facts = page.machine(torch.device("cpu"), commit="abc1234") | {"device": "NVIDIA H200"}
+    seconds = {"train.py": [3.0, 3.0], "train.py with one batch for all steps": [2.4, 2.4]}
+    table = {"title": "bf16", "note": "", "unit": "s", "reference": "train.py", "seconds": seconds}
+    row: dict[str, Any] = {"table": table, "flops": 989e12, "memory": {"train.py": 70.4}, **facts}
+    page.store(tmp_path, "step", "a model", row)
+    tests = {"tests": 3, "skipped": 1, "failed": ["test_a"], "seconds": 1.0}
+    page.store(tmp_path, "tests", "Some tests", tests | facts)
+    page.write(written, tmp_path, ["tests", "step", "cifar"])
+    text = written.read_text()
+    assert text.endswith("\n## Checks\n\nby hand\n") and "of before" not in text
+    assert "Not measured: cifar." in text
+    assert "3 tests, 1 of them skipped: 1 failed.\n- test_a" in text
+    assert "| train.py with one batch for all steps | 2.4 | 2.4 | 0.80 |" in text
+    assert "Share of a step that data cost: 20.0%." in text
+    assert "MFU, of 989 Tflop/s: train.py 33.3%" in text
+    assert "at most: train.py 70." in text
+    assert f"NVIDIA H200, torch {torch.__version__}" in text and "at abc1234" in text
+    before = text
+    page.write(written, tmp_path, ["tests", "step", "cifar"])
+    assert written.read_text() == before
+
+
+def test_images_come_back_from_a_picture_bit_for_bit(tmp_path: Path) -> None:
+    from benchmarks.gpu import sprites
+
+    images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
+    sprites.pack(images, tmp_path / "train_0.webp")
+    found = sprites.unpack(tmp_path / "train_0.webp")
+    assert torch.equal(found, images)
+    assert not torch.equal(found.flip(0), images)  # the control
+
+
+@pytest.mark.slow
+def test_a_part_runs_and_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
+    def run() -> str:
+        arguments = ("step", "device=cpu", "size=tiny", f"results={tmp_path}", "page=")
+        command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "step: mlp took" in run()
+    stored = json.loads((tmp_path / "step.json").read_text())
+    assert stored["mlp"]["table"]["seconds"].keys() == {"train.py", "bare loop"}
+    del stored["resnet18"]  # as after an interruption
+    (tmp_path / "step.json").write_text(json.dumps(stored))
+    said = run()
+    assert "step: mlp is there" in said and "step: resnet18 took" in said
