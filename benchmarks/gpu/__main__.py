@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
@@ -35,6 +36,7 @@ def main(*arguments: str) -> int:
         sys.exit("benchmarks: there is no GPU here. device=cpu size=tiny tries the code.")
     setting = Setting(torch.device(known["device"]), known["size"] == "tiny", known["data"] or None)
     folder = ROOT / known["results"]
+    tell_of_capture()
     torch.set_num_threads(1)  # of the host, as in train.py here
     failed = False
     for part in names:
@@ -59,6 +61,15 @@ def main(*arguments: str) -> int:
         if known["page"]:
             page.write(ROOT / known["page"], folder, list(PARTS))
     return int(failed)
+
+
+def tell_of_capture() -> None:
+    """Print what train.py logs of capture: whether a row measured captured steps."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.addFilter(lambda record: record.msg.startswith("trainer.capture"))
+    logger = logging.getLogger("regrow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

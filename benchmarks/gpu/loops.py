@@ -25,6 +25,12 @@ from regrow.distributed.parallel import World
 EAGER, OURS, OURS_COMPILED = "train.py, uncaptured", "train.py", "train.py, compiled"
 FIXED = "train.py with one batch for all steps"
 BARE, CAPTURED, COMPILED = "bare loop", "captured by hand", "compiled and captured by hand"
+SETTINGS: dict[str, tuple[str, ...]] = {
+    EAGER: ("trainer.capture=false",),
+    OURS: (),
+    OURS_COMPILED: ("trainer.compile=true",),
+    FIXED: (),
+}
 RATE = 1e-3
 
 
@@ -47,44 +53,37 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     runs: dict[str, Callable[[], float]] = {}
     memory: dict[str, float] = {}
     data: list[Tensor] = []
-    model = None
-    options = (f"trainer.device={device.type}", *case.overrides)
     captures = "capture" in config_of()["trainer"]
-    for name in case.candidates:
-        if name in (CAPTURED, COMPILED, OURS_COMPILED) and device.type != "cuda":
-            continue
-        if name == EAGER and not captures:
-            continue
-        settings = {
-            EAGER: ("trainer.capture=false",),
-            OURS_COMPILED: ("trainer.compile=true",),
-        }.get(name, ())
+    left_out = [] if captures else [EAGER]
+    if device.type != "cuda":
+        left_out += [CAPTURED, COMPILED, OURS_COMPILED]
+    for name in (name for name in case.candidates if name not in left_out):
         held = empty_cache(device)
-        if name in (EAGER, OURS, OURS_COMPILED, FIXED):
+        if name in SETTINGS:
             runs[name], *data = train_py(
-                World(device=device), *options, *settings, steps=case.steps, before=case.before,
+                World(device=device), f"trainer.device={device.type}", *case.overrides,
+                *SETTINGS[name], steps=case.steps, before=case.before,
                 feed=Repeated if name == FIXED else None,
             )  # fmt: skip
         else:
             loop = ByHand(case, *data, graph=name != BARE, compiles=name == COMPILED)
-            model, runs[name] = loop.model, loop.run
+            runs[name] = loop.run
         runs[name]()  # warms up
         if device.type == "cuda":
             memory[name] = (torch.cuda.max_memory_reserved() - held) / 2**20
     seconds = in_turn(runs, rounds=case.rounds, warm_up=False)
-    references = {OURS: CAPTURED if captures else BARE, OURS_COMPILED: COMPILED}
-    against = {a: b for a, b in references.items() if a in seconds and b in seconds}
+    against = {OURS_COMPILED: COMPILED} | ({OURS: CAPTURED} if captures else {})
     table = Table(
         title=f"A training step of {case.title}",
         note=f"{case.steps} steps a round, {case.rounds} rounds in turn. {case.note}".strip(),
         unit="ms a step",
         reference=BARE,
         seconds=seconds,
-        against={} if against.get(OURS) == BARE else against,
+        against={name: other for name, other in against.items() if {name, other} <= {*seconds}},
         per=case.steps,
         scale=1e3,
     )
-    flops = flops_of(model, *(each[: case.batch] for each in data)) if model else 0
+    flops = flops_of(loop.model, *(each[: case.batch] for each in data))
     return {"table": dataclasses.asdict(table), "memory": memory, "flops": flops}
 
 

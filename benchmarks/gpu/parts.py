@@ -108,10 +108,10 @@ def resnet50(setting: Setting) -> Results:
         title=f"ResNet-50 on {side}×{side} images, batch {batch}, bf16, channels_last",
         overrides=(
             *IMAGES, *(SMALL if tiny else ("model=resnet50",)),
-            f"data.source.num_train={10 * batch}",
+            f"data.source.num_train={8 * batch}",
             f"data.batch_size={batch}", f"data.input_shape=[3,{side},{side}]",
         ),
-        batch=batch, steps=1 if tiny else 15, rounds=2 if tiny else 5, before=1 if tiny else 25,
+        batch=batch, steps=1 if tiny else 16, rounds=2 if tiny else 3, before=1 if tiny else 18,
         candidates=(loops.OURS, loops.FIXED, loops.BARE),
     )  # fmt: skip
     images = 64 if tiny else 10_000

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regrow.data.datasets import cifar10
+from lab.data.datasets import cifar10
 from regrow.feeding.splits import Examples, Splits, cut_examples
 
 HALVES = {"first": ("train_0", "train_1", "train_2"), "second": ("train_3", "train_4", "test_0")}
@@ -22,7 +22,7 @@ COUNT = 10_000  # images of a picture
 
 
 def read(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:
-    """Return what `regrow.data.datasets.cifar10` returns, from pictures below `root`."""
+    """Return what `lab.data.datasets.cifar10` returns, from pictures below `root`."""
     del download
     paths = {path.stem: path for path in Path(root).rglob("*_[0-9].webp")}
     if missing := [name for names in HALVES.values() for name in names if name not in paths]:
