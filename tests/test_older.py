@@ -15,9 +15,11 @@ import torch
 from finished import process, script
 from running import CPU, as_hydra_has_it, composed, metrics_of
 
-from lab.state import TrainState
+from lab import build
+from lab import older as of_lab
 from regrow.checkpoint import writer as checkpoint
-from regrow.config import older, resume
+from regrow.config import older, places, resume
+from regrow.config.check import shipped_node
 from regrow.config.job import job_of
 from regrow.config.older import AddedKey
 from regrow.config.yaml_files import read_yaml
@@ -168,20 +170,18 @@ def test_a_recorded_override_gets_the_name_that_its_target_has_today(root: Path)
 
 # The table itself, with rows of the tests' own.
 
-ROWS = (
-    AddedKey("lab.Trainer", "warm_up", False),
-    AddedKey("lab.Stop", "after", None),
-    AddedKey(None, "owner", "nobody"),
-)
+ROWS = (AddedKey("some.Trainer", "warm_up", False), AddedKey(None, "owner", "nobody"))
+ROWS_OF_LAB = (AddedKey("some.Stop", "after", None),)
 
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(older, "ADDED_KEYS", ROWS)
+    monkeypatch.setattr(of_lab, "ADDED_KEYS", ROWS_OF_LAB)
 
 
 def record() -> dict[str, Any]:
-    return {"seed": 0, "trainer": {"_target_": "lab.Trainer", "stop": {"_target_": "lab.Stop"}}}
+    return {"seed": 0, "trainer": {"_target_": "some.Trainer", "stop": {"_target_": "some.Stop"}}}
 
 
 def test_a_record_gets_the_keys_that_it_lacks(rows: None) -> None:
@@ -203,13 +203,29 @@ def test_a_node_of_another_target_gets_nothing(rows: None) -> None:
     config = record()
     config["trainer"]["_target_"] = "theirs.Trainer"
     assert older.complete(config) == {"owner": "nobody", "trainer.stop.after": None}
-    plain = {"owner": "me", "groups": {"warm_up": True}, "list": [{"_target_": "lab.Stop"}]}
+    plain = {"owner": "me", "groups": {"warm_up": True}, "list": [{"_target_": "some.Stop"}]}
     assert older.complete(plain) == {}
+
+
+def test_a_row_at_the_root_may_hold_a_node_or_a_key_of_a_node_without_a_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = {"_target_": "some.Step", "order": 1}
+    rows = (AddedKey(None, "step", step), AddedKey(None, "groups.frozen", []))
+    monkeypatch.setattr(older, "ADDED_KEYS", rows)
+    config = record() | {"groups": {"scale": 1}}
+    added = older.complete(config)
+    assert added == {"step": step, "groups.frozen": []}
+    assert config["step"] == step and config["groups"] == {"scale": 1, "frozen": []}
+    assert older.earlier(config) == added
+    now = record() | {"step": {"_target_": "some.Other"}, "groups": {"scale": 1, "frozen": ["a"]}}
+    assert older.adopt(now, added, []) == added and now["step"] == step
+    assert older.complete(record() | {"groups": None}) == {"step": step}
 
 
 def test_a_resume_adopts_them_unless_they_are_typed(rows: None) -> None:
     def config() -> dict[str, Any]:
-        trainer = {"_target_": "lab.Trainer", "warm_up": True, "stop": {"after": 3}}
+        trainer = {"_target_": "some.Trainer", "warm_up": True, "stop": {"after": 3}}
         return {"owner": "nobody", "trainer": trainer}
 
     added = older.complete(record())
@@ -244,10 +260,11 @@ def test_without_the_row_a_resume_is_refused(
         found["trainer"]["brand_new"] = True
         return found
 
-    with pytest.raises(UserError, match=r"trainer\.brand_new was absent and would be True"):
+    absent = r"trainer\.brand_new was absent and would be True.* give it a row in .*\.older\.$"
+    with pytest.raises(UserError, match=absent):
         resume.resumed(folder, config(), overrides)
     row = AddedKey("lab.options.TrainerOptions", "brand_new", False)
-    monkeypatch.setattr(older, "ADDED_KEYS", (*older.ADDED_KEYS, row))
+    monkeypatch.setattr(of_lab, "ADDED_KEYS", (*of_lab.ADDED_KEYS, row))
     kept = resume.resumed(folder, config(), overrides)
     assert kept is not None and kept["trainer"]["brand_new"] is False
     assert "trainer.brand_new=false" in caplog.text
@@ -308,7 +325,7 @@ def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -
 def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Later(TrainState):
+    class Later(build.TrainState):
         def load_state_dict(self, parts: dict[str, dict[str, Any]]) -> None:
             super().load_state_dict({**parts, "progress": self.lacking(parts["progress"])})
 
@@ -316,12 +333,55 @@ def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
         def lacking(progress: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in progress.items() if key != "halvings"}
 
-    monkeypatch.setattr("lab.build.TrainState", Later)
-    with pytest.raises((UserError, SystemExit), match="its progress differs in halvings"):
+    monkeypatch.setattr(build, "TrainState", Later)
+    refused = "its progress differs in halvings. If you added a field, give its earlier value"
+    with pytest.raises((UserError, SystemExit), match=refused):
         train("resume=averages")
-    monkeypatch.setattr(older, "ADDED_PROGRESS", {**older.ADDED_PROGRESS, "halvings": 0})
+    monkeypatch.setattr(of_lab, "ADDED_PROGRESS", {**of_lab.ADDED_PROGRESS, "halvings": 0})
     train("resume=averages")
     assert_same_run(Path("averages"), Path("whole/averages"))
+
+
+RECORDED = ("data", "task", "loss", "model", "optimizer", "scheduler", "step", "trainer")
+
+
+def keys_now() -> dict[str, set[str]]:
+    """Return the keys of a record that today's conf/ composes, by `_target_`; "" is the root."""
+    kept = set(places.own_keys("train", dict.fromkeys(RECORDED)))
+    found = {"": kept - {"lab", "logger", "launcher", "sweep"}}
+
+    def add(node: dict[str, Any]) -> None:
+        if "_target_" in node:
+            found.setdefault(node["_target_"], set()).update(k for k in node if k[:1] != "_")
+        for value in node.values():
+            if isinstance(value, dict):
+                add(value)
+
+    for group in RECORDED:
+        for option in places.options(group):
+            add(shipped_node(group, option) or {})
+    return found
+
+
+def without_a_row(rows: tuple[AddedKey, ...]) -> set[tuple[str, str]]:
+    """Return the keys in conf/ that a record of that time may lack and that have no row."""
+    then = json.loads((RECORDS / "keys.json").read_text())
+    before = {moved.in_text(target): keys for target, keys in then.items()}
+    known = {(target, key) for target in before for key in before[target]}
+    known |= {(row.target or "", row.key) for row in rows}
+    now = keys_now()
+    return {(target, key) for target in now if target in before for key in now[target]} - known
+
+
+def test_each_key_added_since_has_a_row() -> None:
+    assert without_a_row(older.added_keys()) == set()
+
+
+def test_a_key_without_a_row_is_found() -> None:
+    """The negative control."""
+    rows = tuple(row for row in older.added_keys() if row.key != "ema_warmup")
+    assert [key for _, key in without_a_row(rows)] == ["ema_warmup"]
+    assert len(keys_now()) > 40
 
 
 def test_the_records_are_of_that_time() -> None:

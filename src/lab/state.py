@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lab import optim
+from lab import older, optim
 from lab.options import TrainerOptions
 from lab.schedules import Schedule, Stateful
-from regrow.config import older
 from regrow.distributed import sharding
 from regrow.errors import UserError
 from regrow.numerics import sums
@@ -151,7 +150,8 @@ class TrainState:
         if other := {*vars(self.progress), *plain} ^ set(progress):
             raise UserError(
                 "the checkpoint was written by another version of this code: its progress differs "
-                f"in {', '.join(sorted(other))}. Start a new run with init_from=…"
+                f"in {', '.join(sorted(other))}. If you added a field, give its earlier value in "
+                f"{older.__name__}. Otherwise start a new run with init_from=…"
             )
         self.progress = Progress(**{name: progress[name] for name in vars(self.progress)})
         for name, own in plain.items():

@@ -14,7 +14,8 @@ hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
 leads: lead
-older: ADDED_PREPROCESSING, ADDED_PROGRESS, as_override, complete, earlier, line, removed
+older: ADDED_PREPROCESSING, AddedKey, as_override, complete, earlier, EARLY_EXTENSIONS, line,
+    removed
 own_modules: import_own_modules
 places: folders, groups, options
 recorded: recorded_config

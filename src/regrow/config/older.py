@@ -3,28 +3,28 @@
 A run's config holds every key that existed at its time. Later versions add keys, some with a
 default that changes the maths. `complete` gives an older record the value that reproduces what the
 code did without the key, so that resume, evaluate, predict and reproduce keep the run's meaning.
+
+The rows of the lab's own options are in its module `older`, beside the options: see `added_keys`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from regrow.config.command_line import override
-from regrow.project import of_lab
+from regrow.project import lab_name
 
 
 class AddedKey(NamedTuple):
-    # `_target_` of the node that holds the key, where `lab` stands for the lab's package; None: the
-    # top level
-    target: str | None
-    key: str
+    target: str | None  # `_target_` of the node that holds the key; None: the root of the config
+    key: str  # from the root it may be dotted, for a node without a `_target_`
     before: Any  # reproduces the behaviour from before the key existed
     follows: str | None = None  # the dotted key that conf/ interpolates it from
 
 
-IMAGE_FOLDER = "lab.data.datasets.image_folder"
 EARLY_EXTENSIONS = [
     ".bmp",
     ".gif",
@@ -38,25 +38,11 @@ EARLY_EXTENSIONS = [
     ".webp",
 ]
 ADDED_KEYS: tuple[AddedKey, ...] = (
-    AddedKey(None, "step", {"_target_": of_lab("lab.step.train_step"), "_partial_": True}),
-    AddedKey(IMAGE_FOLDER, "exif_orientation", False),
-    AddedKey(IMAGE_FOLDER, "extensions", EARLY_EXTENSIONS),
-    AddedKey(IMAGE_FOLDER, "leave_out", []),
-    AddedKey(IMAGE_FOLDER, "identity", "ends"),
     AddedKey("regrow.feeding.loaders.Data", "changed", "refuse"),
     AddedKey("regrow.feeding.loaders.Data", "identity", "length"),
-    AddedKey("lab.options.TrainerOptions", "ema_warmup", False),
-    AddedKey("lab.options.TrainerOptions", "capture", False),
     AddedKey("regrow.feeding.loaders.Data", "integers", "float32"),
     AddedKey("regrow.feeding.loaders.Data", "ignore_index", None, "loss.ignore_index"),
-    AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
-    AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     AddedKey("regrow.feeding.loaders.Data", "target_dtype", "float32"),
-)
-# Keys that this code no longer accepts, by `_target_`; another key replaces each.
-REMOVED_KEYS: tuple[tuple[str, str], ...] = tuple(
-    (f"lab.tasks.tasks.{task}", "mode")  # trainer.mode
-    for task in ("Multiclass", "Binary", "Multilabel", "Regression")
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {
@@ -64,8 +50,15 @@ ADDED_PREPROCESSING: Mapping[str, Any] = {
     "extensions": EARLY_EXTENSIONS,
     "leave_out": [],
 }
-# Added fields of a checkpoint's progress.
-ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
+
+
+def added_keys() -> tuple[AddedKey, ...]:
+    """Return the rows of the engine and of the lab."""
+    return (*ADDED_KEYS, *_of_lab("ADDED_KEYS"))
+
+
+def _of_lab(name: str) -> Any:
+    return getattr(importlib.import_module(f"{lab_name()}.older"), name)
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -80,46 +73,59 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node[parent]
         del node[last]
-    for row, node, key in _rows(config, None, ""):
-        if row.key not in node:
-            node[row.key] = added[key] = row.before
+    for row, node, key in _rows(config):
+        last = key.rpartition(".")[2]
+        if last not in node:
+            node[last] = added[key] = row.before
     return added
 
 
 def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys of a recorded config that this code no longer accepts."""
     target = config.get("_target_")
-    found = [
-        f"{prefix}{key}" for its, key in REMOVED_KEYS if of_lab(its) == target and key in config
-    ]
+    rows = _of_lab("REMOVED_KEYS")
+    found = [f"{prefix}{key}" for its, key in rows if its == target and key in config]
     for name, value in config.items():
         if isinstance(value, dict):
             found += removed(value, f"{prefix}{name}.")
     return found
 
 
-def _rows(
-    node: dict[str, Any], target: Any, prefix: str
-) -> Iterator[tuple[AddedKey, dict[str, Any], str]]:
-    """Yield the rows for each node of a config, with the node and the key's dotted name."""
-    for row in ADDED_KEYS:
-        if (row.target and of_lab(row.target)) == target:
-            yield row, node, f"{prefix}{row.key}"
+def _rows(config: dict[str, Any]) -> Iterator[tuple[AddedKey, dict[str, Any], str]]:
+    """Yield each row that applies to a config, with the node and the dotted name of its key."""
+    rows = added_keys()
+    for row in rows:
+        node: Any = config
+        for parent in row.key.split(".")[:-1] if row.target is None else ():
+            node = node.get(parent) if isinstance(node, dict) else None
+        if row.target is None and isinstance(node, dict):
+            yield row, node, row.key
+    for prefix, node in _nodes(config):
+        for row in rows:
+            if row.target is not None and row.target == node.get("_target_"):
+                yield row, node, f"{prefix}{row.key}"
+
+
+def _nodes(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for name, value in node.items():
         if isinstance(value, dict):
-            yield from _rows(value, value.get("_target_", ""), f"{prefix}{name}.")
+            yield f"{prefix}{name}.", value
+            yield from _nodes(value, f"{prefix}{name}.")
 
 
 def earlier(config: dict[str, Any]) -> dict[str, Any]:
     """Return the dotted keys that have their earlier value in a completed config."""
-    rows = _rows(config, None, "")
-    return {key: row.before for row, node, key in rows if node.get(row.key, ...) == row.before}
+    return {
+        key: row.before
+        for row, node, key in _rows(config)
+        if node.get(key.rpartition(".")[2], ...) == row.before
+    }
 
 
 def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
     """Return the dotted keys that conf/ interpolates from one of the `changed` keys or groups."""
     found = set(changed)
-    for row, _, key in _rows(config, None, ""):
+    for row, _, key in _rows(config):
         if row.follows and any(f"{row.follows}.".startswith(f"{each}.") for each in found):
             found.add(key)
     return found.difference(changed)

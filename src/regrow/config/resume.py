@@ -23,6 +23,7 @@ from regrow.config.targets import targets_in
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import leaves, matches
 from regrow.errors import UserError, brief, printable
+from regrow.project import lab_name
 from regrow.record import manifest, monitor, moved, ownership
 from regrow.record.records import load_status, load_summary, read_json
 from regrow.record.redact import MASK, redact_all
@@ -405,6 +406,8 @@ def resumed(
             + command_line.shell([f"resume={folder}"])
             + " with the keys to change."
         )
+        if any(" was absent and " in line for line in refused):
+            way_out += f" If you added a key, give it a row in {lab_name()}.older."
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return config
 
@@ -422,7 +425,7 @@ def changed_sources(
     before, now = leaves(recorded), leaves(config)
     return {
         key
-        for key in (row.follows for row in older.ADDED_KEYS if row.follows)
+        for key in (row.follows for row in older.added_keys() if row.follows)
         if (key in chosen if key in lacked else before.get(key) != now.get(key))
     }
 

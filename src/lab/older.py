@@ -1,0 +1,32 @@
+"""Options of the lab that older runs lack, each with the value that keeps what the code did then.
+
+Give each option and each field of `state.Progress` that you add a row here. Otherwise no older run
+can be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from regrow.config.older import EARLY_EXTENSIONS, AddedKey
+
+IMAGE_FOLDER = "lab.data.datasets.image_folder"
+ADDED_KEYS = (
+    AddedKey(None, "step", {"_target_": "lab.step.train_step", "_partial_": True}),
+    AddedKey(IMAGE_FOLDER, "exif_orientation", False),
+    AddedKey(IMAGE_FOLDER, "extensions", EARLY_EXTENSIONS),
+    AddedKey(IMAGE_FOLDER, "leave_out", []),
+    AddedKey(IMAGE_FOLDER, "identity", "ends"),
+    AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
+    AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
+    AddedKey("lab.options.TrainerOptions", "ema_warmup", False),
+    AddedKey("lab.options.TrainerOptions", "capture", False),
+)
+# Keys that the code no longer accepts, by `_target_`; another key replaces each.
+REMOVED_KEYS = tuple(
+    (f"lab.tasks.tasks.{task}", "mode")  # trainer.mode
+    for task in ("Multiclass", "Binary", "Multilabel", "Regression")
+)
+# Added fields of a checkpoint's progress.
+ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
