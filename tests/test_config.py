@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import forked
 import pytest
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from running import composed
 
@@ -24,14 +20,14 @@ from regrow.config import own_modules, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
 from regrow.config.explain import composition_error, wrong_options
-from regrow.config.hydra_access import plain
 from regrow.config.hydras import refuse_typed
 from regrow.config.own_modules import import_own_modules
 from regrow.config.resume import SWEEP, expand
 from regrow.config.targets import allow, instantiate, is_allowed, locate
 from regrow.config.yaml_files import read_yaml
+from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
-from regrow.project import CONF, lab_name
+from regrow.project import CONF
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 
@@ -349,118 +345,10 @@ def test_a_module_in_the_root_of_the_repository_is_found(
     assert locate("a_module_of_ones_own.Net", "model").__name__ == "Net"
 
 
-def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from nodes(value, f"{path}.{key}")
-
-
-def options() -> list[tuple[str, str]]:
-    groups = ("model", "optimizer", "scheduler", "data", "task", "loss", "trainer", "logger")
-    return [
-        (group, path.stem)
-        for group in groups
-        for path in sorted((CONF / group).glob("*.yaml"))
-        if not path.stem.startswith("_")
-    ]
-
-
-# The run passes these: they are not config keys.
-HANDED_IN = {
-    "optimizer": {"params"},
-    "scheduler": {"length"},
-    "task": {"loss"},
-    "loss": {"outputs", "targets"},
-    "logger": {"folder", "resume_step", "run_name", "config"},
-    "data": {"images", "inputs"},
-}
-
-
-def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
-    """Return keys that the target does not take, and parameters of our own targets without a key
-    or with a default: defaults belong in YAML only.
-    """
-    parameters = inspect.signature(locate(node["_target_"], path)).parameters
-    keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return set()
-    if not node["_target_"].startswith(("regrow.", f"{lab_name()}.")):
-        ours = {"interval"} if path == "scheduler" and "optimizer" in parameters else set()
-        return keys - set(parameters) - ours
-    asked = set(parameters) - HANDED_IN.get(group, set())
-    defaults = {name for name in asked if parameters[name].default is not inspect.Parameter.empty}
-    return (keys ^ asked) | defaults
-
-
-@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
-def test_the_keys_of_a_node_are_its_targets_parameters(group: str, option: str) -> None:
-    shipped = shipped_node(group, option)
-    assert shipped is not None
-    for path, node in nodes(shipped, group):
-        assert mismatches(group, node, path) == set(), f"{path} of {group}={option}"
-
-
-def test_a_key_that_no_parameter_answers_to_is_found() -> None:
-    node = {**(shipped_node("optimizer", "muon") or {}), "lrr": 1.0}
-    assert mismatches("optimizer", node, "optimizer") == {"lrr"}
-    del node["lr"]
-    assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
-    others = {"_target_": "torch.optim.Adamax", "lr": 0.1, "lrr": 0.1}  # its own may be left out
-    assert mismatches("optimizer", others, "optimizer") == {"lrr"}
-
-
-def missing(node: Any) -> set[str]:
-    """Return the dotted keys whose value is still missing."""
-    return {key for key, value in flat(node) if value == "???"}
-
-
-@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
-def test_what_a_file_says_has_to_be_given_has_to_be(group: str, option: str) -> None:
-    """A ??? does not replace a value that the file inherits."""
-    written = missing(read_yaml(CONF / group / f"{option}.yaml"))
-    left = missing(
-        plain(
-            composed(f"{group}=[{option}]" if group == "logger" else f"{group}={option}"),
-            resolve=False,
-        )[group]
-    )
-    assert written <= left
-
-
-def test_a_value_that_is_inherited_would_be_found() -> None:
-    merged = OmegaConf.merge({"root": "data"}, {"root": "???", "source": "???"})
-    assert missing(plain(cast(DictConfig, merged), resolve=False)) == {"source"}
-
-
-def test_floats_in_yaml_are_floats() -> None:
-    """PyYAML parses 1e-3 as text."""
-    for path in CONF.rglob("*.yaml"):
-        values = re.sub("#.*", "", path.read_text())
-        for word in values.replace(",", " ").split():
-            if word[:1].isdigit() and "e" in word:
-                assert isinstance(read_text_as_yaml(word), float), f"{word} in {path}"
-
-
-def read_text_as_yaml(word: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(word)
-
-
 def test_every_trainer_key_that_may_be_null_says_what_else_it_may_be() -> None:
     shipped = shipped_node("trainer", "default") or {}
-    nulls = [f"trainer.{key}" for key, value in flat(shipped) if value is None]
+    nulls = [f"trainer.{key}" for key, value in leaves(shipped).items() if value is None]
     assert [key for key in nulls if key not in RULES] == []
-
-
-def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Each node of conf/ is a call of its target: its keys are the parameters, with every default."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from running import composed
+
+from regrow.config.check import shipped_node
+from regrow.config.hydra_access import plain
+from regrow.config.targets import locate
+from regrow.config.yaml_files import read_yaml, readable
+from regrow.dotted import leaves
+from regrow.project import CONF, lab_name
+
+
+def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from nodes(value, f"{path}.{key}")
+
+
+def options() -> list[tuple[str, str]]:
+    groups = ("model", "optimizer", "scheduler", "data", "task", "loss", "trainer", "logger")
+    return [
+        (group, path.stem)
+        for group in groups
+        for path, _ in readable(f"{group}/[!_]*.yaml")  # an unfinished file is left out
+    ]
+
+
+# The run passes these: they are not config keys.
+HANDED_IN = {
+    "optimizer": {"params"},
+    "scheduler": {"length"},
+    "task": {"loss"},
+    "loss": {"outputs", "targets"},
+    "logger": {"folder", "resume_step", "run_name", "config"},
+    "data": {"images", "inputs"},
+}
+
+
+def mismatches(group: str, node: dict[str, Any], path: str) -> set[str]:
+    """Return keys that the target does not take, and parameters of our own targets without a key
+    or with a default: defaults belong in YAML only.
+    """
+    parameters = inspect.signature(locate(node["_target_"], path)).parameters
+    keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return set()
+    if not node["_target_"].startswith(("regrow.", f"{lab_name()}.")):
+        ours = {"interval"} if path == "scheduler" and "optimizer" in parameters else set()
+        return keys - set(parameters) - ours
+    asked = set(parameters) - HANDED_IN.get(group, set())
+    defaults = {name for name in asked if parameters[name].default is not inspect.Parameter.empty}
+    return (keys ^ asked) | defaults
+
+
+@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
+def test_the_keys_of_a_node_are_its_targets_parameters(group: str, option: str) -> None:
+    shipped = shipped_node(group, option)
+    assert shipped is not None
+    for path, node in nodes(shipped, group):
+        assert mismatches(group, node, path) == set(), f"{path} of {group}={option}"
+
+
+def test_a_key_that_no_parameter_answers_to_is_found() -> None:
+    node = {**(shipped_node("optimizer", "muon") or {}), "lrr": 1.0}
+    assert mismatches("optimizer", node, "optimizer") == {"lrr"}
+    del node["lr"]
+    assert mismatches("optimizer", node, "optimizer") == {"lrr", "lr"}
+    others = {"_target_": "torch.optim.Adamax", "lr": 0.1, "lrr": 0.1}  # its own may be left out
+    assert mismatches("optimizer", others, "optimizer") == {"lrr"}
+
+
+def missing(node: Any) -> set[str]:
+    """Return the dotted keys whose value is still missing."""
+    return {key for key, value in leaves(node).items() if value == "???"}
+
+
+@pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
+def test_what_a_file_says_has_to_be_given_has_to_be(group: str, option: str) -> None:
+    """A ??? does not replace a value that the file inherits."""
+    written = missing(read_yaml(CONF / group / f"{option}.yaml"))
+    left = missing(
+        plain(
+            composed(f"{group}=[{option}]" if group == "logger" else f"{group}={option}"),
+            resolve=False,
+        )[group]
+    )
+    assert written <= left
+
+
+def test_a_value_that_is_inherited_would_be_found() -> None:
+    merged = OmegaConf.merge({"root": "data"}, {"root": "???", "source": "???"})
+    assert missing(plain(cast(DictConfig, merged), resolve=False)) == {"source"}
+
+
+def test_floats_in_yaml_are_floats() -> None:
+    """PyYAML parses 1e-3 as text."""
+    for path in CONF.rglob("*.yaml"):
+        values = re.sub("#.*", "", path.read_text())
+        for word in values.replace(",", " ").split():
+            if word[:1].isdigit() and "e" in word:
+                assert isinstance(yaml.safe_load(word), float), f"{word} in {path}"
