@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS =
 
-.PHONY: help train test test-slow test-all test-nightly mutate test-next-hydra check format bench bench-gpu peers lock clean setup
+.PHONY: help train test test-slow test-all test-nightly check format update lock clean setup
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -36,13 +36,10 @@ test-all: ## run the fast and the slow tests
 	@$(MAKE) test
 	@$(MAKE) test-slow
 
+# >>> template only
+.PHONY: mutate test-next-hydra bench bench-gpu peers
 mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail
 	@$(PY) tests/mutate.py $(ARGS)
-
-test-nightly: setup ## run all tests, including variants of slow ones, and the mutations
-	@$(MAKE) test
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
-	@$(MAKE) mutate
 
 test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra below 1.5, including release candidates
 	@$(PY) -m pip install --quiet --upgrade --target build/next-hydra 'hydra-core>=1.4.0rc1,<1.5'
@@ -50,29 +47,39 @@ test-next-hydra: setup ## run the tests of Hydra code with the newest Hydra belo
 		tests/test_config.py tests/test_load.py tests/test_train.py \
 		tests/test_hydra_habits.py tests/test_hydra_settings.py tests/test_notebook.py tests/scripts tests/sweep $(ARGS)
 
+bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step measures one part, ARGS=--help lists the parts
+	@$(PY) -m benchmarks $(ARGS)
+
+# Needs no network, and no .venv if packages are elsewhere: see docs/gpu.md.
+bench-gpu: ## measure on a GPU and write docs/gpu.md; ARGS=--help lists the parts
+	@python=$(PY); [ -x $(PY) ] || python=python3; \
+		PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu $(ARGS)
+
+peers: setup ## install other engines for `make bench` to compare with
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
+# <<< template only
+
+test-nightly: setup ## run all tests, including variants of slow ones
+	@$(MAKE) test
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+# >>> template only
+	@$(MAKE) mutate
+# <<< template only
+
 check: setup ## check formatting, lint and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
+# >>> template only
 	@$(PY) tests/english.py
+# <<< template only
 	@$(PY) -m mypy
 
 format: setup ## format, and fix what the linter can
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step measures one part, ARGS=--help lists the parts
-	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
-	@$(PY) -m benchmarks $(ARGS)
-
-# Needs no network, and no .venv if packages are elsewhere: see docs/gpu.md.
-bench-gpu: ## measure on a GPU and write docs/gpu.md; ARGS=--help lists the parts
-	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
-	@python=$(PY); [ -x $(PY) ] || python=python3; \
-		PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu $(ARGS)
-
-peers: setup ## install other engines for `make bench` to compare with
-	@[ -d benchmarks ] || { echo 'no benchmarks here' >&2; exit 1; }
-	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
+update: setup ## update the engine: make update FROM=<checkout or clone URL of a newer template>
+	@$(PY) scripts/update.py FROM="$(FROM)" KEEP="$(KEEP)" MIGRATED="$(MIGRATED)"
 
 lock: ## update the lock file after a change of requirements (newest versions: ARGS=--upgrade)
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }

@@ -1,15 +1,17 @@
-"""Write a renamed copy of this repository: python scripts/new_project.py "My Project" ../my-project
+"""Begin your own project: python scripts/new_project.py my_project ../my_project
 
-Package, configs, tests and documents carry the new name; runs, data and history stay behind. Needs
-nothing but the standard library.
+Writes the lab as src/my_project, the engine (src/regrow) unchanged, and the configs, scripts and
+tests that go with them. Runs, data, history and all that concerns the template alone stay behind.
+Needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import gzip
 import importlib.util
 import io
+import json
 import keyword
 import os
 import re
@@ -17,41 +19,67 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+import update
+from update import BASE, ENGINE, HELPERS, RECORD, Refused, git
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "regrow"
+README = Path(__file__).with_suffix(".md")
+LAB = "lab"  # the package that a project renames
 TITLE = "Regrow"
 
-# Copied unchanged: the licence names its holders, the lock only names other projects.
-KEPT = {"LICENSE", "requirements.lock"}
-# Without git's list of files, skip these at the top, and the names below anywhere.
-NOT_AT_TOP = {
-    ".git",
-    ".venv",
-    ".venv.lock",
-    "data",
-    "dist",
-    "build",
-    "wandb",
-    "multirun",
-    "htmlcov",
-}
-NOWHERE = {"__pycache__", ".ipynb_checkpoints", ".idea", ".vscode", ".DS_Store", ".env"}
-NO_ENDINGS = (".egg-info", "_cache", ".pyc")
-NOTES_OF_OUTPUTS = {"outputs/README.md", "outputs/.gitkeep"}
+# A project gets these besides the engine; all of it is renamed.
+PARTS = (
+    f"src/{LAB}/",
+    "conf/",
+    "scripts/",
+    ".ci/",
+    ".github/workflows/ci.yml",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "Makefile",
+    "docs/hydra.md",
+    "docs/scaling.md",
+    "outputs/README.md",
+    "pyproject.toml",
+    "requirements",
+    *HELPERS,
+    "tests/data/conftest.py",
+    "tests/data/test_augment.py",
+    "tests/data/test_sources.py",
+    "tests/models/test_models.py",
+    "tests/tasks/",
+    "tests/test_nodes.py",
+    "tests/training/test_arithmetic.py",
+    "tests/training/test_average.py",
+    "tests/training/test_optimizers.py",
+    "tests/training/test_scheduler_adapter.py",
+    "tests/training/test_schedules.py",
+)
+NOT_COPIED = ("scripts/new_project.py", "scripts/new_project.md")
+# Without git's list of files, skip these.
+NO_ENDINGS = ("__pycache__", "_cache", ".pyc", ".egg-info", ".ipynb_checkpoints", ".DS_Store")
 
-
-class Refused(Exception):
-    """The request cannot be carried out. The message is one line."""
+TEMPLATE_ONLY = re.compile(r"(?ms)^[ \t]*# >>> template only\n.*?^[ \t]*# <<< template only\n")
+# A module's name, not the word in prose.
+MODULE = re.compile(
+    rf"""(?x)(?<![\w./-]) {LAB} (?=\.[\w"'{{])   # {LAB}.loop, "{LAB}."
+    | (?<=from[ ]) {LAB} (?=[ ]import) | ^[ ]*import[ ] {LAB} \b
+    | (?<=src/) {LAB} \b | (?<=/[ ]") {LAB} (?=") | (?<=^{LAB}:[ ]) {LAB} \b  # paths, the config
+    """,
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
 class Names:
-    """One name in the forms that a repository uses."""
+    """One name in the forms that a project uses."""
 
     title: str  # Deep Fish
     package: str  # deep_fish
@@ -59,17 +87,6 @@ class Names:
     @property
     def distribution(self) -> str:  # deep-fish
         return self.package.replace("_", "-")
-
-    @property
-    def constant(self) -> str:  # DEEP_FISH
-        return self.package.upper()
-
-    @property
-    def camel(self) -> str:  # DeepFish
-        return "".join(word.capitalize() for word in self.package.split("_"))
-
-
-OLD = Names(title=TITLE, package=PACKAGE)
 
 
 def names_of(name: str) -> Names:
@@ -83,10 +100,6 @@ def names_of(name: str) -> Names:
         )
     if keyword.iskeyword(package) or keyword.issoftkeyword(package):
         raise Refused(f"NAME={name!r} is a keyword of Python. Choose another name.")
-    if package == PACKAGE:
-        raise Refused(f"NAME={name!r} is this repository's own name. Choose another name.")
-    if taken := who_has(package):
-        raise Refused(f"NAME={name!r} would hide {taken} named {package}. Choose another name.")
     if title == title.lower() and " " not in title:
         title = " ".join(word.capitalize() for word in package.split("_"))
     return Names(title=title, package=package)
@@ -96,7 +109,8 @@ def who_has(package: str) -> str | None:
     """Return what else is called `package`, in words; None if the name is free."""
     if package in sys.stdlib_module_names:
         return "a module of Python"
-    if (ROOT / package).is_dir() or (ROOT / "scripts" / f"{package}.py").exists():
+    places = (ROOT / package, ROOT / "src" / package, ROOT / "scripts" / f"{package}.py")
+    if any(place.exists() for place in places):
         return "a folder or script of this repository"
     if package in required() or importlib.util.find_spec(package) is not None:
         return "an installed or required module"
@@ -110,116 +124,51 @@ def required() -> set[str]:
     return pinned | {"hydra", "hydra_plugins", "sklearn", "pil", "yaml", "google", "opentelemetry"}
 
 
-def git(folder: Path, *arguments: str) -> str | None:
-    """Return git's output, or None if it fails or is not installed."""
-    # A hook's GIT_DIR would override the folder.
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    }
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            env=environment,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return os.fsdecode(done.stdout)
-
-
-def files_to_copy(root: Path) -> list[PurePosixPath]:
-    """Return the files that git tracks; without git, all but caches, runs and data."""
-    listed = git(root, "ls-files", "-z", "--", ".") or ""
-    names = [name for name in listed.split("\0") if name]
-    if not names:
-        names = [str(path.relative_to(root)) for path in walk(root)]
+def files_to_copy(root: Path) -> list[str]:
+    """Return the files of a project that git tracks; without git, all of them but caches."""
+    listed = (git(root, "ls-files", "-z", "--", ".") or "").split("\0")
+    names = [name for name in listed if name] or [*update.files_in(root)]
     return [
-        path
-        for path in sorted(set(map(PurePosixPath, names)))
-        if (root / path).is_symlink() or (root / path).is_file()
-        if path.parts[0] != "outputs" or str(path) in NOTES_OF_OUTPUTS
+        name
+        for name in sorted(names)
+        if name.startswith((*ENGINE, *PARTS)) and name not in NOT_COPIED
+        if (root / name).is_file() and not any(end in name for end in NO_ENDINGS)
+        if not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
     ]
 
 
-def walk(folder: Path, depth: int = 0) -> Iterable[Path]:
-    for path in folder.iterdir():
-        name = path.name
-        if name in NOWHERE or name.endswith(NO_ENDINGS) or name.startswith(".coverage"):
-            continue
-        if depth == 0 and name in NOT_AT_TOP:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from walk(path, depth + 1)
-        elif path.parent.name != "local" or path.suffix != ".yaml":  # local to this machine
-            yield path
+def rename(text: str, new: Names) -> str:
+    """Return `text` with the lab's name replaced and without what concerns the template alone."""
+    return MODULE.sub(lambda found: found[0].replace(LAB, new.package), TEMPLATE_ONLY.sub("", text))
 
 
-def rename(text: str, old: Names, new: Names) -> str:
-    """Return `text` with every whole mention of `old` replaced; words that only contain it stay."""
-    forms = {
-        old.camel: new.camel,
-        old.constant: new.constant,
-        old.distribution: new.distribution,
-        old.package: new.package,
-        old.title: new.title,  # if forms are equal the title wins: Regrow alone is prose
-    }
-    whole = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
-    # Class names such as RegrowSearch start with it.
-    pattern = rf"(?<![A-Za-z0-9])(?:(?:{whole})(?![A-Za-z0-9])|{old.camel}(?=[A-Z]))"
-
-    def replacement(found: re.Match[str]) -> str:
-        is_part_of_a_name = text[found.end() : found.end() + 1].isupper()
-        return new.camel if is_part_of_a_name else forms[found.group()]
-
-    return re.sub(pattern, replacement, text)
-
-
-def copy_file(source: Path, target: Path, old: Names, new: Names) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_symlink():
-        target.symlink_to(rename(str(source.readlink()), old, new))
-        return
+def copy_file(source: Path, target: Path, new: Names) -> None:
     content = source.read_bytes()
     with contextlib.suppress(UnicodeDecodeError):  # e.g. an image
-        content = rename(content.decode(), old, new).encode()
+        content = rename(content.decode(), new).encode()
     target.write_bytes(content)
     shutil.copymode(source, target)
 
 
-def fresh_changelog(new: Names, old: Names) -> str:
-    return f"""# Changelog
-
-All notable changes to {new.title}. The format is that of \
-[Keep a Changelog](https://keepachangelog.com/en/1.1.0/).
-
-## [Unreleased]
-
-### Added
-
-- {new.title}, begun as a copy of {old.title} on {datetime.date.today().isoformat()}.
-"""
-
-
-def write_copy(folder: Path, new: Names, *, without_benchmarks: bool) -> None:
-    """Write the renamed files of this repository into the empty `folder`."""
-    for path in files_to_copy(ROOT):
-        if without_benchmarks and path.parts[0] == "benchmarks":
-            continue
-        if path.name in KEPT and len(path.parts) == 1:
-            shutil.copy(ROOT / path, folder / path)
+def write_files(folder: Path, new: Names) -> None:
+    """Write the files of a project into the empty `folder`."""
+    for name in files_to_copy(ROOT):
+        target = folder / name.replace(f"src/{LAB}/", f"src/{new.package}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name.startswith(ENGINE):
+            shutil.copy(ROOT / name, target)
         else:
-            copy_file(ROOT / path, folder / rename(str(path), OLD, new), OLD, new)
+            copy_file(ROOT / name, target, new)
     project = folder / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
-    project.write_text(
-        text.replace(f'\nname = "{new.package}"\n', f'\nname = "{new.distribution}"\n'),
-        encoding="utf-8",
-    )
-    (folder / "CHANGELOG.md").write_text(fresh_changelog(new, OLD), encoding="utf-8")
+    record = record_of(text, new)
+    for key, value in (
+        ("name", new.distribution),
+        ("version", "0.1.0"),
+        ("description", f"Experiments of {new.title}."),
+    ):
+        text = re.sub(rf'(?m)^{key} = ".*"$', f'{key} = "{value}"', text, count=1)
+    project.write_text(text, encoding="utf-8")
     if importlib.util.find_spec("ruff"):
         # A new name changes the order of imports and line breaks, and makes some texts too long.
         for command in (
@@ -228,10 +177,43 @@ def write_copy(folder: Path, new: Names, *, without_benchmarks: bool) -> None:
             ["check", "--select", "E501", "--add-noqa"],
         ):
             subprocess.run(
-                [sys.executable, "-m", "ruff", *command, "--quiet", "--no-cache", "."],
+                [sys.executable, "-m", "ruff", *command, "--quiet", "--no-cache", "."]
+                + [f"--extend-exclude={part}" for part in ENGINE],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
             )
+    (folder / RECORD).parent.mkdir()
+    write_archive(folder, folder / BASE)
+    record["engine"] = update.engine_hash(folder)
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    readme = README.read_text(encoding="utf-8").format_map(record)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def record_of(project: str, new: Names) -> dict[str, str]:
+    """Return what a project keeps about the template that it came from."""
+    commit = (git(ROOT, "rev-parse", "HEAD") or "unknown").strip()
+    if git(ROOT, "status", "--porcelain", "-uno"):
+        commit += " with changes"
+    version = re.search(r'(?m)^version = "(.*)"$', project)
+    return {
+        "template": TITLE,
+        "version": version[1] if version else "unknown",
+        "commit": commit,
+        "title": new.title,
+        "package": new.package,
+    }
+
+
+def write_archive(folder: Path, path: Path) -> None:
+    """Write the base that later updates are merged against: all files but the engine's."""
+    with gzip.GzipFile(path, "wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as it:
+        for name in sorted(update.files_in(folder)):
+            if not name.startswith((*ENGINE, ".template/")):
+                info = it.gettarinfo(folder / name, name)
+                info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
+                with (folder / name).open("rb") as file:
+                    it.addfile(info, file)
 
 
 def first_commit(folder: Path, message: str) -> str:
@@ -249,9 +231,14 @@ def first_commit(folder: Path, message: str) -> str:
     return "one commit on main"
 
 
-def make_project(name: str, destination: Path, *, without_benchmarks: bool = False) -> str:
-    """Write the copy and return how far git got. `destination` appears complete or not at all."""
+def make_project(name: str, destination: Path, *, files_only: bool = False) -> str:
+    """Write the project and return how far git got. `destination` appears complete or not at all.
+
+    With `files_only`, as an update needs them, the name may be in use, and git has no part in it.
+    """
     new = names_of(name)
+    if not files_only and (taken := who_has(new.package)):
+        raise Refused(f"NAME={name!r} would hide {taken} named {new.package}. Choose another name.")
     destination = destination.expanduser().absolute()
     if destination.resolve().is_relative_to(ROOT):
         raise Refused(f"DEST={destination} lies inside this repository. Choose a folder outside.")
@@ -263,8 +250,9 @@ def make_project(name: str, destination: Path, *, without_benchmarks: bool = Fal
     half = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         half.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
-        write_copy(half, new, without_benchmarks=without_benchmarks)
-        done = first_commit(half, f"{new.title}, begun as a copy of {OLD.title}")
+        write_files(half, new)
+        message = f"Begin {new.title} from {update.named(update.read_record(half))}"
+        done = "written" if files_only else first_commit(half, message)
         half.rename(destination)
     except BaseException:
         shutil.rmtree(half, ignore_errors=True)
@@ -280,18 +268,18 @@ def current_umask() -> int:
 
 USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
 
-  name=…               'Deep Fish' gives the package deep_fish; also as the first argument
-  dest=…               a folder that is new or empty; also as the second argument
-  without_benchmarks=… true: leave out benchmarks/, which measure the template [false]"""
+  name=…       'Deep Fish' gives the package deep_fish; also as the first argument
+  dest=…       a folder that is new or empty; also as the second argument
+  files_only=… true: write the files alone, without a git repository [false]"""
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """Return name, dest and without_benchmarks. Raises Refused for anything else."""
-    options = {"without_benchmarks": "false"}
+    """Return name, dest and files_only. Raises Refused for anything else."""
+    options = {"files_only": "false"}
     places = ["dest", "name"]
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key in ("name", "dest", "without_benchmarks"):
+        if equals and key in ("name", "dest", "files_only"):
             options[key] = value
         elif argument.startswith("--") or not places:
             raise Refused(f"{argument}: arguments are NAME DEST, or key=value. See --help.")
@@ -300,8 +288,8 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
     for key in ("name", "dest"):
         if key not in options or (key == "dest" and not options[key]):
             raise Refused(f"{key} must be given: {key}=… See --help.")
-    if options["without_benchmarks"] not in ("true", "false"):
-        raise Refused("without_benchmarks must be true or false.")
+    if options["files_only"] not in ("true", "false"):
+        raise Refused("files_only must be true or false.")
     return options
 
 
@@ -320,8 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     dest = Path(options["dest"])
     try:
-        without = options["without_benchmarks"] == "true"
-        done = make_project(options["name"], dest, without_benchmarks=without)
+        done = make_project(options["name"], dest, files_only=options["files_only"] == "true")
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2

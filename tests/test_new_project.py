@@ -1,12 +1,14 @@
-"""scripts/new_project.py: a copy is renamed everywhere and works, or is not created."""
+"""scripts/new_project.py: a project holds what is its own, under its name, or is not created."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "new_project.py"
 
 
-# Tests that use the package's name in paths, targets, programs and records.
-OF_NAMES = [
-    *("tests/test_imports.py", "tests/test_config.py", "tests/test_own_modules.py"),
-    *("tests/record/test_moved.py", "tests/record/test_damaged.py", "tests/test_monitor.py"),
-    *("tests/sweep/test_locks.py", "tests/training/test_kill.py", "tests/test_guarantees.py"),
-]
-
-
 @pytest.fixture(scope="module")
 def new_project() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))  # as Python does for a script
     spec = importlib.util.spec_from_file_location("new_project", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -80,6 +75,8 @@ def test_a_name_is_given_all_its_forms(
         ("scikit-learn", "module named scikit_learn"),
         ("tests", "folder"),
         ("train", "named train"),
+        ("regrow", "folder"),
+        ("lab", "folder"),
     ],
 )
 def test_a_name_that_cannot_be_a_package_is_refused_in_one_line(
@@ -109,11 +106,6 @@ def test_an_untracked_file_is_named_after_the_copy_and_beside_no_error(
     assert "not copied, as git does not know them: scratch.py" in capsys.readouterr().err
 
 
-def test_its_own_name_is_refused(new_project: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(new_project.Refused, match="own name"):
-        new_project.make_project(new_project.TITLE, tmp_path / "copy")
-
-
 def test_a_folder_that_holds_something_is_refused_and_left_alone(
     new_project: ModuleType, tmp_path: Path
 ) -> None:
@@ -137,53 +129,115 @@ def test_nothing_is_left_of_a_copy_that_fails(
     def no_space(*arguments: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(new_project, "fresh_changelog", no_space)  # after the files were copied
+    monkeypatch.setattr(new_project, "write_archive", no_space)  # after the files were copied
     with pytest.raises(OSError, match="No space"):
         new_project.make_project("Deep Fish", tmp_path / "copy")
     assert not list(tmp_path.iterdir())
 
 
-def test_whole_mentions_are_renamed_and_others_stay(new_project: ModuleType) -> None:
-    old = new_project.Names(title="Sea", package="sea")
-    new = new_project.Names(title="Deep Fish", package="deep_fish")
-    text = "sea.run src/sea SEA_HOME Sea SeaSearch sea_plugin seas Season overseas"
-    assert new_project.rename(text, old, new) == (
-        "deep_fish.run src/deep_fish DEEP_FISH_HOME Deep Fish DeepFishSearch deep_fish_plugin "
-        "seas Season overseas"
-    )
-    assert new_project.rename(new_project.rename("sea Sea SEA_X", old, new), new, old) == (
-        "sea Sea SEA_X"
+def test_the_module_is_renamed_and_the_word_stays(new_project: ModuleType) -> None:
+    names = new_project.Names(title="Deep Fish", package="deep_fish")
+    text = """
+from lab import loop
+    import lab
+from regrow.runs.lab import lab
+_target_: lab.models.mlp.MLP
+lab: lab
+f"lab.{name}" src/lab/loop.py ROOT / "src" / "lab"
+the lab. A lab note; label.x lab-book my.lab.x config["lab"] regrow.x
+"""
+    assert (
+        new_project.rename(text, names)
+        == """
+from deep_fish import loop
+    import deep_fish
+from regrow.runs.lab import lab
+_target_: deep_fish.models.mlp.MLP
+lab: deep_fish
+f"deep_fish.{name}" src/deep_fish/loop.py ROOT / "src" / "deep_fish"
+the lab. A lab note; label.x lab-book my.lab.x config["lab"] regrow.x
+"""
     )
 
 
-def test_no_mention_of_the_old_name_remains(copy: Path, new_project: ModuleType) -> None:
-    old_names = new_project.OLD
-    forms = "|".join({old_names.package, old_names.distribution, old_names.title, old_names.camel})
-    old = re.compile(rf"(?i)(?<![a-z0-9])({forms})(?![a-z0-9])")
-    allowed = {Path("LICENSE"), Path("CHANGELOG.md")}  # the author, and the origin
+def test_parts_for_the_template_alone_are_cut_out(new_project: ModuleType) -> None:
+    names = new_project.Names(title="Deep Fish", package="deep_fish")
+    text = "a\n  # >>> template only\n  b\n  # <<< template only\nc\n"
+    assert new_project.rename(text, names) == "a\nc\n"
+    assert new_project.rename(text + text, names) == "a\nc\n" * 2
+
+
+def test_no_import_or_target_of_the_lab_remains(copy: Path, new_project: ModuleType) -> None:
+    old = re.compile(r"from lab\b|^ *import lab\b|(?<![\w./])lab\.[a-z]|src/lab\b|template only")
     mentions = []
     for path in files(copy):
-        if path.relative_to(copy) in allowed or b"\0" in path.read_bytes():
-            continue
-        lines = path.read_text(encoding="utf-8").splitlines()
-        mentions += [f"{path.name}: {line}" for line in lines if old.search(line)]
-        assert not old.search(str(path.relative_to(copy)))
+        is_engine = path.relative_to(copy).as_posix().startswith(new_project.ENGINE)
+        if not is_engine and b"\0" not in path.read_bytes():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            mentions += [f"{path.name}: {line}" for line in lines if old.search(line)]
     assert not mentions
-    assert len(files(copy)) > 10
-    assert old.search((copy / "CHANGELOG.md").read_text())  # the control: the search finds it there
+    sources = (ROOT / "src" / "lab").rglob("*.py")
+    assert any(old.search(path.read_text()) for path in sources)  # the control
 
 
-def test_a_copy_carries_its_own_name_everywhere(copy: Path, new_project: ModuleType) -> None:
-    assert (copy / "src" / "deep_fish" / "__init__.py").exists()
-    project = (copy / "pyproject.toml").read_text()
-    assert 'name = "deep-fish"' in project
+def test_the_engine_is_copied_unchanged(copy: Path, new_project: ModuleType) -> None:
+    for part in new_project.ENGINE:
+        names = new_project.update.files_in(copy, part)
+        assert names
+        for name in names:
+            assert (copy / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_a_project_holds_nothing_that_concerns_the_template_alone(copy: Path) -> None:
+    inside = {path.relative_to(copy).as_posix() for path in files(copy)}
+    for name in ("CHANGELOG.md", "AGENTS.md", "CONTRIBUTING.md", "docs/decisions.md", "src/lab"):
+        assert (ROOT / name).exists() and not (copy / name).exists(), name
+    for part in (
+        "benchmarks/",
+        "tests/mut",
+        "tests/older",
+        "tests/test_new_project",
+        "tests/sweep",
+    ):
+        assert not [name for name in inside if name.startswith(part)]
+    for part in ("conf/train.yaml", "scripts/update.py", "tests/engine/", "src/deep_fish/loop.py"):
+        assert [name for name in inside if name.startswith(part)], part
+    makefile = (copy / "Makefile").read_text()
+    assert "benchmarks" not in makefile and "\nupdate:" in makefile
+
+
+def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
+    assert 'name = "deep-fish"\nversion = "0.1.0"' in (copy / "pyproject.toml").read_text()
     assert (copy / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     lock = (copy / "requirements.lock").read_text()
     assert lock == (ROOT / "requirements.lock").read_text()
-    changes = (copy / "CHANGELOG.md").read_text()
-    assert "Deep Fish, begun as a copy of" in changes and changes.count("\n- ") == 1
-    if (ROOT / "README.md").exists():
-        assert "Deep Fish" in (copy / "README.md").read_text().splitlines()[0]
+    record = json.loads((copy / ".template" / "record.json").read_text())
+    assert record["template"] == "Regrow" and record["package"] == "deep_fish"
+    readme = (copy / "README.md").read_text()
+    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 50
+    assert f"Regrow {record['version']}, commit {record['commit']}" in readme
+    for link in re.findall(r"\]\((\w[^)#:]*)", readme):
+        assert (copy / link).exists(), link
+
+
+def test_a_project_passes_its_own_checks(copy: Path) -> None:
+    for command in (["check"], ["format", "--check"]):
+        done = run(copy, dict(os.environ), "-m", "ruff", *command, "--no-cache", ".")
+        assert done.returncode == 0, done.stdout
+    (copy / "src/deep_fish/wrong.py").write_text("import os\n")
+    done = run(copy, dict(os.environ), "-m", "ruff", "check", "--no-cache", ".")
+    (copy / "src/deep_fish/wrong.py").unlink()
+    assert done.returncode == 1  # the control
+
+
+def test_the_archive_holds_what_later_updates_are_merged_against(copy: Path) -> None:
+    with tarfile.open(copy / ".template" / "base.tar.gz") as archive:
+        names = set(archive.getnames())
+        stored = archive.extractfile("conf/train.yaml")
+        assert stored is not None
+        assert stored.read() == (copy / "conf/train.yaml").read_bytes()
+    assert {"Makefile", "requirements.txt", ".ci/run", "scripts/update.py"} <= names
+    assert not [name for name in names if name.startswith(("src/regrow/", ".template/"))]
 
 
 def test_runs_environment_and_history_stay_behind(copy: Path) -> None:
@@ -222,41 +276,35 @@ def test_a_copy_starts_with_one_commit_or_says_why_not(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "pyproject.toml").exists()
 
 
-def test_benchmarks_can_be_left_out(new_project: ModuleType, tmp_path: Path) -> None:
-    new_project.make_project("Deep Fish", tmp_path / "copy", without_benchmarks=True)
-    assert not (tmp_path / "copy" / "benchmarks").exists()
-
-
 def test_without_git_the_same_files_are_found(
     new_project: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = tmp_path / "copy"
-    new_project.make_project("Deep Fish", copy)
-    (copy / "outputs" / "run").mkdir(parents=True)
-    for name in ("outputs/run/status.json", ".env", ".coverage.1", "src/.DS_Store", "src/a.pyc"):
-        (copy / name).write_text("{}")
-    with_git = new_project.files_to_copy(copy)
+    root = tmp_path / "template"
+    for name in new_project.files_to_copy(ROOT):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    for name in ("src/.DS_Store", "conf/a.pyc", "conf/local/default.yaml", "outputs/run/x", ".env"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
     monkeypatch.setattr(new_project, "git", lambda *arguments: None)
-    assert new_project.files_to_copy(copy) == with_git
-    assert "outputs/run/status.json" not in map(str, with_git)
-    monkeypatch.undo()
-    (copy / "scratch.py").write_text("")
-    assert new_project.files_to_copy(copy) == with_git  # untracked files are left behind
+    assert new_project.files_to_copy(root) == new_project.files_to_copy(ROOT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", [OF_NAMES, pytest.param([], marks=pytest.mark.nightly)])
-def test_the_tests_and_the_main_script_of_a_copy_work(
-    files: list[str], new_project: ModuleType, tmp_path: Path
+def test_the_tests_and_the_main_script_of_a_project_pass_beside_untracked_files(
+    new_project: ModuleType, tmp_path: Path
 ) -> None:
+    """In one folder, so that both pytest and the runs meet the untracked files."""
     copy = tmp_path / "ocean"
     new_project.make_project("Ocean Study", copy)
+    for name in ("scratch.py", "conf/model/wip.yaml", "src/ocean_study/wip.py", "notes/a.txt"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("unfinished: [\n")
     environment = os.environ | {"PYTHONPATH": forked.python_path(copy / "src")}
-    config = run(copy, environment, "scripts/train.py", "--cfg", "job")
-    assert config.returncode == 0, config.stderr
-    assert "ocean_study" in config.stdout
-    chosen = ("-m", "not slow", "--one-of-each", "-p", "no:cacheprovider", *files)
-    tests = run(copy, environment, "-m", "pytest", *chosen)
+    trained = run(copy, environment, "scripts/train.py", "trainer.max_epochs=1")
+    assert trained.returncode == 0, trained.stderr
+    assert (copy / "outputs/digits/latest/summary.json").exists()
+    tests = run(copy, environment, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider")
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout
 

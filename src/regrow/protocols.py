@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from regrow.processes.interrupt import StopRequest
     from regrow.randomness import Draws
 
-VERSION = 1  # a lab for version n works with each engine of version n
+# A lab for version n works with each engine of version n: `make update` refuses any other. Raise it
+# when a lab must change, and say in docs/migrations.md how.
+VERSION = 1
 
 # A config, or any other plain value: what YAML and JSON hold.
 Config: TypeAlias = "Mapping[str, Config] | Sequence[Config] | str | float | bool | None"
