@@ -4,10 +4,11 @@ Public, by module; all else is private to this folder.
 
 buffers: Buffers, caches
 calls: call, is_out_of_memory, say_if_out_of_memory
+capture: Eager, Graphs, LEAST_STEPS
 exact: BinaryAUROC, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen
 memory: keep_freed_memory
 precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter
-sums: added, constant, COUNTED, epoch_sums, EXAMPLES, gradient_norm, LOSS, on_host, ratio, read,
-    SCORE, Skipped, slice_sums, sum_dtype, Sums, WEIGHT
+sums: added, cleared, constant, COUNTED, epoch_sums, EXAMPLES, gradient_norm, LOSS, on_host, ratio,
+    read, SCORE, Skipped, slice_sums, sum_dtype, Sums, WEIGHT
 """
