@@ -199,6 +199,7 @@ class Bench:
             skips=torch.zeros(2, device=world.device),
             empty_steps=torch.zeros((), device=world.device),
             steps_per_epoch=1000,
+            accumulation_steps=slices,
         )
         self.record = InMemory()
         step_plan = StepPlan(

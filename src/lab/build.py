@@ -149,6 +149,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         skips=torch.zeros(2, device=world.device),
         empty_steps=torch.zeros((), device=world.device),
         steps_per_epoch=train.steps_per_epoch,
+        accumulation_steps=slices,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     step = instantiate(config["step"])

@@ -38,7 +38,7 @@ def refuse_endless_skipping(state: TrainState, sums: Sums, plan: Plan) -> None:
 
 def halve_slices(state: TrainState, batch: Batch, plan: StepPlan) -> None:
     """Retry the step, and run all later ones, in twice as many micro-batches."""
-    slices = plan.options.accumulation_steps << state.progress.halvings
+    slices = state.num_micro_batches
     where = (
         f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
     )
@@ -50,8 +50,8 @@ def halve_slices(state: TrainState, batch: Batch, plan: StepPlan) -> None:
             "trainer.precision=bf16, or a device with more memory."
         )
     if plan.world.size > 1:  # the other ranks are past this point: all must restart
-        raise SlicesTooLarge(where, state.progress.halvings + 1)
-    state.progress.halvings += 1
+        raise SlicesTooLarge(where, 2 * slices)
+    state.progress.num_micro_batches = 2 * slices
     for parameter in plan.parameters:
         parameter.grad = None
     if plan.world.device.type == "cuda":

@@ -30,3 +30,12 @@ REMOVED_KEYS = tuple(
 )
 # Added fields of a checkpoint's progress.
 ADDED_PROGRESS: Mapping[str, Any] = {"empty_steps": 0}
+
+
+def progress_of(saved: Mapping[str, Any], accumulation_steps: int) -> dict[str, Any]:
+    """Return the progress of a checkpoint with the fields of today."""
+    progress = {**ADDED_PROGRESS, **saved}
+    if "halvings" in progress:  # of the micro-batches, one per out-of-memory error
+        halvings = progress.pop("halvings")
+        progress["num_micro_batches"] = accumulation_steps << halvings if halvings else 1
+    return progress

@@ -33,7 +33,7 @@ class Progress:
     evaluations_without_improvement: int = 0  # since early stopping's reference value
     reference_value: float | None = None  # what early stopping compares with
     pruned: bool = False  # stopped by a search because other trials were better
-    halvings: int = 0  # of the micro-batches, one per out-of-memory error
+    num_micro_batches: int = 1  # at least as many per step: fewer ran out of memory
     seconds: float = 0.0  # of training, over all resumes of the run
     train_means: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
     latest: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -54,6 +54,7 @@ class TrainState:
     sums: Sums  # since the epoch began
     skips: Tensor  # (2,) skipped steps: in total, and in the current streak
     steps_per_epoch: int = field(metadata=FOLLOWS)
+    accumulation_steps: int = field(metadata=FOLLOWS)
     progress: Progress = field(default_factory=Progress)
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
     # True if the host knows that skips[1] is zero.
@@ -71,6 +72,11 @@ class TrainState:
     @property
     def step_in_epoch(self) -> int:
         return self.progress.step % self.steps_per_epoch
+
+    @property
+    def num_micro_batches(self) -> int:
+        """The micro-batches of a step: as many as asked for, or more if these did not fit."""
+        return max(self.accumulation_steps, self.progress.num_micro_batches)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -146,7 +152,7 @@ class TrainState:
         """
         self.refuse_other(parts)
         stateful, plain = self._fields()
-        progress = {**older.ADDED_PROGRESS, **parts["progress"]}
+        progress = older.progress_of(parts["progress"], self.accumulation_steps)
         if other := {*vars(self.progress), *plain} ^ set(progress):
             raise UserError(
                 "the checkpoint was written by another version of this code: its progress differs "

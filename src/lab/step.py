@@ -110,7 +110,7 @@ def gradients(state: TrainState, batch: Batch, plan: StepPlan) -> list[Slice] | 
     plan.exchange.begin()
     for parameter in plan.parameters:
         parameter.grad = None
-    slices = batch.split(plan.options.accumulation_steps << state.progress.halvings)
+    slices = batch.split(state.num_micro_batches)
     plan.capture.begin(slices, state.epoch)
     parts: list[Slice] = []
     together = plan.world.size > 1

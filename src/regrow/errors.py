@@ -23,12 +23,12 @@ class MachineFault(OSError):
 class SlicesTooLarge(Exception):
     """One rank has no memory for a micro-batch: all ranks must restart with smaller ones.
 
-    `halvings` is the number of times to halve the micro-batch after the restart.
+    `num_micro_batches` is the number of micro-batches of a step after the restart.
     """
 
-    def __init__(self, message: str, halvings: int) -> None:
+    def __init__(self, message: str, num_micro_batches: int) -> None:
         super().__init__(message)
-        self.halvings = halvings
+        self.num_micro_batches = num_micro_batches
 
 
 class RunFailed(Exception):

@@ -193,7 +193,7 @@ class Position(Protocol):
 
     step: int  # optimizer steps so far
     seconds: float  # of training, over all resumes of the run
-    halvings: int  # of the micro-batches, one per out-of-memory error
+    num_micro_batches: int  # at least as many: fewer ran out of memory
     evaluated_step: int  # the last evaluated step; -1: none
     best_step: int | None
     pruned: bool  # stopped by a search

@@ -267,7 +267,7 @@ def test_an_unexpected_part_is_an_error(stopped: Path) -> None:
     assert objects.state.step == 7
 
 
-@pytest.mark.parametrize("name", ["best_value", "halvings", "evaluated_step", "sums"])
+@pytest.mark.parametrize("name", ["best_value", "num_micro_batches", "evaluated_step", "sums"])
 def test_a_missing_field_of_the_progress_is_an_error(name: str, stopped: Path) -> None:
     parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
     del parts["progress"][name]

@@ -316,7 +316,7 @@ def test_without_memory_the_graphs_go_before_the_micro_batches_are_halved(
     expected = trained(False)
     found = trained(True, before=lambda number, bench: at.__setitem__(0, number))
     assert "too little memory" in caplog.text and not failing
-    assert found[0]["progress"]["halvings"] == 0
+    assert found[0]["progress"]["num_micro_batches"] == 1
     assert_same(found, expected)
 
 

@@ -89,7 +89,7 @@ def test_a_step_without_room_is_done_again_in_slices_that_fit(in_backward: bool)
     cramped, lines = trained(4, in_backward=in_backward)
     roomy, expected = trained(1000, slices=4)
     assert cramped.state.model.failures == 2  # 16, then 8; from then on, 4 fits
-    assert cramped.state.progress.halvings == 2
+    assert cramped.state.progress.num_micro_batches == 4
     for a, b in zip(
         cramped.state.model.state_dict().values(),
         roomy.state.model.state_dict().values(),

@@ -91,7 +91,7 @@ def run(job: Job, count: int) -> float | None:
             raise UserError(error["text"])
         memory = error["kind"] == "memory"
         if outcome.folder is not None:
-            said = {"halvings": error["halvings"]} if memory else {}
+            said = {k: error[k] for k in ("num_micro_batches",) if memory}
             said |= {"step": error["step"], "error": error["text"]}
             records.set_status(Path(outcome.folder), "failed", pids=[], **said)
         if outcome.folder is None or not (memory or restarts):

@@ -283,7 +283,7 @@ class Task:
         return self.out_of_memory() or restarts < job.config["trainer"]["max_restarts"]
 
     def out_of_memory(self) -> bool:
-        return "halvings" in (records.load_status(self.job.parents[1]) or {})
+        return "num_micro_batches" in (records.load_status(self.job.parents[1]) or {})
 
     def start_again(self) -> None:
         """Requeue all tasks. Each failing task calls this; only the first call has an effect."""

@@ -63,7 +63,7 @@ class Found:
 
     done: bool = False  # the run is complete
     has_checkpoint: bool = False
-    halvings: int = 0  # of micro-batches, after a rank ran out of memory
+    num_micro_batches: int = 1  # at least, after a rank ran out of memory
 
 
 def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, Found]:
@@ -76,11 +76,11 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
         folder = Path(job.folder)
         kept = stack.enter_context(claimed(folder, job))
         job = job.with_values(**kept or {})
-        halvings = (records.load_status(folder) or {}).get("halvings", 0)
+        least = (records.load_status(folder) or {}).get("num_micro_batches")
         found = Found(
             done=kept is not None and resume.is_done(folder, job.config),
             has_checkpoint=writer.outline(folder / "checkpoints") is not None,
-            halvings=halvings if isinstance(halvings, int) else 0,
+            num_micro_batches=least if isinstance(least, int) else 1,
         )
     # Only the main process reads the folder: broadcast what it found to all ranks.
     told = json.dumps([job.config, dataclasses.asdict(found)])
@@ -147,14 +147,14 @@ def run_in(job: Job, found: Found, world: World) -> float | None:
     init_from = None if found.has_checkpoint else job.config["init_from"]
     objects = training.build({**job.config, "init_from": init_from}, world)
     with contextlib.closing(objects.data):
-        return run_objects(job, objects, world, found.halvings)
+        return run_objects(job, objects, world, found.num_micro_batches)
 
 
-def run_objects(job: Job, objects: Objects, world: World, halvings: int) -> float | None:
+def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int) -> float | None:
     """Train the built objects and write the run's record."""
     job = job.with_trainer(monitor=objects.options.monitor, mode=objects.options.mode)
     config = job.config
-    objects.state.progress.halvings = halvings
+    objects.state.progress.num_micro_batches = num_micro_batches
     if config["trainer"]["check_first_batch"]:
         lab().check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
@@ -272,8 +272,10 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
-    halvings = {"halvings": error.halvings} if isinstance(error, SlicesTooLarge) else {}
-    records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **halvings)
+    least = {}
+    if isinstance(error, SlicesTooLarge):
+        least = {"num_micro_batches": error.num_micro_batches}
+    records.set_status(folder, "failed", step=step, pids=[os.getpid()], error=line, **least)
     if not isinstance(error, UserError):
         log.error("failed at step %d: %s", step, in_a_line(error))
         if isinstance(error, OSError):  # usually a disk problem that the user can fix

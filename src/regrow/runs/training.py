@@ -159,9 +159,9 @@ def go_on(
         parts = writer.fill(parts, checkpoints.folder / found, world.mesh)
     except writer.DamagedCheckpoint as damage:  # complete, but this torch cannot read it
         raise UserError(f"{damage}. To resume from the one before, move {found} away.") from None
-    halvings = state.progress.halvings
+    least = state.progress.num_micro_batches
     state.load_state_dict(parts)
-    state.progress.halvings = max(halvings, state.progress.halvings)
+    state.progress.num_micro_batches = max(least, state.progress.num_micro_batches)
     checkpoints.saved = (state.step, state.progress.evaluated_step == state.step)
     if world.is_main:
         with contextlib.suppress(OSError):  # the run may have been killed before it rotated

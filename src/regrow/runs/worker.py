@@ -211,7 +211,7 @@ def report(error: BaseException, step: int | None, store: Any, rank: int) -> Non
     if isinstance(error, UserError):
         said |= {"kind": "user", "text": str(error)}
     elif isinstance(error, SlicesTooLarge):
-        said |= {"kind": "memory", "halvings": error.halvings}
+        said |= {"kind": "memory", "num_micro_batches": error.num_micro_batches}
     try:
         if lost_the_others(error):
             store.set("lost", json.dumps(said))
