@@ -57,9 +57,9 @@ def main(*arguments: str) -> int:
             page.store(
                 folder, part, name, {**result, **page.machine(setting.device, known["commit"])}
             )
+            if known["page"]:
+                page.write(ROOT / known["page"], folder, list(PARTS))
             print(f"{part}: {name} took {seconds:.0f} s\n{page.text(name, result)}", flush=True)
-        if known["page"]:
-            page.write(ROOT / known["page"], folder, list(PARTS))
     return int(failed)
 
 
