@@ -42,7 +42,7 @@ def main(*arguments: str) -> int:
     for part in names:
         for name, run in PARTS[part](setting):
             stored = page.load(folder, part)
-            if name in stored:
+            if name in stored and not stored[name].get("failed"):
                 print(f"{part}: {name} is there", flush=True)
                 continue
             started = time.perf_counter()
@@ -59,6 +59,7 @@ def main(*arguments: str) -> int:
             )
             if known["page"]:
                 page.write(ROOT / known["page"], folder, list(PARTS))
+            failed |= bool(result.get("failed"))
             print(f"{part}: {name} took {seconds:.0f} s\n{page.text(name, result)}", flush=True)
     return int(failed)
 

@@ -53,10 +53,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     runs: dict[str, Callable[[], float]] = {}
     memory: dict[str, float] = {}
     data: list[Tensor] = []
-    captures = "capture" in config_of()["trainer"]
-    left_out = [] if captures else [EAGER]
-    if device.type != "cuda":
-        left_out += [CAPTURED, COMPILED, OURS_COMPILED]
+    left_out = () if device.type == "cuda" else (EAGER, OURS_COMPILED, CAPTURED, COMPILED)
     for name in (name for name in case.candidates if name not in left_out):
         held = empty_cache(device)
         if name in SETTINGS:
@@ -72,7 +69,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             memory[name] = (torch.cuda.max_memory_reserved() - held) / 2**20
     seconds = in_turn(runs, rounds=case.rounds, warm_up=False)
-    against = {OURS_COMPILED: COMPILED} | ({OURS: CAPTURED} if captures else {})
+    against = {OURS: CAPTURED, OURS_COMPILED: COMPILED}
     table = Table(
         title=f"A training step of {case.title}",
         note=f"{case.steps} steps a round, {case.rounds} rounds in turn. {case.note}".strip(),

@@ -83,12 +83,9 @@ def where(row: dict[str, str]) -> str:
 
 def text(name: str, row: dict[str, Any]) -> str:
     if "table" not in row:
-        state = f"{len(row['failed'])} failed" if row["failed"] else "all passed"
-        lines = [
-            f"## {name}",
-            "",
-            f"{row['tests']} tests, {row['skipped']} of them skipped: {state}.",
-        ]
+        ran = row["tests"] - row["skipped"]
+        said = f"{ran} tests ran, {row['skipped']} were skipped, {len(row['failed'])} failed."
+        lines = [f"## {name}", "", said]
         return "\n".join(lines + [f"- {each}" for each in row["failed"]]) + "\n"
     table = Table(**row["table"])
     return table.text() + "".join(f"\n{line}\n" for line in remarks(table, row))
