@@ -331,13 +331,13 @@ def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
 
         @staticmethod
         def lacking(progress: dict[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in progress.items() if key != "best_value"}
+            return {key: value for key, value in progress.items() if key != "pruned"}
 
     monkeypatch.setattr(build, "TrainState", Later)
-    refused = "its progress differs in best_value. If you added a field, give its earlier value"
+    refused = "its progress differs in pruned. If you added a field, give its earlier value"
     with pytest.raises((UserError, SystemExit), match=refused):
         train("resume=averages")
-    monkeypatch.setattr(of_lab, "ADDED_PROGRESS", {**of_lab.ADDED_PROGRESS, "best_value": None})
+    monkeypatch.setattr(of_lab, "ADDED_PROGRESS", {**of_lab.ADDED_PROGRESS, "pruned": False})
     train("resume=averages")
     assert_same_run(Path("averages"), Path("whole/averages"))
 
