@@ -159,6 +159,7 @@ def test_captured_steps_have_the_bits_of_uncaptured_ones(
     assert_same(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch advises against fp32
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_steps_are_captured_with_the_same_bits(
