@@ -90,8 +90,7 @@ def update(given: Mapping[str, str], folder: Path) -> list[str]:
     new = read_record(theirs)
     if new == record:
         return [f"This project is up to date with {named(new)}."]
-    before, after = (re.findall(r"\d+", it["version"]) for it in (record, new))
-    if [*map(int, after)] < [*map(int, before)]:
+    if order(new["version"]) < order(record["version"]):
         raise Refused(f"FROM={source} is {named(new)}, which is older than {named(record)}.")
     with tarfile.open(ROOT / BASE) as archive:
         archive.extractall(base, filter="data")
@@ -149,6 +148,12 @@ def refuse_edits(record: dict[str, Any]) -> None:
         )
 
 
+def order(version: str) -> tuple[list[int], bool]:
+    """Return what sorts versions: a pre-release such as 1.0.0rc1 comes before its release."""
+    numbers, rest = re.match(r"([\d.]*)(.*)", version, re.DOTALL).groups()  # type: ignore[union-attr]
+    return [int(number) for number in numbers.split(".") if number], not rest
+
+
 def checkout_of(source: str, folder: Path) -> Path:
     """Return the folder of a checkout, cloned if `source` is a URL."""
     checkout = Path(source).expanduser().absolute()
@@ -184,7 +189,7 @@ def render(checkout: Path, record: dict[str, Any], target: Path) -> None:
     script = checkout / "scripts" / "new_project.py"
     done = subprocess.run(
         [sys.executable, script, f"name={record['title']}", f"dest={target}", "files_only=true"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
     if done.returncode:
         raise Refused(f"{script} failed: {done.stderr.strip()}")
@@ -262,6 +267,8 @@ def patch_of_lab(package: str, folder: Path) -> Path | None:
         "--no-prefix",
         "--full-index",
         "--no-ext-diff",
+        "--no-color",
+        "--binary",
         "a",
         "b",
     ]
@@ -280,7 +287,9 @@ def put_in_place(changes: Changes, folder: Path) -> None:
     known = {Path(name) for name in (git(ROOT, "ls-files", "-z") or "").split("\0")}
     known |= {folder for name in known for folder in name.parents}
     taken = {part for name in written for part in (Path(name), *Path(name).parents)}
-    if unknown := [str(it) for it in sorted(taken - known) if os.path.lexists(ROOT / it)]:
+    in_the_way = [it for it in sorted(taken - known) if os.path.lexists(ROOT / it)]
+    # A reset may leave the folders of an undone update, with what it ignores in them.
+    if unknown := [str(it) for it in in_the_way if str(it) in written or not (ROOT / it).is_dir()]:
         raise Refused(f"git does not know {', '.join(unknown)}. Move it away.")
     new, index = folder / "new", {"GIT_INDEX_FILE": str(folder / "index")}
     new.mkdir()

@@ -261,7 +261,7 @@ def test_code_that_seals_nothing_is_trusted_each_time(
     own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its next write would break the seal, and the printed command would lack `trust=…`."""
-    (own / frozen.state.CODE / "src" / "regrow" / "ownership.py").unlink()
+    (own / frozen.ledger.CODE / "src" / "regrow" / "ownership.py").unlink()
     with pytest.raises(UserError) as refused:
         resumed(own)
     resumed(own, digits_in(refused))

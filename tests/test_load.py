@@ -518,7 +518,7 @@ def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
     assert len(shas) == 1
     shutil.rmtree(parts / "checkpoints")  # before the first checkpoint the source is needed
     with pytest.raises(UserError, match=f"init_from={source}: "):
-        finished(parts, *given, "trainer.max_steps=4")
+        finished(parts, *given, "trainer.max_steps=6")
 
 
 def test_weights_of_a_run_that_was_cut_otherwise_are_said_to_be(

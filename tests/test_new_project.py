@@ -291,8 +291,11 @@ def test_without_git_the_same_files_are_found(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "chosen", [("--one-of-each",), pytest.param((), marks=pytest.mark.nightly)], ids=["some", "all"]
+)
 def test_the_tests_and_the_main_script_of_a_project_pass_beside_untracked_files(
-    new_project: ModuleType, tmp_path: Path
+    chosen: tuple[str, ...], new_project: ModuleType, tmp_path: Path
 ) -> None:
     """In one folder, so that both pytest and the runs meet the untracked files."""
     copy = tmp_path / "ocean"
@@ -304,7 +307,9 @@ def test_the_tests_and_the_main_script_of_a_project_pass_beside_untracked_files(
     trained = run(copy, environment, "scripts/train.py", "trainer.max_epochs=1")
     assert trained.returncode == 0, trained.stderr
     assert (copy / "outputs/digits/latest/summary.json").exists()
-    tests = run(copy, environment, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider")
+    tests = run(
+        *(copy, environment, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *chosen)
+    )
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout
 

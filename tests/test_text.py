@@ -161,7 +161,7 @@ def without_encoding(source: str) -> Iterator[str]:
         )
         of = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         given = {keyword.arg: keyword.value for keyword in node.keywords}
-        if "encoding" in given or of in ("os", "Image", "records", "webbrowser"):
+        if "encoding" in given or of in ("os", "Image", "records", "tarfile", "webbrowser"):
             continue
         modes = [a.value for a in [*node.args, *given.values()] if isinstance(a, ast.Constant)]
         if name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile"):

@@ -204,10 +204,10 @@ def test_twenty_sweeps_that_begin_at_once_have_twenty_folders(tmp_path: Path) ->
     program = """
 import multiprocessing
 import os
-from regrow.record import folder
+from regrow.record import records
 from regrow.sweep import frozen
 
-folder._SUFFIX = "ab"
+records._SUFFIX = "ab"
 fork = multiprocessing.get_context("fork")
 together, done = fork.Barrier(20), fork.Barrier(20)
 

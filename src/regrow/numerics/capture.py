@@ -270,7 +270,7 @@ class Graphs(Eager):
         """Run a piece both ways from the same state. What counts is the uncaptured result."""
         changed = differing(self.recording.attributes, attributes_of(self.objects))
         gradients = [parameter.grad for parameter in self.parameters]
-        tensors = self.state() if seed is None else _of_models(self.objects)
+        tensors = self.state() if seed is None else attribute_tensors(self.objects)
         kept = [*tensors, *(gradient for gradient in gradients if gradient is not None)]
         saved: list[Tensor] = []
 
@@ -391,7 +391,7 @@ def _walk(objects: Sequence[object]) -> Iterator[tuple[str, object, list[Tensor]
             for name, child in each.named_children():
                 add(f"{path}.{name}", child)
             for name, buffer in each._buffers.items():
-                yield f"{path}.{name}", id(buffer), []
+                yield f"{path}.{name}", id(buffer), [] if buffer is None else [buffer]
         for name, value in vars(each).items():
             if isinstance(each, nn.Module) and name in _OF_MODULES:
                 continue
@@ -412,8 +412,9 @@ def attributes_of(objects: Sequence[object]) -> dict[str, object]:
 
 
 def attribute_tensors(objects: Sequence[object]) -> list[Tensor]:
-    """Return the tensors that are attributes but neither parameters nor buffers."""
-    return [tensor for *_, tensors in _walk(objects) for tensor in tensors]
+    """Return the tensors that a forward pass may change: buffers, and attributes of modules."""
+    found = {id(tensor): tensor for *_, tensors in _walk(objects) for tensor in tensors}
+    return [*found.values()]
 
 
 def differing(before: Mapping[str, object], after: Mapping[str, object]) -> str:
@@ -478,13 +479,6 @@ def _graphs_compiled() -> int:
 def _shape_of(batch: Any) -> Hashable:
     shapes = [(t.shape, t.stride(), t.dtype) for t in tensors_in(batch)]
     return batch.num_local, batch.num_global, batch.weights is None, *shapes
-
-
-def _of_models(objects: Sequence[object]) -> list[Tensor]:
-    """Return the tensors that a forward pass may change: buffers, and attributes of modules."""
-    models = [each for each in objects if isinstance(each, nn.Module)]
-    found = [*attribute_tensors(objects), *(b for model in models for b in model.buffers())]
-    return [*{id(tensor): tensor for tensor in found}.values()]
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -165,8 +165,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
     world.barrier()  # a rank that fails before this line leaves no folder behind
     with contextlib.ExitStack() as stack:
         try:
-            folder = open_folder(job, world, stack)
-            is_new = all(path.name == names.LOCK for path in folder.iterdir())
+            folder, is_new = open_folder(job, world, stack)
             stack.enter_context(log_file(folder, world.rank))
             accepted = write_start(folder, job, objects) if world.is_main else {}
         except OSError as error:
@@ -249,17 +248,22 @@ def trial_of(job: Job, objects: Objects, world: World) -> Any:
     return reporter
 
 
-def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> Path:
-    """Return the run's folder, in every rank. A new one is created, and locked by `stack`."""
+def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+    """Return the run's folder, and in the main process whether it is empty but for its lock.
+
+    Creates a new folder, which `stack` locks, if the job names none.
+    """
     name = job.folder or ""
     if job.folder is None and world.is_main:
         created = records.create(Path("outputs"), job.config["name"])
         stack.enter_context(records.Lock(created))
         name = str(created)
+    # Before the other ranks open their log there.
+    is_new = world.is_main and all(path.name == names.LOCK for path in Path(name).iterdir())
     name = world.from_main(name)
     if world.store is not None and world.is_main:
         world.store.set("folder", json.dumps(name))
-    return Path(name)
+    return Path(name), is_new
 
 
 def is_plain(error: BaseException) -> bool:
