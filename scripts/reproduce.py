@@ -152,7 +152,7 @@ def arguments_of(
     typed = {key_of(o) for o in arguments}
     if keys := {key: value for key, value in added.items() if key not in typed}:
         print(older.line(f"run={given}", keys))
-        arguments += [older.as_override(key, value) for key, value in keys.items()]
+        arguments += older.as_overrides(keys)
     aside = ["logger", "resume"]
     elsewhere = not own and downloads_elsewhere(run, config, ())
     if elsewhere and config["data"]["source"].get("root") not in [*places_of_conf()]:

@@ -116,6 +116,7 @@ BAD = {
     "data=image_folder data.num_classes=2": "data.root must be given: add data.root=…",
     "data=cifar10 data.root=null": "data.root must be given: add data.root=…",
     "model._target_=nope.Net": "there is no such module",
+    "+step.buffers=3": "step.buffers: ",
     "model._target_=torch.nn.Linearr": "Did you mean Linear?",
     "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
     "brings: ~model.input_shape ~model.num_outputs ~model.hidden",

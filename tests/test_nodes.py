@@ -43,6 +43,7 @@ HANDED_IN = {
     "scheduler": {"length"},
     "task": {"loss"},
     "loss": {"outputs", "targets"},
+    "step": {"state", "batch", "plan"},
     "logger": {"folder", "resume_step", "run_name", "config"},
     "data": {"images", "inputs"},
 }

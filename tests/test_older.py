@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from finished import process, script
-from running import CPU, as_hydra_has_it, composed, metrics_of
+from running import CPU, as_hydra_has_it, composed, config_of, metrics_of
 
 from lab import build
 from lab import older as of_lab
+from regrow import project
 from regrow.checkpoint import writer as checkpoint
 from regrow.config import older, places, resume
 from regrow.config.check import shipped_node
@@ -238,6 +239,20 @@ def test_a_resume_adopts_them_unless_they_are_typed(rows: None) -> None:
     assert typed["trainer"]["warm_up"] is True
     other = {"owner": "nobody", "trainer": {"_target_": "theirs.Trainer"}}
     assert older.adopt(other, added, []) == {}  # this code's config has no such keys
+
+
+def test_a_node_that_a_record_lacks_becomes_overrides_and_gives_way_to_a_typed_key() -> None:
+    record = config_of()
+    del record["step"]
+    added = older.complete(record)
+    assert older.as_overrides({"step": added["step"]}) == [
+        f'step._target_="{project.of_lab("lab.step.train_step")}"',
+        "step._partial_=true",
+    ]
+    resumed = {**record, "step": {"_target_": "mine.step", "_partial_": True}}
+    assert "step" not in older.adopt(resumed, added, ["step._target_"])
+    assert resumed["step"]["_target_"] == "mine.step"
+    assert "step" in older.adopt(resumed, added, [])  # the negative control
 
 
 def test_the_line_names_the_keys_as_they_are_typed() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -153,6 +154,13 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     step = instantiate(config["step"])
+    try:
+        inspect.signature(step).bind(state, None, None)
+    except TypeError as error:
+        raise UserError(
+            f"step._target_={config['step']['_target_']} must take (state, batch, plan): {error}. "
+            "lab.step.train_step is an example."
+        ) from None
     if options.compile:
         if world.is_main:
             log.info("the model is compiled at its first batches, for some seconds or minutes")

@@ -17,14 +17,15 @@ def lab_name() -> str:
     Never read from a run's record: a foreign folder must not choose code. Raises UserError.
     """
     file = CONF / "train.yaml"
-    found = re.search(r"^lab: *([A-Za-z_]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r"""^lab: *(["']?)([A-Za-z_]\w*)\1 *(?:#.*)?$""", text, re.MULTILINE)
     if found is None:
         raise UserError(
             f"{file}: it has no key lab, the name of your package in src/, such as lab."
         )
-    return found[1]
+    return found[2]
 
 
 def of_lab(name: str) -> str:
     """Return a dotted name within the lab, such as lab.loop, with the lab's own name."""
-    return re.sub(r"^lab\.", f"{lab_name()}.", name)
+    return re.sub(r"^lab(?=\.|$)", lab_name(), name)

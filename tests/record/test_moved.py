@@ -54,6 +54,7 @@ def test_names_of_the_lab_get_the_name_of_its_package(monkeypatch: pytest.Monkey
     assert moved.in_text("regrow.models.mlp.MLP") == of_lab("lab.models.mlp.MLP")
     monkeypatch.setattr("regrow.project.lab_name", lambda: "mine")
     assert moved.in_text("regrow.models.mlp.MLP") == "mine.models.mlp.MLP"
+    assert moved.in_text("regrow.training.schedules.cosine") == "mine.schedules.cosine"
     assert moved.in_text("regrow.training.lr_finder.RangeTest") == "regrow.runs.lr_finder.RangeTest"
 
 

@@ -12,6 +12,7 @@ import torch
 from running import CPU, TINY, config_of, train
 
 from lab import loop, step
+from regrow.errors import UserError
 from regrow.feeding.batch import Batch
 from regrow.runs import training as runs
 
@@ -84,3 +85,12 @@ def test_an_equal_evaluation_is_no_improvement_for_early_stopping_and_plateau() 
         loop.take_in({"val/accuracy": value}, objects.state, objects.options)
     schedule: Any = objects.state.schedule
     assert objects.state.progress.evaluations_without_improvement == schedule.waited == 2
+
+
+def test_a_step_that_does_not_take_state_batch_and_plan_is_refused_before_a_folder_is_made(
+    tmp_path: Path,
+) -> None:
+    config = config_of(*TINY)
+    config["step"] = {"_target_": config["model"]["_target_"], "_partial_": True}
+    with pytest.raises(UserError, match=r"step\._target_=.*MLP must take \(state, batch, plan\): "):
+        runs.build(config, CPU)

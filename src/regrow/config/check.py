@@ -37,7 +37,10 @@ from regrow.failing import fail, in_one_line
 from regrow.project import CONF, lab_name
 from regrow.record import loggers, monitor
 
-GROUPS = ("data", "task", "loss", "model", "optimizer", "scheduler", "trainer", "launcher", "sweep")
+GROUPS = (
+    *("data", "task", "loss", "model", "optimizer", "scheduler", "step", "trainer"),
+    *("launcher", "sweep"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ The rows of the lab's own options are in its module `older`, beside the options:
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from regrow.config.command_line import override
+from regrow.dotted import leaves
 from regrow.project import lab_name
 
 
@@ -76,7 +78,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     for row, node, key in _rows(config):
         last = key.rpartition(".")[2]
         if last not in node:
-            node[last] = added[key] = row.before
+            node[last] = added[key] = copy.deepcopy(row.before)
     return added
 
 
@@ -134,15 +136,17 @@ def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
 def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]) -> dict[str, Any]:
     """Copy what `complete` added into the config of the resumed run, and return what changed.
 
-    Skips keys in `typed` (dotted) and keys that the config lacks.
+    Skips keys in `typed` (dotted), nodes that hold one, and keys that the config lacks.
     """
-    typed, adopted = set(typed), {}
+    adopted = {}
     for key, value in added.items():
+        if any(f"{each}.".startswith(f"{key}.") for each in typed):
+            continue
         *parents, last = key.split(".")
         node: Any = config
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if key not in typed and isinstance(node, dict) and last in node and node[last] != value:
+        if isinstance(node, dict) and last in node and node[last] != value:
             node[last] = adopted[key] = value
     return adopted
 
@@ -150,8 +154,13 @@ def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]
 def line(where: str, keys: Mapping[str, Any]) -> str:
     """Return one line about the keys that an older record was given."""
     return f"{where} is older than these keys, which keep what the code did then: " + ", ".join(
-        as_override(key, value) for key, value in keys.items()
+        as_overrides(keys)
     )
+
+
+def as_overrides(keys: Mapping[str, Any]) -> list[str]:
+    """Return the keys as overrides; a node as one for each of its values."""
+    return [as_override(key, value) for key, value in leaves(keys).items()]
 
 
 def as_override(key: str, value: Any) -> str:

@@ -69,9 +69,11 @@ def server() -> Iterator[None]:
     # OpenBLAS would start its threads on import. `job` restores them.
     is_given = "OPENBLAS_NUM_THREADS" in os.environ
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    yield
-    if not is_given:
-        del os.environ["OPENBLAS_NUM_THREADS"]
+    try:
+        yield
+    finally:
+        if not is_given:
+            del os.environ["OPENBLAS_NUM_THREADS"]
 
 
 def job(environment: Mapping[str, str], log: int) -> None:

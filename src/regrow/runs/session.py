@@ -50,6 +50,7 @@ def run_job(job: Job, world: World) -> float | None:
     allow(job.config)  # another process may have composed and checked it
     with contextlib.ExitStack() as stack:
         job, found = settled(job, world, stack)
+        allow(job.config)  # it may keep targets of the table for older runs
         if not found.done:
             return run_in(job, found, world)
         if world.is_main:
