@@ -1,9 +1,9 @@
 """Update this project's engine: make update FROM=<checkout or clone URL of a newer template>
 
 Replaces src/regrow, src/hydra_plugins and tests/engine. Merges the template's changes of conf/,
-scripts/, requirements, Makefile and its other files into yours, except for your package, its tests
-and README.md. Stages the result, or changes nothing. KEEP="<path> …" keeps your files as they are
-where a merge has conflicts. MIGRATED=<n> says that your package fits version n of the Protocols.
+scripts/, requirements, Makefile and its other files into yours, except for your package, your tests
+and README.md. Stages the result, or changes nothing. KEEP="<path> …" keeps your versions of these
+files unmerged. MIGRATED=<n> confirms that your package fits version n of the Protocols.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Changes = dict[str, Path | None]  # by path: the file with the new content; None
 
 
 class Refused(Exception):
-    """The request cannot be carried out. The message is for the user."""
+    """The update is not possible. The message tells the user why."""
 
 
 def git(folder: Path, *arguments: str, lines: Iterable[str] = (), **environment: str) -> str | None:
@@ -253,7 +253,7 @@ def merged(
 
 
 def patch_of_lab(package: str, folder: Path) -> Path | None:
-    """Write the template's own changes of the lab and its tests as a patch, if there are any."""
+    """Write the template's changes to its lab and tests as a patch; None if there are none."""
     for side, name in (("base", "a"), ("theirs", "b")):
         (folder / name).mkdir()
         for path in files_in(folder / side):
@@ -278,9 +278,9 @@ def patch_of_lab(package: str, folder: Path) -> Path | None:
 
 
 def put_in_place(changes: Changes, folder: Path) -> None:
-    """Stage and write the files. Killed at any instant, `git reset --hard` undoes all of it.
+    """Stage and write the files. If killed, `git reset --hard` restores the last commit.
 
-    The index changes first, in one step: git then knows each new file and removes it in a reset.
+    The index changes first, in one step, so that a reset also removes new files.
     """
     written = sorted(name for name, file in changes.items() if file)
     gone = sorted(set(changes) - set(written))

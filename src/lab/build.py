@@ -1,6 +1,6 @@
 """Builds the objects of a run from its config, in the order of their dependencies.
 
-All objects are made here and nowhere else. `build` writes nothing, so that errors in the data, the
+A run's objects are made only here. `build` writes nothing, so that errors in the data, the
 model or their combination appear before a folder exists.
 """
 
@@ -65,7 +65,7 @@ class Objects:
 
     @property
     def measured(self) -> list[str]:
-        """The names of what an evaluation on the validation split measures."""
+        """The names of the validation metrics."""
         return measured_by(self.task, self.state.skips.device)
 
     def remarks(self, world: World) -> list[tuple[int, str]]:
@@ -176,7 +176,7 @@ def with_monitor(
     *,
     has_val: bool,
 ) -> TrainerOptions:
-    """Return the options with their monitor checked and its mode set; both None without one.
+    """Return the options with a checked monitor and its mode; both are None without a monitor.
 
     Raises UserError for a monitor that is not measured, or whose mode is unknown.
     """
@@ -214,7 +214,7 @@ def measured_by(task: Any, device: torch.device) -> list[str]:
 
 
 def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> Schedule:
-    """Return our schedule, or an adapter for torch's or timm's scheduler with its `interval`."""
+    """Return the lab's schedule, or an adapter for a scheduler of torch or timm."""
     target = locate(node["_target_"], "scheduler")
     if not scheduler_adapter.adapts(target):
         schedule: Schedule = instantiate(node)(length=length)
@@ -278,12 +278,12 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
 def capture_of(
     options: TrainerOptions, state: TrainState, task: Any, world: World, total_steps: int | None
 ) -> Eager:
-    """Return how the pieces of a step run: on a GPU as CUDA graphs, if they can."""
+    """Return what runs the pieces of a step: CUDA graphs on a GPU if possible."""
     if world.device.type != "cuda":
         return Eager()
     reason = None
     if not options.capture:
-        reason = ""  # the user knows
+        reason = ""  # the user turned it off, so log nothing
     elif world.size > 1 or world.mesh is not None:
         reason = "several processes share them"
     elif options.detect_anomaly:

@@ -1,4 +1,4 @@
-"""Steps that run out of memory or have no finite gradient."""
+"""Handles steps that run out of memory or have a non-finite loss or gradient."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def refuse_endless_skipping(state: TrainState, sums: Sums, plan: Plan) -> None:
-    """Raise FloatingPointError after too many steps in a row without a finite gradient."""
+    """Raise FloatingPointError after too many steps in a row with a non-finite loss or gradient."""
     in_a_row = int(state.skips[1].item())
-    # fp16 finds its scale by overflowing: these halvings are a search, not a fault.
+    # fp16 lowers its loss scale after each overflow: allow for that search.
     allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
     if in_a_row >= allowed:
         loss, where = float(sums[LOSS]), optim.first_non_finite(state.model)
-        # Only a checkpoint followed by a finite step is good; the last one led into the streak.
+        # A checkpoint of the last finite step may hold the bad weights already: do not count it.
         good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
         raise FloatingPointError(
             f"step {state.step}: no finite loss or gradient for {in_a_row} steps in a row"
@@ -37,7 +37,10 @@ def refuse_endless_skipping(state: TrainState, sums: Sums, plan: Plan) -> None:
 
 
 def halve_slices(state: TrainState, batch: Batch, plan: StepPlan) -> None:
-    """Retry the step, and run all later ones, in twice as many micro-batches."""
+    """Double the number of micro-batches, for this step and all later ones.
+
+    Raises SlicesTooLarge with several ranks, and UserError if the batch cannot be split further.
+    """
     slices = state.num_micro_batches
     where = (
         f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
@@ -49,7 +52,7 @@ def halve_slices(state: TrainState, batch: Batch, plan: StepPlan) -> None:
             f"{where}: nothing is left to halve. Use a smaller model or input, "
             "trainer.precision=bf16, or a device with more memory."
         )
-    if plan.world.size > 1:  # the other ranks are past this point: all must restart
+    if plan.world.size > 1:  # other ranks may be past this point: all must restart
         raise SlicesTooLarge(where, 2 * slices)
     state.progress.num_micro_batches = 2 * slices
     for parameter in plan.parameters:

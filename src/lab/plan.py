@@ -1,4 +1,4 @@
-"""Everything that stays the same during a run."""
+"""Everything that a run needs besides its state, set once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The part that a step needs."""
+    """The part that one optimizer step needs."""
 
     options: TrainerOptions
     task: Task
@@ -36,7 +36,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The part that the loop needs besides."""
+    """The part that the loop needs in addition. The first fields are also the step's."""
 
     step: StepPlan
     train_step: Callable[..., Any]  # (state, batch, `step`) -> StepResult; the config chooses it

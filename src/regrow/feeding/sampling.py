@@ -1,8 +1,8 @@
-"""The examples of a batch, as a pure function of the seed, the epoch, the position and the rank.
+"""Selects a batch's examples from seed, epoch, position, rank and world size, without state.
 
-An epoch is one permutation, divided into windows of `size` examples, one per optimizer step over
-all processes. A rank takes its contiguous share of each window. There is no state, so a run that
-resumes at window 700 starts there, without replaying the 699 before it.
+An epoch is one permutation, divided into windows: the global batches of `size` examples over all
+ranks, one per optimizer step. A rank takes its contiguous share of each window. A run that resumes
+at window 700 starts there, without replaying the earlier ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def permutation(seed: int, epoch: int, num_examples: int) -> Tensor:
 
 
 class Share(NamedTuple):
-    """Positions `start … stop` of an epoch's order: one rank's share of one window.
+    """Positions [start, stop) of an epoch's order: one rank's share of one window.
 
-    An empty share points at the window's first example and counts none: `num_local` is 0.
+    An empty share holds the window's first example as a placeholder: `num_local` is 0.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """An epoch of `num_examples` divided into windows of `size`, from the view of one rank."""
+    """An epoch of `num_examples` divided into windows of `size`, as seen by one rank."""
 
     num_examples: int
     size: int

@@ -1,9 +1,10 @@
-"""Record the pieces of a step in CUDA graphs and replay them, where that changes no bit.
+"""Record the pieces of a step in CUDA graphs and replay them, if the results stay the same.
 
 A step has one piece per micro-batch (forward and backward) and one for the update. A graph replays
 the kernels and their arguments, and nothing of what Python did in between: a counter, an annealed
-float or a draw from numpy would silently keep its first value. So a piece is recorded only after it
-was seen to change nothing in Python, and is compared with the piece itself at several steps.
+float or a draw from numpy would silently keep its first value. So a piece is recorded only if it
+changed no attribute of model or task and no random state of the host. Comparisons with uncaptured
+steps find what else differs: bit for bit, or within `NOISE` where kernels are not deterministic.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ log = logging.getLogger(__name__)
 LEAST_STEPS = 50  # a shorter run does not earn back what recording and comparing cost
 WARM_UP = 3  # steps of a shape before it is recorded: moments, kernels and caches then exist
 MOST_SHAPES = 4  # recorded; each keeps its own gradients
-MOST_SEEN = 100  # shapes before they are taken to differ at every step
+MOST_SEEN = 100  # distinct shapes, after which no shape is expected to repeat
 COMPARED = {1, 2, 3, 10, 100, 1_000, 10_000, 100_000}  # replays of a shape, from 1
-LATER_EPOCHS = 2  # whose first replay is compared
-NOISE = 4.0  # times the difference between two uncaptured steps, if kernels are not deterministic
+LATER_EPOCHS = 2  # the first replay in this many later epochs is compared
+NOISE = 4.0  # a difference may be this many times that between two uncaptured steps
 ALIGNMENT = 256  # bytes
 EAGER, RECORD, COMPARE, REPLAY = "eager", "record", "compare", "replay"
 
@@ -48,17 +49,17 @@ class Eager:
         """Announce a step of these micro-batches."""
 
     def number(self, value: int) -> int | Tensor:
-        """Return a number that changes from step to step as a piece must see it."""
+        """Return a number that changes at each step in the form that a piece takes it."""
         return value
 
     def run(self, piece: Callable[[T], R], given: T, seed: int | None = None) -> R:
-        """Return `piece(given)`: of a micro-batch with its seed, or else of the update."""
+        """Run `piece(given)`. A micro-batch passes its seed; the update passes None."""
         if seed is not None:
             seed_step(seed)
         return piece(given)
 
     def release(self) -> bool:
-        """Free the memory of all graphs after an error of memory. Returns True if there was any."""
+        """Free all graphs after running out of memory. Returns True if there were any."""
         return False
 
     def close(self) -> None:
@@ -107,7 +108,7 @@ class Recording:
         self.replays = self.later_epochs = 0
 
     def is_compared(self, epoch: int) -> bool:
-        """Return True if this replay, of a step in `epoch`, must be compared."""
+        """Count a replay of a step in `epoch`. Returns True if it must be compared."""
         self.replays += 1
         is_first = epoch > self.epoch and self.later_epochs < LATER_EPOCHS
         if is_first:
@@ -120,7 +121,7 @@ class Graphs(Eager):
 
     `state` returns the tensors that an update changes. `objects` are the Python objects that a
     piece may change: model and task. `settings` returns the numbers that an update takes from the
-    optimizer. With a `reason`, which is logged unless it is empty, nothing is recorded.
+    optimizer. A `reason` turns capture off; it is logged unless it is empty.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Graphs(Eager):
         self.device, self.parameters, self.state, self.objects = device, parameters, state, objects
         self.settings, self.update, self.deterministic = settings, update, deterministic
         self.recordings: dict[Hashable, Recording] = {}
-        self.pool: Any = None  # of the memory that all graphs share, as no two of them run at once
+        self.pool: Any = None  # of memory, shared by all graphs: no two of them run at once
         self.seen: Counter[Hashable] = Counter()
         self.mode, self.at, self.host_reads, self.compiled = EAGER, 0, 0, 0
         self.is_on = reason is None
@@ -149,7 +150,7 @@ class Graphs(Eager):
         self.mode, self.at = EAGER, 0
         if not self.is_on:
             return
-        if (compiled := _graphs_compiled()) != self.compiled:  # other kernels may now do the same
+        if (compiled := _graphs_compiled()) != self.compiled:  # graphs hold the old kernels
             self.compiled = compiled
             self.recordings.clear()
             self.seen.clear()
@@ -210,7 +211,7 @@ class Graphs(Eager):
     def _record(self, piece: Callable[[T], R], given: T, seed: int | None) -> R:
         with host_reads() as reads:
             result, reason = watched(piece, given, seed, self.objects)
-        if reason is None and reads:  # another thread, such as a checkpoint's, may have waited
+        if reason is None and reads:  # another thread, such as a checkpoint's, may wait: allow two
             self.host_reads += 1
             self.mode = EAGER
             reason = f"a step waits for the device ({reads[0]})" if self.host_reads == 3 else None
@@ -223,12 +224,12 @@ class Graphs(Eager):
         if pieces:
             _set_gradients(self.parameters, pieces[-1].after)
         else:
-            if not self.recordings:  # a pool ends with the last graph that uses it
+            if not self.recordings:  # a pool is freed with its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             _set_gradients(self.parameters, [None] * len(self.parameters))
         try:
             pieces.append(Recorded(piece, given, self.parameters, self.pool))
-        except Exception as error:  # of the model, of its compiler, of CUDA
+        except Exception as error:  # from the model, its compiler or CUDA
             self._recover(stream)
             first = " ".join(str(error.__context__ or error).split())[:200]
             self._stop(f"a step cannot be recorded ({first})")
@@ -267,7 +268,7 @@ class Graphs(Eager):
     def _compare(
         self, recorded: Recorded, piece: Callable[[T], R], given: T, seed: int | None
     ) -> R:
-        """Run a piece both ways from the same state. What counts is the uncaptured result."""
+        """Run a piece both ways from the same state. Returns the uncaptured result."""
         changed = differing(self.recording.attributes, attributes_of(self.objects))
         gradients = [parameter.grad for parameter in self.parameters]
         tensors = self.state() if seed is None else attribute_tensors(self.objects)
@@ -338,7 +339,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 def watched(
     piece: Callable[[T], R], given: T, seed: int | None, objects: Sequence[object]
 ) -> tuple[R, str | None]:
-    """Run a piece. Also returns why a graph cannot stand for it, or None if nothing was seen."""
+    """Run a piece. Returns its result, and the reason why it cannot be captured, or None."""
     before = attributes_of(objects)
     if seed is not None:
         seed_step(seed)
@@ -352,7 +353,7 @@ def watched(
 
 
 class _Pickler(pickle.Pickler):
-    """Writes what an attribute holds. Tensors and modules stand for themselves."""
+    """Writes what an attribute holds. Tensors and modules are compared by identity."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -466,7 +467,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor where a graph's inputs lie: cuBLAS chooses kernels by the alignment."""
+    """Return the tensor, cloned if misaligned: cuBLAS chooses kernels by the alignment."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

@@ -1,6 +1,7 @@
 """The first call in each kind of process: set its environment, warnings, signals and streams.
 
-Nothing else writes to `os.environ`. What depends on the config is set by `machine.set_numerics`.
+Only this module, `machine.set_numerics`, which depends on the config, and the wandb logger write to
+`os.environ`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from regrow.processes import terminal
 from regrow.project import ROOT
 
 SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
-# Empty: torch handles no signals in the process that starts ranks, but `ranks.forwarding` does.
+# Empty, so that torch installs no signal handlers: `ranks.forwarding` installs ours.
 KEEPS_HANDLERS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-# Handed from one command to the next, and not to its children.
+# Prefixes of variables that one command hands to another, and whose children must not inherit.
 HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
 handed: dict[str, str] = {}
 
@@ -31,11 +32,11 @@ def main() -> None:
     """Begin a command: every script calls this before it imports torch or Hydra."""
     terminal.show()
     handed.update({k: os.environ.pop(k) for k in list(os.environ) if k.startswith(HANDED)})
-    # Spins of a waiting thread before it sleeps. With libgomp's default a run on two busy cores
-    # took 12.2 s instead of 4.0; on idle ones 1.3 instead of 1.4.
+    # Spins of a waiting thread before it sleeps. With libgomp's default a run took 12.2 s on two
+    # busy cores and 1.3 s on idle ones; with 10,000 it took 4.0 s and 1.4 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Hydra would print errors itself, with its own hints. Child processes inherit both variables
-    # and can tell that the user did not ask for tracebacks.
+    # Hydra would print errors itself, with its own hints. Child processes inherit both variables:
+    # the second says that the user did not ask for tracebacks.
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
         os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
     # Hydra skips a missing search path entry and then composes a different config.
@@ -47,14 +48,14 @@ def main() -> None:
 
 
 def rank(environment: Mapping[str, str]) -> None:
-    """Begin one of a run's processes. `environment` is what its launcher did not set."""
+    """Begin one of a run's processes. `environment` holds what its launcher left unset."""
     terminal.show()
     os.environ.update(environment)
     os.environ[KEEPS_HANDLERS] = ""
 
 
 def sweep() -> None:
-    """Begin the process of a sweep, whose environment its jobs and their server inherit."""
+    """Begin a sweep's process. Its jobs and their server inherit the environment."""
     # Python 3.11's server does not inherit sys.path and would not find the frozen code. It must not
     # search the current folder: a profile.py there would shadow Python's own.
     os.environ |= {"PYTHONPATH": python_path(), SAFE_PATH: "1"}
@@ -62,11 +63,11 @@ def sweep() -> None:
 
 @contextlib.contextmanager
 def server() -> Iterator[None]:
-    """Begin the server that a sweep forks its jobs from, which makes its imports inside."""
+    """Begin the server that a sweep forks its jobs from. Make its imports inside this context."""
     # Only the sweep handles Ctrl-C. The signal was blocked when this process started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    # OpenBLAS would start its threads on import. `job` restores them.
+    # OpenBLAS would start its threads on import. `job` restores their number.
     is_given = "OPENBLAS_NUM_THREADS" in os.environ
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
@@ -96,7 +97,7 @@ def job(environment: Mapping[str, str], log: int) -> None:
 
         from regrow.record.manifest import cores
 
-        # As many threads as in a single run; the server has one.
+        # The server uses one thread. A job uses as many as a single run.
         ThreadpoolController().limit(limits=cores(), user_api="blas")
 
 

@@ -1,4 +1,4 @@
-"""Where targets of older versions are now: a record may name them, and so may one's own YAML."""
+"""New names of targets of older versions, which records and YAML files may still contain."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from regrow.project import of_lab
 
-# Names in version 0.1.0, each with its name today: modules, and classes that left theirs. The first
-# match counts. `lab` stands for the lab's package, which a clone renames.
+# Names in version 0.1.0, of modules and of classes that left theirs, each with its current name.
+# The first match counts: list longer names first. `lab` stands for the lab's package.
 MOVED: Mapping[str, str] = {
     "regrow.check": "regrow.config.check",
     "regrow.data.batch": "regrow.feeding.batch",
@@ -48,12 +48,12 @@ _NAMES = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, MOVED))})(?!\w)")
 
 
 def in_text(text: str) -> str:
-    """Return the text with each moved name as it is today."""
+    """Return the text with old names replaced by the current ones."""
     return _NAMES.sub(lambda found: of_lab(MOVED[found[0]]), text)
 
 
 def in_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a recorded config whose targets are named as they are today."""
+    """Return a copy of a recorded config with the current name in every `_target_`."""
     return {
         key: in_text(value) if key == "_target_" and isinstance(value, str) else _renamed(value)
         for key, value in config.items()

@@ -37,7 +37,7 @@ log = logging.getLogger("regrow")
 
 
 def run_all(job: Job) -> float | None:
-    """Run the job in as many processes as it asks for: in this one if it asks for one."""
+    """Run the job: in this process if it needs one and no restarts, else in child processes."""
     trainer = job.config["trainer"]
     count = ranks.count_of(trainer)
     if count > 1 or trainer["max_restarts"]:
@@ -64,13 +64,13 @@ class Found:
 
     done: bool = False  # the run is complete
     has_checkpoint: bool = False
-    num_micro_batches: int = 1  # at least, after a rank ran out of memory
+    num_micro_batches: int = 1  # the least, after a rank ran out of memory
 
 
 def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, Found]:
-    """Return the job as it runs here, and what its folder holds, whose lock `stack` takes.
+    """Return the final job and the state of its folder. `stack` takes the folder's lock.
 
-    Settles `trainer.devices`, what the folder's run keeps, and `trainer.num_threads`.
+    Fills in `trainer.devices`, `trainer.num_threads`, and the recorded values that a resume keeps.
     """
     job, found = job.with_trainer(devices=machine.processes_here()), Found()
     if job.folder is not None and world.is_main:
@@ -83,7 +83,7 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
             has_checkpoint=writer.outline(folder / "checkpoints") is not None,
             num_micro_batches=least if isinstance(least, int) else 1,
         )
-    # Only the main process reads the folder: broadcast what it found to all ranks.
+    # The main process decides, and broadcasts the result.
     told = json.dumps([job.config, dataclasses.asdict(found)])
     config, fields = json.loads(world.from_main(told))
     threads = config["trainer"]["num_threads"] or machine.usable_cores()
@@ -108,9 +108,9 @@ def say_complete(folder: Path, job: Job) -> float | None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, job: Job) -> Iterator[dict[str, Any] | None]:
-    """Hold the lock of the run's folder inside, and yield the config that resumes its run, or None.
+    """Lock the run's folder. Yields the config to resume with, or None for a new run.
 
-    Raises UserError if the folder holds something else.
+    Raises UserError if the folder holds a sweep or what is not a run's.
     """
     if (folder / resume.SWEEP).is_file():
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
@@ -144,7 +144,7 @@ def remove_empty_parents(folder: Path) -> None:
 
 def run_in(job: Job, found: Found, world: World) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
-    # A checkpoint replaces the weights of `init_from`, whose source may be gone or have changed.
+    # A checkpoint holds the weights, and the source of `init_from` may be gone or have changed.
     init_from = None if found.has_checkpoint else job.config["init_from"]
     objects = training.build({**job.config, "init_from": init_from}, world)
     with contextlib.closing(objects.data):
@@ -236,7 +236,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
 
 
 def trial_of(job: Job, objects: Objects, world: World) -> Any:
-    """Return the reporter for the search that the job is a trial of, or None.
+    """Return the reporter of this trial to its search, or None without a search.
 
     Raises UserError if the search's metric is not measured.
     """
@@ -268,12 +268,12 @@ def open_folder(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Pa
 
 
 def is_plain(error: BaseException) -> bool:
-    """Return True if one line is enough: for bad numbers or a bad disk, not for a bug."""
+    """Return True for errors that need no traceback: non-finite numbers, and the system's."""
     return isinstance(error, FloatingPointError | OSError)
 
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
-    """Record and log why the run failed, once: the other ranks fail because this one does."""
+    """Record and log why the run failed, in the first rank that fails alone."""
     if lost_the_others(error) or not world.is_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
@@ -299,13 +299,13 @@ def write_start(folder: Path, job: Job, objects: Objects) -> dict[str, Any]:
     if (folder / manifest.NAME).is_file():
         accepted = resume.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
-    if lacked := resume.lacked_keys(folder):  # the new config.yaml has them all
+    if lacked := resume.lacked_keys(folder):  # keep them: config.yaml is overwritten
         records.write_json(folder / resume.LACKED, lacked)
     recorded = OmegaConf.create(redact_all(dict(job.config)))
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     ownership.enter_run(folder, as_recorded(job), job.owner)
     for name, content in job.composed.items():
-        text = content if name == registered.NAME else redact(content)  # masked already
+        text = content if name == registered.NAME else redact(content)  # has no secrets left
         records.write_text(folder / ".hydra" / name, text)
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):

@@ -23,11 +23,11 @@ FILE = SWEEP
 CODE = "code"
 JOBS, LOGS = "jobs", "logs"
 LOCK, RESULTS_LOCK = ".state.lock", ".results.lock"
-OWN = (CODE, JOBS, LOGS, "slurm")  # folders beside those of the jobs
+OWN = (CODE, JOBS, LOGS, "slurm")  # the sweep's own folders, beside those of the jobs
 # Groups and keys that do not change the result of a job.
 ASIDE = (*ELSEWHERE, "resume", "logger", "tags", "notes", "hydra")
 # A job in any other state is unfinished.
-GOOD = ("completed", "pruned", "retried")  # retried: failed, and another job took its place
+GOOD = ("completed", "pruned", "retried")  # retried: it failed and was replaced
 ENDED = (*GOOD, "failed")
 
 
@@ -36,10 +36,10 @@ class Entry:
     """A job, as sweep.json lists it."""
 
     number: int
-    identity: str  # a hash of its config: jobs with equal ones are the same
+    identity: str  # a hash of its config: equal hashes mean the same job
     swept: dict[str, str]  # the overrides that distinguish it, as typed
-    folder: str  # the run's folder, in the sweep's
-    overrides: list[str] = field(default_factory=list)  # all, to compose it again
+    folder: str  # the run's folder, relative to the sweep's
+    overrides: list[str] = field(default_factory=list)  # all of them, to compose the config again
 
     @property
     def label(self) -> str:
@@ -47,9 +47,9 @@ class Entry:
 
 
 def identity_of(cfg: DictConfig) -> str:
-    """Return a hash of a job's config before interpolations are resolved.
+    """Return a hash of a job's unresolved config, without the keys in `ASIDE`.
 
-    A resolved config may hold the job's number or the time.
+    Resolved values may hold the job's number or the time.
     """
     config = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
@@ -85,7 +85,7 @@ def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) ->
 
 
 def add(folder: Path, entry: Entry) -> None:
-    """Add a job to sweep.json, unless it is listed already."""
+    """Add a job to sweep.json unless its number is listed."""
     with alone(folder):
         content = read(folder)
         if all(one["number"] != entry.number for one in content["jobs"]):
@@ -95,7 +95,7 @@ def add(folder: Path, entry: Entry) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a lock of the sweep's folder: jobs that end on other machines write there too."""
+    """Lock the sweep's records: jobs on other machines write them too."""
     with (folder / name).open("wb") as lock:
         locks.wait_for(lock.fileno(), f"{folder / name}")
         yield
@@ -140,7 +140,7 @@ def is_open(
 
 
 def note(folder: Path, number: int, state: str, reason: str | None = None, **more: Any) -> None:
-    """Note a state of a job that its run's folder does not record, such as that it was killed."""
+    """Record a job's state that its run could not write, such as a kill."""
     (folder / JOBS).mkdir(exist_ok=True)
     reason = None if reason is None else redact(" ".join(reason.split()))
     records.write_json(folder / JOBS / f"{number}.json", {"state": state, "reason": reason, **more})
