@@ -134,7 +134,10 @@ def refuse_edits(record: dict[str, Any]) -> None:
     top = git(ROOT, "rev-parse", "--show-toplevel")
     if top is None or Path(top.rstrip("\n")).resolve() != ROOT:
         raise Refused(f"{ROOT} is not the root of a git repository. Then nobody could go back.")
-    status = (git(ROOT, "status", "--porcelain", "-z", "-uall") or "").split("\0")
+    said = git(ROOT, "status", "--porcelain", "-z", "-uall")
+    if said is None:
+        raise Refused("git status failed, so your edits cannot be told.")
+    status = said.split("\0")
     edited = [line[3:] for line in status if line and not line.startswith("??")]
     if edited:
         raise Refused(f"these changes are not committed: {', '.join(edited)}. Commit them first.")

@@ -246,7 +246,7 @@ def check_first_batch(objects: Objects, world: World) -> None:
     model_checks.check_first_batch(model, objects.task, first, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
-    if smallest // (options.accumulation_steps * world.size) <= 1:
+    if smallest // (objects.state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
     with states_kept():

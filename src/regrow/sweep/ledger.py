@@ -152,8 +152,8 @@ def forget(folder: Path, number: int) -> None:
 
 def noted(folder: Path, number: int) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        content: dict[str, Any] = records.read_json(folder / JOBS / f"{number}.json")
-        return content
+        content = records.read_json(folder / JOBS / f"{number}.json")
+        return content if isinstance(content, dict) else {}
     return {}
 
 
