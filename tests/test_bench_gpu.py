@@ -62,6 +62,7 @@ def test_images_come_back_from_a_picture_bit_for_bit(tmp_path: Path) -> None:
     assert not torch.equal(found.flip(0), images)  # the control
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_part_runs_and_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
     def run() -> str:

@@ -160,6 +160,7 @@ def test_an_update_is_undone_by_a_reset(project: Path, template: Path) -> None:
     assert contents(project) == before
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_second_update_changes_nothing(project: Path, template: Path) -> None:
     assert script(project, "update", f"FROM={template}").returncode == 0
@@ -170,6 +171,7 @@ def test_a_second_update_changes_nothing(project: Path, template: Path) -> None:
     assert contents(project) == before and git(project, "diff", "HEAD") == ""
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_an_update_from_a_url_is_the_same(project: Path, template: Path, tmp_path: Path) -> None:
     git(tmp_path, "clone", "-q", "--bare", "template", "bare.git")
