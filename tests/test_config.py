@@ -117,6 +117,7 @@ BAD = {
     "data=cifar10 data.root=null": "data.root must be given: add data.root=…",
     "model._target_=nope.Net": "there is no such module",
     "+step.buffers=3": "step.buffers: ",
+    "lab=other": "lab=other: it is the project's, not a run's. Set it in conf/train.yaml.",
     "model._target_=torch.nn.Linearr": "Did you mean Linear?",
     "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
     "brings: ~model.input_shape ~model.num_outputs ~model.hidden",

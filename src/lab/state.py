@@ -14,7 +14,7 @@ from lab import older, optim
 from lab.options import TrainerOptions
 from lab.schedules import Schedule, Stateful
 from regrow.distributed import sharding
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.numerics import sums
 from regrow.numerics.buffers import caches
 from regrow.numerics.precision import LossScale
@@ -183,7 +183,7 @@ def average_of(model: nn.Module) -> nn.Module:
     except Exception as error:  # attributes of any class may raise anything
         raise UserError(
             "trainer.ema_decay: the model cannot be copied for its average "
-            f"({' '.join(str(error).split())[:150]}). Keep no results of a forward pass, open "
+            f"({brief(error, 150)}). Keep no results of a forward pass, open "
             "files or locks as attributes (use torch.nn.utils.parametrizations.weight_norm in "
             "place of torch.nn.utils.weight_norm), or use trainer.ema_decay=null."
         ) from error

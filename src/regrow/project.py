@@ -21,7 +21,7 @@ def lab_name() -> str:
     found = re.search(r"""^lab: *(["']?)([A-Za-z_]\w*)\1 *(?:#.*)?$""", text, re.MULTILINE)
     if found is None:
         raise UserError(
-            f"{file}: it has no key lab, the name of your package in src/, such as lab."
+            f"lab: {file} has no such key. Name your package in src/ there, such as lab: lab."
         )
     return found[2]
 

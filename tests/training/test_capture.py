@@ -134,5 +134,16 @@ def test_batches_and_results_are_mapped_tensor_by_tensor() -> None:
 
 def test_replays_are_compared_early_seldom_later_and_in_later_epochs() -> None:
     recording = Recording({}, epoch=0)
-    compared = [number for number in range(1, 300) if recording.is_compared((number + 3) // 50)]
+    compared = [number for number in range(1, 300) if recording.count_replay((number + 3) // 50)]
     assert compared == [1, 2, 3, 10, 47, 97, 100]
+
+
+def test_buffers_of_a_module_inside_a_task_are_restored_by_a_comparison() -> None:
+    class Task:
+        def __init__(self) -> None:
+            self.loss = nn.Sequential(nn.BatchNorm1d(2))
+
+    task = Task()
+    found = {id(tensor) for tensor in capture.attribute_tensors([nn.BatchNorm1d(3), task])}
+    assert {id(buffer) for buffer in task.loss.buffers()} <= found
+    assert len(found) == 6  # those of the model too

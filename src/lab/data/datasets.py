@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, brief
 from regrow.feeding.images import image_folder as image_folder
 from regrow.feeding.splits import (
     Examples,
@@ -218,7 +218,7 @@ def _find_or_download(kind: str, name: str, root: str, train: bool, download: bo
             raise DataError(_broken(kind, root, error)) from None
         except Exception as error:
             # URLError, HTTPError, ConnectionError, a RuntimeError over all mirrors, an OSError …
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = brief(error)
             found = re.search(r"<urlopen error (.*?)>", reason)
             missing = f"the download failed ({found[1] if found else reason[:120]})"
     way_out = "give the machine network" if download else "set data.source.download=true"
@@ -229,7 +229,7 @@ def _find_or_download(kind: str, name: str, root: str, train: bool, download: bo
 
 
 def _broken(kind: str, root: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = brief(error, 200)
     return (
         f"{kind} under data.root={root} is broken: {reason}. Delete it there to download it again."
     )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from regrow.distributed import sharding
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +428,7 @@ def fill(parts: Parts, path: Path, mesh: Any = None) -> Parts:
     try:
         content |= sharded.read(path / SHARDS, empty, mesh)
     except sharded.ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = brief(error, 300)
         raise DamagedCheckpoint(f"{path.name}/{SHARDS} cannot be read: {reason}") from None
     return {name: filled(part, name) for name, part in parts.items()}
 
@@ -462,7 +462,7 @@ def _read(file: Path, device: str = "cpu") -> dict[str, Any]:
             f"{name} holds more than tensors and plain values, and is not opened"
         ) from None
     except Exception as error:  # zip and pickle readers raise a dozen different errors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = brief(error, 200)
         raise DamagedCheckpoint(f"{name} cannot be read: {reason}") from None
     if not isinstance(part, dict):
         raise DamagedCheckpoint(f"{name} holds a {type(part).__name__} instead of a dict")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 
 
 def say_if_out_of_memory(error: RuntimeError, what: str, way_out: str) -> None:
@@ -46,7 +46,7 @@ def refuse_integers(error: Exception, inputs: Any) -> None:
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     tensors = [inputs] if isinstance(inputs, Tensor) else values
     integers = [t for t in tensors if not t.is_floating_point() and not t.is_complex()]
-    reason = " ".join(str(error).split())[:200].rstrip(".")
+    reason = brief(error, 200).rstrip(".")
     is_torchs = not isinstance(error, UserError)
     if integers and is_torchs and re.search(NAMES_A_TYPE, reason):
         kind = str(integers[0].dtype).removeprefix("torch.")

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from regrow.errors import brief
 from regrow.numerics.calls import is_out_of_memory
 from regrow.randomness import drawn_on_host, seed_step
 
@@ -107,7 +108,7 @@ class Recording:
         self.attributes, self.epoch = attributes, epoch
         self.replays = self.later_epochs = 0
 
-    def is_compared(self, epoch: int) -> bool:
+    def count_replay(self, epoch: int) -> bool:
         """Count a replay of a step in `epoch`. Returns True if it must be compared."""
         self.replays += 1
         is_first = epoch > self.epoch and self.later_epochs < LATER_EPOCHS
@@ -157,7 +158,7 @@ class Graphs(Eager):
         self.shape = (self.settings(), *(_shape_of(batch) for batch in micro_batches))
         if self.shape in self.recordings:
             self.recording = self.recordings[self.shape]
-            self.mode = COMPARE if self.recording.is_compared(epoch) else REPLAY
+            self.mode = COMPARE if self.recording.count_replay(epoch) else REPLAY
             return
         self.seen[self.shape] += 1
         if self.seen[self.shape] > WARM_UP and len(self.recordings) < MOST_SHAPES:
@@ -231,8 +232,7 @@ class Graphs(Eager):
             pieces.append(Recorded(piece, given, self.parameters, self.pool))
         except Exception as error:  # from the model, its compiler or CUDA
             self._recover(stream)
-            first = " ".join(str(error.__context__ or error).split())[:200]
-            self._stop(f"a step cannot be recorded ({first})")
+            self._stop(f"a step cannot be recorded ({brief(error.__context__ or error, 200)})")
         finally:
             _set_gradients(self.parameters, gradients)
         return result

@@ -23,8 +23,8 @@ def lab() -> Lab:
         if error.name not in (name, *names):
             raise
         raise UserError(
-            f"lab={name}: there is no module {error.name}. The key lab of conf/train.yaml "
-            "names the package in src/ that builds and trains a run."
+            f"lab={name}: the module {error.name} is missing. Set lab in conf/train.yaml to the "
+            "package in src/ that builds and trains a run."
         ) from error
     functions = SimpleNamespace(
         build=build.build,
