@@ -96,16 +96,21 @@ def test_no_wing_imports_itself_by_way_of_others() -> None:
     assert {"config", "runs", "sweep", "lab"} <= {*graph} and cycles(graph) == []
 
 
+def write(source: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = source / "regrow" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 def test_cycles_are_found_in_lazy_imports_too(tmp_path: Path) -> None:
-    for name, text in {
+    files = {
         "config/a.py": "from regrow.config import b",
         "config/b.py": "def f():\n    from regrow.record.c import x",
         "record/c.py": "import regrow.runs.d",
         "runs/d.py": "if TYPE_CHECKING:\n    from regrow.config.a import y",
-    }.items():
-        path = tmp_path / "regrow" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    }
+    write(tmp_path, files)
     ring = ["regrow.config.a", "regrow.config.b", "regrow.record.c", "regrow.runs.d"]
     assert cycles(imports_in(tmp_path)) == [ring]
     assert cycles(wings_in(tmp_path)) == [["config", "record", "runs"]]
@@ -203,14 +208,12 @@ def test_every_public_name_exists() -> None:
 
 
 def test_a_use_of_a_private_name_is_found(tmp_path: Path) -> None:
-    for name, text in {
+    files = {
         "record/__init__.py": '"""The record.\n\nPublic.\n\na: f, g,\n    h\nb\n"""',
         "record/a.py": "def secret(): ...\nf = 1",
         "runs/c.py": "from regrow.record import a\nfrom regrow.record.a import f\na.secret()",
-    }.items():
-        path = tmp_path / "regrow" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    }
+    write(tmp_path, files)
     assert public_names(tmp_path, "record") == {"a": {"f", "g", "h"}, "b": set()}
     assert used_from_outside(tmp_path)["record"] == {"a": {"f", "secret"}}
 
