@@ -33,7 +33,7 @@ from regrow.distributed.parallel import Exchange, World
 from regrow.feeding.batch import Batch
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.precision import LossScale
-from regrow.numerics.sums import epoch_sums
+from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.runs import training as runs
@@ -195,7 +195,7 @@ class Bench:
             schedule=schedule,
             averaged=averaged,
             loss_scale=loss_scale,
-            sums=epoch_sums(world.device),
+            sums=Totals.zero(world.device),
             skips=torch.zeros(2, device=world.device),
             empty_steps=torch.zeros((), device=world.device),
             steps_per_epoch=1000,

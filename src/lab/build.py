@@ -21,10 +21,9 @@ from torch import nn
 from lab import optim
 from lab.models.initialisation import StartsFromData, start_from_data
 from lab.options import TrainerOptions
-from lab.plan import Plan, StepPlan
+from lab.plan import Plan, StepPlan, StepResult
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
-from lab.step import StepResult
 from regrow.config.targets import instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
@@ -38,7 +37,7 @@ from regrow.numerics import scheduler_adapter
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import LEAST_STEPS, Eager, Graphs
 from regrow.numerics.precision import LossScale
-from regrow.numerics.sums import epoch_sums
+from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, EvalBatches, TrainBatches
 from regrow.randomness import key, seed_everything, states_kept
@@ -146,7 +145,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         schedule=schedule,
         averaged=averaged,
         loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
-        sums=epoch_sums(world.device),
+        sums=Totals.zero(world.device),
         skips=torch.zeros(2, device=world.device),
         empty_steps=torch.zeros((), device=world.device),
         steps_per_epoch=train.steps_per_epoch,

@@ -16,12 +16,13 @@ from regrow.distributed import sharding
 from regrow.distributed.parallel import World, stopping_together
 from regrow.numerics.calls import call, say_if_out_of_memory
 from regrow.numerics.precision import at_least_float32, autocast
-from regrow.numerics.sums import (
+from regrow.numerics.totals import (
     COUNTED,
     EXAMPLES,
     LOSS,
     SCORE,
     WEIGHT,
+    Totals,
     ratio,
     sum_dtype,
 )
@@ -110,7 +111,7 @@ def measure(
                 score = task.running(outputs, batch.targets)
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
                 sums[EXAMPLES] += batch.num_local
-            advance(bar, sums, task.running_name)
+            advance(bar, Totals(sums), task.running_name)
     draws.look()
     loss_sum, _, weight, _ = world.sum_(sums).tolist()
     return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, metrics.details()

@@ -11,19 +11,19 @@ from lab import optim
 from lab.plan import Plan, StepPlan
 from lab.state import TrainState
 from regrow.errors import SlicesTooLarge, UserError
-from regrow.numerics.sums import LOSS, Sums
+from regrow.numerics.totals import Totals
 from regrow.protocols import Batch
 
 log = logging.getLogger(__name__)
 
 
-def refuse_endless_skipping(state: TrainState, sums: Sums, plan: Plan) -> None:
+def refuse_endless_skipping(state: TrainState, totals: Totals, plan: Plan) -> None:
     """Raise FloatingPointError after too many steps in a row with a non-finite loss or gradient."""
     in_a_row = int(state.skips[1].item())
     # fp16 lowers its loss scale after each overflow: allow for that search.
     allowed = plan.options.max_skipped_steps + (16 if state.loss_scale is not None else 0)
     if in_a_row >= allowed:
-        loss, where = float(sums[LOSS]), optim.first_non_finite(state.model)
+        loss, where = float(totals.loss), optim.first_non_finite(state.model)
         # A checkpoint of the last finite step may hold the bad weights already: do not count it.
         good = plan.checkpoints.newest_until(state.step - in_a_row - 1)
         raise FloatingPointError(

@@ -15,26 +15,19 @@ from lab import optim
 from lab.evaluate import evaluate
 from lab.faults import refuse_endless_skipping
 from lab.options import TrainerOptions
-from lab.plan import Plan
+from lab.plan import Plan, StepResult
 from lab.progress import (
     advance,
     announce,
     clock,
     histograms,
     progress_bar,
-    running,
     tell_of_another_rate,
 )
 from lab.schedules import Plateau, improves
 from lab.state import TrainState
-from lab.step import StepResult
 from regrow.checkpoint.writer import Facts
-from regrow.numerics.sums import (
-    WEIGHT,
-    cleared,
-    ratio,
-    read,
-)
+from regrow.numerics.totals import WEIGHT
 from regrow.processes.interrupt import Interrupted
 
 log = logging.getLogger(__name__)
@@ -60,7 +53,7 @@ def fit(state: TrainState, plan: Plan) -> str:
                     state.progress.seconds += plan.step.exchange.seconds
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
-                    if result.skipped is not True:  # the optimizer then has a state
+                    if not result.skipped.is_known:  # the optimizer then has a state
                         plan.checkpoints.make_room(state.state_dict)
                     plan.checkpoints.poll()
                     if over := settle(state, plan):
@@ -81,12 +74,8 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
     """Log what is due after a step: metrics of the step and of the epoch, and histograms."""
     options, progress, step = plan.options, state.progress, state.step
     if due(step, options.log_every_steps):
-        loss, score, weight, examples, *components = read(result.sums)
-        line = {"train/loss": ratio(loss, weight)}
-        if plan.task.running_name:
-            line[f"train/{plan.task.running_name}"] = ratio(score, examples)
-        for name, part in zip(result.components, components, strict=True):
-            line[f"train/loss_{name}"] = ratio(part, weight)
+        means = result.totals.means(plan.task.running_name)
+        line = {f"train/{name}": value for name, value in means.items()}
         line["train/grad_norm"] = float(result.grad_norm)
         line |= {f"train/{name}": lr for name, lr in optim.rates(state.optimizer).items()}
         if state.loss_scale is not None:
@@ -96,17 +85,17 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         if empty := int(state.empty_steps.item()):
             line["train/empty_steps"] = empty
         plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
-    # A tensor `skipped` is only known to the device, which is read here no more often than for the
-    # log.
-    if due(step, options.log_every_steps) or result.skipped is True:
-        refuse_endless_skipping(state, result.sums, plan)
+    # If only the device knows of a skipped step, it is read here no more often than for the log.
+    if due(step, options.log_every_steps) or result.skipped.is_known:
+        refuse_endless_skipping(state, result.totals, plan)
     if due(step, options.log_histograms_every_steps):
         plan.record.log_histograms(step, histograms(state.model))
     if state.step_in_epoch == 0:
         tell_of_empty_epoch(state, plan)
-        progress.train_means = running(state.sums, plan.task.running_name, prefix="train/epoch_")
+        means = state.sums.means(plan.task.running_name)
+        progress.train_means = {f"train/epoch_{name}": value for name, value in means.items()}
         plan.record.log(step, state.epoch, progress.train_means)
-        state.sums = cleared(state.sums)
+        state.sums.clear_()
 
 
 def settle(state: TrainState, plan: Plan) -> bool:
@@ -221,7 +210,7 @@ def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: Pla
 def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
     """Warn after an epoch in which every step had zero weight, so nothing was learnt."""
     was_bad = bool(state.skips[1].item())  # skipped steps have no sums either
-    if plan.world.is_main and read(state.sums)[WEIGHT] == 0 and not was_bad:
+    if plan.world.is_main and state.sums.read()[WEIGHT] == 0 and not was_bad:
         log.warning(
             "epoch %d: every step was empty, since all weights are zero. Check the targets, the "
             "examples' weights, loss.class_weights and loss.ignore_index.",

@@ -16,8 +16,8 @@ from torch.optim import Optimizer, _muon
 from regrow.distributed import sharding
 from regrow.dotted import matches
 from regrow.errors import UserError
-from regrow.numerics import sums
-from regrow.numerics.sums import Skipped
+from regrow.numerics.calls import say_if_out_of_memory
+from regrow.numerics.totals import Skipped, Totals, numbers
 
 log = logging.getLogger(__name__)
 
@@ -250,28 +250,28 @@ def update(
     *,
     factor: float | Tensor,
     clipping: Clipping,
-    valid: Tensor | float,
+    totals: Totals,
 ) -> Skipped:
     """Update with `gradients * factor`, clipped; skip the update if it would not be finite.
 
-    `norm` is the norm of `gradients` before the factor; `valid` is finite if the loss is. Each is a
-    number or a () tensor. Returns True if the update was skipped: a bool if the host had to know,
-    else a () tensor of 1.0 or 0.0 that the host has not waited for.
+    `norm` is the norm of `gradients` before the factor, a number or a () tensor; `totals` are the
+    step's. Raises UserError if memory does not suffice.
     """
     scale: float | Tensor
-    skipped: Skipped
+    skipped: bool | Tensor
+    empty = totals.is_empty()
     if isinstance(norm, Tensor) and _skips_now(optimizer, norm.device):
         true_norm = norm * factor
-        skipped = (true_norm * 0 + valid * 0).ne(0).float()  # NaN if either is not finite
+        skipped = (true_norm * 0 + totals.loss * 0).ne(0).float()  # NaN if either is not finite
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         scale = factor
         if clipping.norm is not None:
             scale = factor * (clipping.norm / (true_norm + 1e-6)).clamp(max=1.0)
     else:
         # The only host synchronisation of this step.
-        norm_read, valid_read, scale = numbers(norm, valid, factor)
-        if not (math.isfinite(norm_read * scale) and math.isfinite(valid_read)):
-            return True
+        norm_read, loss, scale = numbers(norm, totals.loss, factor)
+        if not (math.isfinite(norm_read * scale) and math.isfinite(loss)):
+            return Skipped(True, empty)
         skipped = False
         if clipping.norm is not None:
             scale *= min(1.0, clipping.norm / (norm_read * scale + 1e-6))
@@ -281,17 +281,15 @@ def update(
     if clipping.value is not None:
         torch._foreach_clamp_min_(gradients, -clipping.value)
         torch._foreach_clamp_max_(gradients, clipping.value)
-    optimizer.step()
-    return skipped
-
-
-def numbers(norm: Tensor | float, *others: Tensor | float) -> list[float]:
-    """Return () tensors as floats, with a single wait for the device."""
-    if isinstance(norm, float) or sums.on_host(norm.device):
-        return [float(value) for value in (norm, *others)]
-    tensors = [torch.as_tensor(value, device=norm.device) for value in (norm, *others)]
-    found: list[float] = torch.stack(tensors).tolist()
-    return found
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        way_out = (
+            "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger device."
+        )
+        say_if_out_of_memory(error, "the update of the weights", way_out)
+        raise
+    return Skipped(skipped, empty)
 
 
 class MuonWithAdamW(Optimizer):

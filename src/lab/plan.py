@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lab.optim import Clipping
 from lab.options import TrainerOptions
 from regrow.checkpoint.writer import CheckpointWriter
+from regrow.distributed import sharding
 from regrow.distributed.parallel import Exchange, World
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import Eager
+from regrow.numerics.precision import autocast
+from regrow.numerics.totals import Skipped, Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
+from regrow.randomness import key
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,24 @@ class StepPlan:
     buffers: Buffers
     exchange: Exchange
     capture: Eager
+
+    def seed_of(self, step: int, micro_batch: int) -> int:
+        """Return the seed of torch, numpy and `random` for a micro-batch."""
+        return key(self.seed, "model", step, micro_batch, self.world.rank)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context for a forward pass and its loss, in the run's precision."""
+        return autocast(self.world.device, self.options.precision)
+
+    def gradients(self) -> list[Tensor]:
+        """Return this process's part of each gradient."""
+        return sharding.local([p.grad for p in self.parameters if p.grad is not None])
+
+
+class StepResult(NamedTuple):
+    totals: Totals  # over all micro-batches and processes
+    grad_norm: Tensor | float  # () of the unscaled gradients, over all processes, before clipping
+    skipped: Skipped
 
 
 @dataclass(frozen=True)

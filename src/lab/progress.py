@@ -17,7 +17,7 @@ from lab.plan import Plan
 from lab.schedules import Stateful
 from lab.state import TrainState
 from regrow.distributed.sharding import whole
-from regrow.numerics.sums import EXAMPLES, Sums, ratio, read
+from regrow.numerics.totals import EXAMPLES, Totals
 from regrow.protocols import EvalBatches
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,6 @@ class Quiet:
 
 
 QUIET = Quiet()
-
-
-def running(sums: Sums, score_name: str | None, prefix: str = "") -> dict[str, float]:
-    """Return the exact means so far, from the sums of loss, score, weight and examples."""
-    loss, score, weight, examples = read(sums)
-    values = {f"{prefix}loss": ratio(loss, weight)}
-    if score_name:
-        values[f"{prefix}{score_name}"] = ratio(score, examples)
-    return values
 
 
 def clock(state: TrainState, device: torch.device) -> dict[str, float]:
@@ -98,16 +89,16 @@ def evaluation_bar(name: str | None, batches: EvalBatches) -> Any:
     return tqdm(total=len(batches), desc=name, unit="batch", leave=False)
 
 
-def advance(bar: Any, sums: Sums, score_name: str | None) -> None:
-    """Advance a bar by one and show the means of `sums`.
+def advance(bar: Any, totals: Totals, score_name: str | None) -> None:
+    """Advance a bar by one and show the means of `totals`.
 
-    The sums are only read, which waits for the device, when the bar is drawn: ten times a second.
+    These are only read, which waits for the device, when the bar is drawn: ten times a second.
     """
     if not bar.update(1):
         return
-    values: dict[str, Any] = dict(running(sums, score_name))
+    values: dict[str, Any] = dict(totals.means(score_name))
     if rate := bar.format_dict["rate"]:
-        values["examples/s"] = f"{rate * float(sums[EXAMPLES]) / bar.n:,.0f}"
+        values["examples/s"] = f"{rate * float(totals.values[EXAMPLES]) / bar.n:,.0f}"
     bar.set_postfix(values)
 
 

@@ -15,10 +15,9 @@ from lab.options import TrainerOptions
 from lab.schedules import Schedule, Stateful
 from regrow.distributed import sharding
 from regrow.errors import UserError, brief
-from regrow.numerics import sums
 from regrow.numerics.buffers import caches
 from regrow.numerics.precision import LossScale
-from regrow.numerics.sums import Skipped, Sums, added
+from regrow.numerics.totals import Skipped, Totals, scalar, without_waiting
 
 
 @dataclass
@@ -51,14 +50,12 @@ class TrainState:
     schedule: Schedule
     averaged: nn.Module | None  # the exponential moving average of the model
     loss_scale: LossScale | None  # of fp16
-    sums: Sums  # since the epoch began
+    sums: Totals  # since the epoch began
     skips: Tensor  # (2,) skipped steps: in total, and in the current streak
     steps_per_epoch: int = field(metadata=FOLLOWS)
     accumulation_steps: int = field(metadata=FOLLOWS)
     progress: Progress = field(default_factory=Progress)
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
-    # True if the host knows that skips[1] is zero.
-    no_streak: bool = field(default=False, metadata=FOLLOWS)
 
     @property
     def step(self) -> int:
@@ -83,6 +80,44 @@ class TrainState:
         """The model that is evaluated and kept: the average, if there is one."""
         return self.averaged if self.averaged is not None else self.model
 
+    def set_rates(self) -> None:
+        """Set the learning rates of the next update. They depend on the step alone."""
+        optim.set_lr(self.optimizer, self.schedule(self.step))
+
+    def scaled(self, factor: float, like: Tensor) -> Tensor:
+        """Return `factor` times the loss scale, if fp16 has one, as a () tensor like `like`."""
+        scale = self.loss_scale
+        return scalar(factor if scale is None else factor * scale.value, like)
+
+    def unscaled(self, factor: float | Tensor) -> float | Tensor:
+        """Return what takes `factor` and the loss scale out of a gradient."""
+        return factor if self.loss_scale is None else factor / self.loss_scale.value
+
+    def update(
+        self,
+        gradients: list[Tensor],
+        norm: float | Tensor,
+        factor: float | Tensor,
+        totals: Totals,
+        clipping: optim.Clipping,
+    ) -> Skipped:
+        """Update the weights with `gradients * factor`, clipped, if norm and loss are finite."""
+        return optim.update(
+            self.optimizer, gradients, norm, factor=factor, clipping=clipping, totals=totals
+        )
+
+    def finish_step(
+        self, totals: Totals, skipped: Skipped, step: int | Tensor, options: TrainerOptions
+    ) -> None:
+        """Update the average and the loss scale, and count the step."""
+        if self.loss_scale is not None:
+            self.loss_scale.update(*skipped)
+        if self.averaged is not None:
+            weight = average_weight(self, options, step)
+            update_average(self.averaged, self.model, weight, skipped)
+        self.sums.add_(totals, skipped)
+        skipped.count_in(self.skips, self.empty_steps)
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors that an update changes."""
         models = [self.model] if self.averaged is None else [self.model, self.averaged]
@@ -91,7 +126,7 @@ class TrainState:
             found += [v for moments in part.state.values() for v in moments.values()]
         if self.loss_scale is not None:
             found += [self.loss_scale.value, self.loss_scale.good_steps]
-        values: list[Any] = [*found, self.sums, self.skips, self.empty_steps]
+        values: list[Any] = [*found, self.sums.values, self.skips, self.empty_steps]
         return [value for value in values if isinstance(value, Tensor)]
 
     def _fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,7 +138,7 @@ class TrainState:
         del values["progress"]
         parts = {name: value for name, value in values.items() if isinstance(value, Stateful)}
         plain = {k: v for k, v in values.items() if not (k in parts or v is None or callable(v))}
-        return parts, plain
+        return parts, plain | {"sums": self.sums.saved()}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return one entry per file of a checkpoint: tensors and plain containers only."""
@@ -161,12 +196,12 @@ class TrainState:
             )
         self.progress = Progress(**{name: progress[name] for name in vars(self.progress)})
         for name, own in plain.items():
-            if isinstance(own, Tensor):
+            if name == "sums":
+                self.sums.load_(progress[name])
+            elif isinstance(own, Tensor):
                 own.copy_(torch.as_tensor(progress[name], dtype=own.dtype))
-            else:  # the saved sums may be a tensor: from a device, or in an older record
-                value = progress[name]
-                setattr(self, name, [*map(float, value)] if isinstance(own, list) else value)
-        self.no_streak = False
+            else:
+                setattr(self, name, progress[name])
         for name, own in stateful.items():
             if isinstance(own, Optimizer):
                 optim.load(own, parts[name])
@@ -233,10 +268,7 @@ def too_short_for_average(options: TrainerOptions, total_steps: int | None) -> s
 
 def steps_without_update(state: TrainState) -> float | Tensor:
     """Return the number of steps that did not change the weights; a () tensor on a device."""
-    skipped, empty = state.skips[0], state.empty_steps
-    if sums.on_host(skipped.device):
-        return skipped.item() + empty.item()
-    return skipped + empty
+    return without_waiting(state.skips[0]) + without_waiting(state.empty_steps)
 
 
 @torch.no_grad()
@@ -247,7 +279,7 @@ def update_average(
 
     Buffers (BatchNorm's statistics) and integer parameters have no average and are copied.
     """
-    if skipped is True:
+    if skipped.is_known:
         return
     averages: list[Tensor] = []
     parameters: list[Tensor] = []
@@ -260,12 +292,7 @@ def update_average(
         is_number = parameter.is_floating_point() or parameter.is_complex()
         (averages if is_number else copies).append(average)
         (parameters if is_number else sources).append(parameter)
-    if isinstance(weight, float) and skipped is False:
-        torch._foreach_lerp_(averages, parameters, weight)
-    else:  # avoids asking the device whether the step was skipped
-        differences = [*torch._foreach_sub(parameters, averages)]
-        torch._foreach_mul_(differences, weight * (1 - skipped))
-        torch._foreach_add_(averages, differences)
+    skipped.blend_(averages, parameters, weight)
     buffers = dict(averaged.named_buffers())
     for name, source in model.named_buffers():
         # A cache may have another shape in one of the two; it is then left unchanged.
@@ -276,34 +303,3 @@ def update_average(
     for dtype in dict.fromkeys(copy_.dtype for copy_ in copies):  # one operation takes one dtype
         kept = [i for i, copy_ in enumerate(copies) if copy_.dtype == dtype]
         torch._foreach_copy_([copies[i] for i in kept], [sources[i] for i in kept])
-
-
-def count(state: TrainState, sums: Sums, skipped: Skipped, empty: Skipped = False) -> None:
-    """Add a step to the epoch's sums, to the skipped steps or to the empty steps.
-
-    An empty step, whose weights are all zero, is skipped as well, but is not a bad step: it neither
-    starts nor ends a streak of bad steps.
-    """
-    if isinstance(skipped, Tensor) or isinstance(empty, Tensor):  # known only to the device
-        assert isinstance(sums, Tensor)
-        assert isinstance(state.sums, Tensor)
-        bad = torch.as_tensor(skipped, dtype=torch.float32, device=sums.device)
-        # In place: a CUDA graph holds these tensors.
-        state.sums.add_(torch.where(bad.bool(), 0.0, sums[: len(state.sums)]))
-        streak_goes_on = bad
-        if isinstance(empty, Tensor):
-            state.empty_steps += empty
-            streak_goes_on = torch.maximum(bad, empty)
-            bad = bad * (1 - empty)
-        state.skips += bad
-        state.skips[1].mul_(streak_goes_on)
-        state.no_streak = False
-    elif empty:
-        state.empty_steps += 1
-    elif skipped:
-        state.skips += 1
-        state.no_streak = False
-    else:
-        state.sums = added(state.sums, sums)
-        if not state.no_streak:
-            state.skips[1], state.no_streak = 0, True

@@ -311,10 +311,16 @@ class Objects(Protocol):
         ...
 
 
+class StepTotals(Protocol):
+    def read(self) -> list[float]:
+        """Return the sums of loss, score, weight and examples, then of the loss's components."""
+        ...
+
+
 class StepResult(Protocol):
     @property
-    def sums(self) -> Tensor | list[float]:
-        """Return the step's sums over all processes: see `regrow.numerics.sums`."""
+    def totals(self) -> StepTotals:
+        """Return the step's totals over all processes."""
         ...
 
 

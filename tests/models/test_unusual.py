@@ -23,7 +23,7 @@ from regrow.errors import UserError
 from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
 from regrow.numerics.calls import call
-from regrow.numerics.sums import gradient_norm
+from regrow.numerics.totals import Skipped, gradient_norm
 from regrow.record.records import read_json
 from regrow.runs import model_checks, weights
 from regrow.runs import training as runs
@@ -236,7 +236,7 @@ def test_on_a_device_a_replaced_buffer_is_put_back_without_a_wait() -> None:
     for skipped, expected in ((0.0, 1), (1.0, 1), (0.0, 2)):
         bench.plan.step.buffers.remember()
         model(torch.ones(2, 6))
-        bench.plan.step.buffers.restore(torch.tensor(skipped))
+        bench.plan.step.buffers.restore(Skipped(torch.tensor(skipped)))
         assert model.calls.item() == expected
 
 

@@ -26,7 +26,6 @@ from lab.build import Objects, plan_of
 from lab.schedules import Plateau
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
-from regrow.numerics.sums import read
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.runs import lr_finder
@@ -59,7 +58,7 @@ def built(*overrides: str) -> tuple[Objects, loop.Plan]:
 
 def range_tested(state: Any, plan: Any, test: RangeTest) -> Curve:
     def step(batch: Any) -> list[float]:
-        return read(plan.train_step(state, batch, plan.step).sums)
+        return plan.train_step(state, batch, plan.step).totals.read()
 
     return lr_finder.range_test(state, plan.train, step, test)
 
@@ -120,7 +119,7 @@ def test_a_run_after_the_test_is_the_run_without_it() -> None:
             range_tested(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 25}))
         losses = []
         for batch in plan.train.epoch(0):
-            losses.append(plan.train_step(objects.state, batch, plan.step).sums[0])
+            losses.append(plan.train_step(objects.state, batch, plan.step).totals.loss)
             objects.state.progress.step += 1
         return losses
 

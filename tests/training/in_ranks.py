@@ -32,7 +32,8 @@ from regrow.checkpoint.writer import CheckpointWriter, Facts
 from regrow.distributed.parallel import World, stopping_together
 from regrow.distributed.sharding import whole
 from regrow.feeding.batch import share
-from regrow.numerics import sums
+from regrow.numerics import totals
+from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.runs import training as runs
 
@@ -80,7 +81,7 @@ def steps(objects: Any, plan: Any, last: int = 6, *, whole_weights: bool = True)
         for batch in objects.train.epoch(state.epoch, state.step_in_epoch):
             result = plan.train_step(state, batch, plan.step)
             state.progress.step += 1
-            loss, _, weight, examples = sums.read(result.sums)
+            loss, _, weight, examples = result.totals.read()
             seen.append((loss / weight, float(result.grad_norm), examples))
             if state.step == last:
                 break
@@ -95,18 +96,18 @@ def trained_in_slices(world: World, config: Config, folder: Path) -> dict[str, A
 
 def trained_with_sums_on_device(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """As on a device where reading a number is a wait; a CPU replaces it."""
-    on_host = sums.on_host
-    sums.on_host = lambda device: False
+    on_host = totals.on_host
+    totals.on_host = lambda device: False
     try:
         return trained(world, config, folder, accumulation_steps=3)
     finally:
-        sums.on_host = on_host
+        totals.on_host = on_host
 
 
 def trained_as_if_alone(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """The broken variant: the mean over processes, as if each had as many examples."""
 
-    def mean(losses: Tensor, state: Any, batch: Any, plan: Any) -> None:
+    def mean(losses: Tensor, state: Any, batch: Any) -> None:
         torch.autograd.backward(losses.sum() / max(1, batch.num_local) / world.size)
 
     backward = step.backward
@@ -370,19 +371,21 @@ def sent_in_one_step(world: World, config: Config, folder: Path) -> dict[str, An
     def backward(name: str | None) -> None:
         losses, part = forward(batch, plan.step)
         if name is not None:
-            exchange.send([part.sums], losses.dtype, name)
+            exchange.send([part], name)
         losses.sum().backward()
 
     backward("first")
     backward("second")
-    counted = {name: float(exchange.wait(name)[sums.EXAMPLES]) for name in ("first", "second")}
+    counted = {
+        name: float(exchange.wait(name).values[totals.EXAMPLES]) for name in ("first", "second")
+    }
     try:
-        exchange.send([[0.0] * sums.COUNTED], torch.float32, "second")
+        exchange.send([Totals.zero(torch.device("cpu"))], "second")
     except RuntimeError as error:
         errors.append(str(error))
     exchange.begin()
     backward("first")  # a new step may use the name again
-    again = float(exchange.wait("first")[sums.EXAMPLES])
+    again = float(exchange.wait("first").values[totals.EXAMPLES])
     try:
         backward(None)
     except RuntimeError as error:
@@ -419,12 +422,12 @@ def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list
 def trained_with_empty_steps_on_device(
     world: World, config: Config, folder: Path
 ) -> list[dict[str, Any]]:
-    on_host = sums.on_host
-    sums.on_host = lambda device: False
+    on_host = totals.on_host
+    totals.on_host = lambda device: False
     try:
         return trained_with_empty_steps(world, config, folder)
     finally:
-        sums.on_host = on_host
+        totals.on_host = on_host
 
 
 CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {

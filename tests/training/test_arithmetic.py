@@ -20,8 +20,9 @@ from lab.tasks import losses
 from lab.tasks.custom import mse_plus_mae
 from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
 from regrow.feeding.batch import Batch
-from regrow.numerics import capture, sums
+from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
+from regrow.numerics.totals import Totals
 
 CLASSES = 5
 WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.25]  # exact in float32, so that float64 shows its digits
@@ -219,7 +220,7 @@ class MeanOfMeans:
 @pytest.fixture(params=["host", "device"])
 def host_or_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums as numbers; and as tensors that are waited for, with the CPU as the device."""
-    monkeypatch.setattr(sums, "on_host", lambda device: request.param == "host")
+    monkeypatch.setattr(totals, "on_host", lambda device: request.param == "host")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -336,10 +337,10 @@ def test_a_log_of_the_last_slice_alone_is_caught(monkeypatch: pytest.MonkeyPatch
     forward = step.forward
     calls: list[int] = []
 
-    def only_the_last(*arguments: Any) -> tuple[torch.Tensor, step.Slice]:
+    def only_the_last(*arguments: Any) -> tuple[torch.Tensor, Totals]:
         calls.append(1)
         losses, part = forward(*arguments)
-        return losses, part._replace(sums=[value * (len(calls) == 4) for value in part.sums])
+        return losses, part._replace(values=[value * (len(calls) == 4) for value in part.values])
 
     monkeypatch.setattr(step, "forward", only_the_last)
     line = Bench(model, task, SGD, slices=4).step(batch)

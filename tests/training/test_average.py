@@ -17,7 +17,7 @@ from lab.state import too_short_for_average
 from lab.tasks import losses
 from lab.tasks.tasks import Regression
 from regrow.config import older
-from regrow.numerics import sums
+from regrow.numerics import totals
 from regrow.record.records import read_json
 from regrow.runs import training as runs
 
@@ -52,7 +52,7 @@ def test_the_average_is_that_of_its_formula_and_skipped_steps_do_not_count(
     decay: float, warmup: bool, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
-    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     bench = bench_of(ema_decay=decay, ema_warmup=warmup)
     expected = [p.detach().clone() for p in bench.state.model.parameters()]
     updates = 0
@@ -74,7 +74,7 @@ def test_the_average_takes_over_the_statistics_of_batchnorm(
 ) -> None:
     """They are averages already; its own would stay those of an untrained model."""
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
-    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1))
     task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)

@@ -19,7 +19,7 @@ from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
 from regrow.checkpoint import writer as checkpoint
 from regrow.feeding.batch import Batch
-from regrow.numerics import sums
+from regrow.numerics import totals
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.precision import LossScale
 
@@ -111,9 +111,9 @@ def test_a_step_that_is_not_checked_is_caught(monkeypatch: pytest.MonkeyPatch) -
     bench.step(batch(0))
     before = held_by(bench)
 
-    def unchecked(optimizer: Any, *args: Any, **named: Any) -> bool:
+    def unchecked(optimizer: Any, *args: Any, **named: Any) -> totals.Skipped:
         optimizer.step()
-        return False
+        return totals.Skipped(False)
 
     monkeypatch.setattr(optim, "update", unchecked)
     bench.step(batch(1, torch.nan))
@@ -150,7 +150,7 @@ def test_a_step_whose_loss_is_not_a_number_is_skipped(
     on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One micro-batch has a loss of inf, another of -inf."""
-    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     bench = bench_of(MAKERS["adamw"])
     bench.step(batch(0))
     before = held_by(bench)
@@ -174,13 +174,13 @@ def test_epoch_means_leave_skipped_steps_out(
     on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if the sums stay on a device that skips by itself; a CPU acts as the device here."""
-    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
     bench = bench_of(MAKERS["adamw"])
-    assert isinstance(bench.state.sums, Tensor) == on_device
+    assert isinstance(bench.state.sums.values, Tensor) == on_device
     lines = [bench.step(batch(n, bad)) for n, bad in ((0, None), (1, torch.inf), (2, None))]
     exact = (lines[0]["train/loss"] + lines[2]["train/loss"]) / 2
-    loss, _, weight, examples = sums.read(bench.state.sums)
+    loss, _, weight, examples = bench.state.sums.read()
     assert loss / weight == pytest.approx(exact)
     assert examples == 24
 

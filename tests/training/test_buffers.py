@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from regrow.numerics.buffers import Buffers
+from regrow.numerics.totals import Skipped
 
 
 class Aliased(nn.Module):
@@ -54,7 +55,7 @@ def test_only_a_skipped_step_restores_them(skipped: Any, flat: bool) -> None:
     buffers.remember()
     step(model, 1)
     after = copy.deepcopy(model.state_dict())
-    buffers.restore(skipped)
+    buffers.restore(Skipped(skipped))
     expected = before if float(skipped) else after
     torch.testing.assert_close(dict(model.state_dict()), dict(expected), rtol=0, atol=0)
     assert not torch.equal(before["1.running_mean"], after["1.running_mean"])  # the control

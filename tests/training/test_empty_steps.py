@@ -16,8 +16,9 @@ from lab import optim
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
 from regrow.feeding.batch import Batch
-from regrow.numerics import precision, sums
+from regrow.numerics import precision, totals
 from regrow.numerics.precision import LossScale
+from regrow.numerics.totals import Skipped, Totals
 
 # Two of three classes have no weight: with two examples a step, many steps have none.
 RARE = (
@@ -68,7 +69,7 @@ def test_an_empty_step_changes_nothing_and_counts(
     on_host: bool, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not on_host:
-        monkeypatch.setattr(sums, "on_host", lambda device: False)
+        monkeypatch.setattr(totals, "on_host", lambda device: False)
     run = bench(slices=slices)
     run.step(batch(0, 0, 1, 2))
     before = content(run)
@@ -108,7 +109,7 @@ def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.Mo
     nor adds to it.
     """
     if not on_host:
-        monkeypatch.setattr(sums, "on_host", lambda device: False)
+        monkeypatch.setattr(totals, "on_host", lambda device: False)
     run = bench()
     run.step(batch(0, 0, 1, 2))
     line = run.step(batch(0, 0, 1, 2, bad=True))
@@ -120,18 +121,16 @@ def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.Mo
 
 
 def test_what_is_skipped_on_the_device_is_told_apart_there() -> None:
-    """`count` with the tensors of a device that nobody has waited for."""
-    from lab.state import count
-
+    """With the tensors of a device that nobody has waited for."""
     run = bench()
-    run.state.sums = torch.zeros(4, dtype=torch.float64)
+    run.state.sums = Totals(torch.zeros(4, dtype=torch.float64))
     one, zero = torch.ones(()), torch.zeros(())
-    step = torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+    step = Totals(torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64))
     for skipped, empty in ((zero, zero), (one, zero), (one, one), (one, zero), (True, one)):
-        count(run.state, step, skipped, empty)  # type: ignore[arg-type]
+        run.state.finish_step(step, Skipped(skipped, empty), 0, run.options)  # type: ignore[arg-type]
     assert run.state.skips.tolist() == [2, 2] and run.state.empty_steps == 2
-    assert run.state.sums.tolist() == step.tolist()
-    count(run.state, step, zero, zero)
+    assert run.state.sums.read() == step.read()
+    run.state.finish_step(step, Skipped(zero, zero), 0, run.options)
     assert run.state.skips.tolist() == [2, 0]
 
 
@@ -245,7 +244,7 @@ def test_an_empty_step_needs_no_wait_for_the_gpu() -> None:
             norm,
             factor=4 / weight,
             clipping=optim.Clipping(None, None),
-            valid=weight * 0,
+            totals=Totals(torch.stack([weight * 0, weight, weight, weight]), weighted=True),
         )
 
     parameter.grad = torch.ones(4, device=device)

@@ -19,8 +19,8 @@ from lab.optim import Clipping, MuonWithAdamW
 from lab.tasks import losses
 from lab.tasks.tasks import Regression
 from regrow.errors import UserError
-from regrow.numerics import sums
-from regrow.numerics.sums import gradient_norm
+from regrow.numerics import totals
+from regrow.numerics.totals import Totals, gradient_norm
 from regrow.project import CONF
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
@@ -267,7 +267,7 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
 def steps_of(make: Any, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Return the weights after a good, a bad and a good step."""
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: on_device)
-    monkeypatch.setattr(sums, "on_host", lambda device: not on_device)
+    monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
     model = nn.Linear(6, 1)
     task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
@@ -321,9 +321,9 @@ def test_clipping_on_a_device_does_not_ask_it(monkeypatch: pytest.MonkeyPatch) -
     gradients = [parameter.grad]
     norm = gradient_norm(gradients)
     factor = torch.ones((), device="meta")
-    valid = torch.ones((), device="meta")
+    step = Totals(torch.ones(4, device="meta"))
     for clipping in (Clipping(1.0, 0.1), Clipping(None, None)):
-        optim.update(Sink(), gradients, norm, factor=factor, clipping=clipping, valid=valid)
+        optim.update(Sink(), gradients, norm, factor=factor, clipping=clipping, totals=step)
     monkeypatch.setattr(optim, "skips_on_device", lambda optimizer, device: False)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        optim.update(Sink(), gradients, norm, factor=factor, clipping=clipping, valid=valid)
+        optim.update(Sink(), gradients, norm, factor=factor, clipping=clipping, totals=step)

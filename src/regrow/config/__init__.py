@@ -14,8 +14,8 @@ hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
 leads: lead
-older: ADDED_PREPROCESSING, AddedKey, as_override, complete, earlier, EARLY_EXTENSIONS, line,
-    removed
+older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
+    EARLY_EXTENSIONS, line, removed
 own_modules: import_own_modules
 places: folders, groups, options
 recorded: recorded_config

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from regrow.errors import UserError
-from regrow.numerics import sums
 from regrow.numerics.buffers import caches
-from regrow.numerics.sums import gradient_norm
+from regrow.numerics.totals import Totals, gradient_norm
 from regrow.processes.interrupt import Interrupted, StopRequest
 
 
@@ -136,8 +135,9 @@ class Exchange:
         self.seconds = 0.0  # since the previous exchange, by the main process's clock
         self._wished = False
         self.rides = False  # True if sent with the gradients
-        # Sent in this step, by name. The first name's also hold stop request and seconds.
-        self._sent: dict[str, sums.Sums] = {}
+        # Sent in this step, by name: this process's own, and the message to the others, if there
+        # are any. The first message also holds stop request and seconds.
+        self._sent: dict[str, tuple[Totals, Tensor | None]] = {}
         self._boarding: Tensor | None = None  # leaves with the next last bucket of gradients
         self._work: list[Any] = []
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
@@ -163,8 +163,8 @@ class Exchange:
         self._sent.clear()
         self._boarding = None
 
-    def send(self, parts: list[sums.Sums], dtype: torch.dtype, name: str = "model") -> None:
-        """Start summing `parts` over all processes; the values are sent in `dtype`.
+    def send(self, parts: list[Totals], name: str = "model") -> None:
+        """Start summing `parts`, those of the micro-batches, over all processes.
 
         Raises RuntimeError for a name that this step has used: its sums would be counted twice.
         """
@@ -173,7 +173,7 @@ class Exchange:
                 f"this step has sent sums under the name {name!r} already. Give each synchronised "
                 "backward pass of a step its own name."
             )
-        total = functools.reduce(sums.added, parts)
+        total = functools.reduce(Totals.plus, parts)
         own: list[float] = []
         if not self._sent:
             now = time.perf_counter()
@@ -182,17 +182,14 @@ class Exchange:
         if self.world.size == 1:
             if own:
                 self.seconds = seconds
-            self._sent[name] = total
+            self._sent[name] = total, None
             return
-        if isinstance(total, list):
-            total = torch.tensor([*total, *own], dtype=dtype)
-        else:
-            total = torch.cat([total, torch.tensor(own, dtype=dtype).to(total.device)])
-        self._sent[name] = total
+        message = total.message(own)
+        self._sent[name] = total, message
         if self.rides:
-            self._boarding = total
+            self._boarding = message
         else:
-            self._work.append(dist.all_reduce(total, async_op=True))
+            self._work.append(dist.all_reduce(message, async_op=True))
 
     def with_gradients(self, bucket: Any) -> Any:
         """Sum a bucket of DDP's gradients over the processes; with the last one, the sent sums.
@@ -220,18 +217,18 @@ class Exchange:
         group: Any = dist.group.WORLD
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
-    def wait(self, name: str = "model") -> sums.Sums:
+    def wait(self, name: str = "model") -> Totals:
         """Return the sum of what all processes sent under the name."""
-        total = self._sent[name]
-        if not isinstance(total, Tensor) or self.world.size == 1:
-            return total
+        own, message = self._sent[name]
+        if message is None:
+            return own
         while self._work:
             self._work.pop().wait()
         if name == next(iter(self._sent)):
-            last = total[-2:]
-            self._take(self._read_late(last) if total.is_cuda else tuple(last.tolist()))
-            total = total[:-2]
-        return total.tolist() if sums.on_host(total.device) else total
+            last = message[-2:]
+            self._take(self._read_late(last) if message.is_cuda else tuple(last.tolist()))
+            message = message[:-2]
+        return own.received(message)
 
     def _take(self, common: tuple[float, float]) -> None:
         wishes, self.seconds = common

@@ -1,4 +1,4 @@
-"""Sums, precision and memory of a step.
+"""Totals, precision and memory of a step.
 
 Public, by module; all else is private to this folder.
 
@@ -9,6 +9,6 @@ exact: BinaryAUROC, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen
 memory: keep_freed_memory
 precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter
-sums: added, cleared, constant, COUNTED, epoch_sums, EXAMPLES, gradient_norm, LOSS, on_host, ratio,
-    read, SCORE, Skipped, slice_sums, sum_dtype, Sums, WEIGHT
+totals: COUNTED, EXAMPLES, gradient_norm, LOSS, numbers, ratio, scalar, SCORE, Skipped, sum_dtype,
+    Totals, WEIGHT, weighted, without_waiting
 """

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from regrow.numerics.sums import Skipped
+from regrow.numerics.totals import Skipped
 
+SKIPPED = Skipped(True)
 ALONE = 2  # references to a storage that one tensor uses: the tensor's and ours
 ALIGNMENT = 64  # bytes: a vector of any CPU, and more than a GPU's kernels ask for
 
@@ -80,10 +81,11 @@ class Buffers:
             _copy(self.caches_before, [_at(place) for place in self.caches])
 
     @torch.no_grad()
-    def restore(self, skipped: Skipped) -> None:
-        if skipped is False:
+    def restore(self, skipped: Skipped = SKIPPED) -> None:
+        """Restore the buffers, or do so on the device if it finds that the step was skipped."""
+        if skipped.update is False:
             return
-        if skipped is True:
+        if skipped.is_known:
             for (buffers, name), buffer in zip(self.places, self.buffers, strict=True):
                 buffers[name] = buffer
         else:
@@ -93,9 +95,8 @@ class Buffers:
         pairs += [
             (_at(p), before) for p, before in zip(self.caches, self.caches_before, strict=True)
         ]
-        bad = None if skipped is True else skipped.bool()
         for now, before in pairs:
-            now.copy_(before if bad is None else torch.where(bad, before, now))
+            skipped.restore_(now, before)
 
 
 def _at(place: tuple[dict[str, Tensor | None], str]) -> Tensor:

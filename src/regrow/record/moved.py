@@ -37,7 +37,7 @@ MOVED: Mapping[str, str] = {
     "regrow.training.lr_finder": "regrow.runs.lr_finder",
     "regrow.training.model_checks": "regrow.runs.model_checks",
     "regrow.training.scheduler_adapter": "regrow.numerics.scheduler_adapter",
-    "regrow.training.sums": "regrow.numerics.sums",
+    "regrow.training.sums": "regrow.numerics.totals",
     "regrow.data.augment": "lab.data.augment",
     "regrow.data.datasets": "lab.data.datasets",
     "regrow.models": "lab.models",

@@ -22,7 +22,6 @@ from regrow.config.targets import instantiate
 from regrow.distributed.parallel import World
 from regrow.errors import UserError, machine_fault
 from regrow.failing import fail
-from regrow.numerics.sums import read
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch
 from regrow.record import records
@@ -87,7 +86,7 @@ def _find_lr(cfg: DictConfig) -> float:
             plan = lab().plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
 
             def step(batch: Batch) -> list[float]:
-                return read(plan.train_step(objects.state, batch, plan.step).sums)
+                return plan.train_step(objects.state, batch, plan.step).totals.read()
 
             curve = lr_finder.range_test(objects.state, objects.train, step, test)
         lr = lr_finder.suggest(curve)

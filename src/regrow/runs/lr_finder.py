@@ -60,7 +60,7 @@ def range_test(
 ) -> Curve:
     """Train at growing learning rates, then restore the state as if the test had not run.
 
-    `step` updates the weights from a batch and returns the step's sums: see `numerics.sums`.
+    `step` updates the weights from a batch and returns the step's sums: see `numerics.totals`.
     Batches, micro-batches, precision and clipping are the run's own; its schedule is not used.
     """
     before = copy.deepcopy(state.state_dict())

@@ -27,7 +27,7 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
         outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
         task.check(outputs, batch.targets)
         task.loss(outputs, batch.targets, batch.weights)
-    buffers.restore(True)
+    buffers.restore()
     model.train()
 
 
@@ -46,7 +46,7 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
             "fewer trainer.accumulation_steps or a model without BatchNorm."
         ) from None
     finally:
-        buffers.restore(True)
+        buffers.restore()
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -309,7 +309,7 @@ def _buffers_kept(*models: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         for buffers in kept:
-            buffers.restore(True)
+            buffers.restore()
 
 
 def _few(batch: Batch) -> Batch:
