@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from lab import optim
+from lab import optim, several
 from lab.models.initialisation import StartsFromData, start_from_data
 from lab.options import TrainerOptions
 from lab.plan import Plan, StepPlan, StepResult
@@ -27,6 +28,7 @@ from lab.state import TrainState, average_of, too_short_for_average
 from regrow.config.targets import instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
+    DDPOptions,
     Exchange,
     World,
     distribute,
@@ -92,8 +94,10 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     if "val" in data.num_examples:
         val = data.evaluation("val", device=world.device, rank=world.rank, world_size=world.size)
 
+    several.check(config)
     seed_everything(key(seed, "model"))
-    model: nn.Module = instantiate(config["model"])
+    models = several.each(config["model"], instantiate)
+    model: nn.Module = models.get("") or several.Models(models)
     if model_checks.has_lazy_parts(model):
         with states_kept():
             first = first_batch(train, val)
@@ -130,19 +134,22 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     activation_checkpointing.apply(model, options.activation_checkpointing)
     if world.mesh is not None:
         for each in (model, averaged):
-            if each is not None:
-                sharding.shard(each, options.fsdp, world.mesh)
+            for part in several.by_name(each).values() if each is not None else ():
+                sharding.shard(part, options.fsdp, world.mesh)
     total_steps = steps_of(options, train.steps_per_epoch)
-    groups = optim.parameter_groups(model, **config["param_groups"])
-    optimizer = optim.build(instantiate(config["optimizer"]), groups)
+    optimizers = optimizers_of(config, model)
     length = RunLength(total_steps=total_steps, steps_per_epoch=train.steps_per_epoch)
-    scheduler = config["scheduler"]
-    schedule = schedule_of(scheduler, optimizer, length)
-    warmup = length.warmup(scheduler.get("warmup_steps"), scheduler.get("warmup_fraction"))
+    nodes = several.each(config["scheduler"], dict)
+    schedules, warmups = {}, []
+    for name, optimizer in optimizers.items():
+        node = nodes[name] if name in nodes else nodes[""]  # a single one holds for all
+        schedules[name] = schedule_of(node, optimizer, length)
+        warmups.append(length.warmup(node.get("warmup_steps"), node.get("warmup_fraction")))
     state = TrainState(
         model=model,
-        optimizer=optimizer,
-        schedule=schedule,
+        optimizer=optimizers.get("") or optimizers,
+        schedule=schedules.get("") or schedules,
+        evaluates="" if "" in models else config["task"]["evaluates"],
         averaged=averaged,
         loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
         sums=Totals.zero(world.device),
@@ -163,8 +170,25 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     if options.compile:
         if world.is_main:
             log.info("the model is compiled at its first batches, for some seconds or minutes")
-        model.compile()
-    return Objects(options, data, task, state, train, val, total_steps, warmup, parameters, step)
+        for each in several.by_name(model).values():
+            each.compile()
+    return Objects(
+        *(options, data, task, state, train, val, total_steps, max(warmups), parameters, step)
+    )
+
+
+def optimizers_of(config: Mapping[str, Any], model: nn.Module) -> dict[str, Optimizer]:
+    """Return the optimizers by name; a single one, of all models, has the empty name."""
+    make = several.each(config["optimizer"], instantiate)
+    settings = config["param_groups"]
+    if "" in make:
+        return {"": optim.build(make[""], optim.parameter_groups(model, **settings))}
+    models, optimizers = several.by_name(model), {}
+    several.refuse_foreign(settings["lr_scale"] or {}, "param_groups.lr_scale", models)
+    for name, make_one in make.items():
+        own = {**settings, "lr_scale": optim.scales_of(name, settings["lr_scale"])}
+        optimizers[name] = optim.build(make_one, optim.parameter_groups(models[name], **own))
+    return optimizers
 
 
 def with_monitor(
@@ -239,19 +263,21 @@ def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> S
 
 def check_first_batch(objects: Objects, world: World) -> None:
     """Raise UserError if model, task and data do not fit together. Leaves the run unchanged."""
-    model, options = objects.state.model, objects.options
+    state, options = objects.state, objects.options
+    model: nn.Module = several.by_name(state.model)[state.evaluates]
+    averaged = state.evaluated if state.averaged is not None else None
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.val)
     model_checks.check_first_batch(model, objects.task, first, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
-    if smallest // (objects.state.num_micro_batches * world.size) <= 1:
+    if smallest // (state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
     with states_kept():
         model_checks.check_forward(
             model,
-            objects.state.averaged,
+            averaged,
             first,
             options.precision,
             before=before,
@@ -285,6 +311,8 @@ def capture_of(
         reason = ""  # the user turned it off, so log nothing
     elif world.size > 1 or world.mesh is not None:
         reason = "several processes share them"
+    elif isinstance(state.model, several.Models):
+        reason = "each updates one of several models"
     elif options.detect_anomaly:
         reason = "trainer.detect_anomaly=true reads every operation's result"
     elif options.activation_checkpointing:
@@ -303,6 +331,15 @@ def capture_of(
     )
 
 
+def distribute_all(model: nn.Module, options: DDPOptions, world: World, exchange: Exchange) -> Any:
+    """Return what a step calls: the model, or DDP around it; several models by name."""
+    called = {
+        name: distribute(each, options, world, exchange)
+        for name, each in several.by_name(model).items()
+    }
+    return called.get("") or called
+
+
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
     """Return everything that stays the same during the run.
 
@@ -316,7 +353,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         task=objects.task,
         world=world,
         seed=seed,
-        forward=distribute(model, options.ddp, world, exchange),
+        forward=distribute_all(model, options.ddp, world, exchange),
         parameters=objects.parameters,
         clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
         buffers=buffers,

@@ -36,11 +36,16 @@ def refuse_endless_skipping(state: TrainState, totals: Totals, plan: Plan) -> No
         )
 
 
-def halve_slices(state: TrainState, batch: Batch, plan: StepPlan) -> None:
-    """Double the number of micro-batches, for this step and all later ones.
+def make_room(state: TrainState, batch: Batch, plan: StepPlan) -> None:
+    """Undo what a step that ran out of memory has changed, and let it need less.
 
-    Raises SlicesTooLarge with several ranks, and UserError if the batch cannot be split further.
+    Frees the graphs of captured steps, or else doubles the number of micro-batches, for this step
+    and all later ones. Raises SlicesTooLarge with several ranks, and UserError if the batch cannot
+    be split further.
     """
+    plan.buffers.restore()
+    if plan.capture.release():
+        return
     slices = state.num_micro_batches
     where = (
         f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"

@@ -25,6 +25,7 @@ from lab.progress import (
     tell_of_another_rate,
 )
 from lab.schedules import Plateau, improves
+from lab.several import by_name
 from lab.state import TrainState
 from regrow.checkpoint.writer import Facts
 from regrow.numerics.totals import WEIGHT
@@ -179,8 +180,9 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
     if equals or improves(value, progress.best_value, mode=mode):
         progress.best_value, progress.best_step = value, state.step
         progress.best_values = dict(values)
-    if isinstance(state.schedule, Plateau):
-        state.schedule.update(value, mode)
+    for schedule in by_name(state.schedule).values():
+        if isinstance(schedule, Plateau):
+            schedule.update(value, mode)
     stopping = options.early_stopping
     if improves(value, progress.reference_value, mode=mode, min_delta=stopping.min_delta):
         progress.reference_value, progress.evaluations_without_improvement = value, 0

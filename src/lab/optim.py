@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, _muon
 
+from lab.several import by_name, full
 from regrow.distributed import sharding
 from regrow.dotted import matches
 from regrow.errors import UserError
@@ -64,6 +65,16 @@ def parameter_groups(
         | ({} if decays else {"weight_decay": 0.0})
         for (scale, decays), parameters in groups.items()
     ]
+
+
+def scales_of(name: str, lr_scale: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the patterns of `lr_scale` for one of several models, without its name."""
+    own = {}
+    for pattern, factor in (lr_scale or {}).items():
+        first, _, rest = pattern.partition(".")
+        if first == name:
+            own[rest or "*"] = factor
+    return own
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -162,8 +173,19 @@ def _is_on_device(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and lr.is_cuda
 
 
-def rates(optimizer: Optimizer) -> dict[str, float]:
-    """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled or else the first group."""
+def rates(optimizers: Optimizer | dict[str, Optimizer]) -> dict[str, float]:
+    """Return `lr/x<scale>` per scaled group, and `lr` of an unscaled or else the first group.
+
+    Several optimizers have `lr/<name>` and `lr/<name>/x<scale>`.
+    """
+    return {
+        full("lr", name, "/") + rate.removeprefix("lr"): lr
+        for name, optimizer in by_name(optimizers).items()
+        for rate, lr in _rates(optimizer).items()
+    }
+
+
+def _rates(optimizer: Optimizer) -> dict[str, float]:
     found = {group["lr_scale"]: float(group["lr"]) for group in optimizer.param_groups}
     scaled = {f"lr/x{scale:g}": lr for scale, lr in found.items() if scale != 1}
     first = optimizer.param_groups[0]["lr_scale"]
@@ -193,26 +215,35 @@ _SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @contextlib.contextmanager
-def evaluating(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """Switch a schedule-free optimizer to its evaluation weights, then back.
+def evaluating(optimizers: Optimizer | dict[str, Optimizer], model: nn.Module) -> Iterator[None]:
+    """Switch schedule-free optimizers to their evaluation weights, then back.
 
     Such optimizers (Defazio et al., "The road less scheduled", 2024) train one point and evaluate
     another. Their own way back is not bit-exact, so the weights are copied and restored.
     """
-    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+    switched: list[Any] = schedule_free(optimizers)
+    if not switched:
         yield
         return
     parameters = sharding.local([p.data for p in model.parameters()])
     before = [p.clone() for p in parameters]
-    optimizer.eval()
+    for optimizer in switched:
+        optimizer.eval()
     try:
         yield
     finally:
-        optimizer.train()
+        for optimizer in switched:
+            optimizer.train()
         torch._foreach_copy_(parameters, before)
 
 
-def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+def schedule_free(optimizers: Optimizer | dict[str, Optimizer]) -> list[Optimizer]:
+    """Return the optimizers that evaluate other weights than they train."""
+    every = by_name(optimizers).values()
+    return [each for each in every if hasattr(each, "eval") and hasattr(each, "train")]
+
+
+def skips_on_device(optimizer: Optimizer | dict[str, Optimizer], device: torch.device) -> bool:
     """Return True if a bad step can be skipped without asking the device first.
 
     These are also the optimizers whose update a CUDA graph may hold: they read nothing on the host
@@ -220,6 +251,8 @@ def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
+    if isinstance(optimizer, dict):
+        return all(skips_on_device(each, device) for each in optimizer.values())
     if isinstance(optimizer, MuonWithAdamW):
         is_sharded = any(
             sharding.is_sharded(p) for g in optimizer.param_groups for p in g["params"]
@@ -229,9 +262,9 @@ def skips_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     return type(optimizer) in _SKIP_ON_DEVICE and is_fused
 
 
-def settings(optimizer: Optimizer) -> Hashable:
+def settings(optimizers: Optimizer | dict[str, Optimizer]) -> Hashable:
     """Return the numbers, other than rates, that a schedule may change between updates."""
-    groups = optimizer.param_groups
+    groups = [group for each in by_name(optimizers).values() for group in each.param_groups]
     return tuple(
         (g.get("momentum"), *(g.get("betas") or ()), g.get("weight_decay")) for g in groups
     )

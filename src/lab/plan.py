@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,16 +32,24 @@ class StepPlan:
     task: Task
     world: World
     seed: int
-    forward: nn.Module  # the model, or DDP around it
+    forward: Any  # the model, or DDP around it; for several models a mapping of these
     parameters: list[nn.Parameter]  # the trainable ones
     clipping: Clipping
     buffers: Buffers
     exchange: Exchange
     capture: Eager
+    name: str = ""  # of one of several models, optimizers and sums: see `of`
+
+    def of(self, name: str) -> StepPlan:
+        """Return the plan of an update of one of several models."""
+        parameters = [p for p in self.forward[name].parameters() if p.requires_grad]
+        return dataclasses.replace(
+            self, forward=self.forward[name], parameters=parameters, name=name
+        )
 
     def seed_of(self, step: int, micro_batch: int) -> int:
         """Return the seed of torch, numpy and `random` for a micro-batch."""
-        return key(self.seed, "model", step, micro_batch, self.world.rank)
+        return key(self.seed, self.name or "model", step, micro_batch, self.world.rank)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context for a forward pass and its loss, in the run's precision."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lab import optim
 from lab.plan import Plan
 from lab.schedules import Stateful
+from lab.several import by_name
 from lab.state import TrainState
 from regrow.distributed.sharding import whole
 from regrow.numerics.totals import EXAMPLES, Totals
@@ -118,17 +119,20 @@ def announce(state: TrainState, plan: Plan) -> None:
 
 def tell_of_another_rate(state: TrainState) -> None:
     """Log if the schedule has changed since the save; a raised limit stretches a cosine."""
-    if state.step == 0 or isinstance(state.schedule, Stateful):
+    if state.step == 0 or any(
+        isinstance(each, Stateful) for each in by_name(state.schedule).values()
+    ):
         return
-    parts = getattr(state.optimizer, "parts", [state.optimizer])
-    if not any(part.state for part in parts):  # another optimizer: its rates do not compare
-        return
-    before = optim.rates(state.optimizer)["lr"]
-    optim.set_lr(state.optimizer, state.schedule(state.step - 1))
-    now = optim.rates(state.optimizer)["lr"]
-    if not math.isclose(before, now):
-        log.info(
-            "the learning rate of step %d was %.3g and would now be %.3g: the schedule follows "
-            "what was changed",
-            *(state.step, before, now),
-        )
+    for name, optimizer in by_name(state.optimizer).items():
+        parts = getattr(optimizer, "parts", [optimizer])
+        if not any(part.state for part in parts):  # another optimizer: its rates do not compare
+            continue
+        before = optim.rates(optimizer)["lr"]
+        optim.set_lr(optimizer, by_name(state.schedule)[name](state.step - 1))
+        now = optim.rates(optimizer)["lr"]
+        if not math.isclose(before, now):
+            log.info(
+                "the learning rate of step %d was %.3g and would now be %.3g: the schedule follows "
+                "what was changed",
+                *(state.step, before, now),
+            )

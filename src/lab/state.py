@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lab import older, optim
 from lab.options import TrainerOptions
 from lab.schedules import Schedule, Stateful
+from lab.several import by_name, full
 from regrow.distributed import sharding
 from regrow.errors import UserError, brief
 from regrow.numerics.buffers import caches
@@ -43,11 +44,15 @@ FOLLOWS = {"saved": False}  # marks a derived field, which no checkpoint holds
 
 @dataclass
 class TrainState:
-    """The run's state. A field with a `state_dict` is saved as a part, any other in `progress`."""
+    """The run's state. A field with a `state_dict` is saved as a part, any other in `progress`.
+
+    A config may name several models, optimizers and schedules: see `several`. `model` is then a
+    `Models` and the others are dicts, so `state.optimizer["generator"]` is one of them.
+    """
 
     model: nn.Module
-    optimizer: Optimizer
-    schedule: Schedule
+    optimizer: Optimizer | dict[str, Optimizer]
+    schedule: Schedule | dict[str, Schedule]
     averaged: nn.Module | None  # the exponential moving average of the model
     loss_scale: LossScale | None  # of fp16
     sums: Totals  # since the epoch began
@@ -55,6 +60,7 @@ class TrainState:
     steps_per_epoch: int = field(metadata=FOLLOWS)
     accumulation_steps: int = field(metadata=FOLLOWS)
     progress: Progress = field(default_factory=Progress)
+    evaluates: str = field(default="", metadata=FOLLOWS)  # the evaluated one of several models
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
 
     @property
@@ -78,11 +84,15 @@ class TrainState:
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated and kept: the average, if there is one."""
-        return self.averaged if self.averaged is not None else self.model
+        models = by_name(self.model if self.averaged is None else self.averaged)
+        evaluated: nn.Module = models[self.evaluates]
+        return evaluated
 
     def set_rates(self) -> None:
         """Set the learning rates of the next update. They depend on the step alone."""
-        optim.set_lr(self.optimizer, self.schedule(self.step))
+        schedules = by_name(self.schedule)
+        for name, optimizer in by_name(self.optimizer).items():
+            optim.set_lr(optimizer, schedules[name](self.step))
 
     def scaled(self, factor: float, like: Tensor) -> Tensor:
         """Return `factor` times the loss scale, if fp16 has one, as a () tensor like `like`."""
@@ -95,15 +105,20 @@ class TrainState:
 
     def update(
         self,
+        name: str,
         gradients: list[Tensor],
         norm: float | Tensor,
         factor: float | Tensor,
         totals: Totals,
         clipping: optim.Clipping,
     ) -> Skipped:
-        """Update the weights with `gradients * factor`, clipped, if norm and loss are finite."""
+        """Update the weights with `gradients * factor`, clipped, if norm and loss are finite.
+
+        `name` is that of the optimizer; it is empty for a single one.
+        """
+        optimizer = by_name(self.optimizer)[name]
         return optim.update(
-            self.optimizer, gradients, norm, factor=factor, clipping=clipping, totals=totals
+            optimizer, gradients, norm, factor=factor, clipping=clipping, totals=totals
         )
 
     def finish_step(
@@ -122,8 +137,9 @@ class TrainState:
         """Return all tensors that an update changes."""
         models = [self.model] if self.averaged is None else [self.model, self.averaged]
         found = [t for model in models for t in (*model.parameters(), *model.buffers())]
-        for part in getattr(self.optimizer, "parts", [self.optimizer]):
-            found += [v for moments in part.state.values() for v in moments.values()]
+        for optimizer in by_name(self.optimizer).values():
+            for part in getattr(optimizer, "parts", [optimizer]):
+                found += [v for moments in part.state.values() for v in moments.values()]
         if self.loss_scale is not None:
             found += [self.loss_scale.value, self.loss_scale.good_steps]
         values: list[Any] = [*found, self.sums.values, self.skips, self.empty_steps]
@@ -136,22 +152,32 @@ class TrainState:
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata != FOLLOWS}
         del values["progress"]
-        parts = {name: value for name, value in values.items() if isinstance(value, Stateful)}
-        plain = {k: v for k, v in values.items() if not (k in parts or v is None or callable(v))}
+        several = {"model", "averaged", "optimizer", "schedule"}
+        parts, plain = {}, {}
+        for field_name, value in values.items():
+            named = by_name(value) if field_name in several else {"": value}
+            for name, one in named.items():
+                if isinstance(one, Stateful):
+                    parts[full(field_name, name)] = one
+                elif one is not None and not callable(one):
+                    plain[full(field_name, name)] = one
         return parts, plain | {"sums": self.sums.saved()}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return one entry per file of a checkpoint: tensors and plain containers only."""
         stateful, plain = self._fields()
         parts: dict[str, dict[str, Any]] = {k: v.state_dict() for k, v in stateful.items()}
-        parts["optimizer"] = {**parts["optimizer"], optim.CLASS: type(self.optimizer).__qualname__}
+        for name, optimizer in by_name(self.optimizer).items():
+            part = full("optimizer", name)
+            parts[part] = {**parts[part], optim.CLASS: type(optimizer).__qualname__}
         parts["progress"] = {**vars(self.progress), **plain}
-        if self.averaged is None and hasattr(self.optimizer, "eval"):
+        if self.averaged is None and optim.schedule_free(self.optimizer):
             with optim.evaluating(self.optimizer, self.model):  # its evaluation weights
-                parts["averaged"] = {
-                    k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
-                    for k, v in self.model.state_dict().items()
-                }
+                for name, model in by_name(self.model).items():
+                    parts[full("averaged", name)] = {
+                        k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
+                        for k, v in model.state_dict().items()
+                    }
         return parts
 
     def refuse_other(self, parts: dict[str, dict[str, Any]]) -> None:
@@ -168,8 +194,13 @@ class TrainState:
                 "keeps (model, scheduler, trainer.ema_decay, trainer.precision) as it was, or "
                 "start a new run with init_from=…"
             )
+        models = [full("model", name) for name in by_name(self.model)]
         there, here = (
-            {name: tuple(getattr(value, "shape", ())) for name, value in part["model"].items()}
+            {
+                name: tuple(getattr(value, "shape", ()))
+                for model in models
+                for name, value in part[model].items()
+            }
             for part in (parts, own)
         )
         for name in sorted({*there, *here}):

@@ -7,10 +7,12 @@ processes. `update` multiplies it by one factor, which makes it the gradient of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from lab.faults import halve_slices
+from lab.faults import make_room
 from lab.plan import StepPlan, StepResult
 from lab.state import TrainState
 from regrow.distributed.parallel import synchronises
@@ -18,15 +20,17 @@ from regrow.numerics.calls import call, is_out_of_memory
 from regrow.numerics.totals import Totals, weighted
 from regrow.protocols import Batch
 
+# Returns a micro-batch's weighted losses, to be differentiated, and its totals.
+Forward = Callable[[Batch, StepPlan], tuple[Tensor, Totals]]
+
 
 def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
     """Update the weights from one global batch, in as many micro-batches as memory requires."""
     plan.buffers.remember()
+    plan.exchange.begin()
     state.set_rates()
-    while not accumulate(state, batch, plan):
-        if not plan.capture.release():
-            halve_slices(state, batch, plan)
-        plan.buffers.restore()
+    while not accumulate(state, batch, plan, forward):
+        make_room(state, batch, plan)
     # `capture` runs a piece of the step as it is, or replays it as a CUDA graph. Whatever differs
     # from step to step must then be an argument of the piece.
     step = state.step if state.averaged is None else plan.capture.number(state.step)
@@ -34,9 +38,8 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepResult:
     return plan.capture.run(lambda given: update(state, batch.num_global, *given, plan), given)
 
 
-def accumulate(state: TrainState, batch: Batch, plan: StepPlan) -> bool:
+def accumulate(state: TrainState, batch: Batch, plan: StepPlan, forward: Forward) -> bool:
     """Run forward and backward over all micro-batches. Returns False if memory did not suffice."""
-    plan.exchange.begin()
     for parameter in plan.parameters:
         parameter.grad = None
     micro_batches = batch.split(state.num_micro_batches)
@@ -47,7 +50,7 @@ def accumulate(state: TrainState, batch: Batch, plan: StepPlan) -> bool:
     def forward_and_backward(micro_batch: Batch) -> Totals:
         losses, part = forward(micro_batch, plan)
         if is_last and together:  # the exchange overlaps with the backward pass
-            plan.exchange.send([*parts, part])
+            plan.exchange.send([*parts, part], plan.name)
         backward(losses, state, micro_batch)
         return part
 
@@ -63,7 +66,7 @@ def accumulate(state: TrainState, batch: Batch, plan: StepPlan) -> bool:
             raise
         return False  # frees the traceback and the tensors that it holds
     if not together:  # a CUDA graph would not repeat it
-        plan.exchange.send(parts)
+        plan.exchange.send(parts, plan.name)
     return True
 
 
@@ -91,10 +94,18 @@ def update(
     If the loss or a gradient is not finite, or no example has weight, only the counters change:
     weights, moments, buffers and average stay as they were before the step.
     """
+    result = update_weights(state, num_examples, totals, plan)
+    plan.buffers.restore(result.skipped)
+    state.finish_step(totals, result.skipped, step, plan.options)
+    return result
+
+
+def update_weights(
+    state: TrainState, num_examples: int, totals: Totals, plan: StepPlan
+) -> StepResult:
+    """Update the weights, and the moments of the optimizer, unless the update is not finite."""
     gradients = plan.gradients()
     norm = plan.world.norm(gradients)
     factor = state.unscaled(totals.factor(num_examples))
-    skipped = state.update(gradients, norm, factor, totals, plan.clipping)
-    plan.buffers.restore(skipped)
-    state.finish_step(totals, skipped, step, plan.options)
+    skipped = state.update(plan.name, gradients, norm, factor, totals, plan.clipping)
     return StepResult(totals, skipped.norm(norm, factor), skipped)

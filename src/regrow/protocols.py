@@ -54,6 +54,7 @@ class Batch(Protocol):
     weights: Tensor | None  # (B,), per example; None: all one
     num_local: int  # examples in this share; an empty share holds one example of weight zero
     num_global: int  # examples in the step, over all processes
+    first: int  # the position of the first example among them
 
     def split(self, slices: int) -> Sequence[Batch]:
         """Return at most `slices` micro-batches of nearly equal size, in order."""
@@ -219,6 +220,11 @@ class State(Protocol):
     def step_in_epoch(self) -> int: ...
     @property
     def steps_per_epoch(self) -> int: ...
+    @property
+    def evaluates(self) -> str:
+        """Return the name of the evaluated one of several models; empty for a single one."""
+        ...
+
     @property
     def evaluated(self) -> nn.Module:
         """Return the model that is evaluated and kept."""

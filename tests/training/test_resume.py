@@ -20,7 +20,7 @@ from lab.schedules import Plateau
 from lab.state import TrainState
 from regrow.feeding.loaders import TrainBatches
 from regrow.feeding.splits import Splits
-from regrow.numerics import capture, sums
+from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import training as runs
@@ -144,7 +144,7 @@ def test_nor_where_the_sums_stay_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU acts as the device."""
-    monkeypatch.setattr(sums, "on_host", lambda device: False)
+    monkeypatch.setattr(totals, "on_host", lambda device: False)
     train(tmp_path / "whole", *EVERYTHING)
     in_parts(tmp_path / "cut", EVERYTHING, [5, 7, 8])
     assert same(tmp_path / "cut", tmp_path / "whole")

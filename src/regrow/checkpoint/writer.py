@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -109,7 +109,8 @@ class CheckpointWriter:
             return
         self._room_is_settled = True
         outline = parts()
-        weights = [value for value in outline["model"].values() if isinstance(value, Tensor)]
+        models = [content for part, content in outline.items() if is_model(part)]
+        weights = [v for model in models for v in model.values() if isinstance(v, Tensor)]
         if sum(weight.nbytes for weight in weights) < SMALL_BYTES:
             return
 
@@ -442,14 +443,40 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 def outline(folder: Path) -> Parts | None:
     """Return the parts of the newest readable checkpoint without their content, or None.
 
-    All parts are empty but the model, whose tensors are on the meta device.
+    All parts are empty but the models, whose tensors are on the meta device.
     """
     for path in reversed(complete(folder)):
         with contextlib.suppress(DamagedCheckpoint):
             files = read_manifest(path)["files"]
             names = [Path(name).stem for name in files if "/" not in name]
-            return {name: {} for name in names} | {"model": _read(path / "model.pt", "meta")}
+            return {
+                name: _read(path / f"{name}.pt", "meta") if is_model(name) else {} for name in names
+            }
     return None
+
+
+def is_model(part: str) -> bool:
+    """Return True for the part of the model, or of one of several: model.<name>."""
+    return part == "model" or part.startswith("model.")
+
+
+def evaluated_part(parts: Collection[str], name: str = "") -> str:
+    """Return the part with a model's evaluated weights: the average, if it is saved.
+
+    `name` is that of one of several models.
+    """
+    average, model = (f"{kind}.{name}" if name else kind for kind in ("averaged", "model"))
+    return average if average in parts else model
+
+
+def evaluated_weights(parts: Parts) -> dict[str, Any]:
+    """Return the evaluated weights by name; those of several models as <model>.<name>."""
+    names = [part.removeprefix("model").removeprefix(".") for part in parts if is_model(part)]
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name in names
+        for key, value in parts[evaluated_part(parts, name)].items()
+    }
 
 
 def _read(file: Path, device: str = "cpu") -> dict[str, Any]:

@@ -545,7 +545,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     trainer, data = values["trainer"], values["data"]
     task, loss = (values[group].get("_target_", "").split(".")[-1] for group in ("task", "loss"))
     kind = task.lower()
-    shipped_task = values["task"].get("_target_", "").startswith(f"{lab_name()}.")
+    shipped_task = values["task"].get("_target_", "").startswith(f"{lab_name()}.tasks.")
     if shipped_task and data.get("target_kind") not in (None, kind):
         raise UserError(
             f"task={kind} does not fit {data['target_kind']} targets, which this data set has. "

@@ -163,15 +163,15 @@ class Exchange:
         self._sent.clear()
         self._boarding = None
 
-    def send(self, parts: list[Totals], name: str = "model") -> None:
+    def send(self, parts: list[Totals], name: str = "") -> None:
         """Start summing `parts`, those of the micro-batches, over all processes.
 
         Raises RuntimeError for a name that this step has used: its sums would be counted twice.
         """
         if name in self._sent:
             raise RuntimeError(
-                f"this step has sent sums under the name {name!r} already. Give each synchronised "
-                "backward pass of a step its own name."
+                f"this step has sent its sums{f' of {name}' if name else ''} already. Give each "
+                "synchronised backward pass of a step its own name."
             )
         total = functools.reduce(Totals.plus, parts)
         own: list[float] = []
@@ -217,7 +217,7 @@ class Exchange:
         group: Any = dist.group.WORLD
         return group.allreduce_coalesced(tensors).get_future().then(summed)
 
-    def wait(self, name: str = "model") -> Totals:
+    def wait(self, name: str = "") -> Totals:
         """Return the sum of what all processes sent under the name."""
         own, message = self._sent[name]
         if message is None:

@@ -8,6 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from regrow import protocols
+from regrow.randomness import generator
+
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
@@ -25,10 +28,11 @@ class Batch:
 
     `num_local` counts the real examples in it, `num_global` those of the whole window over all
     processes. A process without an example gets one of weight zero, so that its forward and
-    backward pass take part in the collectives: `num_local` is then 0.
+    backward pass take part in the collectives: `num_local` is then 0. `first` is the position of
+    the first example in the window.
     """
 
-    __slots__ = ("inputs", "num_global", "num_local", "targets", "weights")
+    __slots__ = ("first", "inputs", "num_global", "num_local", "targets", "weights")
 
     def __init__(
         self,
@@ -37,12 +41,14 @@ class Batch:
         weights: Tensor | None,
         num_local: int,
         num_global: int,
+        first: int = 0,
     ) -> None:
         self.inputs = inputs
         self.targets = targets
         self.weights = weights
         self.num_local = num_local
         self.num_global = num_global
+        self.first = first
 
     def split(self, slices: int) -> list[Batch]:
         """Return `slices` micro-batches of nearly equal size; an empty one gets weight zero."""
@@ -59,7 +65,8 @@ class Batch:
         else:
             weights = None if self.weights is None else self.weights[start:stop]
         inputs = each(self.inputs, lambda tensor: tensor[start:stop])
-        return Batch(inputs, self.targets[start:stop], weights, num_local, self.num_global)
+        targets, first = self.targets[start:stop], self.first + start
+        return Batch(inputs, targets, weights, num_local, self.num_global, first)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the host does not wait if memory is pinned."""
@@ -69,7 +76,17 @@ class Batch:
         """Return the batch with `function` applied to every tensor."""
         inputs, targets = each(self.inputs, function), function(self.targets)
         weights = None if self.weights is None else function(self.weights)
-        return Batch(inputs, targets, weights, self.num_local, self.num_global)
+        return Batch(inputs, targets, weights, self.num_local, self.num_global, self.first)
+
+
+def noise(seed: int, step: int, batch: protocols.Batch, *shape: int) -> Tensor:
+    """Return normal random numbers for each example of a batch, (B, *shape), on its device.
+
+    They depend on the seed, the step and the example's place in the global batch, so any number of
+    processes and micro-batches draws the same ones.
+    """
+    numbers = torch.randn(batch.num_global, *shape, generator=generator(seed, "noise", step))
+    return numbers[batch.first :][: len(batch.targets)].to(batch.targets.device)
 
 
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -99,7 +99,7 @@ class MemoryFeed:
                 if number >= start:
                     if not share.num_local:
                         w = torch.zeros(1, device=self.device)
-                    yield Batch(x, y, w, share.num_local, share.num_global)
+                    yield Batch(x, y, w, share.num_local, share.num_global, share.first)
 
     def _gather(self, indices: Tensor, table: Tensor | None) -> Tensor:
         if self.store is not None and table is not None:
@@ -208,7 +208,8 @@ class FileFeed:
         self.is_checked = True
         if share.num_local == 0:
             weights = torch.zeros(1)
-        batch = Batch(inputs, targets, weights, share.num_local, share.num_global).to(self.device)
+        sizes = (share.num_local, share.num_global, share.first)
+        batch = Batch(inputs, targets, weights, *sizes).to(self.device)
         batch.inputs = self.normalize(batch.inputs)
         return batch
 

@@ -32,6 +32,7 @@ class Share(NamedTuple):
     stop: int
     num_local: int
     num_global: int
+    first: int  # position of `start` in the window
 
 
 @dataclass(frozen=True)
@@ -53,5 +54,5 @@ class Windows:
         last = min(first + self.size, self.num_examples)
         start, stop = share(first, last, self.rank, self.world_size)
         if start == stop:
-            return Share(first, first + 1, 0, last - first)
-        return Share(start, stop, stop - start, last - first)
+            return Share(first, first + 1, 0, last - first, 0)
+        return Share(start, stop, stop - start, last - first, start - first)

@@ -96,6 +96,20 @@ class Totals(NamedTuple):
             values = self.values + torch.as_tensor(more.values)
         return self._replace(values=values, weighted=self.weighted or more.weighted)
 
+    def joined(self, other: Totals) -> Totals:
+        """Return the totals of two losses of one step: their losses add up, the examples do not.
+
+        Score, weight and examples are this one's; the components are those of both.
+        """
+        at = COUNTED
+        mine, its = self.values, other.values
+        if isinstance(mine, list):
+            values: Tensor | list[float] = [mine[LOSS] + float(its[LOSS]), *mine[1:], *its[at:]]
+        else:
+            its = torch.as_tensor(its)
+            values = torch.cat([mine[:1] + its[:1], mine[1:], its[at:]])
+        return self._replace(values=values, components=self.components + other.components)
+
     def add_(self, step: Totals, skipped: Skipped) -> None:
         """Add a step's totals to an epoch's, in place, unless the step was skipped."""
         if isinstance(self.values, list):
@@ -165,6 +179,14 @@ class Skipped(NamedTuple):
     def is_known(self) -> bool:
         """Return True if the host knows that the step was skipped."""
         return self.update is True
+
+    def either(self, other: Skipped) -> Skipped:
+        """Return that of a step with two updates, which is skipped if one of them is."""
+        if self.update is True or other.update is False:
+            return self
+        if self.update is False or other.update is True:
+            return Skipped(other.update, self.empty)
+        return Skipped(torch.maximum(self.update, other.update), self.empty)
 
     def blend_(self, values: list[Tensor], others: list[Tensor], weight: Tensor | float) -> None:
         """Move `values` by `weight (others - values)`, unless the step was skipped."""

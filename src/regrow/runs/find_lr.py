@@ -67,6 +67,11 @@ def _find_lr(cfg: DictConfig) -> float:
             f"launcher={hydra.runtime.choices['launcher']}: the range test is made here. Leave out "
             "launcher, or call it in a job of your own."
         )
+    if "_target_" not in config["optimizer"]:
+        raise UserError(
+            f"optimizer: the range test looks for one rate, and there are "
+            f"{', '.join(config['optimizer'])}. Choose an optimizer with a _target_."
+        )
     trainer = config["trainer"]
     if trainer["devices"] != 1:
         raise UserError(

@@ -145,10 +145,14 @@ def load_run(
         _pin(config["data"], class_names=class_names, feature_columns=columns)
     path, parts, facts = _checkpoint(folder / "checkpoints", which)
     chosen = _device(device, config["trainer"]["device"])
-    if "pretrained" in config["model"]:  # avoid a download: all weights come from the checkpoint
-        config["model"]["pretrained"] = False
-    model: nn.Module = instantiate(config["model"])
-    weights = parts.get("averaged", parts.get("model", {}))
+    node, name = config["model"], ""
+    if "_target_" not in node:  # several by name, of which the task evaluates one
+        name = str(config["task"].get("evaluates"))
+        node = node[name]
+    if "pretrained" in node:  # avoid a download: all weights come from the checkpoint
+        node["pretrained"] = False
+    model: nn.Module = instantiate(node)
+    weights = parts.get(writer.evaluated_part(parts, name), {})
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -259,6 +263,8 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
     groups = ("data", "model", "task", "loss", "trainer")
     # With a custom task that brings its own loss, the node `loss` needs no target.
     needed = {**dict.fromkeys(groups, ("_target_",)), "loss": (), "trainer": OF_THE_TRAINER}
+    if config["task"].get("evaluates") in config["model"]:  # one of several models
+        needed["model"] = ()
     lost = [
         f"{group}.{key}" for group in groups for key in needed[group] if key not in config[group]
     ]

@@ -208,7 +208,7 @@ def take_best(state: State, folder: Path, world: World) -> int:
     best = best.with_name(name)
     try:
         parts, facts = writer.read(best)
-        of = "averaged" if "averaged" in parts else "model"
+        of = writer.evaluated_part(parts, state.evaluates)
         weights = writer.fill({of: parts[of]}, best, world.mesh)[of]
     except writer.DamagedCheckpoint as damage:
         raise UserError(

@@ -92,7 +92,7 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
     try:
         if source.is_dir():
             parts, _ = writer.load(source.resolve())
-            content = parts.get("averaged", parts.get("model"))
+            content = writer.evaluated_weights(parts)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols

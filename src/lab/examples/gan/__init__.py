@@ -1,0 +1,1 @@
+"""A GAN: two models and two optimizers, updated in turn from each global batch."""
