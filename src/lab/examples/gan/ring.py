@@ -74,7 +74,7 @@ class Counts(Metric):
         self.add_state("near", torch.zeros(num_modes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nearest: Tensor, count: int) -> None:  # type: ignore[override]
+    def update(self, nearest: Tensor, count: int) -> None:
         self.near += torch.bincount(nearest, minlength=len(self.near))
         self.total += count
 

@@ -1,0 +1,191 @@
+"""Several models and optimizers by name, shown by the GAN of the examples."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from running import CPU, config_of, metrics_of, train
+
+from lab.examples.gan import step
+from lab.state import TrainState
+from regrow.checkpoint import writer
+from regrow.errors import UserError
+from regrow.feeding.batch import noise
+from regrow.load import load_run
+from regrow.project import CONF
+from regrow.runs import training
+
+EXAMPLE = Path(step.__file__).parent / "conf"
+SMALL = (
+    *("experiment=gan_ring", "data.source.num_train=50", "data.source.num_val=20"),
+    *("data.source.num_test=20", "data.batch_size=16", "trainer.max_epochs=2"),
+    *("model.generator.hidden=[8]", "model.discriminator.hidden=[8]", "trainer.device=cpu"),
+    *("trainer.num_threads=1", "trainer.log_every_steps=1", "trainer.ema_decay=0.9"),
+)
+GAN = (f"hydra.searchpath=[file://{EXAMPLE}]", *SMALL)
+STEPS = 8
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    parts, _ = writer.load(writer.named(folder / "checkpoints", "last"))
+    return {
+        f"{part}.{name}": value
+        for part, content in parts.items()
+        if part.startswith(("model", "averaged"))
+        for name, value in content.items()
+    }
+
+
+def distance(one: Path, other: Path) -> float:
+    mine, its = weights(one), weights(other)
+    assert mine.keys() == its.keys() and mine
+    return max((mine[name] - its[name]).abs().max().item() for name in mine)
+
+
+def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
+    train(tmp_path / "whole", *GAN)
+    for stop in range(1, STEPS + 1):
+        train(tmp_path / "parts", *GAN, stop_at=stop)
+    train(tmp_path / "parts", *GAN)
+    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    train(tmp_path / "other", *GAN, "optimizer.generator.lr=0.0011")  # the control
+    assert distance(tmp_path / "whole", tmp_path / "other") > 0
+
+
+def test_micro_batches_draw_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "one", *GAN)
+    train(tmp_path / "three", *GAN, "trainer.accumulation_steps=3")
+    assert distance(tmp_path / "one", tmp_path / "three") < 1e-5
+    # The control draws anew for each micro-batch.
+    monkeypatch.setattr(
+        step, "noise", lambda seed, at, batch, *s: torch.randn(len(batch.targets), *s)
+    )
+    train(tmp_path / "anew", *GAN, "trainer.accumulation_steps=3")
+    assert distance(tmp_path / "one", tmp_path / "anew") > 1e-3
+
+
+def test_a_checkpoint_has_a_part_and_a_log_a_rate_for_each_name(tmp_path: Path) -> None:
+    train(tmp_path, *GAN, "optimizer.generator.lr=0.002", "trainer.ema_decay=0.9")
+    parts, _ = writer.load(writer.named(tmp_path / "checkpoints", "last"))
+    kinds = ("model", "averaged", "optimizer")
+    names = {f"{kind}.{name}" for kind in kinds for name in ("generator", "discriminator")}
+    assert set(parts) == {*names, "progress"}
+    line = metrics_of(tmp_path)[0]
+    assert line["train/lr/generator"] == pytest.approx(0.002)
+    assert line["train/lr/discriminator"] == pytest.approx(0.001)
+    total = line["train/loss_discriminator"] + line["train/loss_generator"]
+    assert line["train/loss"] == pytest.approx(total)
+
+
+def test_a_loaded_run_is_the_evaluated_model(tmp_path: Path) -> None:
+    finished(command(tmp_path, "hydra.run.dir=run"))
+    run = load_run(tmp_path / "run")
+    best, _ = writer.load(writer.named(tmp_path / "run" / "checkpoints", "best"))
+    its, own = run.model.state_dict(), best["averaged.generator"]
+    assert its.keys() == own.keys() and all(torch.equal(its[name], own[name]) for name in own)
+    assert not all(torch.equal(its[name], best["model.generator"][name]) for name in own)
+
+
+def test_a_new_run_may_start_from_the_weights_of_both(tmp_path: Path) -> None:
+    train(tmp_path / "first", *GAN)
+    config = config_of(*GAN, f"init_from={tmp_path / 'first'}", "trainer.max_epochs=1")
+    state: Any = training.build(config, CPU).state
+    best, _ = writer.load(writer.named(tmp_path / "first" / "checkpoints", "best"))
+    for name in ("generator", "discriminator"):
+        for key, value in state.model[name].state_dict().items():
+            assert torch.equal(value, best[f"averaged.{name}"][key])
+
+
+def test_a_rate_can_be_scaled_by_the_name_of_a_model(tmp_path: Path) -> None:
+    scale = "param_groups.lr_scale={discriminator.*: 0.1}"
+    train(tmp_path, *GAN, scale)
+    line = metrics_of(tmp_path)[0]
+    assert line["train/lr/discriminator/x0.1"] == pytest.approx(1e-4)
+    assert line["train/lr/generator"] == pytest.approx(1e-3)
+    with pytest.raises(UserError, match="must begin with the name of a model"):
+        train(tmp_path / "foreign", *GAN, "param_groups.lr_scale={layers.*: 0.1}")
+
+
+def test_names_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    for change, said in (
+        ("~optimizer.generator", "optimizer: it names discriminator, and model names generator"),
+        ("task.evaluates=critic", "task.evaluates=critic must name the model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(tmp_path, *GAN, change)
+
+
+def test_a_bad_update_of_one_model_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deceive = step.deceive
+
+    def fails_once(state: TrainState, batch: Any, plan: Any) -> Any:
+        losses, totals = deceive(state, batch, plan)
+        return (losses * torch.nan, totals) if state.step == 3 else (losses, totals)
+
+    monkeypatch.setattr(step, "deceive", fails_once)
+    summary = train(tmp_path, *GAN)
+    assert summary["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_noise_depends_on_seed_step_and_example_alone(tmp_path: Path) -> None:
+    config = config_of(*GAN)
+    train_batches: Any = training.build(config, CPU).train
+    batch = next(train_batches.epoch(0))
+    whole = noise(0, 5, batch, 2)
+    parts = torch.cat([noise(0, 5, part, 2) for part in batch.split(3)])
+    assert torch.equal(whole, parts) and whole.shape == (16, 2)
+    others = [noise(1, 5, batch, 2), noise(0, 6, batch, 2)]
+    assert not any(torch.equal(whole, other) for other in others)
+    assert len({tuple(row) for row in whole.tolist()}) == 16
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    script = CONF.parent / "scripts" / "train.py"
+    return forked.popen(
+        [sys.executable, str(script), "--config-dir", str(EXAMPLE), *SMALL, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], code: int = 0) -> None:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_models(tmp_path: Path) -> None:
+    finished(command(tmp_path, "hydra.run.dir=one"))
+    finished(command(tmp_path, "hydra.run.dir=two", "trainer=ddp", "trainer.devices=2"))
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_sweep_trains_each_job_and_a_killed_run_grows_back(tmp_path: Path) -> None:
+    long = ("trainer.max_epochs=60", "trainer.checkpoint.save_every_steps=7")
+    finished(command(tmp_path, "hydra.run.dir=whole", *long))
+    process = command(tmp_path, "hydra.run.dir=killed", *long)
+    while not any((tmp_path / "killed" / "checkpoints").glob("step_*")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    finished(command(tmp_path, "hydra.run.dir=killed", *long))
+    assert distance(tmp_path / "whole", tmp_path / "killed") == 0
+    finished(command(tmp_path, "-m", "seed=0,1", "hydra.sweep.dir=sweep"))
+    done = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/summary.json")]
+    assert [each["status"] for each in done] == ["completed", "completed"]
