@@ -25,6 +25,7 @@ from lab.options import TrainerOptions
 from lab.plan import Plan, StepPlan, StepResult
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
+from lab.step import train_step
 from regrow.config.targets import instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
@@ -301,7 +302,12 @@ def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
 
 
 def capture_of(
-    options: TrainerOptions, state: TrainState, task: Any, world: World, total_steps: int | None
+    options: TrainerOptions,
+    state: TrainState,
+    task: Any,
+    world: World,
+    total_steps: int | None,
+    step: Callable[..., StepResult] = train_step,
 ) -> Eager:
     """Return what runs the pieces of a step: CUDA graphs on a GPU if possible."""
     if world.device.type != "cuda":
@@ -311,8 +317,8 @@ def capture_of(
         reason = ""  # the user turned it off, so log nothing
     elif world.size > 1 or world.mesh is not None:
         reason = "several processes share them"
-    elif isinstance(state.model, several.Models):
-        reason = "each updates one of several models"
+    elif getattr(step, "func", step) is not train_step:
+        reason = "step._target_ is not lab.step.train_step, the one that is known to allow it"
     elif options.detect_anomaly:
         reason = "trainer.detect_anomaly=true reads every operation's result"
     elif options.activation_checkpointing:
@@ -358,7 +364,9 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         clipping=optim.Clipping(norm=options.clip_norm, value=options.clip_value),
         buffers=buffers,
         exchange=exchange,
-        capture=capture_of(options, objects.state, objects.task, world, objects.total_steps),
+        capture=capture_of(
+            options, objects.state, objects.task, world, objects.total_steps, objects.train_step
+        ),
     )
     return Plan(
         step=step,

@@ -75,6 +75,17 @@ class World:
             norm = torch.tensor(norm, dtype=torch.float64)
         return self.sum_(norm.square()).sqrt()
 
+    def gather_rows(self, rows: Tensor, num_global: int) -> Tensor:
+        """Return the rows of the whole global batch, (N, …), from this process's share, (B, …).
+
+        Differentiable: a gradient flows back to the process of each row, summed over the processes
+        that used it.
+        """
+        if self.size == 1:
+            return rows
+        gathered: Tensor = _GatherRows.apply(rows, self, num_global)
+        return gathered
+
     def gather(self, value: int) -> list[int]:
         """Return every process's value, by rank."""
         values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -116,6 +127,25 @@ class World:
     def is_first(self, what: str) -> bool:
         """Return True if no other process has asked for `what` before."""
         return self.store is None or self.store.add(what, 1) == 1
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World, num_global: int) -> Tensor:
+        size, extra = divmod(num_global, world.size)
+        counts = [size + (rank < extra) for rank in range(world.size)]  # as the batch is shared
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        ctx.own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[ctx.own], None, None
 
 
 class Exchange:

@@ -1,0 +1,1 @@
+"""Contrastive learning without labels: two views of each example, compared over all processes."""

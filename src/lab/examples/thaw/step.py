@@ -1,0 +1,32 @@
+"""The usual update, without the frozen parameters until they thaw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lab.faults import make_room
+from lab.plan import StepPlan, StepResult
+from lab.state import TrainState
+from lab.step import accumulate, forward, update
+from regrow.dotted import matches
+from regrow.protocols import Batch
+
+
+def thaw_step(
+    state: TrainState, batch: Batch, plan: StepPlan, *, frozen: Sequence[str], until_step: int
+) -> StepResult:
+    """Update the weights; those whose names match `frozen` only from step `until_step` on.
+
+    What is frozen follows from the step alone, so a resumed run freezes the same. The gradients are
+    dropped, not left out: DDP and FSDP expect all of them.
+    """
+    plan.buffers.remember()
+    plan.exchange.begin()
+    state.set_rates()
+    while not accumulate(state, batch, plan, forward):
+        make_room(state, batch, plan)
+    if state.step < until_step:
+        for name, parameter in state.model.named_parameters():
+            if matches(name, frozen):
+                parameter.grad = None
+    return update(state, batch.num_global, plan.exchange.wait(), state.step, plan)

@@ -1,0 +1,51 @@
+"""A part of the model is frozen until a given step, and the run resumes exactly."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import before_each_step, metrics_of, train
+from test_gan import distance
+
+from lab.examples.thaw import step
+
+EXAMPLE = Path(step.__file__).parent / "conf"
+RUN = (
+    *(f"hydra.searchpath=[file://{EXAMPLE}]", "experiment=thaw_digits", "data.batch_size=400"),
+    *("model.channels=[4]", "trainer.max_epochs=2", "step.until_step=4", "trainer.device=cpu"),
+    *("trainer.num_threads=1", "trainer.log_every_steps=1"),
+)
+
+
+def test_frozen_weights_move_from_the_given_step_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(state: Any, plan: Any) -> None:
+        seen.append({name: p.detach().clone() for name, p in state.model.named_parameters()})
+
+    before_each_step(monkeypatch, look)
+    train(tmp_path, *RUN)
+    moved = [
+        {name for name in later if not torch.equal(earlier[name], later[name])}
+        for earlier, later in itertools.pairwise(seen)
+    ]
+    assert len(moved) == 7
+    assert all(names == {"head.weight", "head.bias"} for names in moved[:4])
+    assert all(any(name.startswith("body.") for name in names) for names in moved[4:])
+
+
+def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
+    train(tmp_path / "whole", *RUN)
+    for stop in range(1, 8):
+        train(tmp_path / "parts", *RUN, stop_at=stop)
+    train(tmp_path / "parts", *RUN)
+    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    train(tmp_path / "other", *RUN, "step.until_step=5")  # the control
+    assert distance(tmp_path / "whole", tmp_path / "other") > 0
