@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
     from regrow.protocols import Objects
 
-__all__ = ["build", "compose"]
+__all__ = ["__version__", "build", "compose"]
+
+__version__ = "0.2.0"  # of the engine; `protocols.VERSION` says which labs it works with
 
 
 def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:

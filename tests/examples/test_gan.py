@@ -65,12 +65,12 @@ def test_micro_batches_draw_the_same_noise(tmp_path: Path, monkeypatch: pytest.M
     train(tmp_path / "one", *GAN)
     train(tmp_path / "three", *GAN, "trainer.accumulation_steps=3")
     assert distance(tmp_path / "one", tmp_path / "three") < 1e-5
-    # The control draws anew for each micro-batch.
+    # The control draws again for each micro-batch.
     monkeypatch.setattr(
         step, "noise", lambda seed, at, batch, *s: torch.randn(len(batch.targets), *s)
     )
-    train(tmp_path / "anew", *GAN, "trainer.accumulation_steps=3")
-    assert distance(tmp_path / "one", tmp_path / "anew") > 1e-3
+    train(tmp_path / "again", *GAN, "trainer.accumulation_steps=3")
+    assert distance(tmp_path / "one", tmp_path / "again") > 1e-3
 
 
 def test_a_checkpoint_has_a_part_and_a_log_a_rate_for_each_name(tmp_path: Path) -> None:

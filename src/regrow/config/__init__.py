@@ -29,7 +29,7 @@ targets: allow, instantiate, locate
 yaml_files: read_yaml, readable
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from regrow.config.hydra_access import register_resolver
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["register_resolver"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "register_resolver":  # it imports OmegaConf, which reading data does not need
         from regrow.config.hydra_access import register_resolver
 

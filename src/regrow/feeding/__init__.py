@@ -2,6 +2,7 @@
 
 Public, by module; all else is private to this folder.
 
+batch: noise
 images: image_folder
 loaders
 preprocess: in_units, Preprocessing

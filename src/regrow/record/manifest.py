@@ -204,6 +204,19 @@ def code_changes(folder: Path, root: Path) -> str | None:
     return f"The code has changed since: {said}."
 
 
+def commit_to_use(folder: Path, root: Path) -> str:
+    """Return the advice to check out a run's commit, or "" if this is the commit or none is known.
+
+    Reads only what git knows at once: it is called where a run fails.
+    """
+    content, now = read(folder), _git(root, "rev-parse", "--verify", "-q", "HEAD")
+    for start in reversed([content, *content.get("resumes", [])]):  # this start may be among them
+        commit = (start.get("git") or {}).get("commit")
+        if commit and commit != now:
+            return f" The commit that wrote it can read it: git checkout {commit[:10]}"
+    return ""
+
+
 def name_some(names: Sequence[str], most: int = 5) -> str:
     """Return the first names, and the number of others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

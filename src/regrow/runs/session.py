@@ -160,9 +160,10 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
         lab().check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
-        outline = writer.outline(Path(job.folder) / "checkpoints")
-        if outline:
-            objects.state.refuse_other(outline)
+        folder = Path(job.folder)
+        with training.naming_commit(folder):
+            if outline := writer.outline(folder / "checkpoints"):
+                objects.state.refuse_other(outline)
     world.barrier()  # a rank that fails before this line leaves no folder behind
     with contextlib.ExitStack() as stack:
         try:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from regrow.distributed.parallel import (
 )
 from regrow.errors import UserError
 from regrow.processes.interrupt import Interrupted, StopRequest
+from regrow.project import ROOT
 from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
 from regrow.record import loggers, manifest, records, report
@@ -160,7 +161,8 @@ def go_on(
     except writer.DamagedCheckpoint as damage:  # complete, but this torch cannot read it
         raise UserError(f"{damage}. To resume from the one before, move {found} away.") from None
     least = state.progress.num_micro_batches
-    state.load_state_dict(parts)
+    with naming_commit(checkpoints.folder.parent):
+        state.load_state_dict(parts)
     state.progress.num_micro_batches = max(least, state.progress.num_micro_batches)
     checkpoints.saved = (state.step, state.progress.evaluated_step == state.step)
     if world.is_main:
@@ -171,6 +173,17 @@ def go_on(
         manifest.set_step(checkpoints.folder.parent, state.step)
     log.info("resuming from step %d (%s)", state.step, f"checkpoints/{found}")
     return facts
+
+
+@contextlib.contextmanager
+def naming_commit(folder: Path) -> Iterator[None]:
+    """Add to the error of a checkpoint that this code cannot read which commit can."""
+    try:
+        yield
+    except UserError as error:
+        if advice := manifest.commit_to_use(folder, ROOT):
+            raise UserError(f"{error}{advice}") from error
+        raise
 
 
 def tell_position(state: State, accepted: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
