@@ -7,6 +7,7 @@ find_lr: find_lr
 inference: draws_of, evaluate, other_draws, predict
 launch: launch
 loaded: load_run, LoadedRun, set_numerics
+predictions: Predictions
 machine: resolve_device
 model_checks: check, check_first_batch, check_forward, check_one_example, described, has_lazy_parts,
     materialise
