@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
-from regrow.feeding.batch import Batch, each, tensors_of
+from regrow.feeding.batch import Batch, Inputs, each, tensors_of
 from regrow.feeding.preprocess import Normalizer, rounding
 from regrow.feeding.sampling import Windows
 from regrow.feeding.splits import Examples, MapStyle
@@ -120,7 +120,7 @@ class FileFeed:
     def __init__(
         self,
         dataset: MapStyle,
-        normalize: Normalizer,
+        normalize: Callable[[Inputs], Inputs],
         device: torch.device,
         *,
         name: str,

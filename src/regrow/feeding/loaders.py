@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError
 from regrow.feeding import identity
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
@@ -197,6 +198,20 @@ class Data:
                 "data has several. Use another model."
             )
         return torch.cat(tensors)
+
+    def raw_inputs(self, split: str) -> Iterator[Inputs]:
+        """Yield a split's inputs in order, as they are before the normalisation, on the CPU."""
+        found, size = dict(self.source.items())[split], self.eval_batch_size
+        if isinstance(found, Examples):
+            yield from torch.split(found.inputs, size)
+            return
+        feed = self._new_feed(split, False, torch.device("cpu"))
+        assert isinstance(feed, FileFeed)
+        feed.normalize = lambda inputs: inputs
+        windows = Windows(len(found), size, False, 0, 1)
+        with contextlib.closing(feed):
+            for batch in feed.read(windows, torch.arange(len(found)), 0, 0):
+                yield batch.inputs
 
     def input_names(self) -> list[str] | None:
         """Return the inputs' names, or positions from 0, if an example has several; else None."""

@@ -1,4 +1,4 @@
-"""What a trained model predicts, by name."""
+"""The predictions of a trained model, by name."""
 
 from __future__ import annotations
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from regrow.checkpoint import writer
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
+from regrow.extras import require
 from regrow.record import moved
 
 log = logging.getLogger("regrow")
 
 
 def load_weights(model: nn.Module, source: Path) -> None:
-    """Load weights from a run folder, a checkpoint, or a bare state_dict file into `model`.
+    """Load weights from a run folder, a checkpoint, a state_dict file or .safetensors into `model`.
 
     Entries of a different shape, such as a head for other classes, keep their fresh values. Logs
     these, and names that only one side has. Raises UserError if nothing fits.
@@ -93,10 +94,17 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
         if source.is_dir():
             parts, _ = writer.load(source.resolve())
             content = writer.evaluated_weights(parts)
+        elif source.suffix == ".safetensors":
+            require(f"init_from={source}", "export", "safetensors")
+            from safetensors.torch import load_file
+
+            content = load_file(source)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols
                 content = torch.load(source, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except writer.DamagedCheckpoint as damage:
         raise UserError(f"init_from={source}: {damage}.") from None
     except pickle.UnpicklingError as error:
