@@ -101,7 +101,7 @@ def test_the_tested_weights_are_those_in_the_file(digits: Path, tmp_path: Path) 
     model = nn.Module()
     for name, value in found.items():  # a model of the same names, with other values
         model.register_buffer(name.replace(".", "_"), torch.zeros_like(value))
-    with pytest.raises(UserError, match=r"init_from=.*none of its 6 tensors fits this model"):
+    with pytest.raises(UserError, match=r"init_from=.*none of its 10 tensors fits this model"):
         load_weights(model, tmp_path / "best.safetensors")
     other = load_run(digits, which="step_00000040").model
     load_weights(other, tmp_path / "best.safetensors")
