@@ -135,8 +135,8 @@ OF_TASKS = {
     "multilabel": ("data=digits_attributes", "task=multilabel"),
 }
 MODELS = ("cnn", "resnet18", "vit", "whitened_cnn")
-OF_MODELS = {name: (f"model={name}", "data.batch_size=16") for name in MODELS}
-PLAIN = ("trainer.max_steps=4",)
+PHOTOS = ("data=synthetic", "data.input_shape=[3,32,32]", "data.source.num_train=64")
+OF_MODELS = {name: (f"model={name}", "data.batch_size=16", *PHOTOS) for name in MODELS}
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ PLAIN = ("trainer.max_steps=4",)
 @pytest.mark.skipif(not INSTALLED, reason="needs the extra export")
 @pytest.mark.parametrize("name", [*OF_TASKS, *OF_MODELS])
 def test_every_task_and_model_can_be_exported(name: str, tmp_path: Path) -> None:
-    run = finished(tmp_path / "run", *(OF_TASKS | OF_MODELS)[name], *PLAIN)
+    run = finished(tmp_path / "run", *(OF_TASKS | OF_MODELS)[name])
     loaded = load_run(run)
     inputs = loaded.data.source.test.inputs
     for form, outputs in (("pt2", with_pt2), ("onnx", with_onnx)):

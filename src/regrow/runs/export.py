@@ -87,7 +87,7 @@ class Agreement:
                 self.unlike = sorted({*self.unlike, name})
             elif value.is_floating_point():
                 apart = (other - value).abs() / value.abs().clamp(min=unit)
-                # A NaN on both sides is no difference, and on one side an infinite one.
+                # A NaN equals a NaN, and differs infinitely from a number.
                 apart = torch.where(other.isnan() & value.isnan(), 0.0, apart.nan_to_num(np.inf))
                 self.difference = max(self.difference, float(apart.max()))
             else:

@@ -217,8 +217,7 @@ def load_run(
     if "_target_" not in node:  # several by name, of which the task evaluates one
         name = str(config["task"].get("evaluates"))
         node = node[name]
-    if "pretrained" in node:  # avoid a download: all weights come from the checkpoint
-        node["pretrained"] = False
+    _refuse_downloads(node)
     model: nn.Module = instantiate(node)
     weights = parts.get(writer.evaluated_part(parts, name), {})
     try:
@@ -363,6 +362,15 @@ def _recorded(
             *(given, PREPROCESSING, brief(error, 200)),
         )
         return None, None, None
+
+
+def _refuse_downloads(node: Any) -> None:
+    """Set `pretrained` to false in a model's node, and below: the checkpoint has all weights."""
+    if isinstance(node, dict):
+        if "pretrained" in node:
+            node["pretrained"] = False
+        for value in node.values():
+            _refuse_downloads(value)
 
 
 def _names(value: Any) -> list[str] | None:
