@@ -26,7 +26,7 @@ from regrow.project import ROOT
 
 RECIPES = ROOT / "docs" / "recipes"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
+FILE = re.compile(r"(?:# @package \S+\n)?# (\S+\.(?:py|yaml))\n")  # Hydra's header stays first
 TESTED = re.compile(r"^<!-- test: (.*) -->$", re.MULTILINE)
 
 

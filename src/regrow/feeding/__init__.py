@@ -2,7 +2,8 @@
 
 Public, by module; all else is private to this folder.
 
-batch: each, Inputs
+batch: each, Inputs, parts_of
+feeds: collated
 images: image_folder
 loaders
 preprocess: in_units, Normalizer, Preprocessing

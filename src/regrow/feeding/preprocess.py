@@ -46,6 +46,7 @@ log = logging.getLogger("regrow.data")
 class Preprocessing:
     """All that prediction needs, as plain values, stored as JSON in a run's folder.
 
+    input_shape: of an example; None for items of a data set that have no common shape.
     kind: image (uint8 pixels), table (floating features), integer (int64, such as tokens) or tensor
         (passed through unchanged).
     mean, std: per channel of pixels in 0 … 1, or per feature in raw units; None: not normalised.
@@ -56,7 +57,7 @@ class Preprocessing:
     """
 
     kind: str
-    input_shape: list[int]
+    input_shape: list[int] | None
     input_max: float
     mean: list[float] | None
     std: list[float] | None
@@ -82,7 +83,9 @@ class Preprocessing:
         numbers = (how.mean, how.std, how.target_mean, how.target_std)
         if (
             how.kind not in ("image", "table", "integer", "tensor")
-            or not _is_list(how.input_shape, int)
+            or not (
+                _is_list(how.input_shape, int) or (how.input_shape is None and how.kind == "tensor")
+            )
             or not isinstance(how.input_max, int | float)
             or not all(it is None or _is_list(it, int, float) for it in numbers)
             or not (how.columns is None or _is_list(how.columns, str))
@@ -94,6 +97,11 @@ class Preprocessing:
         ):
             raise TypeError("a field is of a wrong type")
         return how
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape of an example; empty for a data set of one's own that has no common shape."""
+        return self.input_shape or []
 
     def read(self, given: Any, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Yield names and model inputs (B, …) on the CPU, batch by batch, of what is `given`.
@@ -159,7 +167,7 @@ class Preprocessing:
             if columns is None:
                 raise UserError(
                     f"input={path}: this run's features have no names. Give an .npy array (N, "
-                    f"{self.input_shape[0]}) instead."
+                    f"{self.shape[0]}) instead."
                 )
             rows = torch.from_numpy(read_table(path, self.delimiter, columns, []).features)
             for start in range(0, len(rows), batch_size):
@@ -191,7 +199,7 @@ class Preprocessing:
 
     def _file(self, given: Any) -> Tensor:
         """Return an image's pixels, (C, H, W), from its path or from a Pillow image."""
-        channels, *size = self.input_shape
+        channels, *size = self.shape
         what = f"input={given}" if isinstance(given, str | Path) else "inputs"
         if channels not in (1, 3):
             raise UserError(
@@ -220,7 +228,7 @@ class Preprocessing:
 
     def _batched(self, array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
         """Return (N, …) from that, or from a single example."""
-        shape = tuple(self.input_shape)
+        shape = tuple(self.shape)
         single = [shape, (*shape[1:], shape[0]) if self.kind == "image" else shape]
         if self.kind == "image" and shape[0] == 1:
             single.append(shape[1:])
@@ -230,7 +238,7 @@ class Preprocessing:
         return array
 
     def _part(self, array: npt.NDArray[Any], what: str, start: int) -> Tensor:
-        shape = tuple(self.input_shape)
+        shape = tuple(self.shape)
         # torch supports neither foreign byte orders nor most unsigned and long types.
         wide = {"u": np.int64, "f": np.float64, "i": np.int64, "b": np.bool_}[array.dtype.kind]
         is_known = array.dtype in (np.uint8, np.float16, np.float32) and array.dtype.isnative
@@ -244,6 +252,8 @@ class Preprocessing:
                 f"{what}: values of type {str(tensor.dtype).removeprefix('torch.')}, this run's "
                 "model takes integers. Save an array of integers."
             )
+        if self.input_shape is None:
+            return tensor
         if self.kind != "image":
             if tuple(tensor.shape[1:]) != shape:
                 raise DataError(
@@ -274,8 +284,8 @@ class Preprocessing:
 
         uint8 images of other sizes are fitted. Raises DataError for other shapes.
         """
-        channels, *size = self.input_shape
-        if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.input_shape):
+        channels, *size = self.shape
+        if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.shape):
             return tensor.view(-1, channels, *size)
         if tensor.ndim == 3 and channels == 1:
             tensor = tensor.unsqueeze(1)
@@ -295,7 +305,7 @@ class Preprocessing:
         from PIL import Image
 
         pixels = image.permute(1, 2, 0).numpy() if image.shape[0] == 3 else image[0].numpy()
-        fitted = fit(Image.fromarray(pixels), self.input_shape[1:], self.resize)
+        fitted = fit(Image.fromarray(pixels), self.shape[1:], self.resize)
         return to_tensor(fitted)
 
 
@@ -336,13 +346,13 @@ class Normalizer:
             self.mean = torch.tensor(how.mean, dtype=torch.float64)
             self.std = torch.tensor(how.std, dtype=torch.float64)
         if how.kind == "image" or (how.kind == "tensor" and self.mean is not None):
-            one = torch.ones(how.input_shape[0], dtype=torch.float64)
+            one = torch.ones(how.shape[0], dtype=torch.float64)
             mean = one * 0 if self.mean is None else self.mean
             std = one if self.std is None else self.std
             self.scale = (1 / (how.input_max * std)).float().view(-1, 1, 1)
             self.shift = (-mean / std).float().view(-1, 1, 1)
-        elif self.mean is not None and self.std is not None and len(how.input_shape) > 1:
-            per_channel = (-1, *[1] * (len(how.input_shape) - 1))
+        elif self.mean is not None and self.std is not None and len(how.shape) > 1:
+            per_channel = (-1, *[1] * (len(how.shape) - 1))
             self.mean, self.std = self.mean.view(per_channel), self.std.view(per_channel)
 
     def __call__(self, inputs: Inputs) -> Inputs:
@@ -424,7 +434,7 @@ def rounding(values: Tensor) -> float:
 def preprocessing(
     splits: Splits,
     *,
-    input_shape: list[int],
+    input_shape: list[int] | None,
     normalize: Any,
     normalize_targets: bool,
     integers: str,
@@ -432,7 +442,12 @@ def preprocessing(
     """Return the preprocessing, with statistics of the training split alone, or the given ones."""
     train = splits.train
     kind = _kind(splits, normalize, integers)
-    mean, std = _statistics(splits, kind, input_shape, normalize)
+    if input_shape is None and normalize != "none":
+        raise UserError(
+            f"data.input_shape=null: data.normalize={normalize} needs the number of channels or "
+            "features. Set data.normalize=none, or the shape."
+        )
+    mean, std = _statistics(splits, kind, input_shape or [], normalize)
     target_mean = target_std = None
     if normalize_targets:
         if not isinstance(train, Examples):
@@ -444,7 +459,7 @@ def preprocessing(
         target_mean, target_std = columns.mean(0).tolist(), _deviations(columns)
     return Preprocessing(
         kind=kind,
-        input_shape=list(input_shape),
+        input_shape=input_shape,
         input_max=splits.input_max,
         mean=mean,
         std=std,
@@ -480,9 +495,9 @@ def _kind(splits: Splits, normalize: Any, integers: str) -> str:
 def _statistics(
     splits: Splits, kind: str, input_shape: list[int], normalize: Any
 ) -> tuple[list[float] | None, list[float] | None]:
-    number = input_shape[0]
     if normalize == "none":
         return None, None
+    number = input_shape[0]
     if isinstance(normalize, dict) and normalize.keys() == {"mean", "std"}:
         mean, std = list(normalize["mean"]), list(normalize["std"])
     elif normalize == "imagenet":

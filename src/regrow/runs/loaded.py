@@ -29,6 +29,7 @@ from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.batch import Inputs, each
+from regrow.feeding.feeds import collated
 from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
 from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
@@ -102,8 +103,9 @@ class LoadedRun:
         `inputs` is one of: the path of an image, a folder of images, .npy or .csv; a Pillow image;
         an array or tensor of one example or of a batch (N, …), in the data's own raw units; a
         pandas DataFrame or Series with the columns that the run was trained on; a list of paths,
-        images or arrays. For a model of several inputs: a mapping of their names to batches, or a
-        tuple of batches. A forward pass takes `batch_size` examples. Raises UserError.
+        images or arrays; a list of items, as your own data set gives them. For a model of several
+        inputs also a mapping of their names to batches, or a tuple of batches. A forward pass takes
+        `batch_size` examples. Raises UserError.
         """
         parts = [self.read_off(*batch) for batch in self.outputs(inputs, batch_size)]
         return joined(parts)
@@ -117,6 +119,10 @@ class LoadedRun:
                 yield names, call(self.model, each(batch, lambda part: part.to(self.device)))
 
     def _batches(self, inputs: Any, batch_size: int) -> Iterator[tuple[list[str], Inputs]]:
+        is_own = isinstance(inputs, list) and self.preprocessing.kind == "tensor"
+        if is_own and inputs and isinstance(inputs[0], Mapping | tuple):
+            yield from self._collated(inputs, batch_size)
+            return
         if not self.input_names:
             yield from self.preprocessing.read(inputs, batch_size)
             return
@@ -140,10 +146,23 @@ class LoadedRun:
             names = [str(row) for row in range(start, min(start + batch_size, count))]
             yield names, normalize(tuple(chosen.values()) if by_place else chosen)
 
+    def _collated(self, items: list[Any], batch_size: int) -> Iterator[tuple[list[str], Inputs]]:
+        """Yield batches of items as the run's own data set gives them, collated as in the run."""
+        normalize = Normalizer(self.preprocessing)
+        for start in range(0, len(items), batch_size):
+            chosen = items[start : start + batch_size]
+            names = [str(row) for row in range(start, start + len(chosen))]
+            yield names, normalize(collated(chosen, self.data.source.collate))
+
     def read_off(self, names: list[str], outputs: Any) -> Predictions:
         """Return the predictions that the task reads off the model's `outputs` for a batch."""
         kind = self.task.kind
         found = self.task.predict(outputs)
+        if "prediction" not in found:
+            raise UserError(
+                f"predictions of a task of kind {kind} have no names. Use run.outputs(inputs, "
+                "batch_size=256), which yields the model's own."
+            )
         if kind == "regression":
             count = found["prediction"][:1].numel()
             source = self.config["data"].get("source")
