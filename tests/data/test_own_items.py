@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from running import CPU, config_of, fingerprint, train
+from forked import without_pictures
+from running import CPU, config_of, fingerprint
+from running import train as trained
 from test_recipes import RECIPES, blocks
 from torch import Tensor
 
@@ -39,6 +41,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     sys.path.remove(str(root))
     for name in ("heads", "rows"):
         sys.modules.pop(name, None)
+
+
+def train(folder: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+    with without_pictures():
+        return trained(folder, *overrides, stop_at=stop_at)
 
 
 def weights_of(folder: Path) -> dict[str, Any]:
