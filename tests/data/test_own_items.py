@@ -58,6 +58,7 @@ def close(one: Path, other: Path) -> bool:
     return all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours)
 
 
+@pytest.mark.slow
 def test_two_heads_stopped_and_resumed_end_with_the_same_bits(page: str, tmp_path: Path) -> None:
     arguments = (page, "experiment=heads", *QUICK)
     train(tmp_path / "whole", *arguments)
@@ -93,6 +94,7 @@ def test_the_loss_of_two_heads_is_the_sum_of_theirs(page: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs the extra lora")
 def test_a_model_of_transformers_trains_on_rows_without_a_wrapper(
     page: str, tmp_path: Path
