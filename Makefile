@@ -36,6 +36,10 @@ test-all: ## run the fast and the slow tests
 	@$(MAKE) test
 	@$(MAKE) test-slow
 
+.PHONY: extras
+extras: setup ## install the packages of all extras: see pyproject.toml
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,lora,notebook]'
+
 # >>> template only
 .PHONY: mutate test-next-hydra bench bench-gpu peers
 mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail

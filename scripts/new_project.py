@@ -45,6 +45,7 @@ PARTS = (
     "LICENSE",
     "Makefile",
     "docs/hydra.md",
+    "docs/recipes/",
     "docs/scaling.md",
     "outputs/README.md",
     "pyproject.toml",

@@ -26,7 +26,9 @@ VERSION = 1
 # A config, or any other plain value: what YAML and JSON hold.
 Config: TypeAlias = "Mapping[str, Config] | Sequence[Config] | str | float | bool | None"
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # (B, …): a model's arguments
-Targets: TypeAlias = Tensor  # (B, …)
+# (B, …); for several heads, a tensor each, by name or by place
+Targets: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Outputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # what a model returns
 Parts: TypeAlias = dict[str, dict[str, object]]  # of a checkpoint: tensors and plain containers
 
 
@@ -86,7 +88,7 @@ class EvalBatches(Protocol):
 class Metrics(Protocol):
     names: tuple[str, ...]
 
-    def update(self, outputs: Tensor, targets: Targets, weights: Tensor | None) -> None:
+    def update(self, outputs: Outputs, targets: Targets, weights: Tensor | None) -> None:
         """Count a batch: the model's outputs (B, …), targets (B, …) and weights (B,)."""
         ...
 
@@ -122,15 +124,15 @@ class Task(Protocol):
     running_name: str | None  # of the score that `running` gives
     sums_over_examples: bool  # False: the loss of a batch is not a sum, so it cannot be split
 
-    def loss(self, outputs: Tensor, targets: Targets, weights: Tensor | None) -> Loss:
+    def loss(self, outputs: Outputs, targets: Targets, weights: Tensor | None) -> Loss:
         """Return the losses of the model's outputs; `weights` are those of the examples, (B,)."""
         ...
 
-    def check(self, outputs: Tensor, targets: Targets) -> None:
+    def check(self, outputs: Outputs, targets: Targets) -> None:
         """Raise UserError if outputs and targets of a first batch do not fit this task."""
         ...
 
-    def running(self, outputs: Tensor, targets: Targets) -> Tensor | None:
+    def running(self, outputs: Outputs, targets: Targets) -> Tensor | None:
         """Return a cheap score per example, (B,), for the log of training; None without one."""
         ...
 

@@ -288,8 +288,9 @@ def from_datasets(
           normalize: none
           augmentation: null
 
-    An item is `(inputs, targets)` or a mapping with inputs, targets and optionally weights; inputs
-    are a tensor, or a tuple or mapping of tensors. torch, numpy and `random` are seeded for each
+    An item is `(inputs, targets)` or a mapping with inputs, targets and optionally weights, or
+    anything that `collate` makes a batch of; inputs and targets are a tensor, or a tuple or mapping
+    of tensors. torch, numpy and `random` are seeded for each
     item from (seed, epoch, index), so items may draw from them; batches are not reproducible for a
     data set that keeps its own random state. uint8 images (C, H, W) can be normalised with
     `normalize: imagenet` or a given mean and std. A resume compares 16 items of each split with

@@ -130,11 +130,11 @@ RULES: dict[str, Rule] = {
     "data.source.class_names": optional(list_of(NAME)),
     "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
     "init_from": optional(text()),
-    **below("data", "batch_size eval_batch_size num_outputs", integer(1)),
-    **below("data", "limit_train num_classes", optional(integer(1))),
+    **below("data", "batch_size eval_batch_size", integer(1)),
+    **below("data", "limit_train num_classes num_outputs", optional(integer(1))),
     "data.ignore_index": optional(INTEGER),
-    "data.input_shape": list_of(integer(1)),
-    "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
+    "data.input_shape": optional(list_of(integer(1))),
+    "data.target_kind": optional(choice("multiclass", "binary", "multilabel", "regression")),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
@@ -321,7 +321,8 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
             "data.num_classes": " (null for a regression)",
-            "data.target_kind": " (multiclass, binary, multilabel or regression)",
+            "data.target_kind": " (multiclass, binary, multilabel or regression; null for others)",
+            "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
@@ -554,6 +555,13 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if shipped_task and kind not in LOSSES.get(loss, (kind,)):
         fitting = " or ".join(LOSSES[loss])
         raise UserError(f"loss={loss} is for task={fitting}, and this is task={kind}.")
+    for group in ("model", "data.source", "data.augmentation"):
+        node = values["model"] if group == "model" else data.get(group.removeprefix("data."))
+        if isinstance(node, Mapping) and node.get("input_shape", ...) is None:
+            raise UserError(
+                f"data.input_shape=null: {group}._target_={node.get('_target_')} takes a shape. "
+                "Set it, such as data.input_shape=[1,28,28]."
+            )
     source = data["source"]
     if isinstance(source, Mapping) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")

@@ -2,10 +2,11 @@
 
 Public, by module; all else is private to this folder.
 
-batch: noise
+batch: each, Inputs, noise, parts_of
+feeds: collated
 images: image_folder
 loaders
-preprocess: in_units, Preprocessing
-splits: check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
+preprocess: in_units, Normalizer, Preprocessing
+splits: as_tensor, check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
 tables: csv
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +12,18 @@ from regrow import protocols
 from regrow.randomness import generator
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Targets = Inputs  # a tensor for each of several heads
+
+
+def parts_of(value: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the tensors of inputs or targets: at least one, all of the same examples."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [*(value.values() if isinstance(value, Mapping) else value)]
 
 
 def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """Return the inputs with `function` applied to every tensor."""
+    """Return the inputs, or targets, with `function` applied to every tensor."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, dict):
@@ -37,7 +45,7 @@ class Batch:
     def __init__(
         self,
         inputs: Inputs,
-        targets: Tensor,
+        targets: Targets,
         weights: Tensor | None,
         num_local: int,
         num_global: int,
@@ -61,11 +69,13 @@ class Batch:
         num_local = stop - start
         if num_local == 0:
             start, stop = 0, 1
-            weights: Tensor | None = self.targets.new_zeros(1, dtype=torch.float32)
+            weights: Tensor | None = parts_of(self.targets)[0].new_zeros(1, dtype=torch.float32)
         else:
             weights = None if self.weights is None else self.weights[start:stop]
-        inputs = each(self.inputs, lambda tensor: tensor[start:stop])
-        targets, first = self.targets[start:stop], self.first + start
+        inputs, targets = (
+            each(part, lambda tensor: tensor[start:stop]) for part in (self.inputs, self.targets)
+        )
+        first = self.first + start
         return Batch(inputs, targets, weights, num_local, self.num_global, first)
 
     def to(self, device: torch.device) -> Batch:
@@ -74,7 +84,7 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `function` applied to every tensor."""
-        inputs, targets = each(self.inputs, function), function(self.targets)
+        inputs, targets = each(self.inputs, function), each(self.targets, function)
         weights = None if self.weights is None else function(self.weights)
         return Batch(inputs, targets, weights, self.num_local, self.num_global, self.first)
 
@@ -86,7 +96,8 @@ def noise(seed: int, step: int, batch: protocols.Batch, *shape: int) -> Tensor:
     processes and micro-batches draws the same ones.
     """
     numbers = torch.randn(batch.num_global, *shape, generator=generator(seed, "noise", step))
-    return numbers[batch.first :][: len(batch.targets)].to(batch.targets.device)
+    example = parts_of(batch.targets)[0]
+    return numbers[batch.first :][: len(example)].to(example.device)
 
 
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -96,7 +107,7 @@ def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
     return first, first + size + (rank < extra)
 
 
-def tensors_of(item: object) -> tuple[Inputs, Tensor, Tensor | None]:
+def tensors_of(item: object) -> tuple[Inputs, Targets, Tensor | None]:
     """Return inputs, targets and weights of a collated batch: a pair, a triple or a mapping.
 
     Raises TypeError for anything else.
@@ -108,18 +119,25 @@ def tensors_of(item: object) -> tuple[Inputs, Tensor, Tensor | None]:
     else:
         keys = f" with keys {sorted(map(str, item))}" if isinstance(item, Mapping) else ""
         raise TypeError(f"{type(item).__name__}{keys}")
-    if isinstance(inputs, list | tuple):
-        inputs = tuple(inputs)
-    if isinstance(inputs, Mapping):
-        inputs = dict(inputs)
-    parts = inputs.values() if isinstance(inputs, dict) else inputs
-    for part in [inputs] if isinstance(inputs, Tensor) else parts:
+    inputs, targets = _parts("inputs", inputs), _parts("targets", targets)
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(f"a pair whose weights are {_shown(weights)}, not one tensor")
+    return inputs, targets, weights if weights is None else weights.float()
+
+
+def _parts(name: str, value: object) -> Inputs:
+    """Return a tensor, or a tuple or dict of tensors. Raises TypeError for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    found: Any = dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, list | tuple):
+        found = tuple(value)
+    if not isinstance(found, dict | tuple) or not found:
+        raise TypeError(f"a pair whose {name} are {_shown(value)}, not tensors")
+    for part in found.values() if isinstance(found, dict) else found:
         if not isinstance(part, Tensor):
-            raise TypeError(f"a pair whose inputs hold {_shown(part)}, not tensors")
-    for name, part in {"targets": targets, "weights": weights}.items():
-        if not isinstance(part, Tensor) and not (part is None and name == "weights"):
-            raise TypeError(f"a pair whose {name} are {_shown(part)}, not one tensor")
-    return cast(Inputs, inputs), targets, weights if weights is None else weights.float()
+            raise TypeError(f"a pair whose {name} hold {_shown(part)}, not tensors")
+    return cast(Inputs, found)
 
 
 def _shown(value: object) -> str:

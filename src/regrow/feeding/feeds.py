@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
-from regrow.feeding.batch import Batch, each, tensors_of
-from regrow.feeding.preprocess import Normalizer, rounding
+from regrow.feeding.batch import Batch, Inputs, each, parts_of, tensors_of
+from regrow.feeding.preprocess import Normalizer, rounding, single
 from regrow.feeding.sampling import Windows
 from regrow.feeding.splits import Examples, MapStyle
 from regrow.processes.parent import die_with_parent
@@ -120,13 +120,14 @@ class FileFeed:
     def __init__(
         self,
         dataset: MapStyle,
-        normalize: Normalizer,
+        normalize: Callable[[Inputs], Inputs],
         device: torch.device,
         *,
         name: str,
         seed: int,
         num_classes: int | None,
         ignore_index: int | None,
+        heads: bool = False,
         collate: Callable[[list[Any]], Any] | None,
         num_workers: int,
         pin_memory: bool,
@@ -141,7 +142,7 @@ class FileFeed:
                 _Seeded(dataset, name, seed, num_classes, ignore_index),  # type: ignore[arg-type]
                 batch_sampler=self.plan,
                 num_workers=num_workers,
-                collate_fn=_Collate(collate, name, num_classes, ignore_index),
+                collate_fn=_Collate(collate, name, num_classes, ignore_index, heads=heads),
                 pin_memory=pin_memory and device.type == "cuda",
                 persistent_workers=persistent_workers and num_workers > 0,
                 worker_init_fn=functools.partial(_begin_worker, os.getpid()),
@@ -192,19 +193,22 @@ class FileFeed:
         inputs, targets, weights = item
         share = windows.share(number)
         expected = max(1, share.num_local)
-        if len(targets) != expected or (weights is not None and len(weights) != expected):
+        parts = parts_of(targets)
+        wrong = next((part for part in parts if part.shape[:1] != (expected,)), None)
+        if wrong is not None or (weights is not None and len(weights) != expected):
+            shape = list((parts[0] if wrong is None else wrong).shape)
             raise DataError(
-                f"{self.name}: a batch of {expected} items has targets of shape "
-                f"{list(targets.shape)}. Let `collate` give as many targets, and weights, as items."
+                f"{self.name}: a batch of {expected} items has targets of shape {shape}. Let "
+                "`collate` give as many targets, and weights, as items."
             )
-        if targets.dtype == torch.float64:  # the default collate turns Python numbers into float64
-            if not self.is_checked and (lost := rounding(targets)) > 1e-3:
-                log.warning(
-                    "the targets of %s are large beside their spread: float32 rounds them by up to "
-                    "%.2g of it in the first batch. Subtract their mean in the data set.",
-                    *(self.name, lost),
-                )
-            targets = targets.float()
+        # The default collate turns Python numbers into float64.
+        if not self.is_checked and (lost := max(rounding(part) for part in parts)) > 1e-3:
+            log.warning(
+                "the targets of %s are large beside their spread: float32 rounds them by up to "
+                "%.2g of it in the first batch. Subtract their mean in the data set.",
+                *(self.name, lost),
+            )
+        targets = each(targets, single)
         self.is_checked = True
         if share.num_local == 0:
             weights = torch.zeros(1)
@@ -313,9 +317,12 @@ class _Collate:
         name: str,
         num_classes: int | None,
         ignore_index: int | None,
+        *,
+        heads: bool = False,
     ) -> None:
         self.collate, self.name = collate, name
         self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.heads = heads
 
     def __call__(self, items: list[Any]) -> Any:
         for item in items:
@@ -347,7 +354,14 @@ class _Collate:
                 "a mapping with inputs, targets and, if wanted, weights. Let data.source.collate "
                 "give that."
             )
-        if self.collate is not None and self.num_classes is not None:
+        if not isinstance(found[1], Tensor):
+            if not self.heads:
+                return _Broken(
+                    f"{self.name}: a batch of the data set has {len(found[1])} targets, and "
+                    "data.target_kind names a kind of one. For several heads set "
+                    "data.target_kind=null, and a task that takes them."
+                )
+        elif self.collate is not None and self.num_classes is not None:
             wrong = outside(found[1], self.num_classes, self.ignore_index)
             if wrong is not None:
                 return _Broken(
@@ -355,8 +369,18 @@ class _Collate:
                     f"data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
                 )
         inputs, targets, weights = found
-        inputs = each(inputs, Tensor.detach)  # a worker cannot send a tensor with a graph
-        return inputs, targets.detach(), None if weights is None else weights.detach()
+        # A worker cannot send a tensor with a graph.
+        inputs, targets = each(inputs, Tensor.detach), each(targets, Tensor.detach)
+        return inputs, targets, None if weights is None else weights.detach()
+
+
+def collated(items: list[Any], collate: Callable[[list[Any]], Any] | None) -> Inputs:
+    """Return the inputs of a batch of items, as a run collates them. Raises DataError."""
+    found = _Collate(collate, "inputs", None, None, heads=True)(items)
+    if isinstance(found, _Broken):
+        raise DataError(found.message)
+    inputs: Inputs = found[0]
+    return inputs
 
 
 def input_names(
@@ -364,10 +388,9 @@ def input_names(
 ) -> list[str] | None:
     """Return the inputs' names, or positions from 0, if an example has several; else None."""
     item = _Seeded(dataset, "train", seed, None, None)[(0, 0)]
-    found = _Collate(collate, "train", None, None)([item])
-    if isinstance(found, _Broken):
-        raise DataError(found.message)
-    inputs = found[0]
+    if isinstance(item, _Broken):
+        raise DataError(item.message)
+    inputs = collated([item], collate)
     if isinstance(inputs, Tensor):
         return None
     return [str(name) for name in (inputs if isinstance(inputs, dict) else range(len(inputs)))]

@@ -109,18 +109,30 @@ def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Im
 
     try:
         with Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError(f"{file.mode} pixels have more than 8 bits; convert them to 8")
-            # Transparency in a palette only converts by way of RGBA.
-            image = file.convert("RGBA") if file.mode == "P" else file
-            image = image.convert("L" if channels == 1 else "RGB")
-            return _upright(image, file) if exif_orientation else image
+            return _converted(file, channels, exif_orientation=exif_orientation)
     except OSError as error:
         if error.errno is not None:
             raise unreadable(path, error) from None
         raise _broken(path, error) from None
     except Exception as error:  # decoders raise a dozen different errors
         raise _broken(path, error) from None
+
+
+def converted(image: Image, channels: int, *, exif_orientation: bool) -> Image:
+    """Return an open image as `load_image` does a file. Raises DataError."""
+    try:
+        return _converted(image, channels, exif_orientation=exif_orientation)
+    except Exception as error:  # decoders raise a dozen different errors
+        raise DataError(f"inputs: an image that cannot be read: {brief(error)}.") from None
+
+
+def _converted(file: Image, channels: int, *, exif_orientation: bool) -> Image:
+    if file.mode.startswith(("I", "F")):
+        raise ValueError(f"{file.mode} pixels have more than 8 bits; convert them to 8")
+    # Transparency in a palette only converts by way of RGBA.
+    image = file.convert("RGBA") if file.mode == "P" else file
+    image = image.convert("L" if channels == 1 else "RGB")
+    return _upright(image, file) if exif_orientation else image
 
 
 def _broken(path: str | Path, error: Exception) -> DataError:

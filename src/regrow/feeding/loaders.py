@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError
 from regrow.feeding import identity
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
@@ -70,8 +71,10 @@ class Data:
     `batch_size` counts an optimizer step's examples over all processes, `eval_batch_size` those of
     a forward pass in one process. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary; (B,
     L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the training
-    split if `normalize_targets`: `target_mean` and `target_std` revert it. Integer inputs in memory
-    become `integers`, int64 or float32, unless they are normalised.
+    split if `normalize_targets`: `target_mean` and `target_std` revert it. A `target_kind` of None
+    leaves the targets to the task. An `input_shape` of None is taken from data in memory; your own
+    data set needs none. Integer inputs in memory become `integers`, int64 or float32, unless they
+    are normalised.
     """
 
     def __init__(
@@ -80,11 +83,11 @@ class Data:
         source: Splits,
         seed: int,
         root: str,
-        target_kind: str,
+        target_kind: str | None,
         num_classes: int | None,
         ignore_index: int | None,
-        num_outputs: int,
-        input_shape: list[int],
+        num_outputs: int | None,
+        input_shape: list[int] | None,
         class_names: list[str] | None,
         batch_size: int,
         eval_batch_size: int,
@@ -111,7 +114,9 @@ class Data:
         self.source, self.seed, self.root = source, seed, root
         self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
         self.ignore_index, self.target_dtype = ignore_index, target_dtype
-        self.input_shape = list(input_shape)
+        if input_shape is None and isinstance(source.train, Examples):
+            input_shape = list(source.train.inputs.shape[1:])
+        self.input_shape = None if input_shape is None else list(input_shape)
         self.class_names = text_names(
             class_names if class_names is not None else source.class_names
         )
@@ -198,6 +203,20 @@ class Data:
             )
         return torch.cat(tensors)
 
+    def raw_inputs(self, split: str) -> Iterator[Inputs]:
+        """Yield a split's inputs in order, as they are before the normalisation, on the CPU."""
+        found, size = dict(self.source.items())[split], self.eval_batch_size
+        if isinstance(found, Examples):
+            yield from torch.split(found.inputs, size)
+            return
+        feed = self._new_feed(split, False, torch.device("cpu"))
+        assert isinstance(feed, FileFeed)
+        feed.normalize = lambda inputs: inputs
+        windows = Windows(len(found), size, False, 0, 1)
+        with contextlib.closing(feed):
+            for batch in feed.read(windows, torch.arange(len(found)), 0, 0):
+                yield batch.inputs
+
     def input_names(self) -> list[str] | None:
         """Return the inputs' names, or positions from 0, if an example has several; else None."""
         if isinstance(self.source.train, Examples) or self.source.resize is not None:
@@ -261,6 +280,7 @@ class Data:
             seed=self.seed,
             num_classes=self.num_classes if self.target_kind == "multiclass" else None,
             ignore_index=self.ignore_index,
+            heads=self.target_kind is None,
             collate=self.source.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -313,8 +333,11 @@ class Data:
                 raise UserError(f"data.{name}={getattr(self, name)} must be 1 or more.")
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers} must be 0 or more.")
-        if self.target_kind not in KINDS:
-            raise UserError(f"data.target_kind={self.target_kind} is none of {', '.join(KINDS)}.")
+        if self.target_kind not in (*KINDS, None):
+            raise UserError(
+                f"data.target_kind={self.target_kind} is none of {', '.join(KINDS)}. For other "
+                "targets, set null."
+            )
         for name, split in self.source.items():
             if len(split) == 0:
                 raise DataError(
@@ -368,6 +391,8 @@ class Data:
         elif not bool(targets.isfinite().all()):
             row = int((~targets.isfinite()).nonzero()[0][0])
             raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
+        if self.target_kind is None or self.num_outputs is None:
+            return
         width = {"binary": 1, "multiclass": self.num_classes}.get(
             self.target_kind, targets[0].numel()
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,15 @@ from regrow.config import older
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import Inputs, each
 from regrow.feeding.files import LeftOut
-from regrow.feeding.images import find_images, fit, load_image, suffixes_of, to_tensor
-from regrow.feeding.splits import Examples, Reading, Splits
+from regrow.feeding.images import (
+    converted,
+    find_images,
+    fit,
+    load_image,
+    suffixes_of,
+    to_tensor,
+)
+from regrow.feeding.splits import Examples, Reading, Splits, as_tensor
 from regrow.feeding.tables import read_table
 from regrow.numerics.precision import widest
 
@@ -38,6 +46,7 @@ log = logging.getLogger("regrow.data")
 class Preprocessing:
     """All that prediction needs, as plain values, stored as JSON in a run's folder.
 
+    input_shape: of an example; None for items of a data set that have no common shape.
     kind: image (uint8 pixels), table (floating features), integer (int64, such as tokens) or tensor
         (passed through unchanged).
     mean, std: per channel of pixels in 0 … 1, or per feature in raw units; None: not normalised.
@@ -48,7 +57,7 @@ class Preprocessing:
     """
 
     kind: str
-    input_shape: list[int]
+    input_shape: list[int] | None
     input_max: float
     mean: list[float] | None
     std: list[float] | None
@@ -74,7 +83,9 @@ class Preprocessing:
         numbers = (how.mean, how.std, how.target_mean, how.target_std)
         if (
             how.kind not in ("image", "table", "integer", "tensor")
-            or not _is_list(how.input_shape, int)
+            or not (
+                _is_list(how.input_shape, int) or (how.input_shape is None and how.kind == "tensor")
+            )
             or not isinstance(how.input_max, int | float)
             or not all(it is None or _is_list(it, int, float) for it in numbers)
             or not (how.columns is None or _is_list(how.columns, str))
@@ -87,20 +98,55 @@ class Preprocessing:
             raise TypeError("a field is of a wrong type")
         return how
 
-    def read(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Yield names and model inputs (B, …) on the CPU, batch by batch, from the files at `path`.
+    @property
+    def shape(self) -> list[int]:
+        """The shape of an example; empty for a data set of one's own that has no common shape."""
+        return self.input_shape or []
 
-        `path` is an image, a folder of images, an .npy array (N, …) in the data set's raw units, or
-        a .csv with the feature columns by name. Names are file paths, or row numbers from 0. Raises
-        UserError or DataError, which name the file and the row.
+    def read(self, given: Any, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names and model inputs (B, …) on the CPU, batch by batch, of what is `given`.
+
+        That is a path, or values in memory. A path names an image, a folder of images, an .npy
+        array (N, …) in the data set's raw units, or a .csv with the feature columns by name. In
+        memory: a Pillow image, a list of images or of their paths, a pandas DataFrame or Series, an
+        array, a tensor or a list of numbers. Names are file paths, labels of a DataFrame's index,
+        or row numbers from 0. Raises UserError or DataError, which name the file and the row.
         """
         normalize = Normalizer(self)
-        for names, raw in self._raw(path, batch_size):
+        read = self._raw if isinstance(given, str | Path) else self._in_memory
+        for names, raw in read(given, batch_size):
             inputs = normalize(raw)
             assert isinstance(inputs, Tensor)
             yield names, inputs
 
-    def _raw(self, path: Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+    def _in_memory(self, given: Any, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        what = "inputs"
+        given = [given] if hasattr(given, "getexif") else given  # one Pillow image
+        labels: list[str] | None = None
+        if isinstance(given, list | tuple) and any(_is_image(each) for each in given):
+            self._must_be("image", what)
+            for start in range(0, len(given), batch_size):
+                chosen = given[start : start + batch_size]
+                named = zip(itertools.count(start), chosen, strict=False)
+                names = [str(each if isinstance(each, str | Path) else n) for n, each in named]
+                yield names, torch.stack([self._file(each) for each in chosen])
+            return
+        if hasattr(given, "to_frame") and hasattr(given, "index"):  # a row of a DataFrame
+            given = given.to_frame().T
+        if hasattr(given, "columns") and hasattr(given, "to_numpy"):  # pandas need not be installed
+            self._must_be("table", what)
+            labels = [str(label) for label in given.index]
+            given = _of_frame(given, self.columns)
+        values = as_tensor(given, what)
+        wide = values.float() if values.dtype == torch.bfloat16 else values
+        array = self._batched(wide.numpy(), what)
+        for start in range(0, len(array), batch_size):
+            part = self._part(array[start : start + batch_size], what, start)
+            rows = range(start, start + len(part))
+            yield [labels[row] if labels else str(row) for row in rows], part
+
+    def _raw(self, given: str | Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        path = Path(given)
         suffix = path.suffix.lower()
         if not path.exists():
             raise UserError(f"input={path} does not exist. Give an image, a folder, .npy or .csv.")
@@ -113,7 +159,7 @@ class Preprocessing:
         elif suffix == ".npy":
             array = self._array(path)
             for start in range(0, len(array), batch_size):
-                part = self._part(np.asarray(array[start : start + batch_size]), path, start)
+                part = self._part(np.asarray(array[start : start + batch_size]), str(path), start)
                 yield [str(start + row) for row in range(len(part))], part
         elif suffix in (".csv", ".tsv", ".txt"):
             self._must_be("table", path)
@@ -121,7 +167,7 @@ class Preprocessing:
             if columns is None:
                 raise UserError(
                     f"input={path}: this run's features have no names. Give an .npy array (N, "
-                    f"{self.input_shape[0]}) instead."
+                    f"{self.shape[0]}) instead."
                 )
             rows = torch.from_numpy(read_table(path, self.delimiter, columns, []).features)
             for start in range(0, len(rows), batch_size):
@@ -132,11 +178,12 @@ class Preprocessing:
                 f"input={path}: not a known kind. Use an image, a folder of images, .npy or .csv."
             )
 
-    def _must_be(self, kind: str, path: Path) -> None:
+    def _must_be(self, kind: str, given: str | Path) -> None:
         if self.kind != kind:
             takes = {"image": "images", "table": "rows of numbers (.csv, .npy)"}
+            what = f"input={given}" if isinstance(given, Path) else given
             raise UserError(
-                f"input={path}: this run's model takes {takes.get(self.kind, 'arrays (.npy)')} of "
+                f"{what}: this run's model takes {takes.get(self.kind, 'arrays (.npy)')} of "
                 f"shape {self.input_shape}."
             )
 
@@ -150,14 +197,21 @@ class Preprocessing:
             log.warning("%s", left_out)
         return files
 
-    def _file(self, path: Path) -> Tensor:
-        channels, *size = self.input_shape
+    def _file(self, given: Any) -> Tensor:
+        """Return an image's pixels, (C, H, W), from its path or from a Pillow image."""
+        channels, *size = self.shape
+        what = f"input={given}" if isinstance(given, str | Path) else "inputs"
         if channels not in (1, 3):
             raise UserError(
-                f"input={path}: this run's model takes images of {channels} channels, and a file "
-                f"is read as grey or RGB. Give an .npy array (N, {channels}, H, W)."
+                f"{what}: this run's model takes images of {channels} channels, and an image is "
+                f"read as grey or RGB. Give an array (N, {channels}, H, W), in a file .npy."
             )
-        image = load_image(path, channels, exif_orientation=self.exif_orientation)
+        if not _is_image(given):
+            raise UserError(f"{what}: a {type(given).__name__} among images. Give images alone.")
+        if isinstance(given, str | Path):
+            image = load_image(given, channels, exif_orientation=self.exif_orientation)
+        else:
+            image = converted(given, channels, exif_orientation=self.exif_orientation)
         pixels = to_tensor(fit(image, size, self.resize))
         return pixels if self.input_max == 255 else pixels.float() * (self.input_max / 255)
 
@@ -170,17 +224,21 @@ class Preprocessing:
             raise DataError(f"{path} is not a readable array: {reason}.") from None
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
             raise DataError(f"{path} holds no plain numbers. Save one numeric array with np.save.")
-        shape = tuple(self.input_shape)
+        return self._batched(array, str(path))
+
+    def _batched(self, array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
+        """Return (N, …) from that, or from a single example."""
+        shape = tuple(self.shape)
         single = [shape, (*shape[1:], shape[0]) if self.kind == "image" else shape]
         if self.kind == "image" and shape[0] == 1:
             single.append(shape[1:])
         array = array[None] if array.shape in single else array
         if array.ndim == 0 or len(array) == 0:
-            raise DataError(f"{path} holds no examples: its shape is {array.shape}.")
+            raise DataError(f"{what} holds no examples: its shape is {array.shape}.")
         return array
 
-    def _part(self, array: npt.NDArray[Any], path: Path, start: int) -> Tensor:
-        shape = tuple(self.input_shape)
+    def _part(self, array: npt.NDArray[Any], what: str, start: int) -> Tensor:
+        shape = tuple(self.shape)
         # torch supports neither foreign byte orders nor most unsigned and long types.
         wide = {"u": np.int64, "f": np.float64, "i": np.int64, "b": np.bool_}[array.dtype.kind]
         is_known = array.dtype in (np.uint8, np.float16, np.float32) and array.dtype.isnative
@@ -188,44 +246,46 @@ class Preprocessing:
         tensor = torch.from_numpy(np.array(array, dtype=kind, order="C"))
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
-            raise DataError(f"{path}, row {start + row}: a value is NaN or infinite.")
+            raise DataError(f"{what}, row {start + row}: a value is NaN or infinite.")
         if self.kind == "integer" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise DataError(
-                f"{path}: values of type {str(tensor.dtype).removeprefix('torch.')}, this run's "
+                f"{what}: values of type {str(tensor.dtype).removeprefix('torch.')}, this run's "
                 "model takes integers. Save an array of integers."
             )
+        if self.input_shape is None:
+            return tensor
         if self.kind != "image":
             if tuple(tensor.shape[1:]) != shape:
                 raise DataError(
-                    f"{path}: rows of shape {list(tensor.shape[1:])}, this run's model takes "
+                    f"{what}: rows of shape {list(tensor.shape[1:])}, this run's model takes "
                     f"{list(shape)}."
                 )
             return tensor
-        images = self._images(tensor, path)
+        images = self._images(tensor, what)
         flat = images.flatten(1).float()
         low, high = flat.amin(1), flat.amax(1)
         wrong = ((low < 0) | (high > self.input_max)).nonzero()
         if len(wrong):
             row = int(wrong[0])
             raise DataError(
-                f"{path}, row {start + row}: values {low[row]:g} … {high[row]:g}, this run's "
+                f"{what}, row {start + row}: values {low[row]:g} … {high[row]:g}, this run's "
                 f"images are in 0 … {self.input_max:g}."
             )
         is_share = tensor.is_floating_point() or tensor.dtype == torch.bool
         if is_share and 0 < float(high.max()) <= 1 < self.input_max:
             raise DataError(
-                f"{path}: values reach only {high.max():g}, this run's images are in "
+                f"{what}: values reach only {high.max():g}, this run's images are in "
                 f"0 … {self.input_max:g}. Multiply by {self.input_max:g}."
             )
         return images
 
-    def _images(self, tensor: Tensor, path: Path) -> Tensor:
+    def _images(self, tensor: Tensor, what: str) -> Tensor:
         """Return (N, C, H, W) images from that, (N, H, W, C), (N, H, W) or (N, C·H·W).
 
         uint8 images of other sizes are fitted. Raises DataError for other shapes.
         """
-        channels, *size = self.input_shape
-        if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.input_shape):
+        channels, *size = self.shape
+        if tensor.ndim == 2 and tensor.shape[1] == np.prod(self.shape):
             return tensor.view(-1, channels, *size)
         if tensor.ndim == 3 and channels == 1:
             tensor = tensor.unsqueeze(1)
@@ -237,7 +297,7 @@ class Preprocessing:
             if tensor.dtype == torch.uint8 and self.input_max == 255 and channels in (1, 3):
                 return torch.stack([self._fitted(image) for image in tensor])
         raise DataError(
-            f"{path}: an array of shape (N, {', '.join(map(str, tensor.shape[1:]))}), this run's "
+            f"{what}: an array of shape (N, {', '.join(map(str, tensor.shape[1:]))}), this run's "
             f"model takes images (N, {channels}, {size[0]}, {size[1]})."
         )
 
@@ -245,8 +305,31 @@ class Preprocessing:
         from PIL import Image
 
         pixels = image.permute(1, 2, 0).numpy() if image.shape[0] == 3 else image[0].numpy()
-        fitted = fit(Image.fromarray(pixels), self.input_shape[1:], self.resize)
+        fitted = fit(Image.fromarray(pixels), self.shape[1:], self.resize)
         return to_tensor(fitted)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str | Path) or hasattr(value, "getexif")
+
+
+def _of_frame(frame: Any, columns: list[str] | None) -> npt.NDArray[Any]:
+    """Return a DataFrame's feature columns, (N, F). Raises DataError for a column without numbers.
+
+    Without recorded `columns`, all of its columns are features.
+    """
+    there = [str(name) for name in frame.columns]
+    names = there if columns is None else columns
+    if missing := [name for name in names if name not in there]:
+        raise DataError(f"inputs: no column {missing[0]!r}. There are {', '.join(there[:20])}.")
+    found = []
+    for name in names:
+        column = frame.iloc[:, there.index(name)]
+        try:
+            found.append(column.to_numpy(dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"inputs, column {name!r}: {brief(error, 100)}.") from None
+    return np.stack(found, 1) if found else np.empty((len(frame), 0))
 
 
 def _is_list(value: Any, *types: type) -> bool:
@@ -263,13 +346,13 @@ class Normalizer:
             self.mean = torch.tensor(how.mean, dtype=torch.float64)
             self.std = torch.tensor(how.std, dtype=torch.float64)
         if how.kind == "image" or (how.kind == "tensor" and self.mean is not None):
-            one = torch.ones(how.input_shape[0], dtype=torch.float64)
+            one = torch.ones(how.shape[0], dtype=torch.float64)
             mean = one * 0 if self.mean is None else self.mean
             std = one if self.std is None else self.std
             self.scale = (1 / (how.input_max * std)).float().view(-1, 1, 1)
             self.shift = (-mean / std).float().view(-1, 1, 1)
-        elif self.mean is not None and self.std is not None and len(how.input_shape) > 1:
-            per_channel = (-1, *[1] * (len(how.input_shape) - 1))
+        elif self.mean is not None and self.std is not None and len(how.shape) > 1:
+            per_channel = (-1, *[1] * (len(how.shape) - 1))
             self.mean, self.std = self.mean.view(per_channel), self.std.view(per_channel)
 
     def __call__(self, inputs: Inputs) -> Inputs:
@@ -351,7 +434,7 @@ def rounding(values: Tensor) -> float:
 def preprocessing(
     splits: Splits,
     *,
-    input_shape: list[int],
+    input_shape: list[int] | None,
     normalize: Any,
     normalize_targets: bool,
     integers: str,
@@ -359,7 +442,12 @@ def preprocessing(
     """Return the preprocessing, with statistics of the training split alone, or the given ones."""
     train = splits.train
     kind = _kind(splits, normalize, integers)
-    mean, std = _statistics(splits, kind, input_shape, normalize)
+    if input_shape is None and normalize != "none":
+        raise UserError(
+            f"data.input_shape=null: data.normalize={normalize} needs the number of channels or "
+            "features. Set data.normalize=none, or the shape."
+        )
+    mean, std = _statistics(splits, kind, input_shape or [], normalize)
     target_mean = target_std = None
     if normalize_targets:
         if not isinstance(train, Examples):
@@ -371,7 +459,7 @@ def preprocessing(
         target_mean, target_std = columns.mean(0).tolist(), _deviations(columns)
     return Preprocessing(
         kind=kind,
-        input_shape=list(input_shape),
+        input_shape=input_shape,
         input_max=splits.input_max,
         mean=mean,
         std=std,
@@ -407,9 +495,9 @@ def _kind(splits: Splits, normalize: Any, integers: str) -> str:
 def _statistics(
     splits: Splits, kind: str, input_shape: list[int], normalize: Any
 ) -> tuple[list[float] | None, list[float] | None]:
-    number = input_shape[0]
     if normalize == "none":
         return None, None
+    number = input_shape[0]
     if isinstance(normalize, dict) and normalize.keys() == {"mean", "std"}:
         mean, std = list(normalize["mean"]), list(normalize["std"])
     elif normalize == "imagenet":

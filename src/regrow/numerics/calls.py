@@ -30,12 +30,15 @@ NAMES_A_TYPE = r"\b(Long|Int|Short|Char|Byte|Bool|int|char|dtype|datatype)\b"
 def call(model: nn.Module, inputs: Any) -> Any:
     """Return the outputs for inputs that are one tensor, or a tuple or mapping of arguments.
 
+    Of a mapping with an attribute `logits`, which models of transformers return, it is the logits.
     Raises UserError for integers that the model's floats cannot be computed with.
     """
     try:
         if isinstance(inputs, Tensor):
-            return model(inputs)
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+            outputs = model(inputs)
+        else:
+            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        return getattr(outputs, "logits", outputs) if isinstance(outputs, Mapping) else outputs
     except (RuntimeError, ValueError) as error:
         refuse_integers(error, inputs)
         raise

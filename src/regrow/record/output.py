@@ -53,6 +53,12 @@ def write_text(text: str, target: Path, *, overwrite: bool) -> None:
         file.write(text)
 
 
+def write_bytes(content: bytes, target: Path, *, overwrite: bool) -> None:
+    """Write a file that the user named, atomically. Raises UserError."""
+    with _told(target), whole_file(target, publish=_publish(overwrite)) as file:
+        file.write(content)
+
+
 def open_new(path: Path, mode: int = 0o666) -> int:
     """Return a descriptor of a new file. Removes what is at `path`; never follows a link there."""
     path.unlink(missing_ok=True)
@@ -83,15 +89,24 @@ def whole_file(
 @contextlib.contextmanager
 def _new_file(target: Path, overwrite: bool) -> Iterator[IO[str]]:
     """Yield a text file that is renamed to `target` once it is complete. Raises UserError."""
-    publish = _over_a_file if overwrite else _where_nothing_is
+    with _told(target), whole_file(target, publish=_publish(overwrite)) as file:
+        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+        yield text
+        text.flush()
+        text.detach()  # the file is closed by its owner
+
+
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Raise UserError, which names `target`, if it cannot be written."""
     try:
-        with whole_file(target, publish=publish) as file:
-            text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
-            yield text
-            text.flush()
-            text.detach()  # the file is closed by its owner
+        yield
     except OSError as error:
         raise UserError(f"output={target} cannot be written: {error.strerror or error}.") from None
+
+
+def _publish(overwrite: bool) -> Callable[[Path, Path], None]:
+    return _over_a_file if overwrite else _where_nothing_is
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:

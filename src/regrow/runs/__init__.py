@@ -3,6 +3,7 @@
 Public, by module; all else is private to this folder.
 
 console: console
+export: exported
 find_lr: find_lr
 inference: draws_of, evaluate, other_draws, predict
 launch: launch
@@ -10,6 +11,7 @@ loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device
 model_checks: check, check_first_batch, check_forward, check_one_example, described, has_lazy_parts,
     materialise
+predictions: Predictions
 training: build
 trial: open_storage, remove_torn_line
 weights: load_weights, warn_of_other_splits

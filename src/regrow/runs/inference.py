@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regrow.config.recorded import recorded_config
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
-from regrow.numerics.calls import call
-from regrow.numerics.precision import autocast
 from regrow.processes.interrupt import StopRequest
 from regrow.randomness import Draws, states_kept
 from regrow.record.records import load_status
@@ -61,27 +58,14 @@ def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
 
 
 def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, str]]:
-    """Yield a row of text per example in `path`: an image, a folder, .npy or .csv.
+    """Yield the rows of `Predictions` for what is at `path`: an image, a folder, .npy or .csv.
 
-    The columns are `input`, then by task:
-    multiclass: `prediction` (the name) and `probability/<class>`;
-    binary: `prediction` and `probability` (of the second class);
-    multilabel: `predicted/<label>` (1 or 0) and `probability/<label>`;
-    regression: `prediction` in the targets' own units, or `prediction/<target>` for several.
-    Numbers have all digits of a float64. Raises UserError or DataError.
+    Raises UserError or DataError.
     """
     _refuse_several_inputs(run)
-    row = _rows(run)
-    draws = Draws(run.config["seed"], "prediction", run.step, 0)
-    for number, (names, inputs) in enumerate(run.preprocessing.read(path, batch_size)):
-        with torch.no_grad(), autocast(run.device, run.precision), states_kept():
-            draws.begin(number)
-            outputs = call(run.model, inputs.to(run.device))
+    for names, outputs in run.outputs(path, batch_size):
         _refuse_other_outputs(run, outputs)
-        found = {key: value.cpu() for key, value in run.task.predict(outputs).items()}
-        for index, name in enumerate(names):
-            one = {key: value[index] for key, value in found.items()}
-            yield {"input": name, **row(one)}
+        yield from run.read_off(names, outputs).rows()
 
 
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
@@ -93,8 +77,8 @@ def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
     shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     raise UserError(
         f"run={run.folder}: the model gives {shape} for a batch, such as a class per pixel or "
-        "token, and a table has one row per example. Use the model from Python: "
-        "regrow.load.load_run(run).model(inputs)."
+        "token, and a table has one row per example. Predict in Python: "
+        "regrow.load.load_run(run).predict(inputs)."
     )
 
 
@@ -103,45 +87,6 @@ def _refuse_several_inputs(run: LoadedRun) -> None:
     if run.input_names:
         raise UserError(
             f"run={run.folder}: the model takes several inputs ({', '.join(run.input_names)}), and "
-            "input= names one array. Use the model from Python: "
-            "regrow.load.load_run(run).model(**inputs)."
+            "input= names one array. Predict in Python: "
+            f"regrow.load.load_run(run).predict({{{run.input_names[0]!r}: …}})."
         )
-
-
-def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
-    """Return the function from one example's prediction to its columns, for the run's task."""
-    kind = run.task.kind
-    if kind == "regression":
-        return lambda one: _values(run, one["prediction"])
-    count = 2 if kind == "binary" else run.task.num_classes
-    names = run.class_names or [str(index) for index in range(count)]
-
-    def multiclass(one: dict[str, Tensor]) -> dict[str, str]:
-        shares = zip(names, one["probability"].tolist(), strict=True)
-        row = {f"probability/{name}": repr(share) for name, share in shares}
-        return {"prediction": names[int(one["prediction"])], **row}
-
-    def binary(one: dict[str, Tensor]) -> dict[str, str]:
-        share = one["probability"].item()
-        return {"prediction": names[int(one["prediction"])], "probability": repr(share)}
-
-    def multilabel(one: dict[str, Tensor]) -> dict[str, str]:
-        chosen = zip(names, one["prediction"].tolist(), strict=True)
-        shares = zip(names, one["probability"].tolist(), strict=True)
-        row = {f"predicted/{name}": str(int(value)) for name, value in chosen}
-        return row | {f"probability/{name}": repr(share) for name, share in shares}
-
-    kinds = {"multiclass": multiclass, "binary": binary, "multilabel": multilabel}
-    if kind not in kinds:
-        raise UserError(f"run={run.folder}: predictions of a task of kind {kind} have no columns.")
-    return kinds[kind]
-
-
-def _values(run: LoadedRun, prediction: Tensor) -> dict[str, str]:
-    values = prediction.flatten().tolist()
-    if len(values) == 1:
-        return {"prediction": repr(values[0])}
-    source = run.config["data"].get("source")
-    columns = source.get("target_columns") if isinstance(source, dict) else None
-    names = columns if columns and len(columns) == len(values) else range(len(values))
-    return {f"prediction/{name}": repr(v) for name, v in zip(names, values, strict=True)}

@@ -2,14 +2,15 @@
 
 from regrow.load import load_run
 run = load_run("outputs/digits/latest")
-outputs = run.model(inputs)
+found = run.predict("photo.png")  # or an array, a tensor, a folder, a table …
+found.names, found.probabilities
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,16 @@ from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
-from regrow.feeding.preprocess import Preprocessing, in_units
+from regrow.feeding.batch import Inputs, each
+from regrow.feeding.feeds import collated
+from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
+from regrow.feeding.splits import as_tensor
+from regrow.numerics.calls import call
+from regrow.numerics.precision import autocast
+from regrow.randomness import Draws, states_kept
 from regrow.record.records import read_json
 from regrow.runs import machine
+from regrow.runs.predictions import Predictions, joined, predictions_of
 
 log = logging.getLogger("regrow")
 
@@ -48,8 +56,10 @@ OF_THE_TRAINER = (
 class LoadedRun:
     """A run's model with the weights of one checkpoint, ready to use, and its other objects.
 
-    The first access to `data` reads the data. `preprocessing` and `class_names` need only the
-    folder if the run recorded them.
+    `predict` takes raw inputs. `model` takes normalised ones, as `data` and `preprocessing` give
+    them: called with raw inputs, it returns wrong numbers without an error. The first access to
+    `data` reads the data. `preprocessing` and `class_names` need only the folder if the run
+    recorded them.
     """
 
     folder: Path  # resolved, if a link to it was given
@@ -86,6 +96,83 @@ class LoadedRun:
             return self.recorded
         how: Preprocessing = self.data.preprocessing
         return how
+
+    def predict(self, inputs: Any, *, batch_size: int = 256) -> Predictions:
+        """Return the predictions for raw `inputs`, after the preprocessing that the run recorded.
+
+        `inputs` is one of: the path of an image, a folder of images, .npy or .csv; a Pillow image;
+        an array or tensor of one example or of a batch (N, …), in the data's own raw units; a
+        pandas DataFrame or Series with the columns that the run was trained on; a list of paths,
+        images or arrays; a list of items, as your own data set gives them. For a model of several
+        inputs also a mapping of their names to batches, or a tuple of batches. A forward pass takes
+        `batch_size` examples. Raises UserError.
+        """
+        parts = [self.read_off(*batch) for batch in self.outputs(inputs, batch_size)]
+        return joined(parts)
+
+    def outputs(self, inputs: Any, batch_size: int) -> Iterator[tuple[list[str], Any]]:
+        """Yield names and the model's outputs, such as logits, batch by batch: see `predict`."""
+        draws = Draws(self.config["seed"], "prediction", self.step, 0)
+        for number, (names, batch) in enumerate(self._batches(inputs, batch_size)):
+            with torch.no_grad(), autocast(self.device, self.precision), states_kept():
+                draws.begin(number)
+                yield names, call(self.model, each(batch, lambda part: part.to(self.device)))
+
+    def _batches(self, inputs: Any, batch_size: int) -> Iterator[tuple[list[str], Inputs]]:
+        is_own = isinstance(inputs, list) and self.preprocessing.kind == "tensor"
+        if is_own and inputs and isinstance(inputs[0], Mapping | tuple):
+            yield from self._collated(inputs, batch_size)
+            return
+        if not self.input_names:
+            yield from self.preprocessing.read(inputs, batch_size)
+            return
+        if isinstance(inputs, Mapping):
+            given = {str(name): value for name, value in inputs.items()}
+        elif isinstance(inputs, tuple):
+            given = {str(place): value for place, value in enumerate(inputs)}
+        else:
+            given = {}
+        if {*given} != {*self.input_names}:
+            raise UserError(
+                f"inputs: the model takes {', '.join(self.input_names)}. Give a mapping of these "
+                "names to batches, or a tuple of batches in this order if they are numbers."
+            )
+        by_place = self.input_names == [str(place) for place in range(len(given))]
+        normalize = Normalizer(self.preprocessing)
+        parts = {name: as_tensor(given[name], f"inputs: {name}") for name in self.input_names}
+        count = len(next(iter(parts.values())))
+        for start in range(0, count, batch_size):
+            chosen = {name: part[start : start + batch_size] for name, part in parts.items()}
+            names = [str(row) for row in range(start, min(start + batch_size, count))]
+            yield names, normalize(tuple(chosen.values()) if by_place else chosen)
+
+    def _collated(self, items: list[Any], batch_size: int) -> Iterator[tuple[list[str], Inputs]]:
+        """Yield batches of items as the run's own data set gives them, collated as in the run."""
+        normalize = Normalizer(self.preprocessing)
+        for start in range(0, len(items), batch_size):
+            chosen = items[start : start + batch_size]
+            names = [str(row) for row in range(start, start + len(chosen))]
+            yield names, normalize(collated(chosen, self.data.source.collate))
+
+    def read_off(self, names: list[str], outputs: Any) -> Predictions:
+        """Return the predictions that the task reads off the model's `outputs` for a batch."""
+        kind = self.task.kind
+        found = self.task.predict(outputs)
+        if "prediction" not in found:
+            raise UserError(
+                f"predictions of a task of kind {kind} have no names. Use run.outputs(inputs, "
+                "batch_size=256), which yields the model's own."
+            )
+        if kind == "regression":
+            count = found["prediction"][:1].numel()
+            source = self.config["data"].get("source")
+            columns = source.get("target_columns") if isinstance(source, dict) else None
+            known = columns if columns and len(columns) == count else None
+        else:
+            count = 2 if kind == "binary" else self.task.num_classes
+            known = self.class_names
+        classes = known or [str(index) for index in range(count)]
+        return predictions_of(names, kind, classes, found)
 
     def close(self) -> None:
         """End the data's workers, if there are any; the program's exit does so too."""
@@ -149,8 +236,7 @@ def load_run(
     if "_target_" not in node:  # several by name, of which the task evaluates one
         name = str(config["task"].get("evaluates"))
         node = node[name]
-    if "pretrained" in node:  # avoid a download: all weights come from the checkpoint
-        node["pretrained"] = False
+    _refuse_downloads(node)
     model: nn.Module = instantiate(node)
     weights = parts.get(writer.evaluated_part(parts, name), {})
     try:
@@ -295,6 +381,15 @@ def _recorded(
             *(given, PREPROCESSING, brief(error, 200)),
         )
         return None, None, None
+
+
+def _refuse_downloads(node: Any) -> None:
+    """Set `pretrained` to false in a model's node, and below: the checkpoint has all weights."""
+    if isinstance(node, dict):
+        if "pretrained" in node:
+            node["pretrained"] = False
+        for value in node.values():
+            _refuse_downloads(value)
 
 
 def _names(value: Any) -> list[str] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from regrow.errors import UserError
+from regrow.feeding.batch import parts_of
 from regrow.numerics.buffers import Buffers, caches
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
@@ -23,7 +24,7 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
     """Run one batch through model and loss in evaluation mode, to fail before training starts."""
     buffers = Buffers(model)  # some models count calls in evaluation mode too
     model.eval()
-    with autocast(batch.targets.device, precision):
+    with autocast(parts_of(batch.targets)[0].device, precision):
         outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
         task.check(outputs, batch.targets)
         task.loss(outputs, batch.targets, batch.weights)
@@ -37,7 +38,7 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
     buffers = Buffers(model)
     batch = batch.split(max(1, batch.num_local))[0]
     try:
-        with autocast(batch.targets.device, precision):
+        with autocast(parts_of(batch.targets)[0].device, precision):
             call(model.train(), batch.inputs)
     except ValueError as error:  # BatchNorm cannot compute a variance
         raise UserError(
@@ -165,7 +166,7 @@ def check_forward(
         return
     # With few examples, an expert of several may see none.
     few = batch if needs_all else _few(batch)
-    with _buffers_kept(model, averaged), autocast(batch.targets.device, precision):
+    with _buffers_kept(model, averaged), autocast(parts_of(batch.targets)[0].device, precision):
         try:
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
                 outputs = call(model.train(), few.inputs)

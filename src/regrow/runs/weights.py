@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,19 +16,33 @@ from torch import Tensor, nn
 from regrow.checkpoint import writer
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
+from regrow.extras import require
 from regrow.record import moved
 
 log = logging.getLogger("regrow")
 
+# The parts that peft inserts into names: of a module with an adapter, and of a module to save, of
+# which it keeps a frozen copy and a trained one.
+OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
+
 
 def load_weights(model: nn.Module, source: Path) -> None:
-    """Load weights from a run folder, a checkpoint, or a bare state_dict file into `model`.
+    """Load weights from a run folder, a checkpoint, a state_dict file or .safetensors into `model`.
 
     Entries of a different shape, such as a head for other classes, keep their fresh values. Logs
-    these, and names that only one side has. Raises UserError if nothing fits.
+    these, and names that only one side has. Adapters that peft has put around the model's modules
+    start fresh, and the modules inside get the weights. Raises UserError if nothing fits.
     """
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    weights = {_clean(name, own): value for name, value in _weights(source).items()}
+    wrapped: dict[str, list[str]] = {}
+    for name in own:
+        wrapped.setdefault(_unwrapped(name), []).append(name)
+    cleaned = {_clean(name, own): value for name, value in _weights(source).items()}
+    weights = {
+        place: value
+        for name, value in cleaned.items()
+        for place in ([name] if name in own else wrapped.get(name, [name]))
+    }
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if not fitting:
         raise UserError(
@@ -71,6 +86,11 @@ def warn_of_other_splits(source: Path, data: Mapping[str, Any]) -> None:
         )
 
 
+def _unwrapped(name: str) -> str:
+    """Return the name that a tensor of a model has before peft wraps it."""
+    return OF_PEFT.sub("", name.removeprefix("base_model.model."))
+
+
 def _clean(name: str, own: Mapping[str, Tensor]) -> str:
     """Return the name without the prefixes of DDP and torch.compile in other programs' files."""
     while name not in own:
@@ -93,10 +113,17 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
         if source.is_dir():
             parts, _ = writer.load(source.resolve())
             content = writer.evaluated_weights(parts)
+        elif source.suffix == ".safetensors":
+            require(f"init_from={source}", "export", "safetensors")
+            from safetensors.torch import load_file
+
+            content = load_file(source)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols
                 content = torch.load(source, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except writer.DamagedCheckpoint as damage:
         raise UserError(f"init_from={source}: {damage}.") from None
     except pickle.UnpicklingError as error:

@@ -1,0 +1,152 @@
+"""Each page of docs/recipes works as printed, in a fresh copy of the project.
+
+The blocks of a page are followed in their order. A block marked `bash` is run. A block marked
+`python` or `yaml` whose first line is a comment with a file's name, such as `# my_model.py`, is
+written to that file. Any other block is only shown. A page runs in the nightly tests alone, unless
+it has a line `<!-- test: slow -->` or `<!-- test: fast -->`. In the same comment, `needs peft`
+skips the page where that package is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrow.project import ROOT
+
+RECIPES = ROOT / "docs" / "recipes"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"(?:# @package \S+\n)?# (\S+\.(?:py|yaml))\n")  # Hydra's header stays first
+TESTED = re.compile(r"^<!-- test: (.*) -->$", re.MULTILINE)
+
+
+def blocks(text: str) -> Iterator[tuple[str | None, str]]:
+    """Yield (file, content) for each file to write, and (None, commands) for commands to run."""
+    for kind, content in BLOCK.findall(text):
+        named = FILE.match(content)
+        if kind == "bash":
+            yield None, content
+        elif kind in ("python", "yaml") and named:
+            yield named[1], content
+
+
+def follow(text: str, project: Path) -> str:
+    """Write a page's files and run its commands in `project`. Returns the commands' output."""
+    said = ""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
+    environment = {
+        **kept,
+        "PATH": f"{project / 'bin'}:{kept['PATH']}",
+        "PYTHONPATH": str(project / "src"),  # as if the copy were installed
+        "OMP_NUM_THREADS": "1",
+    }
+    for file, content in blocks(text):
+        if file is not None:
+            path = project / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+            continue
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", content], cwd=project, env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            check=False, timeout=900, text=True, encoding="utf-8",
+        )  # fmt: skip
+        said += done.stdout
+        assert done.returncode == 0, f"{content}\n{done.stdout}"
+    return said
+
+
+def new_project(folder: Path) -> Path:
+    """Copy what a project runs with, and put this Python on its PATH as `python`."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for part in ("src", "conf", "scripts"):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    return folder
+
+
+def marks_of(text: str) -> tuple[str, list[str]]:
+    """Return when a page is tested (fast, slow or nightly), and the packages that it needs."""
+    found = TESTED.search(text)
+    words = re.split(r"[,;\s]+", found[1]) if found else ["nightly"]
+    when, needs = words[0], words[words.index("needs") + 1 :] if "needs" in words else []
+    assert when in ("fast", "slow", "nightly"), f"<!-- test: {when} … -->: fast, slow or nightly"
+    return when, needs
+
+
+def pages() -> Iterator[Any]:
+    marks = {
+        "fast": [],
+        "slow": [pytest.mark.slow],
+        "nightly": [pytest.mark.slow, pytest.mark.nightly],
+    }
+    for page in sorted(RECIPES.glob("*.md")):
+        when, _ = marks_of(page.read_text(encoding="utf-8"))
+        yield pytest.param(page, id=page.stem, marks=marks[when])
+
+
+@pytest.mark.parametrize("page", [*pages()])
+def test_a_recipe_works_as_printed(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    _, needs = marks_of(text)
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{page.name} needs {', '.join(missing)}")
+    assert any(file is None for file, _ in blocks(text)), "no block of commands"
+    follow(text, new_project(tmp_path / "project"))
+
+
+def test_files_are_written_and_commands_are_run_in_the_order_of_the_page(tmp_path: Path) -> None:
+    text = """
+```python
+# tool/say.py
+print("first")
+```
+```bash
+cat tool/say.py
+python tool/say.py
+```
+```python
+print("only shown")
+```
+```yaml
+# tool/say.py.yaml
+key: value
+```
+```text
+exit 1
+```
+```bash
+cat tool/say.py.yaml
+```
+"""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    said = follow(text, tmp_path)
+    assert said == '# tool/say.py\nprint("first")\nfirst\n# tool/say.py.yaml\nkey: value\n'
+
+
+def test_a_command_that_fails_fails_the_page(tmp_path: Path) -> None:
+    """The negative control."""
+    with pytest.raises(AssertionError, match="no such"):
+        follow("```bash\necho no such; false\ntrue\n```\n", tmp_path)
+    with pytest.raises(AssertionError):
+        follow("```bash\nfalse | true\n```\n", tmp_path)
+
+
+def test_when_a_page_is_tested_and_what_it_needs() -> None:
+    assert marks_of("# A page") == ("nightly", [])
+    assert marks_of("# A page\n\n<!-- test: fast -->\n") == ("fast", [])
+    assert marks_of("<!-- test: slow; needs peft, onnx -->") == ("slow", ["peft", "onnx"])
