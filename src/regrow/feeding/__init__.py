@@ -7,4 +7,7 @@ loaders
 preprocess: in_units, Preprocessing
 splits: check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
 tables: csv
+texts: text
+tokens: IGNORED
+vocabulary: from_record
 """

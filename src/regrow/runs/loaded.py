@@ -143,6 +143,9 @@ def load_run(
     if data:
         columns = recorded.columns if recorded is not None else None
         _pin(config["data"], class_names=class_names, feature_columns=columns)
+    source = config["data"].get("source")
+    if recorded is not None and recorded.vocabulary is not None and isinstance(source, dict):
+        source["vocabulary"] = str(folder)  # that of another text would number its tokens otherwise
     path, parts, facts = _checkpoint(folder / "checkpoints", which)
     chosen = _device(device, config["trainer"]["device"])
     if "pretrained" in config["model"]:  # avoid a download: all weights come from the checkpoint
@@ -176,6 +179,7 @@ def load_run(
         input_names=input_names,
     )
     run.task.in_units = run.in_units
+    run.task.vocabulary = None if recorded is None else recorded.vocabulary
     return run
 
 
