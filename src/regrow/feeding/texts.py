@@ -178,6 +178,8 @@ def _divided(documents: list[Document], size: int) -> tuple[list[Document], list
     """Divide documents after about `size` bytes, at the next line end or end of a document."""
     for index, each in enumerate(documents):
         length = each.stop - each.start
+        if size <= 0:
+            return documents[:index], documents[index:]
         if size < length:
             with Path(each.file).open("rb") as opened:
                 opened.seek(each.start + size)
@@ -247,8 +249,8 @@ def _encoded(
                 yield words.encode(block).astype(dtype)
             except DataError as error:
                 raise DataError(
-                    f"{shown(document.file)}: {error} Use data.source.vocabulary=bpe, which has "
-                    "all bytes."
+                    f"{shown(document.file)}: {error} One that was learnt as "
+                    "data.source.vocabulary=bpe has all bytes."
                 ) from None
         yield np.array([words.end], dtype)
 

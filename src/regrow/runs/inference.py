@@ -111,6 +111,11 @@ def _refuse_several_inputs(run: LoadedRun) -> None:
 def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
     """Return the function from one example's prediction to its columns, for the run's task."""
     kind = run.task.kind
+    if kind == "language":
+        raise UserError(
+            f"run={run.folder}: a language model continues a text, and a table has one row per "
+            f"example. Use scripts/generate.py run={run.folder} prompt=…"
+        )
     if kind == "regression":
         return lambda one: _values(run, one["prediction"])
     count = 2 if kind == "binary" else run.task.num_classes

@@ -221,7 +221,7 @@ def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
             )
         _check_type(name, value, node[leaf])
         # conf/data interpolates one from the other, so replace both.
-        if not parents and isinstance(source, dict) and source.get(leaf, value) == node[leaf]:
+        if not parents and isinstance(source, dict) and source.get(leaf, ...) == node[leaf]:
             source[leaf] = value
         node[leaf] = value
 
