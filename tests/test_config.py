@@ -40,7 +40,7 @@ BAD = {
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "optimizer.foreach=true": "torch.optim.AdamW takes it. Add a plus: +optimizer.foreach=true",
     "+optimizer.params=[]": "torch.optim.AdamW has no such key. It takes lr, betas,",
-    "+model.width=3": "MLP has no such key. It is one of model=vit.",
+    "+model.width=3": "MLP has no such key. It is one of model=gpt, vit.",
     "+trainer.fast_dev_run=true": "TrainerOptions has no such key. Here that is debug=fast.",
     "trainer.accelerator=gpu": "Here that is trainer.device=cpu, cuda or mps.",
     "task_name=x": "task_name: there is no such key. Here that is name.",

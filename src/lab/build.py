@@ -123,6 +123,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         task_node["class_names"] = data.class_names  # read from the data, such as folder names
     task = instantiate(task_node, loss=instantiate(config["loss"]))
     task.in_units = data.in_units  # regression metrics are in the targets' own units
+    task.vocabulary = data.preprocessing.vocabulary  # says how many bytes a token has
     options = with_monitor(options, config, task, world.device, has_val=val is not None)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:

@@ -25,13 +25,19 @@ from lab import loop, step
 from lab.build import plan_of
 from lab.step import forward
 from lab.tasks.metrics import Metrics as Measured
-from lab.tasks.metrics import binary_metrics, multiclass_metrics, regression_metrics
+from lab.tasks.metrics import (
+    binary_metrics,
+    language_metrics,
+    multiclass_metrics,
+    regression_metrics,
+)
 from regrow.checkpoint.digest import weights_sha256
 from regrow.checkpoint.sharded import Writers
 from regrow.checkpoint.writer import CheckpointWriter, Facts
 from regrow.distributed.parallel import World, stopping_together
 from regrow.distributed.sharding import whole
 from regrow.feeding.batch import share
+from regrow.feeding.tokens import IGNORED
 from regrow.numerics import totals
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import Interrupted, StopRequest
@@ -41,10 +47,12 @@ Config = dict[str, Any]
 BATCH = 2  # per evaluation batch
 
 
-def together(size: int, config: Config, folder: Path) -> list[dict[str, Any]]:
-    """Return the results of each of `size` processes, by rank."""
+def together(
+    size: int, config: Config, folder: Path, checks: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Return the results of each of `size` processes, by rank; all checks by default."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(part, args=(size, store.port, config, folder), nprocs=size, join=True)
+    mp.spawn(part, args=(size, store.port, config, folder, checks), nprocs=size, join=True)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
@@ -57,10 +65,12 @@ def joined(rank: int, size: int, port: int) -> World:
     return World(device=torch.device("cpu"), rank=rank, size=size, store=store)
 
 
-def part(rank: int, size: int, port: int, config: Config, folder: Path) -> None:
+def part(
+    rank: int, size: int, port: int, config: Config, folder: Path, checks: tuple[str, ...]
+) -> None:
     world = joined(rank, size, port)
     torch.save(
-        {name: check(world, config, folder) for name, check in CHECKS.items()},
+        {name: CHECKS[name](world, config, folder) for name in checks or CHECKS},
         folder / f"{rank}.pt",
     )
     dist.barrier()
@@ -279,6 +289,10 @@ def rows(kind: str, count: int) -> tuple[Tensor, Tensor]:
     source = torch.Generator().manual_seed(count)
     if kind == "multiclass":
         return torch.randn(count, 3, generator=source), torch.randint(3, (count,), generator=source)
+    if kind == "language":
+        targets = torch.randint(-1, 4, (count, 3), generator=source)
+        outputs = torch.randn(count, 3, 4, generator=source)
+        return outputs, targets.where(targets >= 0, IGNORED)
     if kind == "binary":
         return torch.randn(count, generator=source), torch.randint(2, (count,), generator=source)
     return torch.randn(count, 2, generator=source), torch.randn(count, 2, generator=source)
@@ -288,6 +302,7 @@ RECIPES: dict[str, Callable[[], Any]] = {
     "multiclass": lambda: multiclass_metrics(["a", "b", "c"], None, per_class=False, auroc=True),
     "binary": lambda: binary_metrics(["no", "yes"], 0.5, auroc=True),
     "regression": lambda: regression_metrics(2, lambda values: values),
+    "language": lambda: language_metrics(4, [0, 1, 2, 3]),
 }
 
 

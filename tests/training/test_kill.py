@@ -35,7 +35,9 @@ POINTS = (
 )
 
 
-def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> list[dict[str, Any]]:
+def killed(
+    tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float, run: tuple[str, ...] = RUN
+) -> list[dict[str, Any]]:
     """Start a run for each job, kill it as the job says, and restart it until it is complete."""
     jobs = [
         {"mistake": "none", **job, "folder": str(tmp_path / f"{i}")} for i, job in enumerate(jobs)
@@ -43,7 +45,7 @@ def killed(tmp_path: Path, jobs: list[dict[str, Any]], *, seconds: float) -> lis
     request = tmp_path / "request.json"
     undisturbed = str(tmp_path / "undisturbed")
     request.write_text(
-        json.dumps({"config": config_of(*RUN), "jobs": jobs, "undisturbed": undisturbed})
+        json.dumps({"config": config_of(*run), "jobs": jobs, "undisturbed": undisturbed})
     )
     source, tests = Path(runs.__file__).parents[2], Path(__file__).parents[1]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -34,6 +34,7 @@ from regrow.feeding.splits import (
     strata_of,
 )
 from regrow.feeding.tables import csv as csv
+from regrow.feeding.texts import text as text_files
 from regrow.randomness import generator
 from regrow.record import locks
 
@@ -43,6 +44,9 @@ ATTRIBUTES = {
     "above_four": (5, 6, 7, 8, 9),
     "has_a_loop": (0, 6, 8, 9),
 }
+
+
+TEXTS = Path(__file__).parent / "texts"
 
 
 def digits(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
@@ -155,6 +159,32 @@ def synthetic(
     if train is None:
         raise DataError("split train is empty: data.source.num_train=0. Raise it.")
     return Splits(train, draw("val", num_val), draw("test", num_test))
+
+
+def text(
+    *,
+    root: str,
+    vocabulary: str,
+    vocabulary_size: int,
+    input_shape: list[int],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Splits:
+    """Return the splits of a text: see `regrow.feeding.texts.text`.
+
+    Where there is no `root`, a text of this name in data/texts/ is taken: persuasion.
+    """
+    shipped = TEXTS / root
+    return text_files(
+        root=root if Path(root).exists() or not shipped.is_dir() else str(shipped),
+        vocabulary=vocabulary,
+        vocabulary_size=vocabulary_size,
+        input_shape=input_shape,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
 
 
 def mnist(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lab.tasks.losses import Loss, LossOutput, attribute, matched
 from regrow.errors import UserError
+from regrow.feeding.tokens import IGNORED
 
 # Graph nodes that only move values, and those whose outputs are certainly logits.
 _MOVES = (
@@ -130,6 +131,28 @@ def multilabel(outputs: Tensor, targets: Tensor, *, num_classes: int, logits: bo
         )
     _zero_to_one("multilabel", targets)
     _no_sigmoid(outputs, logits)
+
+
+def language(outputs: Tensor, targets: Tensor, *, num_classes: int) -> None:
+    """Raise UserError unless outputs are (B, T, C) and targets (B, T) int64 tokens or -100."""
+    _real("language", outputs)
+    if outputs.ndim != 3 or outputs.shape[2] != num_classes:
+        raise UserError(
+            f"task=language needs outputs of shape (B, T, {num_classes}), got "
+            f"{tuple(outputs.shape)}. Set model.num_outputs=${{data.num_classes}}."
+        )
+    if targets.dtype != torch.int64 or targets.shape != outputs.shape[:2]:
+        raise UserError(
+            f"task=language needs an int64 token per place, {tuple(outputs.shape[:2])}, got "
+            f"{targets.dtype} of shape {tuple(targets.shape)}. Use data=text."
+        )
+    kept = targets[targets != IGNORED]
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < num_classes:
+        wrong = int(kept.min()) if int(kept.min()) < 0 else int(kept.max())
+        raise UserError(
+            f"task=language got token {wrong} with data.num_classes={num_classes}. Tokens count "
+            f"from 0 to {num_classes - 1}, and {IGNORED} does not count."
+        )
 
 
 def regression(outputs: Tensor, targets: Tensor) -> None:

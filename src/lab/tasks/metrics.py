@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lab.tasks.losses import full_precision
 from regrow.errors import UserError
+from regrow.feeding.tokens import IGNORED
 from regrow.numerics.precision import widest
 
 if TYPE_CHECKING:
@@ -26,9 +29,10 @@ if TYPE_CHECKING:
 CHUNK_EXAMPLES = 65_536  # a torchmetrics update costs about 50 µs per metric
 CHUNK_ELEMENTS = 1 << 24  # at most 64 MB of buffered outputs
 MAX_PAIRS = 2_000  # (true, predicted) values kept for the plot
+MAX_CONFUSION = 1_000  # with more classes no table of C x C is kept
 
 Rows = tuple[Tensor, Tensor]  # (N, …) outputs and (N, …) targets
-COUNTS = ("_seen", "confusion")  # integer states, which float32 would round
+COUNTS = ("_seen", "confusion", "counts")  # integer states, which float32 would round
 SHAPED = ("auroc", "r2")  # their states have the rows' shape, even for no rows
 AVERAGED = ("accuracy", "precision", "recall", "f1", "auroc")
 
@@ -164,10 +168,12 @@ def multiclass_metrics(
     def build() -> dict[str, Any]:
         from torchmetrics import classification as tm
 
-        from regrow.numerics.exact import MulticlassAUROC
+        from regrow.numerics.exact import ClassCounts, MulticlassAUROC
 
         same: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
-        metrics: dict[str, Any] = {"confusion": tm.MulticlassConfusionMatrix(**same)}
+        metrics: dict[str, Any] = {"counts": ClassCounts(num_classes)}
+        if num_classes <= MAX_CONFUSION:
+            metrics = {"confusion": tm.MulticlassConfusionMatrix(**same)}
         return metrics | ({"auroc": MulticlassAUROC(average="none", **same)} if auroc else {})
 
     def flatten(outputs: Tensor, targets: Tensor) -> Rows:
@@ -184,12 +190,15 @@ def multiclass_metrics(
         return outputs.softmax(1), targets
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
-        counts = values["confusion"].cpu().double()
-        right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+        if (table := values.get("confusion")) is None:
+            right, true, predicted = values["counts"].cpu().double()
+        else:
+            counts = table.cpu().double()
+            right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         by_class = _by_class(right, true, predicted, values.get("auroc"))
         # A class's accuracy equals its recall.
         result = _means({"accuracy": by_class["recall"], **by_class}, class_names, per_class)
-        return result | {"accuracy": float(right.sum() / counts.sum())}
+        return result | {"accuracy": float(right.sum() / true.sum())}
 
     return Recipe(
         names=_names(class_names, per_class=per_class, auroc=auroc),
@@ -271,6 +280,44 @@ def multilabel_metrics(
     )
 
 
+def language_metrics(num_tokens: int, num_bytes: list[int] | None) -> Recipe:
+    """Return the recipe for perplexity, accuracy and, given each token's bytes, bits per byte.
+
+    All of them are over tokens, and of the plain cross entropy, whatever the loss is.
+    """
+    names = ("perplexity", "accuracy") + (() if num_bytes is None else ("bits_per_byte",))
+
+    def build() -> dict[str, Any]:
+        from regrow.numerics.exact import TokenSums
+
+        return {"sums": TokenSums(num_tokens, num_bytes or [])}
+
+    def flatten(outputs: Tensor, targets: Tensor) -> Rows:
+        """Reduce at once: a buffer of logits would hold a row of the vocabulary per token."""
+        outputs, targets = full_precision(outputs.flatten(0, 1)), targets.flatten()
+        losses = F.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none")
+        return torch.stack([losses, outputs.argmax(1).eq(targets).to(losses.dtype)], 1), targets
+
+    def finish(rows: Tensor, targets: Tensor) -> Rows:
+        return rows[targets != IGNORED], targets[targets != IGNORED]
+
+    def scalars(values: dict[str, Tensor]) -> dict[str, float]:
+        loss, right, tokens, total_bytes = values["sums"]
+        per_byte = loss / math.log(2) / total_bytes
+        every = ((loss / tokens).exp(), right / tokens, per_byte)
+        return {name: float(value) for name, value in zip(names, every, strict=False)}
+
+    return Recipe(
+        names=names,
+        build=build,
+        flatten=flatten,
+        finish=finish,
+        no_rows=(torch.empty(0, 2), torch.empty(0, dtype=torch.int64)),
+        scalars=scalars,
+        details=lambda values: {},
+    )
+
+
 def regression_metrics(num_outputs: int, in_units: Callable[[Tensor], Tensor]) -> Recipe:
     """Return the recipe for MAE and RMSE over all values, and R² as the mean over outputs.
 
@@ -347,5 +394,10 @@ def _means(
 
 
 def _confusion(values: dict[str, Tensor], class_names: list[str]) -> dict[str, Any]:
-    """Return the counts, with a row per true class; for several labels a 2x2 matrix per label."""
+    """Return the counts, with a row per true class; for several labels a 2x2 matrix per label.
+
+    Empty without a table: see `MAX_CONFUSION`.
+    """
+    if "confusion" not in values:
+        return {}
     return {"confusion_matrix": values["confusion"].tolist(), "class_names": class_names}

@@ -1,12 +1,12 @@
 """Tasks: how outputs become a loss, a prediction and metrics. There is a class per kind of target.
 
-All four have the methods of `Task`. Shapes: B examples, C classes or labels, D values.
+All have the methods of `Task`. Shapes: B examples, C classes, labels or tokens, D values, T places.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -17,12 +17,15 @@ from lab.tasks.losses import Loss, LossOutput, attribute, matched, per_example, 
 from lab.tasks.metrics import (
     Metrics,
     binary_metrics,
+    language_metrics,
     multiclass_metrics,
     multilabel_metrics,
     names_of,
     regression_metrics,
 )
 from regrow.errors import UserError
+from regrow.feeding.tokens import IGNORED
+from regrow.feeding.vocabulary import from_record
 from regrow.numerics.precision import widest
 
 
@@ -249,6 +252,51 @@ class Regression:
 
     def metrics(self, device: torch.device) -> Metrics:
         return Metrics(regression_metrics(self.num_outputs, self.in_units), device)
+
+
+class Language:
+    """The next of C tokens at each place: logits (B, T, C), targets (B, T) int64.
+
+    A target of -100 does not count. `vocabulary` is the record of the data's, if it has one.
+    """
+
+    kind = "language"
+    running_name = None
+
+    def __init__(self, *, num_classes: int, monitor: str, loss: Loss) -> None:
+        checks.fits(loss, self.kind)
+        checks.one_per_class(loss, "class_weights", num_classes)
+        self.monitor = monitor
+        self.num_classes, self.loss_fn = num_classes, loss
+        self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.vocabulary: Mapping[str, str] | None = None
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        kept = targets != IGNORED
+        flat = outputs.flatten(0, 1), targets.where(kept, 0).flatten()
+        result = weighted(self.loss_fn(*flat), kept.flatten().float(), targets.numel())
+        per_place = LossOutput(
+            result.values.view_as(targets),
+            None if result.weights is None else result.weights.view_as(targets),
+            {name: part.view_as(targets) for name, part in result.components.items()},
+        )
+        return weighted(per_place, weights, len(outputs))
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        checks.language(outputs, targets, num_classes=self.num_classes)
+        kept = targets.flatten() != IGNORED
+        checks.returned(self.loss_fn, outputs.flatten(0, 1)[kept], targets.flatten()[kept])
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return None  # the largest of many logits costs a good part of a step
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        return {"prediction": outputs.argmax(-1), "probability": widest(outputs).softmax(-1)}
+
+    def metrics(self, device: torch.device) -> Metrics:
+        known = self.vocabulary
+        num_bytes = None if known is None else from_record(known, "task=language").num_bytes()
+        return Metrics(language_metrics(self.num_classes, num_bytes), device)
 
 
 def _logit(threshold: float) -> float:

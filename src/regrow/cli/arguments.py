@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from regrow.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Option:
-    """One key. `kind` is text, integer or boolean."""
+    """One key. `kind` is text, integer (1 or more), count (0 or more), number or boolean."""
 
     help: str
     default: Any = None
@@ -86,6 +87,12 @@ def _value(key: str, value: str, option: Option) -> Any:
         raise UserError(f"{key}={value} must be true or false.")
     if option.kind == "integer" and (type(read) is not int or read < 1):
         raise UserError(f"{key}={value} must be an integer of at least 1.")
+    if option.kind == "count" and (type(read) is not int or read < 0):
+        raise UserError(f"{key}={value} must be an integer of at least 0.")
+    if option.kind == "number":
+        if type(read) not in (int, float) or not 0 <= read < math.inf:
+            raise UserError(f"{key}={value} must be a number of at least 0.")
+        return float(read)
     return read
 
 

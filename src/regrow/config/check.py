@@ -134,7 +134,9 @@ RULES: dict[str, Rule] = {
     **below("data", "limit_train num_classes num_outputs", optional(integer(1))),
     "data.ignore_index": optional(INTEGER),
     "data.input_shape": optional(list_of(integer(1))),
-    "data.target_kind": optional(choice("multiclass", "binary", "multilabel", "regression")),
+    "data.target_kind": optional(
+        choice("multiclass", "binary", "multilabel", "regression", "language")
+    ),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
@@ -149,11 +151,12 @@ RULES: dict[str, Rule] = {
     "data.source.leave_out": list_of(choice("hidden", "empty")),
     "data.source.identity": choice("contents", "ends"),
     "data.source.resize": optional(integer(1)),
+    "data.source.vocabulary": text(),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
     "data.source.target_columns": list_of(text()),
     **below("model", "hidden channels", list_of(integer(1))),
     "model.dropout": number(0, 1),
-    **below("model", "width depth heads", integer(1)),
+    **below("model", "width depth heads layers", integer(1)),
     "model.norm_momentum": number(0, 1, above=True),
     "model.views": choice("one", "mirror", "mirror_shift"),
     "model.patch_size": optional(integer(1)),
@@ -233,7 +236,7 @@ RULES: dict[str, Rule] = {
 
 # The tasks that each shipped loss is for.
 LOSSES = {
-    "CrossEntropy": ("multiclass",),
+    "CrossEntropy": ("multiclass", "language"),
     "BCEWithLogits": ("binary", "multilabel"),
     **dict.fromkeys(("mse", "l1", "smooth_l1", "huber", "mse_plus_mae"), ("regression",)),
 }
@@ -321,7 +324,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
             "data.num_classes": " (null for a regression)",
-            "data.target_kind": " (multiclass, binary, multilabel or regression; null for others)",
+            "data.target_kind": " (multiclass, binary, multilabel, regression, language or null)",
             "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")

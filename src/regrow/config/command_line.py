@@ -22,7 +22,7 @@ from regrow.project import ROOT
 PATHS = (
     *("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir", "sweep.file"),
     *("data.root", "data.source.root", "data.source.train_file", "data.source.val_file"),
-    "data.source.test_file",
+    *("data.source.test_file", "data.source.vocabulary"),
 )
 ONE_VALUE = ("resume", "hydra.run.dir", "hydra.sweep.dir", "sweep.file")  # no sweep varies these
 WORDS = ("auto", "never", "null", "")  # not paths

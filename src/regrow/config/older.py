@@ -51,6 +51,7 @@ ADDED_PREPROCESSING: Mapping[str, Any] = {
     "exif_orientation": False,
     "extensions": EARLY_EXTENSIONS,
     "leave_out": [],
+    "vocabulary": None,
 }
 
 

@@ -9,4 +9,7 @@ loaders
 preprocess: in_units, Normalizer, Preprocessing
 splits: as_tensor, check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
 tables: csv
+texts: text
+tokens: IGNORED
+vocabulary: from_record, Vocabulary
 """

@@ -244,6 +244,14 @@ def _stamp(file: str, status: os.stat_result) -> bytes:
     return hashlib.blake2b(name + repr(facts).encode(), digest_size=16).digest()
 
 
+def cache_folder() -> Path | None:
+    """Return the user's cache folder for this program, which may not exist; None without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not Path(base).is_absolute():  # the specification ignores relative paths
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111  it never raises
+    return Path(base) / "regrow" if Path(base).is_absolute() else None
+
+
 class _Memory:
     """Known hashes of the files below one root, in an append-only file.
 
@@ -255,14 +263,11 @@ class _Memory:
     BATCH = 1000  # records per write, so that a kill loses little
 
     def __init__(self, root: str) -> None:
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        if not Path(base).is_absolute():  # the specification ignores relative paths
-            base = os.path.expanduser("~/.cache")  # noqa: PTH111  it never raises
         name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
-        self.path = Path(base) / "regrow" / "contents" / name
+        self.path = (cache_folder() or Path()) / "contents" / name
         self.known: dict[bytes, bytes] = {}
         self.new: list[bytes] = []
-        self.is_usable = self.path.is_absolute()  # False without a home folder
+        self.is_usable = self.path.is_absolute()
         if not self.is_usable:
             return
         with contextlib.suppress(OSError):

@@ -27,16 +27,20 @@ from regrow.feeding.preprocess import (
 )
 from regrow.feeding.sampling import Windows, permutation
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
+from regrow.feeding.tokens import TokenFeed, Tokens
 
 log = logging.getLogger("regrow.data")
 
-KINDS = ("multiclass", "binary", "multilabel", "regression")
+KINDS = ("multiclass", "binary", "multilabel", "regression", "language")
+OF_CLASSES = ("multiclass", "language")  # their targets are indices of classes or tokens
+
+Feed = MemoryFeed | FileFeed | TokenFeed
 
 
 class TrainBatches:
     """One rank's share of the training windows; an epoch can start at any window at no cost."""
 
-    def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows, seed: int, rows: int) -> None:
+    def __init__(self, feed: Feed, windows: Windows, seed: int, rows: int) -> None:
         self._feed, self._windows, self._seed = feed, windows, seed
         self.num_examples = rows
         self.steps_per_epoch = len(windows)
@@ -54,7 +58,7 @@ class EvalBatches:
     example in a batch gets an example of weight zero, with `num_local` 0.
     """
 
-    def __init__(self, feed: MemoryFeed | FileFeed, windows: Windows) -> None:
+    def __init__(self, feed: Feed, windows: Windows) -> None:
         self._feed, self._windows = feed, windows
         self.num_examples = windows.num_examples
 
@@ -70,11 +74,12 @@ class Data:
 
     `batch_size` counts an optimizer step's examples over all processes, `eval_batch_size` those of
     a forward pass in one process. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary; (B,
-    L) float32 for multilabel; (B,) or (B, K) float32 for regression, standardised by the training
-    split if `normalize_targets`: `target_mean` and `target_std` revert it. A `target_kind` of None
-    leaves the targets to the task. An `input_shape` of None is taken from data in memory; your own
-    data set needs none. Integer inputs in memory become `integers`, int64 or float32, unless they
-    are normalised.
+    L) float32 for multilabel; (B, T) int64 for language, where -100 does not count; (B,) or (B, K)
+    float32 for regression, standardised by the training split if `normalize_targets`: `target_mean`
+    and `target_std` revert it. A `target_kind` of None leaves the targets to the task. An
+    `input_shape` of None is taken from data in memory; your own data set needs none. Integer inputs
+    in memory become `integers`, int64 or float32, unless they are normalised. Windows of a text
+    begin elsewhere in each epoch if `augment`.
     """
 
     def __init__(
@@ -127,7 +132,8 @@ class Data:
         self.augmentation = augmentation if augment else None
         self.overlap, self.changed = overlap, changed  # the latter is for resume.py
         self.identity = identity
-        self._feeds: dict[tuple[str, bool, torch.device], MemoryFeed | FileFeed] = {}
+        self.augment = augment
+        self._feeds: dict[tuple[str, bool, torch.device], Feed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.num_overlapping = check_overlap(source, overlap)
         self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
@@ -160,7 +166,8 @@ class Data:
                 f"data.batch_size={self.batch_size} is more than the {count} training examples, "
                 f"and data.drop_last=true drops them all. Lower one or set the other to false."
             )
-        feed = self._feed("train", self.augmentation is not None, device)
+        rotates = self.augment and isinstance(self.source.train, Tokens)
+        feed = self._feed("train", rotates or self.augmentation is not None, device)
         return TrainBatches(feed, windows, self.seed, count)
 
     def evaluation(
@@ -189,12 +196,13 @@ class Data:
             found = [Normalizer(self.preprocessing)(self.source.train.inputs[chosen])]
         else:
             feed = self._new_feed("train", False, torch.device("cpu"))
-            assert isinstance(feed, FileFeed)
+            assert not isinstance(feed, MemoryFeed)
             windows = Windows(len(chosen), self.eval_batch_size, False, 0, 1)
             try:
                 found = [batch.inputs for batch in feed.read(windows, chosen, 0, 0)]
             finally:
-                feed.close()
+                if isinstance(feed, FileFeed):
+                    feed.close()
         tensors = [inputs for inputs in found if isinstance(inputs, Tensor)]
         if len(tensors) < len(found):
             raise UserError(
@@ -219,9 +227,10 @@ class Data:
 
     def input_names(self) -> list[str] | None:
         """Return the inputs' names, or positions from 0, if an example has several; else None."""
-        if isinstance(self.source.train, Examples) or self.source.resize is not None:
+        train = self.source.train
+        if isinstance(train, Examples | Tokens) or self.source.resize is not None:
             return None
-        return input_names(self.source.train, self.source.collate, self.seed)
+        return input_names(train, self.source.collate, self.seed)
 
     def _num_trained_on(self) -> int:
         count = len(self.source.train)
@@ -256,13 +265,13 @@ class Data:
                 feed.close()
         self._feeds.clear()
 
-    def _feed(self, name: str, augmented: bool, device: torch.device) -> MemoryFeed | FileFeed:
+    def _feed(self, name: str, augmented: bool, device: torch.device) -> Feed:
         place = (name, augmented, device)
         if place not in self._feeds:
             self._feeds[place] = self._new_feed(name, augmented, device)
         return self._feeds[place]
 
-    def _new_feed(self, name: str, augmented: bool, device: torch.device) -> MemoryFeed | FileFeed:
+    def _new_feed(self, name: str, augmented: bool, device: torch.device) -> Feed:
         split: Any = dict(self.source.items())[name]
         normalizer = Normalizer(self.preprocessing)
         if isinstance(split, Examples):
@@ -270,6 +279,8 @@ class Data:
             store = augmentation.store(split.inputs.to(device)) if augmented else None
             standard = self._standardised(split)
             return MemoryFeed(standard, normalizer, device, store=store, seed=self.seed)
+        if isinstance(split, Tokens):
+            return TokenFeed(split, device, seed=self.seed, rotates=augmented)
         if augmented:
             split = split.augmented(self.augmentation)
         return FileFeed(
@@ -278,7 +289,7 @@ class Data:
             device,
             name=name,
             seed=self.seed,
-            num_classes=self.num_classes if self.target_kind == "multiclass" else None,
+            num_classes=self.num_classes if self.target_kind in OF_CLASSES else None,
             ignore_index=self.ignore_index,
             heads=self.target_kind is None,
             collate=self.source.collate,
@@ -386,16 +397,15 @@ class Data:
                 f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
             )
         targets = split.targets
-        if self.target_kind == "multiclass" and not targets.is_floating_point():
+        if self.target_kind in OF_CLASSES and not targets.is_floating_point():
             self._check_classes(name, targets)
         elif not bool(targets.isfinite().all()):
             row = int((~targets.isfinite()).nonzero()[0][0])
             raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
         if self.target_kind is None or self.num_outputs is None:
             return
-        width = {"binary": 1, "multiclass": self.num_classes}.get(
-            self.target_kind, targets[0].numel()
-        )
+        of_classes = dict.fromkeys(OF_CLASSES, self.num_classes)
+        width = {"binary": 1, **of_classes}.get(self.target_kind, targets[0].numel())
         if width != self.num_outputs:
             raise UserError(
                 f"data.num_outputs={self.num_outputs}, but {self.target_kind} targets of shape "
@@ -406,7 +416,7 @@ class Data:
         number = self.num_classes
         if number is None:
             raise UserError(
-                "data.num_classes=null, and multiclass targets need it. Set the number."
+                f"data.num_classes=null, and {self.target_kind} targets need it. Set the number."
             )
         wrong = outside(targets, number, self.ignore_index)
         if wrong is not None:

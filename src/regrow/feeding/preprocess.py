@@ -29,6 +29,8 @@ from regrow.feeding.images import (
 )
 from regrow.feeding.splits import Examples, Reading, Splits, as_tensor
 from regrow.feeding.tables import read_table
+from regrow.feeding.tokens import Tokens
+from regrow.feeding.vocabulary import is_record
 from regrow.numerics.precision import widest
 
 # Mean and deviation of ImageNet's training images in 0 … 1, which torchvision's pretrained models
@@ -54,6 +56,7 @@ class Preprocessing:
     resize: the shorter side before the centre crop, or None to scale directly to the input size.
     target_mean, target_std: revert the standardisation of regression targets and outputs.
     exif_orientation, extensions, leave_out: how files are read, see `Reading`.
+    vocabulary: the record of a text's, see `regrow.feeding.vocabulary`.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class Preprocessing:
     exif_orientation: bool
     extensions: list[str] | None
     leave_out: list[str]
+    vocabulary: dict[str, str] | None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -94,6 +98,7 @@ class Preprocessing:
             or not isinstance(how.exif_orientation, bool)
             or not (how.extensions is None or _is_list(how.extensions, str))
             or not _is_list(how.leave_out, str)
+            or not (how.vocabulary is None or is_record(how.vocabulary))
         ):
             raise TypeError("a field is of a wrong type")
         return how
@@ -471,6 +476,7 @@ def preprocessing(
         exif_orientation=splits.reading.exif_orientation,
         extensions=splits.reading.extensions,
         leave_out=list(splits.reading.leave_out),
+        vocabulary=None if splits.vocabulary is None else dict(splits.vocabulary),
     )
 
 
@@ -487,9 +493,9 @@ def _kind(splits: Splits, normalize: Any, integers: str) -> str:
         if inputs.dtype in INTEGERS and normalize == "none" and integers == "int64":
             return "integer"
         return "table"
-    if splits.resize is not None:
-        return "image"
-    return "tensor"
+    if isinstance(splits.train, Tokens):
+        return "integer"
+    return "tensor" if splits.resize is None else "image"
 
 
 def _statistics(

@@ -125,9 +125,9 @@ class Splits:
     """Train, validation and test examples, and facts found while reading them.
 
     A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
-    white, `columns` are a table's features; `resize`, `reading` and `collate` apply to files.
-    `notes` are lines to log at the start of a run. `known_keys` holds each split's keys if the
-    source has already computed them, which is slow.
+    white, `columns` are a table's features; `resize`, `reading` and `collate` apply to files, and
+    `vocabulary` to a text: see `Vocabulary.record`. `notes` are lines to log at the start of a run.
+    `known_keys` holds each split's keys if the source has already computed them, which is slow.
     """
 
     train: Split
@@ -141,6 +141,7 @@ class Splits:
     collate: Callable[[list[Any]], Any] | None = None
     reading: Reading = field(default_factory=Reading)
     notes: Sequence[str] = ()
+    vocabulary: Mapping[str, str] | None = None
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

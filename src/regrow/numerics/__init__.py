@@ -5,7 +5,7 @@ Public, by module; all else is private to this folder.
 buffers: Buffers, caches
 calls: call, is_out_of_memory, say_if_out_of_memory
 capture: Eager, Graphs, LEAST_STEPS
-exact: BinaryAUROC, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen
+exact: BinaryAUROC, ClassCounts, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen, TokenSums
 memory: keep_freed_memory
 precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter

@@ -37,6 +37,47 @@ class Seen(Metric):
         return torch.stack([self.rows, self.nans])
 
 
+class ClassCounts(Metric):
+    """(3, C) the number of right predictions of each class, of its targets and its predictions."""
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.int64), "sum")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        predicted = outputs.argmax(1)
+        for row, classes in enumerate((targets[predicted == targets], targets, predicted)):
+            self.counts[row] += torch.bincount(classes, minlength=self.counts.shape[1])
+
+    def compute(self) -> Tensor:
+        return self.counts
+
+
+class TokenSums(Metric):
+    """(4,) float64 sums over tokens: losses, right predictions, tokens and bytes."""
+
+    sums: Tensor
+    num_bytes: Tensor
+
+    def __init__(self, num_tokens: int, num_bytes: list[int]) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), "sum")
+        lengths = torch.zeros(num_tokens, dtype=torch.int64)  # unused tokens have no bytes
+        lengths[: len(num_bytes)] = torch.tensor(num_bytes, dtype=torch.int64)
+        self.register_buffer("num_bytes", lengths, persistent=False)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add rows (N, 2) of a loss and 1.0 for a right prediction, and their targets (N,)."""
+        self.sums[:2] += outputs.sum(0)
+        self.sums[2] += len(targets)
+        self.sums[3] += self.num_bytes[targets].sum()
+
+    def compute(self) -> Tensor:
+        return self.sums
+
+
 class ExactR2(Metric):
     """R², the mean over outputs; NaN if the targets are constant.
 

@@ -43,6 +43,7 @@ _QUALIFIERS = _words(
 _WHOLE = {
     "cross_entropy": "min",
     "crossentropy": "min",
+    "bits_per_byte": "min",
     "exact_match": "max",
     "explained_variance": "max",
     "d2": "max",

@@ -5,6 +5,7 @@ Public, by module; all else is private to this folder.
 console: console
 export: exported
 find_lr: find_lr
+generation: generate
 inference: draws_of, evaluate, other_draws, predict
 launch: launch
 loaded: load_run, LoadedRun, set_numerics

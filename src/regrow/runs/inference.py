@@ -62,6 +62,11 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
 
     Raises UserError or DataError.
     """
+    if run.task.kind == "language":
+        raise UserError(
+            f"run={run.folder}: a language model continues a text, and a table has one row per "
+            f"example. Use scripts/generate.py run={run.folder} prompt=…"
+        )
     _refuse_several_inputs(run)
     for names, outputs in run.outputs(path, batch_size):
         _refuse_other_outputs(run, outputs)

@@ -230,6 +230,9 @@ def load_run(
     if data:
         columns = recorded.columns if recorded is not None else None
         _pin(config["data"], class_names=class_names, feature_columns=columns)
+    source = config["data"].get("source")
+    if recorded is not None and recorded.vocabulary is not None and isinstance(source, dict):
+        source["vocabulary"] = str(folder)  # that of another text would number its tokens otherwise
     path, parts, facts = _checkpoint(folder / "checkpoints", which)
     chosen = _device(device, config["trainer"]["device"])
     node, name = config["model"], ""
@@ -266,6 +269,7 @@ def load_run(
         input_names=input_names,
     )
     run.task.in_units = run.in_units
+    run.task.vocabulary = None if recorded is None else recorded.vocabulary
     return run
 
 
@@ -307,7 +311,7 @@ def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
             )
         _check_type(name, value, node[leaf])
         # conf/data interpolates one from the other, so replace both.
-        if not parents and isinstance(source, dict) and source.get(leaf, value) == node[leaf]:
+        if not parents and isinstance(source, dict) and source.get(leaf, ...) == node[leaf]:
             source[leaf] = value
         node[leaf] = value
 

@@ -1,0 +1,306 @@
+"""Text files as splits of tokens. Each split is one token file, made once, in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from regrow.errors import DataError, UserError
+from regrow.feeding.files import (
+    LeftOut,
+    cache_folder,
+    contents_of,
+    find_files,
+    is_folder,
+    shown,
+    unreadable,
+)
+from regrow.feeding.splits import NAMES, Splits, check_fractions
+from regrow.feeding.tokens import Tokens
+from regrow.feeding.vocabulary import (
+    BYTE_PAIRS,
+    CHARACTERS,
+    Characters,
+    Vocabulary,
+    from_file,
+    from_record,
+    is_record,
+    learnt_byte_pairs,
+)
+from regrow.randomness import generator
+from regrow.record import locks
+from regrow.record.output import whole_file
+
+BLOCK_BYTES = 1 << 20  # of text encoded at once; blocks end at line ends
+FORMAT = 1  # of the token files: raise it when the same text gives other tokens
+KEY = "data.source.vocabulary"
+
+log = logging.getLogger("regrow.data")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text file, or the part of one that a split gets."""
+
+    file: str
+    sha256: bytes  # of the whole file
+    start: int  # in bytes
+    stop: int
+
+    @property
+    def key(self) -> Hashable:
+        return self.sha256, self.start, self.stop
+
+    def blocks(self) -> Iterator[str]:
+        """Yield the text in blocks of whole lines. Raises DataError unless it is UTF-8."""
+        try:
+            with Path(self.file).open("rb") as opened:
+                at = opened.seek(self.start)
+                while at < self.stop and (lines := opened.readlines(BLOCK_BYTES)):
+                    block = b"".join(lines)[: self.stop - at]
+                    try:
+                        yield block.decode()
+                    except UnicodeDecodeError as error:
+                        raise DataError(
+                            f"{shown(self.file)}, byte {at + error.start}: not UTF-8 "
+                            f"({error.reason}). Convert the file, or move it out of data.root."
+                        ) from None
+                    at += len(block)
+        except OSError as error:
+            raise unreadable(self.file, error) from None
+
+
+def text(
+    *,
+    root: str,
+    vocabulary: str,
+    vocabulary_size: int,
+    input_shape: list[int],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Splits:
+    """Return the splits of a text file, or of a folder whose .txt files are documents.
+
+    A folder may hold folders train, val and test. A split without its own is cut from the training
+    text by its fraction, in bytes: the documents come in an order that the seed decides, and the
+    last ones are val and test. At most two documents are cut in two, at line ends. `vocabulary`:
+    characters (those of all splits), bpe (learnt from the training text), a tokenizer.json, or the
+    folder of a run. `vocabulary_size` is at least that of the vocabulary.
+    """
+    check_fractions(val_fraction, test_fraction)
+    if len(input_shape) != 1:
+        raise UserError(
+            f"data.input_shape={input_shape}: a window of text has one length. Set [64], or more."
+        )
+    left_out = LeftOut(Path(root))
+    files = _files(Path(root), left_out)
+    own = {name: _documents(its, root) for name, its in files.items()}
+    fractions = {"val": val_fraction, "test": test_fraction}
+    parts = _cut(own.pop("train"), {k: f for k, f in fractions.items() if k not in own}, seed)
+    parts |= own
+    words = _vocabulary(vocabulary, vocabulary_size, parts)
+    if words.size > vocabulary_size:
+        raise UserError(
+            f"data.num_classes={vocabulary_size}, but the vocabulary has {words.size} tokens: an "
+            f"end token and {words.size - 1} others. Set data.num_classes={words.size}."
+        )
+    found = {name: _tokens(part, words, input_shape[0]) for name, part in parts.items()}
+    for name, split in found.items():
+        if len(split.row) < 2:
+            raise DataError(f"split {name} is empty: {shown(root)} holds too little text.")
+    return Splits(
+        found["train"],
+        found.get("val"),
+        found.get("test"),
+        vocabulary=words.record(),
+        notes=[line for line in (str(left_out),) if line],
+    )
+
+
+def _files(root: Path, left_out: LeftOut) -> dict[str, list[Path]]:
+    """Return the files of each split that has its own. Raises UserError or DataError."""
+    if root.is_file():
+        return {"train": [root]}
+    if not is_folder(root):
+        raise UserError(f"data.root={root}: there is no such file or folder of text.")
+    folders = {name: root / name for name in NAMES if is_folder(root / name)}
+    if folders and "train" not in folders:
+        raise UserError(f"data.root={root} holds {' and '.join(folders)}, but no folder train.")
+    if folders:
+        for path in sorted(root.iterdir()):
+            if path.name not in folders:
+                left_out.add("beside train, val and test", path)
+    found = {}
+    for name, folder in (folders or {"train": root}).items():
+        found[name] = find_files(folder, (".txt",), ("hidden", "empty"), left_out)
+        if not found[name]:
+            raise DataError(f"{shown(folder)} holds no text (.txt).{left_out.sentence()}")
+    return found
+
+
+def _documents(files: Sequence[Path], root: str) -> list[Document]:
+    names = [str(file) for file in files]
+    hashes = contents_of(names, root)
+    return [
+        Document(name, digest, 0, Path(name).stat().st_size)
+        for name, digest in zip(names, hashes, strict=True)
+    ]
+
+
+def _cut(
+    documents: list[Document], fractions: dict[str, float], seed: int
+) -> dict[str, list[Document]]:
+    """Return the documents of train and of each split with a fraction above zero."""
+    order = torch.randperm(len(documents), generator=generator(seed, "documents")).tolist()
+    rest = [documents[index] for index in order]
+    total = sum(it.stop for it in rest)
+    parts: dict[str, list[Document]] = {}
+    for name in ("test", "val"):  # test is cut first, so that it does not depend on val's fraction
+        if fraction := fractions.get(name, 0.0):
+            size = sum(it.stop - it.start for it in rest)
+            rest, parts[name] = _divided(rest, size - round(fraction * total))
+    return {"train": rest, **dict(reversed(parts.items()))}
+
+
+def _divided(documents: list[Document], size: int) -> tuple[list[Document], list[Document]]:
+    """Divide documents after about `size` bytes, at the next line end or end of a document."""
+    for index, each in enumerate(documents):
+        length = each.stop - each.start
+        if size <= 0:
+            return documents[:index], documents[index:]
+        if size < length:
+            with Path(each.file).open("rb") as opened:
+                opened.seek(each.start + size)
+                opened.readline()
+                at = min(opened.tell(), each.stop)
+            halves = replace(each, stop=at), replace(each, start=at)
+            first, second = ([it] if it.start < it.stop else [] for it in halves)
+            return documents[:index] + first, second + documents[index + 1 :]
+        size -= length
+    return documents, []
+
+
+def _vocabulary(name: str, size: int, parts: dict[str, list[Document]]) -> Vocabulary:
+    """Return the vocabulary that `name` asks for; one that is learnt from the text is kept."""
+    if name not in (CHARACTERS, BYTE_PAIRS):
+        return from_file(Path(name), KEY)
+    learns = name == BYTE_PAIRS
+    documents = parts["train"] if learns else [it for its in parts.values() for it in its]
+    with _kept() as folder:
+        path = folder / f"{_key(name, size if learns else 0, _keys(documents))}.json"
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if is_record(record):
+                return from_record(record, f"{KEY}={name}")
+        blocks = (block for document in documents for block in document.blocks())
+        found: Vocabulary
+        if learns:
+            found = learnt_byte_pairs(blocks, size, f"{KEY}={name}")
+        else:
+            found = Characters(set().union(*map(set, blocks)))
+        with contextlib.suppress(OSError), whole_file(path) as file:
+            file.write(json.dumps(found.record()).encode())
+    return found
+
+
+def _tokens(documents: list[Document], words: Vocabulary, context: int) -> Tokens:
+    """Return a split whose row is the memory map of a token file; without a cache, in memory.
+
+    The name of the file holds a hash of all that it is made of, and one of its contents: a damaged
+    file is made again.
+    """
+    dtype = np.dtype(np.uint16 if words.size <= 1 << 16 else np.uint32).newbyteorder("<")
+    made_of = _key(FORMAT, dtype.str, words.record(), _keys(documents))
+    with _kept() as folder:
+        sha256 = _whole(folder, made_of)
+        try:
+            sha256 = sha256 or _write(folder, made_of, _encoded(documents, words, dtype))
+            path = folder / f"{made_of}-{sha256}.bin"
+            # "c" never writes to the file either; torch warns about a read-only array.
+            row: Any = (
+                np.memmap(path, dtype, mode="c") if path.stat().st_size else np.empty(0, dtype)
+            )
+        except OSError as error:
+            log.info("no token file is kept (%s): the tokens stay in memory", error.strerror)
+            row = np.concatenate([np.empty(0, dtype), *_encoded(documents, words, dtype)])
+            sha256 = hashlib.sha256(row.tobytes()).hexdigest()
+    return Tokens(row, context, sha256, _keys(documents), [each.file for each in documents])
+
+
+def _encoded(
+    documents: list[Document], words: Vocabulary, dtype: np.dtype[Any]
+) -> Iterator[npt.NDArray[Any]]:
+    """Yield the tokens of all documents, each followed by an end token."""
+    for document in documents:
+        for block in document.blocks():
+            try:
+                yield words.encode(block).astype(dtype)
+            except DataError as error:
+                raise DataError(
+                    f"{shown(document.file)}: {error} One that was learnt as "
+                    "data.source.vocabulary=bpe has all bytes."
+                ) from None
+        yield np.array([words.end], dtype)
+
+
+def _write(folder: Path, made_of: str, parts: Iterator[npt.NDArray[Any]]) -> str:
+    """Write a token file, complete or not at all, and return the SHA-256 of its contents."""
+    digest = hashlib.sha256()
+
+    def publish(temporary: Path, path: Path) -> None:
+        temporary.replace(path.with_name(f"{made_of}-{digest.hexdigest()}.bin"))
+
+    with whole_file(folder / f"{made_of}.bin", publish=publish) as file:
+        for part in parts:
+            content = part.tobytes()
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
+
+
+def _whole(folder: Path, made_of: str) -> str | None:
+    """Return the SHA-256 of the token file if it is there and undamaged, else None."""
+    for path in sorted(folder.glob(f"{made_of}-*.bin")):
+        sha256 = path.stem.partition("-")[2]
+        with contextlib.suppress(OSError, DataError):
+            if contents_of([str(path)], str(folder))[0].hex() == sha256:
+                return sha256
+            log.warning("%s is damaged: it is made again", shown(path))
+            path.unlink()
+    return None
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[Path]:
+    """Yield the folder of token files, which other processes leave alone meanwhile.
+
+    It may be missing or read-only: writing to it then raises OSError.
+    """
+    folder = (cache_folder() or Path(os.devnull)) / "tokens"
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            locks.wait_for(descriptor, f"the folder {folder}, to write tokens into it")
+        yield folder
+
+
+def _keys(documents: list[Document]) -> list[Hashable]:
+    return [each.key for each in documents]
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
