@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Plan:
     task: Task
     world: World
     train: TrainBatches
-    val: EvalBatches | None
+    sets: Mapping[str, EvalBatches]  # those that are measured during training, by name
     total_steps: int | None  # None: only time limits the run
     checkpoints: CheckpointWriter
     record: Record
