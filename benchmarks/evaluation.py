@@ -31,7 +31,7 @@ def table(what: str, *overrides: str, device: torch.device = CPU) -> Table:
     on_device = (f"trainer.device={device.type}", "trainer.num_threads=1")
     options = (*on_device, "loss=cross_entropy", *overrides)
     objects, _ = build(world, *options)
-    model, task, val = objects.state.model, objects.task, objects.val
+    model, task, val = objects.state.model, objects.task, objects.sets["val"]
 
     def ours() -> None:
         bar, draws = evaluation_bar(None, val), Draws(0, "val", 0, 0)

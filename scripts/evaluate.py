@@ -21,7 +21,7 @@ from regrow.record.output import refuse_existing, write_text
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
-    "split": Option("train, val or test", "test", choices=("train", "val", "test")),
+    "split": Option("train, val, test or any other set of the data", "test"),
     "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
     "device": Option(
         "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
@@ -88,8 +88,8 @@ def evaluate(options: Arguments) -> None:
                 f"{output} cannot be written: {error.strerror}. Name a file: output=….json"
             ) from None
     summary = load_summary(run.folder, whole=False)
-    told = (summary or {}).get("test")  # a pruned trial has none
-    if split == "test" and checkpoint == "best" and not options.data and told:
+    told = (summary or {}).get(split)  # a pruned trial has no test
+    if split in run.data.num_examples and checkpoint == "best" and not options.data and told:
         print(f"\nThe run itself measured {compared(told, values)}.")
     if draws.drawn and (reasons := other_draws(run, options.data)):
         print(

@@ -108,7 +108,7 @@ BAD = {
     "trainer.precision=fp8": "must be one of fp32, bf16, fp16.",
     "trainer.checkpoint.keep_lst=1": "Did you mean trainer.checkpoint.keep_last?",
     "trainer.max_epochs=null": "the run would never end",
-    "trainer.monitor=train/loss": "must be a metric of the validation split",
+    "trainer.monitor=train/loss": "must be a metric of a set that is measured during training",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
     "data=csv": "add data.target_kind=… (multiclass, binary, multilabel or regression) (and",

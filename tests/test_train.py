@@ -290,7 +290,7 @@ def test_data_that_changed_since_is_refused(
 
 def test_a_run_without_a_test_split_ends_well(tmp_path: Path) -> None:
     launched("hydra.run.dir=mine", "data.source.num_test=0")
-    assert read_json(tmp_path / "mine" / "summary.json")["test"] == {}
+    assert "test" not in read_json(tmp_path / "mine" / "summary.json")
 
 
 def test_a_recipe_that_changed_since_is_refused_unless_named(

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Objects:
     task: Any
     state: TrainState
     train: TrainBatches
-    val: EvalBatches | None  # None: the data has no validation split
+    sets: Mapping[str, EvalBatches]  # those that are measured during training, by name
     total_steps: int | None
     warmup_steps: int  # 0 if the schedule has none
     parameters: list[nn.Parameter]
@@ -67,8 +67,8 @@ class Objects:
 
     @property
     def measured(self) -> list[str]:
-        """The names of the validation metrics."""
-        return measured_by(self.task, self.state.skips.device)
+        """The names of the metrics that are measured during training."""
+        return measured_by(self.task, self.state.skips.device, self.sets)
 
     def remarks(self, world: World) -> list[tuple[int, str]]:
         """Return lines for the start of the log, each with its level of `logging`."""
@@ -90,10 +90,9 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     seed = config["seed"]
     options: TrainerOptions = instantiate(config["trainer"])
     data = instantiate(config["data"])
-    train = data.train(device=world.device, rank=world.rank, world_size=world.size)
-    val = None
-    if "val" in data.num_examples:
-        val = data.evaluation("val", device=world.device, rank=world.rank, world_size=world.size)
+    share = {"device": world.device, "rank": world.rank, "world_size": world.size}
+    train = data.train(**share)
+    sets = {name: data.evaluation(name, **share) for name in data.measured_in_training}
 
     several.check(config)
     seed_everything(key(seed, "model"))
@@ -101,7 +100,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     model: nn.Module = models.get("") or several.Models(models)
     if model_checks.has_lazy_parts(model):
         with states_kept():
-            first = first_batch(train, val)
+            first = first_batch(train, sets)
         model_checks.materialise(model, first)
     model_checks.check(model, options.ema_decay)
     if isinstance(model, StartsFromData):
@@ -124,7 +123,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     task = instantiate(task_node, loss=instantiate(config["loss"]))
     task.in_units = data.in_units  # regression metrics are in the targets' own units
     task.vocabulary = data.preprocessing.vocabulary  # says how many bytes a token has
-    options = with_monitor(options, config, task, world.device, has_val=val is not None)
+    options = with_monitor(options, config, task, world.device, sets)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:
         raise UserError(
@@ -175,7 +174,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         for each in several.by_name(model).values():
             each.compile()
     return Objects(
-        *(options, data, task, state, train, val, total_steps, max(warmups), parameters, step)
+        *(options, data, task, state, train, sets, total_steps, max(warmups), parameters, step)
     )
 
 
@@ -198,18 +197,19 @@ def with_monitor(
     config: Mapping[str, Any],
     task: Any,
     device: torch.device,
-    *,
-    has_val: bool,
+    sets: Collection[str],
 ) -> TrainerOptions:
     """Return the options with a checked monitor and its mode; both are None without a monitor.
 
-    Raises UserError for a monitor that is not measured, or whose mode is unknown.
+    Raises UserError for a monitor that is not measured, or whose mode is unknown. Data without val
+    has no monitor, unless it is of another set.
     """
-    if not has_val or options.monitor is None:
-        why = "trainer.monitor=null" if has_val else "the data has no validation split"
+    lacks_val = "val" not in sets and str(options.monitor).startswith("val/")
+    if lacks_val or options.monitor is None:
+        why = "the data has no validation split" if lacks_val else "trainer.monitor=null"
         monitor.refuse_without(config, why)
         return dataclasses.replace(options, monitor=None, mode=None)
-    measured = measured_by(task, device)
+    measured = measured_by(task, device, sets)
     if options.monitor not in measured:
         hint = did_you_mean(options.monitor, measured)
         raise UserError(
@@ -233,9 +233,9 @@ def with_monitor(
     return dataclasses.replace(options, mode=mode)
 
 
-def measured_by(task: Any, device: torch.device) -> list[str]:
-    """Return the names of the metrics that an evaluation on the validation split measures."""
-    return ["val/loss", *(f"val/{name}" for name in task.metrics(device).names)]
+def measured_by(task: Any, device: torch.device, sets: Collection[str]) -> list[str]:
+    """Return the names of the metrics that an evaluation on the `sets` measures."""
+    return [f"{name}/{it}" for name in sets for it in ("loss", *task.metrics(device).names)]
 
 
 def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> Schedule:
@@ -269,7 +269,7 @@ def check_first_batch(objects: Objects, world: World) -> None:
     model: nn.Module = several.by_name(state.model)[state.evaluates]
     averaged = state.evaluated if state.averaged is not None else None
     before = model_checks.described(model)
-    first = first_batch(objects.train, objects.val)
+    first = first_batch(objects.train, objects.sets)
     model_checks.check_first_batch(model, objects.task, first, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
@@ -290,9 +290,9 @@ def check_first_batch(objects: Objects, world: World) -> None:
     sharding.free(model)
 
 
-def first_batch(train: TrainBatches, val: EvalBatches | None) -> Batch:
-    """Return the first batch of the validation split, or of the training split if `val` is None."""
-    return next(iter(train.epoch(0) if val is None else val))
+def first_batch(train: TrainBatches, sets: Mapping[str, EvalBatches]) -> Batch:
+    """Return the first batch of the first set, or of the training examples if there is none."""
+    return next(iter(next(iter(sets.values()), train.epoch(0))))
 
 
 def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
@@ -376,7 +376,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         task=objects.task,
         world=world,
         train=objects.train,
-        val=objects.val,
+        sets=objects.sets,
         total_steps=objects.total_steps,
         stop=stop,
         **record,

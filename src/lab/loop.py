@@ -30,6 +30,7 @@ from lab.state import TrainState
 from regrow.checkpoint.writer import Facts
 from regrow.numerics.totals import WEIGHT
 from regrow.processes.interrupt import Interrupted
+from regrow.record.records import by_set
 
 log = logging.getLogger(__name__)
 
@@ -108,15 +109,16 @@ def settle(state: TrainState, plan: Plan) -> bool:
     """
     options, progress = plan.options, state.progress
     ends_epoch = state.step_in_epoch == 0
-    val = plan.val
-    evaluates = val is not None and (
+    evaluates = bool(plan.sets) and (
         due(state.step, options.eval_every_steps)
         or (ends_epoch and due(state.epoch, options.eval_every_epochs))
         or finished(state, plan)
     )
-    if val is not None and evaluates and progress.evaluated_step != state.step:
+    if evaluates and progress.evaluated_step != state.step:
+        values: dict[str, float] = {}
         with plan.step.exchange.clock_stopped():
-            values, _ = evaluate(state, val, plan, name="val")
+            for name, batches in plan.sets.items():
+                values |= evaluate(state, batches, plan, name=name)[0]
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
@@ -245,8 +247,7 @@ def summary(state: TrainState, options: TrainerOptions) -> dict[str, Any]:
             "value": progress.best_value,
             "step": state.step if options.monitor is None else progress.best_step,
         },
-        "val": progress.latest if options.monitor is None else progress.best_values,
-        "test": {},
+        **by_set(progress.latest if options.monitor is None else progress.best_values),
         "pruned": progress.pruned,
         "stopped_early": stopped_early(state, options),
         "evaluations_without_improvement": progress.evaluations_without_improvement,

@@ -18,6 +18,8 @@ ADDED_KEYS = (
     AddedKey(IMAGE_FOLDER, "extensions", EARLY_EXTENSIONS),
     AddedKey(IMAGE_FOLDER, "leave_out", []),
     AddedKey(IMAGE_FOLDER, "identity", "ends"),
+    AddedKey(IMAGE_FOLDER, "sets", []),
+    AddedKey("lab.data.datasets.csv", "sets", None),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
     AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     AddedKey("lab.options.TrainerOptions", "ema_warmup", False),

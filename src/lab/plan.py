@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class Plan:
     task: Task
     world: World
     train: TrainBatches
-    val: EvalBatches | None
+    sets: Mapping[str, EvalBatches]  # those that are measured during training, by name
     total_steps: int | None  # None: only time limits the run
     checkpoints: CheckpointWriter
     record: Record

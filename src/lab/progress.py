@@ -23,8 +23,6 @@ from regrow.protocols import EvalBatches
 
 log = logging.getLogger(__name__)
 
-HEADLINES = ("train/epoch_loss", "train/epoch_accuracy", "val/loss", "val/accuracy")
-
 
 class Quiet:
     """A bar that shows nothing.
@@ -109,10 +107,10 @@ def announce(state: TrainState, plan: Plan) -> None:
     values = {**progress.train_means}
     if progress.evaluated_step == state.step:
         values |= progress.latest
-    shown = [f"{name} {values[name]:.4g}" for name in HEADLINES if name in values]
-    monitor = plan.options.monitor
-    if monitor is not None and monitor in values and monitor not in HEADLINES:
-        shown.append(f"{monitor} {values[monitor]:.4g}")
+    parts = ("train/epoch_", *(f"{name}/" for name in plan.sets))
+    names = [f"{part}{it}" for part in parts for it in ("loss", "accuracy")]
+    names += [plan.options.monitor or ""]
+    shown = [f"{name} {values[name]:.4g}" for name in dict.fromkeys(names) if name in values]
     best = " (best)" if progress.best_step == state.step else ""
     log.info("epoch %d, step %d: %s%s", state.epoch, state.step, ", ".join(shown), best)
 

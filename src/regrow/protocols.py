@@ -256,6 +256,11 @@ class Data(Protocol):
         ...
 
     @property
+    def final(self) -> Sequence[str]:
+        """Return the names of the sets to measure once, at the end with the best weights."""
+        ...
+
+    @property
     def notes(self) -> Sequence[str]:
         """Return warnings for the start of the log, such as files that were left out."""
         ...
@@ -293,7 +298,10 @@ class Objects(Protocol):
     @property
     def train(self) -> TrainBatches: ...
     @property
-    def val(self) -> EvalBatches | None: ...
+    def sets(self) -> Mapping[str, EvalBatches]:
+        """Return the sets that are measured during training, by name."""
+        ...
+
     @property
     def total_steps(self) -> int | None:
         """Return the optimizer steps of the whole run; None if only time limits it."""
@@ -311,7 +319,7 @@ class Objects(Protocol):
 
     @property
     def measured(self) -> list[str]:
-        """Return the names of what an evaluation measures, such as val/accuracy."""
+        """Return the names of what is measured during training, such as val/accuracy."""
         ...
 
     def remarks(self, world: World) -> list[tuple[int, str]]:
@@ -378,7 +386,7 @@ class Lab(Protocol):
         ...
 
     def summary(self, state: State, options: Settings) -> dict[str, Config]:
-        """Return what `summary.json` says about the state: steps, best, val and counters."""
+        """Return what `summary.json` says about the state: steps, best, each set and counters."""
         ...
 
     def measure_split(

@@ -380,9 +380,9 @@ def test_a_class_whose_files_are_not_read_says_why(make_data: Make, tmp_path: Pa
 
 def test_folders_beside_train_are_named(make_data: Make, tmp_path: Path, image_root: Path) -> None:
     shutil.copytree(image_root, tmp_path / "split" / "train")
-    shutil.copytree(image_root, tmp_path / "split" / "valid")
+    shutil.copytree(image_root, tmp_path / "split" / "masks" / "all")
     (line,) = make_data("image_folder", f"root={tmp_path / 'split'}", *SMALL).notes
-    assert "1 beside train, val and test (valid)" in line
+    assert "1 beside train and the sets (masks)" in line
 
 
 def test_a_folder_with_val_and_without_train_says_so(make_data: Make, image_root: Path) -> None:

@@ -548,7 +548,7 @@ def test_a_parameter_without_a_gradient_is_one_line_under_ddp() -> None:
 
 def forward_check(model: type) -> Callable[..., None]:
     objects = runs.build(config_with(model), CPU)
-    first = first_batch(objects.train, objects.val)
+    first = first_batch(objects.train, objects.sets)
     return functools.partial(
         model_checks.check_forward,
         *(objects.state.model, None, first, "fp32"),

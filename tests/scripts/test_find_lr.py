@@ -82,7 +82,7 @@ def loss_after(lr: float, *overrides: str, epochs: int = 5) -> float:
         for batch in plan.train.epoch(epoch):
             plan.train_step(state, batch, plan.step)
             state.progress.step += 1
-    values, _ = loop.evaluate(state, objects.val, plan, name="val")
+    values, _ = loop.evaluate(state, objects.sets["val"], plan, name="val")
     return values["val/loss"]
 
 

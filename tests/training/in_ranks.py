@@ -352,7 +352,7 @@ def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> An
     model = objects.state.model
     model.register_buffer("statistic", torch.full((2,), float(world.rank + 5)))
     model.register_buffer("cache", torch.zeros(world.rank + 1), persistent=False)
-    loop.evaluate(objects.state, objects.val, plan, name="val")
+    loop.evaluate(objects.state, objects.sets["val"], plan, name="val")
     return [*model.get_buffer("statistic").tolist(), len(model.get_buffer("cache"))]
 
 

@@ -105,7 +105,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "rewind": (loggers.Jsonl, "rewind"),
     "load": (checkpoint, "load_newest"),
     "best": (runs, "take_best"),
-    "test": (runs, "test_once"),
+    "test": (runs, "measure_once"),
     "summary": (runs.records, "write_json"),
 }
 

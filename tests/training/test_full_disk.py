@@ -121,15 +121,15 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_it_grows_back(
 def test_a_summary_that_finds_no_room_is_written_by_the_same_command_again(
     disk: Disk, whole: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    test_once = runs.test_once
+    measure_once = runs.measure_once
 
     def then_full(*args: Any) -> Any:
-        values = test_once(*args)
+        values = measure_once(*args)
         disk.fill()
         return values
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "test_once", then_full)
+        patch.setattr(runs, "measure_once", then_full)
         assert fails(capsys, 1).endswith("No space left on device")
     run = disk.folder / "run"
     assert not (run / "summary.json").exists() and not list(run.glob(".*.tmp"))

@@ -1,4 +1,4 @@
-"""Data sources: functions for `data.source` that return train, val and test as `Splits`.
+"""Data sources: functions for `data.source` that return train and named sets as `Splits`.
 
 Your own source is a function that returns `Splits` of `Examples` (tensors, kept on the device) or
 of map-style data sets (read by DataLoader workers); `from_datasets` makes one from your own
@@ -14,7 +14,7 @@ import io
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,6 +303,7 @@ def from_datasets(
     val: MapStyle | None,
     test: MapStyle | None,
     collate: Callable[[list[Any]], Any] | None,
+    sets: Mapping[str, MapStyle] | None = None,
 ) -> Splits:
     """Return splits of your own map-style data sets, with their classes named in YAML.
 
@@ -314,6 +315,7 @@ def from_datasets(
             train: {_target_: my_project.Spectra, folder: spectra/train, augment: ${data.augment}}
             val: {_target_: my_project.Spectra, folder: spectra/val, augment: false}
             test: null
+            sets: null # or further data sets to evaluate, by name: {night: {_target_: …}}
             collate: null # or a function from a list of items to a batch
           normalize: none
           augmentation: null
@@ -326,4 +328,4 @@ def from_datasets(
     `normalize: imagenet` or a given mean and std. A resume compares 16 items of each split with
     those of the earlier run; a method `fingerprint()` that returns a text replaces that.
     """
-    return Splits(train, val, test, collate=collate)
+    return Splits(train, val, test, sets or {}, collate=collate)

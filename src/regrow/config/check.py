@@ -143,6 +143,7 @@ RULES: dict[str, Rule] = {
     "data.identity": choice("contents", "length"),
     "data.integers": choice("int64", "float32"),
     "data.target_dtype": choice("float64", "float32"),
+    "data.final_sets": list_of(text()),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
     **below("data.source", "val_fraction test_fraction", number(0, 1)),
@@ -154,6 +155,7 @@ RULES: dict[str, Rule] = {
     "data.source.vocabulary": text(),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
     "data.source.target_columns": list_of(text()),
+    "data.source.sets": optional(either(mapping_to(text()), list_of(text()))),
     **below("model", "hidden channels", list_of(integer(1))),
     "model.dropout": number(0, 1),
     **below("model", "width depth heads layers", integer(1)),
@@ -597,11 +599,8 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         )
     if trainer["monitor"] is None:
         monitor.refuse_without(values)
-    elif not str(trainer["monitor"]).startswith("val/"):
-        raise UserError(
-            f"trainer.monitor={trainer['monitor']} must be a metric of the validation split, "
-            "such as val/loss."
-        )
+    else:
+        monitor.refuse_unmeasured("trainer.monitor", str(trainer["monitor"]), data)
     resume = values["resume"]
     if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
         raise UserError(f"resume={resume} must be auto, never or the folder of a run.")

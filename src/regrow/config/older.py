@@ -45,6 +45,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.feeding.loaders.Data", "integers", "float32"),
     AddedKey("regrow.feeding.loaders.Data", "ignore_index", None, "loss.ignore_index"),
     AddedKey("regrow.feeding.loaders.Data", "target_dtype", "float32"),
+    AddedKey("regrow.feeding.loaders.Data", "final_sets", []),
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {

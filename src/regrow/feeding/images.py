@@ -28,7 +28,15 @@ from regrow.feeding.files import (
     shown,
     unreadable,
 )
-from regrow.feeding.splits import NAMES, Reading, Splits, check_fractions, cut, text_names
+from regrow.feeding.splits import (
+    NAMES,
+    Reading,
+    Splits,
+    check_fractions,
+    check_name,
+    cut,
+    text_names,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -264,6 +272,7 @@ def image_folder(
     num_classes: int,
     class_names: list[str] | None,
     exif_orientation: bool,
+    sets: list[str] | None,
     extensions: list[str] | None,
     leave_out: list[str],
     identity: str,
@@ -271,9 +280,9 @@ def image_folder(
     test_fraction: float,
     seed: int,
 ) -> Splits:
-    """Return the splits of root/<class>/…, or of root/train/<class>/…, root/val/<class>/….
+    """Return the splits of root/<class>/…, or of root/train/<class>/…, root/<set>/<class>/….
 
-    A split without its own folder is cut from the training images by its fraction.
+    Val and test without their own folders are cut from the training images by their fractions.
     """
     check_fractions(val_fraction, test_fraction)
     channels, *size = input_shape
@@ -306,6 +315,10 @@ def image_folder(
         )
     folders = {name: folder / name for name in names} if "train" in names else {"train": folder}
     found = _folders(folders["train"], reading)
+    if missing := [name for name in sets or () if "train" not in names or name not in inside]:
+        raise UserError(
+            f"data.source.sets={sets}: {folder} holds no folder {missing[0]} beside a folder train."
+        )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and class_names {class_names}" if class_names is not None else ""
         raise UserError(
@@ -315,7 +328,11 @@ def image_folder(
         )
     classes = class_names or found
     if "train" in names:
-        _look_beside(folder, names, reading, "beside train, val and test", left_out)
+        for name in inside if sets is None else sets:
+            if name not in NAMES and (sets or {*_folders(folder / name, reading)} & {*classes}):
+                check_name(name)
+                folders[name] = folder / name
+        _look_beside(folder, [*folders], reading, "beside train and the sets", left_out)
 
     def read(where: Path) -> ImageFiles:
         if others := [name for name in _folders(where, reading) if name not in classes]:
@@ -355,6 +372,7 @@ def image_folder(
         splits["train"],
         splits.get("val"),
         splits.get("test"),
+        {name: split for name, split in own.items() if name not in NAMES},
         class_names=classes,
         resize=resize,
         known_keys=known_keys,

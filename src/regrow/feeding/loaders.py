@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
@@ -70,7 +70,9 @@ class EvalBatches:
 
 
 class Data:
-    """The three splits, checked, and how their examples become batches.
+    """The splits, checked, and how their examples become batches.
+
+    The sets that `final` names are measured once, at the end; the others during training.
 
     `batch_size` counts an optimizer step's examples over all processes, `eval_batch_size` those of
     a forward pass in one process. Targets: (B,) int64 classes; (B,) float32 0 or 1 for binary; (B,
@@ -110,11 +112,12 @@ class Data:
         changed: str,
         identity: str,
         overlap: str,
+        final_sets: list[str],
     ) -> None:
         if not isinstance(source, Splits):
             raise UserError(
                 f"data.source gives a {type(source).__name__}. Let it return "
-                "regrow.feeding.splits.Splits(train, val, test)."
+                "regrow.feeding.splits.Splits(train, val, test, sets)."
             )
         self.source, self.seed, self.root = source, seed, root
         self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
@@ -135,7 +138,8 @@ class Data:
         self.augment = augment
         self._feeds: dict[tuple[str, bool, torch.device], Feed] = {}
         self._check(augment, augmentation, normalize_targets)
-        self.num_overlapping = check_overlap(source, overlap)
+        self.final = self._final(final_sets)
+        self.num_overlapping = check_overlap(source, overlap, self.final)
         self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
         self.preprocessing: Preprocessing = preprocessing(
             source,
@@ -157,6 +161,11 @@ class Data:
     def num_examples(self) -> dict[str, int]:
         """The number of examples in each existing split."""
         return {name: len(split) for name, split in self.source.items()}
+
+    @property
+    def measured_in_training(self) -> list[str]:
+        """The names of the sets that are measured during training."""
+        return [name for name in self.num_examples if name not in ("train", *self.final)]
 
     def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
         count = self._num_trained_on()
@@ -367,6 +376,17 @@ class Data:
             )
         if augment and augmentation is not None:
             self._check_augmentation(augmentation)
+
+    def _final(self, named: list[str]) -> list[str]:
+        """Return the sets that are measured once, in their order."""
+        sets = [name for name in self.num_examples if name != "train"]
+        for name in named:
+            if name not in sets:
+                raise UserError(
+                    f"data.final_sets={named}: there is no set {name}.{did_you_mean(name, sets)} "
+                    f"The data has {', '.join(sets) or 'none'}."
+                )
+        return [name for name in sets if name in ("test", *named)]
 
     def _check_augmentation(self, augmentation: Any) -> None:
         train = self.source.train

@@ -1,10 +1,12 @@
-"""The result of a source: three splits, cut reproducibly and without overlap."""
+"""The result of a source: training examples and named sets, cut reproducibly, without overlap."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError
 from regrow.randomness import generator
+from regrow.record.records import NOT_SETS
 
 NAMES = ("train", "val", "test")
 log = logging.getLogger("regrow.data")
@@ -122,17 +125,19 @@ def as_tensor(value: Any, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Splits:
-    """Train, validation and test examples, and facts found while reading them.
+    """Training examples, the sets to evaluate, and facts found while reading them.
 
-    A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
-    white, `columns` are a table's features; `resize`, `reading` and `collate` apply to files, and
-    `vocabulary` to a text: see `Vocabulary.record`. `notes` are lines to log at the start of a run.
-    `known_keys` holds each split's keys if the source has already computed them, which is slow.
+    `sets` holds any number of sets beside val and test, by name. A split that is None does not
+    exist; an empty one is an error. `input_max` is the raw value of white, `columns` are a table's
+    features; `resize`, `reading` and `collate` apply to files, and `vocabulary` to a text: see
+    `Vocabulary.record`. `notes` are lines to log at the start of a run. `known_keys` holds each
+    split's keys if the source has already computed them, which is slow.
     """
 
     train: Split
-    val: Split | None
-    test: Split | None
+    val: Split | None = None
+    test: Split | None = None
+    sets: Mapping[str, Split] = field(default_factory=dict)
     class_names: list[str] | None = None
     input_max: float = 255.0
     resize: int | None = None
@@ -145,14 +150,31 @@ class Splits:
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in NAMES:
-            split = getattr(self, name)
-            if split is not None and not isinstance(split, Examples):
+        for name in self.sets:
+            check_name(name)
+        for name, split in self.items():
+            if not isinstance(split, Examples):
                 _must_be_map_style(name, split)
 
     def items(self) -> list[tuple[str, Split]]:
-        splits = zip(NAMES, (self.train, self.val, self.test), strict=True)
-        return [(name, split) for name, split in splits if split is not None]
+        """Return the splits that exist by name: train, val, the named sets, test."""
+        named = {"train": self.train, "val": self.val, **self.sets, "test": self.test}
+        return [(name, split) for name, split in named.items() if split is not None]
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a name that a set beside val and test cannot have."""
+    if name in NOT_SETS:
+        raise UserError(
+            f"the set {name!r}: a run's record uses this name itself. Give the set another name."
+        )
+    if name in NAMES:
+        raise UserError(f"the set {name!r}: the source gives {name} by itself. Rename the set.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII):
+        raise UserError(
+            f"the set {name!r}: its metrics are named {name}/loss, so that its name may hold only "
+            "letters, digits, - and _. Rename it."
+        )
 
 
 def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
@@ -278,11 +300,15 @@ def cut_examples(
     )
 
 
-def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
+def check_overlap(
+    splits: Splits, policy: str, final: Collection[str] = ("test",)
+) -> dict[str, int]:
     """Return the counts of examples in two splits, by content; refuse or report them.
 
-    Compares tensors, files, and `torch.utils.data.Subset`s of one data set. Other data sets are
-    compared only if they are the same object, or offer `keys()`, one hashable per example.
+    Compares train with every set, and the sets that are measured during training, which may choose
+    the weights, with the `final` ones. Tensors, files, and `torch.utils.data.Subset`s of one data
+    set are compared; other data sets only if they are the same object, or offer `keys()`, one
+    hashable per example.
     """
     if policy not in ("refuse", "report", "ignore"):
         raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
@@ -293,7 +319,10 @@ def check_overlap(splits: Splits, policy: str) -> dict[str, int]:
     keys: Mapping[str, list[Hashable] | None]
     keys = known or {name: _keys(split) for name, split in parts.items()}
     found: dict[str, int] = {}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+    ordered = sorted(parts, key=lambda name: name in final)
+    for one, other in itertools.combinations(ordered, 2):
+        if one != "train" and (one in final) == (other in final):
+            continue
         ours, theirs = keys.get(one), keys.get(other)
         if not ours or not theirs:
             continue

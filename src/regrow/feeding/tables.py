@@ -6,7 +6,7 @@ import csv as csv_format
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
-from regrow.feeding.splits import Examples, Splits, check_fractions, cut_examples, text_names
+from regrow.feeding.splits import (
+    Examples,
+    Splits,
+    check_fractions,
+    check_name,
+    cut_examples,
+    text_names,
+)
 
 log = logging.getLogger("regrow.data")
 
@@ -170,6 +177,7 @@ def csv(
     train_file: str,
     val_file: str | None,
     test_file: str | None,
+    sets: Mapping[str, str] | None,
     delimiter: str,
     feature_columns: list[str] | None,
     target_columns: list[str],
@@ -185,12 +193,17 @@ def csv(
 ) -> Splits:
     """Return the splits of a table of numbers with a header line. Files are relative to `root`.
 
-    A split without its own file is cut from `train_file` by its fraction. By default the features
+    Val and test without their own files are cut from `train_file` by their fractions; `sets` names
+    further files to evaluate. By default the features
     are all columns that are neither target nor weight. Targets by `target_kind`: multiclass and
     binary: one column of class names or of indices from 0; multilabel: columns of 0 and 1;
     regression: columns of numbers.
     """
     check_fractions(val_fraction, test_fraction)
+    if not isinstance(sets, Mapping | None):
+        raise UserError(f"data.source.sets={sets} must name each file, such as {{night: n.csv}}.")
+    for name in sets or {}:
+        check_name(name)
     if not target_columns:
         raise UserError("data.source.target_columns=[] names no column. Name the target's column.")
     if target_kind in ("multiclass", "binary") and len(target_columns) != 1:
@@ -210,7 +223,7 @@ def csv(
             f"beside target and weight {_list([*target_columns, *extra])}. Choose other columns."
         )
 
-    files = {"train": train_file, "val": val_file, "test": test_file}
+    files = {"train": train_file, "val": val_file, "test": test_file, **(sets or {})}
     tables = {
         name: read_table(folder / file, delimiter, columns, [*target_columns, *extra])
         for name, file in files.items()
@@ -244,6 +257,7 @@ def csv(
         train,
         own.get("val", val),
         own.get("test", test),
+        {name: own[name] for name in sets or {}},
         class_names=names,
         columns=columns,
         delimiter=delimiter,

@@ -8,16 +8,16 @@ locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
 manifest: code_changes, code_sha256, commit_to_use, cores, latest, NAME, name_some, namespace_files,
     note_packages, own_packages, own_root, read, set_step, write, write_origin
-monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_without
+monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
 moved: in_config, in_text
 names: LOCK, refuse_foreign_run, refuse_foreign_sweep
 output: refuse_existing, whole_file, write_bytes, write_csv, write_text
 ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run, Entry, find,
     is_own_run, owner_of_job, reason_of, remove_caches, sealed, take_trust, trust_of
 plots
-records: as_json, create, link_latest, load_status, load_summary, Lock, METRICS, read_json,
-    refuse_links, remove_start, remove_unused, set_status, set_step, SUMMARY, whole_lines,
-    write_json, write_text
+records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, METRICS, NOT_SETS,
+    read_json, refuse_links, remove_start, remove_unused, set_status, set_step, sets_of, SUMMARY,
+    whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.record import monitor, report
 from regrow.record.output import harmless
-from regrow.record.records import write_text
+from regrow.record.records import sets_of, write_text
 from regrow.record.redact import redact
 from regrow.record.report import Run, differing_keys, flatten, references
 from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate
@@ -69,7 +69,8 @@ class Row:
         if metric == self.monitored:
             found = summary["best"].get("value")
         else:
-            found = (summary.get("val") or {}).get(metric, summary.get(metric))
+            values = sets_of(summary).get(metric.partition("/")[0], summary)
+            found = values.get(metric)
         is_number = isinstance(found, int | float) and math.isfinite(found)
         return float(found) if is_number else None
 
@@ -77,8 +78,8 @@ class Row:
         """Return the final metrics, without those per class."""
         if self.run is None or self.state != "completed":
             return {}
-        found = {**(self.run.summary.get("val") or {}), **(self.run.summary.get("test") or {})}
-        return {k: v for k, v in found.items() if k.count("/") == 1 and not isinstance(v, list)}
+        found = [item for its in sets_of(self.run.summary).values() for item in its.items()]
+        return {k: v for k, v in found if k.count("/") == 1 and not isinstance(v, list)}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Setting:
     label: str
     rows: Sequence[Row]
     monitored: Estimate
-    tested: Estimate | None
+    others: Sequence[Estimate]  # of the comparison's `others`
     from_best: Difference | None  # None for the best itself, and with too few seeds
 
 
@@ -97,7 +98,7 @@ class Comparison:
     rows: Sequence[Row]
     metric: str  # monitored
     mode: str  # max or min
-    test_metric: str | None  # the same metric on the test split
+    others: Sequence[str]  # the same metric on the other sets
     settings: Sequence[Setting]  # the best first
     left_out: Sequence[Row]  # completed, but without that metric
 
@@ -172,9 +173,9 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     if not mode and by_it and by_it[0].monitored == metric and by_it[0].run is not None:
         mode = str((by_it[0].run.config.get("trainer") or {}).get("mode") or "")
     mode = mode or monitor.by_name(metric) or "max"
-    test_metric: str | None = f"test/{metric.partition('/')[2]}"
-    if not any(test_metric in row.metrics() for row in done):
-        test_metric = None
+    base = metric.partition("/")[2]
+    names = dict.fromkeys(key for row in done for key in row.metrics())
+    others = [key for key in names if base and key.partition("/")[2] == base and key != metric]
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in done:
         its = groups.setdefault(row.setting, [])
@@ -193,15 +194,16 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
             label=its[0].setting_label or ("all" if len(ordered) == 1 else "(nothing changed)"),
             rows=its,
             monitored=estimate([values[row.job] for row in its]),
-            tested=None
-            if test_metric is None
-            else estimate([v for row in its if (v := row.metrics().get(test_metric)) is not None]),
+            others=[
+                estimate([v for row in its if (v := row.metrics().get(other)) is not None])
+                for other in others
+            ],
             from_best=difference,
         )
         for (_, its), difference in zip(ordered, apart, strict=True)
     ]
     left_out = [row for row in completed if row.job not in values]
-    return Comparison(rows, metric, mode, test_metric, settings, left_out)
+    return Comparison(rows, metric, mode, others, settings, left_out)
 
 
 def shown(value: float) -> str:
@@ -237,12 +239,12 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the settings, the best first."""
     per_cent = f"{LEVEL:.0%}"
     header = ["setting", "n", comparison.metric, f"{per_cent} interval"]
-    header += [comparison.test_metric] if comparison.test_metric else []
+    header += comparison.others
     header += ["from the best", f"{per_cent} interval", "verdict"]
     rows = []
     for index, its in enumerate(comparison.settings):
         row = [its.label, str(its.monitored.count), spread(its.monitored), interval(its.monitored)]
-        row += [spread(its.tested)] if its.tested else []
+        row += map(spread, its.others)
         difference = f"{its.from_best.mean:+.4f}" if its.from_best else ""
         row += [difference, interval(its.from_best), verdict(its, index == 0)]
         rows.append(row)

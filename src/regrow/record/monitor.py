@@ -153,6 +153,20 @@ def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null")
         )
 
 
+def refuse_unmeasured(key: str, metric: str, data: Mapping[str, Any], others: str = "") -> None:
+    """Raise UserError for a metric of a set that is not measured during training.
+
+    `others` is what else the key takes.
+    """
+    name, slash, _ = metric.partition("/")
+    if not slash or name in ("train", "time", "test", *data["final_sets"]):
+        hint = f" Did you mean val/{metric}?" if not slash else ""
+        raise UserError(
+            f"{key}={metric} must be a metric of a set that is measured during training, such as "
+            f"val/loss{others}.{hint}"
+        )
+
+
 def lacks_val(source: Mapping[str, Any]) -> bool:
     """Return True if one of our data sources certainly has no validation split.
 

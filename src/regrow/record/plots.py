@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.record.records import read_json, read_metrics
+from regrow.record.records import by_set, read_json, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +38,15 @@ def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
     return paths
 
 
-def figures(folder: Path, lines: Lines | None = None) -> dict[str, Figure]:
-    """Return the folder's figures by name, in reading order; `lines` if they have been read."""
+def figures(
+    folder: Path, lines: Lines | None = None, final: Collection[str] = ("test",)
+) -> dict[str, Figure]:
+    """Return the folder's figures by name, in reading order; `lines` if they have been read.
+
+    `final` are the sets that are measured once, and so have no curve.
+    """
     lines = read_metrics(folder) if lines is None else lines
-    found = {"learning_curves": curves(lines), "learning_rate": rates(lines)}
+    found = {"learning_curves": curves(lines, final), "learning_rate": rates(lines)}
     for path in sorted((folder / "plots").glob("*.json")):
         try:
             details = read_json(path)
@@ -88,31 +93,47 @@ def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int
     return [steps[place] for place in kept], [values[place] for place in kept]
 
 
-def panel_names(lines: Lines) -> list[str]:
-    """Return the metrics to plot: the loss first, then those of the validation split."""
+def measured(lines: Lines, final: Collection[str]) -> dict[str, list[str]]:
+    """Return the metrics of each set that has a curve, by the name of the set."""
     keys = dict.fromkeys(key for line in lines for key in line)
-    names = [key.removeprefix("val/") for key in keys if re.fullmatch(r"val/[^/]+", key)]
-    has_loss = any(f"{kind}loss" in keys for kind in ("train/", "train/epoch_", "val/"))
+    sets = by_set({key: None for key in keys if key.count("/") == 1})
+    return {
+        name: [key.partition("/")[2] for key in its]
+        for name, its in sets.items()
+        if name not in final
+    }
+
+
+def panel_names(lines: Lines, final: Collection[str]) -> list[str]:
+    """Return the metrics to plot: the loss first, then those of the sets that have a curve."""
+    names = dict.fromkeys(it for its in measured(lines, final).values() for it in its)
+    kinds = ("train/loss", "train/epoch_loss")
+    has_loss = "loss" in names or any(kind in line for line in lines for kind in kinds)
     return [*(["loss"] if has_loss else []), *(it for it in names if it != "loss")][:PANELS]
 
 
-def curves(lines: Lines) -> Figure | None:
-    """Return one panel per metric, with train and validation together."""
-    names = panel_names(lines)
+def curves(lines: Lines, final: Collection[str]) -> Figure | None:
+    """Return one panel per metric, with train and each set together."""
+    names = panel_names(lines, final)
     if not names:
         return None
+    sets = [*measured(lines, final)]
+    colours = dict(zip(("train", *sets), _colours(len(sets) + 1), strict=True))
     figure, axes = _panels(len(names))
     for name, axis in zip(names, axes, strict=True):
         steps, values = series(lines, f"train/{name}")
         epoch_steps, epoch_values = series(lines, f"train/epoch_{name}")
         if epoch_steps:
-            axis.plot(*thinned(steps, values), color=COLOURS[0], linewidth=0.8, alpha=0.35)
-            _line(axis, epoch_steps, epoch_values, COLOURS[0], "train")
+            axis.plot(*thinned(steps, values), color=colours["train"], linewidth=0.8, alpha=0.35)
+            _line(axis, epoch_steps, epoch_values, colours["train"], "train")
         elif steps:
-            _line(axis, steps, values, COLOURS[0], "train")
-        val_steps, val_values = series(lines, f"val/{name}")
-        _line(axis, val_steps, val_values, COLOURS[1], "val")
-        _finish(axis, name, [*epoch_values, *val_values] or values)
+            _line(axis, steps, values, colours["train"], "train")
+        everything = [*epoch_values]
+        for its in sets:
+            set_steps, set_values = series(lines, f"{its}/{name}")
+            _line(axis, set_steps, set_values, colours[its], its)
+            everything += set_values
+        _finish(axis, name, everything or values)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
@@ -140,9 +161,12 @@ def rates(lines: Lines) -> Figure | None:
 
 
 def overlay(
-    runs: Mapping[str, Lines], names: Sequence[str], groups: Sequence[str] | None = None
+    runs: Mapping[str, Lines],
+    names: Sequence[str],
+    groups: Sequence[str] | None = None,
+    sets: Sequence[str] = ("val",),
 ) -> Figure | None:
-    """Return a panel per metric with all runs: `val/…`, or `train/…` if a run has no `val/…`.
+    """Return a panel per metric with all runs: of the first of `sets` that has it, else of train.
 
     `groups`, one per run, share a colour and a legend entry.
     """
@@ -159,9 +183,8 @@ def overlay(
             label = name_of_group if len(name_of_group) <= 100 else f"{name_of_group[:99]}…"
             label = f"_{label}" if name_of_group in told else label  # _ hides it in the legend
             told.add(name_of_group)
-            steps, values = series(lines, f"val/{name}")
-            if not steps:
-                steps, values = series(lines, f"train/{name}")
+            found = (series(lines, f"{its}/{name}") for its in (*sets, "train"))
+            steps, values = next((one for one in found if one[0]), ([], []))
             _line(axis, steps, values, colour, label, width=1.6 if len(runs) <= 8 else 1.0)
             everything += values
         _finish(axis, name, everything)

@@ -33,8 +33,14 @@ STATUS = "status.json"
 SUMMARY = "summary.json"
 IN_A_SUMMARY: dict[str, type | UnionType] = {
     **{"status": str, "steps": int, "epochs": int, "seconds": int | float},
-    **{"best": dict, "val": dict, "test": dict, "evaluations_without_improvement": int},
+    **{"best": dict, "evaluations_without_improvement": int},
 }
+# No evaluation set may have these names: prefixes of other metrics, and a summary's own keys.
+NOT_SETS = (
+    *("train", "time", "status", "steps", "epochs", "best", "pruned", "stopped_early"),
+    *("evaluations_without_improvement", "skipped_steps", "empty_steps", "parameters"),
+    *("weights_sha256", "seconds", "seconds_of_this_part"),
+)
 _SUFFIX = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: easy to read aloud and to type
 
 
@@ -340,6 +346,21 @@ def load_summary(folder: Path, *, whole: bool = True) -> dict[str, Any]:
         log.warning("%s is damaged and not used: its best is %s", folder / SUMMARY, best)
         return {}
     return summary
+
+
+def by_set(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return metrics such as night/accuracy by the name of their set, in the order of `values`."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        name = key.partition("/")[0]
+        if "/" in key and name not in NOT_SETS:
+            found.setdefault(name, {})[key] = value
+    return found
+
+
+def sets_of(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each set that a summary holds, by name; keys are night/accuracy."""
+    return {k: v for k, v in summary.items() if k not in NOT_SETS and isinstance(v, dict)}
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -22,11 +23,13 @@ from regrow.record.records import (
     METRICS,
     STATUS,
     SUMMARY,
+    by_set,
     load_status,
     load_summary,
     read_json,
     read_metrics,
     refuse_links,
+    sets_of,
     write_text,
 )
 from regrow.record.redact import redact, redact_all
@@ -53,13 +56,28 @@ class Run:
     def state(self) -> str:
         return str(self.status.get("state") or self.summary.get("status") or "unknown")
 
-    def metrics(self, split: str) -> dict[str, Any]:
-        """Return a split's final or last logged metrics, without the split in the keys."""
-        found = self.summary.get(split) or {}
-        if not found:
-            for line in self.lines:
-                found |= {k: v for k, v in line.items() if k.startswith(f"{split}/")}
-        return {key.removeprefix(f"{split}/"): value for key, value in found.items()}
+    @cached_property
+    def sets(self) -> Mapping[str, Mapping[str, Any]]:
+        """The final metrics of each set, or the last ones logged, without the set in the keys."""
+        logged = by_set({key: value for line in self.lines for key, value in line.items()})
+        found = {**logged, **{k: v for k, v in sets_of(self.summary).items() if v}}
+        ordered = [name for name in found if name not in self.final] + [*self.final]
+        return {
+            name: {key.removeprefix(f"{name}/"): value for key, value in found[name].items()}
+            for name in ordered
+            if name in found
+        }
+
+    @property
+    def final(self) -> list[str]:
+        """The sets that are measured once, at the end, if the data has them."""
+        data = self.config.get("data")
+        named = data.get("final_sets") if isinstance(data, Mapping) else None
+        return [*(named if isinstance(named, list) else ()), "test"]
+
+    def metrics(self, name: str) -> Mapping[str, Any]:
+        """Return a set's final or last logged metrics, without the set in the keys."""
+        return self.sets.get(name, {})
 
 
 def load(folder: Path) -> Run:
@@ -129,7 +147,7 @@ def draw(folder: Path, output: Path | None = None) -> Path:
     """Write the run's plots and its page. Returns the page's path."""
     run = load(folder)
     refuse_links(folder, str(folder), "plots")
-    drawn = plots.figures(folder, run.lines)
+    drawn = plots.figures(folder, run.lines, run.final)
     plots.draw(folder, drawn)
     return _write(run, drawn, output)
 
@@ -137,7 +155,7 @@ def draw(folder: Path, output: Path | None = None) -> Path:
 def write(folder: Path, output: Path | None = None) -> Path:
     """Write the run's page, by default report.html in its folder. Returns its path."""
     run = load(folder)
-    return _write(run, plots.figures(folder, run.lines), output)
+    return _write(run, plots.figures(folder, run.lines, run.final), output)
 
 
 def _write(run: Run, drawn: Mapping[str, Any], output: Path | None) -> Path:
@@ -178,12 +196,11 @@ def _head(run: Run) -> str:
 
 
 def _results(run: Run) -> str:
-    val, test = run.metrics("val"), run.metrics("test")
     best = run.summary.get("best") or {}
     rows = {
-        name: [_text(name), _number(val.get(name)), _number(test.get(name))]
-        for name in dict.fromkeys([*val, *test])
-        if not isinstance(val.get(name, test.get(name)), list | dict)
+        name: [_text(name), *(_number(its.get(name)) for its in run.sets.values())]
+        for name in dict.fromkeys(name for its in run.sets.values() for name in its)
+        if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
     }
     if not rows:
         return _section("Result", "<p class=muted>Nothing has been evaluated yet.</p>")
@@ -193,11 +210,12 @@ def _results(run: Run) -> str:
             f"<p class=muted>Best {_text(best['metric'])} {_number(best.get('value'))} "
             f"at step {_number(best.get('step'))}.</p>"
         )
-    header = ["metric", "val", "test"]
+    header = ["metric", *run.sets]
+    numbers = range(1, len(header))
     whole = [row for name, row in rows.items() if "/" not in name]
     per_class = [row for name, row in rows.items() if "/" in name]  # e.g. f1/zero
-    more = _details("per class", _table(header, per_class)) if per_class else ""
-    return _section("Result", _table(header, whole) + chosen + more)
+    more = _details("per class", _table(header, per_class, numbers)) if per_class else ""
+    return _section("Result", _table(header, whole, numbers) + chosen + more)
 
 
 def _facts(run: Run) -> str:
@@ -289,9 +307,18 @@ def compare(
     results = [*(f"{split}/{name}" for split, name in columns), "steps", "time"]
     header = ["run", "status", *results, *(key.removesuffix("._target_") for key in keys)]
     drawn = {label: run.lines for label, run in zip(labels[:DRAWN_RUNS], runs, strict=False)}
-    names = list(dict.fromkeys(name for run in runs for name in plots.panel_names(run.lines)))
+    names = list(
+        dict.fromkeys(name for run in runs for name in plots.panel_names(run.lines, run.final))
+    )
     of_group = [(groups or {}).get(run.folder, "") for run in runs[:DRAWN_RUNS]]
-    figure = plots.overlay(drawn, names[: plots.PANELS], of_group if any(of_group) else None)
+    chosen = [str((run.summary.get("best") or {}).get("metric")) for run in runs]
+    sets = [name for run in runs for name in run.sets if name not in run.final]
+    figure = plots.overlay(
+        drawn,
+        names[: plots.PANELS],
+        of_group if any(of_group) else None,
+        [*dict.fromkeys([*(it.partition("/")[0] for it in chosen), *sets])],
+    )
     more = f"The first {DRAWN_RUNS} of {len(runs)} runs." if len(runs) > DRAWN_RUNS else ""
     picture = _picture(more, "validation curves", figure) if figure else ""
     title = title or f"{len(runs)} runs"
@@ -372,17 +399,18 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Return (split, name) of the test metrics and the monitored val metric, else of all of val.
+    """Return (set, name) of the metrics to compare, those of the final sets first.
 
+    Of a set that chose the weights, only the monitored metric, unless there is no other set.
     Per-class metrics are only on the run's own page.
     """
     chosen = {str((run.summary.get("best") or {}).get("metric")) for run in runs}
+    choosing = {metric.partition("/")[0] for metric in chosen}
+    sets = [*dict.fromkeys(name for run in runs for name in reversed([*run.sets]))]
     found: dict[tuple[str, str], None] = {}
-    for split in ("test", "val"):
-        names = [name for run in runs for name in run.metrics(split) if "/" not in name]
-        tested = any(run.metrics("test") for run in runs)
-        for name in names:
-            if split == "test" or f"val/{name}" in chosen or not tested:
+    for split in sets:
+        for name in (name for run in runs for name in run.metrics(split) if "/" not in name):
+            if split not in choosing or f"{split}/{name}" in chosen or {*sets} <= choosing:
                 found.setdefault((split, name))
     return list(found)[:12]
 
@@ -487,9 +515,7 @@ def _details(title: str, content: str) -> str:
     return f"<details><summary>{_text(title)}</summary>{content}</details>"
 
 
-def _table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = (1, 2)
-) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int]) -> str:
     """Return a table; cells are HTML already, `numbers` are the columns of numbers."""
     kinds = [" class=number" if index in numbers else "" for index in range(len(header))]
     head = "".join(f"<th{k}>{_text(name)}" for k, name in zip(kinds, header, strict=True))

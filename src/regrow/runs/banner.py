@@ -13,7 +13,7 @@ from regrow.config.command_line import command
 from regrow.config.job import Job
 from regrow.distributed.parallel import World
 from regrow.protocols import Objects
-from regrow.record import monitor
+from regrow.record import monitor, records
 from regrow.record.redact import redact_all
 
 log = logging.getLogger("regrow")
@@ -86,8 +86,14 @@ def in_warmup(steps: int, warmup: int) -> str:
 
 def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     """Log the results as a table, the folder, and commands that may come next."""
-    rows = [(name, value) for name, value in summary["test"].items() if name.count("/") == 1]
-    best = summary["best"]
+    sets, best = records.sets_of(summary), summary["best"]
+    chosen = (best["metric"] or "").partition("/")[0]  # the set that chose the weights
+    rows = [
+        (name, value)
+        for its in sets.values()
+        for name, value in its.items()
+        if name.count("/") == 1 and not name.startswith(f"{chosen}/")
+    ]
     if best["value"] is not None:
         rows.insert(0, (f"best {best['metric']} (step {best['step']})", best["value"]))
     rows.append(("seconds of training", summary["seconds"]))
@@ -98,7 +104,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     log.info("")
     log.info("record: %s", folder / "report.html" if job.draws else folder)
     log.info("next:   %s", longer(folder, job, summary))
-    split = "test" if summary["test"] else "val" if summary["val"] else "train"
+    split = "test" if "test" in sets else next(iter(sets), "train")
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
     log.info("        %s", command("-m", *flags.arguments_of(job.source), *kept, "seed=0,1,2"))

@@ -112,28 +112,28 @@ def train(
     try:
         with profiling(options, folder, world):
             status = lab().fit(state, plan)
-        summary = summary_of(status, state, options, started)
+        summary = summary_of(status, objects, started)
         if status == "completed" and state.progress.pruned:  # a pruned trial is not tested
             if world.is_main:
                 write_summary(folder, summary)
         elif status == "completed":
             step = state.step
-            if world.mesh is not None or "test" in objects.data.num_examples:
+            if world.mesh is not None or objects.data.final:
                 step = take_best(state, folder, world)
             if world.mesh is not None:
                 export_weights(state, folder, world)
-            if "test" in objects.data.num_examples:
-                draws = Draws(config["seed"], "test", step, world.rank)
-                summary["test"], details = test_once(objects, world, stop, draws)
-                record.log(state.step, state.epoch, summary["test"])
+            for name in objects.data.final:
+                draws = Draws(config["seed"], name, step, world.rank)
+                summary[name], details = measure_once(objects, name, world, stop, draws)
+                record.log(state.step, state.epoch, summary[name])
                 if world.is_main:
                     (folder / "plots").mkdir(exist_ok=True)
-                    records.write_json(folder / "plots" / "test.json", details)
+                    records.write_json(folder / "plots" / f"{name}.json", details)
             if world.is_main:
                 write_summary(folder, summary)
         exit_code = 0 if status == "completed" else loggers.KILLED
     except Interrupted:  # during the test; training is finished and saved
-        summary = summary_of("interrupted", state, options, started)
+        summary = summary_of("interrupted", objects, started)
         exit_code = loggers.KILLED
     finally:
         checkpoints.wait()
@@ -199,10 +199,15 @@ def tell_position(state: State, accepted: Mapping[str, Any], facts: Mapping[str,
     )
 
 
-def summary_of(status: str, state: State, options: Settings, started: float) -> dict[str, Any]:
+def summary_of(status: str, objects: Objects, started: float) -> dict[str, Any]:
+    """Return the content of summary.json; a set that was not measured has no values."""
+    state, options = objects.state, objects.options
+    said = lab().summary(state, options)
+    sets = (name for name in objects.data.num_examples if name != "train")
     return {
         "status": status,
-        **lab().summary(state, options),
+        **said,
+        **{name: {} for name in sets if name not in said},
         "weights_sha256": weights_sha256(state.model),
         "seconds": state.progress.seconds,
         "seconds_of_this_part": time.perf_counter() - started,
@@ -249,21 +254,21 @@ def export_weights(state: State, folder: Path, world: World) -> None:
             torch.save(weights, file)
 
 
-def test_once(
-    objects: Objects, world: World, stop: StopRequest, draws: Draws
+def measure_once(
+    objects: Objects, name: str, world: World, stop: StopRequest, draws: Draws
 ) -> tuple[dict[str, float], Mapping[str, Any]]:
-    """Measure the test split with the weights that `take_best` has loaded: values and details."""
+    """Measure a set with the weights that `take_best` has loaded: values and details."""
     options = objects.options
     batches = objects.data.evaluation(
-        "test", device=world.device, rank=world.rank, world_size=world.size
+        name, device=world.device, rank=world.rank, world_size=world.size
     )
     # Saved weights already are a schedule-free optimizer's evaluation weights.
     values, details = lab().measure_split(
         *(objects.state.evaluated, objects.task, batches, world, options.precision, draws),
         stop=stop,
-        bar="test" if options.progress_bar and world.is_main else None,
+        bar=name if options.progress_bar and world.is_main else None,
     )
-    return {f"test/{name}": value for name, value in values.items()}, details
+    return {f"{name}/{key}": value for key, value in values.items()}, details
 
 
 def draw(folder: Path) -> None:

@@ -99,7 +99,7 @@ class Reporter:
     def check(self, measured: Sequence[str]) -> None:
         """Raise UserError for a metric of the search that the run does not measure."""
         for metric in self.metrics:
-            if metric.startswith("val/") and metric not in measured:
+            if "/" in metric and metric not in measured:
                 hint = did_you_mean(metric, measured)
                 whole = ", ".join(name for name in measured if name.count("/") == 1)
                 raise UserError(f"sweep.metric={metric} is not measured.{hint} There are {whole}.")

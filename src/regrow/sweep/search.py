@@ -310,7 +310,8 @@ def values_of(run: Path, metrics: Sequence[str]) -> list[float | None]:
         if metric == summary["best"]["metric"]:
             found.append(summary["best"]["value"])
         else:
-            found.append(summary[metric] if metric in OF_THE_RUN else summary["val"].get(metric))
+            values = records.sets_of(summary).get(metric.partition("/")[0], summary)
+            found.append(values.get(metric))
     return found
 
 
@@ -330,12 +331,9 @@ def objectives(options: Search, config: Mapping[str, Any]) -> tuple[list[str], l
         )
     metrics = [named] if isinstance(named, str) else list(named)
     for metric in metrics:
-        if not metric.startswith("val/") and metric not in OF_THE_RUN:
-            hint = f" Did you mean val/{metric}?" if "/" not in metric else ""
-            raise UserError(
-                f"sweep.metric={metric} must be of the validation split, such as val/loss, or "
-                f"one of {', '.join(OF_THE_RUN)}.{hint}"
-            )
+        if metric not in OF_THE_RUN:
+            others = f", or one of {', '.join(OF_THE_RUN)}"
+            monitor.refuse_unmeasured("sweep.metric", metric, config["data"], others)
         if metric.startswith("val/") and not has_val:
             raise UserError(
                 f"sweep.metric={metric}: the data has no validation split. Give it one, or use one "
