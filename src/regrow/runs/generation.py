@@ -48,9 +48,11 @@ def generate(
     except DataError as error:
         raise UserError(f"prompt={prompt[:40]}: {error}") from None
     random = generator(seed, "generate")
-    context = run.preprocessing.input_shape[0]
+    shape = run.preprocessing.input_shape
+    assert shape is not None  # a text's
+    context = shape[0]
     # Every document follows an end token, but for the first of a split.
-    row, shown, told = [words.end, *known], len(known), prompt
+    row, shown = [words.end, *known], len(known)
     for _ in range(tokens):
         inputs = torch.tensor([row[-context:]], device=run.device)
         with torch.no_grad(), autocast(run.device, run.precision):
