@@ -134,7 +134,7 @@ RULES: dict[str, Rule] = {
     **below("data", "limit_train num_classes", optional(integer(1))),
     "data.ignore_index": optional(INTEGER),
     "data.input_shape": list_of(integer(1)),
-    "data.target_kind": choice("multiclass", "binary", "multilabel", "regression"),
+    "data.target_kind": choice("multiclass", "binary", "multilabel", "regression", "segmentation"),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
@@ -149,6 +149,8 @@ RULES: dict[str, Rule] = {
     "data.source.leave_out": list_of(choice("hidden", "empty")),
     "data.source.identity": choice("contents", "ends"),
     "data.source.resize": optional(integer(1)),
+    "data.source.mask_values": optional(list_of(integer(0))),
+    **below("data.source", "images masks", text()),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
     "data.source.target_columns": list_of(text()),
     **below("model", "hidden channels", list_of(integer(1))),
@@ -163,6 +165,13 @@ RULES: dict[str, Rule] = {
     "loss.delta": number(0, above=True),
     "loss.beta": number(0),
     "task.threshold": number(0, 1),
+    "task.target_names": optional(list_of(NAME)),
+    "task.extra_metrics": optional(
+        Rule(
+            "a mapping of names to nodes with a _target_",
+            lambda v: isinstance(v, Mapping) and all("_target_" in node for node in v.values()),
+        )
+    ),
     "param_groups.lr_scale": optional(mapping_to(number(0))),
     "optimizer.lr": number(0, above=True),
     **below("optimizer", "weight_decay eps dampening", number(0)),
@@ -233,7 +242,7 @@ RULES: dict[str, Rule] = {
 
 # The tasks that each shipped loss is for.
 LOSSES = {
-    "CrossEntropy": ("multiclass",),
+    "CrossEntropy": ("multiclass", "segmentation"),
     "BCEWithLogits": ("binary", "multilabel"),
     **dict.fromkeys(("mse", "l1", "smooth_l1", "huber", "mse_plus_mae"), ("regression",)),
 }
@@ -321,7 +330,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
             "data.num_classes": " (null for a regression)",
-            "data.target_kind": " (multiclass, binary, multilabel or regression)",
+            "data.target_kind": " (multiclass, binary, multilabel, regression or segmentation)",
         }.get(missing[0], "")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)

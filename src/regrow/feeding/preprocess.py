@@ -399,9 +399,7 @@ def _kind(splits: Splits, normalize: Any, integers: str) -> str:
         if inputs.dtype in INTEGERS and normalize == "none" and integers == "int64":
             return "integer"
         return "table"
-    if splits.resize is not None:
-        return "image"
-    return "tensor"
+    return "image" if splits.reads_images else "tensor"
 
 
 def _statistics(

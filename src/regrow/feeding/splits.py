@@ -125,7 +125,8 @@ class Splits:
     """Train, validation and test examples, and facts found while reading them.
 
     A split that is None does not exist; an empty one is an error. `input_max` is the raw value of
-    white, `columns` are a table's features; `resize`, `reading` and `collate` apply to files.
+    white, `columns` are a table's features; `resize`, `reading` and `collate` apply to files, and
+    `reads_images` says that they are images of ours.
     `notes` are lines to log at the start of a run. `known_keys` holds each split's keys if the
     source has already computed them, which is slow.
     """
@@ -134,6 +135,7 @@ class Splits:
     val: Split | None
     test: Split | None
     class_names: list[str] | None = None
+    target_names: list[str] | None = None
     input_max: float = 255.0
     resize: int | None = None
     columns: list[str] | None = None
@@ -141,6 +143,7 @@ class Splits:
     collate: Callable[[list[Any]], Any] | None = None
     reading: Reading = field(default_factory=Reading)
     notes: Sequence[str] = ()
+    reads_images: bool = False
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -245,6 +245,7 @@ def csv(
         own.get("val", val),
         own.get("test", test),
         class_names=names,
+        target_names=list(target_columns) if target_kind == "regression" else None,
         columns=columns,
         delimiter=delimiter,
     )
