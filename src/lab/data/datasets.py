@@ -75,8 +75,8 @@ def digit_scenes(
     """Return grey scenes of one to `most_digits` of those digits on texture, with masks.
 
     A pixel's class is that of its digit, 0 … 9, or 10 for the background. Faint ink is 255. The
-    scenes of a split hold its own digits alone, once or twice as large as stored. Integers alone
-    are drawn and computed with, so that every machine gets the same scenes.
+    scenes of a split hold its own digits alone. Integers alone are drawn and computed with, so that
+    every machine gets the same scenes.
     """
     images, classes = _digits()
     cut = _cut(images, classes, val_fraction, test_fraction, seed)
@@ -92,18 +92,16 @@ def digit_scenes(
         texture = torch.zeros(count, size, size, dtype=torch.int64)
         for grain in (1, 2, 4, 8):  # noise of several scales
             side = -(-size // grain)
-            noise = draw(48, count, side, side)
+            noise = draw(24, count, side, side)
             texture += noise.repeat_interleave(grain, 1).repeat_interleave(grain, 2)[
                 :, :size, :size
             ]
         masks = torch.full_like(texture, 10)
         for scene, mask in zip(texture, masks, strict=True):
             for _ in range(1 + int(draw(most_digits, 1))):
-                number, scale = int(draw(len(digits), 1)), 1 + int(draw(2, 1))
-                top, left = draw(size - 8 * scale + 1, 2).tolist()
+                number, (top, left) = int(draw(len(digits), 1)), draw(size - 7, 2).tolist()
                 ink = digits.inputs[number, 0].long()  # 0 … 16
-                ink = ink.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-                place = (slice(top, top + 8 * scale), slice(left, left + 8 * scale))
+                place = (slice(top, top + 8), slice(left, left + 8))
                 scene[place] = (scene[place] * (16 - ink) + 255 * ink) // 16
                 mask[place] = mask[place].where(ink == 0, 255)
                 mask[place] = mask[place].where(ink < 6, digits.targets[number])

@@ -150,7 +150,7 @@ RULES: dict[str, Rule] = {
     "data.source.identity": choice("contents", "ends"),
     "data.source.resize": optional(integer(1)),
     "data.source.mask_values": optional(list_of(integer(0))),
-    **below("data.source", "images masks", text()),
+    **below("data.source", "images_in masks_in", text()),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
     "data.source.target_columns": list_of(text()),
     **below("model", "hidden channels", list_of(integer(1))),

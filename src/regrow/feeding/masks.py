@@ -157,8 +157,8 @@ class MaskFiles:
 def mask_folder(
     *,
     root: str,
-    images: str,
-    masks: str,
+    images_in: str,
+    masks_in: str,
     mask_suffix: str,
     mask_values: list[int] | None,
     input_shape: list[int],
@@ -195,7 +195,7 @@ def mask_folder(
     suffixes_of(extensions)  # check before reading any folder
     shared = (size, channels, resize, root, exif_orientation, num_classes, ignore_index)
     own = {}
-    for name, (of_images, of_masks) in _places(folder, images, masks).items():
+    for name, (of_images, of_masks) in _places(folder, images_in, masks_in).items():
         pairs = _pairs(of_images, of_masks, mask_suffix, reading, left_out)
         files, found = ([str(pair[side]) for pair in pairs] for side in (0, 1))
         own[name] = MaskFiles(files, found, *shared, mask_values)
@@ -229,20 +229,22 @@ def mask_folder(
     )
 
 
-def _places(root: Path, images: str, masks: str) -> dict[str, tuple[Path, Path]]:
+def _places(root: Path, images_in: str, masks_in: str) -> dict[str, tuple[Path, Path]]:
     """Return the folders of images and masks of each split that has its own."""
     for layout in ("{name}/{kind}", "{kind}/{name}", "{kind}"):
         of_split = {
-            name: tuple(root / layout.format(name=name, kind=kind) for kind in (images, masks))
+            name: tuple(
+                root / layout.format(name=name, kind=kind) for kind in (images_in, masks_in)
+            )
             for name in (NAMES if "{name}" in layout else NAMES[:1])
         }
         found = {name: pair for name, pair in of_split.items() if is_folder(pair[0])}
         if "train" in found:
             return {name: (pair[0], pair[1]) for name, pair in found.items()}
     raise UserError(
-        f"data.root={root} has no folder train/{images}, {images}/train or {images}. Put the images"
-        f" there and the masks into {masks} beside it, or name the folders in data.source.images "
-        "and data.source.masks."
+        f"data.root={root} has no folder train/{images_in}, {images_in}/train or {images_in}. Put "
+        f"the images there and the masks into {masks_in} beside it, or name the folders: "
+        "data.source.images_in=… data.source.masks_in=…"
     )
 
 

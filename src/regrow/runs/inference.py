@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from regrow.config.recorded import recorded_config
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
+from regrow.feeding.images import fit, size_of
+from regrow.feeding.masks import as_written
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.processes.interrupt import StopRequest
@@ -19,6 +21,9 @@ from regrow.randomness import Draws, states_kept
 from regrow.record.records import load_status
 from regrow.runs.lab import lab
 from regrow.runs.loaded import LoadedRun
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
@@ -70,29 +75,59 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
     regression: `prediction` in the targets' own units, or `prediction/<target>` for several.
     Numbers have all digits of a float64. Raises UserError or DataError.
     """
-    _refuse_several_inputs(run)
     row = _rows(run)
+    for names, found in _predictions(run, path, batch_size):
+        for index, name in enumerate(names):
+            one = {key: value[index] for key, value in found.items()}
+            yield {"input": name, **row(one)}
+
+
+def predict_masks(run: LoadedRun, path: Path, batch_size: int) -> Iterator[tuple[str, Image]]:
+    """Yield a name and a mask, as a PIL image, per example in `path`, for a segmentation.
+
+    A pixel has the value that its class has in the run's own masks. A mask is as large as its image
+    file; if the run crops its images (`data.source.resize`), as large as the crop. Names are
+    relative to a folder `path`.
+    """
+    how = run.preprocessing
+    values = (run.config["data"].get("source") or {}).get("mask_values")
+    of_files = path.suffix.lower() != ".npy"
+    for names, found in _predictions(run, path, batch_size):
+        for name, classes in zip(names, found["prediction"], strict=True):
+            mask = as_written(classes, values)
+            if of_files and how.resize is None:
+                mask = fit(
+                    mask, size_of(name, exif_orientation=how.exif_orientation), None, nearest=True
+                )
+            if of_files:
+                name = str(Path(name).relative_to(path if path.is_dir() else path.parent))
+            yield name, mask
+
+
+def _predictions(
+    run: LoadedRun, path: Path, batch_size: int
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """Yield names and the task's predictions, on the CPU, batch by batch."""
+    _refuse_several_inputs(run)
     draws = Draws(run.config["seed"], "prediction", run.step, 0)
     for number, (names, inputs) in enumerate(run.preprocessing.read(path, batch_size)):
         with torch.no_grad(), autocast(run.device, run.precision), states_kept():
             draws.begin(number)
             outputs = call(run.model, inputs.to(run.device))
         _refuse_other_outputs(run, outputs)
-        found = {key: value.cpu() for key, value in run.task.predict(outputs).items()}
-        for index, name in enumerate(names):
-            one = {key: value[index] for key, value in found.items()}
-            yield {"input": name, **row(one)}
+        yield names, {key: value.cpu() for key, value in run.task.predict(outputs).items()}
 
 
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
     """Raise UserError for outputs that do not fit one row per example."""
     dimensions = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
+    dimensions["segmentation"] = (4,)
     allowed = dimensions.get(run.task.kind)
     if allowed is None or (isinstance(outputs, Tensor) and outputs.ndim in allowed):
         return
     shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     raise UserError(
-        f"run={run.folder}: the model gives {shape} for a batch, such as a class per pixel or "
+        f"run={run.folder}: the model gives {shape} for a batch, such as a class per "
         "token, and a table has one row per example. Use the model from Python: "
         "regrow.load.load_run(run).model(inputs)."
     )
@@ -143,5 +178,6 @@ def _values(run: LoadedRun, prediction: Tensor) -> dict[str, str]:
         return {"prediction": repr(values[0])}
     source = run.config["data"].get("source")
     columns = source.get("target_columns") if isinstance(source, dict) else None
-    names = columns if columns and len(columns) == len(values) else range(len(values))
+    found = run.target_names or columns  # a run of an earlier version did not record its names
+    names = found if found and len(found) == len(values) else range(len(values))
     return {f"prediction/{name}": repr(v) for name, v in zip(names, values, strict=True)}
