@@ -202,10 +202,10 @@ def mask_folder(
     all_files = [file for split in own.values() for file in split.files]
     keys = iter(keys_of_copies(all_files, root))  # one call, so that copies are found anywhere
     known_keys = {name: [next(keys) for _ in split.files] for name, split in own.items()}
-    train = own["train"]
+    train, keys_of_train = own["train"], known_keys["train"]
     note = _note_of_values(train)
     parts = cut(
-        known_keys["train"],
+        keys_of_train,
         np.zeros(len(train), np.int64),
         val_fraction=0.0 if "val" in own else val_fraction,
         test_fraction=0.0 if "test" in own else test_fraction,
@@ -214,8 +214,7 @@ def mask_folder(
     for name, part in zip(NAMES, parts, strict=True):
         if part is not None:
             own[name] = train.subset(part)
-            known_keys[name] = [known_keys["train"][index] for index in part.tolist()]
-    known_keys["train"] = [known_keys["train"][index] for index in parts[0].tolist()]
+            known_keys[name] = [keys_of_train[index] for index in part.tolist()]
     return Splits(
         own["train"],
         own.get("val"),
