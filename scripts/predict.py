@@ -4,7 +4,8 @@ python scripts/predict.py run=outputs/digits/latest input=pictures/ output=predi
 
 The input is an image, a folder of images, an .npy array (N, …) in the data's own raw units, or a
 .csv with the columns that the run was trained on. The output has a line per example: its name, the
-predicted class and the probability of each, or the value in the targets' own units.
+predicted class and the probability of each, or the value in the targets' own units. For a
+segmentation, the output is a folder with a mask per example, as PNG.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
+from regrow.config.recorded import gives_masks
 from regrow.errors import UserError
 from regrow.failing import in_one_line
-from regrow.record.output import refuse_existing, write_csv
+from regrow.record.output import (
+    refuse_existing,
+    refuse_existing_folder,
+    write_csv,
+    write_images,
+)
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
     "input": Option("an image, a folder of images, .npy or .csv", required=True),
-    "output": Option("the .csv file to write", "predictions.csv"),
+    "output": Option("the .csv file to write, or the folder of masks; else predictions(.csv)"),
     "overwrite": Option("write over a file that is there", False, kind="boolean"),
     "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
     "device": Option(
@@ -40,26 +47,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def predict(options: Arguments) -> None:
-    source, output = Path(options["input"]), Path(options["output"])
+    source, has_masks = Path(options["input"]), gives_masks(Path(options["run"]))
+    output = Path(options["output"] or ("predictions" if has_masks else "predictions.csv"))
     if not source.exists():
         raise UserError(f"input={source} does not exist. Give an image, a folder, .npy or .csv.")
     if output.exists() and output.samefile(source):
         raise UserError(f"output={output} is the input itself. Choose another name.")
-    refuse_existing(output, options["overwrite"])
+    (refuse_existing_folder if has_masks else refuse_existing)(output, options["overwrite"])
     # these import torch: only after the arguments are checked
     from tqdm import tqdm
 
     from regrow.runs.console import console
     from regrow.runs.inference import predict as predictions
+    from regrow.runs.inference import predict_masks
     from regrow.runs.loaded import load_run, set_numerics
 
     with console():
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
         set_numerics(run)
         with contextlib.closing(run):
-            rows = predictions(run, source, options["batch_size"])
-            bar = tqdm(rows, unit="example", leave=False, disable=None)
-            count = write_csv(bar, output, overwrite=options["overwrite"])
+            find, write = (predict_masks, write_images) if has_masks else (predictions, write_csv)
+            found = find(run, source, options["batch_size"])
+            bar = tqdm(found, unit="example", leave=False, disable=None)
+            count = write(bar, output, overwrite=options["overwrite"])
     written = f"{count:,} prediction{'s'[: count != 1]}"
     print(f"{written} of step {run.step} ({options['checkpoint']}) in {output}")
 

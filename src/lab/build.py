@@ -118,11 +118,13 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         model.to(memory_format=torch.channels_last)
 
     task_node = dict(config["task"])
-    if task_node.get("class_names", ...) is None:
-        task_node["class_names"] = data.class_names  # read from the data, such as folder names
+    for names in ("class_names", "target_names"):
+        if task_node.get(names, ...) is None:
+            task_node[names] = getattr(data, names)  # read from the data, such as folder names
     task = instantiate(task_node, loss=instantiate(config["loss"]))
     task.in_units = data.in_units  # regression metrics are in the targets' own units
     task.vocabulary = data.preprocessing.vocabulary  # says how many bytes a token has
+    task.as_pixels = data.as_pixels  # of the report's pictures
     options = with_monitor(options, config, task, world.device, sets)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:

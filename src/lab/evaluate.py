@@ -27,7 +27,7 @@ from regrow.numerics.totals import (
     sum_dtype,
 )
 from regrow.processes.interrupt import StopRequest
-from regrow.protocols import Batch, Config, EvalBatches, Task
+from regrow.protocols import Batch, Config, EvalBatches, ShowsExamples, Task
 from regrow.randomness import Draws, states_kept
 
 
@@ -92,6 +92,7 @@ def measure(
     """
     sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
+    examples: Mapping[str, Config] = {}
     model.eval()
     with bar:
         for number, batch in enumerate(batches):
@@ -107,6 +108,8 @@ def measure(
                 sums[LOSS] += (values * weights).sum()
                 sums[WEIGHT] += weights.sum()
             metrics.update(outputs, batch.targets, batch.weights)
+            if number == 0 and isinstance(task, ShowsExamples):
+                examples = task.examples(batch, outputs)
             if not bar.disable:  # only for the progress bar
                 score = task.running(outputs, batch.targets)
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
@@ -114,4 +117,5 @@ def measure(
             advance(bar, Totals(sums), task.running_name)
     draws.look()
     loss_sum, _, weight, _ = world.sum_(sums).tolist()
-    return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, metrics.details()
+    details = {**metrics.details(), **examples}
+    return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, details

@@ -22,6 +22,12 @@ ADDED_KEYS = (
     AddedKey("lab.data.datasets.csv", "sets", None),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
     AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
+    *(
+        AddedKey(f"lab.tasks.tasks.{task}", "extra_metrics", None)
+        for task in ("Multiclass", "Binary", "Multilabel", "Regression")
+    ),
+    AddedKey("lab.tasks.tasks.Regression", "target_names", None),
+    AddedKey("lab.tasks.tasks.Regression", "per_target", False),
     AddedKey("lab.options.TrainerOptions", "ema_warmup", False),
     AddedKey("lab.options.TrainerOptions", "capture", False),
 )

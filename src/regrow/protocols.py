@@ -7,7 +7,7 @@ one line that names the key, the value and the fix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,12 @@ class Store(Protocol):
 
 
 class Augmentation(Protocol):
+    """An augmentation in memory.
+
+    With an attribute `only_moves_pixels = True` it promises to treat all channels alike and to fill
+    with zeros. Then masks may be one channel more, and are moved like their images.
+    """
+
     def store(self, images: Tensor) -> Store:
         """Return a store of `images`, (N, C, H, W) uint8."""
         ...
@@ -138,6 +144,15 @@ class Task(Protocol):
 
     def metrics(self, device: torch.device) -> Metrics:
         """Return fresh metrics of an evaluation."""
+        ...
+
+
+@runtime_checkable
+class ShowsExamples(Protocol):
+    """A task whose evaluation also gives a few examples for plots."""
+
+    def examples(self, batch: Batch, outputs: Tensor) -> Mapping[str, Config]:
+        """Return the first batch's examples, as plain values for JSON."""
         ...
 
 

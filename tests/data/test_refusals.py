@@ -97,7 +97,7 @@ def test_targets_that_the_loss_leaves_out_need_not_be_a_class(
     loss = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=255)
     task = Multiclass(
         **{"num_classes": 3, "class_names": None, "monitor": "val/accuracy"},
-        **{"per_class": False, "auroc": False, "loss": loss},
+        **{"per_class": False, "auroc": False, "extra_metrics": None, "loss": loss},
     )
     for split in (Examples(inputs, targets), pairs):
         with pytest.raises(DataError, match="class 255 is out of range"):

@@ -110,7 +110,7 @@ def test_a_rate_can_be_scaled_by_the_name_of_a_model(tmp_path: Path) -> None:
     train(tmp_path, *GAN, scale)
     line = metrics_of(tmp_path)[0]
     assert line["train/lr/discriminator/x0.1"] == pytest.approx(1e-4)
-    assert line["train/lr/generator"] == pytest.approx(1e-3)
+    assert line["train/lr/generator"] == pytest.approx(5e-4)
     with pytest.raises(UserError, match="must begin with the name of a model"):
         train(tmp_path / "foreign", *GAN, "param_groups.lr_scale={layers.*: 0.1}")
 

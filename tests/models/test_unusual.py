@@ -207,7 +207,13 @@ def test_an_unusual_model_trains_and_a_resume_gives_the_same(
 def bench_of(model: nn.Module, **options: Any) -> Bench:
     loss = losses.CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)
     task = Multiclass(
-        num_classes=3, class_names=None, monitor=None, per_class=False, auroc=False, loss=loss
+        num_classes=3,
+        class_names=None,
+        monitor=None,
+        per_class=False,
+        auroc=False,
+        extra_metrics=None,
+        loss=loss,
     )
     make = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)
     return Bench(model, task, make, **{"ema_decay": 0.9, "clip_norm": 1.0, **options})

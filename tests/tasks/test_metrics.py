@@ -21,6 +21,7 @@ from lab.tasks.metrics import (
     multiclass_metrics,
     multilabel_metrics,
     regression_metrics,
+    segmentation_metrics,
 )
 
 
@@ -60,7 +61,16 @@ KINDS: dict[str, tuple[Recipe, Tensor, Tensor]] = {
     "binary": (binary(), drawn(N, 1), indices(N, high=2)),
     "multilabel": (multilabel(), drawn(N, C), indices(N, C, high=2).float()),
     "regression": (regression_metrics(1, as_is), drawn(N, 1), drawn(N)),
-    "regression_2": (regression_metrics(2, as_is), drawn(N, 2), drawn(N, 2) + 2000),
+    "regression_2": (
+        regression_metrics(2, as_is, ["price", "area"]),
+        drawn(N, 2),
+        drawn(N, 2) + 2000,
+    ),
+    "segmentation": (
+        segmentation_metrics(NAMES, 255, per_class=True),
+        drawn(N, C, 3, 5),
+        indices(N, 3, 5).where(drawn(N, 3, 5) < 1, 255).to(torch.uint8),
+    ),
 }
 
 
@@ -99,7 +109,7 @@ def test_chunks_give_what_one_update_gives(
     recipe, outputs, targets = KINDS[kind]
     parts = zip(outputs.split(50), targets.split(50), strict=True)
     batches = [measured(recipe, o, t).scalars() for o, t in parts]
-    name = "r2" if kind.startswith("regression") else "f1"
+    name = {"regression": "r2", "regression_2": "r2", "segmentation": "iou"}.get(kind, "f1")
     mean = np.nanmean([values[name] for values in batches])
     assert abs(mean - expected[name]) > 1e-4  # a mean over batches differs
 
@@ -177,10 +187,50 @@ def test_regression_is_scikit_learns(kind: str) -> None:
         "rmse": math.sqrt(sk.mean_squared_error(y, p)),
         "r2": sk.r2_score(y, p),
     }
+    for index, name in enumerate(["price", "area"] if y.ndim == 2 else []):
+        one = (y[:, index], p[:, index])
+        expected[f"mae/{name}"] = sk.mean_absolute_error(*one)
+        expected[f"rmse/{name}"] = math.sqrt(sk.mean_squared_error(*one))
+        expected[f"r2/{name}"] = sk.r2_score(*one)
     found = measured(recipe, outputs, targets)
     assert found.scalars() == pytest.approx(expected, rel=1e-9)
     pairs = found.details()
-    assert pairs["true"] == y.reshape(-1).tolist() and pairs["predicted"] == p.reshape(-1).tolist()
+    assert pairs["true"] == y.tolist() and pairs["predicted"] == p.tolist()
+    assert pairs.get("target_names") == (["price", "area"] if y.ndim == 2 else None)
+
+
+def test_segmentation_is_scikit_learns() -> None:
+    recipe, outputs, masks = KINDS["segmentation"]
+    found = measured(recipe, outputs, masks, batch=20).scalars()
+    counted = masks != 255
+    y, p = masks[counted].numpy(), outputs.argmax(1)[counted].numpy()
+    iou, dice = sk.jaccard_score(y, p, average=None), sk.f1_score(y, p, average=None)
+    expected = {
+        "pixel_accuracy": sk.accuracy_score(y, p),
+        "iou": iou.mean(),
+        "dice": dice.mean(),
+        **{f"iou/{n}": iou[i] for i, n in enumerate(NAMES)},
+        **{f"dice/{n}": dice[i] for i, n in enumerate(NAMES)},
+    }
+    near(found, expected)
+    assert found.keys() == expected.keys()
+    images = zip(outputs.split(1), masks.split(1), strict=True)
+    mean = np.nanmean([measured(recipe, *image).scalars()["iou"] for image in images])
+    assert abs(mean - found["iou"]) > 1e-3  # a mean over images differs
+    as_a_class = segmentation_metrics([*NAMES, "border"], None, per_class=False)
+    marked = masks.where(counted, C)
+    padded = torch.nn.functional.pad(outputs, (0, 0, 0, 0, 0, 1), value=-9.0)
+    assert measured(as_a_class, padded, marked).scalars()["iou"] < found["iou"] - 0.01
+
+
+def test_a_class_that_no_pixel_has_is_left_out_of_the_mean_iou() -> None:
+    recipe = segmentation_metrics(NAMES, 255, per_class=True)
+    outputs, masks = drawn(9, C, 4, 4), indices(9, 4, 4, high=2)
+    outputs[:, 3] = -100  # eel: never a target, never predicted
+    found = measured(recipe, outputs, masks).scalars()
+    y, p = masks.numpy().reshape(-1), outputs.argmax(1).numpy().reshape(-1)
+    assert math.isnan(found["iou/eel"]) and found["iou/owl"] == 0
+    near(found, {"iou": sk.jaccard_score(y, p, average="macro")})
 
 
 def test_r_squared_does_not_depend_on_the_unit() -> None:
@@ -314,6 +364,8 @@ def test_per_class_values_and_auroc_can_be_left_out() -> None:
 def test_pairs_for_the_picture_are_capped() -> None:
     found = measured(regression_metrics(1, as_is), drawn(5000), drawn(5000)).details()
     assert len(found["true"]) == len(found["predicted"]) == module.MAX_PAIRS
+    three = measured(regression_metrics(3, as_is), drawn(5000, 3), drawn(5000, 3)).details()
+    assert np.shape(three["true"]) == np.shape(three["predicted"]) == (module.MAX_PAIRS // 3, 3)
 
 
 def test_metrics_can_go_on_after_they_were_read() -> None:

@@ -24,12 +24,20 @@ SAME: dict[str, Any] = {"monitor": "val/accuracy"}
 
 def multiclass(loss: Loss = CE, num_classes: int = 10) -> Multiclass:
     return Multiclass(
-        num_classes=num_classes, class_names=None, per_class=True, auroc=True, loss=loss, **SAME
+        num_classes=num_classes,
+        class_names=None,
+        per_class=True,
+        auroc=True,
+        extra_metrics=None,
+        loss=loss,
+        **SAME,
     )
 
 
 def binary(loss: Loss = BCE, threshold: float = 0.5) -> Binary:
-    return Binary(class_names=None, threshold=threshold, auroc=True, loss=loss, **SAME)
+    return Binary(
+        class_names=None, threshold=threshold, auroc=True, extra_metrics=None, loss=loss, **SAME
+    )
 
 
 def multilabel(loss: Loss = BCE, num_classes: int = 4) -> Multilabel:
@@ -39,13 +47,21 @@ def multilabel(loss: Loss = BCE, num_classes: int = 4) -> Multilabel:
         threshold=0.5,
         per_class=True,
         auroc=True,
+        extra_metrics=None,
         loss=loss,
         **SAME,
     )
 
 
 def regression(loss: Loss = mse, num_outputs: int = 1) -> Regression:
-    return Regression(num_outputs=num_outputs, monitor="val/rmse", loss=loss)
+    return Regression(
+        num_outputs=num_outputs,
+        monitor="val/rmse",
+        target_names=None,
+        per_target=True,
+        extra_metrics=None,
+        loss=loss,
+    )
 
 
 def ones(*shape: int) -> Tensor:
@@ -134,10 +150,22 @@ def test_a_batch_that_does_not_fit_is_named_with_a_way_out(case: int) -> None:
         lambda: multilabel(BCEWithLogits(pos_weight=[1.0, 2.0])),
         lambda: binary(threshold=1.0),
         lambda: Multiclass(
-            num_classes=3, class_names=["a", "b"], per_class=True, auroc=True, loss=CE, **SAME
+            num_classes=3,
+            class_names=["a", "b"],
+            per_class=True,
+            auroc=True,
+            extra_metrics=None,
+            loss=CE,
+            **SAME,
         ),
         lambda: Multiclass(
-            num_classes=2, class_names=["a", "a"], per_class=True, auroc=True, loss=CE, **SAME
+            num_classes=2,
+            class_names=["a", "a"],
+            per_class=True,
+            auroc=True,
+            extra_metrics=None,
+            loss=CE,
+            **SAME,
         ),
     ],
 )
@@ -207,7 +235,7 @@ def test_logits_are_not_taken_for_a_sigmoid() -> None:
     binary().check(torch.zeros(4, 1), ones(4))  # a head that starts at zero
     binary().check(torch.linspace(0, 1.5, 8), ones(8))
     mse_on_probabilities = Binary(
-        class_names=None, threshold=0.5, auroc=True, loss=mse, **SAME
+        class_names=None, threshold=0.5, auroc=True, extra_metrics=None, loss=mse, **SAME
     )  # a loss that takes probabilities
     mse_on_probabilities.check(torch.rand(8), ones(8))
 

@@ -47,13 +47,14 @@ def multiclass(loss: Any) -> Multiclass:
         monitor="val/accuracy",
         per_class=False,
         auroc=False,
+        extra_metrics=None,
         loss=loss,
     )
 
 
 def binary(loss: Any) -> Binary:
     names = {"class_names": None, "monitor": "val/accuracy"}
-    return Binary(**names, threshold=0.5, auroc=False, loss=loss)  # type: ignore[arg-type]
+    return Binary(**names, threshold=0.5, auroc=False, extra_metrics=None, loss=loss)  # type: ignore[arg-type]
 
 
 def multilabel(loss: Any) -> Multilabel:
@@ -64,12 +65,20 @@ def multilabel(loss: Any) -> Multilabel:
         monitor="val/f1",
         per_class=False,
         auroc=False,
+        extra_metrics=None,
         loss=loss,
     )
 
 
 def regression(loss: Any) -> Regression:
-    return Regression(num_outputs=1, monitor="val/rmse", loss=loss)
+    return Regression(
+        num_outputs=1,
+        monitor="val/rmse",
+        target_names=None,
+        per_target=True,
+        extra_metrics=None,
+        loss=loss,
+    )
 
 
 def torch_ce(**options: Any) -> Reference:

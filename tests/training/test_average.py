@@ -27,7 +27,14 @@ BAD = (1, 4)  # steps with a non-finite batch
 
 def bench_of(**options: Any) -> Bench:
     torch.manual_seed(1)
-    task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
+    task = Regression(
+        num_outputs=1,
+        monitor="val/rmse",
+        target_names=None,
+        per_target=True,
+        extra_metrics=None,
+        loss=losses.mse,
+    )
     return Bench(nn.Linear(6, 1), task, ADAMW, **options)
 
 
@@ -77,7 +84,14 @@ def test_the_average_takes_over_the_statistics_of_batchnorm(
     monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1))
-    task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
+    task = Regression(
+        num_outputs=1,
+        monitor="val/rmse",
+        target_names=None,
+        per_target=True,
+        extra_metrics=None,
+        loss=losses.mse,
+    )
     bench = Bench(model, task, ADAMW, ema_decay=0.9)
     assert bench.state.averaged is not None
     for batch in batches():

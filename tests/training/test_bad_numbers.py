@@ -40,6 +40,7 @@ def task() -> Multiclass:
         monitor="val/accuracy",
         per_class=False,
         auroc=False,
+        extra_metrics=None,
         loss=loss,
     )
 

@@ -80,7 +80,7 @@ class Network(nn.Module):
 def task() -> Multiclass:
     loss = losses.CrossEntropy(label_smoothing=0.1, class_weights=None, ignore_index=None)
     names = {"class_names": None, "monitor": "val/accuracy", "per_class": False, "auroc": False}
-    return Multiclass(num_classes=3, loss=loss, **names)  # type: ignore[arg-type]
+    return Multiclass(num_classes=3, extra_metrics=None, loss=loss, **names)  # type: ignore[arg-type]
 
 
 def batch(number: int, *, size: int = 24, bad: bool = False) -> Any:

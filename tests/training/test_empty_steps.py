@@ -37,6 +37,7 @@ def task() -> Multiclass:
         monitor="val/accuracy",
         per_class=False,
         auroc=False,
+        extra_metrics=None,
         loss=loss,
     )
 

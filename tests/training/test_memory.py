@@ -51,6 +51,7 @@ def task_of() -> Multiclass:
         monitor="val/accuracy",
         per_class=False,
         auroc=False,
+        extra_metrics=None,
         loss=losses.CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None),
     )
 

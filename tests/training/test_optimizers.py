@@ -270,7 +270,14 @@ def steps_of(make: Any, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> lis
     monkeypatch.setattr(totals, "on_host", lambda device: not on_device)
     torch.manual_seed(1)
     model = nn.Linear(6, 1)
-    task = Regression(num_outputs=1, monitor="val/rmse", loss=losses.mse)
+    task = Regression(
+        num_outputs=1,
+        monitor="val/rmse",
+        target_names=None,
+        per_target=True,
+        extra_metrics=None,
+        loss=losses.mse,
+    )
     bench = Bench(model, task, make, clip_norm=0.1, clip_value=0.05, ema_decay=0.5)
     random = torch.Generator().manual_seed(2)
     for bad in (False, True, False):

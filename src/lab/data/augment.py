@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,6 @@ from torch import Tensor
 
 from regrow.errors import UserError
 from regrow.randomness import generator
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 PADDING_MODES = ("constant", "reflect")
 WRITTEN_BYTES = 1 << 22  # up to this size all crops are written out, in some milliseconds
@@ -42,6 +38,8 @@ class CropFlip:
     flip: bool
     padding_mode: str
     alternate_flips: bool
+
+    only_moves_pixels = True  # so a mask may be one channel more
 
     def __post_init__(self) -> None:
         if self.pad < 0:
@@ -131,7 +129,10 @@ def _reflected(images: Tensor, pad: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """RandomResizedCrop to (C, H, W), random mirror and ColorJitter, on one PIL image."""
+    """RandomResizedCrop to (C, H, W), random mirror and ColorJitter, on one PIL image.
+
+    With a mask as a second argument, returns both: the mask is moved like the image.
+    """
 
     input_shape: list[int]
     crop_scale: list[float]
@@ -142,9 +143,8 @@ class Photo:
     saturation: float
     hue: float
 
-    def __call__(self, image: Image) -> Image:
-        result: Image = self._transform(image)
-        return result
+    def __call__(self, *image_and_mask: Any) -> Any:
+        return self._transform(*image_and_mask)
 
     @cached_property
     def _transform(self) -> Any:

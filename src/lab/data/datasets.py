@@ -25,6 +25,7 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.images import image_folder as image_folder
+from regrow.feeding.masks import mask_folder as mask_folder
 from regrow.feeding.splits import (
     Examples,
     MapStyle,
@@ -62,6 +63,58 @@ def digits_attributes(*, val_fraction: float, test_fraction: float, seed: int) -
     labels = torch.stack(members, 1).float()
     strata = strata_of(classes)
     return _cut(images, labels, val_fraction, test_fraction, seed, input_max=16.0, strata=strata)
+
+
+def digit_scenes(
+    *,
+    size: int,
+    most_digits: int,
+    num_train: int,
+    num_val: int,
+    num_test: int,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Splits:
+    """Return grey scenes of one to `most_digits` of those digits on texture, with masks.
+
+    A pixel's class is that of its digit, 0 … 9, or 10 for the background. Faint ink is 255. The
+    scenes of a split hold its own digits alone. Integers alone are drawn and computed with, so that
+    every machine gets the same scenes.
+    """
+    images, classes = _digits()
+    cut = _cut(images, classes, val_fraction, test_fraction, seed)
+
+    def drawn(name: str, digits: Any, count: int) -> Examples | None:
+        if digits is None or count == 0:
+            return None
+        random = generator(seed, "scenes", name)
+
+        def draw(high: int, *shape: int) -> Tensor:
+            return torch.randint(high, shape, generator=random)
+
+        texture = torch.zeros(count, size, size, dtype=torch.int64)
+        for grain in (1, 2, 4, 8):  # noise of several scales
+            side = -(-size // grain)
+            noise = draw(24, count, side, side)
+            texture += noise.repeat_interleave(grain, 1).repeat_interleave(grain, 2)[
+                :, :size, :size
+            ]
+        masks = torch.full_like(texture, 10)
+        for scene, mask in zip(texture, masks, strict=True):
+            for _ in range(1 + int(draw(most_digits, 1))):
+                number, (top, left) = int(draw(len(digits), 1)), draw(size - 7, 2).tolist()
+                ink = digits.inputs[number, 0].long()  # 0 … 16
+                place = (slice(top, top + 8), slice(left, left + 8))
+                scene[place] = (scene[place] * (16 - ink) + 255 * ink) // 16
+                mask[place] = mask[place].where(ink == 0, 255)
+                mask[place] = mask[place].where(ink < 6, digits.targets[number])
+        return Examples(texture.to(torch.uint8).unsqueeze(1), masks.to(torch.uint8))
+
+    train = drawn("train", cut.train, num_train)
+    if train is None:
+        raise DataError("split train is empty: data.source.num_train=0. Raise it.")
+    return Splits(train, drawn("val", cut.val, num_val), drawn("test", cut.test, num_test))
 
 
 def breast_cancer(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:

@@ -43,7 +43,7 @@ class CNN(nn.Module):
             if index and size >= 4:
                 stages.append(nn.MaxPool2d(2))
                 size //= 2
-            stages.append(_stage(before, after, norm))
+            stages.append(stage(before, after, norm))
         self.body = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels[-1], num_outputs)
@@ -56,7 +56,8 @@ class CNN(nn.Module):
         return outputs
 
 
-def _stage(before: int, after: int, norm: str) -> nn.Sequential:
+def stage(before: int, after: int, norm: str) -> nn.Sequential:
+    """Return two 3x3 convolutions, each followed by the norm and a ReLU."""
     layers: list[nn.Module] = []
     for channels in (before, after):
         layers.append(nn.Conv2d(channels, after, 3, padding=1, bias=norm == "none"))

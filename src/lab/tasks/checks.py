@@ -83,19 +83,29 @@ def multiclass(
             "Let the data give targets.long()."
         )
     else:
-        valid = targets if ignore_index is None else targets[targets != ignore_index]
-        if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
-            wrong = int(valid.min()) if int(valid.min()) < 0 else int(valid.max())
-            raise UserError(
-                f"task=multiclass got class index {wrong} with data.num_classes={num_classes}. "
-                f"Classes count from 0 to {num_classes - 1}; for targets to be left out set "
-                "loss.ignore_index."
-            )
-    if logits and _probabilities(outputs):
+        _in_range("multiclass", targets, num_classes, ignore_index)
+    _no_softmax(outputs, logits)
+
+
+def segmentation(
+    outputs: Tensor, targets: Tensor, num_classes: int, ignore_index: int | None, *, logits: bool
+) -> None:
+    """Raise UserError unless outputs are (B, C, H, W) and targets class indices (B, H, W)."""
+    _real("segmentation", outputs)
+    if outputs.ndim != 4 or outputs.shape[1] != num_classes:
         raise UserError(
-            "model ends in a softmax (its outputs are non-negative and sum to one), and "
-            "loss=cross_entropy applies one itself. Remove it from the model: return logits."
+            f"task=segmentation needs outputs of shape (B, {num_classes}, H, W), got "
+            f"{tuple(outputs.shape)}. Use a model with an output per class and pixel, such as "
+            "model=unet."
         )
+    expected = (outputs.shape[0], *outputs.shape[2:])
+    if targets.is_floating_point() or tuple(targets.shape) != expected:
+        raise UserError(
+            f"task=segmentation needs class indices of shape {expected}, got {targets.dtype} of "
+            f"shape {tuple(targets.shape)}. Let the model's outputs be as large as the masks."
+        )
+    _in_range("segmentation", targets.long(), num_classes, ignore_index)
+    _no_softmax(outputs, logits)
 
 
 def binary(outputs: Tensor, targets: Tensor, *, logits: bool) -> None:
@@ -198,6 +208,24 @@ def _real(kind: str, outputs: Tensor) -> None:
         raise UserError(
             f"task={kind} needs the model to return one floating-point tensor, got {got}. "
             "Return the logits or values alone from the model's forward."
+        )
+
+
+def _in_range(kind: str, targets: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    valid = targets if ignore_index is None else targets[targets != ignore_index]
+    if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
+        wrong = int(valid.min()) if int(valid.min()) < 0 else int(valid.max())
+        raise UserError(
+            f"task={kind} got class index {wrong} with data.num_classes={num_classes}. Classes "
+            f"count from 0 to {num_classes - 1}; for targets to be left out set loss.ignore_index."
+        )
+
+
+def _no_softmax(outputs: Tensor, logits: bool) -> None:
+    if logits and _probabilities(outputs):
+        raise UserError(
+            "model ends in a softmax (its outputs are non-negative and sum to one), and "
+            "loss=cross_entropy applies one itself. Remove it from the model: return logits."
         )
 
 

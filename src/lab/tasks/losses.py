@@ -97,7 +97,7 @@ class CrossEntropy:
     ignore_index: int | None
 
     name = "cross_entropy"
-    kinds = ("multiclass", "language")
+    kinds = ("multiclass", "segmentation", "language")
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing <= 1:

@@ -1,5 +1,8 @@
 """Metrics on torchmetrics, exact over any number of batches and processes.
 
+`task.extra_metrics` names further ones, which get the rows that `Recipe.finish` returns:
+probabilities and classes, predicted and true values, or predicted and true classes of pixels.
+
 They count examples and ignore weights, except that a weight of zero leaves an example out. A class
 that occurs neither in the targets nor in the predictions gives NaN and is left out of averages; one
 that occurs but is never predicted has a precision of 0, as in scikit-learn. One NaN among the
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +60,22 @@ class Metrics:
     later `details` is local.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.names = recipe.names
+    def __init__(
+        self, recipe: Recipe, device: torch.device, extra: Mapping[str, Metric] | None = None
+    ) -> None:
+        self.names = (*recipe.names, *(extra or {}))
+        self._extra = extra or {}
+        if self._extra:
+            from regrow.numerics.extra import check
+
+            check(self._extra, recipe.names)
         self._recipe, self._device = recipe, torch.device(device)
         if self._device.type == "mps":  # MPS does not support float64
             self._device = torch.device("cpu")
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_waiting = self._num_elements = 0
         self._metrics: dict[str, Any] | None = None
+        self._shaped: tuple[str, ...] = SHAPED
         self._values: dict[str, Tensor] | None = None
 
     def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
@@ -86,7 +97,8 @@ class Metrics:
         num_rows, num_nans = values["_seen"].tolist()
         if num_rows == 0 or num_nans > 0:
             return dict.fromkeys(self.names, math.nan)
-        return self._recipe.scalars(values)
+        extra = {name: float(values[name]) for name in self._extra}
+        return self._recipe.scalars(values) | extra
 
     def details(self) -> dict[str, Any]:
         """Return the data for plots: confusion matrices, or pairs of true and predicted values."""
@@ -95,27 +107,54 @@ class Metrics:
 
     def higher_is_better(self, monitor: str) -> bool | None:
         """Return torchmetrics' `higher_is_better` for a metric such as val/f1/cat, else None."""
-        higher = getattr(self._recipe.build().get(monitor.split("/")[1]), "higher_is_better", None)
+        found = {**self._recipe.build(), **self._extra}.get(monitor.split("/")[1])
+        higher = getattr(found, "higher_is_better", None)
         return higher if isinstance(higher, bool) else None
+
+    def rehearse(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise UserError for an extra metric that does not take such a batch."""
+        if self._extra:
+            from regrow.numerics.extra import rehearse
+
+            rows = self._recipe.flatten(outputs.detach().to(self._device), targets.to(self._device))
+            rehearse(self._extra, *self._finished(*rows))
 
     @torch.no_grad()
     def _feed(self) -> None:
-        outputs, targets = self._taken()
-        outputs, targets = self._recipe.finish(widest(outputs), targets)
+        outputs, targets = self._finished(*self._taken())
         if self._metrics is None:
-            from regrow.numerics.exact import Seen
-
-            self._metrics = {"_seen": Seen(), **self._recipe.build()}
-            for name, metric in self._metrics.items():
-                metric.to(self._device)
-                if name not in COUNTS:
-                    metric.set_dtype(outputs.dtype)
+            self._metrics = self._made(outputs.dtype)
+        self._metrics["_seen"].update(outputs, targets)
+        if not outputs.is_floating_point():
+            outputs = outputs.clamp(min=0)  # -1 stands for NaN, and is counted by now
         for name, metric in self._metrics.items():
             if name == "_pairs":
                 pairs = torch.stack([targets, outputs], -1).reshape(-1)
-                metric.update(pairs[: 2 * MAX_PAIRS - sum(map(len, metric.value))])
-            elif outputs.shape[0] or name in SHAPED:
+                width = 2 * max(1, outputs[:1].numel())
+                most = max(1, 2 * MAX_PAIRS // width) * width
+                metric.update(pairs[: most - sum(map(len, metric.value))])
+            elif name != "_seen" and (outputs.shape[0] or name in self._shaped):
                 metric.update(outputs, targets)
+
+    def _finished(self, outputs: Tensor, targets: Tensor) -> Rows:
+        return self._recipe.finish(
+            widest(outputs) if outputs.is_floating_point() else outputs, targets
+        )
+
+    def _made(self, dtype: torch.dtype) -> dict[str, Any]:
+        from regrow.numerics.exact import Seen
+
+        made: dict[str, Any] = {"_seen": Seen(), **self._recipe.build()}
+        for name, metric in made.items():
+            metric.to(self._device)
+            if name not in COUNTS:
+                metric.set_dtype(dtype)
+        if self._extra:
+            from regrow.numerics.extra import fresh, has_list
+
+            made |= {name: fresh(metric, self._device) for name, metric in self._extra.items()}
+            self._shaped += tuple(name for name, it in self._extra.items() if has_list(it))
+        return made
 
     def _taken(self) -> Rows:
         """Return the buffered rows, without examples of weight zero, and clear the buffer."""
@@ -146,16 +185,16 @@ class Metrics:
         return values
 
 
-def names_of(class_names: list[str] | None, num_classes: int) -> list[str]:
-    """Return the classes' names, or their indices."""
-    if class_names is None:
-        return [str(index) for index in range(num_classes)]
-    names = [str(name) for name in class_names]
-    if len(names) != num_classes:
-        raise UserError(f"data.class_names has {len(names)} names for {num_classes} classes.")
-    if len(set(names)) != num_classes:
+def names_of(
+    given: list[str] | None, count: int, key: str = "data.class_names", of: str = "classes"
+) -> list[str]:
+    """Return the names of the classes or targets, or their indices."""
+    names = [str(name) for name in (range(count) if given is None else given)]
+    if len(names) != count:
+        raise UserError(f"{key} has {len(names)} names for {count} {of}.")
+    if len(set(names)) != count:
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"data.class_names holds {twice} twice. Give each class a name of its own.")
+        raise UserError(f"{key} holds {twice} twice. Give each one a name of its own.")
     return names
 
 
@@ -318,42 +357,98 @@ def language_metrics(num_tokens: int, num_bytes: list[int] | None) -> Recipe:
     )
 
 
-def regression_metrics(num_outputs: int, in_units: Callable[[Tensor], Tensor]) -> Recipe:
+def regression_metrics(
+    num_outputs: int, in_units: Callable[[Tensor], Tensor], target_names: Sequence[str] = ()
+) -> Recipe:
     """Return the recipe for MAE and RMSE over all values, and R² as the mean over outputs.
 
-    `in_units` reverts the standardisation of targets, for outputs and targets alike.
+    With several outputs, also for those of each of the `target_names`. `in_units` reverts the
+    standardisation of targets, for outputs and targets alike.
     """
-    names = ("mae", "rmse", "r2")
+    names, each = ("mae", "rmse", "r2"), list(target_names) if num_outputs > 1 else []
 
     def build() -> dict[str, Any]:
         from torchmetrics import CatMetric, MeanAbsoluteError, MeanSquaredError
 
         from regrow.numerics.exact import ExactR2
 
-        return {
+        found = {
             "mae": MeanAbsoluteError(),
             "rmse": MeanSquaredError(squared=False),
             "r2": ExactR2(),
             "_pairs": CatMetric(nan_strategy="disable"),
         }
+        if each:
+            found["mae/each"] = MeanAbsoluteError(num_outputs=num_outputs)
+            found["rmse/each"] = MeanSquaredError(squared=False, num_outputs=num_outputs)
+        return found
+
+    def scalars(values: dict[str, Tensor]) -> dict[str, float]:
+        by_target = {"r2/each": values["r2"], **values}
+        result = {name: float(values[name].mean()) for name in names}
+        for name in names if each else ():
+            named = zip(each, by_target[f"{name}/each"].tolist(), strict=True)
+            result |= {f"{name}/{of}": value for of, value in named}
+        return result
 
     def flatten(outputs: Tensor, targets: Tensor) -> Rows:
         shape = (-1,) if num_outputs == 1 else (-1, num_outputs)
         return outputs.reshape(shape), targets.reshape(shape)
 
     def details(values: dict[str, Tensor]) -> dict[str, Any]:
-        pairs = values["_pairs"].reshape(-1, 2)[:MAX_PAIRS]
-        return {"true": pairs[:, 0].tolist(), "predicted": pairs[:, 1].tolist()}
+        shape = (-1, 2) if num_outputs == 1 else (-1, num_outputs, 2)
+        pairs = values["_pairs"].reshape(shape)[: max(1, MAX_PAIRS // num_outputs)]
+        columns = {"true": pairs[..., 0].tolist(), "predicted": pairs[..., 1].tolist()}
+        return columns | ({"target_names": each} if each else {})
 
     shape = (0,) if num_outputs == 1 else (0, num_outputs)
     return Recipe(
-        names=names,
+        names=(*names, *(f"{name}/{of}" for name in names for of in each)),
         build=build,
         flatten=flatten,
         finish=lambda outputs, targets: (in_units(outputs), in_units(targets.to(outputs.dtype))),
         no_rows=(torch.empty(shape), torch.empty(shape)),
-        scalars=lambda values: {name: float(values[name]) for name in names},
+        scalars=scalars,
         details=details,
+    )
+
+
+def segmentation_metrics(
+    class_names: list[str], ignore_index: int | None, *, per_class: bool
+) -> Recipe:
+    """Return the recipe for pixel accuracy; IoU and Dice as means over the classes that occur."""
+    num_classes, averaged = len(class_names), ("iou", "dice")
+
+    def build() -> dict[str, Any]:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        return {"confusion": MulticlassConfusionMatrix(num_classes, validate_args=False)}
+
+    def flatten(outputs: Tensor, targets: Tensor) -> Rows:
+        """Return the classes of all pixels, at once: the outputs are C times as large."""
+        classes = outputs.argmax(1).masked_fill(outputs.amax(1).isnan(), -1)
+        return classes.reshape(-1), targets.long().reshape(-1)
+
+    def finish(classes: Tensor, targets: Tensor) -> Rows:
+        keep = slice(None) if ignore_index is None else targets != ignore_index
+        return classes[keep], targets[keep]
+
+    def scalars(values: dict[str, Tensor]) -> dict[str, float]:
+        counts = values["confusion"].cpu().double()
+        right, both = counts.diagonal(), counts.sum(1) + counts.sum(0)
+        by_class = {"iou": right / (both - right), "dice": 2 * right / both}
+        accuracy = float(right.sum() / counts.sum())
+        return {"pixel_accuracy": accuracy, **_means(by_class, class_names, per_class)}
+
+    each = [f"{name}/{of}" for name in averaged for of in class_names] if per_class else []
+    return Recipe(
+        names=("pixel_accuracy", *averaged, *each),
+        build=build,
+        flatten=flatten,
+        finish=finish,
+        no_rows=(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)),
+        scalars=scalars,
+        details=lambda values: _confusion(values, class_names),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,16 @@ from lab.tasks.metrics import (
     multilabel_metrics,
     names_of,
     regression_metrics,
+    segmentation_metrics,
 )
 from regrow.errors import UserError
 from regrow.feeding.tokens import IGNORED
 from regrow.feeding.vocabulary import from_record
 from regrow.numerics.precision import widest
+from regrow.protocols import Batch
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class Task(Protocol):
@@ -78,6 +83,7 @@ class Multiclass:
         monitor: str,
         per_class: bool,
         auroc: bool,
+        extra_metrics: dict[str, Metric] | None,
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
@@ -87,6 +93,7 @@ class Multiclass:
         self.class_names = names_of(class_names, num_classes)
         self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.extra_metrics = extra_metrics
         self.ignore_index: int | None = attribute(loss, "ignore_index", None)
         # The number of ignored targets is not known without waiting for the device.
         self.running_name = "accuracy" if self.ignore_index is None else None
@@ -104,6 +111,7 @@ class Multiclass:
             logits=logits,
         )
         checks.returned(self.loss_fn, outputs, targets)
+        self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         if self.running_name is None:
@@ -121,7 +129,7 @@ class Multiclass:
         recipe = multiclass_metrics(
             self.class_names, self.ignore_index, per_class=self.per_class, auroc=self.auroc
         )
-        return Metrics(recipe, device)
+        return Metrics(recipe, device, self.extra_metrics)
 
 
 class Binary:
@@ -137,6 +145,7 @@ class Binary:
         threshold: float,
         monitor: str,
         auroc: bool,
+        extra_metrics: dict[str, Metric] | None,
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
@@ -146,6 +155,7 @@ class Binary:
         self.auroc, self.loss_fn = auroc, loss
         self.threshold, self.logit = threshold, _logit(threshold)
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.extra_metrics = extra_metrics
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
         return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
@@ -154,6 +164,7 @@ class Binary:
         logits = attribute(self.loss_fn, "name", None) == "bce_with_logits"
         checks.binary(outputs, targets, logits=logits)
         checks.returned(self.loss_fn, *matched(outputs, targets))
+        self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         outputs, targets = matched(outputs, targets)
@@ -167,7 +178,7 @@ class Binary:
 
     def metrics(self, device: torch.device) -> Metrics:
         recipe = binary_metrics(self.class_names, self.threshold, auroc=self.auroc)
-        return Metrics(recipe, device)
+        return Metrics(recipe, device, self.extra_metrics)
 
 
 class Multilabel:
@@ -185,6 +196,7 @@ class Multilabel:
         monitor: str,
         per_class: bool,
         auroc: bool,
+        extra_metrics: dict[str, Metric] | None,
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
@@ -195,6 +207,7 @@ class Multilabel:
         self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
         self.threshold, self.logit = threshold, _logit(threshold)
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.extra_metrics = extra_metrics
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
         return weighted(self.loss_fn(outputs, targets), weights, len(outputs))
@@ -203,6 +216,7 @@ class Multilabel:
         logits = attribute(self.loss_fn, "name", None) == "bce_with_logits"
         checks.multilabel(outputs, targets, num_classes=self.num_classes, logits=logits)
         checks.returned(self.loss_fn, outputs, targets)
+        self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         return outputs.gt(self.logit).eq(targets).float().mean(1)
@@ -216,7 +230,7 @@ class Multilabel:
         recipe = multilabel_metrics(
             self.class_names, self.threshold, per_class=self.per_class, auroc=self.auroc
         )
-        return Metrics(recipe, device)
+        return Metrics(recipe, device, self.extra_metrics)
 
 
 class Regression:
@@ -229,12 +243,24 @@ class Regression:
     kind = "regression"
     running_name = None
 
-    def __init__(self, *, num_outputs: int, monitor: str, loss: Loss) -> None:
+    def __init__(
+        self,
+        *,
+        num_outputs: int,
+        target_names: list[str] | None,
+        monitor: str,
+        per_target: bool,
+        extra_metrics: dict[str, Metric] | None,
+        loss: Loss,
+    ) -> None:
         checks.fits(loss, self.kind)
         self.monitor = monitor
         self.num_outputs, self.loss_fn = num_outputs, loss
+        self.target_names = names_of(target_names, num_outputs, "task.target_names", "targets")
+        self.per_target = per_target
         self.in_units: Callable[[Tensor], Tensor] = widest
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.extra_metrics = extra_metrics
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
         return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
@@ -242,6 +268,7 @@ class Regression:
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         checks.regression(outputs, targets)
         checks.returned(self.loss_fn, *matched(outputs, targets))
+        self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         return None
@@ -251,7 +278,69 @@ class Regression:
         return {"prediction": self.in_units(outputs.squeeze(1) if one else outputs)}
 
     def metrics(self, device: torch.device) -> Metrics:
-        return Metrics(regression_metrics(self.num_outputs, self.in_units), device)
+        each = self.target_names if self.per_target else ()
+        recipe = regression_metrics(self.num_outputs, self.in_units, each)
+        return Metrics(recipe, device, self.extra_metrics)
+
+
+class Segmentation:
+    """One of C classes per pixel: logits (B, C, H, W), masks (B, H, W) of class indices.
+
+    Pixels of the loss's `ignore_index` count neither in the loss nor in the metrics.
+    """
+
+    kind = "segmentation"
+    running_name = None  # the number of ignored pixels is not known without waiting for the device
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        class_names: list[str] | None,
+        monitor: str,
+        per_class: bool,
+        extra_metrics: dict[str, Metric] | None,
+        loss: Loss,
+    ) -> None:
+        checks.fits(loss, self.kind)
+        checks.one_per_class(loss, "class_weights", num_classes)
+        self.monitor = monitor
+        self.num_classes = num_classes
+        self.class_names = names_of(class_names, num_classes)
+        self.per_class, self.loss_fn = per_class, loss
+        self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.extra_metrics = extra_metrics
+        self.ignore_index: int | None = attribute(loss, "ignore_index", None)
+        self.as_pixels: Callable[[Tensor], Tensor] | None = None  # of inputs, for pictures
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
+        return weighted(self.loss_fn(outputs, targets.long()), weights, len(outputs))
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        logits = attribute(self.loss_fn, "name", None) == "cross_entropy"
+        checks.segmentation(outputs, targets, self.num_classes, self.ignore_index, logits=logits)
+        checks.returned(self.loss_fn, outputs, targets.long())
+        self.metrics(outputs.device).rehearse(outputs, targets)
+
+    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return None
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        # In float32: a float64 per class and pixel would take twice the memory of the outputs.
+        return {"prediction": outputs.argmax(1), "probability": outputs.float().softmax(1)}
+
+    def metrics(self, device: torch.device) -> Metrics:
+        recipe = segmentation_metrics(self.class_names, self.ignore_index, per_class=self.per_class)
+        return Metrics(recipe, device, self.extra_metrics)
+
+    def examples(self, batch: Batch, outputs: Tensor) -> dict[str, Any]:
+        """Return pictures of a few inputs, masks and predictions, for the report."""
+        from regrow.record.pictures import of_masks
+
+        targets: Any = batch.targets
+        masks = {"true": targets, "predicted": outputs.argmax(1)}
+        named = (self.class_names, self.ignore_index)
+        return of_masks(batch.inputs, masks, *named, self.as_pixels)
 
 
 class Language:

@@ -18,7 +18,7 @@ older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earli
     EARLY_EXTENSIONS, line, removed
 own_modules: import_own_modules
 places: folders, groups, options
-recorded: recorded_config
+recorded: gives_masks, recorded_config
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted, is_done,
     is_foreign, is_of_the_launcher, is_own, key_of, LACKED, lacked_before, lacked_keys, places_of,

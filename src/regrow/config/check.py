@@ -119,6 +119,8 @@ NORMALIZE = Rule(
 )
 
 
+TARGET_KINDS = ("multiclass", "binary", "multilabel", "regression", "segmentation", "language")
+
 # Ranges, and the types of values that may be null. Other types follow from the shipped values.
 RULES: dict[str, Rule] = {
     "seed": integer(0),
@@ -134,9 +136,7 @@ RULES: dict[str, Rule] = {
     **below("data", "limit_train num_classes num_outputs", optional(integer(1))),
     "data.ignore_index": optional(INTEGER),
     "data.input_shape": optional(list_of(integer(1))),
-    "data.target_kind": optional(
-        choice("multiclass", "binary", "multilabel", "regression", "language")
-    ),
+    "data.target_kind": optional(choice(*TARGET_KINDS)),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
     "data.changed": choice("refuse", "accept"),
@@ -153,6 +153,8 @@ RULES: dict[str, Rule] = {
     "data.source.identity": choice("contents", "ends"),
     "data.source.resize": optional(integer(1)),
     "data.source.vocabulary": text(),
+    "data.source.mask_values": optional(list_of(integer(0))),
+    **below("data.source", "images_in masks_in", text()),
     "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
     "data.source.target_columns": list_of(text()),
     "data.source.sets": optional(either(mapping_to(text()), list_of(text()))),
@@ -168,6 +170,13 @@ RULES: dict[str, Rule] = {
     "loss.delta": number(0, above=True),
     "loss.beta": number(0),
     "task.threshold": number(0, 1),
+    "task.target_names": optional(list_of(NAME)),
+    "task.extra_metrics": optional(
+        Rule(
+            "a mapping of names to nodes with a _target_",
+            lambda v: isinstance(v, Mapping) and all("_target_" in node for node in v.values()),
+        )
+    ),
     "param_groups.lr_scale": optional(mapping_to(number(0))),
     "optimizer.lr": number(0, above=True),
     **below("optimizer", "weight_decay eps dampening", number(0)),
@@ -238,7 +247,7 @@ RULES: dict[str, Rule] = {
 
 # The tasks that each shipped loss is for.
 LOSSES = {
-    "CrossEntropy": ("multiclass", "language"),
+    "CrossEntropy": ("multiclass", "segmentation", "language"),
     "BCEWithLogits": ("binary", "multilabel"),
     **dict.fromkeys(("mse", "l1", "smooth_l1", "huber", "mse_plus_mae"), ("regression",)),
 }
@@ -326,7 +335,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
             "data.num_classes": " (null for a regression)",
-            "data.target_kind": " (multiclass, binary, multilabel, regression, language or null)",
+            "data.target_kind": f" ({', '.join(TARGET_KINDS)}; null for others)",
             "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")

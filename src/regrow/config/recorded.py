@@ -15,6 +15,8 @@ from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, brief
 from regrow.record import moved
 
+MASKS = "segmentation"
+
 log = logging.getLogger("regrow")
 
 
@@ -47,6 +49,15 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
         ) from None
     log.warning("%s: its config.yaml is damaged (%s). Its copy in .hydra is used.", where, reason)
     return config
+
+
+def gives_masks(folder: Path) -> bool:
+    """Return True if the run in `folder` is a segmentation; False if its config is unreadable."""
+    try:
+        kind: object = _whole(read_yaml(folder / "config.yaml"))["data"].get("target_kind")
+    except Exception:  # reported when the run is loaded
+        return False
+    return kind == MASKS
 
 
 def _whole(config: Any) -> dict[str, Any]:

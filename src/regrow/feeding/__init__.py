@@ -4,8 +4,9 @@ Public, by module; all else is private to this folder.
 
 batch: each, Inputs, noise, parts_of
 feeds: collated
-images: image_folder
+images: fit, image_folder, size_of
 loaders
+masks: as_written, mask_folder
 preprocess: in_units, Normalizer, Preprocessing
 splits: as_tensor, check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
 tables: csv

@@ -56,7 +56,10 @@ class MemoryFeed:
         *,
         store: Store | None,
         seed: int,
+        border: int | None = None,
     ) -> None:
+        """`border`: the masks are the store's last channel, where 0 means this class index."""
+        self.border = border
         self.targets = examples.targets.to(device)
         self.weights = None if examples.weights is None else examples.weights.to(device)
         self.num_elements = examples.inputs[:1].numel()
@@ -88,8 +91,8 @@ class MemoryFeed:
             else:
                 indices = torch.cat([order[share.start : share.stop] for share in shares])
             sizes = [share.stop - share.start for share in shares]
-            inputs = torch.split(self._gather(indices, table), sizes)
-            targets = torch.split(self.targets.index_select(0, indices), sizes)
+            gathered, found = self._gather(indices, table)
+            inputs, targets = torch.split(gathered, sizes), torch.split(found, sizes)
             weights: Any = (None,) * len(shares)
             if self.weights is not None:
                 weights = torch.split(self.weights.index_select(0, indices), sizes)
@@ -101,17 +104,22 @@ class MemoryFeed:
                         w = torch.zeros(1, device=self.device)
                     yield Batch(x, y, w, share.num_local, share.num_global, share.first)
 
-    def _gather(self, indices: Tensor, table: Tensor | None) -> Tensor:
+    def _gather(self, indices: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets at `indices`."""
         if self.store is not None and table is not None:
             inputs = self.store.gather(indices, table.index_select(0, indices))
         else:
             assert self.inputs is not None
             inputs = self.inputs.index_select(0, indices)
+        if self.border is None:
+            targets = self.targets.index_select(0, indices)
+        else:
+            inputs, targets = inputs[:, :-1], inputs[:, -1] + self.border
         if self.resident:
-            return inputs
+            return inputs, targets
         normalized = self.normalize(inputs)
         assert isinstance(normalized, Tensor)
-        return normalized
+        return normalized, targets
 
 
 class FileFeed:
@@ -403,6 +411,8 @@ def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int 
     """
     if targets.is_floating_point() or targets.is_complex():
         return None
+    if targets.dtype == torch.uint8:  # a comparison with -100 would wrap around
+        targets = targets.long()
     wrong = ((targets < 0) & (targets != -100)) | (targets >= num_classes)
     if ignore_index is not None:
         wrong &= targets != ignore_index

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +61,7 @@ OF_FRAMES = frozenset({"AVIF", "DCX", "FLI", "GIF", "MPO", "PSD", "TIFF", "WEBP"
 NUM_LOOKED_AT = 256  # files opened to check for several frames
 TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
           6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 @functools.cache
@@ -115,9 +116,15 @@ def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Im
     """
     from PIL import Image
 
+    with opened(path), Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
+        return _converted(file, channels, exif_orientation=exif_orientation)
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[None]:
+    """Raise any error of the block, which reads the image, as a DataError that names the file."""
     try:
-        with Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
-            return _converted(file, channels, exif_orientation=exif_orientation)
+        yield
     except OSError as error:
         if error.errno is not None:
             raise unreadable(path, error) from None
@@ -163,23 +170,33 @@ def _upright(image: Image, file: Image) -> Image:
     return image if method is None else image.transpose(Transpose[method])
 
 
-def fit(image: Image, size: Sequence[int], resize: int | None) -> Image:
-    """Return the image scaled to `size` (H, W).
+def size_of(path: str | Path, *, exif_orientation: bool) -> tuple[int, int]:
+    """Return (H, W) of the image that `load_image` returns, from the file's header alone."""
+    from PIL import Image
+
+    with opened(path), Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
+        is_turned = exif_orientation and file.getexif().get(0x0112) in SIDEWAYS
+        return (file.width, file.height) if is_turned else (file.height, file.width)
+
+
+def fit(image: Image, size: Sequence[int], resize: int | None, *, nearest: bool = False) -> Image:
+    """Return the image scaled to `size` (H, W), `nearest` for a mask.
 
     With `resize`, the shorter side is scaled to it and the centre is cropped. The pixels are the
     same as from torchvision's Resize and CenterCrop on a PIL image.
     """
     from PIL.Image import Resampling
 
+    how = Resampling.NEAREST if nearest else Resampling.BILINEAR
     height, width = size
     if resize is None:
         if image.size == (width, height):
             return image
-        return image.resize((width, height), Resampling.BILINEAR)
+        return image.resize((width, height), how)
     shorter = min(image.size)
     scaled = (int(resize * image.width / shorter), int(resize * image.height / shorter))
     if image.size != scaled:
-        image = image.resize(scaled, Resampling.BILINEAR)
+        image = image.resize(scaled, how)
     left = round((image.width - width) / 2)
     top = round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
@@ -285,17 +302,7 @@ def image_folder(
     Val and test without their own folders are cut from the training images by their fractions.
     """
     check_fractions(val_fraction, test_fraction)
-    channels, *size = input_shape
-    if channels not in (1, 3) or len(size) != 2:
-        raise UserError(
-            f"data.input_shape={input_shape}: not an image's shape. Use [3, height, width] or "
-            "[1, height, width]."
-        )
-    if resize < max(size):
-        raise UserError(
-            f"data.source.resize={resize} is smaller than the crop {size[0]} x {size[1]} of "
-            f"data.input_shape. Use {max(size)} or more."
-        )
+    channels, size = check_size(input_shape, resize)
     if identity not in ("contents", "ends"):
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
     folder = Path(root)
@@ -375,10 +382,27 @@ def image_folder(
         {name: split for name, split in own.items() if name not in NAMES},
         class_names=classes,
         resize=resize,
+        reads_images=True,
         known_keys=known_keys,
         reading=reading,
-        notes=[line for line in (str(left_out), _frames(all_files)) if line],
+        notes=[line for line in (str(left_out), frames(all_files)) if line],
     )
+
+
+def check_size(input_shape: list[int], resize: int | None) -> tuple[int, list[int]]:
+    """Return the channels and (H, W) of an image. Raises UserError for a wrong shape or resize."""
+    channels, *size = input_shape
+    if channels not in (1, 3) or len(size) != 2:
+        raise UserError(
+            f"data.input_shape={input_shape}: not an image's shape. Use [3, height, width] or "
+            "[1, height, width]."
+        )
+    if resize is not None and resize < max(size):
+        raise UserError(
+            f"data.source.resize={resize} is smaller than the crop {size[0]} x {size[1]} of "
+            f"data.input_shape. Use {max(size)} or more."
+        )
+    return channels, size
 
 
 def _folders(folder: Path, reading: Reading) -> list[str]:
@@ -427,7 +451,7 @@ def _keys(own: Mapping[str, ImageFiles], root: str, identity: str) -> dict[str, 
     return {name: [next(keys) for _ in split.files] for name, split in own.items()}
 
 
-def _frames(files: Sequence[str]) -> str:
+def frames(files: Sequence[str]) -> str:
     """Return a note if some files hold several frames, else "". Checks a sample of the files."""
     from PIL import Image
 

@@ -28,11 +28,12 @@ from regrow.feeding.preprocess import (
 from regrow.feeding.sampling import Windows, permutation
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
 from regrow.feeding.tokens import TokenFeed, Tokens
+from regrow.record.pictures import by_range
 
 log = logging.getLogger("regrow.data")
 
-KINDS = ("multiclass", "binary", "multilabel", "regression", "language")
-OF_CLASSES = ("multiclass", "language")  # their targets are indices of classes or tokens
+KINDS = ("multiclass", "binary", "multilabel", "regression", "segmentation", "language")
+OF_CLASSES = ("multiclass", "segmentation", "language")  # their targets are indices
 
 Feed = MemoryFeed | FileFeed | TokenFeed
 
@@ -237,7 +238,7 @@ class Data:
     def input_names(self) -> list[str] | None:
         """Return the inputs' names, or positions from 0, if an example has several; else None."""
         train = self.source.train
-        if isinstance(train, Examples | Tokens) or self.source.resize is not None:
+        if isinstance(train, Examples | Tokens) or self.source.reads_images:
             return None
         return input_names(train, self.source.collate, self.seed)
 
@@ -248,6 +249,24 @@ class Data:
     def in_units(self, values: Tensor) -> Tensor:
         """Return standardised regression targets or outputs, (N,) or (N, K), in their own units."""
         return in_units(values, self.target_mean, self.target_std)
+
+    @property
+    def target_names(self) -> list[str] | None:
+        """The names of regression targets, such as a table's columns."""
+        return self.source.target_names
+
+    def as_pixels(self, inputs: Tensor) -> Tensor:
+        """Return model inputs (B, C, H, W) as uint8 images, without the normalisation."""
+        how = self.preprocessing
+        if how.kind != "image" and how.mean is None:
+            return by_range(inputs)
+        per_channel = (1, -1, 1, 1)
+        std, mean = (
+            torch.ones(1) if it is None else torch.tensor(it) for it in (how.std, how.mean)
+        )
+        mean = mean if how.mean is not None else mean * 0
+        shown = inputs.float().cpu() * std.view(per_channel) + mean.view(per_channel)
+        return (shown * 255).round().clamp(0, 255).to(torch.uint8)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return count and SHA-256 of each split, over contents of tensors, files or some items."""
@@ -285,9 +304,14 @@ class Data:
         normalizer = Normalizer(self.preprocessing)
         if isinstance(split, Examples):
             augmentation: Any = self.augmentation
-            store = augmentation.store(split.inputs.to(device)) if augmented else None
-            standard = self._standardised(split)
-            return MemoryFeed(standard, normalizer, device, store=store, seed=self.seed)
+            images, border = split.inputs, None
+            if augmented and self.target_kind == "segmentation":
+                border = self.ignore_index or 0
+                masks = split.targets.to(torch.uint8) - border  # modulo 256: 0 is the border
+                images = torch.cat([images, masks.unsqueeze(1)], 1)
+            store = augmentation.store(images.to(device)) if augmented else None
+            feed = (self._standardised(split), normalizer, device)
+            return MemoryFeed(*feed, store=store, seed=self.seed, border=border)
         if isinstance(split, Tokens):
             return TokenFeed(split, device, seed=self.seed, rotates=augmented)
         if augmented:
@@ -402,6 +426,19 @@ class Data:
                 f"data.augmentation={type(augmentation).__name__} does not fit {kind} inputs of "
                 f"shape {self.input_shape} in memory. Use CropFlip for images, or null."
             )
+        elif self.target_kind == "segmentation":
+            if not getattr(augmentation, "only_moves_pixels", False):
+                raise UserError(
+                    f"data.augmentation={type(augmentation).__name__} does not move masks with "
+                    "their images. Use CropFlip, or null."
+                )
+            largest = max((self.num_classes or 1) - 1, self.ignore_index or 0)
+            if largest > 255 or (self.ignore_index or 0) < 0:
+                raise UserError(
+                    f"data.ignore_index={self.ignore_index} and data.num_classes="
+                    f"{self.num_classes}: masks in memory are augmented as bytes. Use indices of "
+                    "0 to 255, or data.augment=false."
+                )
 
     def _check_examples(self, name: str, split: Examples) -> None:
         found = list(split.inputs.shape[1:])
@@ -417,6 +454,8 @@ class Data:
                 f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
             )
         targets = split.targets
+        if self.target_kind == "segmentation":
+            self._check_masks(name, split)
         if self.target_kind in OF_CLASSES and not targets.is_floating_point():
             self._check_classes(name, targets)
         elif not bool(targets.isfinite().all()):
@@ -430,6 +469,17 @@ class Data:
             raise UserError(
                 f"data.num_outputs={self.num_outputs}, but {self.target_kind} targets of shape "
                 f"{list(targets.shape)} take {width}. Set data.num_outputs={width}."
+            )
+
+    def _check_masks(self, name: str, split: Examples) -> None:
+        images, masks = split.inputs, split.targets
+        fits = images.ndim == 4 and masks.shape == (len(images), *images.shape[2:])
+        if not fits or masks.is_floating_point():
+            kind = str(masks.dtype).removeprefix("torch.")
+            raise DataError(
+                f"split {name}: {kind} targets of shape {list(masks.shape)} for inputs of shape "
+                f"{list(images.shape)}. Segmentation takes class indices (N, H, W) of images "
+                "(N, C, H, W)."
             )
 
     def _check_classes(self, name: str, targets: Tensor) -> None:

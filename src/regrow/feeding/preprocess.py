@@ -495,7 +495,7 @@ def _kind(splits: Splits, normalize: Any, integers: str) -> str:
         return "table"
     if isinstance(splits.train, Tokens):
         return "integer"
-    return "tensor" if splits.resize is None else "image"
+    return "image" if splits.reads_images else "tensor"
 
 
 def _statistics(

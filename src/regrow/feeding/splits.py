@@ -129,9 +129,10 @@ class Splits:
 
     `sets` holds any number of sets beside val and test, by name. A split that is None does not
     exist; an empty one is an error. `input_max` is the raw value of white, `columns` are a table's
-    features; `resize`, `reading` and `collate` apply to files, and `vocabulary` to a text: see
-    `Vocabulary.record`. `notes` are lines to log at the start of a run. `known_keys` holds each
-    split's keys if the source has already computed them, which is slow.
+    features; `resize`, `reading` and `collate` apply to files, `reads_images` says that they are
+    images of ours, and `vocabulary` belongs to a text: see `Vocabulary.record`. `notes` are lines
+    to log at the start of a run. `known_keys` holds each split's keys if the source has already
+    computed them, which is slow.
     """
 
     train: Split
@@ -139,6 +140,7 @@ class Splits:
     test: Split | None = None
     sets: Mapping[str, Split] = field(default_factory=dict)
     class_names: list[str] | None = None
+    target_names: list[str] | None = None
     input_max: float = 255.0
     resize: int | None = None
     columns: list[str] | None = None
@@ -147,6 +149,7 @@ class Splits:
     reading: Reading = field(default_factory=Reading)
     notes: Sequence[str] = ()
     vocabulary: Mapping[str, str] | None = None
+    reads_images: bool = False
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

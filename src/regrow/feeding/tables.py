@@ -259,6 +259,7 @@ def csv(
         own.get("test", test),
         {name: own[name] for name in sets or {}},
         class_names=names,
+        target_names=list(target_columns) if target_kind == "regression" else None,
         columns=columns,
         delimiter=delimiter,
     )

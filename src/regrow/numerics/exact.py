@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 20  # scores sorted at once
 
 
 class Seen(Metric):
-    """(2,) the number of rows, and of NaNs among the outputs."""
+    """(2,) the number of rows, and of NaNs among the outputs; in integers, -1 stands for NaN."""
 
     rows: Tensor
     nans: Tensor
@@ -31,7 +31,7 @@ class Seen(Metric):
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         self.rows += outputs.shape[0]
-        self.nans += outputs.isnan().sum()
+        self.nans += (outputs.isnan() if outputs.is_floating_point() else outputs < 0).sum()
 
     def compute(self) -> Tensor:
         return torch.stack([self.rows, self.nans])
@@ -79,7 +79,7 @@ class TokenSums(Metric):
 
 
 class ExactR2(Metric):
-    """R², the mean over outputs; NaN if the targets are constant.
+    """(D,) R² of each output, () of a single one; NaN if its targets are constant.
 
     Computed from sums like torchmetrics, but without its tolerance, which takes small targets for
     constant ones. Sums of squares lose digits for targets far from zero: there the count, mean and
@@ -109,7 +109,7 @@ class ExactR2(Metric):
         is_far = squares > FAR * merged
         scatter = torch.where(is_far, merged, near)
         lost = torch.where(is_far, squares * (8 * eps) ** 2, eps * squares * 4)
-        return torch.where(scatter > lost, 1 - residual / scatter, math.nan).mean()
+        return torch.where(scatter > lost, 1 - residual / scatter, math.nan)
 
 
 class BinaryAUROC(classification.BinaryAUROC):

@@ -11,9 +11,11 @@ manifest: code_changes, code_sha256, commit_to_use, cores, latest, NAME, name_so
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
 moved: in_config, in_text
 names: LOCK, refuse_foreign_run, refuse_foreign_sweep
-output: refuse_existing, whole_file, write_bytes, write_csv, write_text
+output: refuse_existing, refuse_existing_folder, whole_file, write_bytes, write_csv, write_images,
+    write_text
 ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run, Entry, find,
     is_own_run, owner_of_job, reason_of, remove_caches, sealed, take_trust, trust_of
+pictures: by_range, of_masks
 plots
 records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, METRICS, NOT_SETS,
     read_json, refuse_links, remove_start, remove_unused, set_status, set_step, sets_of, SUMMARY,

@@ -6,12 +6,16 @@ import contextlib
 import csv
 import io
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # A spreadsheet evaluates a cell that begins with one of these. The last four are full-width.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -57,6 +61,34 @@ def write_bytes(content: bytes, target: Path, *, overwrite: bool) -> None:
     """Write a file that the user named, atomically. Raises UserError."""
     with _told(target), whole_file(target, publish=_publish(overwrite)) as file:
         file.write(content)
+
+
+def write_images(images: Iterable[tuple[str, Image]], folder: Path, *, overwrite: bool) -> int:
+    """Write each image as <name>.png below `folder`, and return their number.
+
+    A new folder is complete or absent. In an existing one, files of the same names are replaced.
+    The suffix of a name is replaced too, unless that name is taken. Raises UserError.
+    """
+    refuse_existing_folder(folder, overwrite)
+    is_new = not folder.exists()
+    place = folder.with_name(f".{folder.name}.{os.getpid()}.tmp") if is_new else folder
+    taken: set[Path] = set()
+    try:
+        for name, image in images:
+            file = Path(name).with_suffix(".png")
+            file = file if file not in taken else Path(f"{name}.png")
+            taken.add(file)
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(place / file) as opened:
+                image.save(opened, "PNG")
+        if is_new:
+            place.rename(folder)
+    except OSError as error:
+        raise UserError(f"output={folder} cannot be written: {error.strerror or error}.") from None
+    finally:
+        if is_new:
+            shutil.rmtree(place, ignore_errors=True)
+    return len(taken)
 
 
 def open_new(path: Path, mode: int = 0o666) -> int:
@@ -131,6 +163,21 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise UserError(f"output={target} is a folder. Name a file, such as {target / 'out.csv'}.")
     if not stat.S_ISREG(mode):
         raise UserError(f"output={target} is not a regular file. Choose another name.")
+    if not target.parent.is_dir():
+        raise UserError(f"output={target}: there is no folder {target.parent}. Make it first.")
+
+
+def refuse_existing_folder(target: Path, overwrite: bool) -> None:
+    """Raise UserError for a folder that cannot be written to. Call it before doing the work.
+
+    One that holds something needs `overwrite`; nothing in it is removed.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"output={target} is not a folder, and masks are written to one.")
+    if target.is_dir() and not overwrite and any(target.iterdir()):
+        raise UserError(
+            f"output={target} exists already. Choose another name, or add overwrite=true."
+        )
     if not target.parent.is_dir():
         raise UserError(f"output={target}: there is no folder {target.parent}. Make it first.")
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regrow.record import pictures
 from regrow.record.records import by_set, read_json, read_metrics
 
 if TYPE_CHECKING:
@@ -57,7 +58,15 @@ def figures(
                 details["confusion_matrix"], details.get("class_names")
             )
         elif isinstance(details, dict) and details.get("true"):
-            found[f"predicted_{path.stem}"] = predicted(details["true"], details["predicted"])
+            names = details.get("target_names")
+            found[f"predicted_{path.stem}"] = predicted(
+                details["true"], details["predicted"], names
+            )
+        if isinstance(details, dict) and details.get("examples"):
+            names = details["class_names"]
+            found[f"examples_{path.stem}"] = pictures.figure(
+                details["examples"], names, _colours(len(names))
+            )
     there = {name: figure for name, figure in found.items() if figure is not None}
     for figure in there.values():  # lay out once, not for each file written
         figure.draw_without_rendering()
@@ -362,15 +371,18 @@ def _names(class_names: Sequence[str] | None, count: int) -> list[str]:
     return names if len(names) == count else [str(index) for index in range(count)]
 
 
-def predicted(true: Sequence[Any], values: Sequence[Any]) -> Figure | None:
-    """Return a panel per output, with each example as a dot, on the diagonal if exact."""
+def predicted(
+    true: Sequence[Any], values: Sequence[Any], target_names: Sequence[str] | None = None
+) -> Figure | None:
+    """Return a panel per target, with each example as a dot, on the diagonal if exact."""
     import numpy as np
 
     targets, outputs = (np.asarray(it, dtype=float) for it in (true, values))
     targets, outputs = (it.reshape(len(it), -1) for it in (targets, outputs))
     if targets.shape != outputs.shape or not targets.shape[1]:
         return None
-    figure, axes = _panels(min(targets.shape[1], PANELS))
+    names = target_names or [f"output {index}" for index in range(targets.shape[1])]
+    figure, axes = _panels(min(targets.shape[1], MAX_LABELS))
     if len(axes) == 1:
         figure.set_size_inches(4.8, 4.8)
     for index, axis in enumerate(axes):
@@ -381,7 +393,7 @@ def predicted(true: Sequence[Any], values: Sequence[Any]) -> Figure | None:
         if len(x):
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             axis.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle="--")
-        title = "predicted against true" if len(axes) == 1 else f"output {index}"
+        title = "predicted against true" if len(axes) == 1 else names[index]
         _finish(axis, title, [])
         axis.set_xlabel("true", fontsize=9, color=MUTED)
         axis.set_ylabel("predicted", fontsize=9, color=MUTED)

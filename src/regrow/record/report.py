@@ -179,6 +179,7 @@ _CAPTIONS = {
     "learning": "",
     "confusion": "Rows are the true classes; colour is the share of the row.",
     "predicted": "The dashed line is where predicted equals true.",
+    "examples": "The first examples, as the model sees them.",
 }
 
 

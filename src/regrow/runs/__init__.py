@@ -6,7 +6,7 @@ console: console
 export: exported
 find_lr: find_lr
 generation: generate
-inference: draws_of, evaluate, other_draws, predict
+inference: draws_of, evaluate, other_draws, predict, predict_masks
 launch: launch
 loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device

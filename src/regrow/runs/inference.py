@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from regrow.config.recorded import recorded_config
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
+from regrow.feeding.images import fit, size_of
+from regrow.feeding.masks import as_written
 from regrow.processes.interrupt import StopRequest
 from regrow.randomness import Draws, states_kept
 from regrow.record.records import load_status
 from regrow.runs.lab import lab
 from regrow.runs.loaded import LoadedRun
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
@@ -73,15 +78,41 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
         yield from run.read_off(names, outputs).rows()
 
 
+def predict_masks(run: LoadedRun, path: Path, batch_size: int) -> Iterator[tuple[str, Image]]:
+    """Yield a name and a mask, as a PIL image, per example in `path`, for a segmentation.
+
+    A pixel has the value that its class has in the run's own masks. A mask is as large as its image
+    file; if the run crops its images (`data.source.resize`), as large as the crop. Names are
+    relative to a folder `path`.
+    """
+    _refuse_several_inputs(run)
+    how = run.preprocessing
+    values = (run.config["data"].get("source") or {}).get("mask_values")
+    of_files = path.suffix.lower() != ".npy"
+    for names, outputs in run.outputs(path, batch_size):
+        _refuse_other_outputs(run, outputs)
+        masks = run.task.predict(outputs)["prediction"].cpu()
+        for name, classes in zip(names, masks, strict=True):
+            mask = as_written(classes, values)
+            if of_files and how.resize is None:
+                mask = fit(
+                    mask, size_of(name, exif_orientation=how.exif_orientation), None, nearest=True
+                )
+            if of_files:
+                name = str(Path(name).relative_to(path if path.is_dir() else path.parent))
+            yield name, mask
+
+
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
     """Raise UserError for outputs that do not fit one row per example."""
     dimensions = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
+    dimensions["segmentation"] = (4,)
     allowed = dimensions.get(run.task.kind)
     if allowed is None or (isinstance(outputs, Tensor) and outputs.ndim in allowed):
         return
     shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     raise UserError(
-        f"run={run.folder}: the model gives {shape} for a batch, such as a class per pixel or "
+        f"run={run.folder}: the model gives {shape} for a batch, such as a class per "
         "token, and a table has one row per example. Predict in Python: "
         "regrow.load.load_run(run).predict(inputs)."
     )

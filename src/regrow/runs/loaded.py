@@ -72,6 +72,7 @@ class LoadedRun:
     precision: str
     recorded: Preprocessing | None  # None: the run did not record it
     class_names: list[str] | None
+    target_names: list[str] | None  # of a regression with several targets
     input_names: list[str] | None  # None: an example is one tensor
 
     @cached_property
@@ -167,7 +168,8 @@ class LoadedRun:
             count = found["prediction"][:1].numel()
             source = self.config["data"].get("source")
             columns = source.get("target_columns") if isinstance(source, dict) else None
-            known = columns if columns and len(columns) == count else None
+            names_of_targets = self.target_names or columns  # earlier versions recorded no names
+            known = names_of_targets if len(names_of_targets or ()) == count else None
         else:
             count = 2 if kind == "binary" else self.task.num_classes
             known = self.class_names
@@ -186,8 +188,8 @@ class LoadedRun:
 
 def preprocessing_record(data: Any) -> dict[str, Any]:
     """Return the content of preprocessing.json: what prediction needs of the data."""
-    names = data.input_names()
-    return {**data.preprocessing.to_dict(), "class_names": data.class_names, "input_names": names}
+    names = {name: getattr(data, name) for name in ("class_names", "target_names")}
+    return {**data.preprocessing.to_dict(), **names, "input_names": data.input_names()}
 
 
 def load_run(
@@ -210,7 +212,7 @@ def load_run(
     config = _config(folder, given)
     if added := older.complete(config):
         log.info("%s", older.line(f"run={given}", added))
-    recorded, class_names, input_names = _recorded(folder, given)
+    recorded, class_names, target_names, input_names = _recorded(folder, given)
     try:
         class_names = class_names or _names(config["data"].get("class_names"))
     except TypeError as error:
@@ -255,6 +257,8 @@ def load_run(
     task = dict(config["task"])
     if task.get("class_names", ...) is None:
         task["class_names"] = class_names  # the run took them from its data
+    if task.get("target_names", ...) is None:
+        task["target_names"] = target_names
     run = LoadedRun(
         folder=folder,
         config=config,
@@ -266,6 +270,7 @@ def load_run(
         precision=_precision(config["trainer"]["precision"], chosen),
         recorded=recorded,
         class_names=None if class_names is None else [str(name) for name in class_names],
+        target_names=task.get("target_names"),
         input_names=input_names,
     )
     run.task.in_units = run.in_units
@@ -370,21 +375,25 @@ def _config(folder: Path, given: Path) -> dict[str, Any]:
 
 def _recorded(
     folder: Path, given: Path
-) -> tuple[Preprocessing | None, list[str] | None, list[str] | None]:
-    """Return the preprocessing, class names and input names; None for each that is not recorded."""
+) -> tuple[Preprocessing | None, list[str] | None, list[str] | None, list[str] | None]:
+    """Return the preprocessing, and the names of classes, targets and inputs.
+
+    None for each that is not recorded.
+    """
     path = folder / PREPROCESSING
     if not path.is_file():
-        return None, None, None
+        return None, None, None, None
     try:
         content: dict[str, Any] = read_json(path)
-        names = [_names(content.pop(key, None)) for key in ("class_names", "input_names")]
-        return Preprocessing.from_dict(content), names[0], names[1]
+        keys = ("class_names", "target_names", "input_names")
+        classes, targets, inputs = (_names(content.pop(key, None)) for key in keys)
+        return Preprocessing.from_dict(content), classes, targets, inputs
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         log.warning(
             "run=%s: its %s cannot be read (%s): the same is looked for in the data",
             *(given, PREPROCESSING, brief(error, 200)),
         )
-        return None, None, None
+        return None, None, None, None
 
 
 def _refuse_downloads(node: Any) -> None:

@@ -1,0 +1,311 @@
+"""Images and their masks in files. A mask has a class index per pixel. Errors name the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.errors import DataError, UserError
+from regrow.feeding.files import LeftOut, contents_of, is_folder, keys_of_copies, shown
+from regrow.feeding.images import (
+    check_size,
+    find_images,
+    fit,
+    formats_for,
+    frames,
+    load_image,
+    opened,
+    suffixes_of,
+    to_tensor,
+)
+from regrow.feeding.splits import NAMES, Reading, Splits, check_fractions, cut, text_names
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MODES = ("1", "L", "P", "I;16", "I")  # of one number per pixel; P: the index in the palette
+NUM_VALUES = 1 << 16  # of a pixel
+NO_CLASS = -(1 << 31)
+NUM_LOOKED_AT = 16  # training masks whose values are compared with the config
+
+
+def load_mask(path: str | Path) -> Image:
+    """Return a mask's numbers as a PIL image, of mode L or, above 8 bits, I. Raises DataError."""
+    from PIL import Image
+
+    with opened(path):
+        with Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
+            if file.mode not in MODES:
+                raise ValueError(
+                    f"its {file.mode} pixels are colours, and a mask has one number per pixel"
+                )
+            pixels = np.array(file)
+        return Image.fromarray(pixels.astype(np.uint8 if pixels.itemsize == 1 else np.int32))
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """A map-style data set: item i is a uint8 image (C, H, W) and its class indices (H, W)."""
+
+    files: list[str]
+    masks: list[str]
+    size: list[int]  # H, W
+    channels: int
+    resize: int | None
+    root: str
+    exif_orientation: bool
+    num_classes: int
+    ignore_index: int | None
+    mask_values: list[int] | None
+    transform: Callable[..., Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = load_image(self.files[index], self.channels, exif_orientation=self.exif_orientation)
+        mask = load_mask(self.masks[index])
+        if image.size != mask.size:
+            raise DataError(
+                f"{shown(self.files[index])} has {_pixels(image)} pixels, and its mask "
+                f"{shown(self.masks[index])} has {_pixels(mask)}. Give them one size; if the "
+                "camera was turned, try data.source.exif_orientation=false."
+            )
+        if self.transform is None:
+            image = fit(image, self.size, self.resize)
+            numbers = torch.from_numpy(np.array(fit(mask, self.size, self.resize, nearest=True)))
+        else:
+            image, numbers = self._together(image, torch.from_numpy(np.array(mask)))
+        return to_tensor(image), self._classes(numbers, index)
+
+    def _together(self, image: Image, numbers: Tensor) -> tuple[Image, Tensor]:
+        from torchvision.tv_tensors import Mask
+
+        assert self.transform is not None
+        try:
+            image, numbers = self.transform(image, Mask(numbers))
+        except TypeError as error:
+            raise DataError(
+                f"data.augmentation={type(self.transform).__name__} must take an image and its "
+                f"mask, and return both ({error}). Use the transforms of torchvision.transforms.v2."
+            ) from None
+        return image, numbers.as_subclass(Tensor)
+
+    def _classes(self, numbers: Tensor, index: int) -> Tensor:
+        classes = self._class_of[numbers.long().clamp(0, NUM_VALUES - 1)]
+        unknown = classes == NO_CLASS
+        if bool(unknown.any()):
+            values = self.mask_values or f"0 … {self.num_classes - 1}"
+            ignored = "" if self.ignore_index is None else f" or {self.ignore_index} (ignored)"
+            raise DataError(
+                f"{shown(self.masks[index])}: the value {int(numbers[unknown][0])} is not one of "
+                f"the classes {values}{ignored}. Set data.num_classes, or data.source.mask_values "
+                "to the value of each class."
+            )
+        return classes.to(self._dtype)
+
+    @cached_property
+    def _class_of(self) -> Tensor:
+        """The class of each value of a pixel, (65536,), or NO_CLASS."""
+        table = torch.full((NUM_VALUES,), NO_CLASS)
+        if self.ignore_index is not None and 0 <= self.ignore_index < NUM_VALUES:
+            table[self.ignore_index] = self.ignore_index
+        values = range(self.num_classes) if self.mask_values is None else self.mask_values
+        table[list(values)] = torch.arange(self.num_classes)
+        return table
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        largest = max(self.num_classes - 1, self.ignore_index or 0)
+        return torch.uint8 if largest < 256 else torch.int64
+
+    def subset(self, indices: Tensor) -> MaskFiles:
+        chosen = indices.tolist()
+        files = [self.files[index] for index in chosen]
+        masks = [self.masks[index] for index in chosen]
+        return dataclasses.replace(self, files=files, masks=masks)
+
+    def augmented(self, transform: Callable[..., Any]) -> MaskFiles:
+        """Return the same examples, with `transform` in place of Resize and CenterCrop.
+
+        It is called with a PIL image and a `torchvision.tv_tensors.Mask`, and returns both.
+        """
+        return dataclasses.replace(self, transform=transform)
+
+    def keys(self) -> list[Hashable]:
+        """Return a key per image, equal for copies, whatever their masks."""
+        return list(contents_of(self.files, self.root))
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over the contents of images and masks in order."""
+        digest = hashlib.sha256(f"{self.mask_values}\n".encode())
+        images, masks = (contents_of(files, self.root) for files in (self.files, self.masks))
+        for image, mask in zip(images, masks, strict=True):
+            digest.update(f"{image.hex()} {mask.hex()}\n".encode())
+        return digest.hexdigest()
+
+
+def mask_folder(
+    *,
+    root: str,
+    images_in: str,
+    masks_in: str,
+    mask_suffix: str,
+    mask_values: list[int] | None,
+    input_shape: list[int],
+    resize: int | None,
+    num_classes: int,
+    ignore_index: int | None,
+    class_names: list[str] | None,
+    exif_orientation: bool,
+    extensions: list[str] | None,
+    leave_out: list[str],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Splits:
+    """Return the splits of images and masks of the same names, in folders of these layouts.
+
+    root/train/images and root/train/masks, root/val/…, root/test/…; or root/images/train and
+    root/masks/train, …; or root/images and root/masks alone. The mask of images/a/b.jpg is
+    masks/a/b<mask_suffix> with any suffix of an image. A split without its own folder is cut from
+    the training images by its fraction.
+    """
+    check_fractions(val_fraction, test_fraction)
+    channels, size = check_size(input_shape, resize)
+    if mask_values is not None and len(mask_values) != num_classes:
+        raise UserError(
+            f"data.source.mask_values has {len(mask_values)} values for data.num_classes="
+            f"{num_classes}. Give the value of each class."
+        )
+    folder = Path(root)
+    if not is_folder(folder):
+        raise UserError(f"data.root={root}: not a folder. Set it to the folder of images.")
+    reading = Reading(extensions, tuple(leave_out), exif_orientation)
+    left_out = LeftOut(folder)
+    suffixes_of(extensions)  # check before reading any folder
+    shared = (size, channels, resize, root, exif_orientation, num_classes, ignore_index)
+    own = {}
+    for name, (of_images, of_masks) in _places(folder, images_in, masks_in).items():
+        pairs = _pairs(of_images, of_masks, mask_suffix, reading, left_out)
+        files, found = ([str(pair[side]) for pair in pairs] for side in (0, 1))
+        own[name] = MaskFiles(files, found, *shared, mask_values)
+    all_files = [file for split in own.values() for file in split.files]
+    keys = iter(keys_of_copies(all_files, root))  # one call, so that copies are found anywhere
+    known_keys = {name: [next(keys) for _ in split.files] for name, split in own.items()}
+    train, keys_of_train = own["train"], known_keys["train"]
+    note = _note_of_values(train)
+    parts = cut(
+        keys_of_train,
+        np.zeros(len(train), np.int64),
+        val_fraction=0.0 if "val" in own else val_fraction,
+        test_fraction=0.0 if "test" in own else test_fraction,
+        seed=seed,
+    )
+    for name, part in zip(NAMES, parts, strict=True):
+        if part is not None:
+            own[name] = train.subset(part)
+            known_keys[name] = [keys_of_train[index] for index in part.tolist()]
+    return Splits(
+        own["train"],
+        own.get("val"),
+        own.get("test"),
+        class_names=text_names(class_names),
+        resize=resize,
+        reads_images=True,
+        known_keys=known_keys,
+        reading=reading,
+        notes=[line for line in (str(left_out), frames(all_files), note) if line],
+    )
+
+
+def _places(root: Path, images_in: str, masks_in: str) -> dict[str, tuple[Path, Path]]:
+    """Return the folders of images and masks of each split that has its own."""
+    for layout in ("{name}/{kind}", "{kind}/{name}", "{kind}"):
+        of_split = {
+            name: tuple(
+                root / layout.format(name=name, kind=kind) for kind in (images_in, masks_in)
+            )
+            for name in (NAMES if "{name}" in layout else NAMES[:1])
+        }
+        found = {name: pair for name, pair in of_split.items() if is_folder(pair[0])}
+        if "train" in found:
+            return {name: (pair[0], pair[1]) for name, pair in found.items()}
+    raise UserError(
+        f"data.root={root} has no folder train/{images_in}, {images_in}/train or {images_in}. Put "
+        f"the images there and the masks into {masks_in} beside it, or name the folders: "
+        "data.source.images_in=… data.source.masks_in=…"
+    )
+
+
+def _pairs(
+    images: Path, masks: Path, mask_suffix: str, reading: Reading, left_out: LeftOut
+) -> list[tuple[Path, Path]]:
+    """Return each image of a folder with its mask, sorted. Raises DataError for one without."""
+    if not is_folder(masks):
+        raise DataError(f"{shown(masks)}: there is no such folder. It holds the masks of {images}.")
+    of_name: dict[Path, Path] = {}
+    for mask in find_images(masks, reading, left_out):
+        name = mask.relative_to(masks).with_suffix("")
+        if name in of_name:
+            raise DataError(f"{shown(mask)} and {of_name[name].name} mask one image. Remove one.")
+        of_name[name] = mask
+    files = find_images(images, reading, left_out)
+    if not files:
+        raise DataError(
+            f"{shown(images)} holds no images, so that the split is empty.{left_out.sentence()}"
+        )
+    found = []
+    used = set()
+    for file in files:
+        name = file.relative_to(images).with_suffix("")
+        name = name.with_name(f"{name.name}{mask_suffix}")
+        if name not in of_name:
+            raise DataError(
+                f"{shown(file)} has no mask: no image {shown(masks / name)}.* is there. Add it, "
+                "remove the image, or set data.source.mask_suffix to the end of the masks' names."
+            )
+        found.append((file, of_name[name]))
+        used.add(name)
+    for name in sorted(of_name.keys() - used):
+        left_out.add("masks without an image", of_name[name])
+    return found
+
+
+def _note_of_values(train: MaskFiles) -> str:
+    """Return a note if the first masks hold 0 and `ignore_index` alone: it may be a class."""
+    if train.mask_values is not None or train.ignore_index is None:
+        return ""
+    values: set[int] = set()
+    for mask in train.masks[:NUM_LOOKED_AT]:
+        values.update(np.unique(np.array(load_mask(mask))).tolist())
+    if values != {0, train.ignore_index}:
+        return ""
+    return (
+        f"the first masks hold 0 and {train.ignore_index} alone, and {train.ignore_index} is "
+        f"ignored. If it is a class, set data.source.mask_values=[0,{train.ignore_index}]"
+    )
+
+
+def _pixels(image: Image) -> str:
+    return f"{image.width} x {image.height}"
+
+
+def as_written(classes: Tensor, values: Sequence[int] | None) -> Image:
+    """Return class indices (H, W) as a mask's PIL image, with the value of each class.
+
+    8 bits per pixel, or 16 if a value needs them.
+    """
+    from PIL import Image
+
+    pixels = classes.cpu().numpy() if values is None else np.asarray(values)[classes.cpu().numpy()]
+    return Image.fromarray(pixels.astype(np.uint8 if pixels.max(initial=0) < 256 else np.uint16))

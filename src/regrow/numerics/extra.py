@@ -1,0 +1,112 @@
+"""Metrics of torchmetrics that a config names: exact over batches and processes, or refused.
+
+A metric is exact if its state is a sum, a maximum or a minimum, or a list of all rows, which
+torchmetrics gathers. Importing torchmetrics takes a second, so import this module only when there
+is such a metric.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_mean
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from regrow.errors import UserError, brief
+
+KEY = "task.extra_metrics"
+
+
+def check(metrics: Mapping[str, Any], taken: Collection[str]) -> None:
+    """Raise UserError for a name that is `taken`, and for a metric that would not be exact."""
+    for name, metric in metrics.items():
+        where = f"{KEY}.{name}"
+        if name in (*taken, "loss") or not name.isidentifier():
+            why = "is measured already" if name in (*taken, "loss") else "is not a plain name"
+            raise UserError(f"{where}: {name} {why}. Choose another name, such as my_{name}.")
+        if not isinstance(metric, Metric):
+            raise UserError(
+                f"{where}: {type(metric).__name__} is not a torchmetrics.Metric. Name a class of "
+                "torchmetrics, or a subclass of torchmetrics.Metric of your own."
+            )
+        if isinstance(metric, WrapperMetric):
+            raise UserError(
+                f"{where}: {type(metric).__name__} wraps another metric, and depends on how the "
+                "examples are grouped. Use the metric itself."
+            )
+        for state, reduction in metric._reductions.items():  # torchmetrics has no public name
+            if reduction is dim_zero_mean:
+                raise UserError(
+                    f"{where}: the state {state} of {type(metric).__name__} is a mean over "
+                    "processes, which unequal shares make wrong. Use a metric of sums or lists."
+                )
+
+
+def fresh(metric: Metric, device: torch.device) -> Metric:
+    """Return an empty copy on the device, with float64 instead of other floating-point sums."""
+    copied = metric.clone()
+    copied.reset()
+    copied.sync_on_compute = True
+    states = copied.metric_state.values()
+    if any(isinstance(state, Tensor) and state.is_floating_point() for state in states):
+        copied.set_dtype(torch.float64)
+    return copied.to(device)
+
+
+def has_list(metric: Metric) -> bool:
+    """Return True if the metric keeps rows. A process without rows then adds an empty list."""
+    return any(isinstance(state, list) for state in metric.metric_state.values())
+
+
+def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) -> None:
+    """Raise UserError for a metric that fails on these rows, or does not give one exact number.
+
+    `outputs` and `targets` are rows as the metric is updated with. Needs no other process.
+    """
+    for name, metric in metrics.items():
+        kind, half = type(metric).__name__, len(outputs) // 2
+        try:
+            whole = _value(name, metric, [(outputs, targets)])
+            rows = [(outputs[:half], targets[:half]), (outputs[half:], targets[half:])]
+            if has_list(metric):
+                rows.append((outputs[:0], targets[:0]))
+            parts = _value(name, metric, [it for it in rows if len(it[0]) or has_list(metric)])
+        except UserError:
+            raise
+        except Exception as error:  # torchmetrics raises errors of many classes
+            raise UserError(
+                f"{KEY}.{name}: {kind} does not take this task's outputs {_shown(outputs)} and "
+                f"targets {_shown(targets)}: {brief(error, 200)}. Fix its arguments, or remove it."
+            ) from None
+        if not math.isclose(whole, parts, rel_tol=1e-4, abs_tol=1e-6) and whole == whole:
+            raise UserError(
+                f"{KEY}.{name}: {kind} gives {whole:g} for a batch and {parts:g} for its halves "
+                "together, so it depends on how the examples are grouped. Use another metric."
+            )
+
+
+def _value(name: str, metric: Metric, batches: list[tuple[Tensor, Tensor]]) -> float:
+    copied = fresh(metric, batches[0][0].device)
+    copied.sync_on_compute = False
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # a batch may lack a class
+        for outputs, targets in batches:
+            copied.update(outputs, targets)
+        value = copied.compute()
+    if not isinstance(value, Tensor | float) or (isinstance(value, Tensor) and value.numel() != 1):
+        given = f"{value.numel()} numbers" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(
+            f"{KEY}.{name}: {type(metric).__name__} gives {given}, and a metric is one number. "
+            "Choose an average, such as average: macro."
+        )
+    return float(value)
+
+
+def _shown(rows: Tensor) -> str:
+    return f"({str(rows.dtype).removeprefix('torch.')} {list(rows.shape)})"

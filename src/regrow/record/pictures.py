@@ -1,0 +1,100 @@
+"""Pictures of a few examples with their masks, for a run's page. Plain values, as JSON holds."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_SHOWN = 4
+MOST_PIXELS = 256  # of a side; larger pictures keep every second pixel, or fewer
+IGNORED = "#ffffff"
+MAX_NAMES = 24  # in a legend
+
+
+def of_masks(
+    inputs: Any,
+    masks: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    ignore_index: int | None,
+    as_pixels: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Any]:
+    """Return the first examples: the input and each of the `masks` (B, H, W), as PNG in base64.
+
+    `as_pixels` converts inputs (B, C, H, W) to uint8; None: by the range of their values. Inputs
+    that are not one batch of images give nothing. Ignored pixels get the index after the classes.
+    """
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+        return {}
+    every = -(-max(inputs.shape[2:]) // MOST_PIXELS)
+    few = (slice(NUM_SHOWN), ..., slice(None, None, every), slice(None, None, every))
+    pixels = (as_pixels or by_range)(inputs[few]).cpu()
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
+    columns = {"input": [_png(image) for image in pixels]}
+    for name, mask in masks.items():
+        classes = mask[few].long().cpu()
+        if ignore_index is not None:
+            classes = classes.masked_fill(classes == ignore_index, len(class_names))
+        columns[name] = [_png(one[None]) for one in classes]
+    return {"examples": columns, "class_names": list(class_names)}
+
+
+def by_range(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) as uint8, each stretched from its least to its largest value."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
+
+
+def _png(pixels: Tensor) -> str:
+    """Return (1, H, W) or (3, H, W) values as PNG: 8 bits, or 16 if a class index needs them."""
+    from PIL import Image
+
+    is_wide = pixels.dtype != torch.uint8 and int(pixels.max()) > 255
+    array = pixels.permute(1, 2, 0).squeeze(2).numpy().astype("uint16" if is_wide else "uint8")
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def figure(
+    columns: Mapping[str, Sequence[str]], class_names: Sequence[str], colours: Sequence[str]
+) -> Figure:
+    """Return a row per example: its input and its masks, with a colour per class."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from PIL import Image
+
+    table = np.array([to_rgb(colour) for colour in (*colours, IGNORED)])
+    rows = len(columns["input"])
+    drawn = Figure(figsize=(2.3 * len(columns), 2.3 * rows + 0.9), layout="constrained")
+    axes = drawn.subplots(rows, len(columns), squeeze=False)
+    seen: set[int] = set()
+    for column, (name, encoded) in enumerate(columns.items()):
+        for row, text in enumerate(encoded):
+            axis = axes[row][column]
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(name, loc="left", fontsize=11)
+            with Image.open(io.BytesIO(base64.b64decode(text)), formats=("PNG",)) as file:
+                pixels = np.array(file)
+            if name == "input":
+                axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+            else:
+                seen.update(np.unique(pixels).tolist())
+                axis.imshow(table[pixels], interpolation="nearest")
+    named = dict(enumerate([*class_names, "ignored"]))
+    handles = [
+        Patch(facecolor=table[index], edgecolor="#888888", label=named[index].replace("$", r"\$"))
+        for index in sorted(seen & named.keys())[:MAX_NAMES]
+    ]
+    drawn.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=9)
+    return drawn
