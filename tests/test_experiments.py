@@ -17,6 +17,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 DEBUG = sorted(path.stem for path in (CONF / "debug").glob("*.yaml"))
 ONE = ("trainer.num_threads=1", "trainer.device=cpu")
 CIFAR = [name for name in EXPERIMENTS if "cifar" in name]
+LARGE = ["gpt2_124m"]  # see training/test_language_runs.py
 STAND_IN = ("data.source._target_=photographs.cifar10", "data.batch_size=16")
 
 
@@ -30,7 +31,7 @@ def test_an_experiment_opens_as_a_lab_note_and_is_sound(option: str) -> None:
     assert config.name == option
 
 
-@pytest.mark.parametrize("option", sorted({*EXPERIMENTS} - {*CIFAR}))
+@pytest.mark.parametrize("option", sorted({*EXPERIMENTS} - {*CIFAR, *LARGE}))
 def test_an_experiment_takes_two_steps_of_everything(option: str, tmp_path: Path) -> None:
     summary = train(tmp_path, f"experiment={option}", "debug=fast", *ONE)
     assert summary["status"] == "completed" and summary["test"]

@@ -88,8 +88,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        parts = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
+        parts = self.query_key_value(x).chunk(3, -1)
+        query, key, value = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts
+        )  # each (B, heads, T, width / heads)
         rate = self.rate if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
         x = x.transpose(1, 2).reshape(batch, length, width)
