@@ -111,7 +111,7 @@ BAD = {
     "trainer.monitor=train/loss": "must be a metric of a set that is measured during training",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
-    "data=csv": "add data.target_kind=… (multiclass, binary, multilabel or regression) (and",
+    "data=csv": "(multiclass, binary, multilabel, regression or segmentation) (and",
     "data=image_folder": "data.num_classes must be given",
     "data=image_folder data.num_classes=2": "data.root must be given: add data.root=…",
     "data=cifar10 data.root=null": "data.root must be given: add data.root=…",

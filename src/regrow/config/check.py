@@ -174,7 +174,10 @@ RULES: dict[str, Rule] = {
     "task.extra_metrics": optional(
         Rule(
             "a mapping of names to nodes with a _target_",
-            lambda v: isinstance(v, Mapping) and all("_target_" in node for node in v.values()),
+            lambda v: (
+                isinstance(v, Mapping)
+                and all(isinstance(node, Mapping) and "_target_" in node for node in v.values())
+            ),
         )
     ),
     "param_groups.lr_scale": optional(mapping_to(number(0))),
@@ -352,6 +355,8 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     allow(values)
     _check_keys(values, choices)
     _check_ranges(values)
+    for name, node in (values["task"].get("extra_metrics") or {}).items():
+        check_signature(node, f"task.extra_metrics.{name}")
     loggers.check_choice(values["logger"])
     _check_combinations(values)
 

@@ -29,9 +29,15 @@ KINDS = {
     "model": ("torch.nn.Module",),
     "loss": ("torch.nn.Module",),
     "data.augmentation": ("torch.nn.Module",),
+    "task.extra_metrics": ("torchmetrics.Metric",),
     "optimizer": ("torch.optim.Optimizer",),
     "scheduler": ("torch.optim.lr_scheduler.LRScheduler", "timm.scheduler.scheduler.Scheduler"),
 }
+# The parts of torchmetrics that only compute. Others load models, some from the network.
+PURE_METRICS = tuple(
+    f"torchmetrics.{part}"
+    for part in ("aggregation", "classification", "clustering", "nominal", "regression")
+)
 
 
 def check_roles(
@@ -113,6 +119,9 @@ def _fits(target: Any, group: str, path: str) -> bool:
     if not kinds:
         return False
     found = locate(target, path)
+    module = str(getattr(found, "__module__", ""))
+    if module.startswith("torchmetrics.") and not module.startswith(PURE_METRICS):
+        return False
     # If a kind's package is not imported by now, `found` cannot be a subclass.
     there = [kind for kind in kinds[0] if kind.partition(".")[0] in sys.modules]
     return inspect.isclass(found) and any(issubclass(found, locate(k, path)) for k in there)
