@@ -121,7 +121,7 @@ def tensors_of(item: object) -> tuple[Inputs, Targets, Tensor | None]:
         raise TypeError(f"{type(item).__name__}{keys}")
     inputs, targets = _parts("inputs", inputs), _parts("targets", targets)
     if weights is not None and not isinstance(weights, Tensor):
-        raise TypeError(f"a pair whose weights are {_shown(weights)}, not one tensor")
+        raise TypeError(f"a pair whose weights are {described(weights)}, not one tensor")
     return inputs, targets, weights if weights is None else weights.float()
 
 
@@ -133,14 +133,14 @@ def _parts(name: str, value: object) -> Inputs:
     if isinstance(value, list | tuple):
         found = tuple(value)
     if not isinstance(found, dict | tuple) or not found:
-        raise TypeError(f"a pair whose {name} are {_shown(value)}, not tensors")
+        raise TypeError(f"a pair whose {name} are {described(value)}, not tensors")
     for part in found.values() if isinstance(found, dict) else found:
         if not isinstance(part, Tensor):
-            raise TypeError(f"a pair whose {name} hold {_shown(part)}, not tensors")
+            raise TypeError(f"a pair whose {name} hold {described(part)}, not tensors")
     return cast(Inputs, found)
 
 
-def _shown(value: object) -> str:
+def described(value: object) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with keys {sorted(map(str, value))}"
     if isinstance(value, list | tuple) and value:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
-from regrow.feeding.batch import Batch, Inputs, each, parts_of, tensors_of
+from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
 from regrow.feeding.preprocess import Normalizer, rounding, single
 from regrow.feeding.sampling import Windows
 from regrow.feeding.splits import Examples, MapStyle
@@ -365,9 +365,10 @@ class _Collate:
         if not isinstance(found[1], Tensor):
             if not self.heads:
                 return _Broken(
-                    f"{self.name}: a batch of the data set has {len(found[1])} targets, and "
-                    "data.target_kind names a kind of one. For several heads set "
-                    "data.target_kind=null, and a task that takes them."
+                    f"{self.name}: a batch of the data set is a pair whose targets are "
+                    f"{described(found[1])}, and data.target_kind names a kind of one tensor. For "
+                    "several heads set data.target_kind=null, and a task that takes them; else let "
+                    "data.source.collate give one tensor."
                 )
         elif self.collate is not None and self.num_classes is not None:
             wrong = outside(found[1], self.num_classes, self.ignore_index)
