@@ -240,7 +240,7 @@ def test_two_processes_measure_the_sets_of_one(table: Path, run: Path, tmp_path:
             assert two[name][key] == pytest.approx(value, abs=1e-5, nan_ok=True)
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize("name", ["train", "time", "best", "seconds", "val", "test", "a b", "a/b"])

@@ -20,6 +20,9 @@ from regrow.record.records import load_status
 from regrow.runs.lab import lab
 from regrow.runs.loaded import LoadedRun
 
+# The dimensions of a batch of outputs that has one row per example, by kind of task.
+DIMENSIONS = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
+
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
     """Return the run's metrics over a split, such as "test/accuracy", without augmentation.
@@ -71,7 +74,7 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
     Numbers have all digits of a float64. Raises UserError or DataError.
     """
     _refuse_several_inputs(run)
-    row = _rows(run)
+    row = columns_of(run.task, run.class_names, run.config["data"].get("source"), run.folder)
     draws = Draws(run.config["seed"], "prediction", run.step, 0)
     for number, (names, inputs) in enumerate(run.preprocessing.read(path, batch_size)):
         with torch.no_grad(), autocast(run.device, run.precision), states_kept():
@@ -84,11 +87,15 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
             yield {"input": name, **row(one)}
 
 
+def gives_rows(task: Any, outputs: Any) -> bool:
+    """Return True if each example's output is one row of a table."""
+    dimensions = DIMENSIONS.get(getattr(task, "kind", ""), ())
+    return isinstance(outputs, Tensor) and outputs.ndim in dimensions
+
+
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
     """Raise UserError for outputs that do not fit one row per example."""
-    dimensions = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
-    allowed = dimensions.get(run.task.kind)
-    if allowed is None or (isinstance(outputs, Tensor) and outputs.ndim in allowed):
+    if run.task.kind not in DIMENSIONS or gives_rows(run.task, outputs):
         return
     shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     raise UserError(
@@ -108,13 +115,15 @@ def _refuse_several_inputs(run: LoadedRun) -> None:
         )
 
 
-def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
-    """Return the function from one example's prediction to its columns, for the run's task."""
-    kind = run.task.kind
+def columns_of(
+    task: Any, class_names: list[str] | None, source: Any, folder: Path
+) -> Callable[[dict[str, Tensor]], dict[str, str]]:
+    """Return the function from one example's prediction to its columns, for the task of a run."""
+    kind = task.kind
     if kind == "regression":
-        return lambda one: _values(run, one["prediction"])
-    count = 2 if kind == "binary" else run.task.num_classes
-    names = run.class_names or [str(index) for index in range(count)]
+        return lambda one: values_of("prediction", one["prediction"], source)
+    count = 2 if kind == "binary" else task.num_classes
+    names = class_names or [str(index) for index in range(count)]
 
     def multiclass(one: dict[str, Tensor]) -> dict[str, str]:
         shares = zip(names, one["probability"].tolist(), strict=True)
@@ -133,15 +142,15 @@ def _rows(run: LoadedRun) -> Callable[[dict[str, Tensor]], dict[str, str]]:
 
     kinds = {"multiclass": multiclass, "binary": binary, "multilabel": multilabel}
     if kind not in kinds:
-        raise UserError(f"run={run.folder}: predictions of a task of kind {kind} have no columns.")
+        raise UserError(f"run={folder}: predictions of a task of kind {kind} have no columns.")
     return kinds[kind]
 
 
-def _values(run: LoadedRun, prediction: Tensor) -> dict[str, str]:
-    values = prediction.flatten().tolist()
+def values_of(what: str, numbers: Tensor, source: Any) -> dict[str, str]:
+    """Return the cells of one example's numbers, named after the target's columns if several."""
+    values = numbers.flatten().tolist()
     if len(values) == 1:
-        return {"prediction": repr(values[0])}
-    source = run.config["data"].get("source")
+        return {what: repr(values[0])}
     columns = source.get("target_columns") if isinstance(source, dict) else None
     names = columns if columns and len(columns) == len(values) else range(len(values))
-    return {f"prediction/{name}": repr(v) for name, v in zip(names, values, strict=True)}
+    return {f"{what}/{name}": repr(v) for name, v in zip(names, values, strict=True)}
