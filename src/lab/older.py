@@ -12,6 +12,8 @@ from typing import Any
 from regrow.config.older import EARLY_EXTENSIONS, AddedKey
 
 IMAGE_FOLDER = "lab.data.datasets.image_folder"
+SOURCES = ("digits", "digits_attributes", "breast_cancer", "diabetes", "csv", "image_folder")
+CUT_HERE = tuple(f"lab.data.datasets.{name}" for name in SOURCES)
 ADDED_KEYS = (
     AddedKey(None, "step", {"_target_": "lab.step.train_step", "_partial_": True}),
     AddedKey(IMAGE_FOLDER, "exif_orientation", False),
@@ -20,6 +22,10 @@ ADDED_KEYS = (
     AddedKey(IMAGE_FOLDER, "identity", "ends"),
     AddedKey(IMAGE_FOLDER, "sets", []),
     AddedKey("lab.data.datasets.csv", "sets", None),
+    *(AddedKey(source, "folds", None, "data.folds") for source in CUT_HERE),
+    *(AddedKey(source, "fold", 0, "data.fold") for source in CUT_HERE),
+    AddedKey(IMAGE_FOLDER, "group", None),
+    AddedKey("lab.data.datasets.csv", "group", None),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
     AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     *(

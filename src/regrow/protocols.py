@@ -138,6 +138,10 @@ class Task(Protocol):
         """Raise UserError if outputs and targets of a first batch do not fit this task."""
         ...
 
+    def predict(self, outputs: Outputs) -> Mapping[str, Tensor]:
+        """Return `prediction`, and `probability` if any, of each example."""
+        ...
+
     def running(self, outputs: Outputs, targets: Targets) -> Tensor | None:
         """Return a cheap score per example, (B,), for the log of training; None without one."""
         ...
@@ -264,6 +268,8 @@ class Data(Protocol):
     """A data set with its splits, as the engine uses it: see `regrow.feeding.loaders.Data`."""
 
     batch_size: int  # examples per step, over all processes
+    folds: int | None  # of which one is the test split; None: it is not a fold
+    class_names: list[str] | None
 
     @property
     def num_examples(self) -> Mapping[str, int]:
@@ -284,6 +290,14 @@ class Data(Protocol):
         self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> EvalBatches:
         """Return this process's share of a split, not augmented."""
+        ...
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Return standardised regression targets in their own units; others unchanged."""
+        ...
+
+    def ids(self, name: str) -> Sequence[int | str]:
+        """Return what names each example of a split in its source."""
         ...
 
     def fingerprint(self) -> Mapping[str, Config]:

@@ -162,6 +162,7 @@ def data_of(train: Any, **changes: Any) -> Data:
             "integers": "int64",
             "target_dtype": "float64",
             "changed": "refuse",
+            **{"final_sets": [], "folds": None, "fold": 0},
             "identity": "contents",
         },
     }

@@ -66,6 +66,7 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "augment": True, "augmentation": None, "normalize": "none", "normalize_targets": False,
         "target_dtype": "float64", "integers": "int64", "ignore_index": None,
         "changed": "refuse", "identity": "contents", "overlap": "refuse",
+        "final_sets": [], "folds": None, "fold": 0,
     } | changes  # fmt: skip
     data = instantiate(node, source=from_datasets(train=train, val=val, test=None, collate=None))
     assert isinstance(data, Data)

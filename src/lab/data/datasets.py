@@ -50,19 +50,23 @@ ATTRIBUTES = {
 TEXTS = Path(__file__).parent / "texts"
 
 
-def digits(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+def digits(
+    *, val_fraction: float, test_fraction: float, seed: int, folds: int | None, fold: int
+) -> Splits:
     """Return 1,797 handwritten digits of 8x8 pixels in 0 … 16 (UCI, Alpaydin and Kaynak, 1998)."""
     images, classes = _digits()
-    return _cut(images, classes, val_fraction, test_fraction, seed, input_max=16.0)
+    return _cut(images, classes, val_fraction, test_fraction, seed, folds, fold, input_max=16.0)
 
 
-def digits_attributes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+def digits_attributes(
+    *, val_fraction: float, test_fraction: float, seed: int, folds: int | None, fold: int
+) -> Splits:
     """Return four labels of the same digits and splits: even, prime, above four, has a loop."""
     images, classes = _digits()
     members = [torch.isin(classes, torch.tensor(values)) for values in ATTRIBUTES.values()]
     labels = torch.stack(members, 1).float()
-    strata = strata_of(classes)
-    return _cut(images, labels, val_fraction, test_fraction, seed, input_max=16.0, strata=strata)
+    how = (val_fraction, test_fraction, seed, folds, fold)
+    return _cut(images, labels, *how, input_max=16.0, strata=strata_of(classes))
 
 
 def digit_scenes(
@@ -83,7 +87,7 @@ def digit_scenes(
     every machine gets the same scenes.
     """
     images, classes = _digits()
-    cut = _cut(images, classes, val_fraction, test_fraction, seed)
+    cut = _cut(images, classes, val_fraction, test_fraction, seed, None, 0)
 
     def drawn(name: str, digits: Any, count: int) -> Examples | None:
         if digits is None or count == 0:
@@ -117,18 +121,22 @@ def digit_scenes(
     return Splits(train, drawn("val", cut.val, num_val), drawn("test", cut.test, num_test))
 
 
-def breast_cancer(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+def breast_cancer(
+    *, val_fraction: float, test_fraction: float, seed: int, folds: int | None, fold: int
+) -> Splits:
     """Return 569 tumours, 30 measures, malignant (0) or benign (1) (UCI, Wolberg et al., 1995)."""
     rows = _bundled("breast_cancer.csv", delimiter=",", skiprows=1)
     inputs, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, -1]).float()
-    return _cut(inputs, targets, val_fraction, test_fraction, seed)
+    return _cut(inputs, targets, val_fraction, test_fraction, seed, folds, fold)
 
 
-def diabetes(*, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+def diabetes(
+    *, val_fraction: float, test_fraction: float, seed: int, folds: int | None, fold: int
+) -> Splits:
     """Return 442 patients, 10 measures, disease progression after a year (Efron et al., 2004)."""
     inputs = torch.from_numpy(_bundled("diabetes_data_raw.csv.gz"))
     targets = torch.from_numpy(_bundled("diabetes_target.csv.gz")).float()
-    splits = _cut(inputs, targets, val_fraction, test_fraction, seed)
+    splits = _cut(inputs, targets, val_fraction, test_fraction, seed, folds, fold)
     names = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]  # as in scikit-learn
     return replace(splits, columns=names)
 
@@ -160,6 +168,8 @@ def _cut(
     val_fraction: float,
     test_fraction: float,
     seed: int,
+    folds: int | None,
+    fold: int,
     *,
     input_max: float = 255.0,
     strata: Any = None,
@@ -169,6 +179,8 @@ def _cut(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         seed=seed,
+        folds=folds,
+        fold=fold,
         strata=strata,
     )
     return Splits(train, val, test, input_max=input_max)

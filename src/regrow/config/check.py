@@ -144,6 +144,9 @@ RULES: dict[str, Rule] = {
     "data.integers": choice("int64", "float32"),
     "data.target_dtype": choice("float64", "float32"),
     "data.final_sets": list_of(text()),
+    "data.folds": optional(integer(2)),
+    "data.fold": integer(0),
+    "data.source.group": optional(either(text(), integer(1))),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
     **below("data.source", "val_fraction test_fraction", number(0, 1)),
@@ -584,6 +587,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     source = data["source"]
     if isinstance(source, Mapping) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")
+    _check_folds(data)
     if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
@@ -618,6 +622,25 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     resume = values["resume"]
     if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
         raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
+
+
+def _check_folds(data: Mapping[str, Any]) -> None:
+    folds, fold, source = data.get("folds"), data.get("fold"), data["source"]
+    if folds is None:
+        if fold:
+            raise UserError(f"data.fold={fold}: data.folds=null. Set data.folds to their number.")
+        return
+    if fold >= folds:
+        raise UserError(
+            f"data.fold={fold}: with data.folds={folds}, the last fold is {folds - 1}. Choose "
+            f"0 … {folds - 1}."
+        )
+    if isinstance(source, Mapping) and "folds" not in source:
+        raise UserError(
+            f"data.folds={folds}: {source.get('_target_')} makes no folds, as its test split is "
+            "given. Use data.folds=null. A source of your own takes folds: ${data.folds} and "
+            "fold: ${data.fold}, and hands them to regrow.feeding.splits.cut_examples."
+        )
 
 
 def _is_ours(values: Mapping[str, Any], path: str) -> bool:

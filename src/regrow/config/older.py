@@ -46,6 +46,8 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.feeding.loaders.Data", "ignore_index", None, "loss.ignore_index"),
     AddedKey("regrow.feeding.loaders.Data", "target_dtype", "float32"),
     AddedKey("regrow.feeding.loaders.Data", "final_sets", []),
+    AddedKey("regrow.feeding.loaders.Data", "folds", None),
+    AddedKey("regrow.feeding.loaders.Data", "fold", 0),
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {

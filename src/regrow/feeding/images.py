@@ -221,6 +221,7 @@ class ImageFiles:
     exif_orientation: bool
     identity: str
     transform: Callable[[Image], Image] | None = None
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -243,7 +244,13 @@ class ImageFiles:
         chosen = indices.tolist()
         files = [self.files[index] for index in chosen]
         classes = [self.classes[index] for index in chosen]
-        return dataclasses.replace(self, files=files, classes=classes)
+        groups = None if self.groups is None else [self.groups[index] for index in chosen]
+        return dataclasses.replace(self, files=files, classes=classes, groups=groups)
+
+    @property
+    def ids(self) -> list[str]:
+        """The files, relative to the root."""
+        return [os.path.relpath(file, self.root) for file in self.files]
 
     def augmented(self, transform: Callable[[Image], Image]) -> ImageFiles:
         """Return the same examples, with `transform` in place of Resize and CenterCrop."""
@@ -295,13 +302,18 @@ def image_folder(
     identity: str,
     val_fraction: float,
     test_fraction: float,
+    folds: int | None,
+    fold: int,
+    group: int | None,
     seed: int,
 ) -> Splits:
     """Return the splits of root/<class>/…, or of root/train/<class>/…, root/<set>/<class>/….
 
     Val and test without their own folders are cut from the training images by their fractions.
+    With `group`, images with the same folders down to this depth below their class's folder are on
+    one side of every cut, whatever their class.
     """
-    check_fractions(val_fraction, test_fraction)
+    check_fractions(val_fraction, test_fraction, folds, fold)
     channels, size = check_size(input_shape, resize)
     if identity not in ("contents", "ends"):
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
@@ -322,6 +334,11 @@ def image_folder(
         )
     folders = {name: folder / name for name in names} if "train" in names else {"train": folder}
     found = _folders(folders["train"], reading)
+    if folds is not None and "test" in folders:
+        raise UserError(
+            f"data.folds={folds}: {folders['test']} is a test split of its own. Use "
+            "data.folds=null, or move it away."
+        )
     if missing := [name for name in sets or () if "train" not in names or name not in inside]:
         raise UserError(
             f"data.source.sets={sets}: {folder} holds no folder {missing[0]} beside a folder train."
@@ -357,7 +374,13 @@ def image_folder(
             raise DataError(f"{where / classes[min(missing)]} holds no images to train on.{why}")
         files = [str(path) for path, _ in paths]
         numbers = [number for _, number in paths]
-        return ImageFiles(files, numbers, size, channels, resize, root, exif_orientation, identity)
+        groups = None
+        if group is not None:
+            groups = [_group_of(path.relative_to(where), group, path) for path, _ in paths]
+        return ImageFiles(
+            *(files, numbers, size, channels, resize, root, exif_orientation, identity),
+            groups=groups,
+        )
 
     own = {name: read(where) for name, where in folders.items()}
     keys = _keys(own, root, identity)
@@ -369,6 +392,9 @@ def image_folder(
         val_fraction=0.0 if "val" in own else val_fraction,
         test_fraction=0.0 if "test" in own else test_fraction,
         seed=seed,
+        folds=folds,
+        fold=fold,
+        groups=everything.groups,
     )
     chosen = {name: part for name, part in zip(NAMES, parts, strict=True) if part is not None}
     splits = own | {name: everything.subset(part) for name, part in chosen.items()}
@@ -403,6 +429,17 @@ def check_size(input_shape: list[int], resize: int | None) -> tuple[int, list[in
             f"data.input_shape. Use {max(size)} or more."
         )
     return channels, size
+
+
+def _group_of(path: Path, depth: int, whole: Path) -> str:
+    """Return the folders of `path`, <class>/…, down to `depth` below the class's folder."""
+    inside = path.parts[1:-1]
+    if len(inside) < depth:
+        raise DataError(
+            f"{shown(whole)} is in no folder of depth {depth} below its class's folder, so that "
+            f"data.source.group={depth} gives it no group. Move it, or use data.source.group=null."
+        )
+    return "/".join(inside[:depth])
 
 
 def _folders(folder: Path, reading: Reading) -> list[str]:

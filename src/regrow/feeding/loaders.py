@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -66,6 +66,10 @@ class EvalBatches:
     def __len__(self) -> int:
         return len(self._windows)
 
+    def start_of(self, number: int) -> int:
+        """Return the place in the split of the first of this rank's examples in a batch."""
+        return self._windows.share(number).start
+
     def __iter__(self) -> Iterator[Batch]:
         return self._feed.read(self._windows, torch.arange(self.num_examples), 0, 0)
 
@@ -114,6 +118,8 @@ class Data:
         identity: str,
         overlap: str,
         final_sets: list[str],
+        folds: int | None,
+        fold: int,
     ) -> None:
         if not isinstance(source, Splits):
             raise UserError(
@@ -137,6 +143,7 @@ class Data:
         self.overlap, self.changed = overlap, changed  # the latter is for resume.py
         self.identity = identity
         self.augment = augment
+        self.folds, self.fold = folds, fold  # the source has cut them
         self._feeds: dict[tuple[str, bool, torch.device], Feed] = {}
         self._check(augment, augmentation, normalize_targets)
         self.final = self._final(final_sets)
@@ -192,6 +199,12 @@ class Data:
         size = self.eval_batch_size * world_size
         windows = Windows(len(found), size, False, rank, world_size)
         return EvalBatches(self._feed(split, False, device), windows)
+
+    def ids(self, name: str) -> Sequence[int | str]:
+        """Return what names each example of a split in its source: a line, a file or a number."""
+        split = dict(self.source.items())[name]
+        found: Sequence[int | str] | None = getattr(split, "ids", None)
+        return range(len(split)) if found is None else found
 
     def sample_inputs(self) -> Tensor:
         """Return up to 1,024 training inputs, spread over the split, normalised and not augmented.

@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -36,13 +36,16 @@ class Examples:
 
     inputs: (N, C, H, W) uint8 images, (N, …) floating features in raw units, or integers. targets:
     (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or (N,) or (N, K)
-    values, float64 if float32 would round them. weights: (N,) float32, or None for all one.
-    Converts numpy arrays and lists of numbers. Raises DataError for anything else.
+    values, float64 if float32 would round them. weights: (N,) float32, or None for all one. ids
+    name the examples in their source, such as lines of a file; examples of one of the `groups`
+    belong together. Converts numpy arrays and lists of numbers. Raises DataError for anything else.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    ids: Sequence[int | str] | None = None
+    groups: Sequence[Hashable] | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets", "weights"):
@@ -67,8 +70,12 @@ class Examples:
         return len(self.inputs)
 
     def subset(self, indices: Tensor) -> Examples:
+        def some(values: Sequence[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[index] for index in indices.tolist()]
+
         weights = None if self.weights is None else self.weights[indices]
-        return Examples(self.inputs[indices], self.targets[indices], weights)
+        inputs, targets = self.inputs[indices], self.targets[indices]
+        return Examples(inputs, targets, weights, some(self.ids), some(self.groups))
 
     def keys(self) -> list[Hashable]:
         """Return one key per example, equal for equal inputs, whatever their targets."""
@@ -211,8 +218,22 @@ def _must_be_map_style(name: str, split: Any) -> None:
     )
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+def check_fractions(
+    val_fraction: float, test_fraction: float, folds: int | None = None, fold: int = 0
+) -> None:
+    """Raise UserError for fractions or folds that leave nothing to train on."""
+    if folds is not None:
+        if not (folds >= 2 and 0 <= fold < folds):
+            raise UserError(
+                f"data.folds={folds} and data.fold={fold}: folds are numbered from 0 to folds - 1, "
+                "and there are 2 or more. Choose such a fold."
+            )
+        if not 0 <= val_fraction < 1 - 1 / folds:
+            raise UserError(
+                f"data.source.val_fraction={val_fraction} and data.folds={folds} leave nothing to "
+                "train on. Use a smaller fraction, which is of all examples."
+            )
+    elif not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
         raise UserError(
             f"data.source.val_fraction={val_fraction} and test_fraction={test_fraction} leave "
             f"nothing to train on. Both must be 0 or more, and their sum below 1."
@@ -226,34 +247,78 @@ def cut(
     val_fraction: float,
     test_fraction: float,
     seed: int,
+    folds: int | None = None,
+    fold: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the indices of train, val and test, stratified; a fraction of 0 gives None.
 
-    Examples with equal keys (true duplicates) always land in the same split. The test split depends
-    only on the data, `seed` and `test_fraction`, not on `val_fraction`.
+    With `folds`, test is the fold number `fold` of so many of equal size, and `test_fraction` has
+    no meaning. Examples with equal keys (true duplicates) and those of one of the `groups` always
+    land in the same split. The test split depends only on the data, `seed` and `test_fraction` or
+    `folds`, not on `val_fraction`.
     """
-    check_fractions(val_fraction, test_fraction)
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    group = np.fromiter((numbers[key] for key in keys), np.int64, len(keys))
-    first = np.unique(group, return_index=True)[1]
-    test = _sample(strata[first], test_fraction, generator(seed, "test split"))
+    check_fractions(val_fraction, test_fraction, folds, fold)
+    test_share = test_fraction if folds is None else 1 / folds
+    unit = _numbered(keys) if groups is None else _bound_together(keys, groups)
+
+    def choose(within: npt.NDArray[np.int64], share: float, name: str) -> npt.NDArray[np.bool_]:
+        """Return which of the units `within`, sorted, to choose: `share` of their examples."""
+        random = generator(seed, f"{name} split")
+        if groups is not None:
+            inside = np.isin(unit, within)
+            its = np.searchsorted(within, unit[inside])
+            chosen: npt.NDArray[np.bool_] = (
+                _allocate(its, strata[inside], [1 - share, share], random) == 1
+            )
+            return chosen
+        return _sample(strata[first][within], share, random)
+
+    first = np.unique(unit, return_index=True)[1]
+    everything = np.arange(len(first))
+    if folds is None:
+        test = choose(everything, test_fraction, "test")
+    else:
+        random = generator(seed, "folds")
+        if groups is not None:
+            of_unit = _allocate(unit, strata, [1 / folds] * folds, random)
+        else:
+            of_unit = _dealt(strata[first], folds, random)
+        test = of_unit == fold
     val = np.zeros_like(test)
     rest = np.flatnonzero(~test)
-    val[rest] = _sample(
-        strata[first][rest], val_fraction / (1 - test_fraction), generator(seed, "val split")
-    )
+    val[rest] = choose(rest, val_fraction / (1 - test_share), "val")
 
     def indices(name: str, chosen: npt.NDArray[np.bool_], fraction: float) -> Tensor | None:
-        found = torch.from_numpy(np.flatnonzero(chosen[group]))
+        found = torch.from_numpy(np.flatnonzero(chosen[unit]))
         if fraction > 0 and len(found) == 0:
-            raise DataError(
-                f"split {name} is empty: data.source.{name}_fraction={fraction} of "
-                f"{len(first)} distinct examples. Raise it, or set it to 0 for no such split."
-            )
+            is_fold = name == "test" and folds is not None
+            asked = f"data.folds={folds}" if is_fold else f"data.source.{name}_fraction={fraction}"
+            what = "groups" if groups is not None else "distinct examples"
+            way_out = "Use fewer." if is_fold else "Raise it, or set it to 0 for no such split."
+            raise DataError(f"split {name} is empty: {asked} of {len(first)} {what}. {way_out}")
         return found if fraction > 0 else None
 
-    train = cast(Tensor, indices("train", ~(test | val), 1 - val_fraction - test_fraction))
-    return train, indices("val", val, val_fraction), indices("test", test, test_fraction)
+    train = cast(Tensor, indices("train", ~(test | val), 1 - val_fraction - test_share))
+    return train, indices("val", val, val_fraction), indices("test", test, test_share)
+
+
+def _numbered(keys: Sequence[Hashable]) -> npt.NDArray[np.int64]:
+    """Return a number per key, equal for equal keys, in the order of their first occurrence."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.fromiter((numbers[key] for key in keys), np.int64, len(keys))
+
+
+def _bound_together(keys: Sequence[Hashable], groups: Sequence[Hashable]) -> npt.NDArray[np.int64]:
+    """Return a number per example, equal for those that duplicates or groups connect."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    key, group = _numbered(keys), _numbered(groups)
+    count = int(key.max() + group.max()) + 2
+    edges = coo_array((np.ones(len(key)), (key, group + key.max() + 1)), shape=(count, count))
+    labels = connected_components(edges, directed=False)[1]
+    return _numbered(labels[key].tolist())
 
 
 def _sample(
@@ -266,6 +331,49 @@ def _sample(
     chosen = np.zeros(len(strata), bool)
     chosen[ordered[np.diff(counts) > 0]] = True
     return chosen
+
+
+def _dealt(strata: npt.NDArray[Any], folds: int, random: torch.Generator) -> npt.NDArray[np.int64]:
+    """Deal the shuffled, then sorted list to the folds in turn: ±1 of each stratum's share."""
+    shuffled = torch.randperm(len(strata), generator=random).numpy()
+    ordered = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    found = np.empty(len(strata), np.int64)
+    found[ordered] = np.arange(len(strata)) % folds
+    return found
+
+
+def _allocate(
+    unit: npt.NDArray[np.int64],
+    strata: npt.NDArray[Any],
+    shares: Sequence[float],
+    random: torch.Generator,
+) -> npt.NDArray[np.int64]:
+    """Return the part of each unit, so that each part gets its share of each stratum's examples.
+
+    `unit` and `strata` are per example; units, numbered from 0, are not divided. The largest units
+    come first, in random order within a size, each to the part where the sum over strata of
+    (count - share)² / share stays smallest. Exact shares may be impossible.
+    """
+    stratum = np.unique(strata, return_inverse=True)[1].reshape(-1)
+    num_units, whole = int(unit.max()) + 1, int(stratum.max()) + 1
+    # The last "stratum" holds all examples, so that the sizes of the parts are balanced too.
+    pairs, counts = np.unique(unit * (whole + 1) + stratum, return_counts=True)
+    sizes = np.bincount(unit, minlength=num_units)
+    totals = np.append(np.bincount(stratum, minlength=whole), len(unit)).astype(float)
+    starts = np.searchsorted(pairs, np.arange(num_units + 1) * (whole + 1))
+    scale = np.asarray(shares) * totals[:, None]  # (strata, parts)
+    loads = np.zeros_like(scale)
+    found = np.empty(num_units, np.int64)
+    shuffled = torch.randperm(num_units, generator=random).numpy()
+    for one in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
+        mine = slice(starts[one], starts[one + 1])
+        rows = np.append(pairs[mine] % (whole + 1), whole)
+        added = np.append(counts[mine], sizes[one])[:, None]
+        with np.errstate(divide="ignore"):
+            cost = ((2 * loads[rows] * added + added**2) / scale[rows]).sum(0)
+        found[one] = cost.argmin()
+        loads[rows, found[one]] += added[:, 0]
+    return found
 
 
 def strata_of(targets: Tensor) -> npt.NDArray[Any]:
@@ -286,15 +394,22 @@ def cut_examples(
     val_fraction: float,
     test_fraction: float,
     seed: int,
+    folds: int | None = None,
+    fold: int = 0,
     strata: npt.NDArray[Any] | None = None,
 ) -> tuple[Examples, Examples | None, Examples | None]:
-    """Split examples into train, val and test, with `cut`."""
+    """Split examples into train, val and test, with `cut`. For folds they get `ids`: numbers."""
+    if folds is not None and examples.ids is None:
+        examples = replace(examples, ids=range(len(examples)))
     train, val, test = cut(
         examples.keys(),
         strata_of(examples.targets) if strata is None else strata,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         seed=seed,
+        folds=folds,
+        fold=fold,
+        groups=examples.groups,
     )
     return (
         examples.subset(train),
@@ -321,22 +436,21 @@ def check_overlap(
     known = splits.known_keys if splits.known_keys.keys() == parts.keys() else {}
     keys: Mapping[str, list[Hashable] | None]
     keys = known or {name: _keys(split) for name, split in parts.items()}
+    groups = {name: getattr(split, "groups", None) for name, split in parts.items()}
     found: dict[str, int] = {}
     ordered = sorted(parts, key=lambda name: name in final)
     for one, other in itertools.combinations(ordered, 2):
         if one != "train" and (one in final) == (other in final):
             continue
-        ours, theirs = keys.get(one), keys.get(other)
-        if not ours or not theirs:
+        both = _shared(keys.get(one), keys.get(other))
+        related = both or _shared(groups.get(one), groups.get(other))
+        if not related:
             continue
-        shared = set(theirs).intersection(ours)  # theirs is usually smaller
-        if not shared:
-            continue
-        both = [index for index, key in enumerate(theirs) if key in shared]
-        found[f"{one}/{other}"] = len(both)
+        found[f"{one}/{other}"] = len(related)
+        how = "are in" if both else "have their group (data.source.group) in"
         message = (
-            f"{len(both)} of the {len(theirs)} {other} examples are in {one} too, the first is "
-            f"{_describe(parts[other], both[0])}."
+            f"{len(related)} of the {len(parts[other])} {other} examples {how} {one} too, the "
+            f"first is {_describe(parts[other], related[0])}."
         )
         if policy == "refuse":
             raise DataError(
@@ -344,6 +458,12 @@ def check_overlap(
             )
         log.warning("data.overlap=report: %s", message)
     return found
+
+
+def _shared(ours: Sequence[Hashable] | None, theirs: Sequence[Hashable] | None) -> list[int]:
+    """Return the positions in `theirs` of what is in `ours` too."""
+    shared = set(theirs or ()).intersection(ours or ())  # theirs is usually smaller
+    return [index for index, key in enumerate(theirs or ()) if key in shared] if shared else []
 
 
 def _keys(split: Split) -> list[Hashable] | None:

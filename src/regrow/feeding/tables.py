@@ -189,17 +189,25 @@ def csv(
     class_names: list[str] | None,
     val_fraction: float,
     test_fraction: float,
+    folds: int | None,
+    fold: int,
+    group: str | None,
     seed: int,
 ) -> Splits:
     """Return the splits of a table of numbers with a header line. Files are relative to `root`.
 
     Val and test without their own files are cut from `train_file` by their fractions; `sets` names
-    further files to evaluate. By default the features
-    are all columns that are neither target nor weight. Targets by `target_kind`: multiclass and
-    binary: one column of class names or of indices from 0; multilabel: columns of 0 and 1;
-    regression: columns of numbers.
+    further files to evaluate. Rows with the same cell in the column `group` are on one side of
+    every cut. By default the features are all columns that are neither target, weight nor group.
+    Targets by `target_kind`: multiclass and binary: one column of class names or of indices from 0;
+    multilabel: columns of 0 and 1; regression: columns of numbers.
     """
-    check_fractions(val_fraction, test_fraction)
+    check_fractions(val_fraction, test_fraction, folds, fold)
+    if folds is not None and test_file is not None:
+        raise UserError(
+            f"data.folds={folds}: data.source.test_file={test_file} is a test split of its own. "
+            "Use data.folds=null, or data.source.test_file=null."
+        )
     if not isinstance(sets, Mapping | None):
         raise UserError(f"data.source.sets={sets} must name each file, such as {{night: n.csv}}.")
     for name in sets or {}:
@@ -212,7 +220,7 @@ def csv(
             f"data.target_kind={target_kind} takes one. For several labels use multilabel."
         )
     folder = Path(root)
-    extra = [weight_column] if weight_column is not None else []
+    extra = [name for name in (weight_column, group) if name is not None]
     columns = feature_columns
     if columns is None:
         header = read_header(folder / train_file, delimiter)
@@ -220,7 +228,7 @@ def csv(
     if not columns or set(columns) & {*target_columns, *extra}:
         raise UserError(
             f"data.source.feature_columns: {_list(columns) or 'no column'} cannot be the features "
-            f"beside target and weight {_list([*target_columns, *extra])}. Choose other columns."
+            f"beside target, weight and group {_list([*target_columns, *extra])}. Choose others."
         )
 
     files = {"train": train_file, "val": val_file, "test": test_file, **(sets or {})}
@@ -241,10 +249,15 @@ def csv(
         targets = _targets(table, target_kind, num_classes, ignore_index, names, target_columns)
         if target_dtype == "float32" or target_kind != "regression":
             targets = targets if targets.dtype == torch.int64 else targets.float()
-        weights = None
-        if extra:
-            weights = torch.tensor([_weight(table, row, extra[0]) for row in range(len(targets))])
-        return Examples(torch.from_numpy(table.features), targets, weights)
+        weights = groups = None
+        if weight_column is not None:
+            at = len(target_columns)
+            weights = torch.tensor(
+                [_weight(table, row, at, weight_column) for row in range(len(targets))]
+            )
+        if group is not None:
+            groups = [cells[-1] for cells in table.texts]
+        return Examples(torch.from_numpy(table.features), targets, weights, table.lines, groups)
 
     own = {name: examples(table) for name, table in tables.items()}
     train, val, test = cut_examples(
@@ -252,6 +265,8 @@ def csv(
         val_fraction=0.0 if "val" in own else val_fraction,
         test_fraction=0.0 if "test" in own else test_fraction,
         seed=seed,
+        folds=folds,
+        fold=fold,
     )
     return Splits(
         train,
@@ -283,9 +298,9 @@ def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
     return None if all(_is_index(word) for word in words) else words
 
 
-def _weight(table: Table, row: int, column: str) -> float:
+def _weight(table: Table, row: int, at: int, column: str) -> float:
     where = f"{table.path}, line {table.lines[row]}, column {column!r}"
-    weight = number(table.texts[row][-1], where)
+    weight = number(table.texts[row][at], where)
     if weight < 0:
         raise DataError(f"{where}: the weight {weight} is negative.")
     return weight

@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.record import monitor, report
+from regrow.record import monitor, output, report
 from regrow.record.output import harmless
 from regrow.record.records import sets_of, write_text
 from regrow.record.redact import redact
 from regrow.record.report import Run, differing_keys, flatten, references
 from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate
 
-SEEDS = ("seed",)
+REPEATS = ("seed", "data.fold")  # runs that differ only in these are of one setting
+OUT_OF_FOLD = "predictions_out_of_fold.csv"
 UNKNOWN = "too few seeds to tell"
 
 
@@ -45,7 +47,7 @@ class Row:
 
     @property
     def setting_label(self) -> str:
-        return label_of({k: v for k, v in self.swept.items() if k not in SEEDS})
+        return label_of({k: v for k, v in self.swept.items() if k not in REPEATS})
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
@@ -53,10 +55,39 @@ class Row:
 
     @property
     def monitored(self) -> str:
-        """The metric that selected the run's best weights; empty without one."""
+        """The metric that selected the run's best weights; empty without one.
+
+        For a fold without val, the same metric of test, by which folds can be compared.
+        """
         if self.run is None or self.state != "completed":
             return ""
-        return str((self.run.summary.get("best") or {}).get("metric") or "")
+        metric = str((self.run.summary.get("best") or {}).get("metric") or "")
+        if not metric and self.fold is not None:
+            task = self.run.config.get("task") or {}
+            metric = f"test/{str(task.get('monitor') or 'val/loss').partition('/')[2]}"
+        return metric
+
+    @property
+    def fold(self) -> int | None:
+        """The number of the fold that the run was tested on; None if it is not one of folds."""
+        data = self.run.config.get("data") if self.run is not None else None
+        if not isinstance(data, Mapping) or data.get("folds") is None:
+            return None
+        return int(data.get("fold") or 0)
+
+    @property
+    def repeat(self) -> tuple[object, int | None]:
+        """Seed and fold, which distinguish the run from others of its setting."""
+        return self.seed, self.fold
+
+    @property
+    def overlap(self) -> float:
+        """Test per training examples if the run is a fold, else 0: see `statistics.estimate`."""
+        if self.run is None or self.fold is None:
+            return 0.0
+        data = self.run.manifest.get("data") or {}
+        test, train = ((data.get(name) or {}).get("examples") for name in ("test", "train"))
+        return float(test / train) if test and train else 0.0
 
     def value(self, metric: str) -> float | None:
         """Return a completed run's value of `metric`; None if there is no finite number.
@@ -66,7 +97,7 @@ class Row:
         if self.run is None or self.state != "completed":
             return None
         summary = self.run.summary
-        if metric == self.monitored:
+        if metric == (summary.get("best") or {}).get("metric"):
             found = summary["best"].get("value")
         else:
             values = sets_of(summary).get(metric.partition("/")[0], summary)
@@ -84,7 +115,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """The results of the runs that differ only in their seed."""
+    """The results of the runs that differ only in their seed or fold."""
 
     label: str
     rows: Sequence[Row]
@@ -142,7 +173,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 def _setting(swept: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Return a key that does not depend on the order and spelling of the overrides."""
-    return tuple(sorted((k, _number(v)) for k, v in swept.items() if k not in SEEDS))
+    return tuple(sorted((k, _number(v)) for k, v in swept.items() if k not in REPEATS))
 
 
 def _number(text: str) -> str:
@@ -179,7 +210,7 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in done:
         its = groups.setdefault(row.setting, [])
-        if row.seed is None or all(one.seed != row.seed for one in its):  # each seed counts once
+        if row.seed is None or all(one.repeat != row.repeat for one in its):  # each counts once
             its.append(row)
     sign = 1 if mode == "max" else -1
 
@@ -187,15 +218,18 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
         return -sign * estimate([values[row.job] for row in item[1]]).mean
 
     ordered = sorted(groups.items(), key=order)
-    by_seed = [{row.seed: values[row.job] for row in its} for _, its in ordered]
-    apart = [None, *differences(by_seed[0], by_seed[1:])] if by_seed else []
+    by_repeat: list[Mapping[object, float]] = [
+        {row.repeat: values[row.job] for row in its} for _, its in ordered
+    ]
+    overlap = statistics.fmean(row.overlap for row in done) if done else 0.0
+    apart = [None, *differences(by_repeat[0], by_repeat[1:], overlap)] if by_repeat else []
     settings = [
         Setting(
             label=its[0].setting_label or ("all" if len(ordered) == 1 else "(nothing changed)"),
             rows=its,
-            monitored=estimate([values[row.job] for row in its]),
+            monitored=estimate([values[row.job] for row in its], overlap),
             others=[
-                estimate([v for row in its if (v := row.metrics().get(other)) is not None])
+                estimate([v for row in its if (v := row.metrics().get(other)) is not None], overlap)
                 for other in others
             ],
             from_best=difference,
@@ -239,12 +273,16 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the settings, the best first."""
     per_cent = f"{LEVEL:.0%}"
     header = ["setting", "n", comparison.metric, f"{per_cent} interval"]
-    header += comparison.others
+    # Folds are a statement about each set; seeds alone are one about the choice of a setting.
+    has_folds = any(row.fold is not None for its in comparison.settings for row in its.rows)
+    for other in comparison.others:
+        header += [other, f"{per_cent} interval"] if has_folds else [other]
     header += ["from the best", f"{per_cent} interval", "verdict"]
     rows = []
     for index, its in enumerate(comparison.settings):
         row = [its.label, str(its.monitored.count), spread(its.monitored), interval(its.monitored)]
-        row += map(spread, its.others)
+        for found in its.others:
+            row += [spread(found), interval(found)] if has_folds else [spread(found)]
         difference = f"{its.from_best.mean:+.4f}" if its.from_best else ""
         row += [difference, interval(its.from_best), verdict(its, index == 0)]
         rows.append(row)
@@ -287,6 +325,38 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
             ]
         )
     write_text(path, text.getvalue())
+
+
+def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
+    """Write one table of what each fold predicts for its test examples; nothing without folds.
+
+    In each setting and seed, every example is there once, in the order of the source.
+    """
+    swept = list(dict.fromkeys(key for row in rows for key in row.swept if key != "data.fold"))
+    found: list[tuple[Any, dict[str, str]]] = []
+    for number, row in enumerate(rows):
+        if row.run is None or row.fold is None or row.state != "completed":
+            continue
+        file = row.run.folder / "predictions_test.csv"
+        if not file.is_file():  # outputs that are not a row per example
+            continue
+        before = {key: redact(str(row.swept.get(key, ""))) for key in swept}
+        first = next(i for i, one in enumerate(rows) if _same_but_fold(one, row))
+        with file.open(newline="", encoding="utf-8") as lines:
+            for line in csv.DictReader(lines):
+                order = (first, _natural(line["example"]), number)
+                found.append((order, {**before, "fold": str(row.fold), **line}))
+    found.sort(key=lambda pair: pair[0])
+    if found:
+        output.write_csv((row for _, row in found), path, overwrite=True)
+
+
+def _same_but_fold(one: Row, other: Row) -> bool:
+    return one.setting == other.setting and one.seed == other.seed
+
+
+def _natural(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdecimal() else (-1, text)
 
 
 def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:

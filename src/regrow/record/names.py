@@ -25,13 +25,14 @@ RUN = (
     *("report.html", "weights.pt", "metrics.csv", "tensorboard", "wandb", "wandb.json", "slurm"),
     *("lr_finder.csv", "lr_finder.json", "lr_finder.png"),
 )
-RUN_PATTERNS = (r"git(\.\d+)?\.diff", r"evaluation_[\w-]+\.json")
+RUN_PATTERNS = (*(r"git(\.\d+)?\.diff", r"evaluation_[\w-]+\.json", r"predictions_[\w-]+\.csv"),)
 # `.code` is the frozen code during the copy. A folder with sweep.json permanently belongs to a
 # sweep.
 SWEEP_START = (LOCK, ".state.lock", ".results.lock", ".code", "code")
 SWEEP = (
     *SWEEP_START,
     *("sweep.json", "results.csv", "sweep.html", "jobs", "logs", "slurm", "optuna.log"),
+    "predictions_out_of_fold.csv",
 )
 # The folders among these names.
 FOLDERS = (

@@ -37,27 +37,33 @@ class Difference:
     paired: bool  # seed by seed, over the same seeds; else by Welch (1947)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Return the estimate of one setting's values, one per seed."""
+def estimate(values: Sequence[float], overlap: float = 0.0) -> Estimate:
+    """Return the estimate of one setting's values, one per seed, or per fold.
+
+    Folds share training examples, so that their values vary together, and the plain interval is too
+    short. `overlap`, the ratio of test to training examples, corrects the variance of the mean from
+    s²/n to s² (1/n + overlap): Nadeau and Bengio (2003); with several seeds, Bouckaert and Frank
+    (2004).
+    """
     count, mean = len(values), statistics.fmean(values) if values else math.nan
     if count < 2:
         return Estimate(count, mean, math.nan, math.nan, math.nan)
     sd = statistics.stdev(values)
     if count < FEWEST:
         return Estimate(count, mean, sd, math.nan, math.nan)
-    reach = _t_quantile(count - 1) * sd / math.sqrt(count)
+    reach = _t_quantile(count - 1) * sd * math.sqrt(1 / count + overlap)
     return Estimate(count, mean, sd, mean - reach, mean + reach)
 
 
 def differences(
-    best: Mapping[object, float], others: Sequence[Mapping[object, float]]
+    best: Mapping[object, float], others: Sequence[Mapping[object, float]], overlap: float = 0.0
 ) -> list[Difference | None]:
     """Return the difference of each of `others` from `best`; None if there are too few seeds.
 
     Settings are {seed: value}. Values of the same seeds are compared seed by seed, because a seed
-    also determines the data splits.
+    also determines the data splits. `overlap` is that of folds: see `estimate`.
     """
-    raw = [_difference(best, other) for other in others]
+    raw = [_difference(best, other, overlap) for other in others]
     # The best is itself selected, so all pairs of settings count.
     pairs = len(others) * (len(others) + 1) // 2
     adjusted = _holm([None if one is None else one.p for one in raw], among=pairs)
@@ -67,14 +73,16 @@ def differences(
     ]
 
 
-def _difference(one: Mapping[object, float], other: Mapping[object, float]) -> Difference | None:
+def _difference(
+    one: Mapping[object, float], other: Mapping[object, float], overlap: float
+) -> Difference | None:
     paired = set(one) == set(other)
     if paired and len(one) >= FEWEST:
         each = [other[seed] - one[seed] for seed in one]
         mean, freedom = statistics.fmean(each), float(len(each) - 1)
-        error = statistics.stdev(each) / math.sqrt(len(each))
+        error = statistics.stdev(each) * math.sqrt(1 / len(each) + overlap)
     elif min(len(one), len(other)) >= FEWEST:
-        parts = [statistics.variance(its.values()) / len(its) for its in (one, other)]
+        parts = [statistics.variance(s.values()) * (1 / len(s) + overlap) for s in (one, other)]
         mean = statistics.fmean(other.values()) - statistics.fmean(one.values())
         error = math.sqrt(sum(parts))
         below = sum(part**2 / (len(its) - 1) for part, its in zip(parts, (one, other), strict=True))

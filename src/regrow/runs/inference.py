@@ -22,6 +22,9 @@ from regrow.runs.loaded import LoadedRun
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# The dimensions of a batch of outputs that has one row per example, by kind of task.
+DIMENSIONS = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
+
 
 def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str, float]:
     """Return the run's metrics over a split, such as "test/accuracy", without augmentation.
@@ -103,12 +106,19 @@ def predict_masks(run: LoadedRun, path: Path, batch_size: int) -> Iterator[tuple
             yield name, mask
 
 
+def gives_rows(task: Any, outputs: Any) -> bool:
+    """Return True if each example's output is one row of a table."""
+    dimensions = DIMENSIONS.get(getattr(task, "kind", ""), ())
+    return isinstance(outputs, Tensor) and outputs.ndim in dimensions
+
+
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
     """Raise UserError for outputs that do not fit one row per example."""
-    dimensions = {"multiclass": (2,), "multilabel": (2,), "binary": (1, 2), "regression": (1, 2)}
-    dimensions["segmentation"] = (4,)
-    allowed = dimensions.get(run.task.kind)
-    if allowed is None or (isinstance(outputs, Tensor) and outputs.ndim in allowed):
+    is_known = run.task.kind in DIMENSIONS
+    has_masks = run.task.kind == "segmentation"
+    if has_masks and isinstance(outputs, Tensor) and outputs.ndim == 4:
+        return
+    if gives_rows(run.task, outputs) or not (is_known or has_masks):
         return
     shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     raise UserError(

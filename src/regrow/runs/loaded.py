@@ -37,7 +37,7 @@ from regrow.numerics.precision import autocast
 from regrow.randomness import Draws, states_kept
 from regrow.record.records import read_json
 from regrow.runs import machine
-from regrow.runs.predictions import Predictions, joined, predictions_of
+from regrow.runs.predictions import Predictions, columns_of, joined, predictions_of
 
 log = logging.getLogger("regrow")
 
@@ -164,16 +164,10 @@ class LoadedRun:
                 f"predictions of a task of kind {kind} have no names. Use run.outputs(inputs, "
                 "batch_size=256), which yields the model's own."
             )
-        if kind == "regression":
-            count = found["prediction"][:1].numel()
-            source = self.config["data"].get("source")
-            columns = source.get("target_columns") if isinstance(source, dict) else None
-            names_of_targets = self.target_names or columns  # earlier versions recorded no names
-            known = names_of_targets if len(names_of_targets or ()) == count else None
-        else:
-            count = 2 if kind == "binary" else self.task.num_classes
-            known = self.class_names
-        classes = known or [str(index) for index in range(count)]
+        source = self.config["data"].get("source")
+        columns = source.get("target_columns") if isinstance(source, dict) else None
+        of_targets = self.target_names or columns  # earlier versions recorded no names
+        classes = columns_of(self.task, found["prediction"], self.class_names, of_targets)
         return predictions_of(names, kind, classes, found)
 
     def close(self) -> None:

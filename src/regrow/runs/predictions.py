@@ -100,6 +100,21 @@ class Predictions:
         ]
 
 
+def columns_of(
+    task: Any,
+    prediction: Tensor,
+    class_names: Sequence[str] | None,
+    target_names: Sequence[str] | None,
+) -> list[str]:
+    """Return the names of the classes, or of a regression's values; positions if none are known."""
+    if task.kind == "regression":
+        count, known = prediction[:1].numel(), target_names
+    else:
+        count, known = 2 if task.kind == "binary" else task.num_classes, class_names
+    fits = known is not None and (task.kind != "regression" or len(known) == count)
+    return [str(name) for name in known] if fits and known else [str(i) for i in range(count)]
+
+
 def predictions_of(
     inputs: list[str], kind: str, classes: Sequence[str], found: Mapping[str, Tensor]
 ) -> Predictions:

@@ -126,6 +126,9 @@ def train(
                 draws = Draws(config["seed"], name, step, world.rank)
                 summary[name], details = measure_once(objects, name, world, stop, draws)
                 record.log(state.step, state.epoch, summary[name])
+                if name == "test" and objects.data.folds is not None:
+                    again = Draws(config["seed"], name, step, world.rank)
+                    write_predictions(folder, objects, name, world, stop, again)
                 if world.is_main:
                     (folder / "plots").mkdir(exist_ok=True)
                     records.write_json(folder / "plots" / f"{name}.json", details)
@@ -269,6 +272,14 @@ def measure_once(
         bar=name if options.progress_bar and world.is_main else None,
     )
     return {f"{name}/{key}": value for key, value in values.items()}, details
+
+
+def write_predictions(folder: Path, *what: Any) -> None:
+    """Write what the run predicts for a set: see `regrow.runs.set_predictions`."""
+    from regrow.runs import set_predictions
+
+    if not set_predictions.write(folder, *what):
+        log.warning("no predictions are written: the model gives more than a row per example")
 
 
 def draw(folder: Path) -> None:

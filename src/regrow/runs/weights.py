@@ -75,7 +75,7 @@ def warn_of_other_splits(source: Path, data: Mapping[str, Any]) -> None:
         return
     changed = [
         f"data.source.{key} was {there[key]} and is {here[key]}"
-        for key in ("seed", "val_fraction", "test_fraction")
+        for key in ("seed", "val_fraction", "test_fraction", "folds", "fold", "group")
         if key in there and key in here and there[key] != here[key]
     ]
     if changed:

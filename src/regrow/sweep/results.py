@@ -63,6 +63,8 @@ def write_table(folder: Path) -> Comparison:
         rows_of(folder), content.get("metric") or "", content.get("mode") or ""
     )
     comparison.write_csv(found.rows, folder / CSV)
+    if all(row.state in ledger.ENDED for row in found.rows):
+        comparison.write_out_of_fold(found.rows, folder / comparison.OUT_OF_FOLD)
     return found
 
 
@@ -115,6 +117,8 @@ def summary_of(folder: Path, found: Comparison) -> list[str]:
             where = f" ({os.path.relpath(folder / row.log)})" if row.log else ""
             label = f", {row.label}" if row.label else ""
             lines.append(f"{row.state}: job {row.job}{label}{why}{where}")
+    if (folder / comparison.OUT_OF_FOLD).is_file():
+        lines.append(f"folds:    {os.path.relpath(folder / comparison.OUT_OF_FOLD)}")
     lines += [
         f"table:    {os.path.relpath(folder / CSV)}",
         f"page:     {os.path.relpath(folder / PAGE)}",
