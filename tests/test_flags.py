@@ -129,6 +129,7 @@ def test_a_search_path_is_passed_on_to_the_second_run(place: Path) -> None:
     assert "identical: " in run(place, "run=s", "config_dir=D", script="reproduce.py")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     mine = ("-cn", "mytrain", "--config-dir", "D")
