@@ -14,7 +14,9 @@ from regrow.feeding.sampling import Windows, permutation
 from regrow.feeding.splits import Examples
 
 CPU = torch.device("cpu")
-AS_IS = Preprocessing("table", [2], 255.0, None, None, None, None, ",", None, None, True, None, [])
+AS_IS = Preprocessing(
+    "table", [2], 255.0, None, None, None, None, ",", None, None, True, None, [], None
+)
 
 
 def feed_of(count: int) -> MemoryFeed:
