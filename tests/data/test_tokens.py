@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -97,9 +98,17 @@ def test_folders_of_the_splits_are_taken_as_they_are(root: Path, of: Any) -> Non
     for name, number in {"train": 0, "val": 2, "test": 3}.items():
         (root / name).mkdir()
         (root / f"{number}.txt").rename(root / name / "text.txt")
+    (root / "old").mkdir()
+    (root / "1.txt").rename(root / "old" / "1.txt")
     data = of()
-    assert text_of(data, "val") == (root / "val" / "text.txt").read_text()
-    assert "3 beside train, val and test" in data.notes[0]
+    for name in ("val", "old"):
+        (file,) = (root / name).iterdir()
+        assert text_of(data, name) == file.read_text()
+    assert [*dict(data.source.items())] == ["train", "val", "old", "test"]
+    assert "2 beside train and the sets (4.txt, 5.txt)" in data.notes[0]
+    assert "old" not in dict(of("source.sets=[]").source.items())
+    with pytest.raises(UserError, match="holds no folder new beside a folder train"):
+        of("source.sets=[new]")
 
 
 def test_an_evaluation_predicts_every_token_but_the_first_once(of: Any, cpu: torch.device) -> None:
@@ -262,8 +271,10 @@ def test_a_tokenizer_json_is_a_vocabulary(of: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_one_line(of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"need the package tokenizers\. Install it: pip install"):
+    find = importlib.util.find_spec
+    lacks = lambda name: None if name == "tokenizers" else find(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", lacks)
+    with pytest.raises(UserError, match=r"vocabulary=bpe needs tokenizers, .*-e '\.\[text\]'"):
         of(*BPE)
 
 

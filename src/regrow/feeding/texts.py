@@ -23,10 +23,11 @@ from regrow.feeding.files import (
     contents_of,
     find_files,
     is_folder,
+    is_hidden,
     shown,
     unreadable,
 )
-from regrow.feeding.splits import NAMES, Splits, check_fractions
+from regrow.feeding.splits import NAMES, Splits, check_fractions, check_name
 from regrow.feeding.tokens import Tokens
 from regrow.feeding.vocabulary import (
     BYTE_PAIRS,
@@ -87,15 +88,17 @@ def text(
     vocabulary: str,
     vocabulary_size: int,
     input_shape: list[int],
+    sets: list[str] | None,
     val_fraction: float,
     test_fraction: float,
     seed: int,
 ) -> Splits:
     """Return the splits of a text file, or of a folder whose .txt files are documents.
 
-    A folder may hold folders train, val and test. A split without its own is cut from the training
-    text by its fraction, in bytes: the documents come in an order that the seed decides, and the
-    last ones are val and test. At most two documents are cut in two, at line ends. `vocabulary`:
+    A folder may hold folders train, val, test and others, which are sets to evaluate: `sets`
+    chooses some. Val and test without their own are cut from the training text by their fractions,
+    in bytes: the documents come in an order that the seed decides, and the last ones are val and
+    test. At most two documents are cut in two, at line ends. `vocabulary`:
     characters (those of all splits), bpe (learnt from the training text), a tokenizer.json, or the
     folder of a run. `vocabulary_size` is at least that of the vocabulary.
     """
@@ -105,7 +108,7 @@ def text(
             f"data.input_shape={input_shape}: a window of text has one length. Set [64], or more."
         )
     left_out = LeftOut(Path(root))
-    files = _files(Path(root), left_out)
+    files = _files(Path(root), sets, left_out)
     own = {name: _documents(its, root) for name, its in files.items()}
     fractions = {"val": val_fraction, "test": test_fraction}
     parts = _cut(own.pop("train"), {k: f for k, f in fractions.items() if k not in own}, seed)
@@ -124,26 +127,38 @@ def text(
         found["train"],
         found.get("val"),
         found.get("test"),
+        {name: split for name, split in found.items() if name not in NAMES},
         vocabulary=words.record(),
         notes=[line for line in (str(left_out),) if line],
     )
 
 
-def _files(root: Path, left_out: LeftOut) -> dict[str, list[Path]]:
-    """Return the files of each split that has its own. Raises UserError or DataError."""
+def _files(root: Path, sets: list[str] | None, left_out: LeftOut) -> dict[str, list[Path]]:
+    """Return the files of train and of each set that has its own. Raises UserError or DataError."""
+    if not (root.is_file() or is_folder(root)):
+        raise UserError(f"data.root={root}: there is no such file or folder of text.")
+    beside = is_folder(root / "train")
+    if missing := [name for name in sets or () if not (beside and is_folder(root / name))]:
+        raise UserError(
+            f"data.source.sets={sets}: {root} holds no folder {missing[0]} beside a folder train."
+        )
+    if lone := [name for name in ("val", "test") if not beside and is_folder(root / name)]:
+        raise UserError(f"data.root={root} holds {' and '.join(lone)}, but no folder train.")
     if root.is_file():
         return {"train": [root]}
-    if not is_folder(root):
-        raise UserError(f"data.root={root}: there is no such file or folder of text.")
-    folders = {name: root / name for name in NAMES if is_folder(root / name)}
-    if folders and "train" not in folders:
-        raise UserError(f"data.root={root} holds {' and '.join(folders)}, but no folder train.")
-    if folders:
-        for path in sorted(root.iterdir()):
-            if path.name not in folders:
-                left_out.add("beside train, val and test", path)
+    folders = {"train": root / "train" if beside else root}
+    for path in sorted(root.iterdir()) if beside else ():
+        asked = path.name in NAMES or sets is None or path.name in sets
+        if is_hidden(path.name):
+            left_out.add("hidden", path)
+        elif is_folder(path) and asked:
+            folders[path.name] = path
+        else:
+            left_out.add("beside train and the sets", path)
     found = {}
-    for name, folder in (folders or {"train": root}).items():
+    for name, folder in folders.items():
+        if name not in NAMES:
+            check_name(name)
         found[name] = find_files(folder, (".txt",), ("hidden", "empty"), left_out)
         if not found[name]:
             raise DataError(f"{shown(folder)} holds no text (.txt).{left_out.sentence()}")

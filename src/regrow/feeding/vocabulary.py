@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regrow.errors import DataError, UserError, brief
+from regrow.extras import require
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the end token
 CHARACTERS, BYTE_PAIRS = "characters", "bpe"
@@ -175,11 +176,7 @@ def _codes_of(text: str) -> Ids:
 
 
 def _library(where: str) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError(
-            f"{where}: byte pairs need the package tokenizers. Install it: pip install tokenizers, "
-            "or use data.source.vocabulary=characters."
-        ) from None
+    require(where, "text", "tokenizers")
+    import tokenizers
+
     return tokenizers
