@@ -189,7 +189,7 @@ def test_folders_of_a_depth_are_groups(make_data: Make, tmp_path: Path) -> None:
     assert all(str(name).startswith(("a/p", "b/p")) for name in data.ids("test"))
     deeper = make_data(*asked[:-1], "source.group=2")
     assert apart(sides(deeper)) and "p0/eye0" in set.union(*sides(deeper).values())
-    with pytest.raises(DataError, match=r"is in no folder of depth 3 below its class's folder"):
+    with pytest.raises(DataError, match=r"is in no folder of depth 3 below its class"):
         make_data(*asked[:-1], "source.group=3")
 
 

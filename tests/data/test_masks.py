@@ -132,7 +132,15 @@ def test_what_cannot_be_right_is_refused(changed: dict[str, Any], message: str) 
 def scenes(**changed: Any) -> Splits:
     counts = {"num_train": 30, "num_val": 5, "num_test": 5, "size": 24, "most_digits": 3}
     return digit_scenes(
-        **{**counts, "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0, **changed}
+        **{
+            **counts,
+            "val_fraction": 0.1,
+            "test_fraction": 0.2,
+            "folds": None,
+            "fold": 0,
+            "seed": 0,
+            **changed,
+        }
     )
 
 
@@ -233,7 +241,7 @@ def test_folders_of_splits_are_found_in_both_layouts(make_data: Make, tmp_path: 
     arrays = iter(masks_of(40, 16, 16).numpy().astype(np.uint8))
     for layout in ("{split}/{kind}", "{kind}/{split}"):
         root = tmp_path / layout.replace("{", "").replace("}", "").replace("/", "_")
-        for split, count in (("train", 8), ("val", 4), ("test", 2)):
+        for split, count in (("train", 8), ("val", 4), ("test", 2), ("night", 3)):
             for number in range(count):
                 mask = next(arrays)
                 for kind, array in (("images", (mask + 1) * SHADE), ("masks", mask)):
@@ -241,7 +249,26 @@ def test_folders_of_splits_are_found_in_both_layouts(make_data: Make, tmp_path: 
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(array.astype(np.uint8)).save(path)
         data = make_data("mask_folder", f"root={root}", *FILES)
-        assert data.num_examples == {"train": 8, "val": 4, "test": 2}
+        assert data.num_examples == {"train": 8, "val": 4, "test": 2, "night": 3}
+        few = make_data("mask_folder", f"root={root}", *FILES, "source.sets=[]")
+        assert few.num_examples == {"train": 8, "val": 4, "test": 2}
+        with pytest.raises(UserError, match=r"holds no images of fog beside train"):
+            make_data("mask_folder", f"root={root}", *FILES, "source.sets=[fog]")
+        with pytest.raises(UserError, match=r"has a test split of its own"):
+            make_data("mask_folder", f"root={root}", *FILES, "folds=2")
+
+
+def test_folds_and_groups_divide_masks_as_images(make_data: Make, folder: Path) -> None:
+    grouped = ("mask_folder", f"root={folder}", *FILES, "folds=3", "source.group=1")
+    tested: list[str] = []
+    for fold in range(3):
+        data = make_data(*grouped, f"fold={fold}", "source.val_fraction=0")
+        parts = {name: {id.split("/")[1] for id in data.ids(name)} for name in ("train", "test")}
+        assert not parts["train"] & parts["test"] and len(parts["test"]) == 1
+        tested += data.ids("test")
+    assert len(tested) == len({*tested}) == 30
+    with pytest.raises(DataError, match=r"is in no folder of depth 2 below its class or split"):
+        make_data(*grouped, "source.group=2")
 
 
 def test_names_and_values_of_other_tools(make_data: Make, tmp_path: Path) -> None:

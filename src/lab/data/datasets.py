@@ -78,6 +78,8 @@ def digit_scenes(
     num_test: int,
     val_fraction: float,
     test_fraction: float,
+    folds: int | None,
+    fold: int,
     seed: int,
 ) -> Splits:
     """Return grey scenes of one to `most_digits` of those digits on texture, with masks.
@@ -87,7 +89,7 @@ def digit_scenes(
     every machine gets the same scenes.
     """
     images, classes = _digits()
-    cut = _cut(images, classes, val_fraction, test_fraction, seed, None, 0)
+    cut = _cut(images, classes, val_fraction, test_fraction, seed, folds, fold)
 
     def drawn(name: str, digits: Any, count: int) -> Examples | None:
         if digits is None or count == 0:

@@ -376,7 +376,9 @@ def image_folder(
         numbers = [number for _, number in paths]
         groups = None
         if group is not None:
-            groups = [_group_of(path.relative_to(where), group, path) for path, _ in paths]
+            groups = [
+                group_of(Path(*path.relative_to(where).parts[1:]), group, path) for path, _ in paths
+            ]
         return ImageFiles(
             *(files, numbers, size, channels, resize, root, exif_orientation, identity),
             groups=groups,
@@ -431,12 +433,12 @@ def check_size(input_shape: list[int], resize: int | None) -> tuple[int, list[in
     return channels, size
 
 
-def _group_of(path: Path, depth: int, whole: Path) -> str:
-    """Return the folders of `path`, <class>/…, down to `depth` below the class's folder."""
-    inside = path.parts[1:-1]
+def group_of(path: Path, depth: int, whole: Path) -> str:
+    """Return the folders of `path`, below its class or split, down to `depth`."""
+    inside = path.parts[:-1]
     if len(inside) < depth:
         raise DataError(
-            f"{shown(whole)} is in no folder of depth {depth} below its class's folder, so that "
+            f"{shown(whole)} is in no folder of depth {depth} below its class or split, so that "
             f"data.source.group={depth} gives it no group. Move it, or use data.source.group=null."
         )
     return "/".join(inside[:depth])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +23,21 @@ from regrow.feeding.images import (
     fit,
     formats_for,
     frames,
+    group_of,
     load_image,
     opened,
     suffixes_of,
     to_tensor,
 )
-from regrow.feeding.splits import NAMES, Reading, Splits, check_fractions, cut, text_names
+from regrow.feeding.splits import (
+    NAMES,
+    Reading,
+    Splits,
+    check_fractions,
+    check_name,
+    cut,
+    text_names,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +76,7 @@ class MaskFiles:
     num_classes: int
     ignore_index: int | None
     mask_values: list[int] | None
+    groups: list[str] | None = None
     transform: Callable[..., Any] | None = None
 
     def __len__(self) -> int:
@@ -132,7 +143,13 @@ class MaskFiles:
         chosen = indices.tolist()
         files = [self.files[index] for index in chosen]
         masks = [self.masks[index] for index in chosen]
-        return dataclasses.replace(self, files=files, masks=masks)
+        groups = None if self.groups is None else [self.groups[index] for index in chosen]
+        return dataclasses.replace(self, files=files, masks=masks, groups=groups)
+
+    @property
+    def ids(self) -> list[str]:
+        """The files' paths below the root."""
+        return [os.path.relpath(file, self.root) for file in self.files]
 
     def augmented(self, transform: Callable[..., Any]) -> MaskFiles:
         """Return the same examples, with `transform` in place of Resize and CenterCrop.
@@ -167,20 +184,25 @@ def mask_folder(
     ignore_index: int | None,
     class_names: list[str] | None,
     exif_orientation: bool,
+    sets: list[str] | None,
     extensions: list[str] | None,
     leave_out: list[str],
     val_fraction: float,
     test_fraction: float,
+    folds: int | None,
+    fold: int,
+    group: int | None,
     seed: int,
 ) -> Splits:
     """Return the splits of images and masks of the same names, in folders of these layouts.
 
-    root/train/images and root/train/masks, root/val/…, root/test/…; or root/images/train and
-    root/masks/train, …; or root/images and root/masks alone. The mask of images/a/b.jpg is
-    masks/a/b<mask_suffix> with any suffix of an image. A split without its own folder is cut from
-    the training images by its fraction.
+    root/train/images and root/train/masks, root/<set>/…; or root/images/train and root/masks/train,
+    …; or root/images and root/masks alone. The mask of images/a/b.jpg is masks/a/b<mask_suffix>
+    with any suffix of an image. Val and test without their own folders are cut from the training
+    images by their fractions. With `group`, images with the same folders down to this depth below
+    `images_in` are on one side of every cut.
     """
-    check_fractions(val_fraction, test_fraction)
+    check_fractions(val_fraction, test_fraction, folds, fold)
     channels, size = check_size(input_shape, resize)
     if mask_values is not None and len(mask_values) != num_classes:
         raise UserError(
@@ -195,10 +217,18 @@ def mask_folder(
     suffixes_of(extensions)  # check before reading any folder
     shared = (size, channels, resize, root, exif_orientation, num_classes, ignore_index)
     own = {}
-    for name, (of_images, of_masks) in _places(folder, images_in, masks_in).items():
+    for name, (of_images, of_masks) in _places(folder, images_in, masks_in, sets).items():
         pairs = _pairs(of_images, of_masks, mask_suffix, reading, left_out)
         files, found = ([str(pair[side]) for pair in pairs] for side in (0, 1))
-        own[name] = MaskFiles(files, found, *shared, mask_values)
+        groups = None
+        if group is not None:
+            groups = [group_of(file.relative_to(of_images), group, file) for file, _ in pairs]
+        own[name] = MaskFiles(files, found, *shared, mask_values, groups)
+    if folds is not None and "test" in own:
+        raise UserError(
+            f"data.folds={folds}: {folder} has a test split of its own. Use data.folds=null, or "
+            "move it away."
+        )
     all_files = [file for split in own.values() for file in split.files]
     keys = iter(keys_of_copies(all_files, root))  # one call, so that copies are found anywhere
     known_keys = {name: [next(keys) for _ in split.files] for name, split in own.items()}
@@ -210,6 +240,9 @@ def mask_folder(
         val_fraction=0.0 if "val" in own else val_fraction,
         test_fraction=0.0 if "test" in own else test_fraction,
         seed=seed,
+        folds=folds,
+        fold=fold,
+        groups=train.groups,
     )
     for name, part in zip(NAMES, parts, strict=True):
         if part is not None:
@@ -219,6 +252,7 @@ def mask_folder(
         own["train"],
         own.get("val"),
         own.get("test"),
+        {name: split for name, split in own.items() if name not in NAMES},
         class_names=text_names(class_names),
         resize=resize,
         reads_images=True,
@@ -228,18 +262,35 @@ def mask_folder(
     )
 
 
-def _places(root: Path, images_in: str, masks_in: str) -> dict[str, tuple[Path, Path]]:
+def _places(
+    root: Path, images_in: str, masks_in: str, sets: list[str] | None
+) -> dict[str, tuple[Path, Path]]:
     """Return the folders of images and masks of each split that has its own."""
-    for layout in ("{name}/{kind}", "{kind}/{name}", "{kind}"):
-        of_split = {
+    for layout in ("{name}/{kind}", "{kind}/{name}"):
+        beside = (root / layout.format(name="train", kind=images_in)).parent
+        if layout == "{name}/{kind}":
+            beside = beside.parent
+        names = sorted(path.name for path in beside.iterdir()) if is_folder(beside) else []
+        found = {
             name: tuple(
                 root / layout.format(name=name, kind=kind) for kind in (images_in, masks_in)
             )
-            for name in (NAMES if "{name}" in layout else NAMES[:1])
+            for name in names
         }
-        found = {name: pair for name, pair in of_split.items() if is_folder(pair[0])}
-        if "train" in found:
-            return {name: (pair[0], pair[1]) for name, pair in found.items()}
+        found = {name: pair for name, pair in found.items() if is_folder(pair[0])}
+        if "train" not in found:
+            continue
+        if missing := [name for name in sets or () if name not in found]:
+            raise UserError(
+                f"data.source.sets={sets}: {beside} holds no images of {missing[0]} beside train."
+            )
+        named = [name for name in (found if sets is None else sets) if name not in NAMES]
+        for name in named:
+            check_name(name)
+        chosen = [*(name for name in NAMES if name in found), *named]
+        return {name: (found[name][0], found[name][1]) for name in chosen}
+    if is_folder(root / images_in):
+        return {"train": (root / images_in, root / masks_in)}
     raise UserError(
         f"data.root={root} has no folder train/{images_in}, {images_in}/train or {images_in}. Put "
         f"the images there and the masks into {masks_in} beside it, or name the folders: "
