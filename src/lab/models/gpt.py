@@ -90,7 +90,8 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         parts = self.query_key_value(x).chunk(3, -1)
         query, key, value = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts
+            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for part in parts
         )  # each (B, heads, T, width / heads)
         rate = self.rate if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
