@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from lab.tasks import metrics as module
 from lab.tasks.metrics import Metrics, regression_metrics
+from regrow.config.roles import check_roles
 from regrow.errors import UserError
 from regrow.numerics import extra
 
@@ -235,6 +236,21 @@ def test_the_mean_of_two_shares_is_another_number() -> None:
     shares = [measured("multiclass", slice(0, 40)), measured("multiclass", slice(40, N))]
     mean = sum(share["kappa"] for share in shares) / 2
     assert abs(mean - measured("multiclass")["kappa"]) > 1e-3
+
+
+def test_a_foreign_run_may_name_only_metrics_that_compute(tmp_path: Path) -> None:
+    def check(target: str) -> None:
+        task = {
+            "_target_": "lab.tasks.tasks.Multiclass",
+            "extra_metrics": {"m": {"_target_": target}},
+        }
+        check_roles({"task": task}, ("task",), tmp_path, "run=theirs")
+
+    check("torchmetrics.CohenKappa")
+    check("torchmetrics.classification.MulticlassF1Score")
+    for target in ("torchmetrics.text.BLEUScore", "torchmetrics.MetricCollection", "os.system"):
+        with pytest.raises(UserError, match=rf"m._target_={target}, which no file in conf/task"):
+            check(target)
 
 
 def test_a_constant_target_costs_no_error() -> None:
