@@ -163,7 +163,7 @@ def test_a_root_given_once_reaches_all_that_was_read_from_it(table: Path, tmp_pa
         (["run=nowhere"], "run=nowhere: not a run's folder (there is no such folder)"),
         (["run=DIGITS", "splt=test"], "splt: there is no such key. Did you mean split?"),
         (["run=DIGITS", "model=cnn"], "model: there is no such key."),
-        (["run=DIGITS", "split=tests"], "split=tests must be one of train, val, test."),
+        (["run=DIGITS", "split=tests"], "It has train, val, test. Did you mean test?"),
         (["run=DIGITS", "test"], "test: arguments are key=value."),
         (["run=DIGITS", "--split=test"], "--split=test: arguments are key=value."),
         (["run=DIGITS", "data=mnist"], "data: there is no such key."),

@@ -195,6 +195,7 @@ class Data:
         if found is None:
             raise UserError(
                 f"split={split} does not exist in this data. It has {', '.join(self.num_examples)}."
+                + did_you_mean(split, self.num_examples)
             )
         size = self.eval_batch_size * world_size
         windows = Windows(len(found), size, False, rank, world_size)
