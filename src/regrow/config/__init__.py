@@ -6,7 +6,7 @@ check: check, check_group, check_once
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable
 composition: composition, hydra_as_it_was
 explain: composition_error, hydras_value_error, wrong_options
-flags: absolute, arguments_of, CHECK, check, copied_source, COPIES, DEFAULT, folders, folders_of,
+flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
     source_of, split, typed
 hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, version_arguments
