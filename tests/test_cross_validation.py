@@ -26,7 +26,7 @@ from regrow.record import comparison
 from regrow.record.records import read_json
 from regrow.record.report import load
 from regrow.record.statistics import differences, estimate
-from regrow.runs import predictions
+from regrow.runs import set_predictions
 from regrow.runs import training as runs
 
 
@@ -165,14 +165,14 @@ def test_a_kill_while_predictions_are_written_changes_nothing(
         pid = os.fork()
         if pid == 0:
             try:
-                write = predictions.write
+                write = set_predictions.write
 
                 def deadly(*given: Any, write: Any = write, when: str = when) -> None:
                     if when == "after":
                         write(*given)
                     os.kill(os.getpid(), signal.SIGKILL)
 
-                predictions.write = deadly  # type: ignore[assignment]
+                set_predictions.write = deadly  # type: ignore[assignment]
                 torch.set_num_threads(1)
                 runs.train(runs.build(config, CPU), config, folder, CPU, runs.StopRequest())
             finally:
