@@ -18,9 +18,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lab.tasks import metrics as module
-from lab.tasks.metrics import Metrics, regression_metrics
+from lab.tasks.metrics import Metrics, language_metrics, regression_metrics
 from regrow.config.roles import check_roles
 from regrow.errors import UserError
+from regrow.feeding.tokens import IGNORED
 from regrow.numerics import extra
 
 torch.set_num_threads(1)
@@ -127,6 +128,20 @@ def test_kappa_and_jaccard_are_scikit_learns() -> None:
 
     expected = spearmanr(outputs[:, 0], targets).statistic
     assert measured("regression")["spearman"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_tokens_are_predicted_and_true_tokens() -> None:
+    recipe = language_metrics(C, None)
+    outputs, targets = drawn(9, 6, C), torch.randint(C, (9, 6), generator=RNG)
+    targets[2, 3:] = IGNORED
+    metrics = Metrics(recipe, CPU, {"kappa": torchmetrics.CohenKappa(**CLASSES)})
+    metrics.rehearse(outputs, targets)
+    metrics.update(outputs, targets)
+    kept = targets != IGNORED
+    expected = sk.cohen_kappa_score(targets[kept], outputs.argmax(-1)[kept])
+    assert metrics.scalars()["kappa"] == pytest.approx(expected, abs=1e-6)
+    right = float((targets == outputs.argmax(-1))[kept].double().mean())
+    assert metrics.scalars()["accuracy"] == pytest.approx(right, abs=1e-12)
 
 
 def test_weights_of_zero_and_nan_hold_for_extra_metrics_too() -> None:

@@ -25,7 +25,7 @@ PLAIN = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)
 
 
 def task(loss: object = PLAIN) -> Language:
-    made = Language(num_classes=TOKENS, monitor="val/loss", loss=loss)  # type: ignore[arg-type]
+    made = Language(num_classes=TOKENS, monitor="val/loss", extra_metrics=None, loss=loss)  # type: ignore[arg-type]
     made.vocabulary = {"kind": "characters", "content": "abcdefghiß"}
     return made
 
@@ -136,7 +136,7 @@ def test_without_a_vocabulary_bytes_are_unknown() -> None:
 
 
 def test_fifty_thousand_tokens_need_no_table() -> None:
-    made = Language(num_classes=50_000, monitor="val/loss", loss=PLAIN)
+    made = Language(num_classes=50_000, monitor="val/loss", extra_metrics=None, loss=PLAIN)
     found = made.metrics(CPU)
     outputs = torch.zeros(2, 8, 50_000)
     found.update(outputs, torch.arange(16).view(2, 8), None)

@@ -1,7 +1,8 @@
 """Metrics on torchmetrics, exact over any number of batches and processes.
 
 `task.extra_metrics` names further ones, which get the rows that `Recipe.finish` returns:
-probabilities and classes, predicted and true values, or predicted and true classes of pixels.
+probabilities and classes, predicted and true values, or predicted and true classes of pixels and
+tokens.
 
 They count examples and ignore weights, except that a weight of zero leaves an example out. A class
 that occurs neither in the targets nor in the predictions gives NaN and is left out of averages; one
@@ -51,6 +52,7 @@ class Recipe:
     no_rows: Rows  # for a process without examples
     scalars: Callable[[dict[str, Tensor]], dict[str, float]]
     details: Callable[[dict[str, Tensor]], dict[str, Any]]
+    of_extra: Callable[[Tensor], Tensor] = lambda outputs: outputs  # what extra metrics get of them
 
 
 class Metrics:
@@ -117,7 +119,8 @@ class Metrics:
             from regrow.numerics.extra import rehearse
 
             rows = self._recipe.flatten(outputs.detach().to(self._device), targets.to(self._device))
-            rehearse(self._extra, *self._finished(*rows))
+            outputs, targets = self._finished(*rows)
+            rehearse(self._extra, self._recipe.of_extra(outputs), targets)
 
     @torch.no_grad()
     def _feed(self) -> None:
@@ -134,7 +137,8 @@ class Metrics:
                 most = max(1, 2 * MAX_PAIRS // width) * width
                 metric.update(pairs[: most - sum(map(len, metric.value))])
             elif name != "_seen" and (outputs.shape[0] or name in self._shaped):
-                metric.update(outputs, targets)
+                rows = self._recipe.of_extra(outputs) if name in self._extra else outputs
+                metric.update(rows, targets)
 
     def _finished(self, outputs: Tensor, targets: Tensor) -> Rows:
         return self._recipe.finish(
@@ -335,7 +339,7 @@ def language_metrics(num_tokens: int, num_bytes: list[int] | None) -> Recipe:
         """Reduce at once: a buffer of logits would hold a row of the vocabulary per token."""
         outputs, targets = full_precision(outputs.flatten(0, 1)), targets.flatten()
         losses = F.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none")
-        return torch.stack([losses, outputs.argmax(1).eq(targets).to(losses.dtype)], 1), targets
+        return torch.stack([losses, outputs.argmax(1).to(losses.dtype)], 1), targets
 
     def finish(rows: Tensor, targets: Tensor) -> Rows:
         return rows[targets != IGNORED], targets[targets != IGNORED]
@@ -354,6 +358,7 @@ def language_metrics(num_tokens: int, num_bytes: list[int] | None) -> Recipe:
         no_rows=(torch.empty(0, 2), torch.empty(0, dtype=torch.int64)),
         scalars=scalars,
         details=lambda values: {},
+        of_extra=lambda rows: rows[:, 1].long(),
     )
 
 

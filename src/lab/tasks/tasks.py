@@ -352,12 +352,20 @@ class Language:
     kind = "language"
     running_name = None
 
-    def __init__(self, *, num_classes: int, monitor: str, loss: Loss) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        monitor: str,
+        extra_metrics: dict[str, Metric] | None,
+        loss: Loss,
+    ) -> None:
         checks.fits(loss, self.kind)
         checks.one_per_class(loss, "class_weights", num_classes)
         self.monitor = monitor
         self.num_classes, self.loss_fn = num_classes, loss
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
+        self.extra_metrics = extra_metrics
         self.vocabulary: Mapping[str, str] | None = None
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
@@ -375,6 +383,7 @@ class Language:
         checks.language(outputs, targets, num_classes=self.num_classes)
         kept = targets.flatten() != IGNORED
         checks.returned(self.loss_fn, outputs.flatten(0, 1)[kept], targets.flatten()[kept])
+        self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         return None  # the largest of many logits costs a good part of a step
@@ -385,7 +394,7 @@ class Language:
     def metrics(self, device: torch.device) -> Metrics:
         known = self.vocabulary
         num_bytes = None if known is None else from_record(known, "task=language").num_bytes()
-        return Metrics(language_metrics(self.num_classes, num_bytes), device)
+        return Metrics(language_metrics(self.num_classes, num_bytes), device, self.extra_metrics)
 
 
 def _logit(threshold: float) -> float:

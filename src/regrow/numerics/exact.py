@@ -69,8 +69,9 @@ class TokenSums(Metric):
         self.register_buffer("num_bytes", lengths, persistent=False)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add rows (N, 2) of a loss and 1.0 for a right prediction, and their targets (N,)."""
-        self.sums[:2] += outputs.sum(0)
+        """Add rows (N, 2) of a loss and the predicted token, and their targets (N,)."""
+        self.sums[0] += outputs[:, 0].sum()
+        self.sums[1] += outputs[:, 1].eq(targets).sum()
         self.sums[2] += len(targets)
         self.sums[3] += self.num_bytes[targets].sum()
 
