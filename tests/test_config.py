@@ -40,7 +40,7 @@ BAD = {
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
     "optimizer.foreach=true": "torch.optim.AdamW takes it. Add a plus: +optimizer.foreach=true",
     "+optimizer.params=[]": "torch.optim.AdamW has no such key. It takes lr, betas,",
-    "+model.width=3": "MLP has no such key. It is one of model=gpt, vit.",
+    "+model.patch_size=3": "MLP has no such key. It is one of model=vit.",
     "+trainer.fast_dev_run=true": "TrainerOptions has no such key. Here that is debug=fast.",
     "trainer.accelerator=gpu": "Here that is trainer.device=cpu, cuda or mps.",
     "task_name=x": "task_name: there is no such key. Here that is name.",
@@ -48,7 +48,7 @@ BAD = {
     "~logger": "~logger: the group cannot be left out. For none beside metrics.jsonl, which is",
     "experiment=null": "experiment=null: leave it out.",
     "debug=false": "debug=false: leave it out.",
-    "model=[cnn,null]": "model takes the name of one of its options: cnn, mlp,",
+    "model=[cnn,null]": "model takes the name of one of its options: cnn, gpt, mlp,",
     "model.hidden=sort(3,1,2)": "add -m. A key that takes a list: model.hidden=[1,2,3].",
     "+experiment=digits_mlp": "an option is chosen without a plus: experiment=digits_mlp",
     "+seed=1": "+seed=1: the key is there already. Write it without +: seed=1",
@@ -114,7 +114,7 @@ BAD = {
     "trainer.monitor=train/loss": "must be a metric of a set that is measured during training",
     "task=regression": "Use task=multiclass.",
     "loss=mse": "loss=mse is for task=regression",
-    "data=csv": "(multiclass, binary, multilabel, regression or segmentation) (and",
+    "data=csv": "regression, segmentation, language; null for others) (and",
     "data=image_folder": "data.num_classes must be given",
     "data=image_folder data.num_classes=2": "data.root must be given: add data.root=…",
     "data=cifar10 data.root=null": "data.root must be given: add data.root=…",
@@ -231,7 +231,7 @@ NEXT = {
     **dict.fromkeys(("logger=5", "logger=wandbb"), "wandb"),  # a login, or the package
     "data.source.delimiter=,": "the chosen data has no such key",
     "data.source.delimiter=;": "the chosen data has no such key",
-    "+model.width=3": "Write it without +",
+    "+model.patch_size=3": "Write it without +",
     "-m hydra/sweeper=optuna": "sweep keys only apply to sweeps",
     "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
 }
@@ -454,7 +454,7 @@ def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert "lr: 0.0" in done.stdout
+    assert "lr: ${if_chosen:model,gpt,0.001,0.003}" in done.stdout
     assert done.stderr.strip().endswith("False")
     assert list(tmp_path.iterdir()) == []
 

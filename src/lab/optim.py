@@ -17,7 +17,6 @@ from lab.several import by_name, full
 from regrow.distributed import sharding
 from regrow.dotted import matches
 from regrow.errors import UserError
-from regrow.numerics.calls import say_if_out_of_memory
 from regrow.numerics.totals import Skipped, Totals, numbers
 
 log = logging.getLogger(__name__)
@@ -288,7 +287,7 @@ def update(
     """Update with `gradients * factor`, clipped; skip the update if it would not be finite.
 
     `norm` is the norm of `gradients` before the factor, a number or a () tensor; `totals` are the
-    step's. Raises UserError if memory does not suffice.
+    step's.
     """
     scale: float | Tensor
     skipped: bool | Tensor
@@ -314,14 +313,7 @@ def update(
     if clipping.value is not None:
         torch._foreach_clamp_min_(gradients, -clipping.value)
         torch._foreach_clamp_max_(gradients, clipping.value)
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        way_out = (
-            "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger device."
-        )
-        say_if_out_of_memory(error, "the update of the weights", way_out)
-        raise
+    optimizer.step()
     return Skipped(skipped, empty)
 
 

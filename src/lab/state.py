@@ -17,6 +17,7 @@ from lab.several import by_name, full
 from regrow.distributed import sharding
 from regrow.errors import UserError, brief
 from regrow.numerics.buffers import caches
+from regrow.numerics.calls import say_if_out_of_memory
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Skipped, Totals, scalar, without_waiting
 
@@ -114,12 +115,22 @@ class TrainState:
     ) -> Skipped:
         """Update the weights with `gradients * factor`, clipped, if norm and loss are finite.
 
-        `name` is that of the optimizer; it is empty for a single one.
+        `name` is that of the optimizer; it is empty for a single one. Raises UserError if memory
+        does not suffice.
         """
         optimizer = by_name(self.optimizer)[name]
-        return optim.update(
-            optimizer, gradients, norm, factor=factor, clipping=clipping, totals=totals
-        )
+        try:
+            return optim.update(
+                optimizer, gradients, norm, factor=factor, clipping=clipping, totals=totals
+            )
+        except RuntimeError as error:
+            say_if_out_of_memory(
+                error,
+                f"the update of step {self.step + 1}",
+                "Use an optimizer with less state, a smaller model, trainer=fsdp or a larger "
+                "device.",
+            )
+            raise
 
     def finish_step(
         self, totals: Totals, skipped: Skipped, step: int | Tensor, options: TrainerOptions

@@ -50,7 +50,8 @@ def draws(*, seed: int = 0, rank: int = 0, start: int = 0, steps: int = 3) -> li
     plan: Any = dataclasses.replace(bench.plan.step, seed=seed, world=world)
     bench.state.progress.step = start
     for _ in range(steps):
-        step.accumulate(bench.state, batch_of(torch.ones(4, 2), torch.ones(4)), plan)
+        plan.exchange.begin()
+        step.accumulate(bench.state, batch_of(torch.ones(4, 2), torch.ones(4)), plan, step.forward)
         bench.state.progress.step += 1
     return model.drawn
 

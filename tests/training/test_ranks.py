@@ -248,7 +248,7 @@ def test_each_backward_pass_of_a_step_is_counted_once_under_its_name(several: Se
         assert seen["counted"] == {"first": seen["global"], "second": seen["global"]}
         assert seen["again"] == seen["global"] > 0
         twice, unnamed = seen["errors"]
-        assert twice.startswith("this step has sent sums under the name 'second' already.")
+        assert twice.startswith("this step has sent its sums of second already.")
         assert "a synchronised backward pass without sums of its own." in unnamed
 
 

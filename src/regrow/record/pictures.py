@@ -7,11 +7,9 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 NUM_SHOWN = 4
 MOST_PIXELS = 256  # of a side; larger pictures keep every second pixel, or fewer
@@ -31,7 +29,7 @@ def of_masks(
     `as_pixels` converts inputs (B, C, H, W) to uint8; None: by the range of their values. Inputs
     that are not one batch of images give nothing. Ignored pixels get the index after the classes.
     """
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+    if getattr(inputs, "ndim", None) != 4:  # several inputs are a tuple or a mapping
         return {}
     every = -(-max(inputs.shape[2:]) // MOST_PIXELS)
     few = (slice(NUM_SHOWN), ..., slice(None, None, every), slice(None, None, every))
@@ -48,12 +46,15 @@ def of_masks(
 
 def by_range(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) as uint8, each stretched from its least to its largest value."""
+    import torch  # reading a page does not need it
+
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
 
 
 def _png(pixels: Tensor) -> str:
     """Return (1, H, W) or (3, H, W) values as PNG: 8 bits, or 16 if a class index needs them."""
+    import torch  # reading a page does not need it
     from PIL import Image
 
     is_wide = pixels.dtype != torch.uint8 and int(pixels.max()) > 255
