@@ -87,6 +87,7 @@ class Objects:
 
 def build(config: Mapping[str, Any], world: World) -> Objects:
     """Return all objects of a run, built in the order of their dependencies. Writes nothing."""
+    several.check(config)
     seed = config["seed"]
     options: TrainerOptions = instantiate(config["trainer"])
     data = instantiate(config["data"])
@@ -94,10 +95,9 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     train = data.train(**share)
     sets = {name: data.evaluation(name, **share) for name in data.measured_in_training}
 
-    several.check(config)
     seed_everything(key(seed, "model"))
     models = several.each(config["model"], instantiate)
-    model: nn.Module = models.get("") or several.Models(models)
+    model: nn.Module = models[""] if "" in models else several.Models(models)
     if model_checks.has_lazy_parts(model):
         with states_kept():
             first = first_batch(train, sets)
@@ -136,8 +136,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     averaged = average_of(model) if options.ema_decay is not None else None
     activation_checkpointing.apply(model, options.activation_checkpointing)
     if world.mesh is not None:
-        for each in (model, averaged):
-            for part in several.by_name(each).values() if each is not None else ():
+        for each in (model,) if averaged is None else (model, averaged):
+            for part in several.by_name(each).values():
                 sharding.shard(part, options.fsdp, world.mesh)
     total_steps = steps_of(options, train.steps_per_epoch)
     optimizers = optimizers_of(config, model)
@@ -150,8 +150,8 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
         warmups.append(length.warmup(node.get("warmup_steps"), node.get("warmup_fraction")))
     state = TrainState(
         model=model,
-        optimizer=optimizers.get("") or optimizers,
-        schedule=schedules.get("") or schedules,
+        optimizer=several.one_or_all(optimizers),
+        schedule=several.one_or_all(schedules),
         evaluates="" if "" in models else config["task"]["evaluates"],
         averaged=averaged,
         loss_scale=LossScale(world.device) if options.precision == "fp16" else None,
@@ -294,7 +294,7 @@ def check_first_batch(objects: Objects, world: World) -> None:
 
 def first_batch(train: TrainBatches, sets: Mapping[str, EvalBatches]) -> Batch:
     """Return the first batch of the first set, or of the training examples if there is none."""
-    return next(iter(next(iter(sets.values()), train.epoch(0))))
+    return next(iter(next(iter(sets.values()))) if sets else train.epoch(0))
 
 
 def steps_of(options: TrainerOptions, steps_per_epoch: int) -> int | None:
@@ -342,11 +342,10 @@ def capture_of(
 
 def distribute_all(model: nn.Module, options: DDPOptions, world: World, exchange: Exchange) -> Any:
     """Return what a step calls: the model, or DDP around it; several models by name."""
-    called = {
-        name: distribute(each, options, world, exchange)
-        for name, each in several.by_name(model).items()
-    }
-    return called.get("") or called
+    models = several.by_name(model).items()
+    return several.one_or_all(
+        {name: distribute(each, options, world, exchange) for name, each in models}
+    )
 
 
 def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:

@@ -15,7 +15,7 @@ from lab.state import TrainState
 from regrow.distributed import sharding
 from regrow.distributed.parallel import World, stopping_together
 from regrow.numerics.calls import call, say_if_out_of_memory
-from regrow.numerics.precision import at_least_float32, autocast
+from regrow.numerics.precision import autocast
 from regrow.numerics.totals import (
     COUNTED,
     EXAMPLES,
@@ -25,6 +25,7 @@ from regrow.numerics.totals import (
     Totals,
     ratio,
     sum_dtype,
+    weighted,
 )
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, Config, EvalBatches, ShowsExamples, Task
@@ -100,13 +101,9 @@ def measure(
             with autocast(world.device, precision):
                 outputs = call(model, batch.inputs)
                 loss = task.loss(outputs, batch.targets, batch.weights)
-            values, weights = at_least_float32(loss.values), loss.weights
-            if weights is None:
-                sums[LOSS] += values.sum()
-                sums[WEIGHT] += values.numel()
-            else:
-                sums[LOSS] += (values * weights).sum()
-                sums[WEIGHT] += weights.sum()
+            losses, weights = weighted(loss.values, loss.weights), loss.weights
+            sums[LOSS] += losses.sum()
+            sums[WEIGHT] += losses.numel() if weights is None else weights.sum()
             metrics.update(outputs, batch.targets, batch.weights)
             if number == 0 and isinstance(task, ShowsExamples):
                 examples = task.examples(batch, outputs)

@@ -27,6 +27,11 @@ def by_name(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"": value}
 
 
+def one_or_all(found: dict[str, T]) -> T | dict[str, T]:
+    """Return the single thing, or all of them by name: the reverse of `by_name`."""
+    return found.get("", found)
+
+
 def full(kind: str, name: str, separator: str = ".") -> str:
     """Return the name of a checkpoint's part or a rate, such as model.generator or model alone."""
     return f"{kind}{separator}{name}" if name else kind

@@ -10,9 +10,9 @@ import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from running import metrics_of, train
+from growing import assert_grows_back, distance
 from sklearn.linear_model import RidgeClassifier
-from test_gan import distance, finished
+from test_gan import finished
 
 from lab.examples.contrastive import probe, step
 from regrow.project import CONF
@@ -73,14 +73,7 @@ def test_the_probe_of_an_example_is_fitted_to_all_others() -> None:
 
 
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
-    train(tmp_path / "whole", *RUN)
-    for stop in range(1, 6):
-        train(tmp_path / "parts", *RUN, stop_at=stop)
-    train(tmp_path / "parts", *RUN)
-    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
-    train(tmp_path / "other", *RUN, "step.strength=0.21")  # the control
-    assert distance(tmp_path / "whole", tmp_path / "other") > 0
+    assert_grows_back(tmp_path, RUN, 5, "step.strength=0.21")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from growing import assert_grows_back, distance, weights
 from running import CPU, config_of, metrics_of, train
 
 from lab.examples.gan import step
@@ -34,31 +35,8 @@ GAN = (f"hydra.searchpath=[file://{EXAMPLE}]", *SMALL)
 STEPS = 8
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    parts, _ = writer.load(writer.named(folder / "checkpoints", "last"))
-    return {
-        f"{part}.{name}": value
-        for part, content in parts.items()
-        if part.startswith(("model", "averaged"))
-        for name, value in content.items()
-    }
-
-
-def distance(one: Path, other: Path) -> float:
-    mine, its = weights(one), weights(other)
-    assert mine.keys() == its.keys() and mine
-    return max((mine[name] - its[name]).abs().max().item() for name in mine)
-
-
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
-    train(tmp_path / "whole", *GAN)
-    for stop in range(1, STEPS + 1):
-        train(tmp_path / "parts", *GAN, stop_at=stop)
-    train(tmp_path / "parts", *GAN)
-    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
-    train(tmp_path / "other", *GAN, "optimizer.generator.lr=0.0011")  # the control
-    assert distance(tmp_path / "whole", tmp_path / "other") > 0
+    assert_grows_back(tmp_path, GAN, STEPS, "optimizer.generator.lr=0.0011")
 
 
 def test_micro_batches_draw_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

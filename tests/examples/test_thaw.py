@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import before_each_step, metrics_of, train
-from test_gan import distance
+from growing import assert_grows_back
+from running import before_each_step, train
 
 from lab.examples.thaw import step
 
@@ -41,11 +41,4 @@ def test_frozen_weights_move_from_the_given_step_on(
 
 
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
-    train(tmp_path / "whole", *RUN)
-    for stop in range(1, 8):
-        train(tmp_path / "parts", *RUN, stop_at=stop)
-    train(tmp_path / "parts", *RUN)
-    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
-    train(tmp_path / "other", *RUN, "step.until_step=5")  # the control
-    assert distance(tmp_path / "whole", tmp_path / "other") > 0
+    assert_grows_back(tmp_path, RUN, 7, "step.until_step=5")

@@ -317,12 +317,8 @@ def image_folder(
     channels, size = check_size(input_shape, resize)
     if identity not in ("contents", "ends"):
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
-    folder = Path(root)
-    if not is_folder(folder):
-        raise UserError(f"data.root={root}: not a folder. Set it to the folder of images.")
     reading = Reading(extensions, tuple(leave_out), exif_orientation)
-    left_out = LeftOut(folder)
-    suffixes_of(extensions)  # check before reading any folder
+    folder, left_out = root_of(root, reading)
     inside = _folders(folder, reading)
     class_names = text_names(class_names)
     names = [name for name in NAMES if name in inside]
@@ -415,6 +411,17 @@ def image_folder(
         reading=reading,
         notes=[line for line in (str(left_out), frames(all_files)) if line],
     )
+
+
+def root_of(root: str, reading: Reading) -> tuple[Path, LeftOut]:
+    """Return the folder of all images, and where to count the files that are left out.
+
+    Raises UserError if there is no such folder, or for an unknown suffix.
+    """
+    if not is_folder(Path(root)):
+        raise UserError(f"data.root={root}: not a folder. Set it to the folder of images.")
+    suffixes_of(reading.extensions)  # check before reading any folder
+    return Path(root), LeftOut(Path(root))
 
 
 def check_size(input_shape: list[int], resize: int | None) -> tuple[int, list[int]]:

@@ -26,7 +26,7 @@ from regrow.feeding.images import (
     group_of,
     load_image,
     opened,
-    suffixes_of,
+    root_of,
     to_tensor,
 )
 from regrow.feeding.splits import (
@@ -209,12 +209,8 @@ def mask_folder(
             f"data.source.mask_values has {len(mask_values)} values for data.num_classes="
             f"{num_classes}. Give the value of each class."
         )
-    folder = Path(root)
-    if not is_folder(folder):
-        raise UserError(f"data.root={root}: not a folder. Set it to the folder of images.")
     reading = Reading(extensions, tuple(leave_out), exif_orientation)
-    left_out = LeftOut(folder)
-    suffixes_of(extensions)  # check before reading any folder
+    folder, left_out = root_of(root, reading)
     shared = (size, channels, resize, root, exif_orientation, num_classes, ignore_index)
     own = {}
     for name, (of_images, of_masks) in _places(folder, images_in, masks_in, sets).items():

@@ -46,7 +46,7 @@ def compare(
     losses = nt_xent(one, ones, others, batch.first, temperature)
     losses = (losses + nt_xent(other, others, ones, batch.first, temperature)) / 2
     losses = weighted(losses, batch.weights)
-    return losses, Totals.of(losses.detach(), None, {}, None, batch.num_local)
+    return losses, Totals.of(losses.detach(), batch.weights, {}, None, batch.num_local)
 
 
 def nt_xent(rows: Tensor, same: Tensor, paired: Tensor, first: int, temperature: float) -> Tensor:

@@ -14,7 +14,7 @@ from lab.plan import StepPlan, StepResult
 from lab.state import TrainState
 from lab.step import accumulate, update_weights
 from regrow.feeding.batch import noise
-from regrow.numerics.totals import Totals
+from regrow.numerics.totals import Totals, weighted
 from regrow.protocols import Batch
 
 
@@ -49,7 +49,7 @@ def tell_apart(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor,
         generated = models["generator"](latent(state, batch, plan))
     scores = plan.forward(torch.cat([batch.inputs, generated]))[:, 0]  # one call, as DDP needs
     real, fake = scores.split(len(generated))
-    return weighed(softplus(-real) + softplus(fake), batch, "discriminator")
+    return losses_and_totals(softplus(-real) + softplus(fake), batch, "discriminator")
 
 
 def deceive(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor, Totals]:
@@ -58,7 +58,7 @@ def deceive(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor, To
     discriminator = models["discriminator"].requires_grad_(False)
     scores = discriminator(plan.forward(latent(state, batch, plan)))[:, 0]
     discriminator.requires_grad_(True)
-    return weighed(softplus(-scores), batch, "generator")
+    return losses_and_totals(softplus(-scores), batch, "generator")
 
 
 def latent(state: TrainState, batch: Batch, plan: StepPlan) -> Tensor:
@@ -67,9 +67,7 @@ def latent(state: TrainState, batch: Batch, plan: StepPlan) -> Tensor:
     return noise(plan.seed, state.step, batch, *batch.inputs.shape[1:])
 
 
-def weighed(losses: Tensor, batch: Batch, name: str) -> tuple[Tensor, Totals]:
-    """Return the losses, with weight zero for an empty share of the batch, and their totals."""
-    if batch.weights is not None:
-        losses = losses * batch.weights
-    parts = {name: losses.detach()}
-    return losses, Totals.of(losses.detach(), None, parts, None, batch.num_local)
+def losses_and_totals(losses: Tensor, batch: Batch, name: str) -> tuple[Tensor, Totals]:
+    """Return the losses (B,) times the examples' weights, and totals with a component `name`."""
+    parts, losses = {name: losses.detach()}, weighted(losses, batch.weights)
+    return losses, Totals.of(losses.detach(), batch.weights, parts, None, batch.num_local)
