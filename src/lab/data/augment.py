@@ -4,7 +4,8 @@ Images in memory are augmented a batch at a time. An object such as `CropFlip` l
 (`store`), draws one table of random numbers per epoch, with a row per example (`table`), and reads
 augmented examples by index (`gather`), so an augmented example does not depend on its batch. Images
 in files are augmented one by one in the workers by any callable on a PIL image, such as `Photo`;
-torch, numpy and `random` are seeded for each example before the call.
+torch, numpy and `random` are seeded for each example before the call. `MixUp` and `CutMix` blend an
+example with a partner of its batch, by random numbers that the example gets for the epoch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.feeding.mixing import Mix
 from regrow.randomness import generator
 
 PADDING_MODES = ("constant", "reflect")
@@ -158,3 +160,57 @@ class Photo:
         if any(jitter):
             steps.append(v2.ColorJitter(*jitter))
         return v2.Compose(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixUp(Mix):
+    """Blend two examples of any shape, by a share from Beta(alpha, alpha) (Zhang et al., 2018)."""
+
+    alpha: float  # 0.2: mostly one of the two; 1: any share is as likely
+
+    num_numbers = 1
+
+    def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        share = _beta(self.alpha, numbers[:, 0]).to(inputs.device, inputs.dtype)
+        factor = share.view(-1, *[1] * (inputs.ndim - 1))
+        return inputs * factor + partners * (1 - factor), share
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMix(Mix):
+    """Replace a box of each image by the partner's (Yun et al., 2019).
+
+    Its area is a share from Beta(alpha, alpha), less what lies beyond the border.
+    """
+
+    alpha: float
+
+    num_numbers = 3  # the share, and the centre of the box
+
+    def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        if inputs.ndim != 4:
+            raise UserError(
+                f"data.mixing=CutMix takes images (C, H, W), and inputs are of shape "
+                f"{list(inputs.shape[1:])}. Use lab.data.augment.MixUp."
+            )
+        side = (1 - _beta(self.alpha, numbers[:, 0])).sqrt()  # of the box, as a share of the image
+        outside, areas = [], []
+        for dim, centre in ((2, numbers[:, 1]), (3, numbers[:, 2])):
+            size = inputs.shape[dim]
+            ends = (centre + sign * side / 2 for sign in (-1, 1))
+            low, high = ((end * size).round().clamp(0, size) for end in ends)
+            places = torch.arange(size)
+            outside.append((places < low[:, None]) | (places >= high[:, None]))  # (B, size)
+            areas.append((high - low) / size)
+        own = (outside[0][:, None, :, None] | outside[1][:, None, None, :]).to(inputs.device)
+        return torch.where(own, inputs, partners), 1 - areas[0] * areas[1]
+
+
+def _beta(alpha: float, uniform: Tensor) -> Tensor:
+    """Return Beta(alpha, alpha) numbers, (B,), by the inverse of their distribution function.
+
+    It takes one uniform number per example, where a sampler would reject some and draw again.
+    """
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy()))
