@@ -189,6 +189,8 @@ def test_a_tables_column_weighs_the_draws(make_data: Make, tmp_path: Path) -> No
     assert weights.tolist() == [[0, 2, 0, 0.5][int(n) % 4] for n in numbers]
     seen = torch.cat([batch.inputs[:, 0] for batch in data.train(device=CPU).epoch(0)])  # type: ignore[index]
     assert {int(n) % 4 for n in seen} == {1, 3}
+    others = table(make_data, tmp_path, rows("0", "2", "0", "0.25")).fingerprint()
+    assert others["train"] != data.fingerprint()["train"]  # a resume with other weights is refused
     # A val file of its own needs no such column, and the loss has its own weights.
     (tmp_path / "val.csv").write_text("a,y,v\n70,1,1\n71,0,1\n", encoding="utf-8")
     text = rows("1,3", "2,3", header="a,y,w,v")

@@ -101,6 +101,20 @@ def test_each_image_of_a_batch_gets_draws_of_its_own(make_data: Make) -> None:
     assert torch.equal(batch.targets, plain.targets)  # type: ignore[arg-type]
 
 
+def test_the_crop_before_a_transform_differs_by_epoch(make_data: Make) -> None:
+    erase_nothing = f"transforms=[{{_target_: {V2}.RandomErasing, p: 0}}]"
+
+    def first_image(epoch: int, *overrides: str) -> Tensor:
+        given = ("limit_train=9", "batch_size=9", "augmentation.pad=3", *overrides)
+        (batch,) = make_data("digits", *given).train(device=CPU).epoch(epoch)
+        return batch.inputs[int(batch.targets.argsort(stable=True)[0])]  # type: ignore[union-attr, index]
+
+    for epoch in (0, 1, 2):  # transforms that change nothing leave the crop of the epoch
+        assert torch.equal(first_image(epoch, erase_nothing), first_image(epoch))
+    seen = torch.stack([first_image(epoch, erase_nothing) for epoch in range(6)])
+    assert len(seen.unique(dim=0)) > 2
+
+
 def test_an_evaluation_is_not_transformed(make_data: Make, same: Same) -> None:
     sets = [
         list(make_data("digits", *more).evaluation("train", device=CPU))

@@ -171,7 +171,7 @@ class MixUp(Mix):
     num_numbers = 1
 
     def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        share = _beta(self.alpha, numbers[:, 0]).to(inputs.device, inputs.dtype)
+        share = _beta(self.alpha, numbers[:, 0]).to(inputs.dtype).to(inputs.device)
         factor = share.view(-1, *[1] * (inputs.ndim - 1))
         return inputs * factor + partners * (1 - factor), share
 

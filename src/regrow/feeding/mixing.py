@@ -65,7 +65,7 @@ class Pairs:
         (inputs, targets, weights), (inputs_2, targets_2, weights_2) = own, others
         refuse_integers(inputs)
         mixed, share = self.mix(single(inputs), single(inputs_2), numbers)
-        share = share.to(mixed.device, torch.float32)
+        share = share.float().to(mixed.device)  # MPS has no float64
         soft = self._blend(share, self._soft(single(targets)), self._soft(single(targets_2)))
         if weights is None or weights_2 is None:
             return mixed, soft, None
