@@ -84,7 +84,7 @@ def test_shares_follow_the_beta_distribution_and_partners_are_equally_likely() -
     random = torch.Generator().manual_seed(0)
     numbers = torch.rand(4000, 1, dtype=torch.float64, generator=random)
     for alpha in (0.2, 1.0, 3.0):
-        _, share = MixUp(alpha=alpha)(numbers, numbers, numbers)
+        share = MixUp(alpha=alpha).draw(numbers)[:, 0]
         assert kstest(share.numpy(), beta(alpha, alpha).cdf).pvalue > 1e-4
         assert kstest(share.numpy(), beta(alpha + 0.5, alpha).cdf).pvalue < 1e-4  # the control
     # The offsets from place to partner, over many epochs: 1 … SIZE - 1, each as likely.
@@ -194,8 +194,9 @@ def test_cutmix_takes_a_box_of_the_partner_and_its_area_from_the_target() -> Non
     random = torch.Generator().manual_seed(0)
     own, partners = torch.zeros(500, 2, 12, 10), torch.ones(500, 2, 12, 10)
     numbers = torch.rand(500, 3, dtype=torch.float64, generator=random)
-    mixed, share = CutMix(alpha=1.0)(own, partners, numbers)
-    assert torch.allclose(1 - mixed.double().mean((1, 2, 3)), share)
+    mix = CutMix(alpha=1.0)
+    mixed, share = mix(own, partners, mix.draw(numbers).float())
+    assert torch.allclose(1 - mixed.mean((1, 2, 3)), share, atol=1e-6)
     for image in mixed:
         assert torch.equal(image[0], image[1])  # all channels alike
         rows, columns = image[0].amax(1), image[0].amax(0)
@@ -204,7 +205,7 @@ def test_cutmix_takes_a_box_of_the_partner_and_its_area_from_the_target() -> Non
     assert 0.3 < float(share.mean()) < 0.9 and len(share.unique()) > 30
     numbers[:, 1:] = 0.5  # no box reaches beyond the border, so its area is as drawn
     large = torch.zeros(500, 1, 64, 64)
-    whole = CutMix(alpha=1.0)(large, large, numbers)[1].numpy()
+    whole = mix(large, large, mix.draw(numbers).float())[1].numpy()
     assert kstest(whole, beta(1, 1).cdf).statistic < 0.08 < kstest(whole, beta(2, 2).cdf).statistic
 
 
@@ -263,7 +264,7 @@ def test_images_of_a_folder_and_in_memory_are_mixed(
 class Doubling(Mix):
     num_numbers = 0
 
-    def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([inputs, partners], 1), torch.ones(len(inputs))
 
 

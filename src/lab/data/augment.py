@@ -170,10 +170,12 @@ class MixUp(Mix):
 
     num_numbers = 1
 
-    def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        share = _beta(self.alpha, numbers[:, 0]).to(inputs.dtype).to(inputs.device)
-        factor = share.view(-1, *[1] * (inputs.ndim - 1))
-        return inputs * factor + partners * (1 - factor), share
+    def draw(self, numbers: Tensor) -> Tensor:
+        return _beta(self.alpha, numbers)
+
+    def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        share = choices.view(-1, *[1] * (inputs.ndim - 1))
+        return inputs * share + partners * (1 - share), choices[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,27 +189,30 @@ class CutMix(Mix):
 
     num_numbers = 3  # the share, and the centre of the box
 
-    def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, numbers: Tensor) -> Tensor:
+        side = (1 - _beta(self.alpha, numbers[:, :1])).sqrt()  # in parts of the image's
+        return torch.cat([side, numbers[:, 1:]], 1)
+
+    def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         if inputs.ndim != 4:
             raise UserError(
                 f"data.mixing=CutMix takes images (C, H, W), and inputs are of shape "
                 f"{list(inputs.shape[1:])}. Use lab.data.augment.MixUp."
             )
-        side = (1 - _beta(self.alpha, numbers[:, 0])).sqrt()  # of the box, as a share of the image
-        outside, areas = [], []
-        for dim, centre in ((2, numbers[:, 1]), (3, numbers[:, 2])):
-            size = inputs.shape[dim]
-            ends = (centre + sign * side / 2 for sign in (-1, 1))
+        side, *centre = choices.unbind(1)
+        outside, lengths = [], []
+        for middle, size in zip(centre, inputs.shape[2:], strict=True):
+            ends = (middle + sign * side / 2 for sign in (-1, 1))
             low, high = ((end * size).round().clamp(0, size) for end in ends)
-            places = torch.arange(size)
+            places = torch.arange(size, device=inputs.device)
             outside.append((places < low[:, None]) | (places >= high[:, None]))  # (B, size)
-            areas.append((high - low) / size)
-        own = (outside[0][:, None, :, None] | outside[1][:, None, None, :]).to(inputs.device)
-        return torch.where(own, inputs, partners), 1 - areas[0] * areas[1]
+            lengths.append((high - low) / size)
+        own = outside[0][:, None, :, None] | outside[1][:, None, None, :]
+        return torch.where(own, inputs, partners), 1 - lengths[0] * lengths[1]
 
 
 def _beta(alpha: float, uniform: Tensor) -> Tensor:
-    """Return Beta(alpha, alpha) numbers, (B,), by the inverse of their distribution function.
+    """Return Beta(alpha, alpha) numbers by the inverse of their distribution function.
 
     It takes one uniform number per example, where a sampler would reject some and draw again.
     """

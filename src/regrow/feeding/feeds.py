@@ -99,7 +99,8 @@ class MemoryFeed:
             rows = rows_of(lambda way: store.table(again(seed, way), epoch), order, repeats)
             rows = rows.to(self.device)
         order = order.to(self.device)
-        partners = None if pairs is None else pairs.partners.to(self.device)
+        if pairs is not None:
+            partners, choices = pairs.partners.to(self.device), pairs.choices.to(self.device)
         per_chunk = max(1, CHUNK_BYTES // (4 * self.num_elements * windows.size))
         for first in range(start - start % per_chunk, len(windows), per_chunk):
             numbers = range(first, min(first + per_chunk, len(windows)))
@@ -110,11 +111,10 @@ class MemoryFeed:
                 places = [slice(share.start, share.stop) for share in shares]
             sizes = [share.stop - share.start for share in shares]
             gathered = self._gather(_at(places, order), None if rows is None else _at(places, rows))
-            if pairs is not None and partners is not None:
+            if pairs is not None:
                 others = _at(places, partners)
                 chosen = order[others], None if rows is None else rows[others]
-                drawn = _at(places, pairs.numbers)
-                gathered = pairs.mixed(drawn, gathered, self._gather(*chosen))
+                gathered = pairs.mixed(_at(places, choices), gathered, self._gather(*chosen))
             inputs, targets = (torch.split(part, sizes) for part in gathered[:2])
             weights: Any = (None,) * len(shares)
             if gathered[2] is not None:
@@ -276,10 +276,16 @@ class FileFeed:
             return batch
         size = share.stop - share.start
         pixels, soft, weights = alone(batch.inputs), alone(batch.targets), batch.weights
-        slots = slots.to(self.device)
+        # From pinned memory, so that the host does not wait for the device.
+        slots, choices = (
+            (part.pin_memory() if self.device.type == "cuda" else part).to(
+                self.device, non_blocking=True
+            )
+            for part in (slots, pairs.choices[share.start : share.stop])
+        )
         own = pixels[:size], soft[:size], None if weights is None else weights[:size]
         others = pixels[slots], soft[slots], None if weights is None else weights[slots]
-        found = pairs.mixed(pairs.numbers[share.start : share.stop], own, others)
+        found = pairs.mixed(choices, own, others)
         if share.num_local == 0:
             found = *found[:2], torch.zeros(1, device=self.device)
         return Batch(*found, *sizes)

@@ -608,7 +608,7 @@ class Data:
         if self.input_shape is not None:
             example = torch.zeros(2, *self.input_shape)
             numbers = torch.full((2, mixing.num_numbers), 0.5, dtype=torch.float64)
-            mixed, share = mixing(example, example, numbers)
+            mixed, share = mixing(example, example, mixing.draw(numbers).float())
             if mixed.shape != example.shape or share.shape != (2,):
                 raise UserError(
                     f"data.mixing={type(mixing).__name__} gave inputs of shape "

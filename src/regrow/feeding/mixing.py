@@ -23,23 +23,30 @@ class Mix(ABC):
 
     num_numbers: int  # random numbers that it needs for each example
 
+    def draw(self, numbers: Tensor) -> Tensor:
+        """Return an epoch's choices, (N, …), made of random numbers uniform in [0, 1).
+
+        `numbers` are (N, num_numbers) float64, on the CPU; by default the choices are the numbers.
+        Row i of the result must depend on row i alone.
+        """
+        return numbers
+
     @abstractmethod
-    def __call__(self, inputs: Tensor, partners: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Return mixed inputs, (B, …), and the share of the own target in each, (B,).
 
-        `inputs` and `partners` are normalised model inputs, (B, …) on the device; `numbers` are
-        (B, num_numbers) float64 on the CPU, uniform in [0, 1). A row of the result must depend on
-        the same row of the arguments alone.
+        `inputs` and `partners` are normalised model inputs, (B, …), and `choices` are float32, (B,
+        …), all on the device. A row of the result must depend on the same row of these alone.
         """
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The partners of an epoch's examples, and the random numbers of each."""
+    """The partners of an epoch's examples, and the choices of each."""
 
     mix: Mix
     partners: Tensor  # (N,) places in the epoch's order
-    numbers: Tensor  # (N, K) float64
+    choices: Tensor  # (N, …) float32, on the CPU
     num_classes: int | None  # of targets that are class indices; None: they are mixed as they are
 
     def read_by(self, share: Share) -> tuple[Tensor, Tensor]:
@@ -57,15 +64,14 @@ class Pairs:
 
     def mixed(
         self,
-        numbers: Tensor,
+        choices: Tensor,
         own: tuple[Inputs, Inputs, Tensor | None],
         others: tuple[Inputs, Inputs, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return inputs, soft targets and weights of examples mixed with their partners."""
         (inputs, targets, weights), (inputs_2, targets_2, weights_2) = own, others
         refuse_integers(inputs)
-        mixed, share = self.mix(single(inputs), single(inputs_2), numbers)
-        share = share.float().to(mixed.device)  # MPS has no float64
+        mixed, share = self.mix(single(inputs), single(inputs_2), choices)
         soft = self._blend(share, self._soft(single(targets)), self._soft(single(targets_2)))
         if weights is None or weights_2 is None:
             return mixed, soft, None
@@ -111,7 +117,7 @@ def pairs_of(
     length = (count - first).clamp(max=size)
     further = 1 + (numbers[:, 0] * (length - 1)).long()
     partners = first + (place - first + further) % length
-    return Pairs(mix, partners, numbers[:, 1:], num_classes)
+    return Pairs(mix, partners, mix.draw(numbers[:, 1:]).float(), num_classes)
 
 
 def single(value: Inputs) -> Tensor:
