@@ -649,7 +649,7 @@ def _check_mixing(data: Mapping[str, Any]) -> None:
     if not isinstance(node, Mapping):
         raise UserError(
             f"data.mixing={_shown(node)} must be a node with a _target_, such as "
-            "{_target_: lab.data.augment.MixUp, alpha: 0.2}, or null."
+            f"{{_target_: {lab_name()}.data.augment.MixUp, alpha: 0.2}}, or null."
         )
     parameters = check_signature(node, "data.mixing")
     for needed, parameter in parameters.items():

@@ -38,6 +38,7 @@ from regrow.feeding.sampling import (
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
 from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
+from regrow.project import lab_name
 from regrow.record.pictures import by_range
 
 log = logging.getLogger("regrow.data")
@@ -600,7 +601,7 @@ class Data:
         if not isinstance(mixing, Mix):
             raise UserError(
                 f"data.mixing={type(mixing).__name__} is not a regrow.feeding.mixing.Mix. Use "
-                "lab.data.augment.MixUp or CutMix, or a subclass of Mix."
+                f"{lab_name()}.data.augment.MixUp or CutMix, or a subclass of Mix."
             )
         refuse_mixing(type(mixing).__name__, self.target_kind, self.ignore_index)
         if isinstance(train := self.source.train, Examples):
