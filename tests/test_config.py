@@ -105,6 +105,15 @@ BAD = {
     "data=csv data.source.target_columns=y data.source.train_file=t.csv data.target_kind=binary "
     "data.num_classes=2 data.num_outputs=1 data.input_shape=[1] task=binary": "columns=y must be",
     "param_groups.lr_scale={head:x}": "must be a mapping to a number from 0, or null.",
+    "data.sampling=balances": "must be balanced or {column: the name of a column}, or null.",
+    "data.mixing=mixup": "data.mixing=mixup must be a node with a _target_, such as {_target_: lab",
+    "data.mixing={_target_:lab.data.augment.MixUp}": "data.mixing.alpha must be given",
+    "data.mixing={_target_:lab.data.augment.CutMix,alpha:0}": "alpha=0 must be a number above 0.",
+    "data=digit_scenes task=segmentation data.mixing={_target_:lab.data.augment.CutMix,alpha:1}": (
+        "data.mixing=CutMix does not fit task=segmentation: a mask of class indices"
+    ),
+    "data=diabetes task=regression data.sampling=balanced": "its targets are values, not classes",
+    "data.transforms=[3]": "data.transforms=[3] must be a list of nodes, each with a _target_.",
     "data.batch_size=[1]": "data.batch_size=[1] must be an integer",
     "data.batch_size=2.5": "data.batch_size=2.5 must be an integer",
     "trainer.max_epochs=0": "trainer.max_epochs=0 must be an integer of at least 1, or null.",

@@ -26,6 +26,7 @@ ADDED_KEYS = (
     *(AddedKey(source, "fold", 0, "data.fold") for source in CUT_HERE),
     AddedKey(IMAGE_FOLDER, "group", None),
     AddedKey("lab.data.datasets.csv", "group", None),
+    AddedKey("lab.data.datasets.csv", "sampling", None, "data.sampling"),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),
     AddedKey("lab.data.datasets.csv", "target_dtype", "float32", "data.target_dtype"),
     *(

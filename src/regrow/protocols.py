@@ -34,7 +34,10 @@ Parts: TypeAlias = dict[str, dict[str, object]]  # of a checkpoint: tensors and 
 
 class Store(Protocol):
     def table(self, seed: int, epoch: int) -> Tensor:
-        """Return an epoch's random choices, (N, …) on the CPU, row i for example i."""
+        """Return an epoch's random choices, (N, …) on the CPU, row i for example i.
+
+        If an epoch draws an example several times, it is called with further seeds.
+        """
         ...
 
     def gather(self, indices: Tensor, table: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from regrow.config.hydra_access import plain, version_arguments
-from regrow.config.targets import instantiate
+from regrow.config.targets import allow, instantiate
 from regrow.feeding.batch import Batch
 from regrow.feeding.loaders import Data
 
@@ -25,7 +25,9 @@ def make_data() -> Callable[..., Data]:
         with initialize_config_dir(str(CONF), **version_arguments()):
             config = compose(name, overrides=list(overrides))
         root = OmegaConf.create({"seed": seed, "data": config})
-        data = instantiate(plain(root.data))
+        node = plain(root.data)
+        allow(node)  # as the check of a command line does
+        data = instantiate(node)
         assert isinstance(data, Data)
         return data
 

@@ -157,6 +157,7 @@ def data_of(train: Any, **changes: Any) -> Data:
         **{"input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 8},
         **{"num_workers": 0, "pin_memory": False, "persistent_workers": False, "drop_last": False},
         **{"limit_train": None, "augment": False, "augmentation": None, "normalize": "none"},
+        **{"sampling": None, "transforms": [], "mixing": None},
         **{
             "normalize_targets": False,
             "integers": "int64",

@@ -63,12 +63,15 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 4,
         "num_workers": 0, "pin_memory": True, "persistent_workers": True,
         "drop_last": False, "limit_train": None,
-        "augment": True, "augmentation": None, "normalize": "none", "normalize_targets": False,
+        "augment": True, "augmentation": None, "sampling": None, "transforms": [],
+        "normalize": "none", "normalize_targets": False,
         "target_dtype": "float64", "integers": "int64", "ignore_index": None,
         "changed": "refuse", "identity": "contents", "overlap": "refuse",
         "final_sets": [], "folds": None, "fold": 0,
     } | changes  # fmt: skip
-    data = instantiate(node, source=from_datasets(train=train, val=val, test=None, collate=None))
+    source = from_datasets(train=train, val=val, test=None, collate=None)
+    mixing = node.pop("mixing", None)  # Hydra would make a dict of a dataclass
+    data = instantiate(node, source=source, mixing=mixing)
     assert isinstance(data, Data)
     return data
 

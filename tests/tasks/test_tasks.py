@@ -291,6 +291,16 @@ def test_running_accuracy_is_hidden_where_targets_are_ignored() -> None:
     assert right is not None and right.tolist() == [True, False, True]
 
 
+def test_a_soft_target_counts_as_the_nearer_label() -> None:
+    right = binary().running(torch.tensor([2.0, 2.0, -2.0]), torch.tensor([0.7, 0.3, 0.2]))
+    assert right is not None and right.tolist() == [True, False, True]
+    outputs, targets = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[0.7, 0.3, 0.2, 0.0]])
+    labels = multilabel().running(outputs, targets)
+    assert labels is not None and labels.tolist() == [0.75]
+    right = multiclass().running(torch.eye(10)[:2], torch.eye(10)[:2].flip(0) * 0.4 + 0.06)
+    assert right is not None and right.tolist() == [False, False]
+
+
 def test_a_step_does_as_many_operations_as_its_bare_form() -> None:
     """Counted, since times vary: log-softmax and its pick for the loss, two for the score."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -306,7 +316,7 @@ def test_a_step_does_as_many_operations_as_its_bare_form() -> None:
 
     for task, outputs, targets, most in (
         (multiclass(), logits(64, 10), ones(64), 4),
-        (binary(), logits(64, 1), ones(64).float(), 5),
+        (binary(), logits(64, 1), ones(64).float(), 6),  # one more, as targets may be soft
         (regression(), logits(64, 1), logits(64), 2),
     ):
         with Count() as count:

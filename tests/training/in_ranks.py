@@ -34,6 +34,7 @@ from lab.tasks.metrics import (
 from regrow.checkpoint.digest import weights_sha256
 from regrow.checkpoint.sharded import Writers
 from regrow.checkpoint.writer import CheckpointWriter, Facts
+from regrow.config.targets import allow
 from regrow.distributed.parallel import World, stopping_together
 from regrow.distributed.sharding import whole
 from regrow.feeding.batch import share
@@ -69,6 +70,7 @@ def part(
     rank: int, size: int, port: int, config: Config, folder: Path, checks: tuple[str, ...]
 ) -> None:
     world = joined(rank, size, port)
+    allow(config)  # as the rank of a run does
     torch.save(
         {name: CHECKS[name](world, config, folder) for name in checks or CHECKS},
         folder / f"{rank}.pt",

@@ -39,6 +39,17 @@ def _as_it_was() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("mix", ["MixUp", "CutMix"])
+def test_a_gpu_gets_the_sampled_and_mixed_batches_of_the_cpu(mix: str) -> None:
+    node = f"data.mixing={{_target_: lab.data.augment.{mix}, alpha: 1.0}}"
+    config = config_of(*IMAGES, node, "data.sampling=balanced")
+    worlds = (GPU, World(device=torch.device("cpu")))
+    here, there = (runs.build(config, world).train.epoch(1) for world in worlds)
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.inputs.is_cuda and torch.allclose(ours.inputs.cpu(), theirs.inputs, atol=1e-5)
+        assert torch.allclose(ours.targets.cpu(), theirs.targets, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_stop_changes_nothing_on_a_gpu(precision: str, tmp_path: Path) -> None:
     options = (*IMAGES, *EXACT, f"trainer.precision={precision}")

@@ -4,7 +4,8 @@ Images in memory are augmented a batch at a time. An object such as `CropFlip` l
 (`store`), draws one table of random numbers per epoch, with a row per example (`table`), and reads
 augmented examples by index (`gather`), so an augmented example does not depend on its batch. Images
 in files are augmented one by one in the workers by any callable on a PIL image, such as `Photo`;
-torch, numpy and `random` are seeded for each example before the call.
+torch, numpy and `random` are seeded for each example before the call. `MixUp` and `CutMix` blend an
+example with a partner of its batch, by random numbers that the example gets for the epoch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.feeding.mixing import Mix
 from regrow.randomness import generator
 
 PADDING_MODES = ("constant", "reflect")
@@ -158,3 +160,62 @@ class Photo:
         if any(jitter):
             steps.append(v2.ColorJitter(*jitter))
         return v2.Compose(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixUp(Mix):
+    """Blend two examples of any shape, by a share from Beta(alpha, alpha) (Zhang et al., 2018)."""
+
+    alpha: float  # 0.2: mostly one of the two; 1: any share is as likely
+
+    num_numbers = 1
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        return _beta(self.alpha, numbers)
+
+    def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        share = choices.view(-1, *[1] * (inputs.ndim - 1))
+        return inputs * share + partners * (1 - share), choices[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMix(Mix):
+    """Replace a box of each image by the partner's (Yun et al., 2019).
+
+    Its area is a share from Beta(alpha, alpha), less what lies beyond the border.
+    """
+
+    alpha: float
+
+    num_numbers = 3  # the share, and the centre of the box
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        side = (1 - _beta(self.alpha, numbers[:, :1])).sqrt()  # in parts of the image's
+        return torch.cat([side, numbers[:, 1:]], 1)
+
+    def __call__(self, inputs: Tensor, partners: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        if inputs.ndim != 4:
+            raise UserError(
+                f"data.mixing=CutMix takes images (C, H, W), and inputs are of shape "
+                f"{list(inputs.shape[1:])}. Use lab.data.augment.MixUp."
+            )
+        side, *centre = choices.unbind(1)
+        outside, lengths = [], []
+        for middle, size in zip(centre, inputs.shape[2:], strict=True):
+            ends = (middle + sign * side / 2 for sign in (-1, 1))
+            low, high = ((end * size).round().clamp(0, size) for end in ends)
+            places = torch.arange(size, device=inputs.device)
+            outside.append((places < low[:, None]) | (places >= high[:, None]))  # (B, size)
+            lengths.append((high - low) / size)
+        own = outside[0][:, None, :, None] | outside[1][:, None, None, :]
+        return torch.where(own, inputs, partners), 1 - lengths[0] * lengths[1]
+
+
+def _beta(alpha: float, uniform: Tensor) -> Tensor:
+    """Return Beta(alpha, alpha) numbers by the inverse of their distribution function.
+
+    It takes one uniform number per example, where a sampler would reject some and draw again.
+    """
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy()))

@@ -168,7 +168,7 @@ class Binary:
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         outputs, targets = matched(outputs, targets)
-        return outputs.gt(self.logit).eq(targets)
+        return outputs.gt(self.logit).eq(targets > 0.5)  # soft ones count as the nearer label
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         outputs = outputs.flatten()
@@ -219,7 +219,7 @@ class Multilabel:
         self.metrics(outputs.device).rehearse(outputs, targets)
 
     def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        return outputs.gt(self.logit).eq(targets).float().mean(1)
+        return outputs.gt(self.logit).eq(targets > 0.5).float().mean(1)
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         probability = widest(outputs).sigmoid()

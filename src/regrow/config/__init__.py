@@ -13,6 +13,7 @@ hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, v
 hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
+kinds: refuse_mixing, refuse_sampling
 leads: lead
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
     EARLY_EXTENSIONS, line, removed

@@ -27,6 +27,7 @@ from regrow.config.explain import composition_error, takes, where_own_keys_go
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
+from regrow.config.kinds import refuse_mixing, refuse_sampling
 from regrow.config.resume import check_recorded
 from regrow.config.started import is_started
 from regrow.config.targets import HANDED_IN, allow, locate
@@ -117,6 +118,16 @@ NORMALIZE = Rule(
         else mapping_to(list_of(number())).allows(v) and set(v) == {"mean", "std"}
     ),
 )
+SAMPLING = Rule(
+    "balanced or {column: the name of a column}",
+    lambda v: (
+        v == "balanced" or (isinstance(v, Mapping) and [*v] == ["column"] and _is_name(v["column"]))
+    ),
+)
+NODES = Rule(
+    "a list of nodes, each with a _target_",
+    lambda v: isinstance(v, list) and all(isinstance(n, Mapping) and "_target_" in n for n in v),
+)
 
 
 TARGET_KINDS = ("multiclass", "binary", "multilabel", "regression", "segmentation", "language")
@@ -146,6 +157,9 @@ RULES: dict[str, Rule] = {
     "data.final_sets": list_of(text()),
     "data.folds": optional(integer(2)),
     "data.fold": integer(0),
+    "data.sampling": optional(SAMPLING),
+    "data.transforms": NODES,
+    "data.mixing.alpha": number(0, above=True),
     "data.source.group": optional(either(text(), integer(1))),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
@@ -360,6 +374,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_ranges(values)
     for name, node in (values["task"].get("extra_metrics") or {}).items():
         check_signature(node, f"task.extra_metrics.{name}")
+    for index, node in enumerate(values["data"].get("transforms") or []):
+        check_signature(node, f"data.transforms.{index}")
+    _check_mixing(values["data"])
     loggers.check_choice(values["logger"])
     _check_combinations(values)
 
@@ -588,6 +605,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if isinstance(source, Mapping) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")
     _check_folds(data)
+    refuse_sampling(data.get("sampling"), data.get("target_kind"))
     if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
@@ -622,6 +640,25 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     resume = values["resume"]
     if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
         raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
+
+
+def _check_mixing(data: Mapping[str, Any]) -> None:
+    node = data.get("mixing")
+    if node is None:
+        return
+    if not isinstance(node, Mapping):
+        raise UserError(
+            f"data.mixing={_shown(node)} must be a node with a _target_, such as "
+            f"{{_target_: {lab_name()}.data.augment.MixUp, alpha: 0.2}}, or null."
+        )
+    parameters = check_signature(node, "data.mixing")
+    for needed, parameter in parameters.items():
+        kinds = (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if parameter.default is parameter.empty and parameter.kind in kinds and needed not in node:
+            raise UserError(f"data.mixing.{needed} must be given: {node['_target_']} needs it.")
+    name = str(node["_target_"]).rpartition(".")[2]
+    if data.get("augment"):
+        refuse_mixing(name, data.get("target_kind"), data.get("ignore_index"))
 
 
 def _check_folds(data: Mapping[str, Any]) -> None:
@@ -661,6 +698,10 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _shown(value: Any) -> str:

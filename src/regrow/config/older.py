@@ -48,6 +48,9 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.feeding.loaders.Data", "final_sets", []),
     AddedKey("regrow.feeding.loaders.Data", "folds", None),
     AddedKey("regrow.feeding.loaders.Data", "fold", 0),
+    AddedKey("regrow.feeding.loaders.Data", "sampling", None),
+    AddedKey("regrow.feeding.loaders.Data", "transforms", []),
+    AddedKey("regrow.feeding.loaders.Data", "mixing", None),
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {

@@ -29,6 +29,8 @@ KINDS = {
     "model": ("torch.nn.Module",),
     "loss": ("torch.nn.Module",),
     "data.augmentation": ("torch.nn.Module",),
+    "data.transforms": ("torch.nn.Module",),
+    "data.mixing": ("regrow.feeding.mixing.Mix",),
     "task.extra_metrics": ("torchmetrics.Metric",),
     "optimizer": ("torch.optim.Optimizer",),
     "scheduler": ("torch.optim.lr_scheduler.LRScheduler", "timm.scheduler.scheduler.Scheduler"),

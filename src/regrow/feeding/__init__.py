@@ -7,6 +7,7 @@ feeds: collated
 images: fit, image_folder, size_of
 loaders
 masks: as_written, mask_folder
+mixing: Mix
 preprocess: in_units, Normalizer, Preprocessing
 splits: as_tensor, check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
 tables: csv

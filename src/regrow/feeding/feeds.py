@@ -24,9 +24,12 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
+from regrow.feeding.mixing import Pairs
+from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
-from regrow.feeding.sampling import Windows
+from regrow.feeding.sampling import Windows, rows_of
 from regrow.feeding.splits import Examples, MapStyle
+from regrow.feeding.transforms import Epochs, again, with_epochs
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Store
 from regrow.randomness import generator, key, seed_step, states_kept
@@ -76,26 +79,46 @@ class MemoryFeed:
         elif store is None:
             self.inputs = examples.inputs.to(device)
 
-    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,)."""
-        table = None
-        if self.store is not None:
-            table = self.store.table(self.seed, epoch).to(self.device)
+    def read(
+        self,
+        windows: Windows,
+        order: Tensor,
+        epoch: int,
+        start: int,
+        *,
+        repeats: Tensor | None = None,
+        pairs: Pairs | None = None,
+    ) -> Iterator[Batch]:
+        """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,).
+
+        `repeats` (N,) count the earlier draws of the same example; `pairs` mix it with a partner.
+        """
+        rows = None  # of random numbers, for each place of the order
+        if (store := self.store) is not None:
+            seed = self.seed
+            rows = rows_of(lambda way: store.table(again(seed, way), epoch), order, repeats)
+            rows = rows.to(self.device)
         order = order.to(self.device)
+        if pairs is not None:
+            partners, choices = pairs.partners.to(self.device), pairs.choices.to(self.device)
         per_chunk = max(1, CHUNK_BYTES // (4 * self.num_elements * windows.size))
         for first in range(start - start % per_chunk, len(windows), per_chunk):
             numbers = range(first, min(first + per_chunk, len(windows)))
             shares = [windows.share(number) for number in numbers]
             if windows.world_size == 1:
-                indices = order[shares[0].start : shares[-1].stop]
+                places = [slice(shares[0].start, shares[-1].stop)]
             else:
-                indices = torch.cat([order[share.start : share.stop] for share in shares])
+                places = [slice(share.start, share.stop) for share in shares]
             sizes = [share.stop - share.start for share in shares]
-            gathered, found = self._gather(indices, table)
-            inputs, targets = torch.split(gathered, sizes), torch.split(found, sizes)
+            gathered = self._gather(_at(places, order), None if rows is None else _at(places, rows))
+            if pairs is not None:
+                others = _at(places, partners)
+                chosen = order[others], None if rows is None else rows[others]
+                gathered = pairs.mixed(_at(places, choices), gathered, self._gather(*chosen))
+            inputs, targets = (torch.split(part, sizes) for part in gathered[:2])
             weights: Any = (None,) * len(shares)
-            if self.weights is not None:
-                weights = torch.split(self.weights.index_select(0, indices), sizes)
+            if gathered[2] is not None:
+                weights = torch.split(gathered[2], sizes)
             for number, share, x, y, w in zip(
                 numbers, shares, inputs, targets, weights, strict=True
             ):
@@ -104,10 +127,11 @@ class MemoryFeed:
                         w = torch.zeros(1, device=self.device)
                     yield Batch(x, y, w, share.num_local, share.num_global, share.first)
 
-    def _gather(self, indices: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the inputs and targets at `indices`."""
-        if self.store is not None and table is not None:
-            inputs = self.store.gather(indices, table.index_select(0, indices))
+    def _gather(self, indices: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return inputs, targets and weights at `indices`, with the store's rows for them."""
+        weights = None if self.weights is None else self.weights.index_select(0, indices)
+        if self.store is not None and rows is not None:
+            inputs = self.store.gather(indices, rows)
         else:
             assert self.inputs is not None
             inputs = self.inputs.index_select(0, indices)
@@ -116,10 +140,17 @@ class MemoryFeed:
         else:
             inputs, targets = inputs[:, :-1], inputs[:, -1] + self.border
         if self.resident:
-            return inputs, targets
+            return inputs, targets, weights
         normalized = self.normalize(inputs)
         assert isinstance(normalized, Tensor)
-        return normalized, targets
+        return normalized, targets, weights
+
+
+def _at(places: list[slice], values: Tensor) -> Tensor:
+    """Return the values at some places, without a copy if they are one range."""
+    if len(places) == 1:
+        return values[places[0]]
+    return torch.cat([values[place] for place in places])
 
 
 class FileFeed:
@@ -140,14 +171,16 @@ class FileFeed:
         num_workers: int,
         pin_memory: bool,
         persistent_workers: bool,
+        epochs: Epochs | None = None,
     ) -> None:
         self.normalize, self.device, self.name = normalize, device, name
+        self.items = _Seeded(dataset, name, seed, num_classes, ignore_index, epochs)
         self.is_checked = False
         self.plan = _Plan()
         self._seen: object = None  # persistent workers that already have a finalizer
         with _no_advice_on_workers():
             self.loader: DataLoader[Any] = DataLoader(
-                _Seeded(dataset, name, seed, num_classes, ignore_index),  # type: ignore[arg-type]
+                self.items,  # type: ignore[arg-type]
                 batch_sampler=self.plan,
                 num_workers=num_workers,
                 collate_fn=_Collate(collate, name, num_classes, ignore_index, heads=heads),
@@ -157,9 +190,22 @@ class FileFeed:
                 generator=generator(seed, "workers"),  # else each epoch draws from the global one
             )
 
-    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
-        """Yield the batches of windows `start …`; the next one loads while one is in use."""
-        self.plan.point_at(windows, order, epoch, start)
+    def read(
+        self,
+        windows: Windows,
+        order: Tensor,
+        epoch: int,
+        start: int,
+        *,
+        repeats: Tensor | None = None,
+        pairs: Pairs | None = None,
+    ) -> Iterator[Batch]:
+        """Yield the batches of windows `start …`; the next one loads while one is in use.
+
+        `repeats` (N,) count the earlier draws of the same example; `pairs` mix it with a partner.
+        """
+        self.plan.point_at(windows, order, epoch, start, repeats, pairs)
+        self.items.begin(epoch)  # here too: workers that begin now inherit it
         try:
             with _no_advice_on_workers(), _signals_held(), _none_left_behind():
                 items = iter(self.loader)
@@ -177,7 +223,7 @@ class FileFeed:
         ready: Batch | None = None
         try:
             for number in range(start, len(windows)):
-                coming = self._batch(next(items), windows, number)
+                coming = self._batch(next(items), windows, number, pairs)
                 if ready is not None:
                     yield ready
                 ready = coming
@@ -195,12 +241,15 @@ class FileFeed:
         _end_workers(self.loader._iterator)
         self.loader._iterator = self._seen = None
 
-    def _batch(self, item: Any, windows: Windows, number: int) -> Batch:
+    def _batch(self, item: Any, windows: Windows, number: int, pairs: Pairs | None) -> Batch:
         if isinstance(item, _Broken):
             raise DataError(item.message)
         inputs, targets, weights = item
         share = windows.share(number)
         expected = max(1, share.num_local)
+        if pairs is not None:
+            read, slots = pairs.read_by(share)
+            expected = len(read)
         parts = parts_of(targets)
         wrong = next((part for part in parts if part.shape[:1] != (expected,)), None)
         if wrong is not None or (weights is not None and len(weights) != expected):
@@ -218,25 +267,63 @@ class FileFeed:
             )
         targets = each(targets, single)
         self.is_checked = True
-        if share.num_local == 0:
+        if share.num_local == 0 and pairs is None:
             weights = torch.zeros(1)
         sizes = (share.num_local, share.num_global, share.first)
         batch = Batch(inputs, targets, weights, *sizes).to(self.device)
         batch.inputs = self.normalize(batch.inputs)
-        return batch
+        if pairs is None:
+            return batch
+        size = share.stop - share.start
+        pixels, soft, weights = alone(batch.inputs), alone(batch.targets), batch.weights
+        # From pinned memory, so that the host does not wait for the device.
+        slots, choices = (
+            (part.pin_memory() if self.device.type == "cuda" else part).to(
+                self.device, non_blocking=True
+            )
+            for part in (slots, pairs.choices[share.start : share.stop])
+        )
+        own = pixels[:size], soft[:size], None if weights is None else weights[:size]
+        others = pixels[slots], soft[slots], None if weights is None else weights[slots]
+        found = pairs.mixed(choices, own, others)
+        if share.num_local == 0:
+            found = *found[:2], torch.zeros(1, device=self.device)
+        return Batch(*found, *sizes)
 
 
 class _Plan:
-    """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch."""
+    """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch.
 
-    def point_at(self, windows: Windows, order: Tensor, epoch: int, start: int) -> None:
+    The second and later draws of an example in an epoch are (epoch, index, number of earlier ones).
+    With pairs, a batch's own examples come first, then the partners that are not among them.
+    """
+
+    def point_at(
+        self,
+        windows: Windows,
+        order: Tensor,
+        epoch: int,
+        start: int,
+        repeats: Tensor | None,
+        pairs: Pairs | None,
+    ) -> None:
         self.windows, self.order, self.epoch, self.start = windows, order, epoch, start
+        self.repeats, self.pairs = repeats, pairs
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        windows, order, epoch = self.windows, self.order, self.epoch
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        windows, order, epoch, repeats = self.windows, self.order, self.epoch, self.repeats
+        pairs = self.pairs
         for number in range(self.start, len(windows)):
             share = windows.share(number)
-            yield [(epoch, index) for index in order[share.start : share.stop].tolist()]
+            places: Any = slice(share.start, share.stop)
+            if pairs is not None:
+                places, _ = pairs.read_by(share)
+            indices = order[places].tolist()
+            if repeats is None:
+                yield [(epoch, index) for index in indices]
+            else:
+                drawn = zip(indices, repeats[places].tolist(), strict=True)
+                yield [(epoch, index, *([again] if again else ())) for index, again in drawn]
 
     def __len__(self) -> int:
         return len(self.windows) - self.start
@@ -259,14 +346,21 @@ class _Seeded:
         seed: int,
         num_classes: int | None,
         ignore_index: int | None,
+        epochs: Epochs | None = None,
     ) -> None:
         self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
         self.ignore_index = ignore_index
+        self.epochs, self.with_epochs = epochs or Epochs(), with_epochs(dataset)
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
+    def begin(self, epoch: int) -> None:
+        """Tell the data set of the epoch, in this process. Does nothing if it knows."""
+        self.epochs.set(self.with_epochs, epoch)
+
+    def __getitem__(self, place: tuple[int, ...]) -> Any:
+        epoch, index = place[:2]
         try:
-            with seeded(key(self.seed, "example", self.name, epoch, index)):
+            self.begin(epoch)
+            with seeded(key(self.seed, "example", self.name, *place)):
                 item = self.dataset[index]
             self._check(item, index)
             return item

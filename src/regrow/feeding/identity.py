@@ -15,6 +15,7 @@ from torch import Tensor
 from regrow.errors import brief
 from regrow.feeding.feeds import seeded
 from regrow.feeding.splits import MapStyle
+from regrow.feeding.transforms import Epochs, with_epochs
 from regrow.randomness import key
 
 NUM_READ = 16  # items per split, spread evenly from the first to the last
@@ -31,6 +32,7 @@ def of_items(dataset: MapStyle) -> str:
     gives the same item. Each item is read twice, to detect one that draws from another source.
     """
     dataset = _copied(dataset)
+    Epochs().set(with_epochs(dataset), 0)  # as an evaluation reads it
     digest = hashlib.sha256(of_length(dataset).encode())
     count = len(dataset)
     for index in sorted({place * (count - 1) // (NUM_READ - 1) for place in range(NUM_READ)}):

@@ -202,8 +202,15 @@ def fit(image: Image, size: Sequence[int], resize: int | None, *, nearest: bool 
     return image.crop((left, top, left + width, top + height))
 
 
-def to_tensor(image: Image) -> Tensor:
-    """Return the image as (C, H, W) uint8."""
+def to_tensor(image: Image | Tensor) -> Tensor:
+    """Return the image as (C, H, W) uint8. Raises DataError for a tensor of another kind."""
+    if isinstance(image, Tensor):  # from a transform that ends in tensors
+        if image.dtype != torch.uint8 or image.ndim != 3:
+            raise DataError(
+                f"data.augmentation gave {image.dtype} of shape {list(image.shape)}. Return a PIL "
+                "image or a uint8 tensor (C, H, W); data.normalize follows by itself."
+            )
+        return image.as_subclass(Tensor)
     pixels = torch.from_numpy(np.array(image))
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
@@ -246,6 +253,11 @@ class ImageFiles:
         classes = [self.classes[index] for index in chosen]
         groups = None if self.groups is None else [self.groups[index] for index in chosen]
         return dataclasses.replace(self, files=files, classes=classes, groups=groups)
+
+    @property
+    def targets(self) -> list[int]:
+        """The class of each file, as data sets of torchvision name it."""
+        return self.classes
 
     @property
     def ids(self) -> list[str]:

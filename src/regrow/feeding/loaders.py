@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from regrow.config.kinds import refuse_mixing, refuse_sampling
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
+from regrow.feeding.mixing import Mix, pairs_of, refuse_integers
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
     Normalizer,
@@ -25,9 +27,18 @@ from regrow.feeding.preprocess import (
     rounding,
     standardised,
 )
-from regrow.feeding.sampling import Windows, permutation
+from regrow.feeding.sampling import (
+    Windows,
+    balancing,
+    per_example,
+    permutation,
+    repeats_of,
+    sample,
+)
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
 from regrow.feeding.tokens import TokenFeed, Tokens
+from regrow.feeding.transforms import Epochs, FromMemory, Transformed
+from regrow.project import lab_name
 from regrow.record.pictures import by_range
 
 log = logging.getLogger("regrow.data")
@@ -39,17 +50,41 @@ Feed = MemoryFeed | FileFeed | TokenFeed
 
 
 class TrainBatches:
-    """One rank's share of the training windows; an epoch can start at any window at no cost."""
+    """One rank's share of the training windows; an epoch can start at any window at no cost.
 
-    def __init__(self, feed: Feed, windows: Windows, seed: int, rows: int) -> None:
+    With draw weights (N,) an epoch is a sample with replacement, else each example once.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        windows: Windows,
+        seed: int,
+        rows: int,
+        *,
+        draw_weights: Tensor | None = None,
+        mixing: Mix | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         self._feed, self._windows, self._seed = feed, windows, seed
+        self._draw_weights, self._mixing, self._num_classes = draw_weights, mixing, num_classes
         self.num_examples = rows
         self.steps_per_epoch = len(windows)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Return the batches of the epoch's windows `start …`; nothing before `start` is read."""
-        order = permutation(self._seed, epoch, self.num_examples)
-        return self._feed.read(self._windows, order, epoch, start)
+        repeats = pairs = None
+        if self._draw_weights is None:
+            order = permutation(self._seed, epoch, self.num_examples)
+        else:
+            order = sample(self._seed, epoch, self._draw_weights)
+            repeats = repeats_of(order)
+        if self._mixing is not None:
+            how = {"seed": self._seed, "epoch": epoch, "num_classes": self._num_classes}
+            pairs = pairs_of(self._mixing, order, repeats, self._windows.size, **how)  # type: ignore[arg-type]
+        if isinstance(self._feed, TokenFeed):
+            return self._feed.read(self._windows, order, epoch, start)
+        return self._feed.read(self._windows, order, epoch, start, repeats=repeats, pairs=pairs)
 
 
 class EvalBatches:
@@ -87,6 +122,10 @@ class Data:
     `input_shape` of None is taken from data in memory; your own data set needs none. Integer inputs
     in memory become `integers`, int64 or float32, unless they are normalised. Windows of a text
     begin elsewhere in each epoch if `augment`.
+
+    `sampling` draws an epoch's examples with replacement: see `draw_weights`. `transforms`, after
+    `augmentation`, take and return a uint8 image (C, H, W). `mixing` makes soft targets of
+    multiclass, binary, multilabel and regression ones. All but `sampling` need `augment`.
     """
 
     def __init__(
@@ -108,8 +147,11 @@ class Data:
         persistent_workers: bool,
         drop_last: bool,
         limit_train: int | None,
+        sampling: str | dict[str, str] | None,
         augment: bool,
         augmentation: Any,
+        transforms: list[Any],
+        mixing: Mix | None,
         normalize: str | dict[str, list[float]],
         normalize_targets: bool,
         target_dtype: str,
@@ -140,11 +182,17 @@ class Data:
         self.persistent_workers, self.drop_last = persistent_workers, drop_last
         self.limit_train = limit_train
         self.augmentation = augmentation if augment else None
+        self.transforms = list(transforms) if augment else []
+        self.sampling, self.mixing = sampling, mixing if augment else None
+        if self.augmentation is not None and _in_memory(source) and not _stores(augmentation):
+            # It takes single images, as the transforms do.
+            self.augmentation, self.transforms = None, [augmentation, *self.transforms]
         self.overlap, self.changed = overlap, changed  # the latter is for resume.py
         self.identity = identity
         self.augment = augment
         self.folds, self.fold = folds, fold  # the source has cut them
         self._feeds: dict[tuple[str, bool, torch.device], Feed] = {}
+        self._epochs = Epochs()
         self._check(augment, augmentation, normalize_targets)
         self.final = self._final(final_sets)
         self.num_overlapping = check_overlap(source, overlap, self.final)
@@ -156,6 +204,8 @@ class Data:
             normalize_targets=normalize_targets,
             integers=integers,
         )
+        if self.mixing is not None:
+            self._check_mixing(self.mixing)
         self._warn_of_rounding()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
@@ -184,8 +234,60 @@ class Data:
                 f"and data.drop_last=true drops them all. Lower one or set the other to false."
             )
         rotates = self.augment and isinstance(self.source.train, Tokens)
-        feed = self._feed("train", rotates or self.augmentation is not None, device)
-        return TrainBatches(feed, windows, self.seed, count)
+        changed = rotates or self.augmentation is not None or bool(self.transforms)
+        feed = self._feed("train", changed, device)
+        draw_weights = None if self.sampling is None else self.draw_weights()
+        of_classes = self.target_kind == "multiclass"
+        return TrainBatches(
+            *(feed, windows, self.seed, count),
+            draw_weights=draw_weights,
+            mixing=self.mixing,
+            num_classes=self.num_classes if of_classes else None,
+        )
+
+    def draw_weights(self) -> Tensor:
+        """Return what `sampling` weighs the draws of the training examples with, (N,) float64.
+
+        For balanced, every class of the training examples is equally likely; an ignored target is
+        never drawn. For {column: name}, the weights are the source's: a column of a table. Raises
+        UserError for data that gives neither, or if all weights are zero.
+        """
+        train, count = self.source.train, self._num_trained_on()
+        asked = self.sampling
+        if isinstance(asked, dict):
+            asked = f"{{column: {asked['column']}}}"
+        if asked == "balanced":
+            classes = per_example(train, "targets", count)
+            if classes is None or (self.target_kind != "binary" and classes.is_floating_point()):
+                raise UserError(
+                    f"data.sampling=balanced: {type(train).__name__} does not tell its classes. "
+                    "Give the data set an attribute targets: a list of the class index of each "
+                    "example."
+                )
+            ignored = -100 if self.ignore_index is None else self.ignore_index
+            weights = balancing(classes, (classes != ignored) & (classes != -100))
+            missing = "every target is ignored"
+        else:
+            found = per_example(train, "draw_weights", count)
+            if found is None:
+                raise UserError(
+                    f"data.sampling={asked}: this data has no column of draw weights. Use "
+                    "it with data=csv, or give your data set an attribute draw_weights: a list of "
+                    "a number for each example."
+                )
+            weights = found.double()
+            missing = "they are all zero for the training examples"
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise DataError(
+                f"data.sampling={asked}: a draw weight is negative, NaN or infinite. Give "
+                "numbers of zero or more."
+            )
+        if not bool(weights.any()):
+            raise DataError(
+                f"data.sampling={asked}: no example can be drawn, {missing}. Give one a "
+                "weight above zero, or set data.sampling=null."
+            )
+        return weights
 
     def evaluation(
         self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
@@ -306,6 +408,7 @@ class Data:
             if isinstance(feed, FileFeed):
                 feed.close()
         self._feeds.clear()
+        self._epochs = Epochs()
 
     def _feed(self, name: str, augmented: bool, device: torch.device) -> Feed:
         place = (name, augmented, device)
@@ -316,8 +419,9 @@ class Data:
     def _new_feed(self, name: str, augmented: bool, device: torch.device) -> Feed:
         split: Any = dict(self.source.items())[name]
         normalizer = Normalizer(self.preprocessing)
-        if isinstance(split, Examples):
-            augmentation: Any = self.augmentation
+        augmentation: Any = self.augmentation
+        one_by_one = augmented and bool(self.transforms)
+        if isinstance(split, Examples) and not one_by_one:
             images, border = split.inputs, None
             if augmented and self.target_kind == "segmentation":
                 border = self.ignore_index or 0
@@ -328,8 +432,13 @@ class Data:
             return MemoryFeed(*feed, store=store, seed=self.seed, border=border)
         if isinstance(split, Tokens):
             return TokenFeed(split, device, seed=self.seed, rotates=augmented)
-        if augmented:
-            split = split.augmented(self.augmentation)
+        if isinstance(split, Examples):
+            store = None if augmentation is None else augmentation.store(split.inputs)
+            split = FromMemory(self._standardised(split), store, self.seed)
+        elif augmented and augmentation is not None:
+            split = split.augmented(augmentation)
+        if one_by_one:
+            split = Transformed(split, self.transforms, self.source.input_max)
         return FileFeed(
             split,
             normalizer,
@@ -343,6 +452,7 @@ class Data:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers,
+            epochs=self._epochs,
         )
 
     def _standardised(self, split: Examples) -> Examples:
@@ -412,8 +522,11 @@ class Data:
             raise UserError(
                 f"data.normalize_targets=true is for regression, not {self.target_kind}. Set false."
             )
-        if augment and augmentation is not None:
+        if self.transforms:
+            self._check_transforms(augmentation)
+        elif augment and augmentation is not None:
             self._check_augmentation(augmentation)
+        refuse_sampling(self.sampling, self.target_kind)
 
     def _final(self, named: list[str]) -> list[str]:
         """Return the sets that are measured once, in their order."""
@@ -452,6 +565,56 @@ class Data:
                     f"data.ignore_index={self.ignore_index} and data.num_classes="
                     f"{self.num_classes}: masks in memory are augmented as bytes. Use indices of "
                     "0 to 255, or data.augment=false."
+                )
+
+    def _check_transforms(self, augmentation: Any) -> None:
+        train = self.source.train
+        key = "data.transforms"
+        if augmentation is not None and augmentation in self.transforms:
+            key = f"data.augmentation={type(augmentation).__name__}"
+        if self.target_kind == "segmentation":
+            raise UserError(
+                f"{key}: it would not move masks with their images. Use data.augmentation, "
+                "CropFlip in memory and a transform of image and mask from files."
+            )
+        if not isinstance(train, Examples):
+            if not hasattr(train, "augmented"):
+                raise UserError(
+                    f"{key} does not reach into a data set of your own. Transform there, and set "
+                    "data.transforms=[]."
+                )
+        elif train.inputs.dtype != torch.uint8 or train.inputs.ndim != 4:
+            kind = str(train.inputs.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{key} does not fit {kind} inputs of shape {self.input_shape} in memory, since "
+                "it takes uint8 images. Use data.augmentation=null and data.transforms=[]."
+            )
+        for transform in self.transforms:
+            if not callable(transform):
+                raise UserError(
+                    f"{key}: {type(transform).__name__} cannot be called with an image. Use a "
+                    "transform of torchvision.transforms.v2."
+                )
+
+    def _check_mixing(self, mixing: Mix) -> None:
+        """Raise UserError unless `mixing` takes and gives inputs of the data's shape."""
+        if not isinstance(mixing, Mix):
+            raise UserError(
+                f"data.mixing={type(mixing).__name__} is not a regrow.feeding.mixing.Mix. Use "
+                f"{lab_name()}.data.augment.MixUp or CutMix, or a subclass of Mix."
+            )
+        refuse_mixing(type(mixing).__name__, self.target_kind, self.ignore_index)
+        if isinstance(train := self.source.train, Examples):
+            refuse_integers(Normalizer(self.preprocessing)(train.inputs[:1]))
+        if self.input_shape is not None:
+            example = torch.zeros(2, *self.input_shape)
+            numbers = torch.full((2, mixing.num_numbers), 0.5, dtype=torch.float64)
+            mixed, share = mixing(example, example, mixing.draw(numbers).float())
+            if mixed.shape != example.shape or share.shape != (2,):
+                raise UserError(
+                    f"data.mixing={type(mixing).__name__} gave inputs of shape "
+                    f"{list(mixed.shape)} and shares of shape {list(share.shape)} for "
+                    f"{list(example.shape)}. Return the inputs' shape, and a share per example."
                 )
 
     def _check_examples(self, name: str, split: Examples) -> None:
@@ -511,11 +674,20 @@ class Data:
             )
 
 
+def _in_memory(source: Splits) -> bool:
+    return isinstance(source.train, Examples)
+
+
+def _stores(augmentation: Any) -> bool:
+    """Return True if an augmentation lays out the images in memory, or cannot be called at all."""
+    return hasattr(augmentation, "store") or not callable(augmentation)
+
+
 def _sha256(split: Split, how: str) -> str:
     """Return a split's SHA-256. Raises identity.Unknown if its items cannot be compared."""
     if isinstance(split, Examples):
         digest = hashlib.sha256()
-        for tensor in (split.inputs, split.targets, split.weights):
+        for tensor in (split.inputs, split.targets, split.weights, split.draw_weights):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().numpy().data)

@@ -1,25 +1,99 @@
 """Selects a batch's examples from seed, epoch, position, rank and world size, without state.
 
-An epoch is one permutation, divided into windows: the global batches of `size` examples over all
-ranks, one per optimizer step. A rank takes its contiguous share of each window. A run that resumes
-at window 700 starts there, without replaying the earlier ones.
+An epoch is one permutation, or one sample with replacement, divided into windows: the global
+batches of `size` examples over all ranks, one per optimizer step. A rank takes its contiguous share
+of each window. A run that resumes at window 700 starts there, without replaying the earlier ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.errors import DataError
 from regrow.feeding.batch import share
 from regrow.randomness import generator
+
+MOST_WAYS = 16  # in which one epoch augments an example in memory, each from a table of its own
 
 
 def permutation(seed: int, epoch: int, num_examples: int) -> Tensor:
     """Return the order of an epoch's examples, (N,) int64."""
     return torch.randperm(num_examples, generator=generator(seed, "order", epoch))
+
+
+def sample(seed: int, epoch: int, weights: Tensor) -> Tensor:
+    """Return as many draws with replacement as there are weights: the epoch's examples, (N,) int64.
+
+    Each draw is example i with a probability of weights[i] / weights.sum(); `weights` are (N,)
+    float64, zero or more.
+    """
+    # torch.multinomial takes 2**24 weights at most. Its sums also depend on the number of threads.
+    bounds = np.cumsum(weights.numpy())
+    count = len(weights)
+    draws = torch.rand(count, dtype=torch.float64, generator=generator(seed, "sample", epoch))
+    found = np.searchsorted(bounds, draws.numpy() * bounds[-1], side="right")
+    return torch.from_numpy(found)
+
+
+def repeats_of(order: Tensor) -> Tensor:
+    """Return, for each place of an order, how often its example stands at earlier ones, (N,)."""
+    ranked, places = order.sort(stable=True)
+    first = torch.searchsorted(ranked, ranked)
+    return torch.empty_like(order).scatter_(0, places, torch.arange(len(order)) - first)
+
+
+def rows_of(table: Callable[[int], Tensor], order: Tensor, repeats: Tensor | None) -> Tensor:
+    """Return the row of a table of random numbers, (N, …), for each place of an order.
+
+    `table(0)` is for the first draws of the examples in an epoch, `table(1)` for their second ones,
+    and so on up to MOST_WAYS, after which the tables come again.
+    """
+    rows = table(0)[order]
+    if repeats is not None:
+        for way in range(1, min(int(repeats.max()) + 1, MOST_WAYS)):
+            again = repeats % MOST_WAYS == way
+            rows[again] = table(way)[order[again]]
+    return rows
+
+
+def balancing(classes: Tensor, valid: Tensor) -> Tensor:
+    """Return draw weights, (N,) float64, that make every class among the `valid` equally likely."""
+    found, number = torch.unique(classes, return_inverse=True)
+    counts = torch.bincount(number[valid], minlength=len(found))
+    return valid / counts[number].clamp(min=1).double()
+
+
+def per_example(split: Any, name: str, count: int) -> Tensor | None:
+    """Return the first `count` values of a split's attribute of one number per example, or None.
+
+    Looks into `torch.utils.data.Subset`s. Raises DataError unless there is one number per example.
+    """
+    if isinstance(split, torch.utils.data.Subset):
+        indices = torch.as_tensor(split.indices[:count], dtype=torch.int64)
+        inner: Any = split.dataset
+        found = per_example(inner, name, len(inner))
+        return None if found is None else found[indices]
+    values = getattr(split, name, None)
+    if values is None:
+        return None
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found.squeeze(1)
+    if found.shape != (len(split),):
+        raise DataError(
+            f"split train: {type(split).__name__}.{name} must hold one number for each of the "
+            f"{len(split)} examples. For data.sampling, give such a list."
+        )
+    return found[:count]
 
 
 class Share(NamedTuple):

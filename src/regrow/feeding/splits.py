@@ -38,7 +38,8 @@ class Examples:
     (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or (N,) or (N, K)
     values, float64 if float32 would round them. weights: (N,) float32, or None for all one. ids
     name the examples in their source, such as lines of a file; examples of one of the `groups`
-    belong together. Converts numpy arrays and lists of numbers. Raises DataError for anything else.
+    belong together. draw_weights: (N,), for `data.sampling`. Converts numpy arrays and lists of
+    numbers. Raises DataError for anything else.
     """
 
     inputs: Tensor
@@ -46,9 +47,10 @@ class Examples:
     weights: Tensor | None = None
     ids: Sequence[int | str] | None = None
     groups: Sequence[Hashable] | None = None
+    draw_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "targets", "weights"):
+        for name in ("inputs", "targets", "weights", "draw_weights"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, as_tensor(value, f"Examples.{name}"))
@@ -73,9 +75,13 @@ class Examples:
         def some(values: Sequence[Any] | None) -> list[Any] | None:
             return None if values is None else [values[index] for index in indices.tolist()]
 
-        weights = None if self.weights is None else self.weights[indices]
+        weights, draw_weights = (
+            None if values is None else values[indices]
+            for values in (self.weights, self.draw_weights)
+        )
         inputs, targets = self.inputs[indices], self.targets[indices]
-        return Examples(inputs, targets, weights, some(self.ids), some(self.groups))
+        named = some(self.ids), some(self.groups)
+        return Examples(inputs, targets, weights, *named, draw_weights)
 
     def keys(self) -> list[Hashable]:
         """Return one key per example, equal for equal inputs, whatever their targets."""

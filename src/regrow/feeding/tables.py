@@ -183,6 +183,7 @@ def csv(
     target_columns: list[str],
     target_dtype: str,
     weight_column: str | None,
+    sampling: str | Mapping[str, str] | None,
     target_kind: str,
     num_classes: int | None,
     ignore_index: int | None,
@@ -198,7 +199,8 @@ def csv(
 
     Val and test without their own files are cut from `train_file` by their fractions; `sets` names
     further files to evaluate. Rows with the same cell in the column `group` are on one side of
-    every cut. By default the features are all columns that are neither target, weight nor group.
+    every cut. By default the features are all columns that are neither target, weight, group nor
+    the draw weights that `sampling` = {column: name} names, which only `train_file` needs.
     Targets by `target_kind`: multiclass and binary: one column of class names or of indices from 0;
     multilabel: columns of 0 and 1; regression: columns of numbers.
     """
@@ -222,44 +224,49 @@ def csv(
     folder = Path(root)
     extra = [name for name in (weight_column, group) if name is not None]
     columns = feature_columns
+    drawn_by = [sampling["column"]] if isinstance(sampling, Mapping) else []
+    others = [*target_columns, *extra, *drawn_by]
     if columns is None:
         header = read_header(folder / train_file, delimiter)
-        columns = [name for name in header if name not in [*target_columns, *extra]]
-    if not columns or set(columns) & {*target_columns, *extra}:
+        columns = [name for name in header if name not in others]
+    if not columns or set(columns) & {*others}:
         raise UserError(
             f"data.source.feature_columns: {_list(columns) or 'no column'} cannot be the features "
-            f"beside target, weight and group {_list([*target_columns, *extra])}. Choose others."
+            f"beside target, weight and group {_list(others)}. Choose others."
         )
 
     files = {"train": train_file, "val": val_file, "test": test_file, **(sets or {})}
+    textual = {name: others if name == "train" else [*target_columns, *extra] for name in files}
     tables = {
-        name: read_table(folder / file, delimiter, columns, [*target_columns, *extra])
+        name: read_table(folder / file, delimiter, columns, textual[name])
         for name, file in files.items()
         if file is not None
     }
-    for table in tables.values():
-        _refuse_empty(table, [*target_columns, *extra])
+    for name, table in tables.items():
+        _refuse_empty(table, textual[name])
     names = text_names(class_names)
     if names is None and target_kind in ("multiclass", "binary"):
         names = _found_names(tables["train"], ignore_index)
     if names is None and target_kind == "multilabel":
         names = list(target_columns)
 
-    def examples(table: Table) -> Examples:
+    def examples(name: str, table: Table) -> Examples:
         targets = _targets(table, target_kind, num_classes, ignore_index, names, target_columns)
         if target_dtype == "float32" or target_kind != "regression":
             targets = targets if targets.dtype == torch.int64 else targets.float()
-        weights = groups = None
+        weights = groups = draw_weights = None
         if weight_column is not None:
-            at = len(target_columns)
-            weights = torch.tensor(
-                [_weight(table, row, at, weight_column) for row in range(len(targets))]
-            )
+            weights = torch.tensor(_weights(table, len(target_columns), weight_column))
         if group is not None:
-            groups = [cells[-1] for cells in table.texts]
-        return Examples(torch.from_numpy(table.features), targets, weights, table.lines, groups)
+            at = len(target_columns) + len(extra) - 1
+            groups = [cells[at] for cells in table.texts]
+        if drawn_by and name == "train":
+            found = _weights(table, len(others) - 1, drawn_by[0])
+            draw_weights = torch.tensor(found, dtype=torch.float64)
+        features = torch.from_numpy(table.features)
+        return Examples(features, targets, weights, table.lines, groups, draw_weights)
 
-    own = {name: examples(table) for name, table in tables.items()}
+    own = {name: examples(name, table) for name, table in tables.items()}
     train, val, test = cut_examples(
         own["train"],
         val_fraction=0.0 if "val" in own else val_fraction,
@@ -298,12 +305,14 @@ def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
     return None if all(_is_index(word) for word in words) else words
 
 
-def _weight(table: Table, row: int, at: int, column: str) -> float:
-    where = f"{table.path}, line {table.lines[row]}, column {column!r}"
-    weight = number(table.texts[row][at], where)
-    if weight < 0:
-        raise DataError(f"{where}: the weight {weight} is negative.")
-    return weight
+def _weights(table: Table, at: int, column: str) -> list[float]:
+    found = []
+    for line, cells in zip(table.lines, table.texts, strict=True):
+        where = f"{table.path}, line {line}, column {column!r}"
+        found.append(number(cells[at], where))
+        if found[-1] < 0:
+            raise DataError(f"{where}: the weight {found[-1]} is negative.")
+    return found
 
 
 def _targets(

@@ -1,0 +1,118 @@
+"""Transforms of single training images, such as those of torchvision.transforms.v2.
+
+They draw from the global states of torch, numpy and `random`, which the feed seeds for each example
+from (seed, epoch, index). On a whole batch, v2 would draw the same numbers for every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.errors import DataError
+from regrow.feeding.splits import Examples
+from regrow.protocols import Store
+from regrow.randomness import key
+
+
+class FromMemory:
+    """Images in memory as a map-style data set; a store augments them by (seed, epoch, index)."""
+
+    def __init__(self, examples: Examples, store: Store | None, seed: int) -> None:
+        self.examples, self.store, self.seed = examples, store, seed
+        self.table: Tensor | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.store is not None:
+            self.table = self.store.table(self.seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if self.store is None:
+            image = self.examples.inputs[index]
+        else:
+            assert self.table is not None
+            at = torch.tensor([index])
+            image = self.store.gather(at, self.table[at])[0]
+        item = (image, self.examples.targets[index])
+        return item if self.examples.weights is None else (*item, self.examples.weights[index])
+
+
+class Transformed:
+    """A data set whose items begin with a uint8 image (C, H, W), passed through transforms.
+
+    They get pixels of 0 … 255, whatever `input_max` stands for white in the data.
+    """
+
+    def __init__(self, dataset: Any, transforms: Sequence[Callable[[Any], Any]], white: float):
+        self.dataset, self.transforms, self.white = dataset, transforms, white
+        self.files: list[str] | None = getattr(dataset, "files", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, *others = self.dataset[index]
+        found = _scaled(image, 255.0 / self.white)
+        for transform in self.transforms:
+            found = transform(found)
+        if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.ndim != 3:
+            given = f"{found.dtype} of shape {list(found.shape)}" if isinstance(
+                found, Tensor
+            ) else type(found).__name__  # fmt: skip
+            names = ", ".join(type(transform).__name__ for transform in self.transforms)
+            raise DataError(
+                f"data.transforms: {names} must return uint8 images (C, H, W), and gave {given}. "
+                "Leave out conversions; data.normalize follows by itself."
+            )
+        return _scaled(found.as_subclass(Tensor), self.white / 255.0), *others
+
+
+def _scaled(image: Tensor, factor: float) -> Tensor:
+    """Return uint8 pixels times a factor, rounded."""
+    return (
+        image if factor == 1.0 else (image.float() * factor).round().clamp(max=255).to(torch.uint8)
+    )
+
+
+class Epochs:
+    """Calls `set_epoch` on data sets that have it, before the first example of an epoch.
+
+    It remembers the last epoch of each, in this process. The feeds of a run share one instance, as
+    a training split and a validation split may be parts of one data set.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[
+            int, tuple[Any, int]
+        ] = {}  # holds the object, so that its id stays its own
+
+    def __reduce__(self) -> tuple[type[Epochs], tuple[()]]:
+        return Epochs, ()  # the ids are those of this process
+
+    def set(self, datasets: Sequence[Any], epoch: int) -> None:
+        for dataset in datasets:
+            if self._last.get(id(dataset), (None, None))[1] != epoch:
+                dataset.set_epoch(epoch)
+                self._last[id(dataset)] = (dataset, epoch)
+
+
+def with_epochs(dataset: Any) -> list[Any]:
+    """Return the data sets to tell of an epoch: itself, or those inside a Subset or a wrapper."""
+    if callable(getattr(dataset, "set_epoch", None)):
+        return [dataset]
+    inner = getattr(dataset, "datasets", None)
+    inside = [*inner] if isinstance(inner, list | tuple) else []
+    if hasattr(dataset, "dataset"):
+        inside.append(dataset.dataset)
+    return [found for each in inside for found in with_epochs(each)]
+
+
+def again(seed: int, way: int) -> int:
+    """Return the seed of the table for an example's draws after the first in an epoch."""
+    return key(seed, "again", way) if way else seed
