@@ -24,14 +24,18 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
+from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.preprocess import Normalizer, rounding, single
 from regrow.feeding.sampling import Windows
 from regrow.feeding.splits import Examples, MapStyle
+from regrow.feeding.streams import Stream
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Store
 from regrow.randomness import generator, key, seed_step, states_kept
 
 log = logging.getLogger("regrow.data")
+
+Order = Tensor | BlockOrder  # an epoch's examples; a part of one window is read at a time
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
@@ -157,7 +161,7 @@ class FileFeed:
                 generator=generator(seed, "workers"),  # else each epoch draws from the global one
             )
 
-    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+    def read(self, windows: Windows, order: Order, epoch: int, start: int) -> Iterator[Batch]:
         """Yield the batches of windows `start …`; the next one loads while one is in use."""
         self.plan.point_at(windows, order, epoch, start)
         try:
@@ -227,16 +231,24 @@ class FileFeed:
 
 
 class _Plan:
-    """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch."""
+    """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch.
 
-    def point_at(self, windows: Windows, order: Tensor, epoch: int, start: int) -> None:
+    The first of a list also has the blocks to fetch before they are needed, if the data has blocks.
+    """
+
+    def point_at(self, windows: Windows, order: Order, epoch: int, start: int) -> None:
         self.windows, self.order, self.epoch, self.start = windows, order, epoch, start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[Any, ...]]]:
         windows, order, epoch = self.windows, self.order, self.epoch
         for number in range(self.start, len(windows)):
             share = windows.share(number)
-            yield [(epoch, index) for index in order[share.start : share.stop].tolist()]
+            places: list[tuple[Any, ...]]
+            places = [(epoch, index) for index in order[share.start : share.stop].tolist()]
+            if isinstance(order, BlockOrder):
+                blocks = order.ahead(number, enters=number == self.start)
+                places[0] = (*places[0], blocks)
+            yield places
 
     def __len__(self) -> int:
         return len(self.windows) - self.start
@@ -263,11 +275,12 @@ class _Seeded:
         self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
         self.ignore_index = ignore_index
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
+    def __getitem__(self, place: tuple[Any, ...]) -> Any:
+        epoch, index, *ahead = place
         try:
-            with seeded(key(self.seed, "example", self.name, epoch, index)):
-                item = self.dataset[index]
+            if ahead:
+                self.dataset.ahead(ahead[0])  # type: ignore[attr-defined]
+            item = self._item(epoch, index)
             self._check(item, index)
             return item
         except DataError as error:
@@ -280,6 +293,17 @@ class _Seeded:
             )
         except Exception as error:
             raise _sendable(error) from error
+
+    def _item(self, epoch: int, index: int) -> Any:
+        if isinstance(self.dataset, Stream):
+            return self.dataset.at(epoch, index, self._seeded)
+        if not getattr(self.dataset, "draws", True):
+            return self.dataset[index]
+        with self._seeded(epoch, index):
+            return self.dataset[index]
+
+    def _seeded(self, epoch: int, index: int) -> contextlib.AbstractContextManager[None]:
+        return seeded(key(self.seed, "example", self.name, epoch, index))
 
     def _check(self, item: Any, index: int) -> None:
         """Raise DataError for a class index out of range; a custom collate is checked later."""

@@ -27,6 +27,7 @@ from regrow.feeding.preprocess import (
 )
 from regrow.feeding.sampling import Windows, permutation
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
+from regrow.feeding.streams import Stream, with_stream
 from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.record.pictures import by_range
 
@@ -41,14 +42,21 @@ Feed = MemoryFeed | FileFeed | TokenFeed
 class TrainBatches:
     """One rank's share of the training windows; an epoch can start at any window at no cost."""
 
-    def __init__(self, feed: Feed, windows: Windows, seed: int, rows: int) -> None:
+    def __init__(
+        self, feed: Feed, windows: Windows, seed: int, rows: int, order: Any = None
+    ) -> None:
+        """`order`: (windows, seed, epoch) to the order of an epoch, if the data has its own."""
         self._feed, self._windows, self._seed = feed, windows, seed
+        self._own_order = order
         self.num_examples = rows
         self.steps_per_epoch = len(windows)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Return the batches of the epoch's windows `start …`; nothing before `start` is read."""
-        order = permutation(self._seed, epoch, self.num_examples)
+        if self._own_order is not None:
+            order = self._own_order(self._windows, self._seed, epoch)
+        else:
+            order = permutation(self._seed, epoch, self.num_examples)
         return self._feed.read(self._windows, order, epoch, start)
 
 
@@ -126,6 +134,7 @@ class Data:
                 f"data.source gives a {type(source).__name__}. Let it return "
                 "regrow.feeding.splits.Splits(train, val, test, sets)."
             )
+        source = with_stream(source, limit_train, num_workers)
         self.source, self.seed, self.root = source, seed, root
         self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
         self.ignore_index, self.target_dtype = ignore_index, target_dtype
@@ -185,7 +194,8 @@ class Data:
             )
         rotates = self.augment and isinstance(self.source.train, Tokens)
         feed = self._feed("train", rotates or self.augmentation is not None, device)
-        return TrainBatches(feed, windows, self.seed, count)
+        own_order = getattr(self.source.train, "order", None)
+        return TrainBatches(feed, windows, self.seed, count, own_order)
 
     def evaluation(
         self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
@@ -520,6 +530,10 @@ def _sha256(split: Split, how: str) -> str:
                 digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+    if isinstance(split, Stream):
+        if hasattr(split.dataset, "fingerprint"):
+            return str(split.dataset.fingerprint())
+        raise identity.Unknown("a stream has no numbered items")
     if hasattr(split, "fingerprint"):
         return str(split.fingerprint())
     return identity.of_items(split) if how == "contents" else identity.of_length(split)
