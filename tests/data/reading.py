@@ -1,9 +1,8 @@
 """A harness that reads training examples in processes that are killed, and notes their ids.
 
-`python reading.py <request.json>`: it imports what reading needs and forks a process per rank and
-part. A part has a number of workers and ranks, and a time to live in seconds, or null. Each rank
-appends `[window, ids]` as a line to a file of its own; the next part begins at the first window
-that some rank lacks. The last line of the output is the list of ids, window by window.
+`run` forks a process per rank and part. A part has a number of workers and ranks, and a time to
+live in seconds, or null. Each rank appends `[window, ids]` as a line to a file of its own; the next
+part begins at the first window that some rank lacks.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -127,6 +125,7 @@ def lines_of(log: Path) -> dict[int, list[int]]:
     return found
 
 
-if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
+def run(request: str) -> None:
+    """Read as the file `request` asks, and write the ids of each window to ids.json beside it."""
+    asked = json.loads(Path(request).read_text())
     (Path(asked["folder"]) / "ids.json").write_text(json.dumps(main(asked)))

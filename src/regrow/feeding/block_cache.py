@@ -71,25 +71,20 @@ class BlockCache:
             (self.folder / "blocks").mkdir(exist_ok=True)
 
     def _keep(self, path: Path, content: bytes) -> None:
-        try:
-            self._reserve(len(content))
-            _write(path, content)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            with self._alone(
-                "used", f"the folder {self.folder}"
-            ):  # the disk is smaller than the bound
-                self._count(self._make_room(self._used() // 2))
-            _write(path, content)
-
-    def _reserve(self, num_bytes: int) -> None:
-        """Count a block before it is written, and first remove others if it would not fit."""
+        """Write a block, and first remove others if it would not fit. One writes at a time."""
         with self._alone("used", f"the folder {self.folder}"):
             used = self._used()
-            if used + num_bytes > self.bound:
-                used = self._make_room(int(self.bound * KEPT_SHARE) - num_bytes)
-            self._count(used + num_bytes)
+            if used + len(content) > self.bound:
+                used = self._make_room(int(self.bound * KEPT_SHARE) - len(content))
+            self._count(used + len(content))  # before it is there: a kill may only count too much
+            try:
+                _write(path, content)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                used = self._make_room(used // 2)  # the disk is smaller than the bound
+                _write(path, content)
+                self._count(used + len(content))
 
     def _used(self) -> int:
         with contextlib.suppress(OSError, ValueError):

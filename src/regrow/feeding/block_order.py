@@ -107,7 +107,7 @@ class BlockOrder:
         """Return the blocks to read before they are needed, when a window of this rank is due.
 
         The blocks of the next pool are spread over the windows of this one. A window that `enters`
-        the epoch also names those of its own pool.
+        the epoch also names those of its own pool, and what earlier windows would have named.
         """
         if window >= self.num_whole:
             return self._between(self.num_whole * self.size, self.windows.num_examples)
@@ -115,8 +115,9 @@ class BlockOrder:
         start, stop = self._bounds(number)
         coming = self.needed(number + 1)
         portion = share(0, len(coming), window - start, stop - start)
-        found = list(coming[portion[0] : portion[1]])
-        return [*self.needed(number), *found] if enters else found
+        if enters:
+            return [*self.needed(number), *coming[: portion[1]]]
+        return coming[portion[0] : portion[1]]
 
     def _needed(self, number: int) -> list[int]:
         """Return the blocks of this rank's part of a pool, in the order of the permutation."""

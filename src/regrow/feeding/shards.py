@@ -181,8 +181,8 @@ class ShardItems:
                 if isinstance(value, File):
                     place = value.suffix
                     fields[field] = self._image(value)
-            if self.size is not None and isinstance(fields.get("inputs"), Tensor):
-                fields["inputs"] = self._fitted(fields["inputs"])
+                elif field == "inputs" and self.size is not None:
+                    fields[field] = self._fitted(value)
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
