@@ -114,6 +114,7 @@ def served(folder: Path) -> Iterator[str]:
 
 if __name__ == "__main__":
     Handler.root = Path(sys.argv[1])
+    ThreadingHTTPServer.handle_error = lambda *_: None  # type: ignore[method-assign]  a killed client
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

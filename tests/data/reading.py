@@ -1,8 +1,8 @@
 """A harness that reads training examples in processes that are killed, and notes their ids.
 
-`run` forks a process per rank and part. A part has a number of workers and ranks, and a time to
-live in seconds, or null. Each rank appends `[window, ids]` as a line to a file of its own; the next
-part begins at the first window that some rank lacks.
+`run` forks a process per rank and part. A part has a number of workers and ranks, and the windows
+and seconds after which it is killed, or null. Each rank appends `[window, ids]` as a line to a file
+of its own; the next part begins at the first window that some rank lacks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 
 from regrow.config.targets import allow, instantiate
@@ -38,7 +40,7 @@ class Numbers:
 
 
 class NumbersInOrder(torch.utils.data.IterableDataset[Any]):
-    """The same numbers as a stream, with noise from torch's generator."""
+    """The same numbers as a stream, with noise from torch's generator, and with the epoch."""
 
     def __init__(self, count: int) -> None:
         self.count, self.epoch = count, 0
@@ -70,6 +72,7 @@ def read(config: dict[str, Any], rank: int, part: dict[str, Any], start: int, lo
                 ids = batch.inputs.flatten().tolist()[: batch.num_local]
                 file.write(f"{json.dumps([number * per_epoch + window, ids])}\n")
                 file.flush()
+                time.sleep(0.01 if part["windows"] else 0)  # to be killed before the end
     data.close()
 
 
@@ -79,10 +82,10 @@ def main(request: dict[str, Any]) -> list[list[int]]:
     for at, part in enumerate(request["parts"]):
         logs = [folder / f"{at}-{rank}" for rank in range(part["ranks"])]
         pids = [started(request["config"], rank, part, start, log) for rank, log in enumerate(logs)]
-        deadline = time.monotonic() + (part["seconds"] or 1e9)
         codes: list[int] = []
         while pids:
-            if time.monotonic() > deadline:
+            if part["windows"] is not None and len(lines_of(logs[-1])) >= part["windows"]:
+                time.sleep(part["seconds"])
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
             for pid in [*pids]:
@@ -92,6 +95,7 @@ def main(request: dict[str, Any]) -> list[list[int]]:
                     codes.append(os.waitstatus_to_exitcode(status))
             time.sleep(0.002)
         assert all(code in (0, -signal.SIGKILL) for code in codes), codes
+        print(part, "from window", start, codes)
         found = [lines_of(log) for log in logs]
         whole = [window for window in found[0] if all(window in rank for rank in found)]
         for window in whole:
@@ -106,7 +110,6 @@ def started(config: Any, rank: int, part: Any, start: int, log: Path) -> int:
     if pid == 0:
         code = 1
         try:
-            log.touch()
             read(config, rank, part, start, log)
             code = 0
         except BaseException:
@@ -118,7 +121,9 @@ def started(config: Any, rank: int, part: Any, start: int, log: Path) -> int:
 
 def lines_of(log: Path) -> dict[int, list[int]]:
     """Return the ids by window; a line that a kill cut short is left out."""
-    found = {}
+    found: dict[int, list[int]] = {}
+    if not log.exists():
+        return found
     for line in log.read_text().split("\n")[:-1]:
         window, ids = json.loads(line)
         found[window] = ids
@@ -129,3 +134,33 @@ def run(request: str) -> None:
     """Read as the file `request` asks, and write the ids of each window to ids.json beside it."""
     asked = json.loads(Path(request).read_text())
     (Path(asked["folder"]) / "ids.json").write_text(json.dumps(main(asked)))
+
+
+def read_in_parts(
+    config: dict[str, Any], parts: list[dict[str, Any]], folder: Path
+) -> list[list[int]]:
+    """Return the ids that processes read which are killed in between: see `run`."""
+    folder.mkdir()
+    asked = folder / "request.json"
+    asked.write_text(json.dumps({"config": config, "folder": str(folder), "parts": parts}))
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": forked.python_path(here.parents[1] / "src", here, here.parent),
+    }
+    done = forked.run(
+        [sys.executable, "-c", f"import reading; reading.run({str(asked)!r})"], env=environment,
+        cwd=folder, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    killed = done.stdout.count("-9")
+    assert killed >= sum(part["ranks"] for part in parts if part["windows"]), done.stdout
+    found: list[list[int]] = json.loads((folder / "ids.json").read_text())
+    return found
+
+
+def part(
+    workers: int, ranks: int, windows: int | None, seconds: float = 0.0, epochs: int = 2
+) -> dict[str, Any]:
+    found = {"workers": workers, "ranks": ranks, "epochs": epochs}
+    return {**found, "windows": windows, "seconds": seconds}

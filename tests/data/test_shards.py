@@ -8,20 +8,17 @@ import json
 import os
 import random
 import shutil
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 import torch
-from forked import python_path
 from PIL import Image
-from reading import Numbers
+from reading import Numbers, part, read_in_parts
 from running import config_of
 from served import faults, requests, served
 
@@ -100,26 +97,6 @@ def ids_of(data: Data, epoch: int = 0, start: int = 0, **share: int) -> list[lis
     return found
 
 
-def harness(config: dict[str, Any], parts: list[dict[str, Any]], folder: Path) -> list[list[int]]:
-    """Return the ids that processes read which are killed in between: see reading.py."""
-    folder.mkdir()
-    asked = folder / "request.json"
-    asked.write_text(json.dumps({"config": config, "folder": str(folder), "parts": parts}))
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": python_path(here.parents[1] / "src", here)}
-    done = forked.run(
-        [sys.executable, "-c", f"import reading; reading.run({str(asked)!r})"], env=environment,
-        cwd=folder, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: list[list[int]] = json.loads((folder / "ids.json").read_text())
-    return found
-
-
-def part(workers: int, ranks: int, seconds: float | None, epochs: int = 2) -> dict[str, Any]:
-    return {"workers": workers, "ranks": ranks, "seconds": seconds, "epochs": epochs}
-
-
 def as_computed(config: dict[str, Any], epochs: int = 2) -> list[list[int]]:
     """Return the ids of all windows as the order and the tars give them, by another reader."""
     data = data_of(config)
@@ -152,9 +129,11 @@ def test_the_ids_are_the_same_for_any_workers_ranks_and_kills_over_http(
     dice = random.Random(1)
     expected = as_computed(options(str(copied), tmp_path / "unused"))
     ways = ((0, 1), (2, 1), (0, 2), (2, 2))
-    parts = [part(workers, ranks, 0.15 + dice.random() * 0.3) for workers, ranks in ways]
+    parts = [
+        part(workers, ranks, dice.randint(1, 4), dice.random() / 40) for workers, ranks in ways
+    ]
     config = options(url, tmp_path / "cache")
-    found = harness(config, [*parts, part(2, 2, None)], tmp_path / "logs")
+    found = read_in_parts(config, [*parts, part(2, 2, None)], tmp_path / "logs")
     assert found == expected
     assert sorted(itertools.chain(*found[: len(found) // 2])) == list(range(COUNT))
     other = as_computed(options(str(copied), tmp_path / "unused", seed=1))
@@ -173,11 +152,11 @@ def test_a_million_small_examples_over_http_keep_their_order(tmp_path: Path) -> 
     with served(tmp_path / "shards") as url:
         config = options(url, tmp_path / "cache", *batch)
         parts = [
-            part(workers, ranks, 3 + 5 * dice.random(), 1)
+            part(workers, ranks, dice.randint(1, 500), dice.random(), epochs=1)
             for _ in range(2)
             for workers, ranks in ((0, 1), (2, 1), (0, 2), (2, 2))
         ]
-        found = harness(config, [*parts, part(2, 2, None, 1)], tmp_path / "logs")
+        found = read_in_parts(config, [*parts, part(2, 2, None, epochs=1)], tmp_path / "logs")
     local = options(str(tmp_path / "shards"), tmp_path / "cache", *batch)
     assert found == as_computed(local, 1)
     assert found != as_computed({**local, "seed": 1}, 1)
@@ -243,7 +222,8 @@ def test_every_block_is_announced_before_it_is_needed_and_once(rank: int, ranks:
             share = windows.share(number)
             needed = {index // 5 for index in order[share.start : share.stop].tolist()}
             assert needed <= {*announced}
-    assert len(announced) < 1.3 * len({*announced})
+    borders = order.num_pools * len(order.lanes)  # a border may cut a block
+    assert len(announced) <= len({*announced}) + borders
 
 
 def test_a_pool_holds_few_blocks() -> None:
@@ -626,7 +606,7 @@ def test_settings_that_do_not_fit_the_shards_are_one_line(
         (("source.identity=ends",), r"identity=ends is not one of contents, sizes"),
     ):
         with pytest.raises(UserError, match=error):
-            make_data("shards", f"root={photo_shards}", *{*PHOTO, *overrides})
+            make_data("shards", f"root={photo_shards}", *PHOTO, *overrides)
     node = options(str(written), tmp_path / "cache")
     augmentation = {"_target_": "lab.data.augment.Photo", "input_shape": [1], "flip": True}
     augmentation |= {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import threading
@@ -40,7 +41,7 @@ class BlockCache:
         with contextlib.ExitStack() as stack:
             with self._told():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(self._alone(f"block-{slot}", f"a block of {self.folder}"))
+                stack.enter_context(self._alone(f"block-{slot}"))
             if (found := _read(path)) is not None and fits(found):
                 return found
             content = fetch()
@@ -67,12 +68,12 @@ class BlockCache:
 
     def check(self) -> None:
         """Raise DataError unless the folder can be written."""
-        with self._told(), self._alone("used", f"the folder {self.folder}"):
+        with self._told(), self._alone("used"):
             (self.folder / "blocks").mkdir(exist_ok=True)
 
     def _keep(self, path: Path, content: bytes) -> None:
         """Write a block, and first remove others if it would not fit. One writes at a time."""
-        with self._alone("used", f"the folder {self.folder}"):
+        with self._alone("used"):
             used = self._used()
             if used + len(content) > self.bound:
                 used = self._make_room(int(self.bound * KEPT_SHARE) - len(content))
@@ -119,13 +120,16 @@ class BlockCache:
         return used
 
     @contextlib.contextmanager
-    def _alone(self, name: str, what: str) -> Iterator[None]:
+    def _alone(self, name: str) -> Iterator[None]:
         """Hold a lock over all processes and threads: each call has its own open file."""
         place = self.folder / "locks"
         place.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(place / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            locks.wait_for(descriptor, what)
+            if name == "used":  # held for a write of one block: waiting in the kernel is faster
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            else:
+                locks.wait_for(descriptor, f"a block of {self.folder}")
             yield
         finally:
             os.close(descriptor)
