@@ -81,6 +81,7 @@ class Reader:
 
     def __init__(self, access: Access) -> None:
         self.access, self.pid = access, os.getpid()
+        self.first: list[int] = access.blocks.first.tolist()  # a list is searched faster
         self.held: OrderedDict[int, tuple[bytes, list[list[Member]]]] = OrderedDict()
         self.num_bytes = 0
         self.coming: dict[int, Future[bytes]] = {}
@@ -118,8 +119,7 @@ class Reader:
             members = members_in(content)
         except ValueError:
             members = []
-        first = self.access.blocks.first
-        if len(members) != first[number + 1] - first[number]:
+        if len(members) != self.first[number + 1] - self.first[number]:
             name = self.access.names[self.access.blocks.shard[number]]
             raise DataError(
                 f"{self.access.place.place(name)} holds other examples than index.json says. Make "
@@ -167,22 +167,22 @@ class ShardItems:
         return self.transform is not None
 
     def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
+        reader = self._reader()
+        first = reader.first
+        if not 0 <= index < first[-1]:
             raise IndexError(index)
-        block = bisect.bisect_right(self.access.blocks.first, index) - 1
-        content, members = self._reader().block(block)
+        block = bisect.bisect_right(first, index) - 1
+        content, members = reader.block(block)
         fields, place = {}, ""
         try:
-            for name, start, stop in members[index - int(self.access.blocks.first[block])]:
+            for name, start, stop in members[index - first[block]]:
                 place = name
-                field, fields_value = decoded(name, content[start:stop])
-                fields[field] = fields_value
-            for field, value in fields.items():
+                field, value = decoded(name, content[start:stop])
                 if isinstance(value, File):
-                    place = value.suffix
-                    fields[field] = self._image(value)
+                    value = self._image(value)
                 elif field == "inputs" and self.size is not None:
-                    fields[field] = self._fitted(value)
+                    value = self._fitted(value)
+                fields[field] = value
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
