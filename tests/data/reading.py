@@ -40,7 +40,7 @@ class Numbers:
 
 
 class NumbersInOrder(torch.utils.data.IterableDataset[Any]):
-    """The same numbers as a stream, with noise from torch's generator, and with the epoch."""
+    """Numbers as a stream, with noise from torch's generator, and with the epoch."""
 
     def __init__(self, count: int) -> None:
         self.count, self.epoch = count, 0

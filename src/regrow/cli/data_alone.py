@@ -36,8 +36,9 @@ def data_of(overrides: Sequence[str]) -> Data:
             typed = flags.absolute(paths_as_typed([*overrides, *raw], multirun=False))
             config = composition({**flags.DEFAULT, "name": "train"}, typed)
             HydraConfig.instance().set_config(config)
-            for key in OmegaConf.missing_keys(config.data):
-                raise UserError(f"data.{key} must be given: add data.{key}=…")
+            for key in config.data:
+                if OmegaConf.is_missing(config.data, key):
+                    raise UserError(f"data.{key} must be given: add data.{key}=…")
             node = plain(config.data)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(composition_error(error)) from error

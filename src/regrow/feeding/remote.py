@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a server says of a file without sending it. `tag` changes with the content, or is ""."""
+    """A file's size and tag, as a server gives them. A tag changes with the content, or is ""."""
 
     num_bytes: int | None
     tag: str

@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the source knew about its examples. kind: images or items."""
+    """Facts about the examples from their source. kind: images or items."""
 
     kind: str
     class_names: list[str] | None = None
