@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -27,8 +28,10 @@ from regrow.errors import DataError, UserError
 from regrow.feeding import block_cache, remote, shard_items, shards, writing_shards
 from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.loaders import Data
+from regrow.feeding.remote import Folder
 from regrow.feeding.sampling import Windows
 from regrow.feeding.shard_index import Facts, Index, parsed
+from regrow.feeding.shards import read_index
 from regrow.feeding.splits import Examples
 from regrow.feeding.writing_shards import Layout, OfExamples, OfItems, write_shards
 
@@ -97,19 +100,24 @@ def ids_of(data: Data, epoch: int = 0, start: int = 0, **share: int) -> list[lis
     return found
 
 
-def as_computed(config: dict[str, Any], epochs: int = 2) -> list[list[int]]:
-    """Return the ids of all windows as the order and the tars give them, by another reader."""
-    data = data_of(config)
-    source: Any = data.source.train
-    in_file: list[int] = []
-    for shard in source.index.sets["train"]:
-        with tarfile.open(Path(config["source"]["root"]) / shard.name) as tar:
+@functools.cache
+def ids_in_file(root: str) -> list[int]:
+    """Return the ids of all training examples in the order of the tars, as tarfile reads them."""
+    found = []
+    for shard in read_index(Folder(root)).sets["train"]:
+        with tarfile.open(Path(root) / shard.name) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 assert file is not None
-                in_file.append(int(np.load(io.BytesIO(file.read()))[0]))
-    count = len(in_file)
-    windows = Windows(count, config["batch_size"], False, 0, 1)
+                found.append(int(np.load(io.BytesIO(file.read()))[0]))
+    return found
+
+
+def as_computed(config: dict[str, Any], epochs: int = 2) -> list[list[int]]:
+    """Return the ids of all windows as the order and the tars give them, by another reader."""
+    source: Any = data_of(config).source.train
+    in_file = ids_in_file(config["source"]["root"])
+    windows = Windows(len(in_file), config["batch_size"], False, 0, 1)
     found = []
     for epoch in range(epochs):
         order = source.order(windows, config["seed"], epoch)

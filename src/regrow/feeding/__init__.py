@@ -5,7 +5,7 @@ Public, by module; all else is private to this folder.
 batch: each, Inputs, noise, parts_of
 feeds: collated
 images: class_folders, fit, image_folder, size_of
-loaders
+loaders: Data
 masks: as_written, mask_folder
 preprocess: in_units, Normalizer, Preprocessing
 shards: shards
