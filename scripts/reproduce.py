@@ -34,6 +34,7 @@ from regrow.config.resume import (
     places_of,
     places_of_conf,
     recorded_overrides,
+    refuse_remote,
 )
 from regrow.config.roles import check_roles
 from regrow.errors import UserError, brief, printable
@@ -153,6 +154,7 @@ def arguments_of(
     if keys := {key: value for key, value in added.items() if key not in typed}:
         print(older.line(f"run={given}", keys))
         arguments += older.as_overrides(keys)
+    refuse_remote(run, f"run={given}", config, ())
     aside = ["logger", "resume"]
     elsewhere = not own and downloads_elsewhere(run, config, ())
     if elsewhere and config["data"]["source"].get("root") not in [*places_of_conf()]:

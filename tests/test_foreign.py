@@ -494,6 +494,21 @@ def test_a_foreign_record_that_hides_its_download_is_refused(tmp_path: Path) -> 
     check()
 
 
+def test_a_foreign_record_names_no_server_to_read_from(tmp_path: Path) -> None:
+    place = ["data.source.root=http://evil/x", "data.source.cache=/victim"]
+    folder = run_in(tmp_path / "run", "data=shards", *place)
+    source = {"root": "http://evil/x", "cache": "/victim"}
+    config = {"data": {"root": None, "source": source}}
+    resume.refuse_remote(folder, "run", config, [])  # the user's own
+    local = {"data": {"root": "x", "source": {**source, "root": "x"}}}
+    (folder / ".hydra" / "owner.json").unlink()
+    resume.refuse_remote(folder, "run", local, [])
+    for typed in ([], ["source.root"], ["data.source.cache"], ["data.root"]):
+        with pytest.raises(UserError, match="it would read data from http://evil/x and keep it"):
+            resume.refuse_remote(folder, "run", config, typed)
+    resume.refuse_remote(folder, "run", config, ["data.source.root", "source.cache"])
+
+
 # -- the list --------------------------------------------------------------------------------------
 
 

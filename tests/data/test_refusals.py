@@ -116,11 +116,6 @@ def test_targets_that_the_loss_leaves_out_need_not_be_a_class(
     )  # fmt: skip
 
 
-class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
-    def __iter__(self) -> Any:
-        yield torch.zeros(4), 0
-
-
 def generated() -> Any:
     yield torch.zeros(4), 0
 
@@ -128,7 +123,6 @@ def generated() -> Any:
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (Stream(), "IterableDataset, which has neither a length"),
         (generated(), "generator has no numbered items"),
         ({"train": 1}, "dict has no numbered items"),
         (torch.utils.data.DataLoader([1]), "DataLoader; the run makes its own"),  # type: ignore[arg-type]

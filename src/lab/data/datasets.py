@@ -26,6 +26,7 @@ from torch import Tensor
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.images import image_folder as image_folder
 from regrow.feeding.masks import mask_folder as mask_folder
+from regrow.feeding.shards import shards as shards
 from regrow.feeding.splits import (
     Examples,
     MapStyle,

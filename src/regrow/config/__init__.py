@@ -23,7 +23,8 @@ recorded: gives_masks, recorded_config
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted, is_done,
     is_foreign, is_of_the_launcher, is_own, key_of, LACKED, lacked_before, lacked_keys, places_of,
-    places_of_conf, reached, recorded_overrides, refuse_other_data, resumed, SWEEP
+    places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote, resumed,
+    SWEEP
 roles: check_roles
 started: is_started, is_train, note_start
 targets: allow, instantiate, locate

@@ -44,6 +44,10 @@ MAY_CHANGE = (
     "data.root",
     "data.source.root",
     "data.source.download",
+    "data.source.cache",
+    "data.source.cache_gb",
+    "data.source.timeout_seconds",
+    "data.source.retries",
     "data.num_workers",
     "data.pin_memory",
     "data.persistent_workers",
@@ -193,17 +197,49 @@ def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable
     return not (is_own(folder) and place in [*_typed_places(folder), *places_of_conf()])
 
 
-def _typed_places(folder: Path) -> list[Any]:
-    keys = ("data.root", "data.source.root")
+def refuse_remote(
+    folder: Path, where: str, config: Mapping[str, Any], typed: Iterable[str]
+) -> None:
+    """Raise UserError if a run's data is behind a URL that someone else may have recorded.
+
+    Reading it tells that server, and writes to the recorded cache. `typed`, and what is safe: see
+    `downloads_elsewhere`. `where` names the run in the error.
+    """
+    data = config.get("data")
+    source = data.get("source") if isinstance(data, Mapping) else None
+    if not isinstance(source, Mapping) or "://" not in str(source.get("root")):
+        return
+    assert isinstance(data, Mapping)
+    root, cache = source["root"], source.get("cache")
+    named = {key.removeprefix("data.") for key in typed}
+    own = is_own(folder)
+    follows = "root" in named and root == data.get("root")
+    is_safe = follows or "source.root" in named
+    is_safe = is_safe or (own and root in [*_typed_places(folder), *places_of_conf()])
+    keys = ("data.source.cache",)
+    is_kept = cache is None or "source.cache" in named
+    is_kept = is_kept or (own and cache in [*_typed_places(folder, keys), *places_of_conf("cache")])
+    if not (is_safe and is_kept):
+        raise UserError(
+            f"{where}: it would read data from {root} and keep it in "
+            f"{cache or 'your cache folder'}, which its record names, and it is not listed as "
+            "yours. Add data.source.root=… and data.source.cache=… to choose "
+            f"them.{if_trusted(folder)}"
+        )
+
+
+def _typed_places(
+    folder: Path, keys: Sequence[str] = ("data.root", "data.source.root")
+) -> list[Any]:
     return [command_line.read(o) for o in recorded_overrides(folder) if key_of(o) in keys]
 
 
-def places_of_conf() -> Iterator[Any]:
-    """Yield the data roots in the files of conf/; may yield None."""
+def places_of_conf(key: str = "root") -> Iterator[Any]:
+    """Yield the data roots, or caches, in the files of conf/; may yield None."""
     for file, content in readable("**/*.yaml"):
         data = content if file.parent.name == "data" else content.get("data")
         source = data.get("source") if isinstance(data, dict) else None
-        yield from (node.get("root") for node in (data, source) if isinstance(node, dict))
+        yield from (node.get(key) for node in (data, source) if isinstance(node, dict))
 
 
 def refuse_download(
@@ -327,6 +363,7 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     own = [key for override in typed(overrides) for key in targets_of(override)]
     check_roles(config, tuple(config), folder, f"resume={folder}", own, places_of(folder))
     refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
+    refuse_remote(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
 
 
 def places_of(folder: Path) -> list[Path]:

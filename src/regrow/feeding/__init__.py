@@ -4,14 +4,16 @@ Public, by module; all else is private to this folder.
 
 batch: each, Inputs, noise, parts_of
 feeds: collated
-images: fit, image_folder, size_of
-loaders
+images: class_folders, fit, image_folder, size_of
+loaders: Data
 masks: as_written, mask_folder
 mixing: Mix
 preprocess: in_units, Normalizer, Preprocessing
+shards: shards
 splits: as_tensor, check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
 tables: csv
 texts: text
 tokens: IGNORED
 vocabulary: from_record, Vocabulary
+writing_shards: Layout, of_data, of_datasets, refuse_other, write_shards
 """

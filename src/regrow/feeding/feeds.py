@@ -24,17 +24,21 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
+from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
 from regrow.feeding.sampling import Windows, rows_of
 from regrow.feeding.splits import Examples, MapStyle
+from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, again, with_epochs
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Store
 from regrow.randomness import generator, key, seed_step, states_kept
 
 log = logging.getLogger("regrow.data")
+
+Order = Tensor | BlockOrder  # an epoch's examples; a part of one window is read at a time
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
@@ -193,7 +197,7 @@ class FileFeed:
     def read(
         self,
         windows: Windows,
-        order: Tensor,
+        order: Order,
         epoch: int,
         start: int,
         *,
@@ -295,13 +299,14 @@ class _Plan:
     """The DataLoader's batch_sampler: lists of (epoch, index), so that workers know the epoch.
 
     The second and later draws of an example in an epoch are (epoch, index, number of earlier ones).
-    With pairs, a batch's own examples come first, then the partners that are not among them.
+    With pairs, a batch's own examples come first, then the partners that are not among them. If the
+    data has blocks, the first is (epoch, index, 0, blocks to fetch before they are needed).
     """
 
     def point_at(
         self,
         windows: Windows,
-        order: Tensor,
+        order: Order,
         epoch: int,
         start: int,
         repeats: Tensor | None,
@@ -310,20 +315,23 @@ class _Plan:
         self.windows, self.order, self.epoch, self.start = windows, order, epoch, start
         self.repeats, self.pairs = repeats, pairs
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        windows, order, epoch, repeats = self.windows, self.order, self.epoch, self.repeats
-        pairs = self.pairs
+    def __iter__(self) -> Iterator[list[tuple[Any, ...]]]:
+        windows, order, repeats = self.windows, self.order, self.repeats
         for number in range(self.start, len(windows)):
             share = windows.share(number)
-            places: Any = slice(share.start, share.stop)
-            if pairs is not None:
-                places, _ = pairs.read_by(share)
-            indices = order[places].tolist()
-            if repeats is None:
-                yield [(epoch, index) for index in indices]
-            else:
-                drawn = zip(indices, repeats[places].tolist(), strict=True)
-                yield [(epoch, index, *([again] if again else ())) for index, again in drawn]
+            first = number * windows.size
+            places = torch.arange(share.start, share.stop)
+            if self.pairs is not None:
+                places, _ = self.pairs.read_by(share)
+            indices = order[first : first + windows.size][places - first].tolist()
+            batch: list[tuple[Any, ...]] = [(self.epoch, index) for index in indices]
+            if repeats is not None:
+                drawn = zip(batch, repeats[places].tolist(), strict=True)
+                batch = [(*place, again) if again else place for place, again in drawn]
+            if isinstance(order, BlockOrder):
+                blocks = order.ahead(number, enters=number == self.start)
+                batch[0] = (*batch[0], 0, blocks)
+            yield batch
 
     def __len__(self) -> int:
         return len(self.windows) - self.start
@@ -351,17 +359,22 @@ class _Seeded:
         self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
         self.ignore_index = ignore_index
         self.epochs, self.with_epochs = epochs or Epochs(), with_epochs(dataset)
+        # A wrapper around shards holds them as its `dataset`.
+        self.blocks: Any = (
+            dataset if hasattr(dataset, "ahead") else getattr(dataset, "dataset", None)
+        )
 
     def begin(self, epoch: int) -> None:
         """Tell the data set of the epoch, in this process. Does nothing if it knows."""
         self.epochs.set(self.with_epochs, epoch)
 
-    def __getitem__(self, place: tuple[int, ...]) -> Any:
-        epoch, index = place[:2]
+    def __getitem__(self, place: tuple[Any, ...]) -> Any:
+        epoch, index, again, blocks = (*place, 0, ())[:4] if len(place) < 4 else place
         try:
             self.begin(epoch)
-            with seeded(key(self.seed, "example", self.name, *place)):
-                item = self.dataset[index]
+            if blocks:
+                self.blocks.ahead(blocks)
+            item = self._item(epoch, index, again)
             self._check(item, index)
             return item
         except DataError as error:
@@ -375,6 +388,17 @@ class _Seeded:
         except Exception as error:
             raise _sendable(error) from error
 
+    def _item(self, epoch: int, index: int, again: int) -> Any:
+        if isinstance(self.dataset, Stream):
+            return self.dataset.at(epoch, index, self._seeded)
+        if not getattr(self.dataset, "draws", True):
+            return self.dataset[index]
+        with self._seeded(epoch, index, *([again] if again else ())):
+            return self.dataset[index]
+
+    def _seeded(self, *place: int) -> contextlib.AbstractContextManager[None]:
+        return seeded(key(self.seed, "example", self.name, *place))
+
     def _check(self, item: Any, index: int) -> None:
         """Raise DataError for a class index out of range; a custom collate is checked later."""
         if self.num_classes is None:
@@ -383,6 +407,8 @@ class _Seeded:
             targets = item.get("targets")
         else:
             targets = item[1] if isinstance(item, list | tuple) and len(item) > 1 else None
+        if type(targets) is int and 0 <= targets < self.num_classes:  # a tensor costs 30 µs
+            return
         try:
             targets = torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError):

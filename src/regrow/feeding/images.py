@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -108,15 +108,19 @@ def formats_for(suffix: str) -> tuple[str, ...]:
     return tuple(sorted(allowed, key=lambda name: (name not in common, allowed.index(name))))
 
 
-def load_image(path: str | Path, channels: int, *, exif_orientation: bool) -> Image:
+def load_image(
+    path: str | Path, channels: int, *, exif_orientation: bool, content: IO[bytes] | None = None
+) -> Image:
     """Return the first frame as a PIL image in grey (1 channel) or RGB (3), upright on request.
 
-    Drops transparency, like torchvision. Raises DataError, which names the file, also for grey
-    pixels of more than 8 bits, which Pillow would clip to white.
+    Drops transparency, like torchvision. `content` is read in place of the file. Raises DataError,
+    which names the file, also for grey pixels of more than 8 bits, which Pillow would clip to
+    white.
     """
     from PIL import Image
 
-    with opened(path), Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
+    formats = formats_for(Path(path).suffix.lower())
+    with opened(path), Image.open(path if content is None else content, formats=formats) as file:
         return _converted(file, channels, exif_orientation=exif_orientation)
 
 
@@ -461,6 +465,13 @@ def group_of(path: Path, depth: int, whole: Path) -> str:
             f"data.source.group={depth} gives it no group. Move it, or use data.source.group=null."
         )
     return "/".join(inside[:depth])
+
+
+def class_folders(root: str) -> list[str]:
+    """Return the names of the classes of an image folder. Raises UserError, DataError."""
+    folder, _ = root_of(root, Reading())
+    names = _folders(folder, Reading())
+    return _folders(folder / "train", Reading()) if "train" in names else names
 
 
 def _folders(folder: Path, reading: Reading) -> list[str]:

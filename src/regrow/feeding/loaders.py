@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,7 @@ from regrow.feeding.sampling import (
     sample,
 )
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
+from regrow.feeding.streams import Stream, with_stream
 from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
 from regrow.project import lab_name
@@ -65,23 +66,33 @@ class TrainBatches:
         draw_weights: Tensor | None = None,
         mixing: Mix | None = None,
         num_classes: int | None = None,
+        own_order: Callable[[Windows, int, int], Any] | None = None,
     ) -> None:
+        """`own_order`: (windows, seed, epoch) to the order of an epoch, if the data has its own."""
         self._feed, self._windows, self._seed = feed, windows, seed
         self._draw_weights, self._mixing, self._num_classes = draw_weights, mixing, num_classes
+        self._own_order = own_order
         self.num_examples = rows
         self.steps_per_epoch = len(windows)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Return the batches of the epoch's windows `start …`; nothing before `start` is read."""
         repeats = pairs = None
-        if self._draw_weights is None:
+        if self._own_order is not None:
+            order = self._own_order(self._windows, self._seed, epoch)
+        elif self._draw_weights is None:
             order = permutation(self._seed, epoch, self.num_examples)
         else:
             order = sample(self._seed, epoch, self._draw_weights)
             repeats = repeats_of(order)
         if self._mixing is not None:
             how = {"seed": self._seed, "epoch": epoch, "num_classes": self._num_classes}
-            pairs = pairs_of(self._mixing, order, repeats, self._windows.size, **how)  # type: ignore[arg-type]
+            size = self._windows.size
+            whole = order
+            if self._own_order is not None:
+                starts = range(0, self.num_examples, size)
+                whole = torch.cat([order[start : start + size] for start in starts])
+            pairs = pairs_of(self._mixing, whole, repeats, size, **how)  # type: ignore[arg-type]
         if isinstance(self._feed, TokenFeed):
             return self._feed.read(self._windows, order, epoch, start)
         return self._feed.read(self._windows, order, epoch, start, repeats=repeats, pairs=pairs)
@@ -168,6 +179,7 @@ class Data:
                 f"data.source gives a {type(source).__name__}. Let it return "
                 "regrow.feeding.splits.Splits(train, val, test, sets)."
             )
+        source = with_stream(source, limit_train, num_workers)
         self.source, self.seed, self.root = source, seed, root
         self.target_kind, self.num_classes, self.num_outputs = target_kind, num_classes, num_outputs
         self.ignore_index, self.target_dtype = ignore_index, target_dtype
@@ -243,6 +255,7 @@ class Data:
             draw_weights=draw_weights,
             mixing=self.mixing,
             num_classes=self.num_classes if of_classes else None,
+            own_order=getattr(self.source.train, "order", None),
         )
 
     def draw_weights(self) -> Tensor:
@@ -527,6 +540,24 @@ class Data:
         elif augment and augmentation is not None:
             self._check_augmentation(augmentation)
         refuse_sampling(self.sampling, self.target_kind)
+        self._check_own_order()
+
+    def _check_own_order(self) -> None:
+        """Raise UserError for what needs another order than that of shards or of a stream."""
+        train = self.source.train
+        if self.sampling is not None and hasattr(train, "order"):
+            raise UserError(
+                f"data.sampling={self.sampling}: {type(train).__name__} is read in an order of its "
+                "own, which draws nothing twice. Set data.sampling=null."
+            )
+        if isinstance(train, Stream):
+            asked = {"data.mixing": self.mixing, "data.transforms": self.transforms}
+            for name, value in asked.items():
+                if value:
+                    raise UserError(
+                        f"{name}: an IterableDataset is read in its own order, once. Mix or "
+                        f"transform in the data set, and leave {name} out."
+                    )
 
     def _final(self, named: list[str]) -> list[str]:
         """Return the sets that are measured once, in their order."""
@@ -692,6 +723,10 @@ def _sha256(split: Split, how: str) -> str:
                 digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+    if isinstance(split, Stream):
+        if hasattr(split.dataset, "fingerprint"):
+            return str(split.dataset.fingerprint())
+        raise identity.Unknown("a stream has no numbered items")
     if hasattr(split, "fingerprint"):
         return str(split.fingerprint())
     return identity.of_items(split) if how == "contents" else identity.of_length(split)

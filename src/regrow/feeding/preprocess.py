@@ -533,8 +533,10 @@ def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[floa
         if isinstance(train, Examples):
             images = [train.inputs]
         else:
+            sample = getattr(train, "sample", None)  # of shards: from few blocks
             step = max(1, -(-len(train) // NUM_SAMPLED))
-            images = [train[index][0].unsqueeze(0) for index in range(0, len(train), step)]
+            chosen = sample(NUM_SAMPLED) if sample else range(0, len(train), step)
+            images = [train[index][0].unsqueeze(0) for index in chosen]
         counts = sum(_histogram(image) for image in images).double()  # type: ignore[union-attr]
         levels = torch.arange(256, dtype=torch.float64) / splits.input_max
         share = counts / counts.sum(1, keepdim=True)

@@ -209,7 +209,9 @@ def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
 
 def _must_be_map_style(name: str, split: Any) -> None:
     if isinstance(split, torch.utils.data.IterableDataset):
-        problem = "is an IterableDataset, which has neither a length nor numbered items"
+        if name == "train":  # see streams.py
+            return
+        problem = "is an IterableDataset, which only train can be: a set is measured whole"
     elif isinstance(split, torch.utils.data.DataLoader):
         problem = "is a DataLoader; the run makes its own batches, so that it can resume"
     elif isinstance(split, Mapping | str) or not hasattr(type(split), "__getitem__"):

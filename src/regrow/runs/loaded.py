@@ -23,7 +23,7 @@ from regrow.checkpoint import writer
 from regrow.config import older
 from regrow.config.own_modules import import_own_modules
 from regrow.config.recorded import recorded_config
-from regrow.config.resume import downloads_elsewhere, places_of
+from regrow.config.resume import downloads_elsewhere, places_of, refuse_remote
 from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
@@ -74,12 +74,14 @@ class LoadedRun:
     class_names: list[str] | None
     target_names: list[str] | None  # of a regression with several targets
     input_names: list[str] | None  # None: an example is one tensor
+    typed: list[str]  # the keys of the data that the caller gave
 
     @cached_property
     def data(self) -> Any:
         """The run's data, normalised by the statistics of its training data."""
         where = f"run={self.folder}"
         check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
+        refuse_remote(self.folder, where, self.config, self.typed)
         allow(self.config["data"])
         data = instantiate(self.config["data"])
         for note in data.notes:
@@ -266,6 +268,7 @@ def load_run(
         class_names=None if class_names is None else [str(name) for name in class_names],
         target_names=task.get("target_names"),
         input_names=input_names,
+        typed=[*(data or {})],
     )
     run.task.in_units = run.in_units
     run.task.vocabulary = None if recorded is None else recorded.vocabulary

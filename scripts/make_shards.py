@@ -1,0 +1,105 @@
+"""Write a data set as tar shards with an index, for `data=shards`.
+
+python scripts/make_shards.py folder=photos output=photos_shards
+python scripts/make_shards.py data=digits output=digits_shards
+python scripts/make_shards.py data._target_=datasets.load_dataset data.path=mnist \\
+    inputs=image targets=label output=mnist_shards
+
+Give one source: a folder of images as of data=image_folder, a data set of conf/data, or map-style
+data sets by their `_target_`. An interrupted command continues when it is repeated. The index is
+written last.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import _start  # noqa: F401  finds the package or explains the set-up
+
+from regrow.cli.arguments import Arguments, Option, parse
+from regrow.errors import UserError
+from regrow.failing import in_one_line
+
+OPTIONS = {
+    "output": Option("the folder to write", required=True),
+    "folder": Option("a folder of images: <class>/…, or train/<class>/…, val/<class>/…"),
+    "data": Option("a data set of conf/data; data.<key>=… sets its keys, as for train.py"),
+    "inputs": Option("the field of an item that is the input, such as image"),
+    "targets": Option("the field of an item that is the target, such as label"),
+    "shard_mb": Option("bytes of a shard, in millions", 256.0, kind="number"),
+    "block_mb": Option("bytes that are read at once, in millions", 1.0, kind="number"),
+    "shuffle": Option("permute train, so that a block holds a mixture", True, kind="boolean"),
+    "seed": Option("another seed permutes otherwise, and cuts other splits", 0, kind="count"),
+    "overwrite": Option("write over shards that are there", False, kind="boolean"),
+}
+
+
+@in_one_line()
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    own = [each for each in given if not each.startswith("data.")]
+    options = parse(own, OPTIONS, text=__doc__ or "", takes_data=True)
+    make(options, [each for each in given if each.startswith("data.")])
+
+
+def make(options: Arguments, overrides: list[str]) -> None:
+    output, folder, data = Path(options["output"]), options["folder"], options["data"]
+    if folder and data:
+        raise UserError(f"folder={folder} and data={data}: give one of them.")
+    if not folder and not data and not overrides:
+        raise UserError("there is nothing to write: add folder=…, data=… or data._target_=…")
+    for key in ("shard_mb", "block_mb"):
+        if not options[key] > 0:
+            raise UserError(f"{key}={options[key]:g} must be more than 0.")
+    fields = {key: options[key] for key in ("inputs", "targets") if options[key]}
+    if len(fields) == 1 or (fields and (folder or data)):
+        raise UserError("inputs=… and targets=… are given together, for data._target_=… alone.")
+    # these import torch: only after the arguments are checked
+    from regrow.cli.data_alone import data_of, datasets_of
+    from regrow.config.command_line import override
+    from regrow.feeding.images import class_folders
+    from regrow.feeding.writing_shards import (
+        Layout,
+        of_data,
+        of_datasets,
+        refuse_other,
+        write_shards,
+    )
+    from regrow.runs.console import console
+
+    refuse_other(output, options["overwrite"])
+    with console():
+        if folder:
+            count = len(class_folders(folder))
+            numbers = [f"data.num_classes={count}", f"data.num_outputs={count}"]
+            overrides = [
+                "data=image_folder",
+                override("data.root", folder),
+                *numbers,
+                *overrides,
+            ]
+        elif data:
+            overrides = [f"data={data}", *overrides]
+        if folder or data:
+            sets, facts = of_data(data_of([*overrides, f"seed={options['seed']}"]))
+        else:
+            sets, facts = of_datasets(datasets_of(overrides), fields)
+        layout = Layout(
+            int(options["shard_mb"] * 1e6),
+            int(options["block_mb"] * 1e6),
+            options["shuffle"],
+            options["seed"],
+        )
+        index = write_shards(
+            output, sets, facts, layout, overwrite=options["overwrite"], told=print
+        )
+    counts = {name: sum(s.num_examples for s in shards) for name, shards in index.sets.items()}
+    print(f"{', '.join(f'{name} {count:,}' for name, count in counts.items())} in {output}")
+    if facts.class_names:
+        number = len(facts.class_names)
+        print(f"data=shards data.source.root={output} data.num_classes={number}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The data that a config names, without a run: for scripts that only read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from regrow.config import flags
+from regrow.config.command_line import paths_as_typed, read
+from regrow.config.composition import composition, hydra_as_it_was
+from regrow.config.explain import composition_error, hydras_value_error, wrong_options
+from regrow.config.hydra_access import plain
+from regrow.config.targets import allow, instantiate
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from regrow.feeding.loaders import Data
+
+
+def data_of(overrides: Sequence[str]) -> Data:
+    """Return the data of `data=…` and `data.<key>=…`, not augmented and not normalised.
+
+    Raises UserError with one line for a mistake.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    raw = ["data.normalize=none", "data.augment=false", "data.num_workers=0"]
+    with hydra_as_it_was():
+        if (wrong := wrong_options(overrides)) is not None:
+            raise UserError(wrong)
+        try:
+            typed = flags.absolute(paths_as_typed([*overrides, *raw], multirun=False))
+            config = composition({**flags.DEFAULT, "name": "train"}, typed)
+            HydraConfig.instance().set_config(config)
+            for key in config.data:
+                if OmegaConf.is_missing(config.data, key):
+                    raise UserError(f"data.{key} must be given: add data.{key}=…")
+            node = plain(config.data)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(composition_error(error)) from error
+        except ValueError as error:
+            if isinstance(error, UserError) or (wrong := hydras_value_error(error)) is None:
+                raise
+            raise UserError(wrong) from error
+    source = node.get("source")
+    if isinstance(source, dict) and source.get("root", "") is None:
+        raise UserError("data.root must be given: add data.root=…")
+    allow(node)
+    found: Data = instantiate(node)
+    return found
+
+
+def datasets_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the data sets of `data.<set>._target_=…` or of `data._target_=…`, by their names.
+
+    Raises UserError unless they have numbered items.
+    """
+    node: dict[str, Any] = {}
+    for override in paths_as_typed(overrides, multirun=False):
+        *parents, last = override.partition("=")[0].split(".")[1:]
+        place = node
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = read(override)
+    allow(node)
+    made = instantiate(node) if "_target_" in node else {
+        name: instantiate(each) for name, each in node.items() if _has_target(name, each)
+    }  # fmt: skip
+    if not hasattr(made, "keys"):
+        made = {"train": made}
+    for name in made.keys():  # noqa: SIM118  not every mapping of data sets can be iterated
+        if not hasattr(type(made[name]), "__len__") or not hasattr(type(made[name]), "__getitem__"):
+            raise UserError(
+                f"data.{name}: {type(made[name]).__name__} has no length or no numbered items. "
+                "Give a map-style data set."
+            )
+    return {str(name): made[name] for name in made.keys()}  # noqa: SIM118
+
+
+def _has_target(name: str, node: Any) -> bool:
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(
+            f"data.{name}: without data=… or folder=…, it must name a data set. Add "
+            f"data.{name}._target_=…"
+        )
+    return True

@@ -1,0 +1,153 @@
+"""The index of a folder of tar shards: its sets, their shards, and the blocks of each shard.
+
+A block is a run of whole, consecutive examples of one shard. It is read by one request, and its
+CRC-32 is in the index, so that every read notices a changed or damaged shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regrow.errors import DataError
+from regrow.feeding.splits import NAMES, check_name
+
+NAME = "index.json"
+FORMAT = "regrow tar shards"
+VERSION = 1
+END_BYTES = 1024  # zeros that end a tar file
+_SHARD = re.compile(r"[A-Za-z0-9][\w-]*/\d{6,}\.tar", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file. `blocks` holds (bytes, examples, CRC-32) of each block, from its start."""
+
+    name: str  # <set>/<number>.tar
+    num_bytes: int
+    sha256: str
+    blocks: list[list[int]]
+
+    @property
+    def num_examples(self) -> int:
+        return sum(examples for _, examples, _ in self.blocks)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about the examples from their source. kind: images or items."""
+
+    kind: str
+    class_names: list[str] | None = None
+    target_names: list[str] | None = None
+    input_max: float = 255.0
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a set, as arrays (B,) int64. Examples are numbered through all of them."""
+
+    shard: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    num_bytes: npt.NDArray[np.int64]
+    crc: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]  # (B + 1,): number of the first example; the last is the count
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def of_example(self, number: int) -> int:
+        return int(np.searchsorted(self.first, number, side="right")) - 1
+
+
+@dataclass(frozen=True)
+class Index:
+    sets: dict[str, list[Shard]]
+    facts: Facts
+    sha256: str = field(default="", compare=False)  # of the file's content
+
+    def content(self) -> str:
+        """Return the text of the file."""
+        record = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del record["sha256"]
+        return json.dumps(record, separators=(",", ":"))
+
+    def blocks(self, name: str) -> Blocks:
+        rows = [
+            (number, *block) for number, shard in enumerate(self.sets[name])
+            for block in shard.blocks
+        ]  # fmt: skip
+        shard, num_bytes, examples, crc = np.array(rows, np.int64).T
+        ends = np.cumsum(num_bytes)
+        is_new = np.append(True, shard[1:] != shard[:-1])
+        starts = np.maximum.accumulate(np.where(is_new, ends - num_bytes, 0))
+        return Blocks(shard, ends - num_bytes - starts, num_bytes, crc,
+                      np.append(0, np.cumsum(examples)))  # fmt: skip
+
+    def fingerprint(self, name: str) -> str:
+        """Return the SHA-256 over the contents of a set's shards, wherever they lie."""
+        facts = [(shard.sha256, shard.num_examples) for shard in self.sets[name]]
+        return hashlib.sha256(repr((facts, self.facts.class_names)).encode()).hexdigest()
+
+
+def parsed(content: bytes, where: str) -> Index:
+    """Return the index that a file holds. Raises DataError, which names it `where`."""
+    again = "Make the shards again with scripts/make_shards.py."
+    try:
+        record = json.loads(content)
+        if record["format"] != FORMAT:
+            raise ValueError("it is not an index of tar shards")
+        version = record["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is damaged: {_reason(error)}. {again}") from None
+    if version != VERSION:
+        raise DataError(
+            f"{where} is of version {version}, and this code reads version {VERSION}. {again}"
+        )
+    try:
+        facts = Facts(**record["facts"])
+        sets = {name: [_shard(each) for each in shards] for name, shards in record["sets"].items()}
+        for name in sets:
+            if name not in NAMES:
+                check_name(name)
+        if not sets.get("train") or not all(sets.values()):
+            raise ValueError("a set holds no shards")
+        if facts.kind not in ("images", "items") or not _are_names(facts):
+            raise ValueError("a fact is of a wrong type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is damaged: {_reason(error)}. {again}") from None
+    return Index(sets, facts, hashlib.sha256(content).hexdigest())
+
+
+def _shard(record: Mapping[str, Any]) -> Shard:
+    shard = Shard(**record)
+    # An index may come from anyone, and its names become paths.
+    if not _SHARD.fullmatch(shard.name) or not _SHA256.fullmatch(shard.sha256):
+        raise ValueError(f"{shard.name!r} is not a shard's name, or its hash is missing")
+    for block in shard.blocks:
+        if len(block) != 3 or not all(type(it) is int and it >= 0 for it in block) or not block[1]:
+            raise ValueError(f"{shard.name} has a block {block!r}")
+    if sum(block[0] for block in shard.blocks) != shard.num_bytes - END_BYTES or not shard.blocks:
+        raise ValueError(f"the blocks of {shard.name} do not add up")
+    return shard
+
+
+def _are_names(facts: Facts) -> bool:
+    lists = (facts.class_names, facts.target_names)
+    fit = all(
+        it is None or (isinstance(it, list) and all(isinstance(n, str) for n in it)) for it in lists
+    )
+    return fit and isinstance(facts.input_max, int | float) and facts.input_max > 0
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:120]
+    return f"{text} is missing" if isinstance(error, KeyError) else text

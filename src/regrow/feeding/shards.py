@@ -1,0 +1,440 @@
+"""Tar shards with an index, in a folder or behind a URL, as a data set with numbered items."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import io
+import os
+import queue
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from regrow.errors import DataError, UserError, brief, did_you_mean
+from regrow.feeding import shard_index
+from regrow.feeding.block_cache import BlockCache, cache_of
+from regrow.feeding.block_order import BlockOrder
+from regrow.feeding.files import contents_of
+from regrow.feeding.images import check_size, fit, load_image, to_tensor
+from regrow.feeding.remote import Folder, Remote, Stamp, folder_of
+from regrow.feeding.sampling import Windows
+from regrow.feeding.shard_index import Blocks, Index
+from regrow.feeding.shard_items import File, Member, as_item, decoded, members_in
+from regrow.feeding.splits import NAMES, Reading, Splits, text_names
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NUM_FETCHERS = {False: 1, True: 16}  # threads that read ahead: of a disk, of a server
+NUM_ASKED = 32  # files asked for their size at once
+SPREAD_BLOCKS = 64  # of which a sample is taken
+HELD = 1.5  # pools of blocks that a process holds: one in use, and the next one coming
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where the bytes of a set's blocks come from."""
+
+    place: Folder | Remote
+    cache: BlockCache | None
+    key: str  # of the index and the set, in the cache
+    names: list[str]  # of the shards
+    blocks: Blocks
+    bytes_held: int  # blocks that a process holds in memory
+
+    def block(self, number: int) -> bytes:
+        """Return a block's bytes, which fit the index. Raises DataError."""
+        blocks = self.blocks
+        start, size = int(blocks.offset[number]), int(blocks.num_bytes[number])
+        crc = int(blocks.crc[number])
+        name = self.names[blocks.shard[number]]
+
+        def fits(content: bytes) -> bool:
+            return len(content) == size and zlib.crc32(content) == crc
+
+        def fetch() -> bytes:
+            content = self.place.read(name, start, start + size)
+            if not fits(content):
+                what = "is truncated" if len(content) < size else "is damaged or was changed"
+                raise DataError(
+                    f"{self.place.place(name)} {what}: bytes {start:,} to {start + size:,} are not "
+                    "those of index.json. Restore the file, or make the shards again."
+                )
+            return content
+
+        if self.cache is None:
+            return fetch()
+        return self.cache.get(f"{self.key}/{number}", fetch, fits)
+
+
+class Reader:
+    """The blocks that one process holds, with threads that fetch the next ones."""
+
+    def __init__(self, access: Access) -> None:
+        self.access, self.pid = access, os.getpid()
+        self.first: list[int] = access.blocks.first.tolist()  # a list is searched faster
+        self.held: OrderedDict[int, tuple[bytes, list[list[Member]]]] = OrderedDict()
+        self.num_bytes = 0
+        self.coming: dict[int, Future[bytes]] = {}
+        self.asked: queue.SimpleQueue[tuple[int, Future[bytes]]] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def ask(self, numbers: Iterable[int]) -> None:
+        """Fetch blocks in the background. An error appears where the block is needed."""
+        for number in numbers:
+            if number not in self.held and number not in self.coming:
+                self.coming[number] = Future()
+                self.asked.put((number, self.coming[number]))
+        while len(self.threads) < min(len(self.coming), NUM_FETCHERS[self.access.place.is_remote]):
+            # A daemon: a process must not wait for a server that does not answer.
+            self.threads.append(threading.Thread(target=self._fetch, daemon=True))
+            self.threads[-1].start()
+
+    def _fetch(self) -> None:
+        while True:
+            number, future = self.asked.get()
+            try:
+                future.set_result(self.access.block(number))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def block(self, number: int) -> tuple[bytes, list[list[Member]]]:
+        """Return a block and the members of its examples. Raises DataError."""
+        found = self.held.get(number)
+        if found is not None:
+            self.held.move_to_end(number)
+            return found
+        coming = self.coming.pop(number, None)
+        content = self.access.block(number) if coming is None else coming.result()
+        try:
+            members = members_in(content)
+        except ValueError:
+            members = []
+        if len(members) != self.first[number + 1] - self.first[number]:
+            name = self.access.names[self.access.blocks.shard[number]]
+            raise DataError(
+                f"{self.access.place.place(name)} holds other examples than index.json says. Make "
+                "the shards again."
+            )
+        self.held[number] = content, members
+        self.num_bytes += len(content)
+        while self.num_bytes > self.access.bytes_held and len(self.held) > 1:
+            self.num_bytes -= len(self.held.popitem(last=False)[1][0])
+        return self.held[number]
+
+
+@dataclass(frozen=True)
+class ShardItems:
+    """A set of the shards as a map-style data set.
+
+    Of images, item i is a uint8 image (C, H, W) and its class. Other items are as they were
+    written: (inputs, targets), with weights or without, or a mapping of fields.
+    """
+
+    access: Access
+    index: Index
+    name: str
+    identity: str
+    lanes: int
+    pool_bytes: int
+    size: list[int] | None = None  # (H, W) of images
+    channels: int = 3
+    resize: int | None = None
+    exif_orientation: bool = True
+    transform: Callable[[Image], Image] | None = None
+
+    def __len__(self) -> int:
+        return int(self.access.blocks.first[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name[0] != "_"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def draws(self) -> bool:
+        """False if items draw no random numbers, so that none need be seeded."""
+        return self.transform is not None
+
+    def __getitem__(self, index: int) -> Any:
+        reader = self._reader()
+        first = reader.first
+        if not 0 <= index < first[-1]:
+            raise IndexError(index)
+        block = bisect.bisect_right(first, index) - 1
+        content, members = reader.block(block)
+        fields, place = {}, ""
+        try:
+            for name, start, stop in members[index - first[block]]:
+                place = name
+                field, value = decoded(name, content[start:stop])
+                if isinstance(value, File):
+                    value = self._image(value)
+                elif field == "inputs" and self.size is not None:
+                    value = self._fitted(value)
+                fields[field] = value
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            shard = self.access.names[self.access.blocks.shard[block]]
+            raise DataError(
+                f"{self.access.place.place(shard)}, {self.name} example {index}: {place} cannot be "
+                f"read: {brief(error, 120)}."
+            ) from None
+        return as_item(fields)
+
+    def _image(self, file: File) -> Tensor:
+        what = f"{self.access.place.root}: a {file.suffix} of set {self.name}"
+        image = load_image(
+            f"{what}.{file.suffix}", self.channels,
+            exif_orientation=self.exif_orientation, content=io.BytesIO(file.content),
+        )  # fmt: skip
+        return self._as_input(image)
+
+    def _as_input(self, image: Image) -> Tensor:
+        if self.transform is not None:
+            return to_tensor(self.transform(image))
+        return to_tensor(image if self.size is None else fit(image, self.size, self.resize))
+
+    def _fitted(self, pixels: Tensor) -> Tensor:
+        """Return an image that was written as an array, (C, H, W) uint8, like one in a file."""
+        has_size = list(pixels.shape[1:]) == self.size and self.resize is None
+        if self.transform is None and has_size:
+            return pixels
+        from PIL import Image
+
+        channels = pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
+        return self._as_input(Image.fromarray(channels))
+
+    def _reader(self) -> Reader:
+        """Return this process's reader: a forked worker must not share one."""
+        reader: Reader | None = self.__dict__.get("_own_reader")
+        if reader is None or reader.pid != os.getpid():
+            reader = Reader(self.access)
+            self.__dict__["_own_reader"] = reader
+        return reader
+
+    def ahead(self, blocks: Sequence[int]) -> None:
+        """Fetch blocks in the background."""
+        self._reader().ask(blocks)
+
+    def order(self, windows: Windows, seed: int, epoch: int) -> BlockOrder:
+        """Return the order of an epoch's examples."""
+        blocks = self.access.blocks
+        mean = int(blocks.num_bytes.sum()) / len(self)
+        pool = max(1, int(self.pool_bytes / mean))
+        return BlockOrder(blocks.first, windows, seed, epoch, lanes=self.lanes, pool=pool)
+
+    def sample(self, count: int) -> list[int]:
+        """Return up to `count` numbers of examples, from a few blocks that are spread evenly."""
+        first = self.access.blocks.first
+        if len(self) <= count:
+            return [*range(len(self))]
+        num_blocks = min(len(first) - 1, SPREAD_BLOCKS)
+        chosen = [place * (len(first) - 1) // num_blocks for place in range(num_blocks)]
+        self.ahead(chosen)
+        found: list[int] = []
+        for block in chosen:
+            in_block = int(first[block + 1] - first[block])
+            taken = min(in_block, -(-count // num_blocks))
+            found += [int(first[block]) + at * in_block // taken for at in range(taken)]
+        return found
+
+    def augmented(self, transform: Callable[[Image], Image]) -> ShardItems:
+        """Return the same examples of images, with `transform` in place of Resize and crop."""
+        if self.size is None:
+            raise UserError(
+                "data.augmentation is for images, and these shards hold other items. Set "
+                "data.augmentation=null."
+            )
+        return dataclasses.replace(self, transform=transform)
+
+    def keys(self) -> list[Hashable]:
+        """Return nothing to compare: sets were compared when the shards were made."""
+        return []
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that is equal for equal contents, local or remote.
+
+        Raises DataError for a shard that is not the one of the index: by its contents in a local
+        folder, by its size and tag on a server. A new tag makes the shard read once.
+        """
+        shards = self.index.sets[self.name]
+        place = self.access.place
+        if isinstance(place, Folder):
+            if self.identity == "contents":
+                found = contents_of([place.place(shard.name) for shard in shards], place.root)
+                for shard, digest in zip(shards, found, strict=True):
+                    if digest.hex() != shard.sha256:
+                        raise self._changed(shard.name, "its SHA-256 is another")
+        else:
+            self._check_remote(place)
+        return self.index.fingerprint(self.name)
+
+    def _check_remote(self, place: Remote) -> None:
+        shards = self.index.sets[self.name]
+        with ThreadPoolExecutor(NUM_ASKED) as pool:
+            stamps = [*pool.map(place.stamp, [shard.name for shard in shards])]
+        for shard, stamp in zip(shards, stamps, strict=True):
+            if stamp.num_bytes not in (None, shard.num_bytes):
+                raise self._changed(
+                    shard.name, f"it has {stamp.num_bytes:,} bytes instead of {shard.num_bytes:,}"
+                )
+        if self.identity == "contents" and self.access.cache is not None:
+            self._check_tags(place, stamps, self.access.cache)
+
+    def _check_tags(self, place: Remote, stamps: list[Stamp], cache: BlockCache) -> None:
+        """Compare the tags with those of the first time; read a shard whose tag is another."""
+        import hashlib
+
+        path = cache.folder / "tags" / f"{self.access.key.replace('/', '-')}-{_key(place.root)}"
+        tags = [stamp.tag for stamp in stamps]
+        known = None
+        with contextlib.suppress(OSError, UnicodeError):
+            known = path.read_text(encoding="utf-8").splitlines()
+        shards = self.index.sets[self.name]
+        if known is not None and len(known) == len(tags):
+            for shard, tag, before in zip(shards, tags, known, strict=True):
+                if _line(tag) == before:
+                    continue
+                digest = hashlib.sha256()
+                for start in range(0, shard.num_bytes, 1 << 24):
+                    stop = min(start + (1 << 24), shard.num_bytes)
+                    digest.update(place.read(shard.name, start, stop))
+                if digest.hexdigest() != shard.sha256:
+                    raise self._changed(shard.name, "its SHA-256 is another")
+        cache.write(path, "".join(f"{_line(tag)}\n" for tag in tags).encode())
+
+    def _changed(self, shard: str, why: str) -> DataError:
+        return DataError(
+            f"{self.access.place.place(shard)} is not the shard of index.json: {why}. Restore the "
+            "file, or make the shards again."
+        )
+
+
+def _key(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _line(tag: str) -> str:
+    return " ".join(tag.split())
+
+
+def shards(
+    *,
+    root: str,
+    cache: str | None,
+    cache_gb: float,
+    pool_mb: float,
+    lanes: int,
+    timeout_seconds: float,
+    retries: int,
+    input_shape: list[int] | None,
+    resize: int | None,
+    num_classes: int | None,
+    class_names: list[str] | None,
+    exif_orientation: bool,
+    identity: str,
+    sets: list[str] | None,
+    collate: Callable[[list[Any]], Any] | None,
+) -> Splits:
+    """Return the sets of a folder of shards that `scripts/make_shards.py` wrote, or of its URL."""
+    if identity not in ("contents", "sizes"):
+        raise UserError(f"data.source.identity={identity} is not one of contents, sizes.")
+    place = folder_of(root, timeout_seconds=timeout_seconds, retries=retries)
+    index = read_index(place)
+    facts = index.facts
+    if isinstance(place, Folder):
+        _check_sizes(place, index)
+    names = [*index.sets] if sets is None else [*sets, *(n for n in NAMES if n in index.sets)]
+    if missing := [name for name in names if name not in index.sets]:
+        raise UserError(
+            f"data.source.sets={sets}: the shards hold no set {missing[0]}."
+            f"{did_you_mean(missing[0], index.sets)} There are {', '.join(index.sets)}."
+        )
+    found = text_names(class_names) or facts.class_names
+    if found is not None and num_classes is not None and len(found) != num_classes:
+        raise UserError(
+            f"data.num_classes={num_classes}, but the shards hold {len(found)} classes: "
+            f"{', '.join(found[:20])}. Set data.num_classes={len(found)} and "
+            f"data.num_outputs={len(found)}."
+        )
+    if class_names is not None and facts.class_names not in (None, text_names(class_names)):
+        raise UserError(
+            f"data.class_names: the shards number their classes as {', '.join(found or [])[:200]}. "
+            "Leave data.class_names out."
+        )
+    size, channels = None, 3
+    if facts.kind == "images":
+        if input_shape is None:
+            raise UserError("data.input_shape=null: these shards hold images. Set their shape.")
+        channels, size = check_size(input_shape, resize)
+    pool_bytes = int(pool_mb * 1e6)
+    kept = cache_of(cache, cache_gb, 2 * pool_bytes) if place.is_remote else None
+
+    def of(name: str) -> ShardItems:
+        blocks = index.blocks(name)
+        held = int(HELD * pool_bytes) + 2 * int(blocks.num_bytes.max())
+        access = Access(
+            place, kept, f"{index.sha256[:32]}/{name}",
+            [shard.name for shard in index.sets[name]], blocks, held,
+        )  # fmt: skip
+        return ShardItems(
+            *(access, index, name, identity, lanes, pool_bytes, size, channels, resize),
+            exif_orientation=exif_orientation,
+        )
+
+    return Splits(
+        of("train"),
+        of("val") if "val" in names else None,
+        of("test") if "test" in names else None,
+        {name: of(name) for name in names if name not in NAMES},
+        class_names=found,
+        target_names=facts.target_names,
+        input_max=facts.input_max,
+        resize=resize,
+        reading=Reading(exif_orientation=exif_orientation),
+        reads_images=facts.kind == "images",
+        collate=collate,
+    )
+
+
+def read_index(place: Folder | Remote) -> Index:
+    """Return the index of a folder of shards. Raises DataError."""
+    where = place.place(shard_index.NAME)
+    if isinstance(place, Folder) and not Path(place.root).is_dir():
+        raise UserError(
+            f"data.source.root={place.root}: not a folder. Set it to the folder of shards, or to "
+            "its URL."
+        )
+    try:
+        content = place.whole(shard_index.NAME)
+    except FileNotFoundError:
+        raise DataError(
+            f"data.source.root={place.root}: there is no {shard_index.NAME}, which is written "
+            "last. Make the shards with scripts/make_shards.py, or let it end."
+        ) from None
+    return shard_index.parsed(content, where)
+
+
+def _check_sizes(place: Folder, index: Index) -> None:
+    for shard in (each for several in index.sets.values() for each in several):
+        size = place.stamp(shard.name).num_bytes
+        if size != shard.num_bytes:
+            what = "is truncated" if (size or 0) < shard.num_bytes else "was changed"
+            raise DataError(
+                f"{place.place(shard.name)} {what}: it has {size:,} bytes, and index.json says "
+                f"{shard.num_bytes:,}. Restore the file, or make the shards again."
+            )

@@ -1,0 +1,678 @@
+"""Tar shards: one order for any workers, ranks and kills; changed or damaged bytes are found."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reading import Numbers, part, read_in_parts
+from running import config_of
+from served import faults, requests, served
+
+from regrow.config.targets import allow, instantiate
+from regrow.errors import DataError, UserError
+from regrow.feeding import block_cache, remote, shard_items, shards, writing_shards
+from regrow.feeding.block_order import BlockOrder
+from regrow.feeding.loaders import Data
+from regrow.feeding.remote import Folder
+from regrow.feeding.sampling import Windows
+from regrow.feeding.shard_index import Facts, Index, parsed
+from regrow.feeding.shards import read_index
+from regrow.feeding.splits import Examples
+from regrow.feeding.writing_shards import Layout, OfExamples, OfItems, write_shards
+
+pytest.importorskip("aiohttp")
+CPU = torch.device("cpu")
+COUNT = 1100  # 17 windows of 64, and a last one of 12
+SMALL = Layout(shard_bytes=60_000, block_bytes=17_000, shuffle=True, seed=0)
+OVERRIDES = (
+    *("data=shards", "data.target_kind=null", "data.num_classes=null", "data.num_outputs=null"),
+    *("data.input_shape=null", "data.normalize=none", "data.augmentation=null"),
+    *("+data.source.collate._target_=reading.collate", "+data.source.collate._partial_=true"),
+    *("data.source.pool_mb=0.1", "data.source.cache_gb=0.0004", "data.source.retries=1"),
+    *("data.num_workers=0", "data.batch_size=64", "data.source.timeout_seconds=5"),
+)
+
+
+def options(root: str, cache: Path, *overrides: str, seed: int = 0) -> dict[str, Any]:
+    """Return the node of the data set as a run composes it."""
+    node: dict[str, Any] = config_of(*OVERRIDES)["data"]
+    node["seed"] = seed
+    node["source"] |= {"root": root, "cache": str(cache)}
+    for override in overrides:
+        key, _, value = override.rpartition("=")
+        place = node["source"] if key.startswith("source.") else node
+        place[key.removeprefix("source.")] = json.loads(value)
+    return node
+
+
+def data_of(node: dict[str, Any]) -> Data:
+    allow(node)
+    found: Data = instantiate(node)
+    return found
+
+
+def numbers(folder: Path, count: int = COUNT, layout: Layout = SMALL) -> Index:
+    return write_shards(
+        folder, {"train": OfItems(Numbers(count), {})}, Facts("items"), layout, overwrite=False
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("numbers") / "shards"
+    numbers(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(written: Path, tmp_path: Path) -> Path:
+    """Shards that a test may damage."""
+    folder = tmp_path / "shards"
+    shutil.copytree(written, folder)
+    return folder
+
+
+@pytest.fixture
+def url(copied: Path) -> Iterator[str]:
+    with served(copied) as address:
+        yield address
+
+
+def ids_of(data: Data, epoch: int = 0, start: int = 0, **share: int) -> list[list[int]]:
+    batches = data.train(device=CPU, **share).epoch(epoch, start=start)
+    found = [batch.inputs.flatten().tolist()[: batch.num_local] for batch in batches]
+    data.close()
+    return found
+
+
+@functools.cache
+def ids_in_file(root: str) -> list[int]:
+    """Return the ids of all training examples in the order of the tars, as tarfile reads them."""
+    found = []
+    for shard in read_index(Folder(root)).sets["train"]:
+        with tarfile.open(Path(root) / shard.name) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                found.append(int(np.load(io.BytesIO(file.read()))[0]))
+    return found
+
+
+def as_computed(config: dict[str, Any], epochs: int = 2) -> list[list[int]]:
+    """Return the ids of all windows as the order and the tars give them, by another reader."""
+    source: Any = data_of(config).source.train
+    in_file = ids_in_file(config["source"]["root"])
+    windows = Windows(len(in_file), config["batch_size"], False, 0, 1)
+    found = []
+    for epoch in range(epochs):
+        order = source.order(windows, config["seed"], epoch)
+        for window in range(len(windows)):
+            share = windows.share(window)
+            found.append([in_file[at] for at in order[share.start : share.stop].tolist()])
+    return found
+
+
+# Order
+
+
+def test_the_ids_are_the_same_for_any_workers_ranks_and_kills_over_http(
+    copied: Path, url: str, tmp_path: Path
+) -> None:
+    """Killed at random instants; 0 and 2 workers; 1 and 2 processes; the cache is too small."""
+    dice = random.Random(1)
+    expected = as_computed(options(str(copied), tmp_path / "unused"))
+    ways = ((0, 1), (2, 1), (0, 2), (2, 2))
+    parts = [
+        part(workers, ranks, dice.randint(1, 4), dice.random() / 40) for workers, ranks in ways
+    ]
+    config = options(url, tmp_path / "cache")
+    found = read_in_parts(config, [*parts, part(2, 2, None)], tmp_path / "logs")
+    assert found == expected
+    assert sorted(itertools.chain(*found[: len(found) // 2])) == list(range(COUNT))
+    other = as_computed(options(str(copied), tmp_path / "unused", seed=1))
+    assert found != other  # the negative control
+    assert found[: len(found) // 2] != found[len(found) // 2 :]
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_million_small_examples_over_http_keep_their_order(tmp_path: Path) -> None:
+    """As above with 10⁶ examples: 8 parts, each killed at a random instant, then to the end."""
+    count, dice = 1_000_000, random.Random(2)
+    layout = Layout(shard_bytes=64_000_000, block_bytes=1_000_000, shuffle=True, seed=0)
+    numbers(tmp_path / "shards", count, layout)
+    batch = ("batch_size=256", "source.pool_mb=32", "source.cache_gb=0.3")
+    with served(tmp_path / "shards") as url:
+        config = options(url, tmp_path / "cache", *batch)
+        parts = [
+            part(workers, ranks, dice.randint(1, 500), dice.random(), epochs=1)
+            for _ in range(2)
+            for workers, ranks in ((0, 1), (2, 1), (0, 2), (2, 2))
+        ]
+        found = read_in_parts(config, [*parts, part(2, 2, None, epochs=1)], tmp_path / "logs")
+    local = options(str(tmp_path / "shards"), tmp_path / "cache", *batch)
+    assert found == as_computed(local, 1)
+    assert found != as_computed({**local, "seed": 1}, 1)
+    shutil.rmtree(tmp_path / "shards")
+
+
+def order_of(
+    *counts: int, batch: int = 8, seed: int = 0, epoch: int = 0, rank: int = 0, ranks: int = 1,
+    limit: int | None = None, lanes: int = 4, pool: int = 40,
+) -> tuple[BlockOrder, Windows]:  # fmt: skip
+    first = np.append(0, np.cumsum(counts))
+    windows = Windows(limit or int(first[-1]), batch, False, rank, ranks)
+    return BlockOrder(first, windows, seed, epoch, lanes=lanes, pool=pool), windows
+
+
+def listed(order: BlockOrder, windows: Windows) -> list[int]:
+    shares = [windows.share(number) for number in range(len(windows))]
+    return [index for share in shares for index in order[share.start : share.stop].tolist()]
+
+
+@pytest.mark.parametrize("limit", [None, 97, 8, 5, 1])
+@pytest.mark.parametrize("lanes", [1, 3, 8, 50])
+def test_an_epoch_of_blocks_holds_each_example_once(limit: int | None, lanes: int) -> None:
+    dice = random.Random(lanes)
+    counts = [dice.randint(1, 9) for _ in range(40)]
+    order, windows = order_of(*counts, limit=limit, lanes=lanes)
+    found = listed(order, windows)
+    assert sorted(found) == list(range(limit or sum(counts)))
+    if len(found) > 20:
+        again, other, later = (
+            listed(*order_of(*counts, limit=limit, lanes=lanes, seed=seed, epoch=epoch))
+            for seed, epoch in ((0, 0), (1, 0), (0, 1))
+        )
+        assert found == again
+        assert found not in (other, later)
+
+
+def test_a_rank_reads_blocks_of_its_own() -> None:
+    """Two ranks both read few blocks: those that the border of two lanes cuts."""
+    counts, read = [5] * 200, []
+    for rank in range(2):
+        order, windows = order_of(*counts, rank=rank, ranks=2, lanes=8, pool=100)
+        read.append({index // 5 for index in listed(order, windows)})
+    assert len(read[0] & read[1]) <= 2
+    alone, windows = order_of(*counts, lanes=8, pool=100)
+    assert {index // 5 for index in listed(alone, windows)} == read[0] | read[1] == {*range(200)}
+    # The negative control: with one lane, both read nearly all blocks.
+    mixed = []
+    for rank in range(2):
+        order, windows = order_of(*counts, rank=rank, ranks=2, lanes=1, pool=100)
+        mixed.append({index // 5 for index in listed(order, windows)})
+    assert len(mixed[0] & mixed[1]) > 100
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2), (2, 3)])
+def test_every_block_is_announced_before_it_is_needed_and_once(rank: int, ranks: int) -> None:
+    order, windows = order_of(*[5] * 200, rank=rank, ranks=ranks, lanes=6, pool=100)
+    announced: list[int] = []
+    for start in (0, 37):
+        announced = []
+        for number in range(start, len(windows)):
+            announced += order.ahead(number, enters=number == start)
+            share = windows.share(number)
+            needed = {index // 5 for index in order[share.start : share.stop].tolist()}
+            assert needed <= {*announced}
+    borders = order.num_pools * len(order.lanes)  # a border may cut a block
+    assert len(announced) <= len({*announced}) + borders
+
+
+def test_a_pool_holds_few_blocks() -> None:
+    order, _ = order_of(*[5] * 400, lanes=4, pool=100)
+    for number in range(order.num_pools):
+        blocks = {index // 5 for index in order.pool(number).examples.flatten().tolist()}
+        assert len(blocks) <= 100 / 5 + 2 * 4 + 2
+
+
+def test_an_epoch_that_is_entered_late_reads_no_earlier_block(
+    copied: Path, url: str, tmp_path: Path
+) -> None:
+    # No sample is taken, and nothing else is read: only the blocks of the last windows.
+    node = options(url, tmp_path / "cache", "source.pool_mb=0.02", "source.cache_gb=1")
+    expected = ids_of(data_of(options(str(copied), tmp_path / "unused", "source.pool_mb=0.02")))
+    assert ids_of(data_of(node), start=16) == expected[16:]
+    gets = [line for line in requests(copied) if line.startswith("GET train")]
+    blocks = data_of(node).source.train.access.blocks  # type: ignore[union-attr]
+    assert 0 < len(gets) < len(blocks) / 2
+    assert all("bytes=" in line for line in gets)
+
+
+def test_each_block_is_one_request_and_a_second_epoch_makes_none(
+    copied: Path, url: str, tmp_path: Path
+) -> None:
+    node = options(url, tmp_path / "cache", "source.cache_gb=1")
+    data = data_of(node)
+    ids_of(data)
+    gets = [line for line in requests(copied) if line.startswith("GET train")]
+    num_blocks = len(data.source.train.access.blocks)  # type: ignore[union-attr]
+    assert len(gets) == num_blocks == len({*gets})
+    ids_of(data_of({**node, "num_workers": 2}), epoch=1)
+    assert [line for line in requests(copied) if line.startswith("GET train")] == gets
+
+
+# Identity and damage
+
+
+def flipped(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    status = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def test_a_local_copy_and_its_server_have_one_fingerprint(
+    copied: Path, url: str, tmp_path: Path
+) -> None:
+    ours = data_of(options(str(copied), tmp_path / "cache")).fingerprint()
+    assert data_of(options(url, tmp_path / "cache")).fingerprint() == ours
+    numbers(tmp_path / "others", COUNT - 1)
+    assert data_of(options(str(tmp_path / "others"), tmp_path / "cache")).fingerprint() != ours
+
+
+def test_a_changed_shard_is_found_at_the_start(copied: Path, url: str, tmp_path: Path) -> None:
+    local, there = options(str(copied), tmp_path / "cache"), options(url, tmp_path / "cache")
+    data_of(local).fingerprint()
+    data_of(there).fingerprint()
+    os.utime(copied / "train" / "000003.tar")  # a new tag for the same bytes
+    data_of(there).fingerprint()
+    flipped(copied / "train" / "000003.tar", 700)
+    for node in (local, there):
+        with pytest.raises(DataError, match=r"train/000003.tar is not the shard of index.json"):
+            data_of(node).fingerprint()
+    with (copied / "train" / "000003.tar").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match=r"000003.tar was changed: it has [\d,]+ bytes, and"):
+        data_of(local)
+    with pytest.raises(DataError, match=r"it has [\d,]+ bytes instead of"):
+        data_of(there).fingerprint()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_bytes_are_found_where_they_are_read(
+    copied: Path, url: str, tmp_path: Path, workers: int
+) -> None:
+    flipped(copied / "train" / "000002.tar", 700)
+    for root in (str(copied), url):
+        node = options(root, tmp_path / "cache", f"num_workers={workers}")
+        with pytest.raises(DataError, match=r"train/000002.tar is damaged or was changed: bytes"):
+            ids_of(data_of(node))
+
+
+def test_a_truncated_shard_is_found(copied: Path, url: str, tmp_path: Path) -> None:
+    path = copied / "train" / "000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"train/000001.tar is truncated: it has 5,000 bytes"):
+        data_of(options(str(copied), tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"train/000001.tar is truncated: bytes|cannot be read"):
+        ids_of(data_of(options(url, tmp_path / "cache")))
+
+
+def test_a_damaged_block_in_the_cache_is_read_again(copied: Path, url: str, tmp_path: Path) -> None:
+    node = options(url, tmp_path / "cache", "source.cache_gb=1")
+    expected = ids_of(data_of(node))
+    kept = [path for path in (tmp_path / "cache" / "blocks").rglob("*") if path.is_file()]
+    for path in kept[:5]:
+        flipped(path, 600)
+    kept[5].write_bytes(b"")
+    assert ids_of(data_of(node)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"version": 2}, "is of version 2, and this code reads version 1"),
+        ({"format": "?"}, "is damaged: it is not an index of tar shards"),
+        ({"sets": {"train": []}}, "is damaged: a set holds no shards"),
+        ({"facts": {"kind": "songs"}}, "is damaged: a fact is of a wrong type"),
+        ({"sets": {"time": [1]}}, "is damaged|uses this name"),
+    ],
+)
+def test_an_index_of_another_form_is_refused(
+    written: Path, change: dict[str, Any], error: str
+) -> None:
+    record = json.loads((written / "index.json").read_bytes())
+    with pytest.raises(UserError, match=error):
+        parsed(json.dumps({**record, **change}).encode(), "index.json")
+
+
+def test_an_index_from_elsewhere_names_no_path_outside(written: Path) -> None:
+    record = json.loads((written / "index.json").read_bytes())
+    for name in ("../../etc/000000.tar", "/etc/000000.tar", "train/../../000000.tar"):
+        record["sets"]["train"][0]["name"] = name
+        with pytest.raises(DataError, match="is not a shard's name"):
+            parsed(json.dumps(record).encode(), "index.json")
+    with pytest.raises(DataError, match=r"index.json is damaged"):
+        parsed((written / "index.json").read_bytes()[:-100], "index.json")
+
+
+def test_a_missing_index_or_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no index.json, which is written last"):
+        data_of(options(str(tmp_path), tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"root=.*/none: not a folder"):
+        data_of(options(str(tmp_path / "none"), tmp_path / "cache"))
+    with served(tmp_path) as url, pytest.raises(UserError, match=r"there is no index.json"):
+        data_of(options(url, tmp_path / "cache"))
+
+
+# The server
+
+
+def test_faults_that_pass_are_tried_again(
+    copied: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    expected = ids_of(data_of(options(str(copied), tmp_path / "unused")))
+    faults(copied, **{"train/000000.tar": {"status": 503, "times": 2}})
+    node = options(url, tmp_path / "cache", "source.retries=2")
+    assert ids_of(data_of(node)) == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ({"status": 503}, r"cannot be read: status 503.*in 2 tries"),
+        ({"status": 404}, r"train/000000.tar is not there \(404\)"),
+        ({"status": 403}, r"cannot be read: status 403 Forbidden\."),
+        ({"hang": True}, r"cannot be read: no answer in time, in 2 tries"),
+        ({"whole": True}, r"the server sends the whole file"),
+    ],
+)
+def test_faults_that_stay_are_one_line_after_a_bounded_time(
+    copied: Path,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: dict[str, Any],
+    error: str,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    faults(copied, **{"train/000000.tar": fault})
+    limits = ("source.retries=1", "source.timeout_seconds=0.3")
+    started = time.monotonic()
+    with pytest.raises(DataError, match=error):
+        ids_of(data_of(options(url, tmp_path / "cache", *limits)))
+    assert time.monotonic() - started < 10
+
+
+def test_a_protocol_that_needs_a_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regrow import extras
+
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    for root, extra in (("https://a.example/b", "http"), ("s3://bucket/b", "s3")):
+        with pytest.raises(UserError, match=rf"{root} needs .* pip install -e '.\[{extra}\]'"):
+            remote.folder_of(root, timeout_seconds=1, retries=0)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"root=gopher://a: "):
+        remote.opened("gopher://a", 1)
+
+
+# The cache
+
+
+def test_the_cache_stays_below_its_bound(copied: Path, url: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    node = options(url, cache)
+    ids_of(data_of(node))
+    kept = sum(path.stat().st_size for path in (cache / "blocks").rglob("*") if path.is_file())
+    assert 100_000 < kept <= 400_000 < sum(p.stat().st_size for p in copied.rglob("*.tar"))
+    assert int((cache / "used").read_text()) == kept
+
+
+def test_a_cache_that_cannot_be_written_or_is_too_small_is_one_line(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data.source.cache=.*/file cannot be written"):
+        data_of(options(url, tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cache_gb=0.0001 is less than two pools"):
+        data_of(options(url, tmp_path / "cache", "source.cache_gb=0.0001"))
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    data = data_of(options(url, tmp_path / "cache"))
+    monkeypatch.setattr(block_cache, "_write", full)
+    with pytest.raises(DataError, match=r"cache cannot be written: No space left on device. Make"):
+        ids_of(data)
+
+
+# Writing
+
+
+def test_the_shards_are_what_other_programs_read(written: Path) -> None:
+    index = parsed((written / "index.json").read_bytes(), "")
+    names = []
+    for shard in index.sets["train"]:
+        with tarfile.open(written / shard.name) as tar:
+            names += tar.getnames()
+    assert sorted(names) == [f"{number:09}.row.npy" for number in range(COUNT)]
+    assert names != sorted(names)  # train is permuted
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        (torch.arange(6).view(2, 3), 4),
+        (torch.tensor([0.1], dtype=torch.float64), torch.tensor(1.5), torch.tensor(2.0)),
+        ({"a": torch.ones(2), "b": torch.zeros(1, dtype=torch.int64)}, 3),
+        ((torch.ones(2), torch.zeros(3)), 0),
+        {"text": "naïve\n", "label": 1, "score": 0.1, "more": {"x": [1, None]}, "raw": b"\0\1"},
+        (torch.zeros(0, 2), torch.zeros(3, 2, dtype=torch.bool)),
+    ],
+)
+def test_an_item_comes_back_as_it_was(item: Any) -> None:
+    block = shard_items.encoded("000000001", item)
+    assert len(block) % 512 == 0
+    (members,) = shard_items.members_in(block)
+    fields = dict(shard_items.decoded(name, block[a:b]) for name, a, b in members)
+    assert repr(shard_items.as_item(fields)) == repr(item)
+
+
+def test_an_item_that_no_shard_can_hold_is_one_line() -> None:
+    for item, error in (
+        (3, r"an item is int. Shards take"),
+        ({"a.b": 1}, r"a name may hold no dot"),
+        ({"x": object()}, r"field 'x' is object"),
+    ):
+        with pytest.raises(DataError, match=error):
+            shard_items.encoded("1", item)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_command_continues_and_ends_with_the_same_bytes(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, asked = tmp_path / "shards", [0]
+    real = Numbers.__getitem__
+
+    def dies(numbers: Numbers, index: int) -> Any:
+        asked[0] += 1
+        if asked[0] % 317 == 0:
+            raise Killed
+        return real(numbers, index)
+
+    monkeypatch.setattr(Numbers, "__getitem__", dies)
+    attempts = 0
+    while attempts < 20:
+        try:
+            numbers(output)
+            break
+        except Killed:
+            attempts += 1
+            assert not (output / "index.json").exists()
+            with pytest.raises(UserError, match=r"there is no index\.json"):
+                data_of(options(str(output), tmp_path / "cache"))
+    assert 2 < attempts < 20  # a run that starts over never ends: 317 < 1100
+    files = sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(written) for p in written.rglob("*") if p.is_file())
+    for file in files:
+        assert (output / file).read_bytes() == (written / file).read_bytes(), file
+
+
+def test_another_plan_starts_over_and_other_files_are_never_touched(tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    numbers(output)
+    with pytest.raises(UserError, match=r"holds shards already.*overwrite=true"):
+        numbers(output)
+    (output / "train" / "mine.txt").touch()
+    fewer = {"train": OfItems(Numbers(100), {})}
+    index = write_shards(output, fewer, Facts("items"), SMALL, overwrite=True)
+    there = {path.name for path in (output / "train").iterdir()}
+    assert there == {"mine.txt", *(Path(shard.name).name for shard in index.sets["train"])}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds other files"):
+        numbers(tmp_path / "other")
+
+
+# Images
+
+
+@pytest.fixture
+def photo_shards(image_root: Path, tmp_path: Path, make_data: Callable[..., Data]) -> Path:
+    data = make_data("image_folder", f"root={image_root}", *PHOTO)
+    sets, facts = writing_shards.of_data(data)
+    write_shards(tmp_path / "photos", sets, facts, SMALL, overwrite=False)
+    return tmp_path / "photos"
+
+
+PHOTO = ("num_classes=2", "input_shape=[3,16,16]", "source.resize=18", "num_workers=0")
+
+
+def test_images_in_shards_are_those_of_the_folder(
+    image_root: Path, photo_shards: Path, make_data: Callable[..., Data]
+) -> None:
+    folder = make_data("image_folder", f"root={image_root}", *PHOTO)
+    ours = make_data("shards", f"root={photo_shards}", *PHOTO)
+    assert ours.class_names == folder.class_names == ["cat", "dog"]
+    assert ours.num_examples == folder.num_examples
+    for name in ("val", "test"):
+        for one, other in zip(
+            ours.evaluation(name, device=CPU), folder.evaluation(name, device=CPU), strict=True
+        ):
+            back = [each.as_pixels(batch.inputs) for each, batch in ((ours, one), (folder, other))]
+            assert torch.equal(*back)
+            assert torch.equal(one.targets, other.targets)
+    seen = [batch.inputs for batch in ours.train(device=CPU).epoch(0)]
+    again = [batch.inputs for batch in ours.train(device=CPU).epoch(0)]
+    assert torch.equal(torch.cat(seen), torch.cat(again))  # augmented alike
+    assert not torch.equal(torch.cat(seen), torch.cat([*_epoch(ours, 1)]))
+
+
+def _epoch(data: Data, number: int) -> Iterator[torch.Tensor]:
+    for batch in data.train(device=CPU).epoch(number):
+        assert isinstance(batch.inputs, torch.Tensor)
+        yield batch.inputs
+
+
+def test_images_in_memory_become_shards_of_their_pixels(
+    tmp_path: Path, make_data: Callable[..., Data]
+) -> None:
+    sets, facts = writing_shards.of_data(make_data("digits", "normalize=none", "augment=false"))
+    write_shards(tmp_path / "digits", sets, facts, SMALL, overwrite=False)
+    how = ("num_classes=10", "input_shape=[1,8,8]", "augment=false", "num_workers=0")
+    ours = make_data("shards", f"root={tmp_path / 'digits'}", *how)
+    theirs = make_data("digits", "augment=false")
+    assert ours.preprocessing.input_max == 16.0
+    pixels = {
+        name: torch.cat([*data.raw_inputs("test")])
+        for name, data in (("ours", ours), ("theirs", theirs))
+    }
+    assert torch.equal(pixels["ours"], pixels["theirs"])
+    mean = torch.tensor([data.preprocessing.mean for data in (ours, theirs)])
+    assert torch.allclose(mean[0], mean[1], atol=0.02)
+
+
+def test_settings_that_do_not_fit_the_shards_are_one_line(
+    photo_shards: Path, written: Path, make_data: Callable[..., Data], tmp_path: Path
+) -> None:
+    for overrides, error in (
+        (("num_classes=3",), r"data.num_classes=3, but the shards hold 2 classes: cat, dog"),
+        (("+class_names=[dog,cat]",), r"number their classes as dog, cat|Leave data.class_names"),
+        (("source.sets=[night]",), r"hold no set night. There are train, val, test"),
+        (("source.identity=ends",), r"identity=ends is not one of contents, sizes"),
+    ):
+        with pytest.raises(UserError, match=error):
+            make_data("shards", f"root={photo_shards}", *PHOTO, *overrides)
+    node = options(str(written), tmp_path / "cache")
+    augmentation = {"_target_": "lab.data.augment.Photo", "input_shape": [1], "flip": True}
+    augmentation |= {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
+    augmentation |= dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+    with pytest.raises(UserError, match=r"is for images, and these shards hold other items"):
+        ids_of(data_of({**node, "augmentation": augmentation}))
+
+
+def test_a_named_set_is_evaluated_as_for_other_sources(
+    tmp_path: Path, make_data: Callable[..., Data]
+) -> None:
+    def examples(count: int) -> OfExamples:
+        inputs = torch.randn(count, 6, generator=torch.Generator().manual_seed(count))
+        return OfExamples(Examples(inputs, torch.arange(count) % 3), str(count))
+
+    sets = {"train": examples(40), "val": examples(10), "night": examples(7)}
+    write_shards(tmp_path / "rows", sets, Facts("items", list("abc")), SMALL, overwrite=False)
+    how = ("num_classes=3", "input_shape=[6]", "normalize=none", "augmentation=null")
+    data = make_data("shards", f"root={tmp_path / 'rows'}", *how, "num_workers=0")
+    assert data.num_examples == {"train": 40, "val": 10, "night": 7}
+    assert data.measured_in_training == ["val", "night"]
+    (batch,) = data.evaluation("night", device=CPU)
+    assert torch.equal(batch.inputs, sets["night"].examples.inputs)
+    assert torch.equal(batch.targets, sets["night"].examples.targets)
+
+
+def test_the_shared_reader_is_not_inherited(written: Path, tmp_path: Path) -> None:
+    """A worker that is forked after the run has read begins with a reader of its own."""
+    data = data_of(options(str(written), tmp_path / "cache"))
+    source: Any = data.source.train
+    item = source[7]
+    assert isinstance(source._reader(), shards.Reader)
+    import pickle
+
+    there = pickle.loads(pickle.dumps(source))
+    assert "_own_reader" not in there.__dict__
+    assert torch.equal(there[7]["row"], item["row"])
+    with pytest.raises(IndexError):
+        source[COUNT]
+
+
+def test_a_broken_image_names_its_shard(tmp_path: Path, make_data: Callable[..., Data]) -> None:
+    class Bad:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            good = Image.new("RGB", (16, 16))
+            bad = shard_items.File(b"not an image", "jpg")
+            return {"inputs": bad if index == 1 else good, "targets": index}
+
+        def fingerprint(self) -> str:
+            return ""
+
+    write_shards(
+        tmp_path / "bad", {"train": OfItems(Bad(), {})}, Facts("images"), SMALL, overwrite=False
+    )
+    how = ("num_classes=3", "input_shape=[3,16,16]", "normalize=imagenet", "num_workers=0")
+    data = make_data("shards", f"root={tmp_path / 'bad'}", *how)
+    with pytest.raises(DataError, match=r"bad.*train.*is not a readable image"):
+        ids_of(data)
