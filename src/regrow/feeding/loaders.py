@@ -550,14 +550,11 @@ class Data:
                 f"data.sampling={self.sampling}: {type(train).__name__} is read in an order of its "
                 "own, which draws nothing twice. Set data.sampling=null."
             )
-        if isinstance(train, Stream):
-            asked = {"data.mixing": self.mixing, "data.transforms": self.transforms}
-            for name, value in asked.items():
-                if value:
-                    raise UserError(
-                        f"{name}: an IterableDataset is read in its own order, once. Mix or "
-                        f"transform in the data set, and leave {name} out."
-                    )
+        if isinstance(train, Stream) and self.mixing is not None:
+            raise UserError(
+                "data.mixing: an IterableDataset is read in its own order, once. Mix in the data "
+                "set, and set data.mixing=null."
+            )
 
     def _final(self, named: list[str]) -> list[str]:
         """Return the sets that are measured once, in their order."""
