@@ -15,8 +15,8 @@ import torch
 from finished import process, script
 from running import CPU, as_hydra_has_it, composed, config_of, metrics_of
 
+from lab import added as of_lab
 from lab import build
-from lab import older as of_lab
 from regrow import project
 from regrow.checkpoint import writer as checkpoint
 from regrow.config import older, places, resume
@@ -275,7 +275,7 @@ def test_without_the_row_a_resume_is_refused(
         found["trainer"]["brand_new"] = True
         return found
 
-    absent = r"trainer\.brand_new was absent and would be True.* give it a row in .*\.older\.$"
+    absent = r"trainer\.brand_new was absent and would be True.* give it a row in .*\.added\.$"
     with pytest.raises(UserError, match=absent):
         resume.resumed(folder, config(), overrides)
     row = AddedKey("lab.options.TrainerOptions", "brand_new", False)

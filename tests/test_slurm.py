@@ -516,8 +516,9 @@ def test_what_sbatch_says_is_one_line_and_nothing_is_written(
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "work").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(program)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    for name in ("sbatch", "srun"):  # submitit looks for srun, and never calls it here
+        (tmp_path / "bin" / name).write_text(program)
+        (tmp_path / "bin" / name).chmod(0o755)
     done = forked.run(
         [sys.executable, str(TRAIN), *TINY, "launcher=slurm"], cwd=tmp_path / "work",
         env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lab import older, optim
+from lab import added, optim
 from lab.options import TrainerOptions
 from lab.schedules import Schedule, Stateful
 from lab.several import by_name, full
@@ -229,12 +229,12 @@ class TrainState:
         """
         self.refuse_other(parts)
         stateful, plain = self._fields()
-        progress = older.progress_of(parts["progress"], self.accumulation_steps)
+        progress = added.progress_of(parts["progress"], self.accumulation_steps)
         if other := {*vars(self.progress), *plain} ^ set(progress):
             raise UserError(
                 "the checkpoint was written by another version of this code: its progress differs "
                 f"in {', '.join(sorted(other))}. If you added a field, give its earlier value in "
-                f"{older.__name__}. Otherwise start a new run with init_from=…"
+                f"{added.__name__}. Otherwise start a new run with init_from=…"
             )
         self.progress = Progress(**{name: progress[name] for name in vars(self.progress)})
         for name, own in plain.items():

@@ -15,6 +15,7 @@ from sklearn.linear_model import RidgeClassifier
 from test_gan import finished
 
 from lab.examples.contrastive import probe, step
+from regrow.load import load_run
 from regrow.project import CONF
 
 EXAMPLE = Path(step.__file__).parent / "conf"
@@ -24,6 +25,15 @@ SMALL = (
     *("trainer.device=cpu", "trainer.num_threads=1", "trainer.log_every_steps=1"),
 )
 RUN = (f"hydra.searchpath=[file://{EXAMPLE}]", *SMALL)
+
+
+def start(folder: Path, *arguments: str) -> None:
+    """Train in a process of its own, with a whole record in `folder`."""
+    script = CONF.parent / "scripts" / "train.py"
+    call = [sys.executable, str(script), "--config-dir", str(EXAMPLE), *arguments]
+    call.append(f"hydra.run.dir={folder}")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    finished(forked.popen(call, cwd=folder.parent, **pipes, text=True))
 
 
 def by_definition(one: torch.Tensor, other: torch.Tensor, temperature: float) -> float:
@@ -79,17 +89,43 @@ def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_two_processes_compare_all_examples_of_the_batch(tmp_path: Path) -> None:
-    def start(*arguments: str) -> None:
-        script = CONF.parent / "scripts" / "train.py"
-        call = [sys.executable, str(script), "--config-dir", str(EXAMPLE), *SMALL, *arguments]
-        finished(
-            forked.popen(
-                call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-
-    start("hydra.run.dir=one")
-    start("hydra.run.dir=two", "trainer=ddp", "trainer.devices=2")
+    start(tmp_path / "one", *SMALL)
+    start(tmp_path / "two", *SMALL, "trainer=ddp", "trainer.devices=2")
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
-    start("hydra.run.dir=half", "data.batch_size=250")  # the control: what each would see alone
+    start(
+        tmp_path / "half", *SMALL, "data.batch_size=250"
+    )  # the control: what each would see alone
     assert distance(tmp_path / "one", tmp_path / "half") > 1e-3
+
+
+def scores(folder: Path) -> tuple[float, float]:
+    """Return the test accuracy of logistic regression on pixels and on a run's embeddings."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    run, cpu = load_run(folder), torch.device("cpu")
+    rows: list[tuple[torch.Tensor, ...]] = []
+    for batches in (run.data.train(device=cpu).epoch(0), run.data.evaluation("test", device=cpu)):
+        parts = []
+        for batch in batches:
+            images, labels = (each[: batch.num_local] for each in (batch.inputs, batch.targets))
+            with torch.no_grad():
+                parts.append((images.flatten(1), F.normalize(run.model(images), dim=1), labels))
+        rows.append(tuple(torch.cat(each) for each in zip(*parts, strict=True)))
+    (pixels, embeddings, labels), (its_pixels, its_embeddings, its_labels) = rows
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    of_pixels = classifier.fit(pixels, labels).score(its_pixels, its_labels)
+    return of_pixels, classifier.fit(embeddings, labels).score(its_embeddings, its_labels)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_linear_probe_beats_logistic_regression_on_pixels(tmp_path: Path) -> None:
+    """scikit-learn's logistic regression fits both, to the same training examples and labels."""
+    example = ("experiment=contrastive_digits", "trainer.device=cpu")
+    start(tmp_path / "trained", *example)
+    start(tmp_path / "untrained", *example, "trainer.max_epochs=null", "trainer.max_steps=1")
+    of_pixels, of_embeddings = scores(tmp_path / "trained")
+    assert of_embeddings >= of_pixels > 0.94
+    assert scores(tmp_path / "untrained")[1] < of_embeddings  # the control

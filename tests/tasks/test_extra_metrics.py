@@ -209,6 +209,40 @@ def test_a_metric_that_does_not_fit_is_refused_with_the_first_batch(
         Metrics(recipe, CPU, {"mine": metric}).rehearse(outputs, targets)
 
 
+class OneStatePerRow(Metric):
+    """A wrong metric: the shape of its state is that of its rows."""
+
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("squares", torch.zeros(()), "sum")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        if len(outputs):
+            self.squares = self.squares.reshape(-1)[:1] + (outputs.argmax(1) == targets).sum()
+
+    def compute(self) -> Tensor:
+        return self.squares.sum()
+
+
+def test_states_that_only_rows_shape_are_refused() -> None:
+    """A process without rows would wait forever for the others' states."""
+    recipe, outputs, targets = KINDS["multiclass"]
+    with pytest.raises(UserError, match=r"^task.extra_metrics.mine: .*processes without rows"):
+        Metrics(recipe, CPU, {"mine": OneStatePerRow()}).rehearse(outputs, targets)
+
+
+def test_a_metric_without_rows_has_the_shapes_of_one_with_rows() -> None:
+    recipe, outputs, targets = KINDS["regression_2"]
+    empty, filled = (extra.fresh(EXTRA["regression_2"]["explained"], CPU) for _ in range(2))
+    extra.update(empty, *recipe.finish(*recipe.no_rows))
+    extra.update(filled, *recipe.finish(*recipe.flatten(outputs.double(), targets)))
+    shapes = [{k: v.shape for k, v in it.metric_state.items()} for it in (empty, filled)]
+    assert shapes[0] == shapes[1]
+    assert not any(bool(state.any()) for state in empty.metric_state.values())
+
+
 def test_a_rehearsal_leaves_no_trace() -> None:
     recipe, outputs, targets = KINDS["multiclass"]
     metrics = Metrics(recipe, CPU, EXTRA["multiclass"])

@@ -26,6 +26,7 @@ import torchmetrics.classification  # noqa: F401
 
 from lab import loop, step
 from regrow.checkpoint import writer as checkpoint
+from regrow.config import targets
 from regrow.distributed.parallel import World
 from regrow.numerics import capture
 from regrow.record import loggers
@@ -199,6 +200,7 @@ def main(request: dict[str, Any]) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)
     config, answers = request["config"], []
+    targets.allow(config)  # composed by the test, which may add a folder of examples
     undisturbed = Path(request["undisturbed"])
     if not run_until_killed(config, undisturbed, None, counts_calls(undisturbed / "calls.json")):
         raise RuntimeError("killed by somebody else")

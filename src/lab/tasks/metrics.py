@@ -77,7 +77,6 @@ class Metrics:
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_waiting = self._num_elements = 0
         self._metrics: dict[str, Any] | None = None
-        self._shaped: tuple[str, ...] = SHAPED
         self._values: dict[str, Tensor] | None = None
 
     def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
@@ -136,9 +135,12 @@ class Metrics:
                 width = 2 * max(1, outputs[:1].numel())
                 most = max(1, 2 * MAX_PAIRS // width) * width
                 metric.update(pairs[: most - sum(map(len, metric.value))])
-            elif name != "_seen" and (outputs.shape[0] or name in self._shaped):
-                rows = self._recipe.of_extra(outputs) if name in self._extra else outputs
-                metric.update(rows, targets)
+            elif name in self._extra:
+                from regrow.numerics import extra
+
+                extra.update(metric, self._recipe.of_extra(outputs), targets)
+            elif name != "_seen" and (outputs.shape[0] or name in SHAPED):
+                metric.update(outputs, targets)
 
     def _finished(self, outputs: Tensor, targets: Tensor) -> Rows:
         return self._recipe.finish(
@@ -154,10 +156,9 @@ class Metrics:
             if name not in COUNTS:
                 metric.set_dtype(dtype)
         if self._extra:
-            from regrow.numerics.extra import fresh, has_list
+            from regrow.numerics.extra import fresh
 
             made |= {name: fresh(metric, self._device) for name, metric in self._extra.items()}
-            self._shaped += tuple(name for name, it in self._extra.items() if has_list(it))
         return made
 
     def _taken(self) -> Rows:

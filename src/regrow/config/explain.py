@@ -99,7 +99,7 @@ def hydras_value_error(error: Exception) -> str | None:
 def _cannot_merge(override: str, error: Exception) -> str:
     """Return the error for an override that cannot be merged into the composed config."""
     reason = one_line(str(error.__cause__ or "").partition("full_key:")[0])
-    if reason.startswith("Cannot merge DictConfig with ListConfig"):
+    if reason.startswith(("Cannot merge DictConfig with", "Cannot merge incompatible")):  # 2.3, 2.4
         reason = "a list and a mapping cannot take each other's place"
     if "does not support deletion" in reason:
         reason = "a setting of Hydra's has a value, and cannot be left out"

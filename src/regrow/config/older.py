@@ -67,7 +67,7 @@ def added_keys() -> tuple[AddedKey, ...]:
 
 
 def _of_lab(name: str) -> Any:
-    return getattr(importlib.import_module(f"{lab_name()}.older"), name)
+    return getattr(importlib.import_module(f"{lab_name()}.added"), name)
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:

@@ -407,7 +407,7 @@ def resumed(
             + " with the keys to change."
         )
         if any(" was absent and " in line for line in refused):
-            way_out += f" If you added a key, give it a row in {lab_name()}.older."
+            way_out += f" If you added a key, give it a row in {lab_name()}.added."
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return config
 

@@ -60,14 +60,18 @@ def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def refuse_unknown_targets(node: Any) -> None:
     """Raise UserError for a target, at any depth, that is not allowed."""
     for path, target in targets_in(node):
-        if not is_allowed(target):
-            where = f"{path}._target_={target}" if path else f"_target_={target}"
-            broken = broken_files()
-            also = f" These cannot be read: {', '.join(broken)}." if broken else ""
-            raise UserError(
-                f"{where} is named neither in conf/ nor on this command line. It is not made. If "
-                f"it is yours, add such a file.{also}"
-            )
+        _refuse_unknown(target, path)
+
+
+def _refuse_unknown(target: Any, path: str) -> None:
+    if not is_allowed(target):
+        where = f"{path}._target_={target}" if path else f"_target_={target}"
+        broken = broken_files()
+        also = f" These cannot be read: {', '.join(broken)}." if broken else ""
+        raise UserError(
+            f"{where} is named neither in conf/ nor on this command line. It is not made. If "
+            f"it is yours, add such a file.{also}"
+        )
 
 
 def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
@@ -75,23 +79,13 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
 
     Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.
     """
-    from hydra import utils
     from hydra.errors import InstantiationException
 
     refuse_unknown_targets(node)
     try:
-        if hasattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):  # Hydra 1.4 checks targets too
-            return _made(node, arguments)
-        if not arguments:
-            made = utils.instantiate(dict(node), _convert_="all")
-            if node.get("_partial_"):
-                # Hydra's own partial checks its target at each call: 0.2 ms of each step.
-                return functools.partial(made.func, *made.args, **made.keywords)
-            return made
-        # Call it here: Hydra would convert dataclass arguments to configs.
-        return utils.instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
+        return _made(node, arguments)
     except (InstantiationException, TypeError) as error:
-        # Hydra 1.4 does not wrap a TypeError. Handle only one from the call itself.
+        # Handle only a TypeError from the call itself.
         called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
         if isinstance(error, TypeError) and not re.search(rf"{called} (got|missing) ", str(error)):
             raise
@@ -106,28 +100,35 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         raise UserError(f"_target_={node['_target_']}: {said}") from error
 
 
-def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
-    """Return the object that a node describes; Hydra 1.4 instantiates inner nodes by a whitelist.
+def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "") -> Any:
+    """Return the object that a node describes, its inner nodes first, as `hydra.utils` makes it.
 
-    The outermost target is called here. Hydra would reject a function or a module that it returns,
-    such as a schedule, unless the whitelist named the module that defines it.
+    `hydra.utils.instantiate` itself would convert dataclass arguments to configs, and check the
+    target of its own partial at each call, which costs 0.2 ms of each step. Hydra 1.4 also checks
+    what a target returns: it would reject a function or an object of another class, such as a
+    schedule or the metric that `torchmetrics.CohenKappa(...)` chooses.
     """
-    from hydra import utils
     from hydra.errors import InstantiationException
 
-    allowed = {target for _, target in targets_in(node) if is_allowed(target)}
-    whitelist = sorted(allowed | {*map(_canonical, allowed)})
-
-    def inner(value: Any) -> Any:
-        if node.get("_recursive_", True) is False:
-            return value
-        return utils.instantiate(value, _convert_="all", _execution_whitelist_=whitelist)
+    def inner(value: Any, key: object) -> Any:
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                return _made(value, {}, where)
+            return {name: inner(each, f"{key}.{name}") for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [inner(each, f"{key}.{i}") for i, each in enumerate(value)]
+        return value
 
     if "_target_" not in node:  # a custom task may bring its own loss
-        return inner(dict(node))
-    target = locate(str(node["_target_"]), "")
-    given = inner({key: value for key, value in node.items() if key not in HYDRAS_OWN})
-    positional = inner(list(node.get("_args_", ())))
+        return {key: inner(value, key) for key, value in node.items()}
+    _refuse_unknown(node["_target_"], path)  # again, at the place where it would be called
+    target = locate(str(node["_target_"]), path)
+    given = {key: value for key, value in node.items() if key not in HYDRAS_OWN}
+    positional = list(node.get("_args_", ()))
+    if node.get("_recursive_", True) is not False:
+        given = {key: inner(value, key) for key, value in given.items()}
+        positional = inner(positional, "_args_")
     if node.get("_partial_") and not arguments:
         return functools.partial(target, *positional, **given)
     if arguments:
@@ -137,18 +138,10 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     except Exception as error:  # as Hydra 1.3 raises it
         if isinstance(error, UserError) or machine_fault(error) is not None:
             raise
+        key = f"\nfull_key: {path}" if path else ""
         raise InstantiationException(
-            f"Error in call to target '{node['_target_']}': {error!r}"
+            f"Error in call to target '{node['_target_']}': {error!r}{key}"
         ) from error
-
-
-def _canonical(target: str) -> str:
-    """Return the name under which a target was defined, which Hydra compares after importing it."""
-    try:
-        found = locate(target, "")
-        return f"{found.__module__}.{found.__qualname__}"
-    except (UserError, AttributeError):
-        return target  # instantiating it reports the error
 
 
 def _way_out(said: str, node: Mapping[str, Any]) -> str:

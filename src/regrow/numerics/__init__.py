@@ -6,7 +6,7 @@ buffers: Buffers, caches
 calls: call, is_out_of_memory, say_if_out_of_memory
 capture: Eager, Graphs, LEAST_STEPS
 exact: BinaryAUROC, ClassCounts, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen, TokenSums
-extra: check, fresh, has_list, rehearse
+extra: check, fresh, rehearse, update
 memory: keep_freed_memory
 precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter

@@ -7,6 +7,7 @@ is such a metric.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Collection, Mapping
@@ -59,9 +60,31 @@ def fresh(metric: Metric, device: torch.device) -> Metric:
     return copied.to(device)
 
 
-def has_list(metric: Metric) -> bool:
-    """Return True if the metric keeps rows. A process without rows then adds an empty list."""
-    return any(isinstance(state, list) for state in metric.metric_state.values())
+def update(metric: Metric, outputs: Tensor, targets: Tensor) -> None:
+    """Update the metric with rows, of which there may be none."""
+    if len(outputs):
+        metric.update(outputs, targets)
+    elif not metric.update_called:
+        _take_no_rows(metric, outputs, targets)
+
+
+def _take_no_rows(metric: Metric, outputs: Tensor, targets: Tensor) -> None:
+    """Give an empty metric's states the form that rows would give them.
+
+    `outputs` and `targets` hold no rows. Some metrics extend a scalar state to one number per
+    target with their first rows. Processes gather states of equal shapes only: without this, a
+    process that has no rows would make all of them wait forever.
+    """
+    trial = metric.clone()
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # of many classes
+        warnings.simplefilter("ignore")
+        trial.update(outputs, targets)
+    for name, state in trial.metric_state.items():
+        own = metric.metric_state[name]
+        if isinstance(state, list):
+            setattr(metric, name, state)  # of an empty tensor, which has the rows' type
+        elif isinstance(own, Tensor) and own.shape != state.shape:
+            setattr(metric, name, own.expand(state.shape).clone())
 
 
 def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) -> None:
@@ -73,10 +96,8 @@ def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) ->
         kind, half = type(metric).__name__, len(outputs) // 2
         try:
             whole = _value(name, metric, [(outputs, targets)])
-            rows = [(outputs[:half], targets[:half]), (outputs[half:], targets[half:])]
-            if has_list(metric):
-                rows.append((outputs[:0], targets[:0]))
-            parts = _value(name, metric, [it for it in rows if len(it[0]) or has_list(metric)])
+            halves = [(outputs[:half], targets[:half]), (outputs[half:], targets[half:])]
+            parts = _value(name, metric, [it for it in halves if len(it[0])])
         except UserError:
             raise
         except Exception as error:  # torchmetrics raises errors of many classes
@@ -84,11 +105,26 @@ def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) ->
                 f"{KEY}.{name}: {kind} does not take this task's outputs {_shown(outputs)} and "
                 f"targets {_shown(targets)}: {brief(error, 200)}. Fix its arguments, or remove it."
             ) from None
+        if _forms(metric, outputs, targets) != _forms(metric, outputs[:0], targets[:0]):
+            raise UserError(
+                f"{KEY}.{name}: {kind} keeps states whose shapes depend on its rows, so processes "
+                "without rows could not join the others. Use another metric."
+            )
         if not math.isclose(whole, parts, rel_tol=1e-4, abs_tol=1e-6) and whole == whole:
             raise UserError(
                 f"{KEY}.{name}: {kind} gives {whole:g} for a batch and {parts:g} for its halves "
                 "together, so it depends on how the examples are grouped. Use another metric."
             )
+
+
+def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Return the shape of each state of an empty copy that gets these rows, None for a list."""
+    copied = fresh(metric, outputs.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        update(copied, outputs, targets)
+    states = copied.metric_state.items()
+    return {name: getattr(state, "shape", None) for name, state in states}
 
 
 def _value(name: str, metric: Metric, batches: list[tuple[Tensor, Tensor]]) -> float:
