@@ -273,6 +273,9 @@ def check_first_batch(objects: Objects, world: World) -> None:
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.sets)
     model_checks.check_first_batch(model, objects.task, first, options.precision)
+    if getattr(objects.data, "mixing", None) is not None:
+        soft = objects.data.as_trained(first)
+        model_checks.check_soft_targets(model, objects.task, soft, options.precision)
     batch, count = objects.data.batch_size, objects.train.num_examples
     smallest = batch if objects.data.drop_last or count % batch == 0 else count % batch
     if smallest // (state.num_micro_batches * world.size) <= 1:

@@ -15,6 +15,10 @@ from running import CPU, TINY, config_of, fingerprint
 from running import train as trained
 
 from regrow.checkpoint import writer
+from regrow.config.targets import allow
+from regrow.errors import UserError
+from regrow.runs import training as runs
+from regrow.runs.lab import lab
 
 MIXUP = "data.mixing={_target_: lab.data.augment.MixUp, alpha: 0.4}"
 BOTH = (*TINY, MIXUP, "data.sampling=balanced", "optimizer=sgd", "optimizer.lr=0.3",
@@ -99,6 +103,25 @@ def test_each_kind_of_target_is_mixed_and_scored(
     assert math.isfinite(summary["val"]["val/loss"])
     if score is not None:  # against the nearer label; compared with soft ones it would be zero
         assert max(logged(tmp_path / "run", score)) > (0.3 if task != "multiclass" else 0.05)
+
+
+def of_indices(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A loss that takes class indices alone."""
+    return torch.nn.functional.nll_loss(outputs.log_softmax(1), targets, reduction="none")
+
+
+def test_a_loss_that_takes_no_soft_targets_is_found_before_the_run() -> None:
+    for overrides, message in (((MIXUP,), "the loss does not take soft targets"), ((), None)):
+        config = config_of(*TINY, *overrides)
+        config["loss"] = {"_target_": "test_mixed_runs.of_indices", "_partial_": True}
+        allow(config)
+        objects = runs.build(config, CPU)
+        if message is None:
+            lab().check_first_batch(objects, CPU)
+            continue
+        with pytest.raises(UserError, match=message) as found:
+            lab().check_first_batch(objects, CPU)
+        assert "\n" not in str(found.value)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
-from regrow.feeding.mixing import Mix, pairs_of, refuse_integers
+from regrow.feeding.mixing import Mix, pairs_of, refuse_integers, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
     Normalizer,
@@ -249,14 +249,22 @@ class Data:
         changed = rotates or self.augmentation is not None or bool(self.transforms)
         feed = self._feed("train", changed, device)
         draw_weights = None if self.sampling is None else self.draw_weights()
-        of_classes = self.target_kind == "multiclass"
         return TrainBatches(
             *(feed, windows, self.seed, count),
             draw_weights=draw_weights,
             mixing=self.mixing,
-            num_classes=self.num_classes if of_classes else None,
+            num_classes=self.num_classes if self.target_kind == "multiclass" else None,
             own_order=getattr(self.source.train, "order", None),
         )
+
+    def as_trained(self, batch: Batch) -> Batch:
+        """Return a batch with targets as training has them: soft if it mixes examples."""
+        if self.mixing is None or not isinstance(batch.targets, Tensor):
+            return batch
+        number = self.num_classes if self.target_kind == "multiclass" else None
+        soft = softened(batch.targets, number)
+        sizes = (batch.num_local, batch.num_global, batch.first)
+        return Batch(batch.inputs, soft, batch.weights, *sizes)
 
     def draw_weights(self) -> Tensor:
         """Return what `sampling` weighs the draws of the training examples with, (N,) float64.

@@ -72,16 +72,11 @@ class Pairs:
         (inputs, targets, weights), (inputs_2, targets_2, weights_2) = own, others
         refuse_integers(inputs)
         mixed, share = self.mix(single(inputs), single(inputs_2), choices)
-        soft = self._blend(share, self._soft(single(targets)), self._soft(single(targets_2)))
+        number = self.num_classes
+        soft = self._blend(share, *(softened(single(it), number) for it in (targets, targets_2)))
         if weights is None or weights_2 is None:
             return mixed, soft, None
         return mixed, soft, self._blend(share, weights, weights_2)
-
-    def _soft(self, targets: Tensor) -> Tensor:
-        if self.num_classes is None or targets.is_floating_point():
-            return targets.float()
-        classes = torch.arange(self.num_classes, device=targets.device)
-        return (targets.unsqueeze(-1) == classes).float()
 
     @staticmethod
     def _blend(share: Tensor, own: Tensor, other: Tensor) -> Tensor:
@@ -128,6 +123,14 @@ def single(value: Inputs) -> Tensor:
             "have several. Set data.mixing=null."
         )
     return value
+
+
+def softened(targets: Tensor, num_classes: int | None) -> Tensor:
+    """Return class indices as float32 rows, one at the class and zero elsewhere; numbers as is."""
+    if num_classes is None or targets.is_floating_point():
+        return targets.float()
+    classes = torch.arange(num_classes, device=targets.device)
+    return (targets.unsqueeze(-1) == classes).float()
 
 
 def refuse_integers(inputs: Inputs) -> None:

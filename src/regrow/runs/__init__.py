@@ -10,8 +10,8 @@ inference: draws_of, evaluate, other_draws, predict, predict_masks
 launch: launch
 loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device
-model_checks: check, check_first_batch, check_forward, check_one_example, described, has_lazy_parts,
-    materialise
+model_checks: check, check_first_batch, check_forward, check_one_example, check_soft_targets,
+    described, has_lazy_parts, materialise
 predictions: Predictions
 training: build
 trial: open_storage, remove_torn_line

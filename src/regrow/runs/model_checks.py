@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 from regrow.feeding.batch import parts_of
 from regrow.numerics.buffers import Buffers, caches
 from regrow.numerics.calls import call
@@ -30,6 +30,19 @@ def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str
         task.loss(outputs, batch.targets, batch.weights)
     buffers.restore()
     model.train()
+
+
+def check_soft_targets(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
+    """Raise UserError if task and loss do not take the soft targets of mixed examples."""
+    try:
+        check_first_batch(model, task, batch, precision)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"data.mixing: the loss does not take soft targets ({brief(error, 120)}). Let it take "
+            "probabilities (B, C), as loss=cross_entropy does, or set data.mixing=null."
+        ) from error
 
 
 @torch.no_grad()
