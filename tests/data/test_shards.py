@@ -200,6 +200,8 @@ def test_an_epoch_of_blocks_holds_each_example_once(limit: int | None, lanes: in
         )
         assert found == again
         assert found not in (other, later)
+        next_epoch, _ = order_of(*counts, limit=limit, lanes=lanes, epoch=1)
+        assert order.blocks.tolist() != next_epoch.blocks.tolist()
 
 
 def test_a_rank_reads_blocks_of_its_own() -> None:

@@ -358,6 +358,7 @@ class _Seeded:
     ) -> None:
         self.dataset, self.name, self.seed, self.num_classes = dataset, name, seed, num_classes
         self.ignore_index = ignore_index
+        self.draws = getattr(dataset, "draws", True)  # else items need no seed
         self.epochs, self.with_epochs = epochs or Epochs(), with_epochs(dataset)
         # A wrapper around shards holds them as its `dataset`.
         self.blocks: Any = (
@@ -389,10 +390,10 @@ class _Seeded:
             raise _sendable(error) from error
 
     def _item(self, epoch: int, index: int, again: int) -> Any:
+        if not self.draws:
+            return self.dataset[index]
         if isinstance(self.dataset, Stream):
             return self.dataset.at(epoch, index, self._seeded)
-        if not getattr(self.dataset, "draws", True):
-            return self.dataset[index]
         with self._seeded(epoch, index, *([again] if again else ())):
             return self.dataset[index]
 
@@ -403,12 +404,14 @@ class _Seeded:
         """Raise DataError for a class index out of range; a custom collate is checked later."""
         if self.num_classes is None:
             return
+        # The usual case; a tensor would cost 30 µs.
+        is_pair = type(item) is tuple and len(item) > 1
+        if is_pair and type(item[1]) is int and 0 <= item[1] < self.num_classes:
+            return
         if isinstance(item, Mapping):
             targets = item.get("targets")
         else:
             targets = item[1] if isinstance(item, list | tuple) and len(item) > 1 else None
-        if type(targets) is int and 0 <= targets < self.num_classes:  # a tensor costs 30 µs
-            return
         try:
             targets = torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError):

@@ -218,10 +218,10 @@ class ShardItems:
 
     def _reader(self) -> Reader:
         """Return this process's reader: a forked worker must not share one."""
-        reader: Reader | None = self.__dict__.get("_own_reader")
-        if reader is None or reader.pid != os.getpid():
-            reader = Reader(self.access)
-            self.__dict__["_own_reader"] = reader
+        own = self.__dict__
+        if "_own_reader" not in own or own["_own_reader"].pid != os.getpid():
+            own["_own_reader"] = Reader(self.access)
+        reader: Reader = own["_own_reader"]
         return reader
 
     def ahead(self, blocks: Sequence[int]) -> None:
