@@ -97,6 +97,7 @@ def test_an_experiment_beats_its_linear_baseline(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_defaults_reach_98_percent_on_digits(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

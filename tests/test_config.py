@@ -169,6 +169,7 @@ def run_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_a_run_does_not_write_into_a_sweeps_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / SWEEP).write_text("{}")
@@ -325,6 +326,7 @@ def test_what_needs_torch_to_be_found_is_one_line_too(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_ends_in_softmax_is_found_before_a_folder_is_made(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"

@@ -33,6 +33,7 @@ def killed(folder: Path, *overrides: str) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

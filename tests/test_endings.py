@@ -160,6 +160,7 @@ def test_a_program_that_loads_a_run_ends(ending: str, trained: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_script_ends_that_reads_with_workers(
     images: tuple[str, ...], trained: Path, tmp_path: Path
 ) -> None:

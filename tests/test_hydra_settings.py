@@ -207,6 +207,7 @@ def test_a_callback_that_jobs_of_a_sweep_would_not_call_is_refused(
     check_settings(config.hydra, is_sweep=True)
 
 
+@pytest.mark.slow
 def test_a_callback_is_told_once_that_a_sweep_begins_and_ends(tmp_path: Path) -> None:
     (tmp_path / "called_by_hydra.py").write_text(
         CALLBACKS.replace("self.begun =", "print('begun'); self.begun =")
@@ -312,6 +313,7 @@ def test_a_node_that_a_wrapper_registered_survives_a_sweep_and_its_resume(tmp_pa
     assert read_yaml(tmp_path / "s" / "2" / "config.yaml")["model"]["hidden"] == [33]
 
 
+@pytest.mark.slow
 def test_a_node_that_a_wrapper_registered_survives_in_a_run(tmp_path: Path) -> None:
     script = tmp_path / "wrapper.py"
     script.write_text(WRAPPER.format(scripts=str(ROOT / "scripts")))

@@ -235,6 +235,7 @@ def test_a_range_test_finds_resolvers(project: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fresh", [pytest.param("true", marks=pytest.mark.nightly), "false"])
+@pytest.mark.nightly
 def test_a_sweep_and_its_resume_find_resolvers_in_its_copy(project: Path, fresh: str) -> None:
     sweep = f"sweep_{fresh}"
     given = (*GIVEN, f"hydra.sweep.dir={sweep}", f"launcher.fresh_processes={fresh}")

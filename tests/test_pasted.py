@@ -84,6 +84,7 @@ def stopped(project: Path, arguments: Sequence[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_in_an_awkward_folder_resumes_by_its_printed_command(project: Path) -> None:
     said = pasted(project, train(*SMALL, f"hydra.run.dir={RUN}"))
     assert (project / RUN / "manifest.json").is_file()
@@ -92,6 +93,7 @@ def test_a_run_in_an_awkward_folder_resumes_by_its_printed_command(project: Path
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_command_of_a_run_works_as_pasted(project: Path) -> None:
     folder = project / "stopped" / RUN
     said = stopped(project, (*SMALL, *LONG, f"hydra.run.dir=stopped/{RUN}"), folder)

@@ -339,6 +339,7 @@ def test_what_sbatch_refuses_leaves_nothing(cluster: dict[str, str], tmp_path: P
 
 
 @needs_slurm
+@pytest.mark.nightly
 def test_several_tasks_start_again_after_one_was_killed(
     cluster: dict[str, str], whole: str, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_all_but_filters_and_scales_of_a_whitened_cnn_learn(shape: list[int]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_largest_values_have_a_finite_gradient_when_compiled_in_bf16() -> None:
     inputs = torch.randn(8, 4, 3, 3).bfloat16().requires_grad_()
     outputs = torch.compile(lambda values: largest(functional.gelu(values)))(inputs)

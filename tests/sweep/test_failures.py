@@ -49,6 +49,7 @@ def model_of(folder: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_failures_stay_where_they_are(tmp_path: Path) -> None:
     arguments = (*SMALL, *model_of(tmp_path), "trainer.max_skipped_steps=2")
     named = (*arguments, "trainer.precision=fp32", "hydra.sweep.dir=sweep")

@@ -27,6 +27,7 @@ def points(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_search_goes_on_to_its_total_with_the_proposals_it_would_have_made(
     tmp_path: Path,
 ) -> None:
