@@ -94,6 +94,8 @@ def pages() -> Iterator[Any]:
         "nightly": [pytest.mark.slow, pytest.mark.nightly],
     }
     for page in sorted(RECIPES.glob("*.md")):
+        if page.name == "README.md":
+            continue
         when, _ = marks_of(page.read_text(encoding="utf-8"))
         yield pytest.param(page, id=page.stem, marks=marks[when])
 
@@ -144,6 +146,12 @@ def test_a_command_that_fails_fails_the_page(tmp_path: Path) -> None:
         follow("```bash\necho no such; false\ntrue\n```\n", tmp_path)
     with pytest.raises(AssertionError):
         follow("```bash\nfalse | true\n```\n", tmp_path)
+
+
+def test_the_index_names_every_page() -> None:
+    index = (RECIPES / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in RECIPES.glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
 
 
 def test_when_a_page_is_tested_and_what_it_needs() -> None:
