@@ -12,7 +12,15 @@ from typing import Any
 from regrow.config.older import EARLY_EXTENSIONS, AddedKey
 
 IMAGE_FOLDER = "lab.data.datasets.image_folder"
-SOURCES = ("digits", "digits_attributes", "breast_cancer", "diabetes", "csv", "image_folder")
+SOURCES = (
+    "digits",
+    "digits_attributes",
+    "breast_cancer",
+    "diabetes",
+    "csv",
+    "image_folder",
+    "text",
+)
 CUT_HERE = tuple(f"lab.data.datasets.{name}" for name in SOURCES)
 ADDED_KEYS = (
     AddedKey(None, "step", {"_target_": "lab.step.train_step", "_partial_": True}),

@@ -94,6 +94,32 @@ def test_one_file_is_a_text_whose_end_is_held_out(root: Path, of: Any) -> None:
     ]
 
 
+def test_each_line_is_tested_in_one_fold(root: Path, of: Any) -> None:
+    everything = "".join(path.read_text() for path in root.iterdir())
+    tested, sizes = [], []
+    for fold in range(4):
+        data = of("folds=4", f"fold={fold}")
+        lines = [text_of(data, name).splitlines() for name in ("train", "val", "test")]
+        assert sorted(line for its in lines for line in its) == sorted(everything.splitlines())
+        tested += lines[2]
+        sizes += [len("".join(its)) / len(everything) for its in lines[1:]]
+    assert sorted(tested) == sorted(everything.splitlines())
+    assert sizes[::2] == pytest.approx([0.1] * 4, abs=0.03)
+    assert sizes[1::2] == pytest.approx([0.25] * 4, abs=0.03)
+    other = of("folds=4", "fold=0", seed=1)
+    assert text_of(other, "test") != text_of(of("folds=4", "fold=0"), "test")
+
+
+def test_a_folder_test_is_no_fold(root: Path, of: Any) -> None:
+    for name, number in {"train": 0, "test": 3}.items():
+        (root / name).mkdir()
+        (root / f"{number}.txt").rename(root / name / "text.txt")
+    with pytest.raises(
+        UserError, match=r"^data.folds=3: .* has a folder test. Use data.folds=null"
+    ):
+        of("folds=3")
+
+
 def test_folders_of_the_splits_are_taken_as_they_are(root: Path, of: Any) -> None:
     for name, number in {"train": 0, "val": 2, "test": 3}.items():
         (root / name).mkdir()

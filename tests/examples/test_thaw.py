@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from growing import assert_grows_back
+from growing import assert_grows_back, distance
 from running import before_each_step, train
+from test_gan import finished
 
 from lab.examples.thaw import step
+from regrow.project import CONF
 
 EXAMPLE = Path(step.__file__).parent / "conf"
 RUN = (
@@ -42,3 +47,20 @@ def test_frozen_weights_move_from_the_given_step_on(
 
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
     assert_grows_back(tmp_path, RUN, 7, "step.until_step=5")
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    def start(folder: str, *arguments: str) -> None:
+        script = CONF.parent / "scripts" / "train.py"
+        call = [sys.executable, str(script), "--config-dir", str(EXAMPLE), *RUN[1:], *arguments]
+        call += ["model.norm=none", f"hydra.run.dir={folder}"]  # statistics are a batch's own
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        finished(forked.popen(call, cwd=tmp_path, **pipes, text=True))
+
+    start("one")
+    start("two", "trainer=ddp", "trainer.devices=2")
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    start("never", "step.until_step=100")  # the control
+    assert distance(tmp_path / "one", tmp_path / "never") > 1e-4

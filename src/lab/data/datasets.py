@@ -229,32 +229,14 @@ def synthetic(
     return Splits(train, draw("val", num_val), draw("test", num_test))
 
 
-def text(
-    *,
-    root: str,
-    vocabulary: str,
-    vocabulary_size: int,
-    input_shape: list[int],
-    sets: list[str] | None,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-) -> Splits:
-    """Return the splits of a text: see `regrow.feeding.texts.text`.
+def text(*, root: str, **options: Any) -> Splits:
+    """Return the splits of a text, with the options of `regrow.feeding.texts.text`.
 
     Where there is no `root`, a text of this name in data/texts/ is taken: persuasion.
     """
     shipped = TEXTS / root
-    return text_files(
-        root=root if Path(root).exists() or not shipped.is_dir() else str(shipped),
-        vocabulary=vocabulary,
-        vocabulary_size=vocabulary_size,
-        input_shape=input_shape,
-        sets=sets,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        seed=seed,
-    )
+    is_named = shipped.is_dir() and not Path(root).exists()
+    return text_files(root=str(shipped) if is_named else root, **options)
 
 
 def mnist(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits:

@@ -92,17 +92,20 @@ def text(
     val_fraction: float,
     test_fraction: float,
     seed: int,
+    folds: int | None,
+    fold: int,
 ) -> Splits:
     """Return the splits of a text file, or of a folder whose .txt files are documents.
 
     A folder may hold folders train, val, test and others, which are sets to evaluate: `sets`
     chooses some. Val and test without their own are cut from the training text by their fractions,
     in bytes: the documents come in an order that the seed decides, and the last ones are val and
-    test. At most two documents are cut in two, at line ends. `vocabulary`:
+    test. At most two documents are cut in two, at line ends. With `folds`, test is the part number
+    `fold` of so many of about the same size, and val is cut from the end of the rest. `vocabulary`:
     characters (those of all splits), bpe (learnt from the training text), a tokenizer.json, or the
     folder of a run. `vocabulary_size` is at least that of the vocabulary.
     """
-    check_fractions(val_fraction, test_fraction)
+    check_fractions(val_fraction, test_fraction, folds, fold)
     if len(input_shape) != 1:
         raise UserError(
             f"data.input_shape={input_shape}: a window of text has one length. Set [64], or more."
@@ -110,9 +113,13 @@ def text(
     left_out = LeftOut(Path(root))
     files = _files(Path(root), sets, left_out)
     own = {name: _documents(its, root) for name, its in files.items()}
-    fractions = {"val": val_fraction, "test": test_fraction}
-    parts = _cut(own.pop("train"), {k: f for k, f in fractions.items() if k not in own}, seed)
-    parts |= own
+    if folds is not None and "test" in own:
+        raise UserError(
+            f"data.folds={folds}: {root} has a folder test. Use data.folds=null, or move it away."
+        )
+    fractions = {"val": val_fraction, "test": test_fraction if folds is None else 0.0}
+    wanted = {name: share for name, share in fractions.items() if name not in own}
+    parts = _cut(own.pop("train"), wanted, seed, folds, fold) | own
     words = _vocabulary(vocabulary, vocabulary_size, parts)
     if words.size > vocabulary_size:
         raise UserError(
@@ -175,18 +182,38 @@ def _documents(files: Sequence[Path], root: str) -> list[Document]:
 
 
 def _cut(
-    documents: list[Document], fractions: dict[str, float], seed: int
+    documents: list[Document], fractions: dict[str, float], seed: int, folds: int | None, fold: int
 ) -> dict[str, list[Document]]:
-    """Return the documents of train and of each split with a fraction above zero."""
+    """Return the documents of train, of each split with a fraction above zero, and of the fold."""
     order = torch.randperm(len(documents), generator=generator(seed, "documents")).tolist()
     rest = [documents[index] for index in order]
     total = sum(it.stop for it in rest)
     parts: dict[str, list[Document]] = {}
+    if folds is not None:
+        # Each end is found in the whole text, so that one fold ends where the next one begins.
+        before, behind = _divided(rest, fold * total // folds)
+        _, after = _divided(rest, (fold + 1) * total // folds)
+        parts["test"] = _first(behind, _size(behind) - _size(after))
+        rest = before + after
     for name in ("test", "val"):  # test is cut first, so that it does not depend on val's fraction
         if fraction := fractions.get(name, 0.0):
-            size = sum(it.stop - it.start for it in rest)
-            rest, parts[name] = _divided(rest, size - round(fraction * total))
+            rest, parts[name] = _divided(rest, _size(rest) - round(fraction * total))
     return {"train": rest, **dict(reversed(parts.items()))}
+
+
+def _size(documents: list[Document]) -> int:
+    return sum(it.stop - it.start for it in documents)
+
+
+def _first(documents: list[Document], size: int) -> list[Document]:
+    """Return the first `size` bytes."""
+    found = []
+    for each in documents:
+        if size <= 0:
+            break
+        found.append(replace(each, stop=min(each.stop, each.start + size)))
+        size -= each.stop - each.start
+    return found
 
 
 def _divided(documents: list[Document], size: int) -> tuple[list[Document], list[Document]]:
