@@ -108,3 +108,20 @@ def test_a_stream_is_neither_drawn_nor_mixed_nor_transformed(
 def test_shards_are_not_sampled(units: Path, make_data: Make) -> None:
     with pytest.raises(UserError, match=r"data.sampling=balanced: ShardItems is read in an order"):
         data_of(make_data, units, "sampling=balanced")
+
+
+class Ordered:
+    """A data set of a user's, with an attribute that has a common name."""
+
+    order = "by date"
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.eye(20)[index], index % 3
+
+
+def test_a_data_set_may_have_an_attribute_named_order() -> None:
+    data = of_ones_own(Ordered())
+    assert sum(batch.num_local for batch in data.train(device=CPU).epoch(0)) == 20

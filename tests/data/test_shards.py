@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import io
 import itertools
@@ -25,7 +26,7 @@ from served import faults, requests, served
 
 from regrow.config.targets import allow, instantiate
 from regrow.errors import DataError, UserError
-from regrow.feeding import block_cache, remote, shard_items, shards, writing_shards
+from regrow.feeding import block_cache, block_reader, feeds, remote, shard_items, writing_shards
 from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.loaders import Data
 from regrow.feeding.remote import Folder
@@ -120,7 +121,7 @@ def as_computed(config: dict[str, Any], epochs: int = 2) -> list[list[int]]:
     windows = Windows(len(in_file), config["batch_size"], False, 0, 1)
     found = []
     for epoch in range(epochs):
-        order = source.order(windows, config["seed"], epoch)
+        order = source.epoch_order(windows, config["seed"], epoch)
         for window in range(len(windows)):
             share = windows.share(window)
             found.append([in_file[at] for at in order[share.start : share.stop].tolist()])
@@ -174,10 +175,12 @@ def test_a_million_small_examples_over_http_keep_their_order(tmp_path: Path) -> 
 def order_of(
     *counts: int, batch: int = 8, seed: int = 0, epoch: int = 0, rank: int = 0, ranks: int = 1,
     limit: int | None = None, lanes: int = 4, pool: int = 40,
+    is_shared: bool = False, drop_last: bool = False,
 ) -> tuple[BlockOrder, Windows]:  # fmt: skip
     first = np.append(0, np.cumsum(counts))
-    windows = Windows(limit or int(first[-1]), batch, False, rank, ranks)
-    return BlockOrder(first, windows, seed, epoch, lanes=lanes, pool=pool), windows
+    windows = Windows(limit or int(first[-1]), batch, drop_last, rank, ranks)
+    how: Any = {"lanes": lanes, "pool": pool, "is_shared": is_shared}
+    return BlockOrder(first, windows, seed, epoch, **how), windows
 
 
 def listed(order: BlockOrder, windows: Windows) -> list[int]:
@@ -223,17 +226,86 @@ def test_a_rank_reads_blocks_of_its_own() -> None:
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2), (2, 3)])
 def test_every_block_is_announced_before_it_is_needed_and_once(rank: int, ranks: int) -> None:
-    order, windows = order_of(*[5] * 200, rank=rank, ranks=ranks, lanes=6, pool=100)
+    order, windows = order_of(*[5] * 200, rank=rank, ranks=ranks, lanes=6, pool=100, is_shared=True)
     announced: list[int] = []
     for start in (0, 37):
         announced = []
         for number in range(start, len(windows)):
-            announced += order.ahead(number, enters=number == start)
+            announced += order.ahead(number, start=start, num_workers=0)
             share = windows.share(number)
             needed = {index // 5 for index in order[share.start : share.stop].tolist()}
             assert needed <= {*announced}
     borders = order.num_pools * len(order.lanes)  # a border may cut a block
     assert len(announced) <= len({*announced}) + borders
+
+
+@pytest.mark.parametrize("pool_mb", [0.02, 0.1])
+def test_workers_prefetch_what_they_read_and_hold_no_more_than_their_bound(
+    written: Path, tmp_path: Path, pool_mb: float
+) -> None:
+    """Each of four workers, as the DataLoader feeds it, over two epochs."""
+    node = options(str(written), tmp_path / "cache", f"source.pool_mb={pool_mb}", "batch_size=16")
+    source: Any = data_of(node).source.train
+    windows = Windows(COUNT, 16, False, 0, 1)
+    whole, fetched = int(source.access.blocks.num_bytes.sum()), 0
+    for worker in range(4):
+        reader = block_reader.Reader(source.access)
+        for epoch in range(2):
+            plan = feeds._Plan(4)
+            plan.point_at(windows, source.epoch_order(windows, 0, epoch), epoch, 0, None, None)
+            asked: set[int] = set()  # and not read yet
+            for batch in itertools.islice(plan, worker, None, 4):
+                blocks = batch[0][3] if len(batch[0]) > 2 else []
+                reader.ask(blocks)
+                asked |= {*reader.coming}
+                fetched += len(reader.coming)
+                for _, index, *_ in batch:
+                    reader.block(number := bisect.bisect_right(reader.first, index) - 1)
+                    asked.discard(number)
+                    assert reader.num_bytes <= source.access.bytes_held < whole
+                asked &= {*reader.coming}
+                assert asked <= {*blocks}  # all that was asked for earlier is read
+            assert not asked
+            assert reader.bytes_coming == 0
+        reader.close()
+    assert fetched > 50  # the negative control: there was something to read
+
+
+def test_a_shared_cache_is_filled_and_no_bytes_of_it_are_kept(
+    copied: Path, url: str, tmp_path: Path
+) -> None:
+    source: Any = data_of(options(url, tmp_path / "cache", "source.cache_gb=1")).source.train
+    reader = block_reader.Reader(source.access)
+    reader.ask(range(20))
+    deadline = time.monotonic() + 10
+    while not all(coming.content.done() for coming in [*reader.coming.values()]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert len(reader.coming) == 20
+    assert reader.num_bytes == 0
+    gets = requests(copied)
+    for number in range(20):
+        reader.block(number)
+    assert requests(copied) == gets
+    reader.ask([])
+    assert not reader.coming
+    threads = [*reader.threads]
+    reader.close()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_a_dropped_last_window_names_no_blocks() -> None:
+    for is_shared in (False, True):
+        asked = []
+        for drop_last in (False, True):
+            order, windows = order_of(*[1] * 21, drop_last=drop_last, is_shared=is_shared, pool=8)
+            ahead = [order.ahead(n, start=0, num_workers=1) for n in range(len(windows))]
+            read = {*listed(order, windows)}
+            asked.append({block for blocks in ahead for block in blocks})
+            assert asked[-1] <= read
+        assert len(asked[0]) > len(asked[1])
 
 
 def test_a_pool_holds_few_blocks() -> None:
@@ -648,7 +720,7 @@ def test_the_shared_reader_is_not_inherited(written: Path, tmp_path: Path) -> No
     data = data_of(options(str(written), tmp_path / "cache"))
     source: Any = data.source.train
     item = source[7]
-    assert isinstance(source._reader(), shards.Reader)
+    assert isinstance(source._reader(), block_reader.Reader)
     import pickle
 
     there = pickle.loads(pickle.dumps(source))

@@ -39,9 +39,14 @@ class BlockOrder:
     """The order of an epoch's examples; `order[start:stop]` gives a part within one window."""
 
     def __init__(
-        self, first: Numbers, windows: Windows, seed: int, epoch: int, *, lanes: int, pool: int
-    ) -> None:
-        """`first`: (B + 1,) see `Blocks`. `pool`: examples that are permuted together."""
+        self, first: Numbers, windows: Windows, seed: int, epoch: int, *, lanes: int, pool: int,
+        is_shared: bool = False,
+    ) -> None:  # fmt: skip
+        """`first`: (B + 1,) see `Blocks`. `pool`: examples that are permuted together.
+
+        `is_shared`: what one worker fetches all find, in a cache.
+        """
+        self.first, self.is_shared = first, is_shared
         self.windows, self.seed, self.epoch = windows, seed, epoch
         count, self.size = windows.num_examples, windows.size
         ends = np.minimum(first, count)  # the limit may cut a block, and drops those behind it
@@ -103,27 +108,45 @@ class BlockOrder:
         found: Numbers = self.starts[at] + (places - self.places[at])
         return found
 
-    def ahead(self, window: int, *, enters: bool) -> Sequence[int]:
+    def ahead(self, window: int, *, start: int, num_workers: int) -> Sequence[int]:
         """Return the blocks to read before they are needed, when a window of this rank is due.
 
-        The blocks of the next pool are spread over the windows of this one. A window that `enters`
-        the epoch also names those of its own pool, and what earlier windows would have named.
+        An epoch entered at `start` gives window n to worker (n - start) mod num_workers. If workers
+        share what they fetch, the blocks of the next pool are spread over the windows of this one,
+        and the first window also names those of its own pool, and what earlier windows would have
+        named. Else a window names the blocks of the next window of the same worker.
         """
+        if not self.is_shared:
+            return self._of_window(window + max(1, num_workers))
         if window >= self.num_whole:
-            return self._between(self.num_whole * self.size, self.windows.num_examples)
+            return self._of_last()
         number = self._pool_of(window)
-        start, stop = self._bounds(number)
+        first, stop = self._bounds(number)
         coming = self.needed(number + 1)
-        portion = share(0, len(coming), window - start, stop - start)
-        if enters:
+        portion = share(0, len(coming), window - first, stop - first)
+        if window == start:
             return [*self.needed(number), *coming[: portion[1]]]
         return coming[portion[0] : portion[1]]
 
+    def _of_window(self, window: int) -> list[int]:
+        """Return the blocks of this rank's part of a window, as they are needed."""
+        if window >= len(self.windows):
+            return []
+        mine = self.windows.share(window)
+        examples = self[mine.start : mine.stop].numpy()
+        blocks = np.searchsorted(self.first, examples, side="right") - 1
+        return [*dict.fromkeys(blocks.tolist())]
+
+    def _of_last(self) -> list[int]:
+        """Return the blocks of the last, smaller window, if the epoch has one."""
+        if self.windows.drop_last:
+            return []
+        return self._between(self.num_whole * self.size, self.windows.num_examples)
+
     def _needed(self, number: int) -> list[int]:
         """Return the blocks of this rank's part of a pool, in the order of the permutation."""
-        whole = self.num_whole * self.size
         if number >= self.num_pools:
-            return self._between(whole, self.windows.num_examples)
+            return self._of_last()
         start, stop = self._bounds(number)
         mine = share(0, self.size, self.windows.rank, self.windows.world_size)
         found: dict[int, None] = {}

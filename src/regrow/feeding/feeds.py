@@ -29,6 +29,7 @@ from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
 from regrow.feeding.sampling import Windows, rows_of
+from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, MapStyle
 from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, again, with_epochs
@@ -180,7 +181,7 @@ class FileFeed:
         self.normalize, self.device, self.name = normalize, device, name
         self.items = _Seeded(dataset, name, seed, num_classes, ignore_index, epochs)
         self.is_checked = False
-        self.plan = _Plan()
+        self.plan = _Plan(num_workers)
         self._seen: object = None  # persistent workers that already have a finalizer
         with _no_advice_on_workers():
             self.loader: DataLoader[Any] = DataLoader(
@@ -244,6 +245,7 @@ class FileFeed:
         """Stop persistent workers; the next `read` starts new ones."""
         _end_workers(self.loader._iterator)
         self.loader._iterator = self._seen = None
+        self.items.release()
 
     def _batch(self, item: Any, windows: Windows, number: int, pairs: Pairs | None) -> Batch:
         if isinstance(item, _Broken):
@@ -303,6 +305,9 @@ class _Plan:
     data has blocks, the first is (epoch, index, 0, blocks to fetch before they are needed).
     """
 
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+
     def point_at(
         self,
         windows: Windows,
@@ -329,7 +334,7 @@ class _Plan:
                 drawn = zip(batch, repeats[places].tolist(), strict=True)
                 batch = [(*place, again) if again else place for place, again in drawn]
             if isinstance(order, BlockOrder):
-                blocks = order.ahead(number, enters=number == self.start)
+                blocks = order.ahead(number, start=self.start, num_workers=self.num_workers)
                 batch[0] = (*batch[0], 0, blocks)
             yield batch
 
@@ -368,6 +373,11 @@ class _Seeded:
     def begin(self, epoch: int) -> None:
         """Tell the data set of the epoch, in this process. Does nothing if it knows."""
         self.epochs.set(self.with_epochs, epoch)
+
+    def release(self) -> None:
+        """Let go of the blocks of shards that this process holds."""
+        if isinstance(self.blocks, ShardItems):
+            self.blocks.release()
 
     def __getitem__(self, place: tuple[Any, ...]) -> Any:
         epoch, index, again, blocks = (*place, 0, ())[:4] if len(place) < 4 else place

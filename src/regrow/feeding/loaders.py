@@ -254,7 +254,7 @@ class Data:
             draw_weights=draw_weights,
             mixing=self.mixing,
             num_classes=self.num_classes if self.target_kind == "multiclass" else None,
-            own_order=getattr(self.source.train, "order", None),
+            own_order=_order_of(self.source.train),
         )
 
     def as_trained(self, batch: Batch) -> Batch:
@@ -553,7 +553,7 @@ class Data:
     def _check_own_order(self) -> None:
         """Raise UserError for what needs another order than that of shards or of a stream."""
         train = self.source.train
-        if self.sampling is not None and hasattr(train, "order"):
+        if self.sampling is not None and _order_of(train) is not None:
             raise UserError(
                 f"data.sampling={self.sampling}: {type(train).__name__} is read in an order of its "
                 "own, which draws nothing twice. Set data.sampling=null."
@@ -708,6 +708,12 @@ class Data:
                 f"split {name}, example {row}: class {wrong} is out of range for "
                 f"data.num_classes={number}: 0 … {number - 1}."
             )
+
+
+def _order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:
+    """Return the order of shards or of a stream; None for data that has none of its own."""
+    order = getattr(train, "epoch_order", None)
+    return order if callable(order) else None
 
 
 def _in_memory(source: Splits) -> bool:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
-import queue
-import threading
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,113 +20,21 @@ from regrow.errors import DataError, UserError, brief, did_you_mean
 from regrow.feeding import shard_index
 from regrow.feeding.block_cache import BlockCache, cache_of
 from regrow.feeding.block_order import BlockOrder
+from regrow.feeding.block_reader import Access, Reader
 from regrow.feeding.files import contents_of
 from regrow.feeding.images import check_size, fit, load_image, to_tensor
 from regrow.feeding.remote import Folder, Remote, Stamp, folder_of
 from regrow.feeding.sampling import Windows
-from regrow.feeding.shard_index import Blocks, Index
-from regrow.feeding.shard_items import File, Member, as_item, decoded, members_in
+from regrow.feeding.shard_index import Index
+from regrow.feeding.shard_items import File, as_item, decoded
 from regrow.feeding.splits import NAMES, Reading, Splits, text_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NUM_FETCHERS = {False: 1, True: 16}  # threads that read ahead: of a disk, of a server
 NUM_ASKED = 32  # files asked for their size at once
 SPREAD_BLOCKS = 64  # of which a sample is taken
 HELD = 1.5  # pools of blocks that a process holds: one in use, and the next one coming
-
-
-@dataclass(frozen=True)
-class Access:
-    """Where the bytes of a set's blocks come from."""
-
-    place: Folder | Remote
-    cache: BlockCache | None
-    key: str  # of the index and the set, in the cache
-    names: list[str]  # of the shards
-    blocks: Blocks
-    bytes_held: int  # blocks that a process holds in memory
-
-    def block(self, number: int) -> bytes:
-        """Return a block's bytes, which fit the index. Raises DataError."""
-        blocks = self.blocks
-        start, size = int(blocks.offset[number]), int(blocks.num_bytes[number])
-        crc = int(blocks.crc[number])
-        name = self.names[blocks.shard[number]]
-
-        def fits(content: bytes) -> bool:
-            return len(content) == size and zlib.crc32(content) == crc
-
-        def fetch() -> bytes:
-            content = self.place.read(name, start, start + size)
-            if not fits(content):
-                what = "is truncated" if len(content) < size else "is damaged or was changed"
-                raise DataError(
-                    f"{self.place.place(name)} {what}: bytes {start:,} to {start + size:,} are not "
-                    "those of index.json. Restore the file, or make the shards again."
-                )
-            return content
-
-        if self.cache is None:
-            return fetch()
-        return self.cache.get(f"{self.key}/{number}", fetch, fits)
-
-
-class Reader:
-    """The blocks that one process holds, with threads that fetch the next ones."""
-
-    def __init__(self, access: Access) -> None:
-        self.access, self.pid = access, os.getpid()
-        self.first: list[int] = access.blocks.first.tolist()  # a list is searched faster
-        self.held: OrderedDict[int, tuple[bytes, list[list[Member]]]] = OrderedDict()
-        self.num_bytes = 0
-        self.coming: dict[int, Future[bytes]] = {}
-        self.asked: queue.SimpleQueue[tuple[int, Future[bytes]]] = queue.SimpleQueue()
-        self.threads: list[threading.Thread] = []
-
-    def ask(self, numbers: Iterable[int]) -> None:
-        """Fetch blocks in the background. An error appears where the block is needed."""
-        for number in numbers:
-            if number not in self.held and number not in self.coming:
-                self.coming[number] = Future()
-                self.asked.put((number, self.coming[number]))
-        while len(self.threads) < min(len(self.coming), NUM_FETCHERS[self.access.place.is_remote]):
-            # A daemon: a process must not wait for a server that does not answer.
-            self.threads.append(threading.Thread(target=self._fetch, daemon=True))
-            self.threads[-1].start()
-
-    def _fetch(self) -> None:
-        while True:
-            number, future = self.asked.get()
-            try:
-                future.set_result(self.access.block(number))
-            except BaseException as error:
-                future.set_exception(error)
-
-    def block(self, number: int) -> tuple[bytes, list[list[Member]]]:
-        """Return a block and the members of its examples. Raises DataError."""
-        found = self.held.get(number)
-        if found is not None:
-            self.held.move_to_end(number)
-            return found
-        coming = self.coming.pop(number, None)
-        content = self.access.block(number) if coming is None else coming.result()
-        try:
-            members = members_in(content)
-        except ValueError:
-            members = []
-        if len(members) != self.first[number + 1] - self.first[number]:
-            name = self.access.names[self.access.blocks.shard[number]]
-            raise DataError(
-                f"{self.access.place.place(name)} holds other examples than index.json says. Make "
-                "the shards again."
-            )
-        self.held[number] = content, members
-        self.num_bytes += len(content)
-        while self.num_bytes > self.access.bytes_held and len(self.held) > 1:
-            self.num_bytes -= len(self.held.popitem(last=False)[1][0])
-        return self.held[number]
 
 
 @dataclass(frozen=True)
@@ -228,12 +133,19 @@ class ShardItems:
         """Fetch blocks in the background."""
         self._reader().ask(blocks)
 
-    def order(self, windows: Windows, seed: int, epoch: int) -> BlockOrder:
+    def release(self) -> None:
+        """Let go of the blocks that this process holds, and of the threads that read them."""
+        reader = self.__dict__.pop("_own_reader", None)
+        if reader is not None and reader.pid == os.getpid():
+            reader.close()
+
+    def epoch_order(self, windows: Windows, seed: int, epoch: int) -> BlockOrder:
         """Return the order of an epoch's examples."""
         blocks = self.access.blocks
         mean = int(blocks.num_bytes.sum()) / len(self)
         pool = max(1, int(self.pool_bytes / mean))
-        return BlockOrder(blocks.first, windows, seed, epoch, lanes=self.lanes, pool=pool)
+        return BlockOrder(blocks.first, windows, seed, epoch, lanes=self.lanes, pool=pool,
+                          is_shared=self.access.cache is not None)  # fmt: skip
 
     def sample(self, count: int) -> list[int]:
         """Return up to `count` numbers of examples, from a few blocks that are spread evenly."""
@@ -295,8 +207,6 @@ class ShardItems:
 
     def _check_tags(self, place: Remote, stamps: list[Stamp], cache: BlockCache) -> None:
         """Compare the tags with those of the first time; read a shard whose tag is another."""
-        import hashlib
-
         path = cache.folder / "tags" / f"{self.access.key.replace('/', '-')}-{_key(place.root)}"
         tags = [stamp.tag for stamp in stamps]
         known = None
@@ -323,8 +233,6 @@ class ShardItems:
 
 
 def _key(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 

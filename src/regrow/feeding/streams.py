@@ -62,7 +62,7 @@ class Stream:
             self._place = (epoch, number + 1)
         return item
 
-    def order(self, windows: Windows, seed: int, epoch: int) -> Tensor:
+    def epoch_order(self, windows: Windows, seed: int, epoch: int) -> Tensor:
         """Return the examples in the stream's own order, (N,) int64."""
         return torch.arange(windows.num_examples)
 
