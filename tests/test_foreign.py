@@ -25,7 +25,7 @@ from regrow.errors import UserError, printable
 from regrow.failing import fail
 from regrow.project import ROOT
 from regrow.record import ownership, records
-from regrow.runs import console
+from regrow.runs import console, loaded
 from regrow.sweep import frozen
 from regrow.sweep import ledger as state
 
@@ -507,6 +507,50 @@ def test_a_foreign_record_names_no_server_to_read_from(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="it would read data from http://evil/x and keep it"):
             resume.refuse_remote(folder, "run", config, typed)
     resume.refuse_remote(folder, "run", config, ["data.source.root", "source.cache"])
+
+
+def test_a_foreign_record_hides_no_server_deeper_in_its_data(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", "data=shards", "data.source.root=x")
+    inner = {"root": "http://evil/x", "cache": "/victim"}
+    for source, key in (
+        ({"root": "x", "inner": inner}, "source.inner"),
+        ({"root": "x", "parts": [{}, inner]}, "source.parts.1"),
+    ):
+        config = {"data": {"root": None, "source": source}}
+        for typed in ([], ["data.source.root"], ["root"], [f"data.{key}.root"]):
+            with pytest.raises(UserError, match=f"from http://evil/x.*Add data.{key}.root="):
+                resume.refuse_remote(folder, "run", config, typed)
+        resume.refuse_remote(folder, "run", config, [f"data.{key}.root", f"{key}.cache"])
+    # The user's own record typed it.
+    typed = ["+data.source.inner.root=http://evil/x", "+data.source.inner.cache=/victim"]
+    folder = run_in(tmp_path / "own", "data=shards", "data.source.root=x", *typed)
+    config = {"data": {"root": None, "source": {"root": "x", "inner": inner}}}
+    resume.refuse_remote(folder, "run", config, [])
+    (folder / ".hydra" / "owner.json").unlink()
+    with pytest.raises(UserError, match="from http://evil/x"):
+        resume.refuse_remote(folder, "run", config, [])
+
+
+def test_the_class_names_of_a_foreign_run_are_not_asked_of_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = ("data=shards", "data.num_classes=2", "data.root=http://evil/x")
+    folder = run_in(tmp_path / "run", *place)
+    config: dict[str, Any] = config_of(*place)
+    read = []
+
+    def instantiated(node: Any) -> Any:
+        read.append(node)
+        raise UserError("read")
+
+    monkeypatch.setattr(loaded, "instantiate", instantiated)
+    assert loaded._names_in(config, folder, []) is None
+    assert len(read) == 1  # the user's own
+    (folder / ".hydra" / "owner.json").unlink()
+    assert loaded._names_in(config, folder, []) is None
+    assert len(read) == 1
+    assert loaded._names_in(config, folder, ["data.root"]) is None
+    assert len(read) == 2
 
 
 # -- the list --------------------------------------------------------------------------------------

@@ -206,26 +206,58 @@ def refuse_remote(
     `downloads_elsewhere`. `where` names the run in the error.
     """
     data = config.get("data")
-    source = data.get("source") if isinstance(data, Mapping) else None
-    if not isinstance(source, Mapping) or "://" not in str(source.get("root")):
+    if not isinstance(data, Mapping):
         return
-    assert isinstance(data, Mapping)
-    root, cache = source["root"], source.get("cache")
+    found = dict(_nested(data))
+    # data.root is a default of data.source.root, where there is one, and is not read itself.
+    roots = [key for key in found if _last(key) == "root"]
+    roots = [key for key in roots if key != "root" or "source.root" not in found]
+    urls = {key: found[key] for key in roots if "://" in str(found[key])}
+    if not urls:
+        return
     named = {key.removeprefix("data.") for key in typed}
     own = is_own(folder)
-    follows = "root" in named and root == data.get("root")
-    is_safe = follows or "source.root" in named
-    is_safe = is_safe or (own and root in [*_typed_places(folder), *places_of_conf()])
-    keys = ("data.source.cache",)
-    is_kept = cache is None or "source.cache" in named
-    is_kept = is_kept or (own and cache in [*_typed_places(folder, keys), *places_of_conf("cache")])
-    if not (is_safe and is_kept):
-        raise UserError(
-            f"{where}: it would read data from {root} and keep it in "
-            f"{cache or 'your cache folder'}, which its record names, and it is not listed as "
-            "yours. Add data.source.root=… and data.source.cache=… to choose "
-            f"them.{if_trusted(folder)}"
-        )
+
+    def is_safe(key: str, value: Any) -> bool:
+        """A key below `data.source` must be typed, in this command or in the user's record."""
+        if key in named or (_last(key) == "cache" and value is None):
+            return True
+        if key == "source.root" and "root" in named and value == data.get("root"):
+            return True
+        if key in ("root", "source.root"):
+            return own and value in [*_typed_places(folder), *places_of_conf()]
+        known = [*places_of_conf("cache")] if key == "source.cache" else []
+        return own and value in [*_typed_places(folder, (f"data.{key}",)), *known]
+
+    caches = {key: it for key, it in found.items() if _last(key) == "cache"}
+    unsafe = [key for key, value in {**urls, **caches}.items() if not is_safe(key, value)]
+    if not unsafe:
+        return
+    root = next((key for key in unsafe if key in urls), next(iter(urls)))
+    cache = f"{root.removesuffix('root')}cache"
+    cache = cache if cache in caches else next(iter(caches), cache)
+    raise UserError(
+        f"{where}: it would read data from {urls[root]} and keep it in "
+        f"{caches.get(cache) or 'your cache folder'}, which its record names, and it is not listed "
+        f"as yours. Add data.{root}=… and data.{cache}=… to choose them.{if_trusted(folder)}"
+    )
+
+
+def _nested(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys below a node, and their values that are neither mapping nor list."""
+    if isinstance(node, Mapping):
+        items: Iterable[tuple[Any, Any]] = node.items()
+    elif isinstance(node, list):
+        items = enumerate(node)
+    else:
+        yield place, node
+        return
+    for key, value in items:
+        yield from _nested(value, f"{place}.{key}" if place else str(key))
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _typed_places(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -224,7 +224,7 @@ def load_run(
     if downloads_elsewhere(folder, config, data or {}):
         config["data"]["source"]["download"] = False
     if class_names is None and config["task"].get("class_names", ...) is None:
-        class_names = _names_in(config, folder)  # the run did not record them
+        class_names = _names_in(config, folder, data or {})  # the run did not record them
     if data:
         columns = recorded.columns if recorded is not None else None
         _pin(config["data"], class_names=class_names, feature_columns=columns)
@@ -414,13 +414,17 @@ def _names(value: Any) -> list[str] | None:
     return value
 
 
-def _names_in(config: Mapping[str, Any], folder: Path) -> list[str] | None:
+def _names_in(
+    config: Mapping[str, Any], folder: Path, typed: Iterable[str]
+) -> list[str] | None:
+    where = f"run={folder}"
     try:
-        check_roles(config, ("data",), folder, f"run={folder}", others=places_of(folder))
+        check_roles(config, ("data",), folder, where, others=places_of(folder))
+        refuse_remote(folder, where, config, typed)
         allow(config["data"])
         names: list[str] | None = instantiate(config["data"]).class_names
     except UserError:
-        return None  # the data is missing: classes go by their numbers
+        return None  # the data is missing or another's: classes go by their numbers
     return names
 
 
