@@ -2,7 +2,8 @@
 
 `python served.py <folder>` prints its port and serves until its input ends. A file `.faults.json`
 in the folder holds faults by name: {"train/000000.tar": {"status": 503, "times": 2}}; `times` null
-means always, and "hang": true sends nothing. Each request is a line of `.requests`.
+means always, "hang": true sends nothing, and "damaged": true wrong bytes. Each request is a line of
+`.requests`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         if with_content:
             with path.open("rb") as file:
                 os.lseek(file.fileno(), start, os.SEEK_SET)
-                self.wfile.write(file.read(stop - start))
+                content = file.read(stop - start)
+                self.wfile.write(content[::-1] if fault.get("damaged") else content)
 
     def _fault(self, name: str) -> dict[str, Any]:
         path = self.root / ".faults.json"

@@ -361,6 +361,66 @@ def test_a_local_copy_and_its_server_have_one_fingerprint(
     assert data_of(options(str(tmp_path / "others"), tmp_path / "cache")).fingerprint() != ours
 
 
+def test_the_bounds_of_blocks_and_the_facts_are_part_of_a_fingerprint(written: Path) -> None:
+    def digest(**facts: Any) -> str:
+        content = json.dumps({**record, "facts": {**record["facts"], **facts}})
+        return parsed(content.encode(), "index.json").fingerprint("train")
+
+    record = json.loads((written / "index.json").read_bytes())
+    found = [digest(), digest(kind="images"), digest(input_max=16.0)]
+    assert digest() == found[0]
+    shard = record["sets"]["train"][0]  # its first two blocks become one
+    (size, count, _), (more, others, _) = shard["blocks"][:2]
+    shard["blocks"][:2] = [[size + more, count + others, 0]]
+    assert len({*found, digest()}) == 4
+
+
+@pytest.mark.parametrize("block", [[1024, 1, 2**32], [2**40, 1, 0], [1024, 3, 0], [1024, -1, 0]])
+def test_absurd_numbers_in_an_index_are_one_line(written: Path, block: list[int]) -> None:
+    record = json.loads((written / "index.json").read_bytes())
+    shard = record["sets"]["train"][0]
+    shard |= {"blocks": [[1024, 2, 2**32 - 1]], "num_bytes": 2048}
+    parsed(json.dumps(record).encode(), "index.json")
+    shard |= {"blocks": [block], "num_bytes": block[0] + 1024}
+    with pytest.raises(DataError, match=r"index.json is damaged: train/000000.tar has a block"):
+        parsed(json.dumps(record).encode(), "index.json")
+    with pytest.raises(DataError, match=r"index.json is damaged: maximum recursion"):
+        parsed(b"[" * 100_000, "index.json")
+
+
+def test_a_member_of_a_wrong_size_ends_the_search() -> None:
+    block = bytearray(shard_items.encoded("1", (torch.ones(2), 1)))
+    assert len(shard_items.members_in(bytes(block))) == 1
+    for size in (b"-0000001000", b"00000100000"):
+        block[124:135] = size
+        with pytest.raises(ValueError, match="a member of"):
+            shard_items.members_in(bytes(block))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [("row.npz", b"PK"), ("row.npz", b""), ("row.npz", None), ("row.json", b"[" * 100_000)],
+)
+def test_an_example_of_wrong_bytes_names_its_shard(
+    tmp_path: Path, suffix: str, content: bytes | None
+) -> None:
+    if content is None:  # a compressed part is damaged
+        file = io.BytesIO()
+        np.savez_compressed(file, a=np.arange(1000))
+        content = file.getvalue()[:60] + b"???" + file.getvalue()[63:]
+    item = {"raw": shard_items.File(content, suffix)}
+
+    class Wrong(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return item
+
+    numbers_of = {"train": OfItems(Wrong(2), {})}
+    write_shards(tmp_path / "x", numbers_of, Facts("items"), SMALL, overwrite=False)
+    source: Any = data_of(options(str(tmp_path / "x"), tmp_path / "cache")).source.train
+    with pytest.raises(DataError, match=rf"train example 0: raw.{suffix} cannot be read"):
+        source[0]
+
+
 def test_a_changed_shard_is_found_at_the_start(copied: Path, url: str, tmp_path: Path) -> None:
     local, there = options(str(copied), tmp_path / "cache"), options(url, tmp_path / "cache")
     data_of(local).fingerprint()
@@ -457,6 +517,29 @@ def test_faults_that_pass_are_tried_again(
     faults(copied, **{"train/000000.tar": {"status": 503, "times": 2}})
     node = options(url, tmp_path / "cache", "source.retries=2")
     assert ids_of(data_of(node)) == expected
+    digests = data_of(node).fingerprint()
+    faults(copied, **{"train/000000.tar": {"status": 503, "times": 3}})  # HEAD, GET, HEAD
+    assert data_of(node).fingerprint() == digests
+
+
+def test_a_damaged_answer_is_asked_for_once_more(copied: Path, url: str, tmp_path: Path) -> None:
+    expected = ids_of(data_of(options(str(copied), tmp_path / "unused")))
+    node = options(url, tmp_path / "cache", "source.retries=0")
+    faults(copied, **{"train/000000.tar": {"damaged": True, "times": 1}})
+    assert ids_of(data_of(node)) == expected
+    faults(copied, **{"train/000000.tar": {"damaged": True}})
+    with pytest.raises(DataError, match=r"train/000000.tar is damaged or was changed"):
+        ids_of(data_of(options(url, tmp_path / "another", "source.retries=0")))
+
+
+def test_faults_of_s3_that_pass_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+    for error in (
+        exceptions.EndpointConnectionError(endpoint_url="http://a"),
+        exceptions.ReadTimeoutError(endpoint_url="http://a"),
+    ):
+        assert remote.may_pass(error)
+    assert not remote.may_pass(exceptions.NoCredentialsError())
 
 
 @pytest.mark.parametrize(
@@ -483,6 +566,9 @@ def test_faults_that_stay_are_one_line_after_a_bounded_time(
     started = time.monotonic()
     with pytest.raises(DataError, match=error):
         ids_of(data_of(options(url, tmp_path / "cache", *limits)))
+    if "whole" not in fault:
+        with pytest.raises(DataError, match=error):
+            data_of(options(url, tmp_path / "cache", *limits)).fingerprint()
     assert time.monotonic() - started < 10
 
 
@@ -565,9 +651,21 @@ def test_an_item_that_no_shard_can_hold_is_one_line() -> None:
         (3, r"an item is int. Shards take"),
         ({"a.b": 1}, r"a name may hold no dot"),
         ({"x": object()}, r"field 'x' is object"),
+        ({"x": torch.ones(2, dtype=torch.bfloat16)}, r"field 'x' has arrays of torch.bfloat16"),
+        ({"x": np.ones(2, np.longdouble)}, r"field 'x' has arrays of float128"),
+        ({"x": {"a": np.array([None])}}, r"field 'x' has arrays of object"),
+        ({"x": {"file": np.ones(2)}}, r"field 'x': its part 'file' needs another name"),
     ):
         with pytest.raises(DataError, match=error):
             shard_items.encoded("1", item)
+
+
+def test_an_array_of_another_byte_order_comes_back() -> None:
+    for value in (np.arange(3, dtype=">i4"), {"a": np.arange(3, dtype=">i4")}):
+        block = shard_items.encoded("1", {"x": value})
+        (((name, start, stop),),) = shard_items.members_in(block)
+        _, back = shard_items.decoded(name, block[start:stop])
+        assert (back["a"] if isinstance(back, dict) else back).tolist() == [0, 1, 2]
 
 
 class Killed(BaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,9 +79,11 @@ class Remote:
     def __init__(self, root: str, *, timeout_seconds: float, retries: int) -> None:
         self.root, self.timeout_seconds, self.retries = root.rstrip("/"), timeout_seconds, retries
         self._opened: tuple[int, Any] | None = None
+        self._locks: dict[int, threading.Lock] = {}  # by process: a fork may copy a held one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # a connection belongs to one process
+        # A connection belongs to one process.
+        return {**self.__dict__, "_opened": None, "_locks": {}}
 
     def place(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -108,20 +111,23 @@ class Remote:
         return Stamp(facts.get("size"), str(tag))
 
     def _files(self) -> Any:
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), opened(self.root, self.timeout_seconds))
-        return self._opened[1]
+        process = os.getpid()
+        with self._locks.setdefault(process, threading.Lock()):
+            if self._opened is None or self._opened[0] != process:
+                self._opened = (process, opened(self.root, self.timeout_seconds))
+            return self._opened[1]
 
     def _tried(self, url: str, call: Callable[[Any], T], *, may_lack: bool = False) -> T:
         files, wait = self._files(), FIRST_WAIT_SECONDS
         for again in range(self.retries, -1, -1):
             try:
                 return call(files)
-            except FileNotFoundError:
-                if may_lack:
-                    raise
-                raise DataError(f"{url} is not there (404). Put it back.") from None
-            except Exception as error:
+            except Exception as raised:
+                error = _behind(raised)
+                if isinstance(error, FileNotFoundError):
+                    if may_lack:
+                        raise error from None
+                    raise DataError(f"{url} is not there (404). Put it back.") from None
                 if machine_fault(error):
                     raise
                 reason = _said(error)
@@ -168,6 +174,19 @@ def opened(root: str, timeout_seconds: float) -> Any:
         raise UserError(f"data.source.root={root}: {brief(error, 200)}") from None
 
 
+def _behind(error: Exception) -> Exception:
+    """Return the fault itself: fsspec's `info` turns every one over HTTP into FileNotFoundError."""
+    import sys
+
+    aiohttp, cause = sys.modules.get("aiohttp"), error.__cause__
+    if aiohttp is None or not isinstance(error, FileNotFoundError):
+        return error
+    if isinstance(cause, aiohttp.ClientResponseError) and cause.status == 404:
+        return error
+    is_of_http = isinstance(cause, aiohttp.ClientError | asyncio.TimeoutError | TimeoutError)
+    return cause if is_of_http and isinstance(cause, Exception) else error
+
+
 def may_pass(error: Exception) -> bool:
     """Return True for a fault of the network or the server that may be gone at the next try."""
     import sys
@@ -177,6 +196,11 @@ def may_pass(error: Exception) -> bool:
         return error.status in LATER
     if aiohttp is not None and isinstance(error, aiohttp.ClientError):
         return True
+    botocore = sys.modules.get("botocore.exceptions")
+    if botocore is not None:  # its errors of the network are not OSErrors
+        passing = botocore.ConnectionError, botocore.HTTPClientError
+        if isinstance(error, passing):
+            return True
     if isinstance(error, PermissionError):
         return False
     return isinstance(error, OSError | asyncio.TimeoutError | TimeoutError)

@@ -22,6 +22,8 @@ from regrow.feeding.splits import NAMES, check_name
 NAME = "index.json"
 FORMAT = "regrow tar shards"
 VERSION = 1
+MOST_BYTES = 2**40  # of a block: the sums of all must fit 64 bits
+UNIT = 512  # bytes: every part of a tar file is a multiple
 END_BYTES = 1024  # zeros that end a tar file
 _SHARD = re.compile(r"[A-Za-z0-9][\w-]*/\d{6,}\.tar", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -64,9 +66,6 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def of_example(self, number: int) -> int:
-        return int(np.searchsorted(self.first, number, side="right")) - 1
-
 
 @dataclass(frozen=True)
 class Index:
@@ -93,9 +92,13 @@ class Index:
                       np.append(0, np.cumsum(examples)))  # fmt: skip
 
     def fingerprint(self, name: str) -> str:
-        """Return the SHA-256 over the contents of a set's shards, wherever they lie."""
-        facts = [(shard.sha256, shard.num_examples) for shard in self.sets[name]]
-        return hashlib.sha256(repr((facts, self.facts.class_names)).encode()).hexdigest()
+        """Return the SHA-256 over the contents of a set's shards, wherever they lie.
+
+        The bounds of the blocks are part of it, since they decide the order of an epoch.
+        """
+        shards = [(it.sha256, [(*block[:2],) for block in it.blocks]) for it in self.sets[name]]
+        facts = (self.facts.class_names, self.facts.kind, float(self.facts.input_max))
+        return hashlib.sha256(repr((shards, facts)).encode()).hexdigest()
 
 
 def parsed(content: bytes, where: str) -> Index:
@@ -106,7 +109,7 @@ def parsed(content: bytes, where: str) -> Index:
         if record["format"] != FORMAT:
             raise ValueError("it is not an index of tar shards")
         version = record["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where} is damaged: {_reason(error)}. {again}") from None
     if version != VERSION:
         raise DataError(
@@ -133,11 +136,15 @@ def _shard(record: Mapping[str, Any]) -> Shard:
     if not _SHARD.fullmatch(shard.name) or not _SHA256.fullmatch(shard.sha256):
         raise ValueError(f"{shard.name!r} is not a shard's name, or its hash is missing")
     for block in shard.blocks:
-        if len(block) != 3 or not all(type(it) is int and it >= 0 for it in block) or not block[1]:
-            raise ValueError(f"{shard.name} has a block {block!r}")
+        if len(block) != 3 or not all(type(it) is int for it in block) or not _is_block(*block):
+            raise ValueError(f"{shard.name} has a block {str(block)[:60]}")
     if sum(block[0] for block in shard.blocks) != shard.num_bytes - END_BYTES or not shard.blocks:
         raise ValueError(f"the blocks of {shard.name} do not add up")
     return shard
+
+
+def _is_block(num_bytes: int, examples: int, crc: int) -> bool:
+    return 0 < examples * UNIT <= num_bytes < MOST_BYTES and 0 <= crc < 2**32
 
 
 def _are_names(facts: Facts) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from regrow.errors import DataError, brief
 from regrow.feeding.batch import described
+from regrow.feeding.shard_index import UNIT
 
-UNIT = 512  # bytes: every part of a tar file is a multiple
 Member = tuple[str, int, int]  # the name after the key, and where its content begins and ends
 
 
@@ -72,18 +72,20 @@ def _encoded(name: str, value: Any) -> tuple[str, bytes]:
     if file is not None:
         return (file.suffix if name == "inputs" else f"{name}.{file.suffix}"), file.content
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = _array_of(name, value)
     if name == "targets" and getattr(value, "ndim", 0) == 0 and _is_integer(value):
         return "cls", str(int(value)).encode()
     if isinstance(value, np.ndarray | np.generic) and np.asarray(value).dtype.kind in "buif":
-        return f"{name}.npy", _npy(np.asarray(value))
+        return f"{name}.npy", _npy(_array_of(name, value))
     if isinstance(value, str):
         return f"{name}.txt", value.encode("utf-8", "surrogatepass")
     if isinstance(value, bytes):
         return f"{name}.bin", value
-    several = _several(value)
+    several = _several(name, value)
     if several is not None:
         written = io.BytesIO()
+        if "file" in several:  # the name of an argument of numpy's
+            raise DataError(f"an item's field {name!r}: its part 'file' needs another name.")
         np.savez(written, **several)
         return f"{name}.npz", written.getvalue()
     try:
@@ -126,16 +128,30 @@ def _is_integer(value: Any) -> bool:
     )
 
 
-def _several(value: Any) -> dict[str, Any] | None:
+def _several(name: str, value: Any) -> dict[str, Any] | None:
     """Return the arrays of a mapping or tuple of tensors by name; None if it holds others."""
     found: dict[str, Any] = {}
     if isinstance(value, Mapping):
-        found = {str(name): part for name, part in value.items()}
+        found = {str(key): part for key, part in value.items()}
     elif isinstance(value, tuple):
         found = {f"arr_{number}": part for number, part in enumerate(value)}
     if not found or not all(isinstance(part, Tensor | np.ndarray) for part in found.values()):
         return None
-    return {name: np.asarray(part) for name, part in found.items()}
+    return {key: _array_of(name, part) for key, part in found.items()}
+
+
+def _array_of(name: str, value: Any) -> np.ndarray[Any, Any]:
+    """Return an array in this machine's byte order. Raises DataError for one that torch refuses."""
+    try:
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        torch.from_numpy(np.empty(0, array.dtype))
+    except TypeError:
+        raise DataError(
+            f"an item's field {name!r} has arrays of {value.dtype}. Give a type that numpy and "
+            "torch share, such as float32."
+        ) from None
+    return array
 
 
 def _npy(array: np.ndarray[Any, Any]) -> bytes:
@@ -151,7 +167,10 @@ def members_in(block: bytes) -> list[list[Member]]:
     while at < end:
         name = block[at : at + 100].partition(b"\0")[0]
         start = at + UNIT
-        stop = start + int(block[at + 124 : at + 135], 8)
+        size = int(block[at + 124 : at + 135], 8)
+        stop = start + size
+        if size < 0 or stop > end:
+            raise ValueError(f"a member of {size} bytes in a block of {end}")
         key, _, suffix = name.partition(b".")
         if key != last:
             found.append([])

@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NUM_ASKED = 32  # files asked for their size at once
+UNREADABLE = (  # by Python's json and zip, numpy and torch, in an example of wrong bytes
+    *(ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 SPREAD_BLOCKS = 64  # of which a sample is taken
 HELD = 1.5  # pools of blocks that a process holds: one in use, and the next one coming
 
@@ -90,7 +96,7 @@ class ShardItems:
                 fields[field] = value
         except DataError:
             raise
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except UNREADABLE as error:
             shard = self.access.names[self.access.blocks.shard[block]]
             raise DataError(
                 f"{self.access.place.place(shard)}, {self.name} example {index}: {place} cannot be "

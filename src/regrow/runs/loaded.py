@@ -414,9 +414,7 @@ def _names(value: Any) -> list[str] | None:
     return value
 
 
-def _names_in(
-    config: Mapping[str, Any], folder: Path, typed: Iterable[str]
-) -> list[str] | None:
+def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> list[str] | None:
     where = f"run={folder}"
     try:
         check_roles(config, ("data",), folder, where, others=places_of(folder))
