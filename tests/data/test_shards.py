@@ -668,6 +668,84 @@ def test_an_array_of_another_byte_order_comes_back() -> None:
         assert (back["a"] if isinstance(back, dict) else back).tolist() == [0, 1, 2]
 
 
+class Rows:
+    """Rows by column, as Hugging Face's; one raises an error of its source."""
+
+    def __init__(self, *inputs: Any) -> None:
+        self.inputs = inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if isinstance(self.inputs[index], OSError):
+            raise self.inputs[index]
+        return {"image": self.inputs[index], "label": index}
+
+    def fingerprint(self) -> str:
+        return str(len(self))
+
+
+FIELDS = {"inputs": "image", "targets": "label"}
+
+
+def test_images_that_hugging_face_does_not_decode_are_images(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), (9, 9, 9)).save(file, "JPEG")
+    for path in ("a.jpg", None):
+        rows = Rows({"bytes": file.getvalue(), "path": path})
+        sets, facts = writing_shards.of_datasets({"train": rows}, FIELDS)
+        assert facts.kind == "images"
+        index = write_shards(tmp_path / f"{path}", sets, facts, SMALL, overwrite=False)
+        assert index.sets["train"][0].num_examples == 1
+    for other in ({"bytes": b"RIFF", "path": "a.wav"}, np.ones(3)):
+        assert writing_shards.of_datasets({"train": Rows(other)}, FIELDS)[1].kind == "items"
+
+
+def test_an_image_of_a_mode_that_png_lacks_is_written_as_rgb() -> None:
+    for mode in ("CMYK", "YCbCr", "HSV", "L"):
+        file = shard_items.file_of(Image.new(mode, (3, 2)))
+        assert file is not None
+        assert Image.open(io.BytesIO(file.content)).mode == ("L" if mode == "L" else "RGB")
+    with pytest.raises(DataError, match="is of floats"):
+        shard_items.file_of(Image.new("F", (3, 2)))
+
+
+def test_a_fault_of_the_source_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    lost = OSError(5, "Input/output error", "photo.jpg")
+    sets, facts = writing_shards.of_datasets({"train": Rows(np.ones(3), lost)}, FIELDS)
+    with pytest.raises(DataError, match=r"^train example 1 cannot be read: .*photo.jpg"):
+        write_shards(tmp_path / "x", sets, facts, SMALL, overwrite=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output=.*cannot be written"):
+        write_shards(tmp_path / "file" / "x", sets, facts, SMALL, overwrite=False)
+
+
+def test_an_empty_set_is_refused_before_the_work(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        datasets = {"train": Rows(np.ones(3)), "val": Rows(np.ones(3)), name: Rows()}
+        sets = {set_: OfItems(rows, {}) for set_, rows in datasets.items()}
+        with pytest.raises(UserError, match=f"the set {name} is empty"):
+            write_shards(tmp_path / "x", sets, Facts("items"), SMALL, overwrite=False)
+        with pytest.raises(UserError, match=f"the set {name} is empty"):
+            writing_shards.of_datasets(datasets, {})
+    assert not any(tmp_path.iterdir())
+
+
+def test_sets_that_were_not_compared_are_told_of(
+    tmp_path: Path, make_data: Callable[..., Data], photo_shards: Path
+) -> None:
+    assert make_data("shards", f"root={photo_shards}", *PHOTO).notes == []
+    for names in (("train",), ("train", "val")):
+        datasets = {name: Numbers(3) for name in names}
+        sets, facts = writing_shards.of_datasets(datasets, {})
+        place = tmp_path / str(len(names))
+        write_shards(place, sets, facts, SMALL, overwrite=False)
+        notes = data_of(options(str(place), tmp_path / "cache")).notes
+        assert [note for note in notes if "were not found to be disjoint" in note] == notes
+        assert len(notes) == len(names) - 1
+
+
 class Killed(BaseException):
     pass
 

@@ -45,12 +45,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about the examples from their source. kind: images or items."""
+    """Facts about the examples from their source. kind: images or items.
+
+    `disjoint`: the sets were compared, and no example is in two of them.
+    """
 
     kind: str
     class_names: list[str] | None = None
     target_names: list[str] | None = None
     input_max: float = 255.0
+    disjoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def _are_names(facts: Facts) -> bool:
     fit = all(
         it is None or (isinstance(it, list) and all(isinstance(n, str) for n in it)) for it in lists
     )
+    fit = fit and isinstance(facts.disjoint, bool)
     return fit and isinstance(facts.input_max, int | float) and facts.input_max > 0
 
 

@@ -25,6 +25,7 @@ from regrow.errors import DataError, brief
 from regrow.feeding.batch import described
 from regrow.feeding.shard_index import UNIT
 
+OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # modes that Pillow saves as PNG
 Member = tuple[str, int, int]  # the name after the key, and where its content begins and ends
 
 
@@ -68,7 +69,7 @@ def fields_of(item: Any) -> dict[str, Any]:
 
 def _encoded(name: str, value: Any) -> tuple[str, bytes]:
     """Return the name after the key, and the content, of a field."""
-    file = _file(value)
+    file = file_of(value)
     if file is not None:
         return (file.suffix if name == "inputs" else f"{name}.{file.suffix}"), file.content
     if isinstance(value, Tensor):
@@ -94,13 +95,22 @@ def _encoded(name: str, value: Any) -> tuple[str, bytes]:
         raise DataError(f"an item's field {name!r} is {described(value)}: {error}.") from None
 
 
-def _file(value: Any) -> File | None:
-    """Return a file, a Pillow image, or an image that is not decoded as a file; else None."""
+def file_of(value: Any) -> File | None:
+    """Return a file, a Pillow image, or an image that is not decoded as a file; else None.
+
+    Raises DataError for an image that cannot be read, or be written without a loss.
+    """
     if isinstance(value, File):
         return value
     if hasattr(value, "getexif"):  # a Pillow image
         written = io.BytesIO()
-        value.save(written, "PNG")
+        if value.mode == "F":
+            raise DataError("an item's image is of floats. Give an array instead.")
+        try:
+            image = value if value.mode in OF_PNG else value.convert("RGB")
+        except ValueError as error:
+            raise DataError(f"an item's image is of mode {value.mode}: {error}.") from None
+        image.save(written, "PNG")
         return File(written.getvalue(), "png")
     if isinstance(value, Mapping) and {*value} == {"bytes", "path"} and value["bytes"]:
         suffix = Path(str(value["path"] or "")).suffix.lower()[1:]

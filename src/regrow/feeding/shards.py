@@ -39,6 +39,10 @@ UNREADABLE = (  # by Python's json and zip, numpy and torch, in an example of wr
     *(ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
 )
+NOT_COMPARED = (
+    "the sets of these shards were not found to be disjoint when they were made: an example may be "
+    "in two of them"
+)
 SPREAD_BLOCKS = 64  # of which a sample is taken
 HELD = 1.5  # pools of blocks that a process holds: one in use, and the next one coming
 
@@ -178,7 +182,7 @@ class ShardItems:
         return dataclasses.replace(self, transform=transform)
 
     def keys(self) -> list[Hashable]:
-        """Return nothing to compare: sets were compared when the shards were made."""
+        """Return nothing to compare: the index says whether the sets were, see `Facts`."""
         return []
 
     def fingerprint(self) -> str:
@@ -321,6 +325,7 @@ def shards(
         resize=resize,
         reading=Reading(exif_orientation=exif_orientation),
         reads_images=facts.kind == "images",
+        notes=[] if facts.disjoint or len(names) < 2 else [NOT_COMPARED],
         collate=collate,
     )
 

@@ -20,13 +20,13 @@ from typing import Any, Protocol
 
 import torch
 
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, brief
 from regrow.feeding import identity
 from regrow.feeding.feeds import seeded
-from regrow.feeding.images import ImageFiles
+from regrow.feeding.images import ImageFiles, formats_by_suffix
 from regrow.feeding.loaders import Data
 from regrow.feeding.shard_index import END_BYTES, NAME, Facts, Index, Shard
-from regrow.feeding.shard_items import File, encoded, fields_of
+from regrow.feeding.shard_items import File, encoded, fields_of, file_of
 from regrow.feeding.splits import NAMES, Examples, MapStyle, check_name
 from regrow.randomness import generator, key
 from regrow.record import locks
@@ -146,7 +146,9 @@ def of_data(data: Data) -> tuple[dict[str, Source], Facts]:
     facts = Facts(
         "images" if are_images else "items", names, data.target_names, data.source.input_max
     )
-    return sets, facts
+    # Only such sets as `check_overlap` compares by content, and found apart.
+    apart = data.overlap == "refuse" and not any(isinstance(it, OfItems) for it in sets.values())
+    return sets, dataclasses.replace(facts, disjoint=apart)
 
 
 def _are_images(examples: Examples) -> bool:
@@ -166,8 +168,9 @@ def of_datasets(
         sets[name] = OfItems(dataset, fields)
     if "train" not in sets:
         raise UserError(f"the data has the sets {', '.join(sets)}, and none is train. Name it so.")
-    first = fields_of(sets["train"].item(0))
-    is_image = hasattr(first.get("inputs"), "getexif") or isinstance(first.get("inputs"), File)
+    _refuse_empty(sets)
+    file = file_of(fields_of(sets["train"].item(0)).get("inputs"))
+    is_image = file is not None and f".{file.suffix}" in formats_by_suffix()
     columns: Any = getattr(datasets["train"], "features", None) or {}
     column = columns.get(fields.get("targets", "targets"))
     names = getattr(column, "names", None)
@@ -189,17 +192,25 @@ def write_shards(
     Raises UserError if the folder holds an index, unless `overwrite`, or other files.
     """
     refuse_other(output, overwrite)
+    _refuse_empty(sets)
+    plan = _plan(sets, facts, layout)
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
         try:
             locks.wait_for(descriptor, f"the folder {output}, to write shards into it")
             refuse_other(output, overwrite)  # another process may have written meanwhile
-            return _write(output, sets, facts, layout, told)
+            return _write(output, sets, facts, layout, plan, told)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise UserError(f"output={output} cannot be written: {error.strerror or error}.") from None
+
+
+def _refuse_empty(sets: Mapping[str, Source]) -> None:
+    for name, source in sets.items():
+        if len(source) == 0:
+            raise UserError(f"the set {name} is empty. Give it examples, or leave it out.")
 
 
 def refuse_other(output: Path, overwrite: bool) -> None:
@@ -220,9 +231,9 @@ def _write(
     sets: Mapping[str, Source],
     facts: Facts,
     layout: Layout,
+    plan: str,
     told: Callable[[str], None],
 ) -> Index:
-    plan = _plan(sets, facts, layout)
     making = output / MAKING
     if (output / NAME).exists() or _text(making / PLAN) != plan:
         _start_over(output)
@@ -254,7 +265,12 @@ def _write(
 
 def _plan(sets: Mapping[str, Source], facts: Facts, layout: Layout) -> str:
     """Return a hash of all that decides the shards' bytes."""
-    contents = [(name, len(source), source.fingerprint()) for name, source in sets.items()]
+    contents = []
+    for name, source in sets.items():
+        try:
+            contents.append((name, len(source), source.fingerprint()))
+        except OSError as error:
+            raise DataError(f"the set {name} cannot be read: {brief(error, 160)}.") from None
     settings = (contents, dataclasses.astuple(facts), dataclasses.astuple(layout))
     return hashlib.sha256(repr(settings).encode()).hexdigest()
 
@@ -325,6 +341,10 @@ def _blocks(
             part = encoded(f"{number:09}", source.item(number))
         except DataError as error:
             raise DataError(f"{name} example {number}: {error}") from None
+        except OSError as error:
+            raise DataError(
+                f"{name} example {number} cannot be read: {brief(error, 160)}."
+            ) from None
         if parts and size + len(part) > layout.block_bytes:
             yield b"".join(parts), len(parts)
             parts, size = [], 0
