@@ -686,6 +686,11 @@ class Rows:
         return str(len(self))
 
 
+class Listed(list[Any]):
+    def fingerprint(self) -> str:
+        return ""
+
+
 FIELDS = {"inputs": "image", "targets": "label"}
 
 
@@ -852,6 +857,82 @@ def test_images_in_memory_become_shards_of_their_pixels(
     assert torch.equal(pixels["ours"], pixels["theirs"])
     mean = torch.tensor([data.preprocessing.mean for data in (ours, theirs)])
     assert torch.allclose(mean[0], mean[1], atol=0.02)
+
+
+def test_images_in_arrays_have_the_channels_that_are_asked_for(
+    tmp_path: Path, make_data: Callable[..., Data]
+) -> None:
+    pixels = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8)
+    sets = {"train": OfExamples(Examples(pixels, torch.arange(3)), "grey")}
+    write_shards(tmp_path / "grey", sets, Facts("images"), SMALL, overwrite=False)
+    how = ("num_classes=3", "normalize=none", "augment=false", "num_workers=0")
+    for channels in (1, 3):
+        shape = f"input_shape=[{channels},8,8]"
+        data = make_data("shards", f"root={tmp_path / 'grey'}", *how, shape)
+        source: Any = data.source.train
+        image, target = source[0]
+        assert torch.equal(image, pixels[target].expand(channels, 8, 8))
+    larger = make_data("shards", f"root={tmp_path / 'grey'}", *how, "input_shape=[3,16,16]")
+    assert larger.source.train[0][0].shape == (3, 16, 16)  # type: ignore[index]
+
+
+def test_a_mask_in_shards_is_neither_scaled_nor_augmented(tmp_path: Path) -> None:
+    photo, classes = Image.new("RGB", (12, 10), (9, 9, 9)), np.arange(120, dtype=np.uint8)
+    mask = Image.fromarray(classes.reshape(10, 12))
+    rows = {"inputs": photo, "targets": mask, "more": photo}
+    write_shards(
+        tmp_path / "masks",
+        {"train": OfItems(Listed([rows]), {})},
+        *(Facts("images"), SMALL),
+        overwrite=False,
+    )
+    node = options(str(tmp_path / "masks"), tmp_path / "cache", "source.input_shape=[3,4,4]")
+    source: Any = data_of({**node, "input_shape": [3, 4, 4]}).source.train
+    item = source.augmented(lambda image: image.resize((2, 2)))[0]
+    assert item["inputs"].shape == (3, 2, 2)
+    assert source[0]["inputs"].shape == (3, 4, 4)
+    for read in (source[0], item):
+        assert torch.equal(read["targets"][0], torch.from_numpy(classes).view(10, 12))
+        assert read["more"].shape == (3, 10, 12)
+
+
+def test_blocks_and_threads_are_released(
+    written: Path, photo_shards: Path, make_data: Callable[..., Data], tmp_path: Path
+) -> None:
+    images: Any = make_data("shards", f"root={photo_shards}", *PHOTO).source.train
+    assert "_own_reader" not in images.__dict__  # after the statistics
+    data = data_of(options(str(written), tmp_path / "cache"))
+    source: Any = data.source.train
+    next(data.train(device=CPU).epoch(0))
+    reader = source._reader()
+    threads = [*reader.threads]
+    assert reader.num_bytes > 0 and threads
+    data.close()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert reader.num_bytes == 0
+    assert "_own_reader" not in source.__dict__
+
+
+def test_the_inputs_that_a_model_starts_from_come_from_few_blocks(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regrow.feeding.loaders.NUM_SAMPLED", 40)
+    monkeypatch.setattr("regrow.feeding.shards.SPREAD_BLOCKS", 5)
+    real, read = block_reader.Access.block, set()
+
+    def block(access: block_reader.Access, number: int) -> bytes:
+        read.add(number)
+        return real(access, number)
+
+    monkeypatch.setattr(block_reader.Access, "block", block)
+    node = options(str(written), tmp_path / "cache")
+    assert len(data_of(node).sample_inputs()) == 40
+    assert len(read) == 5
+    source: Any = data_of(node).source.train
+    assert max(source.sample(40, 300)) < 300
+    assert source.sample(40, 30) == [*range(30)]
 
 
 def test_settings_that_do_not_fit_the_shards_are_one_line(

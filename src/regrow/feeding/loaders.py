@@ -35,6 +35,7 @@ from regrow.feeding.sampling import (
     repeats_of,
     sample,
 )
+from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
 from regrow.feeding.streams import Stream, with_stream
 from regrow.feeding.tokens import TokenFeed, Tokens
@@ -339,8 +340,11 @@ class Data:
         count = self._num_trained_on()
         num_chosen = min(count, NUM_SAMPLED)
         chosen = torch.arange(num_chosen) * count // num_chosen
-        if isinstance(self.source.train, Examples):
-            found = [Normalizer(self.preprocessing)(self.source.train.inputs[chosen])]
+        train = self.source.train
+        if isinstance(train, ShardItems):  # from few blocks
+            chosen = torch.tensor(train.sample(NUM_SAMPLED, count))
+        if isinstance(train, Examples):
+            found = [Normalizer(self.preprocessing)(train.inputs[chosen])]
         else:
             feed = self._new_feed("train", False, torch.device("cpu"))
             assert not isinstance(feed, MemoryFeed)

@@ -27,6 +27,7 @@ from regrow.feeding.images import (
     suffixes_of,
     to_tensor,
 )
+from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, Reading, Splits, as_tensor
 from regrow.feeding.tables import read_table
 from regrow.feeding.tokens import Tokens
@@ -533,10 +534,13 @@ def _train_statistics(splits: Splits, kind: str) -> tuple[list[float], list[floa
         if isinstance(train, Examples):
             images = [train.inputs]
         else:
-            sample = getattr(train, "sample", None)  # of shards: from few blocks
+            # The sample of shards comes from few blocks, which are not held afterwards.
+            of_shards = train if isinstance(train, ShardItems) else None
             step = max(1, -(-len(train) // NUM_SAMPLED))
-            chosen = sample(NUM_SAMPLED) if sample else range(0, len(train), step)
+            chosen = of_shards.sample(NUM_SAMPLED) if of_shards else range(0, len(train), step)
             images = [train[index][0].unsqueeze(0) for index in chosen]
+            if of_shards:
+                of_shards.release()
         counts = sum(_histogram(image) for image in images).double()  # type: ignore[union-attr]
         levels = torch.arange(256, dtype=torch.float64) / splits.input_max
         share = counts / counts.sum(1, keepdim=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from regrow.errors import DataError, UserError, brief, did_you_mean
@@ -24,7 +25,15 @@ from regrow.feeding.block_cache import BlockCache, cache_of
 from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.block_reader import Access, Reader
 from regrow.feeding.files import contents_of
-from regrow.feeding.images import check_size, fit, load_image, to_tensor
+from regrow.feeding.images import (
+    check_size,
+    converted,
+    fit,
+    formats_for,
+    load_image,
+    opened,
+    to_tensor,
+)  # fmt: skip
 from regrow.feeding.remote import Folder, Remote, Stamp, folder_of
 from regrow.feeding.sampling import Windows
 from regrow.feeding.shard_index import Index
@@ -94,7 +103,7 @@ class ShardItems:
                 place = name
                 field, value = decoded(name, content[start:stop])
                 if isinstance(value, File):
-                    value = self._image(value)
+                    value = self._image(field, value)
                 elif field == "inputs" and self.size is not None:
                     value = self._fitted(value)
                 fields[field] = value
@@ -108,13 +117,20 @@ class ShardItems:
             ) from None
         return as_item(fields)
 
-    def _image(self, file: File) -> Tensor:
-        what = f"{self.access.place.root}: a {file.suffix} of set {self.name}"
+    def _image(self, field: str, file: File) -> Tensor:
+        """Return an image: the inputs as the model takes them, and others in their own size."""
+        name = f"{self.access.place.root}: a {file.suffix} of set {self.name}.{file.suffix}"
+        content = io.BytesIO(file.content)
+        if field == "targets":  # a mask, whose values are classes
+            from PIL import Image
+
+            formats = formats_for(f".{file.suffix}")
+            with opened(name), Image.open(content, formats=formats) as mask:
+                return to_tensor(mask)
         image = load_image(
-            f"{what}.{file.suffix}", self.channels,
-            exif_orientation=self.exif_orientation, content=io.BytesIO(file.content),
-        )  # fmt: skip
-        return self._as_input(image)
+            name, self.channels, exif_orientation=self.exif_orientation, content=content
+        )
+        return self._as_input(image) if field == "inputs" else to_tensor(image)
 
     def _as_input(self, image: Image) -> Tensor:
         if self.transform is not None:
@@ -123,13 +139,14 @@ class ShardItems:
 
     def _fitted(self, pixels: Tensor) -> Tensor:
         """Return an image that was written as an array, (C, H, W) uint8, like one in a file."""
-        has_size = list(pixels.shape[1:]) == self.size and self.resize is None
-        if self.transform is None and has_size:
+        is_ready = [*pixels.shape] == [self.channels, *(self.size or [])] and self.resize is None
+        if self.transform is None and is_ready:
             return pixels
         from PIL import Image
 
-        channels = pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
-        return self._as_input(Image.fromarray(channels))
+        rows = pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
+        image = Image.fromarray(rows)
+        return self._as_input(converted(image, self.channels, exif_orientation=False))
 
     def _reader(self) -> Reader:
         """Return this process's reader: a forked worker must not share one."""
@@ -157,11 +174,16 @@ class ShardItems:
         return BlockOrder(blocks.first, windows, seed, epoch, lanes=self.lanes, pool=pool,
                           is_shared=self.access.cache is not None)  # fmt: skip
 
-    def sample(self, count: int) -> list[int]:
-        """Return up to `count` numbers of examples, from a few blocks that are spread evenly."""
+    def sample(self, count: int, below: int | None = None) -> list[int]:
+        """Return up to `count` numbers of examples, from a few blocks that are spread evenly.
+
+        `below`: only of the first so many examples.
+        """
+        below = len(self) if below is None else below
+        if below <= count:
+            return [*range(below)]
         first = self.access.blocks.first
-        if len(self) <= count:
-            return [*range(len(self))]
+        first = np.append(first[first < below], below)
         num_blocks = min(len(first) - 1, SPREAD_BLOCKS)
         chosen = [place * (len(first) - 1) // num_blocks for place in range(num_blocks)]
         self.ahead(chosen)
