@@ -271,6 +271,26 @@ def test_workers_prefetch_what_they_read_and_hold_no_more_than_their_bound(
     assert fetched > 50  # the negative control: there was something to read
 
 
+def test_blocks_that_come_count_in_the_bytes_held(written: Path, tmp_path: Path) -> None:
+    node = options(str(written), tmp_path / "cache", "source.pool_mb=0.05")
+    source: Any = data_of(node).source.train
+    bound, sizes = source.access.bytes_held, source.access.blocks.num_bytes.tolist()
+    reader = block_reader.Reader(source.access)
+    for number in range(len(sizes)):  # until it is full
+        reader.block(number)
+    assert bound - max(sizes) < sum(len(content) for content, _ in reader.held.values()) <= bound
+    reader.ask(range(len(sizes)))
+    coming = sum(sizes[number] for number in reader.coming)
+    assert 0 < coming <= bound / 3  # not all that was asked for
+    assert coming + sum(len(content) for content, _ in reader.held.values()) <= bound
+    asked = [*reader.coming]
+    reader.ask([])
+    assert [*reader.coming] == asked
+    reader.ask([])  # nobody read them
+    assert not reader.coming
+    reader.close()
+
+
 def test_a_shared_cache_is_filled_and_no_bytes_of_it_are_kept(
     copied: Path, url: str, tmp_path: Path
 ) -> None:

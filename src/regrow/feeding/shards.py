@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
-import hashlib
 import io
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from regrow.errors import DataError, UserError, brief, did_you_mean
-from regrow.feeding import shard_index
-from regrow.feeding.block_cache import BlockCache, cache_of
+from regrow.feeding import shard_identity, shard_index
+from regrow.feeding.block_cache import cache_of
 from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.block_reader import Access, Reader
-from regrow.feeding.files import contents_of
 from regrow.feeding.images import (
     check_size,
     converted,
@@ -34,7 +30,7 @@ from regrow.feeding.images import (
     opened,
     to_tensor,
 )  # fmt: skip
-from regrow.feeding.remote import Folder, Remote, Stamp, folder_of
+from regrow.feeding.remote import Folder, Remote, folder_of
 from regrow.feeding.sampling import Windows
 from regrow.feeding.shard_index import Index
 from regrow.feeding.shard_items import File, as_item, decoded
@@ -43,7 +39,6 @@ from regrow.feeding.splits import NAMES, Reading, Splits, text_names
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NUM_ASKED = 32  # files asked for their size at once
 UNREADABLE = (  # by Python's json and zip, numpy and torch, in an example of wrong bytes
     *(ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
@@ -213,63 +208,10 @@ class ShardItems:
         Raises DataError for a shard that is not the one of the index: by its contents in a local
         folder, by its size and tag on a server. A new tag makes the shard read once.
         """
-        shards = self.index.sets[self.name]
-        place = self.access.place
-        if isinstance(place, Folder):
-            if self.identity == "contents":
-                found = contents_of([place.place(shard.name) for shard in shards], place.root)
-                for shard, digest in zip(shards, found, strict=True):
-                    if digest.hex() != shard.sha256:
-                        raise self._changed(shard.name, "its SHA-256 is another")
-        else:
-            self._check_remote(place)
-        return self.index.fingerprint(self.name)
-
-    def _check_remote(self, place: Remote) -> None:
-        shards = self.index.sets[self.name]
-        with ThreadPoolExecutor(NUM_ASKED) as pool:
-            stamps = [*pool.map(place.stamp, [shard.name for shard in shards])]
-        for shard, stamp in zip(shards, stamps, strict=True):
-            if stamp.num_bytes not in (None, shard.num_bytes):
-                raise self._changed(
-                    shard.name, f"it has {stamp.num_bytes:,} bytes instead of {shard.num_bytes:,}"
-                )
-        if self.identity == "contents" and self.access.cache is not None:
-            self._check_tags(place, stamps, self.access.cache)
-
-    def _check_tags(self, place: Remote, stamps: list[Stamp], cache: BlockCache) -> None:
-        """Compare the tags with those of the first time; read a shard whose tag is another."""
-        path = cache.folder / "tags" / f"{self.access.key.replace('/', '-')}-{_key(place.root)}"
-        tags = [stamp.tag for stamp in stamps]
-        known = None
-        with contextlib.suppress(OSError, UnicodeError):
-            known = path.read_text(encoding="utf-8").splitlines()
-        shards = self.index.sets[self.name]
-        if known is not None and len(known) == len(tags):
-            for shard, tag, before in zip(shards, tags, known, strict=True):
-                if _line(tag) == before:
-                    continue
-                digest = hashlib.sha256()
-                for start in range(0, shard.num_bytes, 1 << 24):
-                    stop = min(start + (1 << 24), shard.num_bytes)
-                    digest.update(place.read(shard.name, start, stop))
-                if digest.hexdigest() != shard.sha256:
-                    raise self._changed(shard.name, "its SHA-256 is another")
-        cache.write(path, "".join(f"{_line(tag)}\n" for tag in tags).encode())
-
-    def _changed(self, shard: str, why: str) -> DataError:
-        return DataError(
-            f"{self.access.place.place(shard)} is not the shard of index.json: {why}. Restore the "
-            "file, or make the shards again."
+        shard_identity.check(
+            self.access, self.index.sets[self.name], by_contents=self.identity == "contents"
         )
-
-
-def _key(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _line(tag: str) -> str:
-    return " ".join(tag.split())
+        return self.index.fingerprint(self.name)
 
 
 def shards(
