@@ -8,11 +8,13 @@ import io
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -998,8 +1000,6 @@ def test_the_shared_reader_is_not_inherited(written: Path, tmp_path: Path) -> No
     source: Any = data.source.train
     item = source[7]
     assert isinstance(source._reader(), block_reader.Reader)
-    import pickle
-
     there = pickle.loads(pickle.dumps(source))
     assert "_own_reader" not in there.__dict__
     assert torch.equal(there[7]["row"], item["row"])
@@ -1027,3 +1027,21 @@ def test_a_broken_image_names_its_shard(tmp_path: Path, make_data: Callable[...,
     data = make_data("shards", f"root={tmp_path / 'bad'}", *how)
     with pytest.raises(DataError, match=r"bad.*train.*is not a readable image"):
         ids_of(data)
+
+
+def test_threads_that_begin_together_share_one_connection(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = remote.opened, []
+
+    def opened(root: str, timeout_seconds: float) -> Any:
+        calls.append(root)
+        time.sleep(0.05)
+        return real(root, timeout_seconds)
+
+    monkeypatch.setattr(remote, "opened", opened)
+    place = remote.Remote(url, timeout_seconds=5, retries=0)
+    with ThreadPoolExecutor(8) as pool:
+        assert len({*pool.map(lambda _: id(place._files()), range(8))}) == 1
+    assert len(calls) == 1
+    assert len({id(pickle.loads(pickle.dumps(place))._files()), id(place._files())}) == 2
