@@ -135,9 +135,10 @@ def test_a_second_draw_in_an_epoch_is_augmented_another_way() -> None:
     assert len(rows[:, 0].unique()) < 13 and len(rows[:, 1].unique()) == 13
 
 
-def test_images_in_memory_that_are_drawn_twice_differ(make_data: Make) -> None:
+@pytest.mark.parametrize("transforms", ["[]", "[{_target_: torch.nn.Identity}]"])
+def test_images_in_memory_that_are_drawn_twice_differ(make_data: Make, transforms: str) -> None:
     data = make_data("digits", "sampling=balanced", "limit_train=60", "batch_size=60",
-                     "augmentation.pad=3")  # fmt: skip
+                     "augmentation.pad=3", f"transforms={transforms}")  # fmt: skip
     weights = torch.zeros(60, dtype=torch.float64)
     weights[7] = 1.0
     data.draw_weights = lambda: weights  # type: ignore[method-assign]

@@ -302,3 +302,9 @@ def test_a_mix_or_data_of_another_form_is_one_line() -> None:
     pair = [({"a": torch.ones(2), "b": torch.ones(2)}, 0)] * 4
     with pytest.raises(DataError, match="one tensor each"):
         list(units(pair, input_shape=None).train(device=CPU).epoch(0))
+
+
+def test_a_target_outside_the_classes_is_never_a_row_of_zeros() -> None:
+    rows = mixing.softened(torch.tensor([1, -100, 3]), 3)
+    assert rows[0].tolist() == [0.0, 1.0, 0.0]
+    assert bool(rows[1:].isnan().all())

@@ -226,11 +226,28 @@ class OneStatePerRow(Metric):
         return self.squares.sum()
 
 
-def test_states_that_only_rows_shape_are_refused() -> None:
+class RowsOfNone(Metric):
+    """A wrong metric: it keeps rows, and raises if there are none."""
+
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], None)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.rows.append(outputs.amax(0, keepdim=True))
+
+    def compute(self) -> Tensor:
+        return torch.cat([row.reshape(-1, C) for row in self.rows]).amax()
+
+
+@pytest.mark.parametrize("metric", [OneStatePerRow(), RowsOfNone()])
+def test_states_that_only_rows_shape_are_refused(metric: Metric) -> None:
     """A process without rows would wait forever for the others' states."""
     recipe, outputs, targets = KINDS["multiclass"]
     with pytest.raises(UserError, match=r"^task.extra_metrics.mine: .*processes without rows"):
-        Metrics(recipe, CPU, {"mine": OneStatePerRow()}).rehearse(outputs, targets)
+        Metrics(recipe, CPU, {"mine": metric}).rehearse(outputs, targets)
 
 
 def test_a_metric_without_rows_has_the_shapes_of_one_with_rows() -> None:

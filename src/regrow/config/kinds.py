@@ -28,7 +28,7 @@ def refuse_sampling(sampling: object, kind: str | None) -> None:
     if sampling == "balanced" and kind not in BALANCED:
         raise UserError(f"data.sampling=balanced does not fit {_of(kind)}: {INSTEAD[kind]}.")
     if sampling is not None and kind == "language":
-        raise UserError(f"data.sampling={sampling} does not fit task=language: {INSTEAD[kind]}.")
+        raise UserError(f"data.sampling does not fit task=language: {INSTEAD[kind]}.")
 
 
 def refuse_mixing(name: str, kind: str | None, ignore_index: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.machinery
@@ -92,9 +93,6 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         if mistake := next((each for each in chain(error) if isinstance(each, UserError)), None):
             raise mistake from None
         said = said_by(error)
-        if unknown := re.search(r"Error locating target '([^']+)'[^(]*$", said):
-            # Raises an error that says whether the module or the name in it is missing.
-            locate(unknown[1], "")
         if "missing" in said and "required" in said:
             said += " " + _way_out(said, node)
         raise UserError(f"_target_={node['_target_']}: {said}") from error
@@ -124,15 +122,23 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
         return {key: inner(value, key) for key, value in node.items()}
     _refuse_unknown(node["_target_"], path)  # again, at the place where it would be called
     target = locate(str(node["_target_"]), path)
+    where = f"{path}." if path else ""
+    if not callable(target):
+        kind = type(target).__name__
+        raise UserError(f"{where}_target_={node['_target_']}: a {kind} cannot be called.")
     given = {key: value for key, value in node.items() if key not in HYDRAS_OWN}
-    positional = list(node.get("_args_", ()))
-    if node.get("_recursive_", True) is not False:
+    positional = node.get("_args_") or []
+    if not isinstance(positional, list | tuple):
+        raise UserError(f"{where}_args_={positional} must be a list.")
+    if node.get("_recursive_", True) is False:
+        positional, given = copy.deepcopy((positional, given))  # the target may change them
+    else:
         given = {key: inner(value, key) for key, value in given.items()}
         positional = inner(positional, "_args_")
     if node.get("_partial_") and not arguments:
         return functools.partial(target, *positional, **given)
     if arguments:
-        return target(*positional, **given, **arguments)
+        return target(*positional, **{**given, **arguments})
     try:
         return target(*positional, **given)
     except Exception as error:  # as Hydra 1.3 raises it

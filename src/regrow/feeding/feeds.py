@@ -32,7 +32,7 @@ from regrow.feeding.sampling import Windows, rows_of
 from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, MapStyle
 from regrow.feeding.streams import Stream
-from regrow.feeding.transforms import Epochs, again, with_epochs
+from regrow.feeding.transforms import Epochs, Transformed, again, with_epochs
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Store
 from regrow.randomness import generator, key, seed_step, states_kept
@@ -380,7 +380,9 @@ class _Seeded:
             self.blocks.release()
 
     def __getitem__(self, place: tuple[Any, ...]) -> Any:
-        epoch, index, again, blocks = (*place, 0, ())[:4] if len(place) < 4 else place
+        epoch, index = place[:2]
+        again = place[2] if len(place) > 2 else 0
+        blocks = place[3] if len(place) > 3 else ()
         try:
             self.begin(epoch)
             if blocks:
@@ -405,6 +407,8 @@ class _Seeded:
         if isinstance(self.dataset, Stream):
             return self.dataset.at(epoch, index, self._seeded)
         with self._seeded(epoch, index, *([again] if again else ())):
+            if again and isinstance(self.dataset, Transformed):
+                return self.dataset.drawn(index, again)
             return self.dataset[index]
 
     def _seeded(self, *place: int) -> contextlib.AbstractContextManager[None]:

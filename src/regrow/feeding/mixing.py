@@ -126,11 +126,15 @@ def single(value: Inputs) -> Tensor:
 
 
 def softened(targets: Tensor, num_classes: int | None) -> Tensor:
-    """Return class indices as float32 rows, one at the class and zero elsewhere; numbers as is."""
+    """Return class indices as float32 rows, one at the class and zero elsewhere; numbers as is.
+
+    A row is NaN for an index out of range, so that the loss is too: zeros would train unnoticed.
+    """
     if num_classes is None or targets.is_floating_point():
         return targets.float()
     classes = torch.arange(num_classes, device=targets.device)
-    return (targets.unsqueeze(-1) == classes).float()
+    rows = (targets.unsqueeze(-1) == classes).float()
+    return rows / rows.sum(-1, keepdim=True)
 
 
 def refuse_integers(inputs: Inputs) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError
+from regrow.feeding.sampling import MOST_WAYS
 from regrow.feeding.splits import Examples
 from regrow.protocols import Store
 from regrow.randomness import key
@@ -22,23 +23,28 @@ class FromMemory:
     """Images in memory as a map-style data set; a store augments them by (seed, epoch, index)."""
 
     def __init__(self, examples: Examples, store: Store | None, seed: int) -> None:
-        self.examples, self.store, self.seed = examples, store, seed
-        self.table: Tensor | None = None
+        self.examples, self.store, self.seed, self.epoch = examples, store, seed, 0
+        self.tables: dict[int, Tensor] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        if self.store is not None:
-            self.table = self.store.table(self.seed, epoch)
+        self.epoch, self.tables = epoch, {}
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return self.drawn(index, 0)
+
+    def drawn(self, index: int, earlier: int) -> tuple[Tensor, ...]:
+        """Return an example that the epoch has drawn a number of times before."""
         if self.store is None:
             image = self.examples.inputs[index]
         else:
-            assert self.table is not None
+            way = earlier % MOST_WAYS
+            if way not in self.tables:
+                self.tables[way] = self.store.table(again(self.seed, way), self.epoch)
             at = torch.tensor([index])
-            image = self.store.gather(at, self.table[at])[0]
+            image = self.store.gather(at, self.tables[way][at])[0]
         item = (image, self.examples.targets[index])
         return item if self.examples.weights is None else (*item, self.examples.weights[index])
 
@@ -57,7 +63,14 @@ class Transformed:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        image, *others = self.dataset[index]
+        return self.drawn(index, 0)
+
+    def drawn(self, index: int, earlier: int) -> tuple[Any, ...]:
+        """Return an example that the epoch has drawn a number of times before."""
+        if isinstance(self.dataset, FromMemory):
+            image, *others = self.dataset.drawn(index, earlier)
+        else:
+            image, *others = self.dataset[index]
         found = _scaled(image, 255.0 / self.white)
         for transform in self.transforms:
             found = transform(found)
@@ -67,8 +80,8 @@ class Transformed:
             ) else type(found).__name__  # fmt: skip
             names = ", ".join(type(transform).__name__ for transform in self.transforms)
             raise DataError(
-                f"data.transforms: {names} must return uint8 images (C, H, W), and gave {given}. "
-                "Leave out conversions; data.normalize follows by itself."
+                f"data.augmentation and data.transforms ({names}) must return uint8 images (C, H, "
+                f"W), and gave {given}. Leave out conversions; data.normalize follows by itself."
             )
         return _scaled(found.as_subclass(Tensor), self.white / 255.0), *others
 

@@ -118,13 +118,21 @@ def rehearse(metrics: Mapping[str, Metric], outputs: Tensor, targets: Tensor) ->
 
 
 def _forms(metric: Metric, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    """Return the shape of each state of an empty copy that gets these rows, None for a list."""
+    """Return each state's type and shape after one update, in the parts that processes compare.
+
+    The length of a list's rows may differ between processes; torchmetrics pads them.
+    """
     copied = fresh(metric, outputs.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         update(copied, outputs, targets)
-    states = copied.metric_state.items()
-    return {name: getattr(state, "shape", None) for name, state in states}
+    forms: dict[str, Any] = {}
+    for name, state in copied.metric_state.items():
+        if isinstance(state, list):
+            forms[name] = [(part.dtype, part.ndim, part.shape[1:]) for part in state]
+        else:
+            forms[name] = state.dtype, state.shape
+    return forms
 
 
 def _value(name: str, metric: Metric, batches: list[tuple[Tensor, Tensor]]) -> float:
