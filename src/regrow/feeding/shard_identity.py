@@ -1,4 +1,4 @@
-"""Whether shards are those of their index: by content, or by the size and tag of a server."""
+"""Checks that shards are those of their index: by content, or by the size and tag of a server."""
 
 from __future__ import annotations
 
