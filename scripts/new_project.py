@@ -64,8 +64,11 @@ PARTS = (
     "tests/training/test_schedules.py",
 )
 NOT_COPIED = ("scripts/new_project.py", "scripts/new_project.md")
-# Without git's list of files, skip these.
-NO_ENDINGS = ("__pycache__", "_cache", ".pyc", ".egg-info", ".ipynb_checkpoints", ".DS_Store")
+# Without git's list of files, skip what these are part of.
+LEFT_OUT = (
+    *("__pycache__/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".pyc", ".egg-info/"),
+    *(".ipynb_checkpoints/", ".DS_Store"),
+)
 
 TEMPLATE_ONLY = re.compile(r"(?ms)^[ \t]*# >>> template only\n.*?^[ \t]*# <<< template only\n")
 # A module's name, not the word in prose.
@@ -133,7 +136,7 @@ def files_to_copy(root: Path) -> list[str]:
         name
         for name in sorted(names)
         if name.startswith((*ENGINE, *PARTS)) and name not in NOT_COPIED
-        if (root / name).is_file() and not any(end in name for end in NO_ENDINGS)
+        if (root / name).is_file() and not any(part in name for part in LEFT_OUT)
         if not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
     ]
 

@@ -283,11 +283,13 @@ def test_without_git_the_same_files_are_found(
     for name in new_project.files_to_copy(ROOT):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
-    for name in ("src/.DS_Store", "conf/a.pyc", "conf/local/default.yaml", "outputs/run/x", ".env"):
+    left_out = ("src/.DS_Store", "conf/a.pyc", "conf/local/default.yaml", "outputs/run/x", ".env")
+    for name in (*left_out, "src/.ruff_cache/x", "src/lab/my_cache.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
     monkeypatch.setattr(new_project, "git", lambda *arguments: None)
-    assert new_project.files_to_copy(root) == new_project.files_to_copy(ROOT)
+    expected = [*new_project.files_to_copy(ROOT), "src/lab/my_cache.py"]
+    assert new_project.files_to_copy(root) == sorted(expected)
 
 
 @pytest.mark.slow
