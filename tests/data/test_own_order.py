@@ -90,7 +90,10 @@ class Rows(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampling": "balanced"}, "data.sampling=balanced: Stream is read in an order of its own"),
+        (
+            {"sampling": "balanced"},
+            "data.sampling=balanced: streams are read in an order of their own",
+        ),
         ({"mixing": MixUp(alpha=1.0)}, "data.mixing: an IterableDataset is read in its own order"),
         (
             {"transforms": [torch.nn.Identity()]},
@@ -106,7 +109,7 @@ def test_a_stream_is_neither_drawn_nor_mixed_nor_transformed(
 
 
 def test_shards_are_not_sampled(units: Path, make_data: Make) -> None:
-    with pytest.raises(UserError, match=r"data.sampling=balanced: ShardItems is read in an order"):
+    with pytest.raises(UserError, match=r"data.sampling=balanced: tar shards are read in an order"):
         data_of(make_data, units, "sampling=balanced")
 
 

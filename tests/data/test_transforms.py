@@ -199,3 +199,6 @@ def test_what_transforms_do_not_fit_is_one_line(make_data: Make) -> None:
     floats = Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [Tensor.float], 255.0)
     with pytest.raises(DataError, match=r"must return uint8 images \(C, H, W\), and gave torch.f"):
         floats[0]
+    cut = Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [lambda x: x[:, 1:]], 255.0)
+    with pytest.raises(DataError, match=r"must keep an image's shape \[3, 4, 4\], and gave \[3, 3"):
+        cut[0]

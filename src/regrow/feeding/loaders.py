@@ -558,9 +558,10 @@ class Data:
         """Raise UserError for what needs another order than that of shards or of a stream."""
         train = self.source.train
         if self.sampling is not None and _order_of(train) is not None:
+            kind = "streams" if isinstance(train, Stream) else "tar shards"
             raise UserError(
-                f"data.sampling={self.sampling}: {type(train).__name__} is read in an order of its "
-                "own, which draws nothing twice. Set data.sampling=null."
+                f"data.sampling={self.sampling}: {kind} are read in an order of their own, which "
+                "draws nothing twice. Set data.sampling=null, and use loss.class_weights."
             )
         if isinstance(train, Stream) and self.mixing is not None:
             raise UserError(

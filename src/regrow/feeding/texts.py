@@ -129,7 +129,10 @@ def text(
     found = {name: _tokens(part, words, input_shape[0]) for name, part in parts.items()}
     for name, split in found.items():
         if len(split.row) < 2:
-            raise DataError(f"split {name} is empty: {shown(root)} holds too little text.")
+            raise DataError(
+                f"split {name} is empty: {shown(root)} holds too little text, or too few lines: "
+                "splits end at line ends."
+            )
     return Splits(
         found["train"],
         found.get("val"),

@@ -83,6 +83,11 @@ class Transformed:
                 f"data.augmentation and data.transforms ({names}) must return uint8 images (C, H, "
                 f"W), and gave {given}. Leave out conversions; data.normalize follows by itself."
             )
+        if found.shape != image.shape:
+            raise DataError(
+                f"data.augmentation and data.transforms must keep an image's shape "
+                f"{list(image.shape)}, and gave {list(found.shape)}. Add a Resize to it."
+            )
         return _scaled(found.as_subclass(Tensor), self.white / 255.0), *others
 
 
