@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_drawing import joined
 from test_files import of_ones_own
+from test_mixing import Same, batches_of
 from torch.utils.data import IterableDataset
 
 from lab.data.augment import MixUp
 from regrow.errors import UserError
-from regrow.feeding.batch import Batch
 from regrow.feeding.loaders import Data
 from regrow.feeding.shard_index import Facts
 from regrow.feeding.splits import Examples
@@ -47,25 +46,8 @@ def data_of(make_data: Make, root: Path, *overrides: str, workers: int = 0) -> D
     )
 
 
-def batches_of(data: Data, world_size: int = 1, start: int = 0, epoch: int = 0) -> list[Batch]:
-    shares = [
-        list(data.train(device=CPU, rank=rank, world_size=world_size).epoch(epoch, start))
-        for rank in range(world_size)
-    ]
-    data.close()
-    return [joined(parts) for parts in zip(*shares, strict=True)]
-
-
-def equal(some: list[Batch], others: list[Batch]) -> bool:
-    pairs = zip(some, others, strict=True)
-    return all(
-        torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)
-        for one, other in pairs
-    )
-
-
 def test_shards_mix_within_the_global_batch_for_any_ranks_and_workers(
-    units: Path, make_data: Make
+    units: Path, make_data: Make, same: Same
 ) -> None:
     whole = batches_of(data_of(make_data, units, MIX))
     plain = batches_of(data_of(make_data, units))
@@ -74,9 +56,9 @@ def test_shards_mix_within_the_global_batch_for_any_ranks_and_workers(
         assert not (mixed.inputs[:, ~inside]).any()
         assert torch.allclose(mixed.inputs.sum(1), torch.ones(len(mixed.inputs)))
     assert any((mixed.inputs > 0).sum(1).max() == 2 for mixed in whole)
-    assert equal(whole, batches_of(data_of(make_data, units, MIX, workers=2), world_size=2))
-    assert equal(whole[2:], batches_of(data_of(make_data, units, MIX), start=2))
-    assert not equal(whole, batches_of(data_of(make_data, units, MIX), epoch=1))  # the control
+    assert same(whole, batches_of(data_of(make_data, units, MIX, workers=2), world_size=2))
+    assert same(whole[2:], batches_of(data_of(make_data, units, MIX), start=2))
+    assert not same(whole, batches_of(data_of(make_data, units, MIX), epoch=1))  # the control
 
 
 class Rows(IterableDataset[Any]):

@@ -365,10 +365,8 @@ class _Seeded:
         self.ignore_index = ignore_index
         self.draws = getattr(dataset, "draws", True)  # else items need no seed
         self.epochs, self.with_epochs = epochs or Epochs(), with_epochs(dataset)
-        # A wrapper around shards holds them as its `dataset`.
-        self.blocks: Any = (
-            dataset if hasattr(dataset, "ahead") else getattr(dataset, "dataset", None)
-        )
+        inner = dataset.dataset if isinstance(dataset, Transformed) else dataset
+        self.shards = inner if isinstance(inner, ShardItems) else None
 
     def begin(self, epoch: int) -> None:
         """Tell the data set of the epoch, in this process. Does nothing if it knows."""
@@ -376,8 +374,8 @@ class _Seeded:
 
     def release(self) -> None:
         """Let go of the blocks of shards that this process holds."""
-        if isinstance(self.blocks, ShardItems):
-            self.blocks.release()
+        if self.shards is not None:
+            self.shards.release()
 
     def __getitem__(self, place: tuple[Any, ...]) -> Any:
         epoch, index = place[:2]
@@ -385,8 +383,8 @@ class _Seeded:
         blocks = place[3] if len(place) > 3 else ()
         try:
             self.begin(epoch)
-            if blocks:
-                self.blocks.ahead(blocks)
+            if self.shards is not None and blocks:
+                self.shards.ahead(blocks)
             item = self._item(epoch, index, again)
             self._check(item, index)
             return item

@@ -254,16 +254,20 @@ class Data:
             *(feed, windows, self.seed, count),
             draw_weights=draw_weights,
             mixing=self.mixing,
-            num_classes=self.num_classes if self.target_kind == "multiclass" else None,
+            num_classes=self._softened_classes,
             own_order=_order_of(self.source.train),
         )
+
+    @property
+    def _softened_classes(self) -> int | None:
+        """The number of classes if targets are indices, which mixing makes probabilities of."""
+        return self.num_classes if self.target_kind == "multiclass" else None
 
     def as_trained(self, batch: Batch) -> Batch:
         """Return a batch with targets as training has them: soft if it mixes examples."""
         if self.mixing is None or not isinstance(batch.targets, Tensor):
             return batch
-        number = self.num_classes if self.target_kind == "multiclass" else None
-        soft = softened(batch.targets, number)
+        soft = softened(batch.targets, self._softened_classes)
         sizes = (batch.num_local, batch.num_global, batch.first)
         return Batch(batch.inputs, soft, batch.weights, *sizes)
 
