@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import io
 import itertools
@@ -271,6 +272,39 @@ def test_workers_prefetch_what_they_read_and_hold_no_more_than_their_bound(
             assert reader.bytes_coming == 0
         reader.close()
     assert fetched > 50  # the negative control: there was something to read
+
+
+@pytest.mark.parametrize("pool_mb", [0.06, 0.1])
+def test_a_pool_fits_the_bytes_held_so_that_blocks_are_read_once(
+    written: Path, tmp_path: Path, pool_mb: float
+) -> None:
+    node = options(str(written), tmp_path / "cache", f"source.pool_mb={pool_mb}", "batch_size=16")
+    source: Any = data_of(node).source.train
+    order = source.epoch_order(Windows(COUNT, 16, False, 0, 1), 0, 0)
+    reads = reads_of_an_epoch(source.access, order)
+    borders = order.num_pools * len(order.lanes)  # a border may cut a block
+    assert len({*reads}) == len(order.blocks)
+    assert len(reads) <= len(order.blocks) + borders
+    tight = dataclasses.replace(source.access, bytes_held=int(source.access.bytes_held / 2))
+    assert len(reads_of_an_epoch(tight, order)) > 1.5 * len(reads)  # the negative control
+
+
+def reads_of_an_epoch(access: Any, order: Any) -> list[int]:
+    reads: list[int] = []
+
+    class Counted(block_reader.Access):
+        def block(self, number: int) -> bytes:
+            reads.append(number)
+            return super().block(number)
+
+    reader = block_reader.Reader(Counted(**vars(access)))
+    for number in range(len(order.windows)):
+        reader.ask(order.ahead(number, start=0, num_workers=0))
+        share = order.windows.share(number)
+        for index in order[share.start : share.stop].tolist():
+            reader.block(bisect.bisect_right(reader.first, index) - 1)
+    reader.close()
+    return reads
 
 
 def test_blocks_that_come_count_in_the_bytes_held(written: Path, tmp_path: Path) -> None:

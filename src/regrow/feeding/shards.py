@@ -48,7 +48,7 @@ NOT_COMPARED = (
     "in two of them"
 )
 SPREAD_BLOCKS = 64  # of which a sample is taken
-HELD = 1.5  # pools of blocks that a process holds: one in use, and the next one coming
+HELD = 1.5  # pools that a process holds: one in use, and a part of the next one
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,8 @@ def shards(
 
     def of(name: str) -> ShardItems:
         blocks = index.blocks(name)
-        held = int(HELD * pool_bytes) + 2 * int(blocks.num_bytes.max())
+        # A pool cuts a block of each lane. One that does not fit as a whole is read once a window.
+        held = int(HELD * pool_bytes) + (lanes + 2) * int(blocks.num_bytes.max())
         access = Access(
             place, kept, f"{index.sha256[:32]}/{name}",
             [shard.name for shard in index.sets[name]], blocks, held,
