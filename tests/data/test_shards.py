@@ -289,6 +289,38 @@ def test_a_pool_fits_the_bytes_held_so_that_blocks_are_read_once(
     assert len(reads_of_an_epoch(tight, order)) > 1.5 * len(reads)  # the negative control
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_evaluation_fetches_the_next_blocks_of_each_worker(
+    written: Path, tmp_path: Path, workers: int
+) -> None:
+    source: Any = data_of(options(str(written), tmp_path / "cache")).source.train
+    windows = Windows(COUNT, 64, False, 0, 1)
+    order, first = source.file_order(windows), source.access.blocks.first.tolist()
+    for number in range(len(windows)):
+        share = windows.share(number)
+        examples = order[share.start : share.stop].tolist()
+        assert examples == [*range(share.start, share.stop)]
+        needed = [*dict.fromkeys(bisect.bisect_right(first, index) - 1 for index in examples)]
+        before = number - max(1, workers)
+        if before >= 0:
+            assert [*order.ahead(before, start=0, num_workers=workers)] == needed
+    assert not order.ahead(len(windows) - 1, start=0, num_workers=workers)
+
+
+def test_an_evaluation_asks_for_the_blocks_that_its_order_names(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(options(str(written), tmp_path / "cache", "eval_batch_size=64"))
+    asked: list[int] = []
+    ask = block_reader.Reader.ask
+    monkeypatch.setattr(
+        block_reader.Reader, "ask", lambda self, blocks: (asked.extend(blocks), ask(self, blocks))
+    )
+    batches = [*data.evaluation("train", device=CPU)]
+    assert len(batches) == 18
+    assert {*asked} >= {*range(5, len(data.source.train.access.blocks.num_bytes))}  # type: ignore[union-attr]
+
+
 def reads_of_an_epoch(access: Any, order: Any) -> list[int]:
     reads: list[int] = []
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from regrow.errors import DataError, UserError, brief, did_you_mean
 from regrow.feeding import shard_identity, shard_index
 from regrow.feeding.block_cache import cache_of
-from regrow.feeding.block_order import BlockOrder
+from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.block_reader import Access, Reader
 from regrow.feeding.images import (
     check_size,
@@ -168,6 +168,10 @@ class ShardItems:
         pool = max(1, int(self.pool_bytes / mean))
         return BlockOrder(blocks.first, windows, seed, epoch, lanes=self.lanes, pool=pool,
                           is_shared=self.access.cache is not None)  # fmt: skip
+
+    def file_order(self, windows: Windows) -> FileOrder:
+        """Return the order of an evaluation, which reads its next blocks ahead."""
+        return FileOrder(self.access.blocks.first, windows)
 
     def sample(self, count: int, below: int | None = None) -> list[int]:
         """Return up to `count` numbers of examples, from a few blocks that are spread evenly.
