@@ -1,0 +1,48 @@
+"""How fast a run trains, as its log shows it: examples per second, and the share of waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Meter:
+    """The training steps since the last log line, by this process's clock."""
+
+    def __init__(self) -> None:
+        self._examples, self._seconds, self._waited = 0, 0.0, 0.0
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches, and measure how long each one takes to come."""
+        coming = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            try:
+                batch = next(coming)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - begun
+            yield batch
+
+    def add(self, num_examples: int, seconds: float) -> None:
+        """Count a step of `num_examples`, over all processes, that took `seconds`."""
+        self._examples += num_examples
+        self._seconds += seconds
+
+    def read(self) -> dict[str, float]:
+        """Return the rates since the last call, and begin again. Empty if no time has passed.
+
+        `waiting_for_data` is the share, 0 … 1, of the time in which this process waited for its
+        next batch. On a GPU the host runs ahead, so it is the share of the host's time.
+        """
+        examples, seconds, waited = self._examples, self._seconds, self._waited
+        self._examples, self._seconds, self._waited = 0, 0.0, 0.0
+        if seconds <= 0:
+            return {}
+        return {
+            "time/examples_per_second": examples / seconds,
+            "time/waiting_for_data": min(1.0, waited / seconds),
+        }
