@@ -374,13 +374,9 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
             options, objects.state, objects.task, world, objects.total_steps, objects.train_step
         ),
     )
-    # Counting the operations of a compiled model would run it uncompiled.
-    peak = (
-        None
-        if options.compile
-        else flops.peak_of(world.device, options.precision, tf32=options.tf32)
-    )
-    meter = Meter(peak and peak * world.size)
+    peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
+    # To count the operations of a compiled model would run it uncompiled.
+    meter = Meter(None if options.compile or peak is None else peak * world.size)
     return Plan(
         step=step,
         train_step=meter.counting(objects.train_step),

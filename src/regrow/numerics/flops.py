@@ -6,7 +6,7 @@ import re
 
 import torch
 
-# A prefix of the name, and dense FLOP/s at 16 bits with sums in fp32, from NVIDIA's data sheets; TF32 is half.
+# By the beginning of the name: dense FLOP/s at 16 bits, by NVIDIA's data sheets; TF32 is half.
 PEAK = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
