@@ -9,7 +9,7 @@ from pathlib import Path
 from regrow.config import flags
 from regrow.config.command_line import command
 from regrow.errors import UserError
-from regrow.record import comparison, manifest, report
+from regrow.record import comparison, manifest, report, side_by_side
 from regrow.record.comparison import Comparison, Row
 from regrow.record.report import Run
 from regrow.sweep import ledger
@@ -75,7 +75,7 @@ def write_page(
     if found.best is not None and pictures == "best":
         draw(folder / found.best.folder)
     title = f"{ledger.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
-    return comparison.write_page(found, output or folder / PAGE, title)
+    return side_by_side.write_page(found, output or folder / PAGE, title)
 
 
 def draw(run: Path) -> None:
