@@ -69,7 +69,7 @@ def chart(
     label = Markup.escape(name.replace("_", " "))
     svg = plots.to_svg(figure).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     data = redact_all({"xs": [[*it] for it in steps], "panels": shown}) if shown else None
-    return {"name": name, "svg": Markup(svg), "data": data, "caption": caption}
+    return {"name": name, "svg": Markup(svg), "data": data, "caption": caption, "still": ""}
 
 
 def link(path: Path, start: Path) -> str:
@@ -107,6 +107,16 @@ def value(content: Any, key: str = "") -> Any:
     short = text.rpartition(".")[2] if key.endswith("_target_") else text
     short = short if len(short) <= LONG else f"{short[: LONG - 1]}…"
     return text if short == text else Markup('<span title="{}">{}</span>').format(text, short)
+
+
+def brief(content: str, key: str = "") -> str:
+    """Return a swept value for a label: a class by its name alone, a long number rounded."""
+    if key.endswith("_target_"):
+        return content.rpartition(".")[2]
+    try:
+        return f"{float(content):.4g}" if len(content) > 7 else content
+    except ValueError:
+        return content if len(content) <= LONG else f"{content[: LONG - 1]}…"
 
 
 def duration(seconds: Any) -> Any:

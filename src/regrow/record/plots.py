@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import io
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +83,8 @@ def figures(folder: Path, panels: Mapping[str, Sequence[Panel]] | None = None) -
             )
     there = {name: figure for name, figure in found.items() if figure is not None}
     for figure in there.values():  # lay out once, not for each file written
-        figure.draw_without_rendering()
+        with _any_glyph():
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return there
 
@@ -286,8 +289,8 @@ def figure_of(panels: Sequence[Panel], points: int = STATIC_POINTS) -> Figure | 
         wide = len(panel.lines) <= 8
         for line in panel.lines:
             _line(axis, line, each, 1.6 if wide else 1.0, has_dots=wide)
-        axis.set_title(_plain(panel.title), loc="left", fontsize=11, color=INK)
-        axis.set_xlabel(_plain(panel.x), fontsize=9, color=MUTED)
+        axis.set_title(_plain(panel.title[:40]), loc="left", fontsize=11, color=INK)
+        axis.set_xlabel(_plain(panel.x[:40]), fontsize=9, color=MUTED)
         if panel.is_log:
             axis.set_yscale("log")
         else:
@@ -508,7 +511,10 @@ def to_svg(figure: Figure) -> str:
     """Return an <svg> for a page: text stays text, ink and colours are the page's variables."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "regrow"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "regrow"}),
+        _any_glyph(),
+    ):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -518,6 +524,14 @@ def to_svg(figure: Figure) -> str:
     size = f'style="max-width: {figure.get_figwidth() * 1.08:.2f}in" '
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', size, text, count=1)
     return re.sub("|".join(VARIABLES), lambda match: in_page(match[0]), text)
+
+
+@contextlib.contextmanager
+def _any_glyph() -> Iterator[None]:
+    """Allow text that matplotlib's font lacks: a page's browser has it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def in_page(colour: str) -> str:

@@ -1,8 +1,8 @@
 "use strict";
 // Replaces a page's plots by ones to hover over and to zoom into. Without it, the plots stay as they are.
 // A figure's data: xs, lists of steps; panels, each with lines {name, group, colour, x: index in xs, y}.
-const SVG = "http://www.w3.org/2000/svg", HEIGHT = 230, MARGIN = { left: 54, right: 12, top: 8, bottom: 36 };
-const MANY = 10, LEGEND = 9; // more lines than this are named one at a time
+const SVG = "http://www.w3.org/2000/svg", HEIGHT = 230, MARGIN = { left: 54, right: 20, top: 8, bottom: 36 };
+const MANY = 10, LEGEND = 8; // more lines than this are named one at a time
 
 function add(parent, name, attributes = {}, text) {
   const made = parent.namespaceURI === SVG || name === "svg" ? document.createElementNS(SVG, name) : document.createElement(name);

@@ -15,6 +15,7 @@ from typing import Any
 from regrow.dotted import walk
 from regrow.errors import UserError
 from regrow.record import manifest, moved, pages, pictures, plots
+from regrow.record.plots import Panel
 from regrow.record.records import (
     METRICS,
     STATUS,
@@ -163,23 +164,26 @@ def draw(folder: Path, output: Path | None = None) -> Path:
     """Write the run's plots and its page. Returns the page's path."""
     run = load(folder)
     refuse_links(folder, str(folder), "plots")
-    drawn = plots.figures(folder, _panels(run))
+    panels = _panels(run)
+    drawn = plots.figures(folder, panels)
     plots.draw(folder, drawn)
-    return _write(run, drawn, output)
+    return _write(run, panels, drawn, output)
 
 
 def write(folder: Path, output: Path | None = None) -> Path:
     """Write the run's page, by default report.html in its folder. Returns its path."""
     run = load(folder)
-    return _write(run, plots.figures(folder, _panels(run)), output)
+    panels = _panels(run)
+    return _write(run, panels, plots.figures(folder, panels), output)
 
 
-def _panels(run: Run) -> dict[str, list[plots.Panel]]:
+def _panels(run: Run) -> dict[str, list[Panel]]:
     return plots.panels_of(run.lines, run.final, run.best)
 
 
-def _write(run: Run, drawn: Mapping[str, Any], output: Path | None) -> Path:
-    panels = _panels(run)
+def _write(
+    run: Run, panels: Mapping[str, Sequence[Panel]], drawn: Mapping[str, Any], output: Path | None
+) -> Path:
     count = sum(len(panel.lines) for its in panels.values() for panel in its)
     charts = [
         pages.chart(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from regrow.record.comparison import (
     verdict,
 )
 from regrow.record.plots import COLOURS, Line, Panel
-from regrow.record.report import BOOKKEEPING, MISSING, Run, differing_keys, flatten, references
+from regrow.record.report import MISSING, Run, differing_keys, flatten, references
 
 DRAWN_RUNS = 40  # in a plot without scripts; the others hold all runs
 MOST_PARAMETERS = 9  # with a plot each
@@ -54,22 +53,23 @@ def write_page(
     varied = [key for key in keys if key not in REPEATS]
     compared = {row.job for its in comparison.settings for row in its.rows}
     done = [row for row in comparison.rows if row.job in compared]  # in the order of the jobs
+    texts = _setting_texts(comparison.rows, short)
     settings = None
     if comparison.settings:
         header, cells = table_of(comparison)
-        names = [_setting_text(its.rows[0], short, its.label) for its in comparison.settings]
+        names = [texts[its.rows[0].job] or its.label for its in comparison.settings]
         cells = [[name, *row[1:]] for name, row in zip(names, cells, strict=True)]
         settings = {"header": header, "rows": cells}
     remarked = [row for row in comparison.rows if row.reason]
     columns = _metric_columns(runs)
     numbers = [*(f"{split}/{name}" for split, name in columns), "steps", "time"]
-    labels = dict(zip((row.job for row in rows), _labels(runs, short), strict=True))
+    labels = dict(zip((row.job for row in rows), _labels(rows, short), strict=True))
     pages.write(
         output,
         "wide",
         title=title or f"{len(runs)} runs",
         states=_summary_of_states([row.state for row in comparison.rows]),
-        best=_best(comparison, short, labels, output.parent) if comparison.settings else None,
+        best=_best(comparison, texts, labels, output.parent) if comparison.settings else None,
         settings=settings,
         names={key: name for key, name in short.items() if key != name},
         remarked=remarked
@@ -80,7 +80,7 @@ def write_page(
         parameters=_scatter(comparison, done, varied, short, labels),
         importance=importance or (effects(comparison, short) if varied else None),
         parallel=_parallel(comparison, done, varied, short, labels),
-        curves=_curves(comparison, rows, labels, short),
+        curves=_curves(comparison, rows, labels, texts),
         header=["run", "status", *numbers, *short.values()],
         columns=2 + len(numbers),
         rows=[_cells(row, labels[row.job], columns, keys, output.parent) for row in rows],
@@ -117,13 +117,24 @@ def _href(run: Run, start: Path) -> str:
     return pages.link(page if page.exists() else run.folder, start)
 
 
-def _setting_text(row: Row, short: Mapping[str, str], otherwise: str = "") -> str:
-    swept = {k: v for k, v in row.swept.items() if k not in REPEATS}
-    return label_of({short.get(k, k): v for k, v in swept.items()}) or otherwise
+def _texts(swept: Sequence[Mapping[str, str]], short: Mapping[str, str]) -> list[str]:
+    """Return what is swept, by short names; with long values shortened if all stay different."""
+    exact = [label_of({short[key]: value for key, value in its.items()}) for its in swept]
+    brief = [
+        label_of({short[key]: pages.brief(value, key) for key, value in its.items()})
+        for its in swept
+    ]
+    return brief if len({*brief}) == len({*exact}) else exact
+
+
+def _setting_texts(rows: Sequence[Row], short: Mapping[str, str]) -> dict[str, str]:
+    """Return the setting of each job."""
+    swept = [{k: v for k, v in row.swept.items() if k not in REPEATS} for row in rows]
+    return dict(zip((row.job for row in rows), _texts(swept, short), strict=True))
 
 
 def _best(
-    comparison: Comparison, short: Mapping[str, str], labels: Mapping[str, str], start: Path
+    comparison: Comparison, texts: Mapping[str, str], labels: Mapping[str, str], start: Path
 ) -> dict[str, Any]:
     """Return the best setting, by its mean over seeds or folds, and how sure that is."""
     setting = comparison.settings[0]
@@ -156,11 +167,11 @@ def _best(
         if row.run is not None and (v := row.value(comparison.metric)) is not None
     ]
     return {
-        "setting": _setting_text(rows[0], short, setting.label),
+        "setting": texts[rows[0].job] or setting.label,
         "figures": figures,
         "note": note,
         "runs": runs,
-        "overrides": setting.label if short else "",
+        "overrides": setting.label if texts[rows[0].job] else "",
     }
 
 
@@ -204,6 +215,8 @@ def _scatter(
     labels: Mapping[str, str],
 ) -> dict[str, Any] | None:
     """Return a plot per parameter, with a dot for each run."""
+    if len(done) < 2:
+        return None
     values = [row.value(comparison.metric) or 0.0 for row in done]
     panels = []
     for key in varied[:MOST_PARAMETERS]:
@@ -215,7 +228,7 @@ def _scatter(
         panels.append(
             Panel(short[key], [dots], x=short[key], ticks=axis.names, is_log_x=axis.is_log)
         )
-    figure = plots.figure_of(panels) if len(done) > 1 else None
+    figure = plots.figure_of(panels)
     if figure is None:
         return None
     more = f"The first {MOST_PARAMETERS} of {len(varied)}. " if len(varied) > len(panels) else ""
@@ -340,11 +353,11 @@ def _curves(
     comparison: Comparison,
     rows: Sequence[Row],
     labels: Mapping[str, str],
-    short: Mapping[str, str],
+    texts: Mapping[str, str],
 ) -> dict[str, Any] | None:
     """Return the curves of all runs; those of a setting share a colour, in the settings' order."""
     rank = {row.job: index for index, its in enumerate(comparison.settings) for row in its.rows}
-    named = {row.job: _setting_text(row, short, "all") for row in rows}
+    named = {row.job: texts[row.job] or "all" for row in rows}
     rows = sorted(rows, key=lambda row: rank.get(row.job, len(rank)))
     runs = [row.run for row in rows if row.run is not None]
     names = [*dict.fromkeys(n for run in runs for n in plots.panel_names(run.lines, run.final))]
@@ -365,9 +378,9 @@ def _curves(
     if figure is None:
         return None
     count = sum(len(panel.lines) for panel in panels)
-    more = f"Without scripts: the first {DRAWN_RUNS} of {len(rows)} runs."
-    caption = more if len(rows) > DRAWN_RUNS else ""
-    return pages.chart("validation curves", figure, panels, count, caption)
+    more = f"The first {DRAWN_RUNS} of {len(rows)} runs; with scripts, all of them."
+    still = more if len(rows) > DRAWN_RUNS else ""
+    return {**pages.chart("validation curves", figure, panels, count), "still": still}
 
 
 def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -387,23 +400,13 @@ def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return list(found)[:12]
 
 
-def _labels(runs: Sequence[Run], short: Mapping[str, str]) -> list[str]:
-    """Return a label per run: the overrides that not all runs have.
+def _labels(rows: Sequence[Row], short: Mapping[str, str]) -> list[str]:
+    """Return a label per run: what distinguishes it.
 
-    Where these are empty or equal, the shortest path endings that distinguish the runs are added.
+    Where labels are empty or equal, the shortest path endings that distinguish the runs are added.
     """
-    endings = _endings([run.folder for run in runs])
-    having = Counter(override for run in runs for override in {*run.overrides})
-    labels = []
-    for run in runs:
-        own = [
-            override
-            for override in run.overrides
-            if re.split(r"[.=@]", override.lstrip("+~"))[0] not in BOOKKEEPING
-            and having[override] < len(runs)
-        ]
-        pairs = [override.partition("=") for override in own]
-        labels.append(" ".join(f"{short.get(k.lstrip('+'), k)}{eq}{v}" for k, eq, v in pairs))
+    labels = _texts([row.swept for row in rows], short)
+    endings = _endings([row.run.folder for row in rows if row.run is not None])
     alike = Counter(labels)
     return [
         label if label and alike[label] == 1 else f"{label} {ending}".strip()
