@@ -135,7 +135,7 @@ class Tab:
 
     @property
     def errors(self) -> list[Any]:
-        """What the console and the log hold, refused contents included."""
+        """The entries of the console and the log, refused contents included."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for event in self.browser.events if event.get("method") in kinds]
 

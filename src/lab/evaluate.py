@@ -72,6 +72,7 @@ def measure_split(
     world.copy_buffers(model)
     waited = stopping_together(batches, len(batches), stop, world)
     shown = evaluation_bar(bar, batches)
+    shows = shows and world.is_main  # the others' details are not used
     measured = measure(model, task, waited, world, precision, shown, draws, shows=shows)
     sharding.free(model)
     return measured

@@ -68,7 +68,9 @@ def ask(tab: Tab, call: str) -> Any:
 
 def panel(tab: Tab, title: str) -> dict[str, Any]:
     """Return the place, the range of steps and the ticks of the panel with that title."""
-    return dict(ask(tab, f"panel({json.dumps(title)})"))
+    found = dict(ask(tab, f"panel({json.dumps(title)})"))
+    tab.value("0")  # the page hears of its scrolling in the next frame
+    return found
 
 
 def place(of: dict[str, Any], step: float) -> float:

@@ -31,34 +31,41 @@ def decoded(text: str) -> np.ndarray:
         return np.array(file)
 
 
-def found(logits: Tensor) -> dict[str, Tensor]:
+def predict(logits: Tensor) -> dict[str, Tensor]:
     return {"prediction": logits.argmax(1), "probability": logits.double().softmax(1)}
+
+
+def wrong_of(
+    inputs: Any, targets: Tensor, outputs: Tensor, num_local: int | None = None, **more: Any
+) -> dict[str, Any]:
+    how = {"predict": predict, "class_names": NAMES, "as_pixels": None, **more}
+    return pictures.of_wrong(batch_of(inputs, targets, num_local), outputs, **how)
 
 
 def test_the_wrong_ones_are_chosen_in_order_with_their_pixels() -> None:
     inputs = torch.arange(5 * 4, dtype=torch.float32).view(5, 1, 2, 2) / 19
     targets = torch.tensor([0, 1, 2, -100, 1])  # the fourth is ignored
     logits = torch.eye(3)[torch.tensor([0, 2, 1, 0, 0])] * 3
-    whole = pictures.of_wrong(
-        batch_of(inputs, targets), found(logits), NAMES, lambda it: (it * 19).to(torch.uint8)
-    )
+    whole = wrong_of(inputs, targets, logits, as_pixels=lambda it: (it * 19).to(torch.uint8))
     wrong = whole["wrong"]
     assert wrong["true"] == ["one", "two", "one"] and wrong["predicted"] == ["two", "one", "zero"]
     for image, index in zip(wrong["image"], (1, 2, 4), strict=True):
         assert np.array_equal(decoded(image), np.arange(4 * index, 4 * index + 4).reshape(2, 2))
     assert wrong["probability"] == pytest.approx([float(logits[0].double().softmax(0)[0])] * 3)
-    local = pictures.of_wrong(batch_of(inputs, targets, 2), found(logits), NAMES, None)
-    assert local["wrong"]["true"] == ["one"]  # padding is no example
-    right = {"prediction": targets.clamp(min=0), "probability": logits}
-    assert pictures.of_wrong(batch_of(inputs, targets), right, NAMES, None) == {}
-    assert pictures.of_wrong(batch_of(inputs[:, 0, 0], targets), found(logits), NAMES, None) == {}
+    local = wrong_of(inputs, targets, logits, num_local=2)
+    assert local["wrong"]["true"] == ["one"]  # padding does not count
+    assert wrong_of(inputs, logits.argmax(1), logits) == {}
+    for others in (inputs[:, 0, 0], (inputs, inputs), inputs.long()):
+        assert wrong_of(others, targets, logits) == {}
+    assert wrong_of(inputs, targets, logits[..., None]) == {}  # an output per place
 
 
 def test_the_probability_of_a_binary_prediction_is_its_own() -> None:
     told = {"prediction": torch.tensor([1, 0]), "probability": torch.tensor([0.75, 0.25])}
     targets = torch.tensor([[0.0], [1.0]])
     inputs = torch.zeros(2, 3, 4, 4)
-    wrong = pictures.of_wrong(batch_of(inputs, targets), told, NAMES[:2], None)["wrong"]
+    how: Any = {"predict": lambda _: told, "class_names": NAMES[:2]}
+    wrong = wrong_of(inputs, targets, torch.zeros(2), **how)["wrong"]
     assert wrong["probability"] == [0.75, 0.75] and wrong["true"] == ["zero", "one"]
 
 
@@ -69,7 +76,7 @@ def test_batches_add_up_until_there_are_enough() -> None:
     for count in (10, 20, 24):
         assert pictures.has_room(examples)
         examples = pictures.joined(examples, {})  # a batch without a wrong one
-        more = pictures.of_wrong(batch_of(inputs, targets), found(logits), NAMES, None)
+        more = wrong_of(inputs, targets, logits)
         examples = pictures.joined(examples, more)
         assert {len(column) for column in examples["wrong"].values()} == {count}
     assert not pictures.has_room(examples)

@@ -135,7 +135,7 @@ class Multiclass:
 
     def examples(self, batch: Batch, outputs: Tensor) -> dict[str, Any]:
         """Return pictures of the wrong ones among a batch's images, for the report."""
-        return of_wrong(batch, self.predict(outputs), self.class_names, self.as_pixels)
+        return of_wrong(batch, outputs, self.predict, self.class_names, self.as_pixels)
 
 
 class Binary:
@@ -189,7 +189,7 @@ class Binary:
 
     def examples(self, batch: Batch, outputs: Tensor) -> dict[str, Any]:
         """Return pictures of the wrong ones among a batch's images, for the report."""
-        return of_wrong(batch, self.predict(outputs), self.class_names, self.as_pixels)
+        return of_wrong(batch, outputs, self.predict, self.class_names, self.as_pixels)
 
 
 class Multilabel:

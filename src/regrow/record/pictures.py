@@ -51,19 +51,23 @@ def of_masks(
 
 def of_wrong(
     batch: Any,
-    found: Mapping[str, Tensor],
+    outputs: Any,
+    predict: Callable[[Any], Mapping[str, Tensor]],
     class_names: Sequence[str],
     as_pixels: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Any]:
     """Return the wrongly classified images of a batch, in its order; at most `NUM_WRONG`.
 
-    Takes inputs (B, C, H, W), targets (B,), (B, 1) or probabilities (B, classes), and what
-    `Task.predict` found: `prediction` (B,), and `probability` (B, classes), or (B,) that of class
-    1. Targets without a name, such as ignored ones, do not count.
+    Takes inputs (B, C, H, W), targets (B,), (B, 1) or probabilities (B, classes), and outputs, of
+    which `predict` gives `prediction` (B,), and `probability` (B, classes), or (B,) that of class
+    1. Targets without a name, such as ignored ones, do not count. Anything else gives nothing.
     """
-    inputs, targets, predicted = batch.inputs, batch.targets, found["prediction"]
-    if getattr(inputs, "ndim", None) != 4 or predicted.ndim != 1 or not batch.num_local:
+    inputs, targets = batch.inputs, batch.targets
+    has_images = getattr(inputs, "ndim", None) == 4 and inputs.is_floating_point()
+    if not has_images or getattr(outputs, "ndim", 3) > 2 or not batch.num_local:
         return {}
+    found = predict(outputs)
+    predicted = found["prediction"]
     targets = targets.argmax(1) if targets.ndim == 2 and targets.shape[1] > 1 else targets.flatten()
     targets = targets.gt(0.5).long() if targets.is_floating_point() else targets
     wrong = (predicted != targets) & (targets >= 0) & (targets < len(class_names))
@@ -130,6 +134,7 @@ def by_range(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) as uint8, each stretched from its least to its largest value."""
     import torch  # reading a page does not need it
 
+    images = images.float()
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
 

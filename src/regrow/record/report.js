@@ -76,6 +76,8 @@ function tell(x, y, title, rows) {
 }
 
 const untell = () => (tip.hidden = true);
+addEventListener("scroll", untell, { passive: true });
+addEventListener("pointerdown", (event) => event.target.closest("svg") || untell());
 
 class Chart {
   constructor(figure) {
@@ -171,8 +173,10 @@ class Panel {
       const inside = [start, x].sort((a, b) => a - b).map((it) => this.x.back(Math.max(MARGIN.left, Math.min(it, this.width - MARGIN.right))));
       this.chart.show(inside);
     });
-    const leave = () => {
+    svg.addEventListener("mousedown", (event) => event.preventDefault()); // neither text nor the plot is selected
+    const leave = (event) => {
       from = null;
+      if (event.pointerType === "touch" && event.type === "pointerleave") return; // a tap stays
       for (const panel of this.chart.panels) panel.over?.replaceChildren();
       untell();
     };

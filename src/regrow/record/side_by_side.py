@@ -194,7 +194,7 @@ class Axis:
         return (place - low) / (high - low) if high > low else 0.5
 
 
-def axis_of(values: Sequence[str | None]) -> Axis:
+def axis_of(values: Sequence[str | None], key: str = "") -> Axis:
     """Return numbers as they are, logarithmic over a wide range; anything else as categories."""
     try:
         places = [float(str(value)) for value in values]
@@ -204,7 +204,8 @@ def axis_of(values: Sequence[str | None]) -> Axis:
         low, high = min(places), max(places)
         return Axis(places, (), low > 0 and high / low >= 30)
     names = [*dict.fromkeys("–" if value is None else value for value in values)]
-    return Axis([names.index("–" if value is None else value) for value in values], names, False)
+    places = [float(names.index("–" if value is None else value)) for value in values]
+    return Axis(places, [pages.brief(name, key) for name in names], False)
 
 
 def _scatter(
@@ -220,7 +221,7 @@ def _scatter(
     values = [row.value(comparison.metric) or 0.0 for row in done]
     panels = []
     for key in varied[:MOST_PARAMETERS]:
-        axis = axis_of([row.swept.get(key) for row in done])
+        axis = axis_of([row.swept.get(key) for row in done], key)
         names = [labels[row.job] for row in done]
         dots = Line(
             comparison.metric, axis.places, values, COLOURS[0], is_scatter=True, labels=names
@@ -283,11 +284,11 @@ def _parallel(
     if len(varied) < 2 or len(done) < 2:
         return None
     values = {row.job: row.value(comparison.metric) or 0.0 for row in done}
-    axes = [axis_of([row.swept.get(key) for row in done]) for key in varied]
+    axes = [axis_of([row.swept.get(key) for row in done], key) for key in varied]
     axes.append(Axis([*values.values()], (), False))
     names = [*(short[key] for key in varied), comparison.metric]
     top, bottom = HEIGHT
-    apart = max(150, min(300, 900 // len(axes)))
+    apart = max(150, min(380, 1100 // len(axes)))
     xs = [70 + apart * index for index in range(len(axes))]
 
     def y(axis: Axis, place: float) -> float:
