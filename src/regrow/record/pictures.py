@@ -19,6 +19,7 @@ NUM_WRONG = 24
 MOST_WRONG_PIXELS = 96  # of a side, as there are more of them
 MOST_PIXELS = 256  # of a side; larger pictures keep every second pixel, or fewer
 IGNORED = "#ffffff"
+INK = "#24292f"  # of text; a page has its own
 MAX_NAMES = 24  # in a legend
 
 
@@ -171,7 +172,7 @@ def figure(
             axis = axes[row][column]
             axis.set_axis_off()
             if row == 0:
-                axis.set_title(name, loc="left", fontsize=11)
+                axis.set_title(name, loc="left", fontsize=11, color=INK)
             with Image.open(io.BytesIO(b64decode(text)), formats=("PNG",)) as file:
                 pixels = np.array(file)
             if name == "input":
@@ -184,5 +185,6 @@ def figure(
         Patch(facecolor=table[index], edgecolor="#888888", label=named[index].replace("$", r"\$"))
         for index in sorted(seen & named.keys())[:MAX_NAMES]
     ]
-    drawn.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=9)
+    style = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    drawn.legend(handles=handles, loc="outside lower left", ncols=6, **style)
     return drawn

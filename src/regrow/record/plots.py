@@ -25,14 +25,14 @@ Lines = Sequence[Mapping[str, Any]]
 # Okabe and Ito's colours, distinguishable with any colour vision. A report replaces ink, muted and
 # grid by the page's own colours, so that plots follow its light or dark mode.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#7f6a3f", "#e0567b")
-INK, MUTED, GRID = "#24292f", "#656d76", "#d8dee4"
+INK, MUTED, GRID = pictures.INK, "#656d76", "#d8dee4"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line"}
 VARIABLES |= {colour: f"c{index}" for index, colour in enumerate(COLOURS)}
 PANELS = 6
 DETAILED_CLASSES = 20  # with more classes, numbers in the cells are unreadable
 MAX_LABELS = 12
 # In all lines of a figure and of a page: a page of a hundred runs stays below 1 MB.
-STATIC_POINTS, PAGE_POINTS = 12_000, 30_000
+STATIC_POINTS, PAGE_POINTS = 12_000, 24_000
 POINTS = 2000  # per line of a page
 
 
@@ -508,7 +508,10 @@ def predicted(
 
 
 def to_svg(figure: Figure) -> str:
-    """Return an <svg> for a page: text stays text, ink and colours are the page's variables."""
+    """Return an <svg> for a page: text stays text, ink and colours are the page's variables.
+
+    Beside images the colours stay, as they are a key to those of the pixels.
+    """
     import matplotlib
 
     with (
@@ -523,7 +526,9 @@ def to_svg(figure: Figure) -> str:
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # several plots share one page
     size = f'style="max-width: {figure.get_figwidth() * 1.08:.2f}in" '
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', size, text, count=1)
-    return re.sub("|".join(VARIABLES), lambda match: in_page(match[0]), text)
+    has_images = any(axis.images for axis in figure.axes)
+    replaced = (INK, MUTED, GRID) if has_images else VARIABLES
+    return re.sub("|".join(replaced), lambda match: in_page(match[0]), text)
 
 
 @contextlib.contextmanager

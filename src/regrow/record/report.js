@@ -37,7 +37,7 @@ function short(value) {
   const size = Math.abs(value);
   if (size >= 1e6) return `${Number((value / 1e6).toPrecision(4))}M`;
   if (size >= 1e4) return `${Number((value / 1e3).toPrecision(4))}k`;
-  return size && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(4)));
+  return size && size < 1e-3 ? Number(value.toPrecision(3)).toExponential() : String(Number(value.toPrecision(4)));
 }
 
 const scale = (from, to, log) => {
@@ -102,7 +102,7 @@ class Chart {
     const keys = new Map();
     for (const line of this.panels.flatMap((panel) => panel.lines))
       if (!line.scatter) keys.set(line.group || line.name, line);
-    if (keys.size < 2) return;
+    if (this.panels.every((panel) => panel.lines.length < 2)) return;
     const order = [...keys];
     if (order[0][1].group) order.reverse(); // the best is drawn last
     order.slice(0, LEGEND).forEach(([name, line]) => {
@@ -171,7 +171,8 @@ class Panel {
       from = null;
       if (start === null || Math.abs(x - start) < 6) return;
       const inside = [start, x].sort((a, b) => a - b).map((it) => this.x.back(Math.max(MARGIN.left, Math.min(it, this.width - MARGIN.right))));
-      this.chart.show(inside);
+      if (this.lines.some((line) => line.x.some((it) => it >= inside[0] && it <= inside[1]))) this.chart.show(inside);
+      else this.over.replaceChildren();
     });
     svg.addEventListener("mousedown", (event) => event.preventDefault()); // neither text nor the plot is selected
     const leave = (event) => {
@@ -243,7 +244,7 @@ class Panel {
     }
     const names = data.ticks, room = (this.width - MARGIN.left) / (names ? names.length : 1), fits = Math.max(3, Math.floor(room / 6));
     const every = names ? Math.ceil(14 / room) : 1;
-    for (const value of names ? names.map((_, index) => index).filter((index) => index % every === 0) : ticks(...this.range, data.logX, this.width / 80)) {
+    for (const value of names ? names.map((_, index) => index).filter((index) => index % every === 0) : ticks(...this.range, data.logX, this.width / 80).filter((it) => !this.hasSteps || Number.isInteger(it))) {
       const text = names ? names[value] : short(value), x = this.x(value);
       add(this.svg, "line", { class: "grid", x1: x, x2: x, y1: MARGIN.top, y2: bottom });
       const mark = add(this.svg, "text", { class: "x", x, y: bottom + 15, "text-anchor": "middle" }, text.length > fits ? `${text.slice(0, fits - 1)}…` : text);

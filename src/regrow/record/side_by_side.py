@@ -78,7 +78,7 @@ def write_page(
             "rows": [[r.job, r.label, r.state, r.reason or "", r.log or ""] for r in remarked],
         },
         parameters=_scatter(comparison, done, varied, short, labels),
-        importance=importance or (effects(comparison, short) if varied else None),
+        importance=importance or (effects(comparison, short) if varied and len(keys) > 1 else None),
         parallel=_parallel(comparison, done, varied, short, labels),
         curves=_curves(comparison, rows, labels, texts),
         header=["run", "status", *numbers, *short.values()],
