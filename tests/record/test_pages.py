@@ -59,7 +59,11 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> list[Any]:
-        return [json.loads(text) for kind, text in self.scripts if kind == "application/json"]
+        def refuse(text: str) -> None:
+            raise AssertionError(f"{text} is not JSON: a browser refuses it")
+
+        texts = [text for kind, text in self.scripts if kind == "application/json"]
+        return [json.loads(text, parse_constant=refuse) for text in texts]
 
     @property
     def text(self) -> str:
@@ -191,10 +195,16 @@ def test_nan_is_shown_as_nan(tmp_path: Path) -> None:
         for step in range(5)
     ]
     write_lines(folder, nan)
-    write_json(folder / "summary.json", {"val": {"val/accuracy": math.nan}, "seconds": math.nan})
+    best = {"metric": "val/accuracy", "value": math.nan, "step": 3}
+    val = {"val/accuracy": math.nan}
+    write_json(folder / "summary.json", {"val": val, "seconds": math.nan, "best": best})
     write_json(folder / "plots" / "test.json", {"true": [1.0, 2.0], "predicted": [math.nan, 1.0]})
     plots.draw(folder)
-    assert "NaN" in Page(report.write(folder)).text
+    page = Page(report.write(folder))
+    assert "NaN" in page.text
+    loss = page.data[0]["panels"][0]
+    assert loss["title"] == "loss" and loss["best"] == 3
+    assert {line["name"]: line["y"] for line in loss["lines"]}["val"] == [1.0, None, 1.0, None, 1.0]
 
 
 def test_the_page_holds_the_curves_and_marks_the_best_step(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def chart(
 
     `count` is the number of lines in the page, which share its points.
     """
-    points = max(40, min(plots.POINTS, plots.PAGE_POINTS // max(1, count)))
+    points = max(20, min(plots.POINTS, plots.PAGE_POINTS // max(1, count)))
     shown = [panel.as_json(points) for panel in panels]
     steps: dict[tuple[float, ...], int] = {}  # lines of a run, and runs of a sweep, share them
     for line in (line for panel in shown for line in panel["lines"]):

@@ -147,6 +147,10 @@ class Panel:
         return found
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _short(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
@@ -216,7 +220,7 @@ def curves(
     names = panel_names(lines, final)
     sets = [*measured(lines, final)]
     colours = dict(zip(("train", *sets), colours_of(len(sets) + 1), strict=True))
-    chosen = best or {}
+    chosen = {key: it for key, it in (best or {}).items() if key == "metric" or _is_finite(it)}
     panels = []
     for name in names:
         steps, values = series(lines, f"train/{name}")
@@ -304,7 +308,7 @@ def figure_of(panels: Sequence[Panel], points: int = STATIC_POINTS) -> Figure | 
             axis.set_xticks(range(len(names)), names, **style)
         if panel.best is not None:
             axis.axvline(panel.best, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=0.9)
-            if isinstance(panel.best_value, int | float):
+            if panel.best_value is not None:
                 style = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.4}
                 axis.plot(
                     [panel.best], [panel.best_value], "o", color=INK, label="best step", **style

@@ -26,7 +26,8 @@ from regrow.record.comparison import (
 from regrow.record.plots import COLOURS, Line, Panel
 from regrow.record.report import MISSING, Run, differing_keys, flatten, references
 
-DRAWN_RUNS = 40  # in a plot without scripts; the others hold all runs
+DRAWN_RUNS = 40  # in a plot without scripts
+MOST_RUNS = 200  # in one with scripts; the table holds all runs
 MOST_PARAMETERS = 9  # with a plot each
 HEIGHT = (44, 296)  # of an axis of the parallel coordinates, from its top
 
@@ -283,6 +284,8 @@ def _parallel(
     """Return a line per run through an axis per parameter and one for the metric."""
     if len(varied) < 2 or len(done) < 2:
         return None
+    if len(done) > MOST_RUNS:
+        done = [row for its in comparison.settings for row in its.rows][:MOST_RUNS]
     values = {row.job: row.value(comparison.metric) or 0.0 for row in done}
     axes = [axis_of([row.swept.get(key) for row in done], key) for key in varied]
     axes.append(Axis([*values.values()], (), False))
@@ -317,7 +320,8 @@ def _parallel(
         }
         for x, name, axis in zip(xs, names, axes, strict=True)
     ]
-    return {"width": xs[-1] + 110, "axes": drawn, "runs": runs}
+    more = f" of the best {MOST_RUNS}" if len(done) == MOST_RUNS else ""
+    return {"width": xs[-1] + 110, "axes": drawn, "runs": runs, "more": more}
 
 
 def _ticks(axis: Axis) -> list[tuple[float, str]]:
@@ -359,7 +363,7 @@ def _curves(
     """Return the curves of all runs; those of a setting share a colour, in the settings' order."""
     rank = {row.job: index for index, its in enumerate(comparison.settings) for row in its.rows}
     named = {row.job: texts[row.job] or "all" for row in rows}
-    rows = sorted(rows, key=lambda row: rank.get(row.job, len(rank)))
+    total, rows = len(rows), sorted(rows, key=lambda row: rank.get(row.job, len(rank)))[:MOST_RUNS]
     runs = [row.run for row in rows if row.run is not None]
     names = [*dict.fromkeys(n for run in runs for n in plots.panel_names(run.lines, run.final))]
     chosen = [str(run.best.get("metric")).partition("/")[0] for run in runs]
@@ -379,9 +383,10 @@ def _curves(
     if figure is None:
         return None
     count = sum(len(panel.lines) for panel in panels)
-    more = f"The first {DRAWN_RUNS} of {len(rows)} runs; with scripts, all of them."
-    still = more if len(rows) > DRAWN_RUNS else ""
-    return {**pages.chart("validation curves", figure, panels, count), "still": still}
+    caption = f"The first {MOST_RUNS} of {total} runs, the best first." if total > MOST_RUNS else ""
+    still = f"The first {DRAWN_RUNS} of {total} runs; with scripts, more of them."
+    found = pages.chart("validation curves", figure, panels, count, caption)
+    return {**found, "still": still if total > DRAWN_RUNS else ""}
 
 
 def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
