@@ -17,7 +17,7 @@ from regrow.cli.arguments import Option, parse
 from regrow.config.resume import SWEEP
 from regrow.errors import UserError, machine_fault, printable
 from regrow.failing import tell
-from regrow.record import comparison, report
+from regrow.record import comparison, report, side_by_side
 from regrow.record.output import refuse_existing
 from regrow.sweep import results
 
@@ -89,7 +89,7 @@ def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
         others = ", ".join(os.path.relpath(row.job) for row in found.left_out)
         print(f"note: not compared, as they have no {found.metric}: {printable(others)}")
     comparison.write_csv(found.rows, output.with_suffix(".csv"))
-    return comparison.write_page(found, output)
+    return side_by_side.write_page(found, output)
 
 
 def of_sweep(folder: Path, output: Path | None) -> Path:

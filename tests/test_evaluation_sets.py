@@ -22,7 +22,7 @@ from regrow.config.check import check
 from regrow.errors import DataError, UserError
 from regrow.feeding.splits import Examples, Splits, check_overlap
 from regrow.project import ROOT
-from regrow.record import comparison, plots
+from regrow.record import comparison, plots, side_by_side
 from regrow.record.records import read_json
 from regrow.record.report import load
 from regrow.runs import training as runs
@@ -112,7 +112,7 @@ def test_a_trained_run_is_evaluated_on_a_set_that_it_never_had(table: Path, run:
 def test_reports_and_tables_show_every_set(run: Path, tmp_path: Path) -> None:
     page = load(run)
     assert [*page.sets] == ["val", "night", "ood", "test"]
-    drawn = plots.curves(page.lines, page.final)
+    drawn = plots.figure_of(plots.curves(page.lines, page.final))
     assert drawn is not None
     assert drawn.axes[0].get_legend_handles_labels()[1] == ["train", "val", "night"]
     rows = comparison.rows_of([page])
@@ -121,7 +121,7 @@ def test_reports_and_tables_show_every_set(run: Path, tmp_path: Path) -> None:
     comparison.write_csv(rows, tmp_path / "results.csv")
     header = (tmp_path / "results.csv").read_text().splitlines()[0].split(",")
     assert {"val/loss", "night/loss", "ood/loss", "test/loss"} <= {*header}
-    comparison.write_page(comparison.compare(rows), tmp_path / "page.html")
+    side_by_side.write_page(comparison.compare(rows), tmp_path / "page.html")
     assert "night/accuracy" in (tmp_path / "page.html").read_text()
 
 

@@ -20,7 +20,7 @@ from regrow.config.check import check
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
-from regrow.record import comparison, monitor
+from regrow.record import comparison, monitor, side_by_side
 from regrow.record.records import read_json, write_text
 from regrow.record.report import load
 from regrow.runs import training as runs
@@ -247,7 +247,7 @@ def test_a_run_without_validation_ends_with_its_last_weights(
     found = comparison.compare(comparison.rows_of([load(run)]))
     assert found.settings == [] and found.best is None
     comparison.write_csv(found.rows, Path("table.csv"))
-    comparison.write_page(found, Path("table.html"), "none")
+    side_by_side.write_page(found, Path("table.html"), "none")
 
 
 def test_it_is_killed_and_resumed_like_any_other(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from regrow.numerics.totals import (
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, Config, EvalBatches, ShowsExamples, Task
 from regrow.randomness import Draws, states_kept
+from regrow.record import pictures
 
 
 def evaluate(
@@ -44,7 +45,7 @@ def evaluate(
     what = (state.evaluated, plan.task, batches, plan.world, plan.options.precision, draws)
     with optim.evaluating(state.optimizer, state.model), states_kept():
         try:
-            values, details = measure_split(*what, stop=plan.stop, bar=bar)
+            values, details = measure_split(*what, stop=plan.stop, bar=bar, shows=False)
         except RuntimeError as error:
             say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
             raise
@@ -62,6 +63,7 @@ def measure_split(
     *,
     stop: StopRequest,
     bar: str | None,
+    shows: bool = True,
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return `measure` over this process's share of a split, with a progress bar named `bar`.
 
@@ -70,7 +72,8 @@ def measure_split(
     world.copy_buffers(model)
     waited = stopping_together(batches, len(batches), stop, world)
     shown = evaluation_bar(bar, batches)
-    measured = measure(model, task, waited, world, precision, shown, draws)
+    shows = shows and world.is_main  # the others' details are not used
+    measured = measure(model, task, waited, world, precision, shown, draws, shows=shows)
     sharding.free(model)
     return measured
 
@@ -84,12 +87,14 @@ def measure(
     precision: str,
     bar: Any,
     draws: Draws,
+    *,
+    shows: bool = True,
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return the exact loss and metrics over all `batches`, and details for plots.
 
     Accumulates sums over every example and process and divides once, without padding or dropping.
     Leaves the model in evaluation mode and advances `bar`. `draws` seeds each batch, which changes
-    the random generators: see `states_kept`.
+    the random generators: see `states_kept`. Without `shows`, the details hold no examples.
     """
     sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
@@ -105,8 +110,8 @@ def measure(
             sums[LOSS] += losses.sum()
             sums[WEIGHT] += losses.numel() if weights is None else weights.sum()
             metrics.update(outputs, batch.targets, batch.weights)
-            if number == 0 and isinstance(task, ShowsExamples):
-                examples = task.examples(batch, outputs)
+            if shows and pictures.has_room(examples) and isinstance(task, ShowsExamples):
+                examples = pictures.joined(examples, task.examples(batch, outputs))
             if not bar.disable:  # only for the progress bar
                 score = task.running(outputs, batch.targets)
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)

@@ -159,7 +159,10 @@ class ShowsExamples(Protocol):
     """A task whose evaluation also gives a few examples for plots."""
 
     def examples(self, batch: Batch, outputs: Tensor) -> Mapping[str, Config]:
-        """Return the first batch's examples, as plain values for JSON."""
+        """Return a batch's examples, as plain values for JSON; empty if it has none to show.
+
+        Called for each batch of a final evaluation until there are enough: see `pictures.has_room`.
+        """
         ...
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +16,12 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import torch
 import yaml
 from fakes import make_run, write_lines
 
 from regrow.errors import UserError
-from regrow.record import plots, report
+from regrow.record import comparison, pages, pictures, plots, report, side_by_side
 from regrow.record.records import read_metrics, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -30,17 +34,36 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.links: list[str] = []
         self.words: list[str] = []
+        self.scripts: list[tuple[str | None, str]] = []  # kind and text
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attributes).get("type"), ""))
         for name, value in attributes:
             assert not name.startswith("on"), name
             if name in ("href", "src", "xlink:href"):
                 self.links.append(value or "")
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.cdata_elem == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        else:
+            self.words.append(data)
+
+    @property
+    def code(self) -> list[str]:
+        """The scripts that a browser runs."""
+        return [text for kind, text in self.scripts if kind != "application/json"]
+
+    @property
+    def data(self) -> list[Any]:
+        def refuse(text: str) -> None:
+            raise AssertionError(f"{text} is not JSON: a browser refuses it")
+
+        texts = [text for kind, text in self.scripts if kind == "application/json"]
+        return [json.loads(text, parse_constant=refuse) for text in texts]
 
     @property
     def text(self) -> str:
@@ -48,7 +71,8 @@ class Page(HTMLParser):
 
 
 def compare(folders: list[Path], output: Path) -> Path:
-    return report.compare([report.load(folder) for folder in folders], output)
+    rows = comparison.rows_of([report.load(folder) for folder in folders])
+    return side_by_side.write_page(comparison.compare(rows), output)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +103,19 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     assert not [link for link in page.links if not link.startswith(("#", "data:"))]
     text = (tmp_path / "run" / "report.html").read_text()
     assert "@import" not in text and "url(http" not in text
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"link", "iframe", "object"} & set(page.tags)
+
+
+def test_a_page_runs_its_own_script_and_no_other(tmp_path: Path) -> None:
+    """The page names the hash of that script, by which a browser refuses all others."""
+    page = report.write(make_run(tmp_path / "run"))
+    (code,) = Page(page).code
+    assert code == (Path(pages.__file__).parent / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    (policy,) = re.findall(
+        r'http-equiv="Content-Security-Policy" content="([^"]*)"', page.read_text()
+    )
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
@@ -101,7 +137,9 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     write_lines(folder, lines)
     other = make_run(tmp_path / EVIL.replace("/", "_"), lr=0.5)
     for path in (report.write(folder), compare([folder, other], tmp_path / "c.html")):
-        assert not {"script", "img", "b"} & set(Page(path).tags)
+        page = Page(path)
+        assert not {"img", "b"} & set(page.tags)
+        assert len(page.code) == 1 and "alert" not in page.code[0]
     control = tmp_path / "control.html"
     control.write_text(f"<p>{EVIL}</p>")
     assert "script" in Page(control).tags
@@ -113,8 +151,8 @@ def test_the_name_of_a_folder_is_no_scheme_of_a_link(tmp_path: Path) -> None:
         make_run(folder)
     links = Page(compare(folders, tmp_path / "page.html")).links
     links = [link for link in links if not link.startswith(("#", "data:"))]
-    assert len(links) == 2 and all(":" not in link and "#" not in link for link in links)
-    assert [(tmp_path / unquote(link)).resolve() for link in links] == folders
+    assert len(links) == 3 and all(":" not in link and "#" not in link for link in links)
+    assert [(tmp_path / unquote(link)).resolve() for link in links[1:]] == folders
 
 
 def test_no_secret_enters_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +195,62 @@ def test_nan_is_shown_as_nan(tmp_path: Path) -> None:
         for step in range(5)
     ]
     write_lines(folder, nan)
-    write_json(folder / "summary.json", {"val": {"val/accuracy": math.nan}, "seconds": math.nan})
+    best = {"metric": "val/accuracy", "value": math.nan, "step": 3}
+    val = {"val/accuracy": math.nan}
+    write_json(folder / "summary.json", {"val": val, "seconds": math.nan, "best": best})
     write_json(folder / "plots" / "test.json", {"true": [1.0, 2.0], "predicted": [math.nan, 1.0]})
     plots.draw(folder)
-    assert "NaN" in Page(report.write(folder)).text
+    page = Page(report.write(folder))
+    assert "NaN" in page.text
+    loss = page.data[0]["panels"][0]
+    assert loss["title"] == "loss" and loss["best"] == 3
+    assert {line["name"]: line["y"] for line in loss["lines"]}["val"] == [1.0, None, 1.0, None, 1.0]
+
+
+def test_the_page_holds_the_curves_and_marks_the_best_step(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["best"]["step"], summary["parameters"] = 180, 288_170
+    write_json(folder / "summary.json", summary)
+    page = Page(report.write(folder))
+    curves, _ = page.data
+    panels = {panel["title"]: panel for panel in curves["panels"]}
+    assert {panel["best"] for panel in panels.values()} == {180}
+    assert panels["accuracy"]["bestValue"] == summary["best"]["value"]
+    assert "bestValue" not in panels["loss"]
+    lines = {line["name"]: line for line in panels["accuracy"]["lines"]}
+    found = dict(zip(curves["xs"][lines["val"]["x"]], lines["val"]["y"], strict=True))
+    logged = {it["step"]: it["val/accuracy"] for it in read_metrics(folder) if "val/f1" in it}
+    assert found == {step: float(f"{value:.5g}") for step, value in logged.items()}
+    assert "288 170" in page.text and "best val/accuracy" in page.text
+
+
+def test_the_throughput_counts_the_examples_of_smaller_last_batches(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")  # 12 epochs of 1,257 examples in 21.4 s
+    assert report.load(folder).examples_per_second is None  # an unknown batch
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"data": {"batch_size": 64}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report.load(folder).examples_per_second == pytest.approx(12 * 1257 / 21.4)
+    config["data"]["drop_last"] = True
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report.load(folder).examples_per_second == pytest.approx(240 * 64 / 21.4)
+    assert "718" in Page(report.write(folder)).text
+
+
+def test_wrong_images_are_shown_with_truth_and_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "figures", lambda *_: {})
+    folder = make_run(tmp_path / "run")
+    pixels = pictures._png(torch.arange(64, dtype=torch.uint8).view(1, 8, 8))
+    wrong = {"image": [pixels], "true": ["<b>cat"], "predicted": ["dog"], "probability": [0.875]}
+    write_json(folder / "plots" / "test.json", {"wrong": wrong})
+    page = report.write(folder)
+    assert f'<img src="data:image/png;base64,{pixels}"' in page.read_text()
+    assert "true <b>cat predicted dog 0.88" in Page(page).text
+    for key, damage in (("image", ["no base64"]), ("image", []), ("true", 3), ("predicted", None)):
+        write_json(folder / "plots" / "test.json", {"wrong": {**wrong, key: damage}})
+        assert "img" not in Page(report.write(folder)).tags
 
 
 def test_a_long_line_is_thinned_and_keeps_its_peaks_and_its_wide_gaps() -> None:
@@ -210,7 +300,8 @@ def test_side_by_side_shows_only_the_keys_that_differ(tmp_path: Path) -> None:
     report.write(runs[0])
     page = Page(compare(runs, tmp_path / "sweep" / "comparison.html"))
     assert "optimizer.lr" in page.text and "weight_decay" not in page.text
-    assert [link for link in page.links if not link.startswith("#")] == ["0/report.html", "1", "2"]
+    links = [link for link in page.links if not link.startswith("#")]
+    assert links == ["0/report.html", "0/report.html", "1", "2"]  # first, the best
     accuracy = json.loads((runs[2] / "summary.json").read_text())["test"]["test/accuracy"]
     assert f"{accuracy:.4f}" in page.text and "test/accuracy" in page.text
 
@@ -265,8 +356,10 @@ def test_metrics_of_single_classes_are_folded_away(tmp_path: Path) -> None:
 def test_more_runs_than_are_drawn_can_be_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(i), epochs=2, steps_per_epoch=5, seed=i) for i in range(45)]
     page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
-    assert page.tags.count("tr") == len(runs) + 1
+    links = [link for link in page.links if link in {run.name for run in runs}]
+    assert len({*links}) == len(runs)
     assert "The first 40 of 45 runs" in page.text
+    assert {len(panel["lines"]) for panel in page.data[-1]["panels"]} == {45}
 
 
 def script() -> ModuleType:

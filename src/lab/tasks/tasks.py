@@ -29,6 +29,7 @@ from regrow.feeding.tokens import IGNORED
 from regrow.feeding.vocabulary import from_record
 from regrow.numerics.precision import widest
 from regrow.protocols import Batch
+from regrow.record.pictures import of_masks, of_wrong
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -95,6 +96,7 @@ class Multiclass:
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
         self.extra_metrics = extra_metrics
         self.ignore_index: int | None = attribute(loss, "ignore_index", None)
+        self.as_pixels: Callable[[Tensor], Tensor] | None = None  # of inputs, for pictures
         # The number of ignored targets is not known without waiting for the device.
         self.running_name = "accuracy" if self.ignore_index is None else None
 
@@ -131,6 +133,10 @@ class Multiclass:
         )
         return Metrics(recipe, device, self.extra_metrics)
 
+    def examples(self, batch: Batch, outputs: Tensor) -> dict[str, Any]:
+        """Return pictures of the wrong ones among a batch's images, for the report."""
+        return of_wrong(batch, outputs, self.predict, self.class_names, self.as_pixels)
+
 
 class Binary:
     """Yes or no per example: logits (B,) or (B, 1), targets (B,) or (B, 1) of 0 and 1."""
@@ -156,6 +162,7 @@ class Binary:
         self.threshold, self.logit = threshold, _logit(threshold)
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
         self.extra_metrics = extra_metrics
+        self.as_pixels: Callable[[Tensor], Tensor] | None = None  # of inputs, for pictures
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
         return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
@@ -179,6 +186,10 @@ class Binary:
     def metrics(self, device: torch.device) -> Metrics:
         recipe = binary_metrics(self.class_names, self.threshold, auroc=self.auroc)
         return Metrics(recipe, device, self.extra_metrics)
+
+    def examples(self, batch: Batch, outputs: Tensor) -> dict[str, Any]:
+        """Return pictures of the wrong ones among a batch's images, for the report."""
+        return of_wrong(batch, outputs, self.predict, self.class_names, self.as_pixels)
 
 
 class Multilabel:
@@ -335,8 +346,6 @@ class Segmentation:
 
     def examples(self, batch: Batch, outputs: Tensor) -> dict[str, Any]:
         """Return pictures of a few inputs, masks and predictions, for the report."""
-        from regrow.record.pictures import of_masks
-
         targets: Any = batch.targets
         masks = {"true": targets, "predicted": outputs.argmax(1)}
         named = (self.class_names, self.ignore_index)

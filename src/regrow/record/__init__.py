@@ -3,7 +3,7 @@
 Public, by module; all else is private to this folder.
 
 comparison: as_text, compare, Comparison, label_of, OUT_OF_FOLD, Row, rows_of, shown, table_of,
-    write_csv, write_out_of_fold, write_page
+    write_csv, write_out_of_fold
 locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
 manifest: code_changes, code_sha256, commit_to_use, cores, latest, NAME, name_some, namespace_files,
@@ -16,11 +16,13 @@ output: refuse_existing, refuse_existing_folder, whole_file, write_bytes, write_
     write_text
 ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run, Entry, find,
     is_own_run, owner_of_job, reason_of, remove_caches, sealed, take_trust, trust_of
-pictures: by_range, of_masks
+pages: short_names
+pictures: by_range, has_room, joined, of_masks, of_wrong
 plots
 records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, METRICS, NOT_SETS,
     read_json, refuse_links, remove_start, remove_unused, set_status, set_step, sets_of, SUMMARY,
     whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
+side_by_side: effects, Importance, write_page
 """

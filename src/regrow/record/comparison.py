@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.record import monitor, output, report
+from regrow.record import monitor, output
 from regrow.record.output import harmless
 from regrow.record.records import sets_of, write_text
 from regrow.record.redact import redact
-from regrow.record.report import Run, differing_keys, flatten, references
+from regrow.record.report import BOOKKEEPING, Run, differing_keys, flatten, references
 from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate
 
 REPEATS = ("seed", "data.fold")  # runs that differ only in these are of one setting
@@ -157,7 +157,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         {
             key: value
             for key, _, value in (o.lstrip("+").partition("=") for o in run.overrides)
-            if f"{key}={value}" not in common and key.split(".")[0] not in report.BOOKKEEPING
+            if f"{key}={value}" not in common and key.split(".")[0] not in BOOKKEEPING
         }
         for run in runs
     ]
@@ -357,20 +357,3 @@ def _same_but_fold(one: Row, other: Row) -> bool:
 
 def _natural(text: str) -> tuple[int, str]:
     return (int(text), "") if text.isdecimal() else (-1, text)
-
-
-def write_page(comparison: Comparison, output: Path, title: str = "") -> Path:
-    """Write one page: the settings, failed jobs, the runs side by side and their curves."""
-    tables = {}
-    if comparison.settings:
-        tables["Settings"] = table_of(comparison)
-    remarked = [row for row in comparison.rows if row.reason]
-    if remarked:
-        cells = [
-            [row.job, row.label, row.state, row.reason or "", row.log or ""] for row in remarked
-        ]
-        tables["Failed, cut or changed"] = (["job", "setting", "status", "reason", "log"], cells)
-    runs = [row.run for row in comparison.rows if row.run is not None]
-    groups = {row.run.folder: row.setting_label for row in comparison.rows if row.run is not None}
-    groups |= {r.run.folder: its.label for its in comparison.settings for r in its.rows if r.run}
-    return report.compare(runs, output, title, tables, groups)

@@ -1,19 +1,25 @@
-"""Pictures of a few examples with their masks, for a run's page. Plain values, as JSON holds."""
+"""Pictures of a few examples, wrong or with their masks, for a run's page. Values as JSON holds."""
 
 from __future__ import annotations
 
-import base64
 import io
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from regrow.record.records import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
 NUM_SHOWN = 4
+NUM_WRONG = 24
+MOST_WRONG_PIXELS = 96  # of a side, as there are more of them
 MOST_PIXELS = 256  # of a side; larger pictures keep every second pixel, or fewer
 IGNORED = "#ffffff"
+INK = "#24292f"  # of text; a page has its own
 MAX_NAMES = 24  # in a legend
 
 
@@ -44,10 +50,92 @@ def of_masks(
     return {"examples": columns, "class_names": list(class_names)}
 
 
+def of_wrong(
+    batch: Any,
+    outputs: Any,
+    predict: Callable[[Any], Mapping[str, Tensor]],
+    class_names: Sequence[str],
+    as_pixels: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Any]:
+    """Return the wrongly classified images of a batch, in its order; at most `NUM_WRONG`.
+
+    Takes inputs (B, C, H, W), targets (B,), (B, 1) or probabilities (B, classes), and outputs, of
+    which `predict` gives `prediction` (B,), and `probability` (B, classes), or (B,) that of class
+    1. Targets without a name, such as ignored ones, do not count. Anything else gives nothing.
+    """
+    inputs, targets = batch.inputs, batch.targets
+    has_images = getattr(inputs, "ndim", None) == 4 and inputs.is_floating_point()
+    if not has_images or getattr(outputs, "ndim", 3) > 2 or not batch.num_local:
+        return {}
+    found = predict(outputs)
+    predicted = found["prediction"]
+    targets = targets.argmax(1) if targets.ndim == 2 and targets.shape[1] > 1 else targets.flatten()
+    targets = targets.gt(0.5).long() if targets.is_floating_point() else targets
+    wrong = (predicted != targets) & (targets >= 0) & (targets < len(class_names))
+    chosen = wrong[: batch.num_local].nonzero().flatten()[:NUM_WRONG]
+    if not len(chosen):
+        return {}
+    of_each = found["probability"][chosen]
+    if of_each.ndim == 2:
+        of_each = of_each.gather(1, predicted[chosen, None]).flatten()
+    else:
+        of_each = of_each.where(predicted[chosen] == 1, 1 - of_each)
+    every = -(-max(inputs.shape[2:]) // MOST_WRONG_PIXELS)
+    pixels = (as_pixels or by_range)(inputs[chosen][..., ::every, ::every]).cpu()
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
+    columns = {
+        "image": [_png(image) for image in pixels],
+        "true": [str(class_names[index]) for index in targets[chosen].tolist()],
+        "predicted": [str(class_names[index]) for index in predicted[chosen].tolist()],
+        "probability": of_each.tolist(),
+    }
+    return {"wrong": columns}
+
+
+def has_room(examples: Mapping[str, Any]) -> bool:
+    """Return True if another batch may add to the examples: only wrong ones are collected."""
+    return (
+        not examples or len(examples.get("wrong", {}).get("image", [None] * NUM_WRONG)) < NUM_WRONG
+    )
+
+
+def joined(examples: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the examples of the batches so far with those of the next one."""
+    if not (examples and more):
+        return more or examples
+    before, after = examples["wrong"], more["wrong"]
+    return {"wrong": {key: [*before[key], *after[key]][:NUM_WRONG] for key in before}}
+
+
+def wrong_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the wrong examples of each set of a run, from its folder, as its page shows them."""
+    found = []
+    for path in sorted((folder / "plots").glob("*.json")):
+        try:
+            wrong = read_json(path)["wrong"]
+            examples = [
+                {
+                    "image": b64encode(b64decode(image, validate=True)).decode("ascii"),
+                    "true": true,
+                    "predicted": predicted,
+                    "probability": f"{float(probability):.2f}",
+                }
+                for image, true, predicted, probability in zip(
+                    *(wrong[key] for key in ("image", "true", "predicted", "probability")),
+                    strict=True,
+                )
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append({"name": path.stem, "examples": examples})
+    return found
+
+
 def by_range(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) as uint8, each stretched from its least to its largest value."""
     import torch  # reading a page does not need it
 
+    images = images.float()
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
 
@@ -61,7 +149,7 @@ def _png(pixels: Tensor) -> str:
     array = pixels.permute(1, 2, 0).squeeze(2).numpy().astype("uint16" if is_wide else "uint8")
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return b64encode(buffer.getvalue()).decode("ascii")
 
 
 def figure(
@@ -84,8 +172,8 @@ def figure(
             axis = axes[row][column]
             axis.set_axis_off()
             if row == 0:
-                axis.set_title(name, loc="left", fontsize=11)
-            with Image.open(io.BytesIO(base64.b64decode(text)), formats=("PNG",)) as file:
+                axis.set_title(name, loc="left", fontsize=11, color=INK)
+            with Image.open(io.BytesIO(b64decode(text)), formats=("PNG",)) as file:
                 pixels = np.array(file)
             if name == "input":
                 axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
@@ -97,5 +185,6 @@ def figure(
         Patch(facecolor=table[index], edgecolor="#888888", label=named[index].replace("$", r"\$"))
         for index in sorted(seen & named.keys())[:MAX_NAMES]
     ]
-    drawn.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=9)
+    style = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    drawn.legend(handles=handles, loc="outside lower left", ncols=6, **style)
     return drawn

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import colorsys
+import contextlib
 import io
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +25,15 @@ Lines = Sequence[Mapping[str, Any]]
 # Okabe and Ito's colours, distinguishable with any colour vision. A report replaces ink, muted and
 # grid by the page's own colours, so that plots follow its light or dark mode.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#7f6a3f", "#e0567b")
-INK, MUTED, GRID = "#24292f", "#656d76", "#d8dee4"
+INK, MUTED, GRID = pictures.INK, "#656d76", "#d8dee4"
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line"}
+VARIABLES |= {colour: f"c{index}" for index, colour in enumerate(COLOURS)}
 PANELS = 6
 DETAILED_CLASSES = 20  # with more classes, numbers in the cells are unreadable
 MAX_LABELS = 12
-POINTS = 4000  # per line; more than a plot has pixel columns
+# In all lines of a figure and of a page: a page of a hundred runs stays below 1 MB.
+STATIC_POINTS, PAGE_POINTS = 12_000, 24_000
+POINTS = 2000  # per line of a page
 
 
 def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
@@ -39,15 +47,21 @@ def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
     return paths
 
 
-def figures(
-    folder: Path, lines: Lines | None = None, final: Collection[str] = ("test",)
-) -> dict[str, Figure]:
-    """Return the folder's figures by name, in reading order; `lines` if they have been read.
+def panels_of(
+    lines: Lines, final: Collection[str], best: Mapping[str, Any] | None
+) -> dict[str, list[Panel]]:
+    """Return a run's curves by the name of the figure.
 
-    `final` are the sets that are measured once, and so have no curve.
+    `final` are the sets that are measured once, and so have no curve. `best` is a summary's.
     """
-    lines = read_metrics(folder) if lines is None else lines
-    found = {"learning_curves": curves(lines, final), "learning_rate": rates(lines)}
+    return {"learning_curves": curves(lines, final, best), "learning_rate": rates(lines)}
+
+
+def figures(folder: Path, panels: Mapping[str, Sequence[Panel]] | None = None) -> dict[str, Figure]:
+    """Return the folder's figures by name, in reading order; `panels` if they are known."""
+    if panels is None:
+        panels = panels_of(read_metrics(folder), ("test",), None)
+    found = {name: figure_of(its) for name, its in panels.items()}
     for path in sorted((folder / "plots").glob("*.json")):
         try:
             details = read_json(path)
@@ -65,19 +79,94 @@ def figures(
         if isinstance(details, dict) and details.get("examples"):
             names = details["class_names"]
             found[f"examples_{path.stem}"] = pictures.figure(
-                details["examples"], names, _colours(len(names))
+                details["examples"], names, colours_of(len(names))
             )
     there = {name: figure for name, figure in found.items() if figure is not None}
     for figure in there.values():  # lay out once, not for each file written
-        figure.draw_without_rendering()
+        with _any_glyph():
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return there
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one colour, joined unless they are a scatter; `group` is its entry in a legend."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    colour: str
+    group: str = ""
+    is_faint: bool = False
+    is_scatter: bool = False
+    labels: Sequence[str] = ()  # of each point of a scatter
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of several lines, from which matplotlib and the page's script draw alike."""
+
+    title: str
+    lines: Sequence[Line]
+    best: float | None = None  # a step to mark
+    best_value: float | None = None  # of the curve that chose it
+    x: str = "step"
+    ticks: Sequence[str] = ()  # the names of x = 0, 1, …
+    is_log_x: bool = False
+    may_be_log: bool = True
+
+    @property
+    def is_log(self) -> bool:
+        """Return True if one spike would flatten the rest."""
+        main = [v for line in self.lines if not line.is_faint for v in line.values]
+        values = sorted(value for value in main if math.isfinite(value))
+        spikes = len(values) > 20 and values[0] > 0 and values[-1] > 100 * values[len(values) // 2]
+        return self.may_be_log and spikes
+
+    def as_json(self, points: int) -> dict[str, Any]:
+        """Return what the page's script draws; values that are not finite are null."""
+        lines = [line for line in self.lines if line.steps]
+        found: dict[str, Any] = {"title": self.title, "x": self.x, "lines": []}
+        for line in lines:
+            one: dict[str, Any] = {"name": line.name, "colour": in_page(line.colour)}
+            if line.is_scatter:
+                steps, values = line.steps, line.values
+                one |= {"scatter": True, "labels": [*line.labels]}
+            else:
+                steps, values = thinned(line.steps, line.values, points)
+            one |= {"x": [*steps], "y": [_short(value) for value in values]}
+            one |= {"group": line.group} if line.group else {}
+            one |= {"faint": True} if line.is_faint else {}
+            found["lines"].append(one)
+        for key, value in (
+            ("best", self.best), ("bestValue", self.best_value), ("ticks", [*self.ticks]),
+            ("logX", self.is_log_x), ("log", self.is_log),
+        ):  # fmt: skip
+            found |= {key: value} if value or value == 0 else {}
+        return found
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 # -- curves ----------------------------------------------------------------------------------------
 
 
-def series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
+def colours_of(count: int) -> list[str]:
+    """Return different colours; beyond the eighth by hue, of a lightness for light and dark."""
+    more = range(max(0, count - len(COLOURS)))
+    rgb = (colorsys.hls_to_rgb(0.618 * index % 1, 0.5, 0.5) for index in more)
+    by_hue = ["#" + "".join(f"{round(255 * part):02x}" for part in parts) for parts in rgb]
+    return [*COLOURS[:count], *by_hue]
+
+
+def series(lines: Lines, key: str) -> tuple[list[float], list[float]]:
     """Return the steps and values of one key; for a step logged twice, the later value."""
     points = {
         line["step"]: float(line[key]) for line in lines if isinstance(line.get(key), int | float)
@@ -85,20 +174,23 @@ def series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
     return list(points), list(points.values())
 
 
-def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+def thinned(
+    steps: Sequence[float], values: Sequence[float], points: int = POINTS
+) -> tuple[Sequence[float], Sequence[float]]:
     """Return a long line's smallest and largest finite value per stretch, which looks the same.
 
-    Closes gaps shorter than a stretch.
+    Closes gaps shorter than a stretch. Keeps the last point.
     """
-    if len(steps) <= POINTS:
+    if len(steps) <= points:
         return steps, values
-    size = math.ceil(len(steps) / (POINTS // 2))
+    size = math.ceil((len(steps) - 1) / (max(points - 1, 2) // 2))
     kept: list[int] = []
     value = values.__getitem__
-    for first in range(0, len(steps), size):
-        stretch = range(first, min(first + size, len(steps)))
+    for first in range(0, len(steps) - 1, size):
+        stretch = range(first, min(first + size, len(steps) - 1))
         finite = [place for place in stretch if math.isfinite(values[place])]
         kept += sorted({min(finite, key=value), max(finite, key=value)}) if finite else [first]
+    kept.append(len(steps) - 1)
     return [steps[place] for place in kept], [values[place] for place in kept]
 
 
@@ -121,120 +213,153 @@ def panel_names(lines: Lines, final: Collection[str]) -> list[str]:
     return [*(["loss"] if has_loss else []), *(it for it in names if it != "loss")][:PANELS]
 
 
-def curves(lines: Lines, final: Collection[str]) -> Figure | None:
-    """Return one panel per metric, with train and each set together."""
+def curves(
+    lines: Lines, final: Collection[str] = ("test",), best: Mapping[str, Any] | None = None
+) -> list[Panel]:
+    """Return one panel per metric, with train and each set together; `best` is a summary's."""
     names = panel_names(lines, final)
-    if not names:
-        return None
     sets = [*measured(lines, final)]
-    colours = dict(zip(("train", *sets), _colours(len(sets) + 1), strict=True))
-    figure, axes = _panels(len(names))
-    for name, axis in zip(names, axes, strict=True):
+    colours = dict(zip(("train", *sets), colours_of(len(sets) + 1), strict=True))
+    chosen = {key: it for key, it in (best or {}).items() if key == "metric" or _is_finite(it)}
+    panels = []
+    for name in names:
         steps, values = series(lines, f"train/{name}")
-        epoch_steps, epoch_values = series(lines, f"train/epoch_{name}")
-        if epoch_steps:
-            axis.plot(*thinned(steps, values), color=colours["train"], linewidth=0.8, alpha=0.35)
-            _line(axis, epoch_steps, epoch_values, colours["train"], "train")
-        elif steps:
-            _line(axis, steps, values, colours["train"], "train")
-        everything = [*epoch_values]
-        for its in sets:
-            set_steps, set_values = series(lines, f"{its}/{name}")
-            _line(axis, set_steps, set_values, colours[its], its)
-            everything += set_values
-        _finish(axis, name, everything or values)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return figure
+        epoch = series(lines, f"train/epoch_{name}")
+        drawn = [Line("train", steps, values, colours["train"])]
+        if epoch[0]:
+            drawn = [
+                Line("train, single steps", steps, values, colours["train"], is_faint=True),
+                Line("train", *epoch, colours["train"]),
+            ]
+        drawn += [Line(its, *series(lines, f"{its}/{name}"), colours[its]) for its in sets]
+        found = chosen.get("value") if str(chosen.get("metric")).partition("/")[2] == name else None
+        panels.append(Panel(name, drawn, best=chosen.get("step"), best_value=found))
+    return panels
 
 
-def rates(lines: Lines) -> Figure | None:
-    """Return a plot of each group's learning rate and, next to it, the gradient norm."""
+def rates(lines: Lines) -> list[Panel]:
+    """Return a panel of each group's learning rate and, next to it, the gradient norm."""
     keys = dict.fromkeys(key for line in lines for key in line)
-    rate_keys = [key for key in keys if re.fullmatch(r"train/lr(/.+)?", key)]
-    if not rate_keys:
-        return None
-    has_norm = "train/grad_norm" in keys
-    figure, axes = _panels(2 if has_norm else 1)
-    for key, colour in zip(rate_keys, _colours(len(rate_keys)), strict=True):
-        _line(axes[0], *series(lines, key), colour, key.removeprefix("train/"))
-    if len(rate_keys) > 1:
-        axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
-    _finish(axes[0], "learning rate", [])
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    if has_norm:
-        steps, values = series(lines, "train/grad_norm")
-        _line(axes[1], steps, values, COLOURS[2], "grad_norm")
-        _finish(axes[1], "gradient norm, before clipping", values)
-    return figure
+    groups = [key for key in keys if re.fullmatch(r"train/lr(/.+)?", key)]
+    if not groups:
+        return []
+    colours = colours_of(len(groups))
+    drawn = [
+        Line(key.removeprefix("train/"), *series(lines, key), colour)
+        for key, colour in zip(groups, colours, strict=True)
+    ]
+    panels = [Panel("learning rate", drawn, may_be_log=False)]
+    if "train/grad_norm" in keys:
+        norms = series(lines, "train/grad_norm")
+        drawn = [Line("grad_norm", *norms, COLOURS[2])]
+        panels.append(Panel("gradient norm, before clipping", drawn))
+    return panels
 
 
 def overlay(
-    runs: Mapping[str, Lines],
-    names: Sequence[str],
-    groups: Sequence[str] | None = None,
-    sets: Sequence[str] = ("val",),
-) -> Figure | None:
+    runs: Sequence[tuple[str, str, Lines]], names: Sequence[str], sets: Sequence[str] = ("val",)
+) -> list[Panel]:
     """Return a panel per metric with all runs: of the first of `sets` that has it, else of train.
 
-    `groups`, one per run, share a colour and a legend entry.
+    A run is its name, its group's and its lines. The runs of a group share a colour; groups after
+    the eighth are grey.
     """
-    if not runs or not names:
-        return None
-    figure, axes = _panels(len(names))
-    for name, axis in zip(names, axes, strict=True):
-        everything: list[float] = []
-        named = list(groups or runs)
-        colours = dict(zip(dict.fromkeys(named), _colours(len({*named})), strict=True))
-        told: set[str] = set()
-        for name_of_group, lines in zip(named, runs.values(), strict=True):
-            colour = colours[name_of_group]
-            label = name_of_group if len(name_of_group) <= 100 else f"{name_of_group[:99]}…"
-            label = f"_{label}" if name_of_group in told else label  # _ hides it in the legend
-            told.add(name_of_group)
+    groups = [*dict.fromkeys(group for _, group, _ in runs)]
+    colours = {it: COLOURS[i] if i < len(COLOURS) else MUTED for i, it in enumerate(groups)}
+    panels = []
+    for name in names:
+        drawn = []
+        for run, group, lines in runs:
             found = (series(lines, f"{its}/{name}") for its in (*sets, "train"))
             steps, values = next((one for one in found if one[0]), ([], []))
-            _line(axis, steps, values, colour, label, width=1.6 if len(runs) <= 8 else 1.0)
-            everything += values
-        _finish(axis, name, everything)
-    labels = axes[0].get_legend_handles_labels()
-    if 1 <= len(labels[1]) <= 8:
-        figure.legend(
-            *labels,
-            loc="outside lower left",
-            ncols=max(1, min(4, 130 // (max(map(len, labels[1])) + 6))),  # as many as fit
-            frameon=False,
-            fontsize=9,
-            labelcolor=INK,
-        )
+            grey = colours[group] == MUTED
+            drawn.append(Line(run, steps, values, colours[group], group=group, is_faint=grey))
+        drawn.sort(key=lambda line: groups.index(line.group), reverse=True)  # the best on top
+        panels.append(Panel(name, drawn))
+    return panels
+
+
+# -- drawn by matplotlib ---------------------------------------------------------------------------
+
+
+def figure_of(panels: Sequence[Panel], points: int = STATIC_POINTS) -> Figure | None:
+    """Return the panels side by side, with about as many `points` in all; None without any."""
+    panels = [panel for panel in panels if any(line.steps for line in panel.lines)]
+    if not panels:
+        return None
+    each = max(40, points // sum(len(panel.lines) for panel in panels))
+    figure, axes = _panels(len(panels))
+    for panel, axis in zip(panels, axes, strict=True):
+        wide = len(panel.lines) <= 8
+        for line in panel.lines:
+            _line(axis, line, each, 1.6 if wide else 1.0, has_dots=wide)
+        axis.set_title(_plain(panel.title[:40]), loc="left", fontsize=11, color=INK)
+        axis.set_xlabel(_plain(panel.x[:40]), fontsize=9, color=MUTED)
+        if panel.is_log:
+            axis.set_yscale("log")
+        else:
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if panel.is_log_x:
+            axis.set_xscale("log")
+        if panel.ticks:
+            steep = max(map(len, panel.ticks)) * len(panel.ticks) > 40
+            style: dict[str, Any] = {"rotation": 30, "ha": "right"} if steep else {}
+            names = [_plain(it if len(it) <= 18 else f"{it[:17]}…") for it in panel.ticks]
+            axis.set_xticks(range(len(names)), names, **style)
+        if panel.best is not None:
+            axis.axvline(panel.best, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=0.9)
+            if panel.best_value is not None:
+                style = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.4}
+                axis.plot(
+                    [panel.best], [panel.best_value], "o", color=INK, label="best step", **style
+                )
+    shared = [*{tuple(line.group or line.name for line in panel.lines) for panel in panels}]
+    if any(line.group for panel in panels for line in panel.lines):
+        _legend(figure, axes[0])
+    elif len(shared) > 1 or len(shared[0]) > 1:
+        for axis in axes:
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
-def _line(
-    axis: Axes,
-    steps: Sequence[int],
-    values: Sequence[float],
-    colour: str,
-    label: str,
-    *,
-    width: float = 1.6,
-) -> None:
-    if not steps:
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Write a legend of the groups below the panels, unless there are many."""
+    found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    labels = [*reversed(found)]
+    if not 1 <= len(labels) <= len(COLOURS) + 1:
+        return
+    figure.legend(
+        [found[label] for label in labels],
+        labels,
+        loc="outside lower left",
+        ncols=max(1, min(4, 130 // (max(map(len, labels)) + 6))),  # as many as fit
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+
+
+def _line(axis: Axes, line: Line, points: int, width: float, *, has_dots: bool) -> None:
+    if not line.steps:
         return
     # A single value, or one between two NaN, makes no line: it needs a dot.
-    finite = [math.isfinite(value) for value in values]
-    dots = len(steps) <= 30 or sum(finite) <= 30
+    finite = [math.isfinite(value) for value in line.values]
+    few = sum(finite) <= (30 if has_dots else 1)
+    named = line.group or line.name
+    label = _plain(named if len(named) <= 100 else f"{named[:99]}…")
+    faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.8} if line.is_faint else {}
+    label = f"_{label}" if line.is_faint else label  # _ hides it in the legend
+    values = [v if good else math.nan for v, good in zip(line.values, finite, strict=True)]
     axis.plot(
-        *thinned(steps, [v if good else math.nan for v, good in zip(values, finite, strict=True)]),
-        color=colour,
-        linewidth=width,
-        marker="o" if dots else None,
-        markersize=3,
-        label=_plain(label),
+        *thinned(line.steps, values, points),
+        **{"color": line.colour, "linewidth": width, "markersize": 3, "label": label, **faint},
+        marker="o" if line.is_scatter or (few and not line.is_faint) else None,
+        linestyle="none" if line.is_scatter else "-",
     )
     if not all(finite):
-        bad = [step for step, good in zip(steps, finite, strict=True) if not good]
-        bad = bad[:: math.ceil(len(bad) / POINTS)]
+        bad = [step for step, good in zip(line.steps, finite, strict=True) if not good]
+        bad = bad[:: math.ceil(len(bad) / points)]
         axis.plot(
             bad,
             [0.02] * len(bad),
@@ -242,17 +367,9 @@ def _line(
             linestyle="none",
             marker="x",
             markersize=5,
-            color=colour,
-            label=_plain(f"{label}: not finite"),
+            color=line.colour,
+            label=f"{label}: not finite",
         )
-
-
-def _finish(axis: Axes, title: str, values: Sequence[float]) -> None:
-    axis.set_title(_plain(title), loc="left", fontsize=11, color=INK)
-    axis.set_xlabel("step", fontsize=9, color=MUTED)
-    finite = sorted(value for value in values if math.isfinite(value))
-    if len(finite) > 20 and finite[0] > 0 and finite[-1] > 100 * finite[len(finite) // 2]:
-        axis.set_yscale("log")  # one spike would flatten the rest
 
 
 def _plain(text: str) -> str:
@@ -277,16 +394,6 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, axes[:count]
-
-
-def _colours(count: int) -> list[str]:
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
-    import matplotlib
-    from matplotlib.colors import to_hex
-
-    shades = matplotlib.colormaps["viridis"]
-    return [to_hex(shades(index / count)) for index in range(count)]
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -394,7 +501,7 @@ def predicted(
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             axis.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle="--")
         title = "predicted against true" if len(axes) == 1 else names[index]
-        _finish(axis, title, [])
+        axis.set_title(_plain(title), loc="left", fontsize=11, color=INK)
         axis.set_xlabel("true", fontsize=9, color=MUTED)
         axis.set_ylabel("predicted", fontsize=9, color=MUTED)
         axis.set_aspect("equal", adjustable="box")
@@ -405,10 +512,16 @@ def predicted(
 
 
 def to_svg(figure: Figure) -> str:
-    """Return an <svg> for a page: text stays text, ink and colours are the page's variables."""
+    """Return an <svg> for a page: text stays text, ink and colours are the page's variables.
+
+    Beside images the colours stay, as they are a key to those of the pixels.
+    """
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "regrow"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "regrow"}),
+        _any_glyph(),
+    ):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -417,6 +530,19 @@ def to_svg(figure: Figure) -> str:
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # several plots share one page
     size = f'style="max-width: {figure.get_figwidth() * 1.08:.2f}in" '
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', size, text, count=1)
-    variables = {INK: "ink", MUTED: "muted", GRID: "line"}
-    variables |= {colour: f"c{index}" for index, colour in enumerate(COLOURS)}
-    return re.sub("|".join(variables), lambda match: f"var(--{variables[match[0]]})", text)
+    has_images = any(axis.images for axis in figure.axes)
+    replaced = (INK, MUTED, GRID) if has_images else VARIABLES
+    return re.sub("|".join(replaced), lambda match: in_page(match[0]), text)
+
+
+@contextlib.contextmanager
+def _any_glyph() -> Iterator[None]:
+    """Allow text that matplotlib's font lacks: a page's browser has it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def in_page(colour: str) -> str:
+    """Return a colour as the page's variable, which is another one in its dark mode."""
+    return f"var(--{VARIABLES[colour]})" if colour in VARIABLES else colour

@@ -1,24 +1,21 @@
-"""report.html: one self-contained page of a run, or of several side by side."""
+"""report.html: one self-contained page of a run; and what is read of a run's folder."""
 
 from __future__ import annotations
 
-import html
+import json
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
-from urllib.parse import quote
 
 from regrow.dotted import walk
 from regrow.errors import UserError
-from regrow.record import manifest, moved, plots
+from regrow.record import manifest, moved, pages, pictures, plots
+from regrow.record.plots import Panel
 from regrow.record.records import (
     METRICS,
     STATUS,
@@ -30,11 +27,9 @@ from regrow.record.records import (
     read_metrics,
     refuse_links,
     sets_of,
-    write_text,
 )
 from regrow.record.redact import redact, redact_all
 
-DRAWN_RUNS = 40  # in one plot; the table holds all runs
 # Keys that differ between any two runs without telling anything about them.
 BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name")
 
@@ -55,6 +50,28 @@ class Run:
     @property
     def state(self) -> str:
         return str(self.status.get("state") or self.summary.get("status") or "unknown")
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The metric that chose the weights, its best value and that step; empty if unknown."""
+        return self.summary.get("best") or {}
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Training examples by the time of the run, evaluations included."""
+        data = self.config.get("data")
+        batch = data.get("batch_size") if isinstance(data, Mapping) else None
+        known = [self.summary.get("steps"), self.summary.get("seconds"), batch]
+        numbers = [float(it) for it in known if isinstance(it, int | float) and 0 < it < math.inf]
+        if not isinstance(data, Mapping) or len(numbers) < len(known):
+            return None
+        steps, seconds, each = numbers
+        facts = self.manifest.get("data")
+        train = facts.get("train") if isinstance(facts, Mapping) else None
+        count = train.get("examples") if isinstance(train, Mapping) else None
+        if isinstance(count, int) and count and not data.get("drop_last"):
+            each = count / math.ceil(count / each)  # an epoch's last batch may be smaller
+        return steps * each / seconds
 
     @cached_property
     def sets(self) -> Mapping[str, Mapping[str, Any]]:
@@ -140,38 +157,63 @@ def _read(path: Path) -> Any:
         return {"unreadable": f"{path.name}: {' '.join(str(error).split())}"}
 
 
-# -- one run ---------------------------------------------------------------------------------------
+# -- a run's page ----------------------------------------------------------------------------------
 
 
 def draw(folder: Path, output: Path | None = None) -> Path:
     """Write the run's plots and its page. Returns the page's path."""
     run = load(folder)
     refuse_links(folder, str(folder), "plots")
-    drawn = plots.figures(folder, run.lines, run.final)
+    panels = _panels(run)
+    drawn = plots.figures(folder, panels)
     plots.draw(folder, drawn)
-    return _write(run, drawn, output)
+    return _write(run, panels, drawn, output)
 
 
 def write(folder: Path, output: Path | None = None) -> Path:
     """Write the run's page, by default report.html in its folder. Returns its path."""
     run = load(folder)
-    return _write(run, plots.figures(folder, run.lines, run.final), output)
+    panels = _panels(run)
+    return _write(run, panels, plots.figures(folder, panels), output)
 
 
-def _write(run: Run, drawn: Mapping[str, Any], output: Path | None) -> Path:
-    pictures = "".join(
-        _picture(_CAPTIONS.get(name.partition("_")[0], ""), name, figure)
+def _panels(run: Run) -> dict[str, list[Panel]]:
+    return plots.panels_of(run.lines, run.final, run.best)
+
+
+def _write(
+    run: Run, panels: Mapping[str, Sequence[Panel]], drawn: Mapping[str, Any], output: Path | None
+) -> Path:
+    count = sum(len(panel.lines) for its in panels.values() for panel in its)
+    charts = [
+        pages.chart(
+            name, figure, panels.get(name, ()), count, _CAPTIONS.get(name.split("_")[0], "")
+        )
         for name, figure in drawn.items()
-    )
-    body = (
-        _head(run)
-        + _results(run)
-        + _section("Pictures", pictures)
-        + _section("Facts", _facts(run))
-        + _section("Record", _records(run))
-    )
+    ]
+    metrics: list[list[Any]] = [
+        [name, *(its.get(name) for its in run.sets.values())]
+        for name in dict.fromkeys(name for its in run.sets.values() for name in its)
+        if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
+    ]
     path = output or run.folder / "report.html"
-    write_text(path, _page(f"{run.name} · {run.folder.resolve().name}", body))
+    pages.write(
+        path,
+        "run",
+        title=f"{run.name} · {run.folder.resolve().name}",
+        run=run,
+        tags=run.config.get("tags") or [],
+        header=["metric", *run.sets],
+        whole=[row for row in metrics if "/" not in row[0]],
+        per_class=[row for row in metrics if "/" in row[0]],  # e.g. f1/zero
+        figures=_figures(run),
+        charts=charts,
+        wrong=pictures.wrong_of(run.folder),
+        most_wrong=pictures.NUM_WRONG,
+        facts=_facts(run),
+        manifest=json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
+        config=_as_yaml(run.config) if run.config else "",
+    )
     return path
 
 
@@ -183,169 +225,59 @@ _CAPTIONS = {
 }
 
 
-def _head(run: Run) -> str:
-    error = run.status.get("error")
-    tags = "".join(f"<span class=tag>{_text(tag)}</span>" for tag in run.config.get("tags") or [])
-    notes = run.config.get("notes")
-    return (
-        f"<header><h1>{_text(run.name)}</h1><p class=where>{_text(run.folder.resolve().name)} "
-        f"{_badge(run.state)} {tags}</p>"
-        + (f"<p class=error>{_text(error)}</p>" if error and run.state != "completed" else "")
-        + (f"<p>{_text(notes)}</p>" if notes else "")
-        + "</header>"
-    )
+def _as_yaml(config: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _results(run: Run) -> str:
-    best = run.summary.get("best") or {}
-    rows = {
-        name: [_text(name), *(_number(its.get(name)) for its in run.sets.values())]
-        for name in dict.fromkeys(name for its in run.sets.values() for name in its)
-        if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
+def _figures(run: Run) -> dict[str, Any]:
+    """Return the few numbers that a reader looks for first."""
+    metric = str(run.best.get("metric") or "")
+    found = {f"best {metric}": run.best.get("value")} if metric else {}
+    name = metric.partition("/")[2]
+    found |= {
+        f"{its}/{name}": run.metrics(its).get(name) for its in run.final if name in run.metrics(its)
     }
-    if not rows:
-        return _section("Result", "<p class=muted>Nothing has been evaluated yet.</p>")
-    chosen = ""
-    if best.get("metric"):
-        chosen = (
-            f"<p class=muted>Best {_text(best['metric'])} {_number(best.get('value'))} "
-            f"at step {_number(best.get('step'))}.</p>"
-        )
-    header = ["metric", *run.sets]
-    numbers = range(1, len(header))
-    whole = [row for name, row in rows.items() if "/" not in name]
-    per_class = [row for name, row in rows.items() if "/" in name]  # e.g. f1/zero
-    more = _details("per class", _table(header, per_class, numbers)) if per_class else ""
-    return _section("Result", _table(header, whole, numbers) + chosen + more)
+    found["parameters"] = run.summary.get("parameters")
+    rate = run.examples_per_second
+    found["examples per second"] = round(rate) if rate and rate >= 10 else rate
+    found["time"] = pages.duration(run.summary.get("seconds"))
+    return {name: value for name, value in found.items() if value not in (None, "")}
 
 
-def _facts(run: Run) -> str:
-    manifest, summary = run.manifest, run.summary
-    git = manifest.get("git") or {}
-    hardware = manifest.get("hardware") or {}
+def _facts(run: Run) -> dict[str, Any]:
+    facts, summary = run.manifest, run.summary
+    git, hardware = facts.get("git") or {}, facts.get("hardware") or {}
+    packages = facts.get("packages") or {}
     commit = str(git.get("commit") or "")[:10]
     changed = ", with changes" if git.get("dirty") else ""
-    accelerators = ", ".join(str(it.get("name")) for it in hardware.get("accelerators") or [])
-    memory = hardware.get("memory_gib")
     machine = [
         f"{hardware.get('cpus')} x {hardware.get('cpu')}" if hardware.get("cpu") else None,
-        f"{memory} GiB" if memory else None,
-        accelerators,
+        f"{hardware['memory_gib']} GiB" if hardware.get("memory_gib") else None,
+        ", ".join(str(it.get("name")) for it in hardware.get("accelerators") or []),
     ]
-    packages = manifest.get("packages") or {}
-    facts = {
-        "command": _code(manifest.get("command")),
-        "folder": _code(str(run.folder)),
-        "commit": _text(f"{commit} ({git.get('branch') or 'no branch'}{changed})")
-        if commit
-        else "",
-        "started": _text(manifest.get("started")),
-        "resumed": _text(len(manifest.get("resumes") or []) or None, after=" times"),
-        "steps": _number(summary.get("steps", run.status.get("step"))),
-        "epochs": _number(summary.get("epochs")),
-        "time": _duration(summary.get("seconds")),
-        "machine": _text(", ".join(part for part in machine if part)),
-        "versions": _text(
-            ", ".join(f"{k} {v}" for k, v in packages.items() if k in ("torch", "hydra-core"))
-        ),
-        "weights": _code(summary.get("weights_sha256")),
+    versions = [f"{k} {v}" for k, v in packages.items() if k in ("torch", "hydra-core")]
+    resumes = len(facts.get("resumes") or [])
+    found = {
+        "command": pages.code(facts.get("command")),
+        "folder": pages.code(run.folder),
+        "commit": f"{commit} ({git.get('branch') or 'no branch'}{changed})" if commit else "",
+        "started": facts.get("started"),
+        "resumed": f"{resumes} times" if resumes else "",
+        "steps": pages.number(summary.get("steps", run.status.get("step"))),
+        "epochs": pages.number(summary.get("epochs")),
+        "machine": ", ".join(part for part in machine if part),
+        "versions": ", ".join(versions),
+        "weights": pages.code(summary.get("weights_sha256")),
     }
-    rows = [[name, value] for name, value in facts.items() if value]
-    return "<table class=facts>" + "".join(f"<tr><th>{n}<td>{v}" for n, v in rows) + "</table>"
+    return {name: value for name, value in found.items() if value not in (None, "")}
 
 
-def _records(run: Run) -> str:
-    parts = ""
-    if run.config:
-        import yaml
-
-        text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
-        parts += _details("config.yaml", f"<pre>{_text(text)}</pre>")
-    if run.manifest:
-        import json
-
-        text = json.dumps(run.manifest, indent=2, ensure_ascii=False)
-        parts += _details("manifest.json", f"<pre>{_text(text)}</pre>")
-    return parts
+# -- where configs differ --------------------------------------------------------------------------
 
 
-# -- several runs ----------------------------------------------------------------------------------
-
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows, as plain text
-
-
-def compare(
-    runs: Sequence[Run],
-    output: Path,
-    title: str = "",
-    tables: Mapping[str, Table] | None = None,
-    groups: Mapping[Path, str] | None = None,
-) -> Path:
-    """Write one page with the runs side by side: their results, and where their configs differ.
-
-    `tables` come first, by title. The curves of each of `groups` share a colour.
-    """
-    labels = _labels(runs)
-    keys = differing_keys([run.config for run in runs], references([run.folder for run in runs]))
-    columns = _metric_columns(runs)
-    rows = []
-    for run, label in zip(runs, labels, strict=True):
-        flat = flatten(run.config)
-        report = run.folder / "report.html"
-        link = _link(report if report.exists() else run.folder, output.parent)
-        cell = f'<a href="{_text(link)}">{_text(label)}</a>'
-        rows.append(
-            [
-                cell,
-                _badge(run.state),
-                *(_number(run.metrics(split).get(name)) for split, name in columns),
-                _number(run.summary.get("steps", run.status.get("step"))),
-                _duration(run.summary.get("seconds")),
-                *(_value(key, flat.get(key, _MISSING)) for key in keys),
-            ]
-        )
-    results = [*(f"{split}/{name}" for split, name in columns), "steps", "time"]
-    header = ["run", "status", *results, *(key.removesuffix("._target_") for key in keys)]
-    drawn = {label: run.lines for label, run in zip(labels[:DRAWN_RUNS], runs, strict=False)}
-    names = list(
-        dict.fromkeys(name for run in runs for name in plots.panel_names(run.lines, run.final))
-    )
-    of_group = [(groups or {}).get(run.folder, "") for run in runs[:DRAWN_RUNS]]
-    chosen = [str((run.summary.get("best") or {}).get("metric")) for run in runs]
-    sets = [name for run in runs for name in run.sets if name not in run.final]
-    figure = plots.overlay(
-        drawn,
-        names[: plots.PANELS],
-        of_group if any(of_group) else None,
-        [*dict.fromkeys([*(it.partition("/")[0] for it in chosen), *sets])],
-    )
-    more = f"The first {DRAWN_RUNS} of {len(runs)} runs." if len(runs) > DRAWN_RUNS else ""
-    picture = _picture(more, "validation curves", figure) if figure else ""
-    title = title or f"{len(runs)} runs"
-    before = "".join(
-        _section(name, _table(header, [[*map(_text, row)] for row in cells], numbers=()))
-        for name, (header, cells) in (tables or {}).items()
-    )
-    body = (
-        f"<header><h1>{_text(title)}</h1>"
-        f"<p class=where>{_text(_summary_of_states(runs))}</p></header>"
-        + before
-        + _section("Runs", _table(header, rows, numbers=range(2, 2 + len(results))) if rows else "")
-        + ("" if keys or not runs else "<p class=muted>Their configs do not differ.</p>")
-        + _section("Curves", picture)
-    )
-    write_text(output, _page(title, body, kind="wide"))
-    return output
-
-
-def _link(path: Path, start: Path) -> str:
-    """Return a relative link, quoted: a folder's name may look like a scheme or a query."""
-    return quote(os.fsencode(os.path.relpath(path, start)))
-
-
-_MISSING = object()
-_NOTHING = "<span class=muted>&ndash;</span>"
+MISSING = object()
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,7 +296,7 @@ def differing_keys(
     flats = [flatten(config) for config in configs]
 
     def differs(key: str, flats: Sequence[Mapping[str, Any]]) -> bool:
-        values = [flat.get(key, _MISSING) for flat in flats]
+        values = [flat.get(key, MISSING) for flat in flats]
         return any(not _same(value, values[0]) for value in values)
 
     def follows(key: str) -> bool:
@@ -397,138 +329,3 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other and isinstance(one, bool) == isinstance(other, bool)) or (
         one != one and other != other  # NaN
     )
-
-
-def _metric_columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Return (set, name) of the metrics to compare, those of the final sets first.
-
-    Of a set that chose the weights, only the monitored metric, unless there is no other set.
-    Per-class metrics are only on the run's own page.
-    """
-    chosen = {str((run.summary.get("best") or {}).get("metric")) for run in runs}
-    choosing = {metric.partition("/")[0] for metric in chosen}
-    sets = [*dict.fromkeys(name for run in runs for name in reversed([*run.sets]))]
-    found: dict[tuple[str, str], None] = {}
-    for split in sets:
-        for name in (name for run in runs for name in run.metrics(split) if "/" not in name):
-            if split not in choosing or f"{split}/{name}" in chosen or {*sets} <= choosing:
-                found.setdefault((split, name))
-    return list(found)[:12]
-
-
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """Return a label per run: the overrides that not all runs have.
-
-    Where these are empty or equal, the shortest path endings that distinguish the runs are added.
-    """
-    endings = _endings([run.folder for run in runs])
-    having = Counter(override for run in runs for override in {*run.overrides})
-    labels = []
-    for run in runs:
-        own = [
-            override
-            for override in run.overrides
-            if re.split(r"[.=@]", override.lstrip("+~"))[0] not in BOOKKEEPING
-            and having[override] < len(runs)
-        ]
-        labels.append(" ".join(own))
-    alike = Counter(labels)
-    return [
-        label if label and alike[label] == 1 else f"{label} {ending}".strip()
-        for label, ending in zip(labels, endings, strict=True)
-    ]
-
-
-def _endings(folders: Sequence[Path]) -> list[str]:
-    parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        labels = ["/".join(part[-depth:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{path} ({index})" for index, path in enumerate(folders)]
-
-
-def _summary_of_states(runs: Sequence[Run]) -> str:
-    states = [run.state for run in runs]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-
-
-# -- html ------------------------------------------------------------------------------------------
-
-
-def _page(title: str, body: str, kind: str = "") -> str:
-    template = resources.files("regrow.record").joinpath("report.template.html")
-    text = template.read_text(encoding="utf-8")
-    return Template(text).substitute(title=_text(title), body=body, kind=kind)
-
-
-def _text(value: Any, after: str = "") -> str:
-    return "" if value is None else html.escape(redact(str(value)) + after)
-
-
-def _code(value: Any) -> str:
-    return f"<code>{_text(value)}</code>" if value else ""
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return _NOTHING
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return _text(value)
-    if isinstance(value, int):
-        return f"{value:,}".replace(",", "\u202f")
-    if not math.isfinite(value):
-        return f"<strong>{'NaN' if math.isnan(value) else f'{value:+}'}</strong>"
-    short = f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.4g}"
-    return f'<span title="{value!r}">{short}</span>'
-
-
-def _value(key: str, value: Any) -> str:
-    if value is _MISSING:
-        return _NOTHING
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()  # as typed on the command line
-    text = str(value)
-    short = text.rpartition(".")[2] if key.endswith("_target_") else text
-    short = short if len(short) <= 40 else f"{short[:39]}…"
-    return _text(text) if short == text else f'<span title="{_text(text)}">{_text(short)}</span>'
-
-
-def _duration(seconds: Any) -> str:
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return _NOTHING if seconds is not None else ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-def _badge(state: str) -> str:
-    return f'<span class="badge {_text(state)}">{_text(state)}</span>'
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{content}</section>" if content else ""
-
-
-def _details(title: str, content: str) -> str:
-    """Return a collapsed section; the content is HTML already."""
-    return f"<details><summary>{_text(title)}</summary>{content}</details>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int]) -> str:
-    """Return a table; cells are HTML already, `numbers` are the columns of numbers."""
-    kinds = [" class=number" if index in numbers else "" for index in range(len(header))]
-    head = "".join(f"<th{k}>{_text(name)}" for k, name in zip(kinds, header, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{k}>{cell}" for k, cell in zip(kinds, row, strict=True))
-        for row in rows
-    )
-    return f"<div class=scroll><table><thead><tr>{head}<tbody>{body}</table></div>"
-
-
-def _picture(caption: str, name: str, figure: Any) -> str:
-    note = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    label = _text(name.replace("_", " "))
-    svg = plots.to_svg(figure).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return f"<figure><div class=scroll>{svg}</div>{note}</figure>"

@@ -14,7 +14,7 @@ model_checks: check, check_first_batch, check_forward, check_one_example, check_
     described, has_lazy_parts, materialise
 predictions: Predictions
 training: build
-trial: open_storage, remove_torn_line
+trial: open_storage, remove_torn_line, STORAGE, STUDY
 weights: load_weights, warn_of_other_splits
 worker: dismiss, leave, main, work_alone
 """

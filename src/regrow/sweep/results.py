@@ -8,10 +8,13 @@ from pathlib import Path
 
 from regrow.config import flags
 from regrow.config.command_line import command
+from regrow.config.resume import key_of
 from regrow.errors import UserError
-from regrow.record import comparison, manifest, report
+from regrow.record import comparison, manifest, pages, report, side_by_side
 from regrow.record.comparison import Comparison, Row
 from regrow.record.report import Run
+from regrow.record.side_by_side import Importance
+from regrow.runs.trial import STORAGE, STUDY, open_storage
 from regrow.sweep import ledger
 
 log = logging.getLogger("regrow")
@@ -75,7 +78,32 @@ def write_page(
     if found.best is not None and pictures == "best":
         draw(folder / found.best.folder)
     title = f"{ledger.read(folder).get('name', 'sweep')}: {len(found.rows)} jobs"
-    return comparison.write_page(found, output or folder / PAGE, title)
+    searched = importance_of(folder, found) if (folder / STORAGE).is_file() else None
+    return side_by_side.write_page(found, output or folder / PAGE, title, searched)
+
+
+def importance_of(folder: Path, found: Comparison) -> Importance:
+    """Return Optuna's importances of a search's parameters, by functional ANOVA."""
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.load_study(study_name=STUDY, storage=open_storage(folder))
+        first = (lambda trial: trial.values[0]) if len(study.directions) > 1 else None
+        evaluator = FanovaImportanceEvaluator(seed=0)  # of its trees, so that a page repeats
+        shares = get_param_importances(study, evaluator=evaluator, target=first)
+    except (KeyError, ValueError, RuntimeError) as error:  # as for a search of one trial
+        return Importance({}, f"Not computed: {' '.join(str(error).split())}")
+    if not shares:
+        return Importance({}, "Not computed: no trial is complete, or none differs.")
+    short = pages.short_names([key_of(key) for key in shares])
+    count = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
+    note = (
+        f"Share of the variance of {found.metric} that each parameter explains: Optuna's "
+        f"functional ANOVA over {count} complete trials. It is rough below about a hundred."
+    )
+    return Importance({short[key_of(key)]: share for key, share in shares.items()}, note)
 
 
 def draw(run: Path) -> None:

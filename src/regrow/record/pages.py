@@ -1,0 +1,142 @@
+"""Pages that need no other file: jinja2's template, and how values look in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from regrow.record import plots
+from regrow.record.plots import Panel
+from regrow.record.records import write_text
+from regrow.record.redact import redact, redact_all
+
+NOTHING = Markup("<span class=muted>&ndash;</span>")
+LONG = 40  # characters of a value in a table
+
+
+def write(path: Path, kind: str, **content: Any) -> None:
+    """Write a page of the template's block `kind`. Text is escaped, secrets are masked."""
+    import jinja2  # reading a record does not need it
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_shown,
+        loader=jinja2.FunctionLoader(lambda name: _file(f"report.{name}")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    environment.filters |= {"number": number, "duration": duration, "value": value, "code": code}
+    script = _file("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("template.html")
+    text = template.render(kind=kind, script=Markup(script), digest=Markup(digest), **content)
+    write_text(path, text)
+
+
+def _file(name: str) -> str:
+    return resources.files("regrow.record").joinpath(name).read_text(encoding="utf-8")
+
+
+def _shown(content: Any) -> Any:
+    if isinstance(content, Markup):
+        return content
+    return "" if content is None else redact(str(content))
+
+
+def chart(
+    name: str, figure: Any, panels: Sequence[Panel], count: int, caption: str = ""
+) -> dict[str, Any]:
+    """Return what the template draws of a figure: the plot as it is and, of `panels`, the data.
+
+    `count` is the number of lines in the page, which share its points.
+    """
+    points = max(20, min(plots.POINTS, plots.PAGE_POINTS // max(1, count)))
+    shown = [panel.as_json(points) for panel in panels]
+    steps: dict[tuple[float, ...], int] = {}  # lines of a run, and runs of a sweep, share them
+    for line in (line for panel in shown for line in panel["lines"]):
+        line["x"] = steps.setdefault(tuple(line["x"]), len(steps))
+    label = Markup.escape(name.replace("_", " "))
+    svg = plots.to_svg(figure).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    data = redact_all({"xs": [[*it] for it in steps], "panels": shown}) if shown else None
+    return {"name": name, "svg": Markup(svg), "data": data, "caption": caption, "still": ""}
+
+
+def link(path: Path, start: Path) -> str:
+    """Return a relative link, quoted: a folder's name may look like a scheme or a query."""
+    return quote(os.fsencode(os.path.relpath(path, start)))
+
+
+def code(content: Any) -> str:
+    return Markup("<code>{}</code>").format(redact(str(content))) if content else ""
+
+
+def number(content: Any) -> Any:
+    if content is None:
+        return NOTHING
+    if isinstance(content, bool) or not isinstance(content, int | float):
+        return content
+    if isinstance(content, int):
+        return f"{content:,}".replace(",", "\u202f")
+    if not math.isfinite(content):
+        return Markup("<strong>{}</strong>").format(
+            "NaN" if math.isnan(content) else f"{content:+}"
+        )
+    small = 1e-3 <= abs(content) < 1e4 or content == 0
+    short = f"{content:.4f}" if small else f"{content:.4g}"
+    if 1e4 <= abs(content) < 1e9:
+        short = f"{content:,.0f}".replace(",", "\u202f")
+    return Markup('<span title="{!r}">{}</span>').format(content, short)
+
+
+def value(content: Any, key: str = "") -> Any:
+    """Return a config's value as it is typed, shortened if it is long."""
+    if content is None or isinstance(content, bool):
+        return "null" if content is None else str(content).lower()
+    text = redact(str(content))
+    short = text.rpartition(".")[2] if key.endswith("_target_") else text
+    short = short if len(short) <= LONG else f"{short[: LONG - 1]}…"
+    return text if short == text else Markup('<span title="{}">{}</span>').format(text, short)
+
+
+def brief(content: str, key: str = "") -> str:
+    """Return a swept value for a label: a class by its name alone, a long number rounded."""
+    if key.endswith("_target_"):
+        return content.rpartition(".")[2]
+    try:
+        return f"{float(content):.4g}" if len(content) > 7 else content
+    except ValueError:
+        return content if len(content) <= LONG else f"{content[: LONG - 1]}…"
+
+
+def duration(seconds: Any) -> Any:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return NOTHING if seconds is not None else ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def short_names(keys: Sequence[str]) -> Mapping[str, str]:
+    """Return the shortest endings that tell the keys apart: lr for optimizer.lr."""
+    plain = {key: key.lstrip("+~").removesuffix("._target_") for key in keys}
+    found = {}
+    for key, name in plain.items():
+        parts = name.split(".")
+        endings = (".".join(parts[-depth:]) for depth in range(1, len(parts) + 1))
+        others = [one for other, one in plain.items() if other != key]
+        found[key] = next(
+            (it for it in endings if not any(f".{one}".endswith(f".{it}") for one in others)), key
+        )
+    return found

@@ -1,0 +1,98 @@
+"""Wrong test images for the report, with truth and prediction."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import TINY, launched
+from torch import Tensor
+
+from regrow.feeding.batch import Batch
+from regrow.record import pictures
+from regrow.record.records import read_json
+
+NAMES = ["zero", "one", "two"]
+
+
+def batch_of(inputs: Any, targets: Tensor, num_local: int | None = None) -> Batch:
+    count = len(targets) if num_local is None else num_local
+    return Batch(inputs, targets, None, count, count)
+
+
+def decoded(text: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(text))) as file:
+        return np.array(file)
+
+
+def predict(logits: Tensor) -> dict[str, Tensor]:
+    return {"prediction": logits.argmax(1), "probability": logits.double().softmax(1)}
+
+
+def wrong_of(
+    inputs: Any, targets: Tensor, outputs: Tensor, num_local: int | None = None, **more: Any
+) -> dict[str, Any]:
+    how = {"predict": predict, "class_names": NAMES, "as_pixels": None, **more}
+    return pictures.of_wrong(batch_of(inputs, targets, num_local), outputs, **how)
+
+
+def test_the_wrong_ones_are_chosen_in_order_with_their_pixels() -> None:
+    inputs = torch.arange(5 * 4, dtype=torch.float32).view(5, 1, 2, 2) / 19
+    targets = torch.tensor([0, 1, 2, -100, 1])  # the fourth is ignored
+    logits = torch.eye(3)[torch.tensor([0, 2, 1, 0, 0])] * 3
+    whole = wrong_of(inputs, targets, logits, as_pixels=lambda it: (it * 19).to(torch.uint8))
+    wrong = whole["wrong"]
+    assert wrong["true"] == ["one", "two", "one"] and wrong["predicted"] == ["two", "one", "zero"]
+    for image, index in zip(wrong["image"], (1, 2, 4), strict=True):
+        assert np.array_equal(decoded(image), np.arange(4 * index, 4 * index + 4).reshape(2, 2))
+    assert wrong["probability"] == pytest.approx([float(logits[0].double().softmax(0)[0])] * 3)
+    local = wrong_of(inputs, targets, logits, num_local=2)
+    assert local["wrong"]["true"] == ["one"]  # padding does not count
+    assert wrong_of(inputs, logits.argmax(1), logits) == {}
+    for others in (inputs[:, 0, 0], (inputs, inputs), inputs.long()):
+        assert wrong_of(others, targets, logits) == {}
+    assert wrong_of(inputs, targets, logits[..., None]) == {}  # an output per place
+
+
+def test_the_probability_of_a_binary_prediction_is_its_own() -> None:
+    told = {"prediction": torch.tensor([1, 0]), "probability": torch.tensor([0.75, 0.25])}
+    targets = torch.tensor([[0.0], [1.0]])
+    inputs = torch.zeros(2, 3, 4, 4)
+    how: Any = {"predict": lambda _: told, "class_names": NAMES[:2]}
+    wrong = wrong_of(inputs, targets, torch.zeros(2), **how)["wrong"]
+    assert wrong["probability"] == [0.75, 0.75] and wrong["true"] == ["zero", "one"]
+
+
+def test_batches_add_up_until_there_are_enough() -> None:
+    inputs, targets = torch.zeros(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64)
+    logits = torch.eye(3)[torch.ones(10, dtype=torch.int64)]
+    examples: Any = {}
+    for count in (10, 20, 24):
+        assert pictures.has_room(examples)
+        examples = pictures.joined(examples, {})  # a batch without a wrong one
+        more = wrong_of(inputs, targets, logits)
+        examples = pictures.joined(examples, more)
+        assert {len(column) for column in examples["wrong"].values()} == {count}
+    assert not pictures.has_room(examples)
+    assert not pictures.has_room({"examples": {}})  # those of masks are of one batch
+
+
+def test_a_run_of_images_keeps_its_wrong_ones_whatever_the_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = []
+    for size in (10, 3):
+        images = (*TINY, "data.input_shape=[1,6,6]", "trainer.max_epochs=1")
+        launched(*images, f"data.eval_batch_size={size}", f"hydra.run.dir={size}")
+        kept.append(read_json(tmp_path / f"{size}" / "plots" / "test.json")["wrong"])
+    assert kept[0]["image"] == kept[1]["image"] and len(kept[0]["image"]) >= 1
+    assert kept[0]["true"] == kept[1]["true"] and kept[0]["predicted"] == kept[1]["predicted"]
+    summary = read_json(tmp_path / "10" / "summary.json")
+    assert len(kept[0]["image"]) == round(10 * (1 - summary["test"]["test/accuracy"]))
