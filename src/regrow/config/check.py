@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
 from regrow.config.kinds import refuse_mixing, refuse_sampling
+from regrow.config.origins import located
 from regrow.config.resume import check_recorded
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped
 from regrow.config.started import is_started
@@ -120,6 +121,19 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
+@contextlib.contextmanager
+def _with_place() -> Iterator[None]:
+    """Add the file and line of a value to an error about it: see `origins.located`."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (located(str(error)),)
+        raise
+    except OmegaConfBaseException as error:
+        raise UserError(located(composition_error(error))) from error
+
+
+@_with_place()
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     """Raise UserError with one line for the first mistake in a composed config.
 
@@ -159,6 +173,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_combinations(values)
 
 
+@_with_place()
 def check_group(config: DictConfig, group: str) -> None:
     """Check one group's keys, types and ranges, while other groups may still be incomplete."""
     values = plain(config, resolve=False)
