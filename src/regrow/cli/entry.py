@@ -13,14 +13,15 @@ import yaml
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from regrow.cli import help
 from regrow.config import flags, places
 from regrow.config.command_line import path_of, paths_as_typed, read
 from regrow.config.flags import MULTIRUN
-from regrow.config.hydra_access import register_resolver, version_arguments
+from regrow.config.hydra_access import version_arguments
 from regrow.config.keys import known_keys
 from regrow.config.leads import lead
 from regrow.config.own_modules import import_own_modules
-from regrow.config.started import is_train, note_start
+from regrow.config.started import CHECK, check_only, is_check, is_train, note_start
 from regrow.config.yaml_files import readable
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import fail, in_one_line
@@ -56,7 +57,12 @@ def entry_point(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @in_one_line()
         def main() -> None:
-            register_resolver("options", option_list)  # for --help
+            asked = help.is_asked(sys.argv[1:])
+            topics: list[str] = []
+            if asked:
+                topics, sys.argv[1:] = help.split(sys.argv[1:])
+            if is_train(task):
+                sys.argv[1:] = check_only(sys.argv[1:])
             try:
                 import_own_modules()
                 take_up()
@@ -68,6 +74,11 @@ def entry_point(
                 if (wrong := wrong_options(sys.argv[1:])) is not None:
                     raise UserError(wrong)
                 flags.check(sys.argv[1:])
+                if asked:
+                    given = flags.absolute(paths_as_typed(sys.argv[1:], multirun=False))
+                    if help.show(config_name, topics, given):
+                        return
+                    sys.argv.insert(1, "--help")
                 multirun = any(a in MULTIRUN for a in sys.argv[1:])
                 given = paths_as_typed(sys.argv[1:], multirun=multirun)
                 given = flags.absolute(given)
@@ -77,6 +88,10 @@ def entry_point(
                     if flags.typed(given).get("name") == "find_lr":
                         raise UserError("--config-name find_lr is for scripts/find_lr.py.")
                     note_start(task)
+                if is_check() and any(a in MULTIRUN for a in sys.argv[1:]):
+                    raise UserError(
+                        "--check looks at one config: leave out -m, and give each key one value."
+                    )
                 if sys.argv[1:] != given:
                     resumed(sys.argv[1:])
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may instantiate.
@@ -170,6 +185,8 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
         return f"{said} Give {plain} a value: {plain}=…"
     if plain in keys:
         return f"{said} Write {plain}={argument.partition('=')[2] if equals else '…'}"
+    if word == CHECK:
+        return "it is for scripts/train.py, and takes no value."
     hyphened = plain.replace("_", "-")
     flags_there = [f.lstrip("-") for f in (*FLAGS, *FLAGS_WITH_A_VALUE) if f.startswith("--")]
     if word.startswith("-") and (near := difflib.get_close_matches(hyphened, flags_there, n=1)):
@@ -208,12 +225,3 @@ def not_yaml(error: yaml.YAMLError) -> str:
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     line = error.problem_mark.line + 1
     return f"{shown}:{line} is not YAML: {error.problem}. Correct that line, or the one before it."
-
-
-def option_list() -> str:
-    """Return a line of options for each config group, without files that begin with `_`."""
-    return "\n".join(
-        f"{group}: {', '.join(options)}"
-        for group in sorted(places.groups())
-        if (options := places.options(group))
-    )
