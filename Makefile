@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS =
 
-.PHONY: help train test test-slow test-all test-nightly check format update lock clean setup
+.PHONY: help train test test-slow test-all test-nightly check format schemas update lock clean setup
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -90,6 +90,9 @@ check: setup ## check formatting, lint and types
 format: setup ## format, and fix what the linter can
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
+
+schemas: setup ## rewrite the JSON Schemas of conf/, with which editors complete and underline
+	@$(PY) scripts/make_schemas.py
 
 update: setup ## update the engine: make update FROM=<checkout or clone URL of a newer template>
 	@$(PY) scripts/update.py FROM="$(FROM)" KEEP="$(KEEP)" MIGRATED="$(MIGRATED)"

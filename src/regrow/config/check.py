@@ -9,11 +9,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import inspect
-import math
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +26,9 @@ from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
 from regrow.config.kinds import refuse_mixing, refuse_sampling
+from regrow.config.origins import located
 from regrow.config.resume import check_recorded
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped
 from regrow.config.started import is_started
 from regrow.config.targets import HANDED_IN, allow, locate
 from regrow.config.yaml_files import read_yaml, readable
@@ -43,231 +43,6 @@ GROUPS = (
     *("launcher", "sweep"),
 )
 
-
-@dataclass(frozen=True)
-class Rule:
-    """The values that a key accepts, as a predicate and in words."""
-
-    says: str
-    allows: Callable[[Any], bool]
-
-
-def integer(low: int) -> Rule:
-    return Rule(f"an integer of at least {low}", lambda v: INTEGER.allows(v) and v >= low)
-
-
-def number(low: float = float("-inf"), high: float = float("inf"), *, above: bool = False) -> Rule:
-    ranges = f"above {low:g}" if above else f"from {low:g}"
-    ranges += "" if high == float("inf") else f" to {high:g}"
-    return Rule(
-        f"a number {ranges}",
-        lambda v: _is_number(v) and (v > low if above else v >= low) and v <= high,
-    )
-
-
-def choice(*options: str) -> Rule:
-    return Rule(f"one of {', '.join(options)}", lambda v: isinstance(v, str) and v in options)
-
-
-def optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.says}, or null", lambda v: v is None or rule.allows(v))
-
-
-def text() -> Rule:
-    return Rule("text", lambda v: isinstance(v, str) and v != "")
-
-
-def list_of(rule: Rule) -> Rule:
-    return Rule(
-        f"a list, each {rule.says}",
-        lambda v: isinstance(v, list) and all(rule.allows(item) for item in v),
-    )
-
-
-def mapping_to(rule: Rule) -> Rule:
-    return Rule(
-        f"a mapping to {rule.says}",
-        lambda v: isinstance(v, Mapping) and all(rule.allows(item) for item in v.values()),
-    )
-
-
-def either(one: Rule, other: Rule) -> Rule:
-    return Rule(f"{one.says}, or {other.says}", lambda v: one.allows(v) or other.allows(v))
-
-
-def below(node: str, keys: str, rule: Rule) -> dict[str, Rule]:
-    return {f"{node}.{key}": rule for key in keys.split()}
-
-
-INTEGER = Rule("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
-NAME = Rule(
-    'text (in quotes where YAML would read something else: "no")',
-    lambda v: isinstance(v, str | int) and not isinstance(v, bool),
-)
-PLAIN = Rule("text, a number, true or false", lambda v: isinstance(v, str | int | float))
-BETAS = Rule(
-    "a list of two numbers, 0 or more and below 1",
-    lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
-)
-DIRECTION = choice("maximize", "minimize")
-NORMALIZE = Rule(
-    "one of train, imagenet, none, or {mean: […], std: […]}",
-    lambda v: (
-        v in ("train", "imagenet", "none")
-        if isinstance(v, str)
-        else mapping_to(list_of(number())).allows(v) and set(v) == {"mean", "std"}
-    ),
-)
-SAMPLING = Rule(
-    "balanced or {column: the name of a column}",
-    lambda v: (
-        v == "balanced" or (isinstance(v, Mapping) and [*v] == ["column"] and _is_name(v["column"]))
-    ),
-)
-NODES = Rule(
-    "a list of nodes, each with a _target_",
-    lambda v: isinstance(v, list) and all(isinstance(n, Mapping) and "_target_" in n for n in v),
-)
-
-
-TARGET_KINDS = ("multiclass", "binary", "multilabel", "regression", "segmentation", "language")
-
-# Ranges, and the types of values that may be null. Other types follow from the shipped values.
-RULES: dict[str, Rule] = {
-    "seed": integer(0),
-    **below("data", "seed num_workers", integer(0)),
-    **below("data.source", "seed num_val num_test", integer(0)),
-    "loss.ignore_index": optional(INTEGER),
-    "task.class_names": optional(list_of(NAME)),
-    "data.class_names": optional(list_of(NAME)),
-    "data.source.class_names": optional(list_of(NAME)),
-    "name": Rule("text of one line", lambda v: isinstance(v, str) and v != "" and v.isprintable()),
-    "init_from": optional(text()),
-    **below("data", "batch_size eval_batch_size", integer(1)),
-    **below("data", "limit_train num_classes num_outputs", optional(integer(1))),
-    "data.ignore_index": optional(INTEGER),
-    "data.input_shape": optional(list_of(integer(1))),
-    "data.target_kind": optional(choice(*TARGET_KINDS)),
-    "data.normalize": NORMALIZE,
-    "data.overlap": choice("refuse", "report", "ignore"),
-    "data.changed": choice("refuse", "accept"),
-    "data.identity": choice("contents", "length"),
-    "data.integers": choice("int64", "float32"),
-    "data.target_dtype": choice("float64", "float32"),
-    "data.final_sets": list_of(text()),
-    "data.folds": optional(integer(2)),
-    "data.fold": integer(0),
-    "data.sampling": optional(SAMPLING),
-    "data.transforms": NODES,
-    "data.mixing.alpha": number(0, above=True),
-    "data.source.group": optional(either(text(), integer(1))),
-    "data.augmentation.pad": integer(0),
-    "data.augmentation.padding_mode": choice("constant", "reflect"),
-    **below("data.source", "val_fraction test_fraction", number(0, 1)),
-    "data.source.num_train": integer(1),
-    **below("data.source", "extensions feature_columns", optional(list_of(text()))),
-    "data.source.leave_out": list_of(choice("hidden", "empty")),
-    "data.source.identity": choice("contents", "ends", "sizes"),
-    "data.source.cache": optional(text()),
-    **below("data.source", "cache_gb pool_mb timeout_seconds", number(0, above=True)),
-    "data.source.lanes": integer(1),
-    "data.source.retries": integer(0),
-    "data.source.resize": optional(integer(1)),
-    "data.source.vocabulary": text(),
-    "data.source.mask_values": optional(list_of(integer(0))),
-    **below("data.source", "images_in masks_in", text()),
-    "data.source.delimiter": Rule("one sign", lambda v: isinstance(v, str) and len(v) == 1),
-    "data.source.target_columns": list_of(text()),
-    "data.source.sets": optional(either(mapping_to(text()), list_of(text()))),
-    **below("model", "hidden channels", list_of(integer(1))),
-    "model.dropout": number(0, 1),
-    **below("model", "width depth heads layers", integer(1)),
-    "model.norm_momentum": number(0, 1, above=True),
-    "model.views": choice("one", "mirror", "mirror_shift"),
-    "model.patch_size": optional(integer(1)),
-    "loss.label_smoothing": number(0, 1),
-    "loss.class_weights": optional(list_of(number(0))),
-    "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
-    "loss.delta": number(0, above=True),
-    "loss.beta": number(0),
-    "task.threshold": number(0, 1),
-    "task.target_names": optional(list_of(NAME)),
-    "task.extra_metrics": optional(
-        Rule(
-            "a mapping of names to nodes with a _target_",
-            lambda v: (
-                isinstance(v, Mapping)
-                and all(isinstance(node, Mapping) and "_target_" in node for node in v.values())
-            ),
-        )
-    ),
-    "param_groups.lr_scale": optional(mapping_to(number(0))),
-    "optimizer.lr": number(0, above=True),
-    **below("optimizer", "weight_decay eps dampening", number(0)),
-    **below("optimizer", "momentum alpha", number(0, 1)),
-    **below("optimizer", "betas adamw_betas", BETAS),
-    "optimizer.adamw_modules": list_of(text()),
-    "optimizer.ns_steps": integer(1),
-    "scheduler.warmup_steps": optional(integer(0)),
-    "scheduler.warmup_fraction": optional(number(0, 1)),
-    "scheduler.interval": choice("step", "epoch"),
-    "scheduler.every_epochs": integer(1),
-    "scheduler.milestones_epochs": list_of(integer(1)),
-    **below("scheduler", "gamma final_factor initial_factor peak_fraction factor", number(0, 1)),
-    "scheduler.min_factor": number(0, 1),
-    "scheduler.patience": integer(0),
-    "scheduler.min_delta": number(0),
-    "launcher.jobs": Rule(
-        "an integer of at least 1, or auto (local), or null (slurm)",
-        lambda v: v in ("auto", None) or integer(1).allows(v),
-    ),
-    **below("launcher", "nodes tasks_per_node cpus_per_task timeout_minutes", integer(1)),
-    "launcher.save_seconds": integer(1),
-    **below("launcher", "gpus_per_node max_timeouts", integer(0)),
-    "launcher.mem_gb": optional(number(0, above=True)),
-    **below("launcher", "partition account qos constraint", optional(text())),
-    "launcher.setup": list_of(text()),
-    "launcher.sbatch": optional(mapping_to(PLAIN)),
-    **below("trainer", "max_epochs max_steps num_threads eval_every_epochs", optional(integer(1))),
-    **below("trainer", "eval_every_steps log_histograms_every_steps", optional(integer(1))),
-    **below("trainer", "max_seconds clip_norm clip_value", optional(number(0, above=True))),
-    "trainer.device": choice("auto", "cpu", "cuda", "mps"),
-    "trainer.devices": Rule(
-        "an integer of at least 1, or auto", lambda v: v == "auto" or integer(1).allows(v)
-    ),
-    "trainer.strategy": choice("ddp", "fsdp"),
-    "trainer.fsdp.modules": optional(list_of(text())),
-    "trainer.activation_checkpointing": list_of(text()),
-    **below("trainer.fsdp", "param_dtype reduce_dtype", optional(choice("fp32", "bf16", "fp16"))),
-    "trainer.max_restarts": integer(0),
-    "trainer.timeout_seconds": number(0, above=True),
-    **below("trainer", "accumulation_steps max_skipped_steps log_every_steps", integer(1)),
-    "trainer.precision": choice("fp32", "bf16", "fp16"),
-    "trainer.capture": Rule("auto or false", lambda v: v == "auto" or v is False),
-    "trainer.ema_decay": optional(
-        Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
-    ),
-    "trainer.monitor": optional(text()),
-    "trainer.mode": optional(choice("max", "min")),
-    "trainer.early_stopping.patience": optional(integer(0)),
-    "trainer.early_stopping.min_delta": number(0),
-    **below("trainer.checkpoint", "save_every_epochs save_every_steps", optional(integer(1))),
-    "trainer.checkpoint.milestones_every_epochs": optional(integer(1)),
-    **below("trainer.checkpoint", "keep_last keep_best", integer(1)),
-    "sweep.params": optional(Rule("a mapping of keys to values", lambda v: isinstance(v, Mapping))),
-    "sweep.pictures": choice("best", "all", "none"),
-    "sweep.sets": Rule("a list of sets of overrides", lambda v: isinstance(v, list)),
-    "sweep.file": optional(text()),
-    **below("sweep", "n_trials max_failures", integer(1)),
-    "sweep.metric": optional(either(text(), list_of(text()))),
-    "sweep.direction": optional(either(DIRECTION, list_of(DIRECTION))),
-    "sweep.sampler": choice("tpe", "random", "grid", "nsgaii"),
-    **below("sweep", "seed pruner_startup_trials pruner_warmup_evaluations", integer(0)),
-    "sweep.pruner": choice("none", "median", "hyperband"),
-    **below("find_lr", "min_lr max_lr", number(0, above=True)),
-    "find_lr.num_steps": integer(20),
-    "find_lr.divergence_factor": number(1, above=True),
-}
 
 # The tasks that each shipped loss is for.
 LOSSES = {
@@ -346,6 +121,19 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
+@contextlib.contextmanager
+def _with_place() -> Iterator[None]:
+    """Add the file and line of a value to an error about it: see `origins.located`."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (located(str(error)),)
+        raise
+    except OmegaConfBaseException as error:
+        raise UserError(located(composition_error(error))) from error
+
+
+@_with_place()
 def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     """Raise UserError with one line for the first mistake in a composed config.
 
@@ -385,6 +173,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_combinations(values)
 
 
+@_with_place()
 def check_group(config: DictConfig, group: str) -> None:
     """Check one group's keys, types and ranges, while other groups may still be incomplete."""
     values = plain(config, resolve=False)
@@ -400,9 +189,15 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for path in (path for path in RULES if path in there):  # reports a value's owner first
         value = there[path]
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
-        is_known = not is_text and _is_ours(values, path)
+        is_known = not is_text and applies(_node_of(values, path).get("_target_"))
         if is_known and not RULES[path].allows(value):
             raise UserError(f"{path}={_shown(value)} must be {RULES[path].says}.")
+
+
+def _node_of(values: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    for key in path.split(".")[:-1]:
+        values = values[key]
+    return values
 
 
 def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
@@ -527,27 +322,9 @@ def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
 
 
 def _check_type(value: Any, shipped: Any, path: str) -> None:
-    if path in RULES or shipped is None or shipped == "???":
-        return
-    ours = path.split(".")[0] in ("trainer", "data", "tags", "notes")
-    if value is None and not (ours and isinstance(shipped, bool | int | float | list)):
-        return  # another library's argument may be None
-    if isinstance(shipped, str) and "${" in shipped:
-        return
-    if isinstance(shipped, bool):
-        right, says = isinstance(value, bool), "true or false"
-    elif isinstance(shipped, int):
-        right, says = INTEGER.allows(value), INTEGER.says
-    elif isinstance(shipped, float):
-        right, says = _is_number(value), "a number"
-    elif isinstance(shipped, str):
-        right, says = isinstance(value, str), "text"
-    elif isinstance(shipped, list):
-        right, says = isinstance(value, list), "a list, such as [1,2]"
-    else:
-        return
-    if not right:
-        raise UserError(f"{path}={_shown(value)} must be {says}.")
+    rule = None if path in RULES else of_shipped(path, shipped)
+    if rule is not None and not rule.allows(value):
+        raise UserError(f"{path}={_shown(value)} must be {rule.says}.")
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:
@@ -684,28 +461,12 @@ def _check_folds(data: Mapping[str, Any]) -> None:
         )
 
 
-def _is_ours(values: Mapping[str, Any], path: str) -> bool:
-    """Return True if RULES apply to the key: a user's own model may take a list as `dropout`."""
-    for key in path.split(".")[:-1]:
-        values = values[key]
-    ours = (f"{lab_name()}.", "regrow.", "torch.optim.")
-    return str(values.get("_target_", "regrow.")).startswith(ours)
-
-
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def _shown(value: Any) -> str:

@@ -20,13 +20,36 @@ def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConf
     Raises Hydra's errors.
     """
     from hydra import compose as by_hydra
+
+    with initialised(source):
+        typed = [*_searched(source), *overrides]
+        return by_hydra(source["name"], typed, return_hydra_config=True)
+
+
+def defaults_of(source: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+    """Return the defaults list that Hydra composes from, in its own class. Raises its errors."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with initialised(source):
+        loader: Any = GlobalHydra.instance().config_loader()
+        typed = [*_searched(source), *overrides]
+        return loader.compute_defaults_list(source["name"], typed, RunMode.RUN)
+
+
+def _searched(source: Mapping[str, Any]) -> list[str]:
+    return [flags.as_override(source["searchpath"])] if source["searchpath"] else []
+
+
+@contextlib.contextmanager
+def initialised(source: Mapping[str, Any]) -> Iterator[None]:
+    """Initialise Hydra with the search path of a source."""
     from hydra import initialize_config_dir
     from hydra._internal.hydra import Hydra
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
     import_own_modules()
-    typed = [flags.as_override(source["searchpath"])] if source["searchpath"] else []
     with initialize_config_dir(
         str(source["path"] or CONF), job_name="train", **version_arguments()
     ):
@@ -37,7 +60,7 @@ def composition(source: Mapping[str, Any], overrides: Sequence[str]) -> DictConf
             searched.prepend("command-line", f"file://{source['dir']}", anchor)
             GlobalHydra.instance().clear()
             Hydra.create_main_hydra2("train", searched)
-        return by_hydra(source["name"], [*typed, *overrides], return_hydra_config=True)
+        yield
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from regrow.config import flags, resume
 from regrow.config.check import check_once
 from regrow.config.command_line import command
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
+from regrow.config.origins import located
 from regrow.config.targets import instantiate
 from regrow.distributed.parallel import World
 from regrow.errors import UserError, machine_fault
@@ -46,7 +47,7 @@ def find_lr(cfg: DictConfig) -> float:
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra reports which job it was
-        fail(str(error))
+        fail(located(str(error)))
     except Exception as error:
         if (fault := machine_fault(error)) is None:
             raise

@@ -16,8 +16,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from regrow.checkpoint import writer
-from regrow.config import registered, resume
+from regrow.config import flags, registered, resume
 from regrow.config.job import Job, as_recorded
+from regrow.config.origins import located_in
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import RunFailed, SlicesTooLarge, UserError, in_a_line, machine_fault
@@ -39,10 +40,14 @@ log = logging.getLogger("regrow")
 def run_all(job: Job) -> float | None:
     """Run the job: in this process if it needs one and no restarts, else in child processes."""
     trainer = job.config["trainer"]
-    count = ranks.count_of(trainer)
-    if count > 1 or trainer["max_restarts"]:
-        return ranks.run(job, count)
-    return run_job(job, World(device=machine.resolve_device(trainer["device"])))
+    try:
+        count = ranks.count_of(trainer)
+        if count > 1 or trainer["max_restarts"]:
+            return ranks.run(job, count)
+        return run_job(job, World(device=machine.resolve_device(trainer["device"])))
+    except UserError as error:
+        error.args = (located_in(str(error), job.source or flags.DEFAULT, job.overrides),)
+        raise
 
 
 def run_job(job: Job, world: World) -> float | None:

@@ -1,0 +1,140 @@
+"""Find the file and line that a value of the composed config comes from.
+
+Only errors and `--check` ask: a good start composes once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.config import flags, places
+from regrow.config.composition import composition, defaults_of, hydra_as_it_was
+from regrow.config.hydra_access import typed_overrides
+from regrow.config.yaml_keys import keys_of
+from regrow.dotted import walk
+from regrow.project import ROOT
+
+TYPED = "command line"
+_REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")
+_HOPS = 9  # of interpolations, which may form a circle
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The keys that one file, or one node of the ConfigStore, sets, each with where that is."""
+
+    prefix: str
+    keys: Mapping[str, str]
+
+    def sets(self, key: str) -> str | None:
+        """Return where this layer sets the dotted `key`, or a list or mapping that holds it."""
+        if self.prefix and not key.startswith(f"{self.prefix}."):
+            return None
+        below = key.removeprefix(f"{self.prefix}." if self.prefix else "")
+        while below not in self.keys and "." in below and below.rpartition(".")[2].isdigit():
+            below = below.rpartition(".")[0]
+        return self.keys.get(below)
+
+
+@dataclass(frozen=True)
+class Origins:
+    layers: Sequence[Layer]  # in the order in which they are merged
+    typed: Sequence[str]  # the keys of overrides
+    config: Mapping[str, Any]  # composed, with its interpolations
+
+    def of(self, key: str, hops: int = _HOPS) -> str | None:
+        """Return `file:line` of a key's value, TYPED, or a node of the ConfigStore; or None.
+
+        A value that is another key's, by interpolation, comes from where that one is set.
+        """
+        value = self._value(key)
+        if value == "???":
+            return None
+        found = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if found and hops:
+            dots, name = found.groups()
+            parents = key.split(".")[: -len(dots)] if dots else []
+            if other := self.of(".".join([*parents, name]), hops - 1):
+                return other
+        if any(key == typed or key.startswith(f"{typed}.") for typed in self.typed):
+            return TYPED
+        places_of = (layer.sets(key) for layer in reversed(self.layers))
+        return next((place for place in places_of if place is not None), None)
+
+    def _value(self, key: str) -> Any:
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+
+def origins(source: Mapping[str, Any], overrides: Sequence[str]) -> Origins:
+    """Return where the values come from that `source` (see `flags`) and `overrides` compose.
+
+    Raises Hydra's errors.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    with hydra_as_it_was():
+        config = composition(source, overrides)
+        HydraConfig.instance().set_config(config)  # tells `places` the search path
+        found = defaults_of(source, overrides)
+        layers = [layer for default in found.defaults for layer in _layer(default)]
+        content = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        plain: Any = OmegaConf.to_container(content, resolve=False)
+    return Origins(layers, [override.key_or_group for override in found.config_overrides], plain)
+
+
+def _layer(default: Any) -> Iterator[Layer]:
+    path = str(default.config_path or "")
+    if path.startswith("hydra/") or not path:
+        return
+    group, _, option = path.rpartition("/")
+    file, prefix = places.file_of(group, option), str(default.package or "")
+    if file is not None:
+        yield Layer(prefix, {k: f"{shown(file)}:{key.line}" for k, key in keys_of(file).items()})
+    elif isinstance(node := places.stored(f"{path.removesuffix('.yaml')}.yaml"), dict):
+        yield Layer(prefix, {key: f"ConfigStore node {path}" for key, _ in walk(node)})
+
+
+def shown(file: Path) -> str:
+    """Return a file's name as the user knows it, also from a sweep's copy of the code."""
+    copied = flags.copied_source(ROOT)
+    for name, folder in flags.folders_of(copied).items() if copied else ():
+        copy = ROOT / flags.COPIES / name
+        if file.is_relative_to(copy):
+            file = folder / file.relative_to(copy)
+    for root in (ROOT, Path.cwd()):
+        if file.is_relative_to(root):
+            return str(file.relative_to(root))
+    return str(file)
+
+
+def located(message: str) -> str:
+    """Return an error about a key with the file and line of its value before it.
+
+    Unchanged for a value from the command line, and where no file sets the key. Hydra's config of
+    this process must be set.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    lines = [*typed_overrides(hydra.overrides.hydra), *typed_overrides(hydra.overrides.task)]
+    return located_in(message, flags.source_of(hydra), lines)
+
+
+def located_in(message: str, source: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """Return what `located` does, for a config composed from `source` and `overrides`."""
+    found = re.match(r"([A-Za-z_]\w*(?:\.[\w*-]+)*)(?=[=:, ])", message)
+    if found is None or places.is_group(found[1]):
+        return message
+    place = None
+    with contextlib.suppress(Exception):  # the error itself matters more than its place
+        place = origins(source, overrides).of(found[1])
+    return message if place in (None, TYPED) else f"{place}: {message}"

@@ -1,0 +1,462 @@
+"""JSON Schemas (draft 7) of the files in `conf/`, with which an editor completes and underlines.
+
+They say what a start checks before torch is imported: the keys that the shipped files have, the
+ranges of `rules`, and otherwise the type of the shipped value. Comments become descriptions.
+`make schemas` writes them; a test compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regrow.config.leads import RECIPES
+from regrow.config.rules import RULES, applies, of_shipped
+from regrow.config.yaml_files import broken_files, read_yaml
+from regrow.config.yaml_keys import head_of, keys_of
+from regrow.errors import UserError
+from regrow.project import CONF, ROOT
+
+FOLDER = ROOT / "schemas"
+EDITOR = ROOT / ".vscode" / "settings.json"
+DRAFT = "http://json-schema.org/draft-07/schema#"
+_BESIDE = "./schemas/"  # as the editor names them
+PRIMARY, RECIPE = "train", "experiment"
+INTERPOLATED = r"\$\{|^\?\?\?$"  # ??? must be given elsewhere
+OF_NODES = r"^_[a-z]+_$"  # what Hydra reads in any node, such as _partial_
+SHARED = 100  # characters; the schema of a key that is longer stands once in a file
+_OPTION = r"[\w.]+(?: \([^)]*\))?"
+_OPTIONS = re.compile(rf"{_OPTION}(?:, {_OPTION})+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key of one option: its value, its comment, and what stands below it."""
+
+    option: str
+    value: Any
+    comment: str = ""
+    below: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str | None:
+        target = self.below.get("_target_")
+        return None if target is None else str(target.value)
+
+
+def write() -> list[Path]:
+    """Write the schemas, remove those of groups that are gone, and return the changed files.
+
+    Raises UserError for a file of conf/, or an editor's settings, that cannot be read.
+    """
+    wanted = written()
+    gone = [path for path in FOLDER.glob("*.json") if path not in wanted]
+    changed = [path for path, text in wanted.items() if not path.is_file() or _text(path) != text]
+    for path in changed:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(wanted[path], encoding="utf-8")
+    for path in gone:
+        path.unlink()
+    return [*changed, *gone]
+
+
+def written() -> dict[Path, str]:
+    """Return the content of each file that `write` writes."""
+    if broken := broken_files():
+        raise UserError(f"{broken[0]} is not valid YAML. Correct it.")
+    found = {f"{group}.json": of_group(group) for group in _groups() if group not in RECIPES}
+    found |= {f"{PRIMARY}.json": of_primaries(), f"{RECIPE}.json": of_recipes()}
+    files = {FOLDER / name: as_text(schema) for name, schema in sorted(found.items())}
+    return {**files, EDITOR: as_text(_settings(found))}
+
+
+def _settings(names: Iterable[str]) -> dict[str, Any]:
+    """Return the editor's settings with the schemas of these names in `yaml.schemas`."""
+    try:
+        settings = json.loads(_text(EDITOR)) if EDITOR.is_file() else {}
+        others = settings.get("yaml.schemas", {})
+        others = {name: its for name, its in others.items() if not name.startswith(_BESIDE)}
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{EDITOR.relative_to(ROOT)} is not plain JSON ({error}). Remove its comments, or add "
+            f"this to it: {json.dumps({'yaml.schemas': editors_map(names)})}"
+        ) from None
+    return {**settings, "yaml.schemas": {**others, **editors_map(names)}}
+
+
+def editors_map(names: Iterable[str]) -> dict[str, Any]:
+    """Return the editor's setting `yaml.schemas`: the files that each schema is for."""
+    recipes = [f"conf/{group}/**/*.yaml" for group in RECIPES]
+    of = {f"{PRIMARY}.json": "conf/*.yaml", f"{RECIPE}.json": recipes}
+    return {
+        f"{_BESIDE}{name}": of.get(name, f"conf/{name.removesuffix('.json')}/*.yaml")
+        for name in sorted(names)
+    }
+
+
+def of_group(group: str) -> dict[str, Any]:
+    """Return the schema of a group's files; `definitions` holds one for each option."""
+    entries = _options_of(group)
+    names = [*_names(group)]
+    schema = _node(group, entries, {"defaults": _defaults_of_option(names)})
+    return _shared(
+        {
+            "$schema": DRAFT,
+            "title": f"conf/{group}",
+            "description": f"A file of the group {group}: an option that {group}=… chooses.",
+            **schema,
+            "type": "object",
+            "definitions": {"node": _node(group, entries), **_definitions(group, entries)},
+        }
+    )
+
+
+def _definitions(group: str, entries: Iterable[Entry]) -> dict[str, Any]:
+    return {
+        entry.option: {
+            "title": f"{group}={entry.option}",
+            "description": head_of(CONF / group / f"{entry.option}.yaml"),
+            **_node(group, [entry]),
+        }
+        for entry in entries
+    }
+
+
+def of_primaries() -> dict[str, Any]:
+    """Return the schema of conf/train.yaml and its neighbours, which may hold keys of their own."""
+    return {
+        "$schema": DRAFT,
+        "title": "conf",
+        "description": "A config that --config-name names. It chooses the groups' options.",
+        "type": "object",
+        "properties": {"defaults": _defaults({}), **_top_level()},
+    }
+
+
+def of_recipes() -> dict[str, Any]:
+    """Return the schema of files that override keys of other groups, such as experiments."""
+    keys = {key: its for key, its in _top_level().items() if key != "lab"}  # of conf/train.yaml
+    return {
+        "$schema": DRAFT,
+        "title": "overrides",
+        "description": "Overrides of any key. The first line must be `# @package _global_`.",
+        "type": "object",
+        "properties": {"defaults": _defaults({"override /": "/"}), **keys},
+        "additionalProperties": False,
+    }
+
+
+def _top_level() -> dict[str, Any]:
+    """Return the schemas of all top-level keys."""
+    found: dict[str, Any] = {
+        group: {"$ref": f"{group}.json#/definitions/node"}
+        for group in sorted(_groups())
+        if group not in RECIPES and "/" not in group
+    }
+    for path in sorted(CONF.glob("*.yaml")):
+        for key, entry in _entry(path, path.stem).below.items():
+            if key == "lab":
+                found[key] = {**_words([entry], ""), "type": "string"}
+            elif key not in found and key not in ("defaults", "hydra"):
+                found[key] = _value(key, [entry])
+    return {**found, "hydra": {"type": "object", "description": "Hydra's own settings"}}
+
+
+# -- Defaults lists --------------------------------------------------------------------------------
+
+
+def _defaults_of_option(names: Iterable[str]) -> dict[str, Any]:
+    words = {"anyOf": [{"enum": ["_self_", *names]}, {"type": "string"}]}
+    return {
+        "description": "options of this group that this one builds on; _self_: this file",
+        "type": "array",
+        "items": {"anyOf": [words, {"type": "object"}]},
+    }
+
+
+def _defaults(prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the schema of a defaults list that chooses options of groups."""
+    entries: dict[str, Any] = {}
+    for group in sorted(_groups() - {"local"}):  # its files are this machine's
+        if not (options := [*_names(group)]):
+            continue
+        names = {"enum": options}
+        chosen: dict[str, Any] = {
+            "description": f"the option of the group {group}",
+            "anyOf": [names, {"type": ["string", "null"]}, {"type": "array", "items": names}],
+        }
+        for prefix in [*prefixes, *prefixes.values()] or ["", "override "]:
+            entries[f"{prefix}{group}"] = chosen
+    return {
+        "description": "the options that are chosen, and _self_: the keys of this file",
+        "type": "array",
+        "items": {
+            "anyOf": [
+                {"anyOf": [{"enum": ["_self_", *_primaries()]}, {"type": "string"}]},
+                {"type": "object", "properties": entries},
+            ]
+        },
+    }
+
+
+def _primaries() -> list[str]:
+    return sorted(path.stem for path in CONF.glob("[!_]*.yaml"))
+
+
+# -- Keys ------------------------------------------------------------------------------------------
+
+
+def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
+    """Return the schema of a key from its value in each option that has it."""
+    nodes = [entry for entry in entries if isinstance(entry.value, Mapping)]
+    rule = RULES.get(path)
+    if rule is None and nodes and any(entry.value for entry in nodes):
+        schema = _node(path, nodes)
+        if len(nodes) < len(entries):
+            schema["type"] = [*schema["type"], "null"]
+        return {**_words(entries, ""), **schema}
+    if rule is None and (listed := _listed(entries)):
+        schema = _or_interpolated({"enum": listed}, f"one of {', '.join(listed)}")
+        return {**_words(entries, ""), **schema, **_default(entries)}
+    rules = [rule] if rule is not None else [of_shipped(path, entry.value) for entry in entries]
+    found = [each for each in rules if each is not None]
+    if nodes or len(found) < len(rules):
+        found = []  # any value
+    says = " or ".join(_unique(each.says for each in found))
+    schemas = _unique(json.dumps(each.schema) for each in found)
+    made = (
+        {"anyOf": [*map(json.loads, schemas)]} if schemas[1:] else json.loads((*schemas, "{}")[0])
+    )
+    return {
+        **_words(entries, says),
+        **_or_interpolated(made, says),
+        **_suggested(entries),
+        **_default(entries),
+    }
+
+
+def _words(entries: list[Entry], says: str) -> dict[str, Any]:
+    """Return what an editor shows of a key: its comments, and the values that it accepts."""
+    comment = "; or: ".join(_unique(entry.comment for entry in entries if entry.comment))
+    found = {"description": comment} if comment else {}
+    if says:
+        shown = f"{comment}\n\nAccepts {says}." if comment else f"Accepts {says}."
+        found |= {"markdownDescription": shown, "x-accepts": says}
+    return found
+
+
+def _node(path: str, entries: list[Entry], also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the schema of a node: closed for each shipped `_target_`, and open for any other.
+
+    `also` are further properties, by key.
+    """
+    also = also or {}
+    closed = functools.partial(_closed, path, also=dict.fromkeys(also, True))
+    targets = _unique(entry.target for entry in entries if entry.target is not None)
+    kinds = ["object", "string"]
+    schema: dict[str, Any] = {"type": kinds, "pattern": INTERPOLATED, "properties": dict(also)}
+    if not targets:
+        return {**schema, **_closed(path, entries, also=also)}
+    schema["properties"]["_target_"] = {"anyOf": [{"enum": targets}, {"type": "string"}]}
+    names: dict[str, Any] = {"required": ["_target_"], "properties": {"_target_": {}}}
+    cases = []
+    for target in targets:
+        its = [entry for entry in entries if entry.target == target]
+        case = {**names, "properties": {"_target_": {"const": target}}}
+        cases.append({"if": case, "then": closed(its)})
+    if len(targets) > 1:
+        cases.append({"if": {"not": {"required": ["_target_"]}}, "then": closed(entries)})
+        return {**schema, "allOf": cases}
+    other = {**names, "properties": {"_target_": {"not": {"const": targets[0]}}}}
+    return {**schema, "if": other, "then": True, "else": closed(entries)}
+
+
+def _closed(path: str, entries: list[Entry], *, also: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the properties of nodes with these keys, those of `also`, and no others."""
+    keys = _unique(key for entry in entries for key in entry.below)
+    properties: dict[str, Any] = {}
+    for key in keys:
+        its = [entry.below[key] for entry in entries if key in entry.below]
+        if key == "_target_":
+            targets = _unique(str(each.value) for each in its)
+            properties[key] = {"anyOf": [{"enum": targets}, {"type": "string"}]}
+        else:
+            properties[key] = _value(f"{path}.{key}" if path else key, its)
+    # A foreign target may take arguments that its file leaves out: see `explain.takes`.
+    foreign = any(entry.target and not _is_closed(entry.target) for entry in entries)
+    is_open = foreign or path == "logger"  # a logger of one's own has a name of its own
+    return {
+        "properties": {**also, **properties},
+        "patternProperties": {OF_NODES: True},
+        "additionalProperties": is_open,
+    }
+
+
+def _is_closed(target: str) -> bool:
+    return applies(target) and not target.startswith("torch.")
+
+
+def _or_interpolated(schema: Mapping[str, Any], says: str) -> dict[str, Any]:
+    """Return the schema that also accepts an interpolation, and `???` for a value given later."""
+    made = _flat(schema)
+    for name in ("items", "additionalProperties"):
+        if isinstance(made.get(name), Mapping):
+            made[name] = _or_interpolated(made[name], "")
+    if "properties" in made:
+        made["properties"] = {k: _or_interpolated(v, "") for k, v in made["properties"].items()}
+    types = made.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    text = {"type": "string", "pattern": INTERPOLATED}
+    if says:
+        text["patternErrorMessage"] = f"This must be {says}, or an interpolation ${{…}}."
+    if "anyOf" in made:
+        return {"anyOf": [*made["anyOf"], text]}
+    if "enum" in made or "maxLength" in made:
+        return {"anyOf": [made, text]}
+    return {**made, **text, "type": [*types, "string"]} if types and "string" not in types else made
+
+
+def _flat(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema with null among its types, where it is a choice of null and one other."""
+    made: dict[str, Any] = dict(schema)
+    others = [each for each in made.get("anyOf", []) if each != {"type": "null"}]
+    if len(made) == len(others) == 1 and isinstance(others[0].get("type"), str):
+        return {**others[0], "type": [others[0]["type"], "null"]}
+    return made
+
+
+def _listed(entries: list[Entry]) -> list[str]:
+    """Return the options that the comments list, if each comment is such a list and no more."""
+    found: list[str] = []
+    for entry in entries:
+        if not _OPTIONS.fullmatch(entry.comment):
+            return []
+        options = _options(entry.comment)
+        if entry.value not in options:
+            return []
+        found += options
+    return _unique(found)
+
+
+def _suggested(entries: list[Entry]) -> dict[str, Any]:
+    """Return examples for a key whose comment begins with some of its values."""
+    found = []
+    for entry in entries:
+        start = _OPTIONS.match(entry.comment)
+        options = _options(start[0]) if start else []
+        found += options if entry.value in options else []
+    return {"examples": _unique(found)} if found else {}
+
+
+def _options(comment: str) -> list[str]:
+    return re.sub(r" \([^)]*\)", "", comment).split(", ")
+
+
+def _default(entries: list[Entry]) -> dict[str, Any]:
+    """Return the default, if all options that have the key agree on it."""
+    values = _unique(json.dumps(entry.value, default=str) for entry in entries)
+    return {"default": json.loads(values[0])} if len(values) == 1 and values[0] != '"???"' else {}
+
+
+# -- Files -----------------------------------------------------------------------------------------
+
+
+def _groups() -> set[str]:
+    folders = (path.parent for path in CONF.rglob("*.yaml") if path.parent != CONF)
+    return {folder.relative_to(CONF).as_posix() for folder in folders} | {*RECIPES}
+
+
+def _names(group: str) -> Iterator[str]:
+    yield from sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+
+
+def _options_of(group: str) -> list[Entry]:
+    return [_option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+@functools.cache
+def _option(group: str, name: str) -> Entry:
+    """Return an option of a group with what it inherits; the comment of a key is the nearest."""
+    path = CONF / group / f"{name}.yaml"
+    found = Entry(name, {})
+    defaults = read_yaml(path).get("defaults", [])
+    for parent in defaults if isinstance(defaults, list) else []:
+        if (
+            isinstance(parent, str)
+            and parent != "_self_"
+            and (path.parent / f"{parent}.yaml").is_file()
+        ):
+            found = _merged(found, _option(group, parent), name)
+    return _merged(found, _entry(path, name), name)
+
+
+def _entry(path: Path, option: str) -> Entry:
+    comments = {key: found.comment for key, found in keys_of(path).items()}
+    content = {k: v for k, v in read_yaml(path).items() if k != "defaults"}
+    return _below(option, content, comments, "")
+
+
+def _below(option: str, value: Any, comments: Mapping[str, str], path: str) -> Entry:
+    below = {}
+    if isinstance(value, Mapping):
+        for key, its in value.items():
+            below[str(key)] = _below(option, its, comments, f"{path}.{key}" if path else str(key))
+    return Entry(option, value, comments.get(path, ""), below)
+
+
+def _merged(base: Entry, over: Entry, option: str) -> Entry:
+    comment = over.comment or base.comment
+    if not (base.below or over.below) or not isinstance(over.value, Mapping):
+        return Entry(option, over.value, comment, {})
+    below = dict(base.below) if isinstance(base.value, Mapping) else {}
+    for key, entry in over.below.items():
+        below[key] = _merged(below[key], entry, option) if key in below else entry
+    return Entry(option, {key: entry.value for key, entry in below.items()}, comment, below)
+
+
+def _shared(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema with each long schema of a key in `keys`, by its dotted name."""
+    keys: dict[str, Any] = {}
+
+    def walked(part: Any, path: str) -> Any:
+        if isinstance(part, list):
+            return [walked(each, path) for each in part]
+        if not isinstance(part, Mapping):
+            return part
+        found = {}
+        for word, its in part.items():
+            if word == "properties":
+                found[word] = {key: named(its[key], f"{path}.{key}".lstrip(".")) for key in its}
+            else:
+                found[word] = its if word == "default" else walked(its, path)
+        return found
+
+    def named(its: Any, path: str) -> Any:
+        its = walked(its, path)
+        if len(json.dumps(its)) < SHARED:
+            return its
+        same = [name for name in keys if name.partition(":")[0] == path]
+        name = next((name for name in same if keys[name] == its), None)
+        if name is None:
+            name = f"{path}:{len(same) + 1}" if same else path
+            keys[name] = its
+        return {"$ref": f"#/keys/{name}"}
+
+    return {**walked(schema, ""), "keys": keys}
+
+
+def _unique(items: Iterable[Any]) -> list[Any]:
+    return [*dict.fromkeys(items)]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,124 @@
+"""The JSON Schemas of conf/ accept what a start accepts, and are up to date."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+from referencing import Registry, Resource
+
+from regrow.config import schemas
+from regrow.config.rules import RULES, fits
+from regrow.project import CONF, ROOT
+
+FILES = sorted(CONF.rglob("*.yaml"))
+
+
+@functools.cache
+def contents() -> dict[str, Any]:
+    return {
+        path.name: json.loads(path.read_text("utf-8")) for path in schemas.FOLDER.glob("*.json")
+    }
+
+
+def schema_of(path: Path) -> str:
+    """Return the name of the schema that the editor's settings give a file of conf/."""
+    settings = json.loads(schemas.EDITOR.read_text(encoding="utf-8"))["yaml.schemas"]
+    found = [
+        name.removeprefix("./schemas/")
+        for name, patterns in settings.items()
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        if path.relative_to(ROOT).match(pattern.replace("**/", ""))
+    ]
+    assert len(found) == 1, (path, found)
+    return found[0]
+
+
+def problems(name: str, content: Any) -> list[str]:
+    resources = ((each, Resource.from_contents(its)) for each, its in contents().items())
+    validator = Draft7Validator(contents()[name], registry=Registry().with_resources(resources))
+    return [error.message for error in validator.iter_errors(content)]
+
+
+def test_the_schemas_are_those_that_make_schemas_writes() -> None:
+    wanted = schemas.written()
+    assert {path for path in wanted if path != schemas.EDITOR} == {*schemas.FOLDER.glob("*.json")}
+    stale = [path.name for path, text in wanted.items() if path.read_text("utf-8") != text]
+    assert stale == [], "run: make schemas"
+
+
+def test_every_shipped_file_passes_its_schema() -> None:
+    found = {
+        str(path): said
+        for path in FILES
+        if (said := problems(schema_of(path), yaml.safe_load(path.read_text("utf-8")) or {}))
+    }
+    assert found == {}
+
+
+def test_the_schemas_are_valid_schemas() -> None:
+    for content in contents().values():
+        Draft7Validator.check_schema(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_epoch": 3}, "'max_epoch' does not match any"),
+        ({"max_epochs": 0}, "less than the minimum"),
+        ({"max_epochs": "three"}, "does not match"),
+        ({"max_epochs": [3]}, "is not of type"),
+        ({"device": "gpu"}, "is not valid under any of the given schemas"),
+        ({"compile": "yes please"}, "does not match"),
+        ({"checkpoint": {"keep_bset": 2}}, "'keep_bset' does not match any"),
+        ({"early_stopping": {"patience": -1}}, "less than the minimum"),
+    ],
+)
+def test_a_mistake_fails_in_a_group_and_in_an_experiment(change: dict[str, Any], says: str) -> None:
+    for name, content in (("trainer", change), ("experiment", {"trainer": change})):
+        assert any(says in said for said in problems(f"{name}.json", content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_epochs": "${oc.env:EPOCHS}"},
+        {"max_epochs": None},
+        {"device": "${oc.env:DEVICE}"},
+        {"compile": True},
+        {"checkpoint": {"keep_best": 2}},
+        {"_target_": "mine.Options", "anything": 3},
+    ],
+)
+def test_what_a_start_accepts_passes(change: dict[str, Any]) -> None:
+    for name, content in (("trainer", change), ("experiment", {"trainer": change})):
+        assert problems(f"{name}.json", content) == []
+
+
+def test_a_misspelt_key_fails_at_the_top_of_an_experiment() -> None:
+    assert problems("experiment.json", {"trianer": {}}) != []
+    assert problems("experiment.json", {"lab": "lab"}) != []  # conf/train.yaml alone has it
+    assert problems("experiment.json", {"seed": 3}) == []
+
+
+def test_the_check_of_a_start_reads_a_rule_as_json_schema_means_it() -> None:
+    values: list[Any] = [
+        *(None, True, False, 0, 1, -1, 19, 20, 0.5, -0.5, 1.5, 1000.5),
+        *("", "a", "auto", "train", "balanced", "cpu", "max", "none", "contents", "ddp"),
+        *([], [0], [1, 2], [0.5, 0.5], [0.5, 1], [0.5], ["a"], [""], [None], ["hidden"]),
+        *([{}], [{"_target_": "a.b"}], {}, {"a": 1}, {"a": "b"}, {"a": -1}, {"column": "w"}),
+        *({"column": ""}, {"column": "w", "more": 1}, {"mean": [1], "std": [2]}, {"mean": [1]}),
+        {"k": {"_target_": "a.b"}},
+    ]
+    accepted = 0
+    for key, rule in RULES.items():
+        meant = Draft7Validator(dict(rule.schema))
+        for value in values:
+            assert fits(value, rule.schema) == meant.is_valid(value), (key, value)
+            accepted += fits(value, rule.schema)
+    assert accepted > len(RULES)
