@@ -41,7 +41,7 @@ extras: setup ## install the packages of all extras: see pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,http,lora,notebook,s3,text]'
 
 # >>> template only
-.PHONY: mutate test-next-hydra bench bench-gpu peers site
+.PHONY: mutate test-next-hydra bench bench-gpu peers reference site
 mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail
 	@$(PY) tests/mutate.py $(ARGS)
 
@@ -64,6 +64,10 @@ build/site-tools/complete: docs/site/requirements.lock
 	@rm -rf build/site-tools
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target build/site-tools -r $<
 	@touch $@
+
+reference: schemas ## rewrite docs/keys.md and the diagrams of the pages
+	@$(PY) docs/site/keys.py
+	@$(PY) docs/site/images.py
 
 site: setup build/site-tools/complete ## build the site in build/site/html; a warning is an error
 	@PYTHONPATH="$(CURDIR)/build/site-tools" PYTHONDONTWRITEBYTECODE=1 $(PY) docs/site/build.py

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from regrow.project import ROOT
+from regrow.config.yaml_keys import keys_of
+from regrow.project import CONF, ROOT
 
 SITE = ROOT / "docs" / "site"
 NAMESPACE = "{http://www.w3.org/2000/svg}"
@@ -85,6 +86,47 @@ def test_words_in_angle_brackets_are_no_tags() -> None:
     import api
 
     assert api.prose("a <name> and `<code>`") == "a &lt;name&gt; and `<code>`\n"
+
+
+def test_the_page_of_keys_is_that_of_the_schemas() -> None:
+    import keys
+
+    assert keys.PAGE.read_text(encoding="utf-8") == keys.page(), "run make reference"
+    assert "| `trainer.max_steps` | an integer of at least 1, or null | `null` |" in keys.page()
+
+
+def missing(listed: set[str]) -> list[str]:
+    """Return the keys of conf/ that are not listed, and have none below them that is."""
+    found = []
+    for path in (path for group in schemas_groups() for path in (CONF / group).glob("[!_]*.yaml")):
+        for key in keys_of(path):
+            name = f"{path.parent.name}.{key}"
+            known = name in listed or any(other.startswith(f"{name}.") for other in listed)
+            if not known and key != "defaults" and not re.search(r"(^|\.)_", key):
+                found.append(name)
+    return found
+
+
+def schemas_groups() -> list[str]:
+    names = [path.stem for path in (ROOT / "schemas").glob("*.json")]
+    return [name for name in names if name not in ("train", "experiment")]
+
+
+def test_every_key_of_conf_is_on_the_page() -> None:
+    import keys
+
+    listed = set(re.findall(r"^\| `([\w.]+)`", keys.page(), re.M))
+    assert missing(listed) == []
+    assert set(missing(listed - {"trainer.max_steps"})) == {"trainer.max_steps"}  # the control
+
+
+def test_options_are_named_by_the_shorter_list() -> None:
+    import keys
+
+    options = ["a", "b", "c", "d"]
+    assert keys.among(options, options) == ""
+    assert keys.among(["a", "b", "c"], options) == " (not d)"
+    assert keys.among(["a", "b"], options) == " (a, b)"
 
 
 def test_the_diagrams_are_those_that_the_script_draws() -> None:
