@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.project import CONF, ROOT
 
@@ -135,6 +136,9 @@ def section(group: str) -> str:
 
 def page() -> str:
     top = json.loads((SCHEMAS / "train.json").read_text(encoding="utf-8"))
+    for key, its in read_yaml(CONF / "train.yaml").items():
+        if isinstance(its, str):  # the schema leaves the name of the lab to each project
+            top["properties"][key].setdefault("default", its)
     rows = {name: {"": row} for name, row in rows_of("", top, {})}
     text = HEAD + "\n## At the top\n\n" + table(rows, [""])
     names = sorted(path.stem for path in SCHEMAS.glob("*.json"))
