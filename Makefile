@@ -41,7 +41,7 @@ extras: setup ## install the packages of all extras: see pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,http,lora,notebook,s3,text]'
 
 # >>> template only
-.PHONY: mutate test-next-hydra bench bench-gpu peers reference site
+.PHONY: mutate test-next-hydra bench bench-gpu peers reference site workflows
 mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail
 	@$(PY) tests/mutate.py $(ARGS)
 
@@ -71,6 +71,9 @@ reference: schemas ## rewrite docs/keys.md and the diagrams of the pages
 
 site: setup build/site-tools/complete ## build the site in build/site/html; a warning is an error
 	@PYTHONPATH="$(CURDIR)/build/site-tools" PYTHONDONTWRITEBYTECODE=1 $(PY) docs/site/build.py
+
+workflows: setup build/site-tools/complete ## check .github and CITATION.cff
+	@PYTHONPATH="$(CURDIR)/build/site-tools" sh .github/check.sh $(PY)
 
 peers: setup ## install other engines for `make bench` to compare with
 	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
