@@ -437,12 +437,53 @@ def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
         check(made, made.hydra.runtime.choices)
 
 
-def test_help_lists_the_options_and_no_parts_of_them(tmp_path: Path) -> None:
-    done = run_train(tmp_path, "--help", "model=cnn")
-    assert done.returncode == 0 and done.stderr == ""
-    assert "optimizer: adagrad, adam, " in done.stdout and "_base" not in done.stdout
-    assert "channels:" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, str(TRAIN.with_name(script)), *arguments], cwd=folder,
+        env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code and list(folder.iterdir()) == [], done.stderr
+    return done.stdout + done.stderr
+
+
+def test_help_fits_on_a_screen_and_shows_keys_and_groups(tmp_path: Path) -> None:
+    for script in ("train.py", "find_lr.py"):
+        said = help_of(tmp_path, "--help", "model=cnn", "optimizer.lr=0.25", script=script)
+        lines = said.splitlines()
+        assert len(lines) <= 30 and max(map(len, lines)) <= 80
+        assert "  model      cnn          gpt mlp" in said and "optimizer.lr=0.25" in said
+        assert "_base" not in said
+    assert "find_lr.max_lr=10.0" in said
+
+
+def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "--help", "scheduler", "scheduler=linear", "scheduler.warmup_steps=7")
+    assert "* linear" in said and "  cosine" in said and "Half a cosine down to" in said
+    assert "Keys of scheduler=linear:\n  _target_: lab.schedules.linear\n" in said
+    line = next(line for line in said.splitlines() if "warmup_steps=7" in line)
+    assert "linear; the first step" in line and "(default null)" in said
+    assert "[an integer of at least 0, or null]" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_help_of_keys_shows_comment_default_and_range(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "trainer.checkpoint", "model.norm", "data/source", "seed", "--help")
+    assert "trainer.checkpoint.keep_best=1" in said and "[an integer of at\n" in said
+    assert "model.norm=layer" in said and "none, layer, batch (batch statistics" in said
+    assert "data.source (data=digits)" in said and "data.source.val_fraction=0.1" in said
+    assert "seed (conf/train.yaml)\n  seed=0" in said
+
+
+def test_help_of_a_recipe_shows_what_it_sets(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "--help", "experiment", "experiment=digits_cnn")
+    assert "* digits_cnn" in said and "  trainer.max_epochs=30" in said
+
+
+def test_help_of_an_unknown_word_is_one_line(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "--help", "optimiser", code=2)
+    assert said == (
+        "error: --help optimiser: there is no such group or key. Did you mean optimizer?\n"
+    )
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
@@ -455,17 +496,24 @@ def test_help_into_a_closed_pipe_prints_no_traceback(script: str) -> None:
     assert done.stderr == b""
 
 
-def test_help_and_job_config_need_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--cfg", "job"], "lr: ${if_chosen:model,gpt,0.001,0.003}"),
+        (["--help", "optimizer", "model.hidden"], "optimizer.lr=0.003"),
+    ],
+)
+def test_help_and_job_config_need_no_torch(arguments: list[str], says: str, tmp_path: Path) -> None:
     code = (
         f"import sys, runpy; sys.path.insert(0, {str(TRAIN.parent)!r})\n"
-        "sys.argv = ['train.py', '--cfg', 'job']\n"
+        f"sys.argv = ['train.py', *{arguments!r}]\n"
         f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
         f"finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert "lr: ${if_chosen:model,gpt,0.001,0.003}" in done.stdout
+    assert says in done.stdout
     assert done.stderr.strip().endswith("False")
     assert list(tmp_path.iterdir()) == []
 

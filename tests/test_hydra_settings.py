@@ -250,7 +250,14 @@ def test_keys_and_groups_of_ones_own_come_from_any_place_on_the_search_path(
 
 def test_help_lists_the_groups_of_the_search_path(tmp_path: Path) -> None:
     written(tmp_path / "D", **OWN)
-    assert "callbacks: c" in run(tmp_path, *MINE.split(), "--help")
+    assert "  callbacks  c\n" in run(tmp_path, *MINE.split(), "--help")
+
+
+def test_a_help_of_ones_own_is_hydras(tmp_path: Path) -> None:
+    own = "defaults: [train, _self_]\nhydra: {help: {template: 'Mine: $CONFIG'}}\n"
+    written(tmp_path / "D", mine=own)
+    said = run(tmp_path, "--config-dir", "D", "--config-name", "mine", "--help")
+    assert said.startswith("Mine: ") and "\nseed: 0\n" in said
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ import yaml
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from regrow.cli import help
 from regrow.config import flags, places
 from regrow.config.command_line import path_of, paths_as_typed, read
 from regrow.config.flags import MULTIRUN
-from regrow.config.hydra_access import register_resolver, version_arguments
+from regrow.config.hydra_access import version_arguments
 from regrow.config.keys import known_keys
 from regrow.config.leads import lead
 from regrow.config.own_modules import import_own_modules
@@ -56,7 +57,10 @@ def entry_point(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @in_one_line()
         def main() -> None:
-            register_resolver("options", option_list)  # for --help
+            asked = help.is_asked(sys.argv[1:])
+            topics: list[str] = []
+            if asked:
+                topics, sys.argv[1:] = help.split(sys.argv[1:])
             try:
                 import_own_modules()
                 take_up()
@@ -68,6 +72,11 @@ def entry_point(
                 if (wrong := wrong_options(sys.argv[1:])) is not None:
                     raise UserError(wrong)
                 flags.check(sys.argv[1:])
+                if asked:
+                    given = flags.absolute(paths_as_typed(sys.argv[1:], multirun=False))
+                    if help.show(config_name, topics, given):
+                        return
+                    sys.argv.insert(1, "--help")
                 multirun = any(a in MULTIRUN for a in sys.argv[1:])
                 given = paths_as_typed(sys.argv[1:], multirun=multirun)
                 given = flags.absolute(given)
@@ -208,12 +217,3 @@ def not_yaml(error: yaml.YAMLError) -> str:
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     line = error.problem_mark.line + 1
     return f"{shown}:{line} is not YAML: {error.problem}. Correct that line, or the one before it."
-
-
-def option_list() -> str:
-    """Return a line of options for each config group, without files that begin with `_`."""
-    return "\n".join(
-        f"{group}: {', '.join(options)}"
-        for group in sorted(places.groups())
-        if (options := places.options(group))
-    )

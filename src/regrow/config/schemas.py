@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrow.config.entries import Entry, in_conf, of_file, option, unique
 from regrow.config.leads import RECIPES
 from regrow.config.rules import RULES, applies, of_shipped
-from regrow.config.yaml_files import broken_files, read_yaml
-from regrow.config.yaml_keys import head_of, keys_of
+from regrow.config.yaml_files import broken_files
+from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
 
@@ -30,23 +29,6 @@ PRIMARY, RECIPE = "train", "experiment"
 INTERPOLATED = r"\$\{|^\?\?\?$"  # ??? must be given elsewhere
 OF_NODES = r"^_[a-z]+_$"  # what Hydra reads in any node, such as _partial_
 SHARED = 100  # characters; the schema of a key that is longer stands once in a file
-_OPTION = r"[\w.]+(?: \([^)]*\))?"
-_OPTIONS = re.compile(rf"{_OPTION}(?:, {_OPTION})+")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A key of one option: its value, its comment, and what stands below it."""
-
-    option: str
-    value: Any
-    comment: str = ""
-    below: dict[str, Entry] = field(default_factory=dict)
-
-    @property
-    def target(self) -> str | None:
-        target = self.below.get("_target_")
-        return None if target is None else str(target.value)
 
 
 def write() -> list[Path]:
@@ -159,7 +141,7 @@ def _top_level() -> dict[str, Any]:
         if group not in RECIPES and "/" not in group
     }
     for path in sorted(CONF.glob("*.yaml")):
-        for key, entry in _entry(path, path.stem).below.items():
+        for key, entry in of_file(path, path.stem).below.items():
             if key == "lab":
                 found[key] = {**_words([entry], ""), "type": "string"}
             elif key not in found and key not in ("defaults", "hydra"):
@@ -227,8 +209,8 @@ def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
     found = [each for each in rules if each is not None]
     if nodes or len(found) < len(rules):
         found = []  # any value
-    says = " or ".join(_unique(each.says for each in found))
-    schemas = _unique(json.dumps(each.schema) for each in found)
+    says = " or ".join(unique(each.says for each in found))
+    schemas = unique(json.dumps(each.schema) for each in found)
     made = (
         {"anyOf": [*map(json.loads, schemas)]} if schemas[1:] else json.loads((*schemas, "{}")[0])
     )
@@ -242,7 +224,7 @@ def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
 
 def _words(entries: list[Entry], says: str) -> dict[str, Any]:
     """Return what an editor shows of a key: its comments, and the values that it accepts."""
-    comment = "; or: ".join(_unique(entry.comment for entry in entries if entry.comment))
+    comment = "; or: ".join(unique(entry.comment for entry in entries if entry.comment))
     found = {"description": comment} if comment else {}
     if says:
         shown = f"{comment}\n\nAccepts {says}." if comment else f"Accepts {says}."
@@ -257,7 +239,7 @@ def _node(path: str, entries: list[Entry], also: Mapping[str, Any] | None = None
     """
     also = also or {}
     closed = functools.partial(_closed, path, also=dict.fromkeys(also, True))
-    targets = _unique(entry.target for entry in entries if entry.target is not None)
+    targets = unique(entry.target for entry in entries if entry.target is not None)
     kinds = ["object", "string"]
     schema: dict[str, Any] = {"type": kinds, "pattern": INTERPOLATED, "properties": dict(also)}
     if not targets:
@@ -278,12 +260,12 @@ def _node(path: str, entries: list[Entry], also: Mapping[str, Any] | None = None
 
 def _closed(path: str, entries: list[Entry], *, also: Mapping[str, Any]) -> dict[str, Any]:
     """Return the properties of nodes with these keys, those of `also`, and no others."""
-    keys = _unique(key for entry in entries for key in entry.below)
+    keys = unique(key for entry in entries for key in entry.below)
     properties: dict[str, Any] = {}
     for key in keys:
         its = [entry.below[key] for entry in entries if key in entry.below]
         if key == "_target_":
-            targets = _unique(str(each.value) for each in its)
+            targets = unique(str(each.value) for each in its)
             properties[key] = {"anyOf": [{"enum": targets}, {"type": "string"}]}
         else:
             properties[key] = _value(f"{path}.{key}" if path else key, its)
@@ -332,34 +314,19 @@ def _flat(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(entries: list[Entry]) -> list[str]:
     """Return the options that the comments list, if each comment is such a list and no more."""
-    found: list[str] = []
-    for entry in entries:
-        if not _OPTIONS.fullmatch(entry.comment):
-            return []
-        options = _options(entry.comment)
-        if entry.value not in options:
-            return []
-        found += options
-    return _unique(found)
+    lists = [entry.listed() for entry in entries]
+    return unique(word for words in lists for word in words) if all(lists) else []
 
 
 def _suggested(entries: list[Entry]) -> dict[str, Any]:
     """Return examples for a key whose comment begins with some of its values."""
-    found = []
-    for entry in entries:
-        start = _OPTIONS.match(entry.comment)
-        options = _options(start[0]) if start else []
-        found += options if entry.value in options else []
-    return {"examples": _unique(found)} if found else {}
-
-
-def _options(comment: str) -> list[str]:
-    return re.sub(r" \([^)]*\)", "", comment).split(", ")
+    found = unique(word for entry in entries for word in entry.suggested())
+    return {"examples": found} if found else {}
 
 
 def _default(entries: list[Entry]) -> dict[str, Any]:
     """Return the default, if all options that have the key agree on it."""
-    values = _unique(json.dumps(entry.value, default=str) for entry in entries)
+    values = unique(json.dumps(entry.value, default=str) for entry in entries)
     return {"default": json.loads(values[0])} if len(values) == 1 and values[0] != '"???"' else {}
 
 
@@ -376,47 +343,8 @@ def _names(group: str) -> Iterator[str]:
 
 
 def _options_of(group: str) -> list[Entry]:
-    return [_option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))]
-
-
-@functools.cache
-def _option(group: str, name: str) -> Entry:
-    """Return an option of a group with what it inherits; the comment of a key is the nearest."""
-    path = CONF / group / f"{name}.yaml"
-    found = Entry(name, {})
-    defaults = read_yaml(path).get("defaults", [])
-    for parent in defaults if isinstance(defaults, list) else []:
-        if (
-            isinstance(parent, str)
-            and parent != "_self_"
-            and (path.parent / f"{parent}.yaml").is_file()
-        ):
-            found = _merged(found, _option(group, parent), name)
-    return _merged(found, _entry(path, name), name)
-
-
-def _entry(path: Path, option: str) -> Entry:
-    comments = {key: found.comment for key, found in keys_of(path).items()}
-    content = {k: v for k, v in read_yaml(path).items() if k != "defaults"}
-    return _below(option, content, comments, "")
-
-
-def _below(option: str, value: Any, comments: Mapping[str, str], path: str) -> Entry:
-    below = {}
-    if isinstance(value, Mapping):
-        for key, its in value.items():
-            below[str(key)] = _below(option, its, comments, f"{path}.{key}" if path else str(key))
-    return Entry(option, value, comments.get(path, ""), below)
-
-
-def _merged(base: Entry, over: Entry, option: str) -> Entry:
-    comment = over.comment or base.comment
-    if not (base.below or over.below) or not isinstance(over.value, Mapping):
-        return Entry(option, over.value, comment, {})
-    below = dict(base.below) if isinstance(base.value, Mapping) else {}
-    for key, entry in over.below.items():
-        below[key] = _merged(below[key], entry, option) if key in below else entry
-    return Entry(option, {key: entry.value for key, entry in below.items()}, comment, below)
+    paths = sorted((CONF / group).glob("*.yaml"))
+    return [option(group, path.stem, in_conf) for path in paths]
 
 
 def _shared(schema: dict[str, Any]) -> dict[str, Any]:
@@ -448,10 +376,6 @@ def _shared(schema: dict[str, Any]) -> dict[str, Any]:
         return {"$ref": f"#/keys/{name}"}
 
     return {**walked(schema, ""), "keys": keys}
-
-
-def _unique(items: Iterable[Any]) -> list[Any]:
-    return [*dict.fromkeys(items)]
 
 
 def _text(path: Path) -> str:

@@ -1,0 +1,269 @@
+"""`--help` of the scripts over `conf/`: one screen, and a page for each group and key."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from regrow.config import flags, places
+from regrow.config.composition import composition, hydra_as_it_was
+from regrow.config.entries import Entry, accepted, of_file, option
+from regrow.config.keys import known_keys
+from regrow.config.leads import RECIPES, lead
+from regrow.config.yaml_files import read_yaml
+from regrow.config.yaml_keys import head_of
+from regrow.errors import UserError, did_you_mean
+
+HELP = ("-h", "--help")
+# What a user changes most, in two columns.
+COMMON = (
+    *("data.batch_size", "optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs"),
+    *("trainer.device", "trainer.devices", "trainer.precision", "trainer.accumulation_steps"),
+    *("trainer.clip_norm", "trainer.ema_decay", "trainer.early_stopping.patience", "seed"),
+)
+EXAMPLES = {
+    "train": (
+        ("experiment=digits_cnn seed=1", "a recipe, and a change of it"),
+        ("resume=outputs/digits/latest", "resume a run, or train it longer"),
+        ("-m seed=0,1,2", "a sweep; -m sweep=optuna …: a search"),
+        ("--check data=csv …", "what a run would be, without a run"),
+    ),
+    "find_lr": (
+        ("model=cnn", "suggest a learning rate for this config"),
+        ("find_lr.max_lr=1", "search below 1"),
+    ),
+}
+OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+
+def is_asked(arguments: Sequence[str]) -> bool:
+    return any(argument in HELP for argument in arguments)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the groups and keys that help is asked about, and the other arguments but --help."""
+    found, others = flags.split([a for a in arguments if a not in HELP])
+    topics = [a for a in others if "=" not in a and not a.startswith(("~", "+"))]
+    return topics, [*found, *(a for a in others if a not in topics)]
+
+
+def show(config_name: str, topics: Sequence[str], arguments: Sequence[str]) -> bool:
+    """Print the help of the composed config, or of `topics`.
+
+    Returns False if the user's own config has a help of its own, for Hydra to print. Raises
+    UserError for an unknown topic, and Hydra's errors.
+    """
+    source = {**flags.DEFAULT, "name": config_name, **flags.typed(arguments)}
+    overrides = [o for o in flags.split(arguments)[1] if not o.startswith(f"{flags.SEARCH_PATH}=")]
+    with hydra_as_it_was():
+        from hydra.core.hydra_config import HydraConfig
+
+        config = composition(source, overrides)
+        HydraConfig.instance().set_config(config)
+        if not topics and _has_its_own(config):
+            return False
+        lines = [line for topic in topics for line in _topic(topic, config)]
+        for line in lines or _overview(str(source["name"]), config):
+            print(line)
+    return True
+
+
+def _has_its_own(config: Any) -> bool:
+    import hydra
+
+    usual = read_yaml(Path(hydra.__file__).parent / "conf" / "hydra" / "help" / "default.yaml")
+    node = OmegaConf.to_container(config.hydra.help, resolve=False)
+    return isinstance(node, dict) and node["template"] != usual["template"]
+
+
+# -- One screen ------------------------------------------------------------------------------------
+
+
+def _overview(name: str, config: Any) -> Iterator[str]:
+    script = Path(sys.argv[0]).name
+    yield f"python scripts/{script} [flags] group=option key=value …"
+    for arguments, what in EXAMPLES.get(name, ()):
+        yield f"  {script} {arguments}".ljust(44) + what
+    yield ""
+    yield "Common keys, and their values here:"
+    common = [key for key in COMMON if OmegaConf.select(config, key, default=...) is not ...]
+    if name in config and name != "train":
+        common = [f"{name}.{key}" for key in config[name] if key not in OF_HYDRA] + common
+    pairs = [f"{key}={_value(config, key)}" for key in common]
+    half = -(-len(pairs) // 2)
+    for left, right in zip(pairs[:half], [*pairs[half:], ""], strict=False):
+        yield f"  {left:<38}{right}".rstrip()[:80]
+    yield "Groups, each with the chosen option first:"
+    choices = config.hydra.runtime.choices
+    for group in sorted(places.groups()):
+        if options := places.options(group):
+            chosen = places.names_in(choices.get(group) or "")
+            others = [each for each in options if each not in chosen]
+            first = ",".join(chosen) or "-"
+            yield _cut(f"  {group:<11}{first:<12} {' '.join(others)}".rstrip(), 79)
+    yield "More: --help optimizer, --help trainer.checkpoint; of Hydra: --hydra-help"
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 2].rpartition(" ")[0] + " …"
+
+
+# -- A group or a key ------------------------------------------------------------------------------
+
+
+def _topic(topic: str, config: Any) -> Iterator[str]:
+    group = topic.strip("/")
+    if places.is_group(group) and places.options(group):
+        yield from _group(group, config)
+        return
+    key = group.replace("/", ".")
+    if key == "hydra" or key.startswith("hydra."):
+        raise UserError(f"--help {topic}: these are Hydra's own settings. Use --cfg hydra.")
+    entry, parent, where = _entry(key, config)
+    if entry is None:
+        words = [*places.groups(), *known_keys()]
+        raise UserError(
+            f"--help {topic}: there is no such group or key."
+            f"{lead(key) or did_you_mean(key, words) or ' --help lists the groups.'}"
+        )
+    yield f"{key} ({where})"
+    yield from _keys(key, entry, parent, config)
+
+
+def _group(group: str, config: Any) -> Iterator[str]:
+    chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
+    yield f"{group}=… chooses:"
+    options = places.options(group)
+    width = max(map(len, options)) + 2
+    for name in options:
+        path = places.file_of(group, name)
+        says = head_of(path) if path is not None else "registered in Hydra's ConfigStore"
+        mark = "*" if name in chosen else " "
+        yield from _wrapped(f"{mark} {name}", says, column=width + 2, most=2)
+    if group in RECIPES:
+        if not chosen:
+            yield f"None is chosen. A file holds values of other groups: --help {group} {group}=…"
+        for name in chosen:
+            path = places.file_of(group, name)
+            own = of_file(path, name) if path is not None else option(group, name)
+            yield f"{group}={name} sets:"
+            yield from _values(own, "")
+        return
+    for name in chosen:
+        yield f"Keys of {group}={name}:"
+        yield from _keys(group, option(group, name), None, config)
+
+
+def _entry(key: str, config: Any) -> tuple[Entry | None, Entry | None, str]:
+    """Return a key with its node, and the option or file that it belongs to."""
+    group, *below = key.split(".")
+    chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
+    found, parent, where = None, None, ""
+    if places.is_group(group):
+        options = [*chosen, *(each for each in places.options(group) if each not in chosen)]
+        for name in options:
+            found, parent, where = option(group, name), None, f"{group}={name}"
+            for part in below:
+                found, parent = (found.below.get(part), found) if found else (None, None)
+            if found is not None:
+                return found, parent, where
+    for folder in places.folders():
+        for path in sorted(folder.glob("*.yaml")):
+            found, parent = of_file(path, path.stem), None
+            for part in key.split("."):
+                found, parent = (found.below.get(part), found) if found else (None, None)
+            if found is not None:
+                return found, parent, places.primary_file(path.stem)
+    return None, None, ""
+
+
+def _keys(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterator[str]:
+    """Yield the lines of a key, or of the keys below a node."""
+    if not entry.below:
+        yield from _key(path, entry, parent, config)
+        return
+    if entry.target is not None:
+        yield f"  _target_: {entry.target}"
+    for name, each in entry.below.items():
+        if name in OF_HYDRA:
+            continue
+        inner = f"{path}.{name}"
+        if each.below:
+            yield from _wrapped(f"  {inner}:", each.comment)
+            yield from _keys(inner, each, entry, config)
+        else:
+            yield from _key(inner, each, entry, config)
+
+
+def _key(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterator[str]:
+    value = OmegaConf.select(config, path, default=..., throw_on_missing=False)
+    shipped = _plain(entry.value)
+    shown = _value(config, path) if value is not ... else shipped
+    text, says = entry.comment, accepted(path, entry, parent)
+    if says not in ("", "true or false") and not entry.listed():
+        text = f"{text} [{says}]".strip()
+    if shown != shipped and "${" not in shipped and shipped != "???":
+        text = f"{text} (default {shipped})".strip()
+    yield from _wrapped(f"  {path}={shown}", text)
+
+
+def _values(entry: Entry, prefix: str) -> Iterator[str]:
+    for name, each in entry.below.items():
+        if each.below:
+            yield from _values(each, f"{prefix}{name}.")
+        else:
+            yield from _wrapped(f"  {prefix}{name}={_plain(each.value)}", each.comment)
+
+
+def _wrapped(start: str, text: str, *, column: int = 34, most: int = 9) -> Iterator[str]:
+    """Yield a line with a text behind it, in a column of its own, wrapped to the terminal."""
+    width = min(max(shutil.get_terminal_size((80, 24)).columns, 60), 120)
+    column = min(column, width // 2)
+    if not text:
+        yield start
+        return
+    lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
+    if len(start) < column:
+        yield f"{start:<{column}}{lines.pop(0)}"
+    else:
+        yield start
+    for line in lines:
+        yield f"{'':<{column}}{line}"
+
+
+def _value(config: Any, key: str) -> str:
+    """Return a key's value in the composed config, resolved where it can be."""
+    try:
+        value = OmegaConf.select(
+            config, key, throw_on_missing=False, throw_on_resolution_failure=False
+        )
+        if value is None and OmegaConf.is_missing(*_node_of(config, key)):
+            return "???"
+        return _plain(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    except Exception:  # an interpolation that only a run resolves
+        return "…"
+
+
+def _node_of(config: Any, key: str) -> tuple[Any, str]:
+    parent, _, last = key.rpartition(".")
+    return (OmegaConf.select(config, parent) if parent else config), last
+
+
+def _plain(value: Any) -> str:
+    """Return a value as it would be typed, in at most 60 characters."""
+    if isinstance(value, str):
+        text = value or '""'
+    else:
+        text = (
+            json.dumps(value, default=str, ensure_ascii=False).replace('"', "").replace(", ", ",")
+        )
+    return text if len(text) <= 60 else f"{text[:58]} …"

@@ -1,0 +1,113 @@
+"""The keys of a group's options, each with its value and its comment in YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regrow.config import places
+from regrow.config.rules import RULES, applies, of_shipped
+from regrow.config.yaml_files import read_yaml
+from regrow.config.yaml_keys import keys_of
+from regrow.project import CONF
+
+_WORD = r"[\w.]+(?: \([^)]*\))?"
+_WORDS = re.compile(rf"{_WORD}(?:, {_WORD})+")
+
+Find = Callable[[str, str], Path | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key of one option: its value, its comment, and what stands below it."""
+
+    option: str
+    value: Any
+    comment: str = ""
+    below: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str | None:
+        target = self.below.get("_target_")
+        return None if target is None else str(target.value)
+
+    def listed(self) -> list[str]:
+        """Return the options that the comment lists, if it is a list of words and no more."""
+        words = _WORDS.fullmatch(self.comment)
+        return self.suggested() if words else []
+
+    def suggested(self) -> list[str]:
+        """Return the options that the comment begins with, if the value is one of them."""
+        start = _WORDS.match(self.comment)
+        words = re.sub(r" \([^)]*\)", "", start[0]).split(", ") if start else []
+        return words if self.value in words else []
+
+
+def accepted(path: str, entry: Entry, parent: Entry | None) -> str:
+    """Return in words what values a key takes; "" if any."""
+    if path in RULES and applies(parent.target if parent else None):
+        return RULES[path].says
+    if words := entry.listed():
+        return f"one of {', '.join(words)}"
+    rule = of_shipped(path, entry.value)
+    return rule.says if rule is not None else ""
+
+
+def in_conf(group: str, option: str) -> Path | None:
+    """Return the file of an option in conf/ alone, or None."""
+    path = CONF / group / f"{option}.yaml"
+    return path if path.is_file() else None
+
+
+def option(group: str, name: str, find: Find = places.file_of) -> Entry:
+    """Return an option of a group with what it inherits; the comment of a key is the nearest.
+
+    `find` returns an option's file. Without one, a node of the ConfigStore gives the keys. Raises
+    OSError, ValueError or yaml.YAMLError for a file that cannot be read.
+    """
+    path = find(group, name)
+    if path is None:
+        content = places.stored(f"{group}/{name}.yaml")
+        content = content if isinstance(content, dict) else {}
+        own = _below(name, {k: v for k, v in content.items() if k != "defaults"}, {}, "")
+    else:
+        content, own = read_yaml(path), of_file(path, name)
+    found = Entry(name, {})
+    defaults = content.get("defaults", [])
+    for parent in defaults if isinstance(defaults, list) else []:
+        if isinstance(parent, str) and parent not in ("_self_", name):
+            found = _merged(found, option(group, parent, find), name)
+    return _merged(found, own, name)
+
+
+def of_file(path: Path, name: str) -> Entry:
+    """Return the keys of one file, without what it inherits."""
+    comments = {key: found.comment for key, found in keys_of(path).items()}
+    content = {k: v for k, v in read_yaml(path).items() if k != "defaults"}
+    return _below(name, content, comments, "")
+
+
+def _below(name: str, value: Any, comments: Mapping[str, str], path: str) -> Entry:
+    below = {}
+    if isinstance(value, Mapping):
+        for key, its in value.items():
+            below[str(key)] = _below(name, its, comments, f"{path}.{key}" if path else str(key))
+    return Entry(name, value, comments.get(path, ""), below)
+
+
+def _merged(base: Entry, over: Entry, name: str) -> Entry:
+    comment = over.comment or base.comment
+    if not (base.below or over.below) or not isinstance(over.value, Mapping):
+        return Entry(name, over.value, comment, {})
+    below = dict(base.below) if isinstance(base.value, Mapping) else {}
+    for key, entry in over.below.items():
+        below[key] = _merged(below[key], entry, name) if key in below else entry
+    return Entry(name, {key: entry.value for key, entry in below.items()}, comment, below)
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """Return the items without repetition, in their order."""
+    return [*dict.fromkeys(items)]

@@ -1,0 +1,150 @@
+"""An error about a value names the file and line that the value comes from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+
+from regrow.config import flags
+from regrow.config.origins import TYPED, located_in, origins
+from regrow.config.yaml_keys import head_of, keys_of
+from regrow.project import CONF, ROOT
+
+
+def line_of(path: Path, start: str) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(n for n, line in enumerate(lines, 1) if line.strip().startswith(start))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, an experiment and a primary config of one's own."""
+    folder = tmp_path_factory.mktemp("own")
+    files = {
+        "model/wide.yaml": "# Wide.\ndefaults: [mlp]\nhidden: [99]\n",
+        "experiment/bad.yaml": "# @package _global_\noptimizer:\n  lr: -1\n  betas: [0.9, 2]\n",
+        "experiment/late.yaml": "# @package _global_\nmodel:\n  norm: bach\n",
+        "mine.yaml": "defaults:\n  - train\n  - _self_\ndata:\n  batch_size: 0\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def error_of(folder: Path, *arguments: str, script: str = "train.py") -> str:
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    done = forked.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        cwd=folder, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert not (folder / "outputs").exists() or not any((folder / "outputs").iterdir())
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_key_has_its_line_and_the_comment_beside_or_above_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "# @package _global_\n# What it is:\n# a test.\nfirst: 1\n\n# A section.\n\n"
+        'second: "a # b" # said\n# above\n# it\nthird:\n  inner: [1, 2] # two\n'
+        "fourth: {a: 1, b: {c: 2}} # flow\nfifth: # node\n  x: null\nsixth:\n",
+        encoding="utf-8",
+    )
+    assert head_of(path) == "What it is: a test."
+    found = {key: tuple(its) for key, its in keys_of(path).items()}
+    assert found == {
+        "first": (4, ""), "second": (8, "said"), "third": (11, "above it"),
+        "third.inner": (12, "two"), "fourth": (13, "flow"), "fourth.a": (13, ""),
+        "fourth.b": (13, ""), "fourth.b.c": (13, ""), "fifth": (14, "node"), "fifth.x": (15, ""),
+        "sixth": (16, ""),
+    }  # fmt: skip
+
+
+def test_the_last_file_that_sets_a_key_counts(place: Path) -> None:
+    source = {**flags.DEFAULT, "dir": str(place)}
+    given = ["model=wide", "experiment=bad", "seed=3", "data.folds=null"]
+    found = origins(source, given)
+    assert found.of("model.hidden") == f"{place}/model/wide.yaml:3"
+    shipped = CONF / "model" / "mlp.yaml"
+    assert found.of("model.norm") == f"conf/model/mlp.yaml:{line_of(shipped, 'norm:')}"
+    assert found.of("optimizer.lr") == f"{place}/experiment/bad.yaml:3"
+    assert found.of("optimizer.betas.1") == f"{place}/experiment/bad.yaml:4"
+    assert found.of("seed") == found.of("data.seed") == TYPED  # data.seed is ${seed}
+    assert found.of("data.folds") == found.of("data.source.folds") == TYPED
+    assert found.of("data.source.fold") == (
+        f"conf/data/_base.yaml:{line_of(CONF / 'data' / '_base.yaml', 'fold:')}"
+    )
+    assert found.of("model.nothing") is None
+
+
+def test_only_a_message_that_begins_with_a_key_gets_a_place() -> None:
+    said = "trainer.max_steps=3 is odd."
+    at = f"conf/trainer/default.yaml:{line_of(CONF / 'trainer' / 'default.yaml', 'max_steps:')}"
+    assert located_in(said, flags.DEFAULT, []) == f"{at}: {said}"
+    assert located_in(f"{at}: {said}", flags.DEFAULT, []) == f"{at}: {said}"
+    for unchanged in ("x.csv cannot be read.", "task=binary does not fit.", "model: odd", "Odd."):
+        assert located_in(unchanged, flags.DEFAULT, []) == unchanged
+    assert located_in(said, flags.DEFAULT, ["trainer.max_steps=3"]) == said
+
+
+def test_an_error_names_the_file_and_line_of_its_value(place: Path, tmp_path: Path) -> None:
+    there = ("--config-dir", str(place))
+    said = "optimizer.lr=-1 must be a number above 0."
+    assert error_of(tmp_path, "optimizer.lr=-1") == f"error: {said}"
+    for arguments in (
+        (*there, "experiment=bad"),
+        ("experiment=bad", f"hydra.searchpath=[{place}]"),
+    ):
+        assert error_of(tmp_path, *arguments) == f"error: {place}/experiment/bad.yaml:3: {said}"
+    assert error_of(tmp_path, *there, "experiment=bad", script="find_lr.py").endswith(said)
+    said = error_of(tmp_path, *there, "experiment=bad", "optimizer.lr=0.1")
+    assert said.startswith(
+        f"error: {place}/experiment/bad.yaml:4: optimizer.betas=[0.9, 2] must be"
+    )
+    said = error_of(tmp_path, *there, "--config-name", "mine")
+    assert said.startswith(f"error: {place}/mine.yaml:5: data.batch_size=0 must be")
+
+
+def test_an_error_of_the_lab_names_the_file_and_line(place: Path, tmp_path: Path) -> None:
+    said = error_of(tmp_path, "--config-dir", str(place), "experiment=late", "trainer.device=cpu")
+    assert said.startswith(f"error: {place}/experiment/late.yaml:3: model.norm=bach is unknown.")
+
+
+def test_a_node_of_the_config_store_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n"
+        "from hydra.core.config_store import ConfigStore\n"
+        "from regrow.config import flags\nfrom regrow.config.origins import origins\n"
+        "node = {'_target_': 'torch.optim.SGD', '_partial_': True, 'lr': -1}\n"
+        "ConfigStore.instance().store(group='optimizer', name='mine', node=node)\n"
+        "print(origins(flags.DEFAULT, ['optimizer=mine']).of('optimizer.lr'))\n",
+        encoding="utf-8",
+    )
+    done = forked.run(
+        [sys.executable, str(script)], cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8",
+        check=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout.strip() == "ConfigStore node optimizer/mine"
+
+
+def test_a_good_start_looks_for_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from running import composed
+
+    from regrow.config import check
+
+    asked: list[str] = []
+    monkeypatch.setattr(check, "located", lambda said: asked.append(said) or said)
+    config = composed()
+    check.check(config, config.hydra.runtime.choices)
+    assert asked == []
+    with pytest.raises(ValueError, match="seed"):
+        check.check(composed("seed=-1"), config.hydra.runtime.choices)
+    assert len(asked) == 1
