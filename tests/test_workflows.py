@@ -1,4 +1,4 @@
-"""What maintains the repository: workflows, release notes, versions and the citation."""
+"""The workflows, release notes, versions and the citation of the repository."""
 
 from __future__ import annotations
 
