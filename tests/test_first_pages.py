@@ -21,6 +21,7 @@ from regrow.project import ROOT
 
 DOCS = ROOT / "docs"
 PEERS = ROOT / "build" / "peers"
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 LABELS = ("Lightning", "Trainer", "Accelerate", "a script")
 EDIT = re.compile(r"# in (\S+), below: (.*)\n")  # the first line of lines to insert
 
@@ -55,6 +56,7 @@ def as_a_user(folder: Path) -> Path:
     return folder
 
 
+@needs_git
 @pytest.mark.slow
 def test_the_first_five_minutes_are_as_printed(tmp_path: Path) -> None:
     project = as_a_user(tracked(tmp_path / "project"))
@@ -65,6 +67,7 @@ def test_the_first_five_minutes_are_as_printed(tmp_path: Path) -> None:
     assert (tmp_path / "my_project" / "src" / "my_project" / "loop.py").is_file()
 
 
+@needs_git
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_the_first_five_minutes_work_in_a_fresh_clone(tmp_path: Path) -> None:

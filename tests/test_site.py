@@ -1,4 +1,4 @@
-"""The pages of the site: their links, their menu, the API reference and the diagrams."""
+"""The pages of the site: links, menu, references, diagrams, and nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -188,3 +188,20 @@ def test_all_text_of_a_diagram_is_legible_on_a_light_and_a_dark_page(name: str) 
         '<svg xmlns="http://www.w3.org/2000/svg"><text x="1" y="1" fill="#000000">a</text></svg>'
     )
     assert list(contrasts(naked)) == [1.0]
+
+
+def test_a_page_that_loads_something_from_elsewhere_is_found() -> None:
+    import build
+
+    for bad in (
+        '<script async src="https://a/b.js">',
+        "<img src=https://a/b.png>",
+        '<link rel="stylesheet" href="https://a/b.css">',
+    ):
+        assert build.LOADS.search(bad)
+    for good in (
+        '<a href="https://a">',
+        '<link rel="canonical" href="https://a/">',
+        '<script src="../a.js"></script><a href="https://b">',
+    ):
+        assert not build.LOADS.search(good)

@@ -7,6 +7,7 @@ what the workflow knows that publishes the site.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import sys
 import pages
 
 OUT = pages.ROOT / "build" / "site"
+LOADS = re.compile(
+    r'<(?:script|img|iframe)[^>]* src="?https?:|<link[^>]* rel="?stylesheet[^>]* href="?http'
+)
 
 
 def main() -> int:
@@ -24,9 +28,12 @@ def main() -> int:
     if mistakes:
         return 1
     config = pages.CONFIG.read_text(encoding="utf-8")
-    known = {"site_url": os.environ.get("SITE_URL"), "repo_url": os.environ.get("REPO_URL")}
-    lines = "".join(f'{key} = "{value}"\n' for key, value in known.items() if value)
-    config = config.replace("[project]\n", f"[project]\n{lines}", 1)
+    if address := os.environ.get("SITE_URL"):
+        config = config.replace("[project]\n", f'[project]\nsite_url = "{address}"\n', 1)
+    if address := os.environ.get("REPO_URL"):
+        # Not as `repo_url`: each page would then ask GitHub for the number of stars.
+        icon = "fontawesome/brands/github"
+        config += f'\n[[project.extra.social]]\nicon = "{icon}"\nlink = "{address}"\n'
     (OUT / "zensical.toml").write_text(config, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict"],
@@ -35,6 +42,9 @@ def main() -> int:
     built = sorted((OUT / "html").rglob("*.html"))
     if done.returncode or len(built) < len(list((OUT / "pages").rglob("*.md"))):
         print(done.stdout, file=sys.stderr)
+        return 1
+    if loading := [path for path in built if LOADS.search(path.read_text(encoding="utf-8"))]:
+        print(f"site: {loading[0].name} loads something from elsewhere", file=sys.stderr)
         return 1
     print(f"site: {len(built)} pages in {(OUT / 'html').relative_to(pages.ROOT)}")
     return 0
