@@ -90,6 +90,16 @@ def test_one_version_stands_everywhere() -> None:
     assert [author["name"] for author in citation["authors"]] == [holder]
 
 
+def test_the_lock_of_the_tools_has_a_hash_for_each_pin_and_names_no_index() -> None:
+    folder = ROOT / "docs" / "site"
+    text = (folder / "requirements.lock").read_text(encoding="utf-8")
+    pins = re.split(r"^(?=\S+==)", text, flags=re.M)[1:]
+    assert all("--hash=sha256:" in pin for pin in pins) and "http" not in text
+    ranges = (folder / "requirements.txt").read_text(encoding="utf-8")
+    wanted = re.findall(r"^([a-z-]+)>=", ranges, re.M)
+    assert len(wanted) == 3 and set(wanted) <= {pin.partition("==")[0] for pin in pins}
+
+
 def steps(folder: Path) -> list[str]:
     """Return the lines of all workflows."""
     files = sorted(folder.glob("*.yml"))
