@@ -21,7 +21,7 @@ from regrow.config.hydra_access import version_arguments
 from regrow.config.keys import known_keys
 from regrow.config.leads import lead
 from regrow.config.own_modules import import_own_modules
-from regrow.config.started import is_train, note_start
+from regrow.config.started import CHECK, check_only, is_check, is_train, note_start
 from regrow.config.yaml_files import readable
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import fail, in_one_line
@@ -61,6 +61,8 @@ def entry_point(
             topics: list[str] = []
             if asked:
                 topics, sys.argv[1:] = help.split(sys.argv[1:])
+            if is_train(task):
+                sys.argv[1:] = check_only(sys.argv[1:])
             try:
                 import_own_modules()
                 take_up()
@@ -86,6 +88,10 @@ def entry_point(
                     if flags.typed(given).get("name") == "find_lr":
                         raise UserError("--config-name find_lr is for scripts/find_lr.py.")
                     note_start(task)
+                if is_check() and any(a in MULTIRUN for a in sys.argv[1:]):
+                    raise UserError(
+                        "--check looks at one config: leave out -m, and give each key one value."
+                    )
                 if sys.argv[1:] != given:
                     resumed(sys.argv[1:])
                 # Hydra 1.3 takes a version; 1.4 takes the targets that it may instantiate.
@@ -179,6 +185,8 @@ def _not_an_argument(word: str, equals: str, argument: str) -> str:
         return f"{said} Give {plain} a value: {plain}=…"
     if plain in keys:
         return f"{said} Write {plain}={argument.partition('=')[2] if equals else '…'}"
+    if word == CHECK:
+        return "it is for scripts/train.py, and takes no value."
     hyphened = plain.replace("_", "-")
     flags_there = [f.lstrip("-") for f in (*FLAGS, *FLAGS_WITH_A_VALUE) if f.startswith("--")]
     if word.startswith("-") and (near := difflib.get_close_matches(hyphened, flags_there, n=1)):

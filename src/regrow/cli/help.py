@@ -22,7 +22,7 @@ from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
 
 HELP = ("-h", "--help")
-# What a user changes most, in two columns.
+# The keys that users change most, shown in two columns.
 COMMON = (
     *("data.batch_size", "optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs"),
     *("trainer.device", "trainer.devices", "trainer.precision", "trainer.accumulation_steps"),
@@ -36,7 +36,7 @@ EXAMPLES = {
         ("--check data=csv …", "what a run would be, without a run"),
     ),
     "find_lr": (
-        ("model=cnn", "suggest a learning rate for this config"),
+        ("model=cnn", "suggest a learning rate"),
         ("find_lr.max_lr=1", "search below 1"),
     ),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Layer:
 
     prefix: str
     keys: Mapping[str, str]
+    chooses: Mapping[str, str]  # the file, by group
 
     def sets(self, key: str) -> str | None:
         """Return where this layer sets the dotted `key`, or a list or mapping that holds it."""
@@ -44,8 +45,10 @@ class Layer:
 @dataclass(frozen=True)
 class Origins:
     layers: Sequence[Layer]  # in the order in which they are merged
-    typed: Sequence[str]  # the keys of overrides
+    typed: Collection[str]  # keys
+    chosen: Collection[str]  # groups whose option was typed
     config: Mapping[str, Any]  # composed, with its interpolations
+    choices: Mapping[str, Any]  # the chosen options, by group
 
     def of(self, key: str, hops: int = _HOPS) -> str | None:
         """Return `file:line` of a key's value, TYPED, or a node of the ConfigStore; or None.
@@ -65,6 +68,13 @@ class Origins:
             return TYPED
         places_of = (layer.sets(key) for layer in reversed(self.layers))
         return next((place for place in places_of if place is not None), None)
+
+    def chose(self, group: str) -> str:
+        """Return TYPED, or the last file whose defaults list chooses an option of the group."""
+        of_files = (
+            layer.chooses[group] for layer in reversed(self.layers) if group in layer.chooses
+        )
+        return TYPED if group in self.chosen else next(of_files, TYPED)
 
     def _value(self, key: str) -> Any:
         node: Any = self.config
@@ -88,7 +98,14 @@ def origins(source: Mapping[str, Any], overrides: Sequence[str]) -> Origins:
         layers = [layer for default in found.defaults for layer in _layer(default)]
         content = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         plain: Any = OmegaConf.to_container(content, resolve=False)
-    return Origins(layers, [override.key_or_group for override in found.config_overrides], plain)
+        choices: Any = OmegaConf.to_container(config.hydra.runtime.choices, resolve=False)
+    typed = {override.key_or_group for override in found.config_overrides}
+    groups = {key for key in map(_key_of, overrides) if key in choices and key not in typed}
+    return Origins(layers, typed, groups, plain, choices)
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
 def _layer(default: Any) -> Iterator[Layer]:
@@ -98,9 +115,18 @@ def _layer(default: Any) -> Iterator[Layer]:
     group, _, option = path.rpartition("/")
     file, prefix = places.file_of(group, option), str(default.package or "")
     if file is not None:
-        yield Layer(prefix, {k: f"{shown(file)}:{key.line}" for k, key in keys_of(file).items()})
+        keys = {name: f"{shown(file)}:{key.line}" for name, key in keys_of(file).items()}
+        yield Layer(prefix, keys, dict.fromkeys(_chosen_in(file), shown(file)))
     elif isinstance(node := places.stored(f"{path.removesuffix('.yaml')}.yaml"), dict):
-        yield Layer(prefix, {key: f"ConfigStore node {path}" for key, _ in walk(node)})
+        yield Layer(prefix, {key: f"ConfigStore node {path}" for key, _ in walk(node)}, {})
+
+
+def _chosen_in(file: Path) -> Iterator[str]:
+    """Yield the groups that a file's defaults list chooses an option of."""
+    defaults = places.read(file).get("defaults")
+    for entry in defaults if isinstance(defaults, list) else ():
+        for group in entry if isinstance(entry, Mapping) else ():
+            yield re.sub(r"^(override|optional) ", "", str(group)).lstrip("/")
 
 
 def shown(file: Path) -> str:

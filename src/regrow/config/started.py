@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from regrow.project import ROOT
 
 # The task function of scripts/train.py, once this process has started it.
 _started: list[Callable[..., Any]] = []
+CHECK = "--check"
+_checks: list[str] = []
 
 
 def is_train(task: Callable[..., Any]) -> bool:
@@ -21,6 +23,17 @@ def is_train(task: Callable[..., Any]) -> bool:
 def note_start(task: Callable[..., Any]) -> None:
     """Note that this process runs `task`, the task function of scripts/train.py."""
     _started.append(task)
+
+
+def check_only(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without --check, and note whether it is among them."""
+    _checks[:] = [argument for argument in arguments if argument == CHECK]
+    return [argument for argument in arguments if argument != CHECK]
+
+
+def is_check() -> bool:
+    """Return True if this process reports what a run would be, without a run."""
+    return bool(_checks)
 
 
 def is_started(task: Any = None) -> bool:

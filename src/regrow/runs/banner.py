@@ -21,34 +21,15 @@ log = logging.getLogger("regrow")
 
 def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     """Log what is about to run, and the command that resumes it."""
-    options, state = objects.options, objects.state
     config = redact_all(dict(job.config))
     for line in config_tree(config, job.choices):
         log.info("%s", line)
-    sizes = objects.data.num_examples
-    log.info("data: %s", ", ".join(f"{count:,} {name}" for name, count in sizes.items()))
+    data, *others = facts(job, objects, world)
+    log.info("%s", data)
     for note in objects.data.notes:
         log.warning("%s", note)
-    total = sum(p.numel() for p in state.model.parameters())
-    trained = sum(p.numel() for p in objects.parameters)
-    frozen = "" if trained == total else f", {trained:,} of them trained"
-    log.info("model: %s with %s parameters%s", type(state.model).__name__, f"{total:,}", frozen)
-    batch, slices = config["data"]["batch_size"], options.accumulation_steps
-    each = -(-batch // (world.size * slices))
-    log.info(
-        "batch: %d = %d device%s × %d slice%s × %s%d",
-        *(batch, world.size, "s"[: world.size > 1], slices, "s"[: slices > 1]),
-        *("" if batch == world.size * slices * each else "at most ", each),
-    )
-    length = objects.total_steps
-    steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"
-    threads = config["trainer"]["num_threads"]
-    chosen = " (trainer.device=auto)" if options.device == "auto" else ""
-    log.info(
-        "run: %s, %d per epoch, on %s%s in %s with %d thread%s",
-        *(steps, state.steps_per_epoch, world.device, chosen, options.precision),
-        *(threads, "s"[: threads > 1]),
-    )
+    for line in others:
+        log.info("%s", line)
     for level, remark in objects.remarks(world):
         log.log(level, "%s", remark)
     for line in what_is_odd(config, objects):
@@ -57,6 +38,30 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)
     log.info("if interrupted, resume with: %s", again(job, folder))
+
+
+def facts(job: Job, objects: Objects, world: World) -> list[str]:
+    """Return the lines on the sizes of data, model, batch and run."""
+    config, state, model = job.config, objects.state, objects.state.model
+    counts = objects.data.num_examples.items()
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in objects.parameters)
+    frozen = "" if trained == total else f", {trained:,} of them trained"
+    trainer, batch = config["trainer"], config["data"]["batch_size"]
+    slices, threads = trainer["accumulation_steps"], trainer["num_threads"]
+    each = -(-batch // (world.size * slices))
+    split = f"{world.size} device{'s'[: world.size > 1]} × {slices} slice{'s'[: slices > 1]}"
+    most = "" if batch == world.size * slices * each else "at most "
+    length = objects.total_steps
+    steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"
+    chosen = " (trainer.device=auto)" if trainer["device"] == "auto" else ""
+    return [
+        "data: " + ", ".join(f"{count:,} {name}" for name, count in counts),
+        f"model: {type(model).__name__} with {total:,} parameters{frozen}",
+        f"batch: {batch} = {split} × {most}{each}",
+        f"run: {steps}, {state.steps_per_epoch} per epoch, on {world.device}{chosen} in "
+        f"{trainer['precision']} with {threads} thread{'s'[: threads > 1]}",
+    ]
 
 
 def what_is_odd(config: Mapping[str, Any], objects: Objects) -> list[str]:

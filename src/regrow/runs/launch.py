@@ -16,6 +16,7 @@ from regrow.config import resume
 from regrow.config.check import check_once
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.job import Job, as_recorded, job_of
+from regrow.config.started import is_check
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.failing import in_one_line
@@ -60,6 +61,14 @@ def _launch(cfg: DictConfig) -> float | None:
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
     folder = output_dir() if is_named("hydra.run.dir") else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
+    if is_check():
+        if outside.started_from_outside():
+            raise UserError("--check is one process. Start it without torchrun or srun.")
+        with console():
+            from regrow.runs import preview
+
+            preview.report(job)
+            return None
     if outside.started_from_outside():
         from regrow.runs import worker
 

@@ -1,0 +1,122 @@
+"""`train.py --check` reports what a run would be, and runs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from running import CPU, TINY, config_of
+
+from regrow.project import ROOT
+from regrow.runs import preview, training
+
+GAN = ("--config-dir", str(ROOT / "src" / "lab" / "examples" / "gan" / "conf"))
+
+
+def train(folder: Path, *arguments: str, code: int = 0) -> str:
+    kept = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    done = forked.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments], cwd=folder, env=kept,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def hashes(folder: Path) -> dict[Path, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+GIVEN = (*TINY, "optimizer=sgd", "trainer.max_steps=2", "trainer.progress_bar=false")
+
+
+def test_a_check_tells_sizes_and_differences_and_writes_nothing(tmp_path: Path) -> None:
+    said = train(tmp_path, "--check", *GIVEN)
+    assert list(tmp_path.iterdir()) == []
+    facts = said.splitlines()[:4]
+    assert [line.partition(":")[0] for line in facts] == ["data", "model", "batch", "run"]
+    for part in (
+        "data: 50 train, 20 val, 10 test\n", "run: 2 steps, 4 per epoch, on cpu in fp32",
+        "folder: outputs/synthetic/<date>_<time>-<suffix>, a new one\n",
+        "  optimizer=sgd ", "  trainer.max_steps=2 instead of null ",
+    ):  # fmt: skip
+        assert part in said
+    assert "lr=" not in said  # SGD's own is a default
+    assert all(line.endswith("command line") for line in said.split("defaults:\n")[1].splitlines())
+
+
+@pytest.mark.slow
+def test_a_check_tells_what_the_run_tells_and_leaves_its_folder(tmp_path: Path) -> None:
+    facts = train(tmp_path, "--check", *GIVEN).splitlines()[:4]
+    ran = train(tmp_path, *GIVEN, "hydra.run.dir=run")
+    assert [line for line in ran.splitlines() if line in facts] == facts
+    before = hashes(tmp_path)
+    said = train(tmp_path, "--check", "resume=run", "trainer.max_steps=6")
+    assert "run: 6 steps" in said and "folder: run, resumed from step 2\n" in said
+    assert hashes(tmp_path) == before
+
+
+def test_a_check_refuses_what_a_start_refuses(tmp_path: Path) -> None:
+    said = train(tmp_path, "--check", *TINY, "model.norm=bach", code=2)
+    assert said == "error: model.norm=bach is unknown. Did you mean batch?\n"
+    said = train(tmp_path, "--check", "-m", "seed=1,2", code=2)
+    assert said.startswith("error: --check looks at one config: leave out -m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_knows_recipes_and_several_models(tmp_path: Path) -> None:
+    said = train(tmp_path, *GAN, "experiment=gan_ring", "--check", "trainer.device=cpu")
+    assert "model: Models with 34,179 parameters" in said and "compute: " in said
+    assert "gan_ring.yaml:" in said.split("defaults:\n")[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_missing_is_told(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    said = train(tmp_path, "--check", *TINY, "trainer=gpu", "trainer.device=cuda")
+    assert "Measured on the CPU." in said and "in bf16" in said and "memory: about " in said
+
+
+def cost(size: int, *overrides: str) -> tuple[preview.Cost, Any]:
+    config = config_of(*TINY, "data.batch_size=32", "model.norm=none", *overrides)
+    objects = training.build(preview._alone(config, CPU.device), CPU)
+    return preview.measured(objects, 0, CPU, size), objects
+
+
+def test_the_cost_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, objects = cost(32)
+    # Per example: forward, the weights' gradients, and the hidden layer's gradient.
+    assert found.flops == 32 * 2 * (2 * (6 * 12 + 12 * 3) + 12 * 3)
+    weights = sum(p.numel() * 4 for p in objects.state.model.parameters())
+    assert found.optimizer == 2 * weights  # AdamW's two moments
+    assert cost(32, "optimizer=sgd")[0].optimizer == weights
+    assert (
+        cost(32, "optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=false")[0].optimizer
+        == 0
+    )
+    # float32 inputs, the hidden layer, log-probabilities, and a few numbers per example
+    least = 32 * (6 + 12 + 3) * 4
+    assert least <= found.activations <= 2 * least
+
+    monkeypatch.setattr(preview, "DIRECT", 0)
+    steps: list[int] = []
+    step = preview._step
+    monkeypatch.setattr(
+        preview, "_step", lambda *given: (steps.append(given[-1].num_local), step(*given))[1]
+    )
+    from_two, _ = cost(32)
+    assert steps == [2, 4]
+    assert from_two.flops == found.flops
+    assert from_two.activations == pytest.approx(found.activations, rel=0.02)
+    assert cost(16)[0].activations < 0.6 * found.activations
