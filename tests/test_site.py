@@ -78,6 +78,8 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
         assert re.search(rf"^### {name} \{{ #regrow\.checkpoint\.\w+\.{name} \}}$", text, re.M)
     assert "def weights_sha256(model: nn.Module) -> str:" in text
     assert "    keep_last: int\n" in text  # a field
+    protocols = api.pages()["reference/protocols.md"][1]
+    assert "### Task {" in protocols and "\nInputs: TypeAlias = Tensor | Sequence" in protocols
     with pytest.raises(api.NotFound, match=r"regrow\.checkpoint\.digest has no nothing"):
         api.section("regrow.checkpoint.digest", ["nothing"])
 

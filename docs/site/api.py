@@ -41,7 +41,9 @@ def pages() -> dict[str, tuple[str, str]]:
     text = "# regrow\n\nThe names that a notebook or a project uses most.\n\n"
     text += "\n".join(section(name, names) for name, names in entries.items())
     found["reference/regrow.md"] = ("src/regrow", text)
-    protocols = section("regrow.protocols", None).replace("## ", "# ", 1)
+    own = definitions(parse(engine / "protocols.py"))
+    names = [name for name, node in own if not isinstance(node, ast.ImportFrom)]
+    protocols = section("regrow.protocols", names).replace("## ", "# ", 1)
     found["reference/protocols.md"] = ("src/regrow/protocols.py", protocols)
     found["reference/lab.md"] = ("src/lab", page_of_lab())
     return found
