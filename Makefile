@@ -41,7 +41,7 @@ extras: setup ## install the packages of all extras: see pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,http,lora,notebook,s3,text]'
 
 # >>> template only
-.PHONY: mutate test-next-hydra bench bench-gpu peers
+.PHONY: mutate test-next-hydra bench bench-gpu peers reference site workflows
 mutate: setup ## break each promise on purpose, in a copy, and check that its tests fail
 	@$(PY) tests/mutate.py $(ARGS)
 
@@ -58,6 +58,22 @@ bench: setup ## rewrite benchmarks/RESULTS.md (about 45 minutes); ARGS=step meas
 bench-gpu: ## measure on a GPU and write docs/gpu.md; ARGS=--help lists the parts
 	@python=$(PY); [ -x $(PY) ] || python=python3; \
 		PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu $(ARGS)
+
+# The tools are installed again where the lock has changed.
+build/site-tools/complete: docs/site/requirements.lock
+	@rm -rf build/site-tools
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target build/site-tools -r $<
+	@touch $@
+
+reference: schemas ## rewrite docs/keys.md and the diagrams of the pages
+	@$(PY) docs/site/keys.py
+	@$(PY) docs/site/images.py
+
+site: setup build/site-tools/complete ## build the site in build/site/html; a warning is an error
+	@PYTHONPATH="$(CURDIR)/build/site-tools" PYTHONDONTWRITEBYTECODE=1 $(PY) docs/site/build.py
+
+workflows: setup build/site-tools/complete ## check .github and CITATION.cff
+	@PYTHONPATH="$(CURDIR)/build/site-tools" sh .github/check.sh $(PY)
 
 peers: setup ## install other engines for `make bench` to compare with
 	@$(PY) -m pip install --quiet --no-deps --upgrade --target build/peers -r benchmarks/peers/requirements.txt
@@ -93,6 +109,11 @@ lock: ## update the lock file after a change of requirements (newest versions: A
 	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
 		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
 		--generate-hashes $(ARGS) requirements-dev.txt --output-file requirements.lock
+# >>> template only
+	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
+		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
+		--generate-hashes $(ARGS) docs/site/requirements.txt --output-file docs/site/requirements.lock
+# <<< template only
 
 clean: ## remove caches; keep outputs, data and .venv
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

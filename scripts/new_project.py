@@ -39,6 +39,8 @@ PARTS = (
     "conf/",
     "scripts/",
     ".ci/",
+    ".devcontainer/",
+    ".github/dependabot.yml",
     ".github/workflows/ci.yml",
     ".gitignore",
     ".pre-commit-config.yaml",

@@ -190,7 +190,11 @@ def test_the_engine_is_copied_unchanged(copy: Path, new_project: ModuleType) -> 
 
 def test_a_project_holds_nothing_that_concerns_the_template_alone(copy: Path) -> None:
     inside = {path.relative_to(copy).as_posix() for path in files(copy)}
-    for name in ("CHANGELOG.md", "AGENTS.md", "CONTRIBUTING.md", "docs/decisions.md", "src/lab"):
+    for name in (
+        *("CHANGELOG.md", "AGENTS.md", "CONTRIBUTING.md", "CITATION.cff", "src/lab"),
+        *("docs/decisions.md", "docs/README.md", "docs/versions.md", "docs/keys.md"),
+        *("docs/site", "docs/images", ".github/notes.py", ".github/workflows/release.yml"),
+    ):
         assert (ROOT / name).exists() and not (copy / name).exists(), name
     for part in (
         "benchmarks/",
@@ -204,6 +208,11 @@ def test_a_project_holds_nothing_that_concerns_the_template_alone(copy: Path) ->
         assert [name for name in inside if name.startswith(part)], part
     makefile = (copy / "Makefile").read_text()
     assert "benchmarks" not in makefile and "\nupdate:" in makefile
+    assert not [word for word in ("docs/site", "\nsite:", "workflows") if word in makefile]
+    assert "make site" not in (copy / ".github/workflows/ci.yml").read_text()
+    assert "workflows" not in (copy / ".ci/run").read_text()
+    for name in (".devcontainer/devcontainer.json", ".github/dependabot.yml"):
+        assert (copy / name).is_file()  # as useful in a project
 
 
 def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:

@@ -1,0 +1,166 @@
+"""docs/start.md and docs/coming_from.md work as printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from finished import script
+from test_recipes import BLOCK, follow, new_project
+
+from regrow.project import ROOT
+
+DOCS = ROOT / "docs"
+PEERS = ROOT / "build" / "peers"
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+LABELS = ("Lightning", "Trainer", "Accelerate", "a script")
+EDIT = re.compile(r"# in (\S+), below: (.*)\n")  # the first line of lines to insert
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def tracked(folder: Path) -> Path:
+    """Copy what git tracks, with a .venv that `make setup` finds complete."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():  # not one that was just removed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    venv.create(folder / ".venv", symlinks=True)
+    (site,) = (folder / ".venv" / "lib").glob("python*/site-packages")
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    (site / "these.pth").write_text("\n".join([str(folder / "src"), *packages]) + "\n")
+    set_up = script("set_up")
+    facts = set_up.wanted() | {"place": str(folder), "lock": "yes"}
+    (folder / ".venv" / set_up.STAMP.name).write_text(json.dumps(facts))
+    return folder
+
+
+def as_a_user(folder: Path) -> Path:
+    """Put the environment's `python` on the path that `follow` gives, as activating it does."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(folder))}/.venv/bin/python "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+@needs_git
+@pytest.mark.slow
+def test_the_first_five_minutes_are_as_printed(tmp_path: Path) -> None:
+    project = as_a_user(tracked(tmp_path / "project"))
+    said = follow(page("start.md"), project)
+    assert "set-up" not in said  # the real one is the next test's
+    assert "identical" in said and "±" in said
+    assert (project / "outputs/digits/latest/report.html").is_file()
+    assert (tmp_path / "my_project" / "src" / "my_project" / "loop.py").is_file()
+
+
+@needs_git
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_the_first_five_minutes_work_in_a_fresh_clone(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    subprocess.run(["git", "clone", "--quiet", ROOT, project], check=True)
+    said = follow(page("start.md"), as_a_user(project))
+    assert "set-up: complete" in said and "identical" in said
+
+
+def test_the_refusal_that_the_first_page_shows_is_that_of_the_command() -> None:
+    (shown,) = re.findall(r"```text\n\$ python (.*)\n(.*)\n```", page("start.md"))
+    done = subprocess.run(
+        [sys.executable, *shown[0].split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.strip()) == (2, shown[1])
+
+
+def edits_of(text: str) -> list[tuple[str, str, str]]:
+    """Return (file, line, lines to insert below it) for each block that shows an edit."""
+    contents = [content for kind, content in BLOCK.findall(text) if kind == "python"]
+    found = [(EDIT.match(content), content) for content in contents]
+    return [(edit[1], edit[2], content[edit.end() :]) for edit, content in found if edit]
+
+
+def inserted(text: str, line: str, more: str) -> str:
+    """Return `text` with `more` below the one line that reads `line`, indented like it."""
+    lines = text.splitlines(keepends=True)
+    (index,) = [index for index, each in enumerate(lines) if each.strip() == line]
+    indent = lines[index][: len(lines[index]) - len(lines[index].lstrip())]
+    lines[index] += "".join(indent + each for each in more.splitlines(keepends=True))
+    return "".join(lines)
+
+
+def test_an_edit_that_a_page_shows_fits_the_file() -> None:
+    ((file, line, more),) = edits_of(page("coming_from.md"))
+    text = (ROOT / file).read_text(encoding="utf-8")
+    compile(inserted(text, line, more), file, "exec")
+    with pytest.raises(ValueError, match="unpack"):
+        inserted(text, line + " # not there", more)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_our_side_of_each_comparison_is_as_printed(tmp_path: Path) -> None:
+    text = page("coming_from.md")
+    project = new_project(tmp_path / "project")
+    for file, line, more in edits_of(text):
+        path = project / file
+        path.write_text(inserted(path.read_text(encoding="utf-8"), line, more), encoding="utf-8")
+    # This machine's settings make the runs short.
+    short = "# @package _global_\ntrainer: {max_epochs: 2, device: cpu}\n"
+    (project / "conf" / "local" / "default.yaml").write_text(short)
+    follow(text, project)
+
+
+def snippets_of(text: str) -> dict[str, list[str]]:
+    """Return the snippets of other engines by label."""
+    found: dict[str, list[str]] = {label: [] for label in LABELS}
+    for kind, content in BLOCK.findall(text):
+        if kind == "python" and not EDIT.match(content):
+            parts = re.split(r"^# (.*)\n", content, flags=re.MULTILINE)
+            assert not parts[0].strip(), content
+            for label, snippet in zip(parts[1::2], parts[2::2], strict=True):
+                found[label].append(snippet)
+    return found
+
+
+def test_each_of_ten_tasks_is_shown_for_whoever_has_a_call_for_it() -> None:
+    text = page("coming_from.md")
+    assert text.count("\n## ") == 12  # ten tasks, the terms and the differences
+    counts = {label: len(snippets) for label, snippets in snippets_of(text).items()}
+    assert counts == {"Lightning": 9, "Trainer": 9, "Accelerate": 8, "a script": 9}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", LABELS)
+def test_the_snippets_of_other_engines_run(label: str) -> None:
+    package = {"Lightning": "lightning", "Trainer": "transformers", "Accelerate": "accelerate"}
+    if label in package and not (
+        (PEERS / package[label]).is_dir() or importlib.util.find_spec(package[label])
+    ):
+        pytest.skip("make peers installs it")
+    snippets = snippets_of(page("coming_from.md"))[label]
+    ran = run_snippets(label, snippets)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    if label == "Lightning":
+        wrong = run_snippets(label, [*snippets, "Trainer(accumulate_gradients=4)\n"])
+        assert "accumulate_gradients" in wrong.stderr and wrong.returncode == 1
+
+
+def run_snippets(label: str, snippets: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{PEERS}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "others.py"), label], env=environment, text=True,
+        input=json.dumps(snippets), capture_output=True, check=False, timeout=600,
+    )  # fmt: skip
