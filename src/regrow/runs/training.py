@@ -28,6 +28,7 @@ from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
 from regrow.record import loggers, manifest, records, report
 from regrow.record.output import whole_file
+from regrow.runs.first_steps import FirstSteps
 from regrow.runs.lab import lab
 from regrow.runs.machine import set_numerics
 
@@ -72,12 +73,13 @@ def train(
     trial: Trial | None = None,
     accepted: Mapping[str, Any] | None = None,
     begun: Callable[[], None] = lambda: None,
+    watch: FirstSteps | None = None,
 ) -> dict[str, Any]:
     """Train in `folder`, resuming from its newest checkpoint, and write the run's record.
 
     `accepted` are the splits whose changed content the user accepted; only the main process has
-    them. The main process calls `begun` just before training. Returns the content of
-    `summary.json`; its `status` is "completed" or "interrupted".
+    them. The main process calls `begun` just before training. `watch` sees each step. Returns the
+    content of `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
     checkpoints = writer.CheckpointWriter(
@@ -107,11 +109,15 @@ def train(
     plan = lab().plan_of(
         *(objects, config["seed"], world, stop), record=record, checkpoints=checkpoints, trial=trial
     )
+    if watch is not None:
+        plan = watch.over(plan)
     started = time.perf_counter()
     exit_code = 1
     try:
         with profiling(options, folder, world):
             status = lab().fit(state, plan)
+        if watch is not None and status == "completed":
+            watch.conclude()
         summary = summary_of(status, objects, started)
         if status == "completed" and state.progress.pruned:  # a pruned trial is not tested
             if world.is_main:
