@@ -374,6 +374,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         capture=capture_of(
             options, objects.state, objects.task, world, objects.total_steps, objects.train_step
         ),
+        record=record.get("record"),
     )
     return Plan(
         step=step,

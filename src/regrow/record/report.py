@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from regrow.dotted import walk
 from regrow.errors import UserError
-from regrow.record import manifest, moved, plots
+from regrow.record import logged_images, manifest, moved, plots
 from regrow.record.records import (
     METRICS,
     STATUS,
@@ -167,6 +167,7 @@ def _write(run: Run, drawn: Mapping[str, Any], output: Path | None) -> Path:
         _head(run)
         + _results(run)
         + _section("Pictures", pictures)
+        + _section("Images", _images(run.folder))
         + _section("Facts", _facts(run))
         + _section("Record", _records(run))
     )
@@ -181,6 +182,21 @@ _CAPTIONS = {
     "predicted": "The dashed line is where predicted equals true.",
     "examples": "The first examples, as the model sees them.",
 }
+
+
+def _images(folder: Path) -> str:
+    """Return the newest images that the run logged, a row for each name."""
+    return "".join(
+        f"<h3>{_text(name)}</h3><div class=scroll>"
+        + "".join(
+            f'<figure style="display:inline-block"><img alt="{_text(name)}, step {step}" '
+            f'src="{data}" style="min-width:8em;image-rendering:pixelated">'
+            f"<figcaption>step {step}</figcaption></figure>"
+            for step, data in images
+        )
+        + "</div>"
+        for name, images in logged_images.latest(folder).items()
+    )
 
 
 def _head(run: Run) -> str:
