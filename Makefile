@@ -38,7 +38,7 @@ test-all: ## run the fast and the slow tests
 
 .PHONY: extras
 extras: setup ## install the packages of all extras: see pyproject.toml
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,http,lora,notebook,s3,text]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,http,lora,mlflow,notebook,s3,text]'
 
 # >>> template only
 .PHONY: mutate test-next-hydra bench bench-gpu peers reference site workflows

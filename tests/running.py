@@ -144,6 +144,7 @@ class InMemory:
         self.lines.append({"step": step, "epoch": epoch, **values})
 
     def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def image(self, name: str, image: object, *, step: int) -> None: ...
     def position(self) -> int:
         return len(self.lines)
 

@@ -45,6 +45,7 @@ ADDED_KEYS = (
     AddedKey("lab.tasks.tasks.Regression", "per_target", False),
     AddedKey("lab.options.TrainerOptions", "ema_warmup", False),
     AddedKey("lab.options.TrainerOptions", "capture", False),
+    AddedKey("lab.options.TrainerOptions", "find_faults", False),
 )
 # Keys that the code no longer accepts, by `_target_`; another key replaces each.
 REMOVED_KEYS = tuple(

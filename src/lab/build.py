@@ -273,7 +273,9 @@ def check_first_batch(objects: Objects, world: World) -> None:
     averaged = state.evaluated if state.averaged is not None else None
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.sets)
-    model_checks.check_first_batch(model, objects.task, first, options.precision)
+    odd = model_checks.check_first_batch(model, objects.task, first, options.precision)
+    for line in odd if world.is_main and not options.find_faults else ():  # else the steps tell
+        log.warning("%s", line)
     if getattr(objects.data, "mixing", None) is not None:
         soft = objects.data.as_trained(first)
         model_checks.check_soft_targets(model, objects.task, soft, options.precision)
@@ -373,6 +375,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         capture=capture_of(
             options, objects.state, objects.task, world, objects.total_steps, objects.train_step
         ),
+        record=record.get("record"),
     )
     peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
     # To count the operations of a compiled model would run it uncompiled.

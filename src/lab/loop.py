@@ -29,6 +29,7 @@ from lab.several import by_name
 from lab.state import TrainState
 from regrow.checkpoint.writer import Facts
 from regrow.numerics.totals import WEIGHT
+from regrow.phases import phase
 from regrow.processes.interrupt import Interrupted
 from regrow.record.records import by_set
 
@@ -119,7 +120,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
     )
     if evaluates and progress.evaluated_step != state.step:
         values: dict[str, float] = {}
-        with plan.step.exchange.clock_stopped():
+        with plan.step.exchange.clock_stopped(), phase("evaluation"):
             for name, batches in plan.sets.items():
                 values |= evaluate(state, batches, plan, name=name)[0]
         plan.record.log(state.step, state.epoch, {**values, **clock(state, plan.world.device)})

@@ -43,6 +43,7 @@ class TrainerOptions:
     compile: bool
     capture: str | bool  # auto or false
     detect_anomaly: bool
+    find_faults: bool
     profile: bool
     eval_every_epochs: int | None
     eval_every_steps: int | None

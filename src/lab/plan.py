@@ -39,6 +39,9 @@ class StepPlan:
     buffers: Buffers
     exchange: Exchange
     capture: Eager
+    record: Record | None = (
+        None  # for record.image; other ranks than 0 have one that writes nothing
+    )
     name: str = ""  # of one of several models, optimizers and sums: see `of`
 
     def of(self, name: str) -> StepPlan:

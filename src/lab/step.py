@@ -18,6 +18,7 @@ from lab.state import TrainState
 from regrow.distributed.parallel import synchronises
 from regrow.numerics.calls import call, is_out_of_memory
 from regrow.numerics.totals import Totals, weighted
+from regrow.phases import phase, phased
 from regrow.protocols import Batch
 
 # Returns a micro-batch's weighted losses, to be differentiated, and its totals.
@@ -48,10 +49,12 @@ def accumulate(state: TrainState, batch: Batch, plan: StepPlan, forward: Forward
     together = plan.world.size > 1
 
     def forward_and_backward(micro_batch: Batch) -> Totals:
-        losses, part = forward(micro_batch, plan)
+        with phase("forward"):  # for debug=profile
+            losses, part = forward(micro_batch, plan)
         if is_last and together:  # the exchange overlaps with the backward pass
             plan.exchange.send([*parts, part], plan.name)
-        backward(losses, state, micro_batch)
+        with phase("backward"):
+            backward(losses, state, micro_batch)
         return part
 
     try:
@@ -86,6 +89,7 @@ def backward(losses: Tensor, state: TrainState, batch: Batch) -> None:
     torch.autograd.backward(losses, share.expand_as(losses))
 
 
+@phased("optimizer")
 def update(
     state: TrainState, num_examples: int, totals: Totals, step: int | Tensor, plan: StepPlan
 ) -> StepResult:
@@ -100,6 +104,7 @@ def update(
     return result
 
 
+@phased("optimizer")
 def update_weights(
     state: TrainState, num_examples: int, totals: Totals, plan: StepPlan
 ) -> StepResult:

@@ -171,6 +171,14 @@ class Record(Protocol):
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
+    def image(self, name: str, image: object, *, step: int) -> None:
+        """Write a figure of matplotlib or a tensor as a PNG file, once for a name and a step.
+
+        Loggers that take images get it. Tensors: (H, W), (C, H, W) or (B, C, H, W) with C = 1 or 3,
+        of uint8 or of numbers from 0 to 1. Raises UserError for anything else.
+        """
+        ...
+
     def position(self) -> int:
         """Return the bytes of metrics.jsonl so far; a checkpoint records them."""
         ...

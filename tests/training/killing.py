@@ -10,6 +10,8 @@ checkpoint at each death, for each folder.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import json
 import os
@@ -33,6 +35,7 @@ from regrow.record import loggers
 from regrow.runs import training as runs
 
 DONE, FAILED = 0, 3
+PRELOADED = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
 
 
 def child(config: dict[str, Any], folder: Path, prepare: Callable[[], None]) -> None:
@@ -179,7 +182,21 @@ def without_seeds() -> None:
     capture.seed_step = lambda value: None  # type: ignore[assignment]
 
 
-MISTAKES = {"none": lambda: None, "without_rewind": without_rewind, "without_seeds": without_seeds}
+def forgetful() -> None:
+    """Neither the record nor MLflow's logger knows what was logged before."""
+    without_rewind()
+    if importlib.util.find_spec("mlflow") is not None:
+        from regrow.record.mlflow_logger import Mlflow
+
+        Mlflow._history = lambda self: set()  # type: ignore[method-assign]
+
+
+MISTAKES = {
+    "none": lambda: None,
+    "without_rewind": without_rewind,
+    "without_seeds": without_seeds,
+    "forgetful": forgetful,
+}
 
 
 def newest(folder: Path) -> Path:
@@ -200,6 +217,8 @@ def main(request: dict[str, Any]) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)
     config, answers = request["config"], []
+    for name in {*PRELOADED} & {*config["logger"]}:
+        importlib.import_module(PRELOADED[name])
     targets.allow(config)  # composed by the test, which may add a folder of examples
     undisturbed = Path(request["undisturbed"])
     if not run_until_killed(config, undisturbed, None, counts_calls(undisturbed / "calls.json")):

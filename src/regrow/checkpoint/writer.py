@@ -26,6 +26,7 @@ from torch import Tensor
 
 from regrow.distributed import sharding
 from regrow.errors import UserError, brief
+from regrow.phases import phased
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class CheckpointWriter:
             folder.mkdir(exist_ok=True)
             _clear_up(folder)
 
+    @phased("checkpoint")
     def make_room(self, parts: Callable[[], Parts]) -> None:
         """Allocate, once, the memory that `parts()` will be copied to, in the background.
 
@@ -124,6 +126,7 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=touch, name="room for a checkpoint")
         self._thread.start()
 
+    @phased("checkpoint")
     def save(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
         """Copy `parts` and write them in the background.
 
@@ -140,6 +143,7 @@ class CheckpointWriter:
         if not self.options.background:
             self.wait()
 
+    @phased("checkpoint")
     def poll(self) -> None:
         """Report a write that has failed, without waiting.
 
@@ -156,6 +160,7 @@ class CheckpointWriter:
         ]
         return names[-1] if names else None
 
+    @phased("checkpoint")
     def wait(self) -> bool:
         """Wait for the current write. Returns True if it succeeded, else logs a warning."""
         if self._thread is not None:

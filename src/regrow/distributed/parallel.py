@@ -67,7 +67,15 @@ class World:
         return values
 
     def norm(self, gradients: list[Tensor]) -> Tensor | float:
-        """Return the () 2-norm of all gradients, of which this process may hold only a part."""
+        """Return the () 2-norm of all gradients, of which this process may hold only a part.
+
+        Raises UserError if there are none.
+        """
+        if not gradients and self.mesh is None:
+            raise UserError(
+                "step: no parameter has a gradient when the weights are updated. Call zero_grad() "
+                "before the backward pass, not after it, and keep some gradients."
+            )
         norm = gradient_norm(gradients)
         if self.mesh is None:
             return norm

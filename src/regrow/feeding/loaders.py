@@ -40,6 +40,7 @@ from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overl
 from regrow.feeding.streams import Stream, with_stream
 from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
+from regrow.phases import timed
 from regrow.project import lab_name
 from regrow.record.pictures import by_range
 
@@ -94,9 +95,10 @@ class TrainBatches:
                 starts = range(0, self.num_examples, size)
                 whole = torch.cat([order[start : start + size] for start in starts])
             pairs = pairs_of(self._mixing, whole, repeats, size, **how)  # type: ignore[arg-type]
+        where = (self._windows, order, epoch, start)
         if isinstance(self._feed, TokenFeed):
-            return self._feed.read(self._windows, order, epoch, start)
-        return self._feed.read(self._windows, order, epoch, start, repeats=repeats, pairs=pairs)
+            return timed("data", self._feed.read(*where))
+        return timed("data", self._feed.read(*where, repeats=repeats, pairs=pairs))
 
 
 class EvalBatches:

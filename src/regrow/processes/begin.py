@@ -41,6 +41,7 @@ def main() -> None:
         os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
     # Hydra skips a missing search path entry and then composes a different config.
     warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
     if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
         # With `| head`, logging would print a traceback for each remaining line.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

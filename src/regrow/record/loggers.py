@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from regrow.errors import UserError, brief
+from regrow.extras import require
+from regrow.record import logged_images
+from regrow.record.logged_images import Logged
 from regrow.record.output import harmless
 from regrow.record.records import (
     METRICS,
@@ -46,6 +49,8 @@ class Logger(Protocol):
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None: ...
     def flush(self) -> None:
         """Write out buffered values. Called at each checkpoint."""
+
+    # A logger that takes images also has `log_image(step: int, name: str, path: Path)`, of a PNG.
 
     def close(self, exit_code: int = 0) -> None: ...
 
@@ -237,8 +242,7 @@ class TensorBoard:
             purge_step=kept + 1 if old else None,
             flush_secs=flush_seconds,
         )
-        for line in iterate_metrics(folder):
-            self.log(line["step"], line.get("epoch", 0), _numbers(line))
+        _fill(self, folder)
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -250,6 +254,15 @@ class TensorBoard:
             finite = tensor[tensor.isfinite()]  # a histogram of NaN raises
             if finite.numel() and not self._is_shown(step, tag):
                 self.writer.add_histogram(tag, finite, step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        if not self._is_shown(step, name):
+            with Image.open(path) as file:
+                pixels = np.array(file.convert("RGB"))
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def _is_shown(self, step: int, tag: str) -> bool:
         return bool(self.shown) and (step, tag) in self.shown
@@ -345,14 +358,13 @@ class Wandb:
                     wandb.teardown()  # else wandb reports that the id is in use
                     wandb.setup(wandb.Settings(**common))
                     self.run = wandb.init(mode=chosen, **arguments)
-        self.histogram = wandb.Histogram
+        self.histogram, self.image = wandb.Histogram, wandb.Image
         where = (
             self.run.url if chosen == "online" else f"send it with: wandb sync {self._sync_path()}"
         )
         log.info("wandb: %s, id %s, %s", chosen, identity, where)
         self.first_step = int(self.run.starting_step)
-        for line in iterate_metrics(folder):
-            self.log(line["step"], line.get("epoch", 0), _numbers(line))
+        _fill(self, folder)
 
     def _sync_path(self) -> Path:
         return Path(self.run.dir).parent
@@ -371,6 +383,10 @@ class Wandb:
             if finite.numel():
                 histograms[tag] = self.histogram(finite.detach().float().cpu().numpy())
         self.run.log(histograms, step=step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        if self.run is not None and step >= self.first_step:
+            self.run.log({name: self.image(str(path))}, step=step)
 
     def flush(self) -> None:
         """Do nothing: wandb's own process sends, the newest step along with the next one."""
@@ -414,7 +430,10 @@ def _wandb_identity(folder: Path) -> str:
     path = folder / "wandb.json"
     if path.exists():
         return str(read_json(path)["id"])
-    identity = secrets.token_hex(4)  # not from `random`, whose state belongs to the run
+    # An agent of a wandb sweep waits for the run of its id. A new id is not drawn from `random`,
+    # whose state belongs to the run.
+    agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    identity = agents or secrets.token_hex(4)
     write_json(path, {"id": identity})
     return identity
 
@@ -431,6 +450,15 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in line.items() if key not in ("step", "epoch")}
 
 
+def _fill(tracker: Any, folder: Path) -> None:
+    """Give a tracker what the run's record holds; it leaves out what it has."""
+    for each in logged_images.between(folder, iterate_metrics(folder)):
+        if isinstance(each, Logged):
+            tracker.log_image(*each)
+        else:
+            tracker.log(each["step"], each.get("epoch", 0), _numbers(each))
+
+
 class Loggers:
     """metrics.jsonl and the chosen trackers as one logger.
 
@@ -438,7 +466,7 @@ class Loggers:
     """
 
     def __init__(self, jsonl: Jsonl, trackers: Mapping[str, Logger]) -> None:
-        self.jsonl = jsonl
+        self.jsonl, self.folder = jsonl, jsonl.path.parent
         self.trackers = dict(trackers)
         self.complained: set[str] = set()
 
@@ -448,6 +476,17 @@ class Loggers:
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log_histograms(step, tensors))
+
+    def image(self, name: str, image: Any, *, step: int) -> None:
+        path = logged_images.place(self.folder, name, step)
+        if path.exists():  # logged before a resume
+            return
+        try:
+            logged_images.write(path, image)
+        except OSError as error:
+            self._complain("images", error)
+            return
+        self._each(lambda tracker: getattr(tracker, "log_image", _takes_none)(step, name, path))
 
     def position(self) -> int:
         self._each(lambda tracker: tracker.flush())
@@ -465,10 +504,16 @@ class Loggers:
             try:
                 do(tracker)
             except Exception as error:
-                if name not in self.complained:
-                    self.complained.add(name)
-                    said = f"{type(error).__name__}: {brief(error, 200)}"
-                    log.warning("logger %s: %s", name, said)
+                self._complain(name, error)
+
+    def _complain(self, name: str, error: Exception) -> None:
+        if name not in self.complained:
+            self.complained.add(name)
+            log.warning("logger %s: %s: %s", name, type(error).__name__, brief(error, 200))
+
+
+def _takes_none(step: int, name: str, path: Path) -> None:
+    """Do nothing: this logger takes no images."""
 
 
 def open_loggers(
@@ -486,6 +531,7 @@ def open_loggers(
     """
     jsonl = Jsonl(folder)
     jsonl.rewind(position or 0, resume_step)
+    logged_images.rewind(folder, resume_step)
     given = {
         "folder": folder,
         "resume_step": resume_step,
@@ -544,6 +590,8 @@ def check_choice(nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """
     needs = {"tensorboard": "tensorboard", "wandb": "wandb"}
     for name, node in nodes.items():
+        if name == "mlflow":
+            require("logger=mlflow", "mlflow", "mlflow", "sqlalchemy", "alembic")
         if name in needs and importlib.util.find_spec(needs[name]) is None:
             raise UserError(
                 f"logger={name} needs the package {needs[name]}. Install it (pip install "

@@ -40,6 +40,7 @@ PACKAGES = (
     "scikit-learn",
     "tensorboard",
     "wandb",
+    "mlflow-skinny",
     "matplotlib",
     "optuna",
 )

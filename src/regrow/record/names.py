@@ -23,7 +23,7 @@ RUN = (
     *(LOCK, ".hydra", "config.yaml", "preprocessing.json", "manifest.json", "status.json"),
     *("metrics.jsonl", "summary.json", "train.log", "checkpoints", "plots", "profile"),
     *("report.html", "weights.pt", "metrics.csv", "tensorboard", "wandb", "wandb.json", "slurm"),
-    *("lr_finder.csv", "lr_finder.json", "lr_finder.png"),
+    *("lr_finder.csv", "lr_finder.json", "lr_finder.png", "mlflow.json", "images"),
 )
 RUN_PATTERNS = (*(r"git(\.\d+)?\.diff", r"evaluation_[\w-]+\.json", r"predictions_[\w-]+\.csv"),)
 # `.code` is the frozen code during the copy. A folder with sweep.json permanently belongs to a
@@ -36,7 +36,7 @@ SWEEP = (
 )
 # The folders among these names.
 FOLDERS = (
-    *(".hydra", "checkpoints", "plots", "profile", "tensorboard", "wandb", "slurm"),
+    *(".hydra", "checkpoints", "plots", "profile", "tensorboard", "wandb", "slurm", "images"),
     *("code", ".code", "jobs", "logs"),
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from regrow.dotted import walk
 from regrow.errors import UserError
-from regrow.record import manifest, moved, pages, pictures, plots
+from regrow.record import logged_images, manifest, moved, pages, pictures, plots
 from regrow.record.plots import Panel
 from regrow.record.records import (
     METRICS,
@@ -209,6 +209,7 @@ def _write(
         figures=_figures(run),
         charts=charts,
         wrong=pictures.wrong_of(run.folder),
+        logged=logged_images.latest(run.folder),
         most_wrong=pictures.NUM_WRONG,
         facts=_facts(run),
         manifest=json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",

@@ -18,18 +18,25 @@ from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.protocols import Batch, Task
 from regrow.randomness import states_kept
+from regrow.runs import fault_checks
 
 
-def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:
-    """Run one batch through model and loss in evaluation mode, to fail before training starts."""
+def check_first_batch(model: nn.Module, task: Task, batch: Batch, precision: str) -> list[str]:
+    """Run one batch through model and loss in evaluation mode, to fail before training starts.
+
+    Returns a line for each mistake that stops no run: see `fault_checks.Calls` and `of_inputs`.
+    """
+    calls = fault_checks.Calls()
     buffers = Buffers(model)  # some models count calls in evaluation mode too
     model.eval()
     with autocast(parts_of(batch.targets)[0].device, precision):
         outputs = call(model, batch.inputs)  # task.check reads the last layer off the graph
         task.check(outputs, batch.targets)
-        task.loss(outputs, batch.targets, batch.weights)
+        with calls:
+            task.loss(outputs, batch.targets, batch.weights)
     buffers.restore()
     model.train()
+    return [*calls.found.values(), *fault_checks.of_inputs(batch)]
 
 
 def check_soft_targets(model: nn.Module, task: Task, batch: Batch, precision: str) -> None:

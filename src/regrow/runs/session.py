@@ -31,6 +31,7 @@ from regrow.record.redact import redact, redact_all
 from regrow.runs import machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
+from regrow.runs.first_steps import FirstSteps
 from regrow.runs.lab import lab
 from regrow.runs.loaded import preprocessing_record
 
@@ -194,9 +195,13 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 begun = True
                 records.link_latest(folder, Path("outputs", config["name"]))
 
+            watch = None
+            if config["trainer"].get("find_faults"):
+                overfits = job.choices.get("debug") == "overfit"
+                watch = FirstSteps(objects, world, overfits=overfits)
             try:
                 summary = training.train(
-                    objects, config, folder, world, stop, trial, accepted, begin
+                    objects, config, folder, world, stop, trial, accepted, begin, watch
                 )
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)
@@ -237,6 +242,8 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             if job.draws:
                 training.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
+            if watch is not None:
+                watch.report()
         best: float | None = summary["best"]["value"]
         return best
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from regrow import phases
 from regrow.checkpoint import writer
 from regrow.checkpoint.digest import weights_sha256
 from regrow.config.command_line import command
@@ -28,6 +29,7 @@ from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
 from regrow.record import loggers, manifest, records, report
 from regrow.record.output import whole_file
+from regrow.runs.first_steps import FirstSteps
 from regrow.runs.lab import lab
 from regrow.runs.machine import set_numerics
 
@@ -47,6 +49,7 @@ class Silence:
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None: ...
     def log_histograms(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def image(self, name: str, image: object, *, step: int) -> None: ...
     def position(self) -> int:
         return 0
 
@@ -72,12 +75,13 @@ def train(
     trial: Trial | None = None,
     accepted: Mapping[str, Any] | None = None,
     begun: Callable[[], None] = lambda: None,
+    watch: FirstSteps | None = None,
 ) -> dict[str, Any]:
     """Train in `folder`, resuming from its newest checkpoint, and write the run's record.
 
     `accepted` are the splits whose changed content the user accepted; only the main process has
-    them. The main process calls `begun` just before training. Returns the content of
-    `summary.json`; its `status` is "completed" or "interrupted".
+    them. The main process calls `begun` just before training. `watch` sees each step. Returns the
+    content of `summary.json`; its `status` is "completed" or "interrupted".
     """
     options, state = objects.options, objects.state
     checkpoints = writer.CheckpointWriter(
@@ -107,11 +111,15 @@ def train(
     plan = lab().plan_of(
         *(objects, config["seed"], world, stop), record=record, checkpoints=checkpoints, trial=trial
     )
+    if watch is not None:
+        plan = watch.over(plan)
     started = time.perf_counter()
     exit_code = 1
     try:
         with profiling(options, folder, world):
             status = lab().fit(state, plan)
+        if watch is not None and status == "completed":
+            watch.conclude()
         summary = summary_of(status, objects, started)
         if status == "completed" and state.progress.pruned:  # a pruned trial is not tested
             if world.is_main:
@@ -304,20 +312,45 @@ def is_drawn(folder: Path) -> bool:
     return (folder / "report.html").is_file()
 
 
-def profiling(options: Settings, folder: Path, world: World) -> Any:
-    """Return torch.profiler as a context that writes a trace to `folder`; for runs of few steps."""
-    import contextlib
+@contextlib.contextmanager
+def profiling(options: Settings, folder: Path, world: World) -> Iterator[None]:
+    """Measure what runs inside, if `trainer.profile` asks for it; for runs of few steps.
 
+    Logs where the time goes, and writes that table, torch's trace and its table of operators to
+    `folder/profile`.
+    """
     if not (options.profile and world.is_main):
-        return contextlib.nullcontext()
+        yield
+        return
     from torch.profiler import profile
 
-    def finish(profiler: Any) -> None:
-        (folder / "profile").mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(folder / "profile" / "trace.json"))
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
-        (folder / "profile" / "operators.txt").write_text(table, encoding="utf-8")
-        log.info("profile: %s (open in a browser at ui.perfetto.dev)", folder / "profile")
-
+    is_cuda = world.device.type == "cuda"
     # torch 2.11 warns, even of a single cycle, if events are not accumulated.
-    return profile(on_trace_ready=finish, profile_memory=True, with_stack=False, acc_events=True)
+    with profile(profile_memory=True, with_stack=False, acc_events=True) as profiler:
+        device = [world.device] if is_cuda else []
+        wait = functools.partial(torch.cuda.synchronize, *device) if is_cuda else lambda: None
+        with phases.measured(phases.Phases(wait)) as found:
+            yield
+    events = profiler.key_averages()
+    lines = [*found.lines(), "", *top_operators(events, is_cuda=is_cuda)]
+    (folder / "profile").mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "profile" / "trace.json"))
+    table = events.table(sort_by="self_cpu_time_total", row_limit=20)
+    (folder / "profile" / "operators.txt").write_text(table, encoding="utf-8")
+    (folder / "profile" / "phases.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line in lines:
+        log.info("%s", line)
+    log.info("profile: %s (open trace.json at ui.perfetto.dev)", folder / "profile")
+
+
+def top_operators(events: Any, *, is_cuda: bool, most: int = 10) -> list[str]:
+    """Return a table of the operators with the most self time, on a GPU by the time there."""
+    kind = "self_device_time_total" if is_cuda else "self_cpu_time_total"
+    seconds = {event.key: getattr(event, kind) / 1e6 for event in events}
+    calls = {event.key: event.count for event in events}
+    total = sum(seconds.values()) or 1.0
+    rows = sorted(seconds, key=lambda key: -seconds[key])[:most]
+    return ["self time of operators          seconds    share   calls"] + [
+        f"{key[:30]:<30} {seconds[key]:>8.3f} {100 * seconds[key] / total:>6.1f} % {calls[key]:>7}"
+        for key in rows
+    ]

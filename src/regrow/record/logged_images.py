@@ -1,0 +1,133 @@
+"""The images of a run: images/<name>/step_<8 digits>.png in its folder, each written once."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from regrow.errors import UserError
+from regrow.record.records import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "images"
+NAME = re.compile(r"[\w\-. ]+(/[\w\-. ]+)*")
+FILE = re.compile(r"step_(\d{8,})\.png")
+DOTS_PER_INCH = 100  # of figures
+BETWEEN = 2  # pixels between the images of a batch
+NUM_SHOWN = 4  # of each name on a run's page, the latest
+
+
+class Logged(NamedTuple):
+    step: int
+    name: str
+    path: Path
+
+
+def place(folder: Path, name: str, step: int) -> Path:
+    """Return the file of an image. Raises UserError for a name that is not one of folders."""
+    if not NAME.fullmatch(name) or any(part.strip(". ") == "" for part in name.split("/")):
+        raise UserError(
+            f"record.image: {name!r} is not a name of an image. Use letters, digits, spaces, "
+            "-, _, . and / alone, such as val/samples."
+        )
+    return folder / FOLDER / name / f"step_{step:08d}.png"
+
+
+def write(path: Path, image: Any) -> None:
+    """Write a figure of matplotlib or a tensor as PNG. Raises UserError if it is neither."""
+    content = as_png(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)
+
+
+def logged(folder: Path) -> list[Logged]:
+    """Return the images in a run's folder by step, then by name."""
+    found = []
+    for path in (folder / FOLDER).rglob("step_*.png"):
+        if match := FILE.fullmatch(path.name):
+            name = path.parent.relative_to(folder / FOLDER).as_posix()
+            found.append(Logged(int(match[1]), name, path))
+    return sorted(found)
+
+
+def rewind(folder: Path, step: int | None) -> None:
+    """Remove what was logged after `step`, which a resumed run logs again; None: everything."""
+    for image in logged(folder):
+        if step is None or image.step > step:
+            image.path.unlink()
+
+
+def as_png(image: Any) -> bytes:
+    """Return a figure or a tensor as PNG. Raises UserError for anything else.
+
+    Tensors and arrays: (H, W), (1, H, W), (3, H, W), or a batch (B, 1 or 3, H, W), which becomes
+    one image of a grid. uint8, or floating-point values from 0 to 1; others are clipped.
+    """
+    buffer = io.BytesIO()
+    if hasattr(image, "savefig"):
+        image.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+        return buffer.getvalue()
+    import torch
+    from PIL import Image
+
+    try:
+        pixels = torch.as_tensor(image).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"record.image: a {type(image).__name__} is not an image. Give a tensor or a figure of "
+            "matplotlib."
+        ) from None
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    if pixels.ndim == 4:
+        pixels = _grid(pixels)
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
+        raise UserError(
+            f"record.image: a tensor of shape {tuple(torch.as_tensor(image).shape)} is not an "
+            "image. Give (H, W), (C, H, W) or (B, C, H, W) with one or three channels."
+        )
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    array = pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _grid(batch: Tensor) -> Tensor:
+    """Return a batch (B, C, H, W) as one image, in about as many rows as columns."""
+    count, channels, height, width = batch.shape
+    columns = max(1, round(count**0.5))
+    rows = -(-count // columns)
+    tall, wide = height + BETWEEN, width + BETWEEN
+    grid = batch.new_zeros(channels, rows * tall - BETWEEN, columns * wide - BETWEEN)
+    for place, image in enumerate(batch):
+        top, left = place // columns * tall, place % columns * wide
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def latest(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Return the newest images of each name as (step, data URI), for a page."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for image in reversed(logged(folder)):
+        its = found.setdefault(image.name, [])
+        if len(its) < NUM_SHOWN:
+            encoded = base64.b64encode(image.path.read_bytes()).decode("ascii")
+            its.insert(0, (image.step, f"data:image/png;base64,{encoded}"))
+    return dict(sorted(found.items()))
+
+
+def between(folder: Path, lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | Logged]:
+    """Yield a run's lines and its images by step, an image after the lines of its step."""
+    waiting = logged(folder)[::-1]
+    for line in lines:
+        while waiting and waiting[-1].step < line["step"]:
+            yield waiting.pop()
+        yield line
+    yield from reversed(waiting)

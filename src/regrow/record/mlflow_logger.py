@@ -1,0 +1,192 @@
+"""The logger of MLflow, whose runs are in a database beside the runs' folders or on a server."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regrow.dotted import leaves
+from regrow.errors import brief
+from regrow.record import logged_images
+from regrow.record.records import iterate_metrics, read_json, write_json
+from regrow.record.redact import redact_all
+
+log = logging.getLogger(__name__)
+
+IDENTITY = "mlflow.json"
+MOST_METRICS, MOST_PARAMS, LONGEST = 1000, 100, 6000  # that MLflow takes in one call; characters
+ENDS = {0: "FINISHED", 255: "KILLED"}  # by exit code; any other: FAILED
+SQLITE = "sqlite:///"
+
+
+class Mlflow:
+    """An MLflow run. mlflow.json keeps its id, so a resumed run continues the same MLflow run.
+
+    MLflow cannot delete what it holds. So a resumed run reads which steps are there, and adds the
+    others alone: a replayed step is equal. Values wait in memory for at most `flush_seconds`, and
+    until the next checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracking_uri: str,
+        experiment: str,
+        tags: list[str],
+        notes: str | None,
+        flush_seconds: float,
+        folder: Path,
+        resume_step: int | None,
+        run_name: str,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each new table
+        self.metric = Metric
+        self.flush_seconds, self.sent_at = flush_seconds, time.monotonic()
+        self.waiting: list[Any] = []
+        self.images: dict[str, set[str]] = {}  # the files of each name that are there
+        self.last: tuple[int, set[str]] = (-1, set())  # the keys of the newest step
+        with _alone(tracking_uri):
+            self.client: Any = MlflowClient(_absolute(tracking_uri))
+            number = _experiment(self.client, experiment, tracking_uri)
+        self.run_id, is_new = self._identity(folder / IDENTITY, number, run_name)
+        self.shown: set[tuple[str, int]] = set() if is_new else self._history()
+        if is_new:
+            self._describe(config, tags, notes)
+        for line in iterate_metrics(folder):
+            values = {key: value for key, value in line.items() if key not in ("step", "epoch")}
+            self.log(line["step"], line.get("epoch", 0), values)
+        self.flush()
+        for image in logged_images.logged(folder):
+            self.log_image(*image)
+
+    def _identity(self, path: Path, experiment: str, run_name: str) -> tuple[str, bool]:
+        """Return the id of the MLflow run, and whether it is new."""
+        if path.exists():
+            run_id = str(read_json(path)["id"])
+            try:
+                self.client.update_run(run_id, status="RUNNING")
+                return run_id, False
+            except Exception as error:  # it was deleted, or is in another database
+                log.warning("mlflow: run %s is not there, a new one begins: %s", run_id, error)
+        run = self.client.create_run(experiment, run_name=run_name)
+        write_json(path, {"id": run.info.run_id})
+        return str(run.info.run_id), True
+
+    def _history(self) -> set[tuple[str, int]]:
+        keys = self.client.get_run(self.run_id).data.metrics
+        history = (self.client.get_metric_history(self.run_id, key) for key in keys)
+        return {(metric.key, metric.step) for metrics in history for metric in metrics}
+
+    def _describe(
+        self, config: Mapping[str, Any] | None, tags: list[str], notes: str | None
+    ) -> None:
+        from mlflow.entities import Param, RunTag
+
+        flat = leaves(redact_all(dict(config or {})))
+        params = [Param(_name(key), str(value)[:LONGEST]) for key, value in flat.items()]
+        for start in range(0, len(params), MOST_PARAMS):
+            self.client.log_batch(self.run_id, params=params[start : start + MOST_PARAMS])
+        about = {"tags": ", ".join(tags), "mlflow.note.content": notes}
+        found = [RunTag(key, text) for key, text in about.items() if text]
+        self.client.log_batch(self.run_id, tags=found)
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        if step != self.last[0]:
+            self.last = (step, set())
+        now = int(time.time() * 1000)
+        for key, value in {**values, "epoch": epoch}.items():
+            name = _name(key)
+            if name in self.last[1] or (name, step) in self.shown:
+                continue
+            self.last[1].add(name)
+            self.waiting.append(self.metric(name, float(value), now, step))
+        late = time.monotonic() - self.sent_at >= self.flush_seconds
+        if late or len(self.waiting) >= MOST_METRICS:
+            self.flush()
+
+    def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
+        """Do nothing: MLflow has no histograms."""
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        where = f"{logged_images.FOLDER}/{name}"
+        if name not in self.images:
+            files = self.client.list_artifacts(self.run_id, where)
+            self.images[name] = {file.path.rpartition("/")[2] for file in files}
+        if path.name not in self.images[name]:
+            self.client.log_artifact(self.run_id, str(path), where)
+            self.images[name].add(path.name)
+
+    def flush(self) -> None:
+        self.sent_at = time.monotonic()
+        while self.waiting:
+            part = self.waiting[:MOST_METRICS]
+            self.client.log_batch(self.run_id, metrics=part)
+            del self.waiting[: len(part)]
+
+    def close(self, exit_code: int = 0) -> None:
+        self.flush()
+        self.client.set_terminated(self.run_id, ENDS.get(exit_code, "FAILED"))
+
+
+def _name(key: str) -> str:
+    """Return a key with the characters that MLflow allows."""
+    return re.sub(r"[^\w\-. :/]", "_", key)
+
+
+def _file(tracking_uri: str) -> Path | None:
+    """Return the file of a SQLite database; None for any other address."""
+    if not tracking_uri.startswith(SQLITE):
+        return None
+    return Path(tracking_uri.removeprefix(SQLITE)).absolute()
+
+
+def _absolute(tracking_uri: str) -> str:
+    file = _file(tracking_uri)
+    return tracking_uri if file is None else f"{SQLITE}{file}"
+
+
+@contextmanager
+def _alone(tracking_uri: str) -> Iterator[None]:
+    """Let one process at a time create the tables of a SQLite database: a sweep starts several."""
+    file = _file(tracking_uri)
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _experiment(client: Any, name: str, tracking_uri: str) -> str:
+    """Return the id of the experiment, which is created if it is missing.
+
+    Beside a SQLite database, its files are in the database's folder; by default they would be in
+    the current one.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        file = _file(tracking_uri)
+        where = {} if file is None else {"artifact_location": _artifacts(file, name)}
+        try:
+            return str(client.create_experiment(name, **where))
+        except Exception as error:  # another process may have been faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            log.info("mlflow: %s", brief(error, 200))
+    return str(found.experiment_id)
+
+
+def _artifacts(file: Path, experiment: str) -> str:
+    return (file.parent / f"{file.stem}-files" / re.sub(r"[^\w\-.]", "_", experiment)).as_uri()

@@ -1,0 +1,252 @@
+"""Watch the first steps of a run under `trainer.find_faults=true`, and name what goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from regrow.distributed.parallel import World
+from regrow.feeding.batch import parts_of
+from regrow.numerics.buffers import Buffers
+from regrow.numerics.calls import call
+from regrow.numerics.precision import autocast
+from regrow.protocols import Batch, Objects, State
+from regrow.randomness import states_kept
+from regrow.runs import fault_checks, overfitting
+from regrow.runs.fault_checks import listed
+from regrow.runs.overfitting import Verdict
+
+log = logging.getLogger(__name__)
+
+STEPS = 5  # a layer behind zeros, such as an adapter's, only gets a gradient from the second on
+UPHILL = 0.05  # cosine of the step and the gradient; a sound first step has about -0.3 or less
+
+
+class FirstSteps:
+    """Calls a lab's step, and watches the first five of this process.
+
+    Neither the weights nor what the step draws change. The main process logs each fault once;
+    `faults` holds them, and `losses` the loss of every step. Sharded models, whose parameters are
+    pieces, are not watched. With `overfits`, `conclude` gives the verdict on a finished run.
+    """
+
+    def __init__(self, objects: Objects, world: World, *, overfits: bool) -> None:
+        self.objects, self.world, self.overfits = objects, world, overfits
+        self.verdict: Verdict | None = None
+        self.faults: list[str] = []
+        self.losses: list[float] = []
+        self.left = STEPS if world.mesh is None else 0
+        self.model: nn.Module = objects.state.model
+        self.names = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.got_gradient: set[str] = set()  # other than zero, in a backward pass
+        self.was_given: set[str] = set()  # other than zero, when an optimizer stepped
+        self.in_optimizer: set[str] = set()
+        self.moved: set[str] = set()
+        self.stepped = self.has_direction = False
+        self.rate = 0.0  # the largest learning rate of these steps
+        self.train_step: Any = None
+
+    def over(self, plan: Any) -> Any:
+        """Return the plan with a watched step, after the checks that need no step."""
+        self.train_step = plan.train_step
+        if self.overfits:
+            self._stop_dropout()
+        if self.world.is_main:
+            for line in fault_checks.frozen_parameters(self.model):
+                log.info("%s", line)
+            if getattr(self.objects.data, "overlap", None) != "ignore":
+                self.tell(fault_checks.leaks(self.objects.data, self.world.device))
+        return dataclasses.replace(plan, train_step=self)
+
+    def _stop_dropout(self) -> None:
+        """Set the rate of dropout modules to zero: they keep a loss from its least value."""
+        modules = [m for m in self.model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+        for module in modules:
+            module.p = 0.0
+        if modules and self.world.is_main:
+            log.info("debug=overfit: no dropout in this run (%d modules)", len(modules))
+
+    def conclude(self) -> None:
+        """Judge the trained model, if the run is to learn its examples by heart."""
+        if self.overfits and self.world.size == 1:
+            self.verdict = overfitting.judge(self.objects, self.losses)
+
+    def report(self) -> None:
+        """Log the verdict. Raises SystemExit(1) if the run did not learn its examples."""
+        if self.verdict is None:
+            return
+        level = logging.ERROR if self.verdict.reached is False else logging.INFO
+        for line in overfitting.lines(self.verdict, self.faults, self.losses):
+            log.log(level, "%s", line)
+        if self.verdict.reached is False:
+            raise SystemExit(1)
+
+    def tell(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            if line not in self.faults:
+                self.faults.append(line)
+                if self.world.is_main:
+                    log.warning("%s", line)
+
+    def __call__(self, state: State, batch: Batch, plan: Any) -> Any:
+        """Run `train_step`, the lab's, and return its result."""
+        if not self.left:
+            return self._counted(self.train_step(state, batch, plan))
+        is_first = self.left == STEPS
+        self.left -= 1
+        if is_first:
+            self.tell(fault_checks.of_inputs(batch))
+        reference = {} if self.has_direction else self._reference(batch)
+        before = {name: p.detach().clone() for name, p in self._trained()}
+        calls = fault_checks.Calls()
+        with self._watched(), calls if is_first else contextlib.nullcontext():
+            result = self._counted(self.train_step(state, batch, plan))
+        self.tell(calls.found.values())
+        moves = {name: p.detach() - before[name] for name, p in self._trained()}
+        self.moved |= {name for name, move in moves.items() if bool(move.any())}
+        self._look_at_direction(moves, reference)
+        if not self.left and not state.skips[0].item():  # type: ignore[attr-defined]
+            self._judge()
+        return result
+
+    def _counted(self, result: Any) -> Any:
+        loss, _, weight, *_ = result.totals.read()
+        self.losses.append(loss / weight if weight else float("nan"))
+        return result
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in self.names:
+                yield name, parameter
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note inside which parameters get a gradient, and which reach an optimizer's step."""
+
+        def note(parameter: Tensor) -> None:
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                self.got_gradient.add(self.names[id(parameter)])
+
+        def look(optimizer: Any, *_: Any) -> None:
+            self.stepped = True
+            for group in optimizer.param_groups:
+                own = [p for p in group["params"] if id(p) in self.names]
+                self.rate = max(self.rate, abs(float(group.get("lr", 1.0))))
+                self.in_optimizer |= {self.names[id(p)] for p in own}
+                given = (p for p in own if p.grad is not None and bool(p.grad.any()))
+                self.was_given |= {self.names[id(p)] for p in given}
+
+        handles: list[Any] = [register_optimizer_step_pre_hook(look)]
+        parameters: list[Any] = [parameter for _, parameter in self._trained()]
+        handles += [each.register_post_accumulate_grad_hook(note) for each in parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _reference(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the gradient of the textbook loss by parameter; empty if there is none."""
+        if self.objects.state.evaluates or self.world.size > 1:
+            return {}
+        buffers = Buffers(self.model)
+        few = batch.split(self.objects.state.progress.num_micro_batches)[0]
+        try:
+            with states_kept():
+                device = parts_of(few.targets)[0].device
+                with autocast(device, self.objects.options.precision):
+                    outputs = call(self.model.train(), few.inputs)
+                loss = fault_checks.reference_loss(self.objects.task, outputs, few.targets)
+                if loss is None or not loss.requires_grad:
+                    return {}
+                names, parameters = zip(*self._trained(), strict=True)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return {}
+        finally:
+            buffers.restore()
+        return {n: g.detach() for n, g in zip(names, found, strict=True) if g is not None}
+
+    def _look_at_direction(
+        self, moves: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+    ) -> None:
+        """Tell of a first step up the slope of the textbook loss."""
+        both = [(moves[name].double(), slope.double()) for name, slope in reference.items()]
+        moved = sum(float(move.square().sum()) for move, _ in both) ** 0.5
+        steep = sum(float(slope.square().sum()) for _, slope in both) ** 0.5
+        if not moved * steep > 0:  # the warm-up's first rate may be zero
+            return
+        self.has_direction = True
+        cosine = sum(float((move * slope).sum()) for move, slope in both) / (moved * steep)
+        if cosine > UPHILL:
+            self.tell(
+                [
+                    f"loss: the first step leads up the slope of task={self.objects.task.kind}'s "  # type: ignore[attr-defined]
+                    f"usual loss (cosine {cosine:+.2f}): a sign is wrong. Return the loss, not its "
+                    "negative, and check optimizer.maximize and the sign of your step's gradients."
+                ]
+            )
+
+    def _judge(self) -> None:
+        """Tell of parameters that no gradient reaches, or that no optimizer moves."""
+        names = [name for name, _ in self._trained()]
+        for optimizer in _each(self.objects.state.optimizer):  # an optimizer may run no hooks
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            self.in_optimizer |= {self.names[id(p)] for p in held if id(p) in self.names}
+        without = [name for name in names if name not in self.got_gradient]
+        lines = []
+        if not self.got_gradient:
+            lines.append(
+                f"gradients: they are zero for all {len(names)} trainable parameters in each of "
+                f"the first {STEPS} steps. Look for detach(), no_grad() and hooks that return "
+                "zeros in the model, the loss and the step."
+            )
+        elif not self.was_given and self.stepped:
+            lines.append(
+                "step: the backward pass gives gradients, and they are gone or zero when the "
+                "optimizer steps. Call zero_grad() before the backward pass or after the step, not "
+                "between them."
+            )
+        elif not self.moved and (self.rate > 0 or not self.stepped):
+            why = f"the rate is {self.rate:g}" if self.stepped else "no optimizer steps"
+            lines.append(
+                f"optimizer.lr: no parameter changes in the first {STEPS} steps ({why}). Call "
+                "optimizer.step() in the step, and raise optimizer.lr."
+            )
+        elif without:
+            hooked = any(p._backward_hooks for name, p in self._trained() if name in without)
+            cause = "a hook on it returns zeros" if hooked else "detach(), no_grad() or a hook"
+            lines.append(
+                f"model: a frozen layer: the gradients of {listed(without)} are zero in each of "
+                f"the first {STEPS} steps, though they require one. Look for {cause} in forward, "
+                "or say that it is meant: requires_grad_(False)."
+            )
+        left = self.got_gradient - self.in_optimizer - self.moved
+        if self.in_optimizer and (foreign := [name for name in names if name in left]):
+            lines.append(
+                f"optimizer: it does not hold {listed(foreign)}, which get gradients and "
+                "never change. Give all trainable parameters to the optimizer, or freeze these."
+            )
+        left = self.got_gradient & self.in_optimizer - self.was_given - self.moved
+        dropped = [name for name in names if name in left]
+        if dropped and self.was_given:
+            log.info(
+                "step: it drops the gradients of %s in the first %d steps, so they do not train",
+                *(listed(dropped), STEPS),
+            )
+        self.tell(lines)
+
+
+def _each(optimizers: Any) -> Iterable[Any]:
+    """Return the optimizers of a state, which has one, or a mapping of several."""
+    found: Iterable[Any]
+    found = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
+    return found

@@ -1,0 +1,226 @@
+"""Judge a run under `debug=overfit`: did the model learn its few examples by heart?"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regrow.feeding.batch import parts_of
+from regrow.numerics.calls import call
+from regrow.numerics.precision import autocast
+from regrow.protocols import Batch, Objects
+from regrow.randomness import states_kept
+from regrow.runs.fault_checks import mean_loss
+
+log = logging.getLogger(__name__)
+
+NEAR = 0.05  # of the way from the best constant answer to the least loss
+MOST_NUMBERS = 20_000_000  # outputs of a batch; larger ones are judged by fewer of its examples
+
+
+class Verdict(NamedTuple):
+    """`reached` is None if the task's loss cannot tell. All losses are means over the examples."""
+
+    reached: bool | None
+    loss: float  # of the model in evaluation mode
+    least: float  # that any outputs could have for these inputs and targets
+    constant: float  # of the best answer that is the same for all examples
+    trained: float  # of the last step, in training mode
+
+    @property
+    def part(self) -> float:
+        """How much of the way to the least loss is left: 1 for the best constant answer."""
+        way = self.constant - self.least
+        return (min(self.loss, self.trained) - self.least) / way if way > 0 else math.nan
+
+
+def judge(objects: Objects, losses: Sequence[float]) -> Verdict:
+    """Return the verdict on the trained model, from an epoch of the training batches.
+
+    `losses` are those of the steps. Changes neither the model nor the random generators.
+    """
+    state, task = objects.state, objects.task
+    trained = losses[-1] if losses else math.nan
+    nothing = Verdict(None, math.nan, math.nan, math.nan, trained)
+    if state.evaluates:  # one of several models: the step minimises more than the task's loss
+        return nothing
+    model, training = state.model, state.model.training
+    sums = [0.0, 0.0, 0.0]
+    count = 0
+    with states_kept():
+        for batch in objects.train.epoch(0):
+            few = _few(batch)
+            with torch.no_grad(), autocast(_device(batch), objects.options.precision):
+                outputs = call(model.eval(), few.inputs)
+            found = _of_batch(task, outputs, few)
+            if found is None:
+                return nothing
+            sums = [one + few.num_local * other for one, other in zip(sums, found, strict=True)]
+            count += few.num_local
+    model.train(training)
+    loss, least, constant = (each / count for each in sums)
+    if not constant - least > 1e-6 * max(1.0, abs(constant)):
+        same = Verdict(None, loss, least, constant, trained)
+        return same._replace(reached=True) if loss - least < 1e-3 and constant != 0 else same
+    verdict = Verdict(None, loss, least, constant, trained)
+    return verdict._replace(reached=verdict.part <= NEAR)
+
+
+def _device(batch: Batch) -> torch.device:
+    return parts_of(batch.targets)[0].device
+
+
+def _few(batch: Batch) -> Batch:
+    """Return the batch, or its first examples if targets times classes may be very many."""
+    targets = parts_of(batch.targets)[0]
+    each = max(1, targets.numel() // max(1, len(targets)))
+    pieces = -(-targets.numel() * 100 // MOST_NUMBERS) if each > 1 else 1
+    few: Batch = batch.split(max(1, min(pieces, batch.num_local)))[0]
+    return few
+
+
+def _of_batch(task: Any, outputs: Any, batch: Batch) -> tuple[float, float, float] | None:
+    """Return the loss of `outputs`, the least one and that of the best constant answer."""
+    if not isinstance(outputs, Tensor) or not isinstance(batch.targets, Tensor):
+        return None
+    outputs = outputs.detach().float().cpu()
+    targets = batch.targets.cpu()
+    weights = None if batch.weights is None else batch.weights.cpu()
+
+    def loss_of(values: Tensor) -> Tensor | None:
+        return mean_loss(task, values, targets, weights)
+
+    own = loss_of(outputs)
+    if own is None or not bool(own.isfinite()):
+        return None
+    tied = _cells(task, outputs, batch)
+    table = outputs.flatten(0, tied.ndim - 1)
+    count = int(tied.max()) + 1
+    places = tied.flatten()
+    sums = torch.zeros(count, *table.shape[1:]).index_add_(0, places, table)
+    sizes = torch.zeros(count).index_add_(0, places, torch.ones(len(places)))
+    start = sums / sizes.view(-1, *[1] * (table.ndim - 1))
+    least = _least(lambda rows: loss_of(rows[places].view_as(outputs)), start)
+    class_dim = 2 if getattr(task, "kind", None) == "language" else 1
+    shape = [1] * outputs.ndim
+    if outputs.ndim > class_dim:
+        shape[class_dim] = outputs.shape[class_dim]
+    constant = _least(lambda row: loss_of(row.expand_as(outputs)), torch.zeros(shape))
+    if least is None or constant is None:
+        return None
+    return float(own), min(least, float(own)), constant
+
+
+def _cells(task: Any, outputs: Tensor, batch: Batch) -> Tensor:
+    """Return numbers (B,), or (B, T) of tokens: outputs of one number have equal inputs.
+
+    An output for tokens depends on those up to its place alone, so a model cannot tell equal
+    beginnings of two texts apart, whatever follows.
+    """
+    numbers: dict[bytes, int] = {}
+    inputs = [tensor.detach().cpu() for tensor in parts_of(batch.inputs)]
+
+    def number(*parts: bytes) -> int:
+        digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+        return numbers.setdefault(digest, len(numbers))
+
+    if getattr(task, "kind", None) == "language" and inputs[0].ndim == 2:
+        rows = []
+        for text in inputs[0].contiguous().numpy():
+            digest, row = hashlib.blake2b(digest_size=16), []
+            for token in text:
+                digest.update(token.tobytes())
+                row.append(numbers.setdefault(digest.digest(), len(numbers)))
+            rows.append(row)
+        return torch.tensor(rows)
+    return torch.tensor(
+        [number(*(t[row].numpy().tobytes() for t in inputs)) for row in range(len(outputs))]
+    )
+
+
+def _least(loss_of: Callable[[Tensor], Tensor | None], start: Tensor) -> float | None:
+    """Return the least loss over free `start`, by L-BFGS in float64; None if there is no slope."""
+    free = start.double().requires_grad_(True)
+    best = math.inf
+    search = torch.optim.LBFGS(
+        [free],
+        max_iter=100,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        nonlocal best
+        search.zero_grad()
+        loss = loss_of(free)
+        if loss is None or not loss.requires_grad:
+            raise _NoSlope
+        loss.backward()  # type: ignore[no-untyped-call]
+        if bool(loss.isfinite()):
+            best = min(best, float(loss.detach()))
+        return loss.detach()
+
+    try:
+        with torch.enable_grad():
+            for _ in range(3):  # a restart forgets a bad curvature
+                before = best
+                search.step(closure)  # type: ignore[no-untyped-call]
+                if before - best < 1e-6 * abs(best):
+                    break
+    except _NoSlope:
+        return None
+    return best if math.isfinite(best) else None
+
+
+class _NoSlope(Exception):
+    """The loss does not depend on the outputs."""
+
+
+def lines(verdict: Verdict, faults: Sequence[str], losses: Sequence[float]) -> list[str]:
+    """Return what to say about a verdict: what was reached, which checks fired, what to try."""
+    steps = len(losses)
+    if verdict.reached is None:
+        return [
+            f"debug=overfit: the step's loss is {verdict.trained:.4g} after {steps} steps. Its "
+            "least value is unknown, as the step does not minimise the task's loss alone.",
+            *fired(faults),
+        ]
+    of = (
+        f"the loss on the training examples is {verdict.loss:.4g} after {steps} steps "
+        f"({verdict.trained:.4g} in the last step); the least that this loss and data allow is "
+        f"{verdict.least:.4g}, and the best constant answer has {verdict.constant:.4g}"
+    )
+    if verdict.reached:
+        return [f"debug=overfit: reached. {of[0].upper()}{of[1:]}.", *fired(faults)]
+    return [
+        f"debug=overfit: not reached. {of[0].upper()}{of[1:]}.",
+        *(fired(faults) or ["checks: none of them fired."]),
+        f"try: {advice(verdict, faults, losses)}",
+    ]
+
+
+def fired(faults: Sequence[str]) -> list[str]:
+    return [f"check: {fault}" for fault in faults]
+
+
+def advice(verdict: Verdict, faults: Sequence[str], losses: Sequence[float]) -> str:
+    """Return the most likely way to a smaller loss."""
+    if faults:
+        return "correct what the checks name, then run debug=overfit again."
+    quarter = max(1, len(losses) // 4)
+    late, before = losses[-quarter:], losses[-2 * quarter : -quarter] or losses[:1]
+    now, then = sum(late) / len(late), sum(before) / len(before)
+    more = f"trainer.max_steps={max(1000, 3 * len(losses))}"
+    if now < then - 0.01 * abs(verdict.constant - verdict.least):
+        return f"{more}: the loss still falls."
+    return (
+        f"a larger optimizer.lr (scripts/find_lr.py finds one), {more}, "
+        "optimizer.weight_decay=0, or a larger model."
+    )

@@ -1,0 +1,138 @@
+"""Images that a run logs: as PNG files, in the loggers and on the page."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regrow.errors import UserError
+from regrow.record import logged_images, report
+from regrow.record.loggers import Csv, TensorBoard, open_loggers
+
+
+def pixels_of(content: bytes) -> Any:
+    with Image.open(io.BytesIO(content)) as file:
+        return np.array(file)
+
+
+def opened(folder: Path, resume_step: int | None, **nodes: Any) -> Any:
+    given = {"resume_step": resume_step, "run_name": "x/y", "config": None}
+    return open_loggers(folder, nodes, position=None, **given)
+
+
+def test_tensors_and_figures_become_the_pixels_that_they_show() -> None:
+    grey = torch.tensor([[0.0, 0.5], [1.0, 7.0]])
+    assert pixels_of(logged_images.as_png(grey)).tolist() == [[0, 128], [255, 255]]
+    colour = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    shown = pixels_of(logged_images.as_png(colour))
+    assert torch.equal(torch.tensor(shown), colour.permute(1, 2, 0))
+    batch = torch.ones(3, 1, 2, 2)
+    shown = pixels_of(logged_images.as_png(batch))  # two columns and rows, 2 pixels between them
+    assert shown.shape == (6, 6) and int((shown == 255).sum()) == 3 * 4
+    assert (shown[:2, :2] == 255).all() and (shown[4:, 4:] == 0).all()
+    nothing = torch.tensor([[float("nan")]])
+    assert pixels_of(logged_images.as_png(nothing)).tolist() == [[0]]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1, 2))
+    assert pixels_of(logged_images.as_png(figure)).shape[:2] == (200, 100)
+
+
+@pytest.mark.parametrize(
+    "image", [torch.ones(4), torch.ones(2, 4, 4), torch.ones(0, 3), "picture.png", object()]
+)
+def test_what_is_not_an_image_is_an_error_of_one_line(image: Any, tmp_path: Path) -> None:
+    loggers = opened(tmp_path, None)
+    with pytest.raises(UserError, match=r"^record\.image: .* is not an image\. Give [^\n]*$"):
+        loggers.image("samples", image, step=1)
+    assert logged_images.logged(tmp_path) == []
+    loggers.close()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/../b", "/etc", "a//b", "a\nb", "a/ ", "."])
+def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a name of an image"):
+        logged_images.place(tmp_path, name, 1)
+
+
+def test_an_image_is_written_once_and_a_resume_drops_the_later_ones(tmp_path: Path) -> None:
+    loggers = opened(tmp_path, None)
+    for step in (1, 2, 3):
+        loggers.image("val/samples", torch.full((2, 2), step / 10), step=step)
+    loggers.image("val/samples", torch.ones(2, 2), step=1)
+    first = logged_images.logged(tmp_path)
+    assert [(image.step, image.name) for image in first] == [(s, "val/samples") for s in (1, 2, 3)]
+    assert pixels_of(first[0].path.read_bytes())[0, 0] == 26
+    loggers.close()
+    resumed = opened(tmp_path, 2)
+    assert [image.step for image in logged_images.logged(tmp_path)] == [1, 2]
+    resumed.image("val/samples", torch.full((2, 2), 0.9), step=3)
+    assert pixels_of(logged_images.logged(tmp_path)[2].path.read_bytes())[0, 0] == 230
+    resumed.close()
+    opened(tmp_path, None).close()  # a run that begins again
+    assert logged_images.logged(tmp_path) == []
+
+
+class Taker:
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str]] = []
+
+    def log(self, step: int, epoch: int, values: Any) -> None: ...
+    def flush(self) -> None: ...
+    def close(self, exit_code: int = 0) -> None: ...
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        assert path.is_file()
+        self.seen.append((step, name))
+
+
+def test_loggers_that_take_images_get_them_and_others_do_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taker = Taker()
+    loggers = opened(tmp_path, None, taker=lambda: taker, csv=Csv)
+    loggers.image("a", torch.ones(2, 2), step=1)
+    loggers.close()
+    assert taker.seen == [(1, "a")] and caplog.records == []
+
+
+def test_tensorboard_shows_an_image_that_a_kill_lost_and_none_twice(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def tensorboard(**given: Any) -> TensorBoard:
+        return TensorBoard(flush_seconds=30, **given)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorBoard's own
+        first = opened(tmp_path, None, tensorboard=tensorboard)
+        for step in (1, 2, 3):
+            first.image("a", torch.full((4, 4), step / 10), step=step)
+        first.trackers.clear()  # killed before it wrote
+        second = opened(tmp_path, 2, tensorboard=tensorboard)
+        second.image("a", torch.full((4, 4), 0.3), step=3)
+        second.close()
+        third = opened(tmp_path, 3, tensorboard=tensorboard)
+        third.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+        events.Reload()
+        images = events.Images("a")
+    assert [event.step for event in images] == [1, 2, 3]
+    shown = pixels_of(images[1].encoded_image_string)
+    assert shown.shape == (4, 4, 3) and (shown == 51).all()
+
+
+def test_the_page_of_a_run_shows_the_latest_images_of_each_name(tmp_path: Path) -> None:
+    loggers = opened(tmp_path, None)
+    loggers.log(1, 0, {"train/loss": 1.0})
+    for step in range(1, 7):
+        loggers.image("val/samples", torch.ones(2, 2), step=step)
+    loggers.close()
+    page = report.write(tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == logged_images.NUM_SHOWN
+    assert "val/samples" in page and "step 3" in page and "step 6" in page and "step 2" not in page

@@ -1,0 +1,194 @@
+"""The MLflow logger, read back by MLflow's own client."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import TINY, config_of, train_config
+
+from regrow import extras
+from regrow.errors import UserError
+from regrow.project import ROOT
+from regrow.record.loggers import check_choice, open_loggers
+
+pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+
+
+@pytest.fixture(autouse=True)
+def quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own deprecations
+        yield
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a database with MLflow's tables, which take seconds to create."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        MlflowClient(address(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def database(empty: Path, tmp_path: Path) -> Path:
+    """Return a folder with such a database."""
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def address(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def opened(folder: Path, resume_step: int | None, position: int | None = None, **more: Any) -> Any:
+    from regrow.record.mlflow_logger import Mlflow
+
+    settings = {"experiment": "e", "tags": ["one", "two"], "notes": "why", "flush_seconds": 60}
+
+    def node(**given: Any) -> Any:
+        return Mlflow(**{**settings, "tracking_uri": address(folder), **more}, **given)  # type: ignore[arg-type]
+
+    config = {
+        "optimizer": {"lr": 0.1},
+        "service_token": "planted-in-the-config",
+        "long": "x" * 9000,
+    }
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    nodes: Any = {"mlflow": node}
+    given = {"resume_step": resume_step, "run_name": "x/y", "config": config}
+    return open_loggers(run, nodes, position=position, **given)  # type: ignore[arg-type]
+
+
+def read(folder: Path) -> tuple[Any, Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(address(folder))
+    run = client.get_run(json.loads((folder / "run" / "mlflow.json").read_text())["id"])
+    return client, run
+
+
+def history(folder: Path, key: str) -> list[tuple[int, float]]:
+    client, run = read(folder)
+    found = client.get_metric_history(run.info.run_id, key)
+    return sorted((metric.step, metric.value) for metric in found)
+
+
+def test_a_killed_and_resumed_run_is_one_run_with_each_step_once(database: Path) -> None:
+    first = opened(database, None)
+    for step in range(1, 7):
+        first.log(step, 0, {"train/loss": 1 / step, "per class/näme": 0.5})
+        if step == 4:
+            position = first.position()
+    first.trackers["mlflow"].flush()  # all six are there; then it is killed
+    _, run = read(database)
+    assert (run.info.status, run.info.run_name) == ("RUNNING", "x/y")
+    second = opened(database, 4, position)
+    second.log(4, 0, {"val/loss": math.nan})
+    for step in range(5, 9):
+        second.log(step, 0, {"train/loss": 1 / step})
+    second.close()
+    client, again = read(database)
+    assert again.info.run_id == run.info.run_id
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    losses = [(step, pytest.approx(1 / step)) for step in range(1, 9)]
+    assert history(database, "train/loss") == losses
+    assert [step for step, _ in history(database, "epoch")] == [*range(1, 9)]
+    ((step, value),) = history(database, "val/loss")
+    assert step == 4 and math.isnan(value)
+    assert again.info.status == "FINISHED"
+    assert again.data.params["optimizer.lr"] == "0.1" and len(again.data.params["long"]) == 6000
+    assert "planted-in" not in json.dumps(dict(again.data.params))
+    assert again.data.tags["tags"] == "one, two"
+    assert again.data.tags["mlflow.note.content"] == "why"
+
+
+def test_what_a_kill_lost_is_filled_from_the_record(database: Path) -> None:
+    first = opened(database, None)
+    for step in (1, 2):
+        first.log(step, 0, {"train/loss": float(step)})
+    first.image("samples", torch.ones(2, 2), step=2)
+    position = first.jsonl.position()
+    first.trackers["mlflow"].waiting.clear()  # killed before it sent
+    assert history(database, "train/loss") == []
+    second = opened(database, 2, position)
+    second.close(255)
+    assert history(database, "train/loss") == [(1, 1.0), (2, 2.0)]
+    client, run = read(database)
+    assert run.info.status == "KILLED"
+    (file,) = client.list_artifacts(run.info.run_id, "images/samples")
+    assert file.path == "images/samples/step_00000002.png"
+    assert run.info.artifact_uri.startswith((database / "mlflow-files").as_uri())
+
+
+def test_a_run_that_is_gone_from_the_database_begins_anew(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(database, None).close()
+    (database / "run" / "mlflow.json").write_text('{"id": "0123456789abcdef0123456789abcdef"}')
+    with caplog.at_level(logging.WARNING):
+        opened(database, None).close()
+    assert "is not there, a new one begins" in caplog.text
+    assert read(database)[1].info.status == "FINISHED"
+
+
+def test_a_run_of_the_config_is_in_the_database_and_draws_nothing(database: Path) -> None:
+    config = config_of(*TINY, "trainer.max_epochs=1", "logger=mlflow")
+    assert config["logger"]["mlflow"]["tracking_uri"] == "sqlite:///outputs/mlflow.db"
+    config["logger"]["mlflow"]["tracking_uri"] = address(database)
+    before = random.getstate()
+    train_config(database / "run", config)
+    with_logger = random.getstate()
+    random.setstate(before)
+    plain = config_of(*TINY, "trainer.max_epochs=1")
+    train_config(database / "plain", plain)
+    assert random.getstate() == with_logger
+    assert [step for step, _ in history(database, "train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_may_create_the_database_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, 'src'); from pathlib import Path\n"
+        "from regrow.record.mlflow_logger import Mlflow\n"
+        "folder = Path(sys.argv[1]); folder.mkdir()\n"
+        f"m = Mlflow(tracking_uri={address(tmp_path)!r}, experiment='e', tags=[], notes=None, "
+        "flush_seconds=5, folder=folder, resume_step=None, run_name='x', config=None)\n"
+        "m.log(1, 0, {'a': 1.0}); m.close()"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)], cwd=ROOT)
+        for name in ("one", "two")
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(address(tmp_path))
+    experiment: Any = client.get_experiment_by_name("e")
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+def test_without_the_extra_one_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_choice({"mlflow": {}})
+    find = extras.importlib.util.find_spec
+    monkeypatch.setattr(
+        extras.importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name)
+    )
+    with pytest.raises(UserError, match=r"^logger=mlflow needs mlflow, .* -e '\.\[mlflow\]'$"):
+        check_choice({"mlflow": {}})

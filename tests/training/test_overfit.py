@@ -1,0 +1,142 @@
+"""The verdict of `debug=overfit`: what was reached, and what could be."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import forked
+import pytest
+import torch
+from running import batch_of, config_of
+
+from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
+from regrow.project import ROOT
+from regrow.runs import overfitting
+from regrow.runs import training as runs
+
+ARGUMENTS = ("debug=overfit", "trainer.num_threads=1", "trainer.device=cpu", "model.hidden=[64]")
+
+
+def command(folder: Path, *arguments: str) -> Any:
+    words = [sys.executable, str(ROOT / "scripts" / "train.py"), *ARGUMENTS, *arguments]
+    return forked.run(words, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_batch_that_is_learnt_by_heart_ends_with_zero_and_what_was_reached(
+    tmp_path: Path,
+) -> None:
+    done = command(tmp_path, "optimizer.lr=0.003", "model.dropout=0.3", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("debug=overfit: reached. The loss on the training examples is 0.0")
+    assert "no dropout in this run (1 modules)" in done.stdout
+    assert "check:" not in done.stdout + done.stderr
+    assert last in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_batch_that_is_not_learnt_ends_with_one_the_checks_and_what_to_try(
+    tmp_path: Path,
+) -> None:
+    short = ("trainer.max_steps=8", "scheduler=constant", "hydra.run.dir=run")
+    done = command(tmp_path, *short)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-3:]
+    assert said[0].startswith("error: debug=overfit: not reached. The loss on the training")
+    assert "after 8 steps" in said[0] and "the best constant answer has 2.267" in said[0]
+    assert said[1] == "error: checks: none of them fired."
+    assert said[2] == "error: try: trainer.max_steps=1000: the loss still falls."
+    done = command(tmp_path, *short[:2], "+optimizer.maximize=true", "hydra.run.dir=up")
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-3:]
+    assert said[1].startswith("error: check: loss: the first step leads up the slope"), said
+    assert said[2] == "error: try: correct what the checks name, then run debug=overfit again."
+
+
+def judged(kind: str, loss: Loss, outputs: torch.Tensor, batch: Any) -> tuple[float, ...]:
+    """Return the loss, the least one and that of the best constant answer."""
+
+    def loss_of(outputs: Any, targets: Any, weights: Any) -> Any:
+        return weighted(loss(outputs, targets), weights, len(outputs))
+
+    task = SimpleNamespace(kind=kind, loss=loss_of)
+    found = overfitting._of_batch(task, outputs, batch)
+    assert found is not None
+    return found
+
+
+def entropy(*parts: float) -> float:
+    return -sum(part * math.log(part) for part in parts if part)
+
+
+def test_the_least_loss_and_that_of_a_constant_are_the_known_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, 3, generator=generator)
+    classes = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    logits = torch.randn(8, 3, generator=generator)
+
+    def cross_entropy(smoothing: float) -> CrossEntropy:
+        return CrossEntropy(label_smoothing=smoothing, class_weights=None, ignore_index=None)
+
+    _, least, constant = judged("multiclass", cross_entropy(0), logits, batch_of(inputs, classes))
+    assert least < 1e-6
+    assert constant == pytest.approx(entropy(0.5, 0.25, 0.25), abs=1e-6)
+    _, least, _ = judged("multiclass", cross_entropy(0.3), logits, batch_of(inputs, classes))
+    assert least == pytest.approx(entropy(0.8, 0.1, 0.1), abs=1e-6)
+    soft = torch.tensor([[0.7, 0.3, 0.0]]).repeat(8, 1)  # as MixUp makes them
+    _, least, _ = judged("multiclass", cross_entropy(0), logits, batch_of(inputs, soft))
+    assert least == pytest.approx(entropy(0.7, 0.3), abs=1e-6)
+
+    values = torch.randn(8, generator=generator) * 7 + 100
+    own, least, constant = judged("regression", mse, logits[:, 0], batch_of(inputs, values))
+    assert own == pytest.approx(float((logits[:, 0] - values).square().mean()))
+    assert least < 1e-9
+    assert constant == pytest.approx(float(values.var(correction=0)), rel=1e-6)
+    _, least, constant = judged("regression", l1, logits[:, 0], batch_of(inputs, values))
+    middle = values.median()
+    assert constant == pytest.approx(float((values - middle).abs().mean()), rel=1e-2)
+    assert least < 0.05 * constant
+
+    labels = (torch.arange(16).view(8, 2) % 3 == 0).float()
+    loss = BCEWithLogits(pos_weight=None)
+    _, least, constant = judged("multilabel", loss, logits[:, :2], batch_of(inputs, labels))
+    shares = labels.mean(0).tolist()
+    assert least < 1e-6
+    assert constant == pytest.approx(sum(entropy(s, 1 - s) for s in shares) / 2, abs=1e-6)
+
+
+def test_equal_inputs_with_different_targets_raise_the_least_loss() -> None:
+    inputs, logits = torch.ones(4, 3), torch.zeros(4, 2)
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)
+    targets = torch.tensor([0, 1, 0, 1])
+    _, least, constant = judged("multiclass", loss, logits, batch_of(inputs, targets))
+    assert least == pytest.approx(math.log(2)) == constant
+    inputs = torch.arange(12.0).view(4, 3)
+    _, least, _ = judged("multiclass", loss, logits, batch_of(inputs, targets))
+    assert least < 1e-6
+
+
+def test_texts_with_equal_beginnings_raise_the_least_loss_of_tokens() -> None:
+    texts = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    targets = torch.tensor([[2, 3, 0], [2, 4, 0]])
+    config = config_of("data=text", "task=language", "model=gpt")
+    loss = runs.instantiate(config["loss"])
+    task = runs.instantiate({**config["task"], "num_classes": 5}, loss=loss)
+    found = overfitting._of_batch(task, torch.zeros(2, 3, 5), batch_of(texts, targets))
+    assert found is not None  # only the token after 1, 2 cannot be known: one of three places
+    assert found[1] == pytest.approx(math.log(2) / 3, abs=1e-6)
+    assert found[0] == pytest.approx(math.log(5))
+    other = torch.tensor([[0, 2, 3], [1, 2, 4]])
+    found = overfitting._of_batch(task, torch.zeros(2, 3, 5), batch_of(other, targets))
+    assert found is not None and found[1] < 1e-6
+
+
+def test_a_loss_that_ignores_the_outputs_gives_no_verdict() -> None:
+    task = SimpleNamespace(
+        kind="embedding", loss=lambda outputs, targets, weights: weighted(targets * 0.0, None, 2)
+    )
+    batch = batch_of(torch.ones(2, 3), torch.ones(2))
+    assert overfitting._of_batch(task, torch.zeros(2, 3), batch) is None

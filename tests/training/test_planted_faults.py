@@ -1,0 +1,202 @@
+"""`debug=overfit` names planted faults, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import CPU, TINY, config_of
+
+from regrow.config.targets import allow
+from regrow.errors import UserError
+from regrow.project import CONF, ROOT
+from regrow.runs import training as runs
+from regrow.runs.first_steps import FirstSteps
+from regrow.runs.lab import lab
+
+ONE = ("trainer.num_threads=1", "trainer.device=cpu")
+SHORT = ("debug=overfit", "trainer.max_steps=6")
+CLASSES = (*TINY, *SHORT)
+OWN = (*CLASSES, "data.normalize=none")
+VALUES = (*CLASSES, "task=regression", "data.target_kind=regression", "data.num_classes=null")
+VALUE = (*VALUES, "data.num_outputs=1")
+
+
+def watched(folder: Path, overrides: tuple[str, ...], **nodes: str | dict[str, Any]) -> FirstSteps:
+    """Train a run whose `nodes` are planted, with the checks of a command, and return them."""
+    config = config_of(*overrides)
+    for name, node in nodes.items():
+        node = {"_target_": node} if isinstance(node, str) else node
+        if name == "data":
+            config["data"]["source"] = node
+            continue
+        partial = {"_partial_": True} if name in ("loss", "step") else {}
+        outputs = {"num_outputs": config["data"]["num_outputs"]} if name == "model" else {}
+        config[name] = {**outputs, **partial, **node}
+    torch.set_num_threads(1)
+    allow(config)
+    folder.mkdir()
+    objects = runs.build(config, CPU)
+    lab().check_first_batch(objects, CPU)
+    watch = FirstSteps(objects, CPU, overfits=False)
+    runs.train(objects, config, folder, CPU, runs.StopRequest(), watch=watch)
+    return watch
+
+
+NET = "planted.Net"
+FAULTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "a detached layer": (
+        r"^model: a frozen layer: the gradients of first\.weight, first\.bias are zero in each of "
+        r"the first 5 steps.*requires_grad_\(False\)\.$",
+        CLASSES,
+        {"model": "planted.Detached"},
+    ),
+    "a hook on a layer": (
+        r"^model: a frozen layer: the gradients of last\.weight, last\.bias are zero.*a hook on it",
+        CLASSES,
+        {"model": "planted.HookedLast"},
+    ),
+    "hooks on all layers": (
+        r"^gradients: they are zero for all 4 trainable parameters in each of the first 5 steps",
+        CLASSES,
+        {"model": "planted.Hooked"},
+    ),
+    "zero_grad with zeros before the update": (
+        r"^step: the backward pass gives gradients, and they are gone or zero when the optimizer",
+        CLASSES,
+        {"model": NET, "step": "planted.zeroing_step"},
+    ),
+    "outputs (B, 1) against targets (B,)": (
+        r"^loss: (sub|rsub) got \(16, 1\) against \(16,\), which broadcasts to \(16, 16\).*squeeze",
+        VALUE,
+        {"model": NET, "step": "planted.pairs_step"},
+    ),
+    "softmax before cross entropy": (
+        r"^loss: cross_entropy gets probabilities.*Remove the softmax from the model",
+        CLASSES,
+        {"model": "planted.Softmax", "loss": "planted.plain_cross_entropy"},
+    ),
+    "a leak": (
+        r"^data\.source: 8 of the first 32 val examples have the inputs of a training example, the "
+        r"first is number 0\.",
+        OWN,
+        {"data": {"_target_": "planted.rows", "shared": 8}},
+    ),
+    "the negative of the loss": (
+        r"^loss: the first step leads up the slope of task=multiclass's usual loss \(cosine \+0\.",
+        CLASSES,
+        {"model": NET, "loss": "planted.negative"},
+    ),
+    "a step up the slope": (
+        r"^loss: the first step leads up the slope",
+        CLASSES,
+        {"model": NET, "step": "planted.ascending_step"},
+    ),
+    "optimizer.maximize": (
+        r"^loss: the first step leads up the slope.*check optimizer\.maximize",
+        (*CLASSES, "+optimizer.maximize=true"),
+        {"model": NET},
+    ),
+    "no rate": (
+        r"^optimizer\.lr: no parameter changes in the first 5 steps \(the rate is 1e-30\)",
+        (*CLASSES, "optimizer.lr=1e-30"),
+        {"model": NET},
+    ),
+    "raw inputs": (
+        r"^data\.normalize: the inputs have a root mean square of \d+ and a mean of \d+.*=train",
+        ("experiment=breast_cancer", *SHORT, *ONE, "data.normalize=none"),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named_in_one_line_and_alone(fault: str, tmp_path: Path) -> None:
+    line, overrides, nodes = FAULTS[fault]
+    watch = watched(tmp_path / "run", overrides, **nodes)
+    assert len(watch.faults) == 1, watch.faults
+    assert re.search(line, watch.faults[0]), watch.faults[0]
+    assert "\n" not in watch.faults[0]
+
+
+def test_an_update_without_any_gradient_is_an_error_of_one_line(tmp_path: Path) -> None:
+    for overrides in (CLASSES, TINY):
+        with pytest.raises(UserError, match=r"^step: no parameter has a gradient when .*zero_grad"):
+            watched(
+                tmp_path / str(len(overrides)), overrides, model=NET, step="planted.dropping_step"
+            )
+
+
+FEW = {"_target_": "planted.rows", "shared": 0, "values": 4}
+SOUND: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "a plain model": (CLASSES, {"model": NET}),
+    "a head that starts at zero": (CLASSES, {"model": "planted.ZeroStart"}),
+    "a frozen layer": (CLASSES, {"model": "planted.Frozen"}),
+    "a loss of one's own": (CLASSES, {"model": NET, "loss": "planted.plain_cross_entropy"}),
+    "outputs and targets (B, 1)": (VALUE, {"model": NET, "step": "planted.column_step"}),
+    "a loss below zero": (VALUE, {"model": NET, "loss": "planted.below_zero"}),
+    "several values": (VALUES, {"model": NET}),
+    "a step of one's own": (CLASSES, {"model": NET, "step": "planted.sound_step"}),
+    "no example twice": (OWN, {"data": {"_target_": "planted.rows", "shared": 0}}),
+    "features of few values": (OWN, {"data": FEW}),
+    "a warm-up": ((*CLASSES, "scheduler.warmup_steps=4"), {"model": NET}),
+    "a half": ((*CLASSES, "trainer.precision=bf16"), {"model": NET}),
+    "slices": ((*CLASSES, "trainer.accumulation_steps=4"), {"model": NET}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_no_check_fires_without_a_fault(case: str, tmp_path: Path) -> None:
+    overrides, nodes = SOUND[case]
+    assert watched(tmp_path / "run", overrides, **nodes).faults == []
+
+
+def test_a_deliberately_frozen_layer_is_only_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        watch = watched(tmp_path / "run", CLASSES, model="planted.Frozen")
+        frozen = [r for r in caplog.records if "are frozen (requires_grad=False)" in r.getMessage()]
+        assert [record.levelno for record in frozen] == [logging.INFO]
+        assert "2 of 4 parameters" in frozen[0].getMessage()
+        assert "last.weight, last.bias" in frozen[0].getMessage()
+    assert watch.faults == []
+
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+STAND_IN = ("data.source._target_=photographs.cifar10", "trainer.device=cpu")
+OFFLINE: dict[str, tuple[str, ...]] = {
+    "cifar10_fast": (*STAND_IN, "trainer.precision=fp32"),
+    "cifar10_resnet18": (*STAND_IN, "trainer.precision=fp32", "data.limit_train=8"),
+    "gpt2_124m": (
+        *("data=text", "trainer.precision=fp32", "model.layers=2", "model.heads=2"),
+        *("model.width=32", "data.batch_size=8", "trainer.accumulation_steps=1"),
+        *("data.source.vocabulary=characters", "data.num_classes=76", "data.input_shape=[32]"),
+    ),
+}
+EXAMPLES = {
+    "gan_ring": "gan",
+    "contrastive_digits": "contrastive",
+    "thaw_digits": "thaw",
+}
+
+
+SLOW = ("cifar10_fast", "cifar10_resnet18", "digit_scenes", "persuasion")
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in EXPERIMENTS]
+)
+def test_no_check_fires_on_a_shipped_experiment(option: str, tmp_path: Path) -> None:
+    overrides = (f"experiment={option}", *SHORT, *ONE, *OFFLINE.get(option, ()))
+    assert watched(tmp_path / "run", overrides).faults == []
+
+
+@pytest.mark.parametrize("option", EXAMPLES)
+def test_no_check_fires_on_an_example(option: str, tmp_path: Path) -> None:
+    folder = f"hydra.searchpath=[file://{ROOT}/src/lab/examples/{EXAMPLES[option]}/conf]"
+    assert watched(tmp_path / "run", (f"experiment={option}", folder, *SHORT, *ONE)).faults == []
