@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,19 @@ class Browser:
         its_in, self._out = os.pipe()
         ours, its_out = os.pipe()
         self._in = os.fdopen(ours, "rb")
-        high = [os.dup2(fd, 60 + index) for index, fd in enumerate((its_in, its_out))]
-
-        def begin() -> None:  # the protocol's descriptors are 3 and 4
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
-        self.process = subprocess.Popen(
+        # The protocol's descriptors are 3 and 4, which the pipes may have by chance.
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (its_in, its_out)]
+        actions = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+        self.pid = os.posix_spawn(
+            FOUND,
             [FOUND, *OPTIONS, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=begin, pass_fds=(3, 4),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            os.environ,
+            file_actions=[
+                *actions,
+                (os.POSIX_SPAWN_DUP2, high[0], 3),
+                (os.POSIX_SPAWN_DUP2, high[1], 4),
+            ],
+        )
         for descriptor in (its_in, its_out, *high):
             os.close(descriptor)
         self.events: list[dict[str, Any]] = []
@@ -69,11 +73,12 @@ class Browser:
             self.call("Browser.close")
         os.close(self._out)
         self._in.close()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        for _ in range(200):
+            if os.waitpid(self.pid, os.WNOHANG)[0]:
+                return
+            time.sleep(0.1)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
 class Tab:

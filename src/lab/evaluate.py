@@ -73,7 +73,7 @@ def measure_split(
     waited = stopping_together(batches, len(batches), stop, world)
     shown = evaluation_bar(bar, batches)
     shows = shows and world.is_main  # the others' details are not used
-    measured = measure(model, task, waited, world, precision, shown, draws, shows=shows)
+    measured = measure(model, task, waited, world, precision, shown, draws, shows)
     sharding.free(model)
     return measured
 
@@ -87,7 +87,6 @@ def measure(
     precision: str,
     bar: Any,
     draws: Draws,
-    *,
     shows: bool = True,
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return the exact loss and metrics over all `batches`, and details for plots.

@@ -96,6 +96,19 @@ def test_the_value_under_the_mouse_is_the_one_of_the_record(tab: Tab, run: Path)
     assert (run / "report.html").stat().st_size < MOST_BYTES
 
 
+def test_a_request_an_error_and_a_refused_script_would_be_seen(tab: Tab, tmp_path: Path) -> None:
+    """The negative control."""
+    page = tmp_path / "page.html"
+    page.write_text('<img src="http://127.0.0.1:9/x.png"><script>nothing()</script>')
+    tab.open(page)
+    assert "http://127.0.0.1:9/x.png" in tab.requests
+    assert any(event["method"] == "Runtime.exceptionThrown" for event in tab.errors)
+    own = report.write(make_run(tmp_path / "run")).read_text()
+    page.write_text(own.replace("</body>", "<script>document.title = 'mine'</script></body>"))
+    tab.open(page)
+    assert tab.value("document.title") != "mine" and tab.errors != []
+
+
 def test_a_drag_zooms_all_panels_and_a_double_click_shows_all_steps(tab: Tab, run: Path) -> None:
     tab.open(run / "report.html")
     own = panel(tab, "loss")

@@ -21,6 +21,7 @@ import yaml
 from fakes import make_run, write_lines
 
 from regrow.errors import UserError
+from regrow.feeding.batch import Batch
 from regrow.record import comparison, pages, pictures, plots, report, side_by_side
 from regrow.record.records import read_metrics, write_json
 
@@ -251,6 +252,21 @@ def test_wrong_images_are_shown_with_truth_and_prediction(
     for key, damage in (("image", ["no base64"]), ("image", []), ("true", 3), ("predicted", None)):
         write_json(folder / "plots" / "test.json", {"wrong": {**wrong, key: damage}})
         assert "img" not in Page(report.write(folder)).tags
+
+
+def test_a_page_full_of_photographs_stays_below_a_megabyte(tmp_path: Path) -> None:
+    """Noise, which no compression makes smaller."""
+    torch.manual_seed(0)
+    inputs, targets = torch.rand(20, 3, 224, 224), torch.zeros(20, dtype=torch.int64)
+    batch = Batch(inputs, targets, None, 20, 20)
+    told = {"prediction": targets + 1, "probability": torch.full((20, 2), 0.5)}
+    folder = make_run(tmp_path / "run")
+    details = json.loads((folder / "plots" / "test.json").read_text())
+    details |= pictures.of_wrong(batch, targets, lambda _: told, ["cat", "dog"], None)
+    write_json(folder / "plots" / "test.json", details)
+    page = report.write(folder)
+    assert page.read_text().count("<img ") == pictures.NUM_WRONG
+    assert page.stat().st_size < 1_000_000
 
 
 def test_a_long_line_is_thinned_and_keeps_its_peaks_and_its_wide_gaps() -> None:

@@ -24,5 +24,5 @@ records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, 
     whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
-side_by_side: effects, Importance, write_page
+side_by_side: Importance, write_page
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUM_SHOWN = 4
-NUM_WRONG = 24
+NUM_WRONG = 16
 MOST_WRONG_PIXELS = 96  # of a side, as there are more of them
 MOST_PIXELS = 256  # of a side; larger pictures keep every second pixel, or fewer
 IGNORED = "#ffffff"

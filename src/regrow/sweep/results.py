@@ -91,14 +91,17 @@ def importance_of(folder: Path, found: Comparison) -> Importance:
     try:
         study = optuna.load_study(study_name=STUDY, storage=open_storage(folder))
         first = (lambda trial: trial.values[0]) if len(study.directions) > 1 else None
-        evaluator = FanovaImportanceEvaluator(seed=0)  # of its trees, so that a page repeats
+        complete = (optuna.trial.TrialState.COMPLETE,)
+        count = len(study.get_trials(deepcopy=False, states=complete))
+        # 64 trees over 1,000 trials took 29 s. The seed is that of the trees: a page repeats.
+        trees = max(8, min(64, 6400 // max(1, count)))
+        evaluator = FanovaImportanceEvaluator(n_trees=trees, seed=0)
         shares = get_param_importances(study, evaluator=evaluator, target=first)
-    except (KeyError, ValueError, RuntimeError) as error:  # as for a search of one trial
+    except Exception as error:  # as for a search of one trial; the sweep itself is complete
         return Importance({}, f"Not computed: {' '.join(str(error).split())}")
     if not shares:
         return Importance({}, "Not computed: no trial is complete, or none differs.")
     short = pages.short_names([key_of(key) for key in shares])
-    count = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
     note = (
         f"Share of the variance of {found.metric} that each parameter explains: Optuna's "
         f"functional ANOVA over {count} complete trials. It is rough below about a hundred."
