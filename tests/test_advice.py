@@ -83,9 +83,9 @@ def test_the_advice_for_a_value_composes(argument: str, says: str, tmp_path: Pat
 def test_a_key_that_takes_no_single_value_says_what_it_takes(tmp_path: Path) -> None:
     said = train(tmp_path, "data.normalize.mean=[1]", code=2)
     assert "Give it as a whole: it takes one of train, imagenet, none, or {mean" in said
-    said = train(tmp_path, "data.augmentation={padd: 3}", code=2)
-    assert said == "error: data.augmentation.padd: there is no such key. Did you mean " + (
-        "data.augmentation.pad?\n"
+    said = train(tmp_path, "data.augmentation={flipp: true}", code=2)
+    assert said == "error: data.augmentation.flipp: there is no such key. Did you mean " + (
+        "data.augmentation.flip?\n"
     )
     said = train(tmp_path, "data.transforms.first=1", code=2)
     assert said.startswith("error: data.transforms.first: data.transforms is a list.")
