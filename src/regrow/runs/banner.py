@@ -54,10 +54,10 @@ def facts(job: Job, objects: Objects, world: World) -> list[str]:
     steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"
     chosen = " (trainer.device=auto)" if trainer["device"] == "auto" else ""
     names = objects.data.class_names
-    is_binary = config["data"].get("target_kind") == "binary" and names
+    is_binary = config["data"].get("target_kind") == "binary"
     return [
         "data: " + ", ".join(f"{count:,} {name}" for name, count in counts),
-        *([f"positive class: 1, {names[1]}"] if is_binary else []),
+        *([f"positive class: 1, {names[1]}"] if is_binary and names else []),
         f"model: {type(model).__name__} with {total:,} parameters{frozen}",
         f"batch: {batch} = {split} × {most}{each}",
         f"run: {steps}, {state.steps_per_epoch} per epoch, on {world.device}{chosen} in "
