@@ -38,7 +38,9 @@ BAD = {
     "seed=0,1,2": "values are a sweep: add -m. A key that takes a list: seed=[0,1,2].",
     "sweep=optuna": "sweep=optuna: sweep keys only apply to sweeps. Add -m, or remove it.",
     "optimizer=null": "optimizer takes the name of one of its options: adagrad, adam,",
-    "optimizer.foreach=true": "torch.optim.AdamW takes it. Add a plus: +optimizer.foreach=true",
+    "optimizer.foreach=true": "torch.optim.AdamW takes it, and conf/optimizer/adamw.yaml does not "
+    "list it. Add `foreach: true` to that file, or type a plus for this run alone: "
+    "+optimizer.foreach=true",
     "+optimizer.params=[]": "torch.optim.AdamW has no such key. It takes lr, betas,",
     "+model.patch_size=3": "MLP has no such key. It is one of model=vit.",
     "+trainer.fast_dev_run=true": "TrainerOptions has no such key. Here that is debug=fast.",
@@ -70,7 +72,7 @@ BAD = {
     "hydra.job.chdir=true": "a run stays in the current folder.",
     "hydra.runtime.cwd=x": "hydra.runtime.cwd=x: Hydra fills it itself. Leave it out.",
     "~hydra.callbacks.check": "it checks a config before a run starts. Leave it as it is.",
-    "model._target_=torch.nn.Linear model.bias=false": "torch.nn.Linear takes it. Add a plus: +mod",
+    "model._target_=torch.nn.Linear model.bias=false": "and no file lists it. Add a plus: +mod",
     "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
     "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import leads, places
+from regrow.config.command_line import shell
 from regrow.config.explain import composition_error, takes, where_own_keys_go
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
@@ -30,7 +31,7 @@ from regrow.config.origins import located
 from regrow.config.resume import check_recorded
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped
 from regrow.config.started import is_started
-from regrow.config.targets import HANDED_IN, allow, locate
+from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
@@ -191,7 +192,15 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
         is_known = not is_text and applies(_node_of(values, path).get("_target_"))
         if is_known and not RULES[path].allows(value):
-            raise UserError(f"{path}={_shown(value)} must be {RULES[path].says}.")
+            raise UserError(
+                f"{path}={_shown(value)} must be {RULES[path].says}.{_as_column(path, value)}"
+            )
+
+
+def _as_column(path: str, value: Any) -> str:
+    if path != "data.sampling" or not isinstance(value, str):
+        return ""
+    return f" For a column of that name: {shell([f'{path}={{column: {value}}}'])}"
 
 
 def _node_of(values: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -307,11 +316,12 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
 def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
     """Raise UserError for a key that a node does not accept, with the closest one that it does."""
     path = full.rpartition(".")[0]
+    handed_in = {*HANDED_IN, *HANDED_TO.get(path, ())}
     known = [key for key in shipped if not key.startswith("_") and key != "defaults"]
     if isinstance(target, str):
         with contextlib.suppress(TypeError, ValueError):
             parameters = inspect.signature(locate(target, path)).parameters
-            known += [key for key in parameters if key not in (*known, *HANDED_IN, "self")]
+            known += [key for key in parameters if key not in (*known, *handed_in, "self")]
     hint = leads.lead(full) or did_you_mean(full, (f"{path}.{key}" for key in known))
     others = [option for option in known_keys().get(full, []) if not option.startswith("_")]
     if not hint and others:
@@ -351,10 +361,13 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
     if foreign:
         named = ", ".join(f"{path}.{key}" for key in foreign)
         hint = did_you_mean(foreign[0], parameters) if len(foreign) == 1 else ""
-        raise UserError(
-            f"{named}: {target} takes no such argument.{hint} To leave out what the option "
-            f"brings: {' '.join(f'~{path}.{key}' for key in foreign)}"
-        )
+        said = f"{named}: {target} takes no such argument.{hint}"
+        if "." not in path:
+            left_out = " ".join(f"~{path}.{key}" for key in foreign)
+            raise UserError(f"{said} To leave out what the option brings: {left_out}")
+        kept = leads.shown({key: value for key, value in node.items() if key not in foreign})
+        words = shell([f"~{path}", f"+{path}={kept}"])
+        raise UserError(f"{said} Hydra merges a node into the option's. To replace it: {words}")
     return parameters
 
 

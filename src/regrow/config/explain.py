@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,12 @@ from typing import Any
 from regrow.config import flags, leads, places
 from regrow.config.command_line import quoted, read, shell
 from regrow.config.keys import known_keys
-from regrow.config.targets import HANDED_IN, locate, said_by
+from regrow.config.rules import RULES
+from regrow.config.targets import HANDED_IN, HANDED_TO, locate, said_by
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import one_line
-from regrow.project import CONF, lab_name
+from regrow.project import CONF, ROOT, lab_name
 
 
 def composition_error(error: Exception) -> str:
@@ -88,6 +90,13 @@ def hydras_value_error(error: Exception) -> str | None:
     text = one_line(str(error))
     if found := re.match(r"Invalid defaults list in '([^']+)', defaults must be a list", text):
         return f"{_file(found[1])}: defaults must be a list: begin each of its lines with `- `."
+    if found := re.match(r"invalid literal for int\(\) with base 10: '(\w+)'$", text):
+        for argument in sys.argv[1:]:
+            key = argument.partition("=")[0].lstrip("+~")
+            if key.endswith(f".{found[1]}"):
+                return (
+                    f"{key}: {key.rpartition('.')[0]} is a list. Give it as a whole, or by number."
+                )
     if found := re.match(r"No config source registered for schema (\w+)", text):
         return (
             f"{flags.SEARCH_PATH}: Hydra reads nothing from {found[1]}://. Use a folder, or "
@@ -167,6 +176,8 @@ def _missing_primary(name: str) -> str:
 
 
 def _unreadable(error: Any) -> str:
+    if re.search(r"[\r\n]", str(error.override)):
+        return _broken_line(str(error.override))
     key, equals, value = str(error.override).partition("=")
     reason = one_line(str(error)).partition(" See https://")[0]
     advice = f"{key}={quoted(value)}"
@@ -178,6 +189,19 @@ def _unreadable(error: Any) -> str:
             f"text: {shell([advice])}"
         )
     return f"{error.override} cannot be read. Text with signs needs quotes: {shell([advice])}"
+
+
+def _broken_line(override: str) -> str:
+    """Return the error for an override with a line break, which Hydra reads in quotes alone."""
+    lines = [line.strip() for line in override.splitlines() if line.strip()]
+    said = f"{override!r} contains a line break."
+    if len(lines) > 1 and all(re.match(r"[~+]*[\w./@]+=|~", line) for line in lines):
+        return f"{said} Write them as {len(lines)} arguments: {shell(lines)}"
+    key, equals, value = override.partition("=")
+    joined = f"{said} Leave it out: {shell([''.join(lines)])}"
+    if len(lines) < 2 or not equals or value[:1] in "[{" or "\n" in key:
+        return joined
+    return f"{joined}, or quote a text that has one: {shell([f'{key}={quoted(value)}'])}"
 
 
 def several_values(argument: str) -> str:
@@ -324,10 +348,11 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     if group in leads.RECIPES and rest:
         return f"{name}: {group} has no keys of its own. Write {rest}=…"
     if not sign and (target := _target_that_takes(name)):
-        argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), f"{name}=…")
-        return f"{name}: it is not in the file, but {target} takes it. Add a plus: +{argument}"
+        return _in_python_alone(name, target)
     if sign and name in keys:
         return f"{sign}{name}: it is not there, or is null already. Leave {sign}{name} out."
+    if not sign and (said := _merged_node(name, keys) or _in_a_mapping(name)):
+        return said
     lead = leads.lead(name)
     if not lead and name.rpartition(".")[2] in places.groups():
         lead = f" Here that is the group {name.rpartition('.')[2]}."
@@ -345,6 +370,61 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     if not (lead or hint) and not here:
         return f"{name}: there is no such key.{where_own_keys_go()}"
     return f"{name}: there is no such key.{lead or hint}"
+
+
+def _merged_node(name: str, keys: Mapping[str, Any]) -> str | None:
+    """Return the error for a mapping with keys that the node at `name` lacks; None for others."""
+    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), "")
+    value = read(argument) if argument and name in keys else None
+    if not isinstance(value, Mapping):
+        return None
+    new = [str(key) for key in value if f"{name}.{key}" not in keys]
+    if "_target_" not in value:
+        return unknown_key(f"{name}.{new[0]}") if new else None
+    words = shell([f"~{name}", f"+{argument}"])
+    return (
+        f"{name}: Hydra merges this node into the option's, which has other keys. To replace that: "
+        f"{words}"
+    )
+
+
+def _in_a_mapping(name: str) -> str | None:
+    """Return the error for a key below one that takes a mapping and has none; None for others."""
+    parent, _, key = name.rpartition(".")
+    rule = RULES.get(parent)
+    if parent == "data.mixing":
+        node = f"{{_target_: {lab_name()}.data.augment.MixUp, alpha: 0.2}}"
+        return (
+            f"{name}: {parent} is null. Give it as a whole, such as {shell([f'{parent}={node}'])}"
+        )
+    if parent not in known_keys() or rule is None or '"object"' not in json.dumps(rule.schema):
+        return None
+    said = f"{name}: {parent} has no keys yet. Give it as a whole"
+    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), "")
+    value = read(argument) if argument else ...
+    if rule.allows({key: value}):
+        typed = argument.partition("=")[2]
+        return f"{said}: {shell([f'{parent}={{{key}: {typed}}}'])}"
+    return f"{said}: it takes {rule.says}."
+
+
+def _in_python_alone(name: str, target: str) -> str:
+    """Return the error for a key that its target takes, and that the option's file lacks."""
+    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), f"{name}=…")
+    group, *nodes, key = name.split(".")
+    option = _of_choices()["hydra"]["runtime"]["choices"].get(group)
+    path = places.file_of(group, option) if isinstance(option, str) else None
+    once = f"+{argument}"
+    if path is None or f"_target_: {target}" not in path.read_text(encoding="utf-8"):
+        return f"{name}: {target} takes it, and no file lists it. Add a plus: {once}"
+    line = f"{key}: {argument.partition('=')[2]}"
+    for node in reversed(nodes):
+        line = f"{node}: {{{line}}}"
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return (
+        f"{name}: {target} takes it, and {shown} does not list it. Add `{line}` to that file, or "
+        f"type a plus for this run alone: {once}"
+    )
 
 
 def where_own_keys_go() -> str:
@@ -374,12 +454,9 @@ def takes(target: str, path: str, key: str) -> bool:
         return True  # some builtins have no signature; the call itself reports an error
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return True
-    # conf/ lists every argument of our own targets that a config may give.
-    return (
-        key in parameters
-        and key not in HANDED_IN
-        and not target.startswith(("regrow.", f"{lab_name()}."))
-    )
+    # conf/ lists every argument of the engine's targets that a config may give.
+    handed_in = {*HANDED_IN, *HANDED_TO.get(path, ())}
+    return key in parameters and key not in handed_in and not target.startswith("regrow.")
 
 
 def _target_that_takes(name: str) -> str | None:

@@ -18,6 +18,7 @@ from regrow.errors import UserError, brief, chain, did_you_mean, machine_fault
 from regrow.record import moved
 
 HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # the run passes it
+HANDED_TO = {"task": ("loss",), "step": ("state", "batch", "plan")}  # likewise, by node
 # The keys that Hydra itself reads in a node. None of them can bypass the check of targets.
 HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 # Targets that this process may instantiate in addition to those in conf/: see `allow`.

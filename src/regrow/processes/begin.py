@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -44,6 +45,10 @@ def main() -> None:
     if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
         # With `| head`, logging would print a traceback for each remaining line.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if "COMP_LINE" in os.environ and any(a.startswith("query=") for a in sys.argv[1:]):
+        # Tab completion. Hydra knows no --check, and its usage would be printed into the prompt.
+        os.environ["COMP_LINE"] = re.sub(r" --check(?= )", "", os.environ["COMP_LINE"])
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  until the exit
     os.environ[KEEPS_HANDLERS] = ""
 
 

@@ -41,7 +41,7 @@ FEW = (2, 4)  # examples of the two steps that stand for a larger one
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one micro-batch costs a process: operations, and bytes."""
+    """The cost of a micro-batch in one process: operations, and bytes."""
 
     flops: float  # forward and backward; a multiplication and an addition are two
     activations: float  # the most that is saved for the backward pass at one time
