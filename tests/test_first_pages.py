@@ -143,6 +143,7 @@ def test_each_of_ten_tasks_is_shown_for_whoever_has_a_call_for_it() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("label", LABELS)
 def test_the_snippets_of_other_engines_run(label: str) -> None:
     package = {"Lightning": "lightning", "Trainer": "transformers", "Accelerate": "accelerate"}
