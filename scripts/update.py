@@ -30,6 +30,7 @@ HELPERS = (
     "tests/forked.py",
     "tests/running.py",
 )  # of all tests
+GENERATED = ("schemas/",)  # not merged: `make schemas` writes them again
 RECORD, BASE, PATCH = ".template/record.json", ".template/base.tar.gz", ".template/lab.patch"
 PROTOCOLS = "src/regrow/protocols.py"
 MIGRATIONS = "docs/migrations.md"
@@ -113,7 +114,8 @@ def update(given: Mapping[str, str], folder: Path) -> list[str]:
             if changes.get(PATCH)
             else []
         ),
-        "All changes are staged. Next: make test, then git commit. To go back: git reset --hard",
+        "All changes are staged. Next: make schemas test, then git commit -a. To go back: "
+        "git reset --hard",
     ]
 
 
@@ -227,7 +229,7 @@ def merged(
         own, before, now = ROOT / name, base / name, theirs / name
         if name in keep or same(before, now) or same(own, now):
             continue
-        if same(own, before):
+        if same(own, before) or name.startswith(GENERATED):
             changes[name] = now if now.is_file() else None
         elif not (own.is_file() and now.is_file()):
             who, what = ("you", "the template") if now.is_file() else ("the template", "you")

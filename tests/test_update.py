@@ -20,6 +20,7 @@ ENVIRONMENT = os.environ | {
 ENGINE, LOOP = Path("src/regrow/dotted.py"), Path("src/deep_fish/loop.py")
 UNTRACKED = "?? scratch.txt\n"
 MODEL, YAML = Path("src/deep_fish/models/mlp.py"), Path("conf/model/mlp.yaml")
+SCHEMA = Path("schemas/model.json")
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -71,6 +72,7 @@ def project(made: Path, tmp_path: Path) -> Path:
     edit(folder / LOOP, '"""', '"""My own loop. ')
     edit(folder / MODEL, '"""', '"""My own model. ')
     edit(folder / YAML, "dropout: 0.0", "dropout: 0.3")
+    edit(folder / SCHEMA, '"default": 0.0', '"default": 0.3')  # as make schemas does
     (folder / "notes.txt").write_text("mine")
     edit(folder / "README.md", "# Deep Fish", "# The deepest fish")
     commit(folder, "My edits")
@@ -87,6 +89,7 @@ def template(made: Path, tmp_path: Path) -> Path:
     (folder / "src/regrow/added.py").write_text('"""Added."""\n')
     (folder / "src/regrow/load.py").unlink()
     edit(folder / YAML, "activation: relu", "activation: gelu")
+    edit(folder / SCHEMA, '"default": 0.0', '"default": 0.1')
     (folder / "conf/model/new.yaml").write_text("_target_: lab.models.mlp.MLP\n")
     (folder / "scripts/predict.py").unlink()
     edit(folder / "src/lab/models/mlp.py", "\nclass ", "\n# A change of the lab.\nclass ")
@@ -124,6 +127,7 @@ def assert_updated(project: Path) -> None:
     assert (project / "src/regrow/added.py").exists()
     assert not (project / "src/regrow/load.py").exists()
     assert not (project / "scripts/predict.py").exists()
+    assert '"default": 0.1' in (project / SCHEMA).read_text()  # the template's, not merged
     merged = (project / YAML).read_text()
     assert "dropout: 0.3" in merged and "activation: gelu" in merged
     assert "deep_fish.models.mlp.MLP" in (project / "conf/model/new.yaml").read_text()

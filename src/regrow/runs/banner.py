@@ -24,12 +24,10 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     config = redact_all(dict(job.config))
     for line in config_tree(config, job.choices):
         log.info("%s", line)
-    data, *others = facts(job, objects, world)
-    log.info("%s", data)
+    for line in facts(job, objects, world):
+        log.info("%s", line)
     for note in objects.data.notes:
         log.warning("%s", note)
-    for line in others:
-        log.info("%s", line)
     for level, remark in objects.remarks(world):
         log.log(level, "%s", remark)
     for line in what_is_odd(config, objects):
@@ -55,8 +53,11 @@ def facts(job: Job, objects: Objects, world: World) -> list[str]:
     length = objects.total_steps
     steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"
     chosen = " (trainer.device=auto)" if trainer["device"] == "auto" else ""
+    names = objects.data.class_names
+    is_binary = config["data"].get("target_kind") == "binary"
     return [
         "data: " + ", ".join(f"{count:,} {name}" for name, count in counts),
+        *([f"positive class: 1, {names[1]}"] if is_binary and names else []),
         f"model: {type(model).__name__} with {total:,} parameters{frozen}",
         f"batch: {batch} = {split} × {most}{each}",
         f"run: {steps}, {state.steps_per_epoch} per epoch, on {world.device}{chosen} in "
