@@ -248,7 +248,8 @@ NEXT = {
     "trainer.fsdp.param_dtype=half": "small gradients vanish",  # fp16, one of three
 }
 OFFERS = (
-    r"Did you mean|Use |~|needs quotes|add [a-z]|one of|true or false|or null|Set one|a value: "
+    r"Did you mean|Use |~|needs quotes|of that name|add [a-z]|one of|true or false|or null|Set one|"
+    r"a value: "
 )
 
 
@@ -295,7 +296,7 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
         return [[SET_ONE[" ".join(arguments)]]]
     if found := re.search(r"(~\S+( ~\S+)*)$", said):
         return [[*arguments, *found[1].split()]]
-    if found := re.search(r"needs quotes: (.+)$", said):
+    if found := re.search(r"(?:needs quotes|of that name): (.+)$", said):
         return [[*others, *shlex.split(found[1])]]
     if found := re.search(r"It is one of (\S+)\.$", said):
         return [[found[1], last]]

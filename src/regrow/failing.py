@@ -19,12 +19,12 @@ SET_BY_US = "REGROW_SET_HYDRA_FULL_ERROR"
 def show_traceback(error: BaseException | None) -> None:
     """Print the traceback of `error` if the user set HYDRA_FULL_ERROR=1.
 
-    A UserError without a cause gets none: its one line is complete.
+    A UserError without another cause gets none: its one line is complete.
     """
     is_asked = os.environ.get("HYDRA_FULL_ERROR") == "1" and SET_BY_US not in os.environ
     if not is_asked or error is None:
         return
-    if isinstance(error, UserError) and error.__cause__ is None and error.__context__ is None:
+    if all(isinstance(each, UserError) for each in chain(error)):
         return
     for each in chain(error):
         each.__suppress_context__ = False  # `from None` would hide the cause in a traceback too

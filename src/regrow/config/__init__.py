@@ -5,6 +5,7 @@ Public, by module; all else is private to this folder.
 check: check, check_group, check_once
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable
 composition: composition, hydra_as_it_was
+entries: accepted, Entry, of_file, option
 explain: composition_error, hydras_value_error, wrong_options
 flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
@@ -14,11 +15,12 @@ hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
 kinds: refuse_mixing, refuse_sampling
-leads: lead
+leads: lead, RECIPES, shown
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
     EARLY_EXTENSIONS, line, removed
+origins: located, located_in, Origins, origins, TYPED
 own_modules: import_own_modules
-places: folders, groups, options
+places: file_of, folders, groups, is_group, names_in, options, primary_file
 recorded: gives_masks, recorded_config
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted, is_done,
@@ -26,9 +28,10 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
     places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote, resumed,
     SWEEP
 roles: check_roles
-started: is_started, is_train, note_start
+started: CHECK, check_only, is_check, is_started, is_train, note_start
 targets: allow, instantiate, locate
 yaml_files: read_yaml, readable
+yaml_keys: head_of
 """
 
 from typing import TYPE_CHECKING

@@ -128,8 +128,7 @@ def _with_place() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (located(str(error)),)
-        raise
+        raise type(error)(located(str(error))) from error.__cause__
     except OmegaConfBaseException as error:
         raise UserError(located(composition_error(error))) from error
 

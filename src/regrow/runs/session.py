@@ -46,8 +46,8 @@ def run_all(job: Job) -> float | None:
             return ranks.run(job, count)
         return run_job(job, World(device=machine.resolve_device(trainer["device"])))
     except UserError as error:
-        error.args = (located_in(str(error), job.source or flags.DEFAULT, job.overrides),)
-        raise
+        said = located_in(str(error), job.source or flags.DEFAULT, job.overrides)
+        raise type(error)(said) from error.__cause__
 
 
 def run_job(job: Job, world: World) -> float | None:
