@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from finished import script
-from test_recipes import BLOCK, follow, new_project
+from test_recipes import BLOCK, follow
 
 from regrow.project import ROOT
 
@@ -23,7 +23,6 @@ DOCS = ROOT / "docs"
 PEERS = ROOT / "build" / "peers"
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 LABELS = ("Lightning", "Trainer", "Accelerate", "a script")
-EDIT = re.compile(r"# in (\S+), below: (.*)\n")  # the first line of lines to insert
 
 
 def page(name: str) -> str:
@@ -85,49 +84,35 @@ def test_the_refusal_that_the_first_page_shows_is_that_of_the_command() -> None:
     assert (done.returncode, done.stderr.strip()) == (2, shown[1])
 
 
-def edits_of(text: str) -> list[tuple[str, str, str]]:
-    """Return (file, line, lines to insert below it) for each block that shows an edit."""
-    contents = [content for kind, content in BLOCK.findall(text) if kind == "python"]
-    found = [(EDIT.match(content), content) for content in contents]
-    return [(edit[1], edit[2], content[edit.end() :]) for edit, content in found if edit]
+def test_an_edit_that_a_page_shows_fits_the_file(tmp_path: Path) -> None:
+    (edit,) = [content for kind, content in BLOCK.findall(page("coming_from.md")) if kind == "diff"]
+    for diff, fits in ((edit, True), (edit.replace("float(result", "float(no_result"), False)):
+        (tmp_path / "src" / "lab").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "src" / "lab" / "loop.py", tmp_path / "src" / "lab")
+        done = subprocess.run(
+            ["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, stderr=subprocess.PIPE
+        )
+        assert (done.returncode == 0) is fits, done.stderr
+        if fits:
+            compile((tmp_path / "src" / "lab" / "loop.py").read_text(), "loop.py", "exec")
 
 
-def inserted(text: str, line: str, more: str) -> str:
-    """Return `text` with `more` below the one line that reads `line`, indented like it."""
-    lines = text.splitlines(keepends=True)
-    (index,) = [index for index, each in enumerate(lines) if each.strip() == line]
-    indent = lines[index][: len(lines[index]) - len(lines[index].lstrip())]
-    lines[index] += "".join(indent + each for each in more.splitlines(keepends=True))
-    return "".join(lines)
-
-
-def test_an_edit_that_a_page_shows_fits_the_file() -> None:
-    ((file, line, more),) = edits_of(page("coming_from.md"))
-    text = (ROOT / file).read_text(encoding="utf-8")
-    compile(inserted(text, line, more), file, "exec")
-    with pytest.raises(ValueError, match="unpack"):
-        inserted(text, line + " # not there", more)
-
-
+@needs_git
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_our_side_of_each_comparison_is_as_printed(tmp_path: Path) -> None:
-    text = page("coming_from.md")
-    project = new_project(tmp_path / "project")
-    for file, line, more in edits_of(text):
-        path = project / file
-        path.write_text(inserted(path.read_text(encoding="utf-8"), line, more), encoding="utf-8")
+    project = as_a_user(tracked(tmp_path / "project"))
     # This machine's settings make the runs short.
     short = "# @package _global_\ntrainer: {max_epochs: 2, device: cpu}\n"
     (project / "conf" / "local" / "default.yaml").write_text(short)
-    follow(text, project)
+    follow(page("coming_from.md"), project)
 
 
 def snippets_of(text: str) -> dict[str, list[str]]:
     """Return the snippets of other engines by label."""
     found: dict[str, list[str]] = {label: [] for label in LABELS}
     for kind, content in BLOCK.findall(text):
-        if kind == "python" and not EDIT.match(content):
+        if kind == "python":
             parts = re.split(r"^# (.*)\n", content, flags=re.MULTILINE)
             assert not parts[0].strip(), content
             for label, snippet in zip(parts[1::2], parts[2::2], strict=True):
@@ -143,6 +128,7 @@ def test_each_of_ten_tasks_is_shown_for_whoever_has_a_call_for_it() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("label", LABELS)
 def test_the_snippets_of_other_engines_run(label: str) -> None:
     package = {"Lightning": "lightning", "Trainer": "transformers", "Accelerate": "accelerate"}
