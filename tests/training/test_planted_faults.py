@@ -193,7 +193,9 @@ SLOW = ("cifar10_fast", "cifar10_resnet18", "digit_scenes", "persuasion")
 )
 def test_no_check_fires_on_a_shipped_experiment(option: str, tmp_path: Path) -> None:
     overrides = (f"experiment={option}", *SHORT, *ONE, *OFFLINE.get(option, ()))
-    assert watched(tmp_path / "run", overrides).faults == []
+    watch = watched(tmp_path / "run", overrides)
+    assert watch.faults == []
+    assert watch.cosine is not None and watch.cosine < -0.1  # far from the limit
 
 
 @pytest.mark.parametrize("option", EXAMPLES)
