@@ -81,8 +81,13 @@ class FirstSteps:
             self.verdict = overfitting.judge(self.objects, self.losses)
 
     def report(self) -> None:
-        """Log the verdict. Raises SystemExit(1) if the run did not learn its examples."""
+        """Log the verdict. Raises SystemExit(1) if the run did not learn its examples.
+
+        Call it in the main process, after the results of the run.
+        """
         if self.verdict is None:
+            if self.overfits:
+                log.info("debug=overfit: several processes get no verdict. Use trainer.devices=1.")
             return
         level = logging.ERROR if self.verdict.reached is False else logging.INFO
         for line in overfitting.lines(self.verdict, self.faults, self.losses):
