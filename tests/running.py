@@ -36,6 +36,7 @@ from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
+from regrow.record.meter import Meter
 from regrow.runs import training as runs
 from regrow.runs.lab import lab
 
@@ -224,6 +225,7 @@ class Bench:
             "world": world,
             "record": self.record,
             "stop": StopRequest(),
+            "meter": Meter(),
             "checkpoints": SimpleNamespace(saved=None, newest_until=lambda step: None),
         }
         self.plan = Plan(**{**fields, **known})  # type: ignore[arg-type]

@@ -1,10 +1,11 @@
-"""Each page of docs/recipes works as printed, in a fresh copy of the project.
+"""Each page of docs/recipes works as printed, in a project that new_project.py has just made.
 
 The blocks of a page are followed in their order. A block marked `bash` is run. A block marked
 `python` or `yaml` whose first line is a comment with a file's name, such as `# my_model.py`, is
-written to that file. Any other block is only shown. A page runs in the nightly tests alone, unless
-it has a line `<!-- test: slow -->` or `<!-- test: fast -->`. In the same comment, `needs peft`
-skips the page where that package is missing.
+written to that file. A block marked `diff` is applied. Any other block is only shown. A page runs
+in the nightly tests alone, unless it has a line `<!-- test: slow -->` or `<!-- test: fast -->`. In
+the same comment, `needs peft` skips the page where that package is missing. `needs Slurm` starts a
+cluster on this machine, and `needs template` puts a checkout of the template beside the project.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm
 
 from regrow.project import ROOT
 
@@ -36,12 +38,17 @@ def blocks(text: str) -> Iterator[tuple[str | None, str]]:
         named = FILE.match(content)
         if kind == "bash":
             yield None, content
+        elif kind == "diff":
+            yield None, f"git apply - <<'END'\n{content}END\n"
         elif kind in ("python", "yaml") and named:
             yield named[1], content
 
 
-def follow(text: str, project: Path) -> str:
-    """Write a page's files and run its commands in `project`. Returns the commands' output."""
+def follow(text: str, project: Path, **more: str) -> str:
+    """Write a page's files and run its commands in `project`. Returns the commands' output.
+
+    `more`: variables of the environment.
+    """
     said = ""
     kept = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
     environment = {
@@ -49,6 +56,7 @@ def follow(text: str, project: Path) -> str:
         "PATH": f"{project / 'bin'}:{kept['PATH']}",
         "PYTHONPATH": str(project / "src"),  # as if the copy were installed
         "OMP_NUM_THREADS": "1",
+        **more,
     }
     for file, content in blocks(text):
         if file is not None:
@@ -66,15 +74,20 @@ def follow(text: str, project: Path) -> str:
     return said
 
 
-def new_project(folder: Path) -> Path:
-    """Copy what a project runs with, and put this Python on its PATH as `python`."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for part in ("src", "conf", "scripts"):
-        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that new_project.py made, with this Python as `python` on its PATH."""
+    folder = tmp_path_factory.mktemp("made") / "project"
+    script = ROOT / "scripts" / "new_project.py"
+    subprocess.run(
+        [sys.executable, str(script), "my_project", str(folder)], check=True, capture_output=True
+    )
     python = folder / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
+    with (folder / ".git" / "info" / "exclude").open("a", encoding="utf-8") as excluded:
+        excluded.write("/bin/\n")
     return folder
 
 
@@ -101,13 +114,26 @@ def pages() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("page", [*pages()])
-def test_a_recipe_works_as_printed(page: Path, tmp_path: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    _, needs = marks_of(text)
-    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"{page.name} needs {', '.join(missing)}")
+def test_a_recipe_works_as_printed(page: Path, made: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(made, project, symlinks=True)
+    text = (project / page.relative_to(ROOT)).read_text(encoding="utf-8")
     assert any(file is None for file, _ in blocks(text)), "no block of commands"
-    follow(text, new_project(tmp_path / "project"))
+    _, needs = marks_of(text)
+    packages = [name for name in needs if name not in ("Slurm", "template")]
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{page.name} needs {', '.join(missing)}")
+    if "template" in needs:
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "regrow")], check=True)
+    if "Slurm" not in needs:
+        follow(text, project)
+    elif why_not := slurm.why_not():
+        pytest.skip(why_not)
+    else:
+        cluster = tmp_path / "slurm"
+        cluster.mkdir()
+        with slurm.running(cluster) as environment:
+            follow(text, project, SLURM_CONF=environment["SLURM_CONF"])
 
 
 def test_files_are_written_and_commands_are_run_in_the_order_of_the_page(tmp_path: Path) -> None:

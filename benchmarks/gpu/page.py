@@ -15,10 +15,9 @@ import torch
 
 from benchmarks.gpu import loops
 from benchmarks.measure import Table
+from regrow.numerics.flops import peak_of_card
 
 KEPT = "## Checks"  # from here on, the page is written by hand
-# Dense bf16 operations per second, from the data sheets.
-PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 HEAD = """# On GPUs
 
 `make bench-gpu` writes this page down to *Checks*, from results that it stores part by part.
@@ -95,7 +94,7 @@ def remarks(table: Table, row: dict[str, Any]) -> list[str]:
     """Return what follows from a table of loops: use of the card, waiting and memory."""
     found = []
     medians = {name: statistics.median(each) / table.per for name, each in table.seconds.items()}
-    peak = PEAK.get(row.get("device", ""))
+    peak = peak_of_card(row.get("device", ""))
     if row.get("flops") and peak and "bf16" in table.title:
         shares = (f"{n} {row['flops'] / s / peak:.1%}" for n, s in medians.items())
         found.append(

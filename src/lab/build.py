@@ -36,7 +36,7 @@ from regrow.distributed.parallel import (
     synchronise_batch_norm,
 )
 from regrow.errors import UserError, did_you_mean
-from regrow.numerics import scheduler_adapter
+from regrow.numerics import flops, scheduler_adapter
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import LEAST_STEPS, Eager, Graphs
 from regrow.numerics.precision import LossScale
@@ -45,6 +45,7 @@ from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, EvalBatches, TrainBatches
 from regrow.randomness import key, seed_everything, states_kept
 from regrow.record import monitor
+from regrow.record.meter import Meter
 from regrow.runs import model_checks
 
 log = logging.getLogger(__name__)
@@ -376,9 +377,13 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
         ),
         record=record.get("record"),
     )
+    peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
+    # To count the operations of a compiled model would run it uncompiled.
+    meter = Meter(None if options.compile or peak is None else peak * world.size)
     return Plan(
         step=step,
-        train_step=objects.train_step,
+        train_step=meter.counting(objects.train_step),
+        meter=meter,
         options=options,
         task=objects.task,
         world=world,

@@ -50,10 +50,12 @@ def fit(state: TrainState, plan: Plan) -> str:
         while not over:
             with progress_bar(state, plan) as bar:
                 batches = plan.train.epoch(state.epoch, start=state.step_in_epoch)
-                for batch in batches if together else plan.stop.while_waiting(batches):
+                batches = batches if together else plan.stop.while_waiting(batches)
+                for batch in plan.meter.timed(batches):
                     result = plan.train_step(state, batch, plan.step)
                     state.progress.step += 1
                     state.progress.seconds += plan.step.exchange.seconds
+                    plan.meter.add(batch.num_global, plan.step.exchange.seconds)
                     advance(bar, state.sums, plan.task.running_name)
                     report(state, result, plan)
                     if not result.skipped.is_known:  # the optimizer then has a state
@@ -87,7 +89,8 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
             line["train/skipped_steps"] = skipped
         if empty := int(state.empty_steps.item()):
             line["train/empty_steps"] = empty
-        plan.record.log(step, state.epoch, {**line, **clock(state, plan.world.device)})
+        line |= {**clock(state, plan.world.device), **plan.meter.read()}
+        plan.record.log(step, state.epoch, line)
     # If only the device knows of a skipped step, it is read here no more often than for the log.
     if due(step, options.log_every_steps) or result.skipped.is_known:
         refuse_endless_skipping(state, result.totals, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from regrow.numerics.totals import Skipped, Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
 from regrow.randomness import key
+from regrow.record.meter import Meter
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,4 @@ class Plan:
     record: Record
     stop: StopRequest
     trial: Trial | None = None
+    meter: Meter = field(default_factory=Meter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import io
 import itertools
@@ -271,6 +272,71 @@ def test_workers_prefetch_what_they_read_and_hold_no_more_than_their_bound(
             assert reader.bytes_coming == 0
         reader.close()
     assert fetched > 50  # the negative control: there was something to read
+
+
+@pytest.mark.parametrize("pool_mb", [0.06, 0.1])
+def test_a_pool_fits_the_bytes_held_so_that_blocks_are_read_once(
+    written: Path, tmp_path: Path, pool_mb: float
+) -> None:
+    node = options(str(written), tmp_path / "cache", f"source.pool_mb={pool_mb}", "batch_size=16")
+    source: Any = data_of(node).source.train
+    order = source.epoch_order(Windows(COUNT, 16, False, 0, 1), 0, 0)
+    reads = reads_of_an_epoch(source.access, order)
+    borders = order.num_pools * len(order.lanes)  # a border may cut a block
+    assert len({*reads}) == len(order.blocks)
+    assert len(reads) <= len(order.blocks) + borders
+    tight = dataclasses.replace(source.access, bytes_held=int(source.access.bytes_held / 2))
+    assert len(reads_of_an_epoch(tight, order)) > 1.5 * len(reads)  # the negative control
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_evaluation_fetches_the_next_blocks_of_each_worker(
+    written: Path, tmp_path: Path, workers: int
+) -> None:
+    source: Any = data_of(options(str(written), tmp_path / "cache")).source.train
+    windows = Windows(COUNT, 64, False, 0, 1)
+    order, first = source.file_order(windows), source.access.blocks.first.tolist()
+    for number in range(len(windows)):
+        share = windows.share(number)
+        examples = order[share.start : share.stop].tolist()
+        assert examples == [*range(share.start, share.stop)]
+        needed = [*dict.fromkeys(bisect.bisect_right(first, index) - 1 for index in examples)]
+        before = number - max(1, workers)
+        if before >= 0:
+            assert [*order.ahead(before, start=0, num_workers=workers)] == needed
+    assert not order.ahead(len(windows) - 1, start=0, num_workers=workers)
+
+
+def test_an_evaluation_asks_for_the_blocks_that_its_order_names(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(options(str(written), tmp_path / "cache", "eval_batch_size=64"))
+    asked: list[int] = []
+    ask = block_reader.Reader.ask
+    monkeypatch.setattr(
+        block_reader.Reader, "ask", lambda self, blocks: (asked.extend(blocks), ask(self, blocks))
+    )
+    batches = [*data.evaluation("train", device=CPU)]
+    assert len(batches) == 18
+    assert {*asked} >= {*range(5, len(data.source.train.access.blocks.num_bytes))}  # type: ignore[union-attr]
+
+
+def reads_of_an_epoch(access: Any, order: Any) -> list[int]:
+    reads: list[int] = []
+
+    class Counted(block_reader.Access):
+        def block(self, number: int) -> bytes:
+            reads.append(number)
+            return super().block(number)
+
+    reader = block_reader.Reader(Counted(**vars(access)))
+    for number in range(len(order.windows)):
+        reader.ask(order.ahead(number, start=0, num_workers=0))
+        share = order.windows.share(number)
+        for index in order[share.start : share.stop].tolist():
+            reader.block(bisect.bisect_right(reader.first, index) - 1)
+    reader.close()
+    return reads
 
 
 def test_blocks_that_come_count_in_the_bytes_held(written: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class BlockOrder:
         self.num_whole = count // self.size
         num_lanes = min(lanes, self.size)
         self.lanes = [share(0, self.size, lane, num_lanes) for lane in range(num_lanes)]
-        self.num_pools = max(1, round(self.num_whole * self.size / pool))
+        self.num_pools = max(1, -(-self.num_whole * self.size // pool))
         self.pool = functools.lru_cache(maxsize=2)(self._pool)
         self.needed = functools.lru_cache(maxsize=2)(self._needed)
 
@@ -117,7 +117,7 @@ class BlockOrder:
         named. Else a window names the blocks of the next window of the same worker.
         """
         if not self.is_shared:
-            return self._of_window(window + max(1, num_workers))
+            return _blocks_of(self, window + max(1, num_workers))
         if window >= self.num_whole:
             return self._of_last()
         number = self._pool_of(window)
@@ -127,15 +127,6 @@ class BlockOrder:
         if window == start:
             return [*self.needed(number), *coming[: portion[1]]]
         return coming[portion[0] : portion[1]]
-
-    def _of_window(self, window: int) -> list[int]:
-        """Return the blocks of this rank's part of a window, as they are needed."""
-        if window >= len(self.windows):
-            return []
-        mine = self.windows.share(window)
-        examples = self[mine.start : mine.stop].numpy()
-        blocks = np.searchsorted(self.first, examples, side="right") - 1
-        return [*dict.fromkeys(blocks.tolist())]
 
     def _of_last(self) -> list[int]:
         """Return the blocks of the last, smaller window, if the epoch has one."""
@@ -162,3 +153,27 @@ class BlockOrder:
         last = int(np.searchsorted(self.places, end, side="left"))
         chosen: list[int] = self.blocks[first:last].tolist()
         return chosen
+
+
+class FileOrder:
+    """The examples as they stand in the files, for an evaluation; `order[start:stop]` as above."""
+
+    def __init__(self, first: Numbers, windows: Windows) -> None:
+        self.first, self.windows = first, windows
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return torch.arange(part.start, part.stop)
+
+    def ahead(self, window: int, *, start: int, num_workers: int) -> Sequence[int]:
+        """Return the blocks of the next window of the same worker, to read before it is due."""
+        return _blocks_of(self, window + max(1, num_workers))
+
+
+def _blocks_of(order: BlockOrder | FileOrder, window: int) -> list[int]:
+    """Return the blocks of this rank's part of a window, as they are needed."""
+    if window >= len(order.windows):
+        return []
+    mine = order.windows.share(window)
+    examples = order[mine.start : mine.stop].numpy()
+    blocks = np.searchsorted(order.first, examples, side="right") - 1
+    return [*dict.fromkeys(blocks.tolist())]

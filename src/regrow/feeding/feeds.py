@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
-from regrow.feeding.block_order import BlockOrder
+from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
@@ -39,7 +39,9 @@ from regrow.randomness import generator, key, seed_step, states_kept
 
 log = logging.getLogger("regrow.data")
 
-Order = Tensor | BlockOrder  # an epoch's examples; a part of one window is read at a time
+Order = (
+    Tensor | BlockOrder | FileOrder
+)  # an epoch's examples; a part of one window is read at a time
 
 CHUNK_BYTES = 1 << 20  # of float inputs gathered at once: about a core's second-level cache
 RESIDENT_BYTES = 1 << 28  # up to this size a split is kept normalised in float32
@@ -333,7 +335,7 @@ class _Plan:
             if repeats is not None:
                 drawn = zip(batch, repeats[places].tolist(), strict=True)
                 batch = [(*place, again) if again else place for place, again in drawn]
-            if isinstance(order, BlockOrder):
+            if not isinstance(order, Tensor):
                 blocks = order.ahead(number, start=self.start, num_workers=self.num_workers)
                 batch[0] = (*batch[0], 0, blocks)
             yield batch

@@ -108,9 +108,11 @@ class EvalBatches:
     example in a batch gets an example of weight zero, with `num_local` 0.
     """
 
-    def __init__(self, feed: Feed, windows: Windows) -> None:
+    def __init__(self, feed: Feed, windows: Windows, order: Any = None) -> None:
+        """`order`: of data that reads ahead in the order of its files."""
         self._feed, self._windows = feed, windows
         self.num_examples = windows.num_examples
+        self._order = torch.arange(self.num_examples) if order is None else order
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -120,7 +122,7 @@ class EvalBatches:
         return self._windows.share(number).start
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._feed.read(self._windows, torch.arange(self.num_examples), 0, 0)
+        return self._feed.read(self._windows, self._order, 0, 0)
 
 
 class Data:
@@ -329,7 +331,8 @@ class Data:
             )
         size = self.eval_batch_size * world_size
         windows = Windows(len(found), size, False, rank, world_size)
-        return EvalBatches(self._feed(split, False, device), windows)
+        order = found.file_order(windows) if hasattr(found, "file_order") else None
+        return EvalBatches(self._feed(split, False, device), windows, order)
 
     def ids(self, name: str) -> Sequence[int | str]:
         """Return what names each example of a split in its source: a line, a file or a number."""
@@ -637,6 +640,11 @@ class Data:
                 "it takes uint8 images. Use data.augmentation=null and data.transforms=[]."
             )
         for transform in self.transforms:
+            if type(transform).__name__ == "RandomErasing" and transform.value is None:
+                raise UserError(
+                    f"{key}: RandomErasing with value=random draws numbers near 0, which are black "
+                    "in bytes. Set value to 0 … 255, or to one such number per channel."
+                )
             if not callable(transform):
                 raise UserError(
                     f"{key}: {type(transform).__name__} cannot be called with an image. Use a "

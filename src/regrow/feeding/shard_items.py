@@ -238,7 +238,9 @@ def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
 
 def as_item(fields: dict[str, Any]) -> Any:
     """Return (inputs, targets), (inputs, targets, weights), or the fields if others are there."""
-    if {"inputs", "targets"} <= fields.keys() <= {"inputs", "targets", "weights"}:
-        pair = (fields["inputs"], fields["targets"])
-        return (*pair, fields["weights"]) if "weights" in fields else pair
+    if "inputs" in fields and "targets" in fields:
+        if len(fields) == 2:
+            return fields["inputs"], fields["targets"]
+        if len(fields) == 3 and "weights" in fields:
+            return fields["inputs"], fields["targets"], fields["weights"]
     return fields

@@ -19,7 +19,7 @@ from torch import Tensor
 from regrow.errors import DataError, UserError, brief, did_you_mean
 from regrow.feeding import shard_identity, shard_index
 from regrow.feeding.block_cache import cache_of
-from regrow.feeding.block_order import BlockOrder
+from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.block_reader import Access, Reader
 from regrow.feeding.images import (
     check_size,
@@ -48,7 +48,7 @@ NOT_COMPARED = (
     "in two of them"
 )
 SPREAD_BLOCKS = 64  # of which a sample is taken
-HELD = 1.5  # pools of blocks that a process holds: one in use, and the next one coming
+HELD = 1.5  # pools that a process holds: one in use, and a part of the next one
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,10 @@ class ShardItems:
         return BlockOrder(blocks.first, windows, seed, epoch, lanes=self.lanes, pool=pool,
                           is_shared=self.access.cache is not None)  # fmt: skip
 
+    def file_order(self, windows: Windows) -> FileOrder:
+        """Return the order of an evaluation, which reads its next blocks ahead."""
+        return FileOrder(self.access.blocks.first, windows)
+
     def sample(self, count: int, below: int | None = None) -> list[int]:
         """Return up to `count` numbers of examples, from a few blocks that are spread evenly.
 
@@ -268,7 +272,8 @@ def shards(
 
     def of(name: str) -> ShardItems:
         blocks = index.blocks(name)
-        held = int(HELD * pool_bytes) + 2 * int(blocks.num_bytes.max())
+        # A pool cuts a block of each lane. One that does not fit as a whole is read once a window.
+        held = int(HELD * pool_bytes) + (lanes + 2) * int(blocks.num_bytes.max())
         access = Access(
             place, kept, f"{index.sha256[:32]}/{name}",
             [shard.name for shard in index.sets[name]], blocks, held,

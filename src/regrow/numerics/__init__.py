@@ -7,6 +7,7 @@ calls: call, is_out_of_memory, say_if_out_of_memory
 capture: Eager, Graphs, LEAST_STEPS
 exact: BinaryAUROC, ClassCounts, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen, TokenSums
 extra: check, fresh, rehearse, update
+flops: peak_of, peak_of_card
 memory: keep_freed_memory
 precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter

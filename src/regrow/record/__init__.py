@@ -8,6 +8,7 @@ locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
 manifest: code_changes, code_sha256, commit_to_use, cores, latest, NAME, name_some, namespace_files,
     note_packages, own_packages, own_root, read, set_step, write, write_origin
+meter: Meter
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
 moved: in_config, in_text
 names: LOCK, refuse_foreign_run, refuse_foreign_sweep

@@ -27,6 +27,8 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
         log.info("%s", line)
     sizes = objects.data.num_examples
     log.info("data: %s", ", ".join(f"{count:,} {name}" for name, count in sizes.items()))
+    if config["data"].get("target_kind") == "binary" and objects.data.class_names:
+        log.info("positive class: 1, %s", objects.data.class_names[1])
     for note in objects.data.notes:
         log.warning("%s", note)
     total = sum(p.numel() for p in state.model.parameters())
