@@ -14,7 +14,7 @@ from forked import python_path
 
 from regrow.project import ROOT
 
-# What `wandb agent` does with a run that the server proposes, by wandb's own code.
+# The code of wandb that `wandb agent` runs when the server proposes values.
 AGENT = """
 import json, os, sys
 from wandb.wandb_agent import Agent

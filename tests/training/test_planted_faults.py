@@ -193,10 +193,56 @@ SLOW = ("cifar10_fast", "cifar10_resnet18", "digit_scenes", "persuasion")
 )
 def test_no_check_fires_on_a_shipped_experiment(option: str, tmp_path: Path) -> None:
     overrides = (f"experiment={option}", *SHORT, *ONE, *OFFLINE.get(option, ()))
-    assert watched(tmp_path / "run", overrides).faults == []
+    watch = watched(tmp_path / "run", overrides)
+    assert watch.faults == []
+    assert watch.cosine is not None and watch.cosine < -0.1  # far from the limit
 
 
 @pytest.mark.parametrize("option", EXAMPLES)
 def test_no_check_fires_on_an_example(option: str, tmp_path: Path) -> None:
     folder = f"hydra.searchpath=[file://{ROOT}/src/lab/examples/{EXAMPLES[option]}/conf]"
     assert watched(tmp_path / "run", (f"experiment={option}", folder, *SHORT, *ONE)).faults == []
+
+
+TABLE = f"{ROOT}/tests/older/table.csv"
+DATA = {
+    "csv": (
+        *(f"data.source.train_file={TABLE}", "data.source.target_columns=[seconds]"),
+        *("data.target_kind=regression", "data.num_classes=null", "data.num_outputs=1"),
+        *("data.normalize_targets=true", "data.input_shape=[3]", "task=regression"),
+    ),
+    "image_folder": (
+        *(f"data.root={ROOT}/tests/older/photos", "data.num_classes=2"),
+        *("data.input_shape=[3,8,8]", "data.batch_size=2"),
+    ),
+    "synthetic": ("data.source.num_train=128",),
+}
+
+
+@pytest.mark.parametrize("option", DATA)
+def test_no_check_fires_on_other_data(option: str, tmp_path: Path) -> None:
+    """Experiments use digits, tables, scenes and text; other images must be downloaded."""
+    assert watched(tmp_path / "run", (f"data={option}", *DATA[option], *SHORT, *ONE)).faults == []
+
+
+def test_a_normal_run_warns_of_what_needs_no_further_pass_and_of_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings_of(*overrides: str, **nodes: Any) -> list[str]:
+        caplog.clear()
+        config = config_of(*overrides)
+        for name, target in nodes.items():
+            outputs = {"num_outputs": 3} if name == "model" else {"_partial_": True}
+            config[name] = {"_target_": target, **outputs}
+        allow(config)
+        objects = runs.build(config, CPU)
+        lab().check_first_batch(objects, CPU)
+        return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+    assert warnings_of("experiment=breast_cancer", *ONE) == []
+    (line,) = warnings_of("experiment=breast_cancer", *ONE, "data.normalize=none")
+    assert line.startswith("data.normalize: the inputs have a root mean square of")
+    loss = "planted.plain_cross_entropy"
+    assert warnings_of(*TINY, model=NET, loss=loss) == []
+    (line,) = warnings_of(*TINY, model="planted.Softmax", loss=loss)
+    assert line.startswith("loss: cross_entropy gets probabilities")

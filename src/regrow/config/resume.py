@@ -71,6 +71,7 @@ MAY_CHANGE = (
     "trainer.log_histograms_every_steps",
     "trainer.check_first_batch",
     "trainer.progress_bar",
+    "trainer.find_faults",
     "trainer.profile",
     "trainer.detect_anomaly",
     "trainer.checkpoint.*",

@@ -187,8 +187,7 @@ def reference_loss(task: Any, outputs: Any, targets: Any) -> Tensor | None:
     if kind in ("multiclass", "segmentation", "language"):
         if kind == "language":
             outputs, targets = outputs.flatten(0, 1), targets.flatten()
-        if targets.is_floating_point():
-            targets = targets.to(outputs.dtype)
+        targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets.long()
         return F.cross_entropy(outputs, targets, ignore_index=-100 if ignored is None else ignored)
     targets = targets.to(outputs.dtype)
     if outputs.numel() != targets.numel():

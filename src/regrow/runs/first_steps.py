@@ -27,7 +27,7 @@ from regrow.runs.overfitting import Verdict
 log = logging.getLogger(__name__)
 
 STEPS = 5  # a layer behind zeros, such as an adapter's, only gets a gradient from the second on
-UPHILL = 0.05  # cosine of the step and the gradient; a sound first step has about -0.3 or less
+UPHILL = 0.05  # cosine of the step and the gradient; -0.14 or less in all shipped recipes
 
 
 class FirstSteps:
@@ -50,7 +50,8 @@ class FirstSteps:
         self.was_given: set[str] = set()  # other than zero, when an optimizer stepped
         self.in_optimizer: set[str] = set()
         self.moved: set[str] = set()
-        self.stepped = self.has_direction = False
+        self.stepped = False
+        self.cosine: float | None = None  # of the first step and the textbook loss's gradient
         self.rate = 0.0  # the largest learning rate of these steps
         self.train_step: Any = None
 
@@ -80,8 +81,13 @@ class FirstSteps:
             self.verdict = overfitting.judge(self.objects, self.losses)
 
     def report(self) -> None:
-        """Log the verdict. Raises SystemExit(1) if the run did not learn its examples."""
+        """Log the verdict. Raises SystemExit(1) if the run did not learn its examples.
+
+        Call it in the main process, after the results of the run.
+        """
         if self.verdict is None:
+            if self.overfits:
+                log.info("debug=overfit: several processes get no verdict. Use trainer.devices=1.")
             return
         level = logging.ERROR if self.verdict.reached is False else logging.INFO
         for line in overfitting.lines(self.verdict, self.faults, self.losses):
@@ -104,7 +110,7 @@ class FirstSteps:
         self.left -= 1
         if is_first:
             self.tell(fault_checks.of_inputs(batch))
-        reference = {} if self.has_direction else self._reference(batch)
+        reference = {} if self.cosine is not None else self._reference(batch)
         before = {name: p.detach().clone() for name, p in self._trained()}
         calls = fault_checks.Calls()
         with self._watched(), calls if is_first else contextlib.nullcontext():
@@ -184,14 +190,14 @@ class FirstSteps:
         steep = sum(float(slope.square().sum()) for _, slope in both) ** 0.5
         if not moved * steep > 0:  # the warm-up's first rate may be zero
             return
-        self.has_direction = True
-        cosine = sum(float((move * slope).sum()) for move, slope in both) / (moved * steep)
-        if cosine > UPHILL:
+        self.cosine = sum(float((move * slope).sum()) for move, slope in both) / (moved * steep)
+        if self.cosine > UPHILL:
+            kind = getattr(self.objects.task, "kind", "")
             self.tell(
                 [
-                    f"loss: the first step leads up the slope of task={self.objects.task.kind}'s "  # type: ignore[attr-defined]
-                    f"usual loss (cosine {cosine:+.2f}): a sign is wrong. Return the loss, not its "
-                    "negative, and check optimizer.maximize and the sign of your step's gradients."
+                    f"loss: the first step leads up the slope of task={kind}'s usual loss (cosine "
+                    f"{self.cosine:+.2f}): a sign is wrong. Return the loss, not its negative, and "
+                    "check optimizer.maximize and the sign of your step's gradients."
                 ]
             )
 
