@@ -19,7 +19,17 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.yaml"
-COPIED = ("src", "conf", "scripts", "tests", "docs", "pyproject.toml", "README.md")
+COPIED = (
+    "src",
+    "conf",
+    "schemas",
+    ".vscode",
+    "scripts",
+    "tests",
+    "docs",
+    "pyproject.toml",
+    "README.md",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -428,3 +428,22 @@ def test_what_hydra_raises_of_a_value_is_one_line_in_a_notebook_too(given: str) 
     with pytest.raises(UserError) as found:
         regrow.compose("train", [given])
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("optimizer=ada", ["optimizer=adagrad", "optimizer=adam", "optimizer=adamw"]),
+        ("--check model=cnn model.chan", ["model.channels"]),
+        ("--conf", []),  # Hydra completes no flags, and its usage must not reach the prompt
+    ],
+)
+def test_a_shell_completes_options_and_keys(line: str, offers: list[str], tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "train.py"
+    typed = f"python train.py {line}"
+    done = subprocess.run(
+        [sys.executable, str(script), "-sc", "query=bash"], cwd=tmp_path, capture_output=True,
+        text=True, check=False, env={**QUIET, "COMP_LINE": typed, "COMP_POINT": str(len(typed))},
+    )  # fmt: skip
+    assert done.stderr == "" and list(tmp_path.iterdir()) == []
+    assert [word.rstrip(".") for word in done.stdout.split()] == offers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ from regrow.config import schemas
 from regrow.config.rules import RULES, fits
 from regrow.project import CONF, ROOT
 
-FILES = sorted(CONF.rglob("*.yaml"))
+
+def untracked() -> set[Path]:
+    """Return the files in conf/ that git does not track: they may be unfinished."""
+    command = ["git", "ls-files", "--others", "-z", "--", str(CONF)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    return {ROOT / os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
+
+
+UNTRACKED = untracked()
+FILES = sorted({*CONF.rglob("*.yaml")} - UNTRACKED)
 
 
 @functools.cache
@@ -45,6 +56,7 @@ def problems(name: str, content: Any) -> list[str]:
     return [error.message for error in validator.iter_errors(content)]
 
 
+@pytest.mark.skipif(bool(UNTRACKED), reason="conf/ holds files that git does not track")
 def test_the_schemas_are_those_that_make_schemas_writes() -> None:
     wanted = schemas.written()
     assert {path for path in wanted if path != schemas.EDITOR} == {*schemas.FOLDER.glob("*.json")}
