@@ -509,6 +509,22 @@ def test_a_foreign_record_names_no_server_to_read_from(tmp_path: Path) -> None:
     resume.refuse_remote(folder, "run", config, ["data.source.root", "source.cache"])
 
 
+def test_a_foreign_record_names_no_folder_for_resized_images(tmp_path: Path) -> None:
+    typed = ["data.root=x", "data.cache_root=/victim"]
+    folder = run_in(tmp_path / "run", "data=resized_folder", *typed)
+    config: dict[str, Any] = {"data": {"root": "x", "cache": "resized", "cache_root": "/victim"}}
+    resume.refuse_remote(folder, "run", config, [])  # the user's own
+    other = {"data": {**config["data"], "cache_root": "/other"}}  # config.yaml has no seal
+    with pytest.raises(UserError, match="it would keep resized images in /other"):
+        resume.refuse_remote(folder, "run", other, [])
+    (folder / ".hydra" / "owner.json").unlink()
+    with pytest.raises(UserError, match=r"in /victim, .*data\.cache=null"):
+        resume.refuse_remote(folder, "run", config, ["data.root"])
+    resume.refuse_remote(folder, "run", config, ["data.cache_root"])
+    for safe in ({"cache": None}, {"cache_root": None}):
+        resume.refuse_remote(folder, "run", {"data": {**config["data"], **safe}}, [])
+
+
 def test_a_foreign_record_hides_no_server_deeper_in_its_data(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", "data=shards", "data.source.root=x")
     inner = {"root": "http://evil/x", "cache": "/victim"}

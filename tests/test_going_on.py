@@ -25,6 +25,7 @@ CHANGES_THE_MATHS = (
 )
 LEAVES_IT = (
     *("trainer.max_epochs=9", "trainer.max_steps=5", "trainer.devices=2", "data.num_workers=2"),
+    *("data.cache=resized", "data.cache_root=elsewhere", "data.cache_max_gb=30"),
     *("trainer.accumulation_steps=4", "logger=[csv]", "notes=again", "tags=[a]"),
     *("trainer.log_every_steps=7", "trainer.checkpoint.save_every_steps=2"),
 )

@@ -33,6 +33,8 @@ ADDED_KEYS = (
     *(AddedKey(source, "folds", None, "data.folds") for source in CUT_HERE),
     *(AddedKey(source, "fold", 0, "data.fold") for source in CUT_HERE),
     AddedKey(IMAGE_FOLDER, "group", None),
+    AddedKey(IMAGE_FOLDER, "decoder", "pillow"),
+    AddedKey("lab.data.datasets.shards", "decoder", "pillow"),
     AddedKey("lab.data.datasets.csv", "group", None),
     AddedKey("lab.data.datasets.csv", "sampling", None, "data.sampling"),
     AddedKey("lab.data.datasets.csv", "ignore_index", None, "data.ignore_index"),

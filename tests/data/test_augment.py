@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.data import augment
-from lab.data.augment import CropFlip
+from lab.data.augment import CropFlip, CropResized
 from regrow.errors import UserError
 
 
@@ -131,3 +131,24 @@ def test_an_image_reflects_no_more_than_it_has() -> None:
     crop_flip(pad=3, padding_mode="reflect").store(images)
     with pytest.raises(UserError, match=r"pad=4 .* Use 3 at most"):
         crop_flip(pad=4, padding_mode="reflect").store(images)
+
+
+def test_a_crop_of_the_resized_image_lies_anywhere_in_it_and_is_mirrored_half_the_time() -> None:
+    image = torch.arange(5 * 7, dtype=torch.uint8).view(1, 5, 7)
+    crop = CropResized(input_shape=[1, 3, 4], flip=True)
+    torch.manual_seed(0)
+    seen: dict[tuple[int, bool], int] = {}
+    for _ in range(2400):
+        found = crop(image)
+        assert found.shape == (1, 3, 4)
+        mirrored = int(found[0, 0, 0]) > int(found[0, 0, 1])
+        upright = found.flip(2) if mirrored else found
+        first = int(upright[0, 0, 0])
+        top, left = divmod(first, 7)
+        assert torch.equal(upright, image[:, top : top + 3, left : left + 4])
+        seen[first, mirrored] = seen.get((first, mirrored), 0) + 1
+    assert len(seen) == 3 * 4 * 2  # every place, both ways
+    assert all(60 < count < 140 for count in seen.values()), seen  # 100 each
+    still = CropResized(input_shape=[1, 3, 4], flip=False)
+    assert all(bool((still(image).diff(dim=2) == 1).all()) for _ in range(20))  # never mirrored
+    assert torch.equal(CropResized(input_shape=[1, 5, 7], flip=False)(image), image)

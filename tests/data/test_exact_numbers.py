@@ -158,6 +158,7 @@ def data_of(train: Any, **changes: Any) -> Data:
         **{"num_workers": 0, "pin_memory": False, "persistent_workers": False, "drop_last": False},
         **{"limit_train": None, "augment": False, "augmentation": None, "normalize": "none"},
         **{"sampling": None, "transforms": [], "mixing": None},
+        **{"cache": None, "cache_root": None, "cache_max_gb": 20},
         **{
             "normalize_targets": False,
             "integers": "int64",

@@ -64,6 +64,7 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "num_workers": 0, "pin_memory": True, "persistent_workers": True,
         "drop_last": False, "limit_train": None,
         "augment": True, "augmentation": None, "sampling": None, "transforms": [],
+        "cache": None, "cache_root": None, "cache_max_gb": 20,
         "normalize": "none", "normalize_targets": False,
         "target_dtype": "float64", "integers": "int64", "ignore_index": None,
         "changed": "refuse", "identity": "contents", "overlap": "refuse",
@@ -306,17 +307,19 @@ def test_an_image_folder_becomes_batches(make_data: Make, image_root: Path, same
     assert np.allclose(images[0], images[1])  # the same unmodified images in another order
 
 
+@pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
 def test_evaluation_sees_torchvisions_resize_and_centre_crop(
-    make_data: Make, image_root: Path
+    make_data: Make, image_root: Path, decoder: str
 ) -> None:
     from PIL import Image
     from torchvision.transforms import v2
 
-    data = make_data(
-        "image_folder", f"root={image_root}", "num_workers=0", "normalize=imagenet", *SMALL
-    )
+    how = ("num_workers=0", "normalize=imagenet", f"source.decoder={decoder}")
+    data = make_data("image_folder", f"root={image_root}", *how, *SMALL)
+    steps = [v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()]
     theirs = v2.Compose([
-        v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+        *(steps if decoder == "pillow" else reversed(steps)),
+        v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ])  # fmt: skip
     files = data.source.test.files

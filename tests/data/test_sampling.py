@@ -15,7 +15,7 @@ from regrow.feeding.splits import Examples
 
 CPU = torch.device("cpu")
 AS_IS = Preprocessing(
-    "table", [2], 255.0, None, None, None, None, ",", None, None, True, None, [], None
+    "table", [2], 255.0, None, None, None, None, ",", None, None, True, None, [], None, "pillow"
 )
 
 

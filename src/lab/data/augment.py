@@ -133,8 +133,11 @@ def _reflected(images: Tensor, pad: int) -> Tensor:
 class Photo:
     """RandomResizedCrop to (C, H, W), random mirror and ColorJitter, on one PIL image.
 
-    With a mask as a second argument, returns both: the mask is moved like the image.
+    With a mask as a second argument, returns both: the mask is moved like the image. The decoder
+    torchvision gives uint8 (C, H, W) instead of a PIL image.
     """
+
+    takes = "pixels"
 
     input_shape: list[int]
     crop_scale: list[float]
@@ -160,6 +163,22 @@ class Photo:
         if any(jitter):
             steps.append(v2.ColorJitter(*jitter))
         return v2.Compose(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropResized:
+    """RandomCrop to (C, H, W) and random mirror of the resized image, uint8 (C, H', W')."""
+
+    input_shape: list[int]
+    flip: bool
+
+    takes = "resized"  # so the image may come from data.cache
+
+    def __call__(self, image: Tensor) -> Tensor:
+        *places, side = torch.rand(3).tolist()
+        for dim, size, place in zip((1, 2), self.input_shape[1:], places, strict=True):
+            image = image.narrow(dim, int(place * (image.shape[dim] - size + 1)), size)
+        return image.flip(2) if self.flip and side < 0.5 else image
 
 
 @dataclass(frozen=True, kw_only=True)

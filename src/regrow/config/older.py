@@ -51,6 +51,9 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.feeding.loaders.Data", "sampling", None),
     AddedKey("regrow.feeding.loaders.Data", "transforms", []),
     AddedKey("regrow.feeding.loaders.Data", "mixing", None),
+    AddedKey("regrow.feeding.loaders.Data", "cache", None),
+    AddedKey("regrow.feeding.loaders.Data", "cache_root", None),
+    AddedKey("regrow.feeding.loaders.Data", "cache_max_gb", 20),
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {
@@ -58,6 +61,7 @@ ADDED_PREPROCESSING: Mapping[str, Any] = {
     "extensions": EARLY_EXTENSIONS,
     "leave_out": [],
     "vocabulary": None,
+    "decoder": "pillow",
 }
 
 

@@ -48,6 +48,9 @@ MAY_CHANGE = (
     "data.source.cache_gb",
     "data.source.timeout_seconds",
     "data.source.retries",
+    "data.cache",  # gives the same bytes
+    "data.cache_root",
+    "data.cache_max_gb",
     "data.num_workers",
     "data.pin_memory",
     "data.persistent_workers",
@@ -203,12 +206,14 @@ def refuse_remote(
 ) -> None:
     """Raise UserError if a run's data is behind a URL that someone else may have recorded.
 
-    Reading it tells that server, and writes to the recorded cache. `typed`, and what is safe: see
-    `downloads_elsewhere`. `where` names the run in the error.
+    Reading it tells that server, and writes to the recorded cache. Resized images are written to a
+    recorded `data.cache_root` as well. `typed`, and what is safe: see `downloads_elsewhere`.
+    `where` names the run in the error.
     """
     data = config.get("data")
     if not isinstance(data, Mapping):
         return
+    _refuse_cache_root(folder, where, data, {key.removeprefix("data.") for key in typed})
     found = dict(_nested(data))
     # data.root is a default of data.source.root, where there is one, and is not read itself.
     roots = [key for key in found if _last(key) == "root"]
@@ -242,6 +247,21 @@ def refuse_remote(
         f"{caches.get(cache) or 'your cache folder'}, which its record names, and it is not listed "
         f"as yours. Add data.{root}=… and data.{cache}=… to choose them.{if_trusted(folder)}"
     )
+
+
+def _refuse_cache_root(
+    folder: Path, where: str, data: Mapping[str, Any], named: Collection[str]
+) -> None:
+    place = data.get("cache_root")
+    if place is None or data.get("cache") is None or "cache_root" in named:
+        return
+    known = [*_typed_places(folder, ("data.cache_root",)), *places_of_conf("cache_root")]
+    if not is_own(folder) or place not in known:
+        raise UserError(
+            f"{where}: it would keep resized images in {place}, which its record names, and it is "
+            f"not listed as yours. Add data.cache=null, or choose data.cache_root=…"
+            f"{if_trusted(folder)}"
+        )
 
 
 def _nested(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.mixing import Mix, pairs_of, refuse_integers, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
@@ -27,6 +28,7 @@ from regrow.feeding.preprocess import (
     rounding,
     standardised,
 )
+from regrow.feeding.resized import keep_resized
 from regrow.feeding.sampling import (
     Windows,
     balancing,
@@ -164,6 +166,9 @@ class Data:
         drop_last: bool,
         limit_train: int | None,
         sampling: str | dict[str, str] | None,
+        cache: str | None,
+        cache_root: str | None,
+        cache_max_gb: float,
         augment: bool,
         augmentation: Any,
         transforms: list[Any],
@@ -214,6 +219,9 @@ class Data:
         self.final = self._final(final_sets)
         self.num_overlapping = check_overlap(source, overlap, self.final)
         self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
+        if cache is not None:
+            self.source = self._cached(cache_root, cache_max_gb)
+        source = self.source
         self.preprocessing: Preprocessing = preprocessing(
             source,
             input_shape=self.input_shape,
@@ -226,6 +234,38 @@ class Data:
         self._warn_of_rounding()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
+
+    def _cached(self, cache_root: str | None, max_gb: float) -> Splits:
+        """Return the source with its images resized once. Raises UserError, DataError."""
+        key, source = "data.cache=resized", self.source
+        splits = dict(source.items())
+        images = [split for split in splits.values() if isinstance(split, ImageFiles)]
+        if len(images) < len(splits):
+            raise UserError(
+                f"{key} keeps the resized images of data=image_folder, and this data is "
+                f"{type(source.train).__name__}. Set data.cache=null."
+            )
+        if source.resize is None:
+            raise UserError(
+                f"{key} needs the shorter side of the resized images. Set data.source.resize, such "
+                f"as {max(self.input_shape or [256])}, or data.cache=null."
+            )
+        name = type(self.augmentation).__name__
+        if self.augmentation is not None and not _takes_resized(self.augmentation):
+            raise UserError(
+                f"{key}: data.augmentation={name} takes the original image, which is not kept. Use "
+                f"data=resized_folder, whose {lab_name()}.data.augment.CropResized takes the "
+                "resized one, data.augmentation=null, or data.cache=null."
+            )
+        found = dict(zip(splits, keep_resized(images, cache_root, max_gb), strict=True))
+        sets = {name: found[name] for name in source.sets}
+        return dataclasses.replace(
+            source,
+            train=found["train"],
+            val=found.get("val"),
+            test=found.get("test"),
+            sets=sets,
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -591,6 +631,13 @@ class Data:
 
     def _check_augmentation(self, augmentation: Any) -> None:
         train = self.source.train
+        if _takes_resized(augmentation):
+            if not isinstance(train, ImageFiles) or train.resize is None:
+                raise UserError(
+                    f"data.augmentation={type(augmentation).__name__} takes the resized images of "
+                    "data=image_folder with a data.source.resize. Use another one, or null."
+                )
+            return
         if not isinstance(train, Examples):
             if not hasattr(train, "augmented"):
                 raise UserError(
@@ -742,6 +789,10 @@ def _in_memory(source: Splits) -> bool:
 def _stores(augmentation: Any) -> bool:
     """Return True if an augmentation lays out the images in memory, or cannot be called at all."""
     return hasattr(augmentation, "store") or not callable(augmentation)
+
+
+def _takes_resized(augmentation: Any) -> bool:
+    return getattr(augmentation, "takes", None) == "resized"
 
 
 def _sha256(split: Split, how: str) -> str:

@@ -20,10 +20,12 @@ from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import Inputs, each
 from regrow.feeding.files import LeftOut
 from regrow.feeding.images import (
+    DECODERS,
     converted,
     find_images,
     fit,
-    load_image,
+    load,
+    pixels_of,
     suffixes_of,
     to_tensor,
 )
@@ -56,7 +58,7 @@ class Preprocessing:
     input_max: the raw value of white.
     resize: the shorter side before the centre crop, or None to scale directly to the input size.
     target_mean, target_std: revert the standardisation of regression targets and outputs.
-    exif_orientation, extensions, leave_out: how files are read, see `Reading`.
+    exif_orientation, extensions, leave_out, decoder: how files are read, see `Reading`.
     vocabulary: the record of a text's, see `regrow.feeding.vocabulary`.
     """
 
@@ -74,6 +76,7 @@ class Preprocessing:
     extensions: list[str] | None
     leave_out: list[str]
     vocabulary: dict[str, str] | None
+    decoder: str
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -100,6 +103,7 @@ class Preprocessing:
             or not (how.extensions is None or _is_list(how.extensions, str))
             or not _is_list(how.leave_out, str)
             or not (how.vocabulary is None or is_record(how.vocabulary))
+            or how.decoder not in DECODERS
         ):
             raise TypeError("a field is of a wrong type")
         return how
@@ -215,9 +219,13 @@ class Preprocessing:
         if not _is_image(given):
             raise UserError(f"{what}: a {type(given).__name__} among images. Give images alone.")
         if isinstance(given, str | Path):
-            image = load_image(given, channels, exif_orientation=self.exif_orientation)
+            image = load(
+                given, channels, exif_orientation=self.exif_orientation, decoder=self.decoder
+            )
         else:
-            image = converted(given, channels, exif_orientation=self.exif_orientation)
+            image = self._decoded(
+                converted(given, channels, exif_orientation=self.exif_orientation)
+            )
         pixels = to_tensor(fit(image, size, self.resize))
         return pixels if self.input_max == 255 else pixels.float() * (self.input_max / 255)
 
@@ -311,8 +319,12 @@ class Preprocessing:
         from PIL import Image
 
         pixels = image.permute(1, 2, 0).numpy() if image.shape[0] == 3 else image[0].numpy()
-        fitted = fit(Image.fromarray(pixels), self.shape[1:], self.resize)
+        fitted = fit(self._decoded(Image.fromarray(pixels)), self.shape[1:], self.resize)
         return to_tensor(fitted)
+
+    def _decoded(self, image: Any) -> Any:
+        """Return a Pillow image as the decoder would give it."""
+        return image if self.decoder == "pillow" else pixels_of(image)
 
 
 def _is_image(value: Any) -> bool:
@@ -478,6 +490,7 @@ def preprocessing(
         extensions=splits.reading.extensions,
         leave_out=list(splits.reading.leave_out),
         vocabulary=None if splits.vocabulary is None else dict(splits.vocabulary),
+        decoder=splits.reading.decoder,
     )
 
 

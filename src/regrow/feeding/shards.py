@@ -22,12 +22,14 @@ from regrow.feeding.block_cache import cache_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.block_reader import Access, Reader
 from regrow.feeding.images import (
+    check_decoder,
     check_size,
     converted,
     fit,
     formats_for,
-    load_image,
+    load,
     opened,
+    pixels_of,
     to_tensor,
 )  # fmt: skip
 from regrow.feeding.remote import Folder, Remote, folder_of
@@ -69,7 +71,8 @@ class ShardItems:
     channels: int = 3
     resize: int | None = None
     exif_orientation: bool = True
-    transform: Callable[[Image], Image] | None = None
+    decoder: str = "pillow"
+    transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return int(self.access.blocks.first[-1])
@@ -115,19 +118,23 @@ class ShardItems:
     def _image(self, field: str, file: File) -> Tensor:
         """Return an image: the inputs as the model takes them, and others in their own size."""
         name = f"{self.access.place.root}: a {file.suffix} of set {self.name}.{file.suffix}"
-        content = io.BytesIO(file.content)
         if field == "targets":  # a mask, whose values are classes
             from PIL import Image
 
             formats = formats_for(f".{file.suffix}")
-            with opened(name), Image.open(content, formats=formats) as mask:
+            with opened(name), Image.open(io.BytesIO(file.content), formats=formats) as mask:
                 return to_tensor(mask)
-        image = load_image(
-            name, self.channels, exif_orientation=self.exif_orientation, content=content
-        )
+        how = {"exif_orientation": self.exif_orientation, "decoder": self._decoder}
+        image = load(name, self.channels, content=file.content, **how)  # type: ignore[arg-type]
         return self._as_input(image) if field == "inputs" else to_tensor(image)
 
-    def _as_input(self, image: Image) -> Tensor:
+    @property
+    def _decoder(self) -> str:
+        """The decoder of images; a transform gets those of Pillow unless it `takes` pixels."""
+        is_known = self.transform is None or getattr(self.transform, "takes", None) == "pixels"
+        return self.decoder if is_known else "pillow"
+
+    def _as_input(self, image: Image | Tensor) -> Tensor:
         if self.transform is not None:
             return to_tensor(self.transform(image))
         return to_tensor(image if self.size is None else fit(image, self.size, self.resize))
@@ -140,8 +147,8 @@ class ShardItems:
         from PIL import Image
 
         rows = pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
-        image = Image.fromarray(rows)
-        return self._as_input(converted(image, self.channels, exif_orientation=False))
+        image = converted(Image.fromarray(rows), self.channels, exif_orientation=False)
+        return self._as_input(image if self._decoder == "pillow" else pixels_of(image))
 
     def _reader(self) -> Reader:
         """Return this process's reader: a forked worker must not share one."""
@@ -231,6 +238,7 @@ def shards(
     resize: int | None,
     num_classes: int | None,
     class_names: list[str] | None,
+    decoder: str,
     exif_orientation: bool,
     identity: str,
     sets: list[str] | None,
@@ -239,6 +247,7 @@ def shards(
     """Return the sets of a folder of shards that `scripts/make_shards.py` wrote, or of its URL."""
     if identity not in ("contents", "sizes"):
         raise UserError(f"data.source.identity={identity} is not one of contents, sizes.")
+    check_decoder(decoder)
     place = folder_of(root, timeout_seconds=timeout_seconds, retries=retries)
     index = read_index(place)
     facts = index.facts
@@ -281,6 +290,7 @@ def shards(
         return ShardItems(
             *(access, index, name, identity, lanes, pool_bytes, size, channels, resize),
             exif_orientation=exif_orientation,
+            decoder=decoder,
         )
 
     return Splits(
@@ -292,7 +302,7 @@ def shards(
         target_names=facts.target_names,
         input_max=facts.input_max,
         resize=resize,
-        reading=Reading(exif_orientation=exif_orientation),
+        reading=Reading(exif_orientation=exif_orientation, decoder=decoder),
         reads_images=facts.kind == "images",
         notes=[] if facts.disjoint or len(names) < 2 else [NOT_COMPARED],
         collate=collate,

@@ -91,11 +91,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class Reading:
-    """Which files of a folder are read, and how. extensions=None: all that Pillow decodes."""
+    """Which files of a folder are read, and how. extensions=None: all that Pillow decodes.
+
+    The decoder, pillow or torchvision, also resizes.
+    """
 
     extensions: list[str] | None = None
     leave_out: tuple[str, ...] = ("hidden", "empty")
     exif_orientation: bool = True
+    decoder: str = "pillow"
 
 
 Split = Examples | MapStyle

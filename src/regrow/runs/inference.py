@@ -60,7 +60,8 @@ def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
     before, now = (node.get("eval_batch_size") for node in (recorded, run.config["data"]))
     if before != now:
         reasons.append(f"data.eval_batch_size was {before} and is {now}")
-    if others := sorted({*swapped} - {"eval_batch_size", "num_workers", "pin_memory"}):
+    same = {"eval_batch_size", "num_workers", "pin_memory", "cache", "cache_root", "cache_max_gb"}
+    if others := sorted({*swapped} - same):
         reasons.append(f"{', '.join(f'data.{key}' for key in others)} may change the batches")
     return reasons
 

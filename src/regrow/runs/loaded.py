@@ -340,7 +340,8 @@ def _check_type(name: str, value: Any, old: Any) -> None:
     }
     kind = type(old)
     fits = type(value) in (int, float) if kind is float else type(value) is kind
-    if kind in kinds and not fits and name != "normalize":
+    may_be_null = name in ("cache", "cache_root") and value is None
+    if kind in kinds and not fits and name != "normalize" and not may_be_null:
         raise UserError(f"data.{name}={value} must be {kinds[kind]}.")
 
 
