@@ -318,7 +318,7 @@ def test_evaluation_sees_torchvisions_resize_and_centre_crop(
     data = make_data("image_folder", f"root={image_root}", *how, *SMALL)
     steps = [v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()]
     theirs = v2.Compose([
-        *(steps if decoder == "pillow" else reversed(steps)),
+        *(steps if decoder == "pillow" else [steps[2], *steps[:2]]),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ])  # fmt: skip

@@ -141,10 +141,10 @@ def train(folder: Path, *overrides: str, stop_at: int | None = None) -> None:
 
 
 def test_a_run_resumes_with_and_without_cached_images(tmp_path: Path) -> None:
-    given = (*GIVEN, f"data.root={photos(tmp_path / 'photos', 24)}")
+    given = (*GIVEN, f"data.root={photos(tmp_path / 'photos', 24)}", "trainer.max_epochs=1")
     train(tmp_path / "whole", *given, "data.cache=null")
     for name, caches in {"on": ("resized", "null"), "off": ("null", "resized")}.items():
-        for cache, stop_at in zip(caches, (5, None), strict=True):
+        for cache, stop_at in zip(caches, (2, None), strict=True):
             train(tmp_path / name, *given, f"data.cache={cache}", stop_at=stop_at)
         assert fingerprint(tmp_path / name) == fingerprint(tmp_path / "whole")
     train(tmp_path / "other", *given, "data.source.decoder=pillow")
@@ -189,10 +189,3 @@ def test_the_jobs_of_a_sweep_share_the_cached_images(tmp_path: Path) -> None:
     (index,) = (tmp_path / ".photos.resized").glob("*.index")
     size = resized.RECORD.size + resized.CHECKSUM.size
     assert (index.stat().st_size - resized.HEADER) / size == 24  # each once
-    resumed = finished.process(
-        "train", "resume=sweep/0", "data.cache=null", "trainer.max_epochs=3", folder=tmp_path
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "data.cache" not in resumed.stderr
-    other = finished.process("train", "resume=sweep/1", "data.seed=3", folder=tmp_path)
-    assert "data.seed" in other.stderr  # the control: a warning
