@@ -91,6 +91,18 @@ def test_a_key_that_takes_no_single_value_says_what_it_takes(tmp_path: Path) -> 
     assert said.startswith("error: data.transforms.first: data.transforms is a list.")
 
 
+def test_a_typed_node_that_is_not_merged_gets_no_advice_to_replace_it(tmp_path: Path) -> None:
+    node = "data.mixing={_target_: lab.data.augment.MixUp, alpha: 0.2, beta: 2}"
+    said = train(tmp_path, node, code=2)
+    assert (
+        "data.mixing.beta: lab.data.augment.MixUp takes no such argument. It takes alpha." in said
+    )
+    said = train(tmp_path, "optimizer={_target_: torch.optim.SGD, momentum: 0.9}", code=2)
+    assert said.endswith(
+        "Write the node to conf/optimizer/mine.yaml, and choose it: optimizer=mine\n"
+    )
+
+
 def test_a_key_in_python_alone_is_offered_for_the_file(tmp_path: Path) -> None:
     (tmp_path / "mixer.py").write_text(MIXER, encoding="utf-8")
     (tmp_path / "D" / "model").mkdir(parents=True)

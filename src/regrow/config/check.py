@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import leads, places
 from regrow.config.command_line import shell
-from regrow.config.explain import composition_error, takes, where_own_keys_go
+from regrow.config.explain import composition_error, takes, typed_node, where_own_keys_go
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
@@ -364,6 +364,8 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
         if "." not in path:
             left_out = " ".join(f"~{path}.{key}" for key in foreign)
             raise UserError(f"{said} To leave out what the option brings: {left_out}")
+        if {*foreign} <= {*typed_node(path)}:  # nothing was merged
+            raise UserError(f"{said} It takes {', '.join(parameters)}.")
         kept = leads.shown({key: value for key, value in node.items() if key not in foreign})
         words = shell([f"~{path}", f"+{path}={kept}"])
         raise UserError(f"{said} Hydra merges a node into the option's. To replace it: {words}")

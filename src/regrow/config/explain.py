@@ -381,11 +381,17 @@ def _merged_node(name: str, keys: Mapping[str, Any]) -> str | None:
     new = [str(key) for key in value if f"{name}.{key}" not in keys]
     if "_target_" not in value:
         return unknown_key(f"{name}.{new[0]}") if new else None
-    words = shell([f"~{name}", f"+{argument}"])
-    return (
-        f"{name}: Hydra merges this node into the option's, which has other keys. To replace that: "
-        f"{words}"
-    )
+    said = f"{name}: Hydra merges this node into the option's, which has other keys."
+    if "." not in name:
+        return f"{said} Write the node to conf/{name}/mine.yaml, and choose it: {name}=mine"
+    return f"{said} To replace that: {shell([f'~{name}', f'+{argument}'])}"
+
+
+def typed_node(name: str) -> Mapping[str, Any]:
+    """Return the mapping that was typed for a key; empty if none was."""
+    argument = next((a for a in sys.argv[1:] if a.lstrip("+").startswith(f"{name}=")), "")
+    value = read(argument) if argument else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def _in_a_mapping(name: str) -> str | None:

@@ -59,7 +59,7 @@ class BlockOrder:
         self.num_whole = count // self.size
         num_lanes = min(lanes, self.size)
         self.lanes = [share(0, self.size, lane, num_lanes) for lane in range(num_lanes)]
-        self.num_pools = max(1, -(-self.num_whole * self.size // pool))
+        self.num_pools = max(1, round(self.num_whole * self.size / pool))
         self.pool = functools.lru_cache(maxsize=2)(self._pool)
         self.needed = functools.lru_cache(maxsize=2)(self._needed)
 

@@ -50,7 +50,7 @@ NOT_COMPARED = (
     "in two of them"
 )
 SPREAD_BLOCKS = 64  # of which a sample is taken
-HELD = 1.5  # pools that a process holds: one in use, and a part of the next one
+HELD = 2.0  # pools that a process holds: one in use (at most 1.5), and a part of the next one
 
 
 @dataclass(frozen=True)

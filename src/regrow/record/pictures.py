@@ -75,11 +75,14 @@ def of_wrong(
     chosen = wrong[: batch.num_local].nonzero().flatten()[:NUM_WRONG]
     if not len(chosen):
         return {}
-    of_each = found["probability"][chosen]
-    if of_each.ndim == 2:
-        of_each = of_each.gather(1, predicted[chosen, None]).flatten()
-    else:
-        of_each = of_each.where(predicted[chosen] == 1, 1 - of_each)
+    of_each: list[float | None] = [None] * len(chosen)
+    if "probability" in found:
+        probability = found["probability"][chosen]
+        if probability.ndim == 2:
+            probability = probability.gather(1, predicted[chosen, None]).flatten()
+        else:
+            probability = probability.where(predicted[chosen] == 1, 1 - probability)
+        of_each = probability.tolist()
     every = -(-max(inputs.shape[2:]) // MOST_WRONG_PIXELS)
     pixels = (as_pixels or by_range)(inputs[chosen][..., ::every, ::every]).cpu()
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
@@ -87,16 +90,16 @@ def of_wrong(
         "image": [_png(image) for image in pixels],
         "true": [str(class_names[index]) for index in targets[chosen].tolist()],
         "predicted": [str(class_names[index]) for index in predicted[chosen].tolist()],
-        "probability": of_each.tolist(),
+        "probability": of_each,
     }
     return {"wrong": columns}
 
 
 def has_room(examples: Mapping[str, Any]) -> bool:
     """Return True if another batch may add to the examples: only wrong ones are collected."""
-    return (
-        not examples or len(examples.get("wrong", {}).get("image", [None] * NUM_WRONG)) < NUM_WRONG
-    )
+    if not examples:
+        return True
+    return "wrong" in examples and len(examples["wrong"]["image"]) < NUM_WRONG
 
 
 def joined(examples: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,7 +121,7 @@ def wrong_of(folder: Path) -> list[dict[str, Any]]:
                     "image": b64encode(b64decode(image, validate=True)).decode("ascii"),
                     "true": true,
                     "predicted": predicted,
-                    "probability": f"{float(probability):.2f}",
+                    "probability": "" if probability is None else f"{float(probability):.2f}",
                 }
                 for image, true, predicted, probability in zip(
                     *(wrong[key] for key in ("image", "true", "predicted", "probability")),

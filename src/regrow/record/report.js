@@ -343,7 +343,8 @@ for (const head of document.querySelectorAll(".sorts thead th")) {
     head.setAttribute("aria-sort", up > 0 ? "ascending" : "descending");
     const key = (row) => {
       const cell = row.cells[column], text = (cell.querySelector("[title]") || cell).title || cell.textContent.trim();
-      const number = parseFloat(text.replace(/\u202f/g, "").replace("−", "-"));
+      const times = [...text.matchAll(/([\d.]+) (h|min|s)(?= |$)/g)].map((it) => it[1] * { h: 3600, min: 60, s: 1 }[it[2]]);
+      const number = times.length ? times.reduce((a, b) => a + b) : parseFloat(text.replace(/\u202f/g, "").replace("−", "-"));
       return Number.isNaN(number) ? text : number;
     };
     const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);

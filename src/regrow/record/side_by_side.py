@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import Counter
@@ -248,11 +247,11 @@ def effects(comparison: Comparison, short: Mapping[str, str]) -> Importance:
     keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
     levels = {key: [row.swept.get(key, "") for row in done] for key in keys}
     counts = Counter(zip(*levels.values(), strict=True))
-    whole = {*itertools.product(*({*its} for its in levels.values()))}
+    num_whole = math.prod(len({*its}) for its in levels.values())
     values = [row.value(metric) or 0.0 for row in done]
     mean = statistics.fmean(values) if values else 0.0
     total = sum((value - mean) ** 2 for value in values)
-    if not total or {*counts} != whole or len({*counts.values()}) > 1:
+    if not total or len(counts) != num_whole or len({*counts.values()}) > 1:
         why = "not each combination of the values ran equally often"
         return Importance({}, f"Not computed: {why if total else f'{metric} does not vary'}.")
     shares = {}

@@ -325,14 +325,21 @@ def profiling(options: Settings, folder: Path, world: World) -> Iterator[None]:
     from torch.profiler import profile
 
     is_cuda = world.device.type == "cuda"
+    device = [world.device] if is_cuda else []
+    wait = functools.partial(torch.cuda.synchronize, *device) if is_cuda else lambda: None
     # torch 2.11 warns, even of a single cycle, if events are not accumulated.
-    with profile(profile_memory=True, with_stack=False, acc_events=True) as profiler:
-        device = [world.device] if is_cuda else []
-        wait = functools.partial(torch.cuda.synchronize, *device) if is_cuda else lambda: None
-        with phases.measured(phases.Phases(wait)) as found:
+    profiler = profile(profile_memory=True, with_stack=False, acc_events=True)
+    measured = phases.Phases(wait)
+    try:
+        with profiler, phases.measured(measured):
             yield
+    finally:  # also of a run that fails
+        _write_profile(profiler, measured, folder, is_cuda=is_cuda)
+
+
+def _write_profile(profiler: Any, measured: phases.Phases, folder: Path, *, is_cuda: bool) -> None:
     events = profiler.key_averages()
-    lines = [*found.lines(), "", *top_operators(events, is_cuda=is_cuda)]
+    lines = [*measured.lines(), "", *top_operators(events, is_cuda=is_cuda)]
     (folder / "profile").mkdir(exist_ok=True)
     profiler.export_chrome_trace(str(folder / "profile" / "trace.json"))
     table = events.table(sort_by="self_cpu_time_total", row_limit=20)
