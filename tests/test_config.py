@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from running import composed
 
 from regrow.cli.entry import check_arguments
-from regrow.config import own_modules, targets
+from regrow.config import entries, own_modules, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
 from regrow.config.explain import composition_error, wrong_options
@@ -480,6 +480,25 @@ def test_help_of_keys_shows_comment_default_and_range(tmp_path: Path) -> None:
 def test_help_of_a_recipe_shows_what_it_sets(tmp_path: Path) -> None:
     said = help_of(tmp_path, "--help", "experiment", "experiment=digits_cnn")
     assert "* digits_cnn" in said and "  trainer.max_epochs=30" in said
+
+
+def test_help_reads_odd_options_of_a_group(tmp_path: Path) -> None:
+    folder = tmp_path / "D" / "model"
+    folder.mkdir(parents=True)
+    (folder / "one.yaml").write_text("defaults: [other]\nwidth: 1 # here\n")
+    (folder / "other.yaml").write_text("defaults: [one]\ndepth: 2 # there\n")
+    found = entries.option("model", "one", lambda group, name: folder / f"{name}.yaml")
+    assert found.value == {"depth": 2, "width": 1} and found.below["depth"].comment == "there"
+    (folder / "one.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=r"one.yaml is not a mapping"):
+        entries.option("model", "one", lambda group, name: folder / f"{name}.yaml")
+
+
+def test_help_masks_a_secret(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "--help", "notes", "notes='password=abc123secret'")
+    assert "abc123secret" not in said and "notes" in said
+    said = help_of(tmp_path, "--help", "notes", "notes=abc123plain")
+    assert "notes=abc123plain" in said  # the negative control
 
 
 def test_help_of_an_unknown_word_is_one_line(tmp_path: Path) -> None:

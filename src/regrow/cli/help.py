@@ -20,6 +20,7 @@ from regrow.config.leads import RECIPES, lead
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
+from regrow.record.redact import redact_all
 
 HELP = ("-h", "--help")
 # The keys that users change most, shown in two columns.
@@ -248,7 +249,8 @@ def _value(config: Any, key: str) -> str:
         )
         if value is None and OmegaConf.is_missing(*_node_of(config, key)):
             return "???"
-        return _plain(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        return _plain(redact_all({key.rpartition(".")[2]: value}).popitem()[1])
     except Exception:  # an interpolation that only a run resolves
         return "…"
 

@@ -12,6 +12,7 @@ from regrow.config import places
 from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import keys_of
+from regrow.errors import UserError
 from regrow.project import CONF
 
 _WORD = r"[\w.]+(?: \([^)]*\))?"
@@ -62,11 +63,12 @@ def in_conf(group: str, option: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def option(group: str, name: str, find: Find = places.file_of) -> Entry:
+def option(group: str, name: str, find: Find = places.file_of, seen: tuple[str, ...] = ()) -> Entry:
     """Return an option of a group with what it inherits; the comment of a key is the nearest.
 
-    `find` returns an option's file. Without one, a node of the ConfigStore gives the keys. Raises
-    OSError, ValueError or yaml.YAMLError for a file that cannot be read.
+    `find` returns an option's file. Without one, a node of the ConfigStore gives the keys. `seen`
+    are the options that inherit from this one. Raises OSError, ValueError or yaml.YAMLError for a
+    file that cannot be read.
     """
     path = find(group, name)
     if path is None:
@@ -74,17 +76,19 @@ def option(group: str, name: str, find: Find = places.file_of) -> Entry:
         content = content if isinstance(content, dict) else {}
         own = _below(name, {k: v for k, v in content.items() if k != "defaults"}, {}, "")
     else:
-        content, own = read_yaml(path), of_file(path, name)
+        own, content = of_file(path, name), read_yaml(path)
     found = Entry(name, {})
     defaults = content.get("defaults", [])
     for parent in defaults if isinstance(defaults, list) else []:
-        if isinstance(parent, str) and parent not in ("_self_", name):
-            found = _merged(found, option(group, parent, find), name)
+        if isinstance(parent, str) and parent not in ("_self_", name, *seen):
+            found = _merged(found, option(group, parent, find, (*seen, name)), name)
     return _merged(found, own, name)
 
 
 def of_file(path: Path, name: str) -> Entry:
-    """Return the keys of one file, without what it inherits."""
+    """Return the keys of one file, without what it inherits. Raises UserError for a list."""
+    if not isinstance(read_yaml(path) or {}, dict):
+        raise UserError(f"{path} is not a mapping. Write lines of `key: value`.")
     comments = {key: found.comment for key, found in keys_of(path).items()}
     content = {k: v for k, v in read_yaml(path).items() if k != "defaults"}
     return _below(name, content, comments, "")

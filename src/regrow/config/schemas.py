@@ -37,10 +37,10 @@ def write() -> list[Path]:
     Raises UserError for a file of conf/, or an editor's settings, that cannot be read.
     """
     wanted = written()
-    gone = [path for path in FOLDER.glob("*.json") if path not in wanted]
+    gone = [path for path in FOLDER.rglob("*.json") if path not in wanted]
     changed = [path for path, text in wanted.items() if not path.is_file() or _text(path) != text]
     for path in changed:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(wanted[path], encoding="utf-8")
     for path in gone:
         path.unlink()
