@@ -11,6 +11,7 @@ from typing import Any
 
 import forked
 import pytest
+from PIL import Image
 from running import CPU, TINY, config_of
 
 from regrow.project import ROOT
@@ -120,3 +121,27 @@ def test_the_cost_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert from_two.flops == found.flops
     assert from_two.activations == pytest.approx(found.activations, rel=0.02)
     assert cost(16)[0].activations < 0.75 * found.activations
+
+
+def test_a_check_leaves_no_folder_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    train(tmp_path, "--check", *GIVEN, "hydra.run.dir=runs/x/y")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+    train(tmp_path, "--check", *GIVEN, "hydra.run.dir=kept/x/y", "model.norm=bach", code=2)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
+def test_a_check_resizes_no_images_and_refuses_what_the_cache_does(tmp_path: Path) -> None:
+    for number in range(12):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 24), (20 * number, 0, 0)).save(path)
+    before = sorted(tmp_path.rglob("*"))
+    given = (
+        "--check", "data.root=photos", "data.num_classes=2", "data.input_shape=[3,16,16]",
+        "data.source.resize=18", "data.batch_size=4", "trainer.device=cpu", "model.hidden=[8]",
+    )  # fmt: skip
+    assert "folder: " in train(tmp_path, *given, "data=resized_folder")
+    said = train(tmp_path, *given, "data=image_folder", "data.cache=resized", code=2)
+    assert "takes the original image, which is not kept" in said
+    assert sorted(tmp_path.rglob("*")) == before

@@ -28,7 +28,7 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
     places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote, resumed,
     SWEEP
 roles: check_roles
-started: CHECK, check_only, is_check, is_started, is_train, note_start
+started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 targets: allow, instantiate, locate
 yaml_files: read_yaml, readable
 yaml_keys: head_of

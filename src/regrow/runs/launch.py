@@ -16,7 +16,7 @@ from regrow.config import resume
 from regrow.config.check import check_once
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.job import Job, as_recorded, job_of
-from regrow.config.started import is_check
+from regrow.config.started import is_check, remove_created
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.failing import in_one_line
@@ -46,7 +46,9 @@ def launch(cfg: DictConfig) -> float | None:
     try:
         return _launch(cfg)
     except Exception:
-        leave_nothing(output_dir())
+        if not is_check():
+            leave_nothing(output_dir())
+        remove_created()
         raise
 
 
@@ -68,6 +70,7 @@ def _launch(cfg: DictConfig) -> float | None:
             from regrow.runs import preview
 
             preview.report(job)
+            remove_created()
             return None
     if outside.started_from_outside():
         from regrow.runs import worker

@@ -66,6 +66,8 @@ def report(job: Job) -> None:
     world = World(device=device)
     objects = training.build(_alone(job.config, device), world)
     with contextlib.closing(objects.data):
+        if job.config["data"].get("cache") is not None:
+            objects.data.check_cache()
         if trainer["check_first_batch"] and not note:
             lab().check_first_batch(objects, world)
         for line in facts(job, objects, dataclasses.replace(world, size=count)):
@@ -95,7 +97,10 @@ def _alone(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         trainer |= {"sync_batch_norm": False}
         trainer["precision"] = "bf16" if trainer["precision"] == "fp16" else trainer["precision"]
-    return {**config, "trainer": trainer, "data": {**config["data"], "num_workers": 0}}
+    data = {**config["data"], "num_workers": 0}
+    if "cache" in data:
+        data["cache"] = None  # which would be written
+    return {**config, "trainer": trainer, "data": data}
 
 
 # -- Cost of a step --------------------------------------------------------------------------------
