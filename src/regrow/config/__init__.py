@@ -18,7 +18,7 @@ kinds: refuse_mixing, refuse_sampling
 leads: lead, RECIPES, shown
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
     EARLY_EXTENSIONS, line, removed
-origins: located, located_in, Origins, origins, TYPED
+origins: composed, located, located_in, Origins, origins, TYPED
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
 recorded: gives_masks, recorded_config
