@@ -63,12 +63,19 @@ def _launch(cfg: DictConfig) -> float | None:
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
     folder = output_dir() if is_named("hydra.run.dir") else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
+    launcher = plain(cfg)["launcher"]
     if is_check():
         if outside.started_from_outside():
             raise UserError("--check is one process. Start it without torchrun or srun.")
         with console():
             from regrow.runs import preview
 
+            if "_target_" in launcher:
+                from regrow.processes import slurm
+
+                slurm.check_request(instantiate(launcher), job.config["trainer"])
+                if slurm.is_missing():
+                    log.warning("there is no sbatch on this machine, so a start here would fail")
             preview.report(job)
             remove_created()
             return None
@@ -77,7 +84,6 @@ def _launch(cfg: DictConfig) -> float | None:
 
         worker.lead(job)
     with console():
-        launcher = plain(cfg)["launcher"]
         if "_target_" in launcher:
             given = typed_overrides(HydraConfig.get().overrides.task)
             typed = [o for o in given if resume.is_of_the_launcher(o)]
