@@ -267,3 +267,16 @@ def test_values_of_this_machine_and_of_a_primary_config_differ(tmp_path: Path) -
     local.write_text("# @package _global_\ndata:\n  batch_size: 50\n", encoding="utf-8")
     _, value = differences()
     assert "data.batch_size=50 instead of" in value and value.endswith(f"{local}:3")
+
+
+def test_a_check_finds_the_options_on_the_search_path_of_a_file(tmp_path: Path) -> None:
+    files = {
+        "there/model/wide.yaml": "defaults: [mlp]\nhidden: [99]\n",
+        "own/mine.yaml": f"defaults: [train, _self_]\nhydra:\n  searchpath: [{tmp_path}/there]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    given = ("--config-dir", "own", "--config-name", "mine", "model=wide", "trainer.device=cpu")
+    said = train(tmp_path, "--check", *given).split("defaults:\n")[1]
+    assert "  model=wide " in said and "hidden" not in said

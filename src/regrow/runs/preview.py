@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.config import flags, resume
+from regrow.config import flags, places, resume
 from regrow.config.job import Job
 from regrow.config.leads import RECIPES, shown
 from regrow.config.origins import TYPED, composed, located_in, origins
@@ -25,6 +25,7 @@ from regrow.dotted import leaves
 from regrow.errors import UserError
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
+from regrow.project import CONF
 from regrow.protocols import Batch, Objects
 from regrow.record import names
 from regrow.record.records import load_status
@@ -322,8 +323,10 @@ def _differences(job: Job) -> Iterator[str]:
 def _shipped(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the source of the defaults: conf/train.yaml, with the options of the given places."""
     own = [] if source["path"] is None else [source["path"]]
-    own = [place if "://" in place else f"file://{place}" for place in own]
-    return {**source, "name": "train", "path": None, "searchpath": [*source["searchpath"], *own]}
+    own += [str(folder) for folder in places.folders() if folder != CONF]  # a file may add some
+    searched = [place if "://" in place else f"file://{place}" for place in own]
+    searched = list(dict.fromkeys([*source["searchpath"], *searched]))
+    return {**source, "name": "train", "path": None, "searchpath": searched}
 
 
 def _values(config: Mapping[str, Any]) -> Mapping[str, Any]:
