@@ -11,6 +11,7 @@ import forked
 import pytest
 
 from regrow.config import flags
+from regrow.config import origins as config_origins
 from regrow.config.origins import TYPED, located_in, origins
 from regrow.config.yaml_keys import head_of, keys_of
 from regrow.project import CONF, ROOT
@@ -65,6 +66,37 @@ def test_a_key_has_its_line_and_the_comment_beside_or_above_it(tmp_path: Path) -
         "fourth.b": (13, ""), "fourth.b.c": (13, ""), "fifth": (14, "node"), "fifth.x": (15, ""),
         "sixth": (16, ""),
     }  # fmt: skip
+
+
+def test_a_merged_key_has_the_line_that_it_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "base: &base {lr: 1}\nmore: &more\n  lr: 3\n  betas: 2\noptimizer:\n  eps: 1\n"
+        "  <<: [*base, *more]\nown:\n  lr: 4\n  <<: *more\nlast:\n  <<: {lr: -1}\n",
+        encoding="utf-8",
+    )
+    found = {key: its.line for key, its in keys_of(path).items() if "." in key}
+    assert found == {
+        "base.lr": 1, "more.lr": 3, "more.betas": 4, "optimizer.eps": 6, "optimizer.lr": 1,
+        "optimizer.betas": 4, "own.lr": 9, "own.betas": 4, "last.lr": 12,
+    }  # fmt: skip
+
+
+def test_a_typed_value_is_found_without_composing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(config_origins, "origins", lambda *_: asked.append("") or 1 / 0)
+    said = "model.dropout=3 must be below 1."
+    assert located_in(said, flags.DEFAULT, ["model=mlp", "model.dropout=3"]) == said
+    assert asked == []
+    for others in (["model=mlp"], ["model.dropout=${seed}"], ["model={dropout:3}"]):
+        located_in(said, flags.DEFAULT, others)
+    assert len(asked) == 3
+
+
+def test_an_error_about_a_key_of_hydras_names_no_other_file() -> None:
+    said = "hydra.run.dir=full holds notes.txt."
+    assert located_in(said, flags.DEFAULT, []) == said
+    assert origins(flags.DEFAULT, []).of("hydra.run.dir") is not None  # not what was typed
 
 
 def test_the_last_file_that_sets_a_key_counts(place: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -11,10 +13,14 @@ from typing import Any
 
 import forked
 import pytest
-from running import CPU, TINY, config_of
+from PIL import Image
+from running import CPU, TINY, composed, config_of, launched
 
+from regrow.config import flags
+from regrow.config.job import Job, job_of
+from regrow.errors import UserError
 from regrow.project import ROOT
-from regrow.runs import preview, training
+from regrow.runs import launch, preview, training
 
 GAN = ("--config-dir", str(ROOT / "src" / "lab" / "examples" / "gan" / "conf"))
 
@@ -120,3 +126,157 @@ def test_the_cost_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert from_two.flops == found.flops
     assert from_two.activations == pytest.approx(found.activations, rel=0.02)
     assert cost(16)[0].activations < 0.75 * found.activations
+
+
+def test_a_check_leaves_no_folder_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    train(tmp_path, "--check", *GIVEN, "hydra.run.dir=runs/x/y")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+    train(tmp_path, "--check", *GIVEN, "hydra.run.dir=kept/x/y", "model.norm=bach", code=2)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
+def test_a_check_resizes_no_images_and_refuses_what_the_cache_does(tmp_path: Path) -> None:
+    for number in range(12):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 24), (20 * number, 0, 0)).save(path)
+    before = sorted(tmp_path.rglob("*"))
+    given = (
+        "--check", "data.root=photos", "data.num_classes=2", "data.input_shape=[3,16,16]",
+        "data.source.resize=18", "data.batch_size=4", "trainer.device=cpu", "model.hidden=[8]",
+    )  # fmt: skip
+    assert "folder: " in train(tmp_path, *given, "data=resized_folder")
+    said = train(tmp_path, *given, "data=image_folder", "data.cache=resized", code=2)
+    assert "takes the original image, which is not kept" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_update_of_the_weights_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cost(32)[0].flops
+    assert cost(32, "optimizer=muon")[0].flops == found
+    monkeypatch.setattr(preview, "_of_updates", lambda *_: contextlib.nullcontext([]))
+    assert cost(32, "optimizer=muon")[0].flops > found
+    assert cost(32)[0].flops == found  # AdamW's has no matrix products
+
+
+def test_one_example_is_not_measured_alone() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        config = config_of(*TINY, "model.norm=batch")
+        objects = training.build(preview._alone(config, CPU.device), CPU)
+        batch = next(iter(objects.train.epoch(0)))
+        preview._step(objects, 0, CPU, preview._first(batch, 1))
+    of_one, of_all = cost(1, "model.norm=batch")[0], cost(32, "model.norm=batch")[0]
+    assert (of_one.size, of_all.size) == (1, 32)
+    assert of_one.flops == of_all.flops / 32
+    few = cost(1, "model.norm=batch", "data.batch_size=2", "trainer.check_first_batch=false")[0]
+    assert few.size == 2
+
+
+def job(*overrides: str) -> Job:
+    config = composed(*TINY, *overrides)
+    return job_of(config, None, [])
+
+
+def reported(caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:
+    caplog.clear()
+    with caplog.at_level("INFO", logger="regrow"):
+        preview.report(job(*overrides))
+    return caplog.messages
+
+
+def line(lines: list[str], start: str) -> str:
+    return next(line for line in lines if line.startswith(start))
+
+
+def test_a_batch_has_no_more_examples_than_the_split(caplog: pytest.LogCaptureFixture) -> None:
+    one = reported(caplog, "data.batch_size=1000")
+    two = reported(caplog, "data.batch_size=1000", "trainer.devices=2")
+    assert line(one, "compute") == line(two, "compute")
+    assert "activations of 50 examples" in line(one, "memory")
+    assert "activations of 25 examples" in line(two, "memory")
+    less = reported(caplog, "data.batch_size=20")
+    assert line(less, "compute") != line(one, "compute")
+
+
+def test_a_check_refuses_a_micro_batch_that_a_start_refuses(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = ("model.norm=batch", "data.batch_size=2", "trainer.accumulation_steps=2")
+    with pytest.raises(UserError, match="the smallest slice of a step is one example"):
+        preview.report(job(*given))
+    assert reported(caplog, *given, "data.batch_size=10")
+
+
+def test_a_check_evaluates_few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    check = preview.lab().check_first_batch
+
+    def checked(objects: Any, world: Any) -> None:
+        sizes.extend(batch.num_local for batch in next(iter(objects.sets.values())))
+        check(objects, world)
+
+    monkeypatch.setattr(preview.lab(), "check_first_batch", checked)
+    preview.report(job("data.eval_batch_size=512"))
+    assert sizes == [8, 8, 4]
+
+
+def test_an_error_of_a_check_has_the_place_that_a_start_gives(tmp_path: Path) -> None:
+    path = tmp_path / "experiment" / "late.yaml"
+    path.parent.mkdir()
+    path.write_text("# @package _global_\nmodel:\n  norm: bach\n", encoding="utf-8")
+    bad = dataclasses.replace(
+        job("model.norm=bach"),
+        source={**flags.DEFAULT, "dir": str(tmp_path)}, overrides=["experiment=late"],
+    )  # fmt: skip
+    with pytest.raises(UserError) as raised:
+        preview.report(bad)
+    assert str(raised.value).startswith(f"{path}:3: model.norm=bach is unknown.")
+
+
+def test_a_check_refuses_what_slurm_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(launch, "is_check", lambda: True)
+    given = ("launcher=slurm", "trainer.devices=3")
+    with pytest.raises(SystemExit) as ended:
+        launched(*given, "launcher.tasks_per_node=2")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: launcher.tasks_per_node=2: ")
+    assert launched(*given, "launcher.tasks_per_node=3") is None
+    said = "".join(capsys.readouterr())
+    assert "there is no sbatch on this machine" in said and "memory: about" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_of_this_machine_and_of_a_primary_config_differ(tmp_path: Path) -> None:
+    def differences(name: str = "train") -> list[str]:
+        source = {**flags.DEFAULT, "name": name, "dir": str(tmp_path)}
+        return list(preview._differences(dataclasses.replace(plain, source=source, overrides=[])))
+
+    plain = job()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [train, _self_]\ndata:\n  batch_size: 25\n", encoding="utf-8")
+    assert differences() == ["differs from the defaults: nothing"]
+    _, value = differences("mine")
+    assert "data.batch_size=25 instead of" in value and value.endswith(f"{mine}:3")
+    local = tmp_path / "local" / "default.yaml"
+    local.parent.mkdir()
+    local.write_text("# @package _global_\ndata:\n  batch_size: 50\n", encoding="utf-8")
+    _, value = differences()
+    assert "data.batch_size=50 instead of" in value and value.endswith(f"{local}:3")
+
+
+def test_a_check_finds_the_options_on_the_search_path_of_a_file(tmp_path: Path) -> None:
+    files = {
+        "there/model/wide.yaml": "defaults: [mlp]\nhidden: [99]\n",
+        "own/mine.yaml": f"defaults: [train, _self_]\nhydra:\n  searchpath: [{tmp_path}/there]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    given = ("--config-dir", "own", "--config-name", "mine", "model=wide", "trainer.device=cpu")
+    said = train(tmp_path, "--check", *given).split("defaults:\n")[1]
+    assert "  model=wide " in said and "hidden" not in said

@@ -318,6 +318,10 @@ class Data(Protocol):
         """Return what identifies the contents of each split."""
         ...
 
+    def check_cache(self) -> None:
+        """Raise UserError if `data.cache` does not fit the data. Writes nothing."""
+        ...
+
     def far_targets(self) -> str | None:
         """Return a warning about targets far from zero; None without one."""
         ...

@@ -18,7 +18,7 @@ kinds: refuse_mixing, refuse_sampling
 leads: lead, RECIPES, shown
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
     EARLY_EXTENSIONS, line, removed
-origins: located, located_in, Origins, origins, TYPED
+origins: composed, located, located_in, Origins, origins, TYPED
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
 recorded: gives_masks, recorded_config
@@ -28,7 +28,7 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
     places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote, resumed,
     SWEEP
 roles: check_roles
-started: CHECK, check_only, is_check, is_started, is_train, note_start
+started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 targets: allow, instantiate, locate
 yaml_files: read_yaml, readable
 yaml_keys: head_of

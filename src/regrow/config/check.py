@@ -30,7 +30,7 @@ from regrow.config.kinds import refuse_mixing, refuse_sampling
 from regrow.config.origins import located
 from regrow.config.resume import check_recorded
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped
-from regrow.config.started import is_started
+from regrow.config.started import is_started, note_missing
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import walk
@@ -69,6 +69,7 @@ class CheckBeforeStart(Callback):
                 check_settings(config.hydra, is_sweep=False)
             check(config, config.hydra.runtime.choices)
             _checked[:] = [plain(without_hydra(config))]
+            note_missing(Path(str(OmegaConf.select(config, "hydra.run.dir"))))
         except OmegaConfBaseException as error:
             fail(composition_error(error))
 

@@ -89,19 +89,46 @@ def origins(source: Mapping[str, Any], overrides: Sequence[str]) -> Origins:
     Raises Hydra's errors.
     """
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     with hydra_as_it_was():
         config = composition(source, overrides)
         HydraConfig.instance().set_config(config)  # tells `places` the search path
         found = defaults_of(source, overrides)
         layers = [layer for default in found.defaults for layer in _layer(default)]
-        content = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        plain: Any = OmegaConf.to_container(content, resolve=False)
-        choices: Any = OmegaConf.to_container(config.hydra.runtime.choices, resolve=False)
+        plain, choices = _plain(config)
     typed = {override.key_or_group for override in found.config_overrides}
     groups = {key for key in map(_key_of, overrides) if key in choices and key not in typed}
     return Origins(layers, typed, groups, plain, choices)
+
+
+def composed(
+    source: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the composed config with its interpolations, and the chosen options by group.
+
+    Raises Hydra's errors.
+    """
+    with hydra_as_it_was():
+        return _plain(composition(source, overrides))
+
+
+def _plain(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    plain: Any = OmegaConf.to_container(content, resolve=False)
+    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices, resolve=False)
+    return plain, choices
+
+
+def _is_typed(key: str, overrides: Sequence[str]) -> bool:
+    """Return True if an override gives the key a value of its own, not by an interpolation."""
+    values = [
+        value
+        for name, equals, value in (override.partition("=") for override in overrides)
+        if equals and name.lstrip("+") == key
+    ]
+    return bool(values) and not any("${" in value for value in values)
 
 
 def _key_of(override: str) -> str:
@@ -158,8 +185,10 @@ def located(message: str) -> str:
 def located_in(message: str, source: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """Return what `located` does, for a config composed from `source` and `overrides`."""
     found = re.match(r"([A-Za-z_]\w*(?:\.[\w*-]+)*)(?=[=:, ])", message)
-    if found is None or places.is_group(found[1]):
-        return message
+    if found is None or places.is_group(found[1]) or found[1].split(".")[0] == "hydra":
+        return message  # a key of Hydra's is in files of its own, which no layer holds
+    if _is_typed(found[1], overrides):
+        return message  # composing again would take as long as the start
     place = None
     with contextlib.suppress(Exception):  # the error itself matters more than its place
         place = origins(source, overrides).of(found[1])

@@ -1,7 +1,8 @@
-"""Tell whether this process runs `scripts/train.py`."""
+"""Tell whether this process runs `scripts/train.py`, and which folders its start creates."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from regrow.project import ROOT
 _started: list[Callable[..., Any]] = []
 CHECK = "--check"
 _checks: list[str] = []
+# The folders that Hydra creates for this process's run, deepest first.
+_missing: list[Path] = []
 
 
 def is_train(task: Callable[..., Any]) -> bool:
@@ -34,6 +37,21 @@ def check_only(arguments: Sequence[str]) -> list[str]:
 def is_check() -> bool:
     """Return True if this process reports what a run would be, without a run."""
     return bool(_checks)
+
+
+def note_missing(folder: Path) -> None:
+    """Note which of a folder and its parents do not exist, before Hydra creates them."""
+    folder = folder.absolute()
+    _missing[:] = [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def remove_created() -> None:
+    """Remove the folders that did not exist at `note_missing`, if nothing is in them."""
+    with contextlib.suppress(OSError):
+        for place in _missing:
+            if place.exists():
+                place.rmdir()
+    _missing.clear()
 
 
 def is_started(task: Any = None) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+MERGE = "tag:yaml.org,2002:merge"
+
 
 class Key(NamedTuple):
     """Where a key stands in its file, and what its comment says ("" without one)."""
@@ -43,10 +45,22 @@ def _keys(node: Any, lines: list[str], prefix: str) -> Iterator[tuple[str, Key]]
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
+        if key.tag == MERGE:  # the mapping's own keys win, which a reader finds elsewhere
+            yield from _merged(value, lines, prefix)
+    for key, value in node.value:
+        if key.tag == MERGE:
+            continue
         name = f"{prefix}{key.value}"
         yield name, Key(key.start_mark.line + 1, _comment(key, value, lines))
         for inner, found in _keys(value, lines, f"{name}."):
             yield inner, Key(found.line, "") if value.flow_style else found
+
+
+def _merged(value: Any, lines: list[str], prefix: str) -> Iterator[tuple[str, Key]]:
+    """Yield the keys of the mapping behind `<<`, or of several, of which the first wins."""
+    mappings = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    for mapping in reversed(mappings):
+        yield from _keys(mapping, lines, prefix)
 
 
 def _comment(key: Any, value: Any, lines: list[str]) -> str:

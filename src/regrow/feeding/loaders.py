@@ -235,12 +235,10 @@ class Data:
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
-    def _cached(self, cache_root: str | None, max_gb: float) -> Splits:
-        """Return the source with its images resized once. Raises UserError, DataError."""
+    def check_cache(self) -> None:
+        """Raise UserError if `data.cache=resized` does not fit the data. Resizes nothing."""
         key, source = "data.cache=resized", self.source
-        splits = dict(source.items())
-        images = [split for split in splits.values() if isinstance(split, ImageFiles)]
-        if len(images) < len(splits):
+        if not all(isinstance(split, ImageFiles) for _, split in source.items()):
             raise UserError(
                 f"{key} keeps the resized images of data=image_folder, and this data is "
                 f"{type(source.train).__name__}. Set data.cache=null."
@@ -257,6 +255,12 @@ class Data:
                 f"data=resized_folder, whose {lab_name()}.data.augment.CropResized takes the "
                 "resized one, data.augmentation=null, or data.cache=null."
             )
+
+    def _cached(self, cache_root: str | None, max_gb: float) -> Splits:
+        """Return the source with its images resized once. Raises UserError, DataError."""
+        self.check_cache()
+        source, splits = self.source, dict(self.source.items())
+        images = [split for split in splits.values() if isinstance(split, ImageFiles)]
         found = dict(zip(splits, keep_resized(images, cache_root, max_gb), strict=True))
         sets = {name: found[name] for name in source.sets}
         return dataclasses.replace(

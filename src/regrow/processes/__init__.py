@@ -9,6 +9,6 @@ outside: absent, arrive, check_environment, check_size, have_met, is_in_a_shell,
 parent: die_with_parent
 ranks: count_of, run, STOPPED
 signals: handled, STOPPING
-slurm: check, SlurmOptions, submit, submit_array, waiting_or_running
+slurm: check, check_request, is_missing, SlurmOptions, submit, submit_array, waiting_or_running
 terminal: drop_unread
 """

@@ -52,11 +52,20 @@ class SlurmOptions:
 
 def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
     """Raise UserError for options that Slurm rejects, or that fail once the job starts."""
-    if shutil.which("sbatch") is None:
+    if is_missing():
         raise UserError(
             "launcher=slurm: there is no sbatch on this machine. Submit from one that has it, or "
             "leave out launcher to run here."
         )
+    check_request(options, trainer)
+
+
+def is_missing() -> bool:
+    return shutil.which("sbatch") is None
+
+
+def check_request(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
+    """Do what `check` does on a machine without Slurm."""
     if options.jobs == "auto":
         raise UserError("launcher.jobs=auto: Slurm takes a number, or null for as many as it lets.")
     if options.nodes > 1 and options.tasks_per_node == 1 and trainer["devices"] != 1:

@@ -16,7 +16,7 @@ from regrow.config import resume
 from regrow.config.check import check_once
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.job import Job, as_recorded, job_of
-from regrow.config.started import is_check
+from regrow.config.started import is_check, remove_created
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.failing import in_one_line
@@ -46,7 +46,9 @@ def launch(cfg: DictConfig) -> float | None:
     try:
         return _launch(cfg)
     except Exception:
-        leave_nothing(output_dir())
+        if not is_check():
+            leave_nothing(output_dir())
+        remove_created()
         raise
 
 
@@ -61,20 +63,27 @@ def _launch(cfg: DictConfig) -> float | None:
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
     folder = output_dir() if is_named("hydra.run.dir") else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
+    launcher = plain(cfg)["launcher"]
     if is_check():
         if outside.started_from_outside():
             raise UserError("--check is one process. Start it without torchrun or srun.")
         with console():
             from regrow.runs import preview
 
+            if "_target_" in launcher:
+                from regrow.processes import slurm
+
+                slurm.check_request(instantiate(launcher), job.config["trainer"])
+                if slurm.is_missing():
+                    log.warning("there is no sbatch on this machine, so a start here would fail")
             preview.report(job)
+            remove_created()
             return None
     if outside.started_from_outside():
         from regrow.runs import worker
 
         worker.lead(job)
     with console():
-        launcher = plain(cfg)["launcher"]
         if "_target_" in launcher:
             given = typed_overrides(HydraConfig.get().overrides.task)
             typed = [o for o in given if resume.is_of_the_launcher(o)]

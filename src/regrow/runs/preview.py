@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.config import flags, resume
+from regrow.config import flags, places, resume
 from regrow.config.job import Job
 from regrow.config.leads import RECIPES, shown
-from regrow.config.origins import TYPED, Origins, origins
+from regrow.config.origins import TYPED, composed, located_in, origins
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World
 from regrow.dotted import leaves
 from regrow.errors import UserError
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
+from regrow.project import CONF
 from regrow.protocols import Batch, Objects
 from regrow.record import names
 from regrow.record.records import load_status
@@ -36,13 +37,15 @@ from regrow.runs.lab import lab
 log = logging.getLogger("regrow")
 
 DIRECT = 1e8  # parameters times examples of a micro-batch that is measured whole
-FEW = (2, 4)  # examples of the two steps that stand for a larger one
+FEW = (2, 4)  # examples of the two steps that stand for a larger one, or for one example
+FEW_EVALUATED = 8  # examples of the batch that the check of the first batch takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """The cost of a micro-batch in one process: operations, and bytes."""
 
+    size: int  # its examples
     flops: float  # forward and backward; a multiplication and an addition are two
     activations: float  # the most that is saved for the backward pass at one time
     optimizer: int  # the optimizer's state
@@ -50,6 +53,14 @@ class Cost:
 
 def report(job: Job) -> None:
     """Log what the job's run would be. Raises UserError for what a start would refuse."""
+    try:
+        _report(job)
+    except UserError as error:  # as a start says it
+        said = located_in(str(error), job.source or flags.DEFAULT, job.overrides)
+        raise type(error)(said) from error.__cause__
+
+
+def _report(job: Job) -> None:
     allow(job.config)
     if job.folder is not None:
         job = _resumed(job, Path(job.folder))
@@ -66,20 +77,25 @@ def report(job: Job) -> None:
     world = World(device=device)
     objects = training.build(_alone(job.config, device), world)
     with contextlib.closing(objects.data):
+        if job.config["data"].get("cache") is not None:
+            objects.data.check_cache()
+        split = count * trainer["accumulation_steps"]
         if trainer["check_first_batch"] and not note:
+            position = objects.state.progress
+            position.num_micro_batches = split  # a start refuses a micro-batch that is too small
             lab().check_first_batch(objects, world)
+            position.num_micro_batches = 1
         for line in facts(job, objects, dataclasses.replace(world, size=count)):
             log.info("%s", line)
         for line in [*objects.data.notes, *what_is_odd(job.config, objects)]:
             log.warning("%s", line)
         if note:
             log.warning("%s", note)
-        slices = trainer["accumulation_steps"]
-        size = -(-job.config["data"]["batch_size"] // (count * slices))
-        cost = measured(objects, job.config["seed"], world, size)
+        batch = min(job.config["data"]["batch_size"], objects.train.num_examples)
+        cost = measured(objects, job.config["seed"], world, -(-batch // split))
     shares = count if trainer["strategy"] == "fsdp" else 1
-    log.info("%s", _memory(objects, cost, size, shares))
-    flops = cost.flops * job.config["data"]["batch_size"] / size
+    log.info("%s", _memory(objects, cost, shares))
+    flops = cost.flops * batch / cost.size
     log.info("compute: %sFLOP per step, forward and backward, of matrix products and convolutions",
              _scaled(flops))  # fmt: skip
     log.info("folder: %s", _folder(job))
@@ -95,27 +111,41 @@ def _alone(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         trainer |= {"sync_batch_norm": False}
         trainer["precision"] = "bf16" if trainer["precision"] == "fp16" else trainer["precision"]
-    return {**config, "trainer": trainer, "data": {**config["data"], "num_workers": 0}}
+    data = {**config["data"], "num_workers": 0}
+    data["eval_batch_size"] = min(data["eval_batch_size"], FEW_EVALUATED)
+    if "cache" in data:
+        data["cache"] = None  # which would be written
+    return {**config, "trainer": trainer, "data": data}
 
 
 # -- Cost of a step --------------------------------------------------------------------------------
 
 
 def measured(objects: Objects, seed: int, world: World, size: int) -> Cost:
-    """Return the cost of a micro-batch of `size` examples from one or two steps of training."""
+    """Return the cost of a micro-batch of `size` examples from one or two steps of training.
+
+    It has fewer examples if the training split has. One example is not measured itself where there
+    are more: BatchNorm cannot train on one.
+    """
     batch = next(iter(objects.train.epoch(0)))
     count = sum(p.numel() for p in objects.state.model.parameters())
     size = min(size, batch.num_local)
-    if count * size <= DIRECT or size <= max(FEW):
+    is_small = count * size <= DIRECT or size <= max(FEW)
+    if batch.num_local < max(FEW):
+        size, is_small = max(size, min(FEW[0], batch.num_local)), True
+    if is_small and (size > 1 or batch.num_local == 1):
         return _step(objects, seed, world, _first(batch, size))
     small, large = (_step(objects, seed, world, _first(batch, few)) for few in FEW)
 
     def at(of_small: float, of_large: float) -> float:
-        slope = (of_large - of_small) / (FEW[1] - FEW[0])
-        return of_small + slope * (size - FEW[0])
+        slope = (of_large - of_small) / (large.size - small.size)
+        return of_small + slope * (size - small.size)
 
     return Cost(
-        at(small.flops, large.flops), at(small.activations, large.activations), large.optimizer
+        size,
+        at(small.flops, large.flops),
+        at(small.activations, large.activations),
+        large.optimizer,
     )
 
 
@@ -130,12 +160,45 @@ def _first(batch: Any, size: int) -> Batch:
 def _step(objects: Objects, seed: int, world: World, batch: Batch) -> Cost:
     nothing: dict[str, Any] = {"record": None, "checkpoints": None, "trial": None}
     plan: Any = lab().plan_of(objects, seed, world, StopRequest(), **nothing)
-    with FlopCounterMode(display=False) as counter, _saved(objects.state.model) as peak:
-        plan.train_step(objects.state, batch, plan.step)
     optimizer: Any = objects.state.optimizer  # several by name, for several models
-    each = optimizer.values() if isinstance(optimizer, Mapping) else [optimizer]
+    each = [*optimizer.values()] if isinstance(optimizer, Mapping) else [optimizer]
+    counter = FlopCounterMode(display=False)
+    with _of_updates(each, counter) as updates, counter, _saved(objects.state.model) as peak:
+        plan.train_step(objects.state, batch, plan.step)
     tensors = [t for one in each for t in tree_leaves(one.state_dict()) if _is_tensor(t)]
-    return Cost(counter.get_total_flops(), max(peak), sum(map(_bytes, tensors)))
+    flops = counter.get_total_flops() - sum(updates)
+    return Cost(batch.num_local, flops, max(peak), sum(map(_bytes, tensors)))
+
+
+@contextlib.contextmanager
+def _of_updates(optimizers: Sequence[Any], counter: FlopCounterMode) -> Iterator[list[int]]:
+    """Yield the operations of the optimizers' updates, such as Muon's, whose number is fixed.
+
+    Those of an update that is given a closure count as forward and backward.
+    """
+    spent: list[int] = []
+
+    def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            before = counter.get_total_flops()
+            result = step(*given, **named)
+            if not given and not named:
+                spent.append(counter.get_total_flops() - before)
+            return result
+
+        return wrapped
+
+    own = [vars(optimizer).get("step") for optimizer in optimizers]
+    for optimizer in optimizers:
+        optimizer.step = counted(optimizer.step)
+    try:
+        yield spent
+    finally:
+        for optimizer, step in zip(optimizers, own, strict=True):
+            if step is None:
+                del optimizer.step
+            else:
+                optimizer.step = step
 
 
 @contextlib.contextmanager
@@ -181,7 +244,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _memory(objects: Objects, cost: Cost, size: int, shares: int) -> str:
+def _memory(objects: Objects, cost: Cost, shares: int) -> str:
     """Return a line on the memory of a process: what the config implies, without the libraries."""
     model = objects.state.model
     parts = {
@@ -192,7 +255,7 @@ def _memory(objects: Objects, cost: Cost, size: int, shares: int) -> str:
     if (averaged := getattr(objects.state, "averaged", None)) is not None:
         parts["average"] = sum(map(_bytes, [*averaged.parameters(), *averaged.buffers()]))
     parts = {name: -(-part // shares) for name, part in parts.items()}
-    parts[f"activations of {size} examples"] = round(cost.activations)
+    parts[f"activations of {cost.size} examples"] = round(cost.activations)
     named = ", ".join(f"{name} {_scaled(part)}B" for name, part in parts.items())
     return f"memory: about {_scaled(sum(parts.values()))}B per process: {named}"
 
@@ -232,19 +295,21 @@ def _differences(job: Job) -> Iterator[str]:
     """Yield the choices and keys that differ from the shipped ones, each with its place."""
     source = job.source or flags.DEFAULT
     found = origins(source, job.overrides)
-    usual = origins(source, [])
+    shipped = _shipped(source)
+    _, usual = composed(shipped, ["~local"])
     changed = [
         (f"{group}={_option(option)}", found.chose(group))
         for group, option in found.choices.items()
-        if option != usual.choices.get(group) and group.split("/")[0] != "hydra"
+        if option != usual.get(group) and group.split("/")[0] not in ("hydra", "local")
     ]
     kept = [
         f"{group}={option}"
         for group, option in found.choices.items()
-        if isinstance(option, str) and group in usual.choices and group not in RECIPES
+        if isinstance(option, str) and group in usual and group not in RECIPES
     ]
-    before = leaves(_values(origins(source, [o for o in kept if not o.startswith("hydra/")])))
-    for key, value in leaves(_values(found)).items():
+    kept = ["~local", *(choice for choice in kept if not choice.startswith("hydra/"))]
+    before = leaves(_values(composed(shipped, kept)[0]))
+    for key, value in leaves(_values(found.config)).items():
         if key not in before or before[key] != value:
             old = f" instead of {_shown(before[key])}" if key in before else ""
             old = "" if "${" in old else old  # the default depends on other keys
@@ -255,8 +320,17 @@ def _differences(job: Job) -> Iterator[str]:
         yield f"  {words:<{min(width, 60)}}  {place}"
 
 
-def _values(found: Origins) -> Mapping[str, Any]:
-    return {key: value for key, value in found.config.items() if key != "resume"}
+def _shipped(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the source of the defaults: conf/train.yaml, with the options of the given places."""
+    own = [] if source["path"] is None else [source["path"]]
+    own += [str(folder) for folder in places.folders() if folder != CONF]  # a file may add some
+    searched = [place if "://" in place else f"file://{place}" for place in own]
+    searched = list(dict.fromkeys([*source["searchpath"], *searched]))
+    return {**source, "name": "train", "path": None, "searchpath": searched}
+
+
+def _values(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: value for key, value in config.items() if key != "resume"}
 
 
 def _option(option: Any) -> str:
