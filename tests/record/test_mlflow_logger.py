@@ -68,6 +68,7 @@ def opened(folder: Path, resume_step: int | None, position: int | None = None, *
         "optimizer": {"lr": 0.1},
         "service_token": "planted-in-the-config",
         "long": "x" * 9000,
+        "k" * 300: 1,
     }
     run = folder / "run"
     run.mkdir(exist_ok=True)
@@ -135,6 +136,68 @@ def test_what_a_kill_lost_is_filled_from_the_record(database: Path) -> None:
     (file,) = client.list_artifacts(run.info.run_id, "images/samples")
     assert file.path == "images/samples/step_00000002.png"
     assert run.info.artifact_uri.startswith((database / "mlflow-files").as_uri())
+
+
+ODD = [
+    "val/f1/",
+    "val/f1/..",
+    "val/f1/.",
+    "val/f1/...",
+    "val/f1/a//b",
+    "/x",
+    "//x",
+    "",
+    ".",
+    "../y",
+]
+ODD += ["val/f1/a+", "val/f1/a*", "val/f1/a_", "line\nbreak", "m" * 250, "m" * 251, "m" * 252]
+
+
+def test_each_name_of_a_metric_arrives_and_none_stands_for_two(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {key: float(number) for number, key in enumerate(ODD)}
+    first = opened(database, None)
+    for step in (1, 2):
+        first.log(step, 0, values)
+    position = first.position()
+    first.close()
+    resumed = opened(database, 2, position)  # its names are the same
+    for step in (3, 4):
+        resumed.log(step, 0, values)
+    resumed.close()
+    _, run = read(database)
+    assert run.info.status == "FINISHED" and caplog.records == []
+    assert len(run.data.metrics) == len(ODD) + 1  # the epoch
+    assert sorted(run.data.metrics.values()) == sorted([0.0, *map(float, range(len(ODD)))])
+    assert (run.data.metrics["val/f1/a_"], run.data.metrics["m" * 250]) == (12.0, 14.0)
+    for key in run.data.metrics:
+        assert [step for step, _ in history(database, key)] == [1, 2, 3, 4]
+    assert any(key.startswith("k" * 200) for key in run.data.params)
+
+
+def test_what_mlflow_refuses_is_left_out_alone(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = opened(database, None)
+    tracker = loggers.trackers["mlflow"]
+    loggers.log(1, 0, {"good": 1.0})
+    tracker.waiting.insert(0, tracker.metric("not/../normal", 1.0, 1, 1))
+    tracker.waiting.insert(0, tracker.metric("not/../normal", 1.0, 1, 2))
+    loggers.log(2, 0, {"good": 2.0})
+    loggers.close()
+    assert history(database, "good") == [(1, 1.0), (2, 2.0)]
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("mlflow: not/../normal is left out: ")
+    assert read(database)[1].info.status == "FINISHED"
+
+
+def test_a_run_that_cannot_send_is_ended_all_the_same(database: Path) -> None:
+    loggers = opened(database, None)
+    loggers.trackers["mlflow"].waiting.append("not a metric")
+    assert read(database)[1].info.status == "RUNNING"
+    loggers.close(1)
+    assert read(database)[1].info.status == "FAILED"
 
 
 def test_a_run_that_is_gone_from_the_database_begins_anew(

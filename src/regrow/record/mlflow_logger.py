@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import re
 import time
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "mlflow.json"
 MOST_METRICS, MOST_PARAMS, LONGEST = 1000, 100, 6000  # that MLflow takes in one call; characters
+LONGEST_NAME = 250  # characters of a metric's or a param's name
+REFUSED = "INVALID_PARAMETER_VALUE"  # MLflow's code for a value or a name that it never takes
 ENDS = {0: "FINISHED", 255: "KILLED"}  # by exit code; any other: FAILED
 SQLITE = "sqlite:///"
 
@@ -55,6 +58,7 @@ class Mlflow:
         self.waiting: list[Any] = []
         self.images: dict[str, set[str]] = {}  # the files of each name that are there
         self.last: tuple[int, set[str]] = (-1, set())  # the keys of the newest step
+        self.refused: set[str] = set()  # the names that MLflow does not take
         with _alone(tracking_uri):
             self.client: Any = MlflowClient(_absolute(tracking_uri))
             number = _experiment(self.client, experiment, tracking_uri)
@@ -130,17 +134,44 @@ class Mlflow:
         self.sent_at = time.monotonic()
         while self.waiting:
             part = self.waiting[:MOST_METRICS]
-            self.client.log_batch(self.run_id, metrics=part)
+            self._send(part)
             del self.waiting[: len(part)]
 
+    def _send(self, metrics: list[Any]) -> None:
+        """Send values. One that MLflow refuses is left out: it would hold back all later ones."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_batch(self.run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != REFUSED:
+                raise
+            if len(metrics) > 1:
+                for metric in metrics:
+                    self._send([metric])
+            elif (name := metrics[0].key) not in self.refused:
+                self.refused.add(name)
+                log.warning("mlflow: %s is left out: %s", name, brief(error, 200))
+
     def close(self, exit_code: int = 0) -> None:
-        self.flush()
-        self.client.set_terminated(self.run_id, ENDS.get(exit_code, "FAILED"))
+        try:
+            self.flush()
+        finally:
+            self.client.set_terminated(self.run_id, ENDS.get(exit_code, "FAILED"))
 
 
 def _name(key: str) -> str:
-    """Return a key with the characters that MLflow allows."""
-    return re.sub(r"[^\w\-. :/]", "_", key)
+    """Return a key as a name that MLflow takes.
+
+    MLflow refuses other characters, names over 250 characters and names that are not normal paths.
+    A changed name ends with a hash of its key: the classes a+ and a* would else share the name a_.
+    """
+    parts = re.sub(r"[^\w\-. :/]", "_", key).split("/")
+    name = "/".join(f"_{part}" if part in ("", ".") or part[:2] == ".." else part for part in parts)
+    if name == key and len(key) <= LONGEST_NAME:
+        return key
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 1 - len(digest)]}_{digest}"
 
 
 def _file(tracking_uri: str) -> Path | None:
