@@ -7,10 +7,12 @@ import logging
 import math
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,52 @@ def test_a_run_that_is_gone_from_the_database_begins_anew(
         opened(database, None).close()
     assert "is not there, a new one begins" in caplog.text
     assert read(database)[1].info.status == "FINISHED"
+
+
+def test_a_deleted_run_begins_anew(database: Path) -> None:
+    opened(database, None).close()
+    client, run = read(database)
+    client.delete_run(run.info.run_id)
+    opened(database, None).close()
+    assert read(database)[1].info.run_id != run.info.run_id
+
+
+def test_a_failure_that_may_pass_begins_no_second_run(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(database, None).close()
+    client, run = read(database)
+    refusing = "CREATE TRIGGER t BEFORE UPDATE ON runs BEGIN SELECT RAISE(ABORT, 'not now'); END"
+    with closing(sqlite3.connect(database / "mlflow.db")) as connection:
+        connection.execute(refusing)
+    loggers = opened(database, None)
+    assert not loggers.trackers and "The run does without it" in caplog.text
+    loggers.close()
+    with closing(sqlite3.connect(database / "mlflow.db")) as connection:
+        connection.execute("DROP TRIGGER t")
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    loggers = opened(database, None)
+    assert loggers.trackers
+    loggers.close()
+    assert read(database)[1].info.run_id == run.info.run_id
+
+
+def test_a_run_that_was_killed_before_its_params_gets_them(database: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
+    loggers = opened(database, None)  # creates the experiment
+    loggers.close()
+    client = MlflowClient(address(database))
+    bare = client.create_run(read(database)[1].info.experiment_id)
+    client.log_batch(bare.info.run_id, params=[Param("optimizer.lr", "0.05")])  # a first part
+    client.set_tag(bare.info.run_id, "mlflow.note.content", "edited")
+    (database / "run" / "mlflow.json").write_text(json.dumps({"id": bare.info.run_id}))
+    opened(database, None).close()
+    data = read(database)[1].data
+    assert data.params["optimizer.lr"] == "0.05"  # what is there stays
+    assert len(data.params["long"]) == 6000
+    assert (data.tags["tags"], data.tags["mlflow.note.content"]) == ("one, two", "edited")
 
 
 def test_a_run_of_the_config_is_in_the_database_and_draws_nothing(database: Path) -> None:

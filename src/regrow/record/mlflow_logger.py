@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ IDENTITY = "mlflow.json"
 MOST_METRICS, MOST_PARAMS, LONGEST = 1000, 100, 6000  # that MLflow takes in one call; characters
 LONGEST_NAME = 250  # characters of a metric's or a param's name
 REFUSED = "INVALID_PARAMETER_VALUE"  # MLflow's code for a value or a name that it never takes
+GONE = ("RESOURCE_DOES_NOT_EXIST", REFUSED)  # its codes for a run that is missing or deleted
 ENDS = {0: "FINISHED", 255: "KILLED"}  # by exit code; any other: FAILED
 SQLITE = "sqlite:///"
 
@@ -62,10 +63,10 @@ class Mlflow:
         with _alone(tracking_uri):
             self.client: Any = MlflowClient(_absolute(tracking_uri))
             number = _experiment(self.client, experiment, tracking_uri)
-        self.run_id, is_new = self._identity(folder / IDENTITY, number, run_name)
-        self.shown: set[tuple[str, int]] = set() if is_new else self._history()
-        if is_new:
-            self._describe(config, tags, notes)
+        self.run_id = self._identity(folder / IDENTITY, number, run_name)
+        there = self.client.get_run(self.run_id).data
+        self.shown = self._history(there.metrics)
+        self._describe(config, tags, notes, there)
         for line in iterate_metrics(folder):
             values = {key: value for key, value in line.items() if key not in ("step", "epoch")}
             self.log(line["step"], line.get("epoch", 0), values)
@@ -73,36 +74,46 @@ class Mlflow:
         for image in logged_images.logged(folder):
             self.log_image(*image)
 
-    def _identity(self, path: Path, experiment: str, run_name: str) -> tuple[str, bool]:
-        """Return the id of the MLflow run, and whether it is new."""
+    def _identity(self, path: Path, experiment: str, run_name: str) -> str:
+        """Return the id of the MLflow run, which is created if it is not there."""
+        from mlflow.exceptions import MlflowException
+
         if path.exists():
             run_id = str(read_json(path)["id"])
             try:
                 self.client.update_run(run_id, status="RUNNING")
-                return run_id, False
-            except Exception as error:  # it was deleted, or is in another database
+                return run_id
+            except MlflowException as error:
+                # A failure that may pass, such as a locked database, must not begin a second run.
+                if error.error_code not in GONE:
+                    raise
                 log.warning("mlflow: run %s is not there, a new one begins: %s", run_id, error)
         run = self.client.create_run(experiment, run_name=run_name)
         write_json(path, {"id": run.info.run_id})
-        return str(run.info.run_id), True
+        return str(run.info.run_id)
 
-    def _history(self) -> set[tuple[str, int]]:
-        keys = self.client.get_run(self.run_id).data.metrics
+    def _history(self, keys: Iterable[str]) -> set[tuple[str, int]]:
         history = (self.client.get_metric_history(self.run_id, key) for key in keys)
         return {(metric.key, metric.step) for metrics in history for metric in metrics}
 
     def _describe(
-        self, config: Mapping[str, Any] | None, tags: list[str], notes: str | None
+        self, config: Mapping[str, Any] | None, tags: list[str], notes: str | None, there: Any
     ) -> None:
+        """Add the params and tags that are not there: an earlier process may have been killed."""
         from mlflow.entities import Param, RunTag
 
-        flat = leaves(redact_all(dict(config or {})))
-        params = [Param(_name(key), str(value)[:LONGEST]) for key, value in flat.items()]
+        flat = {_name(key): value for key, value in leaves(redact_all(dict(config or {}))).items()}
+        params = [
+            Param(name, str(value)[:LONGEST])
+            for name, value in flat.items()
+            if name not in there.params
+        ]
         for start in range(0, len(params), MOST_PARAMS):
             self.client.log_batch(self.run_id, params=params[start : start + MOST_PARAMS])
         about = {"tags": ", ".join(tags), "mlflow.note.content": notes}
-        found = [RunTag(key, text) for key, text in about.items() if text]
-        self.client.log_batch(self.run_id, tags=found)
+        found = [RunTag(key, text) for key, text in about.items() if text and key not in there.tags]
+        if found:
+            self.client.log_batch(self.run_id, tags=found)
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         if step != self.last[0]:
