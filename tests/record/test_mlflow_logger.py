@@ -7,12 +7,15 @@ import logging
 import math
 import random
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from running import TINY, config_of, train_config
 from regrow import extras
 from regrow.errors import UserError
 from regrow.project import ROOT
+from regrow.record import mlflow_logger
 from regrow.record.loggers import check_choice, open_loggers
 
 pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
@@ -61,7 +65,8 @@ def address(folder: Path) -> str:
 def opened(folder: Path, resume_step: int | None, position: int | None = None, **more: Any) -> Any:
     from regrow.record.mlflow_logger import Mlflow
 
-    settings = {"experiment": "e", "tags": ["one", "two"], "notes": "why", "flush_seconds": 60}
+    settings: dict[str, Any] = {"experiment": "e", "tags": ["one", "two"], "notes": "why"}
+    settings |= {"flush_seconds": 60, "timeout_seconds": 30}
 
     def node(**given: Any) -> Any:
         return Mlflow(**{**settings, "tracking_uri": address(folder), **more}, **given)  # type: ignore[arg-type]
@@ -194,6 +199,90 @@ def test_what_mlflow_refuses_is_left_out_alone(
     assert read(database)[1].info.status == "FINISHED"
 
 
+@pytest.fixture
+def dead_server() -> Iterator[tuple[str, list[int]]]:
+    """Yield the address of a server that hangs up, and a list that grows by each request."""
+    requests: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    requests.append(1)
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", requests
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_server_that_fails_is_left_alone_for_a_while(
+    database: Path, dead_server: tuple[str, list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    loggers = opened(database, None, timeout_seconds=30, flush_seconds=0)
+    tracker, (where, requests) = loggers.trackers["mlflow"], dead_server
+    alive, tracker.client = tracker.client, MlflowClient(where)
+    loggers.log(1, 0, {"a": 1.0})
+    assert len(requests) == 2  # one retry
+    for step in range(2, 50):
+        loggers.log(step, 0, {"a": 1.0})
+    loggers.position()
+    assert len(requests) == 2
+    tracker.paused["values"] -= mlflow_logger.PAUSE * 30  # the time has passed
+    loggers.log(50, 0, {"a": 1.0})
+    assert len(requests) == 4
+    loggers.image("samples", torch.ones(2, 2), step=50)
+    assert len(requests) == 6  # images have a pause of their own
+    loggers.image("samples", torch.ones(2, 2), step=51)
+    assert len(requests) == 6
+    tracker.client = alive
+    loggers.close()
+    assert [step for step, _ in history(database, "a")] == [*range(1, 51)]
+    client, run = read(database)
+    assert len(client.list_artifacts(run.info.run_id, "images/samples")) == 2
+    (warning,) = (r for r in caplog.records if r.name.startswith("regrow"))
+    assert warning.getMessage().startswith("logger mlflow: MlflowException: ")
+
+
+def test_the_limits_of_a_request_hold_for_our_requests_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow import environment_variables as variables
+
+    def limits() -> tuple[int, int]:
+        retries = variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES
+        return variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get(), retries.get()
+
+    assert limits() == (120, 7)  # MLflow's own
+    with mlflow_logger._limited(30):
+        assert limits() == (15, 1)
+        with mlflow_logger._limited(60):
+            assert limits() == (15, 1)
+        assert limits() == (15, 1)
+    assert limits() == (120, 7)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    with mlflow_logger._limited(0.1):
+        assert limits() == (77, 1)
+    assert limits() == (77, 7)
+
+
+def test_a_run_begins_without_a_server_that_does_not_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        loggers = opened(tmp_path, None, tracking_uri=where, timeout_seconds=1)
+        assert time.monotonic() - start < 30  # MLflow's own limits: 16 minutes
+    assert not loggers.trackers and "The run does without it" in caplog.text
+    loggers.close()
+
+
 def test_a_run_that_cannot_send_is_ended_all_the_same(database: Path) -> None:
     loggers = opened(database, None)
     loggers.trackers["mlflow"].waiting.append("not a metric")
@@ -280,7 +369,8 @@ def test_two_processes_may_create_the_database_at_once(tmp_path: Path) -> None:
         "from regrow.record.mlflow_logger import Mlflow\n"
         "folder = Path(sys.argv[1]); folder.mkdir()\n"
         f"m = Mlflow(tracking_uri={address(tmp_path)!r}, experiment='e', tags=[], notes=None, "
-        "flush_seconds=5, folder=folder, resume_step=None, run_name='x', config=None)\n"
+        "flush_seconds=5, timeout_seconds=30, folder=folder, resume_step=None, run_name='x', "
+        "config=None)\n"
         "m.log(1, 0, {'a': 1.0}); m.close()"
     )
     started = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ REFUSED = "INVALID_PARAMETER_VALUE"  # MLflow's code for a value or a name that 
 GONE = ("RESOURCE_DOES_NOT_EXIST", REFUSED)  # its codes for a run that is missing or deleted
 ENDS = {0: "FINISHED", 255: "KILLED"}  # by exit code; any other: FAILED
 SQLITE = "sqlite:///"
+PAUSE = 10  # times timeout_seconds without a try after a failure: a dead server costs a tenth
 
 
 class Mlflow:
@@ -34,7 +36,7 @@ class Mlflow:
 
     MLflow cannot delete what it holds. So a resumed run reads which steps are there, and adds the
     others alone: a replayed step is equal. Values wait in memory for at most `flush_seconds`, and
-    until the next checkpoint.
+    until the next checkpoint. After a failure the next try waits for 10 `timeout_seconds`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Mlflow:
         tags: list[str],
         notes: str | None,
         flush_seconds: float,
+        timeout_seconds: float,
         folder: Path,
         resume_step: int | None,
         run_name: str,
@@ -56,17 +59,21 @@ class Mlflow:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each new table
         self.metric = Metric
         self.flush_seconds, self.sent_at = flush_seconds, time.monotonic()
+        self.timeout_seconds = timeout_seconds
+        self.paused: dict[str, float] = {}  # until when, of values and of images
         self.waiting: list[Any] = []
+        self.waiting_images: list[tuple[str, Path]] = []
         self.images: dict[str, set[str]] = {}  # the files of each name that are there
         self.last: tuple[int, set[str]] = (-1, set())  # the keys of the newest step
         self.refused: set[str] = set()  # the names that MLflow does not take
-        with _alone(tracking_uri):
-            self.client: Any = MlflowClient(_absolute(tracking_uri))
-            number = _experiment(self.client, experiment, tracking_uri)
-        self.run_id = self._identity(folder / IDENTITY, number, run_name)
-        there = self.client.get_run(self.run_id).data
-        self.shown = self._history(there.metrics)
-        self._describe(config, tags, notes, there)
+        with _limited(timeout_seconds):
+            with _alone(tracking_uri):
+                self.client: Any = MlflowClient(_absolute(tracking_uri))
+                number = _experiment(self.client, experiment, tracking_uri)
+            self.run_id = self._identity(folder / IDENTITY, number, run_name)
+            there = self.client.get_run(self.run_id).data
+            self.shown = self._history(there.metrics)
+            self._describe(config, tags, notes, there)
         for line in iterate_metrics(folder):
             values = {key: value for key, value in line.items() if key not in ("step", "epoch")}
             self.log(line["step"], line.get("epoch", 0), values)
@@ -133,16 +140,38 @@ class Mlflow:
         """Do nothing: MLflow has no histograms."""
 
     def log_image(self, step: int, name: str, path: Path) -> None:
-        where = f"{logged_images.FOLDER}/{name}"
-        if name not in self.images:
-            files = self.client.list_artifacts(self.run_id, where)
-            self.images[name] = {file.path.rpartition("/")[2] for file in files}
-        if path.name not in self.images[name]:
-            self.client.log_artifact(self.run_id, str(path), where)
-            self.images[name].add(path.name)
+        self.waiting_images.append((name, path))
+        self._try("images", self._send_images)
 
     def flush(self) -> None:
         self.sent_at = time.monotonic()
+        self._try("values", self._send_values)
+        self._try("images", self._send_images)
+
+    def _try(self, kind: str, send: Callable[[], None]) -> None:
+        """Send what waits, unless that failed a short while ago."""
+        if time.monotonic() < self.paused.get(kind, 0.0):
+            return
+        try:
+            with _limited(self.timeout_seconds):
+                send()
+        except Exception:
+            self.paused[kind] = time.monotonic() + PAUSE * self.timeout_seconds
+            raise
+
+    def _send_images(self) -> None:
+        while self.waiting_images:
+            name, path = self.waiting_images[0]
+            where = f"{logged_images.FOLDER}/{name}"
+            if name not in self.images:
+                files = self.client.list_artifacts(self.run_id, where)
+                self.images[name] = {file.path.rpartition("/")[2] for file in files}
+            if path.name not in self.images[name] and path.is_file():
+                self.client.log_artifact(self.run_id, str(path), where)
+                self.images[name].add(path.name)
+            del self.waiting_images[0]
+
+    def _send_values(self) -> None:
         while self.waiting:
             part = self.waiting[:MOST_METRICS]
             self._send(part)
@@ -165,10 +194,12 @@ class Mlflow:
                 log.warning("mlflow: %s is left out: %s", name, brief(error, 200))
 
     def close(self, exit_code: int = 0) -> None:
+        self.paused.clear()  # the last chance
         try:
             self.flush()
         finally:
-            self.client.set_terminated(self.run_id, ENDS.get(exit_code, "FAILED"))
+            with _limited(self.timeout_seconds):
+                self.client.set_terminated(self.run_id, ENDS.get(exit_code, "FAILED"))
 
 
 def _name(key: str) -> str:
@@ -183,6 +214,25 @@ def _name(key: str) -> str:
         return key
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return f"{name[: LONGEST_NAME - 1 - len(digest)]}_{digest}"
+
+
+@contextmanager
+def _limited(timeout_seconds: float) -> Iterator[None]:
+    """Let a request to a server be tried twice within `timeout_seconds`, not eight times.
+
+    MLflow reads both limits from the environment at each request. A user's own are kept.
+    """
+    ours = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_seconds / 2))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    }
+    ours = {key: value for key, value in ours.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
 
 
 def _file(tracking_uri: str) -> Path | None:
