@@ -14,6 +14,7 @@ ELSEWHERE = {
     "regrow/runs/machine.py:set_numerics": "depends on the config, and is the only such function",
     "regrow/runs/worker.py:run_part": "the rank's GPU is known once it has the job",
     "regrow/record/loggers.py:_wandb_environment": "wandb reads its mode from the environment only",
+    "regrow/record/mlflow_logger.py:_limited": "MLflow reads its limits from the environment only",
     "regrow/numerics/capture.py:_recover": "restores the stream after a failed recording",
     "regrow/processes/signals.py:handled": "restores the earlier handlers",
     "regrow/processes/slurm.py:__call__": "replaces submitit's handlers, set just before",

@@ -45,21 +45,97 @@ def test_tensors_and_figures_become_the_pixels_that_they_show() -> None:
     assert pixels_of(logged_images.as_png(figure)).shape[:2] == (200, 100)
 
 
-@pytest.mark.parametrize(
-    "image", [torch.ones(4), torch.ones(2, 4, 4), torch.ones(0, 3), "picture.png", object()]
-)
-def test_what_is_not_an_image_is_an_error_of_one_line(image: Any, tmp_path: Path) -> None:
-    loggers = opened(tmp_path, None)
+NOT_IMAGES = {
+    "ones": torch.ones(4),
+    "two channels": torch.ones(2, 4, 4),
+    "empty": torch.ones(0, 3),
+    "empty batch": torch.ones(0, 3, 4, 4),
+    "a name": "picture.png",
+    "an object": object(),
+    "int64": torch.full((2, 2), 200),
+    "up to 255": torch.tensor([[0.0, 255.0]]),
+}
+
+
+@pytest.mark.parametrize("image", NOT_IMAGES.values(), ids=NOT_IMAGES)
+def test_what_is_not_an_image_is_one_warning(
+    image: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UserError, match=r"^record\.image: .* is not an image\. Give [^\n]*$"):
-        loggers.image("samples", image, step=1)
+        logged_images.as_png(image)
+    loggers = opened(tmp_path, None)
+    for step in (1, 2):
+        loggers.image("samples", image, step=step)
     assert logged_images.logged(tmp_path) == []
+    (warning,) = caplog.records
+    assert "is not an image. Give" in warning.getMessage()
+    loggers.image("samples", torch.ones(2, 2), step=3)
+    assert [one.step for one in logged_images.logged(tmp_path)] == [3]
     loggers.close()
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/../b", "/etc", "a//b", "a\nb", "a/ ", "."])
+def test_a_mask_and_values_near_0_to_1_are_images() -> None:
+    assert pixels_of(logged_images.as_png(torch.tensor([[True, False]]))).tolist() == [[255, 0]]
+    given = torch.tensor([[-3.0, 0.2, 10.0, float("inf")]])
+    assert pixels_of(logged_images.as_png(given)).tolist() == [[0, 51, 255, 255]]
+    assert pixels_of(logged_images.as_png(torch.full((1, 1), float("inf")))).tolist() == [[255]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "..",
+        "a/../b",
+        "/etc",
+        "a//b",
+        "a\nb",
+        "a/ ",
+        ".",
+        "step_00000001.png",
+        "a/step_000000012.png/b",
+    ],
+)
 def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a name of an image"):
         logged_images.place(tmp_path, name, 1)
+
+
+def test_a_name_or_a_step_that_cannot_be_a_file_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = opened(tmp_path, None)
+    for step in (1, 2):
+        loggers.image("a" * 300, torch.ones(2, 2), step=step)
+    for odd in (1.0, -1, "1", None):
+        loggers.image("a", torch.ones(2, 2), step=odd)
+    loggers.image("step_00000001.png", torch.ones(2, 2), step=1)
+    assert logged_images.logged(tmp_path) == [] and len(caplog.records) == 1
+    assert "is too long" in caplog.text
+    for odd in (1.0, -1, "1", None):
+        with pytest.raises(UserError, match=r"is not a step\. Give an integer of at least 0"):
+            logged_images.place(tmp_path, "a", odd)  # type: ignore[arg-type]
+    loggers.image("a" * 200, torch.ones(2, 2), step=np.int64(3))
+    assert [(one.step, one.name) for one in logged_images.logged(tmp_path)] == [(3, "a" * 200)]
+    loggers.close()
+
+
+def test_a_folder_with_the_name_of_an_image_is_not_one(tmp_path: Path) -> None:
+    (tmp_path / "images" / "step_00000007.png").mkdir(parents=True)
+    loggers = opened(tmp_path, 3)
+    loggers.image("a", torch.ones(2, 2), step=4)
+    loggers.close()
+    assert [one.name for one in logged_images.logged(tmp_path)] == ["a"]
+    assert list(logged_images.latest(tmp_path)) == ["a"]
+    opened(tmp_path, None).close()
+
+
+def test_the_page_holds_a_bounded_number_of_names(tmp_path: Path) -> None:
+    loggers = opened(tmp_path, None)
+    for step in range(1, 26):
+        loggers.image(f"sample {step:02d}", torch.ones(2, 2), step=step)
+    loggers.close()
+    assert list(logged_images.latest(tmp_path)) == [f"sample {step:02d}" for step in range(6, 26)]
 
 
 def test_an_image_is_written_once_and_a_resume_drops_the_later_ones(tmp_path: Path) -> None:

@@ -7,10 +7,15 @@ import logging
 import math
 import random
 import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from running import TINY, config_of, train_config
 from regrow import extras
 from regrow.errors import UserError
 from regrow.project import ROOT
+from regrow.record import mlflow_logger
 from regrow.record.loggers import check_choice, open_loggers
 
 pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
@@ -59,7 +65,8 @@ def address(folder: Path) -> str:
 def opened(folder: Path, resume_step: int | None, position: int | None = None, **more: Any) -> Any:
     from regrow.record.mlflow_logger import Mlflow
 
-    settings = {"experiment": "e", "tags": ["one", "two"], "notes": "why", "flush_seconds": 60}
+    settings: dict[str, Any] = {"experiment": "e", "tags": ["one", "two"], "notes": "why"}
+    settings |= {"flush_seconds": 60, "timeout_seconds": 30}
 
     def node(**given: Any) -> Any:
         return Mlflow(**{**settings, "tracking_uri": address(folder), **more}, **given)  # type: ignore[arg-type]
@@ -68,6 +75,7 @@ def opened(folder: Path, resume_step: int | None, position: int | None = None, *
         "optimizer": {"lr": 0.1},
         "service_token": "planted-in-the-config",
         "long": "x" * 9000,
+        "k" * 300: 1,
     }
     run = folder / "run"
     run.mkdir(exist_ok=True)
@@ -137,6 +145,152 @@ def test_what_a_kill_lost_is_filled_from_the_record(database: Path) -> None:
     assert run.info.artifact_uri.startswith((database / "mlflow-files").as_uri())
 
 
+ODD = [
+    "val/f1/",
+    "val/f1/..",
+    "val/f1/.",
+    "val/f1/...",
+    "val/f1/a//b",
+    "/x",
+    "//x",
+    "",
+    ".",
+    "../y",
+]
+ODD += ["val/f1/a+", "val/f1/a*", "val/f1/a_", "line\nbreak", "m" * 250, "m" * 251, "m" * 252]
+
+
+def test_each_name_of_a_metric_arrives_and_none_stands_for_two(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {key: float(number) for number, key in enumerate(ODD)}
+    first = opened(database, None)
+    for step in (1, 2):
+        first.log(step, 0, values)
+    position = first.position()
+    first.close()
+    resumed = opened(database, 2, position)  # its names are the same
+    for step in (3, 4):
+        resumed.log(step, 0, values)
+    resumed.close()
+    _, run = read(database)
+    assert run.info.status == "FINISHED" and caplog.records == []
+    assert len(run.data.metrics) == len(ODD) + 1  # the epoch
+    assert sorted(run.data.metrics.values()) == sorted([0.0, *map(float, range(len(ODD)))])
+    assert (run.data.metrics["val/f1/a_"], run.data.metrics["m" * 250]) == (12.0, 14.0)
+    for key in run.data.metrics:
+        assert [step for step, _ in history(database, key)] == [1, 2, 3, 4]
+    assert any(key.startswith("k" * 200) for key in run.data.params)
+
+
+def test_what_mlflow_refuses_is_left_out_alone(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = opened(database, None)
+    tracker = loggers.trackers["mlflow"]
+    loggers.log(1, 0, {"good": 1.0})
+    tracker.waiting.insert(0, tracker.metric("not/../normal", 1.0, 1, 1))
+    tracker.waiting.insert(0, tracker.metric("not/../normal", 1.0, 1, 2))
+    loggers.log(2, 0, {"good": 2.0})
+    loggers.close()
+    assert history(database, "good") == [(1, 1.0), (2, 2.0)]
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("mlflow: not/../normal is left out: ")
+    assert read(database)[1].info.status == "FINISHED"
+
+
+@pytest.fixture
+def dead_server() -> Iterator[tuple[str, list[int]]]:
+    """Yield the address of a server that hangs up, and a list that grows by each request."""
+    requests: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    requests.append(1)
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", requests
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_server_that_fails_is_left_alone_for_a_while(
+    database: Path, dead_server: tuple[str, list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    loggers = opened(database, None, timeout_seconds=30, flush_seconds=0)
+    tracker, (where, requests) = loggers.trackers["mlflow"], dead_server
+    alive, tracker.client = tracker.client, MlflowClient(where)
+    loggers.log(1, 0, {"a": 1.0})
+    assert len(requests) == 2  # one retry
+    for step in range(2, 50):
+        loggers.log(step, 0, {"a": 1.0})
+    loggers.position()
+    assert len(requests) == 2
+    tracker.paused["values"] -= mlflow_logger.PAUSE * 30  # the time has passed
+    loggers.log(50, 0, {"a": 1.0})
+    assert len(requests) == 4
+    loggers.image("samples", torch.ones(2, 2), step=50)
+    assert len(requests) == 6  # images have a pause of their own
+    loggers.image("samples", torch.ones(2, 2), step=51)
+    assert len(requests) == 6
+    tracker.client = alive
+    loggers.close()
+    assert [step for step, _ in history(database, "a")] == [*range(1, 51)]
+    client, run = read(database)
+    assert len(client.list_artifacts(run.info.run_id, "images/samples")) == 2
+    (warning,) = (r for r in caplog.records if r.name.startswith("regrow"))
+    assert warning.getMessage().startswith("logger mlflow: MlflowException: ")
+
+
+def test_the_limits_of_a_request_hold_for_our_requests_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow import environment_variables as variables
+
+    def limits() -> tuple[int, int]:
+        retries = variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES
+        return variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get(), retries.get()
+
+    assert limits() == (120, 7)  # MLflow's own
+    with mlflow_logger._limited(30):
+        assert limits() == (15, 1)
+        with mlflow_logger._limited(60):
+            assert limits() == (15, 1)
+        assert limits() == (15, 1)
+    assert limits() == (120, 7)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    with mlflow_logger._limited(0.1):
+        assert limits() == (77, 1)
+    assert limits() == (77, 7)
+
+
+def test_a_run_begins_without_a_server_that_does_not_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        loggers = opened(tmp_path, None, tracking_uri=where, timeout_seconds=1)
+        assert time.monotonic() - start < 30  # MLflow's own limits: 16 minutes
+    assert not loggers.trackers and "The run does without it" in caplog.text
+    loggers.close()
+
+
+def test_a_run_that_cannot_send_is_ended_all_the_same(database: Path) -> None:
+    loggers = opened(database, None)
+    loggers.trackers["mlflow"].waiting.append("not a metric")
+    assert read(database)[1].info.status == "RUNNING"
+    loggers.close(1)
+    assert read(database)[1].info.status == "FAILED"
+
+
 def test_a_run_that_is_gone_from_the_database_begins_anew(
     database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +300,52 @@ def test_a_run_that_is_gone_from_the_database_begins_anew(
         opened(database, None).close()
     assert "is not there, a new one begins" in caplog.text
     assert read(database)[1].info.status == "FINISHED"
+
+
+def test_a_deleted_run_begins_anew(database: Path) -> None:
+    opened(database, None).close()
+    client, run = read(database)
+    client.delete_run(run.info.run_id)
+    opened(database, None).close()
+    assert read(database)[1].info.run_id != run.info.run_id
+
+
+def test_a_failure_that_may_pass_begins_no_second_run(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(database, None).close()
+    client, run = read(database)
+    refusing = "CREATE TRIGGER t BEFORE UPDATE ON runs BEGIN SELECT RAISE(ABORT, 'not now'); END"
+    with closing(sqlite3.connect(database / "mlflow.db")) as connection:
+        connection.execute(refusing)
+    loggers = opened(database, None)
+    assert not loggers.trackers and "The run does without it" in caplog.text
+    loggers.close()
+    with closing(sqlite3.connect(database / "mlflow.db")) as connection:
+        connection.execute("DROP TRIGGER t")
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    loggers = opened(database, None)
+    assert loggers.trackers
+    loggers.close()
+    assert read(database)[1].info.run_id == run.info.run_id
+
+
+def test_a_run_that_was_killed_before_its_params_gets_them(database: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
+    loggers = opened(database, None)  # creates the experiment
+    loggers.close()
+    client = MlflowClient(address(database))
+    bare = client.create_run(read(database)[1].info.experiment_id)
+    client.log_batch(bare.info.run_id, params=[Param("optimizer.lr", "0.05")])  # a first part
+    client.set_tag(bare.info.run_id, "mlflow.note.content", "edited")
+    (database / "run" / "mlflow.json").write_text(json.dumps({"id": bare.info.run_id}))
+    opened(database, None).close()
+    data = read(database)[1].data
+    assert data.params["optimizer.lr"] == "0.05"  # what is there stays
+    assert len(data.params["long"]) == 6000
+    assert (data.tags["tags"], data.tags["mlflow.note.content"]) == ("one, two", "edited")
 
 
 def test_a_run_of_the_config_is_in_the_database_and_draws_nothing(database: Path) -> None:
@@ -169,7 +369,8 @@ def test_two_processes_may_create_the_database_at_once(tmp_path: Path) -> None:
         "from regrow.record.mlflow_logger import Mlflow\n"
         "folder = Path(sys.argv[1]); folder.mkdir()\n"
         f"m = Mlflow(tracking_uri={address(tmp_path)!r}, experiment='e', tags=[], notes=None, "
-        "flush_seconds=5, folder=folder, resume_step=None, run_name='x', config=None)\n"
+        "flush_seconds=5, timeout_seconds=30, folder=folder, resume_step=None, run_name='x', "
+        "config=None)\n"
         "m.log(1, 0, {'a': 1.0}); m.close()"
     )
     started = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ FILE = re.compile(r"step_(\d{8,})\.png")
 DOTS_PER_INCH = 100  # of figures
 BETWEEN = 2  # pixels between the images of a batch
 NUM_SHOWN = 4  # of each name on a run's page, the latest
+NUM_NAMES = 20  # on a run's page, those logged last: the page holds the images themselves
+LONGEST_PART = 200  # bytes of a folder's name; file systems take 255
+FAR_ABOVE_1 = 10  # a larger value is not from 0 to 1, even before clipping
 
 
 class Logged(NamedTuple):
@@ -30,13 +34,29 @@ class Logged(NamedTuple):
 
 
 def place(folder: Path, name: str, step: int) -> Path:
-    """Return the file of an image. Raises UserError for a name that is not one of folders."""
-    if not NAME.fullmatch(name) or any(part.strip(". ") == "" for part in name.split("/")):
+    """Return the file of an image. Raises UserError for a name or a step that cannot have one."""
+    parts = name.split("/") if isinstance(name, str) and NAME.fullmatch(name) else [""]
+    if any(part.strip(". ") == "" or FILE.fullmatch(part) for part in parts):
         raise UserError(
-            f"record.image: {name!r} is not a name of an image. Use letters, digits, spaces, "
-            "-, _, . and / alone, such as val/samples."
+            f"record.image: {repr(name)[:200]} is not a name of an image. Use letters, "
+            "digits, spaces, -, _, . and / alone, such as val/samples, and no part like "
+            "step_00000001.png."
         )
-    return folder / FOLDER / name / f"step_{step:08d}.png"
+    if any(len(part.encode()) > LONGEST_PART for part in parts):
+        raise UserError(
+            f"record.image: the name {repr(name)[:60]} is too long. Use at most "
+            f"{LONGEST_PART} bytes between two /."
+        )
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UserError(
+            f"record.image: step={repr(step)[:60]} is not a step. Give an integer of at "
+            "least 0, such as state.step + 1."
+        )
+    return folder / FOLDER / name / f"step_{number:08d}.png"
 
 
 def write(path: Path, image: Any) -> None:
@@ -50,7 +70,7 @@ def logged(folder: Path) -> list[Logged]:
     """Return the images in a run's folder by step, then by name."""
     found = []
     for path in (folder / FOLDER).rglob("step_*.png"):
-        if match := FILE.fullmatch(path.name):
+        if (match := FILE.fullmatch(path.name)) and path.is_file():
             name = path.parent.relative_to(folder / FOLDER).as_posix()
             found.append(Logged(int(match[1]), name, path))
     return sorted(found)
@@ -67,7 +87,8 @@ def as_png(image: Any) -> bytes:
     """Return a figure or a tensor as PNG. Raises UserError for anything else.
 
     Tensors and arrays: (H, W), (1, H, W), (3, H, W), or a batch (B, 1 or 3, H, W), which becomes
-    one image of a grid. uint8, or floating-point values from 0 to 1; others are clipped.
+    one image of a grid. uint8, bool, or floating-point values from 0 to 1; others are clipped, and
+    values above 10 are an error: such an image would be white.
     """
     buffer = io.BytesIO()
     if hasattr(image, "savefig"):
@@ -85,12 +106,23 @@ def as_png(image: Any) -> bytes:
         ) from None
     if pixels.ndim == 2:
         pixels = pixels[None]
-    if pixels.ndim == 4:
+    if pixels.ndim == 4 and pixels.numel():
         pixels = _grid(pixels)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise UserError(
             f"record.image: a tensor of shape {tuple(torch.as_tensor(image).shape)} is not an "
             "image. Give (H, W), (C, H, W) or (B, C, H, W) with one or three channels."
+        )
+    if not (pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.bool)):
+        raise UserError(
+            f"record.image: a tensor of {str(pixels.dtype).removeprefix('torch.')} is not an "
+            "image. Give uint8 from 0 to 255, or floating-point values from 0 to 1."
+        )
+    largest = float(pixels[pixels.isfinite()].amax()) if pixels.isfinite().any() else 0.0
+    if pixels.is_floating_point() and largest > FAR_ABOVE_1:
+        raise UserError(
+            f"record.image: a tensor with values up to {largest:.4g} is not an image. Give "
+            "floating-point values from 0 to 1, such as image / 255, or uint8."
         )
     if pixels.dtype != torch.uint8:
         pixels = (pixels.float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -113,9 +145,11 @@ def _grid(batch: Tensor) -> Tensor:
 
 
 def latest(folder: Path) -> dict[str, list[tuple[int, str]]]:
-    """Return the newest images of each name as (step, data URI), for a page."""
+    """Return the newest images of the newest names as (step, data URI), for a page."""
     found: dict[str, list[tuple[int, str]]] = {}
     for image in reversed(logged(folder)):
+        if image.name not in found and len(found) == NUM_NAMES:
+            continue
         its = found.setdefault(image.name, [])
         if len(its) < NUM_SHOWN:
             encoded = base64.b64encode(image.path.read_bytes()).decode("ascii")

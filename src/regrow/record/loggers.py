@@ -478,12 +478,13 @@ class Loggers:
         self._each(lambda tracker: tracker.log_histograms(step, tensors))
 
     def image(self, name: str, image: Any, *, step: int) -> None:
-        path = logged_images.place(self.folder, name, step)
-        if path.exists():  # logged before a resume
-            return
+        """Write an image. One that cannot be written is a warning, once: it never ends a run."""
         try:
+            path = logged_images.place(self.folder, name, step)
+            if path.is_file():  # logged before a resume
+                return
             logged_images.write(path, image)
-        except OSError as error:
+        except Exception as error:
             self._complain("images", error)
             return
         self._each(lambda tracker: getattr(tracker, "log_image", _takes_none)(step, name, path))
