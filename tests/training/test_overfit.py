@@ -52,7 +52,7 @@ def test_a_batch_that_is_not_learnt_ends_with_one_the_checks_and_what_to_try(
     done = command(tmp_path, *short[:2], "+optimizer.maximize=true", "hydra.run.dir=up")
     assert done.returncode == 1
     said = done.stderr.strip().splitlines()[-3:]
-    assert said[1].startswith("error: check: loss: the first step leads up the slope"), said
+    assert said[1].startswith("error: check: step: the first step leads up the slope"), said
     assert said[2] == "error: try: correct what the checks name, then run debug=overfit again."
 
 
