@@ -94,8 +94,9 @@ class FirstSteps:
             if self.overfits:
                 log.info("debug=overfit: several processes get no verdict. Use trainer.devices=1.")
             return
+        steps = self.objects.state.step
         level = logging.ERROR if self.verdict.reached is False else logging.INFO
-        for line in overfitting.lines(self.verdict, self.faults, self.losses):
+        for line in overfitting.lines(self.verdict, self.faults, self.losses, steps):
             log.log(level, "%s", line)
         if self.verdict.reached is False:
             raise SystemExit(1)
