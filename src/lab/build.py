@@ -274,8 +274,9 @@ def check_first_batch(objects: Objects, world: World) -> None:
     before = model_checks.described(model)
     first = first_batch(objects.train, objects.sets)
     odd = model_checks.check_first_batch(model, objects.task, first, options.precision)
-    for line in odd if world.is_main and not options.find_faults else ():  # else the steps tell
-        log.warning("%s", line)
+    if world.is_main and not options.find_faults:  # else the watched steps tell
+        for line in odd:
+            log.warning("%s", line)
     if getattr(objects.data, "mixing", None) is not None:
         soft = objects.data.as_trained(first)
         model_checks.check_soft_targets(model, objects.task, soft, options.precision)

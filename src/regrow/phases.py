@@ -79,7 +79,7 @@ class Phases:
 
 @contextlib.contextmanager
 def measured(phases: Phases) -> Iterator[Phases]:
-    """Measure the phases that this thread's functions enter inside."""
+    """Measure the phases that functions enter inside, in whichever thread."""
     _measuring.append(phases)
     try:
         yield phases

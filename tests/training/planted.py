@@ -81,6 +81,12 @@ def negative(outputs: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(outputs, targets, reduction="none")
 
 
+def quantile(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of the 90th percentile, whose least value is far above the targets' mean."""
+    left = targets - outputs
+    return torch.maximum(0.9 * left, -0.1 * left)
+
+
 def below_zero(outputs: Tensor, targets: Tensor) -> Tensor:
     """A sound loss that is negative."""
     return mse(outputs, targets) - 10
@@ -133,6 +139,19 @@ def sound_step(state: Any, batch: Any, plan: Any) -> Any:
     return _step(state, batch, plan, lambda state: None)
 
 
+def autograd_step(state: Any, batch: Any, plan: Any) -> Any:
+    """A step that asks for gradients in place of calling backward."""
+    plan.buffers.remember()
+    plan.exchange.begin()
+    state.set_rates()
+    losses, totals = forward(batch, plan)
+    found = torch.autograd.grad(losses.sum() / batch.num_global, plan.parameters)
+    for parameter, slope in zip(plan.parameters, found, strict=True):
+        parameter.grad = slope
+    plan.exchange.send([totals], plan.name)
+    return update(state, batch.num_global, plan.exchange.wait(), state.step, plan)
+
+
 class Rows(torch.utils.data.Dataset[Any]):
     """A data set without keys: `data.overlap` cannot compare its examples."""
 
@@ -146,13 +165,13 @@ class Rows(torch.utils.data.Dataset[Any]):
         return self.inputs[index], self.targets[index]
 
 
-def rows(*, shared: int, values: int | None = None) -> Splits:
+def rows(*, shared: int, values: int | None = None, scale: float = 1.0) -> Splits:
     """Return 96, 32 and 32 examples; the first `shared` of val are training examples.
 
     With `values`, features are drawn from so many values, so that examples are equal by chance.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(160, 6, generator=generator)
+    inputs = torch.randn(160, 6, generator=generator) * scale + scale
     if values is not None:
         inputs = torch.randint(values, (160, 2), generator=generator).float().repeat(1, 3)
     targets = torch.randint(3, (160,), generator=generator)

@@ -11,12 +11,14 @@ from typing import Any
 import forked
 import pytest
 import torch
-from running import batch_of, config_of
+from running import CPU, TINY, batch_of, config_of
 
 from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
+from regrow.config.targets import allow
 from regrow.project import ROOT
 from regrow.runs import overfitting
 from regrow.runs import training as runs
+from regrow.runs.overfitting import Verdict
 
 ARGUMENTS = ("debug=overfit", "trainer.num_threads=1", "trainer.device=cpu", "model.hidden=[64]")
 
@@ -52,7 +54,7 @@ def test_a_batch_that_is_not_learnt_ends_with_one_the_checks_and_what_to_try(
     done = command(tmp_path, *short[:2], "+optimizer.maximize=true", "hydra.run.dir=up")
     assert done.returncode == 1
     said = done.stderr.strip().splitlines()[-3:]
-    assert said[1].startswith("error: check: loss: the first step leads up the slope"), said
+    assert said[1].startswith("error: check: step: the first step leads up the slope"), said
     assert said[2] == "error: try: correct what the checks name, then run debug=overfit again."
 
 
@@ -140,3 +142,86 @@ def test_a_loss_that_ignores_the_outputs_gives_no_verdict() -> None:
     )
     batch = batch_of(torch.ones(2, 3), torch.ones(2))
     assert overfitting._of_batch(task, torch.zeros(2, 3), batch) is None
+
+
+class Wide(torch.nn.Module):
+    """Gives (B, T, C) outputs of tokens (B, T), and notes the examples of each call."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.linspace(0, 1, classes))
+        self.examples: list[int] = []
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.examples.append(len(inputs))
+        return inputs.float().unsqueeze(2) * self.scale
+
+
+@pytest.mark.parametrize("classes", [10, 10_000, 50_000])
+def test_a_verdict_takes_a_million_outputs_and_passes_of_a_micro_batch(classes: int) -> None:
+    tokens = torch.arange(4 * 64).view(4, 64) % 10
+    batch, model = batch_of(tokens, tokens.roll(-1, 1)), Wide(classes)
+    with torch.no_grad():
+        few, outputs = overfitting._outputs(model, batch, slices=2)
+    assert few.num_local == len(outputs) == {10: 4, 10_000: 1, 50_000: 1}[classes]
+    assert model.examples[0] == 1 and max(model.examples) == min(2, few.num_local)
+    task = SimpleNamespace(kind="language")
+    cut, targets = overfitting._places(task, outputs, few.targets)
+    assert cut.shape[:2] == targets.shape
+    assert cut.numel() <= overfitting.MOST_NUMBERS
+    assert cut.shape[1] == {10: 64, 10_000: 64, 50_000: 20}[classes]
+    assert torch.equal(cut, outputs[:, : cut.shape[1]])
+
+
+def test_a_verdict_on_part_of_a_text_is_that_of_the_whole_one_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_of("data=text", "task=language", "model=gpt")
+    loss = runs.instantiate(config["loss"])
+    task = runs.instantiate({**config["task"], "num_classes": 5}, loss=loss)
+    texts = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 0]])
+    targets = torch.tensor([[2, 3, 0, 0], [2, 4, 0, 0]])
+    outputs = torch.zeros(2, 4, 5)
+    whole = overfitting._of_batch(task, outputs[:, :2], batch_of(texts[:, :2], targets[:, :2]))
+    monkeypatch.setattr(overfitting, "MOST_NUMBERS", 20)
+    assert overfitting._of_batch(task, outputs, batch_of(texts, targets)) == whole
+    assert whole is not None and whole[1] == pytest.approx(math.log(2) / 2, abs=1e-6)
+
+
+def test_pixels_are_cut_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overfitting, "MOST_NUMBERS", 3 * 2 * 4)
+    task = SimpleNamespace(kind="segmentation")
+    outputs, targets = torch.randn(1, 3, 8, 4), torch.zeros(1, 8, 4)
+    cut, own = overfitting._places(task, outputs, targets)
+    assert cut.shape == (1, 3, 2, 4) and own.shape == (1, 2, 4)
+    soft, own = overfitting._places(task, outputs, outputs)
+    assert soft.shape == own.shape == (1, 3, 2, 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_reached_and_named(value: float) -> None:
+    config = config_of(*TINY, "debug=overfit")
+    allow(config)
+    objects = runs.build(config, CPU)
+    assert math.isfinite(overfitting.judge(objects, [1.0]).loss)
+    with torch.no_grad():
+        for parameter in objects.state.model.parameters():
+            parameter.fill_(value)
+    verdict = overfitting.judge(objects, [1.0, 2.0])
+    assert verdict.reached is False and not math.isfinite(verdict.loss)
+    first, _, last = overfitting.lines(verdict, [], [1.0, 2.0], 7)
+    assert first.endswith("after 7 steps: it is not finite.")
+    assert last.startswith("try: debug=anomaly")
+
+
+def test_a_resume_after_the_last_step_is_judged_by_all_steps() -> None:
+    verdict = Verdict(False, 2.0, 0.0, 2.2, math.nan)
+    first, _, last = overfitting.lines(verdict, [], [], 300)
+    assert "is 2 after 300 steps; the least" in first
+    assert "trainer.max_steps=1000" in last
+    first, _, last = overfitting.lines(verdict._replace(trained=2.0), [], [2.0], 400)
+    assert "after 400 steps (2 in the last step)" in first
+    assert "trainer.max_steps=1200" in last
+    assert config_of("debug=overfit")["trainer"]["max_restarts"] == 0
+    typed = config_of("debug=overfit", "trainer.max_restarts=2")
+    assert typed["trainer"]["max_restarts"] == 2

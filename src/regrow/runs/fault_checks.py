@@ -7,12 +7,13 @@ need no further pass over anything, so every run makes them on its first batch.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,9 +24,10 @@ from regrow.protocols import Batch, Data
 
 LARGE = 3.0  # root mean square of inputs; standardised ones have 1, images from 0 to 1 less
 SMALL = 1e-3
-# A leak shares more than this part of a set's examples with training, and more than three times the
-# part of the training examples that have a copy among themselves: tables of few values have many.
-LEAK, NATURAL = 0.01, 3.0
+MOST_SHOWN = 8  # channels
+# A leak shares at least five examples, more than 1 % of the set, and more than three times what
+# chance gives: tables of few values have many equal rows.
+LEAST_SHARED, LEAK, NATURAL = 5, 0.01, 3.0
 MOST_READ, MOST_SECONDS = 20_000, 20.0  # of each split; of all splits
 
 
@@ -33,12 +35,14 @@ class Calls(TorchFunctionMode):
     """Watches the calls of torch inside for two mistakes, and changes none of them.
 
     `found` holds a line for each: (n, 1) against (n,), which broadcasts to (n, n) without an error;
-    and probabilities as inputs of a loss that applies softmax or sigmoid itself.
+    and probabilities as inputs of a loss that applies softmax or sigmoid itself. Code of `model`
+    may broadcast: a step's loss may not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module | None = None) -> None:
         super().__init__()
         self.found: dict[str, str] = {}
+        self.modules = set() if model is None else {id(module) for module in model.modules()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -49,7 +53,8 @@ class Calls(TorchFunctionMode):
         tensors = [value for value in (*args, *given.values()) if isinstance(value, Tensor)]
         if len(tensors) >= 2:
             one, other = tensors[:2]
-            if "broadcast" not in self.found and _broadcasts(name, one, other, result):
+            fires = "broadcast" not in self.found and _broadcasts(name.strip("_"), one, other)
+            if fires and not self._in_model():
                 shapes = " against ".join(str(tuple(t.shape)) for t in (one, other))
                 n = max(one.shape[0], other.shape[0])
                 self.found["broadcast"] = (
@@ -70,23 +75,38 @@ class Calls(TorchFunctionMode):
                 )
         return result
 
+    def _in_model(self) -> bool:
+        """Return True if a module of the model has called, by the frames of Python."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            is_call = frame.f_code.co_name == "_call_impl"
+            if is_call and id(frame.f_locals.get("self")) in self.modules:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
 
-def _broadcasts(name: str, one: Tensor, other: Tensor, result: Any) -> bool:
+
+def _broadcasts(name: str, one: Tensor, other: Tensor) -> bool:
+    """Return True for a difference or a loss of (n, 1) and (n,), of which one has a gradient.
+
+    Masks, products and the differences of all pairs, as a ranking loss takes, are meant.
+    """
+    if name not in ("sub", "rsub", "subtract") and not name.endswith("_loss"):
+        return False
     column, row = (one, other) if one.ndim == 2 else (other, one)
     if (column.ndim, row.ndim) != (2, 1) or column.shape[1] != 1:
         return False
-    n = row.shape[0]
-    if n < 2 or column.shape[0] != n:
+    if len(row) < 2 or len(column) != len(row) or one.requires_grad == other.requires_grad:
         return False
-    # Indexing and masking take (n, 1) and (n,) too, but give no (n, n).
-    return name.endswith("_loss") or (isinstance(result, Tensor) and result.shape == (n, n))
+    return one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
 
 
 def _sum_to_one(logits: Tensor) -> bool:
     """Return True if (B, C, …) or (C,) values are non-negative and sum to one over C."""
     if not logits.is_floating_point() or not logits.numel():
         return False
-    values = logits.detach().float()
+    rows = logits[:64] if logits.ndim > 1 else logits  # all would take 0.4 s for a GPT
+    values = rows.detach().float()
     sums = values.sum(1 if values.ndim > 1 else 0)
     is_one = (sums - 1).abs() < (1e-3 if logits.dtype == torch.float32 else 2e-2)
     return bool((values >= 0).all() and is_one.all())
@@ -111,10 +131,21 @@ def of_inputs(batch: Batch) -> list[str]:
             continue
         return [
             f"data.normalize: the inputs have a root mean square of {size:.3g} and a mean of "
-            f"{mean:.3g}, and models start for about 1. Set data.normalize=train, or let your data "
-            "set give standardised inputs."
+            f"{mean:.3g}, and models start for about 1. Set data.normalize=train. A data set "
+            f"of your own standardises its numbers itself{_measured(values)}."
         ]
     return []
+
+
+def _measured(values: Tensor) -> str:
+    """Return how to standardise inputs (B, C, …) by their own statistics, unless C is large."""
+    if values.ndim < 2 or values.shape[1] > MOST_SHOWN:
+        return ""
+    channels = values.movedim(1, 0).flatten(1).double()
+    std = channels.std(1, correction=0)
+    columns = channels.mean(1), std.where(std > 0, 1.0)
+    mean, scale = (", ".join(f"{number:.4g}" for number in each.tolist()) for each in columns)
+    return f": in this batch (inputs - mean) / std has mean [{mean}] and std [{scale}]"
 
 
 def frozen_parameters(model: torch.nn.Module) -> list[str]:
@@ -135,24 +166,23 @@ def listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def leaks(data: Data, device: torch.device) -> list[str]:
-    """Return a line for each set that shares inputs with the training examples.
+def leaks(data: Data, device: torch.device, num_trained_on: int) -> list[str]:
+    """Return a line for each set that shares inputs with the first `num_trained_on` of train.
 
     Compares the inputs as the model gets them, unaugmented, of at most 20,000 examples per split
     and for at most 20 seconds. `data.overlap` compares all, where a data set offers keys.
     """
     until = time.monotonic() + MOST_SECONDS
-    train = [*_digests(data, "train", device, until)]
+    train = [*_digests(data, "train", device, until, num_trained_on)]
     known = set(train)
-    copies = 1 - len(known) / len(train) if train else 0.0
     lines = []
     for name in data.num_examples:
         if name == "train":
             continue
-        own = [*_digests(data, name, device, until)]
+        own = [*_digests(data, name, device, until, data.num_examples[name])]
         shared = [place for place, digest in enumerate(own) if digest in known]
-        part = len(shared) / len(own) if own else 0.0
-        if part > max(LEAK, NATURAL * copies):
+        least = max(LEAK * len(own), NATURAL * _by_chance(train, own))
+        if len(shared) >= LEAST_SHARED and len(shared) > least:
             lines.append(
                 f"data.source: {len(shared)} of the first {len(own)} {name} examples have the "
                 f"inputs of a training example, the first is number {shared[0]}. Split before "
@@ -161,40 +191,88 @@ def leaks(data: Data, device: torch.device) -> list[str]:
     return lines
 
 
-def _digests(data: Data, name: str, device: torch.device, until: float) -> Iterator[bytes]:
-    read = 0
+def _by_chance(train: Sequence[bytes], own: Sequence[bytes]) -> float:
+    """Return how many of `own` have a copy in `train` by chance, from the copies inside of each.
+
+    An example of a set of n has a copy among n - 1 others, so one of `own` has about as many in
+    `train`, if that has as many. One copy more than there is bounds the rate of few examples.
+    """
+
+    def rate(examples: Sequence[bytes]) -> float:
+        counts = Counter(examples)
+        return (1 + sum(n for n in counts.values() if n > 1)) / max(1, len(examples))
+
+    fewer = min(1.0, len(train) / max(1, len(own)))
+    return len(own) * max(rate(train), rate(own) * fewer)
+
+
+def _digests(
+    data: Data, name: str, device: torch.device, until: float, most: int
+) -> Iterator[bytes]:
+    read, most = 0, min(MOST_READ, most)
     for batch in data.evaluation(name, device=device):
         columns = [tensor.detach().cpu().contiguous() for tensor in parts_of(batch.inputs)]
-        for row in range(batch.num_local):
+        for row in range(min(batch.num_local, most - read)):
             digest = hashlib.blake2b(digest_size=16)
             for column in columns:
                 digest.update(column[row].contiguous().view(-1).view(torch.uint8).numpy().data)
             yield digest.digest()
         read += batch.num_local
-        if read >= MOST_READ or time.monotonic() > until:
+        if read >= most or time.monotonic() > until:
             return
 
 
-def reference_loss(task: Any, outputs: Any, targets: Any) -> Tensor | None:
-    """Return the textbook loss of the kind of target, a scalar; None if the kind is unknown.
+def rises_towards_targets(
+    task: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None
+) -> bool:
+    """Return True if the task's loss rises when outputs (B, …) move towards the targets.
 
-    Cross entropy, binary cross entropy or the squared error: any sound loss falls where it falls.
+    Classes: from equal logits towards the targets, against the other way. Weights of classes and
+    examples and label smoothing do not matter. Regression: the loss is lower on both sides of the
+    targets, which no convex loss is, wherever its least value lies (quantiles, rates).
     """
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return None
-    kind, outputs = getattr(task, "kind", None), widest(outputs)
-    ignored = getattr(task, "ignore_index", None)
-    if kind in ("multiclass", "segmentation", "language"):
-        if kind == "language":
-            outputs, targets = outputs.flatten(0, 1), targets.flatten()
-        targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets.long()
-        return F.cross_entropy(outputs, targets, ignore_index=-100 if ignored is None else ignored)
-    targets = targets.to(outputs.dtype)
-    if outputs.numel() != targets.numel():
-        return None
+    kind, outputs = getattr(task, "kind", None), widest(outputs.detach())
+
+    def loss_at(point: Tensor) -> float:
+        loss = mean_loss(task, point, targets, weights)
+        return float("nan") if loss is None else float(loss)
+
+    if kind == "regression":
+        if outputs.numel() != targets.numel():
+            return False
+        aim = targets.to(outputs.dtype).view_as(outputs)
+        away = (outputs - aim).abs().mean() + 1e-3
+        here, below, above = (loss_at(point) for point in (aim, aim - away, aim + away))
+        return max(below, above) < here - 1e-6 * abs(here)
+    aim_of_kind = _direction(kind, outputs, targets, getattr(task, "ignore_index", None))
+    if aim_of_kind is None:
+        return False
+    there, back = loss_at(0.1 * aim_of_kind), loss_at(-0.1 * aim_of_kind)
+    return there > back + 1e-6 * abs(back)
+
+
+def _direction(kind: Any, outputs: Tensor, targets: Tensor, ignored: int | None) -> Tensor | None:
+    """Return where logits of zero have to move, shaped like `outputs`; None if that is unknown."""
     if kind in ("binary", "multilabel"):
-        return F.binary_cross_entropy_with_logits(outputs.flatten(), targets.flatten())
-    return F.mse_loss(outputs.flatten(), targets.flatten()) if kind == "regression" else None
+        if outputs.numel() != targets.numel():
+            return None
+        return targets.to(outputs.dtype).view_as(outputs) - 0.5
+    if kind not in ("multiclass", "segmentation", "language"):
+        return None
+    class_dim = 2 if kind == "language" else 1
+    if outputs.ndim <= class_dim:
+        return None
+    classes = outputs.shape[class_dim]
+    if targets.is_floating_point():
+        return targets.to(outputs.dtype) - 1 / classes if targets.shape == outputs.shape else None
+    index = targets.long().unsqueeze(class_dim)
+    if index.ndim != outputs.ndim:
+        return None
+    known = (index >= 0) & (index < classes)
+    if ignored is not None:
+        known &= index != ignored
+    hot = torch.zeros_like(outputs).scatter_(class_dim, index.where(known, 0), 1.0)
+    return (hot - 1 / classes) * known
 
 
 def mean_loss(task: Any, outputs: Any, targets: Any, weights: Tensor | None) -> Tensor | None:

@@ -14,12 +14,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regrow.distributed.parallel import World
-from regrow.feeding.batch import parts_of
+from regrow.errors import UserError
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
+from regrow.numerics.totals import weighted
 from regrow.protocols import Batch, Objects, State
-from regrow.randomness import states_kept
+from regrow.randomness import seed_step, states_kept
 from regrow.runs import fault_checks, overfitting
 from regrow.runs.fault_checks import listed
 from regrow.runs.overfitting import Verdict
@@ -27,15 +28,16 @@ from regrow.runs.overfitting import Verdict
 log = logging.getLogger(__name__)
 
 STEPS = 5  # a layer behind zeros, such as an adapter's, only gets a gradient from the second on
-UPHILL = 0.05  # cosine of the step and the gradient; -0.14 or less in all shipped recipes
+UPHILL = 0.3  # agreement of the step and the gradient; -0.4 or less in all shipped recipes
+FEW = 8  # examples for the sign of the loss
 
 
 class FirstSteps:
     """Calls a lab's step, and watches the first five of this process.
 
     Neither the weights nor what the step draws change. The main process logs each fault once;
-    `faults` holds them, and `losses` the loss of every step. Sharded models, whose parameters are
-    pieces, are not watched. With `overfits`, `conclude` gives the verdict on a finished run.
+    `faults` holds them. Sharded models, whose parameters are pieces, are not watched. With
+    `overfits`, `losses` holds each step's loss, and `conclude` judges a finished run.
     """
 
     def __init__(self, objects: Objects, world: World, *, overfits: bool) -> None:
@@ -51,20 +53,23 @@ class FirstSteps:
         self.in_optimizer: set[str] = set()
         self.moved: set[str] = set()
         self.stepped = False
-        self.cosine: float | None = None  # of the first step and the textbook loss's gradient
+        self.agreement: float | None = None  # of the first step and the gradient, from -1 to 1
         self.rate = 0.0  # the largest learning rate of these steps
         self.train_step: Any = None
+        self.is_new = True
 
     def over(self, plan: Any) -> Any:
         """Return the plan with a watched step, after the checks that need no step."""
         self.train_step = plan.train_step
+        self.is_new = self.objects.state.step == 0  # else momentum remembers other batches
         if self.overfits:
             self._stop_dropout()
         if self.world.is_main:
             for line in fault_checks.frozen_parameters(self.model):
                 log.info("%s", line)
-            if getattr(self.objects.data, "overlap", None) != "ignore":
-                self.tell(fault_checks.leaks(self.objects.data, self.world.device))
+            data, trained_on = self.objects.data, self.objects.train.num_examples
+            if getattr(data, "overlap", None) != "ignore":
+                self.tell(fault_checks.leaks(data, self.world.device, trained_on))
         return dataclasses.replace(plan, train_step=self)
 
     def _stop_dropout(self) -> None:
@@ -89,8 +94,9 @@ class FirstSteps:
             if self.overfits:
                 log.info("debug=overfit: several processes get no verdict. Use trainer.devices=1.")
             return
+        steps = self.objects.state.step
         level = logging.ERROR if self.verdict.reached is False else logging.INFO
-        for line in overfitting.lines(self.verdict, self.faults, self.losses):
+        for line in overfitting.lines(self.verdict, self.faults, self.losses, steps):
             log.log(level, "%s", line)
         if self.verdict.reached is False:
             raise SystemExit(1)
@@ -110,9 +116,11 @@ class FirstSteps:
         self.left -= 1
         if is_first:
             self.tell(fault_checks.of_inputs(batch))
-        reference = {} if self.cosine is not None else self._reference(batch)
+        if is_first and self.world.size == 1 and not self.objects.state.evaluates:
+            self._look_at_loss(batch)
+        reference = {} if self.agreement is not None else self._reference(batch, plan)
         before = {name: p.detach().clone() for name, p in self._trained()}
-        calls = fault_checks.Calls()
+        calls = fault_checks.Calls(self.model)
         with self._watched(), calls if is_first else contextlib.nullcontext():
             result = self._counted(self.train_step(state, batch, plan))
         self.tell(calls.found.values())
@@ -124,8 +132,9 @@ class FirstSteps:
         return result
 
     def _counted(self, result: Any) -> Any:
-        loss, _, weight, *_ = result.totals.read()
-        self.losses.append(loss / weight if weight else float("nan"))
+        if self.overfits:  # to read waits for the device
+            loss, _, weight, *_ = result.totals.read()
+            self.losses.append(loss / weight if weight else float("nan"))
         return result
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -159,45 +168,79 @@ class FirstSteps:
             for handle in handles:
                 handle.remove()
 
-    def _reference(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Return the gradient of the textbook loss by parameter; empty if there is none."""
-        if self.objects.state.evaluates or self.world.size > 1:
-            return {}
+    @contextlib.contextmanager
+    def _without_a_trace(self) -> Iterator[None]:
+        """Keep buffers and random states, and pass over what cannot be computed."""
         buffers = Buffers(self.model)
-        few = batch.split(self.objects.state.progress.num_micro_batches)[0]
         try:
-            with states_kept():
-                device = parts_of(few.targets)[0].device
-                with autocast(device, self.objects.options.precision):
-                    outputs = call(self.model.train(), few.inputs)
-                loss = fault_checks.reference_loss(self.objects.task, outputs, few.targets)
-                if loss is None or not loss.requires_grad:
-                    return {}
-                names, parameters = zip(*self._trained(), strict=True)
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return {}
+            with states_kept(), autocast(self.world.device, self.objects.options.precision):
+                yield
+        except (RuntimeError, TypeError, ValueError, IndexError, UserError):
+            return
         finally:
             buffers.restore()
-        return {n: g.detach() for n, g in zip(names, found, strict=True) if g is not None}
+
+    def _look_at_loss(self, batch: Batch) -> None:
+        """Tell of a task's loss that rises when the outputs move towards the targets."""
+        rises = False
+        with self._without_a_trace(), torch.no_grad():
+            few = batch.split(-(-max(1, batch.num_local) // FEW))[0]
+            outputs = call(self.model.train(), few.inputs)
+            if isinstance(outputs, Tensor) and isinstance(few.targets, Tensor):
+                task = self.objects.task
+                rises = fault_checks.rises_towards_targets(task, outputs, few.targets, few.weights)
+        if rises:
+            self.tell(
+                [
+                    f"loss: it rises when the outputs of task={getattr(task, 'kind', '')} move "
+                    "towards the targets: its sign is wrong. Return the loss, not its negative."
+                ]
+            )
+
+    def _reference(self, batch: Batch, plan: Any) -> Mapping[str, Tensor]:
+        """Return the gradient of the task's loss by parameter; empty if there is none."""
+        state, task = self.objects.state, self.objects.task
+        if state.evaluates or self.world.size > 1 or not self.is_new:
+            return {}
+        sums: dict[str, Tensor] = {}
+        named = dict(self._trained())
+        with self._without_a_trace():
+            for index, part in enumerate(batch.split(state.progress.num_micro_batches)):
+                seed_step(plan.seed_of(state.step, index))  # the step's dropout
+                outputs = call(self.model.train(), part.inputs)
+                loss = task.loss(outputs, part.targets, part.weights)
+                total = weighted(loss.values, loss.weights).sum()
+                found = torch.autograd.grad(total, [*named.values()], allow_unused=True)
+                for name, slope in zip(named, found, strict=True):
+                    if slope is not None:
+                        sums[name] = sums[name] + slope if name in sums else slope.detach()
+            return sums
+        return {}
 
     def _look_at_direction(
         self, moves: Mapping[str, Tensor], reference: Mapping[str, Tensor]
     ) -> None:
-        """Tell of a first step up the slope of the textbook loss."""
+        """Tell of a first step up the slope of the task's loss.
+
+        Compares directions by their cosine and by their signs, and takes what says more: a step of
+        Adam has a small cosine with a gradient of few large values, and equal signs.
+        """
         both = [(moves[name].double(), slope.double()) for name, slope in reference.items()]
-        moved = sum(float(move.square().sum()) for move, _ in both) ** 0.5
-        steep = sum(float(slope.square().sum()) for _, slope in both) ** 0.5
-        if not moved * steep > 0:  # the warm-up's first rate may be zero
-            return
-        self.cosine = sum(float((move * slope).sum()) for move, slope in both) / (moved * steep)
-        if self.cosine > UPHILL:
-            kind = getattr(self.objects.task, "kind", "")
+        found = []
+        for pairs in (both, [(move.sign(), slope.sign()) for move, slope in both]):
+            moved = sum(float(move.square().sum()) for move, _ in pairs) ** 0.5
+            steep = sum(float(slope.square().sum()) for _, slope in pairs) ** 0.5
+            if not moved * steep > 0:  # the warm-up's first rate may be zero
+                return
+            product = sum(float((move * slope).sum()) for move, slope in pairs)
+            found.append(product / (moved * steep))
+        self.agreement = max(found, key=abs)
+        if self.agreement > UPHILL:
             self.tell(
                 [
-                    f"loss: the first step leads up the slope of task={kind}'s usual loss (cosine "
-                    f"{self.cosine:+.2f}): a sign is wrong. Return the loss, not its negative, and "
-                    "check optimizer.maximize and the sign of your step's gradients."
+                    "step: the first step leads up the slope of the task's loss (agreement "
+                    f"{self.agreement:+.2f}): a sign is wrong. Check optimizer.maximize and the "
+                    "sign of your step's gradients."
                 ]
             )
 
@@ -207,12 +250,15 @@ class FirstSteps:
         for optimizer in _each(self.objects.state.optimizer):  # an optimizer may run no hooks
             held = (p for group in optimizer.param_groups for p in group["params"])
             self.in_optimizer |= {self.names[id(p)] for p in held if id(p) in self.names}
-        without = [name for name in names if name not in self.got_gradient]
+        got = self.got_gradient | self.was_given  # torch.autograd.grad calls no hook
+        if not self.stepped:  # a step may write the weights itself
+            got |= self.moved
+        without = [name for name in names if name not in got]
         lines = []
-        if not self.got_gradient:
+        if not got:
             lines.append(
                 f"gradients: they are zero for all {len(names)} trainable parameters in each of "
-                f"the first {STEPS} steps. Look for detach(), no_grad() and hooks that return "
+                f"these {STEPS} steps. Look for detach(), no_grad() and hooks that return "
                 "zeros in the model, the loss and the step."
             )
         elif not self.was_given and self.stepped:
@@ -224,16 +270,17 @@ class FirstSteps:
         elif not self.moved and (self.rate > 0 or not self.stepped):
             why = f"the rate is {self.rate:g}" if self.stepped else "no optimizer steps"
             lines.append(
-                f"optimizer.lr: no parameter changes in the first {STEPS} steps ({why}). Call "
+                f"optimizer.lr: no parameter changes in these {STEPS} steps ({why}). Call "
                 "optimizer.step() in the step, and raise optimizer.lr."
             )
         elif without:
             hooked = any(p._backward_hooks for name, p in self._trained() if name in without)
             cause = "a hook on it returns zeros" if hooked else "detach(), no_grad() or a hook"
             lines.append(
-                f"model: a frozen layer: the gradients of {listed(without)} are zero in each of "
-                f"the first {STEPS} steps, though they require one. Look for {cause} in forward, "
-                "or say that it is meant: requires_grad_(False)."
+                f"model: the gradients of {listed(without)} are zero in each of these {STEPS} "
+                "steps, though they require one. Unless a later step trains them, this is a frozen "
+                f"layer: look for {cause} in forward, or say that it is meant: "
+                "requires_grad_(False)."
             )
         left = self.got_gradient - self.in_optimizer - self.moved
         if self.in_optimizer and (foreign := [name for name in names if name in left]):
@@ -245,7 +292,7 @@ class FirstSteps:
         dropped = [name for name in names if name in left]
         if dropped and self.was_given:
             log.info(
-                "step: it drops the gradients of %s in the first %d steps, so they do not train",
+                "step: it drops the gradients of %s in these %d steps, so they do not train",
                 *(listed(dropped), STEPS),
             )
         self.tell(lines)

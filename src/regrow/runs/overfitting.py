@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.feeding.batch import parts_of
 from regrow.numerics.calls import call
@@ -21,7 +21,12 @@ from regrow.runs.fault_checks import mean_loss
 log = logging.getLogger(__name__)
 
 NEAR = 0.05  # of the way from the best constant answer to the least loss
-MOST_NUMBERS = 20_000_000  # outputs of a batch; larger ones are judged by fewer of its examples
+# Outputs of a batch that are judged: the search for the least loss keeps some thirty copies of them
+# in float64. Of larger batches these are fewer examples, and of a large example fewer places.
+MOST_NUMBERS = 1_000_000
+# A constant answer is already the best one if the least loss lies within this part below it,
+# as where all targets are equal. The loss itself has then to be as close to the least as this.
+NO_WAY, CLOSE = 1e-6, 1e-3
 
 
 class Verdict(NamedTuple):
@@ -55,50 +60,77 @@ def judge(objects: Objects, losses: Sequence[float]) -> Verdict:
     count = 0
     with states_kept():
         for batch in objects.train.epoch(0):
-            few = _few(batch)
             with torch.no_grad(), autocast(_device(batch), objects.options.precision):
-                outputs = call(model.eval(), few.inputs)
+                few, outputs = _outputs(model.eval(), batch, state.progress.num_micro_batches)
             found = _of_batch(task, outputs, few)
             if found is None:
                 return nothing
+            if not math.isfinite(found[0]):
+                return nothing._replace(reached=False, loss=found[0])
             sums = [one + few.num_local * other for one, other in zip(sums, found, strict=True)]
             count += few.num_local
     model.train(training)
     loss, least, constant = (each / count for each in sums)
-    if not constant - least > 1e-6 * max(1.0, abs(constant)):
-        same = Verdict(None, loss, least, constant, trained)
-        return same._replace(reached=True) if loss - least < 1e-3 and constant != 0 else same
     verdict = Verdict(None, loss, least, constant, trained)
-    return verdict._replace(reached=verdict.part <= NEAR)
+    if constant - least > NO_WAY * max(1.0, abs(constant)):
+        return verdict._replace(reached=verdict.part <= NEAR)
+    # A loss that is zero whatever the outputs are, as that of embeddings, tells nothing.
+    is_close = constant != 0 and loss - least < CLOSE
+    return verdict._replace(reached=True) if is_close else verdict
 
 
 def _device(batch: Batch) -> torch.device:
     return parts_of(batch.targets)[0].device
 
 
-def _few(batch: Batch) -> Batch:
-    """Return the batch, or its first examples if targets times classes may be very many."""
-    targets = parts_of(batch.targets)[0]
-    each = max(1, targets.numel() // max(1, len(targets)))
-    pieces = -(-targets.numel() * 100 // MOST_NUMBERS) if each > 1 else 1
-    few: Batch = batch.split(max(1, min(pieces, batch.num_local)))[0]
-    return few
+def _outputs(model: nn.Module, batch: Batch, slices: int) -> tuple[Batch, Any]:
+    """Return the batch, or its first examples, and their outputs, on the CPU if it is a tensor.
+
+    The first forward pass has one example, to know the size of its outputs; others have no more
+    examples than a micro-batch of the step.
+    """
+    one = batch.split(max(1, batch.num_local))[0]
+    outputs = call(model, one.inputs)
+    if not isinstance(outputs, Tensor):
+        return one, outputs
+    most = max(1, MOST_NUMBERS // max(1, outputs.numel()))
+    few: Batch = batch.split(-(-max(1, batch.num_local) // most))[0]
+    size = -(-max(1, batch.num_local) // slices)  # of a micro-batch
+    parts = few.split(-(-max(1, few.num_local) // size))
+    return few, torch.cat([call(model, part.inputs).float().cpu() for part in parts])
+
+
+def _places(task: Any, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first tokens, or rows of pixels, of outputs and targets that are very large."""
+    kind = getattr(task, "kind", None)
+    place_dim = {"language": 1, "segmentation": 2}.get(kind) if isinstance(kind, str) else None
+    if outputs.numel() <= MOST_NUMBERS or place_dim is None or outputs.ndim <= place_dim:
+        return outputs, targets
+    places = max(1, outputs.shape[place_dim] * MOST_NUMBERS // outputs.numel())
+    is_soft = targets.ndim == outputs.ndim  # else targets have no dimension of classes
+    target_dim = place_dim if is_soft else 1
+    return outputs.narrow(place_dim, 0, places), targets.narrow(target_dim, 0, places)
 
 
 def _of_batch(task: Any, outputs: Any, batch: Batch) -> tuple[float, float, float] | None:
-    """Return the loss of `outputs`, the least one and that of the best constant answer."""
+    """Return the loss of `outputs`, the least one and that of the best constant answer.
+
+    The last two are NaN if the first one is not finite.
+    """
     if not isinstance(outputs, Tensor) or not isinstance(batch.targets, Tensor):
         return None
     outputs = outputs.detach().float().cpu()
-    targets = batch.targets.cpu()
+    outputs, targets = _places(task, outputs, batch.targets.cpu())
     weights = None if batch.weights is None else batch.weights.cpu()
 
     def loss_of(values: Tensor) -> Tensor | None:
         return mean_loss(task, values, targets, weights)
 
     own = loss_of(outputs)
-    if own is None or not bool(own.isfinite()):
+    if own is None:
         return None
+    if not bool(own.isfinite()):
+        return float(own), math.nan, math.nan
     tied = _cells(task, outputs, batch)
     table = outputs.flatten(0, tied.ndim - 1)
     count = int(tied.max()) + 1
@@ -132,7 +164,7 @@ def _cells(task: Any, outputs: Tensor, batch: Batch) -> Tensor:
 
     if getattr(task, "kind", None) == "language" and inputs[0].ndim == 2:
         rows = []
-        for text in inputs[0].contiguous().numpy():
+        for text in inputs[0][:, : outputs.shape[1]].contiguous().numpy():
             digest, row = hashlib.blake2b(digest_size=16), []
             for token in text:
                 digest.update(token.tobytes())
@@ -153,6 +185,7 @@ def _least(loss_of: Callable[[Tensor], Tensor | None], start: Tensor) -> float |
         max_iter=100,
         tolerance_grad=1e-12,
         tolerance_change=1e-15,
+        history_size=10,
         line_search_fn="strong_wolfe",
     )
 
@@ -183,26 +216,38 @@ class _NoSlope(Exception):
     """The loss does not depend on the outputs."""
 
 
-def lines(verdict: Verdict, faults: Sequence[str], losses: Sequence[float]) -> list[str]:
-    """Return what to say about a verdict: what was reached, which checks fired, what to try."""
-    steps = len(losses)
+def lines(
+    verdict: Verdict, faults: Sequence[str], losses: Sequence[float], steps: int
+) -> list[str]:
+    """Return what to say about a verdict: what was reached, which checks fired, what to try.
+
+    `steps` are those of the run, `losses` those of this process: a resumed one has fewer.
+    """
     if verdict.reached is None:
         return [
             f"debug=overfit: the step's loss is {verdict.trained:.4g} after {steps} steps. Its "
             "least value is unknown, as the step does not minimise the task's loss alone.",
             *fired(faults),
         ]
+    if not math.isfinite(verdict.loss):
+        return [
+            f"debug=overfit: not reached. The loss on the training examples is {verdict.loss:.4g} "
+            f"after {steps} steps: it is not finite.",
+            *(fired(faults) or ["checks: none of them fired."]),
+            "try: debug=anomaly, which names the operation, or a smaller optimizer.lr.",
+        ]
+    last = f" ({verdict.trained:.4g} in the last step)" if losses else ""
     of = (
-        f"the loss on the training examples is {verdict.loss:.4g} after {steps} steps "
-        f"({verdict.trained:.4g} in the last step); the least that this loss and data allow is "
-        f"{verdict.least:.4g}, and the best constant answer has {verdict.constant:.4g}"
+        f"the loss on the training examples is {verdict.loss:.4g} after {steps} steps{last}; the "
+        f"least that this loss and data allow is {verdict.least:.4g}, and the best "
+        f"constant answer has {verdict.constant:.4g}"
     )
     if verdict.reached:
         return [f"debug=overfit: reached. {of[0].upper()}{of[1:]}.", *fired(faults)]
     return [
         f"debug=overfit: not reached. {of[0].upper()}{of[1:]}.",
         *(fired(faults) or ["checks: none of them fired."]),
-        f"try: {advice(verdict, faults, losses)}",
+        f"try: {advice(verdict, faults, losses, steps)}",
     ]
 
 
@@ -210,14 +255,14 @@ def fired(faults: Sequence[str]) -> list[str]:
     return [f"check: {fault}" for fault in faults]
 
 
-def advice(verdict: Verdict, faults: Sequence[str], losses: Sequence[float]) -> str:
+def advice(verdict: Verdict, faults: Sequence[str], losses: Sequence[float], steps: int) -> str:
     """Return the most likely way to a smaller loss."""
     if faults:
         return "correct what the checks name, then run debug=overfit again."
+    more = f"trainer.max_steps={max(1000, 3 * steps)}"
     quarter = max(1, len(losses) // 4)
     late, before = losses[-quarter:], losses[-2 * quarter : -quarter] or losses[:1]
-    now, then = sum(late) / len(late), sum(before) / len(before)
-    more = f"trainer.max_steps={max(1000, 3 * len(losses))}"
+    now, then = (sum(each) / len(each) if each else math.nan for each in (late, before))
     if now < then - 0.01 * abs(verdict.constant - verdict.least):
         return f"{more}: the loss still falls."
     return (

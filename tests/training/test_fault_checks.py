@@ -1,0 +1,178 @@
+"""The checks for mistakes, on code that is meant and on code that is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import CPU, TINY, batch_of, config_of
+from torch import Tensor, nn
+
+from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
+from regrow.config.targets import allow
+from regrow.runs import fault_checks
+from regrow.runs import training as runs
+
+N = 8
+OUTPUTS = torch.randn(N, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+TARGETS = torch.arange(float(N))
+
+
+def found(code: Callable[[], Any], model: nn.Module | None = None) -> list[str]:
+    with fault_checks.Calls(model) as calls:
+        code()
+    return [*calls.found]
+
+
+class Causal(nn.Module):
+    """A model of tokens: a mask and angles of all places, and a distance from learnt centres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.zeros(N))
+
+    def forward(self, values: Tensor) -> Tensor:
+        places = torch.arange(N)
+        mask = places[:, None] >= places
+        angles = places[:, None] * torch.ones(N)
+        return (values[:, None] - self.centres) * mask + angles
+
+
+MEANT: dict[str, Callable[[], Any]] = {
+    "equal labels": lambda: TARGETS[:, None] == TARGETS,
+    "all pairs of scores": lambda: OUTPUTS - OUTPUTS.squeeze(1),
+    "all pairs of targets": lambda: TARGETS[:, None] - TARGETS,
+    "a weight for each class": lambda: OUTPUTS * TARGETS,
+    "one shape": lambda: F.mse_loss(OUTPUTS.squeeze(1), TARGETS),
+}
+MISTAKES: dict[str, Callable[[], Any]] = {
+    "a difference": lambda: OUTPUTS - TARGETS,
+    "a difference the other way": lambda: TARGETS - OUTPUTS,
+    "torch.sub": lambda: torch.sub(OUTPUTS, TARGETS),
+    "a loss": lambda: F.l1_loss(OUTPUTS, TARGETS.clone()),
+}
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_broadcasting_that_is_meant_is_not_named(case: str) -> None:
+    assert found(MEANT[case]) == []
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("case", MISTAKES)
+def test_broadcasting_outputs_against_targets_is_named(case: str) -> None:
+    assert found(MISTAKES[case]) == ["broadcast"]
+
+
+def test_a_model_may_broadcast_and_the_code_around_it_may_not() -> None:
+    model = Causal()
+    assert found(lambda: model(TARGETS), model) == []
+    assert found(lambda: model(TARGETS)) == ["broadcast"]  # of another model
+
+
+def test_probabilities_are_found_by_the_first_rows() -> None:
+    logits = torch.randn(4096, 5)
+    targets = torch.zeros(4096, dtype=torch.long)
+    assert found(lambda: F.cross_entropy(logits.softmax(1), targets)) == ["softmax"]
+    assert found(lambda: F.cross_entropy(logits, targets)) == []
+    mixed = logits.clone()
+    mixed[:64] = mixed[:64].softmax(1)  # no more rows than these are read
+    assert found(lambda: F.cross_entropy(mixed, targets)) == ["softmax"]
+
+
+def test_the_measured_statistics_in_the_line_standardise_the_inputs() -> None:
+    inputs = 50 * torch.randn(64, 3, 4, 4) + torch.tensor([10.0, 200.0, -50.0]).view(3, 1, 1)
+    (line,) = fault_checks.of_inputs(batch_of(inputs, TARGETS))
+    assert "data.normalize=train" in line
+    given = re.search(r"has mean \[(.*)\] and std \[(.*)\]\.$", line)
+    assert given is not None, line
+    mean, std = (
+        torch.tensor([float(x) for x in numbers.split(",")]).view(3, 1, 1)
+        for numbers in given.groups()
+    )
+    inputs = (inputs - mean) / std
+    assert fault_checks.of_inputs(batch_of(inputs, TARGETS)) == []
+    assert inputs.mean((0, 2, 3)).abs().max() < 1e-2
+    assert (inputs.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def cross_entropy(smoothing: float, weights: list[float] | None = None) -> CrossEntropy:
+    return CrossEntropy(label_smoothing=smoothing, class_weights=weights, ignore_index=None)
+
+
+def quantile(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.maximum(0.9 * (targets - outputs), 0.1 * (outputs - targets))
+
+
+def rate(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.exp() - targets.abs() * outputs  # of Poisson's distribution
+
+
+LOGITS = 6 * torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+CLASSES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 2])
+SOFT = F.one_hot(CLASSES, 3) * 0.7 + 0.1
+RARE = (CLASSES == 1).float()
+LOSSES: dict[str, tuple[str, Loss, Tensor, Tensor]] = {
+    "cross entropy": ("multiclass", cross_entropy(0), LOGITS, CLASSES),
+    "much smoothing": ("multiclass", cross_entropy(0.8), LOGITS, CLASSES),
+    "class weights": ("multiclass", cross_entropy(0, [0.01, 1, 100]), LOGITS, CLASSES),
+    "soft targets": ("multiclass", cross_entropy(0), LOGITS, SOFT),
+    "pixels": ("segmentation", cross_entropy(0), LOGITS.view(2, 3, 2, 2), CLASSES.view(2, 2, 2)),
+    "binary": ("binary", BCEWithLogits(pos_weight=[50.0]), LOGITS[:, 0], RARE),
+    "several labels": ("multilabel", BCEWithLogits(pos_weight=[50.0] * 3), LOGITS, SOFT.round()),
+    "squares": ("regression", mse, LOGITS[:, 0], TARGETS),
+    "distances": ("regression", l1, LOGITS[:, 0], TARGETS),
+    "a quantile": ("regression", quantile, LOGITS[:, 0], TARGETS),
+    "rates": ("regression", rate, LOGITS[:, 0], TARGETS / 10),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_only_the_negative_of_a_loss_rises_towards_the_targets(case: str) -> None:
+    kind, loss, outputs, targets = LOSSES[case]
+
+    def task(sign: int) -> Any:
+        def loss_of(outputs: Any, targets: Any, weights: Any) -> Any:
+            result = weighted(loss(outputs, targets), weights, len(outputs))
+            return result._replace(values=sign * result.values)
+
+        return SimpleNamespace(kind=kind, loss=loss_of)
+
+    weights = torch.linspace(0, 3, len(outputs))
+    for given in (None, weights):
+        assert not fault_checks.rises_towards_targets(task(1), outputs, targets, given)
+        # An asymmetric loss need not be lower on both sides: it is passed over.
+        if case != "rates":
+            assert fault_checks.rises_towards_targets(task(-1), outputs, targets, given)
+
+
+def test_a_leak_has_five_examples_that_the_run_trains_on() -> None:
+    def lines(shared: int, num_trained_on: int = 96) -> list[str]:
+        config = config_of(*TINY, "data.normalize=none")
+        config["data"]["source"] = {"_target_": "planted.rows", "shared": shared}
+        allow(config)
+        objects = runs.build(config, CPU)
+        return fault_checks.leaks(objects.data, CPU.device, num_trained_on)
+
+    assert lines(4) == []
+    (line,) = lines(5)
+    assert line.startswith("data.source: 5 of the first 32 val examples")
+    assert lines(20, num_trained_on=14) == []  # four of the shared ones
+    assert len(lines(20, num_trained_on=20)) == 1
+
+
+def test_equal_rows_by_chance_are_no_leak_and_copied_rows_are_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for few in (20, 100, 1000):  # of so many values
+        for sizes in ((120, 30), (40, 400), (1000, 200)):
+            draws = [torch.randint(few, (n,), generator=generator).tolist() for n in sizes]
+            train, own = ([bytes(str(value), "ascii") for value in each] for each in draws)
+            shared = sum(one in set(train) for one in own)
+            assert shared <= 3 * fault_checks._by_chance(train, own)
+    train = [bytes(str(value), "ascii") for value in range(120)]
+    assert 3 * fault_checks._by_chance(train, train[:30]) < 15
