@@ -188,7 +188,7 @@ def forgetful() -> None:
     if importlib.util.find_spec("mlflow") is not None:
         from regrow.record.mlflow_logger import Mlflow
 
-        Mlflow._history = lambda self: set()  # type: ignore[method-assign]
+        Mlflow._history = lambda self, keys: set()  # type: ignore[method-assign]
 
 
 MISTAKES = {

@@ -81,7 +81,6 @@ def metrics_in(found: Found) -> Found:
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_each_reader_finds_each_step_and_image_once_after_three_kills(tmp_path: Path) -> None:
     address = f"sqlite:///{tmp_path}/mlflow.db"
     run = (
