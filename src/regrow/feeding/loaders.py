@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from regrow.config.kinds import refuse_mixing, refuse_sampling
+from regrow.config.kinds import refuse_sampling
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
-from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names, outside
+from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
+from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
 from regrow.feeding.images import ImageFiles
-from regrow.feeding.mixing import Mix, pairs_of, refuse_integers, softened
+from regrow.feeding.mixing import Mix, pairs_of, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
     Normalizer,
@@ -49,7 +50,6 @@ from regrow.record.pictures import by_range
 log = logging.getLogger("regrow.data")
 
 KINDS = ("multiclass", "binary", "multilabel", "regression", "segmentation", "language")
-OF_CLASSES = ("multiclass", "segmentation", "language")  # their targets are indices
 
 Feed = MemoryFeed | FileFeed | TokenFeed
 
@@ -230,7 +230,7 @@ class Data:
             integers=integers,
         )
         if self.mixing is not None:
-            self._check_mixing(self.mixing)
+            self._checks().check_mixing(self.mixing, self.preprocessing)
         self._warn_of_rounding()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
@@ -249,7 +249,7 @@ class Data:
                 f"as {max(self.input_shape or [256])}, or data.cache=null."
             )
         name = type(self.augmentation).__name__
-        if self.augmentation is not None and not _takes_resized(self.augmentation):
+        if self.augmentation is not None and not takes_resized(self.augmentation):
             raise UserError(
                 f"{key}: data.augmentation={name} takes the original image, which is not kept. Use "
                 f"data=resized_folder, whose {lab_name()}.data.augment.CropResized takes the "
@@ -303,7 +303,7 @@ class Data:
             draw_weights=draw_weights,
             mixing=self.mixing,
             num_classes=self._softened_classes,
-            own_order=_order_of(self.source.train),
+            own_order=order_of(self.source.train),
         )
 
     @property
@@ -573,7 +573,18 @@ class Data:
                     *(what, lost, way_out),
                 )
 
+    def _checks(self) -> DataChecks:
+        return DataChecks(
+            self.source,
+            target_kind=self.target_kind,
+            num_classes=self.num_classes,
+            num_outputs=self.num_outputs,
+            ignore_index=self.ignore_index,
+            input_shape=self.input_shape,
+        )
+
     def _check(self, augment: bool, augmentation: Any, normalize_targets: bool) -> None:
+        checks = self._checks()
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be 1 or more.")
@@ -590,7 +601,7 @@ class Data:
                     f"split {name} is empty. Give it examples, or null for no such split."
                 )
             if isinstance(split, Examples):
-                self._check_examples(name, split)
+                checks.check_examples(name, split)
         names = self.class_names
         if names is not None and self.num_classes is not None and len(names) != self.num_classes:
             raise UserError(
@@ -601,26 +612,11 @@ class Data:
                 f"data.normalize_targets=true is for regression, not {self.target_kind}. Set false."
             )
         if self.transforms:
-            self._check_transforms(augmentation)
+            checks.check_transforms(self.transforms, augmentation)
         elif augment and augmentation is not None:
-            self._check_augmentation(augmentation)
+            checks.check_augmentation(augmentation)
         refuse_sampling(self.sampling, self.target_kind)
-        self._check_own_order()
-
-    def _check_own_order(self) -> None:
-        """Raise UserError for what needs another order than that of shards or of a stream."""
-        train = self.source.train
-        if self.sampling is not None and _order_of(train) is not None:
-            kind = "streams" if isinstance(train, Stream) else "tar shards"
-            raise UserError(
-                f"data.sampling={self.sampling}: {kind} are read in an order of their own, which "
-                "draws nothing twice. Set data.sampling=null, and use loss.class_weights."
-            )
-        if isinstance(train, Stream) and self.mixing is not None:
-            raise UserError(
-                "data.mixing: an IterableDataset is read in its own order, once. Mix in the data "
-                "set, and set data.mixing=null."
-            )
+        checks.refuse_other_order(self.sampling, self.mixing)
 
     def _final(self, named: list[str]) -> list[str]:
         """Return the sets that are measured once, in their order."""
@@ -633,158 +629,6 @@ class Data:
                 )
         return [name for name in sets if name in ("test", *named)]
 
-    def _check_augmentation(self, augmentation: Any) -> None:
-        train = self.source.train
-        if _takes_resized(augmentation):
-            if not isinstance(train, ImageFiles) or train.resize is None:
-                raise UserError(
-                    f"data.augmentation={type(augmentation).__name__} takes the resized images of "
-                    "data=image_folder with a data.source.resize. Use another one, or null."
-                )
-            return
-        if not isinstance(train, Examples):
-            if not hasattr(train, "augmented"):
-                raise UserError(
-                    "data.augmentation does not reach into a data set of your own. Augment there, "
-                    "and set data.augmentation=null."
-                )
-        elif train.inputs.dtype != torch.uint8 or not hasattr(augmentation, "store"):
-            kind = str(train.inputs.dtype).removeprefix("torch.")
-            raise UserError(
-                f"data.augmentation={type(augmentation).__name__} does not fit {kind} inputs of "
-                f"shape {self.input_shape} in memory. Use CropFlip for images, or null."
-            )
-        elif self.target_kind == "segmentation":
-            if not getattr(augmentation, "only_moves_pixels", False):
-                raise UserError(
-                    f"data.augmentation={type(augmentation).__name__} does not move masks with "
-                    "their images. Use CropFlip, or null."
-                )
-            largest = max((self.num_classes or 1) - 1, self.ignore_index or 0)
-            if largest > 255 or (self.ignore_index or 0) < 0:
-                raise UserError(
-                    f"data.ignore_index={self.ignore_index} and data.num_classes="
-                    f"{self.num_classes}: masks in memory are augmented as bytes. Use indices of "
-                    "0 to 255, or data.augment=false."
-                )
-
-    def _check_transforms(self, augmentation: Any) -> None:
-        train = self.source.train
-        key = "data.transforms"
-        if augmentation is not None and augmentation in self.transforms:
-            key = f"data.augmentation={type(augmentation).__name__}"
-        if self.target_kind == "segmentation":
-            raise UserError(
-                f"{key}: it would not move masks with their images. Use data.augmentation, "
-                "CropFlip in memory and a transform of image and mask from files."
-            )
-        if not isinstance(train, Examples):
-            if not hasattr(train, "augmented"):
-                raise UserError(
-                    f"{key} does not reach into a data set of your own. Transform there, and set "
-                    "data.transforms=[]."
-                )
-        elif train.inputs.dtype != torch.uint8 or train.inputs.ndim != 4:
-            kind = str(train.inputs.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{key} does not fit {kind} inputs of shape {self.input_shape} in memory, since "
-                "it takes uint8 images. Use data.augmentation=null and data.transforms=[]."
-            )
-        for transform in self.transforms:
-            if type(transform).__name__ == "RandomErasing" and transform.value is None:
-                raise UserError(
-                    f"{key}: RandomErasing with value=random draws numbers near 0, which are black "
-                    "in bytes. Set value to 0 … 255, or to one such number per channel."
-                )
-            if not callable(transform):
-                raise UserError(
-                    f"{key}: {type(transform).__name__} cannot be called with an image. Use a "
-                    "transform of torchvision.transforms.v2."
-                )
-
-    def _check_mixing(self, mixing: Mix) -> None:
-        """Raise UserError unless `mixing` takes and gives inputs of the data's shape."""
-        if not isinstance(mixing, Mix):
-            raise UserError(
-                f"data.mixing={type(mixing).__name__} is not a regrow.feeding.mixing.Mix. Use "
-                f"{lab_name()}.data.augment.MixUp or CutMix, or a subclass of Mix."
-            )
-        refuse_mixing(type(mixing).__name__, self.target_kind, self.ignore_index)
-        if isinstance(train := self.source.train, Examples):
-            refuse_integers(Normalizer(self.preprocessing)(train.inputs[:1]))
-        if self.input_shape is not None:
-            example = torch.zeros(2, *self.input_shape)
-            numbers = torch.full((2, mixing.num_numbers), 0.5, dtype=torch.float64)
-            mixed, share = mixing(example, example, mixing.draw(numbers).float())
-            if mixed.shape != example.shape or share.shape != (2,):
-                raise UserError(
-                    f"data.mixing={type(mixing).__name__} gave inputs of shape "
-                    f"{list(mixed.shape)} and shares of shape {list(share.shape)} for "
-                    f"{list(example.shape)}. Return the inputs' shape, and a share per example."
-                )
-
-    def _check_examples(self, name: str, split: Examples) -> None:
-        found = list(split.inputs.shape[1:])
-        if found != self.input_shape:
-            columns = self.source.columns
-            what = f": the columns {', '.join(columns[:20])}" if columns else ""
-            raise UserError(
-                f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
-                f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."
-            )
-        if len(split.targets) != len(split.inputs):
-            raise DataError(
-                f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
-            )
-        targets = split.targets
-        if self.target_kind == "segmentation":
-            self._check_masks(name, split)
-        if self.target_kind in OF_CLASSES and not targets.is_floating_point():
-            self._check_classes(name, targets)
-        elif not bool(targets.isfinite().all()):
-            row = int((~targets.isfinite()).nonzero()[0][0])
-            raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
-        if self.target_kind is None or self.num_outputs is None:
-            return
-        of_classes = dict.fromkeys(OF_CLASSES, self.num_classes)
-        width = {"binary": 1, **of_classes}.get(self.target_kind, targets[0].numel())
-        if width != self.num_outputs:
-            raise UserError(
-                f"data.num_outputs={self.num_outputs}, but {self.target_kind} targets of shape "
-                f"{list(targets.shape)} take {width}. Set data.num_outputs={width}."
-            )
-
-    def _check_masks(self, name: str, split: Examples) -> None:
-        images, masks = split.inputs, split.targets
-        fits = images.ndim == 4 and masks.shape == (len(images), *images.shape[2:])
-        if not fits or masks.is_floating_point():
-            kind = str(masks.dtype).removeprefix("torch.")
-            raise DataError(
-                f"split {name}: {kind} targets of shape {list(masks.shape)} for inputs of shape "
-                f"{list(images.shape)}. Segmentation takes class indices (N, H, W) of images "
-                "(N, C, H, W)."
-            )
-
-    def _check_classes(self, name: str, targets: Tensor) -> None:
-        number = self.num_classes
-        if number is None:
-            raise UserError(
-                f"data.num_classes=null, and {self.target_kind} targets need it. Set the number."
-            )
-        wrong = outside(targets, number, self.ignore_index)
-        if wrong is not None:
-            row = int((targets == wrong).nonzero()[0][0])
-            raise DataError(
-                f"split {name}, example {row}: class {wrong} is out of range for "
-                f"data.num_classes={number}: 0 … {number - 1}."
-            )
-
-
-def _order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:
-    """Return the order of shards or of a stream; None for data that has none of its own."""
-    order = getattr(train, "epoch_order", None)
-    return order if callable(order) else None
-
 
 def _in_memory(source: Splits) -> bool:
     return isinstance(source.train, Examples)
@@ -793,10 +637,6 @@ def _in_memory(source: Splits) -> bool:
 def _stores(augmentation: Any) -> bool:
     """Return True if an augmentation lays out the images in memory, or cannot be called at all."""
     return hasattr(augmentation, "store") or not callable(augmentation)
-
-
-def _takes_resized(augmentation: Any) -> bool:
-    return getattr(augmentation, "takes", None) == "resized"
 
 
 def _sha256(split: Split, how: str) -> str:

@@ -1,0 +1,210 @@
+"""Checks that data fits its config, before anything is computed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.config.kinds import refuse_mixing
+from regrow.errors import DataError, UserError
+from regrow.feeding.feeds import outside
+from regrow.feeding.images import ImageFiles
+from regrow.feeding.mixing import Mix, refuse_integers
+from regrow.feeding.preprocess import Normalizer, Preprocessing
+from regrow.feeding.sampling import Windows
+from regrow.feeding.splits import Examples, Split, Splits
+from regrow.feeding.streams import Stream
+from regrow.project import lab_name
+
+OF_CLASSES = ("multiclass", "segmentation", "language")  # their targets are indices
+
+
+@dataclass(frozen=True)
+class DataChecks:
+    """A source, and what the config says of its examples: see `loaders.Data`."""
+
+    source: Splits
+    target_kind: str | None
+    num_classes: int | None
+    num_outputs: int | None
+    ignore_index: int | None
+    input_shape: list[int] | None
+
+    def refuse_other_order(self, sampling: str | dict[str, str] | None, mixing: Mix | None) -> None:
+        """Raise UserError for what needs another order than that of shards or of a stream."""
+        train = self.source.train
+        if sampling is not None and order_of(train) is not None:
+            kind = "streams" if isinstance(train, Stream) else "tar shards"
+            raise UserError(
+                f"data.sampling={sampling}: {kind} are read in an order of their own, which "
+                "draws nothing twice. Set data.sampling=null, and use loss.class_weights."
+            )
+        if isinstance(train, Stream) and mixing is not None:
+            raise UserError(
+                "data.mixing: an IterableDataset is read in its own order, once. Mix in the data "
+                "set, and set data.mixing=null."
+            )
+
+    def check_augmentation(self, augmentation: Any) -> None:
+        """Raise UserError unless `augmentation` takes the training split as it is stored."""
+        train = self.source.train
+        if takes_resized(augmentation):
+            if not isinstance(train, ImageFiles) or train.resize is None:
+                raise UserError(
+                    f"data.augmentation={type(augmentation).__name__} takes the resized images of "
+                    "data=image_folder with a data.source.resize. Use another one, or null."
+                )
+            return
+        if not isinstance(train, Examples):
+            if not hasattr(train, "augmented"):
+                raise UserError(
+                    "data.augmentation does not reach into a data set of your own. Augment there, "
+                    "and set data.augmentation=null."
+                )
+        elif train.inputs.dtype != torch.uint8 or not hasattr(augmentation, "store"):
+            kind = str(train.inputs.dtype).removeprefix("torch.")
+            raise UserError(
+                f"data.augmentation={type(augmentation).__name__} does not fit {kind} inputs of "
+                f"shape {self.input_shape} in memory. Use CropFlip for images, or null."
+            )
+        elif self.target_kind == "segmentation":
+            if not getattr(augmentation, "only_moves_pixels", False):
+                raise UserError(
+                    f"data.augmentation={type(augmentation).__name__} does not move masks with "
+                    "their images. Use CropFlip, or null."
+                )
+            largest = max((self.num_classes or 1) - 1, self.ignore_index or 0)
+            if largest > 255 or (self.ignore_index or 0) < 0:
+                raise UserError(
+                    f"data.ignore_index={self.ignore_index} and data.num_classes="
+                    f"{self.num_classes}: masks in memory are augmented as bytes. Use indices of "
+                    "0 to 255, or data.augment=false."
+                )
+
+    def check_transforms(self, transforms: list[Any], augmentation: Any) -> None:
+        """Raise UserError unless the training split gives images that `transforms` take."""
+        train = self.source.train
+        key = "data.transforms"
+        if augmentation is not None and augmentation in transforms:
+            key = f"data.augmentation={type(augmentation).__name__}"
+        if self.target_kind == "segmentation":
+            raise UserError(
+                f"{key}: it would not move masks with their images. Use data.augmentation, "
+                "CropFlip in memory and a transform of image and mask from files."
+            )
+        if not isinstance(train, Examples):
+            if not hasattr(train, "augmented"):
+                raise UserError(
+                    f"{key} does not reach into a data set of your own. Transform there, and set "
+                    "data.transforms=[]."
+                )
+        elif train.inputs.dtype != torch.uint8 or train.inputs.ndim != 4:
+            kind = str(train.inputs.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{key} does not fit {kind} inputs of shape {self.input_shape} in memory, since "
+                "it takes uint8 images. Use data.augmentation=null and data.transforms=[]."
+            )
+        for transform in transforms:
+            if type(transform).__name__ == "RandomErasing" and transform.value is None:
+                raise UserError(
+                    f"{key}: RandomErasing with value=random draws numbers near 0, which are black "
+                    "in bytes. Set value to 0 … 255, or to one such number per channel."
+                )
+            if not callable(transform):
+                raise UserError(
+                    f"{key}: {type(transform).__name__} cannot be called with an image. Use a "
+                    "transform of torchvision.transforms.v2."
+                )
+
+    def check_mixing(self, mixing: Mix, how: Preprocessing) -> None:
+        """Raise UserError unless `mixing` takes and gives inputs of the data's shape."""
+        if not isinstance(mixing, Mix):
+            raise UserError(
+                f"data.mixing={type(mixing).__name__} is not a regrow.feeding.mixing.Mix. Use "
+                f"{lab_name()}.data.augment.MixUp or CutMix, or a subclass of Mix."
+            )
+        refuse_mixing(type(mixing).__name__, self.target_kind, self.ignore_index)
+        if isinstance(train := self.source.train, Examples):
+            refuse_integers(Normalizer(how)(train.inputs[:1]))
+        if self.input_shape is not None:
+            example = torch.zeros(2, *self.input_shape)
+            numbers = torch.full((2, mixing.num_numbers), 0.5, dtype=torch.float64)
+            mixed, share = mixing(example, example, mixing.draw(numbers).float())
+            if mixed.shape != example.shape or share.shape != (2,):
+                raise UserError(
+                    f"data.mixing={type(mixing).__name__} gave inputs of shape "
+                    f"{list(mixed.shape)} and shares of shape {list(share.shape)} for "
+                    f"{list(example.shape)}. Return the inputs' shape, and a share per example."
+                )
+
+    def check_examples(self, name: str, split: Examples) -> None:
+        """Raise UserError or DataError unless the config describes a split in memory."""
+        found = list(split.inputs.shape[1:])
+        if found != self.input_shape:
+            columns = self.source.columns
+            what = f": the columns {', '.join(columns[:20])}" if columns else ""
+            raise UserError(
+                f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
+                f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."
+            )
+        if len(split.targets) != len(split.inputs):
+            raise DataError(
+                f"split {name} has {len(split.inputs)} inputs and {len(split.targets)} targets."
+            )
+        targets = split.targets
+        if self.target_kind == "segmentation":
+            self._check_masks(name, split)
+        if self.target_kind in OF_CLASSES and not targets.is_floating_point():
+            self._check_classes(name, targets)
+        elif not bool(targets.isfinite().all()):
+            row = int((~targets.isfinite()).nonzero()[0][0])
+            raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
+        if self.target_kind is None or self.num_outputs is None:
+            return
+        of_classes = dict.fromkeys(OF_CLASSES, self.num_classes)
+        width = {"binary": 1, **of_classes}.get(self.target_kind, targets[0].numel())
+        if width != self.num_outputs:
+            raise UserError(
+                f"data.num_outputs={self.num_outputs}, but {self.target_kind} targets of shape "
+                f"{list(targets.shape)} take {width}. Set data.num_outputs={width}."
+            )
+
+    def _check_masks(self, name: str, split: Examples) -> None:
+        images, masks = split.inputs, split.targets
+        fits = images.ndim == 4 and masks.shape == (len(images), *images.shape[2:])
+        if not fits or masks.is_floating_point():
+            kind = str(masks.dtype).removeprefix("torch.")
+            raise DataError(
+                f"split {name}: {kind} targets of shape {list(masks.shape)} for inputs of shape "
+                f"{list(images.shape)}. Segmentation takes class indices (N, H, W) of images "
+                "(N, C, H, W)."
+            )
+
+    def _check_classes(self, name: str, targets: Tensor) -> None:
+        number = self.num_classes
+        if number is None:
+            raise UserError(
+                f"data.num_classes=null, and {self.target_kind} targets need it. Set the number."
+            )
+        wrong = outside(targets, number, self.ignore_index)
+        if wrong is not None:
+            row = int((targets == wrong).nonzero()[0][0])
+            raise DataError(
+                f"split {name}, example {row}: class {wrong} is out of range for "
+                f"data.num_classes={number}: 0 … {number - 1}."
+            )
+
+
+def order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:
+    """Return the order of shards or of a stream; None for data that has none of its own."""
+    order = getattr(train, "epoch_order", None)
+    return order if callable(order) else None
+
+
+def takes_resized(augmentation: Any) -> bool:
+    """Return True if an augmentation takes images that are resized already."""
+    return getattr(augmentation, "takes", None) == "resized"
