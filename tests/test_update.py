@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from regrow import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 ENVIRONMENT = os.environ | {
@@ -93,11 +95,11 @@ def template(made: Path, tmp_path: Path) -> Path:
     (folder / "conf/model/new.yaml").write_text("_target_: lab.models.mlp.MLP\n")
     (folder / "scripts/predict.py").unlink()
     edit(folder / "src/lab/models/mlp.py", "\nclass ", "\n# A change of the lab.\nclass ")
-    edit(folder / "pyproject.toml", 'version = "0.2.0"', 'version = "0.3.0"')
+    edit(folder / "pyproject.toml", f'version = "{__version__}"', 'version = "9.0.0"')
     edit(
         folder / "CHANGELOG.md",
         "## [Unreleased]\n",
-        "## [Unreleased]\n\n## [0.3.0] - soon\n\n- News.\n",
+        "## [Unreleased]\n\n## [9.0.0] - soon\n\n- News.\n",
     )
     commit(folder, "A newer template")
     return folder
@@ -132,7 +134,7 @@ def assert_updated(project: Path) -> None:
     assert "dropout: 0.3" in merged and "activation: gelu" in merged
     assert "deep_fish.models.mlp.MLP" in (project / "conf/model/new.yaml").read_text()
     assert 'name = "deep-fish"\nversion = "0.1.0"' in (project / "pyproject.toml").read_text()
-    assert json.loads((project / ".template/record.json").read_text())["version"] == "0.3.0"
+    assert json.loads((project / ".template/record.json").read_text())["version"] == "9.0.0"
 
 
 def test_an_update_keeps_every_edit_and_stages_the_rest(project: Path, template: Path) -> None:
@@ -143,9 +145,11 @@ def test_an_update_keeps_every_edit_and_stages_the_rest(project: Path, template:
     after = contents(project)
     for name in (str(LOOP), str(MODEL), "README.md", "notes.txt", "scratch.txt"):
         assert after[name] == before[name]
-    assert re.search(r"Regrow 0\.2\.0 \(\w{10}\) → Regrow 0\.3\.0 \(\w{10}\)", done.stdout)
+    assert re.search(
+        rf"Regrow {re.escape(__version__)} \(\w{{10}}\) → Regrow 9\.0\.0 \(\w{{10}}\)", done.stdout
+    )
     assert "conf/model/mlp.yaml" in done.stdout and "- News." in done.stdout
-    assert "[0.2.0]" not in done.stdout  # no news
+    assert f"[{__version__}]" not in done.stdout  # no news
     staged = git(project, "status", "--porcelain").splitlines()
     assert [line for line in staged if line[1] != " "] == [UNTRACKED.strip()]
     assert git(project, "diff") == ""
@@ -171,7 +175,7 @@ def test_a_second_update_changes_nothing(project: Path, template: Path) -> None:
     commit(project, "Update")
     before = contents(project)
     done = script(project, "update", f"FROM={template}")
-    assert done.returncode == 0 and "up to date with Regrow 0.3.0" in done.stdout
+    assert done.returncode == 0 and "up to date with Regrow 9.0.0" in done.stdout
     assert contents(project) == before and git(project, "diff", "HEAD") == ""
 
 
@@ -192,8 +196,8 @@ def test_a_conflict_names_both_sides(project: Path, template: Path) -> None:
     commit(template, "Another default")
     (project / "conf/model/cnn.yaml").unlink()
     commit(project, "Without the CNN")
-    sides = ("yours: conf/model/mlp.yaml", "dropout: 0.3", "Regrow 0.2.0", "dropout: 0.0")
-    sides += ("Regrow 0.3.0", "dropout: 0.5")
+    sides = ("yours: conf/model/mlp.yaml", "dropout: 0.3", f"Regrow {__version__}", "dropout: 0.0")
+    sides += ("Regrow 9.0.0", "dropout: 0.5")
     lost = "conf/model/cnn.yaml: you deleted it, and the template changed it."
     assert_refused(project, template, *sides, lost)
     kept = "conf/model/mlp.yaml"
@@ -216,7 +220,9 @@ def test_a_conflict_names_both_sides(project: Path, template: Path) -> None:
 def test_an_edited_engine_is_refused(name: str, project: Path, template: Path) -> None:
     (project / name).write_text("# Mine.\n" + (project / name).read_text())
     commit(project, "Tweak the engine")
-    assert_refused(project, template, "the engine differs from Regrow 0.2.0", "Tweak the engine")
+    assert_refused(
+        project, template, f"the engine differs from Regrow {__version__}", "Tweak the engine"
+    )
 
 
 def test_an_unclean_tree_is_refused(project: Path, template: Path) -> None:
@@ -260,7 +266,7 @@ def test_an_older_template_and_other_folders_are_refused(
     assert_refused(project, project, "is not the template")
     assert script(project, "update", f"FROM={template}").returncode == 0
     commit(project, "Update")
-    assert_refused(project, made / "template", "which is older than Regrow 0.3.0")
+    assert_refused(project, made / "template", "which is older than Regrow 9.0.0")
     done = script(made / "template", "update", f"FROM={template}")
     assert done.returncode == 2 and "did not make this project" in done.stderr
 

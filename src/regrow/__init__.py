@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "build", "compose"]
 
-__version__ = "0.2.0"  # of the engine; `protocols.VERSION` says which labs it works with
+__version__ = "1.0.0"  # of the engine; `protocols.VERSION` says which labs it works with
 
 
 def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictConfig:
