@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
@@ -13,8 +14,10 @@ import sys
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from finished import script
+from PIL import Image
 from test_recipes import BLOCK, follow
 
 from regrow.project import ROOT
@@ -74,6 +77,27 @@ def test_the_first_five_minutes_work_in_a_fresh_clone(tmp_path: Path) -> None:
     subprocess.run(["git", "clone", "--quiet", ROOT, project], check=True)
     said = follow(page("start.md"), as_a_user(project))
     assert "set-up: complete" in said and "identical" in said
+
+
+@needs_git
+@pytest.mark.slow
+def test_a_model_on_a_folder_of_images_works_as_the_readme_prints_it(tmp_path: Path) -> None:
+    project = as_a_user(tracked(tmp_path / "project"))
+    draws = np.random.default_rng(0)
+    for name, size in (("cat", (40, 1)), ("dog", (1, 40))):
+        (project / "photos" / name).mkdir(parents=True)
+        for number in range(60):
+            stripes = Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8))
+            stripes.resize((150, 100)).save(project / "photos" / name / f"{number} .jpg")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Your model on your images")[2].partition("\n## ")[0]
+    said = follow(section, project)
+    assert "60 predictions" in said
+    run = project / "outputs/image_folder/latest"
+    assert json.loads((run / "summary.json").read_text())["test"]["test/accuracy"] > 0.8
+    assert (run / "report.html").is_file()
+    with (project / "predictions.csv").open() as file:
+        assert [row["prediction"] for row in csv.DictReader(file)].count("cat") > 48
 
 
 def test_the_refusal_that_the_first_page_shows_is_that_of_the_command() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import flags, places
 from regrow.config.composition import composition, hydra_as_it_was
@@ -251,7 +252,7 @@ def _value(config: Any, key: str) -> str:
             return "???"
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         return _plain(redact_all({key.rpartition(".")[2]: value}).popitem()[1])
-    except Exception:  # an interpolation that only a run resolves
+    except OmegaConfBaseException:  # an interpolation that only a run resolves
         return "…"
 
 
