@@ -249,6 +249,30 @@ def test_a_server_that_fails_is_left_alone_for_a_while(
     assert warning.getMessage().startswith("logger mlflow: MlflowException: ")
 
 
+def test_values_that_wait_too_long_are_read_from_the_record_again(
+    database: Path, dead_server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(mlflow_logger, "MOST_WAITING", 20)
+    loggers = opened(database, None)
+    tracker = loggers.trackers["mlflow"]
+    loggers.log(1, 0, {"a": 1.0, "b": 0.0})
+    tracker.flush()
+    alive, tracker.client = tracker.client, MlflowClient(dead_server[0])
+    most = 0
+    for step in range(2, 60):
+        loggers.log(step, 0, {"a": float(step), "b": 0.0})
+        loggers.log(step, 0, {"c": 1.0})  # an evaluation of the same step
+        most = max(most, len(tracker.waiting))
+    assert most <= 20  # negative control: it is 232 with the usual limit
+    tracker.client = alive
+    loggers.close()
+    assert history(database, "a") == [(step, float(step)) for step in range(1, 60)]
+    assert [step for step, _ in history(database, "c")] == [*range(2, 60)]
+    assert [step for step, _ in history(database, "epoch")] == [*range(1, 60)]
+
+
 def test_the_limits_of_a_request_hold_for_our_requests_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import re
 import time
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "mlflow.json"
 MOST_METRICS, MOST_PARAMS, LONGEST = 1000, 100, 6000  # that MLflow takes in one call; characters
+MOST_WAITING = 100_000  # values in memory while a server is down: some 30 MB
 LONGEST_NAME = 250  # characters of a metric's or a param's name
 REFUSED = "INVALID_PARAMETER_VALUE"  # MLflow's code for a value or a name that it never takes
 GONE = ("RESOURCE_DOES_NOT_EXIST", REFUSED)  # its codes for a run that is missing or deleted
@@ -36,7 +38,8 @@ class Mlflow:
 
     MLflow cannot delete what it holds. So a resumed run reads which steps are there, and adds the
     others alone: a replayed step is equal. Values wait in memory for at most `flush_seconds`, and
-    until the next checkpoint. After a failure the next try waits for 10 `timeout_seconds`.
+    until the next checkpoint. After a failure the next try waits for 10 `timeout_seconds`. Of many
+    values that wait for a server, the oldest are read from the record again once it answers.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Mlflow:
         self.flush_seconds, self.sent_at = flush_seconds, time.monotonic()
         self.timeout_seconds = timeout_seconds
         self.paused: dict[str, float] = {}  # until when, of values and of images
+        self.folder, self.was_full = folder, False
         self.waiting: list[Any] = []
         self.waiting_images: list[tuple[str, Path]] = []
         self.images: dict[str, set[str]] = {}  # the files of each name that are there
@@ -132,6 +136,10 @@ class Mlflow:
                 continue
             self.last[1].add(name)
             self.waiting.append(self.metric(name, float(value), now, step))
+        if len(self.waiting) > MOST_WAITING:
+            self.was_full = True
+            middle = self.waiting[MOST_WAITING // 2].step  # whole steps are dropped
+            self.waiting = [metric for metric in self.waiting if metric.step > middle]
         late = time.monotonic() - self.sent_at >= self.flush_seconds
         if late or len(self.waiting) >= MOST_METRICS:
             self.flush()
@@ -172,10 +180,31 @@ class Mlflow:
             del self.waiting_images[0]
 
     def _send_values(self) -> None:
+        if self.was_full:
+            self._send_dropped()
+            self.was_full = False
         while self.waiting:
             part = self.waiting[:MOST_METRICS]
             self._send(part)
             del self.waiting[: len(part)]
+
+    def _send_dropped(self) -> None:
+        """Send what the record has of the steps before those that wait, if it is not there."""
+        self.shown = self._history(self.client.get_run(self.run_id).data.metrics)
+        end = self.waiting[0].step if self.waiting else math.inf
+        now, part = int(time.time() * 1000), []
+        for line in iterate_metrics(self.folder):
+            step = line["step"]
+            for key, value in line.items():
+                name = _name(key)
+                if key == "step" or step >= end or (name, step) in self.shown:
+                    continue
+                self.shown.add((name, step))
+                part.append(self.metric(name, float(value), now, step))
+            if len(part) >= MOST_METRICS // 2:
+                self._send(part)
+                part = []
+        self._send(part)
 
     def _send(self, metrics: list[Any]) -> None:
         """Send values. One that MLflow refuses is left out: it would hold back all later ones."""
