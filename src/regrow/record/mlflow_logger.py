@@ -129,7 +129,7 @@ class Mlflow:
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         if step != self.last[0]:
             self.last = (step, set())
-        now = int(time.time() * 1000)
+        now = _milliseconds()
         for key, value in {**values, "epoch": epoch}.items():
             name = _name(key)
             if name in self.last[1] or (name, step) in self.shown:
@@ -192,7 +192,7 @@ class Mlflow:
         """Send what the record has of the steps before those that wait, if it is not there."""
         self.shown = self._history(self.client.get_run(self.run_id).data.metrics)
         end = self.waiting[0].step if self.waiting else math.inf
-        now, part = int(time.time() * 1000), []
+        now, part = _milliseconds(), []
         for line in iterate_metrics(self.folder):
             step = line["step"]
             for key, value in line.items():
@@ -229,6 +229,11 @@ class Mlflow:
         finally:
             with _limited(self.timeout_seconds):
                 self.client.set_terminated(self.run_id, ENDS.get(exit_code, "FAILED"))
+
+
+def _milliseconds() -> int:
+    """Return the time of a metric as MLflow wants it, since 1970."""
+    return int(time.time() * 1000)
 
 
 def _name(key: str) -> str:
