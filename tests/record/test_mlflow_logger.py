@@ -265,7 +265,7 @@ def test_values_that_wait_too_long_are_read_from_the_record_again(
         loggers.log(step, 0, {"a": float(step), "b": 0.0})
         loggers.log(step, 0, {"c": 1.0})  # an evaluation of the same step
         most = max(most, len(tracker.waiting))
-    assert most <= 20  # negative control: it is 232 with the usual limit
+    assert most <= 20
     tracker.client = alive
     loggers.close()
     assert history(database, "a") == [(step, float(step)) for step in range(1, 60)]

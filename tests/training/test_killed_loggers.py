@@ -20,8 +20,8 @@ from regrow.record.logged_images import logged
 
 HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
 LOGGERS = "csv,tensorboard,wandb" + (",mlflow" if HAS_MLFLOW else "")
-# After the first death, the first call: a later one may not come, depending on which checkpoint was
-# complete at the death.
+# A resumed run dies at its first call: whether later ones come depends on the checkpoint that it
+# resumed from.
 KILLS = [["report", "after", 0.4], ["evaluate", "after", 0.0], ["save", "before", 0.0]]
 PICTURES = [(step, "batch/inputs") for step in range(2, 13, 2)] + [(6, "line")]
 Found = Counter[tuple[int, str]]

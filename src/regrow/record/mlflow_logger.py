@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import math
 import os
 import re
 import time
@@ -64,10 +63,12 @@ class Mlflow:
         self.flush_seconds, self.sent_at = flush_seconds, time.monotonic()
         self.timeout_seconds = timeout_seconds
         self.paused: dict[str, float] = {}  # until when, of values and of images
-        self.folder, self.was_full = folder, False
+        self.folder = folder
+        self.is_behind = True  # the record may hold values that MLflow lacks
         self.waiting: list[Any] = []
         self.waiting_images: list[tuple[str, Path]] = []
         self.images: dict[str, set[str]] = {}  # the files of each name that are there
+        self.shown: set[tuple[str, int]] = set()  # what MLflow has or will have of the record
         self.last: tuple[int, set[str]] = (-1, set())  # the keys of the newest step
         self.refused: set[str] = set()  # the names that MLflow does not take
         with _limited(timeout_seconds):
@@ -75,12 +76,7 @@ class Mlflow:
                 self.client: Any = MlflowClient(_absolute(tracking_uri))
                 number = _experiment(self.client, experiment, tracking_uri)
             self.run_id = self._identity(folder / IDENTITY, number, run_name)
-            there = self.client.get_run(self.run_id).data
-            self.shown = self._history(there.metrics)
-            self._describe(config, tags, notes, there)
-        for line in iterate_metrics(folder):
-            values = {key: value for key, value in line.items() if key not in ("step", "epoch")}
-            self.log(line["step"], line.get("epoch", 0), values)
+            self._describe(config, tags, notes, self.client.get_run(self.run_id).data)
         self.flush()
         for image in logged_images.logged(folder):
             self.log_image(*image)
@@ -137,9 +133,8 @@ class Mlflow:
             self.last[1].add(name)
             self.waiting.append(self.metric(name, float(value), now, step))
         if len(self.waiting) > MOST_WAITING:
-            self.was_full = True
-            middle = self.waiting[MOST_WAITING // 2].step  # whole steps are dropped
-            self.waiting = [metric for metric in self.waiting if metric.step > middle]
+            del self.waiting[: MOST_WAITING // 2]
+            self.is_behind = True
         late = time.monotonic() - self.sent_at >= self.flush_seconds
         if late or len(self.waiting) >= MOST_METRICS:
             self.flush()
@@ -180,27 +175,25 @@ class Mlflow:
             del self.waiting_images[0]
 
     def _send_values(self) -> None:
-        if self.was_full:
-            self._send_dropped()
-            self.was_full = False
+        if self.is_behind:
+            self._send_record()
+            self.is_behind = False
         while self.waiting:
             part = self.waiting[:MOST_METRICS]
             self._send(part)
             del self.waiting[: len(part)]
 
-    def _send_dropped(self) -> None:
-        """Send what the record has of the steps before those that wait, if it is not there."""
+    def _send_record(self) -> None:
+        """Send what the record has, and neither MLflow nor what waits."""
         self.shown = self._history(self.client.get_run(self.run_id).data.metrics)
-        end = self.waiting[0].step if self.waiting else math.inf
+        self.shown |= {(metric.key, metric.step) for metric in self.waiting}
         now, part = _milliseconds(), []
         for line in iterate_metrics(self.folder):
-            step = line["step"]
-            for key, value in line.items():
-                name = _name(key)
-                if key == "step" or step >= end or (name, step) in self.shown:
-                    continue
-                self.shown.add((name, step))
-                part.append(self.metric(name, float(value), now, step))
+            step = line.pop("step")
+            for key, value in {**line, "epoch": line.get("epoch", 0)}.items():
+                if (name := _name(key), step) not in self.shown:
+                    self.shown.add((name, step))
+                    part.append(self.metric(name, float(value), now, step))
             if len(part) >= MOST_METRICS // 2:
                 self._send(part)
                 part = []
