@@ -131,11 +131,16 @@ def test_options_are_named_by_the_shorter_list() -> None:
     assert keys.among(["a", "b"], options) == " (a, b)"
 
 
-def test_the_diagrams_are_those_that_the_script_draws() -> None:
+def test_the_images_are_those_that_the_scripts_make() -> None:
     import images
+    import screenshot
 
-    there = {path.name: path.read_text(encoding="utf-8") for path in images.FOLDER.iterdir()}
-    assert there == {name: draw() for name, draw in images.IMAGES.items()}
+    assert {*images.FOLDER.iterdir()} == {
+        screenshot.IMAGE,
+        *map(images.FOLDER.joinpath, images.IMAGES),
+    }
+    for name, draw in images.IMAGES.items():
+        assert (images.FOLDER / name).read_text(encoding="utf-8") == draw()
 
 
 def test_words_that_do_not_fit_their_box_are_refused() -> None:
