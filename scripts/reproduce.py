@@ -136,6 +136,7 @@ def arguments_of(
     added = older.complete(config)
     lacked = lacked_before(run)
     added |= {key: value for key, value in older.earlier(config).items() if key in lacked}
+    added |= older.earlier_defaults(config)
     if own := is_own(run):
         registered.take_up(run / ".hydra")
     if foreign := [line for line in recorded if is_foreign(line, may_refer=own)]:

@@ -76,6 +76,8 @@ BAD = {
     "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
     "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
+    "data.image_size=64": "Here that is data.input_shape='[channels,height,width]'",
+    "data.input_shape=64": "must be a list of integers of at least 1, such as '[3,64,64]'",
     "data.seed=zzz": "data.seed=zzz must be an integer of at least 0.",
     "trainer.deterministic=null": "trainer.deterministic=null must be true or false.",
     "tags=null": "tags=null must be a list",
@@ -290,6 +292,8 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
     if found := re.search(r"Use (\S+)=(\S+)\.$", said):
         kept = [argument for argument in arguments if not argument.startswith(f"{found[1]}=")]
         return [[*kept, f"{found[1]}={found[2]}"]]
+    if found := re.search(r"such as '(\[\S+\])'", said):
+        return [[*others, f"{key}={found[1]}"]]
     if "Use bf16." in said:
         return [[*others, f"{key}=bf16"]]
     if "Set one." in said:
@@ -440,6 +444,25 @@ def test_a_key_of_anothers_model_may_hold_what_it_likes() -> None:
         check(made, made.hydra.runtime.choices)
 
 
+def test_a_missing_number_of_classes_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog", ".cache"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    says = "photos holds 2 class folders (cat, dog), so add data.num_classes=2"
+    made = composed("data=image_folder", "data.root=photos")
+    with pytest.raises(UserError, match=re.escape(f"data.num_classes must be given: {says}")):
+        check(made, made.hydra.runtime.choices)
+    for name in ("a", "b", "c"):
+        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"3 class folders \(a, b, c\), so add data.num_classes=3"):
+        check(made, made.hydra.runtime.choices)
+    made = composed("data=mask_folder", "data.root=photos")  # folders say nothing there
+    with pytest.raises(UserError, match=r"must be given: add data\.num_classes=…"):
+        check(made, made.hydra.runtime.choices)
+
+
 def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(TRAIN.with_name(script)), *arguments], cwd=folder,
@@ -467,6 +490,13 @@ def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_pa
     assert "linear; the first step" in line and "(default null)" in said
     assert "[an integer of at least 0, or null]" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
+
+
+def test_help_of_a_group_that_lacks_a_key_shows_it_as_missing(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "data=image_folder", "--help", "data")
+    assert "  data.num_classes=???" in said and "  data.num_outputs=${.num_classes}" in said
+    assert help_of(tmp_path, "--help", "data=image_folder") == said
+    assert help_of(tmp_path, "data=image_folder", "--help").startswith("python scripts/train.py")
 
 
 def test_help_of_keys_shows_comment_default_and_range(tmp_path: Path) -> None:

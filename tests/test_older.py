@@ -33,7 +33,7 @@ from regrow.runs.session import run_job
 
 RECORDS = Path(__file__).parent / "older"
 RUNS = ("averages", "images", "regression")
-KEPT = "is older than these keys, which keep what the code did then"
+KEPT = "is older than these keys or their defaults, and keeps what the code did then"
 
 
 @pytest.fixture
@@ -298,6 +298,30 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
         overrides = resume.expand([f"resume={folder}", *typed])
         kept = resume.resumed(folder, config, overrides)
         assert kept is not None and kept["data"]["ignore_index"] == index
+
+
+def test_a_run_keeps_the_default_that_it_recorded(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = Path("images")
+    before = recorded(folder)
+    before["data"]["source"]["resize"] = 256  # and not typed
+    (folder / "config.yaml").write_text(json.dumps(before))
+    overrides = [o for o in resume.expand([f"resume={folder}"]) if "data.source.resize" not in o]
+
+    def resumed(value: Any = "auto", *typed: str) -> Any:
+        config = as_now(folder)
+        config["data"]["source"]["resize"] = value
+        kept = resume.resumed(folder, config, [*overrides, *typed])
+        assert kept is not None
+        return kept["data"]["source"]["resize"]
+
+    assert resumed() == 256 and "data.source.resize=256" in caplog.text
+    assert resumed(300, "data.source.resize=300") == 300
+    monkeypatch.setattr(of_lab, "EARLIER_DEFAULTS", ())  # the negative control
+    with pytest.raises(UserError, match=r"data\.source\.resize was 256 and would be auto"):
+        resumed()
 
 
 def as_now(folder: Path, **data: str) -> dict[str, Any]:

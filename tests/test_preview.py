@@ -21,6 +21,7 @@ from regrow.config.job import Job, job_of
 from regrow.errors import UserError
 from regrow.project import ROOT
 from regrow.runs import launch, preview, training
+from regrow.runs.banner import config_tree
 
 GAN = ("--config-dir", str(ROOT / "src" / "lab" / "examples" / "gan" / "conf"))
 
@@ -280,3 +281,18 @@ def test_a_check_finds_the_options_on_the_search_path_of_a_file(tmp_path: Path) 
     given = ("--config-dir", "own", "--config-name", "mine", "model=wide", "trainer.device=cpu")
     said = train(tmp_path, "--check", *given).split("defaults:\n")[1]
     assert "  model=wide " in said and "hidden" not in said
+
+
+def test_the_tree_at_a_start_shows_each_value_once() -> None:
+    config = config_of("data=image_folder", "data.root=photos", "data.num_classes=2", "model=cnn")
+
+    def shown(num_processes: int) -> list[str]:
+        lines = config_tree(config, {"data": "image_folder"}, num_processes=num_processes)
+        return " ".join(lines).split()
+
+    alone, several = shown(1), shown(2)
+    assert [word for word in alone if "photos" in word] == ["root=photos"]
+    assert [word for word in alone if "[3,224,224]" in word] == ["input_shape=[3,224,224]"]
+    assert {"num_classes=2", "num_outputs=2", "source.resize=auto"} <= {*alone}
+    assert not [word for word in alone if word.startswith(("ddp.", "fsdp.", "strategy="))]
+    assert {"strategy=ddp", "max_epochs=100"} <= {*several}

@@ -1,7 +1,7 @@
 """Options of the lab that older runs lack, each with the value that keeps what the code did then.
 
-Give each option and each field of `state.Progress` that you add a row here. Otherwise no older run
-can be resumed.
+Give each option and each field of `state.Progress` that you add a row here, and each default that
+you change. Otherwise no older run can be resumed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from regrow.config.older import EARLY_EXTENSIONS, AddedKey
+from regrow.config.older import EARLY_EXTENSIONS, AddedKey, EarlierDefault
 
 IMAGE_FOLDER = "lab.data.datasets.image_folder"
 SOURCES = (
@@ -49,6 +49,8 @@ ADDED_KEYS = (
     AddedKey("lab.options.TrainerOptions", "capture", False),
     AddedKey("lab.options.TrainerOptions", "find_faults", False),
 )
+# Defaults in conf/ that have changed: a run that recorded the earlier one keeps it.
+EARLIER_DEFAULTS = (EarlierDefault(IMAGE_FOLDER, "resize", 256),)
 # Keys that the code no longer accepts, by `_target_`; another key replaces each.
 REMOVED_KEYS = tuple(
     (f"lab.tasks.tasks.{task}", "mode")  # trainer.mode

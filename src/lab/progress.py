@@ -111,7 +111,11 @@ def announce(state: TrainState, plan: Plan) -> None:
     names = [f"{part}{it}" for part in parts for it in ("loss", "accuracy")]
     names += [plan.options.monitor or ""]
     shown = [f"{name} {values[name]:.4g}" for name in dict.fromkeys(names) if name in values]
-    best = " (best)" if progress.best_step == state.step else ""
+    best = ""
+    if progress.best_step == state.step:  # of equal values, the latest is the best: see take_in
+        is_new = progress.evaluations_without_improvement == 0
+        is_new = is_new or plan.options.early_stopping.min_delta != 0
+        best = " (best)" if is_new else " (equals the best)"
     log.info("epoch %d, step %d: %s%s", state.epoch, state.step, ", ".join(shown), best)
 
 

@@ -170,6 +170,27 @@ def test_scans_with_a_black_frame_are_not_copies(
         make_data(*arguments, "source.identity=ends")
 
 
+def test_evaluation_sees_seven_eighths_of_the_shorter_side_by_default(
+    make_data: Make, tmp_path: Path
+) -> None:
+    """As ImageNet's 224 of 256."""
+    root = scans(tmp_path, ".png", 20)
+    few = ("image_folder", f"root={root}", *(a for a in SMALL if "resize" not in a))
+
+    def images(*more: str) -> torch.Tensor:
+        data = make_data(*few, *more)
+        (batch, *_) = data.evaluation("test", device=CPU)
+        return batch.inputs
+
+    assert torch.equal(images(), images("source.resize=18"))
+    assert not torch.equal(images(), images("source.resize=19"))
+    assert (
+        config_of("data=image_folder", "data.num_classes=2")["data"]["source"]["resize"] == "auto"
+    )
+    tall = ("input_shape=[3,32,224]", "normalize=none")
+    assert torch.equal(images(*tall), images(*tall, "source.resize=256"))
+
+
 def test_copies_have_equal_keys_whatever_their_size_and_name(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     contents = [random.bytes(size) for size in (0, 1, 1, 5000, 8192, 8193, 8193, 40_000, 40_000)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_of_equal_evaluations_the_latest_is_best_and_kept(
     summary = train(tmp_path, *TINY, *EACH_STEP, f"trainer.mode={mode}", "trainer.max_steps=4")
     assert summary["best"]["step"] == best
     assert (tmp_path / "checkpoints" / "best").resolve().name == f"step_{best:08d}"
+
+
+def test_an_equal_evaluation_is_announced_as_such(
+    tmp_path: Path, evaluations: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    evaluations([0.5, 0.9, 0.9, 0.7])
+    train(tmp_path, *TINY, *EACH_STEP, "trainer.max_steps=4")
+    lines = [record.message for record in caplog.records if "val/loss" in record.message]
+    ends = [line.partition("val/accuracy ")[2] for line in lines]
+    assert ends == ["0.5 (best)", "0.9 (best)", "0.9 (equals the best)", "0.7"]
 
 
 def test_an_evaluation_after_a_skipped_step_is_no_later_best(

@@ -18,6 +18,7 @@ from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.entries import Entry, accepted, of_file, option
 from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
+from regrow.config.resume import key_of
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
@@ -50,9 +51,16 @@ def is_asked(arguments: Sequence[str]) -> bool:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the groups and keys that help is asked about, and the other arguments but --help."""
+    """Return the groups and keys that help is asked about, and the other arguments but --help.
+
+    `--help data=csv` alone asks about the group data with that option.
+    """
+    place = next(index for index, argument in enumerate(arguments) if argument in HELP)
+    asked = flags.split([a for a in arguments[place:] if a not in HELP])[1]
     found, others = flags.split([a for a in arguments if a not in HELP])
     topics = [a for a in others if "=" not in a and not a.startswith(("~", "+"))]
+    if asked == others and len(asked) == 1 and "=" in asked[0]:
+        topics = [key_of(asked[0])]
     return topics, [*found, *(a for a in others if a not in topics)]
 
 
@@ -205,9 +213,12 @@ def _keys(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterato
 
 
 def _key(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterator[str]:
-    value = OmegaConf.select(config, path, default=..., throw_on_missing=False)
     shipped = _plain(entry.value)
-    shown = _value(config, path) if value is not ... else shipped
+    try:
+        is_there = OmegaConf.select(config, path, default=..., throw_on_missing=False) is not ...
+    except OmegaConfBaseException:  # it follows a key that must be given
+        is_there = False
+    shown = _value(config, path) if is_there else shipped
     text, says = entry.comment, accepted(path, entry, parent)
     if says not in ("", "true or false") and not entry.listed():
         text = f"{text} [{says}]".strip()

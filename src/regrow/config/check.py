@@ -151,6 +151,12 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             "data.target_kind": f" ({', '.join(TARGET_KINDS)}; null for others)",
             "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
+        if missing[0] == "data.num_classes" and (found := _class_folders(config)):
+            raise UserError(
+                f"data.num_classes must be given: {config.data.root} holds {len(found)} class "
+                f"folders ({', '.join(found)[:200]}), so add data.num_classes={len(found)}"
+                f"{others}"
+            )
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
     for group in GROUPS:
@@ -172,6 +178,19 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_mixing(values["data"])
     loggers.check_choice(values["logger"])
     _check_combinations(values)
+
+
+def _class_folders(config: DictConfig) -> list[str]:
+    """Return the names of the class folders of data=image_folder; empty for other data."""
+    target = OmegaConf.select(config, "data.source._target_")
+    root = OmegaConf.select(config, "data.source.root", throw_on_resolution_failure=False)
+    if not str(target).endswith(".image_folder") or not root:
+        return []
+    folder = Path(str(root))
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    with contextlib.suppress(OSError):
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[:1] not in "._")
+    return []
 
 
 @_with_place()

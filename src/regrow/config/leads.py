@@ -30,6 +30,10 @@ WORDS = {
     "gradient_accumulation_steps": "trainer.accumulation_steps",
     "gradient_clip_algorithm": "trainer.clip_norm, or trainer.clip_value to clip by value",
     "gradient_clip_val": "trainer.clip_norm, or trainer.clip_value to clip by value",
+    **dict.fromkeys(
+        ("crop_size", "image_size", "img_size", "input_size"),
+        "data.input_shape='[channels,height,width]', such as data.input_shape='[3,64,64]'",
+    ),
     "hparams_search": "-m sweep=optuna with sweep.params, which an experiment may set",
     "learning_rate": "optimizer.lr",
     "load_from_checkpoint": "init_from=RUN for the weights of a run, resume=RUN to resume it",

@@ -20,6 +20,12 @@ from regrow.dotted import leaves
 from regrow.project import lab_name
 
 
+class EarlierDefault(NamedTuple):
+    target: str  # `_target_` of the node that holds the key
+    key: str
+    before: Any  # the default before it changed
+
+
 class AddedKey(NamedTuple):
     target: str | None  # `_target_` of the node that holds the key; None: the root of the config
     key: str  # from the root it may be dotted, for a node without a `_target_`
@@ -144,8 +150,19 @@ def following(config: dict[str, Any], changed: Iterable[str]) -> set[str]:
     return found.difference(changed)
 
 
+def earlier_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the dotted keys of a recorded config that have a default from before it changed."""
+    rows: tuple[EarlierDefault, ...] = _of_lab("EARLIER_DEFAULTS")
+    return {
+        f"{prefix}{row.key}": row.before
+        for prefix, node in _nodes(config)
+        for row in rows
+        if row.target == node.get("_target_") and node.get(row.key, ...) == row.before
+    }
+
+
 def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]) -> dict[str, Any]:
-    """Copy what `complete` added into the config of the resumed run, and return what changed.
+    """Copy earlier values into the config of the resumed run, and return what changed.
 
     Skips keys in `typed` (dotted), nodes that hold one, and keys that the config lacks.
     """
@@ -163,9 +180,10 @@ def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]
 
 
 def line(where: str, keys: Mapping[str, Any]) -> str:
-    """Return one line about the keys that an older record was given."""
-    return f"{where} is older than these keys, which keep what the code did then: " + ", ".join(
-        as_overrides(keys)
+    """Return one line about the keys that have an earlier value in an older record."""
+    return (
+        f"{where} is older than these keys or their defaults, and keeps what the code did then: "
+        + ", ".join(as_overrides(keys))
     )
 
 

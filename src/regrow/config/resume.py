@@ -460,6 +460,7 @@ def resumed(
     recorded = recorded_config(folder, f"resume={folder}")
     lacked = [*lacked_before(folder), *older.complete(recorded)]
     kept = {key: value for key, value in older.earlier(recorded).items() if key in lacked}
+    kept |= older.earlier_defaults(recorded)
     chosen = {key_of(override) for override in overrides}
     chosen |= older.following(config, changed_sources(recorded, config, lacked, chosen))
     if adopted := older.adopt(config, kept, chosen):

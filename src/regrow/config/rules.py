@@ -103,7 +103,8 @@ def number(
 
 
 def choice(*options: str) -> Rule:
-    return Rule(f"one of {', '.join(options)}", {"enum": [*options]})
+    says = f"one of {', '.join(options)}" if len(options) > 1 else options[0]
+    return Rule(says, {"enum": [*options]})
 
 
 def optional(rule: Rule) -> Rule:
@@ -146,6 +147,7 @@ BETAS = Rule(
     "a list of two numbers, 0 or more and below 1",
     {**list_of(number(0, 1, below=True)).schema, "minItems": 2, "maxItems": 2},
 )
+SHAPE = Rule("a list of integers of at least 1, such as '[3,64,64]'", list_of(integer(1)).schema)
 DIRECTION = choice("maximize", "minimize")
 STATISTICS = Rule(
     "{mean: […], std: […]}",
@@ -196,7 +198,7 @@ RULES: dict[str, Rule] = {
     **below("data", "batch_size eval_batch_size", integer(1)),
     **below("data", "limit_train num_classes num_outputs", optional(integer(1))),
     "data.ignore_index": optional(INTEGER),
-    "data.input_shape": optional(list_of(integer(1))),
+    "data.input_shape": optional(SHAPE),
     "data.target_kind": optional(choice(*TARGET_KINDS)),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
@@ -226,7 +228,7 @@ RULES: dict[str, Rule] = {
     **below("data.source", "cache_gb pool_mb timeout_seconds", number(0, above=True)),
     "data.source.lanes": integer(1),
     "data.source.retries": integer(0),
-    "data.source.resize": optional(integer(1)),
+    "data.source.resize": optional(either(choice("auto"), integer(1))),
     "data.source.vocabulary": text(),
     "data.source.mask_values": optional(list_of(integer(0))),
     **below("data.source", "images_in masks_in", text()),

@@ -69,6 +69,7 @@ TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANS
           6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 DECODERS = ("pillow", "torchvision")
+AUTO = "auto"
 OF_JPEG = b"\xff\xd8"  # the first bytes of one
 OF_TORCHVISION = ("image_stable.so", "image.so")  # names of its library, since 0.29 and before
 UNCHANGED = 0  # torchvision.io.ImageReadMode: colours as RGB, grey as grey
@@ -491,7 +492,7 @@ def image_folder(
     *,
     root: str,
     input_shape: list[int],
-    resize: int | None,
+    resize: int | str | None,
     num_classes: int,
     class_names: list[str] | None,
     decoder: str,
@@ -514,7 +515,7 @@ def image_folder(
     one side of every cut, whatever their class.
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
-    channels, size = check_size(input_shape, resize)
+    channels, size, side = check_size(input_shape, resize)
     if identity not in ("contents", "ends"):
         raise UserError(f"data.source.identity={identity} is not one of contents, ends.")
     check_decoder(decoder)
@@ -541,11 +542,11 @@ def image_folder(
             f"data.source.sets={sets}: {folder} holds no folder {missing[0]} beside a folder train."
         )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
-        given = f" and class_names {class_names}" if class_names is not None else ""
+        given = f" and data.class_names={class_names}" if class_names is not None else ""
+        also = ", and write class names in quotes" if class_names is not None else ""
         raise UserError(
             f"data.num_classes={num_classes}{given}, but {folders['train']} holds {len(found)} "
-            f"class folders: {', '.join(found[:20])}. Set data.num_classes={len(found)} and "
-            f"data.num_outputs={len(found)}, and write class names in quotes."
+            f"class folders: {', '.join(found[:20])}. Set data.num_classes={len(found)}{also}."
         )
     classes = class_names or found
     if "train" in names:
@@ -577,7 +578,7 @@ def image_folder(
                 group_of(Path(*path.relative_to(where).parts[1:]), group, path) for path, _ in paths
             ]
         return ImageFiles(
-            *(files, numbers, size, channels, resize, root, exif_orientation, identity, decoder),
+            *(files, numbers, size, channels, side, root, exif_orientation, identity, decoder),
             groups=groups,
         )
 
@@ -606,7 +607,7 @@ def image_folder(
         splits.get("test"),
         {name: split for name, split in own.items() if name not in NAMES},
         class_names=classes,
-        resize=resize,
+        resize=side,
         reads_images=True,
         known_keys=known_keys,
         reading=reading,
@@ -625,20 +626,30 @@ def root_of(root: str, reading: Reading) -> tuple[Path, LeftOut]:
     return Path(root), LeftOut(Path(root))
 
 
-def check_size(input_shape: list[int], resize: int | None) -> tuple[int, list[int]]:
-    """Return the channels and (H, W) of an image. Raises UserError for a wrong shape or resize."""
+def check_size(
+    input_shape: list[int], resize: int | str | None
+) -> tuple[int, list[int], int | None]:
+    """Return the channels, (H, W), and the shorter side before the centre crop, if there is one.
+
+    With auto, that crop takes the share of ImageNet's evaluations: 224 of 256. Raises UserError for
+    a wrong shape or resize.
+    """
     channels, *size = input_shape
     if channels not in (1, 3) or len(size) != 2:
         raise UserError(
             f"data.input_shape={input_shape}: not an image's shape. Use [3, height, width] or "
             "[1, height, width]."
         )
+    if resize == AUTO:
+        return channels, size, round(max(size) * 256 / 224)
+    if isinstance(resize, str):
+        raise UserError(f"data.source.resize={resize} is not {AUTO}, an integer or null.")
     if resize is not None and resize < max(size):
         raise UserError(
             f"data.source.resize={resize} is smaller than the crop {size[0]} x {size[1]} of "
             f"data.input_shape. Use {max(size)} or more."
         )
-    return channels, size
+    return channels, size, resize
 
 
 def check_decoder(decoder: str) -> None:

@@ -179,7 +179,7 @@ def mask_folder(
     mask_suffix: str,
     mask_values: list[int] | None,
     input_shape: list[int],
-    resize: int | None,
+    resize: int | str | None,
     num_classes: int,
     ignore_index: int | None,
     class_names: list[str] | None,
@@ -203,7 +203,7 @@ def mask_folder(
     `images_in` are on one side of every cut.
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
-    channels, size = check_size(input_shape, resize)
+    channels, size, side = check_size(input_shape, resize)
     if mask_values is not None and len(mask_values) != num_classes:
         raise UserError(
             f"data.source.mask_values has {len(mask_values)} values for data.num_classes="
@@ -211,7 +211,7 @@ def mask_folder(
         )
     reading = Reading(extensions, tuple(leave_out), exif_orientation)
     folder, left_out = root_of(root, reading)
-    shared = (size, channels, resize, root, exif_orientation, num_classes, ignore_index)
+    shared = (size, channels, side, root, exif_orientation, num_classes, ignore_index)
     own = {}
     for name, (of_images, of_masks) in _places(folder, images_in, masks_in, sets).items():
         pairs = _pairs(of_images, of_masks, mask_suffix, reading, left_out)
@@ -250,7 +250,7 @@ def mask_folder(
         own.get("test"),
         {name: split for name, split in own.items() if name not in NAMES},
         class_names=text_names(class_names),
-        resize=resize,
+        resize=side,
         reads_images=True,
         known_keys=known_keys,
         reading=reading,

@@ -235,7 +235,7 @@ def shards(
     timeout_seconds: float,
     retries: int,
     input_shape: list[int] | None,
-    resize: int | None,
+    resize: int | str | None,
     num_classes: int | None,
     class_names: list[str] | None,
     decoder: str,
@@ -263,19 +263,18 @@ def shards(
     if found is not None and num_classes is not None and len(found) != num_classes:
         raise UserError(
             f"data.num_classes={num_classes}, but the shards hold {len(found)} classes: "
-            f"{', '.join(found[:20])}. Set data.num_classes={len(found)} and "
-            f"data.num_outputs={len(found)}."
+            f"{', '.join(found[:20])}. Set data.num_classes={len(found)}."
         )
     if class_names is not None and facts.class_names not in (None, text_names(class_names)):
         raise UserError(
             f"data.class_names: the shards number their classes as {', '.join(found or [])[:200]}. "
             "Leave data.class_names out."
         )
-    size, channels = None, 3
+    size, channels, side = None, 3, None
     if facts.kind == "images":
         if input_shape is None:
             raise UserError("data.input_shape=null: these shards hold images. Set their shape.")
-        channels, size = check_size(input_shape, resize)
+        channels, size, side = check_size(input_shape, resize)
     pool_bytes = int(pool_mb * 1e6)
     kept = cache_of(cache, cache_gb, 2 * pool_bytes) if place.is_remote else None
 
@@ -288,7 +287,7 @@ def shards(
             [shard.name for shard in index.sets[name]], blocks, held,
         )  # fmt: skip
         return ShardItems(
-            *(access, index, name, identity, lanes, pool_bytes, size, channels, resize),
+            *(access, index, name, identity, lanes, pool_bytes, size, channels, side),
             exif_orientation=exif_orientation,
             decoder=decoder,
         )
@@ -301,7 +300,7 @@ def shards(
         class_names=found,
         target_names=facts.target_names,
         input_max=facts.input_max,
-        resize=resize,
+        resize=side,
         reading=Reading(exif_orientation=exif_orientation, decoder=decoder),
         reads_images=facts.kind == "images",
         notes=[] if facts.disjoint or len(names) < 2 else [NOT_COMPARED],

@@ -18,11 +18,13 @@ from regrow.record.redact import redact_all
 
 log = logging.getLogger("regrow")
 
+OF_SEVERAL = ("ddp", "fsdp", "strategy", "timeout_seconds", "max_restarts")  # processes
+
 
 def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     """Log what is about to run, and the command that resumes it."""
     config = redact_all(dict(job.config))
-    for line in config_tree(config, job.choices):
+    for line in config_tree(config, job.choices, num_processes=world.size):
         log.info("%s", line)
     for line in facts(job, objects, world):
         log.info("%s", line)
@@ -116,16 +118,31 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     log.info("        %s", command("-m", *flags.arguments_of(job.source), *kept, "seed=0,1,2"))
 
 
-def config_tree(config: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """Return the config as a tree: a wrapped line for each group, without values that are off."""
-    lines = []
+def config_tree(
+    config: Mapping[str, Any], choices: Mapping[str, Any], *, num_processes: int
+) -> list[str]:
+    """Return the config as a tree: a wrapped line for each group.
+
+    Leaves out values that are off, those that repeat a value under the same name further up, and
+    keys of several processes where there is one.
+    """
+    lines: list[str] = []
+    told: set[tuple[str, str]] = set()
     width = max(80, min(140, _terminal_width()))
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
     groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
     for name, values in {"run": plain, **groups}.items():
         option = choices.get(name) or ""
         flat = resume.differences({}, values)
-        words = [f"{k}={_short(new)}" for k, (_, new) in flat.items() if _is_shown(k, new)]
+        shown = {key: _short(new) for key, (_, new) in flat.items() if _is_shown(key, new)}
+        if num_processes == 1 and name == "trainer":
+            shown = {k: v for k, v in shown.items() if k.partition(".")[0] not in OF_SEVERAL}
+        for key in sorted(shown, key=lambda key: key.count(".")):
+            named = key.rpartition(".")[2], shown[key]
+            if named in told:
+                del shown[key]
+            told.add(named)
+        words = [f"{key}={value}" for key, value in shown.items()]
         if name == "logger":
             words = ["jsonl", *values]  # names only; config.yaml has the settings
         text = " ".join([str(option), *words]).strip()
