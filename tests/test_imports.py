@@ -120,6 +120,19 @@ def test_cycles_are_found_in_lazy_imports_too(tmp_path: Path) -> None:
     assert cycles(imports_in(tmp_path)) == cycles(wings_in(tmp_path)) == []
 
 
+def shared_names(source: Path) -> set[str]:
+    """Return the names that several files of the two packages share, without the examples."""
+    files = [path for path in files_of(source).values() if path.name != "__init__.py"]
+    names = [path.name for path in files if "examples" not in path.parts]
+    return {name for name in names if names.count(name) > 1}
+
+
+def test_a_name_is_that_of_one_file(tmp_path: Path) -> None:
+    assert shared_names(SOURCE) == set()
+    write(tmp_path, {"config/kinds.py": "", "sweep/kinds.py": "", "config/check.py": ""})
+    assert shared_names(tmp_path) == {"kinds.py"}
+
+
 def engine_imports_of_the_lab(source: Path) -> list[str]:
     """Return the engine's modules that name the lab: they must find it by its key."""
     name = lab_name()

@@ -14,7 +14,7 @@ from lab.optim import Clipping
 from lab.options import TrainerOptions
 from regrow.checkpoint.writer import CheckpointWriter
 from regrow.distributed import sharding
-from regrow.distributed.parallel import Exchange, World
+from regrow.distributed.parallel import Exchange, World, synchronises
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import Eager
 from regrow.numerics.precision import autocast
@@ -39,9 +39,8 @@ class StepPlan:
     buffers: Buffers
     exchange: Exchange
     capture: Eager
-    record: Record | None = (
-        None  # for record.image; other ranks than 0 have one that writes nothing
-    )
+    # For record.image; other ranks than 0 have one that writes nothing.
+    record: Record | None = None
     name: str = ""  # of one of several models, optimizers and sums: see `of`
 
     def of(self, name: str) -> StepPlan:
@@ -54,6 +53,10 @@ class StepPlan:
     def seed_of(self, step: int, micro_batch: int) -> int:
         """Return the seed of torch, numpy and `random` for a micro-batch."""
         return key(self.seed, self.name or "model", step, micro_batch, self.world.rank)
+
+    def synchronises(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Return a context that sums gradients over processes in the last micro-batch only."""
+        return synchronises(self.forward, is_last)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context for a forward pass and its loss, in the run's precision."""

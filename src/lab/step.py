@@ -15,10 +15,9 @@ from torch import Tensor
 from lab.faults import make_room
 from lab.plan import StepPlan, StepResult
 from lab.state import TrainState
-from regrow.distributed.parallel import synchronises
 from regrow.numerics.calls import call, is_out_of_memory
 from regrow.numerics.totals import Totals, weighted
-from regrow.phases import phase, phased
+from regrow.phases import phase
 from regrow.protocols import Batch
 
 # Returns a micro-batch's weighted losses, to be differentiated, and its totals.
@@ -62,7 +61,7 @@ def accumulate(state: TrainState, batch: Batch, plan: StepPlan, forward: Forward
             is_last = index == len(micro_batches) - 1
             # Dropout and losses must draw by the step, not by what was drawn before.
             seed = plan.seed_of(state.step, index)
-            with synchronises(plan.forward, is_last):
+            with plan.synchronises(is_last):
                 parts.append(plan.capture.run(forward_and_backward, micro_batch, seed))
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -89,7 +88,6 @@ def backward(losses: Tensor, state: TrainState, batch: Batch) -> None:
     torch.autograd.backward(losses, share.expand_as(losses))
 
 
-@phased("optimizer")
 def update(
     state: TrainState, num_examples: int, totals: Totals, step: int | Tensor, plan: StepPlan
 ) -> StepResult:
@@ -98,19 +96,20 @@ def update(
     If the loss or a gradient is not finite, or no example has weight, only the counters change:
     weights, moments, buffers and average stay as they were before the step.
     """
-    result = update_weights(state, num_examples, totals, plan)
-    plan.buffers.restore(result.skipped)
-    state.finish_step(totals, result.skipped, step, plan.options)
+    with phase("optimizer"):
+        result = update_weights(state, num_examples, totals, plan)
+        plan.buffers.restore(result.skipped)
+        state.finish_step(totals, result.skipped, step, plan.options)
     return result
 
 
-@phased("optimizer")
 def update_weights(
     state: TrainState, num_examples: int, totals: Totals, plan: StepPlan
 ) -> StepResult:
     """Update the weights, and the moments of the optimizer, unless the update is not finite."""
-    gradients = plan.gradients()
-    norm = plan.world.norm(gradients)
-    factor = state.unscaled(totals.factor(num_examples))
-    skipped = state.update(plan.name, gradients, norm, factor, totals, plan.clipping)
+    with phase("optimizer"):
+        gradients = plan.gradients()
+        norm = plan.world.norm(gradients)
+        factor = state.unscaled(totals.factor(num_examples))
+        skipped = state.update(plan.name, gradients, norm, factor, totals, plan.clipping)
     return StepResult(totals, skipped.norm(norm, factor), skipped)

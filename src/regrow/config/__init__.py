@@ -14,10 +14,9 @@ hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, v
 hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
-kinds: refuse_mixing, refuse_sampling
 leads: lead, RECIPES, shown
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
-    EARLY_EXTENSIONS, line, removed
+    earlier_defaults, EarlierDefault, EARLY_EXTENSIONS, line, removed
 origins: composed, located, located_in, Origins, origins, TYPED
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
@@ -29,6 +28,7 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
     SWEEP
 roles: check_roles
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
+target_kinds: refuse_mixing, refuse_sampling
 targets: allow, instantiate, locate
 yaml_files: read_yaml, readable
 yaml_keys: head_of

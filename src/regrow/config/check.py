@@ -26,11 +26,11 @@ from regrow.config.explain import composition_error, takes, typed_node, where_ow
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
-from regrow.config.kinds import refuse_mixing, refuse_sampling
 from regrow.config.origins import located
 from regrow.config.resume import check_recorded
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped
 from regrow.config.started import is_started, note_missing
+from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import walk

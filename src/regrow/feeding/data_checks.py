@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.config.kinds import refuse_mixing
+from regrow.config.target_kinds import refuse_mixing
 from regrow.errors import DataError, UserError
 from regrow.feeding.feeds import outside
 from regrow.feeding.images import ImageFiles

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from regrow.config.kinds import refuse_sampling
+from regrow.config.target_kinds import refuse_sampling
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
