@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def of_items(dataset: MapStyle) -> str:
     return digest.hexdigest()
 
 
-def of_length(dataset: MapStyle) -> str:
+def of_length(dataset: Sized) -> str:
     """Return the SHA-256 over type and length, as in records older than `data.identity`."""
     return hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode()).hexdigest()
 

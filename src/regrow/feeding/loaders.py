@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from regrow.feeding.sampling import (
     sample,
 )
 from regrow.feeding.shards import ShardItems
-from regrow.feeding.splits import Examples, MapStyle, Split, Splits, check_overlap, text_names
+from regrow.feeding.splits import Examples, Split, Splits, check_overlap, text_names
 from regrow.feeding.streams import Stream, with_stream
 from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
@@ -469,7 +469,7 @@ class Data:
             try:
                 digest = _sha256(split, self.identity)
             except identity.Unknown as error:
-                digest, unknown[name] = identity.of_length(cast(MapStyle, split)), str(error)
+                digest, unknown[name] = identity.of_length(split), str(error)
             found[name] = {"examples": len(split), "sha256": digest}
         if unknown:
             name, reason = next(iter(unknown.items()))
