@@ -8,6 +8,7 @@ from regrow.cli.entry import entry_point
 from regrow.failing import in_one_line
 
 
+# As @hydra.main, which is what fish's completion looks for in this file.
 @entry_point("find_lr")
 def main(config: DictConfig) -> float:
     with in_one_line():

@@ -14,6 +14,7 @@ def resumed(arguments: list[str]) -> None:
     frozen.resume_in_copy(arguments)
 
 
+# As @hydra.main, which is what fish's completion looks for in this file.
 @entry_point("train", resumed)
 def main(config: DictConfig) -> float | None:
     with in_one_line():

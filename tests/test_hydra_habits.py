@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,23 @@ def test_flags_that_fit_pass() -> None:
     ):  # fmt: skip
         flags.check(line.split())
     assert flags.split(["--info", "seed=1"]) == (["--info", "all"], ["seed=1"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("script", ["train", "find_lr"])
+def test_shells_find_what_completes_a_script(shell: str, script: str, tmp_path: Path) -> None:
+    def asked(what: str, line: str = "") -> str:
+        command = [sys.executable, f"scripts/{script}.py", "-sc", f"{what}={shell}"]
+        found = subprocess.run(
+            command, cwd=ROOT, env=QUIET | {"COMP_LINE": line}, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        return found.stdout
+
+    (marks,) = {*re.findall(r'grep (?:-q )?"([^"]+)"', asked("install"))}
+    assert marks in (ROOT / "scripts" / f"{script}.py").read_text()
+    line = f"python scripts/{script}.py optimizer=ada"
+    assert asked("query", line).split() == [f"optimizer=ada{end}" for end in ("grad", "m", "mw")]
 
 
 def test_a_flag_is_refused_before_hydra_sees_it(tmp_path: Path) -> None:
