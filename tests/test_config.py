@@ -553,9 +553,12 @@ def test_help_into_a_closed_pipe_prints_no_traceback(script: str) -> None:
     [
         (["--cfg", "job"], "lr: ${if_chosen:model,gpt,0.001,0.003}"),
         (["--help", "optimizer", "model.hidden"], "optimizer.lr=0.003"),
+        (["optimizer.lrr=1"], "Did you mean optimizer.lr?"),
     ],
 )
-def test_help_and_job_config_need_no_torch(arguments: list[str], says: str, tmp_path: Path) -> None:
+def test_help_job_config_and_a_misspelt_key_need_no_torch(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
     code = (
         f"import sys, runpy; sys.path.insert(0, {str(TRAIN.parent)!r})\n"
         f"sys.argv = ['train.py', *{arguments!r}]\n"
@@ -565,7 +568,7 @@ def test_help_and_job_config_need_no_torch(arguments: list[str], says: str, tmp_
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert says in done.stdout
+    assert says in done.stdout + done.stderr
     assert done.stderr.strip().endswith("False")
     assert list(tmp_path.iterdir()) == []
 

@@ -466,7 +466,11 @@ def takes(target: str, path: str, key: str) -> bool:
 
 
 def _target_that_takes(name: str) -> str | None:
-    """Return the target of the key's node if it accepts the key, else None. Imports the target."""
+    """Return the target of the key's node if it accepts the key, else None. Imports the target.
+
+    A key like one in the file is taken for a mistake in spelling if it is torch's target: its
+    import takes two seconds.
+    """
     parent, _, key = name.rpartition(".")
     if not parent or not places.is_group(parent.split(".")[0]):
         return None
@@ -474,8 +478,12 @@ def _target_that_takes(name: str) -> str | None:
     for part in parent.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     target = node.get("_target_") if isinstance(node, Mapping) else None
+    if not isinstance(target, str) or key in node:
+        return None
+    if target.startswith("torch.") and did_you_mean(name, (f"{parent}.{k}" for k in node)):
+        return None
     with contextlib.suppress(UserError):
-        if isinstance(target, str) and key not in node and takes(target, parent, key):
+        if takes(target, parent, key):
             return target
     return None
 
