@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from running import config_of
 from torch import nn
 
 from regrow.config.own_code import owner_of
+from regrow.config.targets import instantiate
 from regrow.errors import OwnCodeError
+from regrow.feeding.sampling import permutation
 from regrow.project import ROOT
 from regrow.runs import first_calls
 from regrow.runs.first_calls import explained
@@ -261,6 +266,36 @@ def test_a_file_of_code_has_one_owner() -> None:
     installed = "/venv/lib/python3.12/site-packages/theirs/net.py"
     assert owner_of(installed) == "library"
     assert owner_of(installed, frozenset({"theirs"})) == "own"
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+def test_a_broken_image_says_how_to_resume_only_if_steps_were_taken(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    given = (
+        "data=image_folder", "data.root=photos", "data.num_classes=2", "data.input_shape=[3,8,8]",
+        "data.source.resize=8", "data.batch_size=4", "data.normalize=none",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    data = instantiate(config_of(*given)["data"])
+    order = permutation(data.seed, 0, len(data.source.train))
+    file = Path(data.source.train.files[order[place]])
+    file.write_bytes(file.read_bytes()[:300])
+    done = forked.run(
+        [sys.executable, str(TRAIN), *given, *QUICK[1:], "trainer.max_epochs=1",
+         "hydra.run.dir=run"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    start = f"error: {file} is not a readable image: Truncated File Read. Fix or remove the file."
+    way_on = f"python {TRAIN} resume=run data.changed=accept"
+    assert done.returncode == 2
+    assert line == start + (f" If this changes the data, resume with: {way_on}" if place else "")
 
 
 def test_an_error_in_a_shipped_model_names_its_line(mine: Path, tmp_path: Path) -> None:

@@ -398,12 +398,7 @@ class ImageFiles:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return self._pixels(index), self.classes[index]
-        except DataError as error:
-            raise DataError(
-                f"{error} A run that began with it resumes by resume=<folder> data.changed=accept."
-            ) from None
+        return self._pixels(index), self.classes[index]
 
     def _pixels(self, index: int) -> Tensor:
         if self.transform is None:

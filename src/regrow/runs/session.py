@@ -22,6 +22,7 @@ from regrow.config.origins import located_in
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import (
+    DataError,
     OwnCodeError,
     RunFailed,
     SlicesTooLarge,
@@ -221,6 +222,9 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                     manifest.note_packages(folder, ROOT)
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
+                if isinstance(cause, DataError) and objects.state.step > 0:
+                    way_on = again(job, folder, "data.changed=accept")
+                    cause = DataError(f"{cause} If this changes the data, resume with: {way_on}")
                 note_failure(cause, folder, job, objects.state.step, world)
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
