@@ -12,6 +12,8 @@ import forked
 import numpy as np
 import pytest
 import torch
+import typing_extensions
+import yaml
 from PIL import Image
 from running import config_of
 from torch import nn
@@ -263,9 +265,11 @@ def test_a_file_of_code_has_one_owner() -> None:
     }  # fmt: skip
     for owner, files in owners.items():
         assert {file: owner_of(str(file)) for file in files} == dict.fromkeys(files, owner)
-    installed = "/venv/lib/python3.12/site-packages/theirs/net.py"
-    assert owner_of(installed) == "library"
-    assert owner_of(installed, frozenset({"theirs"})) == "own"
+    for installed in (yaml, typing_extensions):  # a package, and a single file
+        assert installed.__file__ is not None
+        assert owner_of(installed.__file__) == "library"
+        assert owner_of(installed.__file__, frozenset({"models"})) == "library"
+        assert owner_of(installed.__file__, frozenset({installed.__name__})) == "own"
 
 
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Collection, Iterator
@@ -75,10 +76,8 @@ def owner_of(file: str, named: frozenset[str] = frozenset()) -> Owner:
     path = Path(os.path.abspath(file))  # noqa: PTH100  a link may lead elsewhere
     if path.is_relative_to(ENGINE):
         return "engine"
-    for place in INSTALLED:
-        if place in path.parts:
-            top = path.parts[path.parts.index(place) + 1]
-            return "own" if top.removesuffix(".py") in named else "library"
+    if any(place in path.parts for place in INSTALLED):
+        return "own" if any(_is_in(path, name) for name in named) else "library"
     lab = ROOT / "src" / lab_name()
     if path.is_relative_to(lab):
         return "own" if path.relative_to(lab).parts[0] in OF_A_USER else "engine"
@@ -86,6 +85,15 @@ def owner_of(file: str, named: frozenset[str] = frozenset()) -> Owner:
         return "engine"
     own = (sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib"))
     return "library" if any(map(path.is_relative_to, own)) else "own"
+
+
+def _is_in(path: Path, name: str) -> bool:
+    """Return True if a file belongs to the imported module or package of this name."""
+    module = sys.modules.get(name)
+    if folders := getattr(module, "__path__", None):
+        return any(path.is_relative_to(folder) for folder in folders)
+    file = getattr(module, "__file__", None)
+    return file is not None and path == Path(file)
 
 
 def shown(file: str) -> str:
