@@ -192,7 +192,8 @@ def test_what_ones_own_code_raised_is_said_with_its_place(
     monkeypatch.setattr(targets, "_allowed", {*names})
     with pytest.raises(UserError) as found:
         instantiate({"_target_": "unlucky.net", "width": 7})
-    assert f"(ValueError: not 7, {tmp_path}/unlucky.py:2)" in str(found.value)
+    said = f"_target_=unlucky.net ({tmp_path}/unlucky.py:2): ValueError: not 7. HYDRA_FULL_ERROR"
+    assert str(found.value).startswith(said)
     with pytest.raises(UserError, match=rf"was never closed, {tmp_path}/unwritten.py:2\)"):
         instantiate({"_target_": "unwritten.net", "width": 7})
     with pytest.raises(UserError, match=r"_target_=unlucky.nett: there is no nett.* mean net\?"):

@@ -16,6 +16,10 @@ class DataError(UserError):
     """Invalid data. The message names the file and the row, or the example."""
 
 
+class OwnCodeError(UserError):
+    """The user's model, task or loss raised an error, the cause, when it was first called."""
+
+
 class MachineFault(OSError):
     """The machine lacks a resource that the program needs. The message is one line."""
 

@@ -191,6 +191,27 @@ def test_evaluation_sees_seven_eighths_of_the_shorter_side_by_default(
     assert torch.equal(images(*tall), images(*tall, "source.resize=256"))
 
 
+@pytest.mark.parametrize("name", ["image_folder", "resized_folder"])
+def test_copies_in_the_folders_of_two_classes_are_told_once(
+    make_data: Make, image_root: Path, name: str
+) -> None:
+    arguments = (name, f"root={image_root}", *SMALL)
+    shutil.copy(image_root / "cat" / "01.png", image_root / "cat" / "copy.png")  # of one class
+    assert make_data(*arguments).notes == []
+    shutil.copy(image_root / "cat" / "01.png", image_root / "dog" / "mine.png")
+    (note,) = make_data(*arguments).notes
+    assert note == (
+        f"1 image has copies of the same bytes in folders of different classes, such as "
+        f"{image_root}/cat/01.png and {image_root}/dog/mine.png. A model cannot learn both: delete "
+        "the copies in the wrong folders"
+    )
+    shutil.copy(image_root / "dog" / "00.png", image_root / "cat" / "another.png")
+    (note,) = make_data(*arguments).notes
+    assert note.startswith("2 images have copies of the same bytes")
+    # The ends do not prove that the whole files are equal.
+    assert make_data(*arguments, "source.identity=ends").notes == []
+
+
 def test_copies_have_equal_keys_whatever_their_size_and_name(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     contents = [random.bytes(size) for size in (0, 1, 1, 5000, 8192, 8193, 8193, 40_000, 40_000)]

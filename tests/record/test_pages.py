@@ -249,6 +249,13 @@ def test_wrong_images_are_shown_with_truth_and_prediction(
     page = report.write(folder)
     assert f'<img src="data:image/png;base64,{pixels}"' in page.read_text()
     assert "true <b>cat predicted dog 0.88" in Page(page).text
+    assert "The first wrong ones in the order of the data, at most 16, each with" in Page(page).text
+    assert "processes" not in Page(page).text
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    ranks = {**config, "trainer": {**config.get("trainer", {}), "devices": 2}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(ranks))
+    said = "The run had several processes, and these are from the examples of the first one."
+    assert said in Page(report.write(folder)).text
     for key, damage in (("image", ["no base64"]), ("image", []), ("true", 3), ("predicted", None)):
         write_json(folder / "plots" / "test.json", {"wrong": {**wrong, key: damage}})
         assert "img" not in Page(report.write(folder)).tags

@@ -68,9 +68,9 @@ def test_logits_and_masks_that_fit_are_accepted(dtype: torch.dtype) -> None:
         (
             torch.randn(4, C),
             masks(4),
-            r"outputs of shape \(B, 3, H, W\), got \(4, 3\). Use a model",
+            r"outputs of shape \(B, 3, H, W\), got \(B, 3\). Use a model",
         ),
-        (torch.randn(4, 2, 8, 8), masks(4), r"\(B, 3, H, W\), got \(4, 2, 8, 8\)"),
+        (torch.randn(4, 2, 8, 8), masks(4), r"\(B, 3, H, W\), got \(B, 2, 8, 8\)"),
         (torch.randn(4, C, 4, 4), masks(4), r"shape \(4, 4, 4\), got torch.uint8 of shape \(4, 8"),
         (torch.randn(4, C, 8, 8), masks(4).float(), "got torch.float32"),
         (torch.randn(4, C, 8, 8), masks(4) + 1, "class index 3 with data.num_classes=3"),

@@ -55,7 +55,7 @@ def multiclass(
     if outputs.ndim < 2 or outputs.shape[1] != num_classes:
         raise UserError(
             f"task=multiclass needs outputs of shape (B, {num_classes}), got "
-            f"{tuple(outputs.shape)}. Set model.num_outputs=${{data.num_classes}}."
+            f"{_per_example(outputs, targets)}. {_give(num_classes)}"
         )
     if targets.is_floating_point():
         if shape != tuple(outputs.shape):
@@ -95,8 +95,8 @@ def segmentation(
     if outputs.ndim != 4 or outputs.shape[1] != num_classes:
         raise UserError(
             f"task=segmentation needs outputs of shape (B, {num_classes}, H, W), got "
-            f"{tuple(outputs.shape)}. Use a model with an output per class and pixel, such as "
-            "model=unet."
+            f"{_per_example(outputs, targets)}. Use a model with an output per class and pixel, "
+            "such as model=unet."
         )
     expected = (outputs.shape[0], *outputs.shape[2:])
     if targets.is_floating_point() or tuple(targets.shape) != expected:
@@ -113,8 +113,8 @@ def binary(outputs: Tensor, targets: Tensor, *, logits: bool) -> None:
     _real("binary", outputs)
     if outputs.ndim == 0 or outputs.shape[1:] not in ((), (1,)):
         raise UserError(
-            f"task=binary needs outputs of shape (B,) or (B, 1), got {tuple(outputs.shape)}. "
-            "Set data.num_outputs=1, or use task=multiclass."
+            "task=binary needs outputs of shape (B,) or (B, 1), got "
+            f"{_per_example(outputs, targets)}. Set data.num_outputs=1, or use task=multiclass."
         )
     if targets.shape[:1] != outputs.shape[:1] or targets.shape[1:] not in ((), (1,)):
         raise UserError(
@@ -149,7 +149,7 @@ def language(outputs: Tensor, targets: Tensor, *, num_classes: int) -> None:
     if outputs.ndim != 3 or outputs.shape[2] != num_classes:
         raise UserError(
             f"task=language needs outputs of shape (B, T, {num_classes}), got "
-            f"{tuple(outputs.shape)}. Set model.num_outputs=${{data.num_classes}}."
+            f"{_per_example(outputs, targets)}. {_give(num_classes)}"
         )
     if targets.dtype != torch.int64 or targets.shape != outputs.shape[:2]:
         raise UserError(
@@ -200,6 +200,17 @@ def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
                 f"loss returned {name} of shape {tuple(tensor.shape)} and values of shape "
                 f"{tuple(shape)}. Give them one shape."
             )
+
+
+def _per_example(outputs: Tensor, targets: Tensor) -> str:
+    """Return the outputs' shape, with B in place of the batch's size."""
+    shape = str(tuple(outputs.shape))
+    is_batch = outputs.shape[:1] == targets.shape[:1]
+    return shape.replace(str(outputs.shape[0]), "B", 1) if outputs.ndim and is_batch else shape
+
+
+def _give(num_classes: int) -> str:
+    return f"Set model.num_outputs=${{data.num_outputs}}, where data.num_outputs={num_classes}."
 
 
 def _real(kind: str, outputs: Tensor) -> None:

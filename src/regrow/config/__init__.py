@@ -18,6 +18,7 @@ leads: lead, RECIPES, shown
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
     earlier_defaults, EarlierDefault, EARLY_EXTENSIONS, line, removed
 origins: composed, located, located_in, Origins, origins, TYPED
+own_code: own_place, owner_of, places_of, shown
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
 recorded: gives_masks, recorded_config
@@ -29,7 +30,7 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
 roles: check_roles
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 target_kinds: refuse_mixing, refuse_sampling
-targets: allow, instantiate, locate
+targets: allow, instantiate, locate, named_packages, place_in, SHOWS_ALL
 yaml_files: read_yaml, readable
 yaml_keys: head_of
 """

@@ -13,16 +13,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow.config.own_code import own_place, owner_of, places_of, shown
 from regrow.config.yaml_files import broken_files, readable
 from regrow.errors import UserError, brief, chain, did_you_mean, machine_fault
 from regrow.record import moved
 
+SHOWS_ALL = "HYDRA_FULL_ERROR=1 shows the whole traceback."
 HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # the run passes it
 HANDED_TO = {"task": ("loss",), "step": ("state", "batch", "plan")}  # likewise, by node
 # The keys that Hydra itself reads in a node. None of them can bypass the check of targets.
 HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 # Targets that this process may instantiate in addition to those in conf/: see `allow`.
 _allowed: set[str] = set()
+_paths: dict[str, set[str]] = {}  # where the allowed configs name a target
 
 
 def allow(*nodes: Any) -> None:
@@ -31,9 +34,10 @@ def allow(*nodes: Any) -> None:
     The config must be composed from the user's command line, or a recorded one that has passed
     `roles.check_roles`.
     """
-    _allowed.update(
-        target for node in nodes for _, target in targets_in(node) if isinstance(target, str)
-    )
+    for path, target in (found for node in nodes for found in targets_in(node)):
+        if isinstance(target, str):
+            _allowed.add(target)
+            _paths.setdefault(target, set()).add(path)
 
 
 def is_allowed(target: Any) -> bool:
@@ -45,6 +49,12 @@ def shipped_targets() -> frozenset[str]:
     """Return all targets that the files in conf/ name."""
     nodes = [node for _, node in readable("**/*.yaml")]
     return frozenset(t for node in nodes for _, t in targets_in(node) if isinstance(t, str))
+
+
+def named_packages() -> frozenset[str]:
+    """Return the packages that targets of the config name, beyond those in conf/."""
+    shipped = {target.partition(".")[0] for target in shipped_targets()}
+    return frozenset({target.partition(".")[0] for target in _allowed} - shipped - {"torch"})
 
 
 def targets_in(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,6 +96,10 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
     refuse_unknown_targets(node)
     try:
         return _made(node, arguments)
+    except _Raised as raised:
+        if mistake := next((each for each in chain(raised) if isinstance(each, UserError)), None):
+            raise mistake from None
+        raise UserError(raised.in_words(node)) from raised.__cause__
     except (InstantiationException, TypeError) as error:
         # Handle only a TypeError from the call itself.
         called = rf"(__init__|\b{re.escape(str(node['_target_']).rpartition('.')[2])})\(\)"
@@ -99,6 +113,44 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
         raise UserError(f"_target_={node['_target_']}: {said}") from error
 
 
+class _Raised(Exception):
+    """A target raised an error when it was called. The error is the cause."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.target = target
+
+    def in_words(self, node: Mapping[str, Any]) -> str:
+        """Return the error in one line, with the key that names the target, and the place."""
+        error = self.__cause__
+        assert error is not None
+        known = _paths.get(self.target, set()) - {""}
+        said = f"{type(error).__name__}: {brief(error)}"
+        place = place_in(error) or _place_of_ours(error)
+        if isinstance(error, SyntaxError) and error.filename:
+            said, place = f"SyntaxError: {error.msg}", f"{shown(error.filename)}:{error.lineno}"
+        if "missing" in said and "required" in said:
+            said += ". " + _way_out(said, node)
+        said = f"{said.rstrip('.')}. {SHOWS_ALL}" if place else said
+        if len(known) == 1:
+            return f"{next(iter(known))} ({self.target}{', ' * bool(place)}{place}): {said}"
+        return f"_target_={self.target}{f' ({place})' * bool(place)}: {said}"
+
+
+def place_in(error: BaseException) -> str:
+    """Return the innermost line of the user's code in an error's traceback, as file:line, or ""."""
+    own = own_place(error, named_packages())
+    return "" if own is None else str(own)
+
+
+def _place_of_ours(error: BaseException) -> str:
+    """Return the engine's line that raised an error of a target's, or "" if a library did."""
+    place = next(places_of(error), None)
+    if place is None or place.file == __file__ or owner_of(place.file) != "engine":
+        return ""
+    return str(place)
+
+
 def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "") -> Any:
     """Return the object that a node describes, its inner nodes first, as `hydra.utils` makes it.
 
@@ -107,7 +159,6 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
     what a target returns: it would reject a function or an object of another class, such as a
     schedule or the metric that `torchmetrics.CohenKappa(...)` chooses.
     """
-    from hydra.errors import InstantiationException
 
     def inner(value: Any, key: object) -> Any:
         where = f"{path}.{key}" if path else str(key)
@@ -138,17 +189,15 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
         positional = inner(positional, "_args_")
     if node.get("_partial_") and not arguments:
         return functools.partial(target, *positional, **given)
-    if arguments:
-        return target(*positional, **{**given, **arguments})
     try:
-        return target(*positional, **given)
-    except Exception as error:  # as Hydra 1.3 raises it
+        return target(*positional, **{**given, **arguments})
+    except Exception as error:
         if isinstance(error, UserError) or machine_fault(error) is not None:
             raise
-        key = f"\nfull_key: {path}" if path else ""
-        raise InstantiationException(
-            f"Error in call to target '{node['_target_']}': {error!r}{key}"
-        ) from error
+        # The caller explains an error of torch's that depends on what it handed in.
+        if arguments and own_place(error, named_packages()) is None:
+            raise
+        raise _Raised(str(node["_target_"])) from error
 
 
 def _way_out(said: str, node: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Public, by module; all else is private to this folder.
 
-batch: each, Inputs, noise, parts_of
+batch: Batch, each, Inputs, noise, parts_of
 feeds: collated
 images: class_folders, fit, image_folder, size_of
 loaders: Data

@@ -166,6 +166,27 @@ def keys_of_copies(files: Sequence[str], root: str) -> list[Hashable]:
     return keys
 
 
+def of_two_classes(labels: Sequence[tuple[str, str]], keys: Sequence[Hashable]) -> str:
+    """Return a warning about copies that lie in folders of different classes; "" if there are none.
+
+    `labels` are each file and its class, and `keys` those of `keys_of_copies`, or none.
+    """
+    first: dict[Hashable, tuple[str, str]] = {}
+    pairs: dict[Hashable, tuple[str, str]] = {}  # with one example of each content
+    for (file, label), key in zip(labels, keys, strict=False):
+        other, its = first.setdefault(key, (file, label))
+        if label != its:
+            pairs.setdefault(key, (other, file))
+    if not pairs:
+        return ""
+    one, two = map(shown, next(iter(pairs.values())))
+    what = "1 image has" if len(pairs) == 1 else f"{len(pairs):,} images have"
+    return (
+        f"{what} copies of the same bytes in folders of different classes, such as {one} and {two}."
+        " A model cannot learn both: delete the copies in the wrong folders"
+    )
+
+
 def _is_whole(key: Hashable) -> bool:
     return isinstance(key, tuple) and key[0] <= 2 * END
 

@@ -29,6 +29,7 @@ from regrow.feeding.files import (
     is_hidden,
     key_of_ends,
     keys_of_copies,
+    of_two_classes,
     shown,
     unreadable,
 )
@@ -398,12 +399,7 @@ class ImageFiles:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return self._pixels(index), self.classes[index]
-        except DataError as error:
-            raise DataError(
-                f"{error} A run that began with it resumes by resume=<folder> data.changed=accept."
-            ) from None
+        return self._pixels(index), self.classes[index]
 
     def _pixels(self, index: int) -> Tensor:
         if self.transform is None:
@@ -584,6 +580,10 @@ def image_folder(
 
     own = {name: read(where) for name, where in folders.items()}
     keys = _keys(own, root, identity)
+    labels = [(file, classes[it]) for split in own.values()
+              for file, it in zip(split.files, split.classes, strict=True)]  # fmt: skip
+    # Equal ends do not prove that two files are copies.
+    known = [] if identity == "ends" else [key for name in own for key in keys[name]]
     everything = own.pop("train")
     all_files = everything.files
     parts = cut(
@@ -611,7 +611,11 @@ def image_folder(
         reads_images=True,
         known_keys=known_keys,
         reading=reading,
-        notes=[line for line in (str(left_out), frames(all_files)) if line],
+        notes=[
+            line
+            for line in (str(left_out), frames(all_files), of_two_classes(labels, known))
+            if line
+        ],
     )
 
 

@@ -196,7 +196,7 @@ def _write(
         for name in dict.fromkeys(name for its in run.sets.values() for name in its)
         if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
     ]
-    path = output or run.folder / "report.html"
+    path, trainer = output or run.folder / "report.html", run.config.get("trainer")
     pages.write(
         path,
         "run",
@@ -211,6 +211,7 @@ def _write(
         wrong=pictures.wrong_of(run.folder),
         logged=logged_images.latest(run.folder),
         most_wrong=pictures.NUM_WRONG,
+        several=isinstance(trainer, Mapping) and trainer.get("devices", 1) != 1,
         facts=_facts(run),
         manifest=json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
         config=_as_yaml(run.config) if run.config else "",

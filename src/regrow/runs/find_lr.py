@@ -26,7 +26,7 @@ from regrow.failing import fail
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch
 from regrow.record import records
-from regrow.runs import lr_finder, machine, training
+from regrow.runs import first_calls, lr_finder, machine, training
 from regrow.runs.console import console
 from regrow.runs.lab import lab
 from regrow.runs.lr_finder import Curve, RangeTest
@@ -87,14 +87,20 @@ def _find_lr(cfg: DictConfig) -> float:
             for note in objects.data.notes:
                 log.warning("%s", note)
             if trainer["check_first_batch"]:
-                lab().check_first_batch(objects, world)
+                training.check_first_batch(objects, world)
             nowhere: dict[str, Any] = {"record": None, "checkpoints": None, "trial": None}
             plan = lab().plan_of(objects, config["seed"], world, StopRequest(), **nowhere)
 
-            def step(batch: Batch) -> list[float]:
-                return plan.train_step(objects.state, batch, plan.step).totals.read()
+            taken = 0
 
-            curve = lr_finder.range_test(objects.state, objects.train, step, test)
+            def step(batch: Batch) -> list[float]:
+                nonlocal taken
+                sums = plan.train_step(objects.state, batch, plan.step).totals.read()
+                taken += 1
+                return sums
+
+            with first_calls.explained(lambda: taken == 0):
+                curve = lr_finder.range_test(objects.state, objects.train, step, test)
         lr = lr_finder.suggest(curve)
         if lr_finder.still_falling(curve):
             log.warning(

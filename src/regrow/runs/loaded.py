@@ -82,7 +82,7 @@ class LoadedRun:
         where = f"run={self.folder}"
         check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
         refuse_remote(self.folder, where, self.config, self.typed)
-        allow(self.config["data"])
+        allow({"data": self.config["data"]})
         data = instantiate(self.config["data"])
         for note in data.notes:
             log.warning("%s", note)
@@ -219,7 +219,7 @@ def load_run(
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
     check_roles(config, made, folder, f"run={given}", others=places_of(folder))
-    allow(*(config[group] for group in made))
+    allow({group: config[group] for group in made})
     swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
         config["data"]["source"]["download"] = False
@@ -420,7 +420,7 @@ def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> 
     try:
         check_roles(config, ("data",), folder, where, others=places_of(folder))
         refuse_remote(folder, where, config, typed)
-        allow(config["data"])
+        allow({"data": config["data"]})
         names: list[str] | None = instantiate(config["data"]).class_names
     except UserError:
         return None  # the data is missing or another's: classes go by their numbers

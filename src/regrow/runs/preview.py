@@ -30,7 +30,7 @@ from regrow.protocols import Batch, Objects
 from regrow.record import names
 from regrow.record.records import load_status
 from regrow.record.redact import redact
-from regrow.runs import machine, training
+from regrow.runs import first_calls, machine, training
 from regrow.runs.banner import facts, what_is_odd
 from regrow.runs.lab import lab
 
@@ -83,7 +83,7 @@ def _report(job: Job) -> None:
         if trainer["check_first_batch"] and not note:
             position = objects.state.progress
             position.num_micro_batches = split  # a start refuses a micro-batch that is too small
-            lab().check_first_batch(objects, world)
+            training.check_first_batch(objects, world)
             position.num_micro_batches = 1
         for line in facts(job, objects, dataclasses.replace(world, size=count)):
             log.info("%s", line)
@@ -92,7 +92,8 @@ def _report(job: Job) -> None:
         if note:
             log.warning("%s", note)
         batch = min(job.config["data"]["batch_size"], objects.train.num_examples)
-        cost = measured(objects, job.config["seed"], world, -(-batch // split))
+        with first_calls.explained():
+            cost = measured(objects, job.config["seed"], world, -(-batch // split))
     shares = count if trainer["strategy"] == "fsdp" else 1
     log.info("%s", _memory(objects, cost, shares))
     flops = cost.flops * batch / cost.size

@@ -21,7 +21,15 @@ from regrow.config.job import Job, as_recorded
 from regrow.config.origins import located_in
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World, lost_the_others
-from regrow.errors import RunFailed, SlicesTooLarge, UserError, in_a_line, machine_fault
+from regrow.errors import (
+    DataError,
+    OwnCodeError,
+    RunFailed,
+    SlicesTooLarge,
+    UserError,
+    in_a_line,
+    machine_fault,
+)
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.project import ROOT
@@ -32,7 +40,6 @@ from regrow.runs import machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
 from regrow.runs.first_steps import FirstSteps
-from regrow.runs.lab import lab
 from regrow.runs.loaded import preprocessing_record
 
 log = logging.getLogger("regrow")
@@ -163,7 +170,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
     config = job.config
     objects.state.progress.num_micro_batches = num_micro_batches
     if config["trainer"]["check_first_batch"]:
-        lab().check_first_batch(objects, world)
+        training.check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
         folder = Path(job.folder)
@@ -215,14 +222,17 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                     manifest.note_packages(folder, ROOT)
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
+                if isinstance(cause, DataError) and objects.state.step > 0:
+                    way_on = again(job, folder, "data.changed=accept")
+                    cause = DataError(f"{cause} If this changes the data, resume with: {way_on}")
                 note_failure(cause, folder, job, objects.state.step, world)
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
                 if is_plain(cause):
                     raise SystemExit(1) from cause
-                if fault is None:
+                if cause is raised:
                     raise
-                raise fault from raised
+                raise cause from raised
         number = max(world.gather(stop.signal or 0))  # any rank may have received the signal
         if world.is_main:
             records.set_status(folder, summary["status"], step=summary["steps"], pids=pids)
@@ -299,6 +309,7 @@ def note_failure(error: BaseException, folder: Path, job: Job, step: int, world:
         if isinstance(error, OSError):  # usually a disk problem that the user can fix
             log.error("Once that is fixed, resume with:")
             log.error("  %s", again(job, folder))
+    if not isinstance(error, UserError) or isinstance(error, OwnCodeError):
         logging.getLogger("regrow.file").error("%s", traceback.format_exc())
 
 

@@ -29,6 +29,7 @@ from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
 from regrow.record import loggers, manifest, records, report
 from regrow.record.output import whole_file
+from regrow.runs import first_calls
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.lab import lab
 from regrow.runs.machine import set_numerics
@@ -41,7 +42,14 @@ WEIGHTS = "weights.pt"
 def build(config: Mapping[str, Any], world: World) -> Objects:
     """Set this process's switches, and return the objects of a run. Writes nothing."""
     set_numerics(config["trainer"], world.device)
-    return lab().build(config, world)
+    with first_calls.explained():
+        return lab().build(config, world)
+
+
+def check_first_batch(objects: Objects, world: World) -> None:
+    """Raise UserError if model, task and data do not fit together. Leaves the run unchanged."""
+    with first_calls.explained():
+        lab().check_first_batch(objects, world)
 
 
 class Silence:
@@ -113,10 +121,10 @@ def train(
     )
     if watch is not None:
         plan = watch.over(plan)
-    started = time.perf_counter()
+    started, first = time.perf_counter(), state.step
     exit_code = 1
     try:
-        with profiling(options, folder, world):
+        with profiling(options, folder, world), first_calls.explained(lambda: state.step == first):
             status = lab().fit(state, plan)
         if watch is not None and status == "completed":
             watch.conclude()

@@ -1,0 +1,308 @@
+"""An error in the user's own code is one line with its place; the engine's keep a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import forked
+import numpy as np
+import pytest
+import torch
+import typing_extensions
+import yaml
+from PIL import Image
+from running import config_of
+from torch import nn
+
+from regrow.config.own_code import owner_of
+from regrow.config.targets import instantiate
+from regrow.errors import OwnCodeError
+from regrow.feeding.sampling import permutation
+from regrow.project import ROOT
+from regrow.runs import first_calls
+from regrow.runs.first_calls import explained
+
+TRAIN = ROOT / "scripts" / "train.py"
+QUICK = ("trainer.max_steps=4", "trainer.device=cpu", "trainer.num_threads=1", "data.num_workers=0")
+MODELS = """
+import torch
+from torch import nn
+
+STEPS = []
+
+
+class Small(nn.Module):
+    def __init__(self, groups, width, fails_at):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 6, 3, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.head = nn.Linear(width, 10)
+        self.fails_at = fails_at
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            STEPS.append(x)
+            if len(STEPS) == self.fails_at:
+                raise KeyError("training")
+        return self.head(self.body(x))  # the head
+
+
+class Layers(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.Sequential(nn.ReLU(), nn.Linear(9, 10)))
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x):
+        return self.layers(
+            x
+        )
+
+
+def plain():
+    return nn.Sequential(*Layers())
+
+
+def loss(outputs, targets):
+    return outputs[:, 70]
+
+
+class Optimizer(torch.optim.SGD):
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        raise ValueError(f"not {lr}")
+
+
+def splits(**given):
+    return {}["train"]
+"""
+LINES = {text.strip(): number for number, text in enumerate(MODELS.splitlines(), 1)}
+FILES = {
+    "model/small": "_target_: my_models.Small\ngroups: 1\nwidth: 6\nfails_at: null\n",
+    "model/layers": "_target_: my_models.Layers\n",
+    "model/nested": "_target_: my_models.Nested\n",
+    "model/plain": "_target_: my_models.plain\n",
+    "loss/mine": "_target_: my_models.loss\n_partial_: true\n",
+    "optimizer/mine": "_target_: my_models.Optimizer\n_partial_: true\nlr: 0.5\n",
+    "data/mine": "defaults: [digits]\nsource: {_target_: my_models.splits}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "my_models.py").write_text(MODELS)
+    for name, text in FILES.items():
+        path = folder / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def start(mine: Path, cwd: Path, *arguments: str, script: tuple[str, ...] = (str(TRAIN),),
+          **environment: str) -> Any:  # fmt: skip
+    env = {"PYTHONPATH": forked.python_path(mine), "HOME": str(cwd), **environment}
+    given = ("--config-dir", str(mine / "conf"), *QUICK, *arguments)
+    command = [sys.executable, *script, *given]
+    inherited = {k: v for k, v in forked.os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    return forked.run(
+        command, cwd=cwd, env={**inherited, **env}, capture_output=True, text=True, timeout=200
+    )
+
+
+def at(text: str) -> str:
+    """Return the place of a line of the module, as messages name it."""
+    return f"my_models.py:{LINES[text]}"
+
+
+LINEAR = "Linear(in_features=9, out_features=10, bias=True)): "
+BODY = "nn.Conv2d(1, 6, 3, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten()"
+HEAD = "return self.head(self.body(x))  # the head"
+# Each command, and the parts of its line; {} is the folder of the module.
+SAID = {
+    "model=small model.width=7": (
+        "error: {}" + at(HEAD) + f", in forward: {HEAD}: RuntimeError: ",
+        " The inputs had shape (180, 1, 8, 8). HYDRA_FULL_ERROR=1 shows the whole traceback.",
+    ),
+    "model=layers": (
+        "error: {}" + at("class Layers(nn.Sequential):") + ", Layers: layer 2.1, Linear(in_feat",
+        "RuntimeError: ",
+    ),
+    "model=nested": (
+        "error: {}" + at("return self.layers(") + f", in forward (layer 2.1, {LINEAR}return self.l",
+        "return self.layers( x ): RuntimeError: ",
+    ),
+    "model=plain": ("error: model: layer 2.1, Linear(in_features=9, ", "RuntimeError: "),
+    "model=small loss=mine": (
+        "error: {}" + at("return outputs[:, 70]") + ", in loss: return outputs[:, 70]: IndexErr",
+        ", the outputs (180, 10), the targets (180,). HYDRA_FULL_ERROR=1 shows the whole trace",
+    ),
+    "model=small model.groups=5": (
+        "error: model (my_models.Small, {}" + at(BODY) + "): ValueError: ",
+        "groups. HYDRA_FULL_ERROR=1 shows the whole traceback.",
+    ),
+    "model=small optimizer=mine": (
+        "error: optimizer ({}" + at('raise ValueError(f"not {lr}")') + "): not 0.5.",
+        "",
+    ),
+    "model=small data=mine": (
+        ".yaml:2: data.source (my_models.splits, {}"
+        + at('return {}["train"]')
+        + "): KeyError: 'tr",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", SAID)
+def test_an_error_in_ones_own_code_is_one_line_with_its_place(
+    given: str, mine: Path, tmp_path: Path
+) -> None:
+    first, later = SAID[given]
+    done = start(mine, tmp_path, *given.split(), "hydra.run.dir=run")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert first.replace("{}my_m", f"{mine}/my_m") in line and later in line
+    assert line.count("cannot be multiplied") <= 1 and "torch/nn" not in line
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_check_says_the_same_and_the_whole_traceback_comes_on_request(
+    mine: Path, tmp_path: Path
+) -> None:
+    given = ("model=small", "model.width=7", "--check")
+    said = start(mine, tmp_path, *given)
+    (line,) = said.stderr.splitlines()
+    assert said.returncode == 2 and line.startswith(f"error: {mine}/my_models.py:")
+    whole = start(mine, tmp_path, *given, HYDRA_FULL_ERROR="1")
+    assert whole.returncode == 2 and whole.stderr.splitlines()[-1] == line
+    assert "torch/nn/modules/linear.py" in whole.stderr
+    # The training step of the check, after the checks of the first outputs.
+    said = start(mine, tmp_path, "model=small", "model.fails_at=2", "--check")
+    assert said.returncode == 2 and "KeyError: 'training'. The inputs had shape" in said.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_first_steps_error_is_one_line_and_its_traceback_is_in_the_log(
+    mine: Path, tmp_path: Path
+) -> None:
+    # The first pass with gradients in training mode is a check's, which passes over errors.
+    done = start(mine, tmp_path, "model=small", "model.fails_at=2", "hydra.run.dir=run")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"error: {mine}/{at('raise KeyError(' + chr(34) + 'training' + chr(34) + ')')}"
+    )
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "Traceback" in log and "lab/step.py" in log and log.rstrip().endswith(line[7:])
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["step"] == 0
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_step_of_two_ranks_is_one_line(mine: Path, tmp_path: Path) -> None:
+    given = ("trainer=ddp", "trainer.devices=2", "hydra.run.dir=run")
+    done = start(mine, tmp_path, "model=small", "model.fails_at=2", *given)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "KeyError: 'training'. The inputs had shape (32, 1, 8, 8)." in done.stderr
+
+
+def test_the_same_error_in_a_later_step_keeps_its_traceback(mine: Path, tmp_path: Path) -> None:
+    done = start(mine, tmp_path, "model=small", "model.fails_at=3", "hydra.run.dir=run")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.rstrip().endswith("KeyError: 'training'")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 1
+
+
+BROKEN_ENGINE = f"""
+import runpy, sys
+from regrow.runs import model_checks
+model_checks.parts_of = int
+sys.argv[0] = {str(TRAIN)!r}
+sys.path.insert(0, {str(TRAIN.parent)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_fault_of_the_engine_keeps_its_traceback(mine: Path, tmp_path: Path) -> None:
+    done = start(mine, tmp_path, "model=small", script=("-c", BROKEN_ENGINE))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "model_checks.py" in done.stderr
+
+
+def test_errors_that_are_not_the_users_pass_through() -> None:
+    def failing(error: Exception) -> None:
+        with explained():
+            raise error
+
+    for error in (FloatingPointError("NaN"), MemoryError(), RuntimeError("closed by peer")):
+        with pytest.raises(type(error)) as found:
+            failing(error)
+        assert found.value is error and not isinstance(error, OwnCodeError)
+    with pytest.raises(torch.OutOfMemoryError):
+        failing(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(OwnCodeError, match=r"in failing: raise error: ValueError\. HYDRA"):
+        failing(ValueError())
+    with pytest.raises(ValueError, match=r"^later$"), explained(lambda: False):
+        raise ValueError("later")
+
+
+def test_a_file_of_code_has_one_owner() -> None:
+    owners = {
+        "own": [__file__, ROOT / "my_models.py", ROOT / "src/lab/models/cnn.py",
+                ROOT / "src/lab/tasks/losses.py"],
+        "engine": [first_calls.__file__, ROOT / "src/lab/step.py", TRAIN],
+        "library": [nn.__file__, json.__file__, "<string>", sysconfig.get_path("stdlib") + "/a.py"],
+    }  # fmt: skip
+    for owner, files in owners.items():
+        assert {file: owner_of(str(file)) for file in files} == dict.fromkeys(files, owner)
+    for installed in (yaml, typing_extensions):  # a package, and a single file
+        assert installed.__file__ is not None
+        assert owner_of(installed.__file__) == "library"
+        assert owner_of(installed.__file__, frozenset({"models"})) == "library"
+        assert owner_of(installed.__file__, frozenset({installed.__name__})) == "own"
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+def test_a_broken_image_says_how_to_resume_only_if_steps_were_taken(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    given = (
+        "data=image_folder", "data.root=photos", "data.num_classes=2", "data.input_shape=[3,8,8]",
+        "data.source.resize=8", "data.batch_size=4", "data.normalize=none",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    data = instantiate(config_of(*given)["data"])
+    order = permutation(data.seed, 0, len(data.source.train))
+    file = Path(data.source.train.files[order[place]])
+    file.write_bytes(file.read_bytes()[:300])
+    done = forked.run(
+        [sys.executable, str(TRAIN), *given, *QUICK[1:], "trainer.max_epochs=1",
+         "hydra.run.dir=run"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    start = f"error: {file} is not a readable image: Truncated File Read. Fix or remove the file."
+    way_on = f"python {TRAIN} resume=run data.changed=accept"
+    assert done.returncode == 2
+    assert line == start + (f" If this changes the data, resume with: {way_on}" if place else "")
+
+
+def test_an_error_in_a_shipped_model_names_its_line(mine: Path, tmp_path: Path) -> None:
+    done = start(mine, tmp_path, "model=cnn", "model.input_shape=[2,8,8]", "--check")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: src/lab/models/cnn.py:")
