@@ -226,6 +226,21 @@ def test_the_page_holds_the_curves_and_marks_the_best_step(tmp_path: Path) -> No
     assert "288 170" in page.text and "best val/accuracy" in page.text
 
 
+def test_rates_of_a_short_run_are_left_out_with_one_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2)
+    lines = [{"step": 50 * index, "epoch": index, "train/lr": 0.1, "train/grad_norm": 1.0,
+              "train/loss": 1.0} for index in (1, 2, 3)]  # fmt: skip
+    said = "Learning rate and gradient norm: not drawn, as fewer than 3 steps"
+    for count in (1, 2, 3):
+        write_lines(folder, lines[:count])
+        page = Page(report.write(folder))
+        titles = [panel["title"] for chart in page.data for panel in chart["panels"]]
+        is_short = count < 3
+        assert ("learning rate" in titles) != is_short and "loss" in titles
+        assert ("gradient norm, before clipping" in titles) != is_short
+        assert (said in page.text) == is_short
+
+
 def test_the_throughput_counts_the_examples_of_smaller_last_batches(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")  # 12 epochs of 1,257 examples in 21.4 s
     assert report.load(folder).examples_per_second is None  # an unknown batch

@@ -208,6 +208,7 @@ def _write(
         per_class=[row for row in metrics if "/" in row[0]],  # e.g. f1/zero
         figures=_figures(run),
         charts=charts,
+        not_drawn=_not_drawn(run),
         wrong=pictures.wrong_of(run.folder),
         logged=logged_images.latest(run.folder),
         most_wrong=pictures.NUM_WRONG,
@@ -224,6 +225,20 @@ _CAPTIONS = {
     "predicted": "The dashed line is where predicted equals true.",
     "examples": "The first examples, as the model sees them.",
 }
+
+
+def _not_drawn(run: Run) -> str:
+    """Return a sentence about the plots that a short run lacks; empty if it has all."""
+    titles = plots.too_short(run.lines)
+    if not titles:
+        return ""
+    text = " and ".join(title.partition(",")[0] for title in titles)
+    every = (run.config.get("trainer") or {}).get("log_every_steps")
+    why = f" (trainer.log_every_steps={every})" if every else ""
+    return (
+        f"{text[0].upper()}{text[1:]}: not drawn, as fewer than {plots.FEWEST_POINTS} steps were "
+        f"logged{why}."
+    )
 
 
 def _as_yaml(config: Mapping[str, Any]) -> str:
