@@ -19,6 +19,7 @@ from regrow.distributed.parallel import World
 from regrow.feeding.batch import Batch
 from regrow.record import pictures, report
 from regrow.record.records import read_json
+from regrow.runs import banner
 from regrow.runs.launch import launch
 
 NAMES = ["zero", "one", "two"]
@@ -102,7 +103,10 @@ def test_a_run_of_images_keeps_its_wrong_ones_whatever_the_batches(
     assert len(kept[0]["image"]) == round(10 * (1 - summary["test"]["test/accuracy"]))
 
 
-def test_a_wrong_image_from_a_file_is_named(tmp_path: Path) -> None:
+def test_a_wrong_image_from_a_file_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "regrow")
     draws = np.random.default_rng(0)
     for number, name in enumerate(("a & b", "c")):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -117,6 +121,7 @@ def test_a_wrong_image_from_a_file_is_named(tmp_path: Path) -> None:
               f"hydra.run.dir={run}")  # fmt: skip
     with without_pictures():
         launch(as_hydra_has_it(composed(*images)))
+    assert f"predict.py run={run} input=new_images" in caplog.text
     wrong = read_json(run / "plots" / "test.json")["wrong"]
     assert set(wrong) == {"image", "true", "predicted", "probability", "file"}
     assert wrong["file"] == sorted(wrong["file"]) and len(wrong["file"]) > 2
@@ -128,6 +133,15 @@ def test_a_wrong_image_from_a_file_is_named(tmp_path: Path) -> None:
         escaped = file.replace("&", "&amp;")
         assert f'title="{escaped}"' in page and f'alt="{escaped}: true ' in page
         assert f"<span class=file>{escaped}</span>" in page
+
+
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [("image_folder", "new_images"), ("mask_folder", "new_images"), ("csv", "new.csv"),
+     ("digits", ""), ("synthetic", "")],
+)  # fmt: skip
+def test_a_run_offers_to_predict_for_data_in_files(source: str, files: str) -> None:
+    assert banner._new_files({"source": {"_target_": f"lab.data.datasets.{source}"}}) == files
 
 
 def test_without_a_batch_number_or_names_no_file_is_claimed() -> None:
