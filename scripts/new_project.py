@@ -323,12 +323,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
     if new:
+        some, into = " ".join(map(shlex.quote, new[:10])), shlex.quote(f"{dest}/")
+        how = f"git add {some}, then again into a new folder"
+        how += "" if any("/" in name for name in new[:10]) else f"; or cp {some} {into}"
         print(f"not copied, as git does not know them: {', '.join(new[:10])}", file=sys.stderr)
+        print(f"to have them there: {how}", file=sys.stderr)
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
     print(f"{dest}: {done}. Next:")
     print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")
+    print(
+        "Each sets up a .venv of its own there: 6 GB on Linux, fetched from the installer's cache."
+    )
     return 0
 
 

@@ -4,8 +4,9 @@ python scripts/predict.py run=outputs/digits/latest input=pictures/ output=predi
 
 The input is an image, a folder of images, an .npy array (N, …) in the data's own raw units, or a
 .csv with the columns that the run was trained on. The output has a line per example: its name, the
-predicted class and the probability of each, or the value in the targets' own units. For a
-segmentation, the output is a folder with a mask per example, as PNG.
+predicted class and the probability of each, or the value in the targets' own units; the first ones
+and the number of each class are printed. For a segmentation, the output is a folder with a mask per
+example, as PNG.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def predict(options: Arguments) -> None:
         raise UserError(f"input={source} does not exist. Give an image, a folder, .npy or .csv.")
     if output.exists() and output.samefile(source):
         raise UserError(f"output={output} is the input itself. Choose another name.")
-    (refuse_existing_folder if has_masks else refuse_existing)(output, options["overwrite"])
+    overwrite = options["overwrite"]
+    (refuse_existing_folder if has_masks else refuse_existing)(output, overwrite)
     # these import torch: only after the arguments are checked
     from tqdm import tqdm
 
@@ -61,15 +63,23 @@ def predict(options: Arguments) -> None:
     from regrow.runs.inference import predict as predictions
     from regrow.runs.inference import predict_masks
     from regrow.runs.loaded import load_run, set_numerics
+    from regrow.runs.predictions import Glance
 
     with console():
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
         set_numerics(run)
         with contextlib.closing(run):
-            find, write = (predict_masks, write_images) if has_masks else (predictions, write_csv)
-            found = find(run, source, options["batch_size"])
-            bar = tqdm(found, unit="example", leave=False, disable=None)
-            count = write(bar, output, overwrite=options["overwrite"])
+            glance = Glance(run.task.kind, run.class_names)
+            how = (run, source, options["batch_size"])
+            bar = {"unit": "example", "leave": False, "disable": None}
+            if has_masks:
+                masks = tqdm(predict_masks(*how), **bar)
+                count = write_images(masks, output, overwrite=overwrite)
+            else:
+                rows = glance.passing(tqdm(predictions(*how), **bar))
+                count = write_csv(rows, output, overwrite=overwrite)
+    for line in glance.lines():
+        print(line)
     written = f"{count:,} prediction{'s'[: count != 1]}"
     print(f"{written} of step {run.step} ({options['checkpoint']}) in {output}")
 

@@ -19,6 +19,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ LOCK_FILE = ROOT / ".venv.lock"
 PINNED = "requirements.lock"
 RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
+TELL_SECONDS = 15.0
 WITHOUT_LOCK = "make setup LOCK=no"
 ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # starts uv's and pip's failure messages
 # Matches uv's and pip's message for a file whose SHA-256 is not in the lock, and the file's name.
@@ -103,6 +106,24 @@ def alone() -> Iterator[int | None]:
         yield file.fileno()
 
 
+@contextlib.contextmanager
+def told_to_wait() -> Iterator[None]:
+    """Print a line every few seconds: without a terminal, installers are silent for minutes."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(TELL_SECONDS):
+            say(f"still fetching and installing, {time.monotonic() - started:.0f} s so far")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
 def call(*command: str | Path, lock: int | None) -> bool:
     """Run an installer and return True if it succeeded. Exits at a hash mismatch."""
     process = subprocess.Popen(
@@ -119,7 +140,7 @@ def call(*command: str | Path, lock: int | None) -> bool:
         errors="replace",
     )
     held = []
-    with process:
+    with process, told_to_wait():
         assert process.stderr is not None
         for line in process.stderr:
             if held or ERROR.match(line):  # a hash mismatch prints one line of our own instead

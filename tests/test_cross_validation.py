@@ -82,7 +82,7 @@ def test_folds_are_one_setting_with_the_interval_of_each_set(folds: list[Path]) 
     found = comparison.compare(comparison.rows_of([load(run) for run in folds]))
     header, ((label, count, *cells),) = comparison.table_of(found)
     names = ["val/accuracy", "95% interval", "test/accuracy", "95% interval"]
-    assert header == ["setting", "n", *names] and (label, count) == ("all", "3")
+    assert header == ["setting", "runs", *names] and (label, count) == ("all", "3")
     summaries = [read_json(run / "summary.json") for run in folds]
     values = [summary["test"]["test/accuracy"] for summary in summaries]
     sizes = [read_json(run / "manifest.json")["data"] for run in folds]
@@ -190,7 +190,7 @@ def test_a_kill_while_predictions_are_written_changes_nothing(
 @pytest.mark.slow
 def test_a_sweep_over_folds_ends_in_its_table(folds: list[Path], tmp_path: Path) -> None:
     done = trained(tmp_path, "-m", "data.fold=0,1,2", "hydra.sweep.dir=sweep")
-    assert "setting  n  val/accuracy" in done.stdout and "test/accuracy" in done.stdout
+    assert "setting  runs  val/accuracy" in done.stdout and "test/accuracy" in done.stdout
     assert "folds:    sweep/predictions_out_of_fold.csv" in done.stdout
     found = rows(tmp_path / "sweep" / "predictions_out_of_fold.csv")
     assert [int(row["example"]) for row in found] == [*range(569)]

@@ -117,7 +117,7 @@ def test_reports_and_tables_show_every_set(run: Path, tmp_path: Path) -> None:
     assert drawn.axes[0].get_legend_handles_labels()[1] == ["train", "val", "night"]
     rows = comparison.rows_of([page])
     header, _ = comparison.table_of(comparison.compare(rows))
-    assert header == ["setting", "n", *(f"{it}/accuracy" for it in page.sets)]
+    assert header == ["setting", "runs", *(f"{it}/accuracy" for it in page.sets)]
     comparison.write_csv(rows, tmp_path / "results.csv")
     header = (tmp_path / "results.csv").read_text().splitlines()[0].split(",")
     assert {"val/loss", "night/loss", "ood/loss", "test/loss"} <= {*header}

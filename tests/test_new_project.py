@@ -103,7 +103,12 @@ def test_an_untracked_file_is_named_after_the_copy_and_beside_no_error(
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(new_project, "make_project", lambda *_, **__: "one commit on main")
     assert new_project.main(["Deep Fish", str(tmp_path / "copy")]) == 0
-    assert "not copied, as git does not know them: scratch.py" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "not copied, as git does not know them: scratch.py" in said.err
+    assert (
+        f"git add scratch.py, then again into a new folder; or cp scratch.py {tmp_path}" in said.err
+    )
+    assert "a .venv of its own there: 6 GB" in said.out
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(

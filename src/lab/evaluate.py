@@ -72,7 +72,6 @@ def measure_split(
     world.copy_buffers(model)
     waited = stopping_together(batches, len(batches), stop, world)
     shown = evaluation_bar(bar, batches)
-    shows = shows and world.is_main  # the others' details are not used
     measured = measure(model, task, waited, world, precision, shown, draws, shows)
     sharding.free(model)
     return measured
@@ -110,7 +109,7 @@ def measure(
             sums[WEIGHT] += losses.numel() if weights is None else weights.sum()
             metrics.update(outputs, batch.targets, batch.weights)
             if shows and pictures.has_room(examples) and isinstance(task, ShowsExamples):
-                examples = pictures.joined(examples, task.examples(batch, outputs))
+                examples = pictures.joined(examples, task.examples(batch, outputs), number)
             if not bar.disable:  # only for the progress bar
                 score = task.running(outputs, batch.targets)
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)

@@ -93,6 +93,10 @@ class EvalBatches(Protocol):
         """Return the number of batches of this process."""
         ...
 
+    def start_of(self, number: int) -> int:
+        """Return the place in the split of the first of this process's examples in a batch."""
+        ...
+
 
 class Metrics(Protocol):
     names: tuple[str, ...]

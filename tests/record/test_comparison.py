@@ -39,7 +39,7 @@ def test_settings_are_ordered_by_their_mean_and_told_apart() -> None:
     header, rows = comparison.table_of(found)
     assert header[-1] == "verdict"
     assert [cells[-1] for cells in rows] == ["best", "within the noise", "worse"]
-    assert rows[1][header.index("n")] == "3" and " ± " in rows[1][header.index("val/accuracy")]
+    assert rows[1][header.index("runs")] == "3" and " ± " in rows[1][header.index("val/accuracy")]
     assert found.best is not None and found.best.swept == {"lr": "3", "seed": "0"}
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_was_pruned_is_in_no_mean() -> None:
 
 def test_one_seed_each_claims_nothing() -> None:
     header, rows = comparison.table_of(comparison.compare(grid({"1": [0.5], "2": [0.9]})))
-    assert header == ["setting", "n", "val/accuracy", "test/accuracy"]
+    assert header == ["setting", "runs", "val/accuracy", "test/accuracy"]
     assert [cells[0] for cells in rows] == ["lr=2", "lr=1"]
 
 

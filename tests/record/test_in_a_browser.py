@@ -134,6 +134,19 @@ def test_a_drag_zooms_all_panels_and_a_double_click_shows_all_steps(tab: Tab, ru
     assert tab.errors == []
 
 
+def test_the_label_of_the_best_step_covers_no_curve(tab: Tab, run: Path) -> None:
+    tab.open(run / "report.html")
+    marks = "[...document.querySelectorAll('.tools .mark')].map((it) => it.innerText)"
+    assert tab.value(marks) == ["best step"]
+    assert tab.value("document.querySelectorAll('svg.plot .best-step').length") >= 2
+    texts = "[...document.querySelectorAll('svg.plot text')].map((it) => it.textContent)"
+    assert "best step" not in tab.value(texts)
+    best = json.loads((run / "summary.json").read_text())["best"]["step"]
+    own = panel(tab, "accuracy")
+    tab.mouse("mouseMoved", place(own, best), own["top"] + own["height"] / 2)
+    assert f"step {best}, the best\n" in ask(tab, "told()")
+
+
 def test_without_scripts_the_plots_are_still_there(tab: Tab, run: Path) -> None:
     count = "document.querySelectorAll('.static svg').length"
     heights = "[...document.querySelectorAll('.static svg')].map((it) => it.clientHeight)"

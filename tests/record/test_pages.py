@@ -226,6 +226,21 @@ def test_the_page_holds_the_curves_and_marks_the_best_step(tmp_path: Path) -> No
     assert "288 170" in page.text and "best val/accuracy" in page.text
 
 
+def test_rates_of_a_short_run_are_left_out_with_one_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2)
+    lines = [{"step": 50 * index, "epoch": index, "train/lr": 0.1, "train/grad_norm": 1.0,
+              "train/loss": 1.0} for index in (1, 2, 3)]  # fmt: skip
+    said = "Learning rate and gradient norm: not drawn, as fewer than 3 steps"
+    for count in (1, 2, 3):
+        write_lines(folder, lines[:count])
+        page = Page(report.write(folder))
+        titles = [panel["title"] for chart in page.data for panel in chart["panels"]]
+        is_short = count < 3
+        assert ("learning rate" in titles) != is_short and "loss" in titles
+        assert ("gradient norm, before clipping" in titles) != is_short
+        assert (said in page.text) == is_short
+
+
 def test_the_throughput_counts_the_examples_of_smaller_last_batches(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")  # 12 epochs of 1,257 examples in 21.4 s
     assert report.load(folder).examples_per_second is None  # an unknown batch
@@ -250,12 +265,6 @@ def test_wrong_images_are_shown_with_truth_and_prediction(
     assert f'<img src="data:image/png;base64,{pixels}"' in page.read_text()
     assert "true <b>cat predicted dog 0.88" in Page(page).text
     assert "The first wrong ones in the order of the data, at most 16, each with" in Page(page).text
-    assert "processes" not in Page(page).text
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    ranks = {**config, "trainer": {**config.get("trainer", {}), "devices": 2}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(ranks))
-    said = "The run had several processes, and these are from the examples of the first one."
-    assert said in Page(report.write(folder)).text
     for key, damage in (("image", ["no base64"]), ("image", []), ("true", 3), ("predicted", None)):
         write_json(folder / "plots" / "test.json", {"wrong": {**wrong, key: damage}})
         assert "img" not in Page(report.write(folder)).tags

@@ -105,6 +105,10 @@ def test_long_numbers_are_rounded_only_if_the_labels_stay_different(tmp_path: Pa
     ("values", "is_log", "names"),
     [
         (["1e-4", "1e-2"], True, ()),
+        (["1e-3", "1e-2"], True, ()),
+        (["0.012", "0.29", "0.05", "0.11", "0.021"], True, ()),  # drawn between 0.01 and 0.3
+        (["1", "2", "3", "5", "8", "9", "10"], False, ()),
+        (["0.02", "0.18", "0.3", "0.41", "0.11"], False, ()),  # drawn between 0 and 0.5
         (["1", "2"], False, ()),
         (["0", "100"], False, ()),
         (["[32]", "[64]", "[32]"], False, ("[32]", "[64]")),

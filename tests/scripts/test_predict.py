@@ -41,6 +41,44 @@ def test_classes_are_what_an_evaluation_sees(digits: Path, tmp_path: Path) -> No
     assert others != rows
 
 
+def test_a_terminal_shows_the_first_rows_the_counts_and_the_file(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = load_run(digits).data.source.test.inputs.numpy()
+    for count in (12, 3):
+        np.save(tmp_path / "images.npy", inputs[:count])
+        rows = predicted(digits, tmp_path / "images.npy", tmp_path / f"{count}.csv")
+        header, *lines = capsys.readouterr().out.splitlines()
+        assert header.split() == ["input", "prediction", "probability"]
+        for row, line in zip(rows[:10], lines, strict=False):
+            share = float(row[f"probability/{row['prediction']}"])
+            assert line.split() == [row["input"], row["prediction"], f"{share:.4f}"]
+        *more, empty, counts, last = lines[min(count, 10) :]
+        assert more == (["… and 2 more"] if count == 12 else []) and empty == ""
+        told = counts.removeprefix("counts: ").split(", ")
+        names = [row["prediction"] for row in rows]
+        assert sorted(told) == sorted(f"{name} {names.count(name)}" for name in {*names})
+        assert last.startswith(f"{count} predictions of step ") and f"{count}.csv" in last
+
+
+def test_probabilities_have_the_digits_of_a_float32(digits: Path, tmp_path: Path) -> None:
+    run = load_run(digits)
+    inputs = run.data.source.test.inputs.numpy()[:50]
+    np.save(tmp_path / "images.npy", inputs)
+    rows = predicted(digits, tmp_path / "images.npy", tmp_path / "out.csv")
+    found = run.predict(inputs)
+    assert found.probabilities is not None and found.probabilities.dtype == np.float64
+    texts = [[row[f"probability/{name}"] for name in found.classes] for row in rows]
+    read = np.array([[float(text) for text in row] for row in texts], np.float32)
+    assert np.array_equal(read, found.probabilities.astype(np.float32))  # no bit is lost
+    digits_of = [len(t.partition("e")[0].replace(".", "").lstrip("0")) for r in texts for t in r]
+    assert 8 <= max(digits_of) <= 9
+    exact = found.rows(all_digits=True)
+    values = [[float(row[f"probability/{name}"]) for name in found.classes] for row in exact]
+    assert np.array_equal(values, found.probabilities)
+    assert not np.array_equal(read.astype(np.float64), found.probabilities)  # the control
+
+
 def test_a_regression_is_in_the_units_of_its_targets(diabetes: Path, tmp_path: Path) -> None:
     run = load_run(diabetes)
     test = run.data.source.test
@@ -57,14 +95,17 @@ def test_a_regression_is_in_the_units_of_its_targets(diabetes: Path, tmp_path: P
     assert torch.allclose(values, run.data.in_units(standardised), rtol=1e-5)
 
 
-def test_binary_and_multilabel_columns(tmp_path: Path) -> None:
+def test_binary_and_multilabel_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cancer = finished(tmp_path / "binary", "data=breast_cancer", "task=binary")
     np.save(tmp_path / "rows.npy", load_run(cancer).data.source.test.inputs.numpy()[:5])
     rows = predicted(cancer, tmp_path / "rows.npy", tmp_path / "binary.csv")
     assert list(rows[0]) == ["input", "prediction", "probability"]
     names = load_run(cancer).class_names or ["0", "1"]
-    for row in rows:
-        assert row["prediction"] == names[float(row["probability"]) > 0.5]
+    told = capsys.readouterr().out.splitlines()[1:]
+    for row, line in zip(rows, told, strict=False):
+        share = float(row["probability"])
+        assert row["prediction"] == names[share > 0.5]
+        assert line.split() == [row["input"], row["prediction"], f"{max(share, 1 - share):.4f}"]
 
     attributes = finished(tmp_path / "labels", "data=digits_attributes", "task=multilabel")
     np.save(tmp_path / "images.npy", np.full((2, 8, 8), 3, np.uint8))
@@ -74,6 +115,10 @@ def test_binary_and_multilabel_columns(tmp_path: Path) -> None:
     for label in labels:
         chosen = float(rows[0][f"probability/{label}"]) > 0.5
         assert rows[0][f"predicted/{label}"] == str(int(chosen))
+    apply = [label for label in labels if rows[0][f"predicted/{label}"] == "1"]
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].split() == ["input", "labels"]
+    assert told[1].removeprefix("0").strip() == (", ".join(apply) or "–")
 
 
 def test_images_in_a_folder_without_the_data(tmp_path: Path) -> None:

@@ -94,6 +94,17 @@ def project(folder: Path, version: str, digest: str | None) -> Path:
     return folder
 
 
+def test_a_silent_installer_gets_a_line_every_few_seconds(
+    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sleep = "import time; time.sleep(0.5)"
+    assert set_up.call(sys.executable, "-c", sleep, lock=None)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(set_up, "TELL_SECONDS", 0.1)
+    assert set_up.call(sys.executable, "-c", sleep, lock=None)
+    assert "set-up: still fetching and installing, 0 s so far" in capfd.readouterr().err
+
+
 def test_an_installers_lines_show_as_they_come_but_for_an_error(
     set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

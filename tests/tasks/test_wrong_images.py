@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import without_pictures
 from PIL import Image
-from running import TINY, launched
+from running import TINY, as_hydra_has_it, composed, launched
 from torch import Tensor
 
+from regrow.distributed.parallel import World
 from regrow.feeding.batch import Batch
-from regrow.record import pictures
+from regrow.record import pictures, report
 from regrow.record.records import read_json
+from regrow.runs import banner
+from regrow.runs.launch import launch
 
 NAMES = ["zero", "one", "two"]
 
@@ -79,6 +83,7 @@ def test_batches_add_up_until_there_are_enough() -> None:
         more = wrong_of(inputs, targets, logits)
         examples = pictures.joined(examples, more)
         assert {len(column) for column in examples["wrong"].values()} == {count}
+    assert examples["wrong"]["row"] == [*range(10), *range(6)]
     assert not pictures.has_room(examples)
     assert not pictures.has_room({"examples": {}})  # those of masks are of one batch
 
@@ -96,3 +101,62 @@ def test_a_run_of_images_keeps_its_wrong_ones_whatever_the_batches(
     assert kept[0]["true"] == kept[1]["true"] and kept[0]["predicted"] == kept[1]["predicted"]
     summary = read_json(tmp_path / "10" / "summary.json")
     assert len(kept[0]["image"]) == round(10 * (1 - summary["test"]["test/accuracy"]))
+
+
+def test_a_wrong_image_from_a_file_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "regrow")
+    draws = np.random.default_rng(0)
+    for number, name in enumerate(("a & b", "c")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}{index:02}.png")
+    run = tmp_path / "run"
+    images = ("data=image_folder", f"data.root={tmp_path / 'photos'}", "data.num_classes=2",
+              "data.input_shape=[3,8,8]", "data.source.resize=8", "data.source.test_fraction=0.5",
+              "data.eval_batch_size=5", "data.normalize=none", "model.hidden=[4]",
+              "trainer.max_steps=1", "trainer.device=cpu", "trainer.num_threads=1",
+              f"hydra.run.dir={run}")  # fmt: skip
+    with without_pictures():
+        launch(as_hydra_has_it(composed(*images)))
+    assert f"predict.py run={run} input=new_images" in caplog.text
+    wrong = read_json(run / "plots" / "test.json")["wrong"]
+    assert set(wrong) == {"image", "true", "predicted", "probability", "file"}
+    assert wrong["file"] == sorted(wrong["file"]) and len(wrong["file"]) > 2
+    for image, file, true in zip(wrong["image"], wrong["file"], wrong["true"], strict=True):
+        assert np.array_equal(decoded(image), np.array(Image.open(tmp_path / "photos" / file)))
+        assert file.startswith(f"{true}/")
+    page = report.write(run).read_text()
+    for file in wrong["file"]:
+        escaped = file.replace("&", "&amp;")
+        assert f'title="{escaped}"' in page and f'alt="{escaped}: true ' in page
+        assert f"<span class=file>{escaped}</span>" in page
+
+
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [("image_folder", "new_images"), ("mask_folder", "new_images"), ("csv", "new.csv"),
+     ("digits", ""), ("synthetic", "")],
+)  # fmt: skip
+def test_a_run_offers_to_predict_for_data_in_files(source: str, files: str) -> None:
+    assert banner._new_files({"source": {"_target_": f"lab.data.datasets.{source}"}}) == files
+
+
+def test_without_a_batch_number_or_names_no_file_is_claimed() -> None:
+    """As a project's own loop may call it, and as data in memory are."""
+    inputs, targets = torch.zeros(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64)
+    found = wrong_of(inputs, targets, torch.eye(3)[torch.ones(10, dtype=torch.int64)])
+    gather = World(device=torch.device("cpu")).gather_texts
+
+    def columns(examples: Any, ids: Any) -> set[str]:
+        how = (lambda number: 10 * number, lambda: ids, gather)
+        return set(pictures.in_the_set({"other": 1, **examples}, *how)["wrong"])
+
+    files, plain = [str(index) for index in range(10)], {"image", "true", "predicted"}
+    plain |= {"probability"}
+    assert columns(pictures.joined({}, found), files) == plain
+    assert columns(pictures.joined({}, found, 0), range(10)) == plain
+    assert columns(pictures.joined({}, found, 0), files) == {*plain, "file"}
+    assert pictures.in_the_set({"other": 1}, lambda number: 0, list, gather) == {"other": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import os
@@ -42,6 +43,7 @@ from regrow.feeding.tokens import IGNORED
 from regrow.numerics import totals
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import Interrupted, StopRequest
+from regrow.randomness import Draws
 from regrow.runs import training as runs
 
 Config = dict[str, Any]
@@ -343,7 +345,21 @@ def stopped(world: World, config: Config, folder: Path) -> list[int]:
 
 def told(world: World, config: Config, folder: Path) -> list[Any]:
     firsts = world.gather(int(world.is_first("a thing")))
-    return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts]
+    texts = world.gather_texts("ö" * world.rank)
+    return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts, texts]
+
+
+def wrong_images(world: World, config: Config, folder: Path) -> Any:
+    """Return the wrong examples of a set with named ones, by an untrained model."""
+    shape, config = [1, 6, 6], copy.deepcopy(config)
+    config["data"]["source"] |= {"input_shape": shape, "num_test": 40}
+    config["data"] |= {"input_shape": shape, "eval_batch_size": BATCH}
+    config["model"]["input_shape"] = shape
+    objects = runs.build(config, world)
+    objects.data.ids = lambda name: [f"{name}/{index}.png" for index in range(40)]
+    draws = Draws(config["seed"], "test", 0, world.rank)
+    _, details = runs.measure_once(objects, "test", world, StopRequest(), draws)
+    return details["wrong"]
 
 
 def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> Any:
@@ -463,6 +479,7 @@ CHECKS: dict[str, Callable[[World, Config, Path], Any]] = {
     "measured": measured,
     "stopped": stopped,
     "told": told,
+    "wrong_images": wrong_images,
     "evaluated_with_own_buffers": evaluated_with_own_buffers,
     "exchanged": exchanged,
     "sent_in_one_step": sent_in_one_step,

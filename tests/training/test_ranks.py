@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from regrow.checkpoint import sharded as sharded_checkpoint
 from regrow.checkpoint import writer as checkpoint
 from regrow.distributed.parallel import World
+from regrow.record import pictures
 
 SIZE = 3  # 50 examples in windows of 16: shares differ, and some are empty
 COUNTS = range(3 * SIZE * in_ranks.BATCH + 2)  # of examples in an evaluation
@@ -228,8 +229,24 @@ def test_an_evaluation_ends_in_all_processes_at_the_same_batch(several: Seen) ->
 
 def test_all_are_told_what_the_main_process_knows(several: Seen) -> None:
     for rank in several:
-        text, gathered, firsts = rank["told"]
+        text, gathered, firsts, texts = rank["told"]
         assert text == "ä 0" and gathered == [0, 10, 20] and sum(firsts) == 1
+        assert texts == ["", "ö", "öö"]
+
+
+def test_the_wrong_images_of_all_processes_are_shown_in_the_order_of_the_set(
+    config: dict[str, Any], folder: Path, several: Seen
+) -> None:
+    alone, main = in_ranks.wrong_images(CPU, config, folder), several[0]["wrong_images"]
+    assert main.keys() == alone.keys() and len(main["file"]) == pictures.NUM_WRONG
+    for key in ("file", "image", "true", "predicted"):
+        assert main[key] == alone[key]
+    assert main["probability"] == pytest.approx(alone["probability"])
+    places = [int(file.removeprefix("test/").removesuffix(".png")) for file in main["file"]]
+    assert places == sorted(places)
+    # the control: the main process's share would reach further, and leave out others
+    window = SIZE * in_ranks.BATCH
+    assert {place % window // in_ranks.BATCH for place in places} == {0, 1, 2}
 
 
 def test_an_evaluation_uses_the_buffers_of_the_main_process(several: Seen) -> None:

@@ -112,6 +112,17 @@ class World:
         dist.broadcast(content, 0)
         return bytes(content.tolist()).decode()
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Return every process's text, by rank."""
+        if self.size == 1:
+            return [text]
+        content = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
+        lengths = self.gather(len(content))
+        texts = content.new_zeros(self.size, max(lengths))  # a sum with zeros is exact
+        texts[self.rank, : len(content)] = content
+        found = self.sum_(texts).tolist()
+        return [bytes(row[:n]).decode() for row, n in zip(found, lengths, strict=True)]
+
     def copy_buffers(self, model: nn.Module) -> None:
         """Copy the main process's buffers to every process: BatchNorm's statistics differ by rank.
 

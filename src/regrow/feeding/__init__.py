@@ -4,6 +4,7 @@ Public, by module; all else is private to this folder.
 
 batch: Batch, each, Inputs, noise, parts_of
 feeds: collated
+files: shown
 images: class_folders, fit, image_folder, size_of
 loaders: Data
 masks: as_written, mask_folder

@@ -17,7 +17,7 @@ output: refuse_existing, refuse_existing_folder, whole_file, write_bytes, write_
 ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run, Entry, find,
     is_own_run, owner_of_job, reason_of, remove_caches, sealed, take_trust, trust_of
 pages: short_names
-pictures: by_range, has_room, joined, of_masks, of_wrong
+pictures: by_range, has_room, in_the_set, joined, of_masks, of_wrong
 plots
 records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, METRICS, NOT_SETS,
     read_json, refuse_links, remove_start, remove_unused, set_status, set_step, sets_of, SUMMARY,

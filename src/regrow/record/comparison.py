@@ -272,7 +272,7 @@ def verdict(setting: Setting, is_best: bool) -> str:
 def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the settings, the best first."""
     per_cent = f"{LEVEL:.0%}"
-    header = ["setting", "n", comparison.metric, f"{per_cent} interval"]
+    header = ["setting", "runs", comparison.metric, f"{per_cent} interval"]
     # Folds are a statement about each set; seeds alone are one about the choice of a setting.
     has_folds = any(row.fold is not None for its in comparison.settings for row in its.rows)
     for other in comparison.others:

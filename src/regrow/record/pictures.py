@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def of_wrong(
     Takes inputs (B, C, H, W), targets (B,), (B, 1) or probabilities (B, classes), and outputs, of
     which `predict` gives `prediction` (B,), and `probability` (B, classes), or (B,) that of class
     1. Targets without a name, such as ignored ones, do not count. Anything else gives nothing.
+    `row` is an image's place in the batch.
     """
     inputs, targets = batch.inputs, batch.targets
     has_images = getattr(inputs, "ndim", None) == 4 and inputs.is_floating_point()
@@ -91,6 +93,7 @@ def of_wrong(
         "true": [str(class_names[index]) for index in targets[chosen].tolist()],
         "predicted": [str(class_names[index]) for index in predicted[chosen].tolist()],
         "probability": of_each,
+        "row": chosen.tolist(),
     }
     return {"wrong": columns}
 
@@ -102,12 +105,52 @@ def has_room(examples: Mapping[str, Any]) -> bool:
     return "wrong" in examples and len(examples["wrong"]["image"]) < NUM_WRONG
 
 
-def joined(examples: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the examples of the batches so far with those of the next one."""
+def joined(
+    examples: Mapping[str, Any], more: Mapping[str, Any], number: int | None = None
+) -> Mapping[str, Any]:
+    """Return the examples of the batches so far with those of the next one.
+
+    `number` is the next batch's, from 0; without it, `in_the_set` finds no files.
+    """
+    if number is not None and "wrong" in more:
+        more = {"wrong": {**more["wrong"], "batch": [number] * len(more["wrong"]["row"])}}
     if not (examples and more):
         return more or examples
     before, after = examples["wrong"], more["wrong"]
     return {"wrong": {key: [*before[key], *after[key]][:NUM_WRONG] for key in before}}
+
+
+def in_the_set(
+    details: Mapping[str, Any],
+    start_of: Callable[[int], int],
+    ids: Callable[[], Sequence[int | str]],
+    gather: Callable[[str], Sequence[str]],
+) -> dict[str, Any]:
+    """Return a set's details with the wrong examples of all processes, in the order of the set.
+
+    `start_of` gives a batch's place in the set. An example that its source names by a string, such
+    as a file's path, gets this string as its `file`. `gather` gives every process's text, by rank.
+    """
+    found = {key: value for key, value in details.items() if key != "wrong"}
+    own = dict(details.get("wrong") or {})
+    rows, batches = own.pop("row", []), own.pop("batch", None)
+    if own and batches is not None:
+        pairs = zip(batches, rows, strict=True)
+        own["place"] = [start_of(batch) + row for batch, row in pairs]
+    shares = [json.loads(text) for text in gather(json.dumps(own))]
+    wrong: dict[str, list[Any]] = {}
+    for share in shares:
+        for key, column in share.items():
+            wrong.setdefault(key, []).extend(column)
+    if "place" in wrong:
+        places = wrong.pop("place")
+        order = sorted(range(len(places)), key=places.__getitem__)[:NUM_WRONG]
+        wrong = {key: [column[index] for index in order] for key, column in wrong.items()}
+        names = ids()
+        files = [names[places[index]] for index in order]
+        if all(isinstance(file, str) for file in files):
+            wrong["file"] = files
+    return {**found, "wrong": wrong} if wrong else found
 
 
 def wrong_of(folder: Path) -> list[dict[str, Any]]:
@@ -116,19 +159,22 @@ def wrong_of(folder: Path) -> list[dict[str, Any]]:
     for path in sorted((folder / "plots").glob("*.json")):
         try:
             wrong = read_json(path)["wrong"]
+            files = wrong.get("file") or [""] * len(wrong["image"])  # older runs have none
             examples = [
                 {
                     "image": b64encode(b64decode(image, validate=True)).decode("ascii"),
                     "true": true,
                     "predicted": predicted,
                     "probability": "" if probability is None else f"{float(probability):.2f}",
+                    "file": str(file),
                 }
-                for image, true, predicted, probability in zip(
+                for image, true, predicted, probability, file in zip(
                     *(wrong[key] for key in ("image", "true", "predicted", "probability")),
+                    files,
                     strict=True,
                 )
             ]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         found.append({"name": path.stem, "examples": examples})
     return found

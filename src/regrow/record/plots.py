@@ -34,6 +34,7 @@ MAX_LABELS = 12
 # In all lines of a figure and of a page: a page of a hundred runs stays below 1 MB.
 STATIC_POINTS, PAGE_POINTS = 12_000, 24_000
 POINTS = 2000  # per line of a page
+FEWEST_POINTS = 3  # that a learning rate or a norm is drawn of
 
 
 def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
@@ -52,9 +53,20 @@ def panels_of(
 ) -> dict[str, list[Panel]]:
     """Return a run's curves by the name of the figure.
 
-    `final` are the sets that are measured once, and so have no curve. `best` is a summary's.
+    `final` are the sets that are measured once, and so have no curve. `best` is a summary's. Rates
+    that were logged at too few steps are left out: see `too_short`.
     """
-    return {"learning_curves": curves(lines, final, best), "learning_rate": rates(lines)}
+    drawn = [panel for panel in rates(lines) if not is_short(panel)]
+    return {"learning_curves": curves(lines, final, best), "learning_rate": drawn}
+
+
+def too_short(lines: Lines) -> list[str]:
+    """Return the titles of the panels that `panels_of` leaves out, as a dot or two show nothing."""
+    return [panel.title for panel in rates(lines) if is_short(panel)]
+
+
+def is_short(panel: Panel) -> bool:
+    return all(len(line.steps) < FEWEST_POINTS for line in panel.lines)
 
 
 def figures(folder: Path, panels: Mapping[str, Sequence[Panel]] | None = None) -> dict[str, Figure]:

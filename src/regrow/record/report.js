@@ -102,9 +102,10 @@ class Chart {
     const keys = new Map();
     for (const line of this.panels.flatMap((panel) => panel.lines))
       if (!line.scatter) keys.set(line.group || line.name, line);
-    if (this.panels.every((panel) => panel.lines.length < 2)) return;
+    const marked = this.panels.some((panel) => panel.data.best !== undefined);
+    if (this.panels.every((panel) => panel.lines.length < 2)) keys.clear();
     const order = [...keys];
-    if (order[0][1].group) order.reverse(); // the best is drawn last
+    if (order[0]?.[1].group) order.reverse(); // the best is drawn last
     order.slice(0, LEGEND).forEach(([name, line]) => {
       const key = add(this.tools, "button", { type: "button", class: "key", "aria-pressed": "true", title: name });
       add(key, "i", { style: { background: line.colour, opacity: line.faint ? 0.5 : 1 } });
@@ -116,6 +117,7 @@ class Chart {
       };
     });
     if (order.length > LEGEND) add(this.tools, "span", {}, `and ${order.length - LEGEND} more`);
+    if (marked) add(add(this.tools, "span", { class: "mark" }), "i").after("best step");
   }
 
   show(range) {
@@ -254,9 +256,8 @@ class Panel {
   }
 
   best(body) {
-    const x = this.x(this.data.best), atRight = x > this.width - 90;
+    const x = this.x(this.data.best);
     add(body, "line", { class: "best-step", x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom });
-    add(body, "text", { x: x + (atRight ? -5 : 5), y: MARGIN.top + 9, "text-anchor": atRight ? "end" : "start" }, "best step");
     if (this.data.bestValue !== undefined) add(body, "circle", { class: "ring", cx: x, cy: this.y(this.data.bestValue), r: 5.5 });
   }
 
@@ -299,7 +300,7 @@ class Panel {
       const index = nearest(line.x, step), its = line.x[index];
       return [line.colour, `${line.name}: ${shown(line.y[index])}${its === step ? "" : ` (${this.data.x} ${its})`}`];
     });
-    tell(event.clientX, event.clientY, `${this.data.x} ${step}`, rows);
+    tell(event.clientX, event.clientY, `${this.data.x} ${step}${step === this.data.best ? ", the best" : ""}`, rows);
   }
 
   cross(step, lines) {

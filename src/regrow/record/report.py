@@ -196,7 +196,7 @@ def _write(
         for name in dict.fromkeys(name for its in run.sets.values() for name in its)
         if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
     ]
-    path, trainer = output or run.folder / "report.html", run.config.get("trainer")
+    path = output or run.folder / "report.html"
     pages.write(
         path,
         "run",
@@ -208,10 +208,10 @@ def _write(
         per_class=[row for row in metrics if "/" in row[0]],  # e.g. f1/zero
         figures=_figures(run),
         charts=charts,
+        not_drawn=_not_drawn(run),
         wrong=pictures.wrong_of(run.folder),
         logged=logged_images.latest(run.folder),
         most_wrong=pictures.NUM_WRONG,
-        several=isinstance(trainer, Mapping) and trainer.get("devices", 1) != 1,
         facts=_facts(run),
         manifest=json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
         config=_as_yaml(run.config) if run.config else "",
@@ -225,6 +225,20 @@ _CAPTIONS = {
     "predicted": "The dashed line is where predicted equals true.",
     "examples": "The first examples, as the model sees them.",
 }
+
+
+def _not_drawn(run: Run) -> str:
+    """Return a sentence about the plots that a short run lacks; empty if it has all."""
+    titles = plots.too_short(run.lines)
+    if not titles:
+        return ""
+    text = " and ".join(title.partition(",")[0] for title in titles)
+    every = (run.config.get("trainer") or {}).get("log_every_steps")
+    why = f" (trainer.log_every_steps={every})" if every else ""
+    return (
+        f"{text[0].upper()}{text[1:]}: not drawn, as fewer than {plots.FEWEST_POINTS} steps were "
+        f"logged{why}."
+    )
 
 
 def _as_yaml(config: Mapping[str, Any]) -> str:

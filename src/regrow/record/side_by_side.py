@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -28,6 +29,7 @@ from regrow.record.report import MISSING, Run, differing_keys, flatten, referenc
 DRAWN_RUNS = 40  # in a plot without scripts
 MOST_RUNS = 200  # in one with scripts; the table holds all runs
 MOST_PARAMETERS = 9  # with a plot each
+WIDE, SOME = 30, 8  # ratios of a parameter's largest to its smallest value
 HEIGHT = (44, 296)  # of an axis of the parallel coordinates, from its top
 
 
@@ -195,17 +197,33 @@ class Axis:
 
 
 def axis_of(values: Sequence[str | None], key: str = "") -> Axis:
-    """Return numbers as they are, logarithmic over a wide range; anything else as categories."""
+    """Return numbers as they are, logarithmic over a wide range; anything else as categories.
+
+    From `SOME` on, an axis is logarithmic if that spreads the values at least as evenly.
+    """
     try:
         places = [float(str(value)) for value in values]
     except ValueError:
         places = [math.nan]
     if all(math.isfinite(place) for place in places):
         low, high = min(places), max(places)
-        return Axis(places, (), low > 0 and high / low >= 30)
+        ratio = high / low if low > 0 else 0.0
+        return Axis(places, (), ratio >= WIDE or (ratio >= SOME and _is_evener_by_ratio(places)))
     names = [*dict.fromkeys("–" if value is None else value for value in values)]
     places = [float(names.index("–" if value is None else value)) for value in values]
     return Axis(places, [pages.brief(name, key) for name in names], False)
+
+
+def _is_evener_by_ratio(places: Sequence[float]) -> bool:
+    """Return True if the ratios of neighbours vary no more than their differences."""
+    values = sorted({*places})
+
+    def unevenness(values: Sequence[float]) -> float:
+        gaps = [b - a for a, b in itertools.pairwise(values)]
+        return statistics.pstdev(gaps) / statistics.fmean(gaps)
+
+    by_ratio = unevenness([math.log(value) for value in values])
+    return by_ratio <= unevenness(values) + 1e-9  # of two values, both are 0
 
 
 def _scatter(

@@ -19,6 +19,7 @@ from regrow.record.redact import redact_all
 log = logging.getLogger("regrow")
 
 OF_SEVERAL = ("ddp", "fsdp", "strategy", "timeout_seconds", "max_restarts")  # processes
+OF_IMAGES = ("image_folder", "resized_folder", "mask_folder")  # sources, whose data are files
 
 
 def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
@@ -114,8 +115,18 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     log.info("next:   %s", longer(folder, job, summary))
     split = "test" if "test" in sets else next(iter(sets), "train")
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
+    if files := _new_files(job.config["data"]):
+        log.info("        %s", command(f"run={folder}", f"input={files}", script="predict.py"))
     kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
     log.info("        %s", command("-m", *flags.arguments_of(job.source), *kept, "seed=0,1,2"))
+
+
+def _new_files(data: Mapping[str, Any]) -> str:
+    """Return an example of what `predict.py` reads for this data; empty if it is not in files."""
+    source = data.get("source")
+    target = str(source.get("_target_")) if isinstance(source, Mapping) else ""
+    name = target.rpartition(".")[2]
+    return "new.csv" if name == "csv" else "new_images" if name in OF_IMAGES else ""
 
 
 def config_tree(

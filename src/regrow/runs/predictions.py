@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.feeding.files import shown as printable
+from regrow.record.comparison import as_text
+
+NUM_SHOWN = 10  # rows on a terminal
+MOST_COUNTED = 20  # classes there
+LONG_NAME = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Predictions:
     kind: str
     classes: list[str]
     prediction: npt.NDArray[Any]
-    probabilities: npt.NDArray[np.float64] | None
+    probabilities: npt.NDArray[np.floating[Any]] | None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -52,8 +59,11 @@ class Predictions:
             )
         return [self.classes[index] for index in self.prediction]
 
-    def rows(self) -> list[dict[str, str]]:
-        """Return a row of text per example: a table's columns, with all digits.
+    def rows(self, *, all_digits: bool = False) -> list[dict[str, str]]:
+        """Return a row of text per example: a table's columns.
+
+        Probabilities have the digits that identify a float32, at most nine, or those of a float64.
+        Values of a regression always have the latter.
 
         The columns are `input`, then by kind:
         multiclass: `prediction` (the name) and `probability/<class>`;
@@ -62,14 +72,18 @@ class Predictions:
         regression: `prediction`, or `prediction/<target>` for several.
         """
         of_kind = {
-            "multiclass": self._multiclass,
-            "binary": self._binary,
-            "multilabel": self._multilabel,
-            "regression": self._regression,
+            "multiclass": Predictions._multiclass,
+            "binary": Predictions._binary,
+            "multilabel": Predictions._multilabel,
+            "regression": Predictions._regression,
         }
         if self.kind not in of_kind:
             raise UserError(f"predictions of a task of kind {self.kind} have no columns.")
-        rows = of_kind[self.kind]()
+        table = self
+        if self.probabilities is not None and not all_digits:
+            # str of a float32 array's elements is the shortest text that reads back as the same
+            table = replace(self, probabilities=self.probabilities.astype(np.float32))
+        rows = of_kind[self.kind](table)
         return [{"input": name, **row} for name, row in zip(self.inputs, rows, strict=True)]
 
     def _multiclass(self) -> list[dict[str, str]]:
@@ -79,8 +93,8 @@ class Predictions:
 
     def _binary(self) -> list[dict[str, str]]:
         assert self.probabilities is not None
-        named = zip(self.names, self.probabilities[:, 1].tolist(), strict=True)
-        return [{"prediction": name, "probability": repr(share)} for name, share in named]
+        named = zip(self.names, self.probabilities[:, 1], strict=True)
+        return [{"prediction": name, "probability": str(share)} for name, share in named]
 
     def _multilabel(self) -> list[dict[str, str]]:
         chosen = self._columns("predicted", self.prediction)
@@ -95,9 +109,69 @@ class Predictions:
     def _columns(self, title: str, values: npt.NDArray[Any] | None) -> list[dict[str, str]]:
         assert values is not None
         return [
-            {f"{title}/{name}": repr(value) for name, value in zip(self.classes, row, strict=True)}
-            for row in values.tolist()
+            {f"{title}/{name}": str(value) for name, value in zip(self.classes, row, strict=True)}
+            for row in values
         ]
+
+
+class Glance:
+    """The first rows of a table of predictions and the number of each class, for a terminal."""
+
+    def __init__(self, kind: str, class_names: Sequence[str] | None) -> None:
+        self.kind = kind
+        self.positive = class_names[1] if class_names is not None and len(class_names) > 1 else "1"
+        self.first: list[dict[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        self.total = 0
+
+    def passing(self, rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+        """Yield the rows of `Predictions.rows`, unchanged."""
+        for row in rows:
+            if len(self.first) < NUM_SHOWN:
+                self.first.append(row)
+            if self.kind == "multilabel":
+                self.counts.update(_labels(row))
+            elif self.kind != "regression":
+                self.counts[row["prediction"]] += 1
+            self.total += 1
+            yield row
+
+    def lines(self) -> list[str]:
+        """Return a table of the first rows, and how many examples each class or label has."""
+        if not self.first:
+            return []
+        shown = [self._shown(row) for row in self.first]
+        lines = as_text([*shown[0]], [[*row.values()] for row in shown])
+        if self.total > len(shown):
+            lines.append(f"… and {self.total - len(shown):,} more")
+        if self.counts:
+            most = self.counts.most_common(MOST_COUNTED)
+            told = ", ".join(f"{printable(name)} {count:,}" for name, count in most)
+            rest = len(self.counts) - len(most)
+            more = f" and {rest} other classes" if rest else ""
+            lines += ["", f"counts: {told}{more}"]
+        return lines
+
+    def _shown(self, row: Mapping[str, str]) -> dict[str, str]:
+        name = printable(row["input"])
+        told = {"input": name if len(name) <= LONG_NAME else f"…{name[1 - LONG_NAME :]}"}
+        if self.kind == "multilabel":
+            return {**told, "labels": printable(", ".join(_labels(row)) or "–")}
+        if self.kind == "regression":
+            values = {printable(k): f"{float(v):.6g}" for k, v in row.items() if k != "input"}
+            return told | values
+        chosen = row["prediction"]
+        if self.kind == "binary":
+            share = float(row["probability"])  # of the positive class
+            share = share if chosen == self.positive else 1 - share
+        else:
+            share = float(row[f"probability/{chosen}"])
+        return {**told, "prediction": printable(chosen), "probability": f"{share:.4f}"}
+
+
+def _labels(row: Mapping[str, str]) -> list[str]:
+    named = ((key.partition("/"), value) for key, value in row.items())
+    return [name for (title, _, name), value in named if title == "predicted" and float(value)]
 
 
 def columns_of(

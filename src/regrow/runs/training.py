@@ -23,11 +23,12 @@ from regrow.distributed.parallel import (
     World,
 )
 from regrow.errors import UserError
+from regrow.feeding.files import shown
 from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.project import ROOT
 from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
-from regrow.record import loggers, manifest, records, report
+from regrow.record import loggers, manifest, pictures, records, report
 from regrow.record.output import whole_file
 from regrow.runs import first_calls
 from regrow.runs.first_steps import FirstSteps
@@ -286,6 +287,12 @@ def measure_once(
         *(objects.state.evaluated, objects.task, batches, world, options.precision, draws),
         stop=stop,
         bar=name if options.progress_bar and world.is_main else None,
+    )
+    details = pictures.in_the_set(
+        details,
+        batches.start_of,
+        lambda: [shown(one) if isinstance(one, str) else one for one in objects.data.ids(name)],
+        world.gather_texts,
     )
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
