@@ -506,7 +506,7 @@ def test_a_foreign_record_names_no_server_to_read_from(tmp_path: Path) -> None:
     for typed in ([], ["source.root"], ["data.source.cache"], ["data.root"]):
         with pytest.raises(UserError, match="it would read data from http://evil/x and keep it"):
             resume.refuse_remote(folder, "run", config, typed)
-    resume.refuse_remote(folder, "run", config, ["data.source.root", "source.cache"])
+    resume.refuse_remote(folder, "run", config, iter(["data.source.root", "source.cache"]))
 
 
 def test_a_foreign_record_names_no_folder_for_resized_images(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_edits_change_nothing_of_a_sweep_under_way(tmp_path: Path) -> None:
     root = tmp_path / "repository"
     for part in ("src", "conf", "scripts"):
         shutil.copytree(ROOT / part, root / part)
-    module = root / "src" / "regrow" / "runs" / "train.py"
+    module = root / "src" / "regrow" / "runs" / "training.py"
     code = module.read_text()
     arguments = (*LONG, "seed=0,1,2", "launcher.jobs=1", "trainer.num_threads=1")
     untouched = sweep(tmp_path / "untouched", *arguments, "hydra.sweep.dir=sweep", root=root)

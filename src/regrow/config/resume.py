@@ -213,7 +213,8 @@ def refuse_remote(
     data = config.get("data")
     if not isinstance(data, Mapping):
         return
-    _refuse_cache_root(folder, where, data, {key.removeprefix("data.") for key in typed})
+    named = {key.removeprefix("data.") for key in typed}
+    _refuse_cache_root(folder, where, data, named)
     found = dict(_nested(data))
     # data.root is a default of data.source.root, where there is one, and is not read itself.
     roots = [key for key in found if _last(key) == "root"]
@@ -221,7 +222,6 @@ def refuse_remote(
     urls = {key: found[key] for key in roots if "://" in str(found[key])}
     if not urls:
         return
-    named = {key.removeprefix("data.") for key in typed}
     own = is_own(folder)
 
     def is_safe(key: str, value: Any) -> bool:
