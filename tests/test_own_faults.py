@@ -21,6 +21,7 @@ from torch import nn
 from regrow.config.own_code import owner_of
 from regrow.config.targets import instantiate
 from regrow.errors import OwnCodeError
+from regrow.failing import SET_BY_US
 from regrow.feeding.sampling import permutation
 from regrow.project import ROOT
 from regrow.runs import first_calls
@@ -113,7 +114,9 @@ def start(mine: Path, cwd: Path, *arguments: str, script: tuple[str, ...] = (str
     env = {"PYTHONPATH": forked.python_path(mine), "HOME": str(cwd), **environment}
     given = ("--config-dir", str(mine / "conf"), *QUICK, *arguments)
     command = [sys.executable, *script, *given]
-    inherited = {k: v for k, v in forked.os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    inherited = {
+        k: v for k, v in forked.os.environ.items() if k not in ("HYDRA_FULL_ERROR", SET_BY_US)
+    }
     return forked.run(
         command, cwd=cwd, env={**inherited, **env}, capture_output=True, text=True, timeout=200
     )

@@ -61,24 +61,6 @@ def test_a_terminal_shows_the_first_rows_the_counts_and_the_file(
         assert last.startswith(f"{count} predictions of step ") and f"{count}.csv" in last
 
 
-def test_probabilities_have_the_digits_of_a_float32(digits: Path, tmp_path: Path) -> None:
-    run = load_run(digits)
-    inputs = run.data.source.test.inputs.numpy()[:50]
-    np.save(tmp_path / "images.npy", inputs)
-    rows = predicted(digits, tmp_path / "images.npy", tmp_path / "out.csv")
-    found = run.predict(inputs)
-    assert found.probabilities is not None and found.probabilities.dtype == np.float64
-    texts = [[row[f"probability/{name}"] for name in found.classes] for row in rows]
-    read = np.array([[float(text) for text in row] for row in texts], np.float32)
-    assert np.array_equal(read, found.probabilities.astype(np.float32))  # no bit is lost
-    digits_of = [len(t.partition("e")[0].replace(".", "").lstrip("0")) for r in texts for t in r]
-    assert 8 <= max(digits_of) <= 9
-    exact = found.rows(all_digits=True)
-    values = [[float(row[f"probability/{name}"]) for name in found.classes] for row in exact]
-    assert np.array_equal(values, found.probabilities)
-    assert not np.array_equal(read.astype(np.float64), found.probabilities)  # the control
-
-
 def test_a_regression_is_in_the_units_of_its_targets(diabetes: Path, tmp_path: Path) -> None:
     run = load_run(diabetes)
     test = run.data.source.test

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Predictions:
     kind: str
     classes: list[str]
     prediction: npt.NDArray[Any]
-    probabilities: npt.NDArray[np.floating[Any]] | None
+    probabilities: npt.NDArray[np.float64] | None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -59,11 +59,10 @@ class Predictions:
             )
         return [self.classes[index] for index in self.prediction]
 
-    def rows(self, *, all_digits: bool = False) -> list[dict[str, str]]:
-        """Return a row of text per example: a table's columns.
+    def rows(self) -> list[dict[str, str]]:
+        """Return a row of text per example: a table's columns, with all digits of a float64.
 
-        Probabilities have the digits that identify a float32, at most nine, or those of a float64.
-        Values of a regression always have the latter.
+        Fewer digits would make ties, and an AUROC computed from the table would differ.
 
         The columns are `input`, then by kind:
         multiclass: `prediction` (the name) and `probability/<class>`;
@@ -72,18 +71,14 @@ class Predictions:
         regression: `prediction`, or `prediction/<target>` for several.
         """
         of_kind = {
-            "multiclass": Predictions._multiclass,
-            "binary": Predictions._binary,
-            "multilabel": Predictions._multilabel,
-            "regression": Predictions._regression,
+            "multiclass": self._multiclass,
+            "binary": self._binary,
+            "multilabel": self._multilabel,
+            "regression": self._regression,
         }
         if self.kind not in of_kind:
             raise UserError(f"predictions of a task of kind {self.kind} have no columns.")
-        table = self
-        if self.probabilities is not None and not all_digits:
-            # str of a float32 array's elements is the shortest text that reads back as the same
-            table = replace(self, probabilities=self.probabilities.astype(np.float32))
-        rows = of_kind[self.kind](table)
+        rows = of_kind[self.kind]()
         return [{"input": name, **row} for name, row in zip(self.inputs, rows, strict=True)]
 
     def _multiclass(self) -> list[dict[str, str]]:
@@ -93,8 +88,8 @@ class Predictions:
 
     def _binary(self) -> list[dict[str, str]]:
         assert self.probabilities is not None
-        named = zip(self.names, self.probabilities[:, 1], strict=True)
-        return [{"prediction": name, "probability": str(share)} for name, share in named]
+        named = zip(self.names, self.probabilities[:, 1].tolist(), strict=True)
+        return [{"prediction": name, "probability": repr(share)} for name, share in named]
 
     def _multilabel(self) -> list[dict[str, str]]:
         chosen = self._columns("predicted", self.prediction)
@@ -109,8 +104,8 @@ class Predictions:
     def _columns(self, title: str, values: npt.NDArray[Any] | None) -> list[dict[str, str]]:
         assert values is not None
         return [
-            {f"{title}/{name}": str(value) for name, value in zip(self.classes, row, strict=True)}
-            for row in values
+            {f"{title}/{name}": repr(value) for name, value in zip(self.classes, row, strict=True)}
+            for row in values.tolist()
         ]
 
 

@@ -78,7 +78,7 @@ def _rows(objects: Objects, ids: Any, parts: Mapping[str, Tensor]) -> Iterator[d
         parts = {**parts, "prediction": parts["prediction"].long()}
     classes = columns_of(task, parts["prediction"], data.class_names, of_targets)
     names = [str(name) for name in ids]
-    rows = predictions_of(names, task.kind, classes, parts).rows(all_digits=True)
+    rows = predictions_of(names, task.kind, classes, parts).rows()
     for row, target in zip(rows, parts["target"], strict=True):
         name = row.pop("input")
         yield {"example": name, **_target(task, target, classes), **row}
