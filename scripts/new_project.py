@@ -140,7 +140,9 @@ def files_to_copy(root: Path) -> list[str]:
     return [
         name
         for name in sorted(names)
-        if name.startswith((*ENGINE, *PARTS)) and name not in NOT_COPIED
+        # A module in the root, such as a model, is the user's.
+        if (name.startswith((*ENGINE, *PARTS)) or re.fullmatch(r"[^/]+\.py", name))
+        if name not in NOT_COPIED
         if (root / name).is_file() and not any(part in name for part in LEFT_OUT)
         if not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
     ]
@@ -322,12 +324,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
     new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    new = [name for name in new if name.startswith("conf/") or re.fullmatch(r"[^/]+\.py", name)]
     if new:
-        some, into = " ".join(map(shlex.quote, new[:10])), shlex.quote(f"{dest}/")
-        how = f"git add {some}, then again into a new folder"
-        how += "" if any("/" in name for name in new[:10]) else f"; or cp {some} {into}"
-        print(f"not copied, as git does not know them: {', '.join(new[:10])}", file=sys.stderr)
-        print(f"to have them there: {how}", file=sys.stderr)
+        more = f" and {len(new) - 10} more" if len(new) > 10 else ""
+        print(
+            f"not copied, as git does not know them: {', '.join(new[:10])}{more}", file=sys.stderr
+        )
+        folders = dict.fromkeys(name.rpartition("/")[0] for name in new[:10])
+        copies = []
+        for folder in folders:
+            names = [name for name in new[:10] if name.rpartition("/")[0] == folder]
+            copies.append(shlex.join(["cp", *names, f"{dest / folder}/"]))
+        print(f"to have them there: {' && '.join(copies)}", file=sys.stderr)
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
     print(f"{dest}: {done}. Next:")

@@ -464,6 +464,19 @@ def test_a_missing_number_of_classes_is_counted(
         check(made, made.hydra.runtime.choices)
 
 
+def test_a_node_without_a_target_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "mine.yaml"
+    path.write_text("target: my_models.Net\nwidth: 3\n")
+    given = ["--config-dir", str(tmp_path), "model=mine"]
+    done = run_train(tmp_path, *given)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: model=mine: it has no _target_, which names the class or function to call. Did you "
+        "mean _target_ for target?\n"
+    )
+
+
 def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(TRAIN.with_name(script)), *arguments], cwd=folder,

@@ -610,3 +610,15 @@ def test_a_run_whose_loss_names_no_target_is_loaded(tmp_path: Path) -> None:
     config["loss"] = {}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert load_run(run).step > 0
+
+
+def test_code_that_has_changed_since_is_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model's edited forward fits the weights and gives other predictions."""
+    load_run(run)
+    assert "has changed" not in caplog.text
+    manifest = read_json(run / "manifest.json")
+    (name, *_) = (name for name in manifest["code_files"] if name.endswith("mlp.py"))
+    manifest["code_files"][name] = "0" * 64
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    load_run(run)
+    assert f"{name} differs. Its weights run in the code as it is now." in caplog.text

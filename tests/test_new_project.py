@@ -90,13 +90,21 @@ def test_a_name_that_cannot_be_a_package_is_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tracked_module_in_the_root_is_copied(new_project: ModuleType, tmp_path: Path) -> None:
+    for name in ("mine.py", "conf/model/mine.yaml", "photos/cat.py", "scripts/new_project.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert new_project.files_to_copy(tmp_path) == ["conf/model/mine.yaml", "mine.py"]
+
+
 def test_an_untracked_file_is_named_after_the_copy_and_beside_no_error(
     new_project: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     real = new_project.git
 
     def git(folder: Path, *arguments: str) -> str | None:
-        return "scratch.py\n" if "--others" in arguments else real(folder, *arguments)
+        others = "conf/model/mine.yaml\nmine.py\nscratch.py\nphotos/a b.jpg\n"
+        return others if "--others" in arguments else real(folder, *arguments)
 
     monkeypatch.setattr(new_project, "git", git)
     assert new_project.main(["class", str(tmp_path / "copy")]) == 2
@@ -104,9 +112,11 @@ def test_an_untracked_file_is_named_after_the_copy_and_beside_no_error(
     monkeypatch.setattr(new_project, "make_project", lambda *_, **__: "one commit on main")
     assert new_project.main(["Deep Fish", str(tmp_path / "copy")]) == 0
     said = capsys.readouterr()
-    assert "not copied, as git does not know them: scratch.py" in said.err
+    told = "not copied, as git does not know them: conf/model/mine.yaml, mine.py, scratch.py\n"
+    assert said.err.startswith(told)
+    copy = f"{tmp_path}/copy"
     assert (
-        f"git add scratch.py, then again into a new folder; or cp scratch.py {tmp_path}" in said.err
+        f"cp conf/model/mine.yaml {copy}/conf/model/ && cp mine.py scratch.py {copy}/" in said.err
     )
     assert "a .venv of its own there: 6 GB" in said.out
 

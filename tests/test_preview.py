@@ -296,3 +296,9 @@ def test_the_tree_at_a_start_shows_each_value_once() -> None:
     assert {"num_classes=2", "num_outputs=2", "source.resize=auto"} <= {*alone}
     assert not [word for word in alone if word.startswith(("ddp.", "fsdp.", "strategy="))]
     assert {"strategy=ddp", "max_epochs=100"} <= {*several}
+
+
+def test_a_root_that_the_data_does_not_read_is_named(tmp_path: Path) -> None:
+    said = train(tmp_path, "--check", "data.root=photos", *GIVEN)
+    assert "data.root=photos has no effect: data=synthetic reads no folder" in said
+    assert "has no effect" not in train(tmp_path, "--check", *GIVEN)

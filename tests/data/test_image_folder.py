@@ -212,6 +212,11 @@ def test_copies_in_the_folders_of_two_classes_are_told_once(
     assert make_data(*arguments, "source.identity=ends").notes == []
 
 
+def test_a_folder_without_class_folders_is_named(make_data: Make, image_root: Path) -> None:
+    with pytest.raises(UserError, match="cat holds no folders of classes"):
+        make_data("image_folder", f"root={image_root / 'cat'}", *SMALL)
+
+
 def test_copies_have_equal_keys_whatever_their_size_and_name(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     contents = [random.bytes(size) for size in (0, 1, 1, 5000, 8192, 8193, 8193, 40_000, 40_000)]

@@ -189,7 +189,7 @@ def test_the_defaults_have_eight_hundred_thousand_parameters_and_tied_weights() 
         (
             torch.zeros(2, 3, 5),
             torch.zeros(2, 3, dtype=torch.int64),
-            r"\(B, T, 11\), got \(B, 3, 5\)\. Set model.num_outputs=\$\{data.num_outputs\}",
+            r"\(B, T, 11\), got \(B, 3, 5\)\. Give the model 11 outputs\. A model that takes",
         ),
         (torch.zeros(2, 3, 11), torch.zeros(2, dtype=torch.int64), r"per place, \(2, 3\)"),
         (torch.zeros(2, 3, 11), torch.zeros(2, 3), "torch.float32 of shape"),

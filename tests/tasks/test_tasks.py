@@ -107,8 +107,8 @@ BAD: list[tuple[Task, Tensor, Tensor, str]] = [
     (multilabel(), logits(32, 3), ones(32, 4), "model.num_outputs"),
     (multilabel(), logits(32, 4), 2 * ones(32, 4), "targets of 0 and 1, got 2 to 2"),
     (multiclass(), logits(32, 5), ones(32),
-     r"outputs of shape \(B, 10\), got \(B, 5\)\. Set model.num_outputs=\$\{data.num_outputs\}, "
-     r"where data.num_outputs=10\.$"),
+     r"outputs of shape \(B, 10\), got \(B, 5\)\. Give the model 10 outputs\. A model that takes "
+     r"their number gets it by model.num_outputs=\$\{data.num_outputs\}\.$"),
     (multiclass(), logits(32, 5), ones(31), r"outputs of shape \(B, 10\), got \(32, 5\)"),
     (multiclass(), logits(32), ones(32), "outputs of shape"),
     (multiclass(), logits(32, 10), ones(32, 10), "use task=multilabel"),

@@ -121,7 +121,7 @@ def test_a_wrong_image_from_a_file_is_named(
               f"hydra.run.dir={run}")  # fmt: skip
     with without_pictures():
         launch(as_hydra_has_it(composed(*images)))
-    assert f"predict.py run={run} input=new_images" in caplog.text
+    assert f"predict.py run={run} input=path/to/images" in caplog.text
     wrong = read_json(run / "plots" / "test.json")["wrong"]
     assert set(wrong) == {"image", "true", "predicted", "probability", "file"}
     assert wrong["file"] == sorted(wrong["file"]) and len(wrong["file"]) > 2
@@ -137,8 +137,8 @@ def test_a_wrong_image_from_a_file_is_named(
 
 @pytest.mark.parametrize(
     ("source", "files"),
-    [("image_folder", "new_images"), ("mask_folder", "new_images"), ("csv", "new.csv"),
-     ("digits", ""), ("synthetic", "")],
+    [("image_folder", "path/to/images"), ("mask_folder", "path/to/images"),
+     ("csv", "path/to/table.csv"), ("digits", ""), ("synthetic", "")],
 )  # fmt: skip
 def test_a_run_offers_to_predict_for_data_in_files(source: str, files: str) -> None:
     assert banner._new_files({"source": {"_target_": f"lab.data.datasets.{source}"}}) == files

@@ -210,7 +210,10 @@ def _per_example(outputs: Tensor, targets: Tensor) -> str:
 
 
 def _give(num_classes: int) -> str:
-    return f"Set model.num_outputs=${{data.num_outputs}}, where data.num_outputs={num_classes}."
+    return (
+        f"Give the model {num_classes} outputs. A model that takes their number gets it by "
+        "model.num_outputs=${data.num_outputs}."
+    )
 
 
 def _real(kind: str, outputs: Tensor) -> None:

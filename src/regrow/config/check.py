@@ -167,6 +167,8 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             )
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+    for group in ("model", "optimizer", "scheduler", "loss", "task"):
+        _refuse_without_target(group, values[group], choices)
     check_recorded(values, typed_overrides(HydraConfig.get().overrides.task))
     allow(values)
     _check_keys(values, choices)
@@ -178,6 +180,18 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_mixing(values["data"])
     loggers.check_choice(values["logger"])
     _check_combinations(values)
+
+
+def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+    """Raise UserError for a node without a class. Several, by name, are a mapping of nodes."""
+    if "_target_" in node or all(isinstance(each, Mapping) for each in node.values()):
+        return
+    near = next((key for key in node if str(key).strip("_") in ("target", "class")), None)
+    hint = f" Did you mean _target_ for {near}?" if near else ""
+    raise UserError(
+        f"{group}={choices.get(group)}: it has no _target_, which names the class or function to "
+        f"call.{hint}"
+    )
 
 
 def _class_folders(config: DictConfig) -> list[str]:

@@ -7,9 +7,10 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             raise mistake from None
         said = said_by(error)
         if "missing" in said and "required" in said:
-            said += " " + _way_out(said, node)
+            said += " " + _way_out(said, node, ())
         raise UserError(f"_target_={node['_target_']}: {said}") from error
 
 
@@ -130,7 +131,11 @@ class _Raised(Exception):
         if isinstance(error, SyntaxError) and error.filename:
             said, place = f"SyntaxError: {error.msg}", f"{shown(error.filename)}:{error.lineno}"
         if "missing" in said and "required" in said:
-            said += ". " + _way_out(said, node)
+            said += ". " + _way_out(said, node, known)
+        if foreign := re.search(r"unexpected keyword argument '(\w+)'", said):
+            parameters = inspect.signature(locate(self.target, "")).parameters
+            takes = f" It takes {', '.join(parameters)}."
+            said = f"{said.rstrip('.')}.{did_you_mean(foreign[1], parameters) or takes}"
         said = f"{said.rstrip('.')}. {SHOWS_ALL}" if place else said
         if len(known) == 1:
             return f"{next(iter(known))} ({self.target}{', ' * bool(place)}{place}): {said}"
@@ -200,17 +205,22 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
         raise _Raised(str(node["_target_"])) from error
 
 
-def _way_out(said: str, node: Mapping[str, Any]) -> str:
-    """Return the advice for a target that lacks arguments."""
+def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:
+    """Return the advice for a target that lacks arguments; `paths` are the keys that name it."""
     by_position = re.search(r"missing \d+ required positional", said) is not None
-    if not node.get("_partial_") and (by_position or HANDED_IN & {*re.findall(r"'(\w+)'", said)}):
+    if (
+        {*paths} != {"model"}
+        and not node.get("_partial_")
+        and (by_position or HANDED_IN & {*re.findall(r"'(\w+)'", said)})
+    ):
         return (
             "If the run hands that in, as it does for an optimizer, a scheduler and a loss "
             "function, add _partial_: true to the node; else give what is missing."
         )
+    where = " in the model's file in conf/model" if {*paths} == {"model"} else ""
     return (
-        "Give what is missing. A recorded run that lacks it was made by other code: the commit is "
-        "in its manifest.json."
+        f"Give what is missing{where}. A recorded run that lacks it was made by other code: the "
+        "commit is in its manifest.json."
     )
 
 

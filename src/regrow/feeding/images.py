@@ -537,6 +537,11 @@ def image_folder(
         raise UserError(
             f"data.source.sets={sets}: {folder} holds no folder {missing[0]} beside a folder train."
         )
+    if not found:
+        raise UserError(
+            f"data.root={root}: {folders['train']} holds no folders of classes. It should hold a "
+            "folder for each class, with its images."
+        )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and data.class_names={class_names}" if class_names is not None else ""
         also = ", and write class names in quotes" if class_names is not None else ""

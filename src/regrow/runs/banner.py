@@ -33,7 +33,7 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
         log.warning("%s", note)
     for level, remark in objects.remarks(world):
         log.log(level, "%s", remark)
-    for line in what_is_odd(config, objects):
+    for line in [*what_is_odd(config, objects), *unread_root(job)]:
         log.warning("%s", line)
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
@@ -86,6 +86,19 @@ def what_is_odd(config: Mapping[str, Any], objects: Objects) -> list[str]:
     return lines
 
 
+def unread_root(job: Job) -> list[str]:
+    """Return a line if `data.root` was typed for data that reads no folder; else none."""
+    data, source = job.config["data"], job.config["data"]["source"]
+    typed = [o for o in job.overrides if resume.key_of(o) == "data.root"]
+    if not typed or not isinstance(source, Mapping) or "root" in source:
+        return []
+    named = f"data={job.choices.get('data')}"
+    return [
+        f"data.root={data['root']} has no effect: {named} reads no folder. For images in folders "
+        "of classes: data=image_folder"
+    ]
+
+
 def in_warmup(steps: int, warmup: int) -> str:
     return (
         f"the run ends at step {steps}, in the warm-up of {warmup} steps: the learning rate never "
@@ -126,7 +139,7 @@ def _new_files(data: Mapping[str, Any]) -> str:
     source = data.get("source")
     target = str(source.get("_target_")) if isinstance(source, Mapping) else ""
     name = target.rpartition(".")[2]
-    return "new.csv" if name == "csv" else "new_images" if name in OF_IMAGES else ""
+    return "path/to/table.csv" if name == "csv" else "path/to/images" if name in OF_IMAGES else ""
 
 
 def config_tree(

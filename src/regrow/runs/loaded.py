@@ -34,7 +34,9 @@ from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
 from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
+from regrow.project import ROOT
 from regrow.randomness import Draws, states_kept
+from regrow.record import manifest
 from regrow.record.records import read_json
 from regrow.runs import machine
 from regrow.runs.predictions import Predictions, columns_of, joined, predictions_of
@@ -215,6 +217,8 @@ def load_run(
         raise UserError(
             f"run={given}: its config.yaml has data.class_names, and {error}. It is not made."
         ) from None
+    if changes := manifest.code_changes(folder, ROOT):
+        log.warning("run=%s: %s Its weights run in the code as it is now.", given, changes)
     import_own_modules()
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")

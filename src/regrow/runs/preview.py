@@ -31,7 +31,7 @@ from regrow.record import names
 from regrow.record.records import load_status
 from regrow.record.redact import redact
 from regrow.runs import first_calls, machine, training
-from regrow.runs.banner import facts, what_is_odd
+from regrow.runs.banner import facts, unread_root, what_is_odd
 from regrow.runs.lab import lab
 
 log = logging.getLogger("regrow")
@@ -87,7 +87,8 @@ def _report(job: Job) -> None:
             position.num_micro_batches = 1
         for line in facts(job, objects, dataclasses.replace(world, size=count)):
             log.info("%s", line)
-        for line in [*objects.data.notes, *what_is_odd(job.config, objects)]:
+        odd = [*what_is_odd(job.config, objects), *unread_root(job)]
+        for line in [*objects.data.notes, *odd]:
             log.warning("%s", line)
         if note:
             log.warning("%s", note)
