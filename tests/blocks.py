@@ -29,7 +29,7 @@ class Hungry(nn.Module):
 
 
 class Failing(nn.Module):
-    """An MLP that fails in one rank, at its third step."""
+    """An MLP that fails in one rank, after its first step."""
 
     def __init__(self, input_shape: list[int], num_outputs: int, rank: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Failing(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.calls += self.training
-        if self.calls == 3 and int(os.environ.get("RANK", 0)) == self.rank:
+        if self.calls == 6 and int(os.environ.get("RANK", 0)) == self.rank:
             raise ArithmeticError("on cue")
         outputs: Tensor = self.body(inputs)
         return outputs
