@@ -299,7 +299,7 @@ def main() -> None:
         if from_nothing:
             create(uv, lock)
         finish(install(uv, lock, pinned=pinned))
-    say("complete")
+    say("complete. To use it: source .venv/bin/activate")
 
 
 def stopped(number: int, frame: object) -> None:

@@ -128,12 +128,13 @@ def at(text: str) -> str:
 
 
 LINEAR = "Linear(in_features=9, out_features=10, bias=True)): "
+SEVEN = "Linear(in_features=7, out_features=10, bias=True)): "
 BODY = "nn.Conv2d(1, 6, 3, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten()"
 HEAD = "return self.head(self.body(x))  # the head"
 # Each command, and the parts of its line; {} is the folder of the module.
 SAID = {
     "model=small model.width=7": (
-        "error: {}" + at(HEAD) + f", in forward: {HEAD}: RuntimeError: ",
+        "error: {}" + at(HEAD) + f", in forward ({SEVEN}{HEAD}: RuntimeError: ",
         " The inputs had shape (180, 1, 8, 8). HYDRA_FULL_ERROR=1 shows the whole traceback.",
     ),
     "model=layers": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -302,3 +303,18 @@ def test_a_root_that_the_data_does_not_read_is_named(tmp_path: Path) -> None:
     said = train(tmp_path, "--check", "data.root=photos", *GIVEN)
     assert "data.root=photos has no effect: data=synthetic reads no folder" in said
     assert "has no effect" not in train(tmp_path, "--check", *GIVEN)
+
+
+def test_a_start_names_the_interrupted_run_of_the_same_command(tmp_path: Path) -> None:
+    first = train(tmp_path, *GIVEN)
+    assert "was interrupted" not in first
+    latest = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
+    said = f"{latest.relative_to(tmp_path)}, of the same command, was interrupted. It resumes with:"
+    assert said not in train(tmp_path, *GIVEN)  # it was complete
+    latest = (tmp_path / "outputs" / "synthetic" / "latest").resolve()
+    status = json.loads((latest / "status.json").read_text()) | {"state": "running"}
+    (latest / "status.json").write_text(json.dumps(status))  # as a SIGKILL leaves it
+    said = f"{latest.relative_to(tmp_path)}, of the same command, was interrupted. It resumes with:"
+    assert said not in train(tmp_path, *GIVEN, "seed=1", "--check")
+    assert said in train(tmp_path, *GIVEN)
+    assert said not in train(tmp_path, *GIVEN)  # the latest run is the one just made

@@ -428,7 +428,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         if isinstance(node, Mapping) and node.get("input_shape", ...) is None:
             raise UserError(
                 f"data.input_shape=null: {group}._target_={node.get('_target_')} takes a shape. "
-                "Set it, such as data.input_shape=[1,28,28]."
+                "Set it, such as data.input_shape='[3,64,64]'."
             )
     source = data["source"]
     if isinstance(source, Mapping) and source.get("root", "") is None:

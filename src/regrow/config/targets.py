@@ -17,6 +17,7 @@ from typing import Any
 from regrow.config.own_code import own_place, owner_of, places_of, shown
 from regrow.config.yaml_files import broken_files, readable
 from regrow.errors import UserError, brief, chain, did_you_mean, machine_fault
+from regrow.project import ROOT
 from regrow.record import moved
 
 SHOWS_ALL = "HYDRA_FULL_ERROR=1 shows the whole traceback."
@@ -250,7 +251,10 @@ def locate(target: str, path: str) -> Any:
                 raise UserError(f"{where}: there is no {part}.{hint}")
             found = getattr(found, part)
         return found
-    raise UserError(f"{where}: there is no such module. Is it installed?")
+    raise UserError(
+        f"{where}: there is no such module. Is it installed? A module of your own belongs in "
+        f"{ROOT}."
+    )
 
 
 def said_by(error: BaseException) -> str:

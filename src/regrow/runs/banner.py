@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from regrow.config import flags, resume
 from regrow.config.command_line import command
 from regrow.config.job import Job
 from regrow.distributed.parallel import World
+from regrow.errors import UserError
 from regrow.protocols import Objects
 from regrow.record import monitor, records
 from regrow.record.redact import redact_all
@@ -38,6 +40,9 @@ def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     if config["model"].get("pretrained") and config["data"]["normalize"] == "train":
         log.warning("the pretrained weights expect data.normalize=imagenet, and got train")
     log.info("folder: %s", folder)
+    if (before := interrupted(folder, job)) is not None:
+        words = "%s, of the same command, was interrupted. It resumes with: %s"
+        log.info(words, before, again(job, before))
     log.info("if interrupted, resume with: %s", again(job, folder))
 
 
@@ -97,6 +102,24 @@ def unread_root(job: Job) -> list[str]:
         f"data.root={data['root']} has no effect: {named} reads no folder. For images in folders "
         "of classes: data=image_folder"
     ]
+
+
+def interrupted(folder: Path, job: Job) -> Path | None:
+    """Return the folder of the latest run if this command began it and it was interrupted."""
+    latest = Path("outputs", str(job.config["name"]), "latest")
+    if not latest.is_dir() or latest.resolve() == folder.resolve():
+        return None
+
+    def own(overrides: Iterable[str]) -> list[str]:
+        return [o for o in overrides if resume.key_of(o) not in ("hydra.run.dir", "resume")]
+
+    status = records.load_status(latest)
+    if status is None or status["state"] != "interrupted":
+        return None
+    with contextlib.suppress(UserError):
+        if own(resume.recorded_overrides(latest)) == own(job.overrides):
+            return latest.resolve().relative_to(Path.cwd())
+    return None
 
 
 def in_warmup(steps: int, warmup: int) -> str:

@@ -47,7 +47,7 @@ def in_words(error: Exception) -> str | None:
     """Return place, code, error and shapes in one line; None if the engine raised the error."""
     modules = _modules(error)
     if (own := own_place(error, named_packages())) is not None:
-        layer = f" ({_layer(modules)})" if len(modules) > 1 else ""
+        layer = f" ({_layer(modules)})" if modules else ""
         where = f"{own}, in {own.name}{layer}: {_cut(own.text, MOST_CODE)}"
     elif modules and _deepest_of_ours(error) == calls.__file__:  # torch's modules alone
         where = _class_of(modules) + (f": {_layer(modules)}" if len(modules) > 1 else "")

@@ -247,9 +247,12 @@ def load_run(
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = brief(error, 300)
+        said = brief(error).partition("state_dict for ")[2] or brief(error)
+        reason = said if len(said) <= 200 else f"{said[:198]} …"
+        code = " Its code has changed since." if changes else ""
         raise UserError(
-            f"checkpoint={which}: its weights are not those of the model in config.yaml: {reason}"
+            f"checkpoint={which}: its weights are not those of the model in config.yaml.{code} "
+            f"{reason}"
         ) from None
     model.to(chosen).eval()
     if config["trainer"]["channels_last"]:
