@@ -97,8 +97,10 @@ def test_shells_find_what_completes_a_script(shell: str, script: str, tmp_path: 
         )  # fmt: skip
         return found.stdout
 
-    (marks,) = {*re.findall(r'grep (?:-q )?"([^"]+)"', asked("install"))}
-    assert marks in (ROOT / "scripts" / f"{script}.py").read_text()
+    # The shell looks for these words in the script; on Hydra 1.4 some look for none.
+    marks = re.findall(r'grep (?:-q )?"([^"]+)"', installed := asked("install"))
+    text = (ROOT / "scripts" / f"{script}.py").read_text()
+    assert "query=" in installed and all(mark in text for mark in marks)
     line = f"python scripts/{script}.py optimizer=ada"
     assert asked("query", line).split() == [f"optimizer=ada{end}" for end in ("grad", "m", "mw")]
 
