@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -374,7 +375,10 @@ def until_gone(pids: list[int]) -> None:
 
 def listening(pid: int) -> set[str]:
     """Return the addresses that a process listens on, as the kernel writes them."""
-    links = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    links = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the process closes files meanwhile
+            links.add(str(link.readlink()))
     lines = [
         line.split()
         for table in ("tcp", "tcp6")
