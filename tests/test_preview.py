@@ -316,5 +316,17 @@ def test_a_start_names_the_interrupted_run_of_the_same_command(tmp_path: Path) -
     (latest / "status.json").write_text(json.dumps(status))  # as a SIGKILL leaves it
     said = f"{latest.relative_to(tmp_path)}, of the same command, was interrupted. It resumes with:"
     assert said not in train(tmp_path, *GIVEN, "seed=1", "--check")
+    elsewhere = tmp_path / "elsewhere"  # outputs/ may be a link to another disk
+    (tmp_path / "outputs").rename(elsewhere)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "outputs").symlink_to(elsewhere)
+    (elsewhere / "synthetic" / "latest").unlink()
+    (elsewhere / "synthetic" / "latest").symlink_to(latest.name)
+    absolute = f"{elsewhere / 'synthetic' / latest.name}, of the same command, was interrupted."
+    assert absolute in train(here, *GIVEN)
+    elsewhere.rename(tmp_path / "outputs")
+    (tmp_path / "outputs" / "synthetic" / "latest").unlink()
+    (tmp_path / "outputs" / "synthetic" / "latest").symlink_to(latest.name)
     assert said in train(tmp_path, *GIVEN)
     assert said not in train(tmp_path, *GIVEN)  # the latest run is the one just made

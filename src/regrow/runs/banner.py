@@ -118,7 +118,8 @@ def interrupted(folder: Path, job: Job) -> Path | None:
         return None
     with contextlib.suppress(UserError):
         if own(resume.recorded_overrides(latest)) == own(job.overrides):
-            return latest.resolve().relative_to(Path.cwd())
+            place, here = latest.resolve(), Path.cwd()
+            return place.relative_to(here) if place.is_relative_to(here) else place
     return None
 
 
