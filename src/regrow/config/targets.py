@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -133,10 +134,12 @@ class _Raised(Exception):
             said, place = f"SyntaxError: {error.msg}", f"{shown(error.filename)}:{error.lineno}"
         if "missing" in said and "required" in said:
             said += ". " + _way_out(said, node, known)
-        if foreign := re.search(r"unexpected keyword argument '(\w+)'", said):
-            parameters = inspect.signature(locate(self.target, "")).parameters
-            takes = f" It takes {', '.join(parameters)}."
-            said = f"{said.rstrip('.')}.{did_you_mean(foreign[1], parameters) or takes}"
+        foreign = re.search(r"unexpected keyword argument '(\w+)'", said)
+        if foreign and not place:  # the call itself refused it, not one inside the target
+            with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
+                parameters = inspect.signature(locate(self.target, "")).parameters
+                takes = f" It takes {', '.join(parameters)}."
+                said = f"{said.rstrip('.')}.{did_you_mean(foreign[1], parameters) or takes}"
         said = f"{said.rstrip('.')}. {SHOWS_ALL}" if place else said
         if len(known) == 1:
             return f"{next(iter(known))} ({self.target}{', ' * bool(place)}{place}): {said}"
