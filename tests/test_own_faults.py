@@ -227,6 +227,58 @@ def test_the_same_error_in_a_later_step_keeps_its_traceback(mine: Path, tmp_path
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 1
 
 
+# The content of a module, its line, and what is said of it.
+WHOLE = " HYDRA_FULL_ERROR=1 shows the whole traceback."
+FAILED_IMPORTS = {
+    "import torch\nimport absent.part\n": (
+        2, "ModuleNotFoundError: No module named 'absent'. Install absent, or correct that line.",
+    ),
+    "\nimport failing\n": (  # a package that the name of the module begins with
+        2, "ModuleNotFoundError: No module named 'failing'. Install failing, or correct that line.",
+    ),
+    "class Net(:\n    pass\n": (1, "SyntaxError: invalid syntax. Correct that line."),
+    "import json\n\nwidth = json.loads('{')\n": (
+        3, "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1). Correct that line.",
+    ),
+    "from torch.nn import Liner\n": (1, "ImportError: cannot import name 'Liner' from"),
+    "import sys\nsys.exit(3)\n": (
+        2, "SystemExit: 3. Put what only a script does under if __name__ == \"__main__\".",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FAILED_IMPORTS)
+def test_a_module_that_cannot_be_imported_is_named_with_its_line(
+    content: str, tmp_path: Path
+) -> None:
+    line, words = FAILED_IMPORTS[content]
+    module = tmp_path / "own" / "failing_models.py"
+    (module.parent / "conf").mkdir(parents=True)
+    module.write_text(content)
+    done = start(module.parent, tmp_path, "model._target_=failing_models.Net", "hydra.run.dir=run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    where = f"importing failing_models failed at {module}:{line}: "
+    assert f"model._target_=failing_models.Net: {where}{words}" in done.stderr
+    assert done.stderr.endswith(WHOLE + "\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_module_that_is_not_there_and_one_of_a_library_get_other_words(
+    mine: Path, tmp_path: Path
+) -> None:
+    """The negative control: neither is a line of the user's."""
+    for target in ("absent_models.Net", "my_models.absent.Net"):
+        done = start(mine, tmp_path, f"model._target_={target}")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "failed at" not in done.stderr and "there is no " in done.stderr
+    installed = tmp_path / "site-packages" / "fragile.py"
+    (installed.parent / "conf").mkdir(parents=True)
+    installed.write_text("def check():\n    raise OSError('no driver')\n\n\ncheck()\n")
+    done = start(installed.parent, tmp_path, "model._target_=fragile.Net")
+    assert f"importing fragile failed at {installed}:2: OSError: no driver. Cor" in done.stderr
+
+
 BROKEN_ENGINE = f"""
 import runpy, sys
 from regrow.runs import model_checks
