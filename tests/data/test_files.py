@@ -3,12 +3,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,41 @@ def test_a_worker_ignores_the_signals_of_the_run(same: Same) -> None:
     assert same([*begun, *batches], first) and same(list(train.epoch(1)), second)
     assert multiprocessing.active_children() == [worker]
     data.close()
+
+
+class Handing:
+    """Its worker hands something over to any process that asks at the address in a file."""
+
+    def __init__(self, file: Path, *, hides: bool) -> None:
+        self.file, self.hides = file, hides
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not self.hides:
+            sys.excepthook = sys.__excepthook__
+        sharer = resource_sharer._resource_sharer  # type: ignore[attr-defined]
+        self.file.write_bytes(pickle.dumps(sharer.register(lambda *_: None, lambda: None)))
+        return torch.zeros(4), index % 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux")
+@pytest.mark.parametrize("hides", [True, False], ids=["hidden", "the negative control"])
+def test_a_worker_prints_nothing_if_the_run_stops_in_the_middle_of_reading(
+    hides: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a signal does that interrupts the run's wait for a batch."""
+    file = tmp_path / "address"
+    data = of_ones_own(Handing(file, hides=hides), num_workers=1)
+    next(data.train(device=CPU).epoch(0))
+    ident = pickle.loads(file.read_bytes())
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as half_made:
+            half_made.connect(ident[0])
+    resource_sharer._resource_sharer.get_connection(ident).close()  # type: ignore[attr-defined]
+    data.close()
+    assert ("resource_sharer" in capfd.readouterr().err) is not hides
 
 
 KILLED_EARLY = """

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from processes import Process
 from running import TINY, fingerprint, train
 
 from regrow.processes.interrupt import Interrupted, StopRequest
+from regrow.processes.signals import NOTHING
 from regrow.record.records import load_status
 
 RUN = (
@@ -40,6 +42,7 @@ def interrupted(process: Process, number: signal.Signals) -> None:
     assert code == 128 + number, errors
     assert f"stopped by {number.name} at step" in errors
     assert "train.py resume=run" in errors and "Traceback" not in errors
+    assert NOTHING not in errors
     status = json.loads((process.folder / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
     newest = (process.folder / "run" / "checkpoints" / "last").resolve().name
@@ -127,3 +130,20 @@ def test_a_signal_cuts_a_wait_short() -> None:
     with pytest.raises(Interrupted), StopRequest() as stop:
         for _ in stop.while_waiting(iter(lambda: signal.raise_signal(signal.SIGTERM), 1)):
             raise AssertionError("the wait was to be cut short")
+
+
+def test_a_signal_within_a_destructor_stops_the_next_wait() -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def items() -> Iterator[int]:
+        yield 1
+        Dropped()
+        yield 2
+
+    seen = []
+    with pytest.raises(Interrupted), StopRequest() as stop:
+        for item in stop.while_waiting(items()):
+            seen.append(item)
+    assert seen == [1, 2]  # and no warning of an exception that Python dropped

@@ -9,12 +9,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from multiprocessing import connection, util
+from multiprocessing import connection, resource_sharer, util
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -644,4 +646,22 @@ def _begin_worker(run: int, worker: int) -> None:
     # Ignore only the first SIGTERM: at exit Python terminates the remaining workers and joins them.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # for torch, 0 is not a failure
+    sys.excepthook = functools.partial(_print_unless_lost, sys.excepthook)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FOR_THE_RUN, TO_A_WORKER})
+
+
+def _print_unless_lost(
+    printer: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    """Print an error of a worker's threads, unless the run stopped in the middle of reading.
+
+    A thread of multiprocessing's hands tensors over. It prints an error if the run closes the
+    connection, as a signal that interrupts the run's wait does.
+    """
+    place = None if trace is None else trace.tb_frame.f_code.co_filename
+    is_lost = issubclass(kind, ConnectionError | EOFError)
+    if not (is_lost and place == resource_sharer.__file__):
+        printer(kind, error, trace)
