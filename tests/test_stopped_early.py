@@ -13,6 +13,8 @@ import forked
 import pytest
 from waiting import until
 
+from regrow.processes import ranks
+from regrow.processes.signals import STOPPING
 from regrow.project import ROOT
 
 TRAIN = ROOT / "scripts" / "train.py"
@@ -83,12 +85,25 @@ def test_a_signal_while_the_data_is_read_leaves_no_folder(
     assert {path.name for path in tmp_path.iterdir()} <= {"slow_data.py", "reached", "__pycache__"}
 
 
+def test_a_process_that_is_started_with_signals_held_gets_none_before_it_asks() -> None:
+    """Else the Python of a rank that begins prints a traceback for Ctrl-C."""
+    shown = "import signal; print(sum(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+
+    def blocked() -> int:
+        command = [sys.executable, "-I", "-c", shown]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    assert blocked() == 0  # the control
+    with ranks.held():
+        assert blocked() == sum(STOPPING)
+    assert blocked() == 0
+
+
 @linux
 @both
 def test_a_signal_while_ranks_are_started_leaves_one_line(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    """Before a rank has imported anything: its Python would print a traceback for Ctrl-C."""
     process = start(tmp_path, *TWO)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until(lambda: len(children.read_text().split()) >= 2)
