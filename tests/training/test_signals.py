@@ -60,6 +60,16 @@ def test_a_signal_to_the_whole_group_while_waiting_for_data_changes_nothing(
     assert completed(tmp_path / "cut", *RUN, SMALL) == completed(tmp_path / "whole", *RUN, SMALL)
 
 
+def test_a_signal_while_the_record_is_written_stops_at_the_first_step(tmp_path: Path) -> None:
+    process = Process(tmp_path / "cut", *RUN, SMALL, stays="record", seconds=0.3)
+    process.wait_for(process.reached("record"))
+    assert (tmp_path / "cut" / "run" / "train.log").is_file()  # else nothing was written yet
+    process.process.send_signal(signal.SIGTERM)
+    interrupted(process, signal.SIGTERM)
+    assert json.loads((tmp_path / "cut" / "run" / "status.json").read_text())["step"] == 0
+    assert completed(tmp_path / "cut", *RUN, SMALL) == completed(tmp_path / "whole", *RUN, SMALL)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     return completed(tmp_path_factory.mktemp("whole"), *RUN, SLOW_TO_SAVE)
