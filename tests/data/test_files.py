@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing import resource_sharer
 from pathlib import Path
@@ -217,6 +219,47 @@ def test_a_worker_prints_nothing_if_the_run_stops_in_the_middle_of_reading(
     resource_sharer._resource_sharer.get_connection(ident).close()  # type: ignore[attr-defined]
     data.close()
     assert ("resource_sharer" in capfd.readouterr().err) is not hides
+
+
+class Holding:
+    """Its worker holds the lock of torch's event in the second batch, as it may in any moment."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        frame = sys._getframe()
+        while self.file.exists() and "done_event" not in frame.f_locals:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        if self.file.exists():
+            frame.f_locals["done_event"]._cond.acquire()
+            self.file.with_suffix(".held").touch()
+            time.sleep(60)
+        return torch.zeros(4), index % 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux")
+def test_a_worker_that_ends_with_a_lock_does_not_hold_up_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "holds"
+    data = of_ones_own(Holding(file), num_workers=1)
+    train = data.train(device=CPU)
+    assert len(list(train.epoch(0))) == 2
+    file.touch()
+
+    def read() -> None:
+        with contextlib.suppress(Exception):  # its worker ends
+            list(train.epoch(1))
+
+    threading.Thread(target=read, daemon=True).start()
+    until(file.with_suffix(".held").exists)
+    ended = threading.Thread(target=data.close, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive()
 
 
 KILLED_EARLY = """

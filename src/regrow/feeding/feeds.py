@@ -587,6 +587,8 @@ def _end_workers(items: object) -> None:
     _stop(workers)
     end = getattr(items, "_shutdown_workers", None)
     if end is not None:
+        if workers:  # one may have ended with the lock of torch's event, which `end` would wait for
+            items._workers_done_event = multiprocessing.Event()  # type: ignore[attr-defined]
         end()
 
 
