@@ -148,7 +148,7 @@ def test_an_evaluation_on_other_data_names_it_and_copies_no_linked_file(
     main([f"run={run}"])
     main([f"run={run}", "data.eval_batch_size=359"])
     out = capsys.readouterr().out
-    assert "swapped was nothing, is eval_batch_size=359; the earlier one is in" in out
+    assert "data was the run's own, is data.eval_batch_size=359; the earlier one is in" in out
     (tmp_path / "secret").write_text("secret")
     file = run / "evaluation_val.json"
     file.symlink_to(tmp_path / "secret")

@@ -11,6 +11,9 @@ from typing import Any
 
 from regrow.record.records import as_json, write_bytes, write_text
 
+# Facts of an evaluation that make it another one, with their words; `swapped` are keys of the data.
+FACTS = {"step": "step", "examples": "examples", "swapped": "data", "device": "device",
+         "precision": "precision"}  # fmt: skip
 NUM_SHOWN = 4  # metrics that a line names; the others are counted
 
 
@@ -58,11 +61,10 @@ def _line(name: str, before: bytes, new: Mapping[str, Any]) -> str:
             ("no longer measured", old["values"].keys() - new["values"].keys()),
         ):
             found += [f"{which}: {', '.join(sorted(keys))}"] if keys else []
-        facts = {"step", "examples", "swapped", "device", "precision"} & old.keys() & new.keys()
         found += [
-            f"{key} was {_plain(old[key])}, is {_plain(new[key])}"
-            for key in new
-            if key in facts and old[key] != new[key]
+            f"{words} was {_plain(old[key])}, is {_plain(new[key])}"
+            for key, words in FACTS.items()
+            if key in old and key in new and old[key] != new[key]
         ]
     except (ValueError, LookupError, TypeError, AttributeError):
         return "it was not readable"
@@ -89,5 +91,5 @@ def _shown(old: Any, new: Any) -> tuple[str, str]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={one}" for key, one in value.items()) or "nothing"
+        return ", ".join(f"data.{key}={one}" for key, one in value.items()) or "the run's own"
     return str(value)
