@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from regrow.config import rules
 from regrow.errors import DataError, UserError
 from regrow.feeding import broken_images
 from regrow.feeding.broken_images import BrokenImages, counted
@@ -108,14 +109,20 @@ def test_a_path_of_leave_out_that_is_nothing_and_a_misspelt_word_are_refused(
     make_data: Make, image_root: Path
 ) -> None:
     given = ("image_folder", *SMALL, f"root={image_root}")
-    for name in ("cat/nowhere.jpg", "cat/", "nowhere/"):
-        with pytest.raises(UserError, match=rf"leave_out: .*{name} is not a file of the data"):
-            make_data(*given, f"source.leave_out=[hidden,{name}]")
-    whole = make_data(*given)
     name = files_of(image_root)[0].relative_to(image_root)
+    (image_root / "notes.txt").touch()
+    for wrong in ("cat/nowhere.jpg", "cat/", "nowhere/", "notes.txt", f"../{name}"):
+        with pytest.raises(UserError, match=r"leave_out: .* is not a file of the data"):
+            make_data(*given, f"source.leave_out=[hidden,{wrong}]")
+    whole = make_data(*given)
     less = make_data(*given, f"source.leave_out=[{name}]")
     assert sum(less.num_examples.values()) == sum(whole.num_examples.values()) - 1
     assert less.fingerprint() != whole.fingerprint()
+    for other in (f"./{name}", f"{name.parent}//{name.name}"):
+        again = make_data(*given, f"source.leave_out=[{other}]")
+        assert again.fingerprint() == less.fingerprint()
+    schema = rules.RULES["data.source.leave_out"].schema
+    assert rules.fits(["hidden", "cat/a.jpg"], schema) and not rules.fits(["hiden"], schema)
 
 
 def test_an_error_of_other_data_stays_as_it_is(make_data: Make, image_root: Path) -> None:

@@ -57,7 +57,7 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
     told = f"{told}: {names}{more}" if several else f"It is the only one of {where}"
     them, it = ("them", "them") if several else ("the file", "it")
     override = ""
-    if len(broken) <= PASTED:
+    if len(broken) <= PASTED and all(map(str.isprintable, broken)):
         override = leaving_out(source.reading.leave_out, broken, files[first.file].root)
         way_out = f"leave {it} out: {shlex.quote(override)}"
     else:

@@ -44,11 +44,9 @@ class LeftOut:
     named: set[str] = field(default_factory=set)  # paths of `leave_out` that a walk met
 
     def check_named(self, leave_out: Iterable[str]) -> None:
-        """Raise UserError for a path in `leave_out` that no walk met, unless it is another file."""
-        for name in leave_out:
-            path = os.path.join(self.root, name)  # noqa: PTH118  as DirEntry has it
-            is_met = path in self.named or Path(path).is_file()
-            if name not in KINDS_LEFT_OUT and not is_met:
+        """Raise UserError for a path in `leave_out` that no walk met: it would have no effect."""
+        for path in named_in(leave_out, self.root):
+            if path not in self.named:
                 raise UserError(
                     f"data.source.leave_out: {shown(path)} is not a file of the data. Give a path "
                     f"below data.root={shown(self.root)}, or remove it from the list."
@@ -78,6 +76,12 @@ class LeftOut:
         """Return the line as a sentence to append to another, or ""."""
         line = str(self)
         return f" {line[0].upper()}{line[1:]}." if line else ""
+
+
+def named_in(leave_out: Iterable[str], root: Path) -> list[str]:
+    """Return the paths among `leave_out`, below `root`, as os.scandir gives them."""
+    names = [os.path.normpath(name) for name in leave_out if name not in KINDS_LEFT_OUT]
+    return [os.fspath(root / name) for name in names]
 
 
 def shown(path: str | Path) -> str:
@@ -121,8 +125,7 @@ def find_files(
     everything that is not a readable regular file are added to `left_out`. Raises DataError for a
     folder that cannot be read.
     """
-    others = [name for name in leave_out if name not in KINDS_LEFT_OUT]
-    named = {os.path.join(left_out.root, name) for name in others}  # noqa: PTH118  see check_named
+    named = frozenset(named_in(leave_out, left_out.root))
     found: list[Path] = []
     pending = [os.fspath(folder)]
     while pending:
@@ -130,7 +133,7 @@ def find_files(
         try:
             with os.scandir(current) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
-                    is_named = bool(named) and entry.path in named
+                    is_named = entry.path in named
                     reason = NAMED if is_named else _reason(entry, suffixes, leave_out)
                     if is_named:
                         left_out.named.add(entry.path)
