@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -352,10 +353,21 @@ def test_a_broken_image_says_how_to_resume_only_if_steps_were_taken(
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     (line,) = done.stderr.splitlines()
-    start = f"error: {file} is not a readable image: Truncated File Read. Fix or remove the file."
-    way_on = f"python {TRAIN} resume=run data.changed=accept"
+    start = f"error: {file} is not a readable image: Truncated File Read. It is the only one of 40"
+    skip = f"'data.source.leave_out=[hidden,empty,{file.relative_to('photos')}]'"
+    start = f"{start} images. Fix or remove the file, or leave it out: {skip}"
+    way_on = f"python {TRAIN} resume=run {skip} data.changed=accept"
     assert done.returncode == 2
-    assert line == start + (f" If this changes the data, resume with: {way_on}" if place else "")
+    assert line.partition(". With them left out")[0] == start
+    if place == 0:
+        assert line == start
+        return
+    assert f"resume with: {way_on} – or start a new run" in line
+    for more, code in (("", 2), (" data.changed=accept", 0)):  # the fingerprint has changed
+        words = shlex.split(way_on.replace(" data.changed=accept", more))[1:]
+        done = forked.run([sys.executable, *words], capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, done.stderr
+    assert "data.changed=accept" in (Path("run") / "train.log").read_text()
 
 
 def test_an_error_in_a_shipped_model_names_its_line(mine: Path, tmp_path: Path) -> None:

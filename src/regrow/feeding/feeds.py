@@ -27,6 +27,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
+from regrow.feeding.images import BrokenImage
 from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
@@ -181,7 +182,10 @@ class FileFeed:
         pin_memory: bool,
         persistent_workers: bool,
         epochs: Epochs | None = None,
+        counted: Callable[[BrokenImage], DataError] = lambda error: error,
     ) -> None:
+        """`counted` returns the error to raise for a broken image."""
+        self.counted = counted
         self.normalize, self.device, self.name = normalize, device, name
         self.items = _Seeded(dataset, name, seed, num_classes, ignore_index, epochs)
         self.is_checked = False
@@ -253,7 +257,8 @@ class FileFeed:
 
     def _batch(self, item: Any, windows: Windows, number: int, pairs: Pairs | None) -> Batch:
         if isinstance(item, _Broken):
-            raise DataError(item.message)
+            error = item.error()
+            raise self.counted(error) if isinstance(error, BrokenImage) else error
         inputs, targets, weights = item
         share = windows.share(number)
         expected = max(1, share.num_local)
@@ -349,8 +354,12 @@ class _Plan:
 class _Broken:
     """A broken example, returned by a worker as a value: torch would wrap an exception."""
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    def __init__(self, message: str, image: tuple[str, str] | None = None) -> None:
+        """`image`: the file and `what` of a BrokenImage."""
+        self.message, self.image = message, image
+
+    def error(self) -> DataError:
+        return BrokenImage(self.message, *self.image) if self.image else DataError(self.message)
 
 
 class _Seeded:
@@ -392,6 +401,8 @@ class _Seeded:
             item = self._item(epoch, index, again)
             self._check(item, index)
             return item
+        except BrokenImage as error:
+            return _Broken(str(error), (error.file, error.what))
         except DataError as error:
             return _Broken(str(error))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:

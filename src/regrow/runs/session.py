@@ -31,6 +31,7 @@ from regrow.errors import (
     in_a_line,
     machine_fault,
 )
+from regrow.feeding.broken_images import BrokenImages
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.processes.signals import before_the_run
@@ -228,8 +229,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
                 if isinstance(cause, DataError) and objects.state.step > 0:
-                    way_on = again(job, folder, "data.changed=accept")
-                    cause = DataError(f"{cause} If this changes the data, resume with: {way_on}")
+                    cause = DataError(f"{cause}{after_a_change(cause, job, folder)}")
                 note_failure(cause, folder, job, objects.state.step, world)
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
@@ -261,6 +261,19 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             watch.report()
         best: float | None = summary["best"]["value"]
         return best
+
+
+def after_a_change(error: DataError, job: Job, folder: Path) -> str:
+    """Return how to resume a run that has taken steps, once its data is repaired."""
+    accepted = f"{resume.CHANGED}=accept"
+    if not isinstance(error, BrokenImages):
+        return f" If this changes the data, resume with: {again(job, folder, accepted)}"
+    more = (error.leave_out, accepted) if error.leave_out else (accepted,)
+    what = "left out" if error.leave_out else "removed"
+    return (
+        f". With them {what}, resume with: {again(job, folder, *more)} – or start a new run if val "
+        "or test are cut from train, as they are then cut again"
+    )
 
 
 def trial_of(job: Job, objects: Objects, world: World) -> Any:
