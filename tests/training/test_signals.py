@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,3 +158,23 @@ def test_a_signal_within_a_destructor_stops_the_next_wait() -> None:
         for item in stop.while_waiting(items()):
             seen.append(item)
     assert seen == [1, 2]  # and no warning of an exception that Python dropped
+
+
+def test_a_signal_leaves_no_lock_of_a_queue_taken() -> None:
+    lock = threading.Lock()
+
+    def put() -> None:
+        lock.acquire()  # as multiprocessing.Queue does, with a moment before its `with` holds
+        signal.raise_signal(signal.SIGTERM)
+        lock.release()
+
+    def take() -> None:  # the control: any other function is interrupted
+        lock.acquire()
+        signal.raise_signal(signal.SIGTERM)
+        lock.release()
+
+    for ask, is_taken in ((put, False), (take, True)):
+        with pytest.raises(Interrupted), StopRequest() as stop:
+            for _ in stop.while_waiting(ask() or number for number in range(2)):
+                pass
+        assert lock.locked() is is_taken

@@ -70,12 +70,17 @@ class StopRequest:
                 return
             os._exit(128 + number)
         self.signal, self._noted = signal.Signals(number), time.monotonic()
-        if self._waiting and not _is_in_a_destructor(frame):
+        if self._waiting and not _must_finish(frame):
             raise Interrupted
 
 
-def _is_in_a_destructor(frame: FrameType | None) -> bool:
-    """Return True within a `__del__`: Python drops what it raises, and prints a traceback."""
-    while frame is not None and frame.f_code.co_name != "__del__":
+# Python drops what a destructor raises, and prints a traceback. A queue's `put`, by which a run
+# asks its data workers for batches, may have taken a lock that nothing would then release.
+UNINTERRUPTED = {"__del__", "put"}
+
+
+def _must_finish(frame: FrameType | None) -> bool:
+    """Return True within a function that an exception must not interrupt."""
+    while frame is not None and frame.f_code.co_name not in UNINTERRUPTED:
         frame = frame.f_back
     return frame is not None
