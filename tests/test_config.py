@@ -16,11 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from running import composed
 
 from regrow.cli.entry import check_arguments
+from regrow.cli.help import OF_HYDRA
 from regrow.config import entries, own_modules, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
 from regrow.config.explain import composition_error, wrong_options
 from regrow.config.hydras import refuse_typed
+from regrow.config.leads import RECIPES
 from regrow.config.own_modules import import_own_modules
 from regrow.config.resume import SWEEP, expand
 from regrow.config.targets import allow, instantiate, is_allowed, locate
@@ -484,6 +486,43 @@ def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int =
     )  # fmt: skip
     assert done.returncode == code and list(folder.iterdir()) == [], done.stderr
     return done.stdout + done.stderr
+
+
+NEEDS_A_NEIGHBOUR = re.compile(r"\blikewise\b|\bditto\b|\bas above\b|^the same\b", re.I)
+
+
+def faults_of_comments(entry: entries.Entry, path: str) -> list[str]:
+    """Return the keys below an option that lack a comment, or whose comment needs another's.
+
+    A node's own keys explain it.
+    """
+    found = []
+    for name, each in entry.below.items():
+        key = f"{path}.{name}"
+        is_bare = not each.comment and not each.below and name not in OF_HYDRA
+        if is_bare or NEEDS_A_NEIGHBOUR.search(each.comment):
+            found.append(key)
+        found += faults_of_comments(each, key)
+    return found
+
+
+def test_each_key_has_a_comment_that_stands_alone(tmp_path: Path) -> None:
+    found = []
+    for file in sorted(CONF.glob("*/*.yaml")):
+        if file.parent.name not in (*RECIPES, "local"):
+            option = entries.option(file.parent.name, file.stem, entries.in_conf)
+            found += faults_of_comments(option, f"{file.parent.name}={file.stem}")
+    primary = entries.of_file(CONF / "train.yaml", "train")
+    found += [k for k in faults_of_comments(primary, "train") if not k.startswith("train.hydra.")]
+    assert found == []
+    mine = tmp_path / "mine.yaml"  # the negative controls
+    mine.write_text(
+        "a: 1 # of the first\nb: 2 # likewise\nc: 3\nd: ${.a}\ne: ${.c}\nf:\n  g: 1 # the same\n"
+        "_target_: x.Y\n"
+    )
+    option = entries.option("data", "mine", lambda group, name: mine)
+    assert option.below["d"].comment == "of the first"
+    assert faults_of_comments(option, "data") == ["data.b", "data.c", "data.e", "data.f.g"]
 
 
 def test_help_fits_on_a_screen_and_shows_keys_and_groups(tmp_path: Path) -> None:
