@@ -13,7 +13,7 @@ from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import keys_of
 from regrow.errors import UserError
-from regrow.project import CONF
+from regrow.project import CONF, ROOT
 
 _WORD = r"[\w.]+(?: \([^)]*\))?"
 _WORDS = re.compile(rf"{_WORD}(?:, {_WORD})+")
@@ -108,6 +108,30 @@ def repeated(path: str, value: Any) -> str:
     parts = path.split(".")
     above = parts[: max(len(parts) - len(found[1]), 0)] if found[1] else []
     return ".".join([*above, found[2]])
+
+
+def inherited(group: str, name: str, seen: tuple[str, ...] = ()) -> list[str]:
+    """Return the options of its group that an option inherits from, the nearest first."""
+    path = places.file_of(group, name)
+    defaults = (read_yaml(path) or {}).get("defaults") if path is not None else None
+    found: list[str] = []
+    for parent in reversed(defaults if isinstance(defaults, list) else []):
+        if isinstance(parent, str) and parent not in ("_self_", name, *seen):
+            found += [parent, *inherited(group, parent, (*seen, name))]
+    return unique(found)
+
+
+def set_at(group: str, name: str, key: str) -> str:
+    """Return file:line where an option, or one that it inherits from, sets a key; "" if nowhere.
+
+    `key` is dotted, without the group. The group "" is for primary configs, such as train.
+    """
+    for each in (name, *inherited(group, name)):
+        path = places.file_of(group, each)
+        if path is not None and key in (keys := keys_of(path)):
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            return f"{shown}:{keys[key].line}"
+    return ""
 
 
 def of_file(path: Path, name: str) -> Entry:
