@@ -79,7 +79,7 @@ BAD = {
     "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
     "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
-    "data.image_size=64": "Here that is data.input_shape='[channels,height,width]'",
+    "data.image_size=64": "channels first: 'data.input_shape=[3,64,64]'",
     "data.input_shape=64": "channels first: 'data.input_shape=[3,64,64]'",
     "data.seed=zzz": "data.seed=zzz must be an integer of at least 0.",
     "trainer.deterministic=null": "trainer.deterministic=null must be true or false.",
@@ -657,7 +657,9 @@ def test_images_a_folder_too_deep_or_an_empty_class_are_told(
     assert ("cat 2, dog 3, x 0" in said) == is_right
 
 
-def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all() -> None:
+def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = {"_target_": "fractions.Fraction", "numerater": 1}
     allow(node)
     with pytest.raises(UserError, match=r"unexpected keyword argument 'numerater'.*Did you mean n"):
@@ -666,6 +668,15 @@ def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all() -> None:
     with pytest.raises(UserError, match=r"'zzz'\. It takes numerator, denominator"):
         instantiate(node)
     assert instantiate({"_target_": "fractions.Fraction", "numerator": 1}) == 1
+    # The negative control: the refusal comes from inside the target, whose arguments do not matter.
+    text = "def made(numerater=0):\n    import fractions\n    return fractions.Fraction(zzz=1)\n"
+    (tmp_path / "refusing_inside.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    node = {"_target_": "refusing_inside.made", "numerater": 1}
+    allow(node)
+    with pytest.raises(UserError, match="unexpected keyword argument 'zzz'") as caught:
+        instantiate(node)
+    assert "takes" not in str(caught.value) and "Did you mean" not in str(caught.value)
 
 
 def test_help_of_a_recipe_shows_what_it_sets(tmp_path: Path) -> None:
