@@ -17,6 +17,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.errors import UserError, printable
 from regrow.failing import in_one_line
+from regrow.record.earlier import differences, write_over
 from regrow.record.output import refuse_existing, write_text
 
 OPTIONS = {
@@ -26,7 +27,10 @@ OPTIONS = {
     "device": Option(
         "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
     ),
-    "output": Option("a .json file; without it evaluation_<split>.json in the run's folder"),
+    "output": Option(
+        "a .json file; without it evaluation_<split>.json in the run's folder (an earlier one of "
+        "other numbers stays, as ….1.json)"
+    ),
     "overwrite": Option("write over a file that is there", False, kind="boolean"),
 }
 
@@ -42,7 +46,7 @@ def evaluate(options: Arguments) -> None:
     if output is not None:
         refuse_existing(output, options["overwrite"])
     # these import torch: only after the arguments are checked
-    from regrow.record.records import as_json, load_summary, write_json
+    from regrow.record.records import as_json, load_summary
     from regrow.runs.console import console
     from regrow.runs.inference import draws_of, other_draws
     from regrow.runs.inference import evaluate as measured
@@ -77,12 +81,13 @@ def evaluate(options: Arguments) -> None:
         "values": values,
         "draws": draws.drawn,
     }
+    before = ""
     if output is not None:
         write_text(as_json(content), output, overwrite=options["overwrite"])
     else:
         output = run.folder / name
         try:
-            write_json(output, content)
+            before = write_over(output, content)
         except OSError as error:
             raise UserError(
                 f"{output} cannot be written: {error.strerror}. Name a file: output=….json"
@@ -96,6 +101,8 @@ def evaluate(options: Arguments) -> None:
             "\nThe model or its loss draws random numbers in evaluation, so these numbers may "
             f"differ from the run's own: {'; '.join(reasons)}."
         )
+    if before:
+        print(printable(f"\n{before}."))
     print(f"\nwritten: {output}")
 
 
@@ -114,7 +121,9 @@ def compared(told: Mapping[str, float], values: Mapping[str, float]) -> str:
             for key in both
         )
         # Another number of processes or threads changes the order of summation.
-        result = "the same but for rounding" if is_close else "other numbers"
+        result = "the same but for rounding"
+        if not is_close:
+            result = f"other numbers: {differences(told, values)}"
     for which, keys in (
         ("it did not measure", values.keys() - told.keys()),
         ("this evaluation does not measure", told.keys() - values.keys()),

@@ -6,7 +6,8 @@ The input is an image, a folder of images, an .npy array (N, …) in the data's 
 .csv with the columns that the run was trained on. The output has a line per example: its name, the
 predicted class and the probability of each, or the value in the targets' own units; the first ones
 and the number of each class are printed. For a segmentation, the output is a folder with a mask per
-example, as PNG.
+example, as PNG. Without output=, it is written to the current folder, as predictions.csv or, for
+masks, predictions/.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
-from regrow.config.recorded import gives_masks
-from regrow.errors import UserError
+from regrow.config.recorded import gives_masks, refuse_other_folder
+from regrow.errors import UserError, printable
 from regrow.failing import in_one_line
 from regrow.record.output import (
     refuse_existing,
@@ -31,7 +32,10 @@ from regrow.record.output import (
 OPTIONS = {
     "run": Option("the run's folder", required=True),
     "input": Option("an image, a folder of images, .npy or .csv", required=True),
-    "output": Option("the .csv file to write, or the folder of masks; else predictions(.csv)"),
+    "output": Option(
+        "the .csv file to write, or the folder of masks; without it predictions.csv, or "
+        "predictions/ for masks, in the current folder"
+    ),
     "overwrite": Option("write over a file that is there", False, kind="boolean"),
     "checkpoint": Option("best, last or one by name, such as step_00000460", "best"),
     "device": Option(
@@ -48,14 +52,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def predict(options: Arguments) -> None:
-    source, has_masks = Path(options["input"]), gives_masks(Path(options["run"]))
-    output = Path(options["output"] or ("predictions" if has_masks else "predictions.csv"))
+    folder, source = Path(options["run"]), Path(options["input"])
+    refuse_other_folder(folder, folder)
     if not source.exists():
         raise UserError(f"input={source} does not exist. Give an image, a folder, .npy or .csv.")
+    has_masks = gives_masks(folder)
+    default = Path.cwd() / ("predictions" if has_masks else "predictions.csv")
+    output = Path(options["output"] or default)
     if output.exists() and output.samefile(source):
         raise UserError(f"output={output} is the input itself. Choose another name.")
     overwrite = options["overwrite"]
     (refuse_existing_folder if has_masks else refuse_existing)(output, overwrite)
+    if not options["output"]:
+        print(printable(f"writes to {output}; output=… names another place\n"), flush=True)
     # these import torch: only after the arguments are checked
     from tqdm import tqdm
 

@@ -119,6 +119,7 @@ BAD = {
     "data=digit_scenes task=segmentation data.mixing={_target_:lab.data.augment.CutMix,alpha:1}": (
         "data.mixing=CutMix does not fit task=segmentation: a mask of class indices"
     ),
+    "data=text task=language model=gpt data.sampling={column:w}": "does not fit task=language",
     "data=diabetes task=regression data.sampling=balanced": "its targets are values, not classes",
     "data.transforms=[3]": "data.transforms=[3] must be a list of nodes, each with a _target_.",
     "data.batch_size=[1]": "data.batch_size=[1] must be an integer",

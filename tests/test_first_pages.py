@@ -84,11 +84,15 @@ def test_the_first_five_minutes_work_in_a_fresh_clone(tmp_path: Path) -> None:
 def test_a_model_on_a_folder_of_images_works_as_the_readme_prints_it(tmp_path: Path) -> None:
     project = as_a_user(tracked(tmp_path / "project"))
     draws = np.random.default_rng(0)
+    (project / "new_photos").mkdir()
     for name, size in (("cat", (40, 1)), ("dog", (1, 40))):
         (project / "photos" / name).mkdir(parents=True)
-        for number in range(60):
+        for number in range(90):
             stripes = Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8))
-            stripes.resize((150, 100)).save(project / "photos" / name / f"{number} .jpg")
+            place = (
+                f"photos/{name}/{number} .jpg" if number < 60 else f"new_photos/{name} {number}.jpg"
+            )
+            stripes.resize((150, 100)).save(project / place)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.partition("## Your model on your images")[2].partition("\n## ")[0]
     said = follow(section, project)
@@ -97,7 +101,9 @@ def test_a_model_on_a_folder_of_images_works_as_the_readme_prints_it(tmp_path: P
     assert json.loads((run / "summary.json").read_text())["test"]["test/accuracy"] > 0.8
     assert (run / "report.html").is_file()
     with (project / "predictions.csv").open() as file:
-        assert [row["prediction"] for row in csv.DictReader(file)].count("cat") > 48
+        rows = list(csv.DictReader(file))
+    assert [*rows[0]] == ["input", "prediction", "probability/cat", "probability/dog"]
+    assert sum(Path(row["input"]).name.startswith(row["prediction"]) for row in rows) > 48
 
 
 def test_the_refusal_that_the_first_page_shows_is_that_of_the_command() -> None:

@@ -238,7 +238,7 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     record = json.loads((copy / ".template" / "record.json").read_text())
     assert record["template"] == "Regrow" and record["package"] == "deep_fish"
     readme = (copy / "README.md").read_text()
-    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 50
+    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 70
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link

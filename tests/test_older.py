@@ -319,6 +319,12 @@ def test_a_run_keeps_the_default_that_it_recorded(
 
     assert resumed() == 256 and "data.source.resize=256" in caplog.text
     assert resumed(300, "data.source.resize=300") == 300
+    before["data"]["source"]["resize"] = 320  # not the earlier default
+    (folder / "config.yaml").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"data\.source\.resize was 320 and would be auto"):
+        resumed()
+    before["data"]["source"]["resize"] = 256
+    (folder / "config.yaml").write_text(json.dumps(before))
     monkeypatch.setattr(of_lab, "EARLIER_DEFAULTS", ())  # the negative control
     with pytest.raises(UserError, match=r"data\.source\.resize was 256 and would be auto"):
         resumed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -227,6 +228,58 @@ def test_the_same_error_in_a_later_step_keeps_its_traceback(mine: Path, tmp_path
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 1
 
 
+# The content of a module, its line, and what is said of it.
+WHOLE = " HYDRA_FULL_ERROR=1 shows the whole traceback."
+FAILED_IMPORTS = {
+    "import torch\nimport absent.part\n": (
+        2, "ModuleNotFoundError: No module named 'absent'. Install absent, or correct that line.",
+    ),
+    "\nimport failing\n": (  # a package that the name of the module begins with
+        2, "ModuleNotFoundError: No module named 'failing'. Install failing, or correct that line.",
+    ),
+    "class Net(:\n    pass\n": (1, "SyntaxError: invalid syntax. Correct that line."),
+    "import json\n\nwidth = json.loads('{')\n": (
+        3, "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1). Correct that line.",
+    ),
+    "from torch.nn import Liner\n": (1, "ImportError: cannot import name 'Liner' from"),
+    "import sys\nsys.exit(3)\n": (
+        2, "SystemExit: 3. Put what only a script does under if __name__ == \"__main__\".",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FAILED_IMPORTS)
+def test_a_module_that_cannot_be_imported_is_named_with_its_line(
+    content: str, tmp_path: Path
+) -> None:
+    line, words = FAILED_IMPORTS[content]
+    module = tmp_path / "own" / "failing_models.py"
+    (module.parent / "conf").mkdir(parents=True)
+    module.write_text(content)
+    done = start(module.parent, tmp_path, "model._target_=failing_models.Net", "hydra.run.dir=run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    where = f"importing failing_models failed at {module}:{line}: "
+    assert f"model._target_=failing_models.Net: {where}{words}" in done.stderr
+    assert done.stderr.endswith(WHOLE + "\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_module_that_is_not_there_and_one_of_a_library_get_other_words(
+    mine: Path, tmp_path: Path
+) -> None:
+    """The negative control: neither is a line of the user's."""
+    for target in ("absent_models.Net", "my_models.absent.Net"):
+        done = start(mine, tmp_path, f"model._target_={target}")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "failed at" not in done.stderr and "there is no " in done.stderr
+    installed = tmp_path / "site-packages" / "fragile.py"
+    (installed.parent / "conf").mkdir(parents=True)
+    installed.write_text("def check():\n    raise OSError('no driver')\n\n\ncheck()\n")
+    done = start(installed.parent, tmp_path, "model._target_=fragile.Net")
+    assert f"importing fragile failed at {installed}:2: OSError: no driver. Cor" in done.stderr
+
+
 BROKEN_ENGINE = f"""
 import runpy, sys
 from regrow.runs import model_checks
@@ -300,10 +353,21 @@ def test_a_broken_image_says_how_to_resume_only_if_steps_were_taken(
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     (line,) = done.stderr.splitlines()
-    start = f"error: {file} is not a readable image: Truncated File Read. Fix or remove the file."
-    way_on = f"python {TRAIN} resume=run data.changed=accept"
+    start = f"error: {file} is not a readable image: Truncated File Read. It is the only one of 40"
+    skip = f"'data.source.leave_out=[hidden,empty,{file.relative_to('photos')}]'"
+    start = f"{start} images. Fix or remove the file, or leave it out: {skip}"
+    way_on = f"python {TRAIN} resume=run {skip} data.changed=accept"
     assert done.returncode == 2
-    assert line == start + (f" If this changes the data, resume with: {way_on}" if place else "")
+    assert line.partition(". With them left out")[0] == start
+    if place == 0:
+        assert line == start
+        return
+    assert f"resume with: {way_on} – or start a new run" in line
+    for more, code in (("", 2), (" data.changed=accept", 0)):  # the fingerprint has changed
+        words = shlex.split(way_on.replace(" data.changed=accept", more))[1:]
+        done = forked.run([sys.executable, *words], capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, done.stderr
+    assert "data.changed=accept" in (Path("run") / "train.log").read_text()
 
 
 def test_an_error_in_a_shipped_model_names_its_line(mine: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from regrow.config.job import Job, job_of
 from regrow.errors import UserError
 from regrow.project import ROOT
 from regrow.runs import launch, preview, training
-from regrow.runs.banner import config_tree
+from regrow.runs.banner import config_tree, unread_root
 
 GAN = ("--config-dir", str(ROOT / "src" / "lab" / "examples" / "gan" / "conf"))
 
@@ -333,6 +333,10 @@ def test_a_root_that_the_data_does_not_read_is_named(tmp_path: Path) -> None:
     said = train(tmp_path, "--check", "data.root=photos", *GIVEN)
     assert "data.root=photos has no effect: data=synthetic reads no folder" in said
     assert "has no effect" not in train(tmp_path, "--check", *GIVEN)
+    for source, lines in ({"root": "${data.root}"}, 0), ({}, 1):
+        data = {"root": "photos", "source": source}
+        job = Job({"data": data}, None, ["data.root=photos"], {"data": "mine"}, {}, [])
+        assert len(unread_root(job)) == lines
 
 
 def test_a_start_names_the_interrupted_run_of_the_same_command(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ cluster on this machine, and `needs template` puts a checkout of the template be
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -21,8 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import slurm
+from PIL import Image
 
 from regrow.project import ROOT
 
@@ -134,6 +137,29 @@ def test_a_recipe_works_as_printed(page: Path, made: Path, tmp_path: Path) -> No
         cluster.mkdir()
         with slurm.running(cluster) as environment:
             follow(text, project, SLURM_CONF=environment["SLURM_CONF"])
+
+
+def striped(photos: Path) -> None:
+    """Write 60 images with stripes along each side, as classes `cat` and `dog`."""
+    draws = np.random.default_rng(0)
+    for name, size in (("cat", (40, 1)), ("dog", (1, 40))):
+        (photos / name).mkdir(parents=True)
+        for number in range(60):
+            stripes = Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8))
+            stripes.resize((150, 100)).save(photos / name / f"{number} .jpg")
+
+
+@pytest.mark.slow
+def test_the_readme_of_a_new_project_works_as_printed(made: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(made, project, symlinks=True)
+    striped(project / "photos")
+    text = (project / "README.md").read_text(encoding="utf-8")
+    assert [file for file, _ in blocks(text)] == ["my_models.py", "conf/model/small.yaml", None]
+    said = follow(text, project)
+    assert "60 predictions" in said
+    summary = json.loads((project / "outputs/image_folder/latest/summary.json").read_text())
+    assert summary["test"]["test/accuracy"] > 0.8
 
 
 def test_files_are_written_and_commands_are_run_in_the_order_of_the_page(tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ ADDED_KEYS = (
     AddedKey("lab.options.TrainerOptions", "find_faults", False),
 )
 # Defaults in conf/ that have changed: a run that recorded the earlier one keeps it.
-EARLIER_DEFAULTS = (EarlierDefault(IMAGE_FOLDER, "resize", 256),)
+EARLIER_DEFAULTS = (
+    EarlierDefault(IMAGE_FOLDER, "resize", 256),
+    EarlierDefault("torch.optim.AdamW", "weight_decay", 0.5),
+)
 # Keys that the code no longer accepts, by `_target_`; another key replaces each.
 REMOVED_KEYS = tuple(
     (f"lab.tasks.tasks.{task}", "mode")  # trainer.mode

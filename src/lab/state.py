@@ -63,6 +63,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     evaluates: str = field(default="", metadata=FOLLOWS)  # the evaluated one of several models
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
+    has_streak: bool = field(default=True, metadata=FOLLOWS)  # False: skips[1] is zero
 
     @property
     def step(self) -> int:
@@ -142,7 +143,9 @@ class TrainState:
             weight = average_weight(self, options, step)
             update_average(self.averaged, self.model, weight, skipped)
         self.sums.add_(totals, skipped)
-        skipped.count_in(self.skips, self.empty_steps)
+        if self.has_streak or not skipped.is_known_not:  # else there is nothing to count
+            skipped.count_in(self.skips, self.empty_steps)
+            self.has_streak = not skipped.is_known_not
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that an update changes."""
@@ -237,6 +240,7 @@ class TrainState:
                 f"{added.__name__}. Otherwise start a new run with init_from=…"
             )
         self.progress = Progress(**{name: progress[name] for name in vars(self.progress)})
+        self.has_streak = True
         for name, own in plain.items():
             if name == "sums":
                 self.sums.load_(progress[name])

@@ -3,12 +3,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +184,82 @@ def test_a_worker_ignores_the_signals_of_the_run(same: Same) -> None:
     assert same([*begun, *batches], first) and same(list(train.epoch(1)), second)
     assert multiprocessing.active_children() == [worker]
     data.close()
+
+
+class Handing:
+    """Its worker hands something over to any process that asks at the address in a file."""
+
+    def __init__(self, file: Path, *, hides: bool) -> None:
+        self.file, self.hides = file, hides
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not self.hides:
+            sys.excepthook = sys.__excepthook__
+        sharer = resource_sharer._resource_sharer  # type: ignore[attr-defined]
+        self.file.write_bytes(pickle.dumps(sharer.register(lambda *_: None, lambda: None)))
+        return torch.zeros(4), index % 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux")
+@pytest.mark.parametrize("hides", [True, False], ids=["hidden", "the negative control"])
+def test_a_worker_prints_nothing_if_the_run_stops_in_the_middle_of_reading(
+    hides: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a signal does that interrupts the run's wait for a batch."""
+    file = tmp_path / "address"
+    data = of_ones_own(Handing(file, hides=hides), num_workers=1)
+    next(data.train(device=CPU).epoch(0))
+    ident = pickle.loads(file.read_bytes())
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as half_made:
+            half_made.connect(ident[0])
+    resource_sharer._resource_sharer.get_connection(ident).close()  # type: ignore[attr-defined]
+    data.close()
+    assert ("resource_sharer" in capfd.readouterr().err) is not hides
+
+
+class Holding:
+    """Its worker holds the lock of torch's event in the second batch, as it may in any moment."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        frame = sys._getframe()
+        while self.file.exists() and "done_event" not in frame.f_locals:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        if self.file.exists():
+            frame.f_locals["done_event"]._cond.acquire()
+            self.file.with_suffix(".held").touch()
+            time.sleep(60)
+        return torch.zeros(4), index % 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux")
+def test_a_worker_that_ends_with_a_lock_does_not_hold_up_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "holds"
+    data = of_ones_own(Holding(file), num_workers=1)
+    train = data.train(device=CPU)
+    assert len(list(train.epoch(0))) == 2
+    file.touch()
+
+    def read() -> None:
+        with contextlib.suppress(Exception):  # its worker ends
+            list(train.epoch(1))
+
+    threading.Thread(target=read, daemon=True).start()
+    until(file.with_suffix(".held").exists)
+    ended = threading.Thread(target=data.close, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive()
 
 
 KILLED_EARLY = """

@@ -17,6 +17,7 @@ from running import TINY, as_hydra_has_it, composed
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import plots, report
+from regrow.record.earlier import differences
 from regrow.record.loggers import Jsonl
 from regrow.runs import training as runs
 from regrow.runs import trial
@@ -161,7 +162,17 @@ def test_a_new_metric_is_named_and_the_others_compared() -> None:
     new = "the same; it did not measure test/f1"
     assert compared(told, {**told, "test/f1": 1.0}) == new
     assert compared({**told, "test/f1": 1.0}, told).endswith("does not measure test/f1")
-    assert compared(told, {**told, "test/loss": 0.6, "test/f1": 1.0}).startswith("other numbers")
+    other = compared(told, {**told, "test/loss": 0.6, "test/f1": 1.0})
+    assert other == "other numbers: loss was 0.5, is 0.6; it did not measure test/f1"
+
+
+def test_differences_of_many_metrics_are_counted_and_close_ones_have_all_digits() -> None:
+    old = {"test/loss": 0.5, "test/nan": float("nan"), "test/f1/zero": 0.25}
+    new = {"test/loss": 0.5000001, "test/nan": float("nan"), "test/f1/zero": 0.75}
+    assert differences(old, new) == "loss was 0.5, is 0.5000001; f1/zero was 0.25, is 0.75"
+    many = {f"test/m{index}": index for index in range(6)}
+    assert differences(many, dict.fromkeys(many, 9)).endswith("m3 was 3, is 9; 2 more differ")
+    assert differences(many, {**many}) == ""
 
 
 def test_a_moved_run_predicts_without_the_source_of_its_data(

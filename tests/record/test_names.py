@@ -99,7 +99,8 @@ def test_a_link_or_a_pipe_in_a_runs_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lock_clears_up_after_a_writer_of_its_own_alone(tmp_path: Path) -> None:
-    own = (".status.json.12.tmp", ".weights.pt.tmp", ".git.2.diff.7.tmp", ".results.csv.1.tmp")
+    own = (".status.json.12.tmp", ".weights.pt.tmp", ".git.2.diff.7.tmp", ".results.csv.1.tmp",
+           ".evaluation_test.json.3.tmp", ".evaluation_test.1.json.3.tmp")  # fmt: skip
     others = (".notes.tmp", ".notes.txt.12.tmp", "status.json.12.tmp", ".status.json.tmp")
     make(tmp_path, *own, *others)
     with Lock(tmp_path):

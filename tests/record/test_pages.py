@@ -241,6 +241,23 @@ def test_rates_of_a_short_run_are_left_out_with_one_line(tmp_path: Path) -> None
         assert (said in page.text) == is_short
 
 
+@pytest.mark.parametrize(
+    ("losses", "is_there"),
+    [([], False), ([0.5], False), ([0.5, 0.4], False), ([0.5, 0.4, 0.3], True),
+     ([math.nan], True)],
+)  # fmt: skip
+def test_the_legend_names_single_steps_only_if_enough_are_drawn(
+    losses: list[float], is_there: bool
+) -> None:
+    of_steps = [{"step": 50 * n, "train/loss": loss} for n, loss in enumerate(losses, 1)]
+    of_epochs = [{"step": 4 * n, "train/epoch_loss": 0.5, "val/loss": 0.6} for n in range(1, 41)]
+    (panel,) = plots.curves([*of_steps, *of_epochs])
+    names = [line.name for line in panel.lines]
+    assert names == ["train, single steps"] * is_there + ["train", "val"]
+    (single,) = plots.curves(of_steps) or [plots.Panel("loss", [])]  # without whole epochs
+    assert [len(line.steps) for line in single.lines] == [len(losses)] * bool(losses)
+
+
 def test_the_throughput_counts_the_examples_of_smaller_last_batches(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")  # 12 epochs of 1,257 examples in 21.4 s
     assert report.load(folder).examples_per_second is None  # an unknown batch

@@ -112,6 +112,51 @@ def test_what_is_printed_and_written(
     assert read_json(run / "evaluation_val_last.json")["step"] == 60
 
 
+def test_an_earlier_evaluation_of_other_numbers_is_told_and_stays(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(digits, tmp_path / "copy", symlinks=True)
+    file, kept = run / "evaluation_test.json", run / "evaluation_test.1.json"
+    main([f"run={run}"])
+    first = file.read_text()
+    assert file.name not in capsys.readouterr().out.replace(str(file), "")
+    main([f"run={run}"])
+    assert "\nevaluation_test.json: as before.\n" in capsys.readouterr().out
+    assert file.read_text() == first and not kept.exists()
+    old = read_json(file)
+    right = old["values"]["test/accuracy"]
+    old["values"]["test/accuracy"] = 0.5
+    edited = json.dumps(old)
+    for _ in range(2):  # the same numbers again are not kept twice
+        file.write_text(edited)
+        main([f"run={run}"])
+        told = f"evaluation_test.json: accuracy was 0.5, is {right:.5g}; the earlier one is in"
+        assert f"\n{told} evaluation_test.1.json.\n" in capsys.readouterr().out
+        assert kept.read_text() == edited and file.read_text() == first
+        assert sorted(run.glob("evaluation_*")) == [kept, file]
+    for damaged in ("{", '{"values": 1}'):
+        file.write_text(damaged)
+        main([f"run={run}"])
+        assert "it was not readable; the earlier" in capsys.readouterr().out
+    assert (run / "evaluation_test.3.json").read_text() == damaged
+
+
+def test_an_evaluation_on_other_data_names_it_and_copies_no_linked_file(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(digits, tmp_path / "copy", symlinks=True)
+    main([f"run={run}"])
+    main([f"run={run}", "data.eval_batch_size=359"])
+    out = capsys.readouterr().out
+    assert "data was the run's own, is data.eval_batch_size=359; the earlier one is in" in out
+    (tmp_path / "secret").write_text("secret")
+    file = run / "evaluation_val.json"
+    file.symlink_to(tmp_path / "secret")
+    main([f"run={run}", "split=val"])
+    assert "secret" not in "".join(path.read_text() for path in run.glob("evaluation_*"))
+    assert (tmp_path / "secret").read_text() == "secret" and not file.is_symlink()
+
+
 def test_another_checkpoint_gives_other_numbers(digits: Path, tmp_path: Path) -> None:
     best = evaluated(digits, "split=train", output=tmp_path)
     names = sorted(path.name for path in (digits / "checkpoints").glob("step_*"))

@@ -160,6 +160,45 @@ def test_nothing_is_overwritten_unasked(
         main([f"run={digits}", f"input={source}", f"output={source}", "overwrite=true"])
 
 
+def test_run_and_input_are_checked_before_an_output_that_exists(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.csv").write_text("precious")
+    np.save(tmp_path / "one.npy", np.zeros((8, 8)))
+    right = {"run": digits, "input": tmp_path / "one.npy", "output": tmp_path / "out.csv"}
+    for changed, message in (
+        ({"run": tmp_path / "misspelt"}, "run's folder (there is no such folder)"),
+        ({"run": tmp_path}, "run's folder (it holds no config.yaml)"),
+        ({"input": tmp_path / "misspelt"}, "misspelt does not exist"),
+        ({}, "out.csv exists already"),
+    ):
+        with one_line_and_exit_code_2(capsys, message):
+            main([f"{key}={value}" for key, value in (right | changed).items()])
+
+
+def test_without_an_output_the_first_line_has_its_full_path(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("one.npy", np.zeros((8, 8)))
+    main([f"run={digits}", "input=one.npy"])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"writes to {tmp_path / 'predictions.csv'}; output=… names another place"
+    assert last.endswith(f" in {tmp_path / 'predictions.csv'}")
+    assert (tmp_path / "predictions.csv").read_text().startswith("input,prediction")
+    with one_line_and_exit_code_2(capsys, f"output={tmp_path / 'predictions.csv'} exists already"):
+        main([f"run={digits}", "input=one.npy"])
+    main([f"run={digits}", "input=one.npy", "output=other.csv"])
+    assert "writes to" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert "predictions/ for masks, in the current folder" in told
+
+
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
 
@@ -233,6 +272,7 @@ def test_a_value_that_is_nan_is_shown(diabetes: Path, tmp_path: Path) -> None:
     [
         (["run=DIGITS"], "input must be given: add input=…"),
         (["run=DIGITS", "input=nowhere.png"], "input=nowhere.png does not exist."),
+        (["run=nowhere", "input=DIGITS"], "run=nowhere: not a run's folder (there is no such"),
         (["run=DIGITS", "input=DIGITS", "output=."], "output=. is a folder. Name a file"),
         (["run=DIGITS", "input=DIGITS", "output=/no/such/x.csv"], "there is no folder /no/such"),
         (

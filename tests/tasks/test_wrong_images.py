@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from regrow.distributed.parallel import World
 from regrow.feeding.batch import Batch
-from regrow.record import pictures, report
+from regrow.record import pages, pictures, report
 from regrow.record.records import read_json
 from regrow.runs import banner
 from regrow.runs.launch import launch
@@ -58,7 +59,8 @@ def test_the_wrong_ones_are_chosen_in_order_with_their_pixels() -> None:
     assert wrong["probability"] == pytest.approx([float(logits[0].double().softmax(0)[0])] * 3)
     local = wrong_of(inputs, targets, logits, num_local=2)
     assert local["wrong"]["true"] == ["one"]  # padding does not count
-    assert wrong_of(inputs, logits.argmax(1), logits) == {}
+    assert whole["images"] == 4 and local["images"] == 2
+    assert wrong_of(inputs, logits.argmax(1), logits) == {"images": 5}
     for others in (inputs[:, 0, 0], (inputs, inputs), inputs.long()):
         assert wrong_of(others, targets, logits) == {}
     assert wrong_of(inputs, targets, logits[..., None]) == {}  # an output per place
@@ -132,7 +134,9 @@ def test_a_wrong_image_from_a_file_is_named(
     for file in wrong["file"]:
         escaped = file.replace("&", "&amp;")
         assert f'title="{escaped}"' in page and f'alt="{escaped}: true ' in page
-        assert f"<span class=file>{escaped}</span>" in page
+        shown = escaped.replace(" ", " <wbr>").replace("/", "/<wbr>").replace(".png", ".<wbr>png")
+        assert f'<span class=file title="{escaped}">{shown}</span>' in page
+    assert "classified correctly" not in page
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,65 @@ def test_a_wrong_image_from_a_file_is_named(
 )  # fmt: skip
 def test_a_run_offers_to_predict_for_data_in_files(source: str, files: str) -> None:
     assert banner._new_files({"source": {"_target_": f"lab.data.datasets.{source}"}}) == files
+
+
+def test_a_set_without_a_wrong_image_is_told_in_a_sentence(tmp_path: Path) -> None:
+    inputs, targets = torch.zeros(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64)
+    right, false = torch.eye(3)[targets], torch.eye(3)[targets + 1]
+
+    def page(name: str, *batches: Any, more: str = "[]") -> str:
+        """Write a run whose last evaluation had these batches, here and in another process."""
+        examples: Any = {}
+        for number, (count, logits) in enumerate(batches):
+            assert pictures.has_room(examples)
+            found = wrong_of(inputs[:count], targets[:count], logits[:count])
+            examples = pictures.joined(examples, found, number)
+
+        def gather(text: str) -> list[str]:
+            return [text] + [json.dumps({"images": 7, "wrong": {}})] * (more == "rank")
+
+        details = pictures.in_the_set(
+            examples, lambda number: 10 * number, lambda: range(30), gather
+        )
+        folder = tmp_path / name
+        (folder / "plots").mkdir(parents=True)
+        (folder / "status.json").write_text('{"state": "completed", "step": 1}')
+        (folder / "plots" / f"{name}.json").write_text(json.dumps(details))
+        return report.write(folder).read_text()
+
+    assert "<p>All 15 test images were classified correctly.</p>" in page(
+        "test", (10, right), (5, right)
+    )
+    told = page("night", (10, right), more="rank")
+    assert "<p>All 17 images of night were classified correctly.</p>" in told
+    assert "The only image of one was classified correctly." in page("one", (1, right))
+    for name, batches in (
+        ("mixed", [(10, right), (2, false)]),
+        ("early", [(2, false), (9, right)]),
+    ):
+        told = page(name, *batches)
+        assert "classified correctly" not in told and told.count("predicted <strong>") == 2
+    told = page("none")  # of data without images
+    assert "classified correctly" not in told and "Wrong predictions" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("cat/IMG_0004.jpg", "cat/<wbr>IMG_<wbr>0004.<wbr>jpg"),
+        ("cat/DSCF20240817T101502Z.jpg", "cat/<wbr>DSCF20…01502Z.<wbr>jpg"),
+        ("<b>/a.png", "&lt;b&gt;/<wbr>a.<wbr>png"),
+        ("short", "short"),
+    ],
+)
+def test_a_long_name_wraps_at_its_separators(name: str, shown: str) -> None:
+    assert pages.narrow(name) == shown
+
+
+def test_a_very_long_name_keeps_its_beginning_and_end() -> None:
+    shown = pages.narrow("/".join(f"folder{index:02}" for index in range(40))).replace("<wbr>", "")
+    assert shown.startswith("folder00/") and shown.endswith("/folder39")
+    assert shown.count("…") == 1 and len(shown) < 65
 
 
 def test_without_a_batch_number_or_names_no_file_is_claimed() -> None:
@@ -159,4 +222,5 @@ def test_without_a_batch_number_or_names_no_file_is_claimed() -> None:
     assert columns(pictures.joined({}, found), files) == plain
     assert columns(pictures.joined({}, found, 0), range(10)) == plain
     assert columns(pictures.joined({}, found, 0), files) == {*plain, "file"}
+    assert pictures.joined({"images": 1}, {}) == {"images": 1}
     assert pictures.in_the_set({"other": 1}, lambda number: 0, list, gather) == {"other": 1}

@@ -41,6 +41,7 @@ class Rows:
         return self.inputs[index] + noise, int(self.inputs[index].argmax()) % 3
 
     def fingerprint(self) -> str:
+        stay("record")
         return self.name  # no item is read before the run reads it
 
 

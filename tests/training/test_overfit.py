@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -56,6 +57,33 @@ def test_a_batch_that_is_not_learnt_ends_with_one_the_checks_and_what_to_try(
     said = done.stderr.strip().splitlines()[-3:]
     assert said[1].startswith("error: check: step: the first step leads up the slope"), said
     assert said[2] == "error: try: correct what the checks name, then run debug=overfit again."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.nightly)])
+def test_several_processes_reach_the_verdict_of_one(strategy: str, tmp_path: Path) -> None:
+    short = ("trainer.max_steps=8", "scheduler=constant", "model.dropout=0")
+    several = (f"trainer={strategy}", "trainer.devices=2")
+    said = []
+    for given in ((), several, ("optimizer.lr=0.001",)):  # the last is the control
+        done = command(tmp_path, *short, *given, f"hydra.run.dir={len(said)}")
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert json.loads((tmp_path / f"{len(said)}/status.json").read_text())["error"] is None
+        said.append(done.stderr.strip().splitlines()[-3:])
+    assert said[0] == said[1] != said[2]
+    done = command(tmp_path, *several, "model.dropout=0", "optimizer.lr=0.01")
+    assert done.returncode == 0 and "debug=overfit: reached. The" in done.stdout, done.stderr
+
+
+def test_a_share_of_the_batch_would_be_judged_by_other_losses() -> None:
+    config = config_of(*TINY, "debug=overfit")
+    allow(config)
+    objects = runs.build(config, CPU)
+    share = objects.data.train(device=CPU.device, rank=0, world_size=2)
+    whole = objects.data.train(device=CPU.device)
+    verdicts = [overfitting.judge(objects, each, [1.0]) for each in (objects.train, whole, share)]
+    assert verdicts[0] == verdicts[1]
+    assert abs(verdicts[2].constant - verdicts[0].constant) > 0.001
 
 
 def judged(kind: str, loss: Loss, outputs: torch.Tensor, batch: Any) -> tuple[float, ...]:
@@ -203,11 +231,11 @@ def test_a_loss_that_is_not_finite_is_not_reached_and_named(value: float) -> Non
     config = config_of(*TINY, "debug=overfit")
     allow(config)
     objects = runs.build(config, CPU)
-    assert math.isfinite(overfitting.judge(objects, [1.0]).loss)
+    assert math.isfinite(overfitting.judge(objects, objects.train, [1.0]).loss)
     with torch.no_grad():
         for parameter in objects.state.model.parameters():
             parameter.fill_(value)
-    verdict = overfitting.judge(objects, [1.0, 2.0])
+    verdict = overfitting.judge(objects, objects.train, [1.0, 2.0])
     assert verdict.reached is False and not math.isfinite(verdict.loss)
     first, _, last = overfitting.lines(verdict, [], [1.0, 2.0], 7)
     assert first.endswith("after 7 steps: it is not finite.")

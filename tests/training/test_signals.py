@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from processes import Process
 from running import TINY, fingerprint, train
 
 from regrow.processes.interrupt import Interrupted, StopRequest
+from regrow.processes.signals import NOTHING
 from regrow.record.records import load_status
 
 RUN = (
@@ -40,6 +42,7 @@ def interrupted(process: Process, number: signal.Signals) -> None:
     assert code == 128 + number, errors
     assert f"stopped by {number.name} at step" in errors
     assert "train.py resume=run" in errors and "Traceback" not in errors
+    assert NOTHING not in errors
     status = json.loads((process.folder / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
     newest = (process.folder / "run" / "checkpoints" / "last").resolve().name
@@ -54,6 +57,16 @@ def test_a_signal_to_the_whole_group_while_waiting_for_data_changes_nothing(
     process.wait_for(process.reached("train_data"))
     os.killpg(process.process.pid, signal.SIGTERM)
     interrupted(process, signal.SIGTERM)
+    assert completed(tmp_path / "cut", *RUN, SMALL) == completed(tmp_path / "whole", *RUN, SMALL)
+
+
+def test_a_signal_while_the_record_is_written_stops_at_the_first_step(tmp_path: Path) -> None:
+    process = Process(tmp_path / "cut", *RUN, SMALL, stays="record", seconds=0.3)
+    process.wait_for(process.reached("record"))
+    assert (tmp_path / "cut" / "run" / "train.log").is_file()  # else nothing was written yet
+    process.process.send_signal(signal.SIGTERM)
+    interrupted(process, signal.SIGTERM)
+    assert json.loads((tmp_path / "cut" / "run" / "status.json").read_text())["step"] == 0
     assert completed(tmp_path / "cut", *RUN, SMALL) == completed(tmp_path / "whole", *RUN, SMALL)
 
 
@@ -127,3 +140,20 @@ def test_a_signal_cuts_a_wait_short() -> None:
     with pytest.raises(Interrupted), StopRequest() as stop:
         for _ in stop.while_waiting(iter(lambda: signal.raise_signal(signal.SIGTERM), 1)):
             raise AssertionError("the wait was to be cut short")
+
+
+def test_a_signal_within_a_destructor_stops_the_next_wait() -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def items() -> Iterator[int]:
+        yield 1
+        Dropped()
+        yield 2
+
+    seen = []
+    with pytest.raises(Interrupted), StopRequest() as stop:
+        for item in stop.while_waiting(items()):
+            seen.append(item)
+    assert seen == [1, 2]  # and no warning of an exception that Python dropped

@@ -22,7 +22,7 @@ origins: composed, located, located_in, Origins, origins, TYPED
 own_code: own_place, owner_of, places_of, shown
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
-recorded: gives_masks, recorded_config
+recorded: gives_masks, recorded_config, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted, is_done,
     is_foreign, is_of_the_launcher, is_own, key_of, LACKED, lacked_before, lacked_keys, places_of,

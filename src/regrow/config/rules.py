@@ -7,6 +7,7 @@ that the rules use.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,15 @@ LIMITS: dict[str, Callable[[Any, Any], bool]] = {
 LENGTHS: dict[str, Callable[[Any, Any], bool]] = {
     "minLength": lambda v, limit: len(v) >= limit,
     "maxLength": lambda v, limit: len(v) <= limit,
+    "pattern": lambda v, pattern: re.search(pattern, v) is not None,
 }
 SIZES: dict[str, Callable[[Any, Any], bool]] = {
     "minItems": lambda v, limit: len(v) >= limit,
     "maxItems": lambda v, limit: len(v) <= limit,
 }
+
+
+OF_A_PATH: Schema = {"type": "string", "pattern": "[./]"}  # so that a misspelt word is refused
 
 
 def fits(value: Any, schema: Schema) -> bool:
@@ -218,7 +223,9 @@ RULES: dict[str, Rule] = {
     **below("data.source", "val_fraction test_fraction", number(0, 1)),
     "data.source.num_train": integer(1),
     **below("data.source", "extensions feature_columns", optional(list_of(text()))),
-    "data.source.leave_out": list_of(choice("hidden", "empty")),
+    "data.source.leave_out": list_of(
+        either(choice("hidden", "empty"), Rule("a path below data.root", OF_A_PATH))
+    ),
     "data.source.identity": choice("contents", "ends", "sizes"),
     "data.cache": optional(choice("resized")),
     "data.cache_root": optional(text()),

@@ -237,17 +237,12 @@ def locate(target: str, path: str) -> Any:
     while module:
         try:
             found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module == error.name or module.startswith(error.name)):
-                raise UserError(f"{where}: {error}.") from error
+        except (Exception, SystemExit) as error:
+            if not _is_missing(module, error):
+                raise UserError(f"{where}: {_failed_import(module, error)}") from error
             module, _, first = module.rpartition(".")
             name = f"{first}.{name}"
             continue
-        except Exception as error:
-            said = str(error)
-            if isinstance(error, SyntaxError):
-                said = f"{type(error).__name__} ({error.msg}, {error.filename}:{error.lineno})"
-            raise UserError(f"{where}: importing {module}: {said}.") from error
         for part in name.split("."):
             if not hasattr(found, part):
                 hint = did_you_mean(part, dir(found))
@@ -258,6 +253,36 @@ def locate(target: str, path: str) -> Any:
         f"{where}: there is no such module. Is it installed? A module of your own belongs in "
         f"{ROOT}."
     )
+
+
+def _is_missing(module: str, error: BaseException) -> bool:
+    """Return True if the module itself, or a package that it belongs to, is what is missing."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return missing is not None and f"{module}.".startswith(f"{missing}.")
+
+
+def _failed_import(module: str, error: BaseException) -> str:
+    """Return in one line why a module cannot be imported, at which line, and what to do."""
+    said = f"{type(error).__name__}: {brief(error)}"
+    place, fix = place_in(error) or _place_of_a_library(error), "Correct that line."
+    if isinstance(error, SyntaxError) and error.filename:
+        said = f"{type(error).__name__}: {error.msg}"
+        place = f"{shown(error.filename)}:{error.lineno}"
+    elif isinstance(error, ModuleNotFoundError) and error.name:
+        fix = f"Install {error.name.partition('.')[0]}, or correct that line."
+    elif isinstance(error, SystemExit):
+        fix = 'Put what only a script does under if __name__ == "__main__".'
+    where = f" at {place}" if place else ""
+    return f"importing {module} failed{where}: {said.rstrip('.')}. {fix} {SHOWS_ALL}"
+
+
+def _place_of_a_library(error: BaseException) -> str:
+    """Return the innermost line that Python's import system called, as file:line, or ""."""
+    imports = Path(importlib.__file__).parent
+    for place in places_of(error):
+        if not (place.file.startswith("<") or Path(place.file).is_relative_to(imports)):
+            return "" if place.file == __file__ else str(place)
+    return ""
 
 
 def said_by(error: BaseException) -> str:

@@ -223,16 +223,18 @@ class Exchange:
                 "synchronised backward pass of a step its own name."
             )
         total = functools.reduce(Totals.plus, parts)
-        own: list[float] = []
-        if not self._sent:
+        is_first = not self._sent
+        if is_first:
             now = time.perf_counter()
             seconds, self._clock = now - self._clock, now
-            own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
         if self.world.size == 1:
-            if own:
+            if is_first:
                 self.seconds = seconds
             self._sent[name] = total, None
             return
+        own: list[float] = []
+        if is_first:
+            own = [float(self.stop.requested), seconds if self.world.is_main else 0.0]
         message = total.message(own)
         self._sent[name] = total, message
         if self.rides:

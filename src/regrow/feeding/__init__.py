@@ -3,6 +3,7 @@
 Public, by module; all else is private to this folder.
 
 batch: Batch, each, Inputs, noise, parts_of
+broken_images: BrokenImages
 feeds: collated
 files: shown
 images: class_folders, fit, image_folder, size_of

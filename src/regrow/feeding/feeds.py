@@ -9,12 +9,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from multiprocessing import connection, util
+from multiprocessing import connection, resource_sharer, util
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
+from regrow.feeding.images import BrokenImage
 from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
@@ -179,7 +182,10 @@ class FileFeed:
         pin_memory: bool,
         persistent_workers: bool,
         epochs: Epochs | None = None,
+        counted: Callable[[BrokenImage], DataError] = lambda error: error,
     ) -> None:
+        """`counted` returns the error to raise for a broken image."""
+        self.counted = counted
         self.normalize, self.device, self.name = normalize, device, name
         self.items = _Seeded(dataset, name, seed, num_classes, ignore_index, epochs)
         self.is_checked = False
@@ -251,7 +257,8 @@ class FileFeed:
 
     def _batch(self, item: Any, windows: Windows, number: int, pairs: Pairs | None) -> Batch:
         if isinstance(item, _Broken):
-            raise DataError(item.message)
+            error = item.error()
+            raise self.counted(error) if isinstance(error, BrokenImage) else error
         inputs, targets, weights = item
         share = windows.share(number)
         expected = max(1, share.num_local)
@@ -347,8 +354,12 @@ class _Plan:
 class _Broken:
     """A broken example, returned by a worker as a value: torch would wrap an exception."""
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    def __init__(self, message: str, image: tuple[str, str] | None = None) -> None:
+        """`image`: the file and `what` of a BrokenImage."""
+        self.message, self.image = message, image
+
+    def error(self) -> DataError:
+        return BrokenImage(self.message, *self.image) if self.image else DataError(self.message)
 
 
 class _Seeded:
@@ -390,6 +401,8 @@ class _Seeded:
             item = self._item(epoch, index, again)
             self._check(item, index)
             return item
+        except BrokenImage as error:
+            return _Broken(str(error), (error.file, error.what))
         except DataError as error:
             return _Broken(str(error))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -585,6 +598,8 @@ def _end_workers(items: object) -> None:
     _stop(workers)
     end = getattr(items, "_shutdown_workers", None)
     if end is not None:
+        if workers:  # one may have ended with the lock of torch's event, which `end` would wait for
+            items._workers_done_event = multiprocessing.Event()  # type: ignore[attr-defined]
         end()
 
 
@@ -644,4 +659,22 @@ def _begin_worker(run: int, worker: int) -> None:
     # Ignore only the first SIGTERM: at exit Python terminates the remaining workers and joins them.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # for torch, 0 is not a failure
+    sys.excepthook = functools.partial(_print_unless_lost, sys.excepthook)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FOR_THE_RUN, TO_A_WORKER})
+
+
+def _print_unless_lost(
+    printer: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    """Print an error of a worker's threads, unless the run stopped in the middle of reading.
+
+    A thread of multiprocessing's hands tensors over. It prints an error if the run closes the
+    connection, as a signal that interrupts the run's wait does.
+    """
+    place = None if trace is None else trace.tb_frame.f_code.co_filename
+    is_lost = issubclass(kind, ConnectionError | EOFError)
+    if not (is_lost and place == resource_sharer.__file__):
+        printer(kind, error, trace)

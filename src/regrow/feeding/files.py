@@ -11,14 +11,16 @@ import stat
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regrow.errors import DataError, brief, machine_fault
+from regrow.errors import DataError, UserError, brief, machine_fault
 
 OF_SUFFIX = "of suffix "
+KINDS_LEFT_OUT = ("hidden", "empty")  # words of data.source.leave_out; others are paths
+NAMED = "named in data.source.leave_out"
 NUM_NAMES = 3  # names shown per reason to leave files out
 NUM_SUFFIXES = 8  # suffixes named; the others are counted
 # Folders that systems and archivers create. Some contain images, such as thumbnails.
@@ -39,6 +41,16 @@ class LeftOut:
     root: Path
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)  # paths of `leave_out` that a walk met
+
+    def check_named(self, leave_out: Iterable[str]) -> None:
+        """Raise UserError for a path in `leave_out` that no walk met: it would have no effect."""
+        for path in named_in(leave_out, self.root):
+            if path not in self.named:
+                raise UserError(
+                    f"data.source.leave_out: {shown(path)} is not a file of the data. Give a path "
+                    f"below data.root={shown(self.root)}, or remove it from the list."
+                )
 
     def add(self, reason: str, path: str | Path) -> None:
         self.counts[reason] += 1
@@ -64,6 +76,12 @@ class LeftOut:
         """Return the line as a sentence to append to another, or ""."""
         line = str(self)
         return f" {line[0].upper()}{line[1:]}." if line else ""
+
+
+def named_in(leave_out: Iterable[str], root: Path) -> list[str]:
+    """Return the paths among `leave_out`, below `root`, as os.scandir gives them."""
+    names = [os.path.normpath(name) for name in leave_out if name not in KINDS_LEFT_OUT]
+    return [os.fspath(root / name) for name in names]
 
 
 def shown(path: str | Path) -> str:
@@ -102,10 +120,12 @@ def find_files(
 ) -> list[Path]:
     """Return the files below the folder with one of the suffixes, sorted by path.
 
-    `leave_out` may contain "hidden" (names that begin with a dot, and system folders) and "empty"
-    (files of zero bytes). These, linked folders, and everything that is not a readable regular file
-    are added to `left_out`. Raises DataError for a folder that cannot be read.
+    `leave_out` may contain "hidden" (names that begin with a dot, and system folders), "empty"
+    (files of zero bytes), and paths below the root of `left_out`. These, linked folders, and
+    everything that is not a readable regular file are added to `left_out`. Raises DataError for a
+    folder that cannot be read.
     """
+    named = frozenset(named_in(leave_out, left_out.root))
     found: list[Path] = []
     pending = [os.fspath(folder)]
     while pending:
@@ -113,7 +133,10 @@ def find_files(
         try:
             with os.scandir(current) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
-                    reason = _reason(entry, suffixes, leave_out)
+                    is_named = entry.path in named
+                    reason = NAMED if is_named else _reason(entry, suffixes, leave_out)
+                    if is_named:
+                        left_out.named.add(entry.path)
                     if reason is not None:
                         left_out.add(reason, entry.path)
                     elif entry.is_dir(follow_symlinks=False):

@@ -166,9 +166,18 @@ def _converted(file: Image, channels: int, *, exif_orientation: bool) -> Image:
     return _upright(image, file) if exif_orientation else image
 
 
-def _broken(path: str | Path, error: Exception) -> DataError:
+class BrokenImage(DataError):
+    """An image that cannot be decoded. `file` is its path, and `what` the error without advice."""
+
+    def __init__(self, message: str, file: str = "", what: str = "") -> None:
+        super().__init__(message)
+        self.file, self.what = file, what
+
+
+def _broken(path: str | Path, error: Exception) -> BrokenImage:
     reason = re.sub(r" <_io\.[^>]*>", "", brief(error).replace(f" '{path}'", ""))
-    return DataError(f"{shown(path)} is not a readable image: {reason}. Fix or remove the file.")
+    what = f"{shown(path)} is not a readable image: {reason}"
+    return BrokenImage(f"{what}. Fix or remove the file.", str(path), what)
 
 
 def _upright(image: Image, file: Image) -> Image:
@@ -414,6 +423,10 @@ class ImageFiles:
         how = {"exif_orientation": self.exif_orientation, "decoder": decoder, "content": content}
         return load(file, self.channels, **how)  # type: ignore[arg-type]
 
+    def decoded(self, file: str) -> Image | Tensor:
+        """Return a file's image. Raises BrokenImage, DataError or OSError."""
+        return self._load(file, self.decoder)
+
     def _resized(self, index: int) -> Image | Tensor:
         found = None if self.resized is None else self.resized.read(index)
         return self.resized_file(self.files[index]) if found is None else found
@@ -588,6 +601,7 @@ def image_folder(
         )
 
     own = {name: read(where) for name, where in folders.items()}
+    left_out.check_named(reading.leave_out)
     keys = _keys(own, root, identity)
     labels = [(file, classes[it]) for split in own.values()
               for file, it in zip(split.files, split.classes, strict=True)]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,10 @@ from regrow.config.target_kinds import refuse_sampling
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
+from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
-from regrow.feeding.images import ImageFiles
+from regrow.feeding.images import BrokenImage, ImageFiles
 from regrow.feeding.mixing import Mix, pairs_of, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
@@ -219,16 +221,19 @@ class Data:
         self.final = self._final(final_sets)
         self.num_overlapping = check_overlap(source, overlap, self.final)
         self.source = dataclasses.replace(source, known_keys={})  # frees one key per file
-        if cache is not None:
-            self.source = self._cached(cache_root, cache_max_gb)
-        source = self.source
-        self.preprocessing: Preprocessing = preprocessing(
-            source,
-            input_shape=self.input_shape,
-            normalize=normalize,
-            normalize_targets=normalize_targets,
-            integers=integers,
-        )
+        try:
+            if cache is not None:
+                self.source = self._cached(cache_root, cache_max_gb)
+            source = self.source
+            self.preprocessing: Preprocessing = preprocessing(
+                source,
+                input_shape=self.input_shape,
+                normalize=normalize,
+                normalize_targets=normalize_targets,
+                integers=integers,
+            )
+        except BrokenImage as error:
+            raise counted(source, error) from None
         if self.mixing is not None:
             self._checks().check_mixing(self.mixing, self.preprocessing)
         self._warn_of_rounding()
@@ -531,6 +536,7 @@ class Data:
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers,
             epochs=self._epochs,
+            counted=functools.partial(counted, self.source),
         )
 
     def _standardised(self, split: Examples) -> Examples:

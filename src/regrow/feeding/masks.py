@@ -220,6 +220,7 @@ def mask_folder(
         if group is not None:
             groups = [group_of(file.relative_to(of_images), group, file) for file, _ in pairs]
         own[name] = MaskFiles(files, found, *shared, mask_values, groups)
+    left_out.check_named(leave_out)
     if folds is not None and "test" in own:
         raise UserError(
             f"data.folds={folds}: {folder} has a test split of its own. Use data.folds=null, or "

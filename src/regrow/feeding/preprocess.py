@@ -18,7 +18,7 @@ from torch import Tensor
 from regrow.config import older
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import Inputs, each
-from regrow.feeding.files import LeftOut
+from regrow.feeding.files import KINDS_LEFT_OUT, LeftOut
 from regrow.feeding.images import (
     DECODERS,
     converted,
@@ -488,7 +488,7 @@ def preprocessing(
         target_std=target_std,
         exif_orientation=splits.reading.exif_orientation,
         extensions=splits.reading.extensions,
-        leave_out=list(splits.reading.leave_out),
+        leave_out=[it for it in splits.reading.leave_out if it in KINDS_LEFT_OUT],  # no paths
         vocabulary=None if splits.vocabulary is None else dict(splits.vocabulary),
         decoder=splits.reading.decoder,
     )

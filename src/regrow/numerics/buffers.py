@@ -72,15 +72,16 @@ class Buffers:
         self.caches = [place for place, _ in kept]
         self.caches_before = [before for _, before in kept]
 
-    @torch.no_grad()
     def remember(self) -> None:
-        self._take_in()
-        _copy(self.before, self.now)
-        if self.caches:
-            self._leave_out_grown()
-            _copy(self.caches_before, [_at(place) for place in self.caches])
+        if not self.places and not self.caches:
+            return
+        with torch.no_grad():
+            self._take_in()
+            _copy(self.before, self.now)
+            if self.caches:
+                self._leave_out_grown()
+                _copy(self.caches_before, [_at(place) for place in self.caches])
 
-    @torch.no_grad()
     def restore(self, skipped: Skipped = SKIPPED) -> None:
         """Restore the buffers, or do so on the device if it finds that the step was skipped."""
         if skipped.update is False:
@@ -88,15 +89,16 @@ class Buffers:
         if skipped.is_known:
             for (buffers, name), buffer in zip(self.places, self.buffers, strict=True):
                 buffers[name] = buffer
-        else:
-            self._take_in()
-        self._leave_out_grown()
-        pairs = [*zip(self.now, self.before, strict=True)]
-        pairs += [
-            (_at(p), before) for p, before in zip(self.caches, self.caches_before, strict=True)
-        ]
-        for now, before in pairs:
-            skipped.restore_(now, before)
+        with torch.no_grad():
+            if not skipped.is_known:
+                self._take_in()
+            self._leave_out_grown()
+            pairs = [*zip(self.now, self.before, strict=True)]
+            pairs += [
+                (_at(p), before) for p, before in zip(self.caches, self.caches_before, strict=True)
+            ]
+            for now, before in pairs:
+                skipped.restore_(now, before)
 
 
 def _at(place: tuple[dict[str, Tensor | None], str]) -> Tensor:

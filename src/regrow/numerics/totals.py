@@ -180,6 +180,11 @@ class Skipped(NamedTuple):
         """Return True if the host knows that the step was skipped."""
         return self.update is True
 
+    @property
+    def is_known_not(self) -> bool:
+        """Return True if the host knows that the step updated the weights."""
+        return self.update is False and self.empty is False
+
     def either(self, other: Skipped) -> Skipped:
         """Return that of a step with two updates, which is skipped if one of them is."""
         if self.update is True or other.update is False:

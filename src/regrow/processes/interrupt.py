@@ -70,5 +70,12 @@ class StopRequest:
                 return
             os._exit(128 + number)
         self.signal, self._noted = signal.Signals(number), time.monotonic()
-        if self._waiting:
+        if self._waiting and not _is_in_a_destructor(frame):
             raise Interrupted
+
+
+def _is_in_a_destructor(frame: FrameType | None) -> bool:
+    """Return True within a `__del__`: Python drops what it raises, and prints a traceback."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None

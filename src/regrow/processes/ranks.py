@@ -24,7 +24,7 @@ from regrow.config.job import Job
 from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
 from regrow.processes.begin import python_path
-from regrow.processes.signals import STOPPING, handled
+from regrow.processes.signals import STOPPING, before_the_run, handled, tell_of_nothing
 from regrow.record import records
 
 log = logging.getLogger("regrow")
@@ -80,13 +80,19 @@ def run(job: Job, count: int) -> float | None:
     trainer.max_restarts times; and, with smaller micro-batches, after one ran out of memory.
     """
     restarts = job.config["trainer"]["max_restarts"]
+    began = False
     while True:
         outcome = start(job, count)
+        began = began or outcome.folder is not None
         if outcome.exit_code == 0:
             return outcome.best
         if outcome.exit_code in STOPPED:
+            if not began:
+                tell_of_nothing()
             raise SystemExit(outcome.exit_code)
         error = outcome.error or {"kind": "lost", "text": "no process said why", "step": 0}
+        if error["kind"] == "told":  # a completed run did not do what it was to do
+            raise SystemExit(1)
         if error["kind"] == "user":
             raise UserError(error["text"])
         memory = error["kind"] == "memory"
@@ -112,17 +118,19 @@ def start(job: Job, count: int) -> Outcome:
     port = listener.getsockname()[1]
     server = outside.host_store(listener)
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
-    with private_folder() as private, forwarding() as forwarded:
+    before_the_run.end()
+    with forwarding() as forwarded, private_folder() as private:
         path = Path(private, "job.json")  # private: the ranks execute it
         try:
             path.write_text(job.to_json(), encoding="utf-8")
-            context = start_processes(
-                name="train",
-                entrypoint=sys.executable,
-                args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.runs.child")),
-                envs={rank: environment(rank, count, port, path) for rank in range(count)},
-                logs_specs=DefaultLogsSpecs(log_dir=private),
-            )
+            with held():
+                context = start_processes(
+                    name="train",
+                    entrypoint=sys.executable,
+                    args=dict.fromkeys(range(count), ("-u", "-P", "-m", "regrow.runs.child")),
+                    envs={rank: environment(rank, count, port, path) for rank in range(count)},
+                    logs_specs=DefaultLogsSpecs(log_dir=private),
+                )
         except OSError as fault:
             raise no_temporary_files(fault) from fault
         try:
@@ -217,6 +225,16 @@ class Forwarded:
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Block signals, also in processes that start inside, which unblock them once they can."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

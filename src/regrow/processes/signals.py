@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from regrow.config.started import remove_created
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NOTHING = "stopped before the run began; nothing was written"
 
 
 @contextlib.contextmanager
@@ -24,3 +29,48 @@ def handled(
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+class _BeforeTheRun:
+    """The handlers of `scripts/train.py` until its run has a folder: importing torch takes seconds.
+
+    A signal ends the process at once, with one line. An exception could get lost, as it would be
+    raised anywhere, also in a callback of Python's import system, which drops it.
+    """
+
+    def __init__(self) -> None:
+        self._handlers = contextlib.ExitStack()
+        self._undo: list[Callable[[], object]] = [remove_created]
+
+    def begin(self) -> None:
+        numbers = [n for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN]  # e.g. nohup
+        self._handlers.enter_context(handled(numbers, self._note))
+        os.register_at_fork(after_in_child=self.end)
+
+    def undo(self, function: Callable[[], object]) -> None:
+        """Call `function` before a signal ends the process, and before those given earlier."""
+        self._undo.insert(0, function)
+
+    def end(self) -> None:
+        """Restore the earlier handlers. Call it before the run writes what stays."""
+        self._handlers.close()
+
+    def _note(self, number: int, frame: object) -> None:
+        for function in self._undo:
+            with contextlib.suppress(OSError):
+                function()
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # in the middle of a write
+            sys.stdout.flush()
+        tell_of_nothing()
+        os._exit(128 + number)
+
+
+before_the_run = _BeforeTheRun()
+
+
+def tell_of_nothing() -> None:
+    """Print NOTHING once, also where several processes were started from outside."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{NOTHING}\n".encode())

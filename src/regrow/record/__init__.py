@@ -4,6 +4,7 @@ Public, by module; all else is private to this folder.
 
 comparison: as_text, compare, Comparison, label_of, OUT_OF_FOLD, Row, rows_of, shown, table_of,
     write_csv, write_out_of_fold
+earlier: differences, write_over
 locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
 manifest: code_changes, code_sha256, commit_to_use, cores, latest, NAME, name_some, namespace_files,

@@ -25,7 +25,9 @@ RUN = (
     *("report.html", "weights.pt", "metrics.csv", "tensorboard", "wandb", "wandb.json", "slurm"),
     *("lr_finder.csv", "lr_finder.json", "lr_finder.png", "mlflow.json", "images"),
 )
-RUN_PATTERNS = (*(r"git(\.\d+)?\.diff", r"evaluation_[\w-]+\.json", r"predictions_[\w-]+\.csv"),)
+RUN_PATTERNS = (
+    *(r"git(\.\d+)?\.diff", r"evaluation_[\w-]+(\.\d+)?\.json", r"predictions_[\w-]+\.csv"),
+)
 # `.code` is the frozen code during the copy. A folder with sweep.json permanently belongs to a
 # sweep.
 SWEEP_START = (LOCK, ".state.lock", ".results.lock", ".code", "code")

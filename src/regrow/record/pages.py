@@ -6,6 +6,7 @@ import base64
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,7 @@ from regrow.record.redact import redact, redact_all
 
 NOTHING = Markup("<span class=muted>&ndash;</span>")
 LONG = 40  # characters of a value in a table
+NARROW, NARROW_NAME = 13, 60  # characters of a line and of a name below a small picture
 
 
 def write(path: Path, kind: str, **content: Any) -> None:
@@ -37,6 +39,7 @@ def write(path: Path, kind: str, **content: Any) -> None:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"number": number, "duration": duration, "value": value, "code": code}
+    environment.filters |= {"narrow": narrow}
     script = _file("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.get_template("template.html")
@@ -107,6 +110,18 @@ def value(content: Any, key: str = "") -> Any:
     short = text.rpartition(".")[2] if key.endswith("_target_") else text
     short = short if len(short) <= LONG else f"{short[: LONG - 1]}…"
     return text if short == text else Markup('<span title="{}">{}</span>').format(text, short)
+
+
+def narrow(content: Any) -> Any:
+    """Return a name that wraps at its separators; longer parts have an ellipsis in their middle."""
+    text = redact(str(content))
+    if len(text) > NARROW_NAME:
+        text = f"{text[: NARROW_NAME // 3]}…{text[-2 * NARROW_NAME // 3 :]}"
+    parts = re.findall(r"[^/_. -]*[/_. -]?", text)
+    short = (
+        it if len(it) <= NARROW else f"{it[: NARROW // 2]}…{it[-NARROW // 2 :]}" for it in parts
+    )
+    return Markup("<wbr>").join(part for part in short if part)
 
 
 def brief(content: str, key: str = "") -> str:

@@ -63,7 +63,7 @@ def of_wrong(
     Takes inputs (B, C, H, W), targets (B,), (B, 1) or probabilities (B, classes), and outputs, of
     which `predict` gives `prediction` (B,), and `probability` (B, classes), or (B,) that of class
     1. Targets without a name, such as ignored ones, do not count. Anything else gives nothing.
-    `row` is an image's place in the batch.
+    `row` is an image's place in the batch. `images` is the number of those that count.
     """
     inputs, targets = batch.inputs, batch.targets
     has_images = getattr(inputs, "ndim", None) == 4 and inputs.is_floating_point()
@@ -73,10 +73,11 @@ def of_wrong(
     predicted = found["prediction"]
     targets = targets.argmax(1) if targets.ndim == 2 and targets.shape[1] > 1 else targets.flatten()
     targets = targets.gt(0.5).long() if targets.is_floating_point() else targets
-    wrong = (predicted != targets) & (targets >= 0) & (targets < len(class_names))
-    chosen = wrong[: batch.num_local].nonzero().flatten()[:NUM_WRONG]
+    counts = ((targets >= 0) & (targets < len(class_names)))[: batch.num_local]
+    wrong = (predicted != targets)[: batch.num_local] & counts
+    chosen, images = wrong.nonzero().flatten()[:NUM_WRONG], {"images": int(counts.sum())}
     if not len(chosen):
-        return {}
+        return images
     of_each: list[float | None] = [None] * len(chosen)
     if "probability" in found:
         probability = found["probability"][chosen]
@@ -95,14 +96,14 @@ def of_wrong(
         "probability": of_each,
         "row": chosen.tolist(),
     }
-    return {"wrong": columns}
+    return {**images, "wrong": columns}
 
 
 def has_room(examples: Mapping[str, Any]) -> bool:
     """Return True if another batch may add to the examples: only wrong ones are collected."""
-    if not examples:
-        return True
-    return "wrong" in examples and len(examples["wrong"]["image"]) < NUM_WRONG
+    if "wrong" not in examples:
+        return examples.keys() <= {"images"}
+    return len(examples["wrong"]["image"]) < NUM_WRONG
 
 
 def joined(
@@ -116,8 +117,11 @@ def joined(
         more = {"wrong": {**more["wrong"], "batch": [number] * len(more["wrong"]["row"])}}
     if not (examples and more):
         return more or examples
-    before, after = examples["wrong"], more["wrong"]
-    return {"wrong": {key: [*before[key], *after[key]][:NUM_WRONG] for key in before}}
+    images = {"images": examples.get("images", 0) + more.get("images", 0)}
+    before, after = examples.get("wrong"), more.get("wrong")
+    if not (before and after):
+        return {**images, "wrong": before or after} if before or after else images
+    return {**images, "wrong": {key: [*before[key], *after[key]][:NUM_WRONG] for key in before}}
 
 
 def in_the_set(
@@ -130,16 +134,18 @@ def in_the_set(
 
     `start_of` gives a batch's place in the set. An example that its source names by a string, such
     as a file's path, gets this string as its `file`. `gather` gives every process's text, by rank.
+    If no image is wrong, `all_right` is the number of images of all processes.
     """
-    found = {key: value for key, value in details.items() if key != "wrong"}
+    found = {key: value for key, value in details.items() if key not in ("wrong", "images")}
     own = dict(details.get("wrong") or {})
     rows, batches = own.pop("row", []), own.pop("batch", None)
     if own and batches is not None:
         pairs = zip(batches, rows, strict=True)
         own["place"] = [start_of(batch) + row for batch, row in pairs]
-    shares = [json.loads(text) for text in gather(json.dumps(own))]
+    images = details.get("images", 0)
+    shares = [json.loads(text) for text in gather(json.dumps({"images": images, "wrong": own}))]
     wrong: dict[str, list[Any]] = {}
-    for share in shares:
+    for share in (share["wrong"] for share in shares):
         for key, column in share.items():
             wrong.setdefault(key, []).extend(column)
     if "place" in wrong:
@@ -150,15 +156,25 @@ def in_the_set(
         files = [names[places[index]] for index in order]
         if all(isinstance(file, str) for file in files):
             wrong["file"] = files
-    return {**found, "wrong": wrong} if wrong else found
+    if wrong:
+        return {**found, "wrong": wrong}
+    count = sum(share["images"] for share in shares)
+    return {**found, "all_right": count} if count else found
 
 
 def wrong_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the wrong examples of each set of a run, from its folder, as its page shows them."""
+    """Return the wrong examples of each set of a run, from its folder, as its page shows them.
+
+    `all_right` is the number of images of a set without a wrong one, else 0.
+    """
     found = []
     for path in sorted((folder / "plots").glob("*.json")):
         try:
-            wrong = read_json(path)["wrong"]
+            content = read_json(path)
+            if isinstance(count := content.get("all_right"), int):
+                found.append({"name": path.stem, "examples": [], "all_right": count})
+                continue
+            wrong = content["wrong"]
             files = wrong.get("file") or [""] * len(wrong["image"])  # older runs have none
             examples = [
                 {
@@ -176,7 +192,7 @@ def wrong_of(folder: Path) -> list[dict[str, Any]]:
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        found.append({"name": path.stem, "examples": examples})
+        found.append({"name": path.stem, "examples": examples, "all_right": 0})
     return found
 
 

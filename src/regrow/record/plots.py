@@ -34,7 +34,7 @@ MAX_LABELS = 12
 # In all lines of a figure and of a page: a page of a hundred runs stays below 1 MB.
 STATIC_POINTS, PAGE_POINTS = 12_000, 24_000
 POINTS = 2000  # per line of a page
-FEWEST_POINTS = 3  # that a learning rate or a norm is drawn of
+FEWEST_POINTS = 3  # that a learning rate, a norm or single steps are drawn of
 
 
 def draw(folder: Path, drawn: Mapping[str, Figure] | None = None) -> list[Path]:
@@ -239,10 +239,13 @@ def curves(
         epoch = series(lines, f"train/epoch_{name}")
         drawn = [Line("train", steps, values, colours["train"])]
         if epoch[0]:
-            drawn = [
-                Line("train, single steps", steps, values, colours["train"], is_faint=True),
-                Line("train", *epoch, colours["train"]),
-            ]
+            drawn = [Line("train", *epoch, colours["train"])]
+            # A faint dot or two show nothing, and the legend would name them; a NaN is marked.
+            if len(steps) >= FEWEST_POINTS or not all(map(math.isfinite, values)):
+                of_steps = Line(
+                    "train, single steps", steps, values, colours["train"], is_faint=True
+                )
+                drawn.insert(0, of_steps)
         drawn += [Line(its, *series(lines, f"{its}/{name}"), colours[its]) for its in sets]
         found = chosen.get("value") if str(chosen.get("metric")).partition("/")[2] == name else None
         panels.append(Panel(name, drawn, best=chosen.get("step"), best_value=found))

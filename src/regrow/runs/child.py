@@ -10,13 +10,14 @@ import signal
 
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
+from regrow.processes.signals import STOPPING
 
 if __name__ == "__main__":
     begin.rank({})
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # see `ranks.held`
     die_with_parent(int(os.environ["REGROW_PARENT"]))
 
     from regrow.runs import worker
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker.main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
+from regrow.feeding.loaders import Data
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
@@ -81,24 +83,37 @@ class FirstSteps:
             log.info("debug=overfit: no dropout in this run (%d modules)", len(modules))
 
     def conclude(self) -> None:
-        """Judge the trained model, if the run is to learn its examples by heart."""
-        if self.overfits and self.world.size == 1:
-            self.verdict = overfitting.judge(self.objects, self.losses)
+        """Judge the trained model, if the run is to learn its examples by heart.
+
+        Each of several processes judges the whole batch: a share of it has another least loss.
+        """
+        if not self.overfits:
+            return
+        data, train = self.objects.data, self.objects.train
+        if self.world.size > 1 and isinstance(data, Data):
+            train = data.train(device=self.world.device)
+        if self.world.size == 1 or isinstance(data, Data):
+            self.verdict = overfitting.judge(self.objects, train, self.losses)
+        elif self.world.is_main:
+            kind = type(data).__name__
+            log.info("debug=overfit: %s gives ranks no whole batch. Use trainer.devices=1.", kind)
 
     def report(self) -> None:
         """Log the verdict. Raises SystemExit(1) if the run did not learn its examples.
 
-        Call it in the main process, after the results of the run.
+        Call it in every process, after the results of the run. The main process's verdict counts.
         """
         if self.verdict is None:
-            if self.overfits:
-                log.info("debug=overfit: several processes get no verdict. Use trainer.devices=1.")
             return
         steps = self.objects.state.step
-        level = logging.ERROR if self.verdict.reached is False else logging.INFO
-        for line in overfitting.lines(self.verdict, self.faults, self.losses, steps):
-            log.log(level, "%s", line)
-        if self.verdict.reached is False:
+        failed = self.verdict.reached is False
+        if self.world.is_main:
+            for line in overfitting.lines(self.verdict, self.faults, self.losses, steps):
+                log.log(logging.ERROR if failed else logging.INFO, "%s", line)
+        if self.world.from_main(str(failed)) == str(True):
+            if self.world.is_main and self.world.store is not None:
+                self.world.store.set("error", json.dumps({"kind": "told", "step": steps}))
+            self.world.barrier()
             raise SystemExit(1)
 
     def tell(self, lines: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.failing import in_one_line
 from regrow.processes import outside
+from regrow.processes.signals import before_the_run
 from regrow.record import ownership, records
 from regrow.runs.banner import again
 from regrow.runs.console import console
@@ -45,7 +46,7 @@ def launch(cfg: DictConfig) -> float | None:
     """
     try:
         return _launch(cfg)
-    except Exception:
+    except BaseException:  # including a signal to ranks that have no folder yet
         if not is_check():
             leave_nothing(output_dir())
         remove_created()
@@ -99,6 +100,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     """
     from regrow.processes import slurm
 
+    before_the_run.end()  # the job may be submitted when a signal comes
     options: slurm.SlurmOptions = instantiate(launcher)
     slurm.check(options, job.config["trainer"])
     folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from regrow.checkpoint import writer
 from regrow.config import older
 from regrow.config.own_modules import import_own_modules
-from regrow.config.recorded import recorded_config
+from regrow.config.recorded import recorded_config, refuse_other_folder
 from regrow.config.resume import downloads_elsewhere, places_of, refuse_remote
 from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
@@ -353,12 +353,7 @@ def _check_type(name: str, value: Any, old: Any) -> None:
 
 
 def _config(folder: Path, given: Path) -> dict[str, Any]:
-    if not (folder / "config.yaml").is_file():
-        what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
-        raise UserError(
-            f"run={given}: not a run's folder ({what}). Give the folder that a run printed at its "
-            "start, such as outputs/digits/latest."
-        )
+    refuse_other_folder(folder, given)
     config = recorded_config(folder, f"run={given}")
     groups = ("data", "model", "task", "loss", "trainer")
     # With a custom task that brings its own loss, the node `loss` needs no target.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.feeding.batch import parts_of
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
-from regrow.protocols import Batch, Objects
+from regrow.protocols import Batch, Objects, TrainBatches
 from regrow.randomness import states_kept
 from regrow.runs.fault_checks import mean_loss
 
@@ -45,8 +45,8 @@ class Verdict(NamedTuple):
         return (min(self.loss, self.trained) - self.least) / way if way > 0 else math.nan
 
 
-def judge(objects: Objects, losses: Sequence[float]) -> Verdict:
-    """Return the verdict on the trained model, from an epoch of the training batches.
+def judge(objects: Objects, train: TrainBatches, losses: Sequence[float]) -> Verdict:
+    """Return the verdict on the trained model, from an epoch of the training batches in `train`.
 
     `losses` are those of the steps. Changes neither the model nor the random generators.
     """
@@ -59,7 +59,7 @@ def judge(objects: Objects, losses: Sequence[float]) -> Verdict:
     sums = [0.0, 0.0, 0.0]
     count = 0
     with states_kept():
-        for batch in objects.train.epoch(0):
+        for batch in train.epoch(0):
             with torch.no_grad(), autocast(_device(batch), objects.options.precision):
                 few, outputs = _outputs(model.eval(), batch, state.progress.num_micro_batches)
             found = _of_batch(task, outputs, few)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -30,8 +31,10 @@ from regrow.errors import (
     in_a_line,
     machine_fault,
 )
+from regrow.feeding.broken_images import BrokenImages
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
+from regrow.processes.signals import before_the_run
 from regrow.project import ROOT
 from regrow.protocols import Objects
 from regrow.record import manifest, names, ownership, records
@@ -66,6 +69,7 @@ def run_job(job: Job, world: World) -> float | None:
         allow(job.config)  # it may keep targets of the table for older runs
         if not found.done:
             return run_in(job, found, world)
+        before_the_run.end()
         if world.is_main:
             draw_missing(Path(str(job.folder)), job)
     return say_complete(Path(str(job.folder)), job)
@@ -132,6 +136,7 @@ def claimed(folder: Path, job: Job) -> Iterator[dict[str, Any] | None]:
     if not resume.is_own(folder):
         records.refuse_links(folder, f"hydra.run.dir={folder}", way_out=resume.if_trusted(folder))
     with records.Lock(folder):
+        before_the_run.undo(functools.partial(records.remove_unused, folder))
         try:
             yield resume.resumed(folder, job.config, job.overrides)
         finally:
@@ -178,17 +183,18 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             if outline := writer.outline(folder / "checkpoints"):
                 objects.state.refuse_other(outline)
     world.barrier()  # a rank that fails before this line leaves no folder behind
+    before_the_run.end()
     with contextlib.ExitStack() as stack:
-        try:
-            folder, is_new = open_folder(job, world, stack)
-            stack.enter_context(log_file(folder, world.rank))
-            accepted = write_start(folder, job, objects) if world.is_main else {}
-        except OSError as error:
-            raise UserError(
-                f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
-                f"{error.strerror or error}. Make room there, or choose another folder."
-            ) from error
-        with StopRequest() as stop:  # install the handlers before the status says "running"
+        with StopRequest() as stop:  # install the handlers before there is a folder
+            try:
+                folder, is_new = open_folder(job, world, stack)
+                stack.enter_context(log_file(folder, world.rank))
+                accepted = write_start(folder, job, objects) if world.is_main else {}
+            except OSError as error:
+                raise UserError(
+                    f"hydra.run.dir={job.folder or 'outputs'} cannot be written: "
+                    f"{error.strerror or error}. Make room there, or choose another folder."
+                ) from error
             pids = world.gather(os.getpid())
             if world.is_main:
                 records.set_status(folder, "running", step=0, pids=pids)
@@ -223,8 +229,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
                 if isinstance(cause, DataError) and objects.state.step > 0:
-                    way_on = again(job, folder, "data.changed=accept")
-                    cause = DataError(f"{cause} If this changes the data, resume with: {way_on}")
+                    cause = DataError(f"{cause}{after_a_change(cause, job, folder)}")
                 note_failure(cause, folder, job, objects.state.step, world)
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
@@ -252,10 +257,23 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             if job.draws:
                 training.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
-            if watch is not None:
-                watch.report()
+        if watch is not None:
+            watch.report()
         best: float | None = summary["best"]["value"]
         return best
+
+
+def after_a_change(error: DataError, job: Job, folder: Path) -> str:
+    """Return how to resume a run that has taken steps, once its data is repaired."""
+    accepted = f"{resume.CHANGED}=accept"
+    if not isinstance(error, BrokenImages):
+        return f" If this changes the data, resume with: {again(job, folder, accepted)}"
+    more = (error.leave_out, accepted) if error.leave_out else (accepted,)
+    what = "left out" if error.leave_out else "removed"
+    return (
+        f". With them {what}, resume with: {again(job, folder, *more)} – or start a new run if val "
+        "or test are cut from train, as they are then cut again"
+    )
 
 
 def trial_of(job: Job, objects: Objects, world: World) -> Any:

@@ -27,7 +27,7 @@ from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import RunFailed, SlicesTooLarge, UserError, in_a_line, machine_fault
 from regrow.failing import in_one_line, show_traceback, tell
 from regrow.processes import outside
-from regrow.processes.signals import handled
+from regrow.processes.signals import before_the_run, handled
 from regrow.runs import machine
 from regrow.runs.console import console
 from regrow.runs.session import is_plain, leave_nothing, run_all, run_job
@@ -37,6 +37,7 @@ log = logging.getLogger("regrow")
 
 def main() -> None:
     """Run this process's part of a job that another process composed."""
+    before_the_run.end()
     with in_one_line():
         import_own_modules()  # ranks that torchrun or srun started need it too
         file = os.environ.get("REGROW_JOB")
@@ -96,6 +97,7 @@ def job_from(store: Any) -> str:
 
 def lead(job: Job) -> NoReturn:
     """As rank 0 of processes started from outside, send the job to the other ranks and run it."""
+    before_the_run.end()
     trainer = job.config["trainer"]
     local = machine.processes_here()
     if trainer["devices"] not in ("auto", 1, local):
@@ -152,8 +154,9 @@ def wait_for_others(store: Any) -> None:
 def work(job: Job, store: Any) -> NoReturn:
     """Run this process's part of the job, and exit."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    shown = console() if rank == 0 else contextlib.nullcontext()
     try:
-        with console() if rank == 0 else contextlib.nullcontext():
+        with handled([signal.SIGINT], signal.default_int_handler), shown:
             run_part(job, store, rank, size)
         code = 0
     except SystemExit as end:

@@ -25,6 +25,7 @@ from regrow.config.resume import CHANGED, key_of
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.processes import begin, outside, slurm
+from regrow.processes.signals import before_the_run
 from regrow.record import manifest, ownership, records
 from regrow.runs.console import console
 from regrow.sweep import cluster, frozen, gpus, ledger, local, planning, process, results, schedule
@@ -70,6 +71,7 @@ def enter(config: DictConfig) -> None:
         check_group(config, group)
     if frozen.is_entered():
         return
+    before_the_run.end()
     named = Path(config.hydra.sweep.dir) if is_named("hydra.sweep.dir") else None
     source = flags.source_of(config.hydra)
     frozen_code = frozen.opened(

@@ -1,0 +1,123 @@
+"""A signal before a run has its folder: one line, the exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from waiting import until
+
+from regrow.processes import ranks
+from regrow.processes.signals import STOPPING
+from regrow.project import ROOT
+
+TRAIN = ROOT / "scripts" / "train.py"
+RUN = ("hydra.run.dir=runs/one", "trainer.device=cpu", "trainer.num_threads=1")
+TWO = ("trainer=ddp", "trainer.devices=2")
+SAID = "stopped before the run began; nothing was written\n"
+SLOW_DATA = """
+import pathlib, time
+
+
+def splits(**options):
+    pathlib.Path("reached").touch()
+    time.sleep(60)
+"""
+
+
+def start(folder: Path, *arguments: str, by: Any = forked.popen) -> Any:
+    return by(
+        [sys.executable, str(TRAIN), *RUN, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": forked.python_path(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def imports_torch(pid: int) -> bool:
+    try:
+        return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def stopped(process: Any, number: signal.Signals) -> str:
+    """Send the signal to all processes of a command, and return what it wrote to stderr."""
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, errors
+    return str(errors)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+both = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+
+
+@linux
+@both
+def test_a_signal_while_torch_is_imported_leaves_a_line_and_nothing_else(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start(tmp_path, by=subprocess.Popen)
+    until(lambda: imports_torch(process.pid))
+    assert stopped(process, number) == SAID
+    assert [*tmp_path.iterdir()] == []
+
+
+@both
+def test_a_signal_while_the_data_is_read_leaves_no_folder(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "slow_data.py").write_text(SLOW_DATA)
+    process = start(tmp_path, "data.source._target_=slow_data.splits")
+    until((tmp_path / "reached").exists)
+    assert (tmp_path / "runs" / "one" / ".lock").is_file()  # the control: it is removed again
+    assert stopped(process, number) == SAID
+    assert {path.name for path in tmp_path.iterdir()} <= {"slow_data.py", "reached", "__pycache__"}
+
+
+def test_a_process_that_is_started_with_signals_held_gets_none_before_it_asks() -> None:
+    """Else the Python of a rank that begins prints a traceback for Ctrl-C."""
+    shown = "import signal; print(sum(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+
+    def blocked() -> int:
+        command = [sys.executable, "-I", "-c", shown]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    assert blocked() == 0  # the control
+    with ranks.held():
+        assert blocked() == sum(STOPPING)
+    assert blocked() == 0
+
+
+@linux
+@both
+def test_a_signal_while_ranks_are_started_leaves_one_line(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start(tmp_path, *TWO)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: len(children.read_text().split()) >= 2)
+    assert stopped(process, number) == SAID
+    assert [*tmp_path.iterdir()] == []
+
+
+@linux
+@both
+def test_a_signal_while_ranks_import_torch_leaves_one_line(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start(tmp_path, *TWO)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: any(imports_torch(int(pid)) for pid in children.read_text().split()))
+    assert stopped(process, number) == SAID
+    assert [*tmp_path.iterdir()] == []
