@@ -13,14 +13,17 @@ import forked
 import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
 from running import composed
 
 from regrow.cli.entry import check_arguments
-from regrow.config import entries, own_modules, targets
+from regrow.cli.help import OF_HYDRA
+from regrow.config import entries, leads, own_modules, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
 from regrow.config.explain import composition_error, wrong_options
 from regrow.config.hydras import refuse_typed
+from regrow.config.leads import RECIPES
 from regrow.config.own_modules import import_own_modules
 from regrow.config.resume import SWEEP, expand
 from regrow.config.targets import allow, instantiate, is_allowed, locate
@@ -76,8 +79,8 @@ BAD = {
     "hydra.sweep.subdir=x": "hydra.sweep.subdir=x is of a sweep: add -m.",
     "-m +hydra.job.env_set.A=1": "Set it in the shell: A=1 python …",
     "logger=5": "logger takes the name of one of its options: csv, jsonl,",
-    "data.image_size=64": "Here that is data.input_shape='[channels,height,width]'",
-    "data.input_shape=64": "must be a list of integers of at least 1, such as '[3,64,64]'",
+    "data.image_size=64": "channels first: 'data.input_shape=[3,64,64]'",
+    "data.input_shape=64": "channels first: 'data.input_shape=[3,64,64]'",
     "data.seed=zzz": "data.seed=zzz must be an integer of at least 0.",
     "trainer.deterministic=null": "trainer.deterministic=null must be true or false.",
     "tags=null": "tags=null must be a list",
@@ -487,6 +490,43 @@ def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int =
     return done.stdout + done.stderr
 
 
+NEEDS_A_NEIGHBOUR = re.compile(r"\blikewise\b|\bditto\b|\bas above\b|^the same\b", re.I)
+
+
+def faults_of_comments(entry: entries.Entry, path: str) -> list[str]:
+    """Return the keys below an option that lack a comment, or whose comment needs another's.
+
+    A node's own keys explain it.
+    """
+    found = []
+    for name, each in entry.below.items():
+        key = f"{path}.{name}"
+        is_bare = not each.comment and not each.below and name not in OF_HYDRA
+        if is_bare or NEEDS_A_NEIGHBOUR.search(each.comment):
+            found.append(key)
+        found += faults_of_comments(each, key)
+    return found
+
+
+def test_each_key_has_a_comment_that_stands_alone(tmp_path: Path) -> None:
+    found = []
+    for file in sorted(CONF.glob("*/*.yaml")):
+        if file.parent.name not in (*RECIPES, "local"):
+            option = entries.option(file.parent.name, file.stem, entries.in_conf)
+            found += faults_of_comments(option, f"{file.parent.name}={file.stem}")
+    primary = entries.of_file(CONF / "train.yaml", "train")
+    found += [k for k in faults_of_comments(primary, "train") if not k.startswith("train.hydra.")]
+    assert found == []
+    mine = tmp_path / "mine.yaml"  # the negative controls
+    mine.write_text(
+        "a: 1 # of the first\nb: 2 # likewise\nc: 3\nd: ${.a}\ne: ${.c}\nf:\n  g: 1 # the same\n"
+        "_target_: x.Y\n"
+    )
+    option = entries.option("data", "mine", lambda group, name: mine)
+    assert option.below["d"].comment == "of the first"
+    assert faults_of_comments(option, "data") == ["data.b", "data.c", "data.e", "data.f.g"]
+
+
 def test_help_fits_on_a_screen_and_shows_keys_and_groups(tmp_path: Path) -> None:
     for script in ("train.py", "find_lr.py"):
         said = help_of(tmp_path, "--help", "model=cnn", "optimizer.lr=0.25", script=script)
@@ -509,7 +549,7 @@ def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_pa
 
 def test_help_of_a_group_that_lacks_a_key_shows_it_as_missing(tmp_path: Path) -> None:
     said = help_of(tmp_path, "data=image_folder", "--help", "data")
-    assert "  data.num_classes=???" in said and "  data.num_outputs=${.num_classes}" in said
+    assert "  data.num_classes=???" in said and "  num_outputs=${.num_classes}" in said
     assert help_of(tmp_path, "--help", "data=image_folder") == said
     assert help_of(tmp_path, "data=image_folder", "--help").startswith("python scripts/train.py")
 
@@ -519,7 +559,125 @@ def test_help_of_keys_shows_comment_default_and_range(tmp_path: Path) -> None:
     assert "trainer.checkpoint.keep_best=1" in said and "[an integer of at\n" in said
     assert "model.norm=layer" in said and "none, layer, batch (batch statistics" in said
     assert "data.source (data=digits)" in said and "data.source.val_fraction=0.1" in said
-    assert "seed (conf/train.yaml)\n  seed=0" in said
+    assert "seed=0\n  of the model, of shuffling" in said
+
+
+def test_help_of_a_dotted_key_says_what_it_is_and_how_to_type_it(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "--help", "trainer.max_epochs", "data.input_shape", "model.dropout")
+    first, _, others = said.partition("data.input_shape=[1,8,8]\n")
+    assert re.fullmatch(
+        r"trainer\.max_epochs=100\n  passes over the training split; .*\n"
+        r"  values:  an integer of at least 1, or null\n"
+        r"  default: \$\{if_chosen:task,language,5,100\}  \(100 here\)\n"
+        r"  set in:  conf/trainer/default\.yaml:\d+ \(trainer=default\)\n"
+        r"  type:    trainer\.max_epochs=200\n",
+        first,
+    )
+    line = int(first.partition("default.yaml:")[2].partition(" ")[0])
+    written = (CONF / "trainer" / "default.yaml").read_text().splitlines()
+    assert written[line - 1].startswith("max_epochs:")
+    assert "  type:    'data.input_shape=[1,8,8]'\n" in others  # quoted for a shell
+    assert "  values:  a number from 0 to 1\n" in others and "type:    model.dropout=0.1" in others
+    said = help_of(tmp_path, "--help", "trainer.max_epoch", code=2)
+    assert said.endswith("no such group or key. Did you mean trainer.max_epochs?\n")
+
+
+def test_help_shows_which_key_of_the_data_a_model_takes_its_shape_from(tmp_path: Path) -> None:
+    said = help_of(tmp_path, "--help", "model=cnn")
+    assert "model.input_shape=${data.input_shape}" in said and "[1,8,8] with data=digits" in said
+    said = help_of(tmp_path, "--help", "model", "data=image_folder", "model.num_outputs=7")
+    assert "[3,224,224] with data=image_folder" in said and "[1,8,8]" not in said
+    assert "model.num_outputs=7 " in said  # typed, so that it follows nothing
+
+
+def test_help_of_an_option_begins_with_its_own_keys_and_ends_with_the_others(
+    tmp_path: Path,
+) -> None:
+    said = help_of(tmp_path, "--help", "data=image_folder")
+    lines = said.splitlines()
+    assert len(lines) <= 72 and max(map(len, lines)) <= 80
+    own, _, rest = said.partition("Taken from another key")
+    rest = " ".join(rest.split())
+    assert own.index("data.root=null") < own.index("data.num_classes=???") < own.index("data.batch")
+    assert "data.source.val_fraction=0.1" in own and "pin_memory" not in own
+    assert "source.root (data.root)" in rest and "pin_memory=true" in rest
+    others = rest.partition("Others, ")[2]
+    assert " csv " in others and " image_folder" not in others
+    typed = help_of(tmp_path, "--help", "data", "data=image_folder", "data.pin_memory=false")
+    assert "data.pin_memory=false" in typed.partition("Taken from another key")[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "shape"),
+    [
+        ("data.input_shape=(3,64,64)", "[3,64,64]"),
+        ("data.input_shape=64,64", "[3,64,64]"),
+        ("data.input_shape=1,28,28", "[1,28,28]"),
+        ("data.input_shape=64", "[3,64,64]"),
+        ("data.image_size=(3,64,64)", "[3,64,64]"),
+        ("data.image_size=32,48", "[3,32,48]"),
+        ("data.image_size=64", "[3,64,64]"),
+    ],
+)
+def test_a_shape_without_brackets_gets_the_line_to_type(typed: str, shape: str) -> None:
+    assert f"channels first: 'data.input_shape={shape}'" in leads.as_shape(typed)
+    for other in ("data.input_shape=[3,64,64]", "data.batch_size=64", "data.input_shape=square"):
+        assert leads.as_shape(other) == ""  # the negative controls
+
+
+@pytest.mark.parametrize("typed", ["input_shape=(3,64,64)", "input_shape=6,4", "input_shape=64",
+                                   "image_size=64,64", "image_size=64"])  # fmt: skip
+def test_a_start_gives_one_line_for_a_shape_without_brackets(typed: str, tmp_path: Path) -> None:
+    done = run_train(tmp_path, f"data.{typed}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: data.{typed}: " in done.stderr
+    assert "channels first: 'data.input_shape=[3," in done.stderr
+
+
+def folders_of_images(root: Path, **counts: int) -> None:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            path = root / name / f"{number}.png"
+            Image.new("L", (8, 8), number * 40 + len(name)).save(path)
+
+
+@pytest.mark.parametrize("given", [[], ["data.num_classes=2"], ["data.num_classes=3"]])
+def test_images_a_folder_too_deep_or_an_empty_class_are_told(
+    given: list[str], tmp_path: Path
+) -> None:
+    folders_of_images(tmp_path / "photos" / "inner", cat=2, dog=3)
+    folders_of_images(tmp_path / "three", cat=2, dog=3, x=0)
+    typed = ["data=image_folder", "model=cnn", "data.input_shape=[1,8,8]", "--check", *given]
+    said = run_train(tmp_path, *typed, "data.root=photos").stderr
+    assert "photos holds one folder, inner, with" in said and "data.root=photos/inner" in said
+    is_right = given == ["data.num_classes=2"]
+    assert ("data.num_classes=2" in said.partition("photos/inner")[2]) != is_right
+    said = run_train(tmp_path, *typed, "data.root=three").stderr
+    assert "no images" in said and "x" in said
+    assert ("cat 2, dog 3, x 0" in said) == is_right
+
+
+def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"_target_": "fractions.Fraction", "numerater": 1}
+    allow(node)
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'numerater'.*Did you mean n"):
+        instantiate(node)
+    node = {"_target_": "fractions.Fraction", "zzz": 1}
+    with pytest.raises(UserError, match=r"'zzz'\. It takes numerator, denominator"):
+        instantiate(node)
+    assert instantiate({"_target_": "fractions.Fraction", "numerator": 1}) == 1
+    # The negative control: the refusal comes from inside the target, whose arguments do not matter.
+    text = "def made(numerater=0):\n    import fractions\n    return fractions.Fraction(zzz=1)\n"
+    (tmp_path / "refusing_inside.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    node = {"_target_": "refusing_inside.made", "numerater": 1}
+    allow(node)
+    with pytest.raises(UserError, match="unexpected keyword argument 'zzz'") as caught:
+        instantiate(node)
+    assert "takes" not in str(caught.value) and "Did you mean" not in str(caught.value)
 
 
 def test_help_of_a_recipe_shows_what_it_sets(tmp_path: Path) -> None:

@@ -61,6 +61,36 @@ def test_a_check_tells_sizes_and_differences_and_writes_nothing(tmp_path: Path) 
     assert all(line.endswith("command line") for line in said.split("defaults:\n")[1].splitlines())
 
 
+def test_a_check_names_the_classes_the_origin_of_the_splits_and_the_chosen_data(
+    tmp_path: Path,
+) -> None:
+    said = train(tmp_path, "--check", "trainer.device=cpu", "seed=3").splitlines()
+    assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in said
+    assert (
+        "splits: val is data.source.val_fraction=0.1 of the examples, test is "
+        "data.source.test_fraction=0.2 of the examples; data.source.seed=3 draws them"
+    ) in said
+    assert next(line for line in said if line.startswith("chosen: ")).startswith(
+        "chosen: data=digits task=multiclass"
+    )
+    for number in range(8):
+        for split in ("train", "val"):
+            for name in ("cat", "dog"):
+                path = tmp_path / "photos" / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                value = number * 20 + 5 * (split == "val") + 10 * (name == "dog")
+                Image.new("L", (8, 8), value).save(path)
+    given = ("data=image_folder", "data.root=photos", "data.num_classes=2", "model=cnn")
+    said = train(
+        tmp_path, "--check", *given, "data.input_shape=[1,8,8]", "trainer.device=cpu"
+    ).splitlines()  # fmt: skip
+    assert "classes: cat, dog" in said and any("chosen: data=image_folder " in s for s in said)
+    assert (
+        "splits: val is given, test is data.source.test_fraction=0.2 of the examples; "
+        "data.source.seed=0 draws them"
+    ) in said
+
+
 @pytest.mark.slow
 def test_a_check_tells_what_the_run_tells_and_leaves_its_folder(tmp_path: Path) -> None:
     facts = train(tmp_path, "--check", *GIVEN).splitlines()[:4]

@@ -448,8 +448,8 @@ def test_a_corrupt_image_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("num_classes=3", "holds 2 class folders: cat, dog. Set data.num_classes=2"),
-        ("class_names=[cat,cow]", "holds 2 class folders: cat, dog"),
+        ("num_classes=3", "images: cat 12, dog 12. Set data.num_classes=2."),
+        ("class_names=[cat,cow]", "holds 2 class folders, with so many images: cat"),
         ("source.resize=8", "data.source.resize=8 is smaller than the crop 16 x 16"),
         ("root=/nowhere", "data.root=/nowhere: not a folder"),
         ("input_shape=[5]", "not an image's shape"),

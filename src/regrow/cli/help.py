@@ -10,15 +10,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import flags, places
+from regrow.config.command_line import shell
 from regrow.config.composition import composition, hydra_as_it_was
-from regrow.config.entries import Entry, accepted, of_file, option
+from regrow.config.entries import Entry, accepted, inherited, of_file, option, repeated, set_at
 from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
 from regrow.config.resume import key_of
+from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
@@ -43,6 +46,9 @@ EXAMPLES = {
         ("find_lr.max_lr=1", "search below 1"),
     ),
 }
+BASE = "_base"  # the file of what all options of a group share
+OFTEN = ("data.num_classes", "data.input_shape", "data.normalize")
+SELDOM = ("data.target_kind", "data.num_outputs")  # an option sets them, and rarely a user
 OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -143,14 +149,76 @@ def _topic(topic: str, config: Any) -> Iterator[str]:
             f"--help {topic}: there is no such group or key."
             f"{lead(key) or did_you_mean(key, words) or ' --help lists the groups.'}"
         )
-    yield f"{key} ({where})"
-    yield from _keys(key, entry, parent, config)
+    if entry.below:
+        yield f"{key} ({where})"
+        yield from _keys(key, entry, parent, config)
+    else:
+        yield from _page(key, entry, parent, where, config)
+
+
+def _page(key: str, entry: Entry, parent: Entry | None, where: str, config: Any) -> Iterator[str]:
+    """Yield all that is known of one key."""
+    shipped, here = _plain(entry.value), _current(key, entry, config)
+    yield f"{key}={here}"
+    if entry.comment:
+        yield from _wrapped("", entry.comment, column=2)
+    rows = {"values": accepted(key, entry, parent)}
+    if shipped == "???":
+        rows["default"] = "none: it must be given"
+    else:
+        followed = _followed(key, entry, config)
+        followed = followed or (f"{here} here" if "${" in shipped and here != shipped else "")
+        rows["default"] = f"{shipped}  ({followed})" if followed else shipped
+    group, _, below = key.partition(".")
+    chosen = config.hydra.runtime.choices.get(group)
+    if "=" in where:
+        name = where.partition("=")[2]
+        rows["set in"] = f"{set_at(group, name, below) or 'the ConfigStore'} ({where})"
+        if name not in places.names_in(chosen or ""):
+            rows["note"] = f"the chosen {group}={chosen} has no such key"
+    else:
+        rows["set in"] = set_at("", Path(where).stem, key) or where
+    if (of := repeated(key, entry.value)) and not _followed(key, entry, config):
+        rows["type"] = f"{of}=…, whose value this key takes"
+    else:
+        rows["type"] = _example(key, entry, parent, here)
+    for name, text in rows.items():
+        if text:
+            yield from _wrapped(f"  {name}:", text, column=11)
+
+
+def _example(key: str, entry: Entry, parent: Entry | None, here: str) -> str:
+    """Return a way to type the key with a value that it takes and does not have."""
+    value: Any = yaml.safe_load(here)
+    rule = RULES.get(key) if applies(parent.target if parent else None) else None
+    rule = rule or of_shipped(key, entry.value)
+    listed = entry.listed() or list((rule.schema if rule else {}).get("enum", []))
+    tried: list[Any] = [each for each in listed if each != value]
+    if isinstance(value, bool):
+        tried.append(not value)
+    elif isinstance(value, int | float):
+        tried += [value * 2, value / 2, 0.1, 1, value + 1]
+    elif isinstance(value, list):
+        tried += [value] if value else [["a", "b"]]
+    elif value is None or here in ("???", "…"):
+        tried += [10, 0.5, "name", True, ["a"], [3, 64, 64]]
+    elif isinstance(value, str):
+        tried.append("name")
+    fitting = [each for each in tried if rule is None or rule.allows(each)]
+    fitting = [*(each for each in fitting if each != value), *fitting]
+    return shell([f"{key}={_plain(fitting[0])}"]) if fitting else ""
 
 
 def _group(group: str, config: Any) -> Iterator[str]:
     chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
-    yield f"{group}=… chooses:"
     options = places.options(group)
+    is_typed = any(key_of(each) == group for each in config.hydra.overrides.task)
+    if is_typed and len(chosen) == 1 and (base := _base_of(group, chosen[0])):
+        yield from _option(group, chosen[0], base, config)
+        others = " ".join(name for name in options if name not in chosen)
+        yield from _wrapped(f"Others, which --help {group} describes:", others, column=8)
+        return
+    yield f"{group}=… chooses:"
     width = max(map(len, options)) + 2
     for name in options:
         path = places.file_of(group, name)
@@ -169,6 +237,58 @@ def _group(group: str, config: Any) -> Iterator[str]:
     for name in chosen:
         yield f"Keys of {group}={name}:"
         yield from _keys(group, option(group, name), None, config)
+
+
+def _base_of(group: str, name: str) -> Entry | None:
+    """Return the keys that all options of a group share, if this option inherits them."""
+    if BASE not in inherited(group, name):
+        return None
+    return option(group, BASE)
+
+
+def _option(group: str, name: str, base: Entry, config: Any) -> Iterator[str]:
+    """Yield the keys of an option: its own with their comments, then the shared in short."""
+    whole, path = option(group, name), places.file_of(group, name)
+    yield from _wrapped(f"{group}={name}:", head_of(path) if path is not None else "", column=4)
+    own, repeats, rest = [], [], []
+    for key, entry, parent in _leaves(whole, group):
+        name_below, shared = key.removeprefix(f"{group}."), _at(base, key.removeprefix(f"{group}."))
+        is_usual = _current(key, entry, config) == _plain(entry.value) or _follows(key, config)
+        is_shared = shared is not None and (shared.value == entry.value or key in SELDOM)
+        if is_usual and (of := repeated(key, entry.value)) and key not in SELDOM:
+            repeats.append(f"{name_below} ({of})")
+        elif is_usual and is_shared and key not in (*COMMON, *OFTEN):
+            rest.append(f"{name_below}={_plain(entry.value)}")
+        else:
+            own.append((key, entry, parent))
+    for key, entry, parent in sorted(own, key=_is_optional):
+        yield from _key(key, entry, parent, config, most=2, with_values=False)
+    if repeats:
+        yield "Taken from another key, so set that one:"
+        yield from _wrapped("", ", ".join(repeats), column=2)
+    yield f"Also below {group}, at their defaults (--help {group}.KEY explains one):"
+    yield from _wrapped("", "  ".join(rest), column=2)
+
+
+def _is_optional(each: tuple[str, Entry, Entry | None]) -> bool:
+    return each[1].value != "???" and not each[1].comment.endswith("required")
+
+
+def _leaves(
+    entry: Entry, path: str, parent: Entry | None = None
+) -> Iterator[tuple[str, Entry, Entry | None]]:
+    """Yield each key without keys below it: its dotted name, itself, and the node it is in."""
+    if not entry.below:
+        yield path, entry, parent
+    for name, each in entry.below.items():
+        if name not in OF_HYDRA:
+            yield from _leaves(each, f"{path}.{name}", entry)
+
+
+def _at(entry: Entry | None, key: str) -> Entry | None:
+    for part in key.split("."):
+        entry = entry.below.get(part) if entry is not None else None
+    return entry
 
 
 def _entry(key: str, config: Any) -> tuple[Entry | None, Entry | None, str]:
@@ -212,19 +332,52 @@ def _keys(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterato
             yield from _key(inner, each, entry, config)
 
 
-def _key(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterator[str]:
-    shipped = _plain(entry.value)
+def _key(
+    path: str,
+    entry: Entry,
+    parent: Entry | None,
+    config: Any,
+    *,
+    most: int = 9,
+    with_values: bool = True,
+) -> Iterator[str]:
+    shipped, shown = _plain(entry.value), _current(path, entry, config)
+    text, says = entry.comment, accepted(path, entry, parent)
+    if with_values and says not in ("", "true or false") and not entry.listed():
+        text = f"{text} [{says}]".strip()
+    if followed := _followed(path, entry, config):
+        shown, text = shipped, f"{followed}: {text}".removesuffix(": ")
+    elif shown != shipped and "${" not in shipped and shipped != "???":
+        text = f"{text} (default {shipped})".strip()
+    yield from _wrapped(f"  {path}={shown}", text, most=most)
+
+
+def _current(path: str, entry: Entry, config: Any) -> str:
+    """Return the value in the composed config; the shipped one if the config lacks the key."""
     try:
         is_there = OmegaConf.select(config, path, default=..., throw_on_missing=False) is not ...
     except OmegaConfBaseException:  # it follows a key that must be given
         is_there = False
-    shown = _value(config, path) if is_there else shipped
-    text, says = entry.comment, accepted(path, entry, parent)
-    if says not in ("", "true or false") and not entry.listed():
-        text = f"{text} [{says}]".strip()
-    if shown != shipped and "${" not in shipped and shipped != "???":
-        text = f"{text} (default {shipped})".strip()
-    yield from _wrapped(f"  {path}={shown}", text)
+    return _value(config, path) if is_there else _plain(entry.value)
+
+
+def _followed(path: str, entry: Entry, config: Any) -> str:
+    """Return in words what a key of another group is here, if `path` takes its value; else ""."""
+    if not _follows(path, config):
+        return ""
+    group = (of := repeated(path, entry.value)).partition(".")[0]
+    if not places.is_group(group) or group == path.partition(".")[0]:
+        return ""
+    value, chosen = _value(config, of), config.hydra.runtime.choices.get(group)
+    return f"{f'{of} must be given' if value == '???' else value} with {group}={chosen}"
+
+
+def _follows(path: str, config: Any) -> bool:
+    """Return True if a key of the composed config is an interpolation, not a typed value."""
+    try:
+        return bool(OmegaConf.is_interpolation(*_node_of(config, path)))
+    except (OmegaConfBaseException, AttributeError, ValueError):  # there is no such node
+        return False
 
 
 def _values(entry: Entry, prefix: str) -> Iterator[str]:
@@ -244,7 +397,7 @@ def _wrapped(start: str, text: str, *, column: int = 34, most: int = 9) -> Itera
         return
     lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
     if len(lines) > most:
-        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
+        lines = [*lines[: most - 1], _cut(f"{lines[most - 1]} {lines[most]}", width - column)]
     if len(start) < column:
         yield f"{start:<{column}}{lines.pop(0)}"
     else:

@@ -3,9 +3,10 @@
 Public, by module; all else is private to this folder.
 
 check: check, check_group, check_once
-command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable
+command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
+    shell
 composition: composition, hydra_as_it_was
-entries: accepted, Entry, of_file, option
+entries: accepted, Entry, inherited, of_file, option, repeated, set_at
 explain: composition_error, hydras_value_error, wrong_options
 flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
@@ -28,6 +29,7 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
     places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote, resumed,
     SWEEP
 roles: check_roles
+rules: applies, of_shipped, RULES
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 target_kinds: refuse_mixing, refuse_sampling
 targets: allow, instantiate, locate, named_packages, place_in, SHOWS_ALL

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -152,11 +153,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
         if missing[0] == "data.num_classes" and (found := _class_folders(config)):
-            raise UserError(
-                f"data.num_classes must be given: {config.data.root} holds {len(found)} class "
-                f"folders ({', '.join(found)[:200]}), so add data.num_classes={len(found)}"
-                f"{others}"
-            )
+            raise UserError(f"data.num_classes must be given: {_of_folders(config, found)}{others}")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
     for group in GROUPS:
@@ -203,8 +200,41 @@ def _class_folders(config: DictConfig) -> list[str]:
     folder = Path(str(root))
     folder = folder / "train" if (folder / "train").is_dir() else folder
     with contextlib.suppress(OSError):
-        return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[:1] not in "._")
+        return _folders_in(folder)
     return []
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[:1] not in "._")
+
+
+def _of_folders(config: DictConfig, found: list[str]) -> str:
+    """Return what the folder of images holds, and the number of classes or the root to type."""
+    root = Path(str(config.data.root))
+    is_split = (root / "train").is_dir()
+    inner: list[str] = []
+    empty: list[str] = []
+    with contextlib.suppress(OSError):
+        if len(found) == 1 and not is_split:
+            inside = root / found[0]
+            inner = _folders_in(inside / "train" if (inside / "train").is_dir() else inside)
+        folder = root / "train" if is_split else root
+        empty = [name for name in found if not any(files for *_, files in os.walk(folder / name))]
+    if len(inner) > 1:
+        words = shell([f"data.root={root / found[0]}", f"data.num_classes={len(inner)}"])
+        return (
+            f"{root} holds one folder, {found[0]}, with {len(inner)} folders in it "
+            f"({', '.join(inner)[:200]}). If these are the classes, use {words}"
+        )
+    said = f"{root} holds {len(found)} class folders ({', '.join(found)[:200]})"
+    if empty and len(found) > len(empty):
+        named, have = ", ".join(map(repr, empty)), "has" if len(empty) == 1 else "have"
+        few = len(found) - len(empty)
+        return (
+            f"{said}, of which {named} {have} no images. Without empty folders, add "
+            f"data.num_classes={few}"
+        )
+    return f"{said}, so add data.num_classes={len(found)}"
 
 
 @_with_place()
@@ -225,8 +255,10 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
         is_known = not is_text and applies(_node_of(values, path).get("_target_"))
         if is_known and not RULES[path].allows(value):
+            typed = f"{path}={value}"
             raise UserError(
-                f"{path}={_shown(value)} must be {RULES[path].says}.{_as_column(path, value)}"
+                leads.as_shape(typed)
+                or f"{path}={_shown(value)} must be {RULES[path].says}.{_as_column(path, value)}"
             )
 
 

@@ -13,10 +13,11 @@ from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import keys_of
 from regrow.errors import UserError
-from regrow.project import CONF
+from regrow.project import CONF, ROOT
 
 _WORD = r"[\w.]+(?: \([^)]*\))?"
 _WORDS = re.compile(rf"{_WORD}(?:, {_WORD})+")
+_REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")
 
 Find = Callable[[str, str], Path | None]
 
@@ -66,6 +67,7 @@ def in_conf(group: str, option: str) -> Path | None:
 def option(group: str, name: str, find: Find = places.file_of, seen: tuple[str, ...] = ()) -> Entry:
     """Return an option of a group with what it inherits; the comment of a key is the nearest.
 
+    A key without one that repeats another key of the group, as `${..root}` does, has that key's.
     `find` returns an option's file. Without one, a node of the ConfigStore gives the keys. `seen`
     are the options that inherit from this one. Raises OSError, ValueError or yaml.YAMLError for a
     file that cannot be read.
@@ -82,7 +84,54 @@ def option(group: str, name: str, find: Find = places.file_of, seen: tuple[str, 
     for parent in defaults if isinstance(defaults, list) else []:
         if isinstance(parent, str) and parent not in ("_self_", name, *seen):
             found = _merged(found, option(group, parent, find, (*seen, name)), name)
-    return _merged(found, own, name)
+    found = _merged(found, own, name)
+    return found if seen else _explained(found, found, group, ())
+
+
+def _explained(entry: Entry, whole: Entry, group: str, path: tuple[str, ...]) -> Entry:
+    """Return a key of the group `whole` with the comment of the key that its value repeats."""
+    below = {k: _explained(its, whole, group, (*path, k)) for k, its in entry.below.items()}
+    comment, repeats = entry.comment, repeated(f"{group}.{'.'.join(path)}", entry.value)
+    if not comment and repeats.startswith(f"{group}."):
+        found: Entry | None = whole
+        for part in repeats.split(".")[group.count("/") + 1 :]:
+            found = found.below.get(part) if found is not None else None
+        comment = found.comment if found is not None else ""
+    return Entry(entry.option, entry.value, comment, below)
+
+
+def repeated(path: str, value: Any) -> str:
+    """Return the dotted key whose value a key at `path` takes, `${..root}`; "" if it does not."""
+    found = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return ""
+    parts = path.split(".")
+    above = parts[: max(len(parts) - len(found[1]), 0)] if found[1] else []
+    return ".".join([*above, found[2]])
+
+
+def inherited(group: str, name: str, seen: tuple[str, ...] = ()) -> list[str]:
+    """Return the options of its group that an option inherits from, the nearest first."""
+    path = places.file_of(group, name)
+    defaults = (read_yaml(path) or {}).get("defaults") if path is not None else None
+    found: list[str] = []
+    for parent in reversed(defaults if isinstance(defaults, list) else []):
+        if isinstance(parent, str) and parent not in ("_self_", name, *seen):
+            found += [parent, *inherited(group, parent, (*seen, name))]
+    return unique(found)
+
+
+def set_at(group: str, name: str, key: str) -> str:
+    """Return file:line where an option, or one that it inherits from, sets a key; "" if nowhere.
+
+    `key` is dotted, without the group. The group "" is for primary configs, such as train.
+    """
+    for each in (name, *inherited(group, name)):
+        path = places.file_of(group, each)
+        if path is not None and key in (keys := keys_of(path)):
+            shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            return f"{shown}:{keys[key].line}"
+    return ""
 
 
 def of_file(path: Path, name: str) -> Entry:

@@ -178,6 +178,8 @@ def _missing_primary(name: str) -> str:
 def _unreadable(error: Any) -> str:
     if re.search(r"[\r\n]", str(error.override)):
         return _broken_line(str(error.override))
+    if said := leads.as_shape(str(error.override)):
+        return said
     key, equals, value = str(error.override).partition("=")
     reason = one_line(str(error)).partition(" See https://")[0]
     advice = f"{key}={quoted(value)}"
@@ -206,6 +208,8 @@ def _broken_line(override: str) -> str:
 
 def several_values(argument: str) -> str:
     """Return the error for several values in a single run."""
+    if said := leads.as_shape(argument):
+        return said
     key = argument.partition("=")[0]
     said = f"{argument}: several values are a sweep: add -m."
     parsed = read(argument)
@@ -352,6 +356,9 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     if sign and name in keys:
         return f"{sign}{name}: it is not there, or is null already. Leave {sign}{name} out."
     if not sign and (said := _merged_node(name, keys) or _in_a_mapping(name)):
+        return said
+    argument = next((a for a in sys.argv[1:] if a.startswith(f"{name}=")), "")
+    if said := leads.as_shape(argument):
         return said
     lead = leads.lead(name)
     if not lead and name.rpartition(".")[2] in places.groups():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+OF_SHAPE = ("crop_size", "image_size", "img_size", "input_size")
 # A word, as a key or as a part of one, and its equivalent here. Most are from
 # lightning-hydra-template and Lightning's Trainer.
 WORDS = {
@@ -31,7 +32,7 @@ WORDS = {
     "gradient_clip_algorithm": "trainer.clip_norm, or trainer.clip_value to clip by value",
     "gradient_clip_val": "trainer.clip_norm, or trainer.clip_value to clip by value",
     **dict.fromkeys(
-        ("crop_size", "image_size", "img_size", "input_size"),
+        OF_SHAPE,
         "data.input_shape='[channels,height,width]', such as data.input_shape='[3,64,64]'",
     ),
     "hparams_search": "-m sweep=optuna with sweep.params, which an experiment may set",
@@ -87,6 +88,30 @@ NONE = {
     "scheduler": "For a learning rate that stays: scheduler=constant",
     "launcher": "For a run in this terminal: launcher=local",
 }
+
+
+def as_shape(argument: str) -> str:
+    """Return the error for a shape typed as numbers without a list's brackets, or under another
+    name, with the line to type; "" for any other argument.
+
+    Two numbers are height and width, one is a side or a number of features.
+    """
+    key, _, value = argument.partition("=")
+    is_own = key == "data.input_shape"
+    if not is_own and key not in [f"data.{word}" for word in OF_SHAPE]:
+        return ""
+    if not re.fullmatch(r"\s*[\[(]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[\])]?\s*", value):
+        return ""
+    numbers = re.findall(r"\d+", value)
+    if len(numbers) > 3 or (is_own and value.lstrip().startswith("[")):
+        return ""
+    full = ["3", *numbers * 2] if len(numbers) == 1 else ["3", *numbers][-3:]
+    alone = f", or of {numbers[0]} features: '[{numbers[0]}]'" if len(numbers) == 1 else ""
+    said = "a shape is a list in brackets" if is_own else "there is no such key"
+    return (
+        f"{argument}: {said}. Write the shape of an image, channels first: "
+        f"'data.input_shape=[{','.join(full)}]'{alone}."
+    )
 
 
 def lead(name: str) -> str:

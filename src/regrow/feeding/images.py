@@ -559,8 +559,8 @@ def image_folder(
         given = f" and data.class_names={class_names}" if class_names is not None else ""
         also = ", and write class names in quotes" if class_names is not None else ""
         raise UserError(
-            f"data.num_classes={num_classes}{given}, but {folders['train']} holds {len(found)} "
-            f"class folders: {', '.join(found[:20])}. Set data.num_classes={len(found)}{also}."
+            f"data.num_classes={num_classes}{given}, but {folders['train']} holds "
+            + _what_is_there(folders["train"], found, num_classes, reading, also)
         )
     classes = class_names or found
     if "train" in names:
@@ -583,7 +583,11 @@ def image_folder(
             raise DataError(f"{where} holds no images, so that the split is empty.{why}")
         missing = set(range(len(classes))) - {number for _, number in paths}
         if missing and where == folders["train"]:
-            raise DataError(f"{where / classes[min(missing)]} holds no images to train on.{why}")
+            name = classes[min(missing)]
+            raise DataError(
+                f"{where / name} holds no images to train on. Add some, or remove the folder"
+                f" and set data.num_classes={len(classes) - len(missing)}.{why}"
+            )
         files = [str(path) for path, _ in paths]
         numbers = [number for _, number in paths]
         groups = None
@@ -726,6 +730,40 @@ def _look_beside(
             left_out.add("hidden", folder / name)
         elif name not in read:
             left_out.add(where, folder / name)
+
+
+def _what_is_there(
+    folder: Path, found: list[str], num_classes: int, reading: Reading, also: str
+) -> str:
+    """Return the folders of classes with their images in words, and the likely correction."""
+
+    def count(name: str, where: Path = folder) -> int:
+        return len(find_images(where / name, reading, LeftOut(where)))
+
+    if len(found) == 1:
+        inside = folder / found[0]
+        inner = _folders(inside, reading)
+        if "train" in inner:
+            inner, of_classes = _folders(inside / "train", reading), inside / "train"
+        else:
+            of_classes = inside
+        if len(inner) > 1:
+            shown_inner = ", ".join(f"{name} {count(name, of_classes)}" for name in inner[:20])
+            number = f" data.num_classes={len(inner)}" * (len(inner) != num_classes)
+            return (
+                f"one folder, {found[0]}, with these folders and images in it: {shown_inner}. If "
+                f"these are the classes, set data.root={inside}{number}{also}."
+            )
+    counts = {name: count(name) for name in found[:20]}
+    listed = ", ".join(f"{name} {number}" for name, number in counts.items())
+    more = ", …" if len(found) > len(counts) else ""
+    said = f"{len(found)} class folders, with so many images: {listed}{more}."
+    empty = [name for name, number in counts.items() if number == 0]
+    if empty and len(found) - len(empty) == num_classes:
+        named = ", ".join(map(repr, empty))
+        return f"{said} Class {named} has no images. Add some, or remove the folder{also}."
+    none = "".join(f" Class {name!r} has no images." for name in empty)
+    return f"{said}{none} Set data.num_classes={len(found)}{also}."
 
 
 def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> list[Path]:

@@ -38,6 +38,7 @@ log = logging.getLogger("regrow")
 
 DIRECT = 1e8  # parameters times examples of a micro-batch that is measured whole
 FEW = (2, 4)  # examples of the two steps that stand for a larger one, or for one example
+MOST_NAMED = 10  # classes
 FEW_EVALUATED = 8  # examples of the batch that the check of the first batch takes
 
 
@@ -87,6 +88,8 @@ def _report(job: Job) -> None:
             position.num_micro_batches = 1
         for line in facts(job, objects, dataclasses.replace(world, size=count)):
             log.info("%s", line)
+        for line in (*_splits(job.config, objects), _choices(job)):
+            log.info("%s", line)
         odd = [*what_is_odd(job.config, objects), *unread_root(job)]
         for line in [*objects.data.notes, *odd]:
             log.warning("%s", line)
@@ -118,6 +121,42 @@ def _alone(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     if "cache" in data:
         data["cache"] = None  # which would be written
     return {**config, "trainer": trainer, "data": data}
+
+
+def _splits(config: Mapping[str, Any], objects: Objects) -> Iterator[str]:
+    """Yield a line with the classes, and one with what the seed cuts off the examples."""
+    if class_names := objects.data.class_names:
+        more = f", … ({len(class_names)})" if len(class_names) > MOST_NAMED else ""
+        yield f"classes: {', '.join(map(str, class_names[:MOST_NAMED]))}{more}"
+    source = config["data"]["source"]
+    if not isinstance(source, Mapping):
+        return
+    root, parts = Path(str(source.get("root") or "")), []
+    folds = source.get("folds")
+    for name in ("val", "test"):
+        images = root / str(source.get("images_in") or "images") / name
+        is_own = (root / name).is_dir() or images.is_dir() or source.get(f"{name}_file")
+        fraction = source.get(f"{name}_fraction")
+        if name not in objects.data.num_examples or (fraction is None and folds is None):
+            continue
+        if is_own and "root" in source:
+            parts.append(f"{name} is given")
+        elif name == "test" and folds is not None:
+            parts.append(f"test is fold {source.get('fold')} of {folds}")
+        else:
+            parts.append(f"{name} is data.source.{name}_fraction={fraction} of the examples")
+    if parts:
+        seed = f"; data.source.seed={source['seed']} draws them" if "seed" in source else ""
+        drawn = any("fraction" in part or "fold" in part for part in parts)
+        yield f"splits: {', '.join(parts)}{seed * drawn}"
+
+
+def _choices(job: Job) -> str:
+    """Return the chosen options, also those that are the default."""
+    named = ("data", "task", "loss", "model", "optimizer", "scheduler")
+    return "chosen: " + " ".join(
+        f"{n}={_option(job.choices[n])}" for n in named if n in job.choices
+    )
 
 
 # -- Cost of a step --------------------------------------------------------------------------------
