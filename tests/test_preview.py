@@ -329,6 +329,18 @@ def test_the_tree_at_a_start_shows_each_value_once() -> None:
     assert {"strategy=ddp", "max_epochs=100"} <= {*several}
 
 
+def test_a_start_shows_typed_values_first_and_one_line_for_a_group(tmp_path: Path) -> None:
+    typed = ("trainer.max_steps=1", "trainer.progress_bar=false", "seed=3")
+    said = train(tmp_path, *typed, "hydra.run.dir=mine")
+    tree = [line for line in said.splitlines() if line[:1] in "├└│"]
+    assert len(tree) == len([line for line in tree if line[:1] in "├└"])  # no line is wrapped
+    trainer = tree[-1].split()
+    assert trainer[3].startswith("max_steps=1") and trainer[-1] == "…"
+    log = (tmp_path / "mine" / "train.log").read_text(encoding="utf-8")
+    assert "max_skipped_steps=10" in log and "max_skipped_steps" not in said
+    assert log.count("├─ data ") == 1
+
+
 def test_a_root_that_the_data_does_not_read_is_named(tmp_path: Path) -> None:
     said = train(tmp_path, "--check", "data.root=photos", *GIVEN)
     assert "data.root=photos has no effect: data=synthetic reads no folder" in said

@@ -57,7 +57,7 @@ WORDS = {
     "output_dir": "hydra.run.dir",
     "overfit_batches": "debug=overfit",
     "paths": "hydra.run.dir for the run and data.root for the data",
-    "print_config": "nothing to set: the config is always printed",
+    "print_config": "nothing to set: the config is always printed, and whole in train.log",
     "profiler": "debug=profile, or trainer.profile",
     "resume_from_checkpoint": "resume=RUN",
     "save_last": "nothing to set: the last checkpoint is always kept",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ OF_IMAGES = ("image_folder", "resized_folder", "mask_folder")  # sources, whose 
 def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     """Log what is about to run, and the command that resumes it."""
     config = redact_all(dict(job.config))
-    for line in config_tree(config, job.choices, num_processes=world.size):
-        log.info("%s", line)
+    typed = {resume.key_of(override) for override in job.overrides}
+    for logger, first in (("regrow.terminal", typed), ("regrow.file", None)):
+        for line in config_tree(config, job.choices, num_processes=world.size, first=first):
+            logging.getLogger(logger).info("%s", line)
     for line in facts(job, objects, world):
         log.info("%s", line)
     for note in objects.data.notes:
@@ -167,12 +169,17 @@ def _new_files(data: Mapping[str, Any]) -> str:
 
 
 def config_tree(
-    config: Mapping[str, Any], choices: Mapping[str, Any], *, num_processes: int
+    config: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    *,
+    num_processes: int,
+    first: Collection[str] | None = None,
 ) -> list[str]:
     """Return the config as a tree: a wrapped line for each group.
 
     Leaves out values that are off, those that repeat a value under the same name further up, and
-    keys of several processes where there is one.
+    keys of several processes where there is one. With `first` (dotted keys), each group shows these
+    and as many others as fit into one line.
     """
     lines: list[str] = []
     told: set[tuple[str, str]] = set()
@@ -190,23 +197,39 @@ def config_tree(
             if named in told:
                 del shown[key]
             told.add(named)
-        words = [f"{key}={value}" for key, value in shown.items()]
+        mark = "└─" if name == [*groups][-1] else "├─"
+        begin, rest = f"{mark} {name:<10} ", f"{'  ' if mark == '└─' else '│ '} {'':<10} "
+        if first is not None:
+            chosen = [key for key in shown if (key if name == "run" else f"{name}.{key}") in first]
+            shown = _in_one_line(shown, chosen, width - len(f"{begin}{option} …"))
+        words = [f"{key}={value}" if key else value for key, value in shown.items()]
         if name == "logger":
             words = ["jsonl", *values]  # names only; config.yaml has the settings
         text = " ".join([str(option), *words]).strip()
         if not text:
             continue
-        mark = "└─" if name == [*groups][-1] else "├─"
-        first, rest = f"{mark} {name:<10} ", f"{'  ' if mark == '└─' else '│ '} {'':<10} "
         lines += textwrap.wrap(
             text,
             width,
-            initial_indent=first,
+            initial_indent=begin,
             subsequent_indent=rest,
             break_long_words=False,
             break_on_hyphens=False,
         )
     return lines
+
+
+def _in_one_line(shown: dict[str, str], first: list[str], room: int) -> dict[str, str]:
+    """Return the values of `first`, then those that fit, outer keys before inner ones, then "…"."""
+    kept = {key: shown[key] for key in first}
+    others = sorted((key for key in shown if key not in kept), key=lambda key: key.count("."))
+    room -= sum(len(f" {key}={value}") for key, value in kept.items())
+    for key in others:
+        room -= len(f" {key}={shown[key]}")
+        if room < 0:
+            return {**kept, "": "…"}
+        kept[key] = shown[key]
+    return kept
 
 
 def longer(folder: Path, job: Job, summary: Mapping[str, Any]) -> str:

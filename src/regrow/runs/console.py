@@ -56,7 +56,7 @@ def console() -> Iterator[None]:
     """Show the run's log on the terminal inside: plain lines, with warnings and errors marked."""
     handler = _BarHandler()
     handler.setFormatter(_ConsoleFormat())
-    handler.addFilter(lambda record: record.name != "regrow.file")  # tracebacks, for train.log
+    handler.addFilter(lambda record: record.name != "regrow.file")  # for train.log alone
     with _attached(handler):
         yield
 
@@ -67,6 +67,7 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     handler = _LogFile(folder / "train.log", encoding="utf-8", errors="backslashreplace")
     text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(_FileFormat(text))
+    handler.addFilter(lambda record: record.name != "regrow.terminal")  # short forms
     with _attached(handler):
         yield
 
