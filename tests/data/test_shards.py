@@ -889,6 +889,90 @@ def test_another_plan_starts_over_and_other_files_are_never_touched(tmp_path: Pa
         numbers(tmp_path / "other")
 
 
+def test_a_command_killed_while_it_removes_earlier_shards_is_continued(
+    written: Path, tmp_path: Path
+) -> None:
+    fewer = {"train": OfItems(Numbers(100), {})}
+
+    def write(output: Path) -> None:
+        write_shards(output, fewer, Facts("items"), SMALL, overwrite=True)
+
+    def contents(folder: Path) -> dict[Path, bytes]:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder): path.read_bytes() for path in files}
+
+    write(tmp_path / "whole")
+    real, killed = Path.unlink, 0
+    for die_at in range(4):
+        output, calls = tmp_path / f"killed{die_at}", itertools.count()
+        shutil.copytree(written, output)
+
+        def unlink(path: Path, *, missing_ok: bool = False, calls: Any = calls) -> None:
+            if next(calls) == die_at:  # noqa: B023  called within this turn
+                raise Killed
+            real(path, missing_ok=missing_ok)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "unlink", unlink)
+            write(output)
+        killed += not (output / "index.json").exists()
+        write(output)
+        assert contents(output) == contents(tmp_path / "whole") != contents(written)
+    assert killed >= 2  # others came before the index was removed
+
+
+def test_other_fields_are_another_plan(tmp_path: Path) -> None:
+    class Pairs(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            if index == self.dies_at:
+                raise Killed
+            return {"a": np.zeros(2000), "b": np.ones(2000), "y": index}
+
+        dies_at = -1
+
+    rows, each = Pairs(6), Layout(shard_bytes=10_000, block_bytes=1, shuffle=False, seed=0)
+
+    def write(place: str, inputs: str) -> Index:
+        sets = {"train": OfItems(rows, {"inputs": inputs, "targets": "y"})}
+        return write_shards(tmp_path / place, sets, Facts("items"), each, overwrite=False)
+
+    rows.dies_at = 3
+    with pytest.raises(Killed):
+        write("both", "a")
+    assert (tmp_path / "both" / "train" / "000000.tar").exists()
+    rows.dies_at = -1
+    assert write("both", "b") == write("only", "b") != write("other", "a")
+
+
+def test_files_of_the_user_beside_the_sets_are_kept(tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    sets: dict[str, Any] = {"train": OfItems(Numbers(9), {}), "val": OfItems(Numbers(3), {})}
+    write_shards(output, sets, Facts("items"), SMALL, overwrite=False)
+    (output / "backup").mkdir()
+    (output / "backup" / "000001.tar").touch()
+    (output / "empty").mkdir()
+    write_shards(output, {"train": sets["train"]}, Facts("items"), SMALL, overwrite=True)
+    there = {str(path.relative_to(output)) for path in output.rglob("*")}
+    kept = {"backup", "backup/000001.tar", "empty"}
+    assert there == {*kept, "index.json", "train", "train/000000.tar"}  # val is gone
+
+
+@pytest.mark.parametrize("features", [np.ones((2, 3)), torch.ones(2, 3), [1, 2], {"label": 1}])
+def test_features_of_another_kind_hold_no_class_names(features: Any) -> None:
+    rows = Rows(np.ones(3))
+    rows.features = features  # type: ignore[attr-defined]
+    assert writing_shards.of_datasets({"train": rows}, {})[1].class_names is None
+
+
+def test_a_closed_pipe_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    def told(line: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    sets = {"train": OfItems(Numbers(9), {})}
+    with pytest.raises(BrokenPipeError):
+        write_shards(tmp_path / "x", sets, Facts("items"), SMALL, overwrite=False, told=told)
+
+
 # Images
 
 
