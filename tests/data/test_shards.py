@@ -1105,6 +1105,7 @@ def test_the_inputs_that_a_model_starts_from_come_from_few_blocks(
     source: Any = data_of(node).source.train
     assert max(source.sample(40, 300)) < 300
     assert source.sample(40, 30) == [*range(30)]
+    assert len(source.sample(41)) == 45  # 9 of each of 5 blocks
 
 
 def test_settings_that_do_not_fit_the_shards_are_one_line(
@@ -1112,7 +1113,14 @@ def test_settings_that_do_not_fit_the_shards_are_one_line(
 ) -> None:
     for overrides, error in (
         (("num_classes=3",), r"data.num_classes=3, but the shards hold 2 classes: cat, dog"),
-        (("+class_names=[dog,cat]",), r"number their classes as dog, cat|Leave data.class_names"),
+        (
+            ("+class_names=[dog,cat]",),
+            r"class_names=\['dog', 'cat'\]: the shards number their classes as cat, dog\. Leave",
+        ),
+        (
+            ("+class_names=[a,b,c]", "num_classes=3"),
+            r"data.num_classes=3, but the shards hold 2 classes: cat, dog\.",
+        ),
         (("source.sets=[night]",), r"hold no set night. There are train, val, test"),
         (("source.identity=ends",), r"identity=ends is not one of contents, sizes"),
     ):
@@ -1175,8 +1183,25 @@ def test_a_broken_image_names_its_shard(tmp_path: Path, make_data: Callable[...,
     )
     how = ("num_classes=3", "input_shape=[3,16,16]", "normalize=imagenet", "num_workers=0")
     data = make_data("shards", f"root={tmp_path / 'bad'}", *how)
-    with pytest.raises(DataError, match=r"bad.*train.*is not a readable image"):
+    said = (
+        r"bad/train/000000\.tar, train example \d: 000000001\.jpg is not a readable image: .*\. "
+        r"Fix or remove the file\. Then make the shards again\."
+    )
+    with pytest.raises(DataError, match=said):
         ids_of(data)
+
+
+@pytest.mark.parametrize("error", [KeyError("mean"), TypeError("no"), UserError("flip=2: no.")])
+def test_an_error_of_a_transform_is_not_blamed_on_the_shard(
+    error: Exception, photo_shards: Path, make_data: Callable[..., Data]
+) -> None:
+    def fails(image: Any) -> Any:
+        raise error
+
+    source: Any = make_data("shards", f"root={photo_shards}", *PHOTO).source.train
+    with pytest.raises(type(error)) as raised:
+        source.augmented(fails)[0]
+    assert raised.value is error
 
 
 def test_threads_that_begin_together_share_one_connection(
