@@ -191,7 +191,7 @@ class Splits:
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for a name that a set beside val and test cannot have."""
+    """Raise UserError if no set other than train, val and test can have this name."""
     if name in NOT_SETS:
         raise UserError(
             f"the set {name!r}: a run's record uses this name itself. Give the set another name."
