@@ -299,9 +299,9 @@ def shards(
 
     def of(name: str) -> ShardItems:
         blocks = index.blocks(name)
-        # In each lane, a pool begins and ends within a block: on average, it needs one block more
-        # than its bytes. + 2: the block in use and one that comes, if the pool is smaller. With
-        # less room, windows would drop each other's blocks, and read them again.
+        # A pool begins and ends within a block of each lane, so beside its bytes it needs, on
+        # average, one block per lane. The 2 are for a pool smaller than a block: the block in use
+        # and the next one. With less room, windows would drop and reread each other's blocks.
         held = int(HELD * pool_bytes) + (lanes + 2) * int(blocks.num_bytes.max())
         access = Access(
             place, blocks_kept, f"{index.sha256[:32]}/{name}",
