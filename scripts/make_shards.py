@@ -20,6 +20,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.errors import UserError
 from regrow.failing import in_one_line
+from regrow.processes.terminal import drop_unread
 
 OPTIONS = {
     "output": Option("the folder to write", required=True),
@@ -40,7 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     own = [each for each in given if not each.startswith("data.")]
     options = parse(own, OPTIONS, text=__doc__ or "", takes_data=True)
-    make(options, [each for each in given if each.startswith("data.")])
+    try:
+        make(options, [each for each in given if each.startswith("data.")])
+    except BrokenPipeError:  # `| head -1` closes the pipe early
+        if not drop_unread():
+            raise
+        raise SystemExit(1) from None
 
 
 def make(options: Arguments, overrides: list[str]) -> None:

@@ -889,6 +889,90 @@ def test_another_plan_starts_over_and_other_files_are_never_touched(tmp_path: Pa
         numbers(tmp_path / "other")
 
 
+def test_a_command_killed_while_it_removes_earlier_shards_is_continued(
+    written: Path, tmp_path: Path
+) -> None:
+    fewer = {"train": OfItems(Numbers(100), {})}
+
+    def write(output: Path) -> None:
+        write_shards(output, fewer, Facts("items"), SMALL, overwrite=True)
+
+    def contents(folder: Path) -> dict[Path, bytes]:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder): path.read_bytes() for path in files}
+
+    write(tmp_path / "whole")
+    real, killed = Path.unlink, 0
+    for die_at in range(4):
+        output, calls = tmp_path / f"killed{die_at}", itertools.count()
+        shutil.copytree(written, output)
+
+        def unlink(path: Path, *, missing_ok: bool = False, calls: Any = calls) -> None:
+            if next(calls) == die_at:  # noqa: B023  called within this turn
+                raise Killed
+            real(path, missing_ok=missing_ok)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "unlink", unlink)
+            write(output)
+        killed += not (output / "index.json").exists()
+        write(output)
+        assert contents(output) == contents(tmp_path / "whole") != contents(written)
+    assert killed >= 2  # others came before the index was removed
+
+
+def test_other_fields_are_another_plan(tmp_path: Path) -> None:
+    class Pairs(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            if index == self.dies_at:
+                raise Killed
+            return {"a": np.zeros(2000), "b": np.ones(2000), "y": index}
+
+        dies_at = -1
+
+    rows, each = Pairs(6), Layout(shard_bytes=10_000, block_bytes=1, shuffle=False, seed=0)
+
+    def write(place: str, inputs: str) -> Index:
+        sets = {"train": OfItems(rows, {"inputs": inputs, "targets": "y"})}
+        return write_shards(tmp_path / place, sets, Facts("items"), each, overwrite=False)
+
+    rows.dies_at = 3
+    with pytest.raises(Killed):
+        write("both", "a")
+    assert (tmp_path / "both" / "train" / "000000.tar").exists()
+    rows.dies_at = -1
+    assert write("both", "b") == write("only", "b") != write("other", "a")
+
+
+def test_files_of_the_user_beside_the_sets_are_kept(tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    sets: dict[str, Any] = {"train": OfItems(Numbers(9), {}), "val": OfItems(Numbers(3), {})}
+    write_shards(output, sets, Facts("items"), SMALL, overwrite=False)
+    (output / "backup").mkdir()
+    (output / "backup" / "000001.tar").touch()
+    (output / "empty").mkdir()
+    write_shards(output, {"train": sets["train"]}, Facts("items"), SMALL, overwrite=True)
+    there = {str(path.relative_to(output)) for path in output.rglob("*")}
+    kept = {"backup", "backup/000001.tar", "empty"}
+    assert there == {*kept, "index.json", "train", "train/000000.tar"}  # val is gone
+
+
+@pytest.mark.parametrize("features", [np.ones((2, 3)), torch.ones(2, 3), [1, 2], {"label": 1}])
+def test_features_of_another_kind_hold_no_class_names(features: Any) -> None:
+    rows = Rows(np.ones(3))
+    rows.features = features  # type: ignore[attr-defined]
+    assert writing_shards.of_datasets({"train": rows}, {})[1].class_names is None
+
+
+def test_a_closed_pipe_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    def told(line: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    sets = {"train": OfItems(Numbers(9), {})}
+    with pytest.raises(BrokenPipeError):
+        write_shards(tmp_path / "x", sets, Facts("items"), SMALL, overwrite=False, told=told)
+
+
 # Images
 
 
@@ -1021,6 +1105,7 @@ def test_the_inputs_that_a_model_starts_from_come_from_few_blocks(
     source: Any = data_of(node).source.train
     assert max(source.sample(40, 300)) < 300
     assert source.sample(40, 30) == [*range(30)]
+    assert len(source.sample(41)) == 45  # 9 of each of 5 blocks
 
 
 def test_settings_that_do_not_fit_the_shards_are_one_line(
@@ -1028,7 +1113,14 @@ def test_settings_that_do_not_fit_the_shards_are_one_line(
 ) -> None:
     for overrides, error in (
         (("num_classes=3",), r"data.num_classes=3, but the shards hold 2 classes: cat, dog"),
-        (("+class_names=[dog,cat]",), r"number their classes as dog, cat|Leave data.class_names"),
+        (
+            ("+class_names=[dog,cat]",),
+            r"class_names=\['dog', 'cat'\]: the shards number their classes as cat, dog\. Leave",
+        ),
+        (
+            ("+class_names=[a,b,c]", "num_classes=3"),
+            r"data.num_classes=3, but the shards hold 2 classes: cat, dog\.",
+        ),
         (("source.sets=[night]",), r"hold no set night. There are train, val, test"),
         (("source.identity=ends",), r"identity=ends is not one of contents, sizes"),
     ):
@@ -1091,8 +1183,25 @@ def test_a_broken_image_names_its_shard(tmp_path: Path, make_data: Callable[...,
     )
     how = ("num_classes=3", "input_shape=[3,16,16]", "normalize=imagenet", "num_workers=0")
     data = make_data("shards", f"root={tmp_path / 'bad'}", *how)
-    with pytest.raises(DataError, match=r"bad.*train.*is not a readable image"):
+    said = (
+        r"bad/train/000000\.tar, train example \d: 000000001\.jpg is not a readable image: .*\. "
+        r"Fix or remove the file\. Then make the shards again\."
+    )
+    with pytest.raises(DataError, match=said):
         ids_of(data)
+
+
+@pytest.mark.parametrize("error", [KeyError("mean"), TypeError("no"), UserError("flip=2: no.")])
+def test_an_error_of_a_transform_is_not_blamed_on_the_shard(
+    error: Exception, photo_shards: Path, make_data: Callable[..., Data]
+) -> None:
+    def fails(image: Any) -> Any:
+        raise error
+
+    source: Any = make_data("shards", f"root={photo_shards}", *PHOTO).source.train
+    with pytest.raises(type(error)) as raised:
+        source.augmented(fails)[0]
+    assert raised.value is error
 
 
 def test_threads_that_begin_together_share_one_connection(

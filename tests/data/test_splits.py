@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
-from regrow.feeding.splits import Examples, Splits, check_overlap, cut, cut_examples
+from regrow.feeding.splits import Examples, Splits, check_overlap, cut, cut_examples, text_names
 
 Make = Callable[..., Data]
 BUNDLED = ("digits", "digits_attributes", "breast_cancer", "diabetes")
@@ -139,3 +141,86 @@ def test_standardised_targets_come_back_in_their_units(make_data: Make, cpu: tor
     assert torch.allclose(data.in_units(targets).float(), data.source.train.targets, atol=1e-3)
     raw = make_data("diabetes", "normalize_targets=false")
     assert torch.equal(raw.in_units(targets), targets.double()) and raw.target_mean is None
+
+
+@pytest.mark.parametrize(
+    ("options", "causes"),
+    [
+        ({"test_fraction": 0.0, "folds": 2}, r"data\.source\.val_fraction=0\.1 and data\.folds=2"),
+        ({"test_fraction": 0.8}, r"val_fraction=0\.1 and data\.source\.test_fraction=0\.8"),
+    ],
+)
+def test_one_group_leaves_nothing_to_train_on(options: dict[str, Any], causes: str) -> None:
+    whole = (list(range(10)), np.zeros(10))
+    with pytest.raises(DataError, match=rf"split train is empty: .*{causes} of 1 groups\. Let val"):
+        cut(*whole, val_fraction=0.1, seed=0, groups=["a"] * 10, **options)
+
+
+def test_equal_examples_leave_nothing_to_train_on() -> None:
+    with pytest.raises(DataError, match=r"^split train .*: data\.source\.val_fraction=0\.5 of 1 d"):
+        cut([7] * 4, np.zeros(4), val_fraction=0.5, test_fraction=0.0, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool, torch.int16])
+def test_inputs_of_any_type_and_shape_have_keys(dtype: torch.dtype) -> None:
+    for shape in ((6,), (6, 1), (6, 2, 3)):
+        inputs = (torch.arange(6) // 2 % 2).view(6, *[1] * (len(shape) - 1)).expand(shape)
+        keys = Examples(inputs.to(dtype), torch.zeros(6)).keys()
+        assert [keys.index(key) for key in keys] == [0, 0, 2, 2, 0, 0]
+    for shape in ((0,), (0, 3), (2, 0)):
+        assert len({*Examples(torch.zeros(shape, dtype=dtype), torch.zeros(2)).keys()}) <= 1
+
+
+def test_keys_are_hashes_of_the_bytes_in_memory() -> None:
+    rows = torch.randn(3, 4)
+    expected = [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows]
+    assert Examples(rows, torch.zeros(3)).keys() == expected
+
+
+class Keyed(torch.utils.data.Dataset[int]):
+    """Numbers modulo 5, with keys or without."""
+
+    def __init__(self, count: int, *, has_keys: bool) -> None:
+        self.count = count
+        if has_keys:
+            self.keys = lambda: [index % 5 for index in range(count)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index % 5
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_a_subset_and_its_data_set_overlap(has_keys: bool) -> None:
+    subset = torch.utils.data.Subset
+    whole = Keyed(5, has_keys=has_keys)
+    for train in (subset(whole, [0, -1]), subset(subset(whole, [0, 2, -1]), [0, -1])):
+        with pytest.raises(DataError, match="2 of the 5 test examples are in train too"):
+            check_overlap(Splits(train, None, whole), "refuse")
+        with pytest.raises(DataError, match="1 of the 2 test"):
+            check_overlap(Splits(train, None, subset(whole, [3, 4])), "refuse")
+        check_overlap(Splits(train, None, subset(whole, [1, 3])), "refuse")
+    twice = Keyed(10, has_keys=has_keys)  # each number is there twice
+    splits = Splits(subset(twice, range(5)), None, subset(twice, range(5, 10)))
+    assert check_overlap(splits, "report") == ({"train/test": 5} if has_keys else {})
+
+
+def test_copies_do_not_hide_examples_of_a_group_trained_on() -> None:
+    train = Examples(torch.arange(3.0), torch.zeros(3), groups=["a", "b", "c"])
+    test = Examples(torch.tensor([7.0, 8, 2, 9]), torch.zeros(4), groups=["a", "a", "c", "new"])
+    both = (
+        r"^1 of the 4 test examples are in train too, the first is number 2; 2 of the 4 test "
+        r"examples have their group .* in train too, the first is number 0\. Remove"
+    )
+    with pytest.raises(DataError, match=both):
+        check_overlap(Splits(train, None, test), "refuse")
+    assert check_overlap(Splits(train, None, test), "report") == {"train/test": 3}
+
+
+def test_class_names_are_text_or_integers() -> None:
+    assert text_names(["a", 3]) == ["a", "3"]
+    for name in (1.5, False, None):
+        with pytest.raises(UserError, match=f"YAML reads one of the names as {name}"):
+            text_names([name])

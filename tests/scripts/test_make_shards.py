@@ -165,6 +165,22 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_reader_that_leaves_early_ends_the_command_without_an_error(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does, sooner or later
+    folder = Path(__file__).parent
+    path = {"PYTHONPATH": forked.python_path(folder, folder.parent), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "make_shards.py"), "output=o", *(
+        "data._target_=test_make_shards.splits", "data.count=8", "inputs=image", "targets=label",
+    )]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **path}, stdout=writer, stderr=subprocess.PIPE,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # A run on shards
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from regrow.errors import UserError
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.totals import Skipped
 
@@ -66,3 +67,59 @@ def test_a_buffer_of_which_the_model_keeps_a_view_stays_where_it_is() -> None:
     Buffers(model, flat=True)
     model.sums.add_(1)  # type: ignore[operator, union-attr]
     assert model.first.tolist() == [1, 1]
+
+
+class Placed(nn.Module):
+    def __init__(self, *devices: str) -> None:
+        super().__init__()
+        for device in devices:
+            self.register_buffer(f"on_{device}", torch.ones(3, device=device))
+
+
+def test_flat_buffers_stay_on_their_devices() -> None:
+    model = Placed("meta", "cpu")
+    buffers = Buffers(model, flat=True)
+    assert [str(buffer.device) for buffer in model.buffers()] == ["meta", "cpu"]
+    assert [str(flat.device) for flat in buffers.now] == ["meta", "cpu"]
+    assert torch.equal(model.on_cpu, torch.ones(3))  # type: ignore[arg-type]
+
+
+class Rebinding(nn.Module):
+    """Gives its buffer another value, as a new tensor."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("sums", buffer)
+
+
+@pytest.mark.parametrize(("before", "after"), [((), (3,)), ((3,), ()), ((3,), (1, 3))])
+def test_a_persistent_buffer_of_changing_shape_is_named(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(nn.Identity(), Rebinding(torch.zeros(before)))
+    buffers = Buffers(model)
+    model[1].sums = torch.ones(before)
+    buffers.remember()  # the control: another value of the same shape
+    model[1].sums = torch.ones(after)
+    with pytest.raises(UserError, match=r"^model: .* buffer 1\.sums from .*persistent=False"):
+        buffers.remember()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("skipped", [True, torch.tensor(1.0), False, torch.tensor(0.0)])
+@pytest.mark.parametrize("rebound", [0, 1])
+def test_a_buffer_of_two_modules_is_restored_in_both(
+    rebound: int, skipped: Any, flat: bool
+) -> None:
+    shared = torch.zeros(2)
+    model = nn.Sequential(Rebinding(shared), Rebinding(shared))
+    buffers = Buffers(model, flat=flat)
+    for step in (1, 2):
+        buffers.remember()
+        model[rebound].sums = model[rebound].sums + step
+    assert model[rebound].sums.tolist() == [3, 3]
+    buffers.restore(Skipped(skipped))
+    if not float(skipped):
+        buffers.remember()
+    assert model[0].sums is model[1].sums
+    assert model[0].sums.tolist() == ([1, 1] if float(skipped) else [3, 3])

@@ -390,10 +390,10 @@ class Data:
         return range(len(split)) if found is None else found
 
     def sample_inputs(self) -> Tensor:
-        """Return up to 1,024 training inputs, spread over the split, normalised and not augmented.
+        """Return about 1,024 training inputs, or all, spread over the split, and normalised.
 
-        (N, …) on the CPU, the same in every process. Raises UserError for inputs of several
-        tensors.
+        (N, …) on the CPU, not augmented, the same in every process. Raises UserError for inputs of
+        several tensors.
         """
         count = self._num_trained_on()
         num_chosen = min(count, NUM_SAMPLED)

@@ -34,14 +34,14 @@ from regrow.feeding.images import (
 )  # fmt: skip
 from regrow.feeding.remote import Folder, Remote, folder_of
 from regrow.feeding.sampling import Windows
-from regrow.feeding.shard_index import Index
+from regrow.feeding.shard_index import UNIT, Index
 from regrow.feeding.shard_items import File, as_item, decoded
 from regrow.feeding.splits import NAMES, Reading, Splits, text_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-UNREADABLE = (  # by Python's json and zip, numpy and torch, in an example of wrong bytes
+UNREADABLE = (  # what json, zip, numpy and torch raise on corrupt bytes
     *(ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
 )
@@ -49,8 +49,10 @@ NOT_COMPARED = (
     "the sets of these shards were not found to be disjoint when they were made: an example may be "
     "in two of them"
 )
-SPREAD_BLOCKS = 64  # of which a sample is taken
-HELD = 2.0  # pools that a process holds: one in use (at most 1.5), and a part of the next one
+SPREAD_BLOCKS = 64  # blocks that a sample is drawn from
+# Memory bound in pools: the current one (up to 1.5 times) plus the part of the next that is read
+# ahead.
+HELD = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class ShardItems:
 
     @property
     def draws(self) -> bool:
-        """False if items draw no random numbers, so that none need be seeded."""
+        """True if reading an item may draw random numbers, so it must be seeded."""
         return self.transform is not None
 
     def __getitem__(self, index: int) -> Any:
@@ -95,51 +97,62 @@ class ShardItems:
             raise IndexError(index)
         block = bisect.bisect_right(first, index) - 1
         content, members = reader.block(block)
-        fields, place = {}, ""
+        fields: dict[str, Any] = {}
+        name = ""
         try:
             for name, start, stop in members[index - first[block]]:
-                place = name
                 field, value = decoded(name, content[start:stop])
                 if isinstance(value, File):
-                    value = self._image(field, value)
+                    value = self._image(field, value, _member(content, start))
                 elif field == "inputs" and self.size is not None:
                     value = self._fitted(value)
                 fields[field] = value
-        except DataError:
-            raise
-        except UNREADABLE as error:
-            shard = self.access.names[self.access.blocks.shard[block]]
+        except DataError as error:
             raise DataError(
-                f"{self.access.place.place(shard)}, {self.name} example {index}: {place} cannot be "
-                f"read: {brief(error, 120)}."
+                f"{self._where(block, index)}: {error} Then make the shards again."
             ) from None
+        except UNREADABLE as error:
+            raise DataError(
+                f"{self._where(block, index)}: {name} cannot be read: {brief(error, 120)}."
+            ) from None
+        # Outside of `try`: an error of a transform is one of the user's code.
+        if self.transform is not None and "inputs" in fields:
+            fields["inputs"] = to_tensor(self.transform(fields["inputs"]))
         return as_item(fields)
 
-    def _image(self, field: str, file: File) -> Tensor:
-        """Return an image: the inputs as the model takes them, and others in their own size."""
-        name = f"{self.access.place.root}: a {file.suffix} of set {self.name}.{file.suffix}"
+    def _where(self, block: int, index: int) -> str:
+        """Return the shard and the number of an example, for an error."""
+        shard = self.access.names[self.access.blocks.shard[block]]
+        return f"{self.access.place.place(shard)}, {self.name} example {index}"
+
+    def _image(self, field: str, file: File, member: str) -> Image | Tensor:
+        """Return an image: the inputs as `_as_input` does, and others in their own size.
+
+        Raises DataError, which names the `member` of the tar file.
+        """
         if field == "targets":  # a mask, whose values are classes
             from PIL import Image
 
             formats = formats_for(f".{file.suffix}")
-            with opened(name), Image.open(io.BytesIO(file.content), formats=formats) as mask:
+            with opened(member), Image.open(io.BytesIO(file.content), formats=formats) as mask:
                 return to_tensor(mask)
         how = {"exif_orientation": self.exif_orientation, "decoder": self._decoder}
-        image = load(name, self.channels, content=file.content, **how)  # type: ignore[arg-type]
+        image = load(member, self.channels, content=file.content, **how)  # type: ignore[arg-type]
         return self._as_input(image) if field == "inputs" else to_tensor(image)
 
     @property
     def _decoder(self) -> str:
-        """The decoder of images; a transform gets those of Pillow unless it `takes` pixels."""
-        is_known = self.transform is None or getattr(self.transform, "takes", None) == "pixels"
-        return self.decoder if is_known else "pillow"
+        """The decoder of images: a transform gets Pillow images unless it `takes` "pixels"."""
+        takes_any = self.transform is None or getattr(self.transform, "takes", None) == "pixels"
+        return self.decoder if takes_any else "pillow"
 
-    def _as_input(self, image: Image | Tensor) -> Tensor:
+    def _as_input(self, image: Image | Tensor) -> Image | Tensor:
+        """Return an image in the model's size; if there is a transform, as it is, for that."""
         if self.transform is not None:
-            return to_tensor(self.transform(image))
+            return image
         return to_tensor(image if self.size is None else fit(image, self.size, self.resize))
 
-    def _fitted(self, pixels: Tensor) -> Tensor:
+    def _fitted(self, pixels: Tensor) -> Image | Tensor:
         """Return an image that was written as an array, (C, H, W) uint8, like one in a file."""
         is_ready = [*pixels.shape] == [self.channels, *(self.size or [])] and self.resize is None
         if self.transform is None and is_ready:
@@ -151,7 +164,7 @@ class ShardItems:
         return self._as_input(image if self._decoder == "pillow" else pixels_of(image))
 
     def _reader(self) -> Reader:
-        """Return this process's reader: a forked worker must not share one."""
+        """Return the reader: one per process; a forked worker must not use its parent's."""
         own = self.__dict__
         if "_own_reader" not in own or own["_own_reader"].pid != os.getpid():
             own["_own_reader"] = Reader(self.access)
@@ -181,9 +194,10 @@ class ShardItems:
         return FileOrder(self.access.blocks.first, windows)
 
     def sample(self, count: int, below: int | None = None) -> list[int]:
-        """Return up to `count` numbers of examples, from a few blocks that are spread evenly.
+        """Return about `count` indices of examples, from a few blocks that are spread evenly.
 
-        `below`: only of the first so many examples.
+        Blocks share the count equally, rounded up: at most 63 more. `below`: only of the first so
+        many examples.
         """
         below = len(self) if below is None else below
         if below <= count:
@@ -191,14 +205,14 @@ class ShardItems:
         first = self.access.blocks.first
         first = np.append(first[first < below], below)
         num_blocks = min(len(first) - 1, SPREAD_BLOCKS)
-        chosen = [place * (len(first) - 1) // num_blocks for place in range(num_blocks)]
+        chosen = [number * (len(first) - 1) // num_blocks for number in range(num_blocks)]
         self.ahead(chosen)
-        found: list[int] = []
+        indices: list[int] = []
         for block in chosen:
             in_block = int(first[block + 1] - first[block])
             taken = min(in_block, -(-count // num_blocks))
-            found += [int(first[block]) + at * in_block // taken for at in range(taken)]
-        return found
+            indices += [int(first[block]) + at * in_block // taken for at in range(taken)]
+        return indices
 
     def augmented(self, transform: Callable[[Image], Image]) -> ShardItems:
         """Return the same examples of images, with `transform` in place of Resize and crop."""
@@ -210,14 +224,15 @@ class ShardItems:
         return dataclasses.replace(self, transform=transform)
 
     def keys(self) -> list[Hashable]:
-        """Return nothing to compare: the index says whether the sets were, see `Facts`."""
+        """Return no keys: whether the sets are disjoint was checked at writing (Facts.disjoint)."""
         return []
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that is equal for equal contents, local or remote.
 
         Raises DataError for a shard that is not the one of the index: by its contents in a local
-        folder, by its size and tag on a server. A new tag makes the shard read once.
+        folder, by its size and tag on a server. If the server's tag changed, the shard is read once
+        to verify it.
         """
         shard_identity.check(
             self.access, self.index.sets[self.name], by_contents=self.identity == "contents"
@@ -244,7 +259,10 @@ def shards(
     sets: list[str] | None,
     collate: Callable[[list[Any]], Any] | None,
 ) -> Splits:
-    """Return the sets of a folder of shards that `scripts/make_shards.py` wrote, or of its URL."""
+    """Return the sets of a folder of shards that `scripts/make_shards.py` wrote, or of its URL.
+
+    Raises UserError, DataError.
+    """
     if identity not in ("contents", "sizes"):
         raise UserError(f"data.source.identity={identity} is not one of contents, sizes.")
     check_decoder(decoder)
@@ -259,16 +277,17 @@ def shards(
             f"data.source.sets={sets}: the shards hold no set {missing[0]}."
             f"{did_you_mean(missing[0], index.sets)} There are {', '.join(index.sets)}."
         )
-    found = text_names(class_names) or facts.class_names
-    if found is not None and num_classes is not None and len(found) != num_classes:
+    theirs = facts.class_names
+    if theirs is not None and num_classes is not None and len(theirs) != num_classes:
         raise UserError(
-            f"data.num_classes={num_classes}, but the shards hold {len(found)} classes: "
-            f"{', '.join(found[:20])}. Set data.num_classes={len(found)}."
+            f"data.num_classes={num_classes}, but the shards hold {len(theirs)} classes: "
+            f"{', '.join(theirs[:20])}. Set data.num_classes={len(theirs)}."
         )
-    if class_names is not None and facts.class_names not in (None, text_names(class_names)):
+    class_names = text_names(class_names)
+    if class_names is not None and theirs not in (None, class_names):
         raise UserError(
-            f"data.class_names: the shards number their classes as {', '.join(found or [])[:200]}. "
-            "Leave data.class_names out."
+            f"data.class_names={class_names[:20]}: the shards number their classes as "
+            f"{', '.join(theirs or [])[:200]}. Leave data.class_names out."
         )
     size, channels, side = None, 3, None
     if facts.kind == "images":
@@ -276,14 +295,16 @@ def shards(
             raise UserError("data.input_shape=null: these shards hold images. Set their shape.")
         channels, size, side = check_size(input_shape, resize)
     pool_bytes = int(pool_mb * 1e6)
-    kept = cache_of(cache, cache_gb, 2 * pool_bytes) if place.is_remote else None
+    blocks_kept = cache_of(cache, cache_gb, 2 * pool_bytes) if place.is_remote else None
 
     def of(name: str) -> ShardItems:
         blocks = index.blocks(name)
-        # A pool cuts a block of each lane. One that does not fit as a whole is read once a window.
+        # A pool begins and ends within a block of each lane, so beside its bytes it needs, on
+        # average, one block per lane. The 2 are for a pool smaller than a block: the block in use
+        # and the next one. With less room, windows would drop and reread each other's blocks.
         held = int(HELD * pool_bytes) + (lanes + 2) * int(blocks.num_bytes.max())
         access = Access(
-            place, kept, f"{index.sha256[:32]}/{name}",
+            place, blocks_kept, f"{index.sha256[:32]}/{name}",
             [shard.name for shard in index.sets[name]], blocks, held,
         )  # fmt: skip
         return ShardItems(
@@ -297,7 +318,7 @@ def shards(
         of("val") if "val" in names else None,
         of("test") if "test" in names else None,
         {name: of(name) for name in names if name not in NAMES},
-        class_names=found,
+        class_names=class_names or theirs,
         target_names=facts.target_names,
         input_max=facts.input_max,
         resize=side,
@@ -309,7 +330,7 @@ def shards(
 
 
 def read_index(place: Folder | Remote) -> Index:
-    """Return the index of a folder of shards. Raises DataError."""
+    """Return the index of a folder of shards. Raises UserError, DataError."""
     where = place.place(shard_index.NAME)
     if isinstance(place, Folder) and not Path(place.root).is_dir():
         raise UserError(
@@ -324,6 +345,11 @@ def read_index(place: Folder | Remote) -> Index:
             "last. Make the shards with scripts/make_shards.py, or let it end."
         ) from None
     return shard_index.parsed(content, where)
+
+
+def _member(content: bytes, start: int) -> str:
+    """Return the name of the tar member whose content begins at `start`."""
+    return content[start - UNIT : start - UNIT + 100].partition(b"\0")[0].decode(errors="replace")
 
 
 def _check_sizes(place: Folder, index: Index) -> None:

@@ -34,12 +34,15 @@ class MapStyle(Protocol):
 class Examples:
     """A split in memory, as tensors.
 
-    inputs: (N, C, H, W) uint8 images, (N, …) floating features in raw units, or integers. targets:
-    (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or (N,) or (N, K)
-    values, float64 if float32 would round them. weights: (N,) float32, or None for all one. ids
-    name the examples in their source, such as lines of a file; examples of one of the `groups`
-    belong together. draw_weights: (N,), for `data.sampling`. Converts numpy arrays and lists of
-    numbers. Raises DataError for anything else.
+    inputs: (N, C, H, W) uint8 images, (N, …) floating features in raw units, or integers.
+    targets: (N,) int64 classes, (N,) float32 of a binary task, (N, L) float32 labels, or (N,) or
+        (N, K) values, float64 if float32 would round them.
+    weights: (N,) float32, or None for all one.
+    ids: names of the examples in their source, such as lines of a file.
+    groups: examples of one group, such as a patient, are in one split.
+    draw_weights: (N,), for `data.sampling`.
+
+    Converts numpy arrays and lists of numbers. Raises DataError for anything else.
     """
 
     inputs: Tensor
@@ -85,15 +88,17 @@ class Examples:
 
     def keys(self) -> list[Hashable]:
         """Return one key per example, equal for equal inputs, whatever their targets."""
-        rows = self.inputs.contiguous().flatten(1).numpy()
+        rows = self.inputs.contiguous().unsqueeze(-1).flatten(1).view(torch.uint8).numpy()
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which files of a folder are read, and how. extensions=None: all that Pillow decodes.
+    """Which files of a folder are read, and how.
 
-    The decoder, pillow or torchvision, also resizes.
+    extensions: their suffixes, or None for all that Pillow decodes.
+    leave_out: kinds of files that are ignored.
+    decoder: pillow or torchvision, which also resizes.
     """
 
     extensions: list[str] | None = None
@@ -144,12 +149,15 @@ def as_tensor(value: Any, what: str) -> Tensor:
 class Splits:
     """Training examples, the sets to evaluate, and facts found while reading them.
 
-    `sets` holds any number of sets beside val and test, by name. A split that is None does not
-    exist; an empty one is an error. `input_max` is the raw value of white, `columns` are a table's
-    features; `resize`, `reading` and `collate` apply to files, `reads_images` says that they are
-    images of ours, and `vocabulary` belongs to a text: see `Vocabulary.record`. `notes` are lines
-    to log at the start of a run. `known_keys` holds each split's keys if the source has already
-    computed them, which is slow.
+    val, test: None for a split that does not exist. An empty split is an error.
+    sets: any number of others, by name.
+    input_max: the raw value of white.
+    columns: a table's features.
+    resize, reading, collate: apply to files.
+    reads_images: True if this package decodes the images, rather than a data set of the user's.
+    vocabulary: of a text, see `Vocabulary.record`.
+    notes: lines to log at the start of a run.
+    known_keys: each split's keys, if the source has computed them already, which is slow.
     """
 
     train: Split
@@ -183,7 +191,7 @@ class Splits:
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for a name that a set beside val and test cannot have."""
+    """Raise UserError if no set other than train, val and test can have this name."""
     if name in NOT_SETS:
         raise UserError(
             f"the set {name!r}: a run's record uses this name itself. Give the set another name."
@@ -200,7 +208,8 @@ def check_name(name: str) -> None:
 def text_names(class_names: Sequence[Any] | None) -> list[str] | None:
     """Return the names as text. Raises UserError if YAML reads one as another type.
 
-    Numbers are accepted. YAML reads `no` as False, and `off` and `false` too.
+    Integers are accepted. Other numbers may be written in several ways, and YAML reads `no`, `off`
+    and `false` as False.
     """
     for name in class_names or ():
         if not isinstance(name, str | int) or isinstance(name, bool):
@@ -265,17 +274,22 @@ def cut(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the indices of train, val and test, stratified; a fraction of 0 gives None.
 
-    With `folds`, test is the fold number `fold` of so many of equal size, and `test_fraction` has
-    no meaning. Examples with equal keys (true duplicates) and those of one of the `groups` always
-    land in the same split. The test split depends only on the data, `seed` and `test_fraction` or
-    `folds`, not on `val_fraction`.
+    With `folds`, the test set is fold `fold` of `folds` equal folds; `test_fraction` is ignored.
+    Examples with equal keys (true duplicates) and those of one of the `groups` always land in the
+    same split. The test split depends only on the data, `seed` and `test_fraction` or `folds`, not
+    on `val_fraction`. Raises UserError for fractions, DataError for a split that would be empty.
     """
     check_fractions(val_fraction, test_fraction, folds, fold)
     test_share = test_fraction if folds is None else 1 / folds
     unit = _numbered(keys) if groups is None else _bound_together(keys, groups)
 
     def choose(within: npt.NDArray[np.int64], share: float, name: str) -> npt.NDArray[np.bool_]:
-        """Return which of the units `within`, sorted, to choose: `share` of their examples."""
+        """Return a mask over `within` (sorted unit numbers): `share` of the units.
+
+        With groups, it is `share` of their examples.
+        """
+        if not len(within):
+            return np.zeros(0, bool)
         random = generator(seed, f"{name} split")
         if groups is not None:
             inside = np.isin(unit, within)
@@ -284,10 +298,10 @@ def cut(
                 _allocate(its, strata[inside], [1 - share, share], random) == 1
             )
             return chosen
-        return _sample(strata[first][within], share, random)
+        return _sample(strata[first_in_unit][within], share, random)
 
-    first = np.unique(unit, return_index=True)[1]
-    everything = np.arange(len(first))
+    first_in_unit = np.unique(unit, return_index=True)[1]
+    everything = np.arange(len(first_in_unit))
     if folds is None:
         test = choose(everything, test_fraction, "test")
     else:
@@ -295,7 +309,7 @@ def cut(
         if groups is not None:
             of_unit = _allocate(unit, strata, [1 / folds] * folds, random)
         else:
-            of_unit = _dealt(strata[first], folds, random)
+            of_unit = _deal(strata[first_in_unit], folds, random)
         test = of_unit == fold
     val = np.zeros_like(test)
     rest = np.flatnonzero(~test)
@@ -304,11 +318,21 @@ def cut(
     def indices(name: str, chosen: npt.NDArray[np.bool_], fraction: float) -> Tensor | None:
         found = torch.from_numpy(np.flatnonzero(chosen[unit]))
         if fraction > 0 and len(found) == 0:
-            is_fold = name == "test" and folds is not None
-            asked = f"data.folds={folds}" if is_fold else f"data.source.{name}_fraction={fraction}"
+            causes = {"val": f"data.source.val_fraction={val_fraction}"} if val_fraction else {}
+            if folds is not None:
+                causes["test"] = f"data.folds={folds}"
+            elif test_fraction:
+                causes["test"] = f"data.source.test_fraction={test_fraction}"
+            way_out = "Raise it, or set it to 0 for no such split."
+            if name == "train":
+                way_out = "Let val and test take less, or add data."
+            elif name == "test" and folds is not None:
+                way_out = "Use fewer."
+            asked = causes.get(name) or " and ".join(causes.values()) or "all"
             what = "groups" if groups is not None else "distinct examples"
-            way_out = "Use fewer." if is_fold else "Raise it, or set it to 0 for no such split."
-            raise DataError(f"split {name} is empty: {asked} of {len(first)} {what}. {way_out}")
+            raise DataError(
+                f"split {name} is empty: {asked} of {len(first_in_unit)} {what}. {way_out}"
+            )
         return found if fraction > 0 else None
 
     train = cast(Tensor, indices("train", ~(test | val), 1 - val_fraction - test_share))
@@ -326,17 +350,21 @@ def _bound_together(keys: Sequence[Hashable], groups: Sequence[Hashable]) -> npt
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    key, group = _numbered(keys), _numbered(groups)
-    count = int(key.max() + group.max()) + 2
-    edges = coo_array((np.ones(len(key)), (key, group + key.max() + 1)), shape=(count, count))
+    of_key, of_group = _numbered(keys), _numbered(groups)
+    num_keys = int(of_key.max()) + 1
+    count = num_keys + int(of_group.max()) + 1
+    edges = coo_array((np.ones(len(keys)), (of_key, of_group + num_keys)), shape=(count, count))
     labels = connected_components(edges, directed=False)[1]
-    return _numbered(labels[key].tolist())
+    return _numbered(labels[of_key].tolist())
 
 
 def _sample(
     strata: npt.NDArray[Any], fraction: float, random: torch.Generator
 ) -> npt.NDArray[np.bool_]:
-    """Return a systematic sample of the shuffled, then sorted list: ±1 of each stratum's share."""
+    """Return a mask of a `fraction` of the list.
+
+    Shuffles, sorts by stratum and takes every 1/fraction-th: each stratum gets its share ±1.
+    """
     shuffled = torch.randperm(len(strata), generator=random).numpy()
     ordered = shuffled[np.argsort(strata[shuffled], kind="stable")]
     counts = np.floor(np.arange(len(strata) + 1) * fraction + 0.5)
@@ -345,8 +373,11 @@ def _sample(
     return chosen
 
 
-def _dealt(strata: npt.NDArray[Any], folds: int, random: torch.Generator) -> npt.NDArray[np.int64]:
-    """Deal the shuffled, then sorted list to the folds in turn: ±1 of each stratum's share."""
+def _deal(strata: npt.NDArray[Any], folds: int, random: torch.Generator) -> npt.NDArray[np.int64]:
+    """Return a fold for each entry of the list.
+
+    Shuffles, sorts by stratum and deals to the folds in turn: each gets its share of a stratum ±1.
+    """
     shuffled = torch.randperm(len(strata), generator=random).numpy()
     ordered = shuffled[np.argsort(strata[shuffled], kind="stable")]
     found = np.empty(len(strata), np.int64)
@@ -360,27 +391,29 @@ def _allocate(
     shares: Sequence[float],
     random: torch.Generator,
 ) -> npt.NDArray[np.int64]:
-    """Return the part of each unit, so that each part gets its share of each stratum's examples.
+    """Assign each unit to a part so that each part gets its share of each stratum's examples.
 
     `unit` and `strata` are per example; units, numbered from 0, are not divided. The largest units
     come first, in random order within a size, each to the part where the sum over strata of
     (count - share)² / share stays smallest. Exact shares may be impossible.
     """
     stratum = np.unique(strata, return_inverse=True)[1].reshape(-1)
-    num_units, whole = int(unit.max()) + 1, int(stratum.max()) + 1
-    # The last "stratum" holds all examples, so that the sizes of the parts are balanced too.
-    pairs, counts = np.unique(unit * (whole + 1) + stratum, return_counts=True)
+    num_units, num_strata = int(unit.max()) + 1, int(stratum.max()) + 1
+    # One more "stratum" holds all examples, so that the sizes of the parts are balanced too.
+    pairs, counts = np.unique(unit * (num_strata + 1) + stratum, return_counts=True)
     sizes = np.bincount(unit, minlength=num_units)
-    totals = np.append(np.bincount(stratum, minlength=whole), len(unit)).astype(float)
-    starts = np.searchsorted(pairs, np.arange(num_units + 1) * (whole + 1))
+    totals = np.append(np.bincount(stratum, minlength=num_strata), len(unit)).astype(float)
+    starts = np.searchsorted(pairs, np.arange(num_units + 1) * (num_strata + 1))
     scale = np.asarray(shares) * totals[:, None]  # (strata, parts)
     loads = np.zeros_like(scale)
     found = np.empty(num_units, np.int64)
     shuffled = torch.randperm(num_units, generator=random).numpy()
     for one in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
         mine = slice(starts[one], starts[one + 1])
-        rows = np.append(pairs[mine] % (whole + 1), whole)
+        rows = np.append(pairs[mine] % (num_strata + 1), num_strata)
         added = np.append(counts[mine], sizes[one])[:, None]
+        # By how much a part's sum would grow: (load + added - share)² - (load - share)², less
+        # 2·share·added, which over `share` is the same for every part.
         with np.errstate(divide="ignore"):
             cost = ((2 * loads[rows] * added + added**2) / scale[rows]).sum(0)
         found[one] = cost.argmin()
@@ -410,7 +443,10 @@ def cut_examples(
     fold: int = 0,
     strata: npt.NDArray[Any] | None = None,
 ) -> tuple[Examples, Examples | None, Examples | None]:
-    """Split examples into train, val and test, with `cut`. For folds they get `ids`: numbers."""
+    """Split examples into train, val and test, with `cut`.
+
+    With folds, examples without `ids` get their row numbers.
+    """
     if folds is not None and examples.ids is None:
         examples = replace(examples, ids=range(len(examples)))
     train, val, test = cut(
@@ -433,12 +469,12 @@ def cut_examples(
 def check_overlap(
     splits: Splits, policy: str, final: Collection[str] = ("test",)
 ) -> dict[str, int]:
-    """Return the counts of examples in two splits, by content; refuse or report them.
+    """Return the count of examples in both splits, per overlapping pair; refuse or report them.
 
-    Compares train with every set, and the sets that are measured during training, which may choose
-    the weights, with the `final` ones. Tensors, files, and `torch.utils.data.Subset`s of one data
-    set are compared; other data sets only if they are the same object, or offer `keys()`, one
-    hashable per example.
+    Compares train with every set. Also compares sets used to select weights with the `final` sets.
+    Examples overlap by content, or by group. Tensors, files, and other data sets that offer
+    `keys()`, one hashable per example, are compared, and `torch.utils.data.Subset`s of them. Other
+    data sets are compared only if they are the same object, or Subsets of it.
     """
     if policy not in ("refuse", "report", "ignore"):
         raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
@@ -446,30 +482,37 @@ def check_overlap(
         return {}
     parts = dict(splits.items())
     known = splits.known_keys if splits.known_keys.keys() == parts.keys() else {}
-    keys: Mapping[str, list[Hashable] | None]
-    keys = known or {name: _keys(split) for name, split in parts.items()}
+    of_data_sets: dict[int, list[Hashable]] = {}
+    keys: Mapping[str, list[Hashable]]
+    keys = known or {name: _keys(split, of_data_sets) for name, split in parts.items()}
     groups = {name: getattr(split, "groups", None) for name, split in parts.items()}
-    found: dict[str, int] = {}
+    overlaps: dict[str, int] = {}
     ordered = sorted(parts, key=lambda name: name in final)
     for one, other in itertools.combinations(ordered, 2):
         if one != "train" and (one in final) == (other in final):
             continue
-        both = _shared(keys.get(one), keys.get(other))
-        related = both or _shared(groups.get(one), groups.get(other))
-        if not related:
+        copies = _shared(keys[one], keys[other])
+        by_group = sorted({*_shared(groups[one], groups[other])}.difference(copies))
+        if not copies and not by_group:
             continue
-        found[f"{one}/{other}"] = len(related)
-        how = "are in" if both else "have their group (data.source.group) in"
-        message = (
-            f"{len(related)} of the {len(parts[other])} {other} examples {how} {one} too, the "
-            f"first is {_describe(parts[other], related[0])}."
-        )
+        overlaps[f"{one}/{other}"] = len(copies) + len(by_group)
+        size = len(parts[other])
+        said = [
+            f"{len(indices)} of the {size} {other} examples {how} {one} too, the first is "
+            f"{_describe(parts[other], indices[0])}"
+            for indices, how in (
+                (copies, "are in"),
+                (by_group, "have their group (data.source.group) in"),
+            )
+            if indices
+        ]
+        message = f"{'; '.join(said)}."
         if policy == "refuse":
             raise DataError(
                 f"{message} Remove them, or set data.overlap=report to train all the same."
             )
         log.warning("data.overlap=report: %s", message)
-    return found
+    return overlaps
 
 
 def _shared(ours: Sequence[Hashable] | None, theirs: Sequence[Hashable] | None) -> list[int]:
@@ -478,18 +521,26 @@ def _shared(ours: Sequence[Hashable] | None, theirs: Sequence[Hashable] | None) 
     return [index for index, key in enumerate(theirs or ()) if key in shared] if shared else []
 
 
-def _keys(split: Split) -> list[Hashable] | None:
-    if isinstance(split, torch.utils.data.Subset):
-        indices = [int(index) for index in split.indices]
-        base: Any = split.dataset
-        while isinstance(base, torch.utils.data.Subset):  # a Subset of a Subset
-            indices = [int(base.indices[index]) for index in indices]
-            base = base.dataset
-        return [(id(base), index) for index in indices]
-    keys = getattr(split, "keys", None)
-    if callable(keys):
-        return list(keys())
-    return [(id(split), index) for index in range(len(split))]
+def _keys(split: Split, known: dict[int, list[Hashable]]) -> list[Hashable]:
+    """Return a key per example. `known` caches the keys of a data set by its id."""
+    base: Any = split
+    indices: list[int] | None = None
+    while isinstance(base, torch.utils.data.Subset):  # also a Subset of a Subset
+        chosen = range(len(base.indices)) if indices is None else indices
+        indices = [int(base.indices[index]) for index in chosen]
+        base = base.dataset
+    own = getattr(base, "keys", None)
+    if callable(own):
+        if id(base) not in known:
+            known[id(base)] = list(own())
+        keys = known[id(base)]
+        if indices is None:
+            return keys
+        if keys:  # shards have none
+            return [keys[index] for index in indices]
+    if indices is None:
+        indices = [*range(len(base))]
+    return [(id(base), index if index >= 0 else index + len(base)) for index in indices]
 
 
 def _describe(split: Split, index: int) -> str:

@@ -1,11 +1,12 @@
 """Write sets of examples as tar shards with an index, which is written last.
 
-Each shard is complete or absent, and a run that was killed is continued by the same command: a
-finished shard has a record beside it until the index is there.
+Each shard is written completely or not at all. Rerun the same command to continue an interrupted
+one: `.making/` holds a record per finished shard until the index is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,17 +26,15 @@ from regrow.feeding import identity
 from regrow.feeding.feeds import seeded
 from regrow.feeding.images import ImageFiles, formats_by_suffix
 from regrow.feeding.loaders import Data
-from regrow.feeding.shard_index import END_BYTES, NAME, Facts, Index, Shard
+from regrow.feeding.shard_index import END_BYTES, NAME, Facts, Index, Shard, parsed
 from regrow.feeding.shard_items import File, encoded, fields_of, file_of
 from regrow.feeding.splits import NAMES, Examples, MapStyle, check_name
 from regrow.randomness import generator, key
 from regrow.record import locks
 from regrow.record.output import whole_file
 
-MAKING = (
-    ".making"  # a folder with the plan and a record per finished shard, until the index is there
-)
-PLAN = "plan"
+MAKING = ".making"  # the folder of the plan and of a record per finished shard
+PLAN = "plan"  # a hash, then the names of the sets
 _OURS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.\d+\.tmp")
 
 
@@ -66,9 +65,9 @@ class OfExamples:
         return len(self.examples)
 
     def item(self, number: int) -> Any:
-        found = self.examples
-        pair = (found.inputs[number], found.targets[number])
-        return pair if found.weights is None else (*pair, found.weights[number])
+        examples = self.examples
+        pair = (examples.inputs[number], examples.targets[number])
+        return pair if examples.weights is None else (*pair, examples.weights[number])
 
     def fingerprint(self) -> str:
         return self.digest
@@ -98,7 +97,10 @@ class OfImages:
 
 @dataclass(frozen=True)
 class OfItems:
-    """Any map-style data set. `fields`: name in the shard to the name of a row's field."""
+    """Any map-style data set.
+
+    `fields` maps a field's name in the shard to its name in the data set's rows.
+    """
 
     dataset: MapStyle
     fields: Mapping[str, str]
@@ -120,21 +122,22 @@ class OfItems:
         return {option: row[name] for option, name in self.fields.items()}
 
     def fingerprint(self) -> str:
+        chosen = f" {[*self.fields.items()]}" if self.fields else ""
         if hasattr(self.dataset, "fingerprint"):
-            return str(self.dataset.fingerprint())
+            return f"{self.dataset.fingerprint()}{chosen}"
         try:
-            return identity.of_items(self.dataset)
+            return identity.of_items(self.dataset) + chosen
         except identity.Unknown:
-            return identity.of_length(self.dataset)
+            return identity.of_length(self.dataset) + chosen
 
 
 def of_data(data: Data) -> tuple[dict[str, Source], Facts]:
     """Return the sets of a run's data, and what is known of them."""
     sets: dict[str, Source] = {}
     are_images = True
-    found = data.fingerprint()
+    fingerprints = data.fingerprint()
     for name, split in data.source.items():
-        digest = str(found[name]["sha256"])
+        digest = str(fingerprints[name]["sha256"])
         if isinstance(split, ImageFiles):
             sets[name] = OfImages(split, digest)
             continue
@@ -146,9 +149,10 @@ def of_data(data: Data) -> tuple[dict[str, Source], Facts]:
     facts = Facts(
         "images" if are_images else "items", names, data.target_names, data.source.input_max
     )
-    # Only such sets as `check_overlap` compares by content, and found apart.
-    apart = data.overlap == "refuse" and not any(isinstance(it, OfItems) for it in sets.values())
-    return sets, dataclasses.replace(facts, disjoint=apart)
+    # `check_overlap` has refused an overlap, but it compares the contents of OfItems only if these
+    # have keys.
+    disjoint = data.overlap == "refuse" and not any(isinstance(it, OfItems) for it in sets.values())
+    return sets, dataclasses.replace(facts, disjoint=disjoint)
 
 
 def _are_images(examples: Examples) -> bool:
@@ -160,7 +164,10 @@ def _are_images(examples: Examples) -> bool:
 def of_datasets(
     datasets: Mapping[str, MapStyle], fields: Mapping[str, str]
 ) -> tuple[dict[str, Source], Facts]:
-    """Return map-style data sets by name, such as those of Hugging Face, and what they tell."""
+    """Return map-style data sets, such as those of Hugging Face, and the facts in their features.
+
+    Raises UserError.
+    """
     sets: dict[str, Source] = {}
     for name, dataset in datasets.items():
         if name not in NAMES:
@@ -171,9 +178,11 @@ def of_datasets(
     _refuse_empty(sets)
     file = file_of(fields_of(sets["train"].item(0)).get("inputs"))
     is_image = file is not None and f".{file.suffix}" in formats_by_suffix()
-    columns: Any = getattr(datasets["train"], "features", None) or {}
-    column = columns.get(fields.get("targets", "targets"))
-    names = getattr(column, "names", None)
+    features = getattr(
+        datasets["train"], "features", None
+    )  # other data sets keep their inputs there
+    columns = features if isinstance(features, Mapping) else {}
+    names = getattr(columns.get(fields.get("targets", "targets")), "names", None)
     facts = Facts("images" if is_image else "items", None if names is None else [*map(str, names)])
     return sets, facts
 
@@ -187,23 +196,35 @@ def write_shards(
     overwrite: bool,
     told: Callable[[str], None] = lambda line: None,
 ) -> Index:
-    """Write the sets below `output` and return their index. Continues what was interrupted.
+    """Write the sets below `output` and return their index.
 
+    Continues an interrupted write of the same plan. `told` is called with each line of progress.
     Raises UserError if the folder holds an index, unless `overwrite`, or other files.
     """
     refuse_other(output, overwrite)
     _refuse_empty(sets)
     plan = _plan(sets, facts, layout)
+    untold: list[OSError] = []
+
+    def tell(line: str) -> None:
+        try:
+            told(line)
+        except OSError as error:
+            untold.append(error)
+            raise
+
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
         try:
             locks.wait_for(descriptor, f"the folder {output}, to write shards into it")
             refuse_other(output, overwrite)  # another process may have written meanwhile
-            return _write(output, sets, facts, layout, plan, told)
+            return _write(output, sets, facts, layout, plan, tell)
         finally:
             os.close(descriptor)
     except OSError as error:
+        if error in untold:  # `| head -1` closes a pipe: no fault of the output
+            raise
         raise UserError(f"output={output} cannot be written: {error.strerror or error}.") from None
 
 
@@ -236,35 +257,34 @@ def _write(
 ) -> Index:
     making = output / MAKING
     if (output / NAME).exists() or _text(making / PLAN) != plan:
-        _start_over(output)
-        making.mkdir()
+        _start_over(output, sets)
         with whole_file(making / PLAN) as file:
             file.write(plan.encode())
-    found: dict[str, list[Shard]] = {}
+    shards: dict[str, list[Shard]] = {}
     for name, source in sets.items():
         (output / name).mkdir(exist_ok=True)
         order: Sequence[int] = range(len(source))
         if name == "train" and layout.shuffle:
             random = generator(layout.seed, "shards")
             order = torch.randperm(len(source), generator=random).tolist()
-        found[name] = _finished(output, name)
-        kept = sum(shard.num_examples for shard in found[name])
-        if kept:
-            told(f"{name}: {kept:,} of {len(source):,} examples are there already")
-        while kept < len(source):
-            shard = _write_shard(output, name, len(found[name]), source, order[kept:], layout)
-            found[name].append(shard)
-            kept += shard.num_examples
+        shards[name] = _finished(output, name)
+        done = sum(shard.num_examples for shard in shards[name])
+        if done:
+            told(f"{name}: {done:,} of {len(source):,} examples are there already")
+        while done < len(source):
+            shard = _write_shard(output, name, len(shards[name]), source, order[done:], layout)
+            shards[name].append(shard)
+            done += shard.num_examples
             told(f"{shard.name}: {shard.num_examples:,} examples, {shard.num_bytes / 1e6:,.1f} MB")
-    index = Index(found, facts)
-    with whole_file(output / NAME) as file:  # from here on the shards are complete
+    index = Index(shards, facts)
+    with whole_file(output / NAME) as file:  # the index makes the folder valid
         file.write(index.content().encode())
     shutil.rmtree(making, ignore_errors=True)
     return index
 
 
 def _plan(sets: Mapping[str, Source], facts: Facts, layout: Layout) -> str:
-    """Return a hash of all that decides the shards' bytes."""
+    """Return a hash of all that decides the shards' bytes, and the sets' names."""
     contents = []
     for name, source in sets.items():
         try:
@@ -272,7 +292,7 @@ def _plan(sets: Mapping[str, Source], facts: Facts, layout: Layout) -> str:
         except OSError as error:
             raise DataError(f"the set {name} cannot be read: {brief(error, 160)}.") from None
     settings = (contents, dataclasses.astuple(facts), dataclasses.astuple(layout))
-    return hashlib.sha256(repr(settings).encode()).hexdigest()
+    return " ".join([hashlib.sha256(repr(settings).encode()).hexdigest(), *sets])
 
 
 def _text(path: Path) -> str | None:
@@ -282,11 +302,26 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _start_over(output: Path) -> None:
-    """Remove earlier shards; the index first, so that nothing looks complete."""
+def _start_over(output: Path, sets: Iterable[str]) -> None:
+    """Remove earlier shards, but no other files. If killed, the same command starts over again.
+
+    A stale plan keeps the sets' names until the shards are gone. The index goes before them, so
+    that nothing looks complete.
+    """
+    making = output / MAKING
+    names = {*sets, *(_text(making / PLAN) or "").split()[1:]}
+    with contextlib.suppress(OSError, DataError):  # absent or damaged
+        names |= {*parsed((output / NAME).read_bytes(), NAME).sets}
+    making.mkdir(exist_ok=True)
+    with whole_file(making / PLAN) as file:
+        file.write(" ".join(["stale", *sorted(names)]).encode())
     (output / NAME).unlink(missing_ok=True)
-    shutil.rmtree(output / MAKING, ignore_errors=True)
-    for folder in [path for path in output.iterdir() if path.is_dir() and not path.is_symlink()]:
+    for record in making.iterdir():
+        if record.name != PLAN:
+            record.unlink()
+    for folder in [path for path in output.iterdir() if path.name in names]:
+        if folder.is_symlink() or not folder.is_dir():
+            continue
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
@@ -295,7 +330,7 @@ def _start_over(output: Path) -> None:
 
 
 def _finished(output: Path, name: str) -> list[Shard]:
-    """Return the shards of a set that an interrupted run has finished."""
+    """Return a set's shards that an interrupted write finished. Removes its temporary files."""
     found: list[Shard] = []
     for left in (output / name).glob(".*.tmp"):
         left.unlink()
@@ -311,10 +346,13 @@ def _finished(output: Path, name: str) -> list[Shard]:
 def _write_shard(
     output: Path, name: str, number: int, source: Source, order: Sequence[int], layout: Layout
 ) -> Shard:
-    """Write one shard from the first examples of `order`. Its record comes last."""
-    shard = f"{name}/{number:06}.tar"
+    """Write the next shard, from the start of `order`.
+
+    The record comes after the tar, so that a record implies a complete shard.
+    """
+    file_name = f"{name}/{number:06}.tar"
     digest, blocks, num_bytes = hashlib.sha256(), [], 0
-    with whole_file(output / shard) as file:
+    with whole_file(output / file_name) as file:
         for block, examples in _blocks(name, source, order, layout):
             file.write(block)
             digest.update(block)
@@ -324,16 +362,16 @@ def _write_shard(
                 break
         file.write(b"\0" * END_BYTES)
         digest.update(b"\0" * END_BYTES)
-    found = Shard(shard, num_bytes + END_BYTES, digest.hexdigest(), blocks)
+    shard = Shard(file_name, num_bytes + END_BYTES, digest.hexdigest(), blocks)
     with whole_file(output / MAKING / f"{name}-{number:06}") as file:
-        file.write(json.dumps(dataclasses.asdict(found)).encode())
-    return found
+        file.write(json.dumps(dataclasses.asdict(shard)).encode())
+    return shard
 
 
 def _blocks(
     name: str, source: Source, order: Sequence[int], layout: Layout
 ) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole examples, with their numbers of examples."""
+    """Yield (block, example count); a block never splits an example."""
     parts: list[bytes] = []
     size = 0
     for number in order:

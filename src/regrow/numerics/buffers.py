@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from regrow.errors import UserError
 from regrow.numerics.totals import Skipped
 
 SKIPPED = Skipped(True)
 ALONE = 2  # references to a storage that one tensor uses: the tensor's and ours
 ALIGNMENT = 64  # bytes: a vector of any CPU, and more than a GPU's kernels ask for
+Place = tuple[dict[str, Tensor | None], str]  # a module's buffers, and a name
 
 
 def caches(model: nn.Module) -> list[str]:
@@ -29,40 +31,52 @@ class Buffers:
 
     A forward pass updates BatchNorm's statistics before the step is known to be bad. With `flat`,
     buffers of one dtype become views of one tensor, so that saving and restoring takes one
-    operation for all of them. Caches that forward replaces with another shape are left out: the
-    model may have stored their size.
+    operation for all of them. Caches (non-persistent buffers) are restored too, except one that
+    forward replaces with another shape: the model may have stored its size. A buffer that two
+    modules register stays one buffer if forward rebinds it in one of them.
     """
 
     def __init__(self, model: nn.Module, *, flat: bool = False) -> None:
-        found = {
-            id(buffer): (module._buffers, name)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.numel()
-        }
-        caches = {
-            (id(module._buffers), name)
-            for module in model.modules()
-            for name in module._non_persistent_buffers_set
-        }
-        # Remember places, not just tensors: `self.count = self.count + 1` in forward makes a new
-        # tensor.
-        self.caches = [place for place in found.values() if (id(place[0]), place[1]) in caches]
-        self.places = [place for place in found.values() if (id(place[0]), place[1]) not in caches]
+        # Keep (module's dict, name), not only the tensor: forward may rebind the name, as
+        # `self.count = self.count + 1` does.
+        self.places: list[Place] = []
+        self.caches: list[Place] = []
+        self.names: list[str] = []  # of `places`
+        for prefix, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is None or not buffer.numel():
+                    continue
+                if name in module._non_persistent_buffers_set:
+                    self.caches.append((module._buffers, name))
+                else:
+                    self.places.append((module._buffers, name))
+                    self.names.append(f"{prefix}.{name}".lstrip("."))
         self.buffers = [_at(place) for place in self.places]
-        movable = {id(buffer) for buffer in self.buffers if flat and _owns_its_memory(buffer)}
-        self.now = [buffer for buffer in self.buffers if id(buffer) not in movable]
-        self.now += _flat([buffer for buffer in self.buffers if id(buffer) in movable])
+        distinct = {id(buffer): buffer for buffer in self.buffers}
+        movable = {key for key, buffer in distinct.items() if flat and _owns_its_memory(buffer)}
+        self.now = [buffer for key, buffer in distinct.items() if key not in movable]
+        self.now += _flat([buffer for key, buffer in distinct.items() if key in movable])
         self.before = [buffer.detach().clone() for buffer in self.now]
         self.caches_before = [_at(place).detach().clone() for place in self.caches]
 
-    def _take_in(self) -> None:
-        """Put the values of buffers that forward replaced into the buffers that it replaced."""
-        for (buffers, name), buffer in zip(self.places, self.buffers, strict=True):
-            if (now := buffers[name]) is not buffer and now is not None:
+    def _keep_tensors(self) -> None:
+        """Where forward rebound a buffer, copy the new value into the original and rebind to it.
+
+        Raises UserError for a new shape: a resume could not load such a checkpoint.
+        """
+        for (buffers, name), buffer, full in zip(
+            self.places, self.buffers, self.names, strict=True
+        ):
+            if (now := buffers.get(name)) is not buffer and now is not None:
+                if now.shape != buffer.shape:
+                    raise UserError(
+                        f"model: forward changed the buffer {full} from shape "
+                        f"{list(buffer.shape)} to {list(now.shape)}, so that a checkpoint could "
+                        "not be loaded. Register it in its final shape, or with persistent=False."
+                    )
                 buffers[name] = buffer.copy_(now)
 
-    def _leave_out_grown(self) -> None:
+    def _leave_out_changed(self) -> None:
         """Forget the caches that are gone or have changed shape."""
         kept = [
             (place, before)
@@ -76,14 +90,17 @@ class Buffers:
         if not self.places and not self.caches:
             return
         with torch.no_grad():
-            self._take_in()
+            self._keep_tensors()
             _copy(self.before, self.now)
             if self.caches:
-                self._leave_out_grown()
+                self._leave_out_changed()
                 _copy(self.caches_before, [_at(place) for place in self.caches])
 
     def restore(self, skipped: Skipped = SKIPPED) -> None:
-        """Restore the buffers, or do so on the device if it finds that the step was skipped."""
+        """Restore the buffers.
+
+        If only the device knows whether the step was skipped, it selects old or new values.
+        """
         if skipped.update is False:
             return
         if skipped.is_known:
@@ -91,8 +108,8 @@ class Buffers:
                 buffers[name] = buffer
         with torch.no_grad():
             if not skipped.is_known:
-                self._take_in()
-            self._leave_out_grown()
+                self._keep_tensors()
+            self._leave_out_changed()
             pairs = [*zip(self.now, self.before, strict=True)]
             pairs += [
                 (_at(p), before) for p, before in zip(self.caches, self.caches_before, strict=True)
@@ -101,7 +118,7 @@ class Buffers:
                 skipped.restore_(now, before)
 
 
-def _at(place: tuple[dict[str, Tensor | None], str]) -> Tensor:
+def _at(place: Place) -> Tensor:
     buffer = place[0][place[1]]
     assert buffer is not None
     return buffer
@@ -118,12 +135,12 @@ def _owns_its_memory(buffer: Tensor) -> bool:
 
 
 def _flat(buffers: list[Tensor]) -> Iterator[Tensor]:
-    """Move the buffers of each dtype into one tensor, as its views, and yield these tensors."""
-    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-        group = [buffer for buffer in buffers if buffer.dtype == dtype]
+    """Make the buffers of each dtype and device views of one flat tensor; yield these tensors."""
+    for dtype, device in dict.fromkeys((buffer.dtype, buffer.device) for buffer in buffers):
+        group = [buffer for buffer in buffers if (buffer.dtype, buffer.device) == (dtype, device)]
         unit = ALIGNMENT // dtype.itemsize
         starts = [0, *itertools.accumulate(-(-b.numel() // unit) * unit for b in group)]
-        flat = torch.zeros(starts[-1], dtype=dtype, device=group[0].device)
+        flat = torch.zeros(starts[-1], dtype=dtype, device=device)
         for start, buffer in zip(starts, group, strict=False):
             view = flat[start : start + buffer.numel()].view(buffer.shape)
             buffer.data = view.copy_(buffer)
