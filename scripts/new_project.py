@@ -1,8 +1,8 @@
 """Begin your own project: python scripts/new_project.py my_project ../my_project
 
 Writes the lab as src/my_project, the engine (src/regrow) unchanged, and the configs, scripts and
-tests that go with them. Runs, data, history and all that concerns the template alone stay behind.
-Needs nothing but the standard library.
+tests that go with them. It does not copy runs, data, git history or files that only concern the
+template. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ README = Path(__file__).with_suffix(".md")
 LAB = "lab"  # the package that a project renames
 TITLE = "Regrow"
 
-# A project gets these besides the engine; all of it is renamed.
+# Copied besides the engine, with the package `lab` renamed inside each file.
 PARTS = (
     f"src/{LAB}/",
     "conf/",
@@ -68,9 +68,9 @@ PARTS = (
     "tests/training/test_scheduler_adapter.py",
     "tests/training/test_schedules.py",
 )
-NOT_COPIED = ("scripts/new_project.py", "scripts/new_project.md")
-# Without git's list of files, skip what these are part of.
-LEFT_OUT = (
+TEMPLATE_FILES = ("scripts/new_project.py", "scripts/new_project.md")
+# Path fragments to skip; they matter where git cannot tell which files are tracked.
+SKIPPED = (
     *("__pycache__/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".pyc", ".egg-info/"),
     *(".ipynb_checkpoints/", ".DS_Store"),
 )
@@ -78,9 +78,13 @@ LEFT_OUT = (
 TEMPLATE_ONLY = re.compile(r"(?ms)^[ \t]*# >>> template only\n.*?^[ \t]*# <<< template only\n")
 # A module's name, not the word in prose.
 MODULE = re.compile(
-    rf"""(?x)(?<![\w./-]) {LAB} (?=\.[\w"'{{])   # {LAB}.loop, "{LAB}."
-    | (?<=from[ ]) {LAB} (?=[ ]import) | ^[ ]*import[ ] {LAB} \b
-    | (?<=src/) {LAB} \b | (?<=/[ ]") {LAB} (?=") | (?<=^{LAB}:[ ]) {LAB} \b  # paths, the config
+    rf"""(?x)
+      (?<![\w./-]) {LAB} (?=\.[\w"'{{])  # {LAB}.loop, "{LAB}."
+    | (?<=from[ ]) {LAB} (?=[ ]import)  # from {LAB} import loop
+    | ^[ ]*import[ ] {LAB} \b  # import {LAB}
+    | (?<=src/) {LAB} \b  # src/{LAB}
+    | (?<=/[ ]") {LAB} (?=")  # ROOT / "src" / "{LAB}"
+    | (?<=^{LAB}:[ ]) {LAB} \b  # {LAB}: {LAB}, in the config
     """,
     re.MULTILINE,
 )
@@ -104,23 +108,24 @@ def names_of(name: str) -> Names:
     package = re.sub(r"[\s.-]+", "_", title).lower()
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", package):
         raise Refused(
-            f"NAME={name!r} gives no package name. Use letters, digits, spaces, - and _, "
+            f"name={name!r} gives no package name. Use letters, digits, spaces, - and _, "
             "a letter first: 'Deep Fish' becomes deep_fish."
         )
     if keyword.iskeyword(package) or keyword.issoftkeyword(package):
-        raise Refused(f"NAME={name!r} is a keyword of Python. Choose another name.")
+        raise Refused(f"name={name!r} is a keyword of Python. Choose another name.")
     if title == title.lower() and " " not in title:
         title = " ".join(word.capitalize() for word in package.split("_"))
     return Names(title=title, package=package)
 
 
-def who_has(package: str) -> str | None:
-    """Return what else is called `package`, in words; None if the name is free."""
+def taken_by(package: str) -> str | None:
+    """Return a description of what already uses this name, or None."""
     if package in sys.stdlib_module_names:
         return "a module of Python"
-    places = (ROOT / package, ROOT / "src" / package, ROOT / "scripts" / f"{package}.py")
-    if any(place.exists() for place in places):
-        return "a folder or script of this repository"
+    module = f"{package}.py"
+    uses = (ROOT / package, ROOT / "src" / package, ROOT / "scripts" / module, ROOT / module)
+    if any(path.exists() for path in uses):
+        return "a folder, script or module of this repository"
     if package in required() or importlib.util.find_spec(package) is not None:
         return "an installed or required module"
     return None
@@ -134,49 +139,67 @@ def required() -> set[str]:
 
 
 def files_to_copy(root: Path) -> list[str]:
-    """Return the files of a project that git tracks; without git, all of them but caches."""
-    listed = (git(root, "ls-files", "-z", "--", ".") or "").split("\0")
-    names = [name for name in listed if name] or [*update.files_in(root)]
-    return [
-        name
-        for name in sorted(names)
-        # A module in the root, such as a model, is the user's.
-        if (name.startswith((*ENGINE, *PARTS)) or re.fullmatch(r"[^/]+\.py", name))
-        if name not in NOT_COPIED
-        if (root / name).is_file() and not any(part in name for part in LEFT_OUT)
-        if not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
-    ]
+    """Return the files of a project that git tracks; if it tracks none, all of them but caches."""
+    names = listed_by_git(root) or [*update.files_in(root)]
+    return [name for name in sorted(names) if belongs_to_a_project(root, name)]
 
 
-def rename(text: str, new: Names) -> str:
+def untracked_files(root: Path) -> list[str]:
+    """Return the files that a project would hold if git tracked them."""
+    if not listed_by_git(root):  # then all files are copied
+        return []
+    names = listed_by_git(root, "--others", "--exclude-standard")
+    return [name for name in sorted(names) if belongs_to_a_project(root, name)]
+
+
+def listed_by_git(root: Path, *options: str) -> list[str]:
+    """Return the files of `git ls-files`; none without git."""
+    listed = git(root, "ls-files", "-z", *options, "--", ".") or ""
+    return [name for name in listed.split("\0") if name]
+
+
+def belongs_to_a_project(root: Path, name: str) -> bool:
+    return (
+        # Copy top-level .py files too: users keep their own models there.
+        (name.startswith((*ENGINE, *PARTS)) or re.fullmatch(r"[^/]+\.py", name) is not None)
+        and name not in TEMPLATE_FILES
+        and (root / name).is_file()
+        and not any(part in name for part in SKIPPED)
+        and not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
+    )
+
+
+def rename(text: str, names: Names) -> str:
     """Return `text` with the lab's name replaced and without what concerns the template alone."""
-    return MODULE.sub(lambda found: found[0].replace(LAB, new.package), TEMPLATE_ONLY.sub("", text))
+    return MODULE.sub(
+        lambda found: found[0].replace(LAB, names.package), TEMPLATE_ONLY.sub("", text)
+    )
 
 
-def copy_file(source: Path, target: Path, new: Names) -> None:
+def copy_file(source: Path, target: Path, names: Names) -> None:
     content = source.read_bytes()
     with contextlib.suppress(UnicodeDecodeError):  # e.g. an image
-        content = rename(content.decode(), new).encode()
+        content = rename(content.decode(), names).encode()
     target.write_bytes(content)
     shutil.copymode(source, target)
 
 
-def write_files(folder: Path, new: Names) -> None:
+def write_files(folder: Path, names: Names) -> None:
     """Write the files of a project into the empty `folder`."""
     for name in files_to_copy(ROOT):
-        target = folder / name.replace(f"src/{LAB}/", f"src/{new.package}/")
+        target = folder / name.replace(f"src/{LAB}/", f"src/{names.package}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.startswith(ENGINE):
             shutil.copy(ROOT / name, target)
         else:
-            copy_file(ROOT / name, target, new)
+            copy_file(ROOT / name, target, names)
     project = folder / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
-    record = record_of(text, new)
+    record = record_of(text, names)
     for key, value in (
-        ("name", new.distribution),
+        ("name", names.distribution),
         ("version", "0.1.0"),
-        ("description", f"Experiments of {new.title}."),
+        ("description", f"Experiments of {names.title}."),
     ):
         text = re.sub(rf'(?m)^{key} = ".*"$', f'{key} = "{value}"', text, count=1)
     project.write_text(text, encoding="utf-8")
@@ -201,7 +224,7 @@ def write_files(folder: Path, new: Names) -> None:
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def record_of(project: str, new: Names) -> dict[str, str]:
+def record_of(project: str, names: Names) -> dict[str, str]:
     """Return what a project keeps about the template that it came from."""
     commit = (git(ROOT, "rev-parse", "HEAD") or "unknown").strip()
     if git(ROOT, "status", "--porcelain", "-uno"):
@@ -211,13 +234,16 @@ def record_of(project: str, new: Names) -> dict[str, str]:
         "template": TITLE,
         "version": version[1] if version else "unknown",
         "commit": commit,
-        "title": new.title,
-        "package": new.package,
+        "title": names.title,
+        "package": names.package,
     }
 
 
 def write_archive(folder: Path, path: Path) -> None:
-    """Write the base that later updates are merged against: all files but the engine's."""
+    """Write the base that later updates are merged against.
+
+    It holds all files but the engine's, and not README.md, which is written later.
+    """
     with gzip.GzipFile(path, "wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as it:
         for name in sorted(update.files_in(folder)):
             if not name.startswith((*ENGINE, ".template/")):
@@ -228,8 +254,10 @@ def write_archive(folder: Path, path: Path) -> None:
 
 
 def first_commit(folder: Path, message: str) -> str:
-    """Make `folder` a repository with one commit, as far as git allows. Returns how far it got."""
+    """Make `folder` a repository with one commit, as far as git allows.
 
+    Returns a sentence for the user: what git did.
+    """
     if shutil.which("git") is None:
         return "git is not installed: no repository was made"
     if git(folder, "init", "-q") is None:
@@ -243,30 +271,32 @@ def first_commit(folder: Path, message: str) -> str:
 
 
 def make_project(name: str, destination: Path, *, files_only: bool = False) -> str:
-    """Write the project and return how far git got. `destination` appears complete or not at all.
+    """Write the project and return what git did. `destination` appears complete or not at all.
 
-    With `files_only`, as an update needs them, the name may be in use, and git has no part in it.
+    `files_only` is for updates: the name may be in use, and no repository is made.
     """
-    new = names_of(name)
-    if not files_only and (taken := who_has(new.package)):
-        raise Refused(f"NAME={name!r} would hide {taken} named {new.package}. Choose another name.")
+    names = names_of(name)
+    if not files_only and (taken := taken_by(names.package)):
+        raise Refused(
+            f"name={name!r} would hide {taken} named {names.package}. Choose another name."
+        )
     destination = destination.expanduser().absolute()
     if destination.resolve().is_relative_to(ROOT):
-        raise Refused(f"DEST={destination} lies inside this repository. Choose a folder outside.")
+        raise Refused(f"dest={destination} lies inside this repository. Choose a folder outside.")
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise Refused(f"DEST={destination}: a file of this name exists. Choose another name.")
+        raise Refused(f"dest={destination}: a file of this name exists. Choose another name.")
     if destination.is_dir() and any(destination.iterdir()):
-        raise Refused(f"DEST={destination} is not empty. Choose another folder, or empty it.")
+        raise Refused(f"dest={destination} is not empty. Choose another folder, or empty it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
-        half.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
-        write_files(half, new)
-        message = f"Begin {new.title} from {update.named(update.read_record(half))}"
-        done = "written" if files_only else first_commit(half, message)
-        half.rename(destination)
+        unfinished.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
+        write_files(unfinished, names)
+        message = f"Begin {names.title} from {update.named(update.read_record(unfinished))}"
+        done = "written" if files_only else first_commit(unfinished, message)
+        unfinished.rename(destination)
     except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return done
 
@@ -287,15 +317,18 @@ USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
 def parse(arguments: Sequence[str]) -> dict[str, str]:
     """Return name, dest and files_only. Raises Refused for anything else."""
     options = {"files_only": "false"}
-    places = ["dest", "name"]
+    unnamed = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key in ("name", "dest", "files_only"):
             options[key] = value
-        elif argument.startswith("--") or not places:
-            raise Refused(f"{argument}: arguments are NAME DEST, or key=value. See --help.")
         else:
-            options[places.pop()] = argument
+            unnamed.append(argument)
+    missing = [key for key in ("name", "dest") if key not in options]
+    for number, argument in enumerate(unnamed):
+        if argument.startswith("--") or number >= len(missing):
+            raise Refused(f"{argument}: arguments are NAME DEST, or key=value. See --help.")
+        options[missing[number]] = argument
     for key in ("name", "dest"):
         if key not in options or (key == "dest" and not options[key]):
             raise Refused(f"{key} must be given: {key}=… See --help.")
@@ -317,32 +350,29 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
-    dest = Path(options["dest"])
+    dest = Path(options["dest"]).expanduser()
     try:
         done = make_project(options["name"], dest, files_only=options["files_only"] == "true")
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
-    new = (git(ROOT, "ls-files", "--others", "--exclude-standard") or "").splitlines()
-    new = [name for name in new if name.startswith("conf/") or re.fullmatch(r"[^/]+\.py", name)]
-    if new:
-        more = f" and {len(new) - 10} more" if len(new) > 10 else ""
+    if untracked := untracked_files(ROOT):
+        more = f" and {len(untracked) - 10} more" if len(untracked) > 10 else ""
+        add = shlex.join(["git", "-C", str(ROOT), "add", "--", *untracked])
         print(
-            f"not copied, as git does not know them: {', '.join(new[:10])}{more}", file=sys.stderr
+            f"not copied, as git does not track them: {', '.join(untracked[:10])}{more}\n"
+            f"to have them there, run `{add}`, "
+            f"remove {shlex.quote(str(dest))} and run this command again",
+            file=sys.stderr,
         )
-        folders = dict.fromkeys(name.rpartition("/")[0] for name in new[:10])
-        copies = []
-        for folder in folders:
-            names = [name for name in new[:10] if name.rpartition("/")[0] == folder]
-            copies.append(shlex.join(["cp", *names, f"{dest / folder}/"]))
-        print(f"to have them there: {' && '.join(copies)}", file=sys.stderr)
     if not importlib.util.find_spec("ruff"):
         done += "; run `make format` there, as another name makes other line breaks"
     print(f"{dest}: {done}. Next:")
     print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")
     print(
-        "Each sets up a .venv of its own there: 6 GB on Linux, fetched from the installer's cache."
+        "The first sets up a .venv of its own there: 6 GB on Linux, fetched from the installer's "
+        "cache."
     )
     return 0
 

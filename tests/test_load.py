@@ -183,7 +183,7 @@ def with_config(run: Path, text: str) -> None:
     [
         (lambda run: (run / "config.yaml").unlink(), "it holds no config.yaml"),
         (lambda run: with_config(run, "a: [b"), "config.yaml cannot be read"),
-        (lambda run: with_config(run, "a: 1"), "has no node data"),
+        (lambda run: with_config(run, "a: 1"), "has no section data; is this a run's folder?"),
         (lambda run: with_config(run, "- 1"), "it holds a list"),
         (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
         (lambda run: without(run, "model", "_target_"), "has no model._target_"),

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -97,28 +98,90 @@ def test_a_tracked_module_in_the_root_is_copied(new_project: ModuleType, tmp_pat
     assert new_project.files_to_copy(tmp_path) == ["conf/model/mine.yaml", "mine.py"]
 
 
-def test_an_untracked_file_is_named_after_the_copy_and_beside_no_error(
-    new_project: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    real = new_project.git
+@pytest.fixture
+def template(new_project: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small template that git tracks, with files that it does not track."""
+    root = tmp_path / "a template"
+    for name in ("pyproject.toml", "requirements.lock"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    write(root, {"src/lab/loop.py": "from lab import optim\n", "src/regrow/errors.py": ""})
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", "-C", root, *command], check=True)
+    write(root, UNTRACKED | {"photos/a b.jpg": ""})
+    monkeypatch.setattr(new_project, "ROOT", root)
+    return root
 
-    def git(folder: Path, *arguments: str) -> str | None:
-        others = "conf/model/mine.yaml\nmine.py\nscratch.py\nphotos/a b.jpg\n"
-        return others if "--others" in arguments else real(folder, *arguments)
 
-    monkeypatch.setattr(new_project, "git", git)
-    assert new_project.main(["class", str(tmp_path / "copy")]) == 2
+UNTRACKED = {
+    "conf/data/ü.yaml": "",
+    "conf/model/mine.yaml": "_target_: lab.models.mine.Mine\n",
+    "my models.py": "from lab import loop\n",
+    "src/lab/models/mine.py": "",
+}
+
+
+def write(root: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_an_untracked_file_is_named_after_the_copy_with_the_way_to_have_it(
+    new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_project.main(["class", "dest=~/copy"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    monkeypatch.setattr(new_project, "make_project", lambda *_, **__: "one commit on main")
-    assert new_project.main(["Deep Fish", str(tmp_path / "copy")]) == 0
+    assert new_project.main(["Deep Fish", "dest=~/copy"]) == 0
     said = capsys.readouterr()
-    told = "not copied, as git does not know them: conf/model/mine.yaml, mine.py, scratch.py\n"
-    assert said.err.startswith(told)
-    copy = f"{tmp_path}/copy"
-    assert (
-        f"cp conf/model/mine.yaml {copy}/conf/model/ && cp mine.py scratch.py {copy}/" in said.err
-    )
+    told, way, end = said.err.split("\n")
+    assert told == f"not copied, as git does not track them: {', '.join(sorted(UNTRACKED))}"
+    assert way.endswith(f", remove {tmp_path}/copy and run this command again") and end == ""
+    assert f"cd {tmp_path}/copy && make test" in said.out
     assert "a .venv of its own there: 6 GB" in said.out
+    copy = tmp_path / "copy"
+    assert not (copy / "conf").exists()
+
+    command = re.findall("`(.*)`", way)[0]
+    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
+    shutil.rmtree(copy)
+    assert new_project.main(["Deep Fish", "dest=~/copy"]) == 0
+    assert capsys.readouterr().err == ""
+    target = (copy / "conf/model/mine.yaml").read_text()
+    assert target == "_target_: deep_fish.models.mine.Mine\n"
+    assert (copy / "my models.py").read_text() == "from deep_fish import loop\n"
+    assert (copy / "conf/data/ü.yaml").exists()
+    assert (copy / "src/deep_fish/models/mine.py").exists()
+
+
+def test_of_a_folder_that_git_does_not_track_nothing_is_left_out(
+    new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.rmtree(template / ".git")
+    subprocess.run(["git", "-C", template, "init", "-q"], check=True)
+    assert new_project.main(["Deep Fish", str(tmp_path / "copy")]) == 0
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "copy" / "src/deep_fish/models/mine.py").exists()
+
+
+def test_a_module_in_the_root_keeps_its_name(
+    new_project: ModuleType, template: Path, tmp_path: Path
+) -> None:
+    write(template, {"shells.py": ""})
+    with pytest.raises(new_project.Refused, match="module of this repository named shells"):
+        new_project.make_project("Shells", tmp_path / "copy")
+
+
+def test_arguments_without_a_key_are_those_that_are_missing(new_project: ModuleType) -> None:
+    both = {"name": "Foo", "dest": "../foo", "files_only": "false"}
+    for given in (["Foo", "../foo"], ["name=Foo", "../foo"], ["../foo", "name=Foo"],
+                  ["dest=../foo", "Foo"]):  # fmt: skip
+        assert new_project.parse(given) == both
+    for given in (["name=Foo", "../foo", "more"], ["Foo", "--dest"], ["name=Foo"]):
+        with pytest.raises(new_project.Refused):
+            new_project.parse(given)
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import sys
@@ -23,6 +24,7 @@ from regrow.config.own_code import owner_of
 from regrow.config.targets import instantiate
 from regrow.errors import OwnCodeError
 from regrow.failing import SET_BY_US
+from regrow.feeding.batch import Batch
 from regrow.feeding.sampling import permutation
 from regrow.project import ROOT
 from regrow.runs import first_calls
@@ -311,6 +313,41 @@ def test_errors_that_are_not_the_users_pass_through() -> None:
         failing(ValueError())
     with pytest.raises(ValueError, match=r"^later$"), explained(lambda: False):
         raise ValueError("later")
+
+
+RENAMES = """
+import torch
+
+def loss(outputs):
+    outputs = outputs[:, 0]
+    raise ValueError("a column")
+
+def forward(batch):
+    outputs = torch.ones(4, 10)
+    loss(outputs)
+"""
+
+
+@pytest.mark.parametrize("folder", ["mine", "site-packages"])
+def test_the_shape_of_the_outputs_is_the_models_also_in_an_installed_package(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the loss has given the name to a part of them."""
+    path = tmp_path / folder / "own_losses.py"
+    path.parent.mkdir()
+    path.write_text(RENAMES)
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr(first_calls, "named_packages", lambda: frozenset({"own_losses"}))
+    try:
+        module = importlib.import_module("own_losses")
+        batch = Batch(torch.ones(4, 3), torch.ones(4, dtype=torch.long), None, 4, 4)
+        with pytest.raises(OwnCodeError) as said, explained():
+            module.forward(batch)
+    finally:
+        sys.modules.pop("own_losses", None)
+    shapes = "The inputs had shape (4, 3), the outputs (4, 10), the targets (4,)."
+    assert f"own_losses.py:6, in loss: {RENAMES.splitlines()[5].strip()}" in str(said.value)
+    assert shapes in str(said.value)
 
 
 def test_a_file_of_code_has_one_owner() -> None:

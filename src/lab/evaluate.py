@@ -36,9 +36,11 @@ from regrow.record import pictures
 def evaluate(
     state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
-    """Return `measure_split`'s values for the evaluated weights, under `name/…`, and its details.
+    """Evaluate the weights to be kept (the average if there is one) on the set `name`.
 
-    Leaves the training state unchanged. Raises Interrupted if a stop is requested meanwhile.
+    Returns the values as `name/key`, and the details. Raises Interrupted if a stop is requested
+    meanwhile. Leaves the training state unchanged, except that the evaluated model's buffers, such
+    as BatchNorm's statistics, become the main process's in every process.
     """
     draws = Draws(plan.step.seed, name, state.step, plan.world.rank)
     bar = name if plan.options.progress_bar and plan.world.is_main else None
@@ -49,7 +51,8 @@ def evaluate(
         except RuntimeError as error:
             say_if_out_of_memory(error, "an evaluation", "Use a smaller data.eval_batch_size.")
             raise
-    state.model.train()
+        finally:
+            state.model.train()
     return {f"{name}/{key}": value for key, value in values.items()}, details
 
 
@@ -65,9 +68,10 @@ def measure_split(
     bar: str | None,
     shows: bool = True,
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
-    """Return `measure` over this process's share of a split, with a progress bar named `bar`.
+    """Evaluate a split together with the other processes, each on its share.
 
-    Raises Interrupted, in all processes, if a stop is requested meanwhile.
+    Returns the result over all of them: see `measure`. Shows a progress bar named `bar`. Raises
+    Interrupted, in all processes, if a stop is requested meanwhile.
     """
     world.copy_buffers(model)
     waited = stopping_together(batches, len(batches), stop, world)
@@ -90,9 +94,10 @@ def measure(
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Return the exact loss and metrics over all `batches`, and details for plots.
 
-    Accumulates sums over every example and process and divides once, without padding or dropping.
-    Leaves the model in evaluation mode and advances `bar`. `draws` seeds each batch, which changes
-    the random generators: see `states_kept`. Without `shows`, the details hold no examples.
+    Accumulates sums over every example and process and divides once; no example is padded,
+    repeated or dropped. Leaves the model in evaluation mode and advances `bar`. `draws` reseeds the
+    global generators for each batch; wrap in `states_kept()` to preserve them. Without `shows`, the
+    details hold no examples.
     """
     sums = torch.zeros(COUNTED, dtype=sum_dtype(world.device), device=world.device)
     metrics = task.metrics(world.device)
@@ -110,12 +115,12 @@ def measure(
             metrics.update(outputs, batch.targets, batch.weights)
             if shows and pictures.has_room(examples) and isinstance(task, ShowsExamples):
                 examples = pictures.joined(examples, task.examples(batch, outputs), number)
-            if not bar.disable:  # only for the progress bar
+            if not bar.disable:  # only the progress bar shows these two
                 score = task.running(outputs, batch.targets)
                 sums[SCORE] += 0 if score is None else score.sum(dtype=sums.dtype)
                 sums[EXAMPLES] += batch.num_local
             advance(bar, Totals(sums), task.running_name)
-    draws.look()
-    loss_sum, _, weight, _ = world.sum_(sums).tolist()
+    draws.look()  # has the last batch drawn? `begin` looks after the others
+    summed = world.sum_(sums).tolist()
     details = {**metrics.details(), **examples}
-    return {"loss": ratio(loss_sum, weight), **metrics.scalars()}, details
+    return {"loss": ratio(summed[LOSS], summed[WEIGHT]), **metrics.scalars()}, details

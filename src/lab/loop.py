@@ -118,6 +118,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         or (ends_epoch and due(state.epoch, options.eval_every_epochs))
         or finished(state, plan)
     )
+    best_before = progress.best_value
     if evaluates and progress.evaluated_step != state.step:
         values: dict[str, float] = {}
         with plan.step.exchange.clock_stopped(), phase("evaluation"):
@@ -130,7 +131,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         progress.pruned = pruned(state, plan)
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
     if (ends_epoch or evaluates) and not is_saved:  # already announced when this step was saved
-        announce(state, plan)
+        announce(state, plan, best_before)
     over = finished(state, plan)
     stops = plan.step.exchange.stops
     saves = (

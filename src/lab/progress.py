@@ -91,9 +91,10 @@ def evaluation_bar(name: str | None, batches: EvalBatches) -> Any:
 def advance(bar: Any, totals: Totals, score_name: str | None) -> None:
     """Advance a bar by one and show the means of `totals`.
 
-    These are only read, which waits for the device, when the bar is drawn: ten times a second.
+    Reads the totals only when the bar redraws (at most ten times a second), because reading
+    synchronises with the device.
     """
-    if not bar.update(1):
+    if not bar.update(1):  # True only when tqdm redrew
         return
     values: dict[str, Any] = dict(totals.means(score_name))
     if rate := bar.format_dict["rate"]:
@@ -101,10 +102,15 @@ def advance(bar: Any, totals: Totals, score_name: str | None) -> None:
     bar.set_postfix(values)
 
 
-def announce(state: TrainState, plan: Plan) -> None:
-    """Log one line for an epoch or evaluation."""
+def announce(state: TrainState, plan: Plan, best_before: float | None) -> None:
+    """Log one line for an epoch or evaluation; `best_before` is the best value before it.
+
+    "epoch 2" is the end of the second epoch, "in epoch 3" lies within the third, whose means of the
+    training are not known yet.
+    """
     progress = state.progress
-    values = {**progress.train_means}
+    ends_epoch = state.step_in_epoch == 0
+    values = {**progress.train_means} if ends_epoch else {}
     if progress.evaluated_step == state.step:
         values |= progress.latest
     parts = ("train/epoch_", *(f"{name}/" for name in plan.sets))
@@ -112,29 +118,32 @@ def announce(state: TrainState, plan: Plan) -> None:
     names += [plan.options.monitor or ""]
     shown = [f"{name} {values[name]:.4g}" for name in dict.fromkeys(names) if name in values]
     best = ""
-    if progress.best_step == state.step:  # of equal values, the latest is the best: see take_in
-        is_new = progress.evaluations_without_improvement == 0
-        is_new = is_new or plan.options.early_stopping.min_delta != 0
-        best = " (best)" if is_new else " (equals the best)"
-    log.info("epoch %d, step %d: %s%s", state.epoch, state.step, ", ".join(shown), best)
+    # take_in moves best_step to the latest of tied values, so that alone implies no improvement.
+    if progress.best_step == state.step:
+        best = " (equals the best)" if progress.best_value == best_before else " (best)"
+    epoch = f"epoch {state.epoch}" if ends_epoch else f"in epoch {state.epoch + 1}"
+    log.info("%s, step %d: %s%s", epoch, state.step, ", ".join(shown), best)
 
 
 def tell_of_another_rate(state: TrainState) -> None:
-    """Log if the schedule has changed since the save; a raised limit stretches a cosine."""
+    """Log if the schedule now gives another rate for the last step.
+
+    E.g. because max_epochs was raised and the cosine is longer. Sets the optimizer's rates to it.
+    """
     if state.step == 0 or any(
         isinstance(each, Stateful) for each in by_name(state.schedule).values()
     ):
         return
     for name, optimizer in by_name(state.optimizer).items():
         parts = getattr(optimizer, "parts", [optimizer])
-        if not any(part.state for part in parts):  # another optimizer: its rates do not compare
+        if not any(part.state for part in parts):  # a new optimizer has no earlier rate
             continue
         before = optim.rates(optimizer)["lr"]
         optim.set_lr(optimizer, by_name(state.schedule)[name](state.step - 1))
         now = optim.rates(optimizer)["lr"]
         if not math.isclose(before, now):
             log.info(
-                "the learning rate of step %d was %.3g and would now be %.3g: the schedule follows "
+                "the learning rate of %s %d was %.3g and would now be %.3g: the schedule follows "
                 "what was changed",
-                *(state.step, before, now),
+                *(f"{name}'s step" if name else "step", state.step, before, now),
             )

@@ -14,6 +14,7 @@ import yaml
 from finished import finished, script
 from running import TINY, as_hydra_has_it, composed
 
+from regrow.config.recorded import recorded_config
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import plots, report
@@ -81,6 +82,41 @@ def test_a_config_whose_copy_is_lost_as_well_leads_to_init_from(run: Path) -> No
         load_run(run)
     resumed(f"init_from={run}", folder="new")
     assert (run.parent / "new" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(("debug", "smoothing"), [("overfit", 0.0), ("null", 0.1)])
+def test_a_copy_is_resolved_with_the_choices_of_its_own_run(
+    debug: str, smoothing: float, run: Path
+) -> None:
+    hydra = run / ".hydra" / "hydra.yaml"
+    text = hydra.read_text()
+    assert "debug: null" in text
+    hydra.write_text(text.replace("debug: null", f"debug: {debug}"))
+    copy = run / ".hydra" / "config.yaml"
+    node = yaml.safe_load(copy.read_text())
+    node["loss"]["label_smoothing"] = "${if_chosen:debug,overfit,0.0,0.1}"
+    node["name"] = "on_${hydra:runtime.choices.data}"
+    copy.write_text(yaml.safe_dump(node))
+    (run / "config.yaml").write_text("")
+    config = recorded_config(run, "run=run")
+    assert config["loss"]["label_smoothing"] == smoothing
+    assert config["name"] == f"on_{yaml.safe_load(text)['runtime']['choices']['data']}"
+
+
+def test_a_copy_reads_no_environment_however_that_is_written(run: Path) -> None:
+    copy = run / ".hydra" / "config.yaml"
+    text = copy.read_text()
+    (run / "config.yaml").write_text("")
+    for written in (
+        "${oc.env:HOME}",
+        r"\x24{oc.env:HOME}",
+        r"\u0024{if_chosen:a,b,${oc.env:HOME},c}",
+    ):
+        copy.write_text(f'{text}\nnotes_of_mine: "{written}"\n')
+        with pytest.raises(UserError, match=r"neither can its copy in \.hydra"):
+            recorded_config(run, "run=run")
+    copy.write_text(f'{text}\nnotes_of_mine: "\\x24{{seed}}"\n')  # the control: its own key
+    assert recorded_config(run, "run=run")["notes_of_mine"] == 0
 
 
 def edited(text: str, change: Callable[[list[str]], list[str]]) -> str:

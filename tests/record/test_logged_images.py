@@ -74,6 +74,13 @@ def test_what_is_not_an_image_is_one_warning(
     loggers.close()
 
 
+def test_a_mirrored_array_is_an_image() -> None:
+    array = np.arange(8, dtype=np.uint8).reshape(4, 2)
+    assert pixels_of(logged_images.as_png(array[::-1])).tolist() == array[::-1].tolist()
+    assert pixels_of(logged_images.as_png(array[:1, ::-1])).tolist() == [[1, 0]]
+    assert pixels_of(logged_images.as_png(array[:1][::-1])).tolist() == [[0, 1]]
+
+
 def test_a_mask_and_values_near_0_to_1_are_images() -> None:
     assert pixels_of(logged_images.as_png(torch.tensor([[True, False]]))).tolist() == [[255, 0]]
     given = torch.tensor([[-3.0, 0.2, 10.0, float("inf")]])

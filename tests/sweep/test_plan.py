@@ -105,8 +105,23 @@ def test_jobs_share_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.jobs_at_once(3, [trainer("cuda")], 4) == 3
     with pytest.raises(UserError, match=r"trainer.devices=2: this machine has 1 GPU "):
         local.jobs_at_once("auto", [trainer("auto", 2)], 1)
-    assert local.threads_of(trainer(), 8) == 2
-    assert local.threads_of(trainer(devices=4), 8) == 1
+    assert local.threads_of(trainer(), 8, 0) == 2
+    assert local.threads_of(trainer(devices=4), 8, 0) == 1
+
+
+def test_the_ranks_of_a_job_on_all_gpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 16)
+    assert local.threads_of(trainer("cuda", "auto"), 1, 8) == 2
+    assert local.threads_of(trainer("auto", "auto"), 1, 8) == 2
+    assert local.threads_of(trainer("cpu", "auto"), 1, 8) == 16  # one process
+    assert local.threads_of(trainer("auto", "auto"), 2, 0) == 8
+
+
+def test_a_job_that_a_real_time_signal_killed_is_one_that_failed() -> None:
+    planned = plan.Planned(state.Entry(0, "", {}, ""), None)  # type: ignore[arg-type]
+    for code, name in ((-40, "signal 40"), (-11, "SIGSEGV"), (-9, "SIGKILL (out of memory?)")):
+        ended = local.how(planned, code)
+        assert (ended.state, ended.reason) == ("failed", f"its process was killed by {name}")
 
 
 def test_a_gpu_is_lent_once_also_to_another_sweep(tmp_path: Path) -> None:

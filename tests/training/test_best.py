@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from running import CPU, TINY, config_of, train
 
-from lab import loop, step
+from lab import loop, progress, step
 from regrow.errors import UserError
 from regrow.feeding.batch import Batch
 from regrow.runs import training as runs
@@ -57,15 +58,43 @@ def test_of_equal_evaluations_the_latest_is_best_and_kept(
     assert (tmp_path / "checkpoints" / "best").resolve().name == f"step_{best:08d}"
 
 
+@pytest.mark.parametrize("min_delta", [0, 0.01])
 def test_an_equal_evaluation_is_announced_as_such(
-    tmp_path: Path, evaluations: Any, caplog: pytest.LogCaptureFixture
+    min_delta: float, tmp_path: Path, evaluations: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    evaluations([0.5, 0.9, 0.9, 0.7])
-    train(tmp_path, *TINY, *EACH_STEP, "trainer.max_steps=4")
+    evaluations([0.5, 0.9, 0.9, 0.905, 0.7])
+    stopping = f"trainer.early_stopping.min_delta={min_delta}"
+    train(tmp_path, *TINY, *EACH_STEP, "trainer.max_steps=5", stopping)
     lines = [record.message for record in caplog.records if "val/loss" in record.message]
     ends = [line.partition("val/accuracy ")[2] for line in lines]
-    assert ends == ["0.5 (best)", "0.9 (best)", "0.9 (equals the best)", "0.7"]
+    assert ends == ["0.5 (best)", "0.9 (best)", "0.9 (equals the best)", "0.905 (best)", "0.7"]
+    # The epochs have four steps: the means of one do not stand beside an evaluation in the next.
+    begins = [line.partition("_loss" if "_loss" in line else "/loss")[0] for line in lines]
+    assert begins == [
+        *(f"in epoch 1, step {number}: val" for number in (1, 2, 3)),
+        "epoch 1, step 4: train/epoch",
+        "in epoch 2, step 5: val",
+    ]
+
+
+def test_a_changed_rate_is_told_with_the_name_of_its_optimizer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    optimizers = {}
+    for name in ("generator", "critic"):
+        parameter = torch.nn.Parameter(torch.ones(1))
+        groups = [{"params": [parameter], "lr_scale": 1.0, "base_lr": 1.0}]
+        optimizers[name] = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
+        parameter.sum().backward()
+        optimizers[name].step()  # so that it has a state
+    schedule = {"generator": lambda step: 0.5, "critic": lambda step: 0.25}
+    state: Any = SimpleNamespace(step=3, schedule=schedule, optimizer=optimizers)
+    progress.tell_of_another_rate(state)
+    (line,) = caplog.messages
+    assert line.startswith("the learning rate of critic's step 3 was 0.5 and would now be 0.25")
+    assert optimizers["critic"].param_groups[0]["lr"] == 0.25
 
 
 def test_an_evaluation_after_a_skipped_step_is_no_later_best(

@@ -12,7 +12,7 @@ import torch
 from finished import finished, script
 from running import TINY, fingerprint, metrics_of, train
 
-from lab import evaluate
+from lab import evaluate, loop
 from regrow import randomness
 from regrow.config.yaml_files import read_yaml
 from regrow.numerics import capture
@@ -139,6 +139,13 @@ def test_a_stop_within_an_evaluation_changes_no_number(
 ) -> None:
     train(tmp_path / "whole", *RUN)
     measure, stops = evaluate.measure, [True]
+    save, in_training = loop.save, []
+
+    def saved(state: Any, plan: Any) -> None:
+        in_training.append(state.model.training)
+        save(state, plan)
+
+    monkeypatch.setattr(loop, "save", saved)
 
     def interrupted(model: Any, task: Any, batches: Any, *rest: Any) -> Any:
         if stops.pop():
@@ -157,5 +164,6 @@ def test_a_stop_within_an_evaluation_changes_no_number(
     monkeypatch.setattr(evaluate, "measure", interrupted)
     train(tmp_path / "parts", *RUN)
     assert not (tmp_path / "parts" / "summary.json").exists()
+    assert in_training and all(in_training)
     train(tmp_path / "parts", *RUN)
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 
 from torch import Tensor, nn
 
@@ -24,8 +25,8 @@ NORMS = ("none", "layer", "batch")
 class MLP(nn.Module):
     """Maps inputs of any shape (B, *input_shape), flattened, to (B, num_outputs).
 
-    Each width in `hidden` is a linear layer, norm, activation and dropout; an empty list gives a
-    linear model.
+    Each width in `hidden` adds a linear layer, then norm, activation and dropout; an empty list
+    gives a linear model.
     """
 
     def __init__(
@@ -41,15 +42,19 @@ class MLP(nn.Module):
         freeze: list[str],
     ) -> None:
         super().__init__()
-        widths = [math.prod(input_shape), *hidden]
-        if min(widths) < 1:
+        if min(input_shape, default=0) < 1:
+            raise UserError(f"model.input_shape={input_shape} is wrong. Give sizes of one or more.")
+        if min(hidden, default=1) < 1:
             raise UserError(f"model.hidden={hidden} is wrong. Give widths of one or more.")
+        choice("norm", norm, NORMS)
+        choice("activation", activation, ACTIVATIONS)
+        widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers.append(nn.Linear(before, after))
-            if choice("norm", norm, NORMS) != "none":
+            if norm != "none":
                 layers.append(nn.LayerNorm(after) if norm == "layer" else nn.BatchNorm1d(after))
-            layers.append(ACTIVATIONS[choice("activation", activation, ACTIVATIONS)]())
+            layers.append(ACTIVATIONS[activation]())
             if dropout:
                 layers.append(nn.Dropout(dropout))
         self.body = nn.Sequential(*layers)
@@ -62,7 +67,7 @@ class MLP(nn.Module):
         return outputs
 
 
-def choice(key: str, value: str, known: dict[str, type[nn.Module]] | tuple[str, ...]) -> str:
+def choice(key: str, value: str, known: Collection[str]) -> str:
     """Return `value`. Raises UserError if it is unknown."""
     if value not in known:
         hint = did_you_mean(value, known) or f" Choose from {', '.join(known)}."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,25 @@ def if_chosen(group: str, option: str, then: Any, otherwise: Any) -> Any:
     """Return `then` if `group=option` was chosen; a config cannot test a choice otherwise."""
     from hydra.core.hydra_config import HydraConfig
 
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    choices = _choices.get()
+    if choices is None:
+        choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     return then if choices.get(group) == option else otherwise
 
 
 register_resolver("if_chosen", if_chosen)
+
+_choices: ContextVar[Mapping[str, Any] | None] = ContextVar("_choices", default=None)
+
+
+@contextlib.contextmanager
+def choices_are(choices: Mapping[str, Any]) -> Iterator[None]:
+    """Let `if_chosen` use a recorded run's choices, not those of this process."""
+    token = _choices.set(choices)
+    try:
+        yield
+    finally:
+        _choices.reset(token)
 
 
 def output_dir() -> Path:

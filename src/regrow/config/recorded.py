@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from regrow.config import hydra_access
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, brief
 from regrow.record import moved
 
 MASKS = "segmentation"
+CHOICE = re.compile(r"\$\{hydra:runtime\.choices\.(\w+)\}")
+ALLOWED = re.compile(r"\$\{(if_chosen:|oc\.select:)?[\w.,]*\}")
 
 log = logging.getLogger("regrow")
 
 
 def recorded_config(folder: Path, where: str) -> dict[str, Any]:
-    """Return the config of the run in `folder`, which `where` names as the user did.
+    """Return the config of the run in `folder`.
 
-    Targets that have moved since have their names of today.
+    `where` is how the user referred to the run, for messages. Updates `_target_` paths that have
+    moved since the run.
     If config.yaml is damaged, uses Hydra's own copy and logs a warning. Raises UserError if that is
     damaged as well.
     """
     try:
-        return _whole(read_yaml(folder / "config.yaml"))
-    except Exception as error:  # the YAML reader raises a dozen different kinds
+        return _checked(read_yaml(folder / "config.yaml"))
+    except Exception as error:  # the YAML reader may raise almost any exception
         reason = brief(error, 200)
     copy = folder / ".hydra" / "config.yaml"
     try:
         text = copy.read_text(encoding="utf-8")
-        its = read_yaml(copy.with_name("hydra.yaml"))
-        choices = its.get("hydra", its)["runtime"]["choices"]
-        choice = r"\$\{hydra:runtime\.choices\.(\w+)\}"
-        text = re.sub(choice, lambda found: json.dumps(str(choices[found[1]])), text)
-        # The folder may be untrusted: resolve only references to the config's own keys.
-        if "${" in re.sub(r"\$\{(if_chosen:|oc\.select:)?[\w.,]*\}", "", text):
-            raise ValueError("it refers to more than its own keys")
-        config = _whole(OmegaConf.to_container(OmegaConf.create(text), resolve=True))
+        recorded = read_yaml(copy.with_name("hydra.yaml"))
+        choices = recorded.get("hydra", recorded)["runtime"]["choices"]
+        unresolved = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        with hydra_access.choices_are(choices):
+            resolved = OmegaConf.create(_with_choices(unresolved, choices))
+            config = _checked(OmegaConf.to_container(resolved, resolve=True))
     except Exception:
         raise UserError(
             f"{where}: its config.yaml cannot be read: {reason}, and neither can its copy in "
@@ -64,16 +66,33 @@ def refuse_other_folder(folder: Path, given: Path) -> None:
 def gives_masks(folder: Path) -> bool:
     """Return True if the run in `folder` is a segmentation; False if its config is unreadable."""
     try:
-        kind: object = _whole(read_yaml(folder / "config.yaml"))["data"].get("target_kind")
+        kind: object = _checked(read_yaml(folder / "config.yaml"))["data"].get("target_kind")
     except Exception:  # reported when the run is loaded
         return False
     return kind == MASKS
 
 
-def _whole(config: Any) -> dict[str, Any]:
+def _with_choices(value: Any, choices: Mapping[str, Any]) -> Any:
+    """Return a value of a config with the options of the run in place of `${hydra:…}`.
+
+    Allows `${key}`, `${if_chosen:…}` and `${oc.select:…}`. Raises ValueError for others, e.g.
+    oc.env, as the folder may be untrusted.
+    """
+    if isinstance(value, dict):
+        return {key: _with_choices(each, choices) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_choices(each, choices) for each in value]
+    if isinstance(value, str):
+        value = CHOICE.sub(lambda found: str(choices[found[1]]), value)
+        if "${" in ALLOWED.sub("", value):
+            raise ValueError("it refers to more than its own keys")
+    return value
+
+
+def _checked(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"it holds a {type(config).__name__}")
     for group in ("data", "model", "task", "loss", "trainer"):
         if not isinstance(config.get(group), dict):
-            raise ValueError(f"it has no node {group}. Is it a run's?")
+            raise ValueError(f"it has no section {group}; is this a run's folder?")
     return moved.in_config(config)

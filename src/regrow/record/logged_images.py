@@ -1,4 +1,4 @@
-"""The images of a run: images/<name>/step_<8 digits>.png in its folder, each written once."""
+"""The images that a run logs: images/<name>/step_<8 digits>.png in its folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FOLDER = "images"
 NAME = re.compile(r"[\w\-. ]+(/[\w\-. ]+)*")
 FILE = re.compile(r"step_(\d{8,})\.png")
 DOTS_PER_INCH = 100  # of figures
-BETWEEN = 2  # pixels between the images of a batch
-NUM_SHOWN = 4  # of each name on a run's page, the latest
-NUM_NAMES = 20  # on a run's page, those logged last: the page holds the images themselves
+GAP = 2  # pixels between the images of a batch
+NUM_SHOWN = 4  # images of each name on a run's page: the latest
+NUM_NAMES = 20  # names on a run's page: those logged last. The page embeds their images
 LONGEST_PART = 200  # bytes of a folder's name; file systems take 255
-FAR_ABOVE_1 = 10  # a larger value is not from 0 to 1, even before clipping
+FAR_ABOVE_1 = 10  # a larger value comes from another scale, such as 0 to 255
 
 
 class Logged(NamedTuple):
@@ -77,7 +77,7 @@ def logged(folder: Path) -> list[Logged]:
 
 
 def rewind(folder: Path, step: int | None) -> None:
-    """Remove what was logged after `step`, which a resumed run logs again; None: everything."""
+    """Delete the images logged after `step`; the resumed run logs them again. None deletes all."""
     for image in logged(folder):
         if step is None or image.step > step:
             image.path.unlink()
@@ -87,16 +87,19 @@ def as_png(image: Any) -> bytes:
     """Return a figure or a tensor as PNG. Raises UserError for anything else.
 
     Tensors and arrays: (H, W), (1, H, W), (3, H, W), or a batch (B, 1 or 3, H, W), which becomes
-    one image of a grid. uint8, bool, or floating-point values from 0 to 1; others are clipped, and
-    values above 10 are an error: such an image would be white.
+    one image of a grid. Dtypes: uint8, bool, or floating point from 0 to 1. Floats outside [0, 1]
+    are clipped; other dtypes, and floats above 10, raise UserError.
     """
     buffer = io.BytesIO()
     if hasattr(image, "savefig"):
         image.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
         return buffer.getvalue()
+    import numpy
     import torch
     from PIL import Image
 
+    if isinstance(image, numpy.ndarray):
+        image = image.copy()  # torch takes no negative strides, as of a mirrored array
     try:
         pixels = torch.as_tensor(image).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -136,10 +139,10 @@ def _grid(batch: Tensor) -> Tensor:
     count, channels, height, width = batch.shape
     columns = max(1, round(count**0.5))
     rows = -(-count // columns)
-    tall, wide = height + BETWEEN, width + BETWEEN
-    grid = batch.new_zeros(channels, rows * tall - BETWEEN, columns * wide - BETWEEN)
-    for place, image in enumerate(batch):
-        top, left = place // columns * tall, place % columns * wide
+    tall, wide = height + GAP, width + GAP
+    grid = batch.new_zeros(channels, rows * tall - GAP, columns * wide - GAP)
+    for index, image in enumerate(batch):
+        top, left = index // columns * tall, index % columns * wide
         grid[:, top : top + height, left : left + width] = image
     return grid
 
@@ -157,8 +160,8 @@ def latest(folder: Path) -> dict[str, list[tuple[int, str]]]:
     return dict(sorted(found.items()))
 
 
-def between(folder: Path, lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | Logged]:
-    """Yield a run's lines and its images by step, an image after the lines of its step."""
+def merged(folder: Path, lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | Logged]:
+    """Merge a run's metric lines and images by step; images follow the lines of the same step."""
     waiting = logged(folder)[::-1]
     for line in lines:
         while waiting and waiting[-1].step < line["step"]:

@@ -452,7 +452,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 def _fill(tracker: Any, folder: Path) -> None:
     """Give a tracker what the run's record holds; it leaves out what it has."""
-    for each in logged_images.between(folder, iterate_metrics(folder)):
+    for each in logged_images.merged(folder, iterate_metrics(folder)):
         if isinstance(each, Logged):
             tracker.log_image(*each)
         else:

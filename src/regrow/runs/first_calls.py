@@ -26,8 +26,8 @@ MOST_CODE = 100  # of a line of code, or of a layer
 def explained(is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Raise OwnCodeError, of one line, for an error that the user's code raises inside.
 
-    It costs nothing unless there is one. Errors of the engine and of the machine pass, and all
-    errors once `is_first` returns False.
+    Adds no cost on success. Lets through errors of the engine and the machine, and every error once
+    `is_first()` is False.
     """
     try:
         yield
@@ -49,13 +49,14 @@ def in_words(error: Exception) -> str | None:
     if (own := own_place(error, named_packages())) is not None:
         layer = f" ({_layer(modules)})" if modules else ""
         where = f"{own}, in {own.name}{layer}: {_cut(own.text, MOST_CODE)}"
-    elif modules and _deepest_of_ours(error) == calls.__file__:  # torch's modules alone
+    elif modules and _deepest_of_ours(error) == calls.__file__:  # only library modules ran
         where = _class_of(modules) + (f": {_layer(modules)}" if len(modules) > 1 else "")
     else:
         return None
     text = _cut(in_a_line(error), MOST).rstrip(".")
-    said = [f"{where}: {type(error).__name__}{': ' * bool(text)}{text}."]
-    return " ".join([*said, *_shapes(error), SHOWS_ALL])
+    kind = type(error).__name__
+    said = f"{kind}: {text}" if text else kind
+    return " ".join([f"{where}: {said}.", *_shapes(error), SHOWS_ALL])
 
 
 def _deepest_of_ours(error: Exception) -> str | None:
@@ -63,7 +64,10 @@ def _deepest_of_ours(error: Exception) -> str | None:
 
 
 def _modules(error: Exception) -> list[nn.Module]:
-    """Return the modules that were being called below all code but torch's, the outermost first."""
+    """Return the nn.Modules of the innermost run of library frames, outermost first.
+
+    These are the layers that the deepest frame of the user's or the engine's was calling.
+    """
     named, found = named_packages(), []
     for place in itertools.takewhile(
         lambda place: owner_of(place.file, named) == "library", places_of(error)
@@ -75,7 +79,7 @@ def _modules(error: Exception) -> list[nn.Module]:
 
 
 def _layer(modules: Sequence[nn.Module]) -> str:
-    """Return the innermost of some nested modules, with its name in the outermost."""
+    """Return the last of `modules`, each inside the one before, and its name within the first."""
     inner = modules[-1]
     name = next((name for name, module in modules[0].named_modules() if module is inner), "")
     text = repr(inner)
@@ -84,7 +88,7 @@ def _layer(modules: Sequence[nn.Module]) -> str:
 
 
 def _class_of(modules: Sequence[nn.Module]) -> str:
-    """Return the innermost class of the user's, with its place; "model" if all are torch's."""
+    """Return the innermost class that the user wrote, with its file and line; "model" if none."""
     for module in reversed(modules):
         kind = type(module)
         with contextlib.suppress(OSError, TypeError):
@@ -95,16 +99,20 @@ def _class_of(modules: Sequence[nn.Module]) -> str:
 
 
 def _shapes(error: Exception) -> Iterator[str]:
-    """Yield a sentence on the batch: inputs, and also outputs and targets outside the model."""
-    outputs = ""
+    """Yield at most one sentence with the shapes.
+
+    Those of the inputs if the model failed; of inputs, outputs and targets if the loss or task did.
+    """
+    outputs, named = "", named_packages()
     for place in places_of(error):
-        if owner_of(place.file) == "library":
+        if owner_of(place.file, named) == "library":
             continue
         found = place.frame.f_locals
         if place.file == calls.__file__ and "inputs" in found:
             yield f"The inputs had shape {_shape(found['inputs'])}."
             return
-        outputs = outputs or _shape(found.get("outputs"))
+        # The frame of the batch comes last: a loss may have given the name to something else.
+        outputs = _shape(found.get("outputs")) or outputs
         if (batch := next((v for v in found.values() if isinstance(v, Batch)), None)) is not None:
             parts = {"outputs": outputs, "targets": _shape(batch.targets)}
             more = "".join(f", the {name} {shape}" for name, shape in parts.items() if shape)

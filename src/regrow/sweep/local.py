@@ -27,38 +27,50 @@ log = logging.getLogger("regrow")
 MOST = 8  # jobs at once with launcher.jobs=auto: each needs its own memory
 
 
-def gpus_for(trainer: Mapping[str, Any], there: int) -> int:
-    """Return how many of the machine's GPUs a job takes; `there` is their number."""
-    if not there or trainer["device"] not in ("auto", "cuda"):
+def gpus_for(trainer: Mapping[str, Any], num_gpus: int) -> int:
+    """Return how many of the machine's `num_gpus` GPUs a job takes."""
+    if not num_gpus or trainer["device"] not in ("auto", "cuda"):
         return 0
-    return there if trainer["devices"] == "auto" else int(trainer["devices"])
+    return num_gpus if trainer["devices"] == "auto" else int(trainer["devices"])
 
 
-def jobs_at_once(asked: int | str | None, trainers: Sequence[Mapping[str, Any]], there: int) -> int:
-    """Return how many jobs with these `trainer` nodes run at once; `there` is the number of GPUs.
+def jobs_at_once(
+    asked: int | str | None, trainers: Sequence[Mapping[str, Any]], num_gpus: int
+) -> int:
+    """Return how many jobs with these `trainer` nodes run at once on a machine's `num_gpus` GPUs.
 
     Raises UserError for a job that needs more GPUs than there are: it would wait forever.
     """
-    needs = [gpus_for(trainer, there) for trainer in trainers]
-    if max(needs, default=0) > there:
+    needs = [gpus_for(trainer, num_gpus) for trainer in trainers]
+    if max(needs, default=0) > num_gpus:
         raise UserError(
-            f"trainer.devices={max(needs)}: this machine has {there} GPU{'s'[: there > 1]} for the "
-            f"job. Use trainer.devices={there}, or trainer.device=cpu."
+            f"trainer.devices={max(needs)}: this machine has {_gpus(num_gpus)} for the job. Use "
+            f"trainer.devices={num_gpus}, or trainer.device=cpu."
         )
     if asked is None:
         raise UserError("launcher.jobs=null must be an integer of at least 1, or auto.")
     if asked != "auto":
         return int(asked)
     if any(needs):
-        return max(1, there // max(needs))
-    processes = max(1 if t["devices"] == "auto" else int(t["devices"]) for t in trainers)
+        return max(1, num_gpus // max(needs))
+    processes = max(processes_of(trainer, num_gpus) for trainer in trainers)
     return min(MOST, max(1, cores() // processes))
 
 
-def threads_of(trainer: Mapping[str, Any], jobs: int) -> int:
+def processes_of(trainer: Mapping[str, Any], num_gpus: int) -> int:
+    """Return the number of a job's processes: one per GPU, and `auto` is one without GPUs."""
+    if trainer["devices"] == "auto":
+        return max(1, gpus_for(trainer, num_gpus))
+    return int(trainer["devices"])
+
+
+def threads_of(trainer: Mapping[str, Any], jobs: int, num_gpus: int) -> int:
     """Return a process's share of the cores if `jobs` such jobs run at once."""
-    processes = 1 if trainer["devices"] == "auto" else int(trainer["devices"])
-    return max(1, cores() // (jobs * processes))
+    return max(1, cores() // (jobs * processes_of(trainer, num_gpus)))
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPUs" if count > 1 else f"{count} GPU"
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Ended:
 
     planned: Planned
     state: str  # completed, interrupted or failed
-    reason: str | None  # of a failure that the process could not report itself
+    reason: str | None  # set only if the process died without reporting
 
 
 @dataclass
@@ -79,8 +91,9 @@ class Local:
     context: BaseContext
     leases: gpus.Leases
     _running: dict[int, tuple[Planned, BaseProcess, list[str]]] = field(default_factory=dict)
-    _waits_since: float | None = None  # for GPUs
-    _told: set[bool] = field(default_factory=set)  # waits announced: True while jobs run
+    _wait_began: float | None = None  # when the current wait for GPUs began
+    # Which of the two notices were logged in this wait: True: other jobs were running; False: none.
+    _told: set[bool] = field(default_factory=set)
 
     @property
     def running(self) -> list[Planned]:
@@ -97,7 +110,7 @@ class Local:
         if taken is None:
             self._tell_of_wait(planned, need)
             return False
-        self._waits_since = None
+        self._wait_began = None
         self._told.discard(False)
         ledger.forget(self.folder, planned.number)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if need else {}
@@ -107,22 +120,26 @@ class Local:
         return True
 
     def _tell_of_wait(self, planned: Planned, need: int) -> None:
-        """Log that a job waits for GPUs: once while other jobs run, each time while none runs.
+        """Log that a job waits for GPUs.
 
-        With more jobs at once than GPUs, each job waits for earlier ones.
+        Once while other jobs run (they will free GPUs), and once per wait when none runs (somebody
+        else holds them).
         """
         now, is_at_work = time.monotonic(), bool(self._running)
-        self._waits_since = now if self._waits_since is None else self._waits_since
-        if is_at_work in self._told or now - self._waits_since < locks.TELL_SECONDS:
+        self._wait_began = now if self._wait_began is None else self._wait_began
+        if is_at_work in self._told or now - self._wait_began < locks.TELL_SECONDS:
             return
         self._told.add(is_at_work)
         log.warning(
-            "job %d waits for %d GPU%s (trainer.devices): %s",
-            *(planned.number, need, "s"[: need > 1], self.leases.in_use()),
+            "job %d waits for %s (trainer.devices): %s",
+            *(planned.number, _gpus(need), self.leases.in_use()),
         )
 
     def ended(self, seconds: float) -> list[Ended]:
-        """Wait up to `seconds` for jobs to end, and return those that did."""
+        """Wait up to `seconds` for jobs to end, and return those that did.
+
+        Kills what is left of their process groups and gives back their GPUs.
+        """
         sentinels = [child.sentinel for _, child, _ in self._running.values()]
         connection.wait(sentinels, timeout=seconds)
         found = []
@@ -130,24 +147,26 @@ class Local:
             if child.is_alive():
                 continue
             child.join()
-            with contextlib.suppress(OSError):  # end what it may have left, such as data workers
-                os.killpg(child.pid or 0, signal.SIGKILL)
+            assert child.pid is not None  # 0 would be this process's own group
+            with contextlib.suppress(OSError):  # kill what is left of its process group
+                os.killpg(child.pid, signal.SIGKILL)
             self.leases.give_back(taken)
             del self._running[number]
             found.append(how(planned, child.exitcode or 0))
             child.close()
         return found
 
-    def send(self, number: int, only: Planned | None = None) -> None:
-        """Send a signal to the main process of each job, or of one; SIGKILL to all processes."""
+    def send(self, signum: int, only: Planned | None = None) -> None:
+        """Signal each job's main process (or only `only`'s); SIGKILL goes to the whole group."""
         for planned, child, _ in [*self._running.values()]:
             if only is not None and planned.number != only.number:
                 continue
+            assert child.pid is not None  # 0 would be this process's own group
             with contextlib.suppress(OSError):
-                if number == signal.SIGKILL:
-                    os.killpg(child.pid or 0, number)
+                if signum == signal.SIGKILL:
+                    os.killpg(child.pid, signum)
                 else:
-                    os.kill(child.pid or 0, number)
+                    os.kill(child.pid, signum)
 
 
 def how(planned: Planned, code: int) -> Ended:
@@ -157,7 +176,8 @@ def how(planned: Planned, code: int) -> Ended:
     if code in STOPPED:
         return Ended(planned, "interrupted", None)
     if code < 0:
-        name = signal.Signals(-code).name
+        known = -code in {*signal.Signals}  # real-time signals have no names
+        name = signal.Signals(-code).name if known else f"signal {-code}"
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
         return Ended(planned, "failed", f"its process was killed by {name}{memory}")
     return Ended(planned, "failed", None)

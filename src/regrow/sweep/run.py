@@ -214,7 +214,8 @@ class Sweep:
         job = dataclasses.replace(planned.job, draws=self.options.pictures == "all")
         planned = dataclasses.replace(planned, job=job)
         if not self.is_for_slurm:
-            threads = local.threads_of(planned.job.config["trainer"], self.shares)
+            trainer = planned.job.config["trainer"]
+            threads = local.threads_of(trainer, self.shares, len(self.gpus))
             planned = planning.with_threads(planned, threads)
         if self.entry is None:
             return planned
