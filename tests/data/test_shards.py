@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -955,6 +956,21 @@ def test_files_of_the_user_beside_the_sets_are_kept(tmp_path: Path) -> None:
     there = {str(path.relative_to(output)) for path in output.rglob("*")}
     kept = {"backup", "backup/000001.tar", "empty"}
     assert there == {*kept, "index.json", "train", "train/000000.tar"}  # val is gone
+
+
+def test_a_link_in_place_of_the_records_is_not_followed(tmp_path: Path) -> None:
+    sets: dict[str, Any] = {"train": OfItems(Numbers(9), {})}
+    for name, overwrite in (("new", False), ("old", True)):
+        output, thesis = tmp_path / name, tmp_path / f"{name}_thesis"
+        if overwrite:
+            write_shards(output, sets, Facts("items"), SMALL, overwrite=False)
+        output.mkdir(exist_ok=True)
+        thesis.mkdir()
+        (thesis / "train-000001").write_text("chapter 1")
+        (output / ".making").symlink_to(thesis)
+        with pytest.raises(UserError, match="other files") if not overwrite else nullcontext():
+            write_shards(output, sets, Facts("items"), SMALL, overwrite=overwrite)
+        assert [path.name for path in thesis.iterdir()] == ["train-000001"]
 
 
 @pytest.mark.parametrize("features", [np.ones((2, 3)), torch.ones(2, 3), [1, 2], {"label": 1}])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Process
@@ -160,21 +162,35 @@ def test_a_signal_within_a_destructor_stops_the_next_wait() -> None:
     assert seen == [1, 2]  # and no warning of an exception that Python dropped
 
 
-def test_a_signal_leaves_no_lock_of_a_queue_taken() -> None:
-    lock = threading.Lock()
+class SignalledLock:
+    """A queue's lock; a signal arrives as soon as it is taken."""
 
-    def put() -> None:
-        lock.acquire()  # as multiprocessing.Queue does, with a moment before its `with` holds
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
         signal.raise_signal(signal.SIGTERM)
-        lock.release()
 
-    def take() -> None:  # the control: any other function is interrupted
-        lock.acquire()
-        signal.raise_signal(signal.SIGTERM)
-        lock.release()
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
 
-    for ask, is_taken in ((put, False), (take, True)):
+    def notify(self) -> None: ...
+
+
+def test_a_signal_leaves_no_lock_of_a_queue_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: Any = multiprocessing.get_context("spawn").Queue()
+    monkeypatch.setattr(queue, "_thread", "none is started")
+
+    def put() -> None:  # the control: of the same name, and not a queue's
+        with queue._notempty:
+            pass
+
+    for ask, is_taken in ((lambda: queue.put(1), False), (put, True)):
+        queue._notempty = SignalledLock()
         with pytest.raises(Interrupted), StopRequest() as stop:
             for _ in stop.while_waiting(ask() or number for number in range(2)):
                 pass
-        assert lock.locked() is is_taken
+        assert queue._notempty.lock.locked() is is_taken
+    queue._reader.close()
+    queue._writer.close()

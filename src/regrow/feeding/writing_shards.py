@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,7 +241,8 @@ def refuse_other(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"output={output} holds shards already. Choose another folder, or add overwrite=true."
         )
-    is_ours = (output / NAME).exists() or (output / MAKING).is_dir()
+    making = output / MAKING
+    is_ours = (output / NAME).exists() or (making.is_dir() and not making.is_symlink())
     if output.is_dir() and not is_ours and any(output.iterdir()):
         raise UserError(f"output={output} holds other files. Choose a new folder.")
 
@@ -279,7 +279,10 @@ def _write(
     index = Index(shards, facts)
     with whole_file(output / NAME) as file:  # the index makes the folder valid
         file.write(index.content().encode())
-    shutil.rmtree(making, ignore_errors=True)
+    _remove_records(making, sets)
+    (making / PLAN).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in it
+        making.rmdir()
     return index
 
 
@@ -312,13 +315,13 @@ def _start_over(output: Path, sets: Iterable[str]) -> None:
     names = {*sets, *(_text(making / PLAN) or "").split()[1:]}
     with contextlib.suppress(OSError, DataError):  # absent or damaged
         names |= {*parsed((output / NAME).read_bytes(), NAME).sets}
+    if making.is_symlink():  # whatever it leads to is not ours
+        making.unlink()
     making.mkdir(exist_ok=True)
     with whole_file(making / PLAN) as file:
         file.write(" ".join(["stale", *sorted(names)]).encode())
     (output / NAME).unlink(missing_ok=True)
-    for record in making.iterdir():
-        if record.name != PLAN:
-            record.unlink()
+    _remove_records(making, names)
     for folder in [path for path in output.iterdir() if path.name in names]:
         if folder.is_symlink() or not folder.is_dir():
             continue
@@ -327,6 +330,14 @@ def _start_over(output: Path, sets: Iterable[str]) -> None:
                 path.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _remove_records(making: Path, names: Iterable[str]) -> None:
+    sets = "|".join(map(re.escape, names))
+    ours = re.compile(rf"\.?(?:{PLAN}|(?:{sets})-\d{{6,}})(?:\.\d+\.tmp)?")
+    for path in making.iterdir():
+        if path.name != PLAN and ours.fullmatch(path.name):
+            path.unlink()
 
 
 def _finished(output: Path, name: str) -> list[Shard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import os
 import signal
 import time
@@ -74,13 +75,17 @@ class StopRequest:
             raise Interrupted
 
 
-# Python drops what a destructor raises, and prints a traceback. A queue's `put`, by which a run
-# asks its data workers for batches, may have taken a lock that nothing would then release.
-UNINTERRUPTED = {"__del__", "put"}
-
-
 def _must_finish(frame: FrameType | None) -> bool:
-    """Return True within a function that an exception must not interrupt."""
-    while frame is not None and frame.f_code.co_name not in UNINTERRUPTED:
+    """Return True within a function that an exception must not interrupt.
+
+    Python drops what a destructor raises, and prints a traceback. A queue's `put`, by which a run
+    asks its data workers for batches, may have taken a lock that nothing would then release.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__":
+            return True
+        if code.co_name == "put" and code.co_filename == multiprocessing.queues.__file__:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False

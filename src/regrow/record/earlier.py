@@ -66,7 +66,7 @@ def _line(name: str, before: bytes, new: Mapping[str, Any]) -> str:
             for key, words in FACTS.items()
             if key in old and key in new and old[key] != new[key]
         ]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "it was not readable"
     return "; ".join(part for part in found if part)
 
