@@ -657,11 +657,16 @@ def test_help_of_an_option_begins_with_its_own_keys_and_ends_with_the_others(
         ("data.image_size=(3,64,64)", "[3,64,64]"),
         ("data.image_size=32,48", "[3,32,48]"),
         ("data.image_size=64", "[3,64,64]"),
+        ("data.input_shape=64,64,3", "[3,64,64]"),
+        ("data.image_size=[48,32,1]", "[1,48,32]"),
+        ("data.input_shape=1,28,3", "[1,28,3]"),
+        ("data.input_shape=64,64,64", "[64,64,64]"),
     ],
 )
 def test_a_shape_without_brackets_gets_the_line_to_type(typed: str, shape: str) -> None:
     assert f"channels first: 'data.input_shape={shape}'" in leads.as_shape(typed)
-    for other in ("data.input_shape=[3,64,64]", "data.batch_size=64", "data.input_shape=square"):
+    for other in ("data.input_shape=[3,64,64]", "data.batch_size=64", "data.input_shape=square",
+                  "data.input_shape=0", "data.image_size=0,64"):  # fmt: skip
         assert leads.as_shape(other) == ""  # the negative controls
 
 
