@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -11,21 +12,26 @@ from pathlib import Path
 
 import forked
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from running import composed
 
+from regrow.cli import help
 from regrow.cli.entry import check_arguments
 from regrow.cli.help import OF_HYDRA
-from regrow.config import entries, leads, own_modules, targets
+from regrow.config import entries, flags, leads, own_modules, places, targets
 from regrow.config.check import RULES, check, shipped_node
 from regrow.config.command_line import paths_as_typed
+from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, wrong_options
 from regrow.config.hydras import refuse_typed
 from regrow.config.leads import RECIPES
 from regrow.config.own_modules import import_own_modules
 from regrow.config.resume import SWEEP, expand
+from regrow.config.rules import applies
 from regrow.config.targets import allow, instantiate, is_allowed, locate
 from regrow.config.yaml_files import read_yaml
 from regrow.dotted import leaves
@@ -576,10 +582,44 @@ def test_help_of_a_dotted_key_says_what_it_is_and_how_to_type_it(tmp_path: Path)
     line = int(first.partition("default.yaml:")[2].partition(" ")[0])
     written = (CONF / "trainer" / "default.yaml").read_text().splitlines()
     assert written[line - 1].startswith("max_epochs:")
-    assert "  type:    'data.input_shape=[1,8,8]'\n" in others  # quoted for a shell
+    assert "  type:    'data.input_shape=[1,16,16]'\n" in others  # quoted for a shell
     assert "  values:  a number from 0 to 1\n" in others and "type:    model.dropout=0.1" in others
     said = help_of(tmp_path, "--help", "trainer.max_epoch", code=2)
     assert said.endswith("no such group or key. Did you mean trainer.max_epochs?\n")
+
+
+@pytest.mark.parametrize("typed", [[], ["data=csv", "optimizer=muon"]])
+def test_help_of_every_key_gives_a_value_that_the_key_takes_and_does_not_have(
+    typed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(help, "option", functools.cache(entries.option))
+    monkeypatch.setenv("COLUMNS", "120")
+    with hydra_as_it_was():
+        config = composition({**flags.DEFAULT, "name": "train"}, typed)
+        HydraConfig.instance().set_config(config)
+        found = {}
+        for group in places.groups():
+            for name in places.options(group):
+                for key, entry, parent in help._leaves(help.option(group, name), group):
+                    found.setdefault(key, (entry, parent))
+        del found["experiment.param_groups.lr_scale.*.bias"]  # a name with a dot
+        pages = {key: list(help._topic(key, config)) for key in found}
+    examples = {}
+    for key, page in pages.items():
+        text = next((line for line in page if line.startswith("  type:")), "").partition(":")[2]
+        if text and "=…" not in text:
+            typed_as = OverridesParser.create().parse_override(shlex.split(text)[0])
+            name, examples[key] = typed_as.key_or_group, typed_as.value()
+            assert name == key or key.partition(".")[2] == name  # of a recipe
+            assert shlex.split(text)[0] != page[0]
+            if applies(getattr(found[key][1], "target", None)) and name in RULES:
+                assert RULES[name].allows(examples[key]), text
+    assert len(pages) > 300 and len(examples) > 200
+    assert examples["logger.wandb.mode"] == "offline" and examples["debug.trainer.max_steps"] == 4
+    assert examples["data.normalize"] == "none" and examples["optimizer.betas"] == [0.9, 0.95]
+    assert examples["model.hidden"] == [512, 512] and 0 < examples["optimizer.eps"] < 1e-7
+    assert "model.input_shape" not in examples and "optimizer.adamw_modules" not in examples
+    assert pages["model.input_shape"][-1].startswith("  type:    data.input_shape=…")
 
 
 def test_help_shows_which_key_of_the_data_a_model_takes_its_shape_from(tmp_path: Path) -> None:
@@ -617,11 +657,16 @@ def test_help_of_an_option_begins_with_its_own_keys_and_ends_with_the_others(
         ("data.image_size=(3,64,64)", "[3,64,64]"),
         ("data.image_size=32,48", "[3,32,48]"),
         ("data.image_size=64", "[3,64,64]"),
+        ("data.input_shape=64,64,3", "[3,64,64]"),
+        ("data.image_size=[48,32,1]", "[1,48,32]"),
+        ("data.input_shape=1,28,3", "[1,28,3]"),
+        ("data.input_shape=64,64,64", "[64,64,64]"),
     ],
 )
 def test_a_shape_without_brackets_gets_the_line_to_type(typed: str, shape: str) -> None:
     assert f"channels first: 'data.input_shape={shape}'" in leads.as_shape(typed)
-    for other in ("data.input_shape=[3,64,64]", "data.batch_size=64", "data.input_shape=square"):
+    for other in ("data.input_shape=[3,64,64]", "data.batch_size=64", "data.input_shape=square",
+                  "data.input_shape=0", "data.image_size=0,64"):  # fmt: skip
         assert leads.as_shape(other) == ""  # the negative controls
 
 

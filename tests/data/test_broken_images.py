@@ -7,8 +7,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from regrow.config import rules
 from regrow.errors import DataError, UserError
@@ -81,6 +83,31 @@ def test_a_single_broken_image_is_said_to_be_the_only_one(
         f". It is the only one of {len(files_of(image_root))} images. Fix or remove the file, or "
         f"leave it out: 'data.source.leave_out=[hidden,empty,{name}]'"
     )
+
+
+def test_broken_images_and_masks_are_counted_and_left_out_with_their_pair(
+    make_data: Make, tmp_path: Path
+) -> None:
+    for number in range(16):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            file = tmp_path / "pairs" / kind / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 2, (16, 16), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(file)
+    root = tmp_path / "pairs"
+    whole = files_of(root)
+    for file in (whole[3], whole[7], whole[16 + 3], whole[16 + 5]):  # two images, then two masks
+        file.write_bytes(file.read_bytes()[:40])
+    given = ("mask_folder", *SMALL[:2], "num_workers=0", "normalize=none", f"root={root}",
+             "augmentation=null", "source.val_fraction=0", "source.test_fraction=0")  # fmt: skip
+    with pytest.raises(BrokenImages) as caught:
+        list(make_data(*given).train(device=CPU).epoch(0))
+    assert "4 of 32 images and masks cannot be read: " in str(caught.value)
+    left_out = "[hidden,empty,images/03.png,images/05.png,images/07.png]"
+    assert caught.value.leave_out == f"data.source.leave_out={left_out}"
+    data = make_data(*given, caught.value.leave_out.removeprefix("data."))
+    assert sum(data.num_examples.values()) == 13
+    assert len(list(data.train(device=CPU).epoch(0))) > 0
 
 
 def test_many_broken_images_are_named_in_the_log_and_time_bounds_the_search(

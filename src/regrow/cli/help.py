@@ -6,16 +6,15 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import flags, places
-from regrow.config.command_line import shell
+from regrow.config.command_line import quoted, shell
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.entries import Entry, accepted, inherited, of_file, option, repeated, set_at
 from regrow.config.keys import known_keys
@@ -49,6 +48,24 @@ EXAMPLES = {
 BASE = "_base"  # the file of what all options of a group share
 OFTEN = ("data.num_classes", "data.input_shape", "data.normalize")
 SELDOM = ("data.target_kind", "data.num_outputs")  # an option sets them, and rarely a user
+# Values to type for keys whose own value suggests none, by the last part of the key. These keys
+# can be typed even where they follow another, such as trainer.monitor.
+OTHERS: dict[str, list[Any]] = {
+    "adamw_betas": [[0.9, 0.95], [0.9, 0.99]],
+    "adjust_lr_fn": ["original", "match_rms_adamw"],
+    "betas": [[0.9, 0.95], [0.9, 0.99]],
+    "crop_scale": [[0.5, 1.0], [0.25, 1.0]],
+    "crop_ratio": [[0.9, 1.1], [1.0, 1.0]],
+    "delimiter": [";", "|"],
+    "depth": [18, 50],
+    "jobs": [4],
+    "leave_out": [["hidden", "empty", "folder/broken.jpg"], ["hidden", "empty"]],
+    "metric": ["val/loss", "val/accuracy"],
+    "monitor": ["val/loss", "val/accuracy"],
+    "normalize": ["none", "train"],
+    "resize": [256],
+    "vocabulary": ["bpe", "characters"],
+}
 OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -178,35 +195,65 @@ def _page(key: str, entry: Entry, parent: Entry | None, where: str, config: Any)
             rows["note"] = f"the chosen {group}={chosen} has no such key"
     else:
         rows["set in"] = set_at("", Path(where).stem, key) or where
-    if (of := repeated(key, entry.value)) and not _followed(key, entry, config):
+    if (of := repeated(key, entry.value)) and key.rpartition(".")[2] not in OTHERS:
         rows["type"] = f"{of}=…, whose value this key takes"
     else:
-        rows["type"] = _example(key, entry, parent, here)
+        value, typed = _held(key, entry, config), key
+        if group in RECIPES:  # its keys are those of other groups
+            typed = below
+            own = _entry(typed, config)
+            entry, parent = (own[0], own[1]) if own[0] is not None else (entry, parent)
+        rows["type"] = _example(typed, entry, parent, value)
     for name, text in rows.items():
         if text:
             yield from _wrapped(f"  {name}:", text, column=11)
 
 
-def _example(key: str, entry: Entry, parent: Entry | None, here: str) -> str:
-    """Return a way to type the key with a value that it takes and does not have."""
-    value: Any = yaml.safe_load(here)
+def _example(key: str, entry: Entry, parent: Entry | None, value: Any) -> str:
+    """Return a way to type the key with a value that it takes and does not have; "" for none."""
     rule = RULES.get(key) if applies(parent.target if parent else None) else None
     rule = rule or of_shipped(key, entry.value)
-    listed = entry.listed() or list((rule.schema if rule else {}).get("enum", []))
-    tried: list[Any] = [each for each in listed if each != value]
+    schema = rule.schema if rule else {}
+    name = key.rpartition(".")[2]
+    tried: list[Any] = [*OTHERS.get(name, ()), *entry.listed(), *schema.get("enum", ())]
     if isinstance(value, bool):
         tried.append(not value)
     elif isinstance(value, int | float):
         tried += [value * 2, value / 2, 0.1, 1, value + 1]
     elif isinstance(value, list):
-        tried += [value] if value else [["a", "b"]]
-    elif value is None or here in ("???", "…"):
-        tried += [10, 0.5, "name", True, ["a"], [3, 64, 64]]
-    elif isinstance(value, str):
+        tried.append(_other_list(name, value))
+    elif isinstance(value, str) and value not in ("???", "…") and "${" not in value:
         tried.append("name")
-    fitting = [each for each in tried if rule is None or rule.allows(each)]
-    fitting = [*(each for each in fitting if each != value), *fitting]
-    return shell([f"{key}={_plain(fitting[0])}"]) if fitting else ""
+    elif rule is not None:  # without one, a value that is not known can be of any type
+        tried += [10, 0.5, "name", True, ["a"], [3, 64, 64] if name.endswith("shape") else [1, 2]]
+    tried += _enums(schema)
+    for each in tried:
+        text = f"{key}={quoted(each) if isinstance(each, str) else _plain(each)}"
+        if (
+            each not in (value, None, [])
+            and (rule is None or rule.allows(each))
+            and "…" not in text
+        ):
+            return shell([text])
+    return ""
+
+
+def _other_list(name: str, value: list[Any]) -> list[Any]:
+    """Return another list for a key that holds `value`; [] if none can be guessed."""
+    if not value:
+        return ["a", "b"]
+    if not all(isinstance(each, int) for each in value):
+        return []
+    kept = 1 if name == "input_shape" and len(value) == 3 else 0  # the channels
+    return [*value[:kept], *(each * 2 for each in value[kept:])]
+
+
+def _enums(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the options of those alternatives of a schema that list them."""
+    found = list(schema.get("enum", ()))
+    for each in schema.get("anyOf", ()):
+        found += _enums(each)
+    return found
 
 
 def _group(group: str, config: Any) -> Iterator[str]:
@@ -353,12 +400,17 @@ def _key(
 
 
 def _current(path: str, entry: Entry, config: Any) -> str:
+    """Return the text of the key's value, as `_held` gives it."""
+    return _plain(_held(path, entry, config))
+
+
+def _held(path: str, entry: Entry, config: Any) -> Any:
     """Return the value in the composed config; the shipped one if the config lacks the key."""
     try:
         is_there = OmegaConf.select(config, path, default=..., throw_on_missing=False) is not ...
     except OmegaConfBaseException:  # it follows a key that must be given
         is_there = False
-    return _value(config, path) if is_there else _plain(entry.value)
+    return _resolved(config, path) if is_there else entry.value
 
 
 def _followed(path: str, entry: Entry, config: Any) -> str:
@@ -375,7 +427,8 @@ def _followed(path: str, entry: Entry, config: Any) -> str:
 def _follows(path: str, config: Any) -> bool:
     """Return True if a key of the composed config is an interpolation, not a typed value."""
     try:
-        return bool(OmegaConf.is_interpolation(*_node_of(config, path)))
+        parent, name = _node_of(config, path)
+        return OmegaConf.is_config(parent) and bool(OmegaConf.is_interpolation(parent, name))
     except (OmegaConfBaseException, AttributeError, ValueError):  # there is no such node
         return False
 
@@ -407,7 +460,12 @@ def _wrapped(start: str, text: str, *, column: int = 34, most: int = 9) -> Itera
 
 
 def _value(config: Any, key: str) -> str:
-    """Return a key's value in the composed config, resolved where it can be."""
+    """Return the text of a key's value in the composed config."""
+    return _plain(_resolved(config, key))
+
+
+def _resolved(config: Any, key: str) -> Any:
+    """Return a key's value in the composed config, "???" if missing, "…" if a run resolves it."""
     try:
         value = OmegaConf.select(
             config, key, throw_on_missing=False, throw_on_resolution_failure=False
@@ -415,7 +473,7 @@ def _value(config: Any, key: str) -> str:
         if value is None and OmegaConf.is_missing(*_node_of(config, key)):
             return "???"
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        return _plain(redact_all({key.rpartition(".")[2]: value}).popitem()[1])
+        return redact_all({key.rpartition(".")[2]: value}).popitem()[1]
     except OmegaConfBaseException:  # an interpolation that only a run resolves
         return "…"
 

@@ -91,10 +91,10 @@ NONE = {
 
 
 def as_shape(argument: str) -> str:
-    """Return the error for a shape typed as numbers without a list's brackets, or under another
-    name, with the line to type; "" for any other argument.
+    """Return the error for a shape without brackets or under another name; "" for all else.
 
-    Two numbers are height and width, one is a side or a number of features.
+    It gives the line to type. Two numbers are height and width, one is a side or a number of
+    features. Of three, a last one of 1, 3 or 4 below the first is the channels.
     """
     key, _, value = argument.partition("=")
     is_own = key == "data.input_shape"
@@ -103,8 +103,10 @@ def as_shape(argument: str) -> str:
     if not re.fullmatch(r"\s*[\[(]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[\])]?\s*", value):
         return ""
     numbers = re.findall(r"\d+", value)
-    if len(numbers) > 3 or (is_own and value.lstrip().startswith("[")):
+    if len(numbers) > 3 or (is_own and value.lstrip().startswith("[")) or 0 in map(int, numbers):
         return ""
+    if len(numbers) == 3 and int(numbers[2]) in (1, 3, 4) and int(numbers[0]) > int(numbers[2]):
+        numbers = [numbers[2], *numbers[:2]]
     full = ["3", *numbers * 2] if len(numbers) == 1 else ["3", *numbers][-3:]
     alone = f", or of {numbers[0]} features: '[{numbers[0]}]'" if len(numbers) == 1 else ""
     said = "a shape is a list in brackets" if is_own else "there is no such key"

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from regrow.config.command_line import quoted
 from regrow.errors import DataError
 from regrow.feeding.files import NUM_NAMES, shown
 from regrow.feeding.images import BrokenImage, ImageFiles
+from regrow.feeding.masks import MaskFiles
 from regrow.feeding.splits import Splits
 from regrow.record.manifest import cores
 
@@ -36,10 +37,14 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
     """Return `first` with the number and names of all images of the source that cannot be read.
 
     Decodes the other files as the run does, for at most `seconds`. For a data set other than an
-    image folder, returns `first` itself.
+    image folder or a mask folder, returns `first` itself. A broken mask is left out by its image.
     """
-    splits = [split for _, split in source.items() if isinstance(split, ImageFiles)]
+    splits = [split for _, split in source.items() if isinstance(split, ImageFiles | MaskFiles)]
     files = {file: split for split in splits for file in split.files}
+    with_masks = [split for split in splits if isinstance(split, MaskFiles)]
+    image_of = {mask: image for split in with_masks for mask, image in split.image_of.items()}
+    files |= {mask: split for split in with_masks for mask in split.masks}
+    kind = "images and masks" if with_masks else "images"
     if first.file not in files:
         return first
     order = sorted(files, key=lambda file: (file != first.file, file))
@@ -48,8 +53,8 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
         looked_at += 1
         broken += [file] if is_broken else []
     several, rest = len(broken) > 1, len(files) - looked_at
-    where = f"{len(files):,} images" if not rest else (
-        f"the {looked_at:,} images looked at in {seconds:g} s, of {len(files):,}"
+    where = f"{len(files):,} {kind}" if not rest else (
+        f"the {looked_at:,} {kind} looked at in {seconds:g} s, of {len(files):,}"
     )  # fmt: skip
     names = ", ".join(shown(file) for file in broken[:NUM_NAMES])
     more = ", …" if len(broken) > NUM_NAMES else ""
@@ -58,7 +63,8 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
     them, it = ("them", "them") if several else ("the file", "it")
     override = ""
     if len(broken) <= PASTED and all(map(str.isprintable, broken)):
-        override = leaving_out(source.reading.leave_out, broken, files[first.file].root)
+        named = {image_of.get(file, file) for file in broken}
+        override = leaving_out(source.reading.leave_out, named, files[first.file].root)
         way_out = f"leave {it} out: {shlex.quote(override)}"
     else:
         for file in broken[:LOGGED]:
@@ -67,13 +73,15 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
     return BrokenImages(f"{first.what}. {told}. Fix or remove {them}, or {way_out}", override)
 
 
-def leaving_out(before: Sequence[str], files: Sequence[str], root: str) -> str:
+def leaving_out(before: Sequence[str], files: Iterable[str], root: str) -> str:
     """Return the override of `data.source.leave_out` that skips the files too."""
     names = [*before, *sorted(os.path.relpath(file, root) for file in files)]
     return f"data.source.leave_out=[{','.join(map(quoted, names))}]"
 
 
-def _looked_at(files: Sequence[str], how: ImageFiles, seconds: float) -> Iterator[tuple[str, bool]]:
+def _looked_at(
+    files: Sequence[str], how: ImageFiles | MaskFiles, seconds: float
+) -> Iterator[tuple[str, bool]]:
     """Yield each file and True if it cannot be decoded, in their order, until time is up."""
     end = time.monotonic() + seconds
 

@@ -98,6 +98,17 @@ class MaskFiles:
             image, numbers = self._together(image, torch.from_numpy(np.array(mask)))
         return to_tensor(image), self._classes(numbers, index)
 
+    @cached_property
+    def image_of(self) -> dict[str, str]:
+        """The image's file of each mask's."""
+        return dict(zip(self.masks, self.files, strict=True))
+
+    def decoded(self, file: str) -> Image:
+        """Return the image or the mask in a file. Raises BrokenImage, DataError or OSError."""
+        if file in self.image_of:
+            return load_mask(file)
+        return load_image(file, self.channels, exif_orientation=self.exif_orientation)
+
     def _together(self, image: Image, numbers: Tensor) -> tuple[Image, Tensor]:
         from torchvision.tv_tensors import Mask
 
