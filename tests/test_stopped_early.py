@@ -20,14 +20,17 @@ from regrow.project import ROOT
 TRAIN = ROOT / "scripts" / "train.py"
 RUN = ("hydra.run.dir=runs/one", "trainer.device=cpu", "trainer.num_threads=1")
 TWO = ("trainer=ddp", "trainer.devices=2")
-SAID = "stopped before the run began; nothing was written\n"
+SAID = "stopped before the run began; no run folder was written\n"
 SLOW_DATA = """
 import pathlib, time
 
+from regrow.record.output import whole_file
+
 
 def splits(**options):
-    pathlib.Path("reached").touch()
-    time.sleep(60)
+    with whole_file(pathlib.Path("kept.bin")):
+        pathlib.Path("reached").touch()
+        time.sleep(60)
 """
 
 
@@ -80,7 +83,8 @@ def test_a_signal_while_the_data_is_read_leaves_no_folder(
     (tmp_path / "slow_data.py").write_text(SLOW_DATA)
     process = start(tmp_path, "data.source._target_=slow_data.splits")
     until((tmp_path / "reached").exists)
-    assert (tmp_path / "runs" / "one" / ".lock").is_file()  # the control: it is removed again
+    # The controls: both are removed again.
+    assert (tmp_path / "runs" / "one" / ".lock").is_file() and [*tmp_path.glob(".kept.bin.*.tmp")]
     assert stopped(process, number) == SAID
     assert {path.name for path in tmp_path.iterdir()} <= {"slow_data.py", "reached", "__pycache__"}
 

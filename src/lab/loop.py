@@ -152,6 +152,7 @@ def save(state: TrainState, plan: Plan) -> None:
     evaluated = state.progress.evaluated_step == state.step
     if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
+    plan.step.buffers.check_shapes()
     every = plan.options.checkpoint.milestones_every_epochs
     facts = Facts(
         step=state.step,

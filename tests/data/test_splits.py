@@ -107,6 +107,22 @@ def test_subsets_and_the_same_data_set_given_twice_are_seen() -> None:
         check_overlap(Splits(whole, None, whole), "refuse")
 
 
+class Table(torch.utils.data.TensorDataset):
+    """Its `keys()` are its columns', as those of h5py and pandas are."""
+
+    def keys(self) -> list[str]:
+        return ["inputs", "targets"]
+
+
+def test_keys_that_are_not_one_per_example_are_not_compared() -> None:
+    one, other = (Table(torch.randn(10, 2), torch.zeros(10)) for _ in range(2))
+    subset = torch.utils.data.Subset
+    check_overlap(Splits(subset(one, range(5)), subset(one, range(5, 10)), None), "refuse")
+    check_overlap(Splits(one, other), "refuse")
+    with pytest.raises(DataError, match="1 of the 6 val"):  # the control: as without keys
+        check_overlap(Splits(subset(one, range(5)), subset(one, range(4, 10)), None), "refuse")
+
+
 @pytest.mark.parametrize("fractions", [(0.6, 0.5), (-0.1, 0.2), (0.0, 1.0), (float("nan"), 0.1)])
 def test_fractions_that_leave_nothing_to_train_on_are_refused(
     fractions: tuple[float, float],

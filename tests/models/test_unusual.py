@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from running import CPU, TINY, Bench, batch_of, config_of, fingerprint, launched, train_config
+from running import (
+    CPU,
+    TINY,
+    Bench,
+    batch_of,
+    before_each_step,
+    config_of,
+    fingerprint,
+    launched,
+    train_config,
+)
 from torch import Tensor, nn
 
 from lab.build import check_first_batch, first_batch
@@ -363,6 +373,15 @@ class Growing(Base):
         return super().forward(inputs)
 
 
+class GrowsLate(Growing):
+    """Grows in the third step alone."""
+
+    grows = False
+
+    def forward(self, inputs: Tensor) -> Any:
+        return super().forward(inputs) if self.grows and self.training else self.out(inputs)
+
+
 class Remembers(Base):
     """Keeps the keys of each batch for the next one."""
 
@@ -514,6 +533,22 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
     with pytest.raises(UserError, match=line) as raised:
         check_first_batch(runs.build(config_with(model, *options), CPU), CPU)
     assert "\n" not in str(raised.value)
+
+
+def test_no_checkpoint_holds_a_buffer_whose_shape_the_last_step_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("trainer.max_epochs=null", "trainer.max_steps=3")
+    run_with(tmp_path / "control", GrowsLate, *options)
+    assert [*(tmp_path / "control" / "checkpoints").glob("step_*3")]
+
+    def grow(state: Any, plan: Any) -> None:
+        state.model.grows = state.step == 2
+
+    before_each_step(monkeypatch, grow)
+    with pytest.raises(UserError, match=r"buffer memory from shape \[1\] to \[2\]"):
+        run_with(tmp_path / "run", GrowsLate, *options)
+    assert not [*(tmp_path / "run" / "checkpoints").glob("step_*3")]
 
 
 NEED_A_BATCH = (

@@ -92,17 +92,31 @@ class Rebinding(nn.Module):
         self.register_buffer("sums", buffer)
 
 
-@pytest.mark.parametrize(("before", "after"), [((), (3,)), ((3,), ()), ((3,), (1, 3))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((), (3,)), ((3,), ()), ((3,), (1, 3)), ((0,), (3,)), ((0, 2), (0, 3))]
+)
 def test_a_persistent_buffer_of_changing_shape_is_named(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     model = nn.Sequential(nn.Identity(), Rebinding(torch.zeros(before)))
     buffers = Buffers(model)
     model[1].sums = torch.ones(before)
+    buffers.check_shapes()
     buffers.remember()  # the control: another value of the same shape
     model[1].sums = torch.ones(after)
-    with pytest.raises(UserError, match=r"^model: .* buffer 1\.sums from .*persistent=False"):
+    for looks in (buffers.check_shapes, buffers.remember):
+        with pytest.raises(UserError, match=r"^model: .* buffer 1\.sums from .*persistent=False"):
+            looks()
+
+
+def test_a_buffer_that_grows_from_nothing_is_restored() -> None:
+    model = Rebinding(torch.zeros(0))
+    buffers = Buffers(model, flat=True)
+    for _ in range(2):
         buffers.remember()
+        model.sums = torch.ones(2)
+        buffers.restore()
+        assert model.state_dict()["sums"].shape == (0,)
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -534,10 +534,10 @@ def _keys(split: Split, known: dict[int, list[Hashable]]) -> list[Hashable]:
         if id(base) not in known:
             known[id(base)] = list(own())
         keys = known[id(base)]
-        if indices is None:
+        if indices is None and not keys:  # shards have none
             return keys
-        if keys:  # shards have none
-            return [keys[index] for index in indices]
+        if len(keys) == len(base):  # else they are something else, such as names of columns
+            return keys if indices is None else [keys[index] for index in indices]
     if indices is None:
         indices = [*range(len(base))]
     return [(id(base), index if index >= 0 else index + len(base)) for index in indices]

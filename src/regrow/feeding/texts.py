@@ -140,6 +140,7 @@ def text(
         {name: split for name, split in found.items() if name not in NAMES},
         vocabulary=words.record(),
         notes=[line for line in (str(left_out),) if line],
+        known_keys={name: split.keys() for name, split in found.items()},  # those of documents
     )
 
 

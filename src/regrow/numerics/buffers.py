@@ -44,36 +44,45 @@ class Buffers:
         self.names: list[str] = []  # of `places`
         for prefix, module in model.named_modules():
             for name, buffer in module._buffers.items():
-                if buffer is None or not buffer.numel():
+                if buffer is None:
                     continue
-                if name in module._non_persistent_buffers_set:
-                    self.caches.append((module._buffers, name))
-                else:
+                if name not in module._non_persistent_buffers_set:
                     self.places.append((module._buffers, name))
                     self.names.append(f"{prefix}.{name}".lstrip("."))
+                elif buffer.numel():
+                    self.caches.append((module._buffers, name))
         self.buffers = [_at(place) for place in self.places]
-        distinct = {id(buffer): buffer for buffer in self.buffers}
+        distinct = {id(buffer): buffer for buffer in self.buffers if buffer.numel()}
         movable = {key for key, buffer in distinct.items() if flat and _owns_its_memory(buffer)}
         self.now = [buffer for key, buffer in distinct.items() if key not in movable]
         self.now += _flat([buffer for key, buffer in distinct.items() if key in movable])
         self.before = [buffer.detach().clone() for buffer in self.now]
         self.caches_before = [_at(place).detach().clone() for place in self.caches]
 
-    def _keep_tensors(self) -> None:
-        """Where forward rebound a buffer, copy the new value into the original and rebind to it.
+    def check_shapes(self) -> None:
+        """Raise UserError if forward changed a shape: a resume could not load the checkpoint.
 
-        Raises UserError for a new shape: a resume could not load such a checkpoint.
+        `remember` and `restore` look too, but the last step before a checkpoint has no next one.
         """
         for (buffers, name), buffer, full in zip(
             self.places, self.buffers, self.names, strict=True
         ):
+            if (now := buffers.get(name)) is not None and now.shape != buffer.shape:
+                raise UserError(
+                    f"model: forward changed the buffer {full} from shape {list(buffer.shape)} to "
+                    f"{list(now.shape)}, so that a checkpoint could not be loaded. Register it in "
+                    "its final shape, or with persistent=False."
+                )
+
+    def _keep_tensors(self) -> None:
+        """Where forward rebound a buffer, copy the new value into the original and rebind to it.
+
+        Raises UserError for a new shape.
+        """
+        for (buffers, name), buffer in zip(self.places, self.buffers, strict=True):
             if (now := buffers.get(name)) is not buffer and now is not None:
                 if now.shape != buffer.shape:
-                    raise UserError(
-                        f"model: forward changed the buffer {full} from shape "
-                        f"{list(buffer.shape)} to {list(now.shape)}, so that a checkpoint could "
-                        "not be loaded. Register it in its final shape, or with persistent=False."
-                    )
+                    self.check_shapes()
                 buffers[name] = buffer.copy_(now)
 
     def _leave_out_changed(self) -> None:

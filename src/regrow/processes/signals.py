@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from regrow.config.started import remove_created
+from regrow.record.output import remove_unfinished
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-NOTHING = "stopped before the run began; nothing was written"
+NOTHING = "stopped before the run began; no run folder was written"
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ class _BeforeTheRun:
 
     def __init__(self) -> None:
         self._handlers = contextlib.ExitStack()
-        self._undo: list[Callable[[], object]] = [remove_created]
+        self._undo: list[Callable[[], object]] = [remove_created, remove_unfinished]
 
     def begin(self) -> None:
         numbers = [n for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN]  # e.g. nohup

@@ -13,8 +13,8 @@ meter: Meter
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
 moved: in_config, in_text
 names: LOCK, refuse_foreign_run, refuse_foreign_sweep
-output: refuse_existing, refuse_existing_folder, whole_file, write_bytes, write_csv, write_images,
-    write_text
+output: refuse_existing, refuse_existing_folder, remove_unfinished, whole_file, write_bytes,
+    write_csv, write_images, write_text
 ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run, Entry, find,
     is_own_run, owner_of_job, reason_of, remove_caches, sealed, take_trust, trust_of
 pages: short_names

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow.record.locks import wait_for
 from regrow.record.records import as_json, write_bytes, write_text
 
 # Facts of an evaluation that make it another one, with their words; `swapped` are keys of the data.
@@ -24,17 +25,32 @@ def write_over(path: Path, content: Mapping[str, Any]) -> str:
     earlier one, or "" without one. evaluation_test.json becomes evaluation_test.1.json, unless a
     numbered file has its bytes already. Raises OSError.
     """
-    # A link in a foreign folder may lead to a secret, which a copy would show.
-    is_there = path.is_file() and not path.is_symlink()
-    before = path.read_bytes() if is_there else None
     text = as_json(content)
-    line = "" if before is None else _line(path.name, before, json.loads(text))
-    if before is not None and line:
-        line = f"{path.name}: {line}; the earlier one is in {_kept(path, before).name}"
-    elif before is not None:
-        line = f"{path.name}: as before"
-    write_text(path, text)
+    with _alone(path.parent):
+        # A link in a foreign folder may lead to a secret, which a copy would show.
+        is_there = path.is_file() and not path.is_symlink()
+        before = path.read_bytes() if is_there else None
+        line = "" if before is None else _line(path.name, before, json.loads(text))
+        if before is not None and line:
+            line = f"{path.name}: {line}; the earlier one is in {_kept(path, before).name}"
+        elif before is not None:
+            line = f"{path.name}: as before"
+        write_text(path, text)
     return line
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let two evaluations write one after the other, on file systems that can lock a folder.
+
+    The lock is the folder's own: a run that trains holds that of its file for hours.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not readable, or a file system without such locks
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            wait_for(descriptor, f"the folder {folder}")
+        yield
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from regrow.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_unfinished: set[Path] = set()  # the temporary files of `whole_file` in this process
 # A spreadsheet evaluates a cell that begins with one of these. The last four are full-width.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
@@ -106,6 +107,7 @@ def whole_file(
 ) -> Iterator[IO[bytes]]:
     """Yield a file that is renamed to `path` once it is complete and synced, or else removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _unfinished.add(temporary)
     try:
         with open(open_new(temporary, mode), "wb") as file:
             yield file
@@ -116,6 +118,15 @@ def whole_file(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    finally:
+        _unfinished.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove what `whole_file` is writing, where a signal ends the process at once."""
+    for temporary in [*_unfinished]:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
