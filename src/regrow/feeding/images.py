@@ -40,6 +40,7 @@ from regrow.feeding.splits import (
     check_fractions,
     check_name,
     cut,
+    origins_of,
     text_names,
 )
 
@@ -609,6 +610,7 @@ def image_folder(
     known = [] if identity == "ends" else [key for name in own for key in keys[name]]
     everything = own.pop("train")
     all_files = everything.files
+    origins = origins_of(val_fraction, test_fraction, folds, fold, given=own)
     parts = cut(
         keys["train"],
         np.array(everything.classes),
@@ -633,6 +635,7 @@ def image_folder(
         resize=side,
         reads_images=True,
         known_keys=known_keys,
+        origins=origins,
         reading=reading,
         notes=[
             line
