@@ -6,9 +6,11 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from regrow.config import rules
 from regrow.errors import DataError, UserError
@@ -103,6 +105,33 @@ def test_many_broken_images_are_named_in_the_log_and_time_bounds_the_search(
     assert isinstance(found, BrokenImages) and found.leave_out == ""
     late = str(counted(data.source, caught.value, seconds=-1))
     assert f"the only one of the 1 images looked at in -1 s, of {len(whole)}" in late
+
+
+class Taken:
+    """Notes the type of the image that it gets, from the decoder that the run uses."""
+
+    def __init__(self, takes: str | None) -> None:
+        self.types: set[type] = set()
+        if takes:
+            self.takes = takes
+
+    def __call__(self, image: Any) -> Any:
+        self.types.add(type(image))
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("takes", [None, "pixels"])
+def test_the_search_for_broken_images_decodes_as_the_training_does(
+    make_data: Make, image_root: Path, takes: str | None
+) -> None:
+    given = (*SMALL, "normalize=none", "source.decoder=torchvision", f"root={image_root}")
+    data = make_data("image_folder", *given)
+    data.augmentation = taken = Taken(takes)
+    list(data.train(device=CPU).epoch(0))
+    train, val = data._as_decoded().train, data._as_decoded().val
+    assert {type(train.decoded(file)) for file in train.files} == taken.types
+    assert taken.types == {torch.Tensor if takes else Image.Image}  # the control: they differ
+    assert isinstance(val.decoded(val.files[0]), torch.Tensor)
 
 
 def test_a_path_of_leave_out_that_is_nothing_and_a_misspelt_word_are_refused(

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
         return first
     order = sorted(files, key=lambda file: (file != first.file, file))
     broken, looked_at = [first.file], 1
-    for file, is_broken in _looked_at(order[1:], files[first.file], seconds):
+    for file, is_broken in _looked_at({file: files[file] for file in order[1:]}, seconds):
         looked_at += 1
         broken += [file] if is_broken else []
     several, rest = len(broken) > 1, len(files) - looked_at
@@ -73,15 +73,15 @@ def leaving_out(before: Sequence[str], files: Sequence[str], root: str) -> str:
     return f"data.source.leave_out=[{','.join(map(quoted, names))}]"
 
 
-def _looked_at(files: Sequence[str], how: ImageFiles, seconds: float) -> Iterator[tuple[str, bool]]:
-    """Yield each file and True if it cannot be decoded, in their order, until time is up."""
+def _looked_at(splits: Mapping[str, ImageFiles], seconds: float) -> Iterator[tuple[str, bool]]:
+    """Yield each file and True if its split cannot decode it, in their order, until time is up."""
     end = time.monotonic() + seconds
 
     def is_broken(file: str) -> bool | None:
         if time.monotonic() > end:
             return None
         try:
-            how.decoded(file)
+            splits[file].decoded(file)
         except BrokenImage:
             return True
         except DataError:  # unreadable, or removed meanwhile
@@ -90,7 +90,7 @@ def _looked_at(files: Sequence[str], how: ImageFiles, seconds: float) -> Iterato
             return False
         return False
 
-    size = 64 * cores()
+    files, size = [*splits], 64 * cores()
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(files), size):
             some = files[start : start + size]

@@ -414,19 +414,18 @@ class ImageFiles:
     def _pixels(self, index: int) -> Tensor:
         if self.transform is None:
             return to_tensor(centred(self._resized(index), self.size))
-        takes = getattr(self.transform, "takes", None)
-        if takes == "resized":
+        if getattr(self.transform, "takes", None) == "resized":
             return to_tensor(self.transform(to_tensor(self._resized(index))))
-        decoder = self.decoder if takes == "pixels" else "pillow"
-        return to_tensor(self.transform(self._load(self.files[index], decoder)))
+        return to_tensor(self.transform(self.decoded(self.files[index])))
 
     def _load(self, file: str, decoder: str, content: bytes | None = None) -> Image | Tensor:
         how = {"exif_orientation": self.exif_orientation, "decoder": decoder, "content": content}
         return load(file, self.channels, **how)  # type: ignore[arg-type]
 
     def decoded(self, file: str) -> Image | Tensor:
-        """Return a file's image. Raises BrokenImage, DataError or OSError."""
-        return self._load(file, self.decoder)
+        """Return a file's image as `transform` takes it. Raises BrokenImage, DataError, OSError."""
+        takes = getattr(self.transform, "takes", "image" if self.transform else "pixels")
+        return self._load(file, self.decoder if takes in ("pixels", "resized") else "pillow")
 
     def _resized(self, index: int) -> Image | Tensor:
         found = None if self.resized is None else self.resized.read(index)

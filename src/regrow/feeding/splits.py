@@ -98,7 +98,7 @@ class Reading:
     """Which files of a folder are read, and how.
 
     extensions: their suffixes, or None for all that Pillow decodes.
-    leave_out: kinds of files that are ignored.
+    leave_out: kinds of files (hidden, empty), and paths, that are ignored.
     decoder: pillow or torchvision, which also resizes.
     """
 
