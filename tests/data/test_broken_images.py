@@ -68,7 +68,7 @@ def test_all_broken_images_are_counted_and_left_out_as_pasted(
     assert make_data("image_folder", *SMALL, *given).fingerprint() == data.fingerprint()
     # Predictions apply the record to other folders, so it names no files.
     assert data.preprocessing.leave_out == ["hidden", "empty"]
-    with pytest.raises(UserError, match=r"leave_out: .* is not a file of the data"):
+    with pytest.raises(UserError, match=r"leave_out: \S.* is not among the images below"):
         make_data("image_folder", *SMALL, *given, pasted.removeprefix("data."))
 
 
@@ -141,7 +141,7 @@ def test_a_path_of_leave_out_that_is_nothing_and_a_misspelt_word_are_refused(
     name = files_of(image_root)[0].relative_to(image_root)
     (image_root / "notes.txt").touch()
     for wrong in ("cat/nowhere.jpg", "cat/", "nowhere/", "notes.txt", f"../{name}"):
-        with pytest.raises(UserError, match=r"leave_out: .* is not a file of the data"):
+        with pytest.raises(UserError, match=r"leave_out: \S.* is not among the images below"):
             make_data(*given, f"source.leave_out=[hidden,{wrong}]")
     whole = make_data(*given)
     less = make_data(*given, f"source.leave_out=[{name}]")
