@@ -557,10 +557,9 @@ def image_folder(
         )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and data.class_names={class_names}" if class_names is not None else ""
-        also = ", and write class names in quotes" if class_names is not None else ""
         raise UserError(
             f"data.num_classes={num_classes}{given}, but {folders['train']} holds "
-            + _what_is_there(folders["train"], found, num_classes, reading, also)
+            + _what_is_there(folders["train"], found, num_classes, reading)
         )
     classes = class_names or found
     if "train" in names:
@@ -734,9 +733,7 @@ def _look_beside(
             left_out.add(where, folder / name)
 
 
-def _what_is_there(
-    folder: Path, found: list[str], num_classes: int, reading: Reading, also: str
-) -> str:
+def _what_is_there(folder: Path, found: list[str], num_classes: int, reading: Reading) -> str:
     """Return the folders of classes with their images in words, and the likely correction."""
 
     def count(name: str, where: Path = folder) -> int:
@@ -754,18 +751,22 @@ def _what_is_there(
             number = f" data.num_classes={len(inner)}" * (len(inner) != num_classes)
             return (
                 f"one folder, {found[0]}, with these folders and images in it: {shown_inner}. If "
-                f"these are the classes, set data.root={inside}{number}{also}."
+                f"these are the classes, set data.root={inside}{number}."
             )
     counts = {name: count(name) for name in found[:20]}
     listed = ", ".join(f"{name} {number}" for name, number in counts.items())
     more = ", …" if len(found) > len(counts) else ""
-    said = f"{len(found)} class folders, with so many images: {listed}{more}."
-    empty = [name for name, number in counts.items() if number == 0]
-    if empty and len(found) - len(empty) == num_classes:
-        named = ", ".join(map(repr, empty))
-        return f"{said} Class {named} has no images. Add some, or remove the folder{also}."
-    none = "".join(f" Class {name!r} has no images." for name in empty)
-    return f"{said}{none} Set data.num_classes={len(found)}{also}."
+    said = f"{len(found)} class folders (images): {listed}{more}."
+    if empty := [name for name, number in counts.items() if number == 0]:
+        *others, last = empty
+        those = f"folders {', '.join(others)} and {last} hold" if others else f"folder {last} holds"
+        said += f" The {those}"
+        if len(found) - len(empty) == num_classes:
+            return f"{said} no images: add some, or remove the folder{'s' * bool(others)}."
+        said += " no images."
+    if len(found) == num_classes:
+        return f"{said} Set data.class_names to the names of these folders, in quotes."
+    return f"{said} Set data.num_classes={len(found)}."
 
 
 def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> list[Path]:
