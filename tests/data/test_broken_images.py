@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from regrow.config import rules
+from regrow.config.job import Job
 from regrow.errors import DataError, UserError
 from regrow.feeding import broken_images
 from regrow.feeding.broken_images import BrokenImages, counted
 from regrow.feeding.images import BrokenImage, load_image
 from regrow.feeding.loaders import Data
+from regrow.runs import session
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
@@ -78,11 +80,16 @@ def test_a_single_broken_image_is_said_to_be_the_only_one(
     (broken,) = truncated(files_of(image_root)[5])
     said = told(make_data, f"root={image_root}")
     assert said.startswith(f"{broken} is not a readable image: ")
+    of_all = f"(the only one of {len(files_of(image_root))} images)"
     name = broken.relative_to(image_root)
-    assert said.endswith(
-        f". It is the only one of {len(files_of(image_root))} images. Fix or remove the file, or "
-        f"leave it out: 'data.source.leave_out=[hidden,empty,{name}]'"
-    )
+    skip = f"'data.source.leave_out=[hidden,empty,{name}]'"
+    assert said.endswith(f" {of_all}. Fix or remove it, or leave it out: {skip}")
+    # After a step, the files that are left decide what is cut from them.
+    data = make_data("image_folder", *SMALL, f"root={image_root}", "normalize=none")
+    with pytest.raises(BrokenImages) as caught:
+        list(data.train(device=CPU).epoch(0))
+    now = session.after_a_change(caught.value, Job({}, "run", [], {}, {}, []), Path("run"))
+    assert now.endswith(f" {of_all}. Fix it, or start a new run with {skip}.")
 
 
 def test_many_broken_images_are_named_in_the_log_and_time_bounds_the_search(

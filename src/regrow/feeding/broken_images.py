@@ -14,7 +14,7 @@ from regrow.config.command_line import quoted
 from regrow.errors import DataError
 from regrow.feeding.files import NUM_NAMES, shown
 from regrow.feeding.images import BrokenImage, ImageFiles
-from regrow.feeding.splits import Splits
+from regrow.feeding.splits import GIVEN, Splits
 from regrow.record.manifest import cores
 
 SECONDS = 20.0  # for decoding the others: 300 photos of 12 megapixels on two cores
@@ -25,11 +25,17 @@ log = logging.getLogger("regrow.data")
 
 
 class BrokenImages(DataError):
-    """Images that cannot be read. `leave_out` is the override that skips them; "" if too long."""
+    """Images that cannot be read, of a source whose val or test `is_cut` from train.
 
-    def __init__(self, message: str, leave_out: str = "") -> None:
+    what: the message without a way out; `them` are the files. leave_out: the override that skips
+    them; "" if too long.
+    """
+
+    def __init__(
+        self, message: str, what: str = "", them: str = "", leave_out: str = "", is_cut: bool = True
+    ) -> None:
         super().__init__(message)
-        self.leave_out = leave_out
+        self.what, self.them, self.leave_out, self.is_cut = what, them, leave_out, is_cut
 
 
 def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> DataError:
@@ -54,17 +60,20 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
     names = ", ".join(shown(file) for file in broken[:NUM_NAMES])
     more = ", …" if len(broken) > NUM_NAMES else ""
     told = f"{len(broken):,} of {where} cannot be read"
-    told = f"{told}: {names}{more}" if several else f"It is the only one of {where}"
-    them, it = ("them", "them") if several else ("the file", "it")
+    told = f". {told}: {names}{more}" if several else f" (the only one of {where})"
+    what, them = f"{first.what}{told}", "them" if several else "it"
+    origins = source.origins.items()
+    is_cut = any(how != GIVEN for name, how in origins if getattr(source, name) is not None)
     override = ""
     if len(broken) <= PASTED and all(map(str.isprintable, broken)):
         override = leaving_out(source.reading.leave_out, broken, files[first.file].root)
-        way_out = f"leave {it} out: {shlex.quote(override)}"
+        way_out = f"leave {them} out: {shlex.quote(override)}"
     else:
         for file in broken[:LOGGED]:
             log.warning("not readable: %s", shown(file))
         way_out = "name their paths below data.root in data.source.leave_out. The log names them"
-    return BrokenImages(f"{first.what}. {told}. Fix or remove {them}, or {way_out}", override)
+    message = f"{what}. Fix or remove {them}, or {way_out}"
+    return BrokenImages(message, what, them, override, is_cut)
 
 
 def leaving_out(before: Sequence[str], files: Sequence[str], root: str) -> str:
