@@ -279,7 +279,7 @@ def test_a_module_that_is_not_there_and_one_of_a_library_get_other_words(
     (installed.parent / "conf").mkdir(parents=True)
     installed.write_text("def check():\n    raise OSError('no driver')\n\n\ncheck()\n")
     done = start(installed.parent, tmp_path, "model._target_=fragile.Net")
-    assert f"importing fragile failed at {installed}:2: OSError: no driver. Cor" in done.stderr
+    assert f"importing fragile failed at {installed}:2: OSError: no driver. Rei" in done.stderr
 
 
 BROKEN_ENGINE = f"""
