@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def predict(options: Arguments) -> None:
     folder, source = Path(options["run"]), Path(options["input"])
-    refuse_other_folder(folder, folder)
+    refuse_other_folder(folder)
     if not source.exists():
         raise UserError(f"input={source} does not exist. Give an image, a folder, .npy or .csv.")
     has_masks = gives_masks(folder)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -19,6 +20,7 @@ from running import CPU, TINY, composed, config_of, launched
 
 from regrow.config import flags
 from regrow.config.job import Job, job_of
+from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.project import ROOT
 from regrow.runs import launch, preview, training
@@ -89,6 +91,38 @@ def test_a_check_names_the_classes_the_origin_of_the_splits_and_the_chosen_data(
         "splits: val is given, test is data.source.test_fraction=0.2 of the examples; "
         "data.source.seed=0 draws them"
     ) in said
+
+
+def told_of_splits(*given: str) -> list[str]:
+    config = config_of(*given)
+    return [*preview._splits(config, SimpleNamespace(data=instantiate(config["data"])))]
+
+
+@pytest.mark.parametrize("beside", ["", "test"])
+def test_a_check_says_of_a_table_that_the_seed_cuts_it_whatever_folders_lie_about(
+    beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / beside).mkdir(exist_ok=True)
+    rows = "".join(f"{number},{number % 2}\n" for number in range(40))
+    (tmp_path / "rows.csv").write_text(f"a,b\n{rows}")
+    (tmp_path / "other.csv").write_text("a,b\n50,0\n51,1\n")
+    table = (
+        "data=csv", "data.root=.", "data.source.train_file=rows.csv",
+        "data.source.target_columns=[b]", "data.target_kind=multiclass", "data.num_classes=2",
+        "data.source.val_fraction=0.2", "data.num_outputs=2", "data.input_shape=[1]",
+    )  # fmt: skip
+    said = "splits: val is data.source.val_fraction=0.2 of the examples, test is "
+    drawn = "; data.source.seed=0 draws them"
+    (line,) = told_of_splits(*table, "data.source.test_fraction=0.1")
+    assert line == f"{said}data.source.test_fraction=0.1 of the examples{drawn}"
+    (line,) = told_of_splits(*table, "data.folds=5", "data.fold=1")
+    assert line == f"{said}fold 1 of 5{drawn}"
+    (line,) = told_of_splits(*table, "data.source.test_file=other.csv")
+    assert line == f"{said}given{drawn}"
+    (line,) = told_of_splits("data=text", "data.root=persuasion", "data.source.test_fraction=0")
+    assert line.startswith("splits: val is data.source.val_fraction=0.1 of the text; ")
+    assert told_of_splits(*TINY) == []
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +106,17 @@ def test_a_process_that_is_started_with_signals_held_gets_none_before_it_asks() 
 
 @linux
 @both
-def test_a_signal_while_ranks_are_started_leaves_one_line(
-    number: signal.Signals, tmp_path: Path
+@pytest.mark.parametrize("reached", [lambda _: True, imports_torch], ids=["starts", "torch"])
+def test_a_signal_while_ranks_start_leaves_one_line(
+    reached: Callable[[int], bool], number: signal.Signals, tmp_path: Path
 ) -> None:
     process = start(tmp_path, *TWO)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    until(lambda: len(children.read_text().split()) >= 2)
-    assert stopped(process, number) == SAID
-    assert [*tmp_path.iterdir()] == []
 
+    def is_time() -> bool:
+        found = [int(pid) for pid in children.read_text().split()]
+        return len(found) >= 2 and any(map(reached, found))
 
-@linux
-@both
-def test_a_signal_while_ranks_import_torch_leaves_one_line(
-    number: signal.Signals, tmp_path: Path
-) -> None:
-    process = start(tmp_path, *TWO)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    until(lambda: any(imports_torch(int(pid)) for pid in children.read_text().split()))
+    until(is_time)
     assert stopped(process, number) == SAID
     assert [*tmp_path.iterdir()] == []

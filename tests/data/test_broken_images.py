@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch
 from PIL import Image
 
 from regrow.config import rules
+from regrow.config.job import Job
 from regrow.errors import DataError, UserError
 from regrow.feeding import broken_images
 from regrow.feeding.broken_images import BrokenImages, counted
 from regrow.feeding.images import BrokenImage, load_image
 from regrow.feeding.loaders import Data
+from regrow.runs import session
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
@@ -68,7 +71,7 @@ def test_all_broken_images_are_counted_and_left_out_as_pasted(
     assert make_data("image_folder", *SMALL, *given).fingerprint() == data.fingerprint()
     # Predictions apply the record to other folders, so it names no files.
     assert data.preprocessing.leave_out == ["hidden", "empty"]
-    with pytest.raises(UserError, match=r"leave_out: .* is not a file of the data"):
+    with pytest.raises(UserError, match=r"leave_out: \S.* is not among the images below"):
         make_data("image_folder", *SMALL, *given, pasted.removeprefix("data."))
 
 
@@ -78,11 +81,16 @@ def test_a_single_broken_image_is_said_to_be_the_only_one(
     (broken,) = truncated(files_of(image_root)[5])
     said = told(make_data, f"root={image_root}")
     assert said.startswith(f"{broken} is not a readable image: ")
+    of_all = f"(the only one of {len(files_of(image_root))} images)"
     name = broken.relative_to(image_root)
-    assert said.endswith(
-        f". It is the only one of {len(files_of(image_root))} images. Fix or remove the file, or "
-        f"leave it out: 'data.source.leave_out=[hidden,empty,{name}]'"
-    )
+    skip = f"'data.source.leave_out=[hidden,empty,{name}]'"
+    assert said.endswith(f" {of_all}. Fix or remove it, or leave it out: {skip}")
+    # After a step, the files that are left decide what is cut from them.
+    data = make_data("image_folder", *SMALL, f"root={image_root}", "normalize=none")
+    with pytest.raises(BrokenImages) as caught:
+        list(data.train(device=CPU).epoch(0))
+    now = session.after_a_change(caught.value, Job({}, "run", [], {}, {}, []), Path("run"))
+    assert now.endswith(f" {of_all}. Fix it, or start a new run with {skip}.")
 
 
 def test_broken_images_and_masks_are_counted_and_left_out_with_their_pair(
@@ -132,6 +140,33 @@ def test_many_broken_images_are_named_in_the_log_and_time_bounds_the_search(
     assert f"the only one of the 1 images looked at in -1 s, of {len(whole)}" in late
 
 
+class Taken:
+    """Notes the type of the image that it gets, from the decoder that the run uses."""
+
+    def __init__(self, takes: str | None) -> None:
+        self.types: set[type] = set()
+        if takes:
+            self.takes = takes
+
+    def __call__(self, image: Any) -> Any:
+        self.types.add(type(image))
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("takes", [None, "pixels"])
+def test_the_search_for_broken_images_decodes_as_the_training_does(
+    make_data: Make, image_root: Path, takes: str | None
+) -> None:
+    given = (*SMALL, "normalize=none", "source.decoder=torchvision", f"root={image_root}")
+    data = make_data("image_folder", *given)
+    data.augmentation = taken = Taken(takes)
+    list(data.train(device=CPU).epoch(0))
+    train, val = data._as_decoded().train, data._as_decoded().val
+    assert {type(train.decoded(file)) for file in train.files} == taken.types
+    assert taken.types == {torch.Tensor if takes else Image.Image}  # the control: they differ
+    assert isinstance(val.decoded(val.files[0]), torch.Tensor)
+
+
 def test_a_path_of_leave_out_that_is_nothing_and_a_misspelt_word_are_refused(
     make_data: Make, image_root: Path
 ) -> None:
@@ -139,7 +174,7 @@ def test_a_path_of_leave_out_that_is_nothing_and_a_misspelt_word_are_refused(
     name = files_of(image_root)[0].relative_to(image_root)
     (image_root / "notes.txt").touch()
     for wrong in ("cat/nowhere.jpg", "cat/", "nowhere/", "notes.txt", f"../{name}"):
-        with pytest.raises(UserError, match=r"leave_out: .* is not a file of the data"):
+        with pytest.raises(UserError, match=r"leave_out: \S.* is not among the images below"):
             make_data(*given, f"source.leave_out=[hidden,{wrong}]")
     whole = make_data(*given)
     less = make_data(*given, f"source.leave_out=[{name}]")

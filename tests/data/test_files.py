@@ -448,8 +448,11 @@ def test_a_corrupt_image_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("num_classes=3", "images: cat 12, dog 12. Set data.num_classes=2."),
-        ("class_names=[cat,cow]", "holds 2 class folders, with so many images: cat"),
+        ("num_classes=3", "class folders (images): cat 12, dog 12. Set data.num_classes=2."),
+        (
+            "class_names=[cat,cow]",
+            "dog 12. Set data.class_names to the names of these folders, in ",
+        ),
         ("source.resize=8", "data.source.resize=8 is smaller than the crop 16 x 16"),
         ("root=/nowhere", "data.root=/nowhere: not a folder"),
         ("input_shape=[5]", "not an image's shape"),
@@ -463,6 +466,23 @@ def test_what_was_found_in_the_folder_is_said(
     with pytest.raises(UserError) as caught:
         make_data("image_folder", f"root={image_root}", *SMALL, override)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_without_images_beside_the_classes_are_named(
+    make_data: Make, image_root: Path
+) -> None:
+    given = ("image_folder", f"root={image_root}", *SMALL)
+    (image_root / "cow").mkdir()
+    with pytest.raises(
+        UserError, match=r" The folder cow holds no images: add some, or remove the folder\.$"
+    ):
+        make_data(*given, "class_names=[cat,dog]")  # whose quotes are not the problem
+    (image_root / "bird").mkdir()
+    said = r"\(images\): bird 0, cat 12, cow 0, dog 12\. The folders bird and cow hold no images"
+    with pytest.raises(UserError, match=rf"{said}: add some, or remove the folders\.$"):
+        make_data(*given)
+    with pytest.raises(UserError, match=rf"{said}\. Set data\.num_classes=4\.$"):
+        make_data(*given, "num_classes=3")
 
 
 def test_a_class_without_images_is_an_empty_split(make_data: Make, image_root: Path) -> None:

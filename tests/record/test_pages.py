@@ -281,6 +281,7 @@ def test_wrong_images_are_shown_with_truth_and_prediction(
     page = report.write(folder)
     assert f'<img src="data:image/png;base64,{pixels}"' in page.read_text()
     assert "true <b>cat predicted dog 0.88" in Page(page).text
+    assert 'title="&lt;b&gt;cat"' in page.read_text() and 'title="dog"' in page.read_text()
     assert "The first wrong ones in the order of the data, at most 16, each with" in Page(page).text
     for key, damage in (("image", ["no base64"]), ("image", []), ("true", 3), ("predicted", None)):
         write_json(folder / "plots" / "test.json", {"wrong": {**wrong, key: damage}})

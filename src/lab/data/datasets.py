@@ -33,6 +33,7 @@ from regrow.feeding.splits import (
     Splits,
     check_fractions,
     cut_examples,
+    origins_of,
     strata_of,
 )
 from regrow.feeding.tables import csv as csv
@@ -121,7 +122,8 @@ def digit_scenes(
     train = drawn("train", cut.train, num_train)
     if train is None:
         raise DataError("split train is empty: data.source.num_train=0. Raise it.")
-    return Splits(train, drawn("val", cut.val, num_val), drawn("test", cut.test, num_test))
+    sets = (train, drawn("val", cut.val, num_val), drawn("test", cut.test, num_test))
+    return Splits(*sets, origins=cut.origins)
 
 
 def breast_cancer(
@@ -186,7 +188,8 @@ def _cut(
         fold=fold,
         strata=strata,
     )
-    return Splits(train, val, test, input_max=input_max)
+    origins = origins_of(val_fraction, test_fraction, folds, fold)
+    return Splits(train, val, test, input_max=input_max, origins=origins)
 
 
 def synthetic(
@@ -275,7 +278,8 @@ def _torchvision(
     train, val, _ = cut_examples(
         read(train=True), val_fraction=val_fraction, test_fraction=0.0, seed=seed
     )
-    return Splits(train, val, read(train=False), class_names=class_names)
+    origins = origins_of(val_fraction, 0.0, given=["test"])
+    return Splits(train, val, read(train=False), class_names=class_names, origins=origins)
 
 
 def _find_or_download(kind: str, name: str, root: str, train: bool, download: bool) -> Any:

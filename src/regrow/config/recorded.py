@@ -53,13 +53,13 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
-def refuse_other_folder(folder: Path, given: Path) -> None:
+def refuse_other_folder(folder: Path, given: Path | None = None) -> None:
     """Raise UserError, which names the folder as `given`, if it holds no run. Needs no torch."""
     if not (folder / "config.yaml").is_file():
         what = "there is no such folder" if not folder.is_dir() else "it holds no config.yaml"
         raise UserError(
-            f"run={given}: not a run's folder ({what}). Give the folder that a run printed at its "
-            "start, such as outputs/digits/latest."
+            f"run={given or folder}: not a run's folder ({what}). Give the folder that a run "
+            "printed at its start, such as outputs/digits/latest."
         )
 
 

@@ -264,7 +264,8 @@ def _is_missing(module: str, error: BaseException) -> bool:
 def _failed_import(module: str, error: BaseException) -> str:
     """Return in one line why a module cannot be imported, at which line, and what to do."""
     said = f"{type(error).__name__}: {brief(error)}"
-    place, fix = place_in(error) or _place_of_a_library(error), "Correct that line."
+    own = place_in(error)
+    place, fix = own or _place_of_a_library(error), "Correct that line."
     if isinstance(error, SyntaxError) and error.filename:
         said = f"{type(error).__name__}: {error.msg}"
         place = f"{shown(error.filename)}:{error.lineno}"
@@ -272,6 +273,8 @@ def _failed_import(module: str, error: BaseException) -> str:
         fix = f"Install {error.name.partition('.')[0]}, or correct that line."
     elif isinstance(error, SystemExit):
         fix = 'Put what only a script does under if __name__ == "__main__".'
+    elif not own:
+        fix = f"Reinstall {module.partition('.')[0]}, or use another _target_."
     where = f" at {place}" if place else ""
     return f"importing {module} failed{where}: {said.rstrip('.')}. {fix} {SHOWS_ALL}"
 

@@ -12,7 +12,8 @@ masks: as_written, mask_folder
 mixing: Mix
 preprocess: in_units, Normalizer, Preprocessing
 shards: shards
-splits: as_tensor, check_fractions, cut_examples, Examples, MapStyle, Splits, strata_of
+splits: as_tensor, check_fractions, cut_examples, Examples, GIVEN, MapStyle, origins_of, Splits,
+    strata_of
 tables: csv
 texts: text
 tokens: IGNORED

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from regrow.errors import DataError
 from regrow.feeding.files import NUM_NAMES, shown
 from regrow.feeding.images import BrokenImage, ImageFiles
 from regrow.feeding.masks import MaskFiles
-from regrow.feeding.splits import Splits
+from regrow.feeding.splits import GIVEN, Splits
 from regrow.record.manifest import cores
 
 SECONDS = 20.0  # for decoding the others: 300 photos of 12 megapixels on two cores
@@ -26,11 +26,17 @@ log = logging.getLogger("regrow.data")
 
 
 class BrokenImages(DataError):
-    """Images that cannot be read. `leave_out` is the override that skips them; "" if too long."""
+    """Images that cannot be read, of a source whose val or test `is_cut` from train.
 
-    def __init__(self, message: str, leave_out: str = "") -> None:
+    what: the message without a way out; `them` are the files. leave_out: the override that skips
+    them; "" if too long.
+    """
+
+    def __init__(
+        self, message: str, what: str = "", them: str = "", leave_out: str = "", is_cut: bool = True
+    ) -> None:
         super().__init__(message)
-        self.leave_out = leave_out
+        self.what, self.them, self.leave_out, self.is_cut = what, them, leave_out, is_cut
 
 
 def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> DataError:
@@ -49,7 +55,7 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
         return first
     order = sorted(files, key=lambda file: (file != first.file, file))
     broken, looked_at = [first.file], 1
-    for file, is_broken in _looked_at(order[1:], files[first.file], seconds):
+    for file, is_broken in _looked_at({file: files[file] for file in order[1:]}, seconds):
         looked_at += 1
         broken += [file] if is_broken else []
     several, rest = len(broken) > 1, len(files) - looked_at
@@ -59,18 +65,21 @@ def counted(source: Splits, first: BrokenImage, seconds: float = SECONDS) -> Dat
     names = ", ".join(shown(file) for file in broken[:NUM_NAMES])
     more = ", …" if len(broken) > NUM_NAMES else ""
     told = f"{len(broken):,} of {where} cannot be read"
-    told = f"{told}: {names}{more}" if several else f"It is the only one of {where}"
-    them, it = ("them", "them") if several else ("the file", "it")
+    told = f". {told}: {names}{more}" if several else f" (the only one of {where})"
+    what, them = f"{first.what}{told}", "them" if several else "it"
+    origins = source.origins.items()
+    is_cut = any(how != GIVEN for name, how in origins if getattr(source, name) is not None)
     override = ""
     if len(broken) <= PASTED and all(map(str.isprintable, broken)):
         named = {image_of.get(file, file) for file in broken}
         override = leaving_out(source.reading.leave_out, named, files[first.file].root)
-        way_out = f"leave {it} out: {shlex.quote(override)}"
+        way_out = f"leave {them} out: {shlex.quote(override)}"
     else:
         for file in broken[:LOGGED]:
             log.warning("not readable: %s", shown(file))
         way_out = "name their paths below data.root in data.source.leave_out. The log names them"
-    return BrokenImages(f"{first.what}. {told}. Fix or remove {them}, or {way_out}", override)
+    message = f"{what}. Fix or remove {them}, or {way_out}"
+    return BrokenImages(message, what, them, override, is_cut)
 
 
 def leaving_out(before: Sequence[str], files: Iterable[str], root: str) -> str:
@@ -80,16 +89,16 @@ def leaving_out(before: Sequence[str], files: Iterable[str], root: str) -> str:
 
 
 def _looked_at(
-    files: Sequence[str], how: ImageFiles | MaskFiles, seconds: float
+    splits: Mapping[str, ImageFiles | MaskFiles], seconds: float
 ) -> Iterator[tuple[str, bool]]:
-    """Yield each file and True if it cannot be decoded, in their order, until time is up."""
+    """Yield each file and True if its split cannot decode it, in their order, until time is up."""
     end = time.monotonic() + seconds
 
     def is_broken(file: str) -> bool | None:
         if time.monotonic() > end:
             return None
         try:
-            how.decoded(file)
+            splits[file].decoded(file)
         except BrokenImage:
             return True
         except DataError:  # unreadable, or removed meanwhile
@@ -98,7 +107,7 @@ def _looked_at(
             return False
         return False
 
-    size = 64 * cores()
+    files, size = [*splits], 64 * cores()
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(files), size):
             some = files[start : start + size]

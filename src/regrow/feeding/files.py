@@ -47,9 +47,10 @@ class LeftOut:
         """Raise UserError for a path in `leave_out` that no walk met: it would have no effect."""
         for path in named_in(leave_out, self.root):
             if path not in self.named:
+                name = shown(os.path.relpath(path, self.root))
                 raise UserError(
-                    f"data.source.leave_out: {shown(path)} is not a file of the data. Give a path "
-                    f"below data.root={shown(self.root)}, or remove it from the list."
+                    f"data.source.leave_out: {name} is not among the images below data.root="
+                    f"{shown(self.root)}. Correct the path, or remove it from the list."
                 )
 
     def add(self, reason: str, path: str | Path) -> None:

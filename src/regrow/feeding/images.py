@@ -40,6 +40,7 @@ from regrow.feeding.splits import (
     check_fractions,
     check_name,
     cut,
+    origins_of,
     text_names,
 )
 
@@ -413,19 +414,18 @@ class ImageFiles:
     def _pixels(self, index: int) -> Tensor:
         if self.transform is None:
             return to_tensor(centred(self._resized(index), self.size))
-        takes = getattr(self.transform, "takes", None)
-        if takes == "resized":
+        if getattr(self.transform, "takes", None) == "resized":
             return to_tensor(self.transform(to_tensor(self._resized(index))))
-        decoder = self.decoder if takes == "pixels" else "pillow"
-        return to_tensor(self.transform(self._load(self.files[index], decoder)))
+        return to_tensor(self.transform(self.decoded(self.files[index])))
 
     def _load(self, file: str, decoder: str, content: bytes | None = None) -> Image | Tensor:
         how = {"exif_orientation": self.exif_orientation, "decoder": decoder, "content": content}
         return load(file, self.channels, **how)  # type: ignore[arg-type]
 
     def decoded(self, file: str) -> Image | Tensor:
-        """Return a file's image. Raises BrokenImage, DataError or OSError."""
-        return self._load(file, self.decoder)
+        """Return a file's image as `transform` takes it. Raises BrokenImage, DataError, OSError."""
+        takes = getattr(self.transform, "takes", "image" if self.transform else "pixels")
+        return self._load(file, self.decoder if takes in ("pixels", "resized") else "pillow")
 
     def _resized(self, index: int) -> Image | Tensor:
         found = None if self.resized is None else self.resized.read(index)
@@ -557,10 +557,9 @@ def image_folder(
         )
     if len(found) != num_classes or (class_names is not None and sorted(class_names) != found):
         given = f" and data.class_names={class_names}" if class_names is not None else ""
-        also = ", and write class names in quotes" if class_names is not None else ""
         raise UserError(
             f"data.num_classes={num_classes}{given}, but {folders['train']} holds "
-            + _what_is_there(folders["train"], found, num_classes, reading, also)
+            + _what_is_there(folders["train"], found, num_classes, reading)
         )
     classes = class_names or found
     if "train" in names:
@@ -609,6 +608,7 @@ def image_folder(
     known = [] if identity == "ends" else [key for name in own for key in keys[name]]
     everything = own.pop("train")
     all_files = everything.files
+    origins = origins_of(val_fraction, test_fraction, folds, fold, given=own)
     parts = cut(
         keys["train"],
         np.array(everything.classes),
@@ -633,6 +633,7 @@ def image_folder(
         resize=side,
         reads_images=True,
         known_keys=known_keys,
+        origins=origins,
         reading=reading,
         notes=[
             line
@@ -732,9 +733,7 @@ def _look_beside(
             left_out.add(where, folder / name)
 
 
-def _what_is_there(
-    folder: Path, found: list[str], num_classes: int, reading: Reading, also: str
-) -> str:
+def _what_is_there(folder: Path, found: list[str], num_classes: int, reading: Reading) -> str:
     """Return the folders of classes with their images in words, and the likely correction."""
 
     def count(name: str, where: Path = folder) -> int:
@@ -752,18 +751,22 @@ def _what_is_there(
             number = f" data.num_classes={len(inner)}" * (len(inner) != num_classes)
             return (
                 f"one folder, {found[0]}, with these folders and images in it: {shown_inner}. If "
-                f"these are the classes, set data.root={inside}{number}{also}."
+                f"these are the classes, set data.root={inside}{number}."
             )
     counts = {name: count(name) for name in found[:20]}
     listed = ", ".join(f"{name} {number}" for name, number in counts.items())
     more = ", …" if len(found) > len(counts) else ""
-    said = f"{len(found)} class folders, with so many images: {listed}{more}."
-    empty = [name for name, number in counts.items() if number == 0]
-    if empty and len(found) - len(empty) == num_classes:
-        named = ", ".join(map(repr, empty))
-        return f"{said} Class {named} has no images. Add some, or remove the folder{also}."
-    none = "".join(f" Class {name!r} has no images." for name in empty)
-    return f"{said}{none} Set data.num_classes={len(found)}{also}."
+    said = f"{len(found)} class folders (images): {listed}{more}."
+    if empty := [name for name, number in counts.items() if number == 0]:
+        *others, last = empty
+        those = f"folders {', '.join(others)} and {last} hold" if others else f"folder {last} holds"
+        said += f" The {those}"
+        if len(found) - len(empty) == num_classes:
+            return f"{said} no images: add some, or remove the folder{'s' * bool(others)}."
+        said += " no images."
+    if len(found) == num_classes:
+        return f"{said} Set data.class_names to the names of these folders, in quotes."
+    return f"{said} Set data.num_classes={len(found)}."
 
 
 def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> list[Path]:

@@ -536,8 +536,15 @@ class Data:
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers,
             epochs=self._epochs,
-            counted=functools.partial(counted, self.source),
+            counted=functools.partial(counted, self._as_decoded()),
         )
+
+    def _as_decoded(self) -> Splits:
+        """Return the source; its training images are decoded as the augmentation takes them."""
+        train = self.source.train
+        if isinstance(train, ImageFiles) and self.augmentation is not None:
+            train = train.augmented(self.augmentation)
+        return dataclasses.replace(self.source, train=train)
 
     def _standardised(self, split: Examples) -> Examples:
         targets = standardised(

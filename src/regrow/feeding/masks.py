@@ -36,6 +36,7 @@ from regrow.feeding.splits import (
     check_fractions,
     check_name,
     cut,
+    origins_of,
     text_names,
 )
 
@@ -242,6 +243,7 @@ def mask_folder(
     known_keys = {name: [next(keys) for _ in split.files] for name, split in own.items()}
     train, keys_of_train = own["train"], known_keys["train"]
     note = _note_of_values(train)
+    origins = origins_of(val_fraction, test_fraction, folds, fold, given=own)
     parts = cut(
         keys_of_train,
         np.zeros(len(train), np.int64),
@@ -265,6 +267,7 @@ def mask_folder(
         resize=side,
         reads_images=True,
         known_keys=known_keys,
+        origins=origins,
         reading=reading,
         notes=[line for line in (str(left_out), frames(all_files), note) if line],
     )

@@ -20,6 +20,7 @@ from regrow.randomness import generator
 from regrow.record.records import NOT_SETS
 
 NAMES = ("train", "val", "test")
+GIVEN = "given"  # of a split that the seed does not draw
 log = logging.getLogger("regrow.data")
 
 
@@ -97,7 +98,7 @@ class Reading:
     """Which files of a folder are read, and how.
 
     extensions: their suffixes, or None for all that Pillow decodes.
-    leave_out: kinds of files that are ignored.
+    leave_out: kinds of files (hidden, empty), and paths, that are ignored.
     decoder: pillow or torchvision, which also resizes.
     """
 
@@ -158,6 +159,7 @@ class Splits:
     vocabulary: of a text, see `Vocabulary.record`.
     notes: lines to log at the start of a run.
     known_keys: each split's keys, if the source has computed them already, which is slow.
+    origins: where val and test come from, in words; see `origins_of`.
     """
 
     train: Split
@@ -176,6 +178,7 @@ class Splits:
     vocabulary: Mapping[str, str] | None = None
     reads_images: bool = False
     known_keys: Mapping[str, list[Hashable]] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.sets:
@@ -337,6 +340,25 @@ def cut(
 
     train = cast(Tensor, indices("train", ~(test | val), 1 - val_fraction - test_share))
     return train, indices("val", val, val_fraction), indices("test", test, test_share)
+
+
+def origins_of(
+    val_fraction: float,
+    test_fraction: float,
+    folds: int | None = None,
+    fold: int = 0,
+    *,
+    given: Collection[str] = (),
+    of: str = "examples",
+) -> dict[str, str]:
+    """Return where val and test come from, in words: `given`, or else from `cut`, by the seed."""
+    drawn = {
+        "val": f"data.source.val_fraction={val_fraction} of the {of}",
+        "test": f"data.source.test_fraction={test_fraction} of the {of}",
+    }
+    if folds is not None:
+        drawn["test"] = f"fold {fold} of {folds}"
+    return {name: GIVEN if name in given else words for name, words in drawn.items()}
 
 
 def _numbered(keys: Sequence[Hashable]) -> npt.NDArray[np.int64]:

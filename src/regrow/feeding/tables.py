@@ -22,6 +22,7 @@ from regrow.feeding.splits import (
     check_fractions,
     check_name,
     cut_examples,
+    origins_of,
     text_names,
 )
 
@@ -284,6 +285,7 @@ def csv(
         target_names=list(target_columns) if target_kind == "regression" else None,
         columns=columns,
         delimiter=delimiter,
+        origins=origins_of(val_fraction, test_fraction, folds, fold, given=own),
     )
 
 

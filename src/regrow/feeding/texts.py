@@ -27,7 +27,7 @@ from regrow.feeding.files import (
     shown,
     unreadable,
 )
-from regrow.feeding.splits import NAMES, Splits, check_fractions, check_name
+from regrow.feeding.splits import NAMES, Splits, check_fractions, check_name, origins_of
 from regrow.feeding.tokens import Tokens
 from regrow.feeding.vocabulary import (
     BYTE_PAIRS,
@@ -139,6 +139,7 @@ def text(
         found.get("test"),
         {name: split for name, split in found.items() if name not in NAMES},
         vocabulary=words.record(),
+        origins=origins_of(val_fraction, test_fraction, folds, fold, given=own, of="text"),
         notes=[line for line in (str(left_out),) if line],
         known_keys={name: split.keys() for name, split in found.items()},  # those of documents
     )

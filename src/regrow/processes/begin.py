@@ -34,7 +34,8 @@ def main() -> None:
     """Begin a command: every script calls this before it imports torch or Hydra."""
     terminal.show()
     handed.update({k: os.environ.pop(k) for k in list(os.environ) if k.startswith(HANDED)})
-    if Path(sys.argv[0]).name == "train.py" and "REGROW_SWEEP" not in handed:  # has its folder
+    is_train = Path(sys.argv[0]).resolve() == ROOT / "scripts" / "train.py"
+    if is_train and "REGROW_SWEEP" not in handed:  # a sweep's job has its folder already
         before_the_run.begin()
     # Spins of a waiting thread before it sleeps. With libgomp's default a run took 12.2 s on two
     # busy cores and 1.3 s on idle ones; with 10,000 it took 4.0 s and 1.4 s.

@@ -91,7 +91,7 @@ def run(job: Job, count: int) -> float | None:
                 tell_of_nothing()
             raise SystemExit(outcome.exit_code)
         error = outcome.error or {"kind": "lost", "text": "no process said why", "step": 0}
-        if error["kind"] == "told":  # a completed run did not do what it was to do
+        if error["kind"] == "not_reached":  # the least loss, by a run that is complete
             raise SystemExit(1)
         if error["kind"] == "user":
             raise UserError(error["text"])

@@ -68,7 +68,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, before: bytes, new: Mapping[str, Any]) -> str:
-    """Return how an earlier file differs, or "" if all that both have is equal but the folder."""
+    """Return how an earlier file differs, or "" if values and facts are equal."""
     try:
         old = json.loads(before)
         found = [differences(old["values"], new["values"])]

@@ -96,7 +96,10 @@ class FirstSteps:
             self.verdict = overfitting.judge(self.objects, train, self.losses)
         elif self.world.is_main:
             kind = type(data).__name__
-            log.info("debug=overfit: %s gives ranks no whole batch. Use trainer.devices=1.", kind)
+            log.info(
+                "debug=overfit: no verdict, as %s cannot give each process the whole batch. Use "
+                "trainer.devices=1.", kind,
+            )  # fmt: skip
 
     def report(self) -> None:
         """Log the verdict. Raises SystemExit(1) if the run did not learn its examples.
@@ -112,7 +115,7 @@ class FirstSteps:
                 log.log(logging.ERROR if failed else logging.INFO, "%s", line)
         if self.world.from_main(str(failed)) == str(True):
             if self.world.is_main and self.world.store is not None:
-                self.world.store.set("error", json.dumps({"kind": "told", "step": steps}))
+                self.world.store.set("error", json.dumps({"kind": "not_reached", "step": steps}))
             self.world.barrier()
             raise SystemExit(1)
 

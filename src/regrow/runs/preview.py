@@ -23,6 +23,7 @@ from regrow.config.targets import allow
 from regrow.distributed.parallel import World
 from regrow.dotted import leaves
 from regrow.errors import UserError
+from regrow.feeding.splits import GIVEN
 from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
@@ -124,31 +125,17 @@ def _alone(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _splits(config: Mapping[str, Any], objects: Objects) -> Iterator[str]:
-    """Yield a line with the classes, and one with what the seed cuts off the examples."""
+    """Yield a line with the classes, and one with where val and test come from."""
     if class_names := objects.data.class_names:
         more = f", … ({len(class_names)})" if len(class_names) > MOST_NAMED else ""
         yield f"classes: {', '.join(map(str, class_names[:MOST_NAMED]))}{more}"
-    source = config["data"]["source"]
-    if not isinstance(source, Mapping):
-        return
-    root, parts = Path(str(source.get("root") or "")), []
-    folds = source.get("folds")
-    for name in ("val", "test"):
-        images = root / str(source.get("images_in") or "images") / name
-        is_own = (root / name).is_dir() or images.is_dir() or source.get(f"{name}_file")
-        fraction = source.get(f"{name}_fraction")
-        if name not in objects.data.num_examples or (fraction is None and folds is None):
-            continue
-        if is_own and "root" in source:
-            parts.append(f"{name} is given")
-        elif name == "test" and folds is not None:
-            parts.append(f"test is fold {source.get('fold')} of {folds}")
-        else:
-            parts.append(f"{name} is data.source.{name}_fraction={fraction} of the examples")
-    if parts:
-        seed = f"; data.source.seed={source['seed']} draws them" if "seed" in source else ""
-        drawn = any("fraction" in part or "fold" in part for part in parts)
-        yield f"splits: {', '.join(parts)}{seed * drawn}"
+    origins = getattr(getattr(objects.data, "source", None), "origins", {})
+    found = {name: how for name, how in origins.items() if name in objects.data.num_examples}
+    if found:
+        seed = config["data"]["source"].get("seed")
+        drawn = seed is not None and any(how != GIVEN for how in found.values())
+        more = f"; data.source.seed={seed} draws them" * drawn
+        yield f"splits: {', '.join(f'{name} is {how}' for name, how in found.items())}{more}"
 
 
 def _choices(job: Job) -> str:

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import signal
 import traceback
 from collections.abc import Iterator, Mapping
@@ -229,7 +230,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
                 if isinstance(cause, DataError) and objects.state.step > 0:
-                    cause = DataError(f"{cause}{after_a_change(cause, job, folder)}")
+                    cause = DataError(after_a_change(cause, job, folder))
                 note_failure(cause, folder, job, objects.state.step, world)
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
@@ -264,15 +265,18 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
 
 
 def after_a_change(error: DataError, job: Job, folder: Path) -> str:
-    """Return how to resume a run that has taken steps, once its data is repaired."""
+    """Return the error of a run that has taken steps, and how to continue with repaired data."""
     accepted = f"{resume.CHANGED}=accept"
     if not isinstance(error, BrokenImages):
-        return f" If this changes the data, resume with: {again(job, folder, accepted)}"
+        return f"{error} If this changes the data, resume with: {again(job, folder, accepted)}"
+    names = "" if error.leave_out else " The log names them."
+    skip = f" with {shlex.quote(error.leave_out)}" if error.leave_out else f" without {error.them}"
+    if error.is_cut:  # without the files, val and test are other ones
+        return f"{error.what}. Fix {error.them}, or start a new run{skip}.{names}"
     more = (error.leave_out, accepted) if error.leave_out else (accepted,)
-    what = "left out" if error.leave_out else "removed"
+    command = again(job, folder, *more)
     return (
-        f". With them {what}, resume with: {again(job, folder, *more)} – or start a new run if val "
-        "or test are cut from train, as they are then cut again"
+        f"{error.what}. Fix or remove {error.them}.{names} Resume without {error.them}: {command}"
     )
 
 
