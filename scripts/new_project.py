@@ -253,6 +253,22 @@ def write_archive(folder: Path, path: Path) -> None:
                     it.addfile(info, file)
 
 
+def write_schemas(folder: Path) -> None:
+    """Write the schemas of conf/ again: the user's own files there have copied ones changed.
+
+    Does nothing without the packages that this needs: a project can be made before a set-up.
+    """
+    subprocess.run(
+        [sys.executable, "scripts/make_schemas.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+
+
 def first_commit(folder: Path, message: str) -> str:
     """Make `folder` a repository with one commit, as far as git allows.
 
@@ -292,6 +308,8 @@ def make_project(name: str, destination: Path, *, files_only: bool = False) -> s
     try:
         unfinished.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
         write_files(unfinished, names)
+        if not files_only:
+            write_schemas(unfinished)
         message = f"Begin {names.title} from {update.named(update.read_record(unfinished))}"
         done = "written" if files_only else first_commit(unfinished, message)
         unfinished.rename(destination)

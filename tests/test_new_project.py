@@ -336,6 +336,19 @@ def test_runs_environment_and_history_stay_behind(copy: Path) -> None:
     assert not list(copy.parent.glob(".deep-fish*"))
 
 
+def test_the_schemas_of_a_project_name_the_users_own_options(
+    copy: Path, new_project: ModuleType, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(copy, own, ignore=shutil.ignore_patterns(".git", "outputs"))
+    (own / "conf/model/mine.yaml").write_text("_target_: my_models.Mine\nown_width: 7\n")
+    before = (ROOT / "schemas/model.json").read_bytes()
+    new_project.write_schemas(own)
+    schema = (own / "schemas/model.json").read_text(encoding="utf-8")
+    assert "own_width" in schema and "own_width" not in before.decode()
+    assert (ROOT / "schemas/model.json").read_bytes() == before
+
+
 def test_a_copy_starts_with_one_commit_or_says_why_not(tmp_path: Path) -> None:
     someone = {
         f"GIT_{who}_{what}": "a@b.c"

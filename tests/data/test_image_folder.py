@@ -384,7 +384,7 @@ def test_files_left_out_are_counted_and_named_by_reason(
     root = crowded(tmp_path / "images")
     data = make_data("image_folder", f"root={root}", *SMALL, f"num_workers={num_workers}")
     assert data.class_names == ["a", "b"] and sum(data.num_examples.values()) == 12
-    (line,) = data.notes
+    line = data.notes[0]
     for said in (
         "5 hidden (", ".ipynb_checkpoints", "__MACOSX", "a/.DS_Store", "1 of suffix .heic (a/photo",
         "1 of suffix .txt", "1 of suffix .db (b/Thumbs.db)", "1 without a suffix (a/README)",
@@ -615,3 +615,21 @@ def test_class_names_are_text(make_data: Make, tmp_path: Path) -> None:
         "class_names=[0,1]",
     )  # fmt: skip
     assert table.class_names == ["0", "1"]
+
+
+def test_a_set_without_a_class_and_a_folder_of_one_class_are_named(
+    make_data: Make, image_root: Path, tmp_path: Path
+) -> None:
+    whole, split = make_data("image_folder", f"root={image_root}", *SMALL), tmp_path / "split"
+    assert not [note for note in whole.notes if "holds no example" in note]  # the control
+    shutil.copytree(image_root, split / "train")
+    shutil.copytree(image_root / "dog", split / "val" / "dog")
+    data = make_data("image_folder", f"root={split}", *SMALL, "overlap=report")
+    (note,) = [note for note in data.notes if "holds no example" in note]
+    assert note.startswith("val holds no example of cat: ")
+    (tmp_path / "one").mkdir()
+    shutil.copytree(image_root / "cat", tmp_path / "one" / "cat")
+    with pytest.raises(UserError, match=r"one class folder \(images\): cat 12\. A class"):
+        make_data("image_folder", f"root={tmp_path / 'one'}", *SMALL)
+    with pytest.raises(UserError, match=r"data\.num_classes=1: a classifier needs at least two"):
+        make_data("image_folder", f"root={tmp_path / 'one'}", *SMALL, "num_classes=1")

@@ -253,3 +253,10 @@ def test_a_resume_after_the_last_step_is_judged_by_all_steps() -> None:
     assert config_of("debug=overfit")["trainer"]["max_restarts"] == 0
     typed = config_of("debug=overfit", "trainer.max_restarts=2")
     assert typed["trainer"]["max_restarts"] == 2
+
+
+def test_a_batch_of_one_class_gets_no_verdict() -> None:
+    for constant, words in ((8.6e-13, "no verdict"), (0.69, "debug=overfit: reached")):
+        verdict = overfitting.Verdict(True, 0.0005, 4.7e-11, constant, 0.0005)
+        (line,) = overfitting.lines(verdict, [], [0.0005], 300)
+        assert words in line and ("data.limit_train=512" in line) == (constant < 0.5)

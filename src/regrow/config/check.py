@@ -234,6 +234,11 @@ def _of_folders(config: DictConfig, found: list[str]) -> str:
             f"{said}, of which {named} {have} no images. Without empty folders, add "
             f"data.num_classes={few}"
         )
+    if len(found) == 1:
+        return (
+            f"{root} holds one class folder, {found[0]}. A classifier needs at least two: add a "
+            "folder for each other class"
+        )
     return f"{said}, so add data.num_classes={len(found)}"
 
 

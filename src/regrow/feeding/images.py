@@ -764,6 +764,9 @@ def _what_is_there(folder: Path, found: list[str], num_classes: int, reading: Re
         if len(found) - len(empty) == num_classes:
             return f"{said} no images: add some, or remove the folder{'s' * bool(others)}."
         said += " no images."
+    if len(found) == 1:
+        said = said.replace("1 class folders", "one class folder")
+        return f"{said} A classifier needs at least two: add a folder for each other class."
     if len(found) == num_classes:
         return f"{said} Set data.class_names to the names of these folders, in quotes."
     return f"{said} Set data.num_classes={len(found)}."

@@ -279,7 +279,26 @@ class Data:
     @property
     def notes(self) -> list[str]:
         """Lines about the source to log at the start of a run."""
-        return list(self.source.notes)
+        return [*self.source.notes, *self._without_a_class()]
+
+    def _without_a_class(self) -> list[str]:
+        """Return a line for each set that is measured and lacks examples of a class."""
+        lines = []
+        for name, split in self.source.items():
+            if name == "train" or self.target_kind != "multiclass" or not self.num_classes:
+                continue
+            targets = getattr(split, "targets", None)
+            if isinstance(split, Examples | ImageFiles) and torch.as_tensor(targets).ndim == 1:
+                there = set(torch.as_tensor(targets).tolist())
+                if missing := [each for each in range(self.num_classes) if each not in there]:
+                    named = [str(self.class_names[each]) if self.class_names else str(each)
+                             for each in missing[:3]]  # fmt: skip
+                    more = f" and {len(missing) - 3} more classes" if len(missing) > 3 else ""
+                    lines.append(
+                        f"{name} holds no example of {', '.join(named)}{more}: its metrics, and "
+                        "weights chosen by them, do not count that class"
+                    )
+        return lines
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -608,6 +627,8 @@ class Data:
                 f"data.target_kind={self.target_kind} is none of {', '.join(KINDS)}. For other "
                 "targets, set null."
             )
+        if self.target_kind == "multiclass" and self.num_classes == 1:
+            raise UserError("data.num_classes=1: a classifier needs at least two classes.")
         for name, split in self.source.items():
             if len(split) == 0:
                 raise DataError(

@@ -39,6 +39,12 @@ class Verdict(NamedTuple):
     trained: float  # of the last step, in training mode
 
     @property
+    def constant_suffices(self) -> bool:
+        """Return True if an answer that ignores the inputs is as good as any."""
+        way = self.constant - self.least  # NaN if they are unknown
+        return self.constant != 0 and way <= NO_WAY * max(1.0, abs(self.constant))
+
+    @property
     def part(self) -> float:
         """How much of the way to the least loss is left: 1 for the best constant answer."""
         way = self.constant - self.least
@@ -223,7 +229,7 @@ def lines(
 
     `steps` are those of the run, `losses` those of this process: a resumed one has fewer.
     """
-    if verdict.reached is None:
+    if verdict.reached is None and not verdict.constant_suffices:
         return [
             f"debug=overfit: the step's loss is {verdict.trained:.4g} after {steps} steps. Its "
             "least value is unknown, as the step does not minimise the task's loss alone.",
@@ -242,6 +248,13 @@ def lines(
         f"least that this loss and data allow is {verdict.least:.4g}, and the best "
         f"constant answer has {verdict.constant:.4g}"
     )
+    if verdict.constant_suffices:
+        return [
+            f"debug=overfit: no verdict. {of[0].upper()}{of[1:]}: a model that ignores its inputs "
+            "is as good, as the targets (or the inputs) of these examples are alike. Take more "
+            "examples, such as data.limit_train=512 data.batch_size=512.",
+            *fired(faults),
+        ]
     if verdict.reached:
         return [f"debug=overfit: reached. {of[0].upper()}{of[1:]}.", *fired(faults)]
     return [
