@@ -183,7 +183,7 @@ def test_a_set_without_a_wrong_image_is_told_in_a_sentence(tmp_path: Path) -> No
         ("early", [(2, false), (9, right)]),
     ):
         told = page(name, *batches)
-        assert "classified correctly" not in told and told.count("predicted <strong>") == 2
+        assert "classified correctly" not in told and told.count("predicted <strong title=") == 2
     told = page("none")  # of data without images
     assert "classified correctly" not in told and "Wrong predictions" not in told
 
