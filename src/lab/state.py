@@ -63,7 +63,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     evaluates: str = field(default="", metadata=FOLLOWS)  # the evaluated one of several models
     empty_steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # all weights were zero
-    has_streak: bool = field(default=True, metadata=FOLLOWS)  # False: skips[1] is zero
+    has_streak: bool = field(default=True, metadata=FOLLOWS)  # False only if skips[1] is zero
 
     @property
     def step(self) -> int:
@@ -143,9 +143,9 @@ class TrainState:
             weight = average_weight(self, options, step)
             update_average(self.averaged, self.model, weight, skipped)
         self.sums.add_(totals, skipped)
-        if self.has_streak or not skipped.is_known_not:  # else there is nothing to count
+        if self.has_streak or not skipped.did_update:  # else each step would touch two tensors
             skipped.count_in(self.skips, self.empty_steps)
-            self.has_streak = not skipped.is_known_not
+            self.has_streak = not skipped.did_update
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that an update changes."""

@@ -283,21 +283,22 @@ class Data:
 
     def _without_a_class(self) -> list[str]:
         """Return a line for each set that is measured and lacks examples of a class."""
+        if self.target_kind != "multiclass" or not self.num_classes:
+            return []
         lines = []
+        names = self.class_names or range(self.num_classes)
         for name, split in self.source.items():
-            if name == "train" or self.target_kind != "multiclass" or not self.num_classes:
+            if name == "train" or not isinstance(split, Examples | ImageFiles):
                 continue
-            targets = getattr(split, "targets", None)
-            if isinstance(split, Examples | ImageFiles) and torch.as_tensor(targets).ndim == 1:
-                there = set(torch.as_tensor(targets).tolist())
-                if missing := [each for each in range(self.num_classes) if each not in there]:
-                    named = [str(self.class_names[each]) if self.class_names else str(each)
-                             for each in missing[:3]]  # fmt: skip
-                    more = f" and {len(missing) - 3} more classes" if len(missing) > 3 else ""
-                    lines.append(
-                        f"{name} holds no example of {', '.join(named)}{more}: its metrics, and "
-                        "weights chosen by them, do not count that class"
-                    )
+            targets = torch.as_tensor(split.targets)
+            there = set(targets.tolist()) if targets.ndim == 1 else {*range(self.num_classes)}
+            missing = [str(names[each]) for each in range(self.num_classes) if each not in there]
+            if missing:
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                lines.append(
+                    f"{name} holds no example of {', '.join(missing[:3])}{more}: its metrics, and "
+                    "weights chosen by them, do not count these classes"
+                )
         return lines
 
     @property

@@ -177,9 +177,7 @@ def of_datasets(
     _refuse_empty(sets)
     file = file_of(fields_of(sets["train"].item(0)).get("inputs"))
     is_image = file is not None and f".{file.suffix}" in formats_by_suffix()
-    features = getattr(
-        datasets["train"], "features", None
-    )  # other data sets keep their inputs there
+    features = getattr(datasets["train"], "features", None)  # elsewhere these are the inputs
     columns = features if isinstance(features, Mapping) else {}
     names = getattr(columns.get(fields.get("targets", "targets")), "names", None)
     facts = Facts("images" if is_image else "items", None if names is None else [*map(str, names)])

@@ -181,7 +181,7 @@ class Skipped(NamedTuple):
         return self.update is True
 
     @property
-    def is_known_not(self) -> bool:
+    def did_update(self) -> bool:
         """Return True if the host knows that the step updated the weights."""
         return self.update is False and self.empty is False
 
