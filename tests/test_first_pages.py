@@ -14,11 +14,9 @@ import sys
 import venv
 from pathlib import Path
 
-import numpy as np
 import pytest
 from finished import script
-from PIL import Image
-from test_recipes import BLOCK, follow
+from test_recipes import BLOCK, follow, striped
 
 from regrow.project import ROOT
 
@@ -83,16 +81,7 @@ def test_the_first_five_minutes_work_in_a_fresh_clone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_on_a_folder_of_images_works_as_the_readme_prints_it(tmp_path: Path) -> None:
     project = as_a_user(tracked(tmp_path / "project"))
-    draws = np.random.default_rng(0)
-    (project / "new_photos").mkdir()
-    for name, size in (("cat", (40, 1)), ("dog", (1, 40))):
-        (project / "photos" / name).mkdir(parents=True)
-        for number in range(90):
-            stripes = Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8))
-            place = (
-                f"photos/{name}/{number} .jpg" if number < 60 else f"new_photos/{name} {number}.jpg"
-            )
-            stripes.resize((150, 100)).save(project / place)
+    striped(project)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.partition("## Your model on your images")[2].partition("\n## ")[0]
     said = follow(section, project)

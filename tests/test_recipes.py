@@ -139,21 +139,25 @@ def test_a_recipe_works_as_printed(page: Path, made: Path, tmp_path: Path) -> No
             follow(text, project, SLURM_CONF=environment["SLURM_CONF"])
 
 
-def striped(photos: Path) -> None:
-    """Write 60 images with stripes along each side, as classes `cat` and `dog`."""
+def striped(project: Path) -> None:
+    """Write images with stripes along a side: 60 of `cat` and `dog` each, and 30 as new_photos."""
     draws = np.random.default_rng(0)
+    (project / "new_photos").mkdir()
     for name, size in (("cat", (40, 1)), ("dog", (1, 40))):
-        (photos / name).mkdir(parents=True)
-        for number in range(60):
+        (project / "photos" / name).mkdir(parents=True)
+        for number in range(90):
+            place = (
+                f"photos/{name}/{number} .jpg" if number < 60 else f"new_photos/{name} {number}.jpg"
+            )
             stripes = Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8))
-            stripes.resize((150, 100)).save(photos / name / f"{number} .jpg")
+            stripes.resize((150, 100)).save(project / place)
 
 
 @pytest.mark.slow
 def test_the_readme_of_a_new_project_works_as_printed(made: Path, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(made, project, symlinks=True)
-    striped(project / "photos")
+    striped(project)
     text = (project / "README.md").read_text(encoding="utf-8")
     assert [file for file, _ in blocks(text)] == ["my_models.py", "conf/model/small.yaml", None]
     said = follow(text, project)
