@@ -1,12 +1,13 @@
 """Name mistakes that do not stop a run: in the calls of the loss, the inputs and the splits.
 
-Each check returns lines that name the key, the value and the fix. `calls_watched` and `of_inputs`
-need no further pass over anything, so every run makes them on its first batch.
+Each check returns lines that name the key, the value and the fix. `Calls`, `of_inputs` and
+`Untrained` need no further pass over anything, so every run makes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,9 @@ from regrow.feeding.batch import parts_of
 from regrow.numerics.precision import widest
 from regrow.protocols import Batch, Data
 
+log = logging.getLogger(__name__)
+
+FIRST_STEPS = 5  # a random choice of layers or experts passes some over in a single step
 LARGE = 3.0  # root mean square of inputs; standardised ones have 1, images from 0 to 1 less
 SMALL = 1e-3
 MOST_SHOWN = 8  # channels
@@ -158,6 +162,51 @@ def frozen_parameters(model: torch.nn.Module) -> list[str]:
         f"model: {len(frozen)} of {len(named)} parameters are frozen (requires_grad=False): "
         f"{listed(frozen)}. If that is not meant, look at model.freeze and requires_grad_()."
     ]
+
+
+class Untrained:
+    """The trainable parameters of a model that no backward pass of its first steps reaches.
+
+    Reads only whether there is a gradient, so that nothing waits for a device.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        step: int = 0,
+        total_steps: int | None = None,
+        *,
+        tells: bool = True,
+    ) -> None:
+        """Watch until step 5 of the run, or its last; `step` is where it begins or resumes.
+
+        Without a model there is nothing to watch. One process of several `tells`.
+        """
+        named = () if model is None else model.named_parameters()
+        self.left = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        self.until = FIRST_STEPS if total_steps is None else min(FIRST_STEPS, total_steps)
+        self.step, self.tells = step, tells
+        if self.step >= self.until:  # an earlier part of the run has looked
+            self.left = []
+
+    def look(self) -> None:
+        """Look after the backward passes of a step. Logs a warning after the last one."""
+        self.step += 1
+        self.left = [(name, p) for name, p in self.left if p.grad is None]
+        if self.left and self.step >= self.until:
+            names, self.left = [name for name, _ in self.left], []
+            if self.tells:
+                log.warning("%s", without_gradient(names, self.until))
+
+
+def without_gradient(names: list[str], steps: int) -> str:
+    """Return the line about parameters that got no gradient in the first `steps` steps."""
+    when = f"in the first {steps} steps" if steps > 1 else "in the first step"
+    return (
+        f"model: {listed(names)} got no gradient {when}, so they do not train: forward does not "
+        "use them, or detach() or no_grad() cuts them off. Correct forward, or say that it is "
+        "meant: requires_grad_(False)."
+    )
 
 
 def listed(names: list[str], most: int = 4) -> str:
