@@ -39,6 +39,7 @@ from regrow.config.resume import (
 from regrow.config.roles import check_roles
 from regrow.errors import UserError, brief, printable
 from regrow.failing import in_one_line, tell
+from regrow.feeding.files import without_gone
 from regrow.project import CONF
 from regrow.record import manifest, records
 from regrow.record.redact import redact_all
@@ -172,6 +173,8 @@ def arguments_of(
             f"run={given}: conf/ has changed since, so that its command means another run now: "
             f"{'; '.join(changed)}. Check out the commit in its {manifest.NAME}."
         )
+    if (data := without_gone(config["data"], run)) is not config["data"]:
+        arguments.append(older.as_override("data.source.leave_out", data["source"]["leave_out"]))
     return arguments
 
 

@@ -30,6 +30,7 @@ from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.batch import Inputs, each
 from regrow.feeding.feeds import collated
+from regrow.feeding.files import without_gone
 from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
 from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
@@ -85,7 +86,7 @@ class LoadedRun:
         check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
         refuse_remote(self.folder, where, self.config, self.typed)
         allow({"data": self.config["data"]})
-        data = instantiate(self.config["data"])
+        data = instantiate(without_gone(self.config["data"], self.folder))
         for note in data.notes:
             log.warning("%s", note)
         if self.recorded is not None:
@@ -423,7 +424,8 @@ def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> 
         check_roles(config, ("data",), folder, where, others=places_of(folder))
         refuse_remote(folder, where, config, typed)
         allow({"data": config["data"]})
-        names: list[str] | None = instantiate(config["data"]).class_names
+        node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells
+        names: list[str] | None = instantiate(node).class_names
     except UserError:
         return None  # the data is missing or another's: classes go by their numbers
     return names

@@ -165,7 +165,7 @@ def run_in(job: Job, found: Found, world: World) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
     # A checkpoint holds the weights, and the source of `init_from` may be gone or have changed.
     init_from = None if found.has_checkpoint else job.config["init_from"]
-    objects = training.build({**job.config, "init_from": init_from}, world)
+    objects = training.build({**job.config, "init_from": init_from}, world, job.folder)
     with contextlib.closing(objects.data):
         return run_objects(job, objects, world, found.num_micro_batches)
 

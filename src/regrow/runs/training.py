@@ -23,7 +23,7 @@ from regrow.distributed.parallel import (
     World,
 )
 from regrow.errors import UserError
-from regrow.feeding.files import shown
+from regrow.feeding.files import shown, without_gone
 from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.project import ROOT
 from regrow.protocols import Objects, Record, Settings, State, Trial
@@ -40,9 +40,15 @@ log = logging.getLogger(__name__)
 WEIGHTS = "weights.pt"
 
 
-def build(config: Mapping[str, Any], world: World) -> Objects:
-    """Set this process's switches, and return the objects of a run. Writes nothing."""
+def build(config: Mapping[str, Any], world: World, folder: str | None = None) -> Objects:
+    """Set this process's switches, and return the objects of a run. Writes nothing.
+
+    `folder` is the one that the run is resumed in, if it holds one: see `files.without_gone`.
+    """
     set_numerics(config["trainer"], world.device)
+    if folder is not None:
+        data = without_gone(config["data"], Path(folder), tells=world.is_main)
+        config = {**config, "data": data}
     with first_calls.explained():
         return lab().build(config, world)
 
