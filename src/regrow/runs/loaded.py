@@ -40,6 +40,7 @@ from regrow.randomness import Draws, states_kept
 from regrow.record import manifest
 from regrow.record.records import read_json
 from regrow.runs import machine
+from regrow.runs.other_code import naming_code
 from regrow.runs.predictions import Predictions, columns_of, joined, predictions_of
 
 log = logging.getLogger("regrow")
@@ -223,7 +224,8 @@ def load_run(
     import_own_modules()
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
-    check_roles(config, made, folder, f"run={given}", others=places_of(folder))
+    with naming_code(folder):
+        check_roles(config, made, folder, f"run={given}", others=places_of(folder))
     allow({group: config[group] for group in made})
     swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
@@ -243,18 +245,9 @@ def load_run(
         name = str(config["task"].get("evaluates"))
         node = node[name]
     _refuse_downloads(node)
-    model: nn.Module = instantiate(node)
-    weights = parts.get(writer.evaluated_part(parts, name), {})
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        said = brief(error).partition("state_dict for ")[2] or brief(error)
-        reason = said if len(said) <= 200 else f"{said[:198]} …"
-        code = " Its code has changed since." if changes else ""
-        raise UserError(
-            f"checkpoint={which}: its weights are not those of the model in config.yaml.{code} "
-            f"{reason}"
-        ) from None
+    with naming_code(folder):
+        model: nn.Module = instantiate(node)
+        _load(model, parts.get(writer.evaluated_part(parts, name), {}), which)
     model.to(chosen).eval()
     if config["trainer"]["channels_last"]:
         model.to(memory_format=torch.channels_last)
@@ -263,11 +256,13 @@ def load_run(
         task["class_names"] = class_names  # the run took them from its data
     if task.get("target_names", ...) is None:
         task["target_names"] = target_names
+    with naming_code(folder):
+        its_task = instantiate(task, loss=instantiate(config["loss"]))
     run = LoadedRun(
         folder=folder,
         config=config,
         model=model,
-        task=instantiate(task, loss=instantiate(config["loss"])),
+        task=its_task,
         checkpoint=path.name,
         step=facts["step"],
         device=chosen,
@@ -281,6 +276,17 @@ def load_run(
     run.task.in_units = run.in_units
     run.task.vocabulary = None if recorded is None else recorded.vocabulary
     return run
+
+
+def _load(model: nn.Module, weights: Mapping[str, Any], which: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        said = brief(error).partition("state_dict for ")[2] or brief(error)
+        reason = said if len(said) <= 200 else f"{said[:198]} …"
+        raise UserError(
+            f"checkpoint={which}: its weights are not those of the model in config.yaml. {reason}"
+        ) from None
 
 
 def set_numerics(run: LoadedRun) -> None:

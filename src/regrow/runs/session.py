@@ -45,6 +45,7 @@ from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.loaded import preprocessing_record
+from regrow.runs.other_code import naming_code
 
 log = logging.getLogger("regrow")
 
@@ -180,7 +181,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
         folder = Path(job.folder)
-        with training.naming_commit(folder):
+        with naming_code(folder):
             if outline := writer.outline(folder / "checkpoints"):
                 objects.state.refuse_other(outline)
     world.barrier()  # a rank that fails before this line leaves no folder behind
