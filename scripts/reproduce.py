@@ -39,6 +39,7 @@ from regrow.config.resume import (
 from regrow.config.roles import check_roles
 from regrow.errors import UserError, brief, printable
 from regrow.failing import in_one_line, tell
+from regrow.feeding.files import without_gone
 from regrow.project import CONF
 from regrow.record import manifest, records
 from regrow.record.redact import redact_all
@@ -77,7 +78,7 @@ def reproduce(given: Path, places: Mapping[str, Any] = MappingProxyType({})) -> 
     arguments = arguments_of(run, config, given, source)
     if changed := manifest.code_changes(run, ROOT):
         print(printable(changed))
-    for line in not_restored(before.get("git") or {}):
+    for line in manifest.not_restored(before.get("git") or {}):
         print(printable(line))
     if before.get("resumes"):
         print("This run was resumed. If a limit or a key was changed then, no run in one go is it.")
@@ -172,6 +173,8 @@ def arguments_of(
             f"run={given}: conf/ has changed since, so that its command means another run now: "
             f"{'; '.join(changed)}. Check out the commit in its {manifest.NAME}."
         )
+    if (data := without_gone(config["data"], run)) is not config["data"]:
+        arguments.append(older.as_override("data.source.leave_out", data["source"]["leave_out"]))
     return arguments
 
 
@@ -197,23 +200,6 @@ def train(arguments: list[str], **environment: str) -> int:
     """Run the real command in a new process and return its exit code."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
     return subprocess.run(command, check=False, env={**os.environ, **environment}).returncode
-
-
-def not_restored(git: Mapping[str, Any]) -> list[str]:
-    """Return lines on the run's code that its commit and its git.diff do not restore."""
-    said = []
-    if masked := git.get("redacted"):
-        said.append(
-            f"Its {git.get('diff', 'git.diff')} masks what looked like a secret in "
-            f"{manifest.name_some(masked)}: put it back after git apply. If that refuses the "
-            "patch, leave the file out with git apply --exclude=<file>."
-        )
-    if git.get("diff_is_cut") and (left := git.get("not_in_diff")):
-        said.append(
-            f"Too large for its git.diff: {manifest.name_some([*left])}. Their SHA-256 is in "
-            f"{manifest.NAME}."
-        )
-    return said
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

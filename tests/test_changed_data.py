@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from finished import script
 from omegaconf import OmegaConf
 from PIL import Image
 from running import as_hydra_has_it, composed
@@ -235,15 +237,19 @@ def test_reading_items_for_the_comparison_leaves_the_data_set_as_it_was() -> Non
         identity.of_items([object()])
 
 
-def test_a_damaged_image_is_removed_and_the_run_resumes(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def write_images() -> None:
     random = np.random.default_rng(0)
     for name in ("a", "b"):
         Path("images", name).mkdir(parents=True)
         for number in range(20):
             pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
             Image.fromarray(pixels).save(f"images/{name}/{number}.jpg")
+
+
+def test_a_damaged_image_is_removed_and_the_run_resumes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_images()
     start(*IMAGES, "trainer.max_epochs=1")
     whole = Path("images/a/3.jpg").read_bytes()
     Path("images/a/3.jpg").write_bytes(whole[: len(whole) // 2])
@@ -252,6 +258,64 @@ def test_a_damaged_image_is_removed_and_the_run_resumes(
     assert "data.changed=accept" in refusal(capsys, MORE)
     resumed(MORE, "data.changed=accept")
     assert json.loads(Path("run/summary.json").read_text())["status"] == "completed"
+
+
+def test_a_recorded_path_to_leave_out_may_be_gone_and_a_typed_one_may_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images()
+    without = "data.source.leave_out=[hidden,a/3.jpg,b/4.jpg]"
+    start(*IMAGES, without, "trainer.max_epochs=1")
+    shutil.copytree("run", "first")
+    fingerprint = json.loads(Path("run/manifest.json").read_text())["data"]
+    shutil.copytree("images", "elsewhere")
+    Path("elsewhere/a/3.jpg").unlink()  # b/4.jpg stays, and is left out there too
+    evaluate, reproduce = script("evaluate").main, script("reproduce")
+    told = "ignored what is recorded but not below data.root="
+    moved, name = "data.root=elsewhere", "elsewhere: a/3.jpg\n"
+
+    def said() -> str:
+        return "".join(capsys.readouterr())
+
+    evaluate(["run=run", "split=val"])
+    resumed(MORE)
+    assert told not in said()  # both are there
+    evaluate(["run=run", "split=val", moved])
+    assert told + name in (text := said()) and "The run itself measured" not in text
+    resumed("trainer.max_epochs=3", moved)
+    assert told + name in said()
+    start(*IMAGES, without, moved, "trainer.max_epochs=4")  # the same list, typed again
+    assert told + name in said()
+    content = json.loads(Path("run/manifest.json").read_text())
+    assert content["data"] == fingerprint and not any("data" in it for it in content["resumes"])
+    listed = read_yaml(Path("run/config.yaml"))["data"]["source"]["leave_out"]
+    assert listed == ["hidden", "a/3.jpg", "b/4.jpg"]
+    for folder in ("images", "elsewhere"):
+        Path(folder, "b/4.jpg").unlink()
+    evaluate(["run=run", "split=val", without])
+    assert told + "elsewhere: a/3.jpg and 1 more\n" in said()
+    more = without.replace("]", ",a/none.jpg]")
+    for refused in (
+        lambda: resumed("trainer.max_epochs=5", more),
+        lambda: resumed("trainer.max_epochs=5", "data.source.leave_out=[a/none.jpg]"),
+        lambda: evaluate(["run=run", "split=val", more]),
+    ):
+        with pytest.raises(SystemExit):
+            refused()
+        assert "leave_out: a/none.jpg is not among" in said()
+    with pytest.raises(SystemExit):
+        launch(as_hydra_has_it(composed(*IMAGES, without, moved, "hydra.run.dir=another")))
+    assert "leave_out: a/3.jpg is not among" in said()
+
+    def again(arguments: list[str], **_: str) -> int:
+        launch(as_hydra_has_it(composed(*arguments)))
+        return 0
+
+    monkeypatch.setattr(reproduce, "train", again)
+    Path("images/a/3.jpg").unlink()
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(["run=first"])
+    assert ended.value.code == 0 and "\nidentical: " in said()
 
 
 def test_a_key_that_the_run_was_given_already_is_named_by_typing_it_again() -> None:

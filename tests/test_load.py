@@ -22,6 +22,7 @@ from torch import nn
 
 from regrow.checkpoint import writer as checkpoint
 from regrow.checkpoint.digest import weights_sha256
+from regrow.config import resume
 from regrow.config.resume import downloads_elsewhere, targets_of
 from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
@@ -198,6 +199,33 @@ def test_a_spoilt_folder_is_one_line(run: Path, spoil: Any, message: str) -> Non
     with pytest.raises(UserError) as caught:
         load_run(run)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_load_that_fails_after_a_change_of_code_says_how_to_get_it_back(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(**options: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            load_run(run, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    content, way = read_json(run / "manifest.json"), "To use the run, restore its code and call"
+    changed(run, model={"hidden": [13]})
+    assert "not those of the model" in (before := said()) and way not in before  # the control
+    others = {**content["code_files"], "src/lab/models/mlp.py": "0" * 16}
+    (run / "manifest.json").write_text(json.dumps({**content, "code_files": others}))
+    assert said().startswith(f"{before} Its code has changed since. {way}")
+    assert way not in said(which="step_1")  # not a matter of the code
+    changed(run, model={"hiden": [12]})
+    assert "hiden" in (now := said()) and way in now
+    monkeypatch.setattr(resume, "is_own", lambda folder: False)
+    assert said().endswith(f"{run / 'manifest.json'} names its commit.") and "apply" not in said()
+    changed(run, model={"hidden": [12]})
+    config = read_yaml(run / "config.yaml")
+    del config["model"]["hiden"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    load_run(run)  # changed code that can load the run is not an error
 
 
 @pytest.mark.parametrize("group", ["model", "loss", "task", "data"])

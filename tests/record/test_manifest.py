@@ -332,3 +332,93 @@ def test_the_code_hash_changes_with_every_kind_of_code(name: str, tmp_path: Path
         found.append(manifest.code_sha256(tmp_path))
     assert len({*found}) == 3
     assert name in manifest.code_files(tmp_path)
+
+
+def restored(folder: Path, root: Path) -> Path:
+    """Type the commands that `way_back` gives, in the current folder; return the restored root."""
+    said = manifest.way_back(folder, root)
+    found = re.search(r"call the scripts in (.+)/scripts: (git .+)", said)
+    assert found is not None and "\n" not in said, said
+    done = subprocess.run(["bash", "-c", found[2]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (place,) = shlex.split(found[1])
+    return Path(place)
+
+
+@pytest.mark.parametrize("place", ["the checkout", "a folder in it", "another folder"])
+@pytest.mark.parametrize("inner", ["", "nested/project"])
+def test_the_commands_restore_changed_and_new_code_wherever_they_are_typed(
+    place: str, inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = repository(tmp_path / "a root")
+    root, run = top / inner, tmp_path / "my runs" / "r1"
+    for name in ("conf/model", "src", "scripts"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True)
+    (top / "src" / "a.py").write_text("x = 2\n")
+    new = [root / "src" / "new model.py", root / "conf" / "model" / "mine.yaml"]
+    for path in new:
+        path.write_text("width: 8\n")
+    monkeypatch.chdir({"the checkout": top, "a folder in it": root / "src"}.get(place, tmp_path))
+    write(run, root)
+    assert manifest.way_back(run, root) == ""  # the control: the code is the run's
+    recorded = manifest.code_files(root)
+    new[0].write_text("width: 9\n")
+    new[1].unlink()
+    back = restored(run, root)
+    assert manifest.code_files(back) == recorded != manifest.code_files(root)
+    assert (tmp_path / "code-of-r1" / "src" / "a.py").read_text() == "x = 2\n"
+    assert manifest.way_back(run, back) == ""
+
+
+def test_the_code_is_that_of_the_latest_start_with_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run = repository(tmp_path / "root"), tmp_path / "run"
+    monkeypatch.chdir(root)
+    file = root / "src" / "a.py"
+    for text in ("x = 2\n", "x = 3\n", "x = 4\n"):  # the last start may be the one that fails now
+        file.write_text(text)
+        write(run, root)
+    assert (restored(run, root) / "src" / "a.py").read_text() == "x = 3\n"
+    file.write_text("x = 5\n")
+    assert "git.2.diff" in manifest.way_back(run, root)
+    unchanged = tmp_path / "unchanged"
+    subprocess.run(["git", "checkout", "-q", "."], check=True)
+    write(unchanged, root)
+    file.write_text("x = 2\n")
+    assert "apply" not in manifest.way_back(unchanged, root)
+    assert (restored(unchanged, root) / "src" / "a.py").read_text() == "x = 1\n"
+
+
+def test_what_the_record_of_the_code_lacks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, run = tmp_path / "bare", tmp_path / "run"
+    (bare / "src").mkdir(parents=True)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.chdir(bare)
+    write(run, bare)
+    assert manifest.way_back(run, bare) == ""
+    (bare / "src" / "a.py").write_text("x = 1\n")
+    said = " Its code has changed since. It was not recorded: not a git repository."
+    assert manifest.way_back(run, bare) == said
+    assert manifest.way_back(tmp_path / "nothing", bare) == ""
+
+    subprocess.run(["git", "init", "-q"], check=True)  # and no commit yet
+    write(tmp_path / "first", bare)
+    (bare / "src" / "a.py").write_text("x = 2\n")
+    assert (restored(tmp_path / "first", bare) / "src" / "a.py").read_text() == "x = 1\n"
+
+    root, other = repository(tmp_path / "root"), tmp_path / "other"
+    monkeypatch.chdir(root)
+    (root / "src" / "a.py").write_text("x = 2\n")
+    content = write(other, root)
+    (root / "src" / "a.py").write_text("x = 3\n")
+    git = {**content["git"], "redacted": ["src/a.py"]}
+    write_json(other / "manifest.json", {**content, "git": git})
+    assert "masks what looked like a secret in src/a.py" in manifest.way_back(other, root)
+    for commit in ("0" * 40, "--help", "HEAD; touch x"):
+        git = {**content["git"], "commit": commit}
+        write_json(other / "manifest.json", {**content, "git": git})
+        assert manifest.way_back(other, root).endswith(f"commit, {commit}, is not in {root}.")

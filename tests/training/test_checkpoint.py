@@ -28,8 +28,7 @@ from regrow.checkpoint import writer as checkpoint
 from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.errors import UserError
 from regrow.numerics.totals import Skipped
-from regrow.project import ROOT
-from regrow.record import loggers, manifest
+from regrow.record import loggers
 from regrow.record.records import load_status, set_status
 from regrow.runs import training as runs
 from regrow.runs.weights import load_weights
@@ -276,23 +275,6 @@ def test_a_missing_field_of_the_progress_is_an_error(name: str, stopped: Path) -
     objects = runs.build(config_of(*RUN), CPU)
     with pytest.raises((ValueError, KeyError, TypeError), match=name):
         objects.state.load_state_dict(parts)
-
-
-def test_the_error_of_a_checkpoint_of_other_code_names_the_commit(tmp_path: Path) -> None:
-    def said(*commits: str) -> str:
-        starts = [{"git": {"commit": commit}} for commit in commits]
-        content = {**starts[0], "resumes": starts[1:]}
-        (tmp_path / "manifest.json").write_text(json.dumps(content))
-        with pytest.raises(UserError) as raised, runs.naming_commit(tmp_path):
-            raise UserError("its progress differs in sums.")
-        return str(raised.value)
-
-    here = manifest.git(ROOT)
-    assert here is not None
-    advice = " The commit that wrote it can read it: git checkout 0123456789"
-    assert said("0123456789abcdef") == "its progress differs in sums." + advice
-    assert said("0123456789abcdef", here["commit"]) == "its progress differs in sums." + advice
-    assert said(here["commit"]) == "its progress differs in sums."  # the control
 
 
 def test_a_missing_or_unexpected_weight_is_an_error(stopped: Path) -> None:

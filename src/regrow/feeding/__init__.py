@@ -5,7 +5,7 @@ Public, by module; all else is private to this folder.
 batch: Batch, each, Inputs, noise, parts_of
 broken_images: BrokenImages
 feeds: collated
-files: shown
+files: shown, without_gone
 images: class_folders, fit, image_folder, size_of
 loaders: Data
 masks: as_written, mask_folder

@@ -11,11 +11,13 @@ import stat
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from regrow.config.recorded import recorded_config
 from regrow.errors import DataError, UserError, brief, machine_fault
 
 OF_SUFFIX = "of suffix "
@@ -83,6 +85,33 @@ def named_in(leave_out: Iterable[str], root: Path) -> list[str]:
     """Return the paths among `leave_out`, below `root`, as os.scandir gives them."""
     names = [os.path.normpath(name) for name in leave_out if name not in KINDS_LEFT_OUT]
     return [os.fspath(root / name) for name in names]
+
+
+def without_gone(data: Mapping[str, Any], folder: Path, *, tells: bool = True) -> Mapping[str, Any]:
+    """Return a data node to build: without paths of `source.leave_out` that are recorded and gone.
+
+    `folder` is the run's, whose config.yaml keeps them. Such a file was deleted since, or is not
+    below another `data.root`. Logs one line if it `tells`. A path that was typed since stays, so
+    that the source refuses it if it names nothing; a path that is there stays left out.
+    """
+    source = data.get("source")
+    if not isinstance(source, Mapping) or not (folder / "config.yaml").is_file():
+        return data
+    listed, root = source.get("leave_out"), source.get("root")
+    if not isinstance(listed, list) or not isinstance(root, str) or not is_folder(Path(root)):
+        return data  # the source reports a missing root
+    gone = [it for it in listed if any(not os.path.lexists(p) for p in named_in([it], Path(root)))]
+    if not gone:
+        return data
+    recorded = recorded_config(folder, str(folder))["data"].get("source") or {}
+    gone = [it for it in gone if it in (recorded.get("leave_out") or ())]
+    if gone and tells:
+        more = f" and {len(gone) - 1:,} more" if gone[1:] else ""
+        log.info(
+            "data.source.leave_out: ignored what is recorded but not below data.root=%s: %s%s",
+            *(shown(root), shown(gone[0]), more),
+        )
+    return {**data, "source": {**source, "leave_out": [it for it in listed if it not in gone]}}
 
 
 def shown(path: str | Path) -> str:

@@ -8,8 +8,9 @@ comparison: as_text, compare, Comparison, label_of, OUT_OF_FOLD, Row, rows_of, s
 earlier: differences, write_over
 locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
-manifest: code_changes, code_sha256, commit_to_use, cores, latest, NAME, name_some, namespace_files,
-    note_packages, own_packages, own_root, read, set_step, write, write_origin
+manifest: CHANGED, code_changes, code_sha256, cores, latest, NAME, name_some, namespace_files,
+    not_restored, note_packages, own_packages, own_root, read, set_step, way_back, write,
+    write_origin
 meter: Meter
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
 moved: in_config, in_text

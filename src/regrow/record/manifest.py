@@ -206,17 +206,61 @@ def code_changes(folder: Path, root: Path) -> str | None:
     return f"The code has changed since: {said}."
 
 
-def commit_to_use(folder: Path, root: Path) -> str:
-    """Return the advice to check out a run's commit, or "" if this is the commit or none is known.
+CHANGED = "Its code has changed since."
 
-    Reads only what git knows at once: it is called where a run fails.
+
+def way_back(folder: Path, root: Path) -> str:
+    """Return the end of an error: the commands that restore the code of the run in `folder`.
+
+    The code is that of the latest start with other code than now: a start that fails is recorded
+    before it does. Returns "" if all starts had this code. Says what the record does not hold.
     """
-    content, now = read(folder), _git(root, "rev-parse", "--verify", "-q", "HEAD")
-    for start in reversed([content, *content.get("resumes", [])]):  # this start may be among them
-        commit = (start.get("git") or {}).get("commit")
-        if commit and commit != now:
-            return f" The commit that wrote it can read it: git checkout {commit[:10]}"
-    return ""
+    content, folder = read(folder), folder.resolve()
+    starts = [{**content, **later} for later in ({}, *content.get("resumes", []))]
+    start = next((it for it in reversed(starts) if not _had_code_of(it, root)), None)
+    if not content or start is None:
+        return ""
+    its, top = start.get("git") or {}, _git(root, "rev-parse", "--show-toplevel")
+    if not its or top is None:
+        reason = start.get("git_missing") or git_missing(root) or NO_REPOSITORY
+        return f" {CHANGED} It was not recorded: {reason}."
+    commit, at = str(its.get("commit") or ""), Path(top).parent / f"code-of-{folder.name}"
+    if commit and _git(root, "cat-file", "-t", "--end-of-options", commit) != "commit":
+        return f" {CHANGED} Its commit, {commit}, is not in {top}."
+    is_inside = Path.cwd().is_relative_to(top)
+    place = os.path.relpath(at) if is_inside else str(at)
+    where = () if is_inside else ("-C", top)
+    begin = ("worktree", "add", place, commit[:10]) if commit else ("init", "-q", place)
+    commands = [("git", *where, *begin)]
+    if its.get("diff"):
+        commands.append(("git", "-C", place, "apply", str(folder / str(its["diff"]))))
+    lines = "".join(f" {line}" for line in not_restored(its))
+    scripts = os.path.normpath(Path(place, os.path.relpath(root, top), "scripts"))
+    typed = " && ".join(map(shlex.join, commands))
+    way = f"To use the run, restore its code and call the scripts in {scripts}: {typed}"
+    return f" {CHANGED}{lines} {way}"
+
+
+def _had_code_of(start: Mapping[str, Any], root: Path) -> bool:
+    if (files := start.get("code_files")) is not None:
+        return bool(files == code_files(root))
+    return bool(start.get("code_sha256") == code_sha256(root, namespaces=False))  # an older record
+
+
+def not_restored(git: Mapping[str, Any]) -> list[str]:
+    """Return sentences on the run's code that its commit and its git.diff do not restore."""
+    said = []
+    if masked := git.get("redacted"):
+        said.append(
+            f"Its {git.get('diff', 'git.diff')} masks what looked like a secret in "
+            f"{name_some(masked)}: put it back after git apply. If that refuses the "
+            "patch, leave the file out with git apply --exclude=<file>."
+        )
+    if git.get("diff_is_cut") and (left := git.get("not_in_diff")):
+        said.append(
+            f"Too large for its git.diff: {name_some([*left])}. Their SHA-256 is in {NAME}."
+        )
+    return said
 
 
 def name_some(names: Sequence[str], most: int = 5, key: Callable[[str], Any] | None = None) -> str:

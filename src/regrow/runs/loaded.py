@@ -30,6 +30,7 @@ from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.batch import Inputs, each
 from regrow.feeding.feeds import collated
+from regrow.feeding.files import without_gone
 from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
 from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
@@ -39,6 +40,7 @@ from regrow.randomness import Draws, states_kept
 from regrow.record import manifest
 from regrow.record.records import read_json
 from regrow.runs import machine
+from regrow.runs.other_code import naming_code
 from regrow.runs.predictions import Predictions, columns_of, joined, predictions_of
 
 log = logging.getLogger("regrow")
@@ -99,7 +101,7 @@ class LoadedRun:
         check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
         refuse_remote(self.folder, where, self.config, self.typed)
         allow({"data": self.config["data"]})
-        data = instantiate(self.config["data"])
+        data = instantiate(without_gone(self.config["data"], self.folder))
         for note in data.notes:
             log.warning("%s", note)
         if self.recorded is not None:
@@ -236,7 +238,8 @@ def load_run(
     import_own_modules()
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
-    check_roles(config, made, folder, f"run={given}", others=places_of(folder))
+    with naming_code(folder):
+        check_roles(config, made, folder, f"run={given}", others=places_of(folder))
     allow({group: config[group] for group in made})
     swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
@@ -256,18 +259,9 @@ def load_run(
         name = str(config["task"].get("evaluates"))
         node = node[name]
     _refuse_downloads(node)
-    model: nn.Module = instantiate(node)
-    weights = parts.get(writer.evaluated_part(parts, name), {})
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        said = brief(error).partition("state_dict for ")[2] or brief(error)
-        reason = said if len(said) <= 200 else f"{said[:198]} …"
-        code = " Its code has changed since." if changes else ""
-        raise UserError(
-            f"checkpoint={which}: its weights are not those of the model in config.yaml.{code} "
-            f"{reason}"
-        ) from None
+    with naming_code(folder):
+        model: nn.Module = instantiate(node)
+        _load(model, parts.get(writer.evaluated_part(parts, name), {}), which)
     model.to(chosen).eval()
     if config["trainer"]["channels_last"]:
         model.to(memory_format=torch.channels_last)
@@ -276,11 +270,13 @@ def load_run(
         task["class_names"] = class_names  # the run took them from its data
     if task.get("target_names", ...) is None:
         task["target_names"] = target_names
+    with naming_code(folder):
+        its_task = instantiate(task, loss=instantiate(config["loss"]))
     run = LoadedRun(
         folder=folder,
         config=config,
         model=model,
-        task=instantiate(task, loss=instantiate(config["loss"])),
+        task=its_task,
         checkpoint=path.name,
         step=facts["step"],
         value=facts.get("value"),
@@ -295,6 +291,17 @@ def load_run(
     run.task.in_units = run.in_units
     run.task.vocabulary = None if recorded is None else recorded.vocabulary
     return run
+
+
+def _load(model: nn.Module, weights: Mapping[str, Any], which: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        said = brief(error).partition("state_dict for ")[2] or brief(error)
+        reason = said if len(said) <= 200 else f"{said[:198]} …"
+        raise UserError(
+            f"checkpoint={which}: its weights are not those of the model in config.yaml. {reason}"
+        ) from None
 
 
 def set_numerics(run: LoadedRun) -> None:
@@ -438,7 +445,8 @@ def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> 
         check_roles(config, ("data",), folder, where, others=places_of(folder))
         refuse_remote(folder, where, config, typed)
         allow({"data": config["data"]})
-        names: list[str] | None = instantiate(config["data"]).class_names
+        node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells
+        names: list[str] | None = instantiate(node).class_names
     except UserError:
         return None  # the data is missing or another's: classes go by their numbers
     return names

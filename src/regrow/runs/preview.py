@@ -77,7 +77,7 @@ def _report(job: Job) -> None:
     threads = trainer["num_threads"] or machine.usable_cores()
     job = job.with_trainer(devices=count, num_threads=threads)
     world = World(device=device)
-    objects = training.build(_alone(job.config, device), world)
+    objects = training.build(_alone(job.config, device), world, job.folder)
     with contextlib.closing(objects.data):
         if job.config["data"].get("cache") is not None:
             objects.data.check_cache()

@@ -45,6 +45,7 @@ from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.loaded import preprocessing_record
+from regrow.runs.other_code import naming_code
 
 log = logging.getLogger("regrow")
 
@@ -165,7 +166,7 @@ def run_in(job: Job, found: Found, world: World) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
     # A checkpoint holds the weights, and the source of `init_from` may be gone or have changed.
     init_from = None if found.has_checkpoint else job.config["init_from"]
-    objects = training.build({**job.config, "init_from": init_from}, world)
+    objects = training.build({**job.config, "init_from": init_from}, world, job.folder)
     with contextlib.closing(objects.data):
         return run_objects(job, objects, world, found.num_micro_batches)
 
@@ -180,7 +181,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
         folder = Path(job.folder)
-        with training.naming_commit(folder):
+        with naming_code(folder):
             if outline := writer.outline(folder / "checkpoints"):
                 objects.state.refuse_other(outline)
     world.barrier()  # a rank that fails before this line leaves no folder behind

@@ -23,9 +23,8 @@ from regrow.distributed.parallel import (
     World,
 )
 from regrow.errors import UserError
-from regrow.feeding.files import shown
+from regrow.feeding.files import shown, without_gone
 from regrow.processes.interrupt import Interrupted, StopRequest
-from regrow.project import ROOT
 from regrow.protocols import Objects, Record, Settings, State, Trial
 from regrow.randomness import Draws
 from regrow.record import loggers, manifest, pictures, records, report
@@ -34,15 +33,22 @@ from regrow.runs import first_calls
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.lab import lab
 from regrow.runs.machine import set_numerics
+from regrow.runs.other_code import naming_code
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.pt"
 
 
-def build(config: Mapping[str, Any], world: World) -> Objects:
-    """Set this process's switches, and return the objects of a run. Writes nothing."""
+def build(config: Mapping[str, Any], world: World, folder: str | None = None) -> Objects:
+    """Set this process's switches, and return the objects of a run. Writes nothing.
+
+    `folder` is the one that the run is resumed in, if it holds one: see `files.without_gone`.
+    """
     set_numerics(config["trainer"], world.device)
+    if folder is not None:
+        data = without_gone(config["data"], Path(folder), tells=world.is_main)
+        config = {**config, "data": data}
     with first_calls.explained():
         return lab().build(config, world)
 
@@ -181,7 +187,7 @@ def go_on(
     except writer.DamagedCheckpoint as damage:  # complete, but this torch cannot read it
         raise UserError(f"{damage}. To resume from the one before, move {found} away.") from None
     least = state.progress.num_micro_batches
-    with naming_commit(checkpoints.folder.parent):
+    with naming_code(checkpoints.folder.parent):
         state.load_state_dict(parts)
     state.progress.num_micro_batches = max(least, state.progress.num_micro_batches)
     checkpoints.saved = (state.step, state.progress.evaluated_step == state.step)
@@ -193,17 +199,6 @@ def go_on(
         manifest.set_step(checkpoints.folder.parent, state.step)
     log.info("resuming from step %d (%s)", state.step, f"checkpoints/{found}")
     return facts
-
-
-@contextlib.contextmanager
-def naming_commit(folder: Path) -> Iterator[None]:
-    """Add to the error of a checkpoint that this code cannot read which commit can."""
-    try:
-        yield
-    except UserError as error:
-        if advice := manifest.commit_to_use(folder, ROOT):
-            raise UserError(f"{error}{advice}") from error
-        raise
 
 
 def tell_position(state: State, accepted: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
