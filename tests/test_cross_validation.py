@@ -101,7 +101,7 @@ def test_folds_without_val_are_compared_by_test(tmp_path: Path) -> None:
     assert found.settings[0].monitored.count == 3
 
 
-def test_what_all_folds_predict_is_one_table(folds: list[Path], tmp_path: Path) -> None:
+def test_the_predictions_of_all_folds_are_one_table(folds: list[Path], tmp_path: Path) -> None:
     table = comparison.rows_of([load(run) for run in folds])
     comparison.write_out_of_fold(table, tmp_path / "out.csv")
     found = rows(tmp_path / "out.csv")

@@ -139,7 +139,7 @@ def snippets_of(text: str) -> dict[str, list[str]]:
     return found
 
 
-def test_each_of_ten_tasks_is_shown_for_whoever_has_a_call_for_it() -> None:
+def test_the_page_shows_ten_tasks_with_the_code_of_each_framework() -> None:
     text = page("coming_from.md")
     assert text.count("\n## ") == 12  # ten tasks, the terms and the differences
     counts = {label: len(snippets) for label, snippets in snippets_of(text).items()}

@@ -135,7 +135,7 @@ def test_a_copy_with_other_contents_is_not_the_users(own: Path, attack: str) -> 
     assert resumed(copy, digits_in(refused))[0] == "-m"
 
 
-def test_what_was_trusted_is_not_what_is_there_now(own: Path) -> None:
+def test_code_that_changed_after_it_was_trusted_is_refused(own: Path) -> None:
     other_code(own)
     with pytest.raises(UserError) as refused:
         resumed(own)
@@ -291,7 +291,9 @@ def test_a_trusted_sweep_with_a_link_out_of_it_is_refused(own: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "3", '{"overrides": 3, "jobs": {"a": 1}}'])
-def test_what_is_not_a_sweeps_is_one_line(own: Path, content: str) -> None:
+def test_a_file_that_is_not_a_sweeps_record_is_an_error_of_one_line(
+    own: Path, content: str
+) -> None:
     (own / "sweep.json").write_text(content)
     with pytest.raises(UserError) as refused:
         resumed(own)

@@ -293,7 +293,7 @@ def test_a_module_that_came_with_the_run_is_not_imported(
     ],
     ids=lambda node: str(node["_target_"]),
 )
-def test_what_runs_a_shell_is_not_made_by_any_name(
+def test_a_target_that_runs_a_shell_is_refused_by_any_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -550,7 +550,7 @@ def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
         finished(parts, *given, "trainer.max_steps=6")
 
 
-def test_weights_of_a_run_that_was_cut_otherwise_are_said_to_be(
+def test_a_warning_names_weights_of_a_run_with_other_splits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished(tmp_path / "run", "model.hidden=[4]")

@@ -101,7 +101,7 @@ def test_hydras_own_state_stays_as_it_was() -> None:
     }.items(),
     ids=str,
 )
-def test_what_is_wrong_is_one_line(overrides: Any, said: str) -> None:
+def test_a_wrong_override_of_compose_is_an_error_of_one_line(overrides: Any, said: str) -> None:
     with pytest.raises(UserError) as raised:
         regrow.compose("train", overrides)
     assert said in str(raised.value) and "\n" not in str(raised.value)
@@ -120,7 +120,7 @@ def test_a_config_of_hydras_own_api_is_sent_to_ours() -> None:
         regrow.build({"model": {}})
 
 
-def test_a_target_of_ones_own_has_to_be_composed() -> None:
+def test_a_target_set_after_compose_is_refused() -> None:
     config = regrow.compose("train", TINY)
     config.model._target_ = "os.system"
     with pytest.raises(UserError, match=r"_target_=os\.system is named neither in conf/ nor"):

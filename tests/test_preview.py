@@ -99,7 +99,7 @@ def told_of_splits(*given: str) -> list[str]:
 
 
 @pytest.mark.parametrize("beside", ["", "test"])
-def test_a_check_says_of_a_table_that_the_seed_cuts_it_whatever_folders_lie_about(
+def test_a_check_says_that_the_seed_splits_a_table_whatever_folders_lie_about(
     beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

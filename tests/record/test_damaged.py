@@ -153,7 +153,7 @@ def test_an_edited_log_costs_the_edited_lines(
         assert len(expected - {*losses}) <= lost
 
 
-def test_an_edited_log_is_cut_at_a_line_and_an_untouched_one_where_it_was(
+def test_an_edited_log_is_rewound_to_a_line_and_an_untouched_one_to_its_position(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = Jsonl(tmp_path)

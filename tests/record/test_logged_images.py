@@ -58,7 +58,7 @@ NOT_IMAGES = {
 
 
 @pytest.mark.parametrize("image", NOT_IMAGES.values(), ids=NOT_IMAGES)
-def test_what_is_not_an_image_is_one_warning(
+def test_a_value_that_is_not_an_image_is_one_warning(
     image: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UserError, match=r"^record\.image: .* is not an image\. Give [^\n]*$"):

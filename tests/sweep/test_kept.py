@@ -67,7 +67,7 @@ def trials(folder: Path, space: dict[str, BaseDistribution] = RATES, **changes: 
     )  # fmt: skip
 
 
-def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
+def test_a_users_own_folder_named_code_is_not_taken_for_a_copy(tmp_path: Path) -> None:
     thesis = tmp_path / "code" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
@@ -93,7 +93,7 @@ def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:
         other.agree({}, ["lr=1"])
 
 
-def test_a_sweep_goes_on_with_its_launcher_unless_another_is_named(tmp_path: Path) -> None:
+def test_a_sweep_resumes_with_its_launcher_unless_another_is_named(tmp_path: Path) -> None:
     launcher = ["launcher=slurm", "launcher.partition=gpu"]
     begun(tmp_path, ["seed=0,1"], launcher=launcher)
     assert expand_sweep(tmp_path, ["-m"])[1:4] == ["seed=0,1", *launcher]
@@ -116,9 +116,7 @@ def test_failed_jobs_that_a_command_does_not_name_are_tried_again_on_demand(
     assert [one.number for one in again] == [0]
 
 
-def test_a_retry_that_was_cut_is_made_up_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_retry_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     its = trials(tmp_path)
     one = its.next()
     state.note(tmp_path, 0, "failed", "x")
@@ -168,7 +166,7 @@ def complete(its: Any, one: Any) -> None:
     its.ended(one)
 
 
-def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_path: Path) -> None:
+def test_an_interrupted_search_makes_the_proposals_of_an_uninterrupted_one(tmp_path: Path) -> None:
     """After the ten trials that TPE draws at random, so that the others depend on the results."""
     space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1e-1, log=True)}
     whole, cut_ = tmp_path / "whole", tmp_path / "cut"
@@ -201,7 +199,7 @@ def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_pa
         ({"+lr": "wide"}, {"++lr": "wide"}, None),
     ],
 )
-def test_a_search_goes_on_in_its_own_space(
+def test_a_search_resumes_in_its_own_space_only(
     before: dict[str, str], now: dict[str, str], said: str | None, tmp_path: Path
 ) -> None:
     ranges: dict[str, BaseDistribution] = {
@@ -223,7 +221,7 @@ def test_a_search_goes_on_in_its_own_space(
         search.refuse_another(tmp_path, new, SEARCH)
 
 
-def test_a_value_that_the_space_does_not_hold_is_no_override() -> None:
+def test_a_value_outside_the_space_is_not_used_as_an_override() -> None:
     """Anyone may have edited the journal of a folder that was elsewhere."""
     evil = "1 hydra.callbacks.x._target_=os.system"
     assert search.is_of(RATES["lr"], "0.1") and not search.is_of(RATES["lr"], evil)
@@ -231,7 +229,7 @@ def test_a_value_that_the_space_does_not_hold_is_no_override() -> None:
     assert search.is_of(rates, 2.0) and not search.is_of(rates, evil)
 
 
-def test_a_list_of_jobs_that_cannot_be_read_is_not_written_anew(tmp_path: Path) -> None:
+def test_an_unreadable_list_of_jobs_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / state.FILE).write_text("{half")
     with pytest.raises(UserError, match=r"sweep.json cannot be read"):
         state.write(tmp_path, complete=True)

@@ -48,7 +48,7 @@ def test_a_grid_is_every_combination_in_the_order_of_the_command() -> None:
     assert jobs[0][0] == ["a=1", "b=x", "+c=[1,2]", "~d"]
 
 
-def test_what_comes_later_wins() -> None:
+def test_the_later_of_two_overrides_of_a_key_wins() -> None:
     assert [swept for _, swept in plan.grid(LOADER, ["a=1,2", "a=3,4"])] == [["a=3"], ["a=4"]]
     assert plan.grid(LOADER, ["a=1,2", "a=3"]) == [(["a=3"], [])]
 
@@ -173,14 +173,14 @@ def test_a_sweep_is_taken_up_by_the_command_that_began_it(
     assert claimed(["seed=0,1"]) != folder
 
 
-def test_a_named_folder_is_never_begun_anew(tmp_path: Path) -> None:
+def test_resume_never_refuses_a_folder_that_holds_a_sweep(tmp_path: Path) -> None:
     begun(tmp_path, ["seed=0,1"])
     with pytest.raises(UserError, match="holds a sweep"):
         frozen.claim(tmp_path, "digits", ["seed=0,1"], "never")
     frozen.claim(tmp_path, "digits", ["seed=0,1"], "auto").release()
 
 
-def test_a_job_that_was_killed_is_told_from_one_that_was_cut(tmp_path: Path) -> None:
+def test_a_killed_job_is_failed_and_one_still_marked_running_is_interrupted(tmp_path: Path) -> None:
     entry = state.Entry(3, "x", {"seed": "1"}, "3")
     assert state.state_of(tmp_path, entry) == ("waiting", None)
     state.note(tmp_path, 3, "failed", "killed\nby SIGKILL token=abcdefgh123")
@@ -234,7 +234,7 @@ def test_configs_composed_for_many_jobs_are_those_composed_for_each(
     "wrong",
     ["optimizer.lrr=1", "optimizer=adan", "sead=1", "seed@x=1", "logger=null", "notes=glob(a*)"],
 )
-def test_what_cannot_be_composed_for_many_is_refused_as_for_one(
+def test_a_wrong_override_gets_the_same_error_in_many_configs_as_in_one(
     wrong: str, loader_and_config: tuple[Any, DictConfig]
 ) -> None:
     loader, config = loader_and_config

@@ -48,7 +48,7 @@ def test_batchnorm_counts_a_batch_once(
     assert same is not broken
 
 
-def test_of_nested_matches_the_outermost_is_taken() -> None:
+def test_the_outermost_of_nested_matches_is_taken() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
     assert [*sharding.matching(model, ["*"], "key")] == ["0", "1"]
     assert [*sharding.matching(model, ["0.*"], "key")] == ["0.0", "0.1"]

@@ -81,7 +81,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_bad_number_in_one_slice_changes_no_weight_moment_average_or_buffer(
+def test_a_bad_number_in_one_micro_batch_changes_no_weight_moment_average_or_buffer(
     name: str, bad: float
 ) -> None:
     bench = bench_of(MAKERS[name], clip_norm=1.0, clip_value=0.1)
@@ -98,7 +98,7 @@ def test_a_bad_number_in_one_slice_changes_no_weight_moment_average_or_buffer(
     assert bench.state.skips.tolist() == [1.0, 0.0]
 
 
-def test_a_run_goes_on_after_a_skipped_step_as_if_its_batch_had_not_been() -> None:
+def test_a_run_continues_after_a_skipped_step_as_if_its_batch_had_not_been() -> None:
     skipped, without = bench_of(MAKERS["adamw"]), bench_of(MAKERS["adamw"])
     for number, bad in ((0, None), (1, torch.nan), (2, None)):
         skipped.step(batch(number, bad))
@@ -246,7 +246,7 @@ def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path)
     assert found == [*range(1, led_there + 1), summary["steps"]]
 
 
-def test_the_search_of_the_fp16_scale_is_no_fault() -> None:
+def test_steps_skipped_in_the_search_of_the_fp16_scale_do_not_end_the_run() -> None:
     """From 2^30, it takes some halvings to reach a scale without overflow."""
     scale = LossScale(CPU, initial=2.0**30, growth_interval=5)
     bench = bench_of(

@@ -49,7 +49,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None
         ("max", [NAN, 0.5, NAN, NAN], 2),
     ],
 )
-def test_of_equal_evaluations_the_latest_is_best_and_kept(
+def test_the_latest_of_equal_evaluations_is_best_and_kept(
     mode: str, values: list[float], best: int, tmp_path: Path, evaluations: Any
 ) -> None:
     evaluations(values)
@@ -103,7 +103,7 @@ def test_a_changed_rate_is_told_with_the_name_of_its_optimizer(
     assert optimizers["critic"].param_groups[0]["lr"] == 0.25
 
 
-def test_an_evaluation_after_a_skipped_step_is_no_later_best(
+def test_an_equal_evaluation_after_a_skipped_step_does_not_become_the_best(
     tmp_path: Path,
     evaluations: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,7 +125,7 @@ def test_an_evaluation_after_a_skipped_step_is_no_later_best(
     assert "were not saved" not in caplog.text
 
 
-def test_an_equal_evaluation_is_no_improvement_for_early_stopping_and_plateau() -> None:
+def test_early_stopping_and_plateau_take_an_equal_evaluation_for_no_improvement() -> None:
     config = config_of(*TINY, "scheduler=plateau", "scheduler.patience=9")
     objects = runs.build(config, CPU)
     for value in (0.5, 0.5, 0.5):

@@ -395,7 +395,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_where_it_is(
     assert (tmp_path / "step_00000002").is_dir()
 
 
-def test_where_links_are_not_possible_last_and_best_are_files(
+def test_last_and_best_are_files_where_links_are_not_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -431,7 +431,7 @@ def test_incomplete_folders_do_not_count_as_kept_ones(tmp_path: Path) -> None:
     assert (tmp_path / "last").resolve().name == "step_00000002"
 
 
-def test_what_a_killed_writer_left_is_cleared_and_what_it_had_set_aside_put_back(
+def test_the_next_writer_clears_a_killed_ones_files_and_puts_back_the_checkpoint_set_aside(
     tmp_path: Path,
 ) -> None:
     written(tmp_path, [0.1, 0.2], OPTIONS)
@@ -445,7 +445,7 @@ def test_what_a_killed_writer_left_is_cleared_and_what_it_had_set_aside_put_back
     assert loaded[1]["step"] == 2
 
 
-def test_what_a_killed_rotation_had_half_deleted_does_not_come_back(tmp_path: Path) -> None:
+def test_a_checkpoint_half_deleted_by_a_killed_rotation_does_not_come_back(tmp_path: Path) -> None:
     written(tmp_path, [0.1, 0.2, 0.3], OPTIONS)
     old = tmp_path / ".old-step_00000001"
     shutil.copytree(tmp_path / "step_00000002", old)
@@ -686,7 +686,7 @@ def test_a_checkpoint_is_never_ahead_of_its_record(
     assert fingerprint(tmp_path / "broken") != fingerprint(whole)
 
 
-def test_a_run_on_a_full_disk_goes_on_and_ends_the_same(
+def test_a_run_on_a_full_disk_continues_and_ends_the_same(
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -107,7 +107,7 @@ def memory_kept() -> int:
     return torch.cuda.memory_reserved()
 
 
-def test_a_gpu_without_room_halves_the_slices_and_goes_on(tmp_path: Path) -> None:
+def test_a_gpu_without_room_halves_the_micro_batches_and_the_run_completes(tmp_path: Path) -> None:
     wide = (*IMAGES, "model.channels=[64]", "data.batch_size=1200")
     before = memory_kept()
     torch.cuda.reset_peak_memory_stats()

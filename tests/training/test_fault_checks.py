@@ -166,7 +166,7 @@ def test_a_leak_has_five_examples_that_the_run_trains_on() -> None:
     assert len(lines(20, num_trained_on=20)) == 1
 
 
-def test_equal_rows_by_chance_are_no_leak_and_copied_rows_are_one() -> None:
+def test_copied_rows_are_a_leak_and_rows_equal_by_chance_are_not() -> None:
     generator = torch.Generator().manual_seed(0)
     for few in (20, 100, 1000):  # of so many values
         for sizes in ((120, 30), (40, 400), (1000, 200)):

@@ -150,7 +150,7 @@ def test_a_start_on_a_full_disk_is_one_line(disk: Disk, capsys: pytest.CaptureFi
     assert launched(*RUN) is not None  # the little that was written does no harm
 
 
-def test_a_checkpoint_folder_that_cannot_be_written_is_said_and_the_run_goes_on(
+def test_a_checkpoint_folder_that_cannot_be_written_is_named_and_the_run_continues(
     tmp_path: Path,
     whole: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -61,7 +61,7 @@ def test_a_run_that_samples_and_mixes_stops_resumes_and_splits(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_processes_and_slices_sample_and_mix_the_same(tmp_path: Path) -> None:
+def test_processes_and_micro_batches_sample_and_mix_the_same(tmp_path: Path) -> None:
     config = config_of(*BOTH)
     torch.set_num_threads(1)
     one = in_ranks.trained(CPU, config, tmp_path)

@@ -201,7 +201,7 @@ def test_a_verdict_takes_a_million_outputs_and_passes_of_a_micro_batch(classes: 
     assert torch.equal(cut, outputs[:, : cut.shape[1]])
 
 
-def test_a_verdict_on_part_of_a_text_is_that_of_the_whole_one_cut(
+def test_a_verdict_on_part_of_a_text_is_that_of_the_shorter_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_of("data=text", "task=language", "model=gpt")
@@ -216,7 +216,7 @@ def test_a_verdict_on_part_of_a_text_is_that_of_the_whole_one_cut(
     assert whole is not None and whole[1] == pytest.approx(math.log(2) / 2, abs=1e-6)
 
 
-def test_pixels_are_cut_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_limited_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overfitting, "MOST_NUMBERS", 3 * 2 * 4)
     task = SimpleNamespace(kind="segmentation")
     outputs, targets = torch.randn(1, 3, 8, 4), torch.zeros(1, 8, 4)

@@ -88,7 +88,7 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
         *("trained_sharded", "trained_sharded_in_slices"),
     ],
 )
-def test_processes_and_slices_do_not_move_the_maths(
+def test_processes_and_micro_batches_do_not_change_the_maths(
     way: str, one: dict[str, Any], several: Seen
 ) -> None:
     for rank in several:
