@@ -81,7 +81,7 @@ def test_two_processes_leave_one_record_with_the_numbers_of_one(two: Path, tmp_p
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
     for line, its in zip(lines, expected, strict=True):
         assert line == pytest.approx(its, abs=1e-4, nan_ok=True)
-    assert (two / "train.log").read_text().count("batch: 16 = 2 devices × 1 slice × 8") == 1
+    assert (two / "train.log").read_text().count("batch: 16 = 2 devices × 1 micro-batch × 8") == 1
     assert read_json(two / "status.json")["state"] == "completed"
     assert len(set(ranks_of(two))) == 2
 

@@ -53,7 +53,7 @@ def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(summary["test"]) >= {"test/loss", "test/accuracy"}
     assert metrics_of(folder)[-1]["test/accuracy"] == summary["test"]["test/accuracy"]
     out = capsys.readouterr().out
-    assert "batch: 16 = 1 device × 1 slice × 16" in out
+    assert "batch: 16 = 1 device × 1 micro-batch × 16" in out
     assert f"resume={folder.relative_to(tmp_path)}" in out
     assert "[rank 0]" in (folder / "train.log").read_text()
 

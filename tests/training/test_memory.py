@@ -125,7 +125,7 @@ def test_a_loss_that_cannot_be_split_is_not_split(monkeypatch: pytest.MonkeyPatc
         "__setattr__",
         lambda s, n, v: n == "sums_over_examples" or s.__dict__.update({n: v}),
     )
-    with pytest.raises(UserError, match="this loss cannot be cut"):
+    with pytest.raises(UserError, match="this loss cannot be split"):
         trained(4)
 
 
