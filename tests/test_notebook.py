@@ -29,7 +29,7 @@ from regrow.config.own_modules import import_resolvers
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
-from regrow.runs import training as run
+from regrow.runs import training
 
 
 def test_a_config_is_that_of_the_command_resolved() -> None:
@@ -45,7 +45,7 @@ def test_objects_are_those_of_a_run(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         config = regrow.compose("train", [*TINY, "optimizer=sgd", r"notes='\${name}'"])
-        ours, its = regrow.build(config), run.build(plain(config), CPU)
+        ours, its = regrow.build(config), training.build(plain(config), CPU)
         assert isinstance(ours.state.optimizer, torch.optim.SGD)
         for name, value in its.state.model.state_dict().items():
             assert torch.equal(ours.state.model.state_dict()[name], value)

@@ -20,8 +20,7 @@ from regrow.load import load_run
 from regrow.record import plots, report
 from regrow.record.earlier import differences
 from regrow.record.loggers import Jsonl
-from regrow.runs import training as runs
-from regrow.runs import trial
+from regrow.runs import training, trial
 from regrow.runs.inference import evaluate
 from regrow.runs.launch import launch
 
@@ -44,7 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     return Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
 
 

@@ -28,8 +28,7 @@ from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
-from regrow.runs import lr_finder
-from regrow.runs import training as runs
+from regrow.runs import lr_finder, training
 from regrow.runs.find_lr import find_lr
 from regrow.runs.lr_finder import Curve, RangeTest, smooth, still_falling, suggest
 
@@ -51,7 +50,7 @@ def job(*overrides: str) -> DictConfig:
 
 def built(*overrides: str) -> tuple[Objects, loop.Plan]:
     config = config_of(*SMALL, *overrides)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
     return objects, plan_of(objects, config["seed"], CPU, StopRequest(), **nowhere)
 

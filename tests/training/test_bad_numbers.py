@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lab import optim
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.feeding.batch import Batch
 from regrow.numerics import totals
 from regrow.numerics.buffers import Buffers
@@ -225,10 +225,10 @@ def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -
         train(tmp_path, *config, *saving, "optimizer.lr=1e30")
     found = re.search(r"checkpoint is (step_\d+)", str(failed.value))
     assert found is not None
-    parts, _ = checkpoint.load(tmp_path / "checkpoints" / found[1])
+    parts, _ = writer.load(tmp_path / "checkpoints" / found[1])
     assert all(weight.abs().max() < 100 for weight in parts["model"].values())
-    newest = checkpoint.named(tmp_path / "checkpoints", "last")
-    parts, _ = checkpoint.load(newest)  # the control: the state that led to it is saved too
+    newest = writer.named(tmp_path / "checkpoints", "last")
+    parts, _ = writer.load(newest)  # the control: the state that led to it is saved too
     assert any(weight.abs().max() > 1e6 for weight in parts["model"].values())
 
 
@@ -238,7 +238,7 @@ def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path)
     saving = ("trainer.checkpoint.save_every_steps=1", "trainer.checkpoint.keep_last=50")
     train(tmp_path, *config, *saving, stop_at=5)
     summary = train(tmp_path, *config, *saving, "optimizer.lr=1e30")
-    found = [facts["step"] for facts in checkpoint.complete(tmp_path / "checkpoints").values()]
+    found = [facts["step"] for facts in writer.complete(tmp_path / "checkpoints").values()]
     skipped = summary["skipped_steps"]
     assert skipped >= 4
     led_there = summary["steps"] - skipped

@@ -16,7 +16,7 @@ from running import CPU, TINY, config_of, train
 from lab import loop, progress, step
 from regrow.errors import UserError
 from regrow.feeding.batch import Batch
-from regrow.runs import training as runs
+from regrow.runs import training
 
 NAN = math.nan
 EACH_STEP = ("trainer.eval_every_steps=1", "trainer.checkpoint.save_every_epochs=null")
@@ -127,7 +127,7 @@ def test_an_equal_evaluation_after_a_skipped_step_does_not_become_the_best(
 
 def test_early_stopping_and_plateau_take_an_equal_evaluation_for_no_improvement() -> None:
     config = config_of(*TINY, "scheduler=plateau", "scheduler.patience=9")
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     for value in (0.5, 0.5, 0.5):
         loop.take_in({"val/accuracy": value}, objects.state, objects.options)
     schedule: Any = objects.state.schedule
@@ -140,4 +140,4 @@ def test_a_step_that_does_not_take_state_batch_and_plan_is_refused_before_a_fold
     config = config_of(*TINY)
     config["step"] = {"_target_": config["model"]["_target_"], "_partial_": True}
     with pytest.raises(UserError, match=r"step\._target_=.*MLP must take \(state, batch, plan\): "):
-        runs.build(config, CPU)
+        training.build(config, CPU)

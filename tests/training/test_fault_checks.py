@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
 from regrow.config.targets import allow
-from regrow.runs import fault_checks
-from regrow.runs import training as runs
+from regrow.runs import fault_checks, training
 
 N = 8
 OUTPUTS = torch.randn(N, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -156,7 +155,7 @@ def test_a_leak_has_five_examples_that_the_run_trains_on() -> None:
         config = config_of(*TINY, "data.normalize=none")
         config["data"]["source"] = {"_target_": "planted.rows", "shared": shared}
         allow(config)
-        objects = runs.build(config, CPU)
+        objects = training.build(config, CPU)
         return fault_checks.leaks(objects.data, CPU.device, num_trained_on)
 
     assert lines(4) == []

@@ -18,7 +18,7 @@ from lab.tasks.tasks import Multiclass
 from regrow.errors import UserError
 from regrow.numerics import calls
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -138,7 +138,7 @@ def test_batchnorm_on_one_example_is_found_before_the_run_starts() -> None:
 
 
 def checked(*overrides: str) -> None:
-    objects = runs.build(config_of(*overrides), CPU)
+    objects = training.build(config_of(*overrides), CPU)
     before = [b.clone() for b in objects.state.model.buffers()]
     check_first_batch(objects, CPU)
     after = list(objects.state.model.buffers())
@@ -182,4 +182,4 @@ def test_a_run_without_room_for_one_example_ends_in_one_line(
     monkeypatch.setattr(step, "forward", crowded)
     config = config_of(*TINY)
     with pytest.raises(UserError, match="out of memory"):
-        runs.train(runs.build(config, CPU), config, tmp_path, CPU, StopRequest())
+        training.train(training.build(config, CPU), config, tmp_path, CPU, StopRequest())

@@ -23,7 +23,7 @@ from regrow.feeding.splits import Splits
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 STEPS = 12
 LEAN = ("task.per_class=false", "task.auroc=false")
@@ -199,7 +199,7 @@ def test_a_stop_wherever_the_loop_looks_changes_nothing(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         stop = StopAtQuestion(number)
-        summary = runs.train(runs.build(config, CPU), config, folder, CPU, stop)
+        summary = training.train(training.build(config, CPU), config, folder, CPU, stop)
         if stop.signal is None:
             assert summary["status"] == "completed"
             asked = stop.asked
@@ -379,7 +379,7 @@ def test_a_resume_that_loses_something_is_caught(
         train(tmp_path, *EVERYTHING, stop_at=6)  # in the evaluation after step 6
         config = config_of(*EVERYTHING)
         stops = StopAfterEvaluation()
-        runs.train(runs.build(config, CPU), config, tmp_path, CPU, stops)
+        training.train(training.build(config, CPU), config, tmp_path, CPU, stops)
     mistake(monkeypatch)
     train(tmp_path, *EVERYTHING)
     assert not same(tmp_path, whole)
@@ -403,12 +403,12 @@ def test_raw_and_averaged_weights_are_kept_around_an_evaluation(when: str, tmp_p
     whole = train(tmp_path / "whole", *run)
     folder = tmp_path / "cut"
     train(folder, *run, stop_at=3)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     stop = StopAfterEvaluation()
     if when == "before":
         assert train(folder, *run, stop_at=4)["status"] == "interrupted"
     else:
-        runs.train(objects, config, folder, CPU, stop)
+        training.train(objects, config, folder, CPU, stop)
     evaluated = [line["step"] for line in metrics_of(folder) if "val/loss" in line]
     assert evaluated == ([] if when == "before" else [4])
     parts = {
@@ -426,7 +426,7 @@ def test_raw_and_averaged_weights_are_kept_around_an_evaluation(when: str, tmp_p
 def test_an_fp16_run_resumes_with_its_loss_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "set_numerics", lambda options, device: None)
+    monkeypatch.setattr(training, "set_numerics", lambda options, device: None)
     run = (*TINY, *LEAN, "model.dropout=0.3", "trainer.ema_decay=0.9", "trainer.precision=fp16")
     monkeypatch.setattr(
         "lab.build.LossScale", lambda device: LossScale(device, initial=2.0**27, growth_interval=3)
