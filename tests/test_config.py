@@ -96,6 +96,8 @@ BAD = {
     "task=segmentation": "task=segmentation does not fit multiclass targets",
     "task.class_names=5": "task.class_names=5 must be a list, each text (in quotes where YAML",
     "data.class_names=[true,false]": 'would read something else: "no"), or null.',
+    "loss.class_weights=balance": "must be balanced, or a list, each a number from 0, or a mapping",
+    "loss.class_weights={cat:-1}": "must be balanced, or a list",
     "loss.ignore_index=zzz": "loss.ignore_index=zzz must be an integer, or null.",
     "hydra.run.dir=/proc/x": "hydra.run.dir=/proc/x: /proc/x: No such file or directory.",
     "optimizr=adam": "optimizr: there is no such key. Did you mean optimizer?",

@@ -11,6 +11,7 @@ loaders: Data
 masks: as_written, mask_folder
 mixing: Mix
 preprocess: in_units, Normalizer, Preprocessing
+sampling: balanced_weights
 shards: shards
 splits: as_tensor, check_fractions, cut_examples, Examples, GIVEN, MapStyle, origins_of, Splits,
     strata_of

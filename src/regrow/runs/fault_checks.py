@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from regrow.errors import UserError
@@ -26,6 +27,7 @@ from regrow.protocols import Batch, Data
 log = logging.getLogger(__name__)
 
 FIRST_STEPS = 5  # a random choice of layers or experts passes some over in a single step
+MOST_INITIAL = 0.05  # of the running averages; a momentum of 0.1 needs 29 updates
 LARGE = 3.0  # root mean square of inputs; standardised ones have 1, images from 0 to 1 less
 SMALL = 1e-3
 MOST_SHOWN = 8  # channels
@@ -211,6 +213,30 @@ def without_gradient(names: list[str], steps: int) -> str:
         f"model: {listed(names)} got no gradient {when}, so they do not train: forward does not "
         "use them, or detach() or no_grad() cuts them off. Correct forward, or say that it is "
         "meant: requires_grad_(False)."
+    )
+
+
+def unsettled_averages(model: torch.nn.Module, steps: int, num_micro_batches: int) -> str | None:
+    """Return a line if BatchNorm's running averages are mostly of before the run; else None.
+
+    A momentum of m leaves (1 - m)^n of the initial values after n updates. Layers that have more
+    updates than the run brought another state along, and those without any are in evaluation mode.
+    """
+    most, momentum = 0.0, 0.0
+    updates = steps * num_micro_batches
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm) or module.num_batches_tracked is None:
+            continue
+        if module.momentum is not None and 0 < int(module.num_batches_tracked) <= updates:
+            most, momentum = max(
+                (most, momentum), ((1 - module.momentum) ** updates, module.momentum)
+            )
+    if most <= MOST_INITIAL:
+        return None
+    return (
+        f"{steps} steps: BatchNorm's running averages still hold {most:.0%} of their initial "
+        "values, and evaluation uses them: val may look worse than the model is. Train for longer, "
+        f"or give the layers a momentum above {momentum:g}."
     )
 
 

@@ -40,7 +40,7 @@ from regrow.project import ROOT
 from regrow.protocols import Objects
 from regrow.record import manifest, names, ownership, records
 from regrow.record.redact import redact, redact_all
-from regrow.runs import machine, training
+from regrow.runs import fault_checks, machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
 from regrow.runs.first_steps import FirstSteps
@@ -256,6 +256,8 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 log.warning(
                     "%s", in_warmup(objects.state.step, warmup)
                 )  # max_seconds or early stopping ended it
+            if (short := unsettled(job, objects)) is not None:
+                log.warning("%s", short)
             if job.draws:
                 training.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
@@ -263,6 +265,16 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             watch.report()
         best: float | None = summary["best"]["value"]
         return best
+
+
+def unsettled(job: Job, objects: Objects) -> str | None:
+    """Return the warning of a run that was too short for its BatchNorm layers, or None."""
+    state, config = objects.state, job.config
+    started = config["init_from"] or config["model"].get("pretrained")
+    if started or job.choices.get("debug"):
+        return None
+    micro_batches = max(objects.options.accumulation_steps, state.progress.num_micro_batches)
+    return fault_checks.unsettled_averages(state.evaluated, state.step, micro_batches)
 
 
 def after_a_change(error: DataError, job: Job, folder: Path) -> str:
