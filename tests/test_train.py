@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from regrow.config.resume import expand
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import Lock, read_json
+from regrow.runs import training
 
 ROOT = CONF.parent
 TRAIN = ROOT / "scripts" / "train.py"
@@ -69,6 +71,45 @@ def test_the_same_command_again_says_that_the_run_is_complete(
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "mine").rglob("*") if p.is_file()}
     changed = {p.name for p in after if before.get(p) != after[p]}
     assert changed <= {".lock"}
+
+
+def test_a_complete_run_refuses_changes_as_an_unfinished_one_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched("hydra.run.dir=mine")
+    before = fingerprint(tmp_path / "mine")
+
+    def said(*typed: str) -> tuple[str, str]:
+        capsys.readouterr()
+        overrides = expand(["resume=mine", *typed])
+        with contextlib.suppress(SystemExit):
+            launched(*overrides)
+        text = capsys.readouterr()
+        return text.out, text.err.splitlines()[-1] if text.err else ""
+
+    more = "trainer.max_epochs=5"
+    for change, words in {
+        "model.hidden=[13]": "the checkpoint is of another model: ",
+        "trainer.ema_decay=0.9": "the checkpoint lacks averaged",
+        "data.source.num_train=40": "the data has changed since that run began",
+    }.items():
+        out, error = said(change)
+        assert error.startswith("error: ") and words in error and "is complete" not in out
+        assert said(change, more)[1] == error  # the limit makes it unfinished
+    assert "mine is complete, so the changes have no effect" in said("optimizer.lr=0.5")[0]
+    record = read_json(tmp_path / "mine" / "manifest.json")
+    files = {**record["code_files"], "src/lab/models/mlp.py": "0" * 16}
+    (tmp_path / "mine" / "manifest.json").write_text(json.dumps({**record, "code_files": files}))
+    for typed in (("model.hidden=[13]",), ("model.hidden=[13]", more)):
+        assert "Its code has changed since. " in said(*typed)[1]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(training, "build", fail)
+    for typed in ((), ("data.num_workers=2",), ("tags=[a]",)):
+        assert "mine is complete. To train longer" in said(*typed)[0]
+    assert fingerprint(tmp_path / "mine") == before
 
 
 def test_a_folder_of_another_config_is_refused_with_the_differences(
