@@ -11,8 +11,10 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from running import fingerprint, launched, metrics_of
 
+from lab.models.mlp import MLP
 from regrow.config.resume import expand
 from regrow.errors import UserError
 from regrow.project import CONF
@@ -222,6 +224,46 @@ def test_a_second_writer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
             launched("hydra.run.dir=mine")
         assert stop.value.code == 2
     assert "is in use by process" in capsys.readouterr().err
+
+
+class Fails(MLP):
+    """Raises an error in the given pass with gradients; the first is of a check."""
+
+    fails_at = 0
+    passes = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.passes += self.training and torch.is_grad_enabled()
+        if self.passes == self.fails_at:
+            raise KeyError("here")
+        return super().forward(inputs)
+
+
+def test_a_run_that_completes_no_step_is_not_the_latest_and_says_what_stays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Path("outputs", "synthetic")
+
+    def latest(fails_at: int) -> tuple[Path | None, str]:
+        """Start a run; return the latest one's folder, and what the run says of its own."""
+        monkeypatch.setattr(Fails, "fails_at", fails_at)
+        with contextlib.suppress(SystemExit, KeyError):
+            launched("model._target_=test_train.Fails", "trainer.max_steps=3", "scheduler=constant")
+        said = capsys.readouterr().out
+        link = runs / "latest"
+        return link.resolve() if link.is_symlink() else None, said
+
+    told = "no step was completed: {} holds a log, and nothing to resume\n"
+    before, said = latest(2)
+    (folder,) = runs.iterdir()
+    assert before is None and told.format(folder) in said
+    assert "Traceback" in (folder / "train.log").read_text()
+    trained, said = latest(-1)  # the control
+    assert trained is not None and "nothing to resume" not in said
+    assert latest(2)[0] == trained
+    failed, said = latest(3)  # in the second step
+    assert failed not in (None, trained) and "nothing to resume" not in said
+    assert len([*runs.iterdir()]) == 5
 
 
 def test_a_broken_model_leaves_no_folder(

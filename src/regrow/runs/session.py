@@ -227,12 +227,13 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 introduce(folder, job, objects, world)
                 if is_new and (far := objects.data.far_targets()) is not None:
                     log.warning("%s", far)
-            begun = False
+            begun, runs = False, Path("outputs", config["name"])
+            latest = records.linked_latest(runs)
 
             def begin() -> None:
                 nonlocal begun
                 begun = True
-                records.link_latest(folder, Path("outputs", config["name"]))
+                records.link_latest(folder, runs)
 
             watch = None
             if config["trainer"].get("find_faults"):
@@ -257,6 +258,13 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 if isinstance(cause, DataError) and objects.state.step > 0:
                     cause = DataError(after_a_change(cause, job, folder))
                 note_failure(cause, folder, job, objects.state.step, world)
+                if world.is_main and job.folder is None and objects.state.step == 0:
+                    with contextlib.suppress(OSError):
+                        records.unlink_latest(folder, runs, latest)
+                    if not isinstance(cause, OSError):  # which says how to resume
+                        log.info(
+                            "no step was completed: %s holds a log, and nothing to resume", folder
+                        )
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
                 if is_plain(cause):
