@@ -17,6 +17,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.errors import UserError, printable
 from regrow.failing import in_one_line
+from regrow.record import by_class
 from regrow.record.earlier import differences, write_over
 from regrow.record.output import refuse_existing, write_text
 
@@ -69,6 +70,9 @@ def evaluate(options: Arguments) -> None:
     print(f"{run.data.num_examples[split]:,} examples, on {run.device} in {run.precision}\n")
     for key, value in shown.items():
         print(printable(f"  {key.ljust(width)}  {value:.5g}"))
+    where = str(output or run.folder / name)
+    if lines := by_class.table(values, split, where):
+        print("", *(printable(line) for line in lines), sep="\n")
     content = {
         "run": str(run.folder),
         "checkpoint": run.checkpoint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -622,6 +623,19 @@ def test_a_pretrained_model_is_not_downloaded_again(
 def test_a_run_is_used_in_a_notebook_in_two_lines(run: Path) -> None:
     loaded = load_run(str(run))
     assert loaded.model(torch.zeros(2, 6)).shape == (2, 3)
+
+
+def test_a_loaded_run_shows_itself_in_one_short_line(run: Path) -> None:
+    """As in a cell of a notebook."""
+    loaded = load_run(run)
+    best = read_json(run / "summary.json")["best"]
+    assert repr(loaded) == (
+        f"<run {run.resolve()}: MLP, step {best['step']}, {best['metric']} {best['value']:.4g}, on "
+        "cpu. run.predict(inputs) predicts; also run.model, run.data, run.task, run.config>"
+    )
+    unmeasured = dataclasses.replace(loaded, value=None)
+    assert f"step {best['step']}, on cpu." in repr(unmeasured)
+    assert type(loaded.config) is type(loaded.config["model"]) is dict
 
 
 def test_a_bad_precision_in_a_recorded_config_is_one_line(tmp_path: Path) -> None:

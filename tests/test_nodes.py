@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -103,6 +104,14 @@ def test_what_a_file_says_has_to_be_given_has_to_be(group: str, option: str) -> 
 def test_a_value_that_is_inherited_would_be_found() -> None:
     merged = OmegaConf.merge({"root": "data"}, {"root": "???", "source": "???"})
     assert missing(plain(cast(DictConfig, merged), resolve=False)) == {"source"}
+
+
+def test_a_file_is_read_with_the_numbers_that_hydra_reads(tmp_path: Path) -> None:
+    words = ("1e-3", "-2E+4", "1.5e3", "1_0e2", "0.1", "7", "1e", "e3", "1e-3x", "1.e2.3")
+    file = tmp_path / "own.yaml"
+    file.write_text("".join(f"key{i}: {word}\n" for i, word in enumerate(words)))
+    assert read_yaml(file) == OmegaConf.to_container(OmegaConf.load(file))
+    assert read_yaml(file) != yaml.safe_load(file.read_text())  # the reason for a loader of our own
 
 
 def test_floats_in_yaml_are_floats() -> None:

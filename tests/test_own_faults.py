@@ -153,6 +153,14 @@ SAID = {
         "error: {}" + at("return outputs[:, 70]") + ", in loss: return outputs[:, 70]: IndexErr",
         ", the outputs (180, 10), the targets (180,). HYDRA_FULL_ERROR=1 shows the whole trace",
     ),
+    "model=small model.width=abc": (
+        "error: model.width=abc must be an integer, such as its default, 6.",
+        "",
+    ),
+    "model=small model.width=[6]": (  # the class itself may take a list
+        "error: model (my_models.Small, {}" + at("self.head = nn.Linear(width, 10)"),
+        "TypeError: ",
+    ),
     "model=small model.groups=5": (
         "error: model (my_models.Small, {}" + at(BODY) + "): ValueError: ",
         "groups. HYDRA_FULL_ERROR=1 shows the whole traceback.",

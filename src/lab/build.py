@@ -47,6 +47,7 @@ from regrow.randomness import key, seed_everything, states_kept
 from regrow.record import monitor
 from regrow.record.meter import Meter
 from regrow.runs import model_checks
+from regrow.runs.fault_checks import Untrained
 
 log = logging.getLogger(__name__)
 
@@ -363,6 +364,10 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
     options, model = objects.options, objects.state.model
     exchange = Exchange(world, stop)
     buffers = Buffers(model, flat=True)
+    untrained = Untrained()
+    if not (options.find_faults or isinstance(model, several.Models)):
+        begun, end = objects.state.step, objects.total_steps
+        untrained = Untrained(model, begun, end, tells=world.is_main)
     step = StepPlan(
         options=options,
         task=objects.task,
@@ -377,6 +382,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
             options, objects.state, objects.task, world, objects.total_steps, objects.train_step
         ),
         record=record.get("record"),
+        untrained=untrained,
     )
     peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
     # To count the operations of a compiled model would run it uncompiled.

@@ -23,6 +23,7 @@ from regrow.processes.interrupt import StopRequest
 from regrow.protocols import EvalBatches, Record, Task, TrainBatches, Trial
 from regrow.randomness import key
 from regrow.record.meter import Meter
+from regrow.runs.fault_checks import Untrained
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StepPlan:
     capture: Eager
     # For record.image; other ranks than 0 have one that writes nothing.
     record: Record | None = None
+    untrained: Untrained = field(default_factory=Untrained)  # what the first steps do not reach
     name: str = ""  # of one of several models, optimizers and sums: see `of`
 
     def of(self, name: str) -> StepPlan:

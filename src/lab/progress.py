@@ -118,9 +118,10 @@ def announce(state: TrainState, plan: Plan, best_before: float | None) -> None:
     names += [plan.options.monitor or ""]
     shown = [f"{name} {values[name]:.4g}" for name in dict.fromkeys(names) if name in values]
     best = ""
-    # take_in moves best_step to the latest of tied values, so that alone implies no improvement.
+    # take_in moves best_step to the latest of tied values, which alone implies no improvement.
     if progress.best_step == state.step:
-        best = " (equals the best)" if progress.best_value == best_before else " (best)"
+        is_tie = progress.best_value == best_before
+        best = " (equals the best and replaces it)" if is_tie else " (best)"
     epoch = f"epoch {state.epoch}" if ends_epoch else f"in epoch {state.epoch + 1}"
     log.info("%s, step %d: %s%s", epoch, state.step, ", ".join(shown), best)
 

@@ -67,6 +67,8 @@ def accumulate(state: TrainState, batch: Batch, plan: StepPlan, forward: Forward
         if not is_out_of_memory(error):
             raise
         return False  # frees the traceback and the tensors that it holds
+    if plan.untrained.left:
+        plan.untrained.look()
     if not together:  # a CUDA graph would not repeat it
         plan.exchange.send(parts, plan.name)
     return True

@@ -82,8 +82,22 @@ def test_an_epoch_is_as_many_draws_as_examples_and_differs_by_seed_and_epoch() -
     assert len({tuple(order.tolist()) for order in orders}) == 4
     assert torch.equal(orders[0], sample(0, 0, weights))
     assert rare(sampling="balanced").train(device=CPU).steps_per_epoch == 10
-    assert torch.equal(drawn(rare(sampling="balanced", limit_train=250), 1)[1].unique(),
-                       torch.tensor([0, 1]))  # fmt: skip
+    for which, classes in (("first", [0, 1]), ("random", [0, 1, 2])):
+        limited = rare(sampling="balanced", limit_train=250, limit_by=which)
+        assert drawn(limited, 1)[1].unique().tolist() == classes
+
+
+def test_a_limit_takes_examples_of_all_the_split_whatever_the_seed() -> None:
+    def taken(count: int, **changes: Any) -> set[int]:
+        numbers, _ = drawn(rare(limit_train=count, **changes), 2)
+        assert len(numbers) == 2 * count
+        return set(numbers.tolist())
+
+    whole = sum(COUNTS)
+    assert taken(30, limit_by="first") == set(range(30))  # the control, and older runs
+    thirty = taken(30)
+    assert len(thirty) == 30 and max(thirty) > 0.8 * whole and min(thirty) < 0.2 * whole
+    assert taken(30, seed=5) == thirty < taken(60)
 
 
 def test_an_ignored_target_is_never_drawn() -> None:

@@ -156,7 +156,13 @@ def data_of(train: Any, **changes: Any) -> Data:
         **{"target_kind": "multiclass", "num_classes": 3, "ignore_index": None, "num_outputs": 3},
         **{"input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 8},
         **{"num_workers": 0, "pin_memory": False, "persistent_workers": False, "drop_last": False},
-        **{"limit_train": None, "augment": False, "augmentation": None, "normalize": "none"},
+        **{
+            "limit_train": None,
+            "limit_by": "random",
+            "augment": False,
+            "augmentation": None,
+            "normalize": "none",
+        },
         **{"sampling": None, "transforms": [], "mixing": None},
         **{"cache": None, "cache_root": None, "cache_max_gb": 20},
         **{

@@ -67,7 +67,7 @@ def of_ones_own(train: Any, val: Any = None, **changes: Any) -> Data:
         "seed": 0, "root": ".", "target_kind": "multiclass", "num_classes": 3, "num_outputs": 3,
         "input_shape": [4], "class_names": None, "batch_size": 4, "eval_batch_size": 4,
         "num_workers": 0, "pin_memory": True, "persistent_workers": True,
-        "drop_last": False, "limit_train": None,
+        "drop_last": False, "limit_train": None, "limit_by": "random",
         "augment": True, "augmentation": None, "sampling": None, "transforms": [],
         "cache": None, "cache_root": None, "cache_max_gb": 20,
         "normalize": "none", "normalize_targets": False,

@@ -20,7 +20,8 @@ from regrow.feeding import feeds
 from regrow.feeding.batch import Batch
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples
-from regrow.feeding.transforms import Transformed
+from regrow.feeding.transforms import FailedTransform, Transformed
+from regrow.processes.interrupt import Interrupted
 
 Make = Callable[..., Data]
 Same = Callable[[list[Batch], list[Batch]], bool]
@@ -205,3 +206,48 @@ def test_what_transforms_do_not_fit_is_one_line(make_data: Make) -> None:
     cut = Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [lambda x: x[:, 1:]], 255.0)
     with pytest.raises(DataError, match=r"must keep an image's shape \[3, 4, 4\], and gave \[3, 3"):
         cut[0]
+
+
+class OfTensors:
+    """Takes a tensor, and `raises` in its place if that is given."""
+
+    def __init__(self, raises: Exception | None = None) -> None:
+        self.raises = raises
+
+    def __call__(self, image: Any) -> Any:
+        if self.raises is not None:
+            raise self.raises
+        return image.flip(-1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_ones_own_augmentation_is_one_line(
+    num_workers: int, make_data: Make, image_root: Path
+) -> None:
+    files = ("image_folder", f"root={image_root}", *SMALL, f"num_workers={num_workers}")
+    data = make_data(*files)
+    data.augmentation = OfTensors()  # and files give it a PIL image
+    with pytest.raises(DataError) as raised:
+        batches_of(data)
+    start = f"data.augmentation=OfTensors (tests/data/{Path(__file__).name}:"
+    said = str(raised.value)
+    assert said.startswith(start) and ": AttributeError: " in said and "\n" not in said
+    assert "It got a PIL image. List it in data.transforms to get a uint8 tensor" in said
+    assert "in __call__" in str(raised.value.__cause__)  # HYDRA_FULL_ERROR=1 shows it
+    data = make_data(*files)
+    data.transforms = [OfTensors()]  # the negative control, and the way out that the error names
+    assert len(batches_of(data)) > 0
+
+
+def test_an_error_of_a_transform_in_memory_names_both_keys_and_passes_others_on() -> None:
+    def made(error: Exception) -> Transformed:
+        return Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [OfTensors(error)], 255.0)
+
+    with pytest.raises(
+        FailedTransform, match=r"^data\.augmentation or data\.transforms=OfTensors \(tests"
+    ):
+        made(KeyError("mean"))[0]
+    for error in (Interrupted(), DataError("of a file"), MemoryError()):
+        with pytest.raises(type(error)) as raised:
+            made(error)[0]
+        assert raised.value is error

@@ -223,6 +223,26 @@ def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None
     assert manifest.code_changes(tmp_path / "run", root) is None
 
 
+def test_changed_files_that_the_config_names_come_first_and_commands_last(tmp_path: Path) -> None:
+    root, run = repository(tmp_path / "root"), tmp_path / "run"
+    names = [
+        *("src/lab/models/z.py", "a_loss.py", "src/lab/step.py", "src/regrow/b.py"),
+        *("conf/a.yaml", "scripts/a.py", "docs/site/keys.py", "tests/test_a.py"),
+    ]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("# 1\n")
+    write(run, root)
+    (run / "config.yaml").write_text("model:\n  _target_: lab.models.z.Net\n")
+    for name in names:
+        (root / name).write_text("# 2\n")
+    said = "The code has changed since: {} and 1 more differ."
+    assert manifest.code_changes(run, root) == said.format(", ".join(names[:5]))
+    (run / "config.yaml").unlink()
+    moved = ", ".join(["a_loss.py", "src/lab/models/z.py", *names[2:5]])
+    assert manifest.code_changes(run, root) == said.format(moved)
+
+
 def test_what_changed_is_named(tmp_path: Path) -> None:
     root = repository(tmp_path / "root")
     (root / "my_models").mkdir()
@@ -237,7 +257,7 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     (root / "my_models" / "net.py").unlink()
     (root / "conf").mkdir()
     (root / "conf" / "new.yaml").touch()
-    change = "The code has changed since: conf/new.yaml, my_losses.py, my_models/net.py differ."
+    change = "The code has changed since: my_losses.py, my_models/net.py, conf/new.yaml differ."
     assert manifest.code_changes(run, root) == change
     older = read_json(run / "manifest.json")
     del older["code_files"]

@@ -106,6 +106,12 @@ def test_what_is_printed_and_written(
     summary = read_json(run / "summary.json")
     assert f"test/accuracy   {summary['test']['test/accuracy']:.5g}" in out
     assert "The run itself measured the same." in out and "359 examples" in out
+    lines = out.splitlines()
+    start = lines.index("test, by class")
+    assert lines[start + 1].split() == ["precision", "recall", "f1", "auroc"]
+    recalls = [float(line.split()[2]) for line in lines[start + 2 : start + 12]]
+    told = [summary["test"][f"test/recall/{n}"] for n in range(10)]
+    assert recalls == pytest.approx(told, abs=1e-4)
     written = read_json(run / "evaluation_test.json")
     assert written["values"] == summary["test"] and written["step"] == summary["best"]["step"]
     main([f"run={run}", "checkpoint=last", "split=val"])

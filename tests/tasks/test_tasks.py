@@ -109,6 +109,18 @@ BAD: list[tuple[Task, Tensor, Tensor, str]] = [
     (multiclass(), logits(32, 5), ones(32),
      r"outputs of shape \(B, 10\), got \(B, 5\)\. Give the model 10 outputs\. A model that takes "
      r"their number gets it by model.num_outputs=\$\{data.num_outputs\}\.$"),
+    (multiclass(), logits(32, 10, 6, 5), ones(32),
+     r"of shape \(B, 10\), got \(B, 10, 6, 5\)\. Pool over dimensions \(2, 3\) in forward: "
+     r"outputs\.mean\(\(2, 3\)\)\.$"),
+    (multiclass(), logits(32, 64, 6, 5), logits(32, 10).softmax(1),
+     r"forward: outputs\.mean\(\(2, 3\)\), and end in 10 outputs\.$"),
+    (multiclass(), logits(32, 10, 1, 1), ones(32), r"Flatten in forward: outputs\.flatten\(1\)\.$"),
+    (multiclass(), logits(32, 7, 10), ones(32),
+     r"got \(B, 7, 10\)\. Pool over the sequence in forward: outputs\.mean\(1\)\.$"),
+    (multiclass(), logits(32, 7, 64), ones(32), r"mean\(1\) or \.mean\(2\), and end in 10 outputs"),
+    (multiclass(), logits(32, 64, 6), ones(32, 6), r"\(B, 64, 6\)\. Give the model 10 outputs"),
+    (binary(), logits(32, 1, 4, 4), ones(32), r"forward: outputs\.mean\(\(2, 3\)\)\.$"),
+    (multilabel(), logits(32, 4, 6), ones(32, 4), r"Pool over dimension 2 .*mean\(2\)\.$"),
     (multiclass(), logits(32, 5), ones(31), r"outputs of shape \(B, 10\), got \(32, 5\)"),
     (multiclass(), logits(32), ones(32), "outputs of shape"),
     (multiclass(), logits(32, 10), ones(32, 10), "use task=multilabel"),

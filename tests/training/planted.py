@@ -35,6 +35,14 @@ class Detached(Net):
         return super().logits(hidden.detach())
 
 
+class Sometimes(Net):
+    """Skips its first layer at random, as stochastic depth does."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs.flatten(1)).relu()
+        return self.logits(hidden if torch.rand(()) < 0.4 else torch.ones_like(hidden))
+
+
 class Frozen(Net):
     """A layer that does not require a gradient: deliberate, as in fine-tuning, or a mistake."""
 

@@ -68,7 +68,13 @@ def test_an_equal_evaluation_is_announced_as_such(
     train(tmp_path, *TINY, *EACH_STEP, "trainer.max_steps=5", stopping)
     lines = [record.message for record in caplog.records if "val/loss" in record.message]
     ends = [line.partition("val/accuracy ")[2] for line in lines]
-    assert ends == ["0.5 (best)", "0.9 (best)", "0.9 (equals the best)", "0.905 (best)", "0.7"]
+    assert ends == [
+        "0.5 (best)",
+        "0.9 (best)",
+        "0.9 (equals the best and replaces it)",
+        "0.905 (best)",
+        "0.7",
+    ]
     # The epochs have four steps: the means of one do not stand beside an evaluation in the next.
     begins = [line.partition("_loss" if "_loss" in line else "/loss")[0] for line in lines]
     assert begins == [

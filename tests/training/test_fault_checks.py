@@ -96,9 +96,18 @@ def test_the_measured_statistics_in_the_line_standardise_the_inputs() -> None:
         for numbers in given.groups()
     )
     inputs = (inputs - mean) / std
-    assert fault_checks.of_inputs(batch_of(inputs, TARGETS)) == []
+    assert fault_checks.of_inputs(batch_of(inputs, TARGETS), images=True) == []
     assert inputs.mean((0, 2, 3)).abs().max() < 1e-2
     assert (inputs.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def test_images_from_zero_to_one_are_named_by_the_checks_of_a_debug_run_alone() -> None:
+    images = batch_of(torch.rand(64, 3, 8, 8), TARGETS)
+    (line,) = fault_checks.of_inputs(images, images=True)
+    assert re.search(
+        r"root mean square of 0\.\d+ and a mean of 0\.\d+.*data\.normalize=train", line
+    )
+    assert fault_checks.of_inputs(images) == []
 
 
 def cross_entropy(smoothing: float, weights: list[float] | None = None) -> CrossEntropy:
@@ -151,19 +160,18 @@ def test_only_the_negative_of_a_loss_rises_towards_the_targets(case: str) -> Non
             assert fault_checks.rises_towards_targets(task(-1), outputs, targets, given)
 
 
-def test_a_leak_has_five_examples_that_the_run_trains_on() -> None:
-    def lines(shared: int, num_trained_on: int = 96) -> list[str]:
+def test_a_leak_is_at_least_five_examples_of_train_and_a_limit_hides_none() -> None:
+    def lines(shared: int, **limit: int) -> list[str]:
         config = config_of(*TINY, "data.normalize=none")
+        config["data"] |= limit
         config["data"]["source"] = {"_target_": "planted.rows", "shared": shared}
         allow(config)
-        objects = runs.build(config, CPU)
-        return fault_checks.leaks(objects.data, CPU.device, num_trained_on)
+        return fault_checks.leaks(runs.build(config, CPU).data, CPU.device)
 
     assert lines(4) == []
     (line,) = lines(5)
     assert line.startswith("data.source: 5 of the first 32 val examples")
-    assert lines(20, num_trained_on=14) == []  # four of the shared ones
-    assert len(lines(20, num_trained_on=20)) == 1
+    assert lines(5, limit_train=8, batch_size=8) == [line]
 
 
 def test_equal_rows_by_chance_are_no_leak_and_copied_rows_are_one() -> None:

@@ -49,7 +49,7 @@ def test_a_batch_that_is_not_learnt_ends_with_one_the_checks_and_what_to_try(
     assert done.returncode == 1
     said = done.stderr.strip().splitlines()[-3:]
     assert said[0].startswith("error: debug=overfit: not reached. The loss on the training")
-    assert "after 8 steps" in said[0] and "the best constant answer has 2.267" in said[0]
+    assert "after 8 steps" in said[0] and "the best constant answer has 2.228" in said[0]
     assert said[1] == "error: checks: none of them fired."
     assert said[2] == "error: try: trainer.max_steps=1000: the loss still falls."
     done = command(tmp_path, *short[:2], "+optimizer.maximize=true", "hydra.run.dir=up")
@@ -250,6 +250,10 @@ def test_a_resume_after_the_last_step_is_judged_by_all_steps() -> None:
     first, _, last = overfitting.lines(verdict._replace(trained=2.0), [], [2.0], 400)
     assert "after 400 steps (2 in the last step)" in first
     assert "trainer.max_steps=1200" in last
+    # Frozen parameters are said again, as they may be why.
+    said = overfitting.lines(verdict, [], [], 300, ["model: 2 of 4 parameters are frozen"])
+    assert said[2] == "model: 2 of 4 parameters are frozen" and len(said) == 4
+    assert len(overfitting.lines(verdict._replace(reached=True), [], [], 300, said[2:3])) == 1
     assert config_of("debug=overfit")["trainer"]["max_restarts"] == 0
     typed = config_of("debug=overfit", "trainer.max_restarts=2")
     assert typed["trainer"]["max_restarts"] == 2

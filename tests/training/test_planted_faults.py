@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import CPU, TINY, config_of
+from running import CPU, TINY, config_of, train_config
 
 from regrow.config.targets import allow
 from regrow.errors import UserError
@@ -180,7 +180,7 @@ def test_a_deliberately_frozen_layer_is_only_a_note(
         assert [record.levelno for record in frozen] == [logging.INFO]
         assert "2 of 4 parameters" in frozen[0].getMessage()
         assert "last.weight, last.bias" in frozen[0].getMessage()
-    assert watch.faults == []
+    assert watch.faults == [] and watch.frozen == [frozen[0].getMessage()]
 
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -262,3 +262,32 @@ def test_a_normal_run_warns_of_what_needs_no_further_pass_and_of_nothing_else(
     assert warnings_of(*TINY, model=NET, loss=loss) == []
     (line,) = warnings_of(*TINY, model="planted.Softmax", loss=loss)
     assert line.startswith("loss: cross_entropy gets probabilities")
+
+
+DETACHED = "first.weight, first.bias got no gradient in the first"
+
+
+def test_a_normal_run_names_a_layer_that_the_first_steps_do_not_reach(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned(folder: str, model: str, *overrides: str, stop_at: int | None = None) -> list[str]:
+        caplog.clear()
+        config = config_of(*TINY, "trainer.max_steps=8", *overrides)
+        config["model"] = {"_target_": model, "num_outputs": 3}
+        train_config(tmp_path / folder, config, stop_at=stop_at)
+        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        return [line for line in lines if "got no gradient" in line]
+
+    (line,) = warned("run", "planted.Detached", "trainer.accumulation_steps=4")
+    assert f"model: {DETACHED} 5 steps, so they do not train: " in line
+    assert warned("run", "planted.Detached", "trainer.max_steps=16") == []  # resumed
+    assert warned("early", "planted.Detached", stop_at=2) == []
+    assert len(warned("early", "planted.Detached")) == 1
+    (line,) = warned("short", "planted.Detached", "trainer.max_steps=1")
+    assert f"model: {DETACHED} step, so" in line
+    # The negative controls: each gets a gradient in some step, is frozen, or is dropped on purpose.
+    for name in ("Net", "Frozen", "ZeroStart", "Sometimes"):
+        assert warned(name, f"planted.{name}") == []
+    thaws = "{_target_: lab.examples.thaw.step.thaw_step, frozen: ['first.*'], until_step: 9}"
+    assert warned("thaws", NET, f"+step={thaws}") == []
+    assert warned("watched", "planted.Detached", "trainer.find_faults=true") == []  # other words

@@ -52,10 +52,13 @@ def multiclass(
     """
     _real("multiclass", outputs)
     shape, expected = tuple(targets.shape), (outputs.shape[0], *outputs.shape[2:])
-    if outputs.ndim < 2 or outputs.shape[1] != num_classes:
+    is_one_per_example = targets.ndim == (2 if targets.is_floating_point() else 1)
+    has_places = outputs.ndim > 2 and is_one_per_example
+    if outputs.ndim < 2 or outputs.shape[1] != num_classes or has_places:
+        fix = _pool(outputs, num_classes) if has_places else _give(num_classes)
         raise UserError(
             f"task=multiclass needs outputs of shape (B, {num_classes}), got "
-            f"{_per_example(outputs, targets)}. {_give(num_classes)}"
+            f"{_per_example(outputs, targets)}. {fix}"
         )
     if targets.is_floating_point():
         if shape != tuple(outputs.shape):
@@ -112,9 +115,10 @@ def binary(outputs: Tensor, targets: Tensor, *, logits: bool) -> None:
     """Raise UserError unless outputs and targets are (B,) or (B, 1), targets from 0 to 1."""
     _real("binary", outputs)
     if outputs.ndim == 0 or outputs.shape[1:] not in ((), (1,)):
+        fix = "Set data.num_outputs=1, or use task=multiclass."
         raise UserError(
             "task=binary needs outputs of shape (B,) or (B, 1), got "
-            f"{_per_example(outputs, targets)}. Set data.num_outputs=1, or use task=multiclass."
+            f"{_per_example(outputs, targets)}. {_pool(outputs, 1) if outputs.ndim > 2 else fix}"
         )
     if targets.shape[:1] != outputs.shape[:1] or targets.shape[1:] not in ((), (1,)):
         raise UserError(
@@ -135,9 +139,10 @@ def multilabel(outputs: Tensor, targets: Tensor, *, num_classes: int, logits: bo
             "For class indices use task=multiclass."
         )
     if outputs.shape != targets.shape:
+        fix = "Set model.num_outputs=${data.num_outputs}."
         raise UserError(
             f"task=multilabel needs outputs of shape {tuple(targets.shape)}, got "
-            f"{tuple(outputs.shape)}. Set model.num_outputs=${{data.num_outputs}}."
+            f"{tuple(outputs.shape)}. {_pool(outputs, num_classes) if outputs.ndim > 2 else fix}"
         )
     _zero_to_one("multilabel", targets)
     _no_sigmoid(outputs, logits)
@@ -214,6 +219,20 @@ def _give(num_classes: int) -> str:
         f"Give the model {num_classes} outputs. A model that takes their number gets it by "
         "model.num_outputs=${data.num_outputs}."
     )
+
+
+def _pool(outputs: Tensor, num_outputs: int) -> str:
+    """Return how forward makes (B, C) of a map, such as (B, D, H, W), or a sequence."""
+    width, *places = outputs.shape[1:]
+    end = "" if num_outputs in outputs.shape[1:] else f", and end in {num_outputs} outputs"
+    if not any(size > 1 for size in places):
+        return f"Flatten in forward: outputs.flatten(1){end}."
+    if len(places) == 1 and width != num_outputs:  # (B, T, D), or (B, D, T) of a convolution
+        over = "outputs.mean(1)" if places[0] == num_outputs else "outputs.mean(1) or .mean(2)"
+        return f"Pool over the sequence in forward: {over}{end}."
+    dims = tuple(range(2, outputs.ndim))
+    over = f"dimensions {dims}" if len(dims) > 1 else "dimension 2"
+    return f"Pool over {over} in forward: outputs.mean({dims if len(dims) > 1 else 2}){end}."
 
 
 def _real(kind: str, outputs: Tensor) -> None:

@@ -361,10 +361,13 @@ def shipped_node(group: str, option: str) -> dict[str, Any] | None:
     return _merged(node, content)
 
 
-def _check_node(node: Any, shipped: Any, path: str) -> None:
-    """Raise UserError if a node's keys or types differ from the shipped ones."""
+def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> None:
+    """Raise UserError if a node's keys or types differ from the shipped ones.
+
+    `owner` is the `_target_` that takes the node as an argument.
+    """
     if not isinstance(shipped, Mapping):
-        _check_type(node, shipped, path)
+        _check_type(node, shipped, path, owner)
         return
     if path == "data.augmentation" and node is None:
         return
@@ -378,7 +381,7 @@ def _check_node(node: Any, shipped: Any, path: str) -> None:
         return
     for key, value in node.items():
         if key in shipped:
-            _check_node(value, shipped[key], f"{path}.{key}")
+            _check_node(value, shipped[key], f"{path}.{key}", target)
         elif not (isinstance(target, str) and takes(target, path, key)):
             _refuse_key(f"{path}.{key}", target, shipped)
 
@@ -401,10 +404,15 @@ def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
     raise UserError(f"{full}: {target or path} has no such key.{hint}")
 
 
-def _check_type(value: Any, shipped: Any, path: str) -> None:
-    rule = None if path in RULES else of_shipped(path, shipped)
+def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
+    rule, example = of_shipped(path, shipped), ""
+    if path in RULES:  # which only bind the project's own classes
+        is_text = isinstance(value, str) and "${" not in value
+        if applies(owner) or not is_text:  # a user's model may take a list as dropout
+            return
+        example = f", such as its default, {_shown(shipped)}"
     if rule is not None and not rule.allows(value):
-        raise UserError(f"{path}={_shown(value)} must be {rule.says}.")
+        raise UserError(f"{path}={_shown(value)} must be {rule.says}{example}.")
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:

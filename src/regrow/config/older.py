@@ -60,6 +60,7 @@ ADDED_KEYS: tuple[AddedKey, ...] = (
     AddedKey("regrow.feeding.loaders.Data", "cache", None),
     AddedKey("regrow.feeding.loaders.Data", "cache_root", None),
     AddedKey("regrow.feeding.loaders.Data", "cache_max_gb", 20),
+    AddedKey("regrow.feeding.loaders.Data", "limit_by", "first"),
 )
 # Added fields of preprocessing.json, which says how a run reads the files it predicts for.
 ADDED_PREPROCESSING: Mapping[str, Any] = {

@@ -202,6 +202,7 @@ RULES: dict[str, Rule] = {
     "init_from": optional(text()),
     **below("data", "batch_size eval_batch_size", integer(1)),
     **below("data", "limit_train num_classes num_outputs", optional(integer(1))),
+    "data.limit_by": choice("random", "first"),
     "data.ignore_index": optional(INTEGER),
     "data.input_shape": optional(SHAPE),
     "data.target_kind": optional(choice(*TARGET_KINDS)),

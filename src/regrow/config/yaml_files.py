@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,17 @@ from typing import Any
 import yaml
 
 from regrow.project import CONF, ROOT
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads 1e-3 as a number, as Hydra does; PyYAML follows YAML 1.1 and reads a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
 
 
 def readable(pattern: str, place: Path = CONF) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -40,4 +52,4 @@ def broken_files() -> list[str]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     with path.open(encoding="utf-8") as file:
-        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        return yaml.load(file, Loader=_Loader) or {}

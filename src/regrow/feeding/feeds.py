@@ -35,7 +35,7 @@ from regrow.feeding.sampling import Windows, rows_of
 from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, MapStyle
 from regrow.feeding.streams import Stream
-from regrow.feeding.transforms import Epochs, Transformed, again, with_epochs
+from regrow.feeding.transforms import Epochs, FailedTransform, Transformed, again, with_epochs
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Store
 from regrow.randomness import generator, key, seed_step, states_kept
@@ -354,12 +354,23 @@ class _Plan:
 class _Broken:
     """A broken example, returned by a worker as a value: torch would wrap an exception."""
 
-    def __init__(self, message: str, image: tuple[str, str] | None = None) -> None:
-        """`image`: the file and `what` of a BrokenImage."""
+    def __init__(
+        self,
+        message: str,
+        image: tuple[str, str] | None = None,
+        cause: BaseException | None = None,
+    ) -> None:
+        """`image`: the file and `what` of a BrokenImage. `cause`: the error of the user's code."""
         self.message, self.image = message, image
+        self.trace = "" if cause is None else "".join(traceback.format_exception(cause))
 
     def error(self) -> DataError:
-        return BrokenImage(self.message, *self.image) if self.image else DataError(self.message)
+        if self.image:
+            return BrokenImage(self.message, *self.image)
+        error = DataError(self.message)
+        if self.trace:  # HYDRA_FULL_ERROR=1 shows it
+            error.__cause__ = RuntimeError(f"in the data set:\n{self.trace}")
+        return error
 
 
 class _Seeded:
@@ -403,6 +414,8 @@ class _Seeded:
             return item
         except BrokenImage as error:
             return _Broken(str(error), (error.file, error.what))
+        except FailedTransform as error:
+            return _Broken(str(error), cause=error.__cause__)
         except DataError as error:
             return _Broken(str(error))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:

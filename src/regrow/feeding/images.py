@@ -43,6 +43,7 @@ from regrow.feeding.splits import (
     origins_of,
     text_names,
 )
+from regrow.feeding.transforms import applied
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -370,6 +371,12 @@ def to_tensor(image: Image | Tensor) -> Tensor:
     return pixels_of(image).contiguous()
 
 
+def augmented_by(transform: Callable[[Any], Any], image: Image | Tensor) -> Tensor:
+    """Return the augmented image as (C, H, W) uint8. Raises DataError if that fails."""
+    advice = "List it in data.transforms to get a uint8 tensor (C, H, W) of data.input_shape"
+    return to_tensor(applied(transform, image, key="data.augmentation", advice=advice))
+
+
 def pixels_of(image: Image) -> Tensor:
     """Return an image's pixels, uint8 (C, H, W), as they lie in memory: channels last."""
     pixels = torch.from_numpy(np.array(image))
@@ -415,8 +422,10 @@ class ImageFiles:
         if self.transform is None:
             return to_tensor(centred(self._resized(index), self.size))
         if getattr(self.transform, "takes", None) == "resized":
-            return to_tensor(self.transform(to_tensor(self._resized(index))))
-        return to_tensor(self.transform(self.decoded(self.files[index])))
+            image: Image | Tensor = to_tensor(self._resized(index))
+        else:
+            image = self.decoded(self.files[index])
+        return augmented_by(self.transform, image)
 
     def _load(self, file: str, decoder: str, content: bytes | None = None) -> Image | Tensor:
         how = {"exif_orientation": self.exif_orientation, "decoder": decoder, "content": content}

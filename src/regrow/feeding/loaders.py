@@ -47,6 +47,7 @@ from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
 from regrow.phases import timed
 from regrow.project import lab_name
+from regrow.randomness import generator
 from regrow.record.pictures import by_range
 
 log = logging.getLogger("regrow.data")
@@ -73,11 +74,15 @@ class TrainBatches:
         mixing: Mix | None = None,
         num_classes: int | None = None,
         own_order: Callable[[Windows, int, int], Any] | None = None,
+        chosen: Tensor | None = None,
     ) -> None:
-        """`own_order`: (windows, seed, epoch) to the order of an epoch, if the data has its own."""
+        """`own_order`: (windows, seed, epoch) to the order of an epoch, if the data has its own.
+
+        `chosen` (N,): the numbers of the examples to train on in the split; None: its first N.
+        """
         self._feed, self._windows, self._seed = feed, windows, seed
         self._draw_weights, self._mixing, self._num_classes = draw_weights, mixing, num_classes
-        self._own_order = own_order
+        self._own_order, self._chosen = own_order, chosen
         self.num_examples = rows
         self.steps_per_epoch = len(windows)
 
@@ -99,6 +104,8 @@ class TrainBatches:
                 starts = range(0, self.num_examples, size)
                 whole = torch.cat([order[start : start + size] for start in starts])
             pairs = pairs_of(self._mixing, whole, repeats, size, **how)  # type: ignore[arg-type]
+        if self._chosen is not None:
+            order = self._chosen[order]
         where = (self._windows, order, epoch, start)
         if isinstance(self._feed, TokenFeed):
             return timed("data", self._feed.read(*where))
@@ -167,6 +174,7 @@ class Data:
         persistent_workers: bool,
         drop_last: bool,
         limit_train: int | None,
+        limit_by: str,
         sampling: str | dict[str, str] | None,
         cache: str | None,
         cache_root: str | None,
@@ -204,7 +212,7 @@ class Data:
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.persistent_workers, self.drop_last = persistent_workers, drop_last
-        self.limit_train = limit_train
+        self.limit_train, self.limit_by = limit_train, limit_by
         self.augmentation = augmentation if augment else None
         self.transforms = list(transforms) if augment else []
         self.sampling, self.mixing = sampling, mixing if augment else None
@@ -329,6 +337,7 @@ class Data:
             mixing=self.mixing,
             num_classes=self._softened_classes,
             own_order=order_of(self.source.train),
+            chosen=self._chosen(),
         )
 
     @property
@@ -351,30 +360,32 @@ class Data:
         never drawn. For {column: name}, the weights are the source's: a column of a table. Raises
         UserError for data that gives neither, or if all weights are zero.
         """
-        train, count = self.source.train, self._num_trained_on()
-        asked = self.sampling
+        train, asked = self.source.train, self.sampling
+        chosen = self._chosen()
+        kept = slice(self._num_trained_on()) if chosen is None else chosen
         if isinstance(asked, dict):
             asked = f"{{column: {asked['column']}}}"
         if asked == "balanced":
-            classes = per_example(train, "targets", count)
+            classes = per_example(train, "targets")
             if classes is None or (self.target_kind != "binary" and classes.is_floating_point()):
                 raise UserError(
                     f"data.sampling=balanced: {type(train).__name__} does not tell its classes. "
                     "Give the data set an attribute targets: a list of the class index of each "
                     "example."
                 )
+            classes = classes[kept]
             ignored = -100 if self.ignore_index is None else self.ignore_index
             weights = balancing(classes, (classes != ignored) & (classes != -100))
             missing = "every target is ignored"
         else:
-            found = per_example(train, "draw_weights", count)
+            found = per_example(train, "draw_weights")
             if found is None:
                 raise UserError(
                     f"data.sampling={asked}: this data has no column of draw weights. Use "
                     "it with data=csv, or give your data set an attribute draw_weights: a list of "
                     "a number for each example."
                 )
-            weights = found.double()
+            weights = found[kept].double()
             missing = "they are all zero for the training examples"
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise DataError(
@@ -418,7 +429,9 @@ class Data:
         count = self._num_trained_on()
         num_chosen = min(count, NUM_SAMPLED)
         chosen = torch.arange(num_chosen) * count // num_chosen
-        train = self.source.train
+        train, limited = self.source.train, self._chosen()
+        if limited is not None:
+            chosen = limited[chosen]
         if isinstance(train, ShardItems):  # from few blocks
             chosen = torch.tensor(train.sample(NUM_SAMPLED, count))
         if isinstance(train, Examples):
@@ -464,6 +477,18 @@ class Data:
     def _num_trained_on(self) -> int:
         count = len(self.source.train)
         return count if self.limit_train is None else min(count, self.limit_train)
+
+    def _chosen(self) -> Tensor | None:
+        """Return the numbers of the `limit_train` examples, (N,), rising; None: the first ones.
+
+        They are the first N of one random order, the same for every seed: a folder is sorted by
+        class, and a larger N adds to the examples of a smaller one.
+        """
+        train, count = self.source.train, self._num_trained_on()
+        in_order = isinstance(train, Tokens) or order_of(train) is not None
+        if count == len(train) or self.limit_by == "first" or in_order:
+            return None
+        return torch.randperm(len(train), generator=generator(0, "limit"))[:count].sort().values
 
     def in_units(self, values: Tensor) -> Tensor:
         """Return standardised regression targets or outputs, (N,) or (N, K), in their own units."""

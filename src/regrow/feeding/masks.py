@@ -39,10 +39,12 @@ from regrow.feeding.splits import (
     origins_of,
     text_names,
 )
+from regrow.feeding.transforms import applied
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+AS_V2 = "Use the transforms of torchvision.transforms.v2"
 MODES = ("1", "L", "P", "I;16", "I")  # of one number per pixel; P: the index in the palette
 NUM_VALUES = 1 << 16  # of a pixel
 NO_CLASS = -(1 << 31)
@@ -114,12 +116,14 @@ class MaskFiles:
         from torchvision.tv_tensors import Mask
 
         assert self.transform is not None
+        given = (image, Mask(numbers))
+        found = applied(self.transform, *given, key="data.augmentation", advice=AS_V2)
         try:
-            image, numbers = self.transform(image, Mask(numbers))
-        except TypeError as error:
+            image, numbers = found
+        except (TypeError, ValueError) as error:
             raise DataError(
                 f"data.augmentation={type(self.transform).__name__} must take an image and its "
-                f"mask, and return both ({error}). Use the transforms of torchvision.transforms.v2."
+                f"mask, and return both ({error}). {AS_V2}."
             ) from None
         return image, numbers.as_subclass(Tensor)
 

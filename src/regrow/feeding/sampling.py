@@ -69,15 +69,14 @@ def balancing(classes: Tensor, valid: Tensor) -> Tensor:
     return valid / counts[number].clamp(min=1).double()
 
 
-def per_example(split: Any, name: str, count: int) -> Tensor | None:
-    """Return the first `count` values of a split's attribute of one number per example, or None.
+def per_example(split: Any, name: str) -> Tensor | None:
+    """Return a split's attribute of one number per example, (N,), or None if it has none.
 
     Looks into `torch.utils.data.Subset`s. Raises DataError unless there is one number per example.
     """
     if isinstance(split, torch.utils.data.Subset):
-        indices = torch.as_tensor(split.indices[:count], dtype=torch.int64)
-        inner: Any = split.dataset
-        found = per_example(inner, name, len(inner))
+        indices = torch.as_tensor(split.indices, dtype=torch.int64)
+        found = per_example(split.dataset, name)
         return None if found is None else found[indices]
     values = getattr(split, name, None)
     if values is None:
@@ -93,7 +92,7 @@ def per_example(split: Any, name: str, count: int) -> Tensor | None:
             f"split train: {type(split).__name__}.{name} must hold one number for each of the "
             f"{len(split)} examples. For data.sampling, give such a list."
         )
-    return found[:count]
+    return found
 
 
 class Share(NamedTuple):

@@ -22,6 +22,7 @@ from regrow.feeding.block_cache import cache_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.block_reader import Access, Reader
 from regrow.feeding.images import (
+    augmented_by,
     check_decoder,
     check_size,
     converted,
@@ -115,9 +116,9 @@ class ShardItems:
             raise DataError(
                 f"{self._where(block, index)}: {name} cannot be read: {brief(error, 120)}."
             ) from None
-        # Outside of `try`: an error of a transform is one of the user's code.
+        # Outside of `try`: an error of a transform does not lie in the shards.
         if self.transform is not None and "inputs" in fields:
-            fields["inputs"] = to_tensor(self.transform(fields["inputs"]))
+            fields["inputs"] = augmented_by(self.transform, fields["inputs"])
         return as_item(fields)
 
     def _where(self, block: int, index: int) -> str:

@@ -12,11 +12,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.errors import DataError
+from regrow.config.own_code import own_place
+from regrow.config.targets import SHOWS_ALL
+from regrow.errors import DataError, UserError, brief, machine_fault
 from regrow.feeding.sampling import MOST_WAYS
 from regrow.feeding.splits import Examples
+from regrow.processes.interrupt import Interrupted
 from regrow.protocols import Store
 from regrow.randomness import key
+
+
+class FailedTransform(DataError):
+    """A transform of the user's raised an error, the cause."""
+
+
+MOST_SAID = 300  # characters of an error's text
+# The key of the config, and what else to choose.
+OF_FILES = ("data.transforms", "Of image files, data.augmentation gets PIL images")
+IN_MEMORY = ("data.augmentation or data.transforms", "Both get one image at a time")
+
+
+def applied(transform: Callable[..., Any], *given: Any, key: str, advice: str) -> Any:
+    """Return what a transform makes of an image, or of an image and its mask.
+
+    Raises FailedTransform for an error of the transform's, which `key` of the config names.
+    """
+    try:
+        return transform(*given)
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:
+        if machine_fault(error) is not None:
+            raise
+        name = getattr(transform, "__name__", type(transform).__name__)
+        place = own_place(error)
+        where = f" ({place})" if place else ""
+        said = f"{type(error).__name__}: {brief(error, MOST_SAID)}".rstrip(".")
+        got = " and ".join(map(_kind, given))
+        raise FailedTransform(
+            f"{key}={name}{where}: {said}. It got {got}. {advice}. {SHOWS_ALL}"
+        ) from error
+
+
+def _kind(given: Any) -> str:
+    if type(given) is Tensor:
+        dtype = str(given.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {list(given.shape)}"
+    of_pillow = type(given).__module__.partition(".")[0] == "PIL"
+    return "a PIL image" if of_pillow else f"a {type(given).__name__}"
 
 
 class FromMemory:
@@ -72,8 +115,9 @@ class Transformed:
         else:
             image, *others = self.dataset[index]
         found = _scaled(image, 255.0 / self.white)
+        key, advice = IN_MEMORY if self.files is None else OF_FILES
         for transform in self.transforms:
-            found = transform(found)
+            found = applied(transform, found, key=key, advice=advice)
         if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.ndim != 3:
             given = f"{found.dtype} of shape {list(found.shape)}" if isinstance(
                 found, Tensor

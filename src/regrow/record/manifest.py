@@ -197,7 +197,8 @@ def code_changes(folder: Path, root: Path) -> str | None:
         changed = [name for name in {**files, **now} if files.get(name) != now.get(name)]
         if not changed:
             return None
-        said = f"{name_some(changed)} differ{'s' if len(changed) == 1 else ''}"
+        some = name_some(changed, key=_relevance(folder))
+        said = f"{some} differ{'s' if len(changed) == 1 else ''}"
     before, after = recorded.get("git") or {}, git(root) or {}
     if before.get("commit") != after.get("commit"):
         old, new = (str(it.get("commit") or "unknown")[:10] for it in (before, after))
@@ -262,10 +263,29 @@ def not_restored(git: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def name_some(names: Sequence[str], most: int = 5) -> str:
+def name_some(names: Sequence[str], most: int = 5, key: Callable[[str], Any] | None = None) -> str:
     """Return the first names, and the number of others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more
+    return ", ".join(sorted(names, key=key)[:most]) + more
+
+
+def _relevance(folder: Path) -> Callable[[str], tuple[int, str]]:
+    """Return a sort key for files: first those that a run's config names, then other own code.
+
+    The engine follows, then conf/, whose values the run recorded, then the commands.
+    """
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    named = {target.rpartition(".")[0] for target in re.findall(r"_target_: *([\w.]+)", text)}
+    after = ("src/regrow/", "src/hydra_plugins/", "conf/", "scripts/")
+
+    def key(name: str) -> tuple[int, str]:
+        module = name.removeprefix("src/").removesuffix(".py").replace("/", ".")
+        if module in named:
+            return 0, name
+        return next((2 + n for n, start in enumerate(after) if name.startswith(start)), 1), name
+
+    return key
 
 
 def code_sha256(root: Path, *, namespaces: bool = True) -> str:

@@ -4,6 +4,7 @@ Public, by module; all else is private to this folder.
 
 console: console
 export: exported
+fault_checks: Untrained
 find_lr: find_lr
 generation: generate
 inference: draws_of, evaluate, other_draws, predict, predict_masks

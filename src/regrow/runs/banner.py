@@ -15,7 +15,7 @@ from regrow.config.job import Job
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
 from regrow.protocols import Objects
-from regrow.record import monitor, records
+from regrow.record import by_class, monitor, records
 from regrow.record.redact import redact_all
 
 log = logging.getLogger("regrow")
@@ -150,9 +150,12 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     for name, value in rows:
         log.info("  %s  %.5g", name.ljust(width), value)
     log.info("")
+    split = "test" if "test" in sets else next(iter(sets), "train")
+    lines = by_class.table(sets.get(split, {}), split, str(folder / records.SUMMARY))
+    for line in [*lines, ""] if lines else []:
+        log.info("%s", line)
     log.info("record: %s", folder / "report.html" if job.draws else folder)
     log.info("next:   %s", longer(folder, job, summary))
-    split = "test" if "test" in sets else next(iter(sets), "train")
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     if files := _new_files(job.config["data"]):
         log.info("        %s", command(f"run={folder}", f"input={files}", script="predict.py"))

@@ -1,12 +1,13 @@
 """Name mistakes that do not stop a run: in the calls of the loss, the inputs and the splits.
 
-Each check returns lines that name the key, the value and the fix. `calls_watched` and `of_inputs`
-need no further pass over anything, so every run makes them on its first batch.
+Each check returns lines that name the key, the value and the fix. `Calls`, `of_inputs` and
+`Untrained` need no further pass over anything, so every run makes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,9 @@ from regrow.feeding.batch import parts_of
 from regrow.numerics.precision import widest
 from regrow.protocols import Batch, Data
 
+log = logging.getLogger(__name__)
+
+FIRST_STEPS = 5  # a random choice of layers or experts passes some over in a single step
 LARGE = 3.0  # root mean square of inputs; standardised ones have 1, images from 0 to 1 less
 SMALL = 1e-3
 MOST_SHOWN = 8  # channels
@@ -120,18 +124,23 @@ def _is_sigmoid(logits: Tensor) -> bool:
     return node is not None and node.name().startswith("Sigmoid")
 
 
-def of_inputs(batch: Batch) -> list[str]:
-    """Return a line if floating-point inputs are far from the scale that models start for."""
+def of_inputs(batch: Batch, *, images: bool = False) -> list[str]:
+    """Return a line if floating-point inputs are far from the scale that models start for.
+
+    With `images` also of images (B, C, H, W) without a negative value, such as those from 0 to 1.
+    Many models train well on them, so a normal run does not say it.
+    """
     for tensor in parts_of(batch.inputs):
         if not tensor.is_floating_point() or tensor.numel() < 2 or not tensor.isfinite().all():
             continue
         values = tensor.detach().float()
         size, mean = float(values.square().mean().sqrt()), float(values.mean())
-        if SMALL <= size <= LARGE or size == 0:
+        is_raw = images and values.ndim == 4 and float(values.min()) >= 0
+        if size == 0 or (SMALL <= size <= LARGE and not is_raw):
             continue
         return [
             f"data.normalize: the inputs have a root mean square of {size:.3g} and a mean of "
-            f"{mean:.3g}, and models start for about 1. Set data.normalize=train. A data set "
+            f"{mean:.3g}, and models start for about 1 and 0. Set data.normalize=train. A data set "
             f"of your own standardises its numbers itself{_measured(values)}."
         ]
     return []
@@ -160,26 +169,71 @@ def frozen_parameters(model: torch.nn.Module) -> list[str]:
     ]
 
 
+class Untrained:
+    """The trainable parameters of a model that no backward pass of its first steps reaches.
+
+    Reads only whether there is a gradient, so that nothing waits for a device.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        step: int = 0,
+        total_steps: int | None = None,
+        *,
+        tells: bool = True,
+    ) -> None:
+        """Watch until step 5 of the run, or its last; `step` is where it begins or resumes.
+
+        Without a model there is nothing to watch. One process of several `tells`.
+        """
+        named = () if model is None else model.named_parameters()
+        self.left = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        self.until = FIRST_STEPS if total_steps is None else min(FIRST_STEPS, total_steps)
+        self.step, self.tells = step, tells
+        if self.step >= self.until:  # an earlier part of the run has looked
+            self.left = []
+
+    def look(self) -> None:
+        """Look after the backward passes of a step. Logs a warning after the last one."""
+        self.step += 1
+        self.left = [(name, p) for name, p in self.left if p.grad is None]
+        if self.left and self.step >= self.until:
+            names, self.left = [name for name, _ in self.left], []
+            if self.tells:
+                log.warning("%s", without_gradient(names, self.until))
+
+
+def without_gradient(names: list[str], steps: int) -> str:
+    """Return the line about parameters that got no gradient in the first `steps` steps."""
+    when = f"in the first {steps} steps" if steps > 1 else "in the first step"
+    return (
+        f"model: {listed(names)} got no gradient {when}, so they do not train: forward does not "
+        "use them, or detach() or no_grad() cuts them off. Correct forward, or say that it is "
+        "meant: requires_grad_(False)."
+    )
+
+
 def listed(names: list[str], most: int = 4) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def leaks(data: Data, device: torch.device, num_trained_on: int) -> list[str]:
-    """Return a line for each set that shares inputs with the first `num_trained_on` of train.
+def leaks(data: Data, device: torch.device) -> list[str]:
+    """Return a line for each set that shares inputs with train, whatever `data.limit_train` is.
 
     Compares the inputs as the model gets them, unaugmented, of at most 20,000 examples per split
     and for at most 20 seconds. `data.overlap` compares all, where a data set offers keys.
     """
     until = time.monotonic() + MOST_SECONDS
-    train = [*_digests(data, "train", device, until, num_trained_on)]
+    # Train comes last, as it is the largest: no time may be left for what follows.
+    sets = {name: [*_digests(data, name, device, until)] for name in data.num_examples
+            if name != "train"}  # fmt: skip
+    train = [*_digests(data, "train", device, until)] if sets else []
     known = set(train)
     lines = []
-    for name in data.num_examples:
-        if name == "train":
-            continue
-        own = [*_digests(data, name, device, until, data.num_examples[name])]
+    for name, own in sets.items():
         shared = [place for place, digest in enumerate(own) if digest in known]
         least = max(LEAK * len(own), NATURAL * _by_chance(train, own))
         if len(shared) >= LEAST_SHARED and len(shared) > least:
@@ -206,10 +260,8 @@ def _by_chance(train: Sequence[bytes], own: Sequence[bytes]) -> float:
     return len(own) * max(rate(train), rate(own) * fewer)
 
 
-def _digests(
-    data: Data, name: str, device: torch.device, until: float, most: int
-) -> Iterator[bytes]:
-    read, most = 0, min(MOST_READ, most)
+def _digests(data: Data, name: str, device: torch.device, until: float) -> Iterator[bytes]:
+    read, most = 0, min(MOST_READ, data.num_examples[name])
     for batch in data.evaluation(name, device=device):
         columns = [tensor.detach().cpu().contiguous() for tensor in parts_of(batch.inputs)]
         for row in range(min(batch.num_local, most - read)):

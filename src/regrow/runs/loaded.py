@@ -56,7 +56,7 @@ OF_THE_TRAINER = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRun:
     """A run's model with the weights of one checkpoint, ready to use, and its other objects.
 
@@ -64,6 +64,9 @@ class LoadedRun:
     them: called with raw inputs, it returns wrong numbers without an error. The first access to
     `data` reads the data. `preprocessing` and `class_names` need only the folder if the run
     recorded them.
+
+    `config` is a plain dict, `run.config["model"]["hidden"]`: a DictConfig would resolve what a
+    foreign folder's values say.
     """
 
     folder: Path  # resolved, if a link to it was given
@@ -72,6 +75,7 @@ class LoadedRun:
     task: Any
     checkpoint: str  # the checkpoint's own name, such as step_00000460
     step: int
+    value: float | None  # of the monitored metric at that step, if it was measured
     device: torch.device
     precision: str
     recorded: Preprocessing | None  # None: the run did not record it
@@ -79,6 +83,16 @@ class LoadedRun:
     target_names: list[str] | None  # of a regression with several targets
     input_names: list[str] | None  # None: an example is one tensor
     typed: list[str]  # the keys of the data that the caller gave
+
+    def __repr__(self) -> str:
+        score = (
+            "" if self.value is None else f", {self.config['trainer']['monitor']} {self.value:.4g}"
+        )
+        return (
+            f"<run {self.folder}: {type(self.model).__name__}, step {self.step}{score}, on "
+            f"{self.device}. run.predict(inputs) predicts; also run.model, run.data, run.task, "
+            "run.config>"
+        )
 
     @cached_property
     def data(self) -> Any:
@@ -265,6 +279,7 @@ def load_run(
         task=its_task,
         checkpoint=path.name,
         step=facts["step"],
+        value=facts.get("value"),
         device=chosen,
         precision=_precision(config["trainer"]["precision"], chosen),
         recorded=recorded,

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import math
+
+from regrow.record.by_class import table
+
+
+def values(count: int) -> dict[str, float]:
+    """Return the metrics of a set of `count` classes; class 7 is the worst, class 3 is absent."""
+    recall = {f"c{n}": n / count for n in range(count)} | {"c7": 0.0, "c0": 0.5, "c3": math.nan}
+    found = {"test/loss": 1.0, "test/accuracy": 0.5, "test/recall": 0.5, "test/f1": 0.6}
+    for metric, shift in (("accuracy", 0.0), ("recall", 0.0), ("f1", 0.1)):
+        found |= {f"test/{metric}/{name}": value + shift for name, value in recall.items()}
+    return found
+
+
+def test_a_few_classes_stand_in_their_order_without_a_metric_that_repeats_another() -> None:
+    lines = table({**values(4), "test/top/5": 0.9, "val/f1/c0": 0.0}, "test", "summary.json")
+    assert lines == [
+        "test, by class",
+        "        recall        f1",
+        "  c0       0.5       0.6",
+        "  c1      0.25      0.35",
+        "  c2       0.5       0.6",
+        "  c3       nan       nan",
+        "  c7         0       0.1",
+    ]
+    others = {**values(4), "test/accuracy/c1": 0.3}  # now it repeats nothing
+    assert table(others, "test", "summary.json")[1].split() == ["accuracy", "recall", "f1"]
+
+
+def test_of_many_classes_the_ten_worst_are_shown_and_the_file_of_all_is_named() -> None:
+    lines = table(values(102), "test", "outputs/summary.json")
+    assert lines[0] == "test, the worst 10 of 102 classes by f1 (all: outputs/summary.json)"
+    assert [line.split()[0] for line in lines[2:]] == [
+        *("c7", "c1", "c2", "c4", "c5", "c6", "c8", "c9", "c10", "c11")
+    ]
+
+
+def test_a_set_without_metrics_of_classes_has_no_table() -> None:
+    whole = {key: value for key, value in values(4).items() if key.count("/") == 1}
+    assert table(whole, "test", "summary.json") == table(values(4), "val", "summary.json") == []
+
+
+def test_a_long_name_is_shortened_and_one_with_a_slash_is_whole() -> None:
+    lines = table({"val/f1": 0.5, f"val/f1/{'x' * 99}": 0.1, "val/f1/a/b": 0.9}, "val", "")
+    assert [line.split()[0] for line in lines[2:]] == ["x" * 23 + "…", "a/b"]
