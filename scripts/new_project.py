@@ -400,10 +400,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{dest}: {done}. Next:")
     print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")
-    print(
-        "The first sets up a .venv of its own there: 6 GB on Linux, fetched from the installer's "
-        "cache."
-    )
+    print("The first sets up a .venv of its own there: 6 GB on Linux.")
+    if shutil.which("uv") is None:
+        print("With uv on the PATH, environments share their files: they are links to its cache.")
     return 0
 
 
