@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from lab.tasks.losses import CrossEntropy
 from regrow.config.targets import allow, instantiate
 from regrow.errors import UserError
-from regrow.feeding.sampling import balanced_weights
+from regrow.feeding.sampling import balanced_weights, per_example
 from regrow.load import load_run
 from regrow.record.records import read_json, write_json
 from regrow.runs.inference import evaluate
@@ -30,29 +30,33 @@ class Split:
 
 
 def data_of(classes: list[int], num_classes: int, **more: Any) -> Any:
-    source = SimpleNamespace(train=Split(torch.tensor(classes)))
-    fields = {"target_kind": "multiclass", "ignore_index": None, "num_classes": num_classes}
-    return SimpleNamespace(**{"source": source, **fields, **more})
+    """Return a stand-in for the data whose training split has these classes."""
+    data = SimpleNamespace(
+        target_kind="multiclass", ignore_index=None, num_classes=num_classes,
+        source=SimpleNamespace(train=Split(torch.tensor(classes))),
+    )  # fmt: skip
+    vars(data).update(more)
+    data.of_training_examples = lambda name: per_example(data.source.train, name)
+    return data
 
 
 def test_balanced_weights_are_those_of_scikit_learn() -> None:
     classes = np.random.default_rng(0).choice(4, 97, p=[0.6, 0.25, 0.1, 0.05])
     data = data_of(classes.tolist(), 4)
-    for count in (97, 40):  # data.limit_train
-        there = np.unique(classes[:count])
-        expected = compute_class_weight("balanced", classes=there, y=classes[:count])
-        assert balanced_weights(data, count) == pytest.approx(expected.tolist(), rel=1e-12)
-    assert balanced_weights(data, 97) != pytest.approx(balanced_weights(data, 40))  # the control
+    expected = compute_class_weight("balanced", classes=np.unique(classes), y=classes)
+    assert balanced_weights(data) == pytest.approx(expected.tolist(), rel=1e-12)
+    fewer = balanced_weights(data_of(classes[:40].tolist(), 4))
+    assert fewer != pytest.approx(expected.tolist())  # the control
 
 
 def test_balanced_weights_count_neither_ignored_targets_nor_absent_classes() -> None:
     data = data_of([0, 0, 0, 2, 255, 255], 3, ignore_index=255)
     expected = compute_class_weight("balanced", classes=np.array([0, 2]), y=[0, 0, 0, 2])
-    assert balanced_weights(data, 6) == [expected[0], 1.0, expected[1]]
+    assert balanced_weights(data) == [expected[0], 1.0, expected[1]]
     with pytest.raises(UserError, match=r"^loss.class_weights=balanced: .* a list with a weight"):
-        balanced_weights(data_of([0, 1], 2, target_kind="segmentation"), 2)
+        balanced_weights(data_of([0, 1], 2, target_kind="segmentation"))
     with pytest.raises(UserError, match=r"does not tell its classes\. Give a list"):
-        balanced_weights(data_of([0, 1], 2, source=SimpleNamespace(train=[3, 4])), 2)
+        balanced_weights(data_of([0, 1], 2, source=SimpleNamespace(train=[3, 4])))
 
 
 RUN = (*TINY, "loss.label_smoothing=0.1")

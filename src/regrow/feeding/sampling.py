@@ -83,10 +83,10 @@ def balanced_weights(data: Any) -> list[float]:
         )
     classes = data.of_training_examples("targets")
     if classes is None or classes.is_floating_point():
+        kind = type(data.source.train).__name__
         raise UserError(
-            f"{key}: {type(data.source.train).__name__} does not tell its classes. Give a list with a weight "
-            "for each class, or give the data set an attribute targets: a list of the class index "
-            "of each example."
+            f"{key}: {kind} does not tell its classes. Give a list with a weight for each class, or "
+            "give the data set an attribute targets: a list of the class index of each example."
         )
     valid = (classes >= 0) & (classes < data.num_classes)
     if data.ignore_index is not None:
