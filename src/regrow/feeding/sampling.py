@@ -85,8 +85,8 @@ def balanced_weights(data: Any) -> list[float]:
     if classes is None or classes.is_floating_point():
         kind = type(data.source.train).__name__
         raise UserError(
-            f"{key}: {kind} does not tell its classes. Give a list with a weight for each class, or "
-            "give the data set an attribute targets: a list of the class index of each example."
+            f"{key}: {kind} does not tell its classes. Give a list of a weight for each class, or "
+            "give the data set an attribute targets: the class index of each example."
         )
     valid = (classes >= 0) & (classes < data.num_classes)
     if data.ignore_index is not None:
