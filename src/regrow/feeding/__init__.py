@@ -4,9 +4,10 @@ Public, by module; all else is private to this folder.
 
 batch: Batch, each, Inputs, noise, parts_of
 broken_images: BrokenImages
+decoding: fit, size_of
 feeds: collated
 files: shown, without_gone
-images: class_folders, fit, image_folder, size_of
+images: class_folders, image_folder
 loaders: Data
 masks: as_written, mask_folder
 mixing: Mix

@@ -19,8 +19,9 @@ from regrow.feeding import identity
 from regrow.feeding.batch import Batch, Inputs
 from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
+from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
-from regrow.feeding.images import BrokenImage, ImageFiles
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.mixing import Mix, pairs_of, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
