@@ -105,7 +105,7 @@ def cycles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 
 
 def names_key(path: Path) -> bool:
-    """Return True if code names the key: an identifier, or a word of a text that is no docstring.
+    """Return True if code names the key: an identifier, or a word of a text other than a docstring.
 
     Texts of several sentences, as messages and docstrings are, do not count.
     """
