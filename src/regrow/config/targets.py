@@ -289,6 +289,8 @@ def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:
 def locate(target: str, path: str) -> Any:
     """Return the object that the dotted name `target` at `path` refers to. Raises UserError."""
     where = _where(target, path)
+    if target in moved.GONE:
+        raise UserError(f"{where}: version 0.1.0 had it, and nothing replaces it. Use another.")
     if (new := moved.in_text(target)) != target:
         raise UserError(f"{where}: it has moved. Write _target_: {new}")
     module, _, name = target.rpartition(".")
