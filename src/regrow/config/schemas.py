@@ -15,7 +15,7 @@ from typing import Any
 
 from regrow.config.entries import Entry, in_conf, of_file, option, unique
 from regrow.config.leads import RECIPES
-from regrow.config.rules import RULES, applies, of_shipped
+from regrow.config.rules import RULES, Rule, applies, of_shipped
 from regrow.config.yaml_files import broken_files
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError
@@ -43,6 +43,8 @@ OF_TORCH: Mapping[str, tuple[str, ...]] = {
     "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts": ("last_epoch",),
 }
 SEVERAL = ("model", "optimizer", "scheduler")  # each takes nodes by name too
+# Keys that are null in some option, and otherwise a node: no value there tells of which type.
+OR_NODE = ("data.augmentation", "data.mixing", "data.source.collate")
 SHARED = 100  # characters; the schema of a key that is longer stands once in a file
 
 
@@ -224,6 +226,8 @@ def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
     found = [each for each in rules if each is not None]
     if nodes or len(found) < len(rules):
         found = []  # any value
+    if path in OR_NODE and all(entry.value is None for entry in entries):
+        found = [Rule("null, or a node with a _target_", {"type": ["object", "null"]})]
     says = " or ".join(unique(each.says for each in found))
     schemas = unique(json.dumps(each.schema) for each in found)
     made = (
