@@ -153,7 +153,7 @@ class _Raised(Exception):
             return ""
         value = self.given[used[0]]
         is_plain = value is None or isinstance(value, str | int | float | list)
-        return f" ({used[0]}={value})" if is_plain else ""
+        return f" ({used[0]}={value})" if is_plain and str(value) not in str(error) else ""
 
 
 def refused_argument(error: BaseException, target: str) -> str | None:
