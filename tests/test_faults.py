@@ -19,8 +19,8 @@ from running import TINY, launched
 from waiting import until
 
 from regrow.errors import MachineFault, SlicesTooLarge, UserError, in_a_line, machine_fault
+from regrow.feeding.decoding import load_image
 from regrow.feeding.files import _Memory
-from regrow.feeding.images import load_image
 from regrow.processes import ranks
 from regrow.project import CONF
 from regrow.record.records import read_json

@@ -210,12 +210,12 @@ def test_a_load_that_fails_after_a_change_of_code_says_how_to_get_it_back(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    content, way = read_json(run / "manifest.json"), "To use the run, restore its code and call"
+    content, way = read_json(run / "manifest.json"), " Its code has changed since. "
     changed(run, model={"hidden": [13]})
     assert "not those of the model" in (before := said()) and way not in before  # the control
     others = {**content["code_files"], "src/lab/models/mlp.py": "0" * 16}
     (run / "manifest.json").write_text(json.dumps({**content, "code_files": others}))
-    assert said().startswith(f"{before} Its code has changed since. {way}")
+    assert said().startswith(f"{before}{way}")
     assert way not in said(which="step_1")  # not a matter of the code
     changed(run, model={"hiden": [12]})
     assert "hiden" in (now := said()) and way in now

@@ -301,7 +301,12 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     record = json.loads((copy / ".template" / "record.json").read_text())
     assert record["template"] == "Regrow" and record["package"] == "deep_fish"
     readme = (copy / "README.md").read_text()
-    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 70
+    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 100
+    start = "## Your model on your images\n"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = [it.partition(start)[2].partition("\n## ")[0] for it in (text, readme)]
+    set_up, own = "make setup\nsource .venv/bin/activate\n", sections[1].strip()
+    assert set_up in sections[0] and own == sections[0].replace(set_up, "").strip()
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link

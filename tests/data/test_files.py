@@ -28,7 +28,7 @@ from regrow.config.targets import instantiate
 from regrow.errors import DataError, UserError
 from regrow.feeding import feeds
 from regrow.feeding.batch import Batch
-from regrow.feeding.images import load_image
+from regrow.feeding.decoding import load_image
 from regrow.feeding.loaders import Data
 
 Make = Callable[..., Data]

@@ -21,8 +21,8 @@ from running import config_of
 from regrow.config import older
 from regrow.errors import DataError, UserError
 from regrow.feeding import files
+from regrow.feeding.decoding import NOT_READ, formats_by_suffix, load_image
 from regrow.feeding.files import contents_of, keys_of_copies
-from regrow.feeding.images import NOT_READ, formats_by_suffix, load_image
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Preprocessing
 

@@ -112,6 +112,8 @@ def test_what_is_printed_and_written(
     recalls = [float(line.split()[2]) for line in lines[start + 2 : start + 12]]
     told = [summary["test"][f"test/recall/{n}"] for n in range(10)]
     assert recalls == pytest.approx(told, abs=1e-4)
+    logged = [line.partition(": ")[2] for line in (run / "train.log").read_text().splitlines()]
+    assert lines[start : start + 12] == logged[logged.index("test, by class") :][:12]
     written = read_json(run / "evaluation_test.json")
     assert written["values"] == summary["test"] and written["step"] == summary["best"]["step"]
     main([f"run={run}", "checkpoint=last", "split=val"])

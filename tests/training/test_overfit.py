@@ -250,6 +250,10 @@ def test_a_resume_after_the_last_step_is_judged_by_all_steps() -> None:
     first, _, last = overfitting.lines(verdict._replace(trained=2.0), [], [2.0], 400)
     assert "after 400 steps (2 in the last step)" in first
     assert "trainer.max_steps=1200" in last
+    # Frozen parameters are said again, as they may be why.
+    said = overfitting.lines(verdict, [], [], 300, ["model: 2 of 4 parameters are frozen"])
+    assert said[2] == "model: 2 of 4 parameters are frozen" and len(said) == 4
+    assert len(overfitting.lines(verdict._replace(reached=True), [], [], 300, said[2:3])) == 1
     assert config_of("debug=overfit")["trainer"]["max_restarts"] == 0
     typed = config_of("debug=overfit", "trainer.max_restarts=2")
     assert typed["trainer"]["max_restarts"] == 2

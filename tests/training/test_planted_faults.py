@@ -180,7 +180,7 @@ def test_a_deliberately_frozen_layer_is_only_a_note(
         assert [record.levelno for record in frozen] == [logging.INFO]
         assert "2 of 4 parameters" in frozen[0].getMessage()
         assert "last.weight, last.bias" in frozen[0].getMessage()
-    assert watch.faults == []
+    assert watch.faults == [] and watch.frozen == [frozen[0].getMessage()]
 
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -254,7 +254,9 @@ RULES: dict[str, Rule] = {
     "model.views": choice("one", "mirror", "mirror_shift"),
     "model.patch_size": optional(integer(1)),
     "loss.label_smoothing": number(0, 1),
-    "loss.class_weights": optional(list_of(number(0))),
+    "loss.class_weights": optional(
+        either(choice("balanced"), either(list_of(number(0)), mapping_to(number(0))))
+    ),
     "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
     "loss.delta": number(0, above=True),
     "loss.beta": number(0),

@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
-from regrow.feeding.images import BrokenImage
+from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single

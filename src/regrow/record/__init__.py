@@ -22,9 +22,9 @@ ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run,
 pages: short_names
 pictures: by_range, has_room, in_the_set, joined, of_masks, of_wrong
 plots
-records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, METRICS, NOT_SETS,
-    read_json, refuse_links, remove_start, remove_unused, set_status, set_step, sets_of, SUMMARY,
-    sync_folder, whole_lines, write_json, write_text
+records: as_json, by_set, create, link_latest, linked_latest, load_status, load_summary, Lock,
+    METRICS, NOT_SETS, read_json, refuse_links, remove_start, remove_unused, set_status, set_step,
+    sets_of, SUMMARY, sync_folder, unlink_latest, whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
 side_by_side: Importance, write_page
