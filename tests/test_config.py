@@ -32,7 +32,8 @@ from regrow.config.leads import RECIPES
 from regrow.config.own_modules import import_own_modules
 from regrow.config.resume import SWEEP, expand
 from regrow.config.rules import applies
-from regrow.config.targets import allow, instantiate, is_allowed, locate
+from regrow.config.schemas import OF_TORCH
+from regrow.config.targets import allow, instantiate, is_allowed, locate, shipped_targets
 from regrow.config.yaml_files import read_yaml
 from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
@@ -828,3 +829,8 @@ def test_a_command_line_lets_its_own_targets_through(monkeypatch: pytest.MonkeyP
     assert not is_allowed("torch.nn.Identity")
     check(config, config.hydra.runtime.choices)
     assert is_allowed("torch.nn.Identity") and not is_allowed("os.mkdir")
+
+
+def test_the_schemas_know_the_further_arguments_of_every_shipped_torch_target() -> None:
+    shipped = {target for target in shipped_targets() if target.startswith("torch.optim.")}
+    assert {*OF_TORCH} == shipped

@@ -63,16 +63,18 @@ EXPERIMENTS = {
     "optimizer:\n  lr: 0.5\n": "experiment/x.yaml: its first line must be `# @package _global_`.",
     f"# A note.\n{HEADER}seed: 1\n": "experiment/x.yaml: its first line must be",
     f"{HEADER}defaults:\n  - override model: cnn\n": "write `override /model`, with a slash.",
-    "defaults:\n  - override model: cnn\n": "experiment/x.yaml: write `override /model`",
+    "defaults:\n  - override model: cnn\n": "experiment/x.yaml:2: write `override /model`",
     f"{HEADER}defaults:\n  - model: cnn\n": "write `override /model: cnn`, with a slash.",
-    f"{HEADER}defaults:\n  - /model: cnn\n": "experiment/x.yaml: write `override /model: cnn`.",
+    f"{HEADER}defaults:\n  - /model: cnn\n": "experiment/x.yaml:3: write `override /model: cnn`.",
     f"{HEADER}defaults:\n  - override /callbacks: default\n": "there is no group callbacks to "
     "override. Here that is trainer.checkpoint",
     f"{HEADER}defaults:\n  - override /modle: cnn\n": "no group modle to override. Did you mean "
     "model?",
-    f"{HEADER}defaults:\n  override /model: cnn\n": "experiment/x.yaml: defaults must be a list",
-    f"{HEADER}defaults:\n  - override /model cnn\n": "experiment/x.yaml: an entry of its defaults",
-    f"{HEADER}defaults:\n  - override /model:cnn\n": "experiment/x.yaml: an entry of its defaults",
+    f"{HEADER}defaults:\n  override /model: cnn\n": "experiment/x.yaml:2: defaults must be a list",
+    f"{HEADER}defaults:\n  - override /model cnn\n": "experiment/x.yaml:3: an entry of its "
+    "defaults",
+    f"{HEADER}defaults:\n  - override /model:cnn\n": "experiment/x.yaml:3: an entry of its "
+    "defaults",
     f"{HEADER}defaults:\n  - digits_mpl\n": "its defaults list names experiment/digits_mpl.yaml, "
     "which is nowhere. Did you mean digits_mlp?",
     f"{HEADER}optimizer.lr: 0.5\n": "In a file, write `optimizer: {lr: …}`.",

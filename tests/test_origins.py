@@ -148,6 +148,89 @@ def test_an_error_of_the_lab_names_the_file_and_line(place: Path, tmp_path: Path
     assert said.startswith(f"error: {place}/experiment/late.yaml:3: model.norm=bach is unknown.")
 
 
+OWN = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, depth):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), *[nn.Linear(64, 64) for _ in range(depth)])
+"""
+MODEL = "_target_: net_of_origins.Net\nnum_classes: 10\n"
+SGD = "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.1\n"
+OF_ALL = "# @package _global_\ndefaults:\n"
+# A file of one's own, its content, and the start of the error behind the file's path.
+MISTAKES = {
+    "optimizer/mine": (
+        f"{SGD}lrr: 1\n",
+        ":4: optimizer.lrr: torch.optim.SGD takes no such argument. Did you mean lr?",
+    ),
+    "optimizer/still": (
+        f"{SGD}nesterov: true\nmomentum: 0\n",
+        ":5: optimizer (torch.optim.SGD): Nesterov momentum requires a momentum",
+    ),
+    "scheduler/short": (
+        "_target_: torch.optim.lr_scheduler.StepLR\ninterval: epoch\nstep_size: 0\ngama: 1\n",
+        ":4: scheduler.gama: torch.optim.lr_scheduler.StepLR takes no such argument. Did you mean ",
+    ),
+    "model/misspelt": (
+        f"{MODEL}depht: 2\n",
+        ":3: model.depht: net_of_origins.Net takes no such argument. Did you mean depth?",
+    ),
+    "model/lacking": (MODEL, ":1: model (net_of_origins.Net): TypeError: Net.__init__() missing 1"),
+    "model/none": (
+        MODEL.replace("Net", "Nett"),
+        ":1: model._target_=net_of_origins.Nett: there is no Nett. Did you mean Net?",
+    ),
+    "model/deep": (f"{MODEL}depth: deep\n", ":3: model (net_of_origins.Net, "),
+    "experiment/option": (
+        f"{OF_ALL}  - override /optimizer: adaam\n",
+        ":3: optimizer=adaam: there is no such option. Did you mean adam? Use ",
+    ),
+    "experiment/task": (
+        f"{OF_ALL}  - override /model: cnn\n  - override /task: regression\n",
+        ":4: task=regression does not fit multiclass targets",
+    ),
+    "experiment/twice": (f"{OF_ALL}  - /model: cnn\n", ":3: write `override /model: cnn`."),
+    "experiment/mapping": (f"seed: 1\n{OF_ALL}  a: b\n", ":3: defaults must be a list: begin"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistaken")
+    (folder / "net_of_origins.py").write_text(OWN)
+    for name, (text, _) in MISTAKES.items():
+        path = folder / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_file_has_its_line(
+    name: str, mistaken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", forked.python_path(mistaken))
+    given = ("--config-dir", str(mistaken / "conf"), name.replace("/", "="), "trainer.device=cpu")
+    said = error_of(tmp_path, *given)
+    assert said.startswith(f"error: {mistaken}/conf/{name}.yaml{MISTAKES[name][1]}"), said
+
+
+def test_a_typed_mistake_has_no_file(
+    mistaken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", forked.python_path(mistaken))
+    for typed, says in (
+        (("optimizer=sgd", "optimizer.momentum=0"), "optimizer (torch.optim.SGD): Nesterov"),
+        (("optimizer=adaam",), "optimizer=adaam: there is no such option."),
+        (("task=regression",), "task=regression does not fit"),
+    ):
+        there = ("--config-dir", str(mistaken / "conf"), "trainer.device=cpu")
+        assert error_of(tmp_path, *there, *typed).startswith(f"error: {says}")
+
+
 def test_a_node_of_the_config_store_is_named(tmp_path: Path) -> None:
     script = tmp_path / "start.py"
     script.write_text(

@@ -32,7 +32,7 @@ roles: check_roles
 rules: applies, of_shipped, RULES
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 target_kinds: refuse_mixing, refuse_sampling
-targets: allow, instantiate, locate, named_packages, place_in, SHOWS_ALL
+targets: allow, call_failed, instantiate, locate, named_packages, place_in, SHOWS_ALL
 yaml_files: read_yaml, readable
 yaml_keys: head_of
 """

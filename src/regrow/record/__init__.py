@@ -13,7 +13,7 @@ manifest: CHANGED, code_changes, code_sha256, cores, latest, NAME, name_some, na
     write_origin
 meter: Meter
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
-moved: in_config, in_text
+moved: GONE, in_config, in_text
 names: LOCK, refuse_foreign_run, refuse_foreign_sweep
 output: refuse_existing, refuse_existing_folder, remove_unfinished, whole_file, write_bytes,
     write_csv, write_images, write_text
