@@ -308,6 +308,34 @@ def test_the_index_names_every_page() -> None:
     assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
 
 
+def touched(text: str) -> set[str]:
+    """Return the files that a page writes or edits, and the folders of examples that it runs."""
+    found: set[str] = set()
+    for block in marked(text):
+        if block.file:
+            found.add(block.file)
+        elif block.kind == "diff":
+            found |= {*re.findall(r"^\+\+\+ b/(\S+)", block.content, re.MULTILINE)}
+        elif block.kind == "bash":
+            found |= {*re.findall(r"--config-dir (src/lab/examples/\w+/)conf", block.content)}
+    return found
+
+
+def named(text: str) -> set[str]:
+    """Return the files that the line `Files:` of a page names. Its first sentence has them all."""
+    (line,) = re.findall(r"^Files: (.*?)\.(?: |$)", text, re.MULTILINE)
+    return {*re.findall(r"`([^`]+)`", line)}
+
+
+def test_each_recipe_names_the_files_that_it_touches() -> None:
+    for page in sorted({*RECIPES.glob("*.md")} - {RECIPES / "README.md"}):
+        text = page.read_text(encoding="utf-8")
+        assert named(text) == touched(text), page.name
+        assert not [name for name in named(text) if name.startswith("src/regrow")], page.name
+    page = RECIPES / "your_model.md"
+    assert named("Files: `my_models.py`.\n") != touched(page.read_text(encoding="utf-8"))
+
+
 def test_when_a_page_is_tested_and_what_it_needs() -> None:
     assert marks_of("# A page") == ("nightly", [])
     assert marks_of("# A page\n\n<!-- test: fast -->\n") == ("fast", [])
