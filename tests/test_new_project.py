@@ -291,6 +291,8 @@ def test_a_project_holds_nothing_that_concerns_the_template_alone(copy: Path) ->
     assert "workflows" not in (copy / ".ci/run").read_text()
     for name in (".devcontainer/devcontainer.json", ".github/dependabot.yml"):
         assert (copy / name).is_file()  # as useful in a project
+    for page in (copy / "docs").rglob("*.md"):
+        assert "benchmarks/RESULTS.md" not in page.read_text(), page
 
 
 def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
