@@ -22,7 +22,7 @@ from fakes import make_run, write_lines
 
 from regrow.errors import UserError
 from regrow.feeding.batch import Batch
-from regrow.record import comparison, pages, pictures, plots, report, side_by_side
+from regrow.record import comparison, logged_images, pages, pictures, plots, report, side_by_side
 from regrow.record.records import read_metrics, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -288,19 +288,43 @@ def test_wrong_images_are_shown_with_truth_and_prediction(
         assert "img" not in Page(report.write(folder)).tags
 
 
-def test_a_page_full_of_photographs_stays_below_a_megabyte(tmp_path: Path) -> None:
-    """Noise, which no compression makes smaller."""
+def photographs() -> dict[str, Any]:
+    """Wrong images of noise, which no compression makes smaller."""
     torch.manual_seed(0)
     inputs, targets = torch.rand(20, 3, 224, 224), torch.zeros(20, dtype=torch.int64)
     batch = Batch(inputs, targets, None, 20, 20)
     told = {"prediction": targets + 1, "probability": torch.full((20, 2), 0.5)}
+    return pictures.of_wrong(batch, targets, lambda _: told, ["cat", "dog"], None)
+
+
+def test_a_page_full_of_photographs_stays_below_a_megabyte(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     details = json.loads((folder / "plots" / "test.json").read_text())
-    details |= pictures.of_wrong(batch, targets, lambda _: told, ["cat", "dog"], None)
-    write_json(folder / "plots" / "test.json", details)
+    write_json(folder / "plots" / "test.json", details | photographs())
     page = report.write(folder)
     assert page.read_text().count("<img ") == pictures.NUM_WRONG
     assert page.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_plots_curves_and_wrong_images_share_the_megabyte_of_a_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2000, steps_per_epoch=40)
+    counts, names = [[7] * 20] * 20, [f"class {index}" for index in range(20)]
+    wrong = photographs()
+    for name in ("a", "b", "test"):
+        details = {"confusion_matrix": counts, "class_names": names, **wrong}
+        write_json(folder / "plots" / f"{name}.json", details)
+    logged = torch.rand(16, 3, 64, 64)
+    for index in range(20):
+        for step in range(4):
+            logged_images.write(logged_images.place(folder, f"name {index}", step), logged)
+    page = report.write(folder)
+    text = page.read_text()
+    assert 800_000 < page.stat().st_size < 1_000_000
+    assert "Left out, as the page has at most 1 MB: plots/confusion_" in text
+    assert "plots/learning_curves.png" not in text
+    assert text.count("Shown: ") >= 1 and text.count("<img ") > 16
+    assert "application/json" in text  # the curves
 
 
 def test_a_long_line_is_thinned_and_keeps_its_peaks_and_its_wide_gaps() -> None:

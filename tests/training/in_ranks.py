@@ -344,7 +344,7 @@ def stopped(world: World, config: Config, folder: Path) -> list[int]:
 
 
 def told(world: World, config: Config, folder: Path) -> list[Any]:
-    firsts = world.gather(int(world.is_first("a thing")))
+    firsts = world.gather(int(world.claim_first("a thing")))
     texts = world.gather_texts("ö" * world.rank)
     return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts, texts]
 

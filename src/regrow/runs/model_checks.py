@@ -63,7 +63,7 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
     except ValueError as error:  # BatchNorm cannot compute a variance
         raise UserError(
             "a step's smallest micro-batch is one example, and this model cannot train on one: "
-            f"{str(error).splitlines()[0]}. Use data.drop_last=true, another data.batch_size, "
+            f"{brief(error)}. Use data.drop_last=true, another data.batch_size, "
             "fewer trainer.accumulation_steps or a model without BatchNorm."
         ) from None
     finally:
