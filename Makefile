@@ -37,7 +37,9 @@ test-all: ## run the fast and the slow tests
 	@$(MAKE) test-slow
 
 .PHONY: extras
-extras: setup ## install the packages of all extras: see pyproject.toml
+extras: setup ## install the packages of all extras, as requirements-extras.lock pins them
+	@if grep -q '"installed_from": "requirements.lock"' .venv/.set-up-complete && [ -f requirements-extras.lock ]; then \
+		$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-extras.lock; fi
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[export,http,lora,mlflow,notebook,s3,text]'
 
 # >>> template only
@@ -109,6 +111,11 @@ lock: ## update the lock file after a change of requirements (newest versions: A
 	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
 		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
 		--generate-hashes $(ARGS) requirements-dev.txt --output-file requirements.lock
+	@# The versions of requirements.lock, where the extras allow them: uv keeps what stands in its output.
+	@cp requirements.lock requirements-extras.lock
+	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
+		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \
+		--generate-hashes --all-extras $(ARGS) pyproject.toml --output-file requirements-extras.lock
 # >>> template only
 	@UV_CUSTOM_COMPILE_COMMAND='make lock' uv pip compile --quiet --universal --python-version 3.11 \
 		--fork-strategy fewest --no-emit-index-url --no-emit-find-links --no-annotate \

@@ -225,3 +225,15 @@ def test_a_page_that_loads_something_from_elsewhere_is_found() -> None:
         '<script src="../a.js"></script><a href="https://b">',
     ):
         assert not build.LOADS.search(good)
+
+
+def test_code_in_a_table_wraps_after_its_separators_alone() -> None:
+    import build
+
+    page = "<td><code>data.val_step=<a href='x.html'>a_b</a></code></td><code>a.b</code>"
+    assert build.wrappable(page) == (
+        "<td><code>data.<wbr>val_<wbr>step=<a href='x.html'>a_<wbr>b</a></code></td>"
+        "<code>a.b</code>"
+    )
+    same = "<td><code>0.5 a&lt;b -m</code></td>"
+    assert build.wrappable(same) == same

@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import regrow
 from regrow.project import ROOT
@@ -98,6 +100,23 @@ def test_the_lock_of_the_tools_has_a_hash_for_each_pin_and_names_no_index() -> N
     ranges = (folder / "requirements.txt").read_text(encoding="utf-8")
     wanted = re.findall(r"^([a-z-]+)>=", ranges, re.M)
     assert len(wanted) == 3 and set(wanted) <= {pin.partition("==")[0] for pin in pins}
+
+
+def test_the_lock_of_the_extras_has_a_hash_for_each_pin_of_each_extra_and_names_no_index() -> None:
+    text = (ROOT / "requirements-extras.lock").read_text(encoding="utf-8")
+    pins = re.split(r"^(?=\S+==)", text, flags=re.M)[1:]
+    assert all("--hash=sha256:" in pin for pin in pins) and "://" not in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [it for its in project["optional-dependencies"].values() for it in its]
+    wanted = {Requirement(it).name for it in extras}
+    found = {pin.partition("==")[0]: pin.split()[0].partition("==")[2] for pin in pins}
+    assert {"peft", "onnx", "mlflow-skinny", "s3fs"} <= wanted <= found.keys()
+    for extra in extras:
+        needed = Requirement(extra)
+        assert needed.specifier.contains(found[needed.name])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "--require-hashes -r requirements-extras.lock" in makefile
+    assert "pyproject.toml --output-file requirements-extras.lock" in makefile
 
 
 def steps(folder: Path) -> list[str]:
