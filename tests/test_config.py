@@ -195,7 +195,7 @@ def test_a_run_does_not_write_into_a_sweeps_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [SWEEP]
 
 
-def test_what_ones_own_code_raised_is_said_with_its_place(
+def test_an_error_in_a_users_code_names_file_and_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "unlucky.py").write_text("def net(width):\n    raise ValueError(f'not {width}')\n")
@@ -326,7 +326,7 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("bad", [bad for bad, said in BAD.items() if re.search(OFFERS, said)])
-def test_what_an_error_advises_helps(bad: str) -> None:
+def test_following_the_advice_of_an_error_helps(bad: str) -> None:
     said = error_of(bad.split())
     assert BAD[bad] in said
     ways = ways_out(bad.split(), said)
@@ -336,7 +336,7 @@ def test_what_an_error_advises_helps(bad: str) -> None:
         assert after == "" or (NEXT.get(bad, "\0") in after and after != said), (arguments, after)
 
 
-def test_what_needs_torch_to_be_found_is_one_line_too(tmp_path: Path) -> None:
+def test_an_error_that_needs_torch_is_one_line_too(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -420,7 +420,7 @@ def test_a_task_without_its_data_is_refused() -> None:
         ("run.dri", ["run.dir"], "run.dir"),
     ],
 )
-def test_what_is_meant_is_near_and_never_the_word_itself(
+def test_a_suggestion_is_near_and_never_the_word_itself(
     word: str, words: list[str], meant: str
 ) -> None:
     assert did_you_mean(word, words) == (f" Did you mean {meant}?" if meant else "")
@@ -435,7 +435,7 @@ def test_what_is_meant_is_near_and_never_the_word_itself(
         "loss.class_weights=[1,2,1,1,1,1,1,1,1,0.5]",
     ],
 )
-def test_what_the_yaml_says_may_be_written_needs_no_plus(override: str) -> None:
+def test_keys_that_the_yaml_offers_need_no_plus(override: str) -> None:
     made = composed(override)
     check(made, made.hydra.runtime.choices)
 

@@ -340,7 +340,7 @@ class Kind(enum.Enum):
     ONE = 1
 
 
-def test_what_was_registered_is_written_without_hydras_own(
+def test_registered_configs_are_written_without_hydras_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hydra.core.config_store import ConfigStore

@@ -10,9 +10,8 @@ from pathlib import Path
 import forked
 import pytest
 
-from regrow.config import flags
-from regrow.config import origins as config_origins
-from regrow.config.origins import TYPED, located_in, origins
+from regrow.config import flags, origins
+from regrow.config.origins import TYPED, located_in
 from regrow.config.yaml_keys import head_of, keys_of
 from regrow.project import CONF, ROOT
 
@@ -84,7 +83,7 @@ def test_a_merged_key_has_the_line_that_it_comes_from(tmp_path: Path) -> None:
 
 def test_a_typed_value_is_found_without_composing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(config_origins, "origins", lambda *_: asked.append("") or 1 / 0)
+    monkeypatch.setattr(origins, "origins", lambda *_: asked.append("") or 1 / 0)
     said = "model.dropout=3 must be below 1."
     assert located_in(said, flags.DEFAULT, ["model=mlp", "model.dropout=3"]) == said
     assert asked == []
@@ -96,13 +95,13 @@ def test_a_typed_value_is_found_without_composing_again(monkeypatch: pytest.Monk
 def test_an_error_about_a_key_of_hydras_names_no_other_file() -> None:
     said = "hydra.run.dir=full holds notes.txt."
     assert located_in(said, flags.DEFAULT, []) == said
-    assert origins(flags.DEFAULT, []).of("hydra.run.dir") is not None  # not what was typed
+    assert origins.origins(flags.DEFAULT, []).of("hydra.run.dir") is not None  # not what was typed
 
 
 def test_the_last_file_that_sets_a_key_counts(place: Path) -> None:
     source = {**flags.DEFAULT, "dir": str(place)}
     given = ["model=wide", "experiment=bad", "seed=3", "data.folds=null"]
-    found = origins(source, given)
+    found = origins.origins(source, given)
     assert found.of("model.hidden") == f"{place}/model/wide.yaml:3"
     shipped = CONF / "model" / "mlp.yaml"
     assert found.of("model.norm") == f"conf/model/mlp.yaml:{line_of(shipped, 'norm:')}"

@@ -109,7 +109,7 @@ def test_a_mistake_fails_in_a_group_and_in_an_experiment(change: dict[str, Any],
         {"_target_": "mine.Options", "anything": 3},
     ],
 )
-def test_what_a_start_accepts_passes(change: dict[str, Any]) -> None:
+def test_values_that_a_start_accepts_pass_the_schemas(change: dict[str, Any]) -> None:
     for name, content in (("trainer", change), ("experiment", {"trainer": change})):
         assert problems(f"{name}.json", content) == []
 

@@ -84,7 +84,7 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
         api.section("regrow.checkpoint.digest", ["nothing"])
 
 
-def test_words_in_angle_brackets_are_no_tags() -> None:
+def test_words_in_angle_brackets_are_not_tags() -> None:
     import api
 
     assert api.prose("a <name> and `<code>`") == "a &lt;name&gt; and `<code>`\n"

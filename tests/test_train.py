@@ -57,7 +57,7 @@ def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(summary["test"]) >= {"test/loss", "test/accuracy"}
     assert metrics_of(folder)[-1]["test/accuracy"] == summary["test"]["test/accuracy"]
     out = capsys.readouterr().out
-    assert "batch: 16 = 1 device × 1 slice × 16" in out
+    assert "batch: 16 = 1 device × 1 micro-batch × 16" in out
     assert f"resume={folder.relative_to(tmp_path)}" in out
     assert "[rank 0]" in (folder / "train.log").read_text()
 
@@ -133,7 +133,7 @@ def test_resume_never_does_not_touch_a_run(capsys: pytest.CaptureFixture[str]) -
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) -> None:
+def test_a_run_with_a_raised_limit_ends_as_one_longer_run(tmp_path: Path) -> None:
     """With a learning rate that does not depend on the limit."""
     launched("hydra.run.dir=whole", "scheduler=constant", "trainer.max_epochs=4")
     launched("hydra.run.dir=parts", "scheduler=constant", "trainer.max_epochs=2")
@@ -158,7 +158,7 @@ def test_a_resume_tells_what_it_changes_and_says_nothing_twice(
     assert "learning rate of step" not in capsys.readouterr().out
 
 
-def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(
+def test_a_value_that_looks_like_a_secret_is_hidden_and_the_run_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secrets = ("name='my password: hunter2'", "data.root=https://me:hunter2@host/x")
@@ -198,7 +198,7 @@ IMPATIENT = (
 )
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience_as_printed(
+def test_a_run_that_stopped_early_resumes_with_more_patience_as_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched("hydra.run.dir=mine", *IMPATIENT)
@@ -288,7 +288,7 @@ def test_resume_by_folder_takes_the_recorded_overrides_and_the_new_ones(tmp_path
     assert expand(["resume=auto", "seed=4"]) == ["resume=auto", "seed=4"]
 
 
-def test_what_a_folder_recorded_cannot_run_anything(tmp_path: Path) -> None:
+def test_a_recorded_override_cannot_run_anything(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
     for override in (

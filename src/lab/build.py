@@ -132,13 +132,13 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     task = instantiate(task_node, loss=instantiate(loss))
     task.in_units = data.in_units  # regression metrics are in the targets' own units
     task.vocabulary = data.preprocessing.vocabulary  # says how many bytes a token has
-    task.as_pixels = data.as_pixels  # of the report's pictures
+    task.as_pixels = data.as_pixels  # for the report's images
     options = with_monitor(options, config, task, world.device, sets)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:
         raise UserError(
             f"trainer.accumulation_steps={slices}: this loss is not a sum over examples, so the "
-            "batch cannot be cut into slices. Use trainer.accumulation_steps=1."
+            "batch cannot be split into micro-batches. Use trainer.accumulation_steps=1."
         )
 
     averaged = average_of(model) if options.ema_decay is not None else None

@@ -460,7 +460,7 @@ def test_a_corrupt_image_is_named_in_one_line(
         ("normalize={mean:[0.5],std:[0.5]}", "it takes 3 means"),
     ],
 )
-def test_what_was_found_in_the_folder_is_said(
+def test_an_error_about_a_folder_says_what_it_holds_in_one_line(
     make_data: Make, image_root: Path, override: str, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:

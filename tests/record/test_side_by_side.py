@@ -158,7 +158,7 @@ def test_lines_run_through_all_parameters_to_the_metric(tmp_path: Path) -> None:
     assert "lr=3 dropout=0 seed=0: val/accuracy 0.8000" in text
 
 
-def test_of_very_many_runs_the_best_are_drawn_and_all_are_listed(tmp_path: Path) -> None:
+def test_a_page_of_very_many_runs_draws_the_best_and_lists_all(tmp_path: Path) -> None:
     values = {(str(lr), drop, "0"): 1 / lr for lr in range(1, 151) for drop in "05"}
     path = side_by_side.write_page(swept(values), tmp_path / "page.html")
     text = path.read_text(encoding="utf-8")

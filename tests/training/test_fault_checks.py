@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
 from regrow.config.targets import allow
 from regrow.project import ROOT
-from regrow.runs import fault_checks
-from regrow.runs import training as runs
+from regrow.runs import fault_checks, training
 from regrow.runs.fault_checks import unsettled_averages
 
 N = 8
@@ -171,7 +170,7 @@ def test_a_leak_is_at_least_five_examples_of_train_and_a_limit_hides_none() -> N
         config["data"] |= limit
         config["data"]["source"] = {"_target_": "planted.rows", "shared": shared}
         allow(config)
-        return fault_checks.leaks(runs.build(config, CPU).data, CPU.device)
+        return fault_checks.leaks(training.build(config, CPU).data, CPU.device)
 
     assert lines(4) == []
     (line,) = lines(5)
@@ -179,7 +178,7 @@ def test_a_leak_is_at_least_five_examples_of_train_and_a_limit_hides_none() -> N
     assert lines(5, limit_train=8, batch_size=8) == [line]
 
 
-def test_equal_rows_by_chance_are_no_leak_and_copied_rows_are_one() -> None:
+def test_copied_rows_are_a_leak_and_rows_equal_by_chance_are_not() -> None:
     generator = torch.Generator().manual_seed(0)
     for few in (20, 100, 1000):  # of so many values
         for sizes in ((120, 30), (40, 400), (1000, 200)):

@@ -211,8 +211,8 @@ def without_gradient(names: list[str], steps: int) -> str:
     when = f"in the first {steps} steps" if steps > 1 else "in the first step"
     return (
         f"model: {listed(names)} got no gradient {when}, so they do not train: forward does not "
-        "use them, or detach() or no_grad() cuts them off. Correct forward, or say that it is "
-        "meant: requires_grad_(False)."
+        "use them, or detach() or no_grad() stops their gradient. Correct forward, or say that it "
+        "is meant: requires_grad_(False)."
     )
 
 

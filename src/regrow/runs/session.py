@@ -364,7 +364,7 @@ def is_plain(error: BaseException) -> bool:
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
     """Record and log why the run failed, in the first rank that fails alone."""
-    if lost_the_others(error) or not world.is_first("to fail"):
+    if lost_the_others(error) or not world.claim_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
     least = {}
