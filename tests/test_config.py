@@ -711,10 +711,10 @@ def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all(
 ) -> None:
     node = {"_target_": "fractions.Fraction", "numerater": 1}
     allow(node)
-    with pytest.raises(UserError, match=r"unexpected keyword argument 'numerater'.*Did you mean n"):
+    with pytest.raises(UserError, match=r"^numerater: .* takes no such argument.*Did you mean n"):
         instantiate(node)
     node = {"_target_": "fractions.Fraction", "zzz": 1}
-    with pytest.raises(UserError, match=r"'zzz'\. It takes numerator, denominator"):
+    with pytest.raises(UserError, match=r"^zzz: .* argument\. It takes numerator, denominator"):
         instantiate(node)
     assert instantiate({"_target_": "fractions.Fraction", "numerator": 1}) == 1
     # The negative control: the refusal comes from inside the target, whose arguments do not matter.

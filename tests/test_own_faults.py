@@ -170,7 +170,7 @@ SAID = {
         "): not 0.5.",
     ),
     "model=small optimizer=mine optimizer.lr=3": (  # a typed value may be the cause
-        "error: optimizer (my_models.Optimizer, {}",
+        "error: optimizer (my_models.Optimizer, {}my_models.py:",
         "): not 3.",
     ),
     "model=small data=mine": (

@@ -42,6 +42,7 @@ MOVED: Mapping[str, str] = {
     "regrow.data.files": "regrow.feeding.files",
     "regrow.data.identity": "regrow.feeding.identity",
     "regrow.data.images": "regrow.feeding.images",
+    **_each("regrow.data.images", "regrow.feeding.decoding", "fit load_image"),
     "regrow.data.loaders": "regrow.feeding.loaders",
     "regrow.data.preprocess": "regrow.feeding.preprocess",
     "regrow.data.sampling": "regrow.feeding.sampling",
@@ -95,6 +96,7 @@ MOVED: Mapping[str, str] = {
     "regrow.training.loop.StepResult": "lab.plan.StepResult",
     "regrow.training.loop.at_least_float32": "regrow.numerics.precision.at_least_float32",
     "regrow.training.loop.refuse_endless_skipping": "lab.faults.refuse_endless_skipping",
+    "regrow.training.loop.pruned": "lab.loop.report_to_search",
     **_each("regrow.training.loop", "lab.evaluate", "evaluate measure"),
     **_each("regrow.training.loop", "lab.step", "backward forward train_step"),
     **_each(
