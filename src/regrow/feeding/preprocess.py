@@ -518,14 +518,10 @@ def _statistics(
     if normalize == "none":
         return None, None
     number = input_shape[0]
-    if isinstance(normalize, dict) and normalize.keys() == {"mean", "std"}:
+    if isinstance(normalize, dict):
         mean, std = list(normalize["mean"]), list(normalize["std"])
     elif normalize == "imagenet":
         mean, std = IMAGENET if number == 3 else ([0.449], [0.226])  # one channel: their mean
-    elif normalize != "train":
-        raise UserError(
-            f"data.normalize={normalize} is none of train, imagenet, none, {{mean: […], std: […]}}."
-        )
     elif kind == "tensor":
         raise UserError(
             "data.normalize=train cannot look into a data set of your own. Use none, or give "
