@@ -31,6 +31,7 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, if_trusted
     SWEEP
 roles: check_roles
 rules: applies, of_shipped, require, RULES
+schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
 targets: allow, instantiate, locate, named_packages, place_in, SHOWS_ALL
 yaml_files: read_yaml, readable
