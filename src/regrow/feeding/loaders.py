@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
-from regrow.feeding.batch import Batch, Inputs
+from regrow.feeding.batch import Batch
 from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
@@ -46,6 +46,7 @@ from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
 from regrow.phases import timed
 from regrow.project import lab_name
+from regrow.protocols import Inputs
 from regrow.randomness import generator
 from regrow.record.pictures import by_range
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrow.config import older
 from regrow.errors import DataError, UserError, brief
-from regrow.feeding.batch import Inputs, each
+from regrow.feeding.batch import each
 from regrow.feeding.files import KINDS_LEFT_OUT, LeftOut
 from regrow.feeding.images import (
     DECODERS,
@@ -35,6 +35,7 @@ from regrow.feeding.tables import read_table
 from regrow.feeding.tokens import Tokens
 from regrow.feeding.vocabulary import is_record
 from regrow.numerics.precision import widest
+from regrow.protocols import Inputs
 
 # Mean and deviation of ImageNet's training images in 0 … 1, which torchvision's pretrained models
 # were trained with.

@@ -30,7 +30,7 @@ from regrow.config.rules import RULES, applies, require
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
-from regrow.feeding.batch import Inputs, each
+from regrow.feeding.batch import each
 from regrow.feeding.feeds import collated
 from regrow.feeding.files import without_gone
 from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
@@ -38,6 +38,7 @@ from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.project import ROOT
+from regrow.protocols import Inputs
 from regrow.randomness import Draws, states_kept
 from regrow.record import manifest
 from regrow.record.records import read_json
