@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.configured import build, world_of
 from benchmarks.measure import Table
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 Runner = Callable[..., tuple[float, float]]  # overrides -> seconds of training, test accuracy
 EPOCHS, BATCH, RATE, BETAS, WARMUP, DECAY, SMOOTHING = 14, 256, 0.02, (0.7, 0.9), 0.2, 0.3, 0.1
@@ -66,7 +66,7 @@ def ours(*options: str) -> tuple[float, float]:
     world = world_of(*options)
     objects, config = build(world, *options)
     with tempfile.TemporaryDirectory() as folder:
-        summary = runs.train(objects, config, Path(folder), world, StopRequest())
+        summary = training.train(objects, config, Path(folder), world, StopRequest())
     return summary["seconds"], summary["test"]["test/accuracy"]
 
 

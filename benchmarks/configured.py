@@ -7,7 +7,7 @@ from typing import Any
 from lab.build import Objects
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.machine import resolve_device
 
 
@@ -32,4 +32,4 @@ def world_of(*overrides: str) -> World:
 def build(world: World, *overrides: str) -> tuple[Objects, dict[str, Any]]:
     config = config_of(*overrides)
     allow(config)  # as the check of a command line does
-    return runs.build(config, world), config
+    return training.build(config, world), config

@@ -22,7 +22,7 @@ from regrow.distributed.parallel import World
 from regrow.feeding.batch import Batch
 from regrow.feeding.loaders import TrainBatches
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 IMAGES = 20_000
 BATCH = 128
@@ -147,7 +147,7 @@ def waiting(steps: int, *overrides: str) -> tuple[float, float]:
     watched.__class__ = Watched
     with tempfile.TemporaryDirectory() as folder:
         objects = dataclasses.replace(objects, train=watched)
-        runs.train(objects, config, Path(folder), world, StopRequest())
+        training.train(objects, config, Path(folder), world, StopRequest())
     waits = [end - begin for begin, end in zip(asked, given, strict=True)]
     return sum(waits[first:last]) / steps, (asked[last] - asked[first]) / steps
 

@@ -29,8 +29,7 @@ from benchmarks.measure import in_turn, per_second
 from benchmarks.step import by_hand, pure, train_py
 from regrow.distributed.parallel import World
 from regrow.record import loggers, records, report
-from regrow.sweep import ledger as state
-from regrow.sweep import results
+from regrow.sweep import ledger, results
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "scripts" / "train.py")
@@ -297,14 +296,14 @@ def run_jobs(folder: Path, size: int) -> tuple[float, float, float]:
 
 def copied(sweep: Path, many: Path, size: int) -> None:
     """Make a sweep of `size` jobs from the runs of a smaller one."""
-    there = state.entries(sweep)
+    there = ledger.entries(sweep)
     entries = []
     for number in range(size):
         one = there[number % len(there)]
         shutil.copytree(sweep / one.folder, many / str(number), symlinks=True)
         swept = {**one.swept, "optimizer.lr": str(0.001 * (1 + number // 2))}
         entries.append(replace(one, number=number, folder=str(number), swept=swept))
-    state.write(many, entries, **{k: v for k, v in state.read(sweep).items() if k != "jobs"})
+    ledger.write(many, entries, **{k: v for k, v in ledger.read(sweep).items() if k != "jobs"})
 
 
 # -- shared ----------------------------------------------------------------------------------------

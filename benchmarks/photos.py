@@ -19,7 +19,8 @@ from benchmarks.configured import config_of
 from benchmarks.feeding import consume
 from benchmarks.measure import Table, in_turn
 from regrow.config.targets import allow, instantiate
-from regrow.feeding.images import ImageFiles, to_tensor
+from regrow.feeding.decoding import to_tensor
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data
 from regrow.numerics.memory import keep_freed_memory
 

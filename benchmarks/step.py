@@ -26,7 +26,7 @@ from benchmarks.measure import Table, in_turn
 from benchmarks.peers import ENGINES
 from regrow.distributed.parallel import World
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 STEPS = 600
 BEFORE = 40  # untimed steps, two epochs; the first steps are slower
@@ -113,7 +113,7 @@ def train_py(
     def run(_: object = temporary) -> float:
         stop.first = objects.state.step + before
         stop.last = stop.first + steps
-        runs.train(objects, config, folder, world, stop)
+        training.train(objects, config, folder, world, stop)
         return stop.ended - stop.started
 
     batches = list(objects.train.epoch(0))

@@ -31,7 +31,7 @@ OPTIONS = {
     "shard_mb": Option("bytes of a shard, in millions", 256.0, kind="number"),
     "block_mb": Option("bytes that are read at once, in millions", 1.0, kind="number"),
     "shuffle": Option("permute train, so that a block holds a mixture", True, kind="boolean"),
-    "seed": Option("another seed permutes otherwise, and cuts other splits", 0, kind="count"),
+    "seed": Option("another seed gives another order and other splits", 0, kind="count"),
     "overwrite": Option("write over shards that are there", False, kind="boolean"),
 }
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = Path(__file__).with_suffix(".md")
 LAB = "lab"  # the package that a project renames
 TITLE = "Regrow"
+SET_UP = "make setup\nsource .venv/bin/activate"
 
 # Copied besides the engine, with the package `lab` renamed inside each file.
 PARTS = (
@@ -220,8 +221,19 @@ def write_files(folder: Path, names: Names) -> None:
     write_archive(folder, folder / BASE)
     record["engine"] = update.engine_hash(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    readme = README.read_text(encoding="utf-8").format_map(record)
+    readme = README.read_text(encoding="utf-8").format_map(record | {"images": on_images()})
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def on_images() -> str:
+    """Return the section on a model of one's own of the template's README; "" if it has none.
+
+    Without the set-up, which a project's README has further up.
+    """
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(r"(?ms)^## Your model on your images$.*?(?=^## )", text)
+    return found[0].replace(f"{SET_UP}\n", "") if found else ""
 
 
 def record_of(project: str, names: Names) -> dict[str, str]:
@@ -388,10 +400,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{dest}: {done}. Next:")
     print(f"  cd {shlex.quote(str(dest))} && make test")
     print("  make train")
-    print(
-        "The first sets up a .venv of its own there: 6 GB on Linux, fetched from the installer's "
-        "cache."
-    )
+    print("The first sets up a .venv of its own there: 6 GB on Linux.")
+    if shutil.which("uv") is None:
+        print("With uv on the PATH, environments share their files: they are links to its cache.")
     return 0
 
 

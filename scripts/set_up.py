@@ -36,6 +36,8 @@ MADE_FROM = (PINNED, RANGES, "requirements.txt")
 TELL_SECONDS = 15.0
 WITHOUT_LOCK = "make setup LOCK=no"
 ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # starts uv's and pip's failure messages
+# pip prints it for each package and each place of its configuration that lacks the package.
+IGNORED = re.compile(r"WARNING: Location '.*' is ignored: ")
 # Matches uv's and pip's message for a file whose SHA-256 is not in the lock, and the file's name.
 MISMATCH = re.compile(
     r"hash mismatch for [`'\"]?(?P<uv>[^\s`'\"]+)|"
@@ -139,14 +141,18 @@ def call(*command: str | Path, lock: int | None) -> bool:
         encoding="utf-8",
         errors="replace",
     )
-    held = []
+    held, num_ignored = [], 0
     with process, told_to_wait():
         assert process.stderr is not None
         for line in process.stderr:
             if held or ERROR.match(line):  # a hash mismatch prints one line of our own instead
                 held.append(line)
+            elif IGNORED.match(line):
+                num_ignored += 1
             else:
                 print(line, end="", file=sys.stderr, flush=True)
+    if num_ignored:
+        say(f"pip ignored {num_ignored} locations of its configuration, which do not exist")
     if process.returncode and (file := mismatch("".join(held))):
         sys.exit(
             f"set-up: {file}: the fetched file is none of those whose SHA-256 is in {PINNED}. "

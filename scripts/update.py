@@ -176,9 +176,21 @@ def refuse_other_protocols(checkout: Path, source: str, migrated: str) -> None:
     if own != new and migrated != str(new):
         raise Refused(
             f"FROM={source} has version {new} of the Protocols between lab and engine, and this "
-            f"project has {own}. Change your package as {source}/{MIGRATIONS} says, and add "
+            f"project has {own}. Change your package as {note_of(source)} says, and add "
             f"MIGRATED={new}."
         )
+
+
+def note_of(source: str) -> str:
+    """Return where to read how a lab must change: a path or a link that opens, if there is one."""
+    if (Path(source).expanduser() / MIGRATIONS).is_file():
+        return f"{source}/{MIGRATIONS}"
+    on_github = re.fullmatch(
+        r"(?:https://|ssh://git@|git@)github\.com[:/]([^/]+/[^/]+?)(?:\.git)?/?", source
+    )
+    if on_github:
+        return f"https://github.com/{on_github[1]}/blob/HEAD/{MIGRATIONS}"
+    return f"{MIGRATIONS} in a clone of {source}"
 
 
 def protocols_version(root: Path) -> int:

@@ -19,7 +19,7 @@ from running import CPU, as_hydra_has_it, composed
 
 from regrow.config.job import job_of
 from regrow.project import CONF
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.session import run_job
 
 SCRIPTS = CONF.parent / "scripts"
@@ -33,7 +33,7 @@ def finished(folder: Path, *overrides: str) -> Path:
     job = job_of(as_hydra_has_it(config), folder.resolve(), ["python", "train.py"])
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "draw", lambda folder: None)
+        patch.setattr(training, "draw", lambda folder: None)
         run_job(job, CPU)
     return folder
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 import torchmetrics
 from torch.nn.functional import cross_entropy
@@ -74,6 +76,10 @@ def shared(folder: Path) -> Names:
         "kappa": torchmetrics.CohenKappa(task="multiclass", num_classes=3),
         "predictions": targets[None],
         "evaluations_without_improvement": 0,
+        "optuna": optuna,
+        "study": optuna.create_study(),
+        "train": lambda model, optimizer, *_: optimizer.step(),
+        "evaluate": lambda model, *_: norm_of(model),
         "loss_of": lambda model: cross_entropy(model(inputs[None]), targets[None]),
     }
 
@@ -112,15 +118,56 @@ def of_lightning(folder: Path) -> tuple[Names, Callable[[Names], None]]:
         trainer.fit(Module(), names["loader"], names["loader"])
         logged = trainer.callback_metrics
         assert {"train/weight_norm", "val/kappa"} <= set(logged), logged
+        assert len(names["study"].trials) == 4
+
+    class Tuned(Module):
+        def __init__(self, lr: float) -> None:
+            super().__init__()
+            self.lr = lr
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.kappa.update(self(batch[0]), batch[1])
+            self.log("val/kappa", self.kappa)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
 
     names = {
         "Trainer": Trainer,
         "EarlyStopping": EarlyStopping,
         "ModelCheckpoint": ModelCheckpoint,
+        "Module": Tuned,
         "trainer": quiet(),
         "module": Module(),
     }
     return names, fit_with_the_printed_methods
+
+
+def of_the_template(folder: Path) -> tuple[Names, Callable[[Names], None]]:
+    from lightning.pytorch import LightningModule, Trainer
+
+    class MNISTLitModule(LightningModule):  # what src/models/mnist_module.py has besides
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.val_kappa = torchmetrics.CohenKappa(task="multiclass", num_classes=3)
+
+        def model_step(self, batch: Any) -> Any:
+            logits = self.net(batch[0])
+            return cross_entropy(logits, batch[1]), logits.argmax(dim=1), batch[1]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def fit_with_the_printed_methods(names: Names) -> None:
+        for name in ("training_step", "validation_step"):
+            setattr(MNISTLitModule, name, names[name])
+        trainer = Trainer(max_epochs=1, logger=False, enable_progress_bar=False)
+        trainer.fit(MNISTLitModule(), names["loader"], names["loader"])
+        logged = trainer.callback_metrics
+        assert {"train/weight_norm", "val/kappa"} <= set(logged), logged
+
+    return {}, fit_with_the_printed_methods
 
 
 def of_trainer(folder: Path) -> tuple[Names, Callable[[Names], None]]:
@@ -208,6 +255,7 @@ def of_a_script(folder: Path) -> tuple[Names, Callable[[Names], None]]:
 
 
 ENGINES = {
+    "lightning-hydra-template": of_the_template,
     "Lightning": of_lightning,
     "Trainer": of_trainer,
     "Accelerate": of_accelerate,
@@ -218,6 +266,7 @@ ENGINES = {
 def main() -> None:
     snippets: list[str] = json.load(sys.stdin)
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # Lightning writes into the current one
         own, check = ENGINES[sys.argv[1]](Path(folder))
         names = shared(Path(folder)) | own
         for snippet in snippets:
@@ -225,7 +274,7 @@ def main() -> None:
             scope = names | names.get(FRESH, dict)()
             exec(compile(snippet, sys.argv[1], "exec"), scope)
             kept = ("training_step", "validation_step", "configure_optimizers", "compute_metrics")
-            kept += ("best", "rest_of_epoch")
+            kept += ("best", "rest_of_epoch", "study")
             names |= {name: scope[name] for name in kept if name in scope}
         check(names)
 

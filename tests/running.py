@@ -37,7 +37,7 @@ from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.record.meter import Meter
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.lab import lab
 
 CPU = World(device=torch.device("cpu"))
@@ -130,8 +130,8 @@ def train_config(
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     allow(config)  # as for a test's own targets
-    objects = runs.build(config, world)
-    return runs.train(objects, config, folder, world, StopAtStep(objects.state, stop_at))
+    objects = training.build(config, world)
+    return training.train(objects, config, folder, world, StopAtStep(objects.state, stop_at))
 
 
 class InMemory:
@@ -152,7 +152,7 @@ class InMemory:
 
 
 def options_of(**changes: Any) -> TrainerOptions:
-    options: TrainerOptions = runs.instantiate(config_of(*TINY)["trainer"])
+    options: TrainerOptions = training.instantiate(config_of(*TINY)["trainer"])
     return dataclasses.replace(options, **changes)
 
 
@@ -251,9 +251,9 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 def fingerprint(folder: Path) -> str:
     """Return the SHA-256 of the last checkpoint's content and the metrics, without the clock."""
-    from regrow.checkpoint import writer as checkpoint
+    from regrow.checkpoint import writer
 
-    parts, _ = checkpoint.load((folder / "checkpoints" / "last").resolve())
+    parts, _ = writer.load((folder / "checkpoints" / "last").resolve())
     digest = hashlib.sha256()
     _add(digest, parts)
     # repr, not equality: NaN must equal NaN here.

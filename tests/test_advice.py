@@ -122,7 +122,7 @@ def test_a_key_in_python_alone_is_offered_for_the_file(tmp_path: Path) -> None:
     assert said.endswith("takes it, and no file lists it. Add a plus: +model.depth=3\n")
 
 
-def test_what_the_run_hands_in_is_no_key(tmp_path: Path) -> None:
+def test_an_argument_that_the_run_passes_is_not_offered_as_a_key(tmp_path: Path) -> None:
     for argument in ("+task.loss=3", "+step.plan=1", "+optimizer.params=[]"):
         said = train(tmp_path, argument, code=2)
         assert "has no such key." in said and argument.partition(".")[2] not in said

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from running import CPU, config_of, train_config
 
-from regrow.runs import training as runs
+from regrow.runs import training
 
 SEEDS = (0, 1, 2, 3, 4)
 
@@ -88,7 +88,7 @@ def test_an_experiment_beats_its_linear_baseline(
         )
         summary = train_config(tmp_path / str(seed), config)
         ours.append(sign * summary["test"][metric])
-        source = runs.build(config, CPU).data.source
+        source = training.build(config, CPU).data.source
         theirs.append(baseline(table(source.train), table(source.test)))
     mine, other = statistics.mean(ours), statistics.mean(theirs)
     record_property(f"{experiment}, {metric}", spread(ours))

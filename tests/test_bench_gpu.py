@@ -52,7 +52,7 @@ def test_the_page_is_written_from_results_and_keeps_what_was_written_by_hand(
     assert written.read_text() == before
 
 
-def test_images_come_back_from_a_picture_bit_for_bit(tmp_path: Path) -> None:
+def test_images_packed_into_one_file_come_back_bit_for_bit(tmp_path: Path) -> None:
     from benchmarks.gpu import sprites
 
     images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)

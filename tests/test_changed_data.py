@@ -19,9 +19,9 @@ from regrow.config import resume
 from regrow.config.yaml_files import read_yaml
 from regrow.feeding import identity
 from regrow.feeding.splits import Splits
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.launch import launch
-from regrow.sweep import ledger as state
+from regrow.sweep import ledger
 
 CSV = (
     *("data=csv", "task=regression", "data.source.train_file=rows.csv", "data.root=."),
@@ -70,7 +70,7 @@ def own(**options: object) -> Splits:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)  # the slow part, not tested here
+    monkeypatch.setattr(training, "draw", lambda folder: None)  # the slow part, not tested here
     return tmp_path
 
 
@@ -329,6 +329,6 @@ def test_a_key_that_the_run_was_given_already_is_named_by_typing_it_again() -> N
 
 def test_a_sweep_is_the_same_with_and_without_the_leave() -> None:
     identities = [
-        state.identity_of(composed(*CSV, f"data.changed={it}")) for it in ("refuse", "accept")
+        ledger.identity_of(composed(*CSV, f"data.changed={it}")) for it in ("refuse", "accept")
     ]
-    assert identities[0] == identities[1] != state.identity_of(composed(*CSV, "data.batch_size=4"))
+    assert identities[0] == identities[1] != ledger.identity_of(composed(*CSV, "data.batch_size=4"))

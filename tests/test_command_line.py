@@ -158,7 +158,7 @@ def test_several_paths_are_a_sweep_where_a_key_can_be_varied() -> None:
     assert paths_as_typed(["data.root=a,b"], multirun=False) == ['data.root="a,b"']
 
 
-def test_what_is_meant_for_hydra_stays_so() -> None:
+def test_values_meant_for_hydra_stay_as_typed() -> None:
     lines = ["data.root=${oc.env:HOME}/x", 'data.root="a b"', "init_from=null", "resume=auto",
              "hydra.run.dir=outputs/${now:%Y}", "optimizer.lr=a=b"]  # fmt: skip
     assert paths_as_typed(lines, multirun=False) == lines

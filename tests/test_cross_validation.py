@@ -26,8 +26,7 @@ from regrow.record import comparison
 from regrow.record.records import read_json
 from regrow.record.report import load
 from regrow.record.statistics import differences, estimate
-from regrow.runs import set_predictions
-from regrow.runs import training as runs
+from regrow.runs import set_predictions, training
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,7 +100,7 @@ def test_folds_without_val_are_compared_by_test(tmp_path: Path) -> None:
     assert found.settings[0].monitored.count == 3
 
 
-def test_what_all_folds_predict_is_one_table(folds: list[Path], tmp_path: Path) -> None:
+def test_the_predictions_of_all_folds_are_one_table(folds: list[Path], tmp_path: Path) -> None:
     table = comparison.rows_of([load(run) for run in folds])
     comparison.write_out_of_fold(table, tmp_path / "out.csv")
     found = rows(tmp_path / "out.csv")
@@ -174,7 +173,9 @@ def test_a_kill_while_predictions_are_written_changes_nothing(
 
                 set_predictions.write = deadly  # type: ignore[assignment]
                 torch.set_num_threads(1)
-                runs.train(runs.build(config, CPU), config, folder, CPU, runs.StopRequest())
+                training.train(
+                    training.build(config, CPU), config, folder, CPU, training.StopRequest()
+                )
             finally:
                 os._exit(1)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
@@ -227,7 +228,7 @@ def trained(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def tables(overrides: tuple[str, ...]) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Return the objects of a run and its raw splits; what is not tested is trained on."""
-    objects = runs.build(config_of(*overrides, "trainer.device=cpu"), CPU)
+    objects = training.build(config_of(*overrides, "trainer.device=cpu"), CPU)
     found = {
         name: (split.inputs.flatten(1).double().numpy(), split.targets.numpy())
         for name, split in objects.data.source.items()

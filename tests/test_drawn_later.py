@@ -12,7 +12,7 @@ import pytest
 from running import launched
 
 from regrow.record.records import load_status
-from regrow.runs import training as runs
+from regrow.runs import training
 
 TESTS = Path(__file__).resolve().parent
 # A run in its own process, which is killed before the page is written.
@@ -55,7 +55,7 @@ def test_a_run_that_was_killed_while_it_was_drawn_is_drawn_when_it_is_repeated(
     later = page + 3600 * 10**9
     os.utime(run / "report.html", ns=(later, later))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "draw", lambda folder: None)  # as if killed before
+        patch.setattr(training, "draw", lambda folder: None)  # as if killed before
         launched("hydra.run.dir=run", "trainer.max_epochs=4")
     launched("hydra.run.dir=run", "trainer.max_epochs=4", draws=True)
     assert (run / "report.html").stat().st_mtime_ns < later

@@ -33,6 +33,28 @@ BAD = {
     "# whoever starts it": "whoever",
     "# whosoever starts it": "whosoever",
 }
+BAD_IN = {
+    ("tests/test_a.py", "def test_what_is_wrong_is_named() -> None:"): "what",
+    ("tests/test_a.py", "    def test_of_two_runs_the_longer_wins(self) -> None:"): "of",
+    ("tests/test_a.py", "def test_a_torn_status_is_no_status() -> None:"): "is no",
+    ("tests/test_a.py", "def test_the_record_goes_on() -> None:"): "goes on",
+    ("tests/test_a.py", "def test_a_run_begins_anew() -> None:"): "anew",
+    ("tests/test_a.py", "def test_a_run_is_cut(tmp_path: Path) -> None:"): "cut",
+    ("src/a.py", 'f"{name}: in {count} slices"'): "slices",
+    ("scripts/a.py", 'print("no pictures of " + name)'): "pictures",
+    ("conf/a.yaml", "lr: 0.1 # takes a slice"): "slice",
+    ("docs/a.md", "A run draws a picture."): "picture",
+}
+GOOD_IN = (
+    ("tests/test_a.py", "def test_a_run_takes_what_is_left() -> None:"),
+    ("tests/test_a.py", "def test_cutmix_takes_a_box() -> None:"),
+    ("tests/test_a.py", "def of_cut(slices: int) -> None:"),
+    ("tests/test_a.py", 'x = "a cut"'),
+    ("src/a.py", 'cut = x[slice(3)] + y["picture"]  # a cut'),
+    ("src/a.py", 'def f() -> None:\n    """Return a cut."""'),
+    ("conf/a.yaml", "pictures: best # plots of a job"),
+    ("docs/a.md", "The key `sweep.pictures`.\n\n```bash\nls a picture\n```"),
+)
 GOOD = (
     "# There is no run here, and there are no others.",
     "# where there is\n# no run",
@@ -60,16 +82,34 @@ def test_common_english_is_left_alone(text: str) -> None:
     assert english.hits(f"x = 1\n{text}\n") == []
 
 
+@pytest.mark.parametrize(("place", "wording"), BAD_IN.items(), ids=BAD_IN.values())
+def test_names_of_tests_messages_and_prose_are_read(place: tuple[str, str], wording: str) -> None:
+    name, text = place
+    ((line, found, _),) = english.hits(f"\n{text}\n", name)
+    assert (line, found) == (2, wording)
+
+
+@pytest.mark.parametrize(("name", "text"), GOOD_IN)
+def test_words_in_code_are_left_alone(name: str, text: str) -> None:
+    assert english.hits(f"{text}\n", name) == []
+
+
+def test_the_name_of_a_file_of_tests_is_read() -> None:
+    assert [hit[:2] for hit in english.hits("", "tests/test_going_on.py")] == [(1, "going on")]
+    assert english.hits("", "tests/test_resume.py") == english.hits("", "src/going_on.py") == []
+
+
 @pytest.mark.parametrize("rule", range(len(english.PATTERNS)))
 def test_no_rule_stands_in_for_another(rule: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without a rule, some of the bad sentences pass."""
     rest = [pattern for number, pattern in enumerate(english.PATTERNS) if number != rule]
     monkeypatch.setattr(english, "PATTERNS", rest)
-    assert not all(english.hits(text) for text in BAD)
+    found = [*(english.hits(text) for text in BAD), *(english.hits(t, n) for n, t in BAD_IN)]
+    assert not all(found)
 
 
 def test_a_heading_in_markdown_may_begin_with_what() -> None:
-    assert english.hits("# What a run promises", markdown=True) == []
+    assert english.hits("# What a run promises", "page.md") == []
     assert english.hits("# What a run promises") != []
 
 

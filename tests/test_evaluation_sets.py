@@ -25,7 +25,7 @@ from regrow.project import ROOT
 from regrow.record import comparison, plots, side_by_side
 from regrow.record.records import read_json
 from regrow.record.report import load
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.inference import evaluate
 from regrow.runs.loaded import load_run
 from regrow.sweep import search
@@ -178,13 +178,15 @@ def test_a_kill_between_two_sets_changes_nothing(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(*csv(table, *ODD, *SETS, "trainer.checkpoint.save_every_steps=1"))
-    whole = runs.train(
-        runs.build(config, CPU), config, made(tmp_path / "whole"), CPU, runs.StopRequest()
+    whole = training.train(
+        training.build(config, CPU), config, made(tmp_path / "whole"), CPU, training.StopRequest()
     )
     for number, name in enumerate(("val", "night", "ood", "test")):
         cut = made(tmp_path / f"cut{number}")
         assert died_in(name, config, cut, monkeypatch)
-        resumed = runs.train(runs.build(config, CPU), config, cut, CPU, runs.StopRequest())
+        resumed = training.train(
+            training.build(config, CPU), config, cut, CPU, training.StopRequest()
+        )
         assert resumed["weights_sha256"] == whole["weights_sha256"]
         assert repr(metrics_of(cut)) == repr(metrics_of(tmp_path / "whole"))
         same = ("best", "val", "night", "ood", "test")
@@ -207,7 +209,7 @@ def died_in(
     if pid == 0:
         try:
             in_training = name in ("val", "night")
-            owner, function = (loop, "evaluate") if in_training else (runs, "measure_once")
+            owner, function = (loop, "evaluate") if in_training else (training, "measure_once")
             measured, seen = getattr(owner, function), []
 
             def deadly(*given: Any, **named: Any) -> Any:
@@ -218,7 +220,7 @@ def died_in(
 
             setattr(owner, function, deadly)
             torch.set_num_threads(1)
-            runs.train(runs.build(config, CPU), config, folder, CPU, runs.StopRequest())
+            training.train(training.build(config, CPU), config, folder, CPU, training.StopRequest())
         finally:
             os._exit(1)
     _, status = os.waitpid(pid, 0)
@@ -283,7 +285,7 @@ def test_a_set_that_the_data_lacks_is_named(table: Path) -> None:
         (("data.source.sets={val: night.csv}",), "the source gives val by itself"),
     ):
         with pytest.raises(UserError) as error:
-            runs.build(config_of(*csv(table, *overrides)), CPU)
+            training.build(config_of(*csv(table, *overrides)), CPU)
         assert message in str(error.value)
 
 
@@ -293,7 +295,7 @@ def test_an_example_of_a_set_may_not_be_trained_on(table: Path, tmp_path: Path) 
     with (tmp_path / "table" / "night.csv").open("a") as file:
         file.write(f"{first}\n")
     with pytest.raises(DataError, match=r"1 of the 32 night examples are in (train|val|test)"):
-        runs.build(config_of(*csv(tmp_path / "table", *SETS)), CPU)
+        training.build(config_of(*csv(tmp_path / "table", *SETS)), CPU)
 
 
 def test_only_what_would_flatter_a_number_counts_as_an_overlap() -> None:
@@ -326,14 +328,14 @@ def test_folders_beside_train_are_sets(tmp_path: Path) -> None:
     (tmp_path / "masks" / "other").mkdir(parents=True)
     shape = ("data.num_classes=2", "data.input_shape=[3,8,8]", "data.source.resize=8")
     asked = ("data=image_folder", f"data.root={tmp_path}", *shape, "data.num_workers=0")
-    data = runs.build(config_of(*asked, *TRAINER), CPU).data
+    data = training.build(config_of(*asked, *TRAINER), CPU).data
     assert data.num_examples == {"train": 17, "val": 2, "night": 8, "test": 5}
     assert "1 beside train and the sets (masks)" in data.notes[0]
-    older = runs.build(config_of(*asked, *TRAINER, "data.source.sets=[]"), CPU).data
+    older = training.build(config_of(*asked, *TRAINER, "data.source.sets=[]"), CPU).data
     assert "night" not in older.num_examples  # a run from before there were sets
     assert "2 beside train and the sets (masks, night)" in older.notes[0]
     with pytest.raises(UserError, match="holds no folder dusk beside a folder train"):
-        runs.build(config_of(*asked, *TRAINER, "data.source.sets=[dusk]"), CPU)
+        training.build(config_of(*asked, *TRAINER, "data.source.sets=[dusk]"), CPU)
     summary = train(tmp_path / "run", *asked, *TRAINER, "trainer.monitor=night/accuracy")
     assert summary["best"]["metric"] == "night/accuracy" and summary["night"]
 

@@ -11,7 +11,7 @@ from running import CPU, composed, config_of, metrics_of, train
 
 from regrow.config.check import check
 from regrow.project import CONF
-from regrow.runs import training as runs
+from regrow.runs import training
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 DEBUG = sorted(path.stem for path in (CONF / "debug").glob("*.yaml"))
@@ -56,7 +56,7 @@ def test_the_first_layer_of_cifar10_fast_comes_from_the_data_unless_weights_are_
     recipe = ("experiment=cifar10_fast", *STAND_IN, *ONE)
 
     def first_layer(*overrides: str) -> torch.Tensor:
-        model: Any = runs.build(config_of(*recipe, *overrides), CPU).state.model
+        model: Any = training.build(config_of(*recipe, *overrides), CPU).state.model
         weight: torch.Tensor = model.whiten.weight.detach().clone()
         return weight
 

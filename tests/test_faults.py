@@ -19,8 +19,8 @@ from running import TINY, launched
 from waiting import until
 
 from regrow.errors import MachineFault, SlicesTooLarge, UserError, in_a_line, machine_fault
+from regrow.feeding.decoding import load_image
 from regrow.feeding.files import _Memory
-from regrow.feeding.images import load_image
 from regrow.processes import ranks
 from regrow.project import CONF
 from regrow.record.records import read_json
@@ -49,7 +49,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("text", SAID)
-def test_what_the_machine_lacks_is_told_with_the_way_out(text: str) -> None:
+def test_a_limit_of_the_machine_is_named_with_the_fix(text: str) -> None:
     fault = machine_fault(RuntimeError(text))
     assert isinstance(fault, MachineFault) and SAID[text] in str(fault)
     wrapped = KeyError("of something else")
@@ -57,7 +57,7 @@ def test_what_the_machine_lacks_is_told_with_the_way_out(text: str) -> None:
     assert str(machine_fault(wrapped)) == str(fault)
 
 
-def test_other_errors_are_no_fault_of_the_machine() -> None:
+def test_other_errors_are_not_blamed_on_the_machine() -> None:
     for error in (ValueError("Too many open files"), RuntimeError("shapes differ"), KeyError("a")):
         assert machine_fault(error) is None
     assert "no memory left" in str(machine_fault(MemoryError()))
@@ -73,7 +73,7 @@ def test_other_errors_are_no_fault_of_the_machine() -> None:
     assert in_a_line(torchs) == "the store is gone"
 
 
-def test_a_file_that_the_machine_cannot_open_is_no_fault_of_the_data(
+def test_too_many_open_files_are_not_blamed_on_the_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from PIL import Image
@@ -232,7 +232,7 @@ def test_a_read_only_current_folder_is_one_line(
 
 @needs_mounts
 @pytest.mark.slow
-def test_a_read_only_home_is_one_warning_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_read_only_home_is_one_warning_and_the_run_completes(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     names = ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
@@ -304,7 +304,7 @@ print(batch.inputs.requires_grad)
 
 
 @pytest.mark.parametrize("which", ["raises", "item", "learns"])
-def test_what_a_worker_cannot_send_does_not_hang(which: str) -> None:
+def test_an_object_that_a_worker_cannot_send_does_not_hang(which: str) -> None:
     done = forked.run(
         [sys.executable, "-c", READ, which], capture_output=True, text=True, timeout=60
     )

@@ -34,7 +34,7 @@ def prose(name: str) -> str:
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
-def test_what_texts_say_about_cifar10_is_what_the_notes_measured() -> None:
+def test_figures_on_cifar10_are_those_of_the_notes() -> None:
     _, by_hand, _ = trained("by hand, seed 0")
     _, eight, accuracy_of_eight = trained("train.py, seed 0, in one go with it")
     epochs, seconds, accuracy = trained("train.py, seed 0, alone")
@@ -49,7 +49,7 @@ def test_what_texts_say_about_cifar10_is_what_the_notes_measured() -> None:
     assert f"after eight epochs {accuracy_of_eight:.3f}" in header
 
 
-def test_what_texts_say_about_a_step_is_in_the_results() -> None:
+def test_figures_on_a_step_are_those_of_the_results() -> None:
     default, small = "A training step of the default MLP", "A training step of a small MLP"
     least, most = (ratio(default, name) for name in ("Ignite", "Lightning, as its Hydra template"))
     readme = prose("README.md")
@@ -59,7 +59,7 @@ def test_what_texts_say_about_a_step_is_in_the_results() -> None:
     assert f"with a smaller model up to {slowest:.1f}" in readme
 
 
-def test_what_texts_say_about_switches_and_memory_is_in_the_results() -> None:
+def test_figures_on_switches_and_memory_are_those_of_the_results() -> None:
     digits = "Switches of the trainer, for a step of a small CNN on 8×8 digits"
     alone = ratio(digits, "trainer.channels_last=true")
     both = ratio(digits, "trainer.precision=bf16, channels_last")

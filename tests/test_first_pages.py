@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from finished import script
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_recipes import BLOCK, follow, striped
 
 from regrow.project import ROOT
@@ -23,7 +24,7 @@ from regrow.project import ROOT
 DOCS = ROOT / "docs"
 PEERS = ROOT / "build" / "peers"
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
-LABELS = ("Lightning", "Trainer", "Accelerate", "a script")
+LABELS = ("lightning-hydra-template", "Lightning", "Trainer", "Accelerate", "a script")
 
 
 def page(name: str) -> str:
@@ -96,7 +97,7 @@ def test_a_model_on_a_folder_of_images_works_as_the_readme_prints_it(tmp_path: P
 
 
 def test_the_refusal_that_the_first_page_shows_is_that_of_the_command() -> None:
-    (shown,) = re.findall(r"```text\n\$ python (.*)\n(.*)\n```", page("start.md"))
+    (shown,) = re.findall(r"```console\n\$ python (.*)\n(.*)\n```", page("start.md"))
     done = subprocess.run(
         [sys.executable, *shown[0].split()], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -127,11 +128,11 @@ def test_our_side_of_each_comparison_is_as_printed(tmp_path: Path) -> None:
     follow(page("coming_from.md"), project)
 
 
-def snippets_of(text: str) -> dict[str, list[str]]:
+def snippets_of(text: str, kinds: tuple[str, ...] = ("python", "shell")) -> dict[str, list[str]]:
     """Return the snippets of other engines by label."""
     found: dict[str, list[str]] = {label: [] for label in LABELS}
     for kind, content in BLOCK.findall(text):
-        if kind == "python":
+        if kind in kinds:
             parts = re.split(r"^# (.*)\n", content, flags=re.MULTILINE)
             assert not parts[0].strip(), content
             for label, snippet in zip(parts[1::2], parts[2::2], strict=True):
@@ -139,23 +140,55 @@ def snippets_of(text: str) -> dict[str, list[str]]:
     return found
 
 
-def test_each_of_ten_tasks_is_shown_for_whoever_has_a_call_for_it() -> None:
+def test_each_of_ten_tasks_is_shown_for_each_engine() -> None:
     text = page("coming_from.md")
-    assert text.count("\n## ") == 12  # ten tasks, the terms and the differences
-    counts = {label: len(snippets) for label, snippets in snippets_of(text).items()}
-    assert counts == {"Lightning": 9, "Trainer": 9, "Accelerate": 8, "a script": 9}
+    sections = text.split("\n## ")
+    tasks = [section for section in sections if "```bash" in section]
+    assert len(tasks) == 10 and len(sections) == 14  # the rest: title, two of terms, differences
+    for task in tasks:
+        assert all(len(snippets) == 1 for snippets in snippets_of(task).values()), task
+
+
+def test_the_commands_of_other_engines_are_well_formed() -> None:
+    """Only the grammar of overrides, and the options of torchrun, can be checked without them."""
+    from torch.distributed.run import get_args_parser
+
+    commands = [
+        shlex.split(line)
+        for snippets in snippets_of(page("coming_from.md"), ("shell",)).values()
+        for line in "".join(snippets).splitlines()
+        if line
+    ]
+    parser = OverridesParser.create()
+    for words in commands:
+        if words[0] == "python":
+            assert words[1] == "src/train.py"
+            parser.parse_overrides([word for word in words[2:] if word != "-m"])
+        elif words[0] == "torchrun":
+            assert get_args_parser().parse_args(words[1:]).training_script == "train.py"
+        else:
+            assert words[:2] == ["accelerate", "launch"]
+            if importlib.util.find_spec("accelerate"):
+                from accelerate.commands.launch import launch_command_parser
+
+                assert launch_command_parser().parse_args(words[2:]).num_processes == 2
 
 
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("label", LABELS)
 def test_the_snippets_of_other_engines_run(label: str) -> None:
-    package = {"Lightning": "lightning", "Trainer": "transformers", "Accelerate": "accelerate"}
+    package = {
+        "lightning-hydra-template": "lightning",
+        "Lightning": "lightning",
+        "Trainer": "transformers",
+        "Accelerate": "accelerate",
+    }
     if label in package and not (
         (PEERS / package[label]).is_dir() or importlib.util.find_spec(package[label])
     ):
         pytest.skip("make peers installs it")
-    snippets = snippets_of(page("coming_from.md"))[label]
+    snippets = snippets_of(page("coming_from.md"), ("python",))[label]
     ran = run_snippets(label, snippets)
     assert ran.returncode == 0, ran.stderr[-3000:]
     if label == "Lightning":

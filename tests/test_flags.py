@@ -144,11 +144,11 @@ def test_another_primary_config_takes_over_no_sweep(place: Path) -> None:
     (sweep,) = [place / "s"]
     content = {**read_json(sweep / "sweep.json"), "complete": False}
     write_json(sweep / "sweep.json", content)
-    from regrow.sweep import ledger as state
+    from regrow.sweep import ledger
 
     source = {**flags.DEFAULT, "name": "mytrain", "dir": f"{place}/D"}
-    assert state.is_open(sweep, content["overrides"], source)
-    assert not state.is_open(sweep, content["overrides"])
+    assert ledger.is_open(sweep, content["overrides"], source)
+    assert not ledger.is_open(sweep, content["overrides"])
 
 
 def test_a_frozen_copy_holds_the_folders_of_a_config(place: Path) -> None:

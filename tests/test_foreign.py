@@ -26,8 +26,7 @@ from regrow.failing import fail
 from regrow.project import ROOT
 from regrow.record import ownership, records
 from regrow.runs import console, loaded
-from regrow.sweep import frozen
-from regrow.sweep import ledger as state
+from regrow.sweep import frozen, ledger
 
 MARKER = "import pathlib, sys\npathlib.Path(sys.argv[0]).with_name('executed').touch()\n"
 
@@ -53,9 +52,9 @@ def sweep_in(folder: Path) -> Path:
     (code / "src" / "regrow" / "ownership.py").touch()
     (code / "origin.json").write_text('{"root": "/", "git": null}')
     entry = ownership.enter(ownership.digest_of_code(code, "the test"))
-    jobs = [state.Entry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
+    jobs = [ledger.Entry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
     facts: dict[str, Any] = {"overrides": ["seed=0,1"], "launcher": [], "complete": False}
-    state.write(folder, jobs, id=entry.id, **facts)
+    ledger.write(folder, jobs, id=entry.id, **facts)
     return folder
 
 
@@ -135,7 +134,7 @@ def test_a_copy_with_other_contents_is_not_the_users(own: Path, attack: str) -> 
     assert resumed(copy, digits_in(refused))[0] == "-m"
 
 
-def test_what_was_trusted_is_not_what_is_there_now(own: Path) -> None:
+def test_code_that_changed_after_it_was_trusted_is_refused(own: Path) -> None:
     other_code(own)
     with pytest.raises(UserError) as refused:
         resumed(own)
@@ -169,7 +168,7 @@ def test_a_sweep_that_was_moved_or_renamed_stays_its_users(own: Path) -> None:
     assert resumed(moved) and resumed(link)
     with frozen.claim(moved, "digits", [], "auto"):
         assert frozen.freeze(moved)[0] == moved / "code"
-    state.write(moved, complete=True)  # as a job that ends on another machine does
+    ledger.write(moved, complete=True)  # as a job that ends on another machine does
     assert resumed(moved)
 
 
@@ -202,7 +201,7 @@ def test_pythons_caches_are_not_used(own: Path, tmp_path: Path) -> None:
     (code / "scripts" / "helper.py").write_text("x = 1\n")
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')\n")
     entry = ownership.enter(ownership.digest_of_code(code, ""))
-    state.write(own, id=entry.id)
+    ledger.write(own, id=entry.id)
     cached = code / "scripts" / "__pycache__" / f"helper.{sys.implementation.cache_tag}.pyc"
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(tmp_path / "evil.py"), cfile=str(cached), invalidation_mode=mode)
@@ -273,7 +272,7 @@ def test_code_that_seals_nothing_is_trusted_each_time(
 def test_a_sweep_of_keys_that_conf_lacks_by_now_resumes_with_its_own_code(tmp_path: Path) -> None:
     folder = sweep_in(tmp_path / "sweep")
     overrides = ["task.mode=max", "seed=0,1"]  # from 8483121, removed since
-    state.write(folder, overrides=overrides)
+    ledger.write(folder, overrides=overrides)
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=sweep"]
     done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -291,7 +290,9 @@ def test_a_trusted_sweep_with_a_link_out_of_it_is_refused(own: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "3", '{"overrides": 3, "jobs": {"a": 1}}'])
-def test_what_is_not_a_sweeps_is_one_line(own: Path, content: str) -> None:
+def test_a_file_that_is_not_a_sweeps_record_is_an_error_of_one_line(
+    own: Path, content: str
+) -> None:
     (own / "sweep.json").write_text(content)
     with pytest.raises(UserError) as refused:
         resumed(own)
@@ -310,7 +311,7 @@ def test_a_list_of_jobs_reaches_nothing_outside(own: Path, job: dict[str, Any]) 
     whole = {"number": 0, "identity": "x", "swept": {}, "folder": "0", "overrides": []}
     edit(own, jobs=[{**whole, **job}])
     with pytest.raises(UserError, match="not a job of this folder"):
-        state.entries(own)
+        ledger.entries(own)
 
 
 def test_the_real_command_runs_foreign_code_only_if_it_is_trusted(own: Path) -> None:
@@ -616,8 +617,8 @@ def test_a_sweep_without_the_list_is_resumed_by_the_command_that_it_prints(
     with pytest.raises(UserError) as refused:
         resumed(own)
     assert digits_in(refused) == trust
-    state.add(own, state.Entry(1, "y", {"seed": "1"}, "1", ["seed=1"]))  # as a search does
-    state.write(own, complete=False)
+    ledger.add(own, ledger.Entry(1, "y", {"seed": "1"}, "1", ["seed=1"]))  # as a search does
+    ledger.write(own, complete=False)
     assert resumed(own, trust)
 
 

@@ -18,8 +18,6 @@ ELSEWHERE = {
     "regrow/numerics/capture.py:_recover": "restores the stream after a failed recording",
     "regrow/processes/signals.py:handled": "restores the earlier handlers",
     "regrow/processes/slurm.py:__call__": "replaces submitit's handlers, set just before",
-    "regrow/runs/child.py:": "ends at once while torch is imported",
-    "regrow/feeding/feeds.py:_begin_worker": "begins a data worker",
     "regrow/checkpoint/writer.py:_one_thread": "restores the earlier number",
     "scripts/set_up.py:": "runs before anything is installed",
 }
@@ -71,7 +69,7 @@ def test_one_function_for_each_kind_of_process_sets_what_the_process_shares() ->
     found = {f"{name}:{function}" for name, tree in sources() for function in setters(tree)}
     begun = {place for place in found if place.startswith("regrow/processes/begin.py:")}
     kinds = {place.partition(":")[2] for place in begun}
-    assert kinds >= {"main", "rank", "sweep", "server", "job"}
+    assert kinds >= {"main", "rank", "child", "data_worker", "sweep", "server", "job"}
     assert found - begun == {*ELSEWHERE}
 
 

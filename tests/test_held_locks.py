@@ -18,8 +18,7 @@ from waiting import until
 from lab.data import datasets
 from regrow.record import locks, ownership
 from regrow.runs import trial
-from regrow.sweep import gpus, local
-from regrow.sweep import ledger as state
+from regrow.sweep import gpus, ledger, local
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +40,8 @@ def journal(folder: Path) -> Any:
 
 
 USERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "sweep": (state.LOCK, state.alone),
-    "results": (state.RESULTS_LOCK, lambda folder: state.alone(folder, state.RESULTS_LOCK)),
+    "sweep": (ledger.LOCK, ledger.alone),
+    "results": (ledger.RESULTS_LOCK, lambda folder: ledger.alone(folder, ledger.RESULTS_LOCK)),
     "ownership": (ownership.LOCK, ownership._alone),
     "download": (".", datasets._alone),
     "search": ("optuna.log", journal),
@@ -79,7 +78,7 @@ def test_a_lock_that_another_holds_is_named_and_then_taken(
 def test_a_lock_that_is_free_or_that_there_is_none_says_nothing(
     tmp_path: Path, heard: list[str]
 ) -> None:
-    with state.alone(tmp_path), state.alone(tmp_path, state.RESULTS_LOCK):
+    with ledger.alone(tmp_path), ledger.alone(tmp_path, ledger.RESULTS_LOCK):
         pass
     read, write = os.pipe()
     os.close(read)

@@ -445,7 +445,7 @@ def test_scripts_start_as_modules_too(script: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["hydra=null", "model=null", "hydra.searchpath=[http://x]"])
-def test_what_hydra_raises_of_a_value_is_one_line_in_a_notebook_too(given: str) -> None:
+def test_hydras_error_about_a_value_is_one_line_in_a_notebook_too(given: str) -> None:
     with pytest.raises(UserError) as found:
         regrow.compose("train", [given])
     assert "\n" not in str(found.value)

@@ -63,16 +63,18 @@ EXPERIMENTS = {
     "optimizer:\n  lr: 0.5\n": "experiment/x.yaml: its first line must be `# @package _global_`.",
     f"# A note.\n{HEADER}seed: 1\n": "experiment/x.yaml: its first line must be",
     f"{HEADER}defaults:\n  - override model: cnn\n": "write `override /model`, with a slash.",
-    "defaults:\n  - override model: cnn\n": "experiment/x.yaml: write `override /model`",
+    "defaults:\n  - override model: cnn\n": "experiment/x.yaml:2: write `override /model`",
     f"{HEADER}defaults:\n  - model: cnn\n": "write `override /model: cnn`, with a slash.",
-    f"{HEADER}defaults:\n  - /model: cnn\n": "experiment/x.yaml: write `override /model: cnn`.",
+    f"{HEADER}defaults:\n  - /model: cnn\n": "experiment/x.yaml:3: write `override /model: cnn`.",
     f"{HEADER}defaults:\n  - override /callbacks: default\n": "there is no group callbacks to "
     "override. Here that is trainer.checkpoint",
     f"{HEADER}defaults:\n  - override /modle: cnn\n": "no group modle to override. Did you mean "
     "model?",
-    f"{HEADER}defaults:\n  override /model: cnn\n": "experiment/x.yaml: defaults must be a list",
-    f"{HEADER}defaults:\n  - override /model cnn\n": "experiment/x.yaml: an entry of its defaults",
-    f"{HEADER}defaults:\n  - override /model:cnn\n": "experiment/x.yaml: an entry of its defaults",
+    f"{HEADER}defaults:\n  override /model: cnn\n": "experiment/x.yaml:2: defaults must be a list",
+    f"{HEADER}defaults:\n  - override /model cnn\n": "experiment/x.yaml:3: an entry of its "
+    "defaults",
+    f"{HEADER}defaults:\n  - override /model:cnn\n": "experiment/x.yaml:3: an entry of its "
+    "defaults",
     f"{HEADER}defaults:\n  - digits_mpl\n": "its defaults list names experiment/digits_mpl.yaml, "
     "which is nowhere. Did you mean digits_mlp?",
     f"{HEADER}optimizer.lr: 0.5\n": "In a file, write `optimizer: {lr: …}`.",
@@ -338,7 +340,7 @@ class Kind(enum.Enum):
     ONE = 1
 
 
-def test_what_was_registered_is_written_without_hydras_own(
+def test_registered_configs_are_written_without_hydras_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hydra.core.config_store import ConfigStore

@@ -237,17 +237,58 @@ def test_a_use_of_a_private_name_is_found(tmp_path: Path) -> None:
     assert used_from_outside(source)["record"] == {"a": {"f", "own", "secret"}}
 
 
+IMPORTERS = ("src", "tests", "benchmarks", "scripts", "docs/site")
+
+
+def renamed_modules(root: Path) -> list[str]:
+    """Return the imports below `root` that give one of its modules another name."""
+    paths = [path for folder in IMPORTERS for path in sorted((root / folder).rglob("*.py"))]
+    paths = [path for path in paths if "older" not in path.relative_to(root).parts]
+    own = set()
+    for path in paths:
+        folder, *parts = path.relative_to(root).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if folder in {"tests", "docs"}:  # their files import each other by the last part
+            own.add(path.stem)
+        else:
+            own.add(".".join(parts if folder == "src" else [folder, *parts]))
+    found = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found += [
+                f"{path.relative_to(root)}: {within}{name.name} as {name.asname}"
+                for name in node.names
+                if name.asname not in (None, name.name) and f"{within}{name.name}" in own
+            ]
+    return found
+
+
 def test_no_module_is_renamed_by_an_import() -> None:
-    files = files_of(SOURCE)
-    renamed = {
-        f"{name.name} as {name.asname}"
-        for path in files.values()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom)
-        for name in node.names
-        if name.asname not in (None, name.name) and f"{node.module}.{name.name}" in files
+    assert renamed_modules(SOURCE.parent) == []
+
+
+def test_a_renamed_module_is_found_in_every_folder(tmp_path: Path) -> None:
+    write(tmp_path / "src", {"runs/training.py": "", "a.py": "import json as j"})
+    lines = {
+        "src/lab/a.py": "from regrow.runs import training as runs",
+        "tests/test_a.py": "def f():\n    import running as r",
+        "tests/running.py": "import numpy as np\nfrom regrow.runs.training import train as run",
+        "benchmarks/a.py": "import regrow.runs.training as runs",
+        "scripts/a.py": "from benchmarks import a as b",
+        "docs/site/a.py": "from regrow.runs import training, training as training",
     }
-    assert renamed == set()
+    for name, text in lines.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert renamed_modules(tmp_path) == [
+        "src/lab/a.py: regrow.runs.training as runs",
+        "tests/test_a.py: running as r",
+        "benchmarks/a.py: regrow.runs.training as runs",
+        "scripts/a.py: benchmarks.a as b",
+    ]
 
 
 def test_few_wings_know_hydra() -> None:

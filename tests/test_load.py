@@ -20,7 +20,7 @@ from finished import finished
 from running import CPU, TINY, config_of
 from torch import nn
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.checkpoint.digest import weights_sha256
 from regrow.config import resume
 from regrow.config.resume import downloads_elsewhere, targets_of
@@ -77,7 +77,7 @@ def resealed(folder: Path) -> None:
     for name in content["files"]:
         data = (folder / name).read_bytes()
         content["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    content["sha256"] = checkpoint._digest(content)
+    content["sha256"] = writer._digest(content)
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
@@ -102,7 +102,7 @@ def test_a_run_comes_back_as_it_was(run: Path) -> None:
 
 def test_the_averaged_weights_are_those_one_gets(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", *TINY, "trainer.ema_decay=0.9")
-    parts, _ = checkpoint.load((run / "checkpoints" / "best").resolve())
+    parts, _ = writer.load((run / "checkpoints" / "best").resolve())
     weights = load_run(run).model.state_dict()
     assert all(torch.equal(weights[name], parts["averaged"][name]) for name in weights)
     assert not all(torch.equal(weights[name], parts["model"][name]) for name in weights)
@@ -143,9 +143,9 @@ def test_a_missing_device_is_an_error_only_where_it_was_asked_for(
 def test_a_run_still_in_training_is_read_again_where_its_checkpoint_went(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best, read = run / "checkpoints" / "best", checkpoint.load
+    best, read = run / "checkpoints" / "best", writer.load
     first = best.resolve()
-    other = next(path for path in checkpoint.complete(run / "checkpoints") if path != first)
+    other = next(path for path in writer.complete(run / "checkpoints") if path != first)
 
     def rotated(path: Path) -> Any:
         if path == first and path.exists():  # the run moves on at this very moment
@@ -154,7 +154,7 @@ def test_a_run_still_in_training_is_read_again_where_its_checkpoint_went(
             shutil.rmtree(path)
         return read(path)
 
-    monkeypatch.setattr(checkpoint, "load", rotated)
+    monkeypatch.setattr(writer, "load", rotated)
     assert load_run(run).checkpoint == other.name
 
 
@@ -210,12 +210,12 @@ def test_a_load_that_fails_after_a_change_of_code_says_how_to_get_it_back(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    content, way = read_json(run / "manifest.json"), "To use the run, restore its code and call"
+    content, way = read_json(run / "manifest.json"), " Its code has changed since. "
     changed(run, model={"hidden": [13]})
     assert "not those of the model" in (before := said()) and way not in before  # the control
     others = {**content["code_files"], "src/lab/models/mlp.py": "0" * 16}
     (run / "manifest.json").write_text(json.dumps({**content, "code_files": others}))
-    assert said().startswith(f"{before} Its code has changed since. {way}")
+    assert said().startswith(f"{before}{way}")
     assert way not in said(which="step_1")  # not a matter of the code
     changed(run, model={"hiden": [12]})
     assert "hiden" in (now := said()) and way in now
@@ -293,7 +293,7 @@ def test_a_module_that_came_with_the_run_is_not_imported(
     ],
     ids=lambda node: str(node["_target_"]),
 )
-def test_what_runs_a_shell_is_not_made_by_any_name(
+def test_a_target_that_runs_a_shell_is_refused_by_any_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -448,15 +448,15 @@ def test_a_resume_goes_back_from_a_checkpoint_that_holds_no_tensors(
     for content in (b"no zip at all", b""):
         (folder / "optimizer.pt").write_bytes(content)
         resealed(folder)
-        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"optimizer\.pt (holds|cannot be)"):
-            checkpoint.load(folder)
+        with pytest.raises(writer.DamagedCheckpoint, match=r"optimizer\.pt (holds|cannot be)"):
+            writer.load(folder)
     torch.save([1], folder / "optimizer.pt")
     resealed(folder)
-    with pytest.raises(checkpoint.DamagedCheckpoint, match="holds a list instead of a dict"):
-        checkpoint.load(folder)
+    with pytest.raises(writer.DamagedCheckpoint, match="holds a list instead of a dict"):
+        writer.load(folder)
     torch.save({"weight": Evil(made)}, folder / "optimizer.pt")
     resealed(folder)
-    loaded = checkpoint.load_newest(run / "checkpoints")
+    loaded = writer.load_newest(run / "checkpoints")
     assert loaded is not None and loaded[1]["step"] < 12
     assert not made.exists()
 
@@ -550,7 +550,7 @@ def test_a_resume_with_a_checkpoint_does_not_read_what_the_run_started_from(
         finished(parts, *given, "trainer.max_steps=6")
 
 
-def test_weights_of_a_run_that_was_cut_otherwise_are_said_to_be(
+def test_a_warning_names_weights_of_a_run_with_other_splits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished(tmp_path / "run", "model.hidden=[4]")

@@ -23,7 +23,7 @@ from regrow.load import load_run
 from regrow.record import comparison, monitor, side_by_side
 from regrow.record.records import read_json, write_text
 from regrow.record.report import load
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.banner import what_is_odd
 
 # 50 examples in windows of 16: an evaluation after each of 8 steps, in which the loss falls.
@@ -74,7 +74,7 @@ def test_every_metric_of_the_tasks_is_known_and_as_torchmetrics_says(
     overrides: tuple[str, ...],
 ) -> None:
     config = config_of(*overrides, "trainer.device=cpu")
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     metrics = objects.task.metrics(CPU.device)
     for name in measured_by(objects.task, CPU.device, objects.sets):
         by_name = monitor.by_name(name)
@@ -123,7 +123,7 @@ def test_a_contradiction_is_allowed_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     launched("trainer.monitor=val/loss", "trainer.mode=max", "hydra.run.dir=odd")
     said = capsys.readouterr().err
     assert "trainer.mode=max: less of val/loss is usually better" in said
@@ -164,11 +164,11 @@ def test_torchmetrics_tells_where_the_name_does_not(
     config = config_of(*TINY, "trainer.monitor=val/score")
     if mode is None:
         with pytest.raises(UserError, match=r"trainer\.mode=null.*Add trainer\.mode=max"):
-            runs.build(config, CPU)
+            training.build(config, CPU)
         config = config_of(*TINY, "trainer.monitor=val/score", "trainer.mode=min")
-        assert runs.build(config, CPU).options.mode == "min"  # as the message advises
+        assert training.build(config, CPU).options.mode == "min"  # as the message advises
     else:
-        assert runs.build(config, CPU).options.mode == mode
+        assert training.build(config, CPU).options.mode == mode
 
 
 def test_a_task_of_ones_own_may_say_it() -> None:
@@ -265,7 +265,7 @@ def test_a_command_is_repeated_without_validation(
 ) -> None:
     """The default names a monitor and the record has none: both are the same config."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     for typed in ([], ["trainer.monitor=val/loss"]):
         same = ("data.source.num_val=0", f"hydra.run.dir=run{len(typed)}", *typed)
         launched(*same, "trainer.max_steps=3")
@@ -289,7 +289,7 @@ def test_a_monitor_of_null_evaluates_and_keeps_the_last(tmp_path: Path) -> None:
 )
 def test_without_a_monitor_nothing_may_decide_by_it(override: str, key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: the data has no validation split"):
-        runs.build(config_of(*NO_VAL, override), CPU)
+        training.build(config_of(*NO_VAL, override), CPU)
     config = composed(*TINY, "trainer.monitor=null", override)
     with pytest.raises(UserError, match=f"{key}: trainer.monitor=null"):
         check(config, config.hydra.runtime.choices)
@@ -368,7 +368,7 @@ def test_every_source_trains_without_validation(source: str, tmp_path: Path) -> 
 def test_a_run_that_few_would_mean_says_so() -> None:
     def lines(*overrides: str) -> list[str]:
         config = config_of(*TINY, *overrides)
-        return what_is_odd(config, runs.build(config, CPU))
+        return what_is_odd(config, training.build(config, CPU))
 
     assert lines() == []
     (line,) = lines("data.batch_size=51")
@@ -384,7 +384,7 @@ def test_a_time_limit_in_the_warm_up_is_told_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     launched("scheduler.warmup_steps=13", "trainer.max_epochs=900", "trainer.max_seconds=1e-9")
     assert "in the warm-up of 13 steps" in capsys.readouterr().err
 
@@ -453,7 +453,7 @@ def test_a_forgotten_partial_is_named(key: str) -> None:
     config = config_of(*TINY)
     del config[key]["_partial_"]
     with pytest.raises(UserError, match="add _partial_: true") as refused:
-        runs.build(config, CPU)
+        training.build(config, CPU)
     assert "other code" not in str(refused.value)
 
 
@@ -461,11 +461,11 @@ def test_a_forgotten_partial_of_a_loss_is_named() -> None:
     config = config_of(*TINY, *REGRESSION)
     del config["loss"]["_partial_"]
     with pytest.raises(UserError, match="add _partial_: true"):
-        runs.build(config, CPU)
+        training.build(config, CPU)
 
 
 def test_a_record_that_lacks_a_key_is_still_of_other_code() -> None:
     config = config_of(*TINY)
     del config["trainer"]["clip_norm"]
     with pytest.raises(UserError, match="made by other code"):
-        runs.build(config, CPU)
+        training.build(config, CPU)

@@ -11,7 +11,7 @@ from running import CPU, config_of, metrics_of, train
 from torch import Tensor
 
 from benchmarks import nanogpt
-from regrow.runs import training as runs
+from regrow.runs import training
 
 STEPS = 100
 OPTIONS = (
@@ -32,7 +32,7 @@ def test_each_loss_of_a_hundred_steps_is_that_of_nanogpt(
     tmp_path: Path, record_property: Any
 ) -> None:
     config = config_of(*OPTIONS)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     start, batches = objects.state.model, batches_of(objects)
     torch.set_num_threads(1)
 

@@ -156,7 +156,7 @@ def test_an_untracked_file_is_named_after_the_copy_with_the_way_to_have_it(
     assert (copy / "src/deep_fish/models/mine.py").exists()
 
 
-def test_of_a_folder_that_git_does_not_track_nothing_is_left_out(
+def test_a_folder_that_git_does_not_track_is_copied_whole(
     new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any
 ) -> None:
     shutil.rmtree(template / ".git")
@@ -238,7 +238,7 @@ the lab. A lab note; label.x lab-book my.lab.x config["lab"] regrow.x
     )
 
 
-def test_parts_for_the_template_alone_are_cut_out(new_project: ModuleType) -> None:
+def test_parts_for_the_template_alone_are_removed(new_project: ModuleType) -> None:
     names = new_project.Names(title="Deep Fish", package="deep_fish")
     text = "a\n  # >>> template only\n  b\n  # <<< template only\nc\n"
     assert new_project.rename(text, names) == "a\nc\n"
@@ -291,6 +291,8 @@ def test_a_project_holds_nothing_that_concerns_the_template_alone(copy: Path) ->
     assert "workflows" not in (copy / ".ci/run").read_text()
     for name in (".devcontainer/devcontainer.json", ".github/dependabot.yml"):
         assert (copy / name).is_file()  # as useful in a project
+    for page in (copy / "docs").rglob("*.md"):
+        assert "benchmarks/RESULTS.md" not in page.read_text(), page
 
 
 def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
@@ -301,7 +303,12 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     record = json.loads((copy / ".template" / "record.json").read_text())
     assert record["template"] == "Regrow" and record["package"] == "deep_fish"
     readme = (copy / "README.md").read_text()
-    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 70
+    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 100
+    start = "## Your model on your images\n"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = [it.partition(start)[2].partition("\n## ")[0] for it in (text, readme)]
+    set_up, own = "make setup\nsource .venv/bin/activate\n", sections[1].strip()
+    assert set_up in sections[0] and own == sections[0].replace(set_up, "").strip()
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link

@@ -89,7 +89,7 @@ def missing(node: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=lambda value: str(value))
-def test_what_a_file_says_has_to_be_given_has_to_be(group: str, option: str) -> None:
+def test_a_value_that_a_file_marks_as_required_is_required(group: str, option: str) -> None:
     """A ??? does not replace a value that the file inherits."""
     written = missing(read_yaml(CONF / group / f"{option}.yaml"))
     left = missing(

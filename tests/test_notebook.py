@@ -29,7 +29,7 @@ from regrow.config.own_modules import import_resolvers
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
-from regrow.runs import training as run
+from regrow.runs import training
 
 
 def test_a_config_is_that_of_the_command_resolved() -> None:
@@ -45,7 +45,7 @@ def test_objects_are_those_of_a_run(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         config = regrow.compose("train", [*TINY, "optimizer=sgd", r"notes='\${name}'"])
-        ours, its = regrow.build(config), run.build(plain(config), CPU)
+        ours, its = regrow.build(config), training.build(plain(config), CPU)
         assert isinstance(ours.state.optimizer, torch.optim.SGD)
         for name, value in its.state.model.state_dict().items():
             assert torch.equal(ours.state.model.state_dict()[name], value)
@@ -101,7 +101,7 @@ def test_hydras_own_state_stays_as_it_was() -> None:
     }.items(),
     ids=str,
 )
-def test_what_is_wrong_is_one_line(overrides: Any, said: str) -> None:
+def test_a_wrong_override_of_compose_is_an_error_of_one_line(overrides: Any, said: str) -> None:
     with pytest.raises(UserError) as raised:
         regrow.compose("train", overrides)
     assert said in str(raised.value) and "\n" not in str(raised.value)
@@ -120,7 +120,7 @@ def test_a_config_of_hydras_own_api_is_sent_to_ours() -> None:
         regrow.build({"model": {}})
 
 
-def test_a_target_of_ones_own_has_to_be_composed() -> None:
+def test_a_target_set_after_compose_is_refused() -> None:
     config = regrow.compose("train", TINY)
     config.model._target_ = "os.system"
     with pytest.raises(UserError, match=r"_target_=os\.system is named neither in conf/ nor"):

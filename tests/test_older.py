@@ -17,10 +17,9 @@ import torch
 from finished import process, script
 from running import CPU, as_hydra_has_it, composed, config_of, metrics_of
 
-from lab import added as of_lab
-from lab import build
+from lab import added, build
 from regrow import project, protocols
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.config import older, places, resume
 from regrow.config.check import shipped_node
 from regrow.config.job import job_of
@@ -30,7 +29,7 @@ from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.record import moved
 from regrow.record.records import read_json
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.session import run_job
 
 RECORDS = Path(__file__).parent / "older"
@@ -43,7 +42,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the folder that the runs were started in, as the current folder."""
     shutil.copytree(RECORDS, tmp_path / "older", symlinks=True)
     monkeypatch.chdir(tmp_path / "older")
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     return Path()
 
 
@@ -82,8 +81,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert_close(told[key], was[key], key)
     for name in ("last", "best"):
         (parts, _), (before, _) = (
-            checkpoint.load(checkpoint.named(folder / "checkpoints", name))
-            for folder in (found, expected)
+            writer.load(writer.named(folder / "checkpoints", name)) for folder in (found, expected)
         )
         for part in before.keys() - {"progress", "optimizer"}:
             assert_close(parts[part], before[part], f"{name}/{part}")
@@ -180,7 +178,7 @@ ROWS_OF_LAB = (AddedKey("some.Stop", "after", None),)
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(older, "ADDED_KEYS", ROWS)
-    monkeypatch.setattr(of_lab, "ADDED_KEYS", ROWS_OF_LAB)
+    monkeypatch.setattr(added, "ADDED_KEYS", ROWS_OF_LAB)
 
 
 def record() -> dict[str, Any]:
@@ -281,7 +279,7 @@ def test_without_the_row_a_resume_is_refused(
     with pytest.raises(UserError, match=absent):
         resume.resumed(folder, config(), overrides)
     row = AddedKey("lab.options.TrainerOptions", "brand_new", False)
-    monkeypatch.setattr(of_lab, "ADDED_KEYS", (*of_lab.ADDED_KEYS, row))
+    monkeypatch.setattr(added, "ADDED_KEYS", (*added.ADDED_KEYS, row))
     kept = resume.resumed(folder, config(), overrides)
     assert kept is not None and kept["trainer"]["brand_new"] is False
     assert "trainer.brand_new=false" in caplog.text
@@ -327,7 +325,7 @@ def test_a_run_keeps_the_default_that_it_recorded(
         resumed()
     before["data"]["source"]["resize"] = 256
     (folder / "config.yaml").write_text(json.dumps(before))
-    monkeypatch.setattr(of_lab, "EARLIER_DEFAULTS", ())  # the negative control
+    monkeypatch.setattr(added, "EARLIER_DEFAULTS", ())  # the negative control
     with pytest.raises(UserError, match=r"data\.source\.resize was 256 and would be auto"):
         resumed()
 
@@ -384,7 +382,7 @@ def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(
     refused = "its progress differs in pruned. If you added a field, give its earlier value"
     with pytest.raises((UserError, SystemExit), match=refused):
         train("resume=averages")
-    monkeypatch.setattr(of_lab, "ADDED_PROGRESS", {**of_lab.ADDED_PROGRESS, "pruned": False})
+    monkeypatch.setattr(added, "ADDED_PROGRESS", {**added.ADDED_PROGRESS, "pruned": False})
     train("resume=averages")
     assert_same_run(Path("averages"), Path("whole/averages"))
 
@@ -448,5 +446,5 @@ def test_the_engine_reads_of_the_labs_lists_what_its_protocol_names() -> None:
     }
     assert names == set(kinds)
     for name, kind in kinds.items():
-        rows = getattr(of_lab, name)
+        rows = getattr(added, name)
         assert isinstance(rows, tuple) and rows and all(isinstance(row, kind) for row in rows)

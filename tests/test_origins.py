@@ -10,9 +10,8 @@ from pathlib import Path
 import forked
 import pytest
 
-from regrow.config import flags
-from regrow.config import origins as config_origins
-from regrow.config.origins import TYPED, located_in, origins
+from regrow.config import flags, origins
+from regrow.config.origins import TYPED, located_in
 from regrow.config.yaml_keys import head_of, keys_of
 from regrow.project import CONF, ROOT
 
@@ -84,7 +83,7 @@ def test_a_merged_key_has_the_line_that_it_comes_from(tmp_path: Path) -> None:
 
 def test_a_typed_value_is_found_without_composing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(config_origins, "origins", lambda *_: asked.append("") or 1 / 0)
+    monkeypatch.setattr(origins, "origins", lambda *_: asked.append("") or 1 / 0)
     said = "model.dropout=3 must be below 1."
     assert located_in(said, flags.DEFAULT, ["model=mlp", "model.dropout=3"]) == said
     assert asked == []
@@ -96,13 +95,13 @@ def test_a_typed_value_is_found_without_composing_again(monkeypatch: pytest.Monk
 def test_an_error_about_a_key_of_hydras_names_no_other_file() -> None:
     said = "hydra.run.dir=full holds notes.txt."
     assert located_in(said, flags.DEFAULT, []) == said
-    assert origins(flags.DEFAULT, []).of("hydra.run.dir") is not None  # not what was typed
+    assert origins.origins(flags.DEFAULT, []).of("hydra.run.dir") is not None  # not what was typed
 
 
 def test_the_last_file_that_sets_a_key_counts(place: Path) -> None:
     source = {**flags.DEFAULT, "dir": str(place)}
     given = ["model=wide", "experiment=bad", "seed=3", "data.folds=null"]
-    found = origins(source, given)
+    found = origins.origins(source, given)
     assert found.of("model.hidden") == f"{place}/model/wide.yaml:3"
     shipped = CONF / "model" / "mlp.yaml"
     assert found.of("model.norm") == f"conf/model/mlp.yaml:{line_of(shipped, 'norm:')}"
@@ -147,6 +146,89 @@ def test_an_error_names_the_file_and_line_of_its_value(place: Path, tmp_path: Pa
 def test_an_error_of_the_lab_names_the_file_and_line(place: Path, tmp_path: Path) -> None:
     said = error_of(tmp_path, "--config-dir", str(place), "experiment=late", "trainer.device=cpu")
     assert said.startswith(f"error: {place}/experiment/late.yaml:3: model.norm=bach is unknown.")
+
+
+OWN = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, depth):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), *[nn.Linear(64, 64) for _ in range(depth)])
+"""
+MODEL = "_target_: net_of_origins.Net\nnum_classes: 10\n"
+SGD = "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.1\n"
+OF_ALL = "# @package _global_\ndefaults:\n"
+# A file of one's own, its content, and the start of the error behind the file's path.
+MISTAKES = {
+    "optimizer/mine": (
+        f"{SGD}lrr: 1\n",
+        ":4: optimizer.lrr: torch.optim.SGD takes no such argument. Did you mean lr?",
+    ),
+    "optimizer/still": (
+        f"{SGD}nesterov: true\nmomentum: 0\n",
+        ":5: optimizer (torch.optim.SGD): Nesterov momentum requires a momentum",
+    ),
+    "scheduler/short": (
+        "_target_: torch.optim.lr_scheduler.StepLR\ninterval: epoch\nstep_size: 0\ngama: 1\n",
+        ":4: scheduler.gama: torch.optim.lr_scheduler.StepLR takes no such argument. Did you mean ",
+    ),
+    "model/misspelt": (
+        f"{MODEL}depht: 2\n",
+        ":3: model.depht: net_of_origins.Net takes no such argument. Did you mean depth?",
+    ),
+    "model/lacking": (MODEL, ":1: model (net_of_origins.Net): TypeError: Net.__init__() missing 1"),
+    "model/none": (
+        MODEL.replace("Net", "Nett"),
+        ":1: model._target_=net_of_origins.Nett: there is no Nett. Did you mean Net?",
+    ),
+    "model/deep": (f"{MODEL}depth: deep\n", ":3: model (net_of_origins.Net, "),
+    "experiment/option": (
+        f"{OF_ALL}  - override /optimizer: adaam\n",
+        ":3: optimizer=adaam: there is no such option. Did you mean adam? Use ",
+    ),
+    "experiment/task": (
+        f"{OF_ALL}  - override /model: cnn\n  - override /task: regression\n",
+        ":4: task=regression does not fit multiclass targets",
+    ),
+    "experiment/twice": (f"{OF_ALL}  - /model: cnn\n", ":3: write `override /model: cnn`."),
+    "experiment/mapping": (f"seed: 1\n{OF_ALL}  a: b\n", ":3: defaults must be a list: begin"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistaken")
+    (folder / "net_of_origins.py").write_text(OWN)
+    for name, (text, _) in MISTAKES.items():
+        path = folder / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_file_has_its_line(
+    name: str, mistaken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", forked.python_path(mistaken))
+    given = ("--config-dir", str(mistaken / "conf"), name.replace("/", "="), "trainer.device=cpu")
+    said = error_of(tmp_path, *given)
+    assert said.startswith(f"error: {mistaken}/conf/{name}.yaml{MISTAKES[name][1]}"), said
+
+
+def test_a_typed_mistake_has_no_file(
+    mistaken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", forked.python_path(mistaken))
+    for typed, says in (
+        (("optimizer=sgd", "optimizer.momentum=0"), "optimizer (torch.optim.SGD): Nesterov"),
+        (("optimizer=adaam",), "optimizer=adaam: there is no such option."),
+        (("task=regression",), "task=regression does not fit"),
+    ):
+        there = ("--config-dir", str(mistaken / "conf"), "trainer.device=cpu")
+        assert error_of(tmp_path, *there, *typed).startswith(f"error: {says}")
 
 
 def test_a_node_of_the_config_store_is_named(tmp_path: Path) -> None:

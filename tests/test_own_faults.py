@@ -166,8 +166,12 @@ SAID = {
         "groups. HYDRA_FULL_ERROR=1 shows the whole traceback.",
     ),
     "model=small optimizer=mine": (
-        "error: optimizer ({}" + at('raise ValueError(f"not {lr}")') + "): not 0.5.",
-        "",
+        ".yaml:1: optimizer (my_models.Optimizer, {}" + at('raise ValueError(f"not {lr}")'),
+        "): not 0.5.",
+    ),
+    "model=small optimizer=mine optimizer.lr=3": (  # a typed value may be the cause
+        "error: optimizer (my_models.Optimizer, {}",
+        "): not 3.",
     ),
     "model=small data=mine": (
         ".yaml:2: data.source (my_models.splits, {}"

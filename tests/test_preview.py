@@ -99,7 +99,7 @@ def told_of_splits(*given: str) -> list[str]:
 
 
 @pytest.mark.parametrize("beside", ["", "test"])
-def test_a_check_says_of_a_table_that_the_seed_cuts_it_whatever_folders_lie_about(
+def test_a_check_says_that_the_seed_splits_a_table_whatever_folders_lie_about(
     beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -269,7 +269,7 @@ def test_a_check_refuses_a_micro_batch_that_a_start_refuses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     given = ("model.norm=batch", "data.batch_size=2", "trainer.accumulation_steps=2")
-    with pytest.raises(UserError, match="the smallest slice of a step is one example"):
+    with pytest.raises(UserError, match="a step's smallest micro-batch is one example"):
         preview.report(job(*given))
     assert reported(caplog, *given, "data.batch_size=10")
 

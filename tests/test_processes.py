@@ -81,7 +81,7 @@ def test_two_processes_leave_one_record_with_the_numbers_of_one(two: Path, tmp_p
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
     for line, its in zip(lines, expected, strict=True):
         assert line == pytest.approx(its, abs=1e-4, nan_ok=True)
-    assert (two / "train.log").read_text().count("batch: 16 = 2 devices × 1 slice × 8") == 1
+    assert (two / "train.log").read_text().count("batch: 16 = 2 devices × 1 micro-batch × 8") == 1
     assert read_json(two / "status.json")["state"] == "completed"
     assert len(set(ranks_of(two))) == 2
 
@@ -126,7 +126,7 @@ def test_two_that_were_started_outside_are_the_run_that_one_would_start(
 
 
 @pytest.mark.slow
-def test_what_started_outside_is_the_same_run(tmp_path: Path) -> None:
+def test_a_run_started_outside_by_torchrun_is_the_same_run(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     port = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
     run(tmp_path / "outside", *TINY, "trainer=ddp", "trainer.device=cpu", by=(*torchrun, *port))
@@ -164,7 +164,7 @@ def test_two_agents_make_one_run_and_a_killed_one_ends_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
-def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
+def test_a_killed_process_ends_the_run_and_the_same_command_resumes_it(
     rank: int, whole: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
@@ -286,7 +286,9 @@ def test_a_failing_process_tells_why_and_ends_all(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_out_of_memory_in_one_process_starts_all_again_in_smaller_slices(tmp_path: Path) -> None:
+def test_out_of_memory_in_one_process_starts_all_again_in_smaller_micro_batches(
+    tmp_path: Path,
+) -> None:
     hungry = ("model._target_=blocks.Hungry", "+model.rank=1")
     err = run(tmp_path / "hungry", *TWO, *BARE, *hungry, "+model.room=4")
     assert "out of memory" in err and "Starting again" in err

@@ -1,17 +1,22 @@
 """Each page of docs/recipes works as printed, in a project that new_project.py has just made.
 
 The blocks of a page are followed in their order. A block marked `bash` is run. A block marked
-`python` or `yaml` whose first line is a comment with a file's name, such as `# my_model.py`, is
-written to that file. A block marked `diff` is applied. Any other block is only shown. A page runs
-in the nightly tests alone, unless it has a line `<!-- test: slow -->` or `<!-- test: fast -->`. In
-the same comment, `needs peft` skips the page where that package is missing. `needs Slurm` starts a
-cluster on this machine, and `needs template` puts a checkout of the template beside the project.
+`python` or `yaml` begins with a comment with a file's name, such as `# my_model.py`, and is written
+to that file. A block marked `diff` is applied. A block marked `text` is compared with what the
+commands before it printed (`is_printed`). A block marked `pattern` shows commands with a gap (`…`)
+for the reader to fill; their overrides are composed. A block marked `folders` shows names of files.
+No block is without a mark. A page runs in the nightly tests alone, unless it has a line
+`<!-- test: slow -->` or `<!-- test: fast -->`. In the same comment, `needs peft` skips the page
+where that package is missing. `needs Slurm` starts a cluster on this machine, and `needs template`
+puts a checkout of the template beside the project. A line `<!-- needs datasets -->` before a block
+skips that block alone.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +32,73 @@ import numpy as np
 import pytest
 import slurm
 from PIL import Image
+from running import composed
 
 from regrow.project import ROOT
 
 RECIPES = ROOT / "docs" / "recipes"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d+(?:,\d{3})*\.\d+(?:e[+-]\d+)?|\d+e[+-]\d+|\d+(?:,\d{3})*")
+VARY = "the numbers vary"
 FILE = re.compile(r"(?:# @package \S+\n)?# (\S+\.(?:py|yaml))\n")  # Hydra's header stays first
 TESTED = re.compile(r"^<!-- test: (.*) -->$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    content: str
+    file: str | None = None  # that the block is written to
+    note: str = ""  # the comment before the block
+
+    @property
+    def commands(self) -> str | None:
+        if self.kind == "diff":
+            return f"git apply - <<'END'\n{self.content}END\n"
+        return self.content if self.kind == "bash" else None
+
+
+def marked(text: str) -> Iterator[Block]:
+    for note, kind, content in MARKED.findall(text):
+        named = FILE.match(content) if kind in ("python", "yaml") else None
+        yield Block(kind, content, named[1] if named else None, note)
+
+
 def blocks(text: str) -> Iterator[tuple[str | None, str]]:
     """Yield (file, content) for each file to write, and (None, commands) for commands to run."""
-    for kind, content in BLOCK.findall(text):
-        named = FILE.match(content)
-        if kind == "bash":
-            yield None, content
-        elif kind == "diff":
-            yield None, f"git apply - <<'END'\n{content}END\n"
-        elif kind in ("python", "yaml") and named:
-            yield named[1], content
+    for block in marked(text):
+        if block.file is not None:
+            yield block.file, block.content
+        elif block.commands is not None:
+            yield None, block.commands
+
+
+def is_printed(line: str, said: str, *, vary: bool = False) -> bool:
+    """Return True if a line of `said` is `line`, but for what depends on the machine.
+
+    Words and whole numbers must be equal. Other numbers may differ in the third digit or by 0.03.
+    With `vary`, only words count. `…` stands for any text. The amount of space does not matter.
+    """
+
+    def numbers(text: str) -> list[str]:
+        return [number for number in NUMBER.findall(text) if not number.replace(",", "").isdigit()]
+
+    parts = NUMBER.split(line)
+    pattern = re.escape(parts[0])
+    for number, words in zip(NUMBER.findall(line), parts[1:], strict=True):
+        whole = number.replace(",", "").isdigit()
+        equal = re.escape(number) if whole and not vary else f"({NUMBER.pattern})"
+        pattern += equal + re.escape(words)
+    pattern = re.sub(r"(\\ )+", r"\\s+", pattern.strip()).replace("…", ".*")
+    for found in re.finditer(rf"^\s*{pattern}\s*$", said, re.MULTILINE):
+        if vary:
+            return True
+        pairs = zip(numbers(line), found.groups(), strict=True)
+        values = [tuple(float(text.replace(",", "")) for text in pair) for pair in pairs]
+        if all(math.isclose(*pair, rel_tol=0.005, abs_tol=0.03) for pair in values):
+            return True
+    return False
 
 
 def follow(text: str, project: Path, **more: str) -> str:
@@ -61,19 +115,27 @@ def follow(text: str, project: Path, **more: str) -> str:
         "OMP_NUM_THREADS": "1",
         **more,
     }
-    for file, content in blocks(text):
-        if file is not None:
-            path = project / file
+    for block in marked(text):
+        needed = re.fullmatch(r"needs (\w+)", block.note)
+        if needed and importlib.util.find_spec(needed[1]) is None:
+            continue
+        if block.file is not None:
+            path = project / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+            path.write_text(block.content, encoding="utf-8")
+        elif block.kind == "text":
+            for line in block.content.splitlines():
+                shown = is_printed(line, said, vary=block.note == VARY)
+                assert shown, f"not printed: {line}\n{said}"
+        if block.commands is None:
             continue
         done = subprocess.run(
-            ["bash", "-e", "-o", "pipefail", "-c", content], cwd=project, env=environment,
+            ["bash", "-e", "-o", "pipefail", "-c", block.commands], cwd=project, env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             check=False, timeout=900, text=True, encoding="utf-8",
         )  # fmt: skip
         said += done.stdout
-        assert done.returncode == 0, f"{content}\n{done.stdout}"
+        assert done.returncode == 0, f"{block.commands}\n{done.stdout}"
     return said
 
 
@@ -176,14 +238,18 @@ print("first")
 cat tool/say.py
 python tool/say.py
 ```
-```python
-print("only shown")
+```pattern
+exit 1 …
 ```
 ```yaml
 # tool/say.py.yaml
 key: value
 ```
 ```text
+fi…
+```
+<!-- needs no_such_package -->
+```bash
 exit 1
 ```
 ```bash
@@ -202,12 +268,72 @@ def test_a_command_that_fails_fails_the_page(tmp_path: Path) -> None:
         follow("```bash\necho no such; false\ntrue\n```\n", tmp_path)
     with pytest.raises(AssertionError):
         follow("```bash\nfalse | true\n```\n", tmp_path)
+    with pytest.raises(AssertionError, match="not printed: three"):
+        follow("```bash\necho one; echo two\n```\n```text\ntwo\nthree\n```\n", tmp_path)
+
+
+def test_a_printed_line_may_differ_only_in_what_depends_on_the_machine() -> None:
+    said = "first\nloss  0.00041 after 300 steps; a constant has 2.228 \nlast"
+    assert is_printed("loss 0.00038 after 300 steps; a constant has 2.227", said)
+    assert is_printed("loss … a constant has 2.228", said)
+    assert is_printed("loss 7.5 after 9 steps; a constant has 9.9", said, vary=True)
+    for wrong in (
+        "loss 0.00041 after 300 steps; a constant has 2.267",
+        "loss 0.00041 after 301 steps; a constant has 2.228",
+        "a loss 0.00041 after 300 steps; a constant has 2.228",
+        "loss 0.00041 after 300 steps",
+    ):
+        assert not is_printed(wrong, said), wrong
+    assert not is_printed("loss 0.00041 after 300 steps", said, vary=True)
+
+
+@pytest.mark.parametrize("page", sorted(RECIPES.glob("*.md")), ids=lambda page: page.stem)
+def test_each_block_of_a_recipe_is_followed_or_marked_as_a_pattern(page: Path) -> None:
+    for block in marked(page.read_text(encoding="utf-8")):
+        assert block.kind in ("bash", "diff", "python", "yaml", "text", "pattern", "folders")
+        assert block.file or block.kind not in ("python", "yaml"), block.content
+        assert block.kind != "bash" or "…" not in re.sub("#.*", "", block.content), block.content
+        if block.kind != "pattern":
+            continue
+        lines = [shlex.split(line, comments=True) for line in block.content.splitlines()]
+        assert all("…" in words or "<" in block.content for words in lines), block.content
+        for words in lines:
+            if words[1] == "scripts/train.py":
+                assert composed(*(word for word in words[2:] if word != "…"))
 
 
 def test_the_index_names_every_page() -> None:
     index = (RECIPES / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in RECIPES.glob("*.md")} - {"README.md"}
     assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
+
+
+def touched(text: str) -> set[str]:
+    """Return the files that a page writes or edits, and the folders of examples that it runs."""
+    found: set[str] = set()
+    for block in marked(text):
+        if block.file:
+            found.add(block.file)
+        elif block.kind == "diff":
+            found |= {*re.findall(r"^\+\+\+ b/(\S+)", block.content, re.MULTILINE)}
+        elif block.kind == "bash":
+            found |= {*re.findall(r"--config-dir (src/lab/examples/\w+/)conf", block.content)}
+    return found
+
+
+def named(text: str) -> set[str]:
+    """Return the files that the line `Files:` of a page names. Its first sentence has them all."""
+    (line,) = re.findall(r"^Files: (.*?)\.(?: |$)", text, re.MULTILINE)
+    return {*re.findall(r"`([^`]+)`", line)}
+
+
+def test_each_recipe_names_the_files_that_it_touches() -> None:
+    for page in sorted({*RECIPES.glob("*.md")} - {RECIPES / "README.md"}):
+        text = page.read_text(encoding="utf-8")
+        assert named(text) == touched(text), page.name
+        assert not [name for name in named(text) if name.startswith("src/regrow")], page.name
+    page = RECIPES / "your_model.md"
+    assert named("Files: `my_models.py`.\n") != touched(page.read_text(encoding="utf-8"))
 
 
 def test_when_a_page_is_tested_and_what_it_needs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -16,7 +17,8 @@ from referencing import Registry, Resource
 
 from regrow.config import schemas
 from regrow.config.rules import RULES, fits
-from regrow.project import CONF, ROOT
+from regrow.config.targets import HANDED_IN, locate
+from regrow.project import CONF, ROOT, lab_name
 
 
 def untracked() -> set[Path]:
@@ -107,9 +109,52 @@ def test_a_mistake_fails_in_a_group_and_in_an_experiment(change: dict[str, Any],
         {"_target_": "mine.Options", "anything": 3},
     ],
 )
-def test_what_a_start_accepts_passes(change: dict[str, Any]) -> None:
+def test_values_that_a_start_accepts_pass_the_schemas(change: dict[str, Any]) -> None:
     for name, content in (("trainer", change), ("experiment", {"trainer": change})):
         assert problems(f"{name}.json", content) == []
+
+
+TORCHS = [*schemas.OF_TORCH]
+
+
+def files_of(target: str) -> dict[Path, Any]:
+    contents = {path: yaml.safe_load(path.read_text("utf-8")) or {} for path in FILES}
+    return {path: its for path, its in contents.items() if its.get("_target_") == target}
+
+
+def test_every_shipped_torch_target_is_closed_but_for_its_own_arguments() -> None:
+    for target in TORCHS:
+        for path, content in files_of(target).items():
+            name = schema_of(path)
+            group = name.removesuffix(".json")
+            assert problems(name, {**content, "lrr": 1}) != []
+            assert problems(name, {**content, "_target_": "mine.Optimizer", "lrr": 1}) == []
+            for word in schemas.OF_TORCH[target]:
+                assert problems(name, {**content, word: False}) == []
+                assert problems("experiment.json", {group: {word: False}}) == []
+
+
+@pytest.mark.parametrize("target", TORCHS)
+def test_the_file_and_the_table_hold_every_argument_of_the_installed_torch(target: str) -> None:
+    parameters = {*inspect.signature(locate(target, "")).parameters} - HANDED_IN
+    for content in files_of(target).values():
+        assert parameters <= {*content, *schemas.OF_TORCH[target]}
+        assert not {*content} & {*schemas.OF_TORCH[target]}
+
+
+@pytest.mark.parametrize("group", ["optimizer", "scheduler"])
+def test_an_experiment_takes_the_keys_of_any_option_and_no_others(group: str) -> None:
+    contents = [yaml.safe_load(path.read_text("utf-8")) for path in (CONF / group).glob("*.yaml")]
+    targets = [its["_target_"] for its in contents if "_target_" in its]
+    is_open = any(  # a project's own option may take any key
+        target not in TORCHS and not target.startswith(f"{lab_name()}.") for target in targets
+    )
+    key = {"optimizer": "betas", "scheduler": "T_0"}[group]
+    value = {"optimizer": [0.9, 0.99], "scheduler": 3}[group]
+    assert problems("experiment.json", {group: {key: value}}) == []
+    assert (problems("experiment.json", {group: {"lrr": 1}}) == []) is is_open
+    several = {"of_one": {"_target_": "torch.optim.SGD", "lr": 1.0}}
+    assert problems("experiment.json", {group: several}) == []
 
 
 def test_a_misspelt_key_fails_at_the_top_of_an_experiment() -> None:

@@ -84,7 +84,7 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
         api.section("regrow.checkpoint.digest", ["nothing"])
 
 
-def test_words_in_angle_brackets_are_no_tags() -> None:
+def test_words_in_angle_brackets_are_not_tags() -> None:
     import api
 
     assert api.prose("a <name> and `<code>`") == "a &lt;name&gt; and `<code>`\n"
@@ -120,6 +120,19 @@ def test_every_key_of_conf_is_on_the_page() -> None:
     listed = set(re.findall(r"^\| `([\w.]+)`", keys.page(), re.M))
     assert missing(listed) == []
     assert set(missing(listed - {"trainer.max_steps"})) == {"trainer.max_steps"}  # the control
+
+
+def test_every_key_on_the_page_has_its_values_and_a_comment() -> None:
+    import keys
+
+    rows = re.findall(r"^\| (`[\w.]+`[^|]*) \| (.*?) \|.*\| (.*?) \|$", keys.page(), re.M)
+    assert len(rows) > 300
+    assert [name for name, accepts, comment in rows if not (accepts.strip() and comment)] == []
+    says = {name: accepts for name, accepts, _ in rows}
+    assert says["`model.activation` (mlp)"] == "one of relu, gelu, silu, tanh, elu, leaky_relu"
+    of_fold = {says[name] for name in says if name.startswith("`data.source.fold`")}
+    assert of_fold == {"an integer of at least 0"}  # its value is ${..fold}
+    assert keys.accepted("data.own", {"default": None}) == ""  # the control
 
 
 def test_options_are_named_by_the_shorter_list() -> None:

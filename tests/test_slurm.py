@@ -106,7 +106,7 @@ def until(happened: object, folder: Path) -> None:
 
 
 @needs_slurm
-def test_what_srun_started_is_the_same_run(
+def test_a_run_that_srun_started_is_the_same_run(
     cluster: dict[str, str], whole: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -189,7 +189,7 @@ def test_a_bad_config_ends_all_that_srun_started_with_one_line(
 
 @pytest.mark.nightly
 @needs_slurm
-def test_what_only_prints_ends_all_that_srun_started(
+def test_a_flag_that_only_prints_ends_all_that_srun_started(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
     done = call(cluster, tmp_path / "run", "--cfg", "job", by=("srun", "--ntasks=2"))
@@ -331,7 +331,7 @@ def test_a_mistake_that_shows_in_the_job_is_said_there_and_not_made_again(
 
 
 @needs_slurm
-def test_what_sbatch_refuses_leaves_nothing(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_sbatch_refuses_leaves_nothing(cluster: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     refused = call(cluster, folder, *TINY, "launcher=slurm", "launcher.partition=nowhere")
     assert refused.returncode == 2 and "error: launcher=slurm: " in refused.stderr
@@ -424,7 +424,7 @@ OPTIONS = SlurmOptions(
         ({"sbatch": {"comment": "a\ntouch /tmp/mine"}}, {}, "more than one line"),
     ],
 )
-def test_what_would_wait_in_vain_is_said_at_once(
+def test_settings_that_slurm_could_never_start_are_refused_at_once(
     changed: dict[str, Any], trainer: dict[str, object], says: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -512,7 +512,7 @@ exit 1
          "fetch_config: DNS SRV lookup failed; Invalid account"),
     ],
 )  # fmt: skip
-def test_what_sbatch_says_is_one_line_and_nothing_is_written(
+def test_an_error_of_sbatch_is_one_line_and_nothing_is_written(
     program: str, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "bin").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from running import fingerprint, launched, metrics_of
 
+from lab.models.mlp import MLP
 from regrow.config.resume import expand
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import Lock, read_json
+from regrow.runs import training
 
 ROOT = CONF.parent
 TRAIN = ROOT / "scripts" / "train.py"
@@ -53,7 +57,7 @@ def test_a_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(summary["test"]) >= {"test/loss", "test/accuracy"}
     assert metrics_of(folder)[-1]["test/accuracy"] == summary["test"]["test/accuracy"]
     out = capsys.readouterr().out
-    assert "batch: 16 = 1 device × 1 slice × 16" in out
+    assert "batch: 16 = 1 device × 1 micro-batch × 16" in out
     assert f"resume={folder.relative_to(tmp_path)}" in out
     assert "[rank 0]" in (folder / "train.log").read_text()
 
@@ -69,6 +73,45 @@ def test_the_same_command_again_says_that_the_run_is_complete(
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "mine").rglob("*") if p.is_file()}
     changed = {p.name for p in after if before.get(p) != after[p]}
     assert changed <= {".lock"}
+
+
+def test_a_complete_run_refuses_changes_as_an_unfinished_one_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched("hydra.run.dir=mine")
+    before = fingerprint(tmp_path / "mine")
+
+    def said(*typed: str) -> tuple[str, str]:
+        capsys.readouterr()
+        overrides = expand(["resume=mine", *typed])
+        with contextlib.suppress(SystemExit):
+            launched(*overrides)
+        text = capsys.readouterr()
+        return text.out, text.err.splitlines()[-1] if text.err else ""
+
+    more = "trainer.max_epochs=5"
+    for change, words in {
+        "model.hidden=[13]": "the checkpoint is of another model: ",
+        "trainer.ema_decay=0.9": "the checkpoint lacks averaged",
+        "data.source.num_train=40": "the data has changed since that run began",
+    }.items():
+        out, error = said(change)
+        assert error.startswith("error: ") and words in error and "is complete" not in out
+        assert said(change, more)[1] == error  # the limit makes it unfinished
+    assert "mine is complete, so the changes have no effect" in said("optimizer.lr=0.5")[0]
+    record = read_json(tmp_path / "mine" / "manifest.json")
+    files = {**record["code_files"], "src/lab/models/mlp.py": "0" * 16}
+    (tmp_path / "mine" / "manifest.json").write_text(json.dumps({**record, "code_files": files}))
+    for typed in (("model.hidden=[13]",), ("model.hidden=[13]", more)):
+        assert "Its code has changed since. " in said(*typed)[1]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(training, "build", fail)
+    for typed in ((), ("data.num_workers=2",), ("tags=[a]",)):
+        assert "mine is complete. To train longer" in said(*typed)[0]
+    assert fingerprint(tmp_path / "mine") == before
 
 
 def test_a_folder_of_another_config_is_refused_with_the_differences(
@@ -90,7 +133,7 @@ def test_resume_never_does_not_touch_a_run(capsys: pytest.CaptureFixture[str]) -
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_a_raised_limit_goes_on_to_what_one_run_would_have_been(tmp_path: Path) -> None:
+def test_a_run_with_a_raised_limit_ends_as_one_longer_run(tmp_path: Path) -> None:
     """With a learning rate that does not depend on the limit."""
     launched("hydra.run.dir=whole", "scheduler=constant", "trainer.max_epochs=4")
     launched("hydra.run.dir=parts", "scheduler=constant", "trainer.max_epochs=2")
@@ -115,7 +158,7 @@ def test_a_resume_tells_what_it_changes_and_says_nothing_twice(
     assert "learning rate of step" not in capsys.readouterr().out
 
 
-def test_what_looks_like_a_secret_neither_shows_nor_stops_a_run_from_going_on(
+def test_a_value_that_looks_like_a_secret_is_hidden_and_the_run_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secrets = ("name='my password: hunter2'", "data.root=https://me:hunter2@host/x")
@@ -155,7 +198,7 @@ IMPATIENT = (
 )
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience_as_printed(
+def test_a_run_that_stopped_early_resumes_with_more_patience_as_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched("hydra.run.dir=mine", *IMPATIENT)
@@ -183,6 +226,46 @@ def test_a_second_writer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is in use by process" in capsys.readouterr().err
 
 
+class Fails(MLP):
+    """Raises an error in the given pass with gradients; the first is of a check."""
+
+    fails_at = 0
+    passes = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.passes += self.training and torch.is_grad_enabled()
+        if self.passes == self.fails_at:
+            raise KeyError("here")
+        return super().forward(inputs)
+
+
+def test_a_run_that_completes_no_step_is_not_the_latest_and_says_what_stays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Path("outputs", "synthetic")
+
+    def latest(fails_at: int) -> tuple[Path | None, str]:
+        """Start a run; return the latest one's folder, and what the run says of its own."""
+        monkeypatch.setattr(Fails, "fails_at", fails_at)
+        with contextlib.suppress(SystemExit, KeyError):
+            launched("model._target_=test_train.Fails", "trainer.max_steps=3", "scheduler=constant")
+        said = capsys.readouterr().out
+        link = runs / "latest"
+        return link.resolve() if link.is_symlink() else None, said
+
+    told = "no step was completed: {} holds a log, and nothing to resume\n"
+    before, said = latest(2)
+    (folder,) = runs.iterdir()
+    assert before is None and told.format(folder) in said
+    assert "Traceback" in (folder / "train.log").read_text()
+    trained, said = latest(-1)  # the control
+    assert trained is not None and "nothing to resume" not in said
+    assert latest(2)[0] == trained
+    failed, said = latest(3)  # in the second step
+    assert failed not in (None, trained) and "nothing to resume" not in said
+    assert len([*runs.iterdir()]) == 5
+
+
 def test_a_broken_model_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +288,7 @@ def test_resume_by_folder_takes_the_recorded_overrides_and_the_new_ones(tmp_path
     assert expand(["resume=auto", "seed=4"]) == ["resume=auto", "seed=4"]
 
 
-def test_what_a_folder_recorded_cannot_run_anything(tmp_path: Path) -> None:
+def test_a_recorded_override_cannot_run_anything(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
     for override in (

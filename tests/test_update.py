@@ -247,9 +247,25 @@ def test_another_version_of_the_protocols_is_refused(project: Path, template: Pa
     edit(template / "src/regrow/protocols.py", "VERSION = 1", "VERSION = 2")
     commit(template, "Other Protocols")
     said = "has version 2 of the Protocols between lab and engine, and this project has 1"
-    assert_refused(project, template, said, f"{template}/docs/migrations.md")
+    assert_refused(project, template, said, f"as {template}/docs/migrations.md says")
+    url = f"file://{template}"
+    assert_refused(project, url, said, f"as docs/migrations.md in a clone of {url} says")
     assert script(project, "update", f"FROM={template}", "MIGRATED=3").returncode == 2
     assert script(project, "update", f"FROM={template}", "MIGRATED=2").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("https://github.com/ours/regrow.git", "https://github.com/ours/regrow/"),
+        *("git@github.com:ours/regrow.git", "ssh://git@github.com/ours/regrow"),
+    ],
+)
+def test_the_link_to_the_migrations_of_a_clone_url_opens(source: str) -> None:
+    import finished  # imports torch
+
+    link = "https://github.com/ours/regrow/blob/HEAD/docs/migrations.md"
+    assert finished.script("update").note_of(source) == link
 
 
 @pytest.mark.parametrize("arguments", [[], ["FROM="], ["from=x"], ["FROM=x", "--force"]])

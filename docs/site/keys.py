@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from regrow.config.entries import repeated
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.project import CONF, ROOT
@@ -55,21 +57,60 @@ def looked_up(schema: Any, keys: dict[str, Any]) -> Any:
 
 def rows_of(path: str, schema: Any, keys: dict[str, Any]) -> Iterator[tuple[str, Row]]:
     """Yield the keys of a node with their dotted names."""
+    for name, its in schemas_of(path, schema, keys):
+        yield name, row_of(name, its)
+
+
+def schemas_of(
+    path: str, schema: Any, keys: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the schemas of the keys of a node, with their dotted names."""
     for key, its in properties_of(schema, keys).items():
         its, name = looked_up(its, keys), f"{path}.{key}" if path else key
         if isinstance(its, dict) and ".json#" not in str(its.get("$ref", "")):
             if properties_of(its, keys):
-                yield from rows_of(name, its, keys)
+                yield from schemas_of(name, its, keys)
             elif key != "hydra":
-                yield name, row_of(its)
+                yield name, its
 
 
-def row_of(schema: dict[str, Any]) -> Row:
-    accepts = schema.get("x-accepts", "")
-    if not accepts and "enum" in schema:
-        accepts = "one of " + ", ".join(map(str, schema["enum"]))
+def row_of(path: str, schema: dict[str, Any]) -> Row:
     default = code(schema["default"]) if "default" in schema else "*given*"
-    return Row(in_cell(accepts), in_cell(schema.get("description", "")), default)
+    if targets := schema.get("properties", {}).get("_target_"):  # a node without keys
+        names = next(each["enum"] for each in targets["anyOf"] if "enum" in each)
+        default = code(f"{{_target_: {names[0]}}}")
+    return Row(in_cell(accepted(path, schema)), in_cell(schema.get("description", "")), default)
+
+
+def accepted(path: str, schema: dict[str, Any]) -> str:
+    """Return in words what values a key takes, or those of the key that its value repeats."""
+    if says := schema.get("x-accepts", ""):
+        return str(says)
+    for each in (schema, *schema.get("anyOf", [])):
+        if "enum" in each:
+            return "one of " + ", ".join(map(str, each["enum"]))
+    if "_target_" in schema.get("properties", {}):
+        return "a node with a _target_"
+    if owner := repeated(path, schema.get("default")):
+        says = by_key().get(owner, set()) - {""}
+        return says.pop() if len(says) == 1 else f"what {owner} takes"
+    return "text" if schema.get("type") == "string" else ""
+
+
+@functools.cache
+def by_key() -> dict[str, set[str]]:
+    """Return the values that each key takes, in words, as its options and the top level state."""
+    found: dict[str, set[str]] = {}
+    for path in SCHEMAS.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        group, keys = path.stem, content.get("keys", {})
+        nodes = {"": content} if group == "train" else content.get("definitions", {})
+        for name, its in nodes.items():
+            if name != "node" and group not in RECIPES:
+                top = "" if group == "train" else group
+                for key, schema in schemas_of(top, its, keys):
+                    found.setdefault(key, set()).add(schema.get("x-accepts", ""))
+    return found
 
 
 def code(value: Any) -> str:

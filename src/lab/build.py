@@ -26,6 +26,7 @@ from lab.plan import Plan, StepPlan, StepResult
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
 from lab.step import train_step
+from lab.tasks.losses import BALANCED
 from regrow.config.targets import instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
@@ -36,6 +37,7 @@ from regrow.distributed.parallel import (
     synchronise_batch_norm,
 )
 from regrow.errors import UserError, did_you_mean
+from regrow.feeding.sampling import balanced_weights
 from regrow.numerics import flops, scheduler_adapter
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.capture import LEAST_STEPS, Eager, Graphs
@@ -123,16 +125,20 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
     for names in ("class_names", "target_names"):
         if task_node.get(names, ...) is None:
             task_node[names] = getattr(data, names)  # read from the data, such as folder names
-    task = instantiate(task_node, loss=instantiate(config["loss"]))
+    loss = dict(config["loss"])
+    if loss.get("class_weights") == BALANCED:
+        data.class_weights = balanced_weights(data)  # for the run's record
+        loss["class_weights"] = data.class_weights
+    task = instantiate(task_node, loss=instantiate(loss))
     task.in_units = data.in_units  # regression metrics are in the targets' own units
     task.vocabulary = data.preprocessing.vocabulary  # says how many bytes a token has
-    task.as_pixels = data.as_pixels  # of the report's pictures
+    task.as_pixels = data.as_pixels  # for the report's images
     options = with_monitor(options, config, task, world.device, sets)
     slices = options.accumulation_steps
     if slices > 1 and not task.sums_over_examples:
         raise UserError(
             f"trainer.accumulation_steps={slices}: this loss is not a sum over examples, so the "
-            "batch cannot be cut into slices. Use trainer.accumulation_steps=1."
+            "batch cannot be split into micro-batches. Use trainer.accumulation_steps=1."
         )
 
     averaged = average_of(model) if options.ema_decay is not None else None

@@ -47,11 +47,10 @@ def make_room(state: TrainState, batch: Batch, plan: StepPlan) -> None:
     if plan.capture.release():
         return
     slices = state.num_micro_batches
-    where = (
-        f"step {state.step + 1}: out of memory with {batch.num_local} examples in {slices} slices"
-    )
+    parts = f"{slices} micro-batch{'es' if slices > 1 else ''}"
+    where = f"step {state.step + 1}: out of memory with {batch.num_local} examples in {parts}"
     if not plan.task.sums_over_examples:
-        raise UserError(f"{where}, and this loss cannot be cut. Use a smaller data.batch_size.")
+        raise UserError(f"{where}, and this loss cannot be split. Use a smaller data.batch_size.")
     if slices >= batch.num_local:
         raise UserError(
             f"{where}: nothing is left to halve. Use a smaller model or input, "

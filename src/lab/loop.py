@@ -128,7 +128,7 @@ def settle(state: TrainState, plan: Plan) -> bool:
         take_in(values, state, options)
         progress.evaluated_step, progress.latest = state.step, values
         tell_of_early_stop(values, state, plan)
-        progress.pruned = pruned(state, plan)
+        progress.pruned = report_to_search(state, plan)
     is_saved = plan.checkpoints.saved == (state.step, progress.evaluated_step == state.step)
     if (ends_epoch or evaluates) and not is_saved:  # already announced when this step was saved
         announce(state, plan, best_before)
@@ -228,7 +228,7 @@ def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
         )
 
 
-def pruned(state: TrainState, plan: Plan) -> bool:
+def report_to_search(state: TrainState, plan: Plan) -> bool:
     """Report to the search, if the run is a trial. Returns True if the search ends the run here."""
     if plan.trial is None:
         return False

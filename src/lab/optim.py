@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, _muon
 
 from lab.several import by_name, full
-from regrow.config.targets import place_in
+from regrow.config.targets import call_failed
 from regrow.distributed import sharding
 from regrow.dotted import matches
 from regrow.errors import UserError
@@ -89,8 +89,7 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
     try:
         optimizer = make(groups)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        where = f" ({place})" if (place := place_in(error)) else ""
-        raise UserError(f"optimizer{where}: {' '.join(str(error).split())}.") from error
+        raise UserError(call_failed("optimizer", make, error)) from error
     if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
         optimizer.train()  # schedule-free optimizers refuse to step otherwise
     for group in optimizer.param_groups:

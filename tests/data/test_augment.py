@@ -81,7 +81,7 @@ def test_the_table_uses_every_shift_and_both_mirrors_evenly() -> None:
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_what_comes_in_by_reflection_is_what_torch_reflects(
+def test_reflected_borders_are_those_of_torch(
     written: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(augment, "WRITTEN_BYTES", 10**9 if written else 0)

@@ -18,7 +18,7 @@ from regrow.config.job import Job
 from regrow.errors import DataError, UserError
 from regrow.feeding import broken_images
 from regrow.feeding.broken_images import BrokenImages, counted
-from regrow.feeding.images import BrokenImage, load_image
+from regrow.feeding.decoding import BrokenImage, load_image
 from regrow.feeding.loaders import Data
 from regrow.runs import session
 

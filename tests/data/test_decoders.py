@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 
 from regrow.config import older
 from regrow.errors import DataError
-from regrow.feeding import images
-from regrow.feeding.images import TURNED, fit, load, load_image, pixels_of, scaled, turned
+from regrow.feeding import decoding
+from regrow.feeding.decoding import TURNED, fit, load, load_image, pixels_of, scaled, turned
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Preprocessing
 
@@ -117,7 +117,7 @@ def are_equal(content: bytes, channels: int, upright: bool = True) -> bool:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the images that torchvision decodes, and invert them: a negative control."""
     counted: list[int] = []
-    decode = images.jpeg_decoder()
+    decode = decoding.jpeg_decoder()
     assert decode is not None
 
     def inverted(*args: Any) -> torch.Tensor:
@@ -125,7 +125,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.append(len(pixels))
         return 255 - pixels
 
-    monkeypatch.setattr(images, "jpeg_decoder", lambda: inverted)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: inverted)
     return counted
 
 
@@ -160,8 +160,8 @@ def test_torchvision_decodes_jpegs_and_no_colours_to_grey(decoded: list[int]) ->
 def test_the_y_of_a_jpeg_is_not_pillows_grey() -> None:
     """The reason why torchvision does not decode colours to grey."""
     content = COLOURS["quality 75"]
-    decode = images.jpeg_decoder()
-    assert decode is not None and torchvision.io.ImageReadMode.UNCHANGED.value == images.UNCHANGED
+    decode = decoding.jpeg_decoder()
+    assert decode is not None and torchvision.io.ImageReadMode.UNCHANGED.value == decoding.UNCHANGED
     grey_mode = torchvision.io.ImageReadMode.GRAY.value
     as_y = decode(torch.frombuffer(bytearray(content), dtype=torch.uint8), grey_mode, False)
     grey = load("b.jpg", 1, exif_orientation=True, decoder="pillow", content=content)
@@ -171,7 +171,7 @@ def test_the_y_of_a_jpeg_is_not_pillows_grey() -> None:
 def test_without_torchvision_pillow_decodes(
     monkeypatch: pytest.MonkeyPatch, decoded: list[int]
 ) -> None:
-    monkeypatch.setattr(images, "jpeg_decoder", lambda: None)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: None)
     assert all(are_equal(content, 3) for content in COLOURS.values()) and not decoded
 
 

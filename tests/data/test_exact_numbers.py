@@ -17,7 +17,7 @@ from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import in_units, standardised
 from regrow.feeding.splits import Examples, Splits
 from regrow.load import load_run
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.inference import evaluate, predict
 from regrow.runs.launch import launch
 
@@ -35,7 +35,7 @@ CSV = (
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     return tmp_path
 
 

@@ -28,7 +28,7 @@ from regrow.config.targets import instantiate
 from regrow.errors import DataError, UserError
 from regrow.feeding import feeds
 from regrow.feeding.batch import Batch
-from regrow.feeding.images import load_image
+from regrow.feeding.decoding import load_image
 from regrow.feeding.loaders import Data
 
 Make = Callable[..., Data]
@@ -460,7 +460,7 @@ def test_a_corrupt_image_is_named_in_one_line(
         ("normalize={mean:[0.5],std:[0.5]}", "it takes 3 means"),
     ],
 )
-def test_what_was_found_in_the_folder_is_said(
+def test_an_error_about_a_folder_says_what_it_holds_in_one_line(
     make_data: Make, image_root: Path, override: str, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:

@@ -21,8 +21,8 @@ from running import config_of
 from regrow.config import older
 from regrow.errors import DataError, UserError
 from regrow.feeding import files
+from regrow.feeding.decoding import NOT_READ, formats_by_suffix, load_image
 from regrow.feeding.files import contents_of, keys_of_copies
-from regrow.feeding.images import NOT_READ, formats_by_suffix, load_image
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Preprocessing
 
@@ -246,7 +246,7 @@ def test_no_contents_are_read_where_sizes_or_ends_differ(
     assert opened == [f"{tmp_path / name} ends" for name in "cd"]
 
 
-def test_the_same_picture_in_another_format_is_not_a_copy(make_data: Make, tmp_path: Path) -> None:
+def test_an_image_saved_in_two_formats_is_not_a_copy(make_data: Make, tmp_path: Path) -> None:
     for number in range(20):
         for split, suffix in (("train", ".png"), ("val", ".bmp")):
             folder = tmp_path / split / ("a", "b")[number % 2]

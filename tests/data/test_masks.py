@@ -121,7 +121,9 @@ class Recoloured:
         ),
     ],
 )
-def test_what_cannot_be_right_is_refused(changed: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_masks_in_memory_are_refused(
+    changed: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         in_memory(**changed)
 

@@ -183,7 +183,7 @@ def test_a_rank_without_an_example_in_the_last_window_still_gets_a_batch() -> No
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3])
-def test_micro_batches_are_slices_of_the_mixed_batch(slices: int) -> None:
+def test_micro_batches_join_to_the_mixed_batch(slices: int) -> None:
     batch = batches_of(units())[1]
     parts = batch.split(slices)
     assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)  # type: ignore[arg-type]
@@ -277,7 +277,7 @@ class Doubling(Mix):
         ("diabetes", (), r"CutMix takes images \(C, H, W\), and inputs are of shape \[10\]"),
     ],
 )
-def test_what_cannot_be_mixed_is_one_line(
+def test_mixing_data_that_cannot_be_mixed_is_an_error_of_one_line(
     name: str, overrides: tuple[str, ...], message: str, make_data: Make
 ) -> None:
     how = "mixing={_target_: lab.data.augment.CutMix, alpha: 1.0}"

@@ -1,4 +1,4 @@
-"""Items in any form: the files of docs/recipes/own_items.md, trained, stopped and resumed."""
+"""Items in any form: the files of own_items.md and several_heads.md, trained and resumed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ QUICK = ("trainer.num_threads=1", "trainer.device=cpu", "trainer.max_steps=12")
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page's files, its modules on Python's path. Yields the argument that finds its conf/."""
+    """The pages' files, their modules on Python's path. Yields the argument that finds conf/."""
     root = tmp_path_factory.mktemp("own")
-    for file, content in blocks((RECIPES / "own_items.md").read_text(encoding="utf-8")):
+    pages = [(RECIPES / f"{name}.md").read_text("utf-8") for name in ("own_items", "several_heads")]
+    for file, content in blocks("\n".join(pages)):
         if file is not None:
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             (root / file).write_text(content, encoding="utf-8")

@@ -61,7 +61,7 @@ def test_image_files_are_processed_as_in_evaluation(make_data: Make, image_root:
     assert len(names) == 24 and names == sorted(names)
 
 
-def test_a_picture_of_any_size_reaches_a_model_of_digits(make_data: Make, tmp_path: Path) -> None:
+def test_an_image_of_any_size_reaches_a_model_of_digits(make_data: Make, tmp_path: Path) -> None:
     from PIL import Image
 
     data = make_data("digits")

@@ -60,7 +60,7 @@ def test_true_and_false_are_one_and_zero(
         (("1", "# note"), "line 3, column 'b': the cell holds '# note'"),
     ],
 )
-def test_a_cell_that_is_no_number_is_named(
+def test_an_unreadable_cell_is_named_by_line_and_column(
     cells: tuple[str, ...], message: str, make_data: Make, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as refused:

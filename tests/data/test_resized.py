@@ -243,7 +243,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60, 200])
-def test_what_a_kill_leaves_is_made_whole(photos: Path, make_data: Make, cut: int) -> None:
+def test_a_cache_that_a_kill_left_incomplete_is_completed(
+    photos: Path, make_data: Make, cut: int
+) -> None:
     how = ("resized_folder", f"root={photos}", *SMALL)
     expected = batches(make_data(*how))
     for kind in ("index", "pixels"):
@@ -404,7 +406,7 @@ def test_the_root_of_the_cache_is_chosen(photos: Path, make_data: Make, tmp_path
         ("digits", (), "keeps the resized images of data=image_folder, .* is Examples"),
     ],
 )
-def test_what_cannot_be_cached_is_one_line(
+def test_data_that_cannot_be_cached_is_an_error_of_one_line(
     photos: Path, make_data: Make, data: str, overrides: tuple[str, ...], message: str
 ) -> None:
     how = () if data == "digits" else (f"root={photos}", *SMALL)

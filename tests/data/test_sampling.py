@@ -116,7 +116,7 @@ def test_epochs_and_seeds_have_permutations_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3, 7, 9])
-def test_slices_hold_the_batch_and_empty_ones_weigh_nothing(slices: int) -> None:
+def test_micro_batches_hold_the_batch_and_empty_ones_weigh_nothing(slices: int) -> None:
     inputs = {"a": torch.arange(7.0), "b": torch.arange(14.0).view(7, 2)}
     batch = Batch(inputs, torch.arange(7), None, 7, 20)
     parts = batch.split(slices)
@@ -127,7 +127,7 @@ def test_slices_hold_the_batch_and_empty_ones_weigh_nothing(slices: int) -> None
         assert (part.weights is None) == (part.num_local > 0)
 
 
-def test_an_empty_share_splits_into_empty_slices() -> None:
+def test_an_empty_share_splits_into_empty_micro_batches() -> None:
     batch = Batch(torch.ones(1, 2), torch.zeros(1), torch.zeros(1), 0, 3)
     for part in batch.split(3):
         assert part.num_local == 0 and part.weights is not None and part.weights.sum() == 0

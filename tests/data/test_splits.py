@@ -41,7 +41,7 @@ def test_bundled_splits_hold_every_example_once(make_data: Make, name: str) -> N
     assert abs(data.num_examples["val"] - 0.1 * total) < 1.5
 
 
-def test_every_class_is_cut_in_proportion(make_data: Make) -> None:
+def test_every_class_is_split_in_proportion(make_data: Make) -> None:
     for name, split in make_data("digits").source.items():
         counts = torch.bincount(split.targets)
         assert counts.max() - counts.min() <= 0.1 * len(split) / 10 + 3, name
@@ -144,7 +144,7 @@ def test_a_fraction_out_of_range_is_refused_without_a_config_too(
         cut(range(10), np.zeros(10), seed=0, folds=2, **given)
 
 
-def test_an_empty_split_is_named_and_a_fraction_of_zero_is_no_split() -> None:
+def test_an_empty_split_is_named_and_a_fraction_of_zero_makes_no_split() -> None:
     with pytest.raises(DataError, match=r"split val is empty: data\.source\.val_fraction=0\.01"):
         cut(range(10), np.zeros(10), val_fraction=0.01, test_fraction=0.2, seed=0)
     train, val, test = cut(range(10), np.zeros(10), val_fraction=0.0, test_fraction=0.0, seed=0)

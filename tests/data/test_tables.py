@@ -153,7 +153,7 @@ def test_a_target_out_of_range_is_named(
         (["normalize_targets=true"], "is for regression"),
     ],
 )  # fmt: skip
-def test_what_was_found_in_the_table_is_said(
+def test_an_error_about_a_table_says_what_it_holds_in_one_line(
     make_data: Make, folder: Path, overrides: list[str], message: str
 ) -> None:
     call = arguments(folder, "multiclass", "kind", 3, 2, "source.feature_columns=[x,y]")

@@ -110,7 +110,7 @@ def test_each_line_is_tested_in_one_fold(root: Path, of: Any) -> None:
     assert text_of(other, "test") != text_of(of("folds=4", "fold=0"), "test")
 
 
-def test_a_folder_test_is_no_fold(root: Path, of: Any) -> None:
+def test_folds_are_refused_beside_a_folder_test(root: Path, of: Any) -> None:
     for name, number in {"train": 0, "test": 3}.items():
         (root / name).mkdir()
         (root / f"{number}.txt").rename(root / name / "text.txt")
@@ -169,7 +169,9 @@ def test_windows_are_a_function_of_seed_and_epoch(
     assert not same(list(other.epoch(3)), whole)
 
 
-def test_each_epoch_cuts_elsewhere_and_covers_the_text(of: Any, cpu: torch.device) -> None:
+def test_windows_begin_elsewhere_in_each_epoch_and_cover_the_text(
+    of: Any, cpu: torch.device
+) -> None:
     data = of()
     row = split_of(data, "train").row
     begins = set()

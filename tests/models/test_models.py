@@ -322,7 +322,7 @@ def test_freeze_returns_the_names_of_what_is_frozen() -> None:
         ("vit", [3, 32, 32], {"pretrained": True}, "model.patch_size=16 model.width=768"),
     ],
 )
-def test_what_cannot_be_is_named(
+def test_an_impossible_setting_of_a_model_is_an_error_of_one_line(
     name: str, shape: list[int], changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:

@@ -35,8 +35,7 @@ from regrow.load import load_run
 from regrow.numerics.calls import call
 from regrow.numerics.totals import Skipped, gradient_norm
 from regrow.record.records import read_json
-from regrow.runs import model_checks, weights
-from regrow.runs import training as runs
+from regrow.runs import model_checks, training, weights
 
 OPTIONS = (
     *("trainer.ema_decay=0.9", "trainer.clip_norm=1.0", "trainer.clip_value=0.5"),
@@ -186,7 +185,7 @@ def config_with(model: type, *overrides: str) -> dict[str, Any]:
 
 def run_with(folder: Path, model: type, *overrides: str, stop_at: int | None = None) -> Any:
     config = config_with(model, *overrides)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     check_first_batch(objects, CPU)  # leaves no trace
     summary = train_config(folder, config, stop_at=stop_at)
     return summary, objects
@@ -257,7 +256,7 @@ def test_on_a_device_a_replaced_buffer_is_put_back_without_a_wait() -> None:
 
 
 def test_the_first_batch_leaves_no_trace_in_a_buffer() -> None:
-    objects = runs.build(config_with(Counting, *OPTIONS), CPU)
+    objects = training.build(config_with(Counting, *OPTIONS), CPU)
     before = weights_sha256(objects.state.model)
     check_first_batch(objects, CPU)
     assert weights_sha256(objects.state.model) == before
@@ -531,7 +530,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
     model: type, options: tuple[str, ...], line: str
 ) -> None:
     with pytest.raises(UserError, match=line) as raised:
-        check_first_batch(runs.build(config_with(model, *options), CPU), CPU)
+        check_first_batch(training.build(config_with(model, *options), CPU), CPU)
     assert "\n" not in str(raised.value)
 
 
@@ -568,12 +567,12 @@ def test_a_check_that_needs_no_batch_is_made_without_the_first(
     with (
         contextlib.nullcontext() if model in NEED_A_BATCH else pytest.raises(UserError, match=line)
     ):
-        runs.build(config, CPU)
+        training.build(config, CPU)
 
 
 @pytest.mark.parametrize("model", [OldWeightNorm, KeepsResult, Closure, Half])
 def test_a_model_that_only_its_average_forbids_is_built_without_one(model: type) -> None:
-    runs.build(config_with(model), CPU)
+    training.build(config_with(model), CPU)
 
 
 def test_experts_that_a_few_examples_do_not_reach_pass_under_ddp() -> None:
@@ -588,7 +587,7 @@ def test_a_parameter_without_a_gradient_is_one_line_under_ddp() -> None:
 
 
 def forward_check(model: type) -> Callable[..., None]:
-    objects = runs.build(config_with(model), CPU)
+    objects = training.build(config_with(model), CPU)
     first = first_batch(objects.train, objects.sets)
     return functools.partial(
         model_checks.check_forward,
@@ -638,7 +637,7 @@ def test_a_run_on_integers_in_memory_ends_before_it_starts_and_the_advice_helps(
         config = config_of(*TINY, "data.normalize=none", *overrides)
         config["data"]["source"] = {"_target_": f"{__name__}.counts"}
         allow(config)
-        check_first_batch(runs.build(config, CPU), CPU)
+        check_first_batch(training.build(config, CPU), CPU)
 
     with pytest.raises(UserError, match=r"int64 inputs .* data\.integers=float32"):
         checked()

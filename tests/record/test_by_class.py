@@ -29,7 +29,7 @@ def test_a_few_classes_stand_in_their_order_without_a_metric_that_repeats_anothe
     assert table(others, "test", "summary.json")[1].split() == ["accuracy", "recall", "f1"]
 
 
-def test_of_many_classes_the_ten_worst_are_shown_and_the_file_of_all_is_named() -> None:
+def test_a_table_of_many_classes_shows_the_ten_worst_and_names_the_file_of_all() -> None:
     lines = table(values(102), "test", "outputs/summary.json")
     assert lines[0] == "test, the worst 10 of 102 classes by f1 (all: outputs/summary.json)"
     assert [line.split()[0] for line in lines[2:]] == [

@@ -49,7 +49,7 @@ def test_less_is_better_where_the_mode_says_so() -> None:
     assert found.best is not None and found.best.value("val/accuracy") == 0.4
 
 
-def test_what_was_chosen_by_another_metric_is_left_out_and_said() -> None:
+def test_a_run_chosen_by_another_metric_is_left_out_and_listed() -> None:
     rows = grid({"1": [0.5, 0.6, 0.7], "2": [0.1]})
     other = rows[3]
     assert other.run is not None
@@ -102,7 +102,7 @@ def test_one_seed_each_claims_nothing() -> None:
     assert [cells[0] for cells in rows] == ["lr=2", "lr=1"]
 
 
-def test_what_failed_is_in_the_table_and_in_no_mean(tmp_path: Path) -> None:
+def test_a_failed_job_is_in_the_table_and_not_in_a_mean(tmp_path: Path) -> None:
     rows = grid({"1": [0.5, None], "2": [0.9, 0.8]})
     found = comparison.compare(rows)
     assert [setting.monitored.count for setting in found.settings] == [2, 1]

@@ -20,8 +20,7 @@ from regrow.load import load_run
 from regrow.record import plots, report
 from regrow.record.earlier import differences
 from regrow.record.loggers import Jsonl
-from regrow.runs import training as runs
-from regrow.runs import trial
+from regrow.runs import training, trial
 from regrow.runs.inference import evaluate
 from regrow.runs.launch import launch
 
@@ -44,7 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "draw", lambda folder: None)
+    monkeypatch.setattr(training, "draw", lambda folder: None)
     return Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
 
 
@@ -153,7 +152,7 @@ def test_an_edited_log_costs_the_edited_lines(
         assert len(expected - {*losses}) <= lost
 
 
-def test_an_edited_log_is_cut_at_a_line_and_an_untouched_one_where_it_was(
+def test_an_edited_log_is_rewound_to_a_line_and_an_untouched_one_to_its_position(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = Jsonl(tmp_path)

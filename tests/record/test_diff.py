@@ -137,7 +137,7 @@ def test_other_new_files_are_listed_by_name_and_hash(top: Path) -> None:
     assert told["diff"] == ""
 
 
-def test_what_does_not_fit_is_listed_and_the_rest_restores(
+def test_files_too_large_for_the_diff_are_listed_and_the_rest_restores(
     top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (top / "src" / "a.py").write_text("big = 1\n" * 1000)

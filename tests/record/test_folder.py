@@ -259,7 +259,7 @@ def test_status_is_one_line_of_error_and_never_stops_the_run(
     assert "was not written" in caplog.text
 
 
-def test_a_torn_status_is_no_status(tmp_path: Path) -> None:
+def test_a_status_file_that_is_missing_or_half_written_reads_as_none(tmp_path: Path) -> None:
     assert load_status(tmp_path) is None
     (tmp_path / "status.json").write_text('{"state": "runn')
     assert load_status(tmp_path) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from regrow.errors import UserError
-from regrow.record import logged_images, report
+from regrow.record import fitting, logged_images, plots, report
 from regrow.record.loggers import Csv, TensorBoard, open_loggers
 
 
@@ -58,7 +59,7 @@ NOT_IMAGES = {
 
 
 @pytest.mark.parametrize("image", NOT_IMAGES.values(), ids=NOT_IMAGES)
-def test_what_is_not_an_image_is_one_warning(
+def test_a_value_that_is_not_an_image_is_one_warning(
     image: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UserError, match=r"^record\.image: .* is not an image\. Give [^\n]*$"):
@@ -219,3 +220,52 @@ def test_the_page_of_a_run_shows_the_latest_images_of_each_name(tmp_path: Path) 
     page = report.write(tmp_path).read_text()
     assert page.count("data:image/png;base64,") == logged_images.NUM_SHOWN
     assert "val/samples" in page and "step 3" in page and "step 6" in page and "step 2" not in page
+
+
+def noise(seed: int) -> bytes:
+    """A grid of 16 images that no compression makes smaller: 200 kB."""
+    pixels = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return logged_images.as_png(pixels)
+
+
+def test_a_page_full_of_noise_stays_below_a_megabyte_and_tells_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "figures", lambda *_: {})
+    loggers = opened(tmp_path, None)
+    loggers.log(1, 0, {"train/loss": 1.0})
+    loggers.close()
+    contents = [noise(step) for step in range(4)]
+    assert sum(map(fitting.in_base64, contents)) > 1_000_000  # as they are, they would not fit
+    for index in range(logged_images.NUM_NAMES):
+        for step, content in enumerate(contents):
+            path = logged_images.place(tmp_path, f"name {index:02d}", step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if index == 0:
+            page = report.write(tmp_path).read_text()
+            assert page.count("<img ") == 4 and 700_000 < len(page) < 1_000_000
+            assert "Shown: 4 of 4 images, 4 with fewer pixels" in page
+    page = report.write(tmp_path).read_text()
+    shown = page.count("<img ")
+    assert 800_000 < len(page.encode()) < 1_000_000 and 60 < shown <= 80
+    assert f"Shown: {shown} of 80 images, {shown} with fewer pixels, as the page has" in page
+    assert "All are in images/ of the run's folder." in page.replace("&#39;", "'")
+    for index in range(logged_images.NUM_NAMES):  # the newest of each name comes first
+        assert f'alt="name {index:02d}, step 3"' in page
+
+
+def test_small_images_stay_as_they_are_and_leave_their_room_to_large_ones() -> None:
+    small, large = logged_images.as_png(torch.rand(8, 8)), noise(0)
+    whole = fitting.in_base64(small)
+    assert fitting.fit([small, large], 10**6) == [
+        base64.b64encode(it).decode() for it in (small, large)
+    ]
+    first, second, third = fitting.fit([large, small, large], 100_000)
+    assert len(second) == whole and 40_000 < len(first) == len(third) <= (100_000 - whole) // 2
+    shape = pixels_of(base64.b64decode(first)).shape
+    assert shape[0] == shape[1] and 80 < shape[0] < 120
+    found = fitting.fit([large] * 9 + [small], 3 * fitting.LEAST_BYTES)
+    assert sum(map(bool, found[:9])) == 3 and sum(map(len, found)) <= 3 * fitting.LEAST_BYTES
+    assert fitting.fit([large], 100) == fitting.fit([b"torn" * 99_999], 50_000) == [""]
+    assert fitting.fit([], 0) == []

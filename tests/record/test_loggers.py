@@ -94,7 +94,7 @@ def test_rewind_gives_the_file_of_an_uninterrupted_run(tmp_path: Path) -> None:
         jsonl.close()
 
 
-def test_a_half_line_is_cut_before_the_first_new_one(tmp_path: Path) -> None:
+def test_a_half_written_line_is_removed_before_the_next_is_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     jsonl = Jsonl(tmp_path)
     jsonl.log(2, 0, {})
@@ -431,7 +431,7 @@ def test_online_without_a_login_is_one_line_and_no_prompt(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_online_without_a_network_goes_on_offline(tmp_path: Path) -> None:
+def test_an_online_logger_without_a_network_continues_offline(tmp_path: Path) -> None:
     environment = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = wandb_run(
         [str(tmp_path), None, None, 1, 3, "close"], environment, mode="online", timeout_seconds=4
@@ -478,7 +478,7 @@ class Broken:
         raise OSError("no room")
 
 
-def test_a_broken_tracker_is_named_once_and_the_record_goes_on(
+def test_a_broken_tracker_is_named_once_and_the_record_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -597,7 +597,7 @@ def test_loggers_of_ones_own_take_what_they_like_and_end_no_run(
     assert [*opened.trackers] == ["named"]
 
 
-def test_what_a_logger_of_ones_own_needs_is_asked_for_before_anything_is_made() -> None:
+def test_a_missing_argument_of_a_users_logger_is_named_before_anything_is_made() -> None:
     from regrow.config.check import check_signature
 
     node = {"_target_": f"{__name__}.Named"}

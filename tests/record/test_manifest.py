@@ -112,7 +112,7 @@ def test_a_repository_without_git_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert write(tmp_path / "run", root)["git_missing"] == "git is not installed"
 
 
-def test_a_repository_without_a_commit_is_no_error(tmp_path: Path) -> None:
+def test_a_repository_without_a_commit_is_recorded(tmp_path: Path) -> None:
     subprocess.run(
         ["git", "init", "-b", "main", str(tmp_path / "r")], check=True, capture_output=True
     )
@@ -161,7 +161,7 @@ def test_no_planted_secret_enters_the_folder(
         "optimizer.lr=0.001 tags=[authentic]",
     ],
 )
-def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_a_secret_is_not_redacted(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert redact(text) == text
 
 
@@ -180,7 +180,7 @@ def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> 
         "-----BEGIN RSA PRIVATE KEY-----\nabcdef\n-----END RSA PRIVATE KEY-----",
     ],
 )
-def test_what_is_a_secret_goes(text: str) -> None:
+def test_secrets_are_redacted(text: str) -> None:
     assert "abcdef" not in redact(text) and "hunter2" not in redact(text)
     assert "***" in redact(text)
 
@@ -191,7 +191,7 @@ def test_nested_values_are_masked_by_their_key() -> None:
     assert redact_all(value) == expected
 
 
-def test_a_huge_diff_is_cut_and_does_not_take_long(
+def test_a_huge_diff_is_limited_and_does_not_take_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = repository(tmp_path / "root")
@@ -243,7 +243,7 @@ def test_changed_files_that_the_config_names_come_first_and_commands_last(tmp_pa
     assert manifest.code_changes(run, root) == said.format(moved)
 
 
-def test_what_changed_is_named(tmp_path: Path) -> None:
+def test_changed_code_files_are_named(tmp_path: Path) -> None:
     root = repository(tmp_path / "root")
     (root / "my_models").mkdir()
     (root / "my_models" / "net.py").write_text("x = 1\n")  # a package without an __init__.py
@@ -391,7 +391,7 @@ def test_the_code_is_that_of_the_latest_start_with_other_code(
     assert (restored(unchanged, root) / "src" / "a.py").read_text() == "x = 1\n"
 
 
-def test_what_the_record_of_the_code_lacks_is_said(
+def test_code_missing_from_the_record_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare, run = tmp_path / "bare", tmp_path / "run"

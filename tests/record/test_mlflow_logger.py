@@ -127,7 +127,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_each_step_once(database: Path)
     assert again.data.tags["mlflow.note.content"] == "why"
 
 
-def test_what_a_kill_lost_is_filled_from_the_record(database: Path) -> None:
+def test_values_lost_in_a_kill_are_sent_again_from_the_record(database: Path) -> None:
     first = opened(database, None)
     for step in (1, 2):
         first.log(step, 0, {"train/loss": float(step)})
@@ -183,7 +183,7 @@ def test_each_name_of_a_metric_arrives_and_none_stands_for_two(
     assert any(key.startswith("k" * 200) for key in run.data.params)
 
 
-def test_what_mlflow_refuses_is_left_out_alone(
+def test_only_the_values_that_mlflow_refuses_are_left_out(
     database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loggers = opened(database, None)
@@ -315,7 +315,7 @@ def test_a_run_that_cannot_send_is_ended_all_the_same(database: Path) -> None:
     assert read(database)[1].info.status == "FAILED"
 
 
-def test_a_run_that_is_gone_from_the_database_begins_anew(
+def test_a_run_missing_from_the_database_is_replaced_by_a_new_one(
     database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened(database, None).close()
@@ -326,7 +326,7 @@ def test_a_run_that_is_gone_from_the_database_begins_anew(
     assert read(database)[1].info.status == "FINISHED"
 
 
-def test_a_deleted_run_begins_anew(database: Path) -> None:
+def test_a_deleted_run_is_replaced_by_a_new_one(database: Path) -> None:
     opened(database, None).close()
     client, run = read(database)
     client.delete_run(run.info.run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -18,14 +19,42 @@ from regrow.errors import UserError
 from regrow.project import of_lab
 from regrow.record import moved
 
+# The classes and functions of src/regrow at 8483121, of which no part of the name begins with _.
+OLD = (Path(__file__).parent / "names_of_0_1.txt").read_text("utf-8").split()
 
-@pytest.mark.parametrize("name", [of_lab(name) for name in moved.MOVED.values()])
-def test_every_new_name_can_be_imported(name: str) -> None:
+
+def exists(name: str) -> bool:
     module, _, last = name.rpartition(".")
-    if last[0].isupper():
-        assert hasattr(importlib.import_module(module), last)
-    else:
-        importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(name) is not None
+    with contextlib.suppress(ImportError):
+        return hasattr(importlib.import_module(module), last)
+    return False
+
+
+def test_every_new_name_exists() -> None:
+    for name in moved.MOVED.values():
+        assert exists(of_lab(name)), name
+    assert not exists("regrow.runs.training.no_such")
+
+
+def test_every_public_name_of_the_first_version_is_found_or_has_an_answer() -> None:
+    assert len(OLD) == 566
+    for name in OLD:
+        if name in moved.GONE:
+            with pytest.raises(UserError, match="had it, and nothing replaces it"):
+                locate(name, "")
+        elif (new := moved.in_text(name)) != name:
+            with pytest.raises(UserError, match=rf"it has moved\. Write _target_: {new}$"):
+                locate(name, "")
+            assert callable(locate(new, ""))
+        else:
+            assert callable(locate(name, ""))
+
+
+def test_no_name_of_today_is_replaced() -> None:
+    for name in (*moved.MOVED, *moved.GONE):
+        assert not exists(name), name
 
 
 def test_a_recorded_config_gets_the_names_of_today() -> None:

@@ -54,7 +54,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(
         refuse_foreign_run(folder)
 
 
-def test_what_a_killed_start_leaves_is_taken_again(tmp_path: Path) -> None:
+def test_a_folder_left_by_a_killed_start_is_used_again(tmp_path: Path) -> None:
     refuse_foreign_run(tmp_path / "new")
     folder = make(tmp_path / "run", ".lock", ".hydra/overrides.yaml", "config.yaml", "train.log",
                   ".manifest.json.4711.tmp", "slurm/job.json")  # fmt: skip

@@ -22,7 +22,7 @@ from fakes import make_run, write_lines
 
 from regrow.errors import UserError
 from regrow.feeding.batch import Batch
-from regrow.record import comparison, pages, pictures, plots, report, side_by_side
+from regrow.record import comparison, logged_images, pages, pictures, plots, report, side_by_side
 from regrow.record.records import read_metrics, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def compare(folders: list[Path], output: Path) -> Path:
         ("regression", "predicted_test"),
     ],
 )
-def test_a_run_gets_its_pictures_and_its_page(tmp_path: Path, task: str, picture: str) -> None:
+def test_a_run_gets_its_plots_and_its_page(tmp_path: Path, task: str, picture: str) -> None:
     folder = make_run(tmp_path / "run", task=task)
     drawn = plots.draw(folder)
     assert [path.stem for path in drawn] == ["learning_curves", "learning_rate", picture]
@@ -146,7 +146,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert "script" in Page(control).tags
 
 
-def test_the_name_of_a_folder_is_no_scheme_of_a_link(tmp_path: Path) -> None:
+def test_a_folders_name_cannot_be_read_as_the_scheme_of_a_link(tmp_path: Path) -> None:
     folders = [tmp_path / "javascript:alert(1)", tmp_path / "lr=1#2?a"]
     for folder in folders:
         make_run(folder)
@@ -167,7 +167,7 @@ def test_no_secret_enters_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "planted-value" not in text and "***" in text
 
 
-def test_a_run_cut_at_any_line_has_a_page(tmp_path: Path) -> None:
+def test_a_log_that_ends_at_any_line_has_a_page(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1, steps_per_epoch=5)
     lines = read_metrics(folder)
     for name in ("summary.json", "manifest.json", "config.yaml", "plots/test.json"):
@@ -288,19 +288,43 @@ def test_wrong_images_are_shown_with_truth_and_prediction(
         assert "img" not in Page(report.write(folder)).tags
 
 
-def test_a_page_full_of_photographs_stays_below_a_megabyte(tmp_path: Path) -> None:
-    """Noise, which no compression makes smaller."""
+def photographs() -> dict[str, Any]:
+    """Wrong images of noise, which no compression makes smaller."""
     torch.manual_seed(0)
     inputs, targets = torch.rand(20, 3, 224, 224), torch.zeros(20, dtype=torch.int64)
     batch = Batch(inputs, targets, None, 20, 20)
     told = {"prediction": targets + 1, "probability": torch.full((20, 2), 0.5)}
+    return pictures.of_wrong(batch, targets, lambda _: told, ["cat", "dog"], None)
+
+
+def test_a_page_full_of_photographs_stays_below_a_megabyte(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     details = json.loads((folder / "plots" / "test.json").read_text())
-    details |= pictures.of_wrong(batch, targets, lambda _: told, ["cat", "dog"], None)
-    write_json(folder / "plots" / "test.json", details)
+    write_json(folder / "plots" / "test.json", details | photographs())
     page = report.write(folder)
     assert page.read_text().count("<img ") == pictures.NUM_WRONG
     assert page.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_plots_curves_and_wrong_images_share_the_megabyte_of_a_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2000, steps_per_epoch=40)
+    counts, names = [[7] * 20] * 20, [f"class {index}" for index in range(20)]
+    wrong = photographs()
+    for name in ("a", "b", "test"):
+        details = {"confusion_matrix": counts, "class_names": names, **wrong}
+        write_json(folder / "plots" / f"{name}.json", details)
+    logged = torch.rand(16, 3, 64, 64)
+    for index in range(20):
+        for step in range(4):
+            logged_images.write(logged_images.place(folder, f"name {index}", step), logged)
+    page = report.write(folder)
+    text = page.read_text()
+    assert 800_000 < page.stat().st_size < 1_000_000
+    assert "Left out, as the page has at most 1 MB: plots/confusion_" in text
+    assert "plots/learning_curves.png" not in text
+    assert text.count("Shown: ") >= 1 and text.count("<img ") > 16
+    assert "application/json" in text  # the curves
 
 
 def test_a_long_line_is_thinned_and_keeps_its_peaks_and_its_wide_gaps() -> None:
@@ -335,7 +359,7 @@ def test_many_classes_empty_rows_and_missing_names_can_be_drawn(tmp_path: Path) 
         plots.draw(folder)
 
 
-def test_of_a_step_that_was_logged_twice_the_later_counts() -> None:
+def test_the_later_of_two_values_of_a_step_counts() -> None:
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2}, {"step": 2, "a": 3.0}, {"step": 3}]
     assert plots.series(lines, "a") == ([1, 2], [1.0, 3.0])
 
@@ -361,7 +385,7 @@ def test_a_key_that_only_one_has_differs_and_one_is_not_true() -> None:
     assert report.differing_keys(configs) == ["a.b", "c", "a"]
 
 
-def test_what_follows_from_another_key_is_not_listed_as_a_difference() -> None:
+def test_a_value_that_follows_from_another_key_is_not_listed_as_a_difference() -> None:
     """A reference to another key, and the keys of another class."""
     configs: list[dict[str, Any]] = [
         {"seed": 0, "data": {"seed": 0}, "opt": {"_target_": "a.SGD", "lr": 1.0, "momentum": 0.9}},
@@ -444,7 +468,7 @@ def test_the_script_writes_one_page_for_one_run_and_one_for_several(
         assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_what_a_glob_matches_beside_runs_is_left_out_with_one_note(
+def test_paths_of_a_glob_that_are_not_runs_are_left_out_with_one_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a", "b", "sweeps/x/0"):
@@ -474,7 +498,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         report.write(tmp_path)
 
 
-def test_nothing_heavy_is_imported_until_a_picture_is_drawn() -> None:
+def test_nothing_heavy_is_imported_until_a_plot_is_drawn() -> None:
     code = (
         "import sys\nimport regrow.record.records, regrow.record.loggers, regrow.record.manifest\n"
         "import regrow.record.plots, regrow.record.report\n"
@@ -484,7 +508,7 @@ def test_nothing_heavy_is_imported_until_a_picture_is_drawn() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_pictures_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
+def test_plots_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1)
     code = (
         "import sys; from pathlib import Path; from regrow.record import plots, report\n"
@@ -495,7 +519,7 @@ def test_pictures_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_pictures_are_not_drawn_through_a_link(tmp_path: Path) -> None:
+def test_plots_are_not_written_through_a_link(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     shutil.rmtree(folder / "plots")
     (tmp_path / "victim").mkdir()

@@ -124,6 +124,22 @@ def test_an_axis_fits_its_values(
     assert all(0 <= axis.share(place) <= 1 for place in axis.places)
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "is_log"),
+    [
+        ("optimizer.lr", ["0.001", "0.003"], True),
+        ("scheduler.max_lr", ["0.001", "0.002", "0.004"], True),
+        ("optimizer.weight_decay", ["0", "0.05", "0.1"], False),
+        ("optimizer.lr", ["0.001", "0.0015"], False),
+        ("model.dropout", ["0.1", "0.3"], False),
+    ],
+)
+def test_the_axis_of_a_rate_is_logarithmic_from_a_factor_of_two(
+    key: str, values: list[str | None], is_log: bool
+) -> None:
+    assert side_by_side.axis_of(values, key).is_log == is_log
+
+
 def test_each_parameter_has_a_plot_with_a_dot_for_each_run(tmp_path: Path) -> None:
     rows = grid({"1e-4": [0.5, 0.6], "1e-2": [0.7, 0.8]})
     (chart,) = page_of(rows, tmp_path).data
@@ -142,7 +158,7 @@ def test_lines_run_through_all_parameters_to_the_metric(tmp_path: Path) -> None:
     assert "lr=3 dropout=0 seed=0: val/accuracy 0.8000" in text
 
 
-def test_of_very_many_runs_the_best_are_drawn_and_all_are_listed(tmp_path: Path) -> None:
+def test_a_page_of_very_many_runs_draws_the_best_and_lists_all(tmp_path: Path) -> None:
     values = {(str(lr), drop, "0"): 1 / lr for lr in range(1, 151) for drop in "05"}
     path = side_by_side.write_page(swept(values), tmp_path / "page.html")
     text = path.read_text(encoding="utf-8")

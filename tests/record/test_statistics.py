@@ -71,7 +71,7 @@ def test_several_comparisons_are_adjusted() -> None:
     assert found[0].adjusted_p < 0.05
 
 
-def test_equal_values_are_no_difference_and_a_constant_one_is_not_judged() -> None:
+def test_equal_values_do_not_differ_and_a_constant_difference_is_not_judged() -> None:
     one = {0: 0.5, 1: 0.625, 2: 0.75}
     same, apart = differences(one, [dict(one), {seed: value - 0.25 for seed, value in one.items()}])
     assert same is not None and same.p == 1

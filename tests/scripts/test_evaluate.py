@@ -97,7 +97,7 @@ def test_the_weights_of_a_schedule_free_optimizer_are_measured_once_moved(tmp_pa
     assert json.dumps(evaluated(run, output=tmp_path)) == json.dumps(told)
 
 
-def test_what_is_printed_and_written(
+def test_an_evaluation_prints_and_writes_the_runs_own_numbers(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(digits, tmp_path / "copy", symlinks=True)
@@ -112,6 +112,8 @@ def test_what_is_printed_and_written(
     recalls = [float(line.split()[2]) for line in lines[start + 2 : start + 12]]
     told = [summary["test"][f"test/recall/{n}"] for n in range(10)]
     assert recalls == pytest.approx(told, abs=1e-4)
+    logged = [line.partition(": ")[2] for line in (run / "train.log").read_text().splitlines()]
+    assert lines[start : start + 12] == logged[logged.index("test, by class") :][:12]
     written = read_json(run / "evaluation_test.json")
     assert written["values"] == summary["test"] and written["step"] == summary["best"]["step"]
     main([f"run={run}", "checkpoint=last", "split=val"])
@@ -233,7 +235,7 @@ def test_a_root_given_once_reaches_all_that_was_read_from_it(table: Path, tmp_pa
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_what_is_wrong_is_one_line(
+def test_a_wrong_argument_is_an_error_of_one_line(
     digits: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     before = sorted(path.name for path in digits.iterdir())

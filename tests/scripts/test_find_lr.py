@@ -28,8 +28,7 @@ from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
-from regrow.runs import lr_finder
-from regrow.runs import training as runs
+from regrow.runs import lr_finder, training
 from regrow.runs.find_lr import find_lr
 from regrow.runs.lr_finder import Curve, RangeTest, smooth, still_falling, suggest
 
@@ -51,7 +50,7 @@ def job(*overrides: str) -> DictConfig:
 
 def built(*overrides: str) -> tuple[Objects, loop.Plan]:
     config = config_of(*SMALL, *overrides)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
     return objects, plan_of(objects, config["seed"], CPU, StopRequest(), **nowhere)
 
@@ -232,7 +231,9 @@ def test_training_at_the_suggestion_is_better_than_far_below_it(model: str, opti
     assert at < 0.6 and at < 0.5 * below, (lrs[0], at, below)
 
 
-def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_and_the_suggested_command_hold_the_rate_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = job("model=mlp", "find_lr.num_steps=60", "seed=3", "optimizer.lr=1", "notes=a b")
     lr = find_lr(cfg)
     (folder,) = (tmp_path / "outputs" / "digits" / "find_lr").iterdir()
@@ -256,7 +257,9 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert config_of(*words[2:])["optimizer"]["lr"] == lr
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_override_is_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for overrides, message in (
         (("find_lr.min_lr=2", "find_lr.max_lr=1"), "must be below find_lr.max_lr=1"),
         (("find_lr.min_lr=0",), "find_lr.min_lr=0 must be a number above 0"),
@@ -316,7 +319,7 @@ def test_a_range_test_from_outside(tmp_path: Path) -> None:
     assert len(folders) == 1
 
 
-def test_the_range_test_uses_the_run_s_own_precision_and_slices() -> None:
+def test_the_range_test_uses_the_runs_own_precision_and_micro_batches() -> None:
     objects, plan = built("model=mlp", "trainer.accumulation_steps=3", "trainer.clip_norm=0.1")
     curve = range_tested(objects.state, plan, RangeTest(**{**vars(TEST), "num_steps": 20}))
     whole, plan = built("model=mlp", "trainer.clip_norm=0.1")

@@ -83,7 +83,7 @@ def test_a_text_of_byte_pairs_comes_out_whole(
     found.encode("utf-8")
 
 
-def test_what_cannot_be_continued_is_one_line(
+def test_a_text_that_cannot_be_continued_is_an_error_of_one_line(
     text: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in {

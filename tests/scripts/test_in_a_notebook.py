@@ -176,7 +176,9 @@ def test_each_task_has_its_names(diabetes: Path, tmp_path: Path) -> None:
         ([Image.new("L", (8, 8)), 3], r"^inputs: a int among images"),
     ],
 )
-def test_what_does_not_fit_is_one_line(digits: Path, given: Any, message: str) -> None:
+def test_inputs_that_do_not_fit_the_model_are_an_error_of_one_line(
+    digits: Path, given: Any, message: str
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_run(digits).predict(given)
     assert "\n" not in str(caught.value)

@@ -285,7 +285,7 @@ def test_a_value_that_is_nan_is_shown(diabetes: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_what_is_wrong_is_one_line(
+def test_a_wrong_argument_of_predict_is_an_error_of_one_line(
     digits: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

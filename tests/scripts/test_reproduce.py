@@ -61,7 +61,7 @@ def test_an_honest_record_is_identical(run: Path, capsys: pytest.CaptureFixture[
     assert not (Path("outputs") / "digits" / "latest").exists()  # it still names the first
 
 
-def test_a_run_that_went_on_for_longer_is_identical(
+def test_a_run_with_a_raised_limit_is_reproduced_or_its_resume_is_named(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def in_parts(name: str, *options: str) -> tuple[int, list[str]]:
@@ -113,7 +113,7 @@ def test_another_seed_in_the_whole_record_is_found(
     assert any("not identical: run/metrics.jsonl:1: train/" in line for line in said)
 
 
-def test_what_has_changed_since_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changes_since_the_run_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = read_json(run / "manifest.json")
     content["packages"]["torch"] = "1.0"
     content["data"]["train"]["sha256"] = "0" * 64
@@ -165,7 +165,9 @@ def test_a_damaged_record_is_used_as_far_as_it_goes(name: str, run: Path) -> Non
     assert isinstance(reproduce.changes(before, before), list)
 
 
-def test_what_redaction_changed_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_redaction_or_the_limit_changed_are_named(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = read_json(run / "manifest.json")
     git = {**(content["git"] or {}), "diff": "git.diff", "redacted": ["my_model.py"]}
     git |= {"diff_is_cut": True, "not_in_diff": {"huge.py": "0" * 64}}
@@ -194,7 +196,7 @@ def test_a_config_that_changed_since_is_refused(
         ("+data.augmentation={_target_:os.system,command:touch was_here}", "would be os.system"),
     ],
 )
-def test_what_a_folder_recorded_cannot_run_anything(
+def test_a_recorded_config_cannot_run_anything(
     override: str, message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (run / ".hydra" / "overrides.yaml").open("a") as file:

@@ -123,6 +123,25 @@ def test_an_installers_lines_show_as_they_come_but_for_an_error(
     assert shown.read_text() == "Downloading fish\n"
 
 
+def test_the_places_that_pip_ignores_are_one_line_and_other_warnings_stay(
+    set_up: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('a', 'b', 'c'):\n"
+        "    print(f\"WARNING: Location 'file:///x/{name}/' is ignored: it is neither \"\n"
+        "          'a file nor a directory.', file=sys.stderr)\n"
+        "    print('WARNING: Retrying', name, file=sys.stderr)\n"
+    )
+    assert set_up.call(sys.executable, "-c", program, lock=None)
+    assert capfd.readouterr().err.splitlines() == [
+        *("WARNING: Retrying a", "WARNING: Retrying b", "WARNING: Retrying c"),
+        "set-up: pip ignored 3 locations of its configuration, which do not exist",
+    ]
+    assert set_up.call(sys.executable, "-c", "", lock=None)
+    assert capfd.readouterr().err == ""
+
+
 def test_another_lock_than_that_of_a_complete_venv_is_installed(
     set_up: ModuleType,
     tmp_path: Path,

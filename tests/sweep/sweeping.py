@@ -19,7 +19,7 @@ from regrow.config.yaml_files import read_yaml
 from regrow.project import CONF, ROOT
 from regrow.record import manifest, ownership
 from regrow.record.records import read_json
-from regrow.sweep import ledger as state
+from regrow.sweep import ledger
 
 SMALL = tuple(o for o in TINY if not o.startswith("trainer.num_threads"))
 # Long enough to be interrupted, with a checkpoint every few steps.
@@ -32,7 +32,7 @@ def begun(folder: Path, overrides: list[str], **facts: Any) -> None:
     (folder / "code").mkdir(parents=True)
     manifest.write_origin(folder / "code", folder)
     entry = ownership.enter(ownership.digest_of_code(folder / "code", ""))
-    state.write(folder, [], id=entry.id, overrides=overrides, complete=False, **facts)
+    ledger.write(folder, [], id=entry.id, overrides=overrides, complete=False, **facts)
 
 
 def without_options(model: str) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
 )
-def test_a_stop_lets_all_jobs_save_and_the_same_command_goes_on(
+def test_a_stop_lets_all_jobs_save_and_the_same_command_resumes(
     number: signal.Signals, tmp_path: Path, untouched: list[dict[str, str]]
 ) -> None:
     folder = tmp_path / "sweep"
@@ -218,7 +218,7 @@ def test_a_killed_sweep_takes_the_ranks_of_its_jobs_with_it(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_cannot_go_on_with_one_sweep(tmp_path: Path) -> None:
+def test_a_sweep_in_use_cannot_be_resumed(tmp_path: Path) -> None:
     with under_way(tmp_path, *FOUR) as process:
         until((tmp_path / "sweep" / "0" / "status.json").exists)
         second = sweep(tmp_path, *FOUR)
@@ -229,7 +229,7 @@ def test_two_cannot_go_on_with_one_sweep(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> None:
+def test_the_same_command_resumes_a_sweep_without_a_named_folder(tmp_path: Path) -> None:
     arguments = [o for o in FOUR if not o.startswith("hydra.")]
     sweeps = tmp_path / "outputs" / "synthetic" / "sweeps"
     with under_way(tmp_path, *arguments) as process:
@@ -248,7 +248,7 @@ def test_without_a_named_folder_the_same_command_goes_on_too(tmp_path: Path) -> 
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_jobs_that_were_cut_go_on_also_when_the_command_names_others(tmp_path: Path) -> None:
+def test_interrupted_jobs_resume_when_the_command_names_others_too(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     with under_way(tmp_path, *FOUR) as process:
         until((folder / "0" / "checkpoints" / "last").exists)

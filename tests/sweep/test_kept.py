@@ -17,12 +17,9 @@ from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record import manifest, ownership, records
 from regrow.runs.trial import STUDY, open_storage
-from regrow.sweep import frozen, run, search
-from regrow.sweep import kinds as options
-from regrow.sweep import ledger as state
-from regrow.sweep import planning as plan
+from regrow.sweep import frozen, kinds, ledger, planning, run, search
 
-SEARCH = options.Search(
+SEARCH = kinds.Search(
     params=None, fail_fast=False, retry_failed=False, pictures="none", n_trials=3, metric=None,
     direction=None, sampler="tpe", multivariate=True, seed=0, pruner="none",
     pruner_startup_trials=5, pruner_warmup_evaluations=2, max_failures=10,
@@ -38,13 +35,13 @@ class Composer:
 
     def plan(self, number: int, overrides: list[str], swept: list[str], *_: Any) -> Any:
         values = dict(o.partition("=")[::2] for o in swept)
-        entry = state.Entry(number, f"{number}", values, f"{number}", overrides)
+        entry = ledger.Entry(number, f"{number}", values, f"{number}", overrides)
         return Planned(entry)
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    entry: state.Entry
+    entry: ledger.Entry
     job: Any = dataclasses.field(default_factory=lambda: Job())
 
     @property
@@ -59,15 +56,15 @@ class Job:
 
 def trials(folder: Path, space: dict[str, BaseDistribution] = RATES, **changes: Any) -> Any:
     its = dataclasses.replace(SEARCH, **changes)
-    if not state.read(folder):
-        state.write(folder, [])
+    if not ledger.read(folder):
+        ledger.write(folder, [])
     return search.Trials(
         Composer(folder), its, search.Space([], space), ["val/accuracy"], lambda one: one,  # type: ignore[arg-type]
         search.open_study(folder, its, ["maximize"]), its.n_trials,
     )  # fmt: skip
 
 
-def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
+def test_a_users_own_folder_named_code_is_not_taken_for_a_copy(tmp_path: Path) -> None:
     thesis = tmp_path / "code" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
@@ -86,14 +83,14 @@ def test_a_users_own_folder_named_code_is_no_copy(tmp_path: Path) -> None:
 def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"name": "x", "kind": "list of jobs"}
     made = run.Sweep(tmp_path, SEARCH, {}, facts)
-    state.write(tmp_path, [], **facts)
+    ledger.write(tmp_path, [], **facts)
     made.agree({}, ["lr=1"])
     other = run.Sweep(tmp_path, SEARCH, {}, {**facts, "kind": "search"})
     with pytest.raises(UserError, match="holds a list of jobs, and this is a search"):
         other.agree({}, ["lr=1"])
 
 
-def test_a_sweep_goes_on_with_its_launcher_unless_another_is_named(tmp_path: Path) -> None:
+def test_a_sweep_resumes_with_its_launcher_unless_another_is_named(tmp_path: Path) -> None:
     launcher = ["launcher=slurm", "launcher.partition=gpu"]
     begun(tmp_path, ["seed=0,1"], launcher=launcher)
     assert expand_sweep(tmp_path, ["-m"])[1:4] == ["seed=0,1", *launcher]
@@ -106,30 +103,28 @@ def test_a_sweep_goes_on_with_its_launcher_unless_another_is_named(tmp_path: Pat
 def test_failed_jobs_that_a_command_does_not_name_are_tried_again_on_demand(
     tmp_path: Path,
 ) -> None:
-    entries = [state.Entry(n, f"{n}", {"seed": f"{n}"}, f"{n}", [f"seed={n}"]) for n in range(3)]
+    entries = [ledger.Entry(n, f"{n}", {"seed": f"{n}"}, f"{n}", [f"seed={n}"]) for n in range(3)]
     for number, its in enumerate(("failed", "completed", "failed")):
-        state.note(tmp_path, number, its)
+        ledger.note(tmp_path, number, its)
     named: Any = [Planned(entries[2])]
     composer: Any = Composer(tmp_path)
-    assert plan.left_over(composer, named, entries, retry=False) == []
-    again = plan.left_over(composer, named, entries[:1], retry=True)
+    assert planning.left_over(composer, named, entries, retry=False) == []
+    again = planning.left_over(composer, named, entries[:1], retry=True)
     assert [one.number for one in again] == [0]
 
 
-def test_a_retry_that_was_cut_is_made_up_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_retry_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     its = trials(tmp_path)
     one = its.next()
-    state.note(tmp_path, 0, "failed", "x")
+    ledger.note(tmp_path, 0, "failed", "x")
     its.ended(one)
-    monkeypatch.setattr(state, "note", cut)
+    monkeypatch.setattr(ledger, "note", cut)
     with pytest.raises(InterruptedError):
         trials(tmp_path, retry_failed=True).take_up()
     monkeypatch.undo()
     its = trials(tmp_path, n_trials=1)
     its.take_up()
-    assert state.state_of(tmp_path, one.entry) == ("retried", "tried again as job 1")
+    assert ledger.state_of(tmp_path, one.entry) == ("retried", "tried again as job 1")
     again = its.next()
     assert again.number == 1 and again.entry.swept == one.entry.swept
     assert its.next() is None
@@ -168,7 +163,7 @@ def complete(its: Any, one: Any) -> None:
     its.ended(one)
 
 
-def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_path: Path) -> None:
+def test_an_interrupted_search_makes_the_proposals_of_an_uninterrupted_one(tmp_path: Path) -> None:
     """After the ten trials that TPE draws at random, so that the others depend on the results."""
     space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1e-1, log=True)}
     whole, cut_ = tmp_path / "whole", tmp_path / "cut"
@@ -185,7 +180,7 @@ def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_pa
                 complete(its, one)
         its.next()
     points, others = (
-        [(entry.number, entry.swept["lr"]) for entry in state.entries(folder)]
+        [(entry.number, entry.swept["lr"]) for entry in ledger.entries(folder)]
         for folder in (whole, cut_)
     )
     assert points == others and len({lr for _, lr in points}) == 14
@@ -201,7 +196,7 @@ def test_a_search_that_is_cut_makes_the_proposals_that_it_would_have_made(tmp_pa
         ({"+lr": "wide"}, {"++lr": "wide"}, None),
     ],
 )
-def test_a_search_goes_on_in_its_own_space(
+def test_a_search_resumes_in_its_own_space_only(
     before: dict[str, str], now: dict[str, str], said: str | None, tmp_path: Path
 ) -> None:
     ranges: dict[str, BaseDistribution] = {
@@ -215,7 +210,7 @@ def test_a_search_goes_on_in_its_own_space(
         search.Space([], {key: ranges[name] for key, name in its.items()}) for its in (before, now)
     )
     search.refuse_another(tmp_path, new, SEARCH)  # a new folder
-    state.write(tmp_path, [], space=old.described())
+    ledger.write(tmp_path, [], space=old.described())
     if said is None:
         search.refuse_another(tmp_path, new, SEARCH)
         return
@@ -223,7 +218,7 @@ def test_a_search_goes_on_in_its_own_space(
         search.refuse_another(tmp_path, new, SEARCH)
 
 
-def test_a_value_that_the_space_does_not_hold_is_no_override() -> None:
+def test_a_value_outside_the_space_is_not_used_as_an_override() -> None:
     """Anyone may have edited the journal of a folder that was elsewhere."""
     evil = "1 hydra.callbacks.x._target_=os.system"
     assert search.is_of(RATES["lr"], "0.1") and not search.is_of(RATES["lr"], evil)
@@ -231,32 +226,32 @@ def test_a_value_that_the_space_does_not_hold_is_no_override() -> None:
     assert search.is_of(rates, 2.0) and not search.is_of(rates, evil)
 
 
-def test_a_list_of_jobs_that_cannot_be_read_is_not_written_anew(tmp_path: Path) -> None:
-    (tmp_path / state.FILE).write_text("{half")
+def test_an_unreadable_list_of_jobs_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ledger.FILE).write_text("{half")
     with pytest.raises(UserError, match=r"sweep.json cannot be read"):
-        state.write(tmp_path, complete=True)
-    assert (tmp_path / state.FILE).read_text() == "{half"
-    assert not state.is_open(tmp_path, [])
-    assert state.read(tmp_path / "none") == {}
+        ledger.write(tmp_path, complete=True)
+    assert (tmp_path / ledger.FILE).read_text() == "{half"
+    assert not ledger.is_open(tmp_path, [])
+    assert ledger.read(tmp_path / "none") == {}
 
 
 def test_lines_that_hold_no_job_are_said() -> None:
     loader: Any = SimpleNamespace()
     with pytest.raises(UserError, match=r"seed=range\(0\): there is no value in it"):
-        plan.grid(loader, ["lr=1,2", "seed=range(0)"])
-    sets = options.Sets(
+        planning.grid(loader, ["lr=1,2", "seed=range(0)"])
+    sets = kinds.Sets(
         params=None, fail_fast=False, retry_failed=False, pictures="none", file=None,
         sets=["notes=don't"],
     )  # fmt: skip
     with pytest.raises(UserError, match="must be overrides"):
-        plan.sets_of(sets)
+        planning.sets_of(sets)
 
 
 def test_a_search_keeps_the_tpe_that_it_began_with(tmp_path: Path) -> None:
     """Optuna 4 modelled each key separately; Optuna 5 models them jointly, for one metric."""
     tpe = dataclasses.replace(SEARCH, sampler="tpe", multivariate=True)
     search.keep_sampler(tmp_path, tpe)  # a new one
-    state.write(tmp_path, [], space={}, multivariate=False)
+    ledger.write(tmp_path, [], space={}, multivariate=False)
     with pytest.raises(UserError, match=r"sweep.multivariate=true: .* began with false"):
         search.keep_sampler(tmp_path, tpe)
     given = dataclasses.replace(tpe, multivariate=False)

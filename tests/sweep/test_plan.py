@@ -22,9 +22,7 @@ from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import Lock, create
-from regrow.sweep import frozen, gpus, local, search
-from regrow.sweep import ledger as state
-from regrow.sweep import planning as plan
+from regrow.sweep import frozen, gpus, ledger, local, planning, search
 from regrow.sweep.composed import Composed
 
 LOADER: Any = None  # Hydra's parser only needs one for glob(…)
@@ -41,27 +39,27 @@ def loader_and_config() -> Iterator[tuple[ConfigLoader, DictConfig]]:
 
 
 def test_a_grid_is_every_combination_in_the_order_of_the_command() -> None:
-    jobs = plan.grid(LOADER, ["a=1,2", "b=x", "+c=choice([1,2],'a b')", "~d"])
+    jobs = planning.grid(LOADER, ["a=1,2", "b=x", "+c=choice([1,2],'a b')", "~d"])
     assert [swept for _, swept in jobs] == [
         ["a=1", "+c=[1,2]"], ["a=1", r"+c=a\ b"], ["a=2", "+c=[1,2]"], ["a=2", r"+c=a\ b"],
     ]  # fmt: skip
     assert jobs[0][0] == ["a=1", "b=x", "+c=[1,2]", "~d"]
 
 
-def test_what_comes_later_wins() -> None:
-    assert [swept for _, swept in plan.grid(LOADER, ["a=1,2", "a=3,4"])] == [["a=3"], ["a=4"]]
-    assert plan.grid(LOADER, ["a=1,2", "a=3"]) == [(["a=3"], [])]
+def test_the_later_of_two_overrides_of_a_key_wins() -> None:
+    assert [swept for _, swept in planning.grid(LOADER, ["a=1,2", "a=3,4"])] == [["a=3"], ["a=4"]]
+    assert planning.grid(LOADER, ["a=1,2", "a=3"]) == [(["a=3"], [])]
 
 
 def test_values_of_yaml_are_typed_as_one_types_them() -> None:
     params: dict[str, Any] = {"a": [0.1, None, True, "x"], "b": "1,2", "c": [[8], [8, 8]], "d": 3}
     params |= {"e": [{"body.*": 0.1}, None], "f": [["it's"]]}
-    assert plan.lines_of(params) == [
+    assert planning.lines_of(params) == [
         "a=0.1,null,true,x", "b=1,2", "c=[8],[8,8]", "d=3", "e={body.*:0.1},null", 'f=["it\'s"]',
     ]  # fmt: skip
-    for line in plan.lines_of(params):
+    for line in planning.lines_of(params):
         OverridesParser.create().parse_overrides([line])
-    assert plan.lines_of(None) == []
+    assert planning.lines_of(None) == []
 
 
 @pytest.mark.parametrize(
@@ -118,7 +116,7 @@ def test_the_ranks_of_a_job_on_all_gpus_share_the_cores(monkeypatch: pytest.Monk
 
 
 def test_a_job_that_a_real_time_signal_killed_is_one_that_failed() -> None:
-    planned = plan.Planned(state.Entry(0, "", {}, ""), None)  # type: ignore[arg-type]
+    planned = planning.Planned(ledger.Entry(0, "", {}, ""), None)  # type: ignore[arg-type]
     for code, name in ((-40, "signal 40"), (-11, "SIGSEGV"), (-9, "SIGKILL (out of memory?)")):
         ended = local.how(planned, code)
         assert (ended.state, ended.reason) == ("failed", f"its process was killed by {name}")
@@ -169,38 +167,40 @@ def test_a_sweep_is_taken_up_by_the_command_that_began_it(
     assert claimed(["seed=0,1"], "never") != folder
     with Lock(folder):
         assert claimed(["seed=0,1"]) != folder
-    state.write(folder, [], complete=True)
+    ledger.write(folder, [], complete=True)
     assert claimed(["seed=0,1"]) != folder
 
 
-def test_a_named_folder_is_never_begun_anew(tmp_path: Path) -> None:
+def test_resume_never_refuses_a_folder_that_holds_a_sweep(tmp_path: Path) -> None:
     begun(tmp_path, ["seed=0,1"])
     with pytest.raises(UserError, match="holds a sweep"):
         frozen.claim(tmp_path, "digits", ["seed=0,1"], "never")
     frozen.claim(tmp_path, "digits", ["seed=0,1"], "auto").release()
 
 
-def test_a_job_that_was_killed_is_told_from_one_that_was_cut(tmp_path: Path) -> None:
-    entry = state.Entry(3, "x", {"seed": "1"}, "3")
-    assert state.state_of(tmp_path, entry) == ("waiting", None)
-    state.note(tmp_path, 3, "failed", "killed\nby SIGKILL token=abcdefgh123")
-    assert state.state_of(tmp_path, entry) == ("failed", "killed by SIGKILL token=***")
-    state.forget(tmp_path, 3)
+def test_a_killed_job_is_failed_and_one_still_marked_running_is_interrupted(tmp_path: Path) -> None:
+    entry = ledger.Entry(3, "x", {"seed": "1"}, "3")
+    assert ledger.state_of(tmp_path, entry) == ("waiting", None)
+    ledger.note(tmp_path, 3, "failed", "killed\nby SIGKILL token=abcdefgh123")
+    assert ledger.state_of(tmp_path, entry) == ("failed", "killed by SIGKILL token=***")
+    ledger.forget(tmp_path, 3)
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "status.json").write_text('{"state": "running", "error": null}')
-    assert state.state_of(tmp_path, entry)[0] == "interrupted"
+    assert ledger.state_of(tmp_path, entry)[0] == "interrupted"
 
 
 def test_jobs_that_were_made_otherwise_are_not_mixed_in(tmp_path: Path) -> None:
-    fixed = plan.fixed_by(["optimizer=adamw", "seed=0,1", "tags=[a]", "sweep=grid"], ["seed=0"])
+    fixed = planning.fixed_by(["optimizer=adamw", "seed=0,1", "tags=[a]", "sweep=grid"], ["seed=0"])
     assert fixed == {"optimizer": "optimizer=adamw"}
-    state.write(tmp_path, [], fixed=fixed, varied=["seed"])
-    plan.refuse_another(tmp_path, fixed, ["seed=0"])
-    plan.refuse_another(tmp_path, {}, ["optimizer=adamw", "seed=5"])  # now a varied key
+    ledger.write(tmp_path, [], fixed=fixed, varied=["seed"])
+    planning.refuse_another(tmp_path, fixed, ["seed=0"])
+    planning.refuse_another(tmp_path, {}, ["optimizer=adamw", "seed=5"])  # now a varied key
     with pytest.raises(UserError, match="was made with optimizer=adamw"):
-        plan.refuse_another(tmp_path, {"optimizer": "optimizer=sgd"}, ["seed=0"])
+        planning.refuse_another(tmp_path, {"optimizer": "optimizer=sgd"}, ["seed=0"])
     with pytest.raises(UserError, match="was made with no such override"):
-        plan.refuse_another(tmp_path, {**fixed, "trainer.max_epochs": "trainer.max_epochs=9"}, [])
+        planning.refuse_another(
+            tmp_path, {**fixed, "trainer.max_epochs": "trainer.max_epochs=9"}, []
+        )
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_configs_composed_for_many_jobs_are_those_composed_for_each(
     "wrong",
     ["optimizer.lrr=1", "optimizer=adan", "sead=1", "seed@x=1", "logger=null", "notes=glob(a*)"],
 )
-def test_what_cannot_be_composed_for_many_is_refused_as_for_one(
+def test_a_wrong_override_gets_the_same_error_in_many_configs_as_in_one(
     wrong: str, loader_and_config: tuple[Any, DictConfig]
 ) -> None:
     loader, config = loader_and_config
@@ -252,7 +252,7 @@ def test_a_job_is_the_same_job_whatever_is_logged_or_noted_about_it(
 
     def identity(*overrides: str) -> str:
         config = loader.load_configuration("train", list(overrides), run_mode=RunMode.RUN)
-        return state.identity_of(config)
+        return ledger.identity_of(config)
 
     plain = identity()
     for aside in ("logger=[csv]", "tags=[a]", "notes=again", "launcher.jobs=3", "resume=never"):

@@ -28,7 +28,7 @@ def points(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_a_search_goes_on_to_its_total_with_the_proposals_it_would_have_made(
+def test_a_killed_search_reaches_its_total_with_the_proposals_of_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     whole = sweep(tmp_path / "whole", *LONG, *SEARCH, "sweep.n_trials=4")
@@ -53,7 +53,7 @@ def test_a_search_goes_on_to_its_total_with_the_proposals_it_would_have_made(
 
 
 @pytest.mark.slow
-def test_a_failed_trial_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
+def test_a_failed_trial_is_told_to_the_search_which_continues(tmp_path: Path) -> None:
     space = ("optimizer=sgd", "optimizer.lr=choice(1e30,0.1,0.01)", "sweep.sampler=grid")
     arguments = ("sweep=optuna", *space, "trainer.max_skipped_steps=1", "hydra.sweep.dir=sweep")
     done = sweep(tmp_path, *SMALL, *arguments)

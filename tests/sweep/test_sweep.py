@@ -75,7 +75,7 @@ def test_a_grid_leaves_a_table_with_a_row_for_each_job(grid: Path) -> None:
         assert float(row["test/accuracy"]) == summary["test"]["test/accuracy"]
 
 
-def test_what_came_out_is_said(grid: Path) -> None:
+def test_the_results_are_printed_and_on_the_page(grid: Path) -> None:
     said = (grid.parent / "said").read_text()
     assert "optimizer=sgd" in said and " ± " in said and "best job: " in said
     page = (grid / "sweep.html").read_text()
@@ -114,7 +114,7 @@ def test_fresh_processes_come_to_the_same(grid: Path, tmp_path: Path) -> None:
     assert len({*weights(tmp_path / "mistaken").values()}) == 2
 
 
-def test_the_same_command_again_runs_nothing_anew(grid: Path) -> None:
+def test_repeating_the_command_of_a_complete_sweep_runs_no_job(grid: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in grid.glob("*/summary.json")}
     rows = table(grid)
     arguments = (*SMALL, *TWO_BY_TWO, "tags=[tried]", "hydra.sweep.dir=sweep")
@@ -212,7 +212,7 @@ def test_a_bad_config_of_any_job_is_one_line_and_leaves_nothing(tmp_path: Path) 
     ],
 )
 @pytest.mark.slow
-def test_what_is_wrong_with_a_sweep_is_one_line(
+def test_a_wrong_override_of_a_sweep_is_an_error_of_one_line(
     arguments: tuple[str, ...], says: str, tmp_path: Path
 ) -> None:
     done = sweep(tmp_path, *SMALL, *arguments)

@@ -30,7 +30,7 @@ def test_small_cases_by_hand() -> None:
     assert exact.auroc(scores, positive).tolist() == [1.0, 0.5, 0.0, 0.875]
 
 
-def test_of_one_side_alone_there_is_no_area() -> None:
+def test_the_area_is_nan_where_one_side_is_missing() -> None:
     scores = torch.rand(2, 7, generator=RNG)
     sides = torch.tensor([[True], [False]]).expand(2, 7)
     assert exact.auroc(scores, sides).isnan().all()

@@ -17,7 +17,7 @@ from test_metrics import KINDS, RNG, C, N, as_is, drawn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lab.tasks import metrics as module
+from lab.tasks import metrics
 from lab.tasks.metrics import Metrics, language_metrics, regression_metrics
 from regrow.config.roles import check_roles
 from regrow.errors import UserError
@@ -92,15 +92,15 @@ def measured(kind: str, own: slice = slice(None), batch: int = 60) -> dict[str, 
 def test_extra_metrics_are_torchmetrics_own_for_any_batches(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_EXAMPLES", 50)
+    monkeypatch.setattr(metrics, "CHUNK_EXAMPLES", 50)
     recipe, outputs, targets = KINDS[kind]
-    metrics = Metrics(recipe, CPU, EXTRA[kind])
-    assert metrics.names == (*recipe.names, *EXTRA[kind])
+    extended = Metrics(recipe, CPU, EXTRA[kind])
+    assert extended.names == (*recipe.names, *EXTRA[kind])
     rows = recipe.finish(
         *recipe.flatten(outputs if kind == "segmentation" else outputs.double(), targets)
     )
     whole, by_30 = measured(kind, batch=N), measured(kind, batch=30)
-    metrics.rehearse(outputs, targets)
+    extended.rehearse(outputs, targets)
     for name, metric in EXTRA[kind].items():
         expected = metric.clone()
         expected.set_dtype(torch.float64)

@@ -59,7 +59,7 @@ def one_step(slices: int, loss: object = PLAIN) -> tuple[dict[str, float], dict[
     return line, bench.state.model.state_dict()
 
 
-def test_a_step_in_slices_is_the_mean_over_tokens() -> None:
+def test_a_step_in_micro_batches_is_the_mean_over_tokens() -> None:
     inputs, targets = examples(7)
     expected = F.cross_entropy(model()(inputs).flatten(0, 1), targets.flatten())
     whole, weights = one_step(1)

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[..., Any], Tensor, Tensor]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("with_sample_weights", [False, True])
-def test_slices_added_and_divided_once_give_the_whole_batch(
+def test_micro_batches_added_and_divided_once_give_the_whole_batch(
     case: str, with_sample_weights: bool
 ) -> None:
     loss, outputs, targets = CASES[case]
@@ -186,7 +186,7 @@ def test_a_batch_of_ignored_targets_alone_has_weight_zero_and_finite_gradients()
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("target", [-100, -1, C])
-def test_torchs_own_index_for_ignored_is_no_silent_way_out(smoothing: float, target: int) -> None:
+def test_torchs_default_ignore_index_is_out_of_bounds(smoothing: float, target: int) -> None:
     with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
         cross_entropy(label_smoothing=smoothing)(drawn(2, C), torch.tensor([1, target]))
 

@@ -13,7 +13,7 @@ import torch
 from sklearn import metrics as sk
 from torch import Tensor
 
-from lab.tasks import metrics as module
+from lab.tasks import metrics
 from lab.tasks.metrics import (
     Metrics,
     Recipe,
@@ -98,7 +98,7 @@ def test_chunks_give_what_one_update_gives(
     expected, details = whole.scalars(), whole.details()
     assert tuple(sorted(expected)) == tuple(sorted(whole.names))
     assert not any(math.isnan(value) for value in expected.values())
-    monkeypatch.setattr(module, "CHUNK_EXAMPLES", chunk)
+    monkeypatch.setattr(metrics, "CHUNK_EXAMPLES", chunk)
     sliced = measured(*KINDS[kind], batch=30)
     assert sliced.scalars() == pytest.approx(expected, rel=1e-8)
     json.dumps(details, allow_nan=False)
@@ -361,14 +361,14 @@ def test_per_class_values_and_auroc_can_be_left_out() -> None:
     assert set(found) == {"accuracy", "precision", "recall", "f1"}
 
 
-def test_pairs_for_the_picture_are_capped() -> None:
+def test_pairs_for_the_plot_are_capped() -> None:
     found = measured(regression_metrics(1, as_is), drawn(5000), drawn(5000)).details()
-    assert len(found["true"]) == len(found["predicted"]) == module.MAX_PAIRS
+    assert len(found["true"]) == len(found["predicted"]) == metrics.MAX_PAIRS
     three = measured(regression_metrics(3, as_is), drawn(5000, 3), drawn(5000, 3)).details()
-    assert np.shape(three["true"]) == np.shape(three["predicted"]) == (module.MAX_PAIRS // 3, 3)
+    assert np.shape(three["true"]) == np.shape(three["predicted"]) == (metrics.MAX_PAIRS // 3, 3)
 
 
-def test_metrics_can_go_on_after_they_were_read() -> None:
+def test_metrics_can_be_updated_after_they_were_read() -> None:
     recipe, outputs, targets = KINDS["multiclass"]
     metrics = measured(recipe, outputs[:100], targets[:100])
     first = metrics.scalars()

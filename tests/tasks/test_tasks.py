@@ -285,7 +285,7 @@ def test_sample_weights_and_class_weights_multiply() -> None:
     assert output.weights is None
 
 
-def test_a_loss_that_is_no_sum_over_examples_says_so() -> None:
+def test_a_task_knows_whether_its_loss_sums_over_examples() -> None:
     def contrast(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs[:, None] - outputs[None]).abs().mean()
 

@@ -44,7 +44,7 @@ from regrow.numerics import totals
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import Interrupted, StopRequest
 from regrow.randomness import Draws
-from regrow.runs import training as runs
+from regrow.runs import training
 
 Config = dict[str, Any]
 BATCH = 2  # per evaluation batch
@@ -83,7 +83,7 @@ def part(
 
 def trained(world: World, config: Config, folder: Path, **changes: Any) -> dict[str, Any]:
     """Train six steps. Return the weights, and the loss and norm of each step."""
-    objects = runs.build({**config, "trainer": {**config["trainer"], **changes}}, world)
+    objects = training.build({**config, "trainer": {**config["trainer"], **changes}}, world)
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     return steps(objects, plan)
@@ -162,11 +162,11 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """Three steps, a checkpoint, and three more steps from it in new objects."""
     world = sharded(world)
     trainer = {**config["trainer"], "ema_decay": 0.9}
-    options = runs.instantiate(trainer["checkpoint"])
+    options = training.instantiate(trainer["checkpoint"])
     writers = Writers(timedelta(seconds=60))
 
     def new() -> tuple[Any, Any]:
-        objects = runs.build({**config, "trainer": trainer}, world)
+        objects = training.build({**config, "trainer": trainer}, world)
         writer = CheckpointWriter(
             folder / "saved", options, "max", is_main=world.is_main, writers=writers
         )
@@ -179,24 +179,24 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
     whole_model = {k: whole(v).clone() for k, v in objects.state.model.state_dict().items()}
     assert plan.checkpoints.wait()
     objects, plan = new()
-    runs.go_on(objects.state, plan.checkpoints, world)
+    training.go_on(objects.state, plan.checkpoints, world)
     assert objects.state.step == 3
     return {"at three": whole_model, **steps(objects, plan)}
 
 
 def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[float, float, int]]:
     """Run from the newest checkpoint to step `last`, and save the next one there."""
-    objects = runs.build(config, world)
+    objects = training.build(config, world)
     writers = Writers(timedelta(seconds=60)) if world.mesh is not None else None
     writer = CheckpointWriter(
         folder / "relay",
-        runs.instantiate(config["trainer"]["checkpoint"]),
+        training.instantiate(config["trainer"]["checkpoint"]),
         "max",
         is_main=world.is_main,
         writers=writers,
     )
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
-    runs.go_on(objects.state, writer, world)
+    training.go_on(objects.state, writer, world)
     seen: list[tuple[float, float, int]] = steps(objects, plan, last)["seen"]
     facts = Facts(step=last, epoch=0, value=None, milestone=False, metrics_bytes=0)
     if writer.writes:
@@ -232,7 +232,7 @@ def communicated(
         trainer = {**config["trainer"], "accumulation_steps": slices}
         trainer["fsdp"] = {**trainer["fsdp"], "modules": ["body.*"], **fsdp}
         its = sharded(world) if is_sharded else world
-        objects = runs.build({**config, "trainer": trainer}, its)
+        objects = training.build({**config, "trainer": trainer}, its)
         saved = SimpleNamespace(saved=None)
         plan = plan_of(objects, 0, its, StopRequest(), record=None, checkpoints=saved)
         steps(objects, plan, 2, whole_weights=False)  # connections are made and buckets rebuilt
@@ -272,7 +272,7 @@ def sent(world: World, config: Config, folder: Path) -> dict[str, float]:
 
 def trained_with_a_nan(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """A NaN in one example, in the last process's share."""
-    objects = runs.build(config, world)
+    objects = training.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     before = {n: whole(t).clone() for n, t in objects.state.model.state_dict().items()}
@@ -344,7 +344,7 @@ def stopped(world: World, config: Config, folder: Path) -> list[int]:
 
 
 def told(world: World, config: Config, folder: Path) -> list[Any]:
-    firsts = world.gather(int(world.is_first("a thing")))
+    firsts = world.gather(int(world.claim_first("a thing")))
     texts = world.gather_texts("ö" * world.rank)
     return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts, texts]
 
@@ -355,16 +355,16 @@ def wrong_images(world: World, config: Config, folder: Path) -> Any:
     config["data"]["source"] |= {"input_shape": shape, "num_test": 40}
     config["data"] |= {"input_shape": shape, "eval_batch_size": BATCH}
     config["model"]["input_shape"] = shape
-    objects = runs.build(config, world)
+    objects = training.build(config, world)
     objects.data.ids = lambda name: [f"{name}/{index}.png" for index in range(40)]
     draws = Draws(config["seed"], "test", 0, world.rank)
-    _, details = runs.measure_once(objects, "test", world, StopRequest(), draws)
+    _, details = training.measure_once(objects, "test", world, StopRequest(), draws)
     return details["wrong"]
 
 
 def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> Any:
     """Buffers after an evaluation that processes start with different ones; the cache's size."""
-    objects = runs.build(config, world)
+    objects = training.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     model = objects.state.model
@@ -379,7 +379,7 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
 
     The last process's clock is a hundred seconds ahead of the others'.
     """
-    objects, stop = runs.build(config, world), StopRequest()
+    objects, stop = training.build(config, world), StopRequest()
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, stop, record=None, checkpoints=saved)
     batches, seen = objects.train.epoch(0, 0), []
@@ -395,7 +395,7 @@ def exchanged(world: World, config: Config, folder: Path) -> dict[str, Any]:
 
 def sent_in_one_step(world: World, config: Config, folder: Path) -> dict[str, Any]:
     """The examples counted for two synchronised backward passes, and the errors of further ones."""
-    objects = runs.build(config, world)
+    objects = training.build(config, world)
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     batch, exchange, errors = next(objects.train.epoch(0, 0)), plan.step.exchange, []
@@ -428,7 +428,7 @@ def sent_in_one_step(world: World, config: Config, folder: Path) -> dict[str, An
 
 def trained_with_empty_steps(world: World, config: Config, folder: Path) -> list[dict[str, Any]]:
     """Three steps with zero weights: nowhere, in the main process alone, everywhere."""
-    objects = runs.build({**config, "trainer": {**config["trainer"], "ema_decay": 0.9}}, world)
+    objects = training.build({**config, "trainer": {**config["trainer"], "ema_decay": 0.9}}, world)
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     state, seen = objects.state, []

@@ -27,12 +27,12 @@ import torch
 import torchmetrics.classification  # noqa: F401
 
 from lab import loop, step
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.config import targets
 from regrow.distributed.parallel import World
 from regrow.numerics import capture
 from regrow.record import loggers
-from regrow.runs import training as runs
+from regrow.runs import training
 
 DONE, FAILED = 0, 3
 PRELOADED = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
@@ -46,8 +46,8 @@ def child(config: dict[str, Any], folder: Path, prepare: Callable[[], None]) -> 
         prepare()
         world = World(device=torch.device("cpu"))
         with contextlib.redirect_stderr(io.StringIO()):
-            objects = runs.build(config, world)
-            summary = runs.train(objects, config, folder, world, runs.StopRequest())
+            objects = training.build(config, world)
+            summary = training.train(objects, config, folder, world, training.StopRequest())
         code = DONE if summary["status"] == "completed" else FAILED
     except BaseException:
         traceback.print_exc()
@@ -96,21 +96,21 @@ POINTS: dict[str, tuple[Any, str]] = {
     "report": (loop, "report"),
     "evaluate": (loop, "evaluate"),
     "decide": (loop, "take_in"),
-    "save": (checkpoint.CheckpointWriter, "save"),
-    "copy": (checkpoint.CheckpointWriter, "_copy"),
-    "write": (checkpoint, "write"),
-    "sync": (checkpoint, "_sync"),
-    "sync_folder": (checkpoint, "_sync_folder"),
-    "rotate": (checkpoint, "rotate"),
-    "point": (checkpoint, "_point"),
+    "save": (writer.CheckpointWriter, "save"),
+    "copy": (writer.CheckpointWriter, "_copy"),
+    "write": (writer, "write"),
+    "sync": (writer, "_sync"),
+    "sync_folder": (writer, "_sync_folder"),
+    "rotate": (writer, "rotate"),
+    "point": (writer, "_point"),
     "rename": (Path, "rename"),
-    "rmtree": (checkpoint.shutil, "rmtree"),
+    "rmtree": (writer.shutil, "rmtree"),
     "line": (loggers.Jsonl, "log"),
     "rewind": (loggers.Jsonl, "rewind"),
-    "load": (checkpoint, "load_newest"),
-    "best": (runs, "take_best"),
-    "test": (runs, "measure_once"),
-    "summary": (runs.records, "write_json"),
+    "load": (writer, "load_newest"),
+    "best": (training, "take_best"),
+    "test": (training, "measure_once"),
+    "summary": (training.records, "write_json"),
 }
 
 

@@ -48,7 +48,7 @@ def test_batchnorm_counts_a_batch_once(
     assert same is not broken
 
 
-def test_of_nested_matches_the_outermost_is_taken() -> None:
+def test_the_outermost_of_nested_matches_is_taken() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
     assert [*sharding.matching(model, ["*"], "key")] == ["0", "1"]
     assert [*sharding.matching(model, ["0.*"], "key")] == ["0.0", "0.1"]
@@ -74,11 +74,11 @@ def test_a_module_runs_again_in_the_backward_pass_and_keeps_its_names() -> None:
 
 def test_a_pattern_without_a_module_is_one_line() -> None:
     from regrow.distributed.parallel import World
-    from regrow.runs import training as runs
+    from regrow.runs import training
 
     config = config_of(*TINY, "trainer.activation_checkpointing=[bodi]")
     with pytest.raises(UserError, match=r"no module matches bodi\. The model's are body"):
-        runs.build(config, World(device=torch.device("cpu")))
+        training.build(config, World(device=torch.device("cpu")))
 
 
 class Noisy(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 from running import CPU, config_of
 
 from regrow.numerics import memory
-from regrow.runs import training as runs
+from regrow.runs import training
 
 pytestmark = pytest.mark.skipif(not memory.is_glibc(), reason="of glibc alone")
 
@@ -57,5 +57,5 @@ def test_an_environment_that_tunes_malloc_is_left_alone() -> None:
 def test_the_switch_is_the_trainers(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: called.append(True))
-    runs.build(config_of(f"trainer.keep_freed_memory={str(wanted).lower()}"), CPU)
+    training.build(config_of(f"trainer.keep_freed_memory={str(wanted).lower()}"), CPU)
     assert called == [True] * wanted

@@ -234,7 +234,7 @@ def host_or_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("slices", [1, 3, 4, 13, 30])
-def test_slices_of_a_batch_are_the_batch_for_every_loss(case: str, slices: int) -> None:
+def test_micro_batches_add_up_to_the_batch_for_every_loss(case: str, slices: int) -> None:
     task, outputs, kind, reference = CASES[case]
     batches = windows_of(kind)
     weights, _ = trained(task, outputs, batches, slices=slices)
@@ -246,7 +246,7 @@ def test_slices_of_a_batch_are_the_batch_for_every_loss(case: str, slices: int) 
 @pytest.mark.usefixtures("host_or_device")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("slices", [3, 30])
-def test_slices_of_a_weighted_batch_are_the_batch_for_every_loss(case: str, slices: int) -> None:
+def test_micro_batches_add_up_to_a_weighted_batch_for_every_loss(case: str, slices: int) -> None:
     task, outputs, kind, _ = CASES[case]
     batches = windows_of(kind, weighted=True)
     whole, _ = trained(task, outputs, batches, slices=1)
@@ -257,7 +257,7 @@ def test_slices_of_a_weighted_batch_are_the_batch_for_every_loss(case: str, slic
 
 
 @pytest.mark.parametrize("case", ["cross_entropy", "everything_at_once", "mse"])
-def test_slices_of_a_batch_are_the_batch_in_float32(case: str) -> None:
+def test_micro_batches_add_up_to_the_batch_in_float32(case: str) -> None:
     task, outputs, kind, _ = CASES[case]
     batches = windows_of(kind, torch.float32)
     whole, _ = trained(task, outputs, batches, slices=1)
@@ -266,7 +266,7 @@ def test_slices_of_a_batch_are_the_batch_in_float32(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mean_of_slices_means_is_caught_for_every_loss(case: str) -> None:
+def test_a_mean_of_the_means_of_micro_batches_is_caught_for_every_loss(case: str) -> None:
     task, outputs, kind, reference = CASES[case]
     batches = windows_of(kind)
     wrong = MeanOfMeans(task, batches, slices=4)
@@ -289,7 +289,7 @@ def test_a_missing_rescale_is_caught(case: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("slices", "batch"), [(3, 20), (40, 20), (7, 80)])
-def test_a_run_in_slices_has_the_weights_of_the_run_without(
+def test_a_run_in_micro_batches_has_the_weights_of_the_run_without(
     slices: int, batch: int, tmp_path: Path
 ) -> None:
     """A ragged window, more micro-batches than examples, a batch larger than the epoch of 50."""
@@ -338,7 +338,7 @@ def test_loss_and_gradient_norm_in_the_log_are_those_of_the_whole_batch(
         assert line["train/loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_a_log_of_the_last_slice_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_of_the_last_micro_batch_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     task, outputs, kind, reference = CASES["cross_entropy"]
     batch = windows_of(kind)[0]
     model = model_of(outputs)

@@ -19,7 +19,7 @@ from lab.tasks.tasks import Regression
 from regrow.config import older
 from regrow.numerics import totals
 from regrow.record.records import read_json
-from regrow.runs import training as runs
+from regrow.runs import training
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)
 BAD = (1, 4)  # steps with a non-finite batch
@@ -147,4 +147,4 @@ def test_a_record_from_before_the_warmup_keeps_its_average() -> None:
     added = older.complete(recorded)
     assert added["trainer.ema_warmup"] is False
     assert older.adopt(config, added, ())["trainer.ema_warmup"] is False
-    assert runs.build(config, CPU).options.ema_warmup is False
+    assert training.build(config, CPU).options.ema_warmup is False

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lab import optim
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.feeding.batch import Batch
 from regrow.numerics import totals
 from regrow.numerics.buffers import Buffers
@@ -81,7 +81,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_bad_number_in_one_slice_changes_no_weight_moment_average_or_buffer(
+def test_a_bad_number_in_one_micro_batch_changes_no_weight_moment_average_or_buffer(
     name: str, bad: float
 ) -> None:
     bench = bench_of(MAKERS[name], clip_norm=1.0, clip_value=0.1)
@@ -98,7 +98,7 @@ def test_a_bad_number_in_one_slice_changes_no_weight_moment_average_or_buffer(
     assert bench.state.skips.tolist() == [1.0, 0.0]
 
 
-def test_a_run_goes_on_after_a_skipped_step_as_if_its_batch_had_not_been() -> None:
+def test_a_run_continues_after_a_skipped_step_as_if_its_batch_had_not_been() -> None:
     skipped, without = bench_of(MAKERS["adamw"]), bench_of(MAKERS["adamw"])
     for number, bad in ((0, None), (1, torch.nan), (2, None)):
         skipped.step(batch(number, bad))
@@ -225,10 +225,10 @@ def test_the_checkpoint_that_is_named_is_from_before_the_fault(tmp_path: Path) -
         train(tmp_path, *config, *saving, "optimizer.lr=1e30")
     found = re.search(r"checkpoint is (step_\d+)", str(failed.value))
     assert found is not None
-    parts, _ = checkpoint.load(tmp_path / "checkpoints" / found[1])
+    parts, _ = writer.load(tmp_path / "checkpoints" / found[1])
     assert all(weight.abs().max() < 100 for weight in parts["model"].values())
-    newest = checkpoint.named(tmp_path / "checkpoints", "last")
-    parts, _ = checkpoint.load(newest)  # the control: the state that led to it is saved too
+    newest = writer.named(tmp_path / "checkpoints", "last")
+    parts, _ = writer.load(newest)  # the control: the state that led to it is saved too
     assert any(weight.abs().max() > 1e6 for weight in parts["model"].values())
 
 
@@ -238,7 +238,7 @@ def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path)
     saving = ("trainer.checkpoint.save_every_steps=1", "trainer.checkpoint.keep_last=50")
     train(tmp_path, *config, *saving, stop_at=5)
     summary = train(tmp_path, *config, *saving, "optimizer.lr=1e30")
-    found = [facts["step"] for facts in checkpoint.complete(tmp_path / "checkpoints").values()]
+    found = [facts["step"] for facts in writer.complete(tmp_path / "checkpoints").values()]
     skipped = summary["skipped_steps"]
     assert skipped >= 4
     led_there = summary["steps"] - skipped
@@ -246,7 +246,7 @@ def test_no_checkpoint_is_saved_during_a_streak_of_skipped_steps(tmp_path: Path)
     assert found == [*range(1, led_there + 1), summary["steps"]]
 
 
-def test_the_search_of_the_fp16_scale_is_no_fault() -> None:
+def test_steps_skipped_in_the_search_of_the_fp16_scale_do_not_end_the_run() -> None:
     """From 2^30, it takes some halvings to reach a scale without overflow."""
     scale = LossScale(CPU, initial=2.0**30, growth_interval=5)
     bench = bench_of(

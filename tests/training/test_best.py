@@ -16,7 +16,7 @@ from running import CPU, TINY, config_of, train
 from lab import loop, progress, step
 from regrow.errors import UserError
 from regrow.feeding.batch import Batch
-from regrow.runs import training as runs
+from regrow.runs import training
 
 NAN = math.nan
 EACH_STEP = ("trainer.eval_every_steps=1", "trainer.checkpoint.save_every_epochs=null")
@@ -49,7 +49,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None
         ("max", [NAN, 0.5, NAN, NAN], 2),
     ],
 )
-def test_of_equal_evaluations_the_latest_is_best_and_kept(
+def test_the_latest_of_equal_evaluations_is_best_and_kept(
     mode: str, values: list[float], best: int, tmp_path: Path, evaluations: Any
 ) -> None:
     evaluations(values)
@@ -103,7 +103,7 @@ def test_a_changed_rate_is_told_with_the_name_of_its_optimizer(
     assert optimizers["critic"].param_groups[0]["lr"] == 0.25
 
 
-def test_an_evaluation_after_a_skipped_step_is_no_later_best(
+def test_an_equal_evaluation_after_a_skipped_step_does_not_become_the_best(
     tmp_path: Path,
     evaluations: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,9 +125,9 @@ def test_an_evaluation_after_a_skipped_step_is_no_later_best(
     assert "were not saved" not in caplog.text
 
 
-def test_an_equal_evaluation_is_no_improvement_for_early_stopping_and_plateau() -> None:
+def test_early_stopping_and_plateau_take_an_equal_evaluation_for_no_improvement() -> None:
     config = config_of(*TINY, "scheduler=plateau", "scheduler.patience=9")
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     for value in (0.5, 0.5, 0.5):
         loop.take_in({"val/accuracy": value}, objects.state, objects.options)
     schedule: Any = objects.state.schedule
@@ -140,4 +140,4 @@ def test_a_step_that_does_not_take_state_batch_and_plan_is_refused_before_a_fold
     config = config_of(*TINY)
     config["step"] = {"_target_": config["model"]["_target_"], "_partial_": True}
     with pytest.raises(UserError, match=r"step\._target_=.*MLP must take \(state, batch, plan\): "):
-        runs.build(config, CPU)
+        training.build(config, CPU)

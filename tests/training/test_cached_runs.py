@@ -21,7 +21,8 @@ from running import CPU, config_of, fingerprint
 from running import train as trained
 
 from regrow.feeding import resized
-from regrow.feeding.images import ImageFiles, to_tensor
+from regrow.feeding.decoding import to_tensor
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.resized import keep_resized
 
 SIZES = ((40, 56), (61, 33), (37, 37))

@@ -81,7 +81,7 @@ CHANGES: dict[str, tuple[Callable[[Any, Tensor], object], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_graph_would_not_repeat_is_named(change: str) -> None:
+def test_an_act_that_a_graph_would_not_repeat_is_named(change: str) -> None:
     act, word = CHANGES[change]
     model = Model(act)
     _, reason = watched(model, torch.ones(4, 3), 7, [model])

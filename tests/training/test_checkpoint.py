@@ -24,13 +24,13 @@ from running import CPU, TINY, before_each_step, config_of, fingerprint, train
 from lab import optim
 from lab.state import FOLLOWS, TrainState
 from lab.step import train_step
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
 from regrow.errors import UserError
 from regrow.numerics.totals import Skipped
 from regrow.record import loggers
 from regrow.record.records import load_status, set_status
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.weights import load_weights
 
 RUN = (
@@ -136,7 +136,7 @@ def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_is_used(
     folder = tmp_path / "checkpoints"
     shutil.copytree(stopped / "checkpoints", folder, symlinks=True)
     damage(folder / "step_00000007" / name)
-    loaded = checkpoint.load_newest(folder)
+    loaded = writer.load_newest(folder)
     assert loaded is not None
     assert loaded[1]["step"] == 6
     warned = warnings_of(caplog)
@@ -181,7 +181,7 @@ def test_torch_alone_takes_a_flipped_bit_and_the_end_differs(
     content = bytearray(file.read_bytes())
     content[content.index(weights) + 2] ^= 4
     file.write_bytes(content)
-    monkeypatch.setattr(checkpoint, "verify", checkpoint.read_manifest)
+    monkeypatch.setattr(writer, "verify", writer.read_manifest)
     train(folder, *RUN)
     assert fingerprint(folder) != fingerprint(whole)
 
@@ -196,9 +196,9 @@ def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(stopped: Path, tmp_pat
         flipped[place] ^= 1 << place % 8
         manifest.write_bytes(flipped)
         with pytest.raises(DamagedCheckpoint):
-            checkpoint.read_manifest(folder)
+            writer.read_manifest(folder)
     manifest.write_bytes(content)
-    checkpoint.verify(folder)
+    writer.verify(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", "7", '"text"', "{", "\x00" * 50])
@@ -207,7 +207,7 @@ def test_a_manifest_that_is_something_else_is_damage(content: str, tmp_path: Pat
     folder.mkdir()
     (folder / "manifest.json").write_text(content)
     with pytest.raises(DamagedCheckpoint, match=r"step_00000001/manifest\.json"):
-        checkpoint.read_manifest(folder)
+        writer.read_manifest(folder)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -250,39 +250,39 @@ def test_a_damaged_best_checkpoint_is_named_when_it_is_to_be_tested(tmp_path: Pa
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_part_is_an_error(name: str, stopped: Path) -> None:
-    objects = runs.build(config_of(*RUN), CPU)
-    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    objects = training.build(config_of(*RUN), CPU)
+    parts, _ = writer.load((stopped / "checkpoints" / "last").resolve())
     del parts[name]
     with pytest.raises(ValueError, match=f"lacks {name} and has nothing too many"):
         objects.state.load_state_dict(parts)
 
 
 def test_an_unexpected_part_is_an_error(stopped: Path) -> None:
-    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    parts, _ = writer.load((stopped / "checkpoints" / "last").resolve())
     plain = tuple(o for o in RUN if "ema_decay" not in o)
-    objects = runs.build(config_of(*plain), CPU)
+    objects = training.build(config_of(*plain), CPU)
     with pytest.raises(ValueError, match="lacks nothing and has averaged too many"):
         objects.state.load_state_dict(parts)
-    objects = runs.build(config_of(*RUN), CPU)
+    objects = training.build(config_of(*RUN), CPU)
     objects.state.load_state_dict(parts)
     assert objects.state.step == 7
 
 
 @pytest.mark.parametrize("name", ["best_value", "num_micro_batches", "evaluated_step", "sums"])
 def test_a_missing_field_of_the_progress_is_an_error(name: str, stopped: Path) -> None:
-    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    parts, _ = writer.load((stopped / "checkpoints" / "last").resolve())
     del parts["progress"][name]
-    objects = runs.build(config_of(*RUN), CPU)
+    objects = training.build(config_of(*RUN), CPU)
     with pytest.raises((ValueError, KeyError, TypeError), match=name):
         objects.state.load_state_dict(parts)
 
 
 def test_a_missing_or_unexpected_weight_is_an_error(stopped: Path) -> None:
     for change in (lambda p: p.pop("head.bias"), lambda p: p.update(more=torch.zeros(1))):
-        parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+        parts, _ = writer.load((stopped / "checkpoints" / "last").resolve())
         change(parts["model"])
         with pytest.raises(UserError, match=r"head\.bias|more"):
-            runs.build(config_of(*RUN), CPU).state.load_state_dict(parts)
+            training.build(config_of(*RUN), CPU).state.load_state_dict(parts)
 
 
 def names_in(value: Any) -> list[str]:
@@ -294,8 +294,8 @@ def names_in(value: Any) -> list[str]:
 
 
 def test_no_key_carries_the_prefix_of_a_wrapper(stopped: Path) -> None:
-    compiled = runs.build(config_of(*RUN, "trainer.compile=true"), CPU)
-    parts, _ = checkpoint.load((stopped / "checkpoints" / "last").resolve())
+    compiled = training.build(config_of(*RUN, "trainer.compile=true"), CPU)
+    parts, _ = writer.load((stopped / "checkpoints" / "last").resolve())
     for found in (names_in(parts), names_in(compiled.state.state_dict())):
         assert "head.weight" in found
         assert not [name for name in found if "module." in name or "_orig_mod" in name]
@@ -319,8 +319,8 @@ def written(folder: Path, values: list[float | None], options: Any, mode: str = 
     """Return the steps left after a checkpoint and a rotation for each value."""
     for step, value in enumerate(values, 1):
         milestone = bool(options.milestones_every_epochs) and step % 3 == 0
-        checkpoint.write(folder, part(step), facts(step, value, milestone=milestone))
-        checkpoint.rotate(folder, options, mode, written=step)
+        writer.write(folder, part(step), facts(step, value, milestone=milestone))
+        writer.rotate(folder, options, mode, written=step)
         names = {path.name for path in folder.glob("step_*")}
         assert f"step_{step:08d}" in names  # the one just written
         assert (folder / "last").resolve().name == f"step_{step:08d}"
@@ -329,7 +329,7 @@ def written(folder: Path, values: list[float | None], options: Any, mode: str = 
             best = (max if mode == "max" else min)(known)
             latest = max(at for at, v in enumerate(values[:step], 1) if v == best)
             assert (folder / "best").resolve().name == f"step_{latest:08d}"
-        checkpoint.load((folder / "last").resolve())
+        writer.load((folder / "last").resolve())
     return {int(path.name[5:]) for path in folder.glob("step_????????")}
 
 
@@ -387,15 +387,15 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays_where_it_is(
 ) -> None:
     written(tmp_path, [0.1], OPTIONS)
     with monkeypatch.context() as later:
-        later.setattr(checkpoint, "FORMAT", 2)
-        checkpoint.write(tmp_path, part(), facts(2))
-        assert checkpoint.load_newest(tmp_path) is not None
+        later.setattr(writer, "FORMAT", 2)
+        writer.write(tmp_path, part(), facts(2))
+        assert writer.load_newest(tmp_path) is not None
     with pytest.raises(UserError, match="has format 2, and this code reads up to 1"):
-        checkpoint.load_newest(tmp_path)
+        writer.load_newest(tmp_path)
     assert (tmp_path / "step_00000002").is_dir()
 
 
-def test_where_links_are_not_possible_last_and_best_are_files(
+def test_last_and_best_are_files_where_links_are_not_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -406,9 +406,9 @@ def test_where_links_are_not_possible_last_and_best_are_files(
     folder = tmp_path / "checkpoints"
     assert not any(path.is_symlink() for path in folder.iterdir())
     for name, step in (("last", summary["steps"]), ("best", summary["best"]["step"])):
-        assert checkpoint.named(folder, name) == folder / f"step_{step:08d}"
+        assert writer.named(folder, name) == folder / f"step_{step:08d}"
     assert summary["test"]["test/loss"] > 0
-    model = runs.build(config_of(*RUN), CPU).state.model
+    model = training.build(config_of(*RUN), CPU).state.model
     load_weights(model, tmp_path)
 
 
@@ -423,15 +423,15 @@ def test_incomplete_folders_do_not_count_as_kept_ones(tmp_path: Path) -> None:
     written(tmp_path, [0.1, 0.2], OPTIONS)
     for step in (8, 9):  # newer, and without a manifest
         (tmp_path / f"step_{step:08d}").mkdir()
-    checkpoint.rotate(tmp_path, OPTIONS, "max", written=2)
-    assert {path.name for path in checkpoint.complete(tmp_path)} == {
+    writer.rotate(tmp_path, OPTIONS, "max", written=2)
+    assert {path.name for path in writer.complete(tmp_path)} == {
         "step_00000001",
         "step_00000002",
     }
     assert (tmp_path / "last").resolve().name == "step_00000002"
 
 
-def test_what_a_killed_writer_left_is_cleared_and_what_it_had_set_aside_put_back(
+def test_the_next_writer_clears_a_killed_ones_files_and_puts_back_the_checkpoint_set_aside(
     tmp_path: Path,
 ) -> None:
     written(tmp_path, [0.1, 0.2], OPTIONS)
@@ -440,12 +440,12 @@ def test_what_a_killed_writer_left_is_cleared_and_what_it_had_set_aside_put_back
     CheckpointWriter(tmp_path, OPTIONS, "max")
     assert checkpoints_of_folder(tmp_path) == ["step_00000001", "step_00000002"]
     assert not list(tmp_path.glob(".*"))
-    loaded = checkpoint.load_newest(tmp_path)
+    loaded = writer.load_newest(tmp_path)
     assert loaded is not None
     assert loaded[1]["step"] == 2
 
 
-def test_what_a_killed_rotation_had_half_deleted_does_not_come_back(tmp_path: Path) -> None:
+def test_a_checkpoint_half_deleted_by_a_killed_rotation_does_not_come_back(tmp_path: Path) -> None:
     written(tmp_path, [0.1, 0.2, 0.3], OPTIONS)
     old = tmp_path / ".old-step_00000001"
     shutil.copytree(tmp_path / "step_00000002", old)
@@ -463,34 +463,34 @@ def checkpoints_of_folder(folder: Path) -> list[str]:
 
 def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: Any) -> None:
     go_on = threading.Event()
-    write = checkpoint.write
+    write = writer.write
 
     def late(*args: Any) -> Path:
         assert go_on.wait(10)
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "write", late)
-    writer = CheckpointWriter(tmp_path, OPTIONS, "max")
+    monkeypatch.setattr(writer, "write", late)
+    saver = CheckpointWriter(tmp_path, OPTIONS, "max")
     weights = torch.ones(4)
-    writer.save(
+    saver.save(
         {"model": {"weight": weights, "list": [1, (2, weights)]}}, facts(1), lambda position: None
     )
     weights.zero_()  # the next step
     assert not list(tmp_path.glob("step_*"))
     go_on.set()
-    assert writer.wait()
-    parts, _ = checkpoint.load(tmp_path / "step_00000001")
+    assert saver.wait()
+    parts, _ = writer.load(tmp_path / "step_00000001")
     assert parts["model"]["weight"].tolist() == [1.0] * 4
     assert parts["model"]["list"][1][1].tolist() == [1.0] * 4
     # Without a copy, it would hold the weights of the next step.
     monkeypatch.setattr(CheckpointWriter, "_copy", lambda self, parts: (parts, {}))
     go_on.clear()
     weights.fill_(1)
-    writer.save({"model": {"weight": weights}}, facts(2), lambda position: None)
+    saver.save({"model": {"weight": weights}}, facts(2), lambda position: None)
     weights.zero_()
     go_on.set()
-    writer.wait()
-    assert checkpoint.load(tmp_path / "step_00000002")[0]["model"]["weight"].tolist() == [0.0] * 4
+    saver.wait()
+    assert writer.load(tmp_path / "step_00000002")[0]["model"]["weight"].tolist() == [0.0] * 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of one thread")
@@ -498,18 +498,18 @@ def test_the_memory_of_the_first_copy_is_touched_beforehand(tmp_path: Path) -> N
     parts = {"model": {"weight": torch.ones(8 << 20), "half": torch.ones(99, dtype=torch.half)}}
     faults, kept = [], []
     for makes_room in (True, False):
-        writer = CheckpointWriter(tmp_path / str(makes_room), OPTIONS, "max")
-        kept.append(writer)  # its memory cannot be reused
+        saver = CheckpointWriter(tmp_path / str(makes_room), OPTIONS, "max")
+        kept.append(saver)  # its memory cannot be reused
         if makes_room:
-            writer.make_room(lambda: parts)
-            writer.wait()
-            writer.make_room(lambda: {}["never asked again"])
+            saver.make_room(lambda: parts)
+            saver.wait()
+            saver.make_room(lambda: {}["never asked again"])
         parts["model"]["weight"] += 1
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        writer.save(parts, facts(1), lambda position: None)
+        saver.save(parts, facts(1), lambda position: None)
         faults.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
-        assert writer.wait()
-        saved = checkpoint.load(writer.folder / "step_00000001")[0]["model"]["weight"]
+        assert saver.wait()
+        saved = writer.load(saver.folder / "step_00000001")[0]["model"]["weight"]
         assert torch.equal(saved, parts["model"]["weight"])
     with_room, without = faults
     if without < 1000:
@@ -525,7 +525,7 @@ def test_a_run_makes_room_for_its_first_checkpoint_unless_it_is_small(
 ) -> None:
     """All of it, even if the first step leaves the optimizer without a state."""
     if not is_small:
-        monkeypatch.setattr(checkpoint, "SMALL_BYTES", 0)
+        monkeypatch.setattr(writer, "SMALL_BYTES", 0)
     update, updates = optim.update, []
 
     def updated(*args: Any, **named: Any) -> Any:
@@ -549,7 +549,7 @@ def test_a_run_makes_room_for_its_first_checkpoint_unless_it_is_small(
 
 
 def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) -> None:
-    write, active, most = checkpoint.write, [0], [0]
+    write, active, most = writer.write, [0], [0]
 
     def counted(*args: Any) -> Path:
         active[0] += 1
@@ -559,16 +559,16 @@ def test_there_are_never_two_writes_at_once(tmp_path: Path, monkeypatch: Any) ->
         active[0] -= 1
         return path
 
-    monkeypatch.setattr(checkpoint, "write", counted)
+    monkeypatch.setattr(writer, "write", counted)
     for waits, expected in ((True, 1), (False, 2)):
         most[0] = 0
-        writer = CheckpointWriter(tmp_path, OPTIONS, "max")
+        saver = CheckpointWriter(tmp_path, OPTIONS, "max")
         if not waits:  # the negative control
-            writer.wait = lambda: True  # type: ignore[method-assign]
+            saver.wait = lambda: True  # type: ignore[method-assign]
         threads = []
         for step in range(1, 5):
-            writer.save(part(step), facts(step), lambda position: None)
-            threads.append(writer._thread)
+            saver.save(part(step), facts(step), lambda position: None)
+            threads.append(saver._thread)
         for thread in threads:
             assert thread is not None
             thread.join()
@@ -598,29 +598,29 @@ def test_a_failed_write_is_reported_at_the_next_save_and_the_older_one_loads(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     disk = FullDisk(monkeypatch)
-    writer = CheckpointWriter(tmp_path, options_of(background=background), "max")
-    writer.save(part(1), facts(1), lambda position: None)
-    assert writer.wait()
+    saver = CheckpointWriter(tmp_path, options_of(background=background), "max")
+    saver.save(part(1), facts(1), lambda position: None)
+    assert saver.wait()
     disk.on = True
-    writer.save(part(2), facts(2), lambda position: None)
-    if writer._thread is not None:
-        writer._thread.join()
+    saver.save(part(2), facts(2), lambda position: None)
+    if saver._thread is not None:
+        saver._thread.join()
     disk.on = False
     assert ("No space left" in warnings_of(caplog)) is not background
-    writer.save(part(3), facts(3), lambda position: None)
+    saver.save(part(3), facts(3), lambda position: None)
     assert "checkpoint not saved" in warnings_of(caplog)
     assert "No space left" in warnings_of(caplog)
-    assert writer.wait()
+    assert saver.wait()
     assert checkpoints_of_folder(tmp_path) == ["step_00000001", "step_00000003"]
     assert not list(tmp_path.glob(".tmp-step*"))
     for step in (1, 3):
-        checkpoint.load(tmp_path / f"step_{step:08d}")
+        writer.load(tmp_path / f"step_{step:08d}")
 
 
 def test_a_failed_write_is_reported_at_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write = checkpoint.write
+    write = writer.write
     reported: dict[int, bool] = {}
 
     def full_at_three(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
@@ -633,7 +633,7 @@ def test_a_failed_write_is_reported_at_the_next_step(
             plan.checkpoints._thread.join()
         reported[state.step] = "No space left" in warnings_of(caplog)
 
-    monkeypatch.setattr(checkpoint, "write", full_at_three)
+    monkeypatch.setattr(writer, "write", full_at_three)
     before_each_step(monkeypatch, after_the_write)
     run = (*TINY, "trainer.checkpoint.save_every_steps=3", "trainer.eval_every_epochs=null")
     train(tmp_path / "run", *run, "trainer.checkpoint.save_every_epochs=null")
@@ -686,7 +686,7 @@ def test_a_checkpoint_is_never_ahead_of_its_record(
     assert fingerprint(tmp_path / "broken") != fingerprint(whole)
 
 
-def test_a_run_on_a_full_disk_goes_on_and_ends_the_same(
+def test_a_run_on_a_full_disk_continues_and_ends_the_same(
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -709,14 +709,14 @@ def test_a_run_on_a_full_disk_goes_on_and_ends_the_same(
 def test_a_best_checkpoint_that_could_not_be_saved_is_named_when_another_is_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write = checkpoint.write
+    write = writer.write
 
     def full_at_four(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
         if facts.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, parts, facts, *others)
 
-    monkeypatch.setattr(checkpoint, "write", full_at_four)
+    monkeypatch.setattr(writer, "write", full_at_four)
     # The highest loss is that of the first evaluation.
     summary = train(tmp_path, *RUN, "trainer.mode=max")
     assert summary["best"]["step"] == 4
@@ -727,9 +727,9 @@ def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not by permissions: those do not bind an administrator."""
-    writer = CheckpointWriter(tmp_path, OPTIONS, "max")
-    writer.save(part(1), facts(1), lambda position: None)
-    writer.wait()
+    saver = CheckpointWriter(tmp_path, OPTIONS, "max")
+    saver.save(part(1), facts(1), lambda position: None)
+    saver.wait()
     mkdir = Path.mkdir
 
     def refused(self: Path, *args: Any, **named: Any) -> None:
@@ -738,10 +738,10 @@ def test_an_unwritable_folder_is_reported_and_the_older_checkpoint_loads(
         mkdir(self, *args, **named)
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    writer.save(part(2), facts(2), lambda position: None)
-    assert not writer.wait()
+    saver.save(part(2), facts(2), lambda position: None)
+    assert not saver.wait()
     assert "Permission denied" in warnings_of(caplog)
-    loaded = checkpoint.load_newest(tmp_path)
+    loaded = writer.load_newest(tmp_path)
     assert loaded is not None
     assert loaded[1]["step"] == 1
 
@@ -756,10 +756,10 @@ def test_any_failure_of_the_writer_is_reported(
     def fail(*args: Any, **named: Any) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, "rotate", fail)
-    writer = CheckpointWriter(tmp_path, OPTIONS, "max")
-    writer.save(part(1), facts(1), lambda position: None)
-    assert not writer.wait()
+    monkeypatch.setattr(writer, "rotate", fail)
+    saver = CheckpointWriter(tmp_path, OPTIONS, "max")
+    saver.save(part(1), facts(1), lambda position: None)
+    assert not saver.wait()
     assert "checkpoint not saved" in warnings_of(caplog)
 
 
@@ -767,16 +767,16 @@ LIMITED = """
 import logging, resource, signal, sys
 from pathlib import Path
 import torch
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint.writer import CheckpointWriter
 from test_checkpoint import OPTIONS, facts
 folder = Path(sys.argv[1])
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-writer = checkpoint.CheckpointWriter(folder, OPTIONS, "max")
+saver = CheckpointWriter(folder, OPTIONS, "max")
 def save(step):
     parts = {"model": {"weight": torch.full((50_000,), float(step))}}
-    writer.save(parts, facts(step), lambda position: None)
-    print(step, writer.wait())
+    saver.save(parts, facts(step), lambda position: None)
+    print(step, saver.wait())
 save(1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 save(2)
@@ -786,7 +786,7 @@ save(3)
 
 
 def test_a_real_limit_of_file_size_loses_one_checkpoint_and_no_more(tmp_path: Path) -> None:
-    paths = [str(Path(runs.__file__).parents[2]), *sys.path]
+    paths = [str(Path(training.__file__).parents[2]), *sys.path]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -803,7 +803,7 @@ def test_a_real_limit_of_file_size_loses_one_checkpoint_and_no_more(tmp_path: Pa
     assert checkpoints_of_folder(tmp_path) == ["step_00000001", "step_00000003"]
     assert not list(tmp_path.glob(".tmp-*"))
     for step in (1, 3):
-        parts, _ = checkpoint.load(tmp_path / f"step_{step:08d}")
+        parts, _ = writer.load(tmp_path / f"step_{step:08d}")
         assert parts["model"]["weight"].unique().tolist() == [step]
 
 
@@ -820,9 +820,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    checkpoint.write(tmp_path, {"model": {"weight": Evil()}}, facts(1))
+    writer.write(tmp_path, {"model": {"weight": Evil()}}, facts(1))
     with pytest.raises(DamagedCheckpoint, match="is not opened"):
-        checkpoint.load(tmp_path / "step_00000001")
+        writer.load(tmp_path / "step_00000001")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "step_00000001" / "model.pt", weights_only=False)
     assert (tmp_path / "executed").exists()  # without the refusal, it does
@@ -854,7 +854,7 @@ def test_a_new_field_of_the_state_is_saved_and_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lab.build.TrainState", WithMore)
-    state = runs.build(config_of(*RUN), CPU).state
+    state = training.build(config_of(*RUN), CPU).state
     assert isinstance(state, WithMore)
     state.number, state.totals, state.known = 3, [0.1, 2.0], 5
     state.mean += 0.1
@@ -862,7 +862,7 @@ def test_a_new_field_of_the_state_is_saved_and_restored(
     parts = state.state_dict()
     assert parts["counter"] == {"count": 4}
     torch.save(parts, tmp_path / "parts.pt")
-    later = runs.build(config_of(*RUN), CPU).state
+    later = training.build(config_of(*RUN), CPU).state
     assert isinstance(later, WithMore)
     later.load_state_dict(torch.load(tmp_path / "parts.pt"))
     assert (later.number, later.totals, later.counter.count) == (3, [0.1, 2.0], 4)

@@ -10,7 +10,7 @@ import pytest
 from running import CPU, TINY, config_of, fingerprint, train
 
 from regrow.errors import UserError
-from regrow.runs import training as runs
+from regrow.runs import training
 
 
 def test_a_missing_compiler_is_said_before_anything_is_built(
@@ -19,8 +19,8 @@ def test_a_missing_compiler_is_said_before_anything_is_built(
     importlib.import_module("torch._inductor.config")  # reads CXX now, not the value set below
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"trainer.compile=true needs a C.. compiler.*no-such-comp"):
-        runs.build(config_of(*TINY, "trainer.compile=true"), CPU)
-    runs.build(config_of(*TINY), CPU)
+        training.build(config_of(*TINY, "trainer.compile=true"), CPU)
+    training.build(config_of(*TINY), CPU)
 
 
 @pytest.mark.nightly

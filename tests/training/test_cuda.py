@@ -14,7 +14,7 @@ from waits import no_wait_for_the_gpu
 from lab.build import plan_of
 from regrow.distributed.parallel import World
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -44,7 +44,7 @@ def test_a_gpu_gets_the_sampled_and_mixed_batches_of_the_cpu(mix: str) -> None:
     node = f"data.mixing={{_target_: lab.data.augment.{mix}, alpha: 1.0}}"
     config = config_of(*IMAGES, node, "data.sampling=balanced")
     worlds = (GPU, World(device=torch.device("cpu")))
-    here, there = (runs.build(config, world).train.epoch(1) for world in worlds)
+    here, there = (training.build(config, world).train.epoch(1) for world in worlds)
     for ours, theirs in zip(here, there, strict=True):
         assert ours.inputs.is_cuda and torch.allclose(ours.inputs.cpu(), theirs.inputs, atol=1e-5)
         assert torch.allclose(ours.targets.cpu(), theirs.targets, atol=1e-6)
@@ -87,7 +87,7 @@ def test_a_compiled_run_grows_back_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_step_waits_for_the_gpu(precision: str) -> None:
     config = config_of(*IMAGES, f"trainer.precision={precision}", "trainer.log_every_steps=1000")
-    objects = runs.build(config, GPU)
+    objects = training.build(config, GPU)
     plan = plan_of(objects, 0, GPU, StopRequest(), record=None, checkpoints=None)
     batches = [*objects.train.epoch(0, 0)]
     plan.train_step(objects.state, batches[0], plan.step)  # chooses kernels and allocates memory
@@ -107,7 +107,7 @@ def memory_kept() -> int:
     return torch.cuda.memory_reserved()
 
 
-def test_a_gpu_without_room_halves_the_slices_and_goes_on(tmp_path: Path) -> None:
+def test_a_gpu_without_room_halves_the_micro_batches_and_the_run_completes(tmp_path: Path) -> None:
     wide = (*IMAGES, "model.channels=[64]", "data.batch_size=1200")
     before = memory_kept()
     torch.cuda.reset_peak_memory_stats()

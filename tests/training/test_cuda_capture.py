@@ -232,7 +232,7 @@ CONTROLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_what_cannot_be_captured_runs_uncaptured_and_one_line_says_why(
+def test_a_step_that_cannot_be_captured_runs_uncaptured_and_one_line_says_why(
     control: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     act, words = CONTROLS[control]

@@ -124,7 +124,7 @@ def test_evaluations_that_are_not_seeded_are_caught(
     assert read_json(tmp_path / "out.json")["values"] != read_json(run / "summary.json")["test"]
 
 
-def test_of_a_model_that_does_not_draw_nothing_is_said(
+def test_an_evaluation_does_not_warn_of_a_model_that_does_not_draw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished(tmp_path / "run", *TINY)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, Facts
 from regrow.record.loggers import Jsonl
 
@@ -57,14 +57,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return seen
 
 
-def save(writer: CheckpointWriter, step: int, value: float | None = None) -> None:
+def save(saver: CheckpointWriter, step: int, value: float | None = None) -> None:
     parts = {
         "model": {"weight": torch.full((3,), float(step))},
         "optimizer": {"state": {}},
     }
     facts = Facts(step=step, epoch=step, value=value, milestone=False, metrics_bytes=0)
-    writer.save(parts, facts, lambda position: None)
-    assert writer.wait()
+    saver.save(parts, facts, lambda position: None)
+    assert saver.wait()
 
 
 @needs_proc
@@ -74,11 +74,11 @@ def test_every_file_and_both_folders_are_synced_around_the_rename(
     save(CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max"), 1)
     renamed = calls.index(("rename", ".tmp-step_00000001 step_00000001"))
     before, after = calls[:renamed], calls[renamed + 1 :]
-    for name in ("model.pt", "optimizer.pt", checkpoint.MANIFEST, ".tmp-step_00000001"):
+    for name in ("model.pt", "optimizer.pt", writer.MANIFEST, ".tmp-step_00000001"):
         assert ("fsync", name) in before
     # The manifest is the last file: with it, the checkpoint counts as complete.
     files = [name for call, name in before if call == "fsync"]
-    assert files[-2:] == [checkpoint.MANIFEST, ".tmp-step_00000001"]
+    assert files[-2:] == [writer.MANIFEST, ".tmp-step_00000001"]
     assert after[0] == ("fsync", "checkpoints")
 
 
@@ -86,10 +86,10 @@ def test_every_file_and_both_folders_are_synced_around_the_rename(
 def test_an_older_checkpoint_goes_only_after_the_newer_one_is_in_place_and_renamed_first(
     tmp_path: Path, calls: Calls
 ) -> None:
-    writer = CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max")
-    save(writer, 1)
+    saver = CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max")
+    save(saver, 1)
     calls.clear()
-    save(writer, 2)
+    save(saver, 2)
     in_place = calls.index(("rename", ".tmp-step_00000002 step_00000002"))
     synced = calls.index(("fsync", "checkpoints"))
     set_aside = calls.index(("rename", "step_00000001 .old-step_00000001"))
@@ -104,19 +104,19 @@ def test_a_checkpoint_of_the_same_step_is_complete_at_every_call(
 ) -> None:
     """Saved again, as after an evaluation: one complete checkpoint exists at every instant."""
     folder = tmp_path / "checkpoints"
-    writer = CheckpointWriter(folder, OPTIONS, "max")
-    save(writer, 1)
-    save(writer, 2)
+    saver = CheckpointWriter(folder, OPTIONS, "max")
+    save(saver, 1)
+    save(saver, 2)
     counts = []
     rename = os.rename
 
     def counted(source: Any, target: Any, **options: Any) -> None:
         rename(source, target, **options)
         aside = [path for path in folder.glob(".old-step_*") if (path / "manifest.json").exists()]
-        counts.append(len(checkpoint.complete(folder)) + len(aside))
+        counts.append(len(writer.complete(folder)) + len(aside))
 
     monkeypatch.setattr(os, "rename", counted)
-    save(writer, 2, value=0.5)
+    save(saver, 2, value=0.5)
     assert counts and min(counts) >= 1
 
 
@@ -126,11 +126,11 @@ def test_the_metrics_are_synced_before_the_checkpoint_that_knows_them(
 ) -> None:
     lines = Jsonl(tmp_path)
     lines.log(1, 0, {"train/loss": 1.0})
-    writer = CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max")
+    saver = CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max")
     position = lines.position()
     facts = Facts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=position)
-    writer.save({"model": {}}, facts, lines.sync)
-    assert writer.wait()
+    saver.save({"model": {}}, facts, lines.sync)
+    assert saver.wait()
     lines.close()
     synced = calls.index(("fsync", "metrics.jsonl"))
     assert synced < calls.index(("fsync", "model.pt"))
@@ -141,7 +141,7 @@ def test_a_missing_sync_would_be_seen(
     tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: without file syncs, none are observed."""
-    monkeypatch.setattr(checkpoint, "_sync", lambda file: None)
+    monkeypatch.setattr(writer, "_sync", lambda file: None)
     save(CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max"), 1)
     assert ("fsync", "model.pt") not in calls
 
@@ -150,17 +150,17 @@ def test_a_step_whose_write_failed_may_be_saved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dataclasses.replace(OPTIONS, background=True)
-    writer = CheckpointWriter(tmp_path / "checkpoints", options, "max")
+    saver = CheckpointWriter(tmp_path / "checkpoints", options, "max")
 
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write", full)
+        patched.setattr(writer, "write", full)
         facts = Facts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=0)
-        writer.save({"model": {}}, facts, lambda position: None)
-        writer.saved = (1, False)  # as in the loop
-        assert not writer.wait()
-    assert writer.saved is None
-    save(writer, 1)
-    assert [path.name for path in checkpoint.complete(writer.folder)] == ["step_00000001"]
+        saver.save({"model": {}}, facts, lambda position: None)
+        saver.saved = (1, False)  # as in the loop
+        assert not saver.wait()
+    assert saver.saved is None
+    save(saver, 1)
+    assert [path.name for path in writer.complete(saver.folder)] == ["step_00000001"]

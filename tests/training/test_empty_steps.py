@@ -121,7 +121,7 @@ def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.Mo
         run.step(batch(0, 0, 1, 2, bad=True))
 
 
-def test_what_is_skipped_on_the_device_is_told_apart_there() -> None:
+def test_skipped_and_empty_steps_are_told_apart_on_the_device() -> None:
     """With the tensors of a device that nobody has waited for."""
     run = bench()
     run.state.sums = Totals(torch.zeros(4, dtype=torch.float64))
@@ -163,7 +163,7 @@ def test_an_epoch_of_empty_steps_alone_is_warned_of(caplog: pytest.LogCaptureFix
     assert epoch(batch(1, 2), batch(0, 1, bad=True)) == []  # a bad step is reported elsewhere
 
 
-def test_slices_do_not_make_a_step_empty(tmp_path: Path) -> None:
+def test_micro_batches_do_not_make_a_step_empty(tmp_path: Path) -> None:
     """A micro-batch of weight zero and one with weight make a normal step."""
     one = train(tmp_path / "one", *RARE, "model.dropout=0")
     two = train(tmp_path / "two", *RARE, "model.dropout=0", "trainer.accumulation_steps=2")

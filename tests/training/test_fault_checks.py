@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 
 from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
 from regrow.config.targets import allow
-from regrow.runs import fault_checks
-from regrow.runs import training as runs
+from regrow.project import ROOT
+from regrow.runs import fault_checks, training
+from regrow.runs.fault_checks import unsettled_averages
 
 N = 8
 OUTPUTS = torch.randn(N, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -96,9 +100,18 @@ def test_the_measured_statistics_in_the_line_standardise_the_inputs() -> None:
         for numbers in given.groups()
     )
     inputs = (inputs - mean) / std
-    assert fault_checks.of_inputs(batch_of(inputs, TARGETS)) == []
+    assert fault_checks.of_inputs(batch_of(inputs, TARGETS), images=True) == []
     assert inputs.mean((0, 2, 3)).abs().max() < 1e-2
     assert (inputs.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def test_images_from_zero_to_one_are_named_by_the_checks_of_a_debug_run_alone() -> None:
+    images = batch_of(torch.rand(64, 3, 8, 8), TARGETS)
+    (line,) = fault_checks.of_inputs(images, images=True)
+    assert re.search(
+        r"root mean square of 0\.\d+ and a mean of 0\.\d+.*data\.normalize=train", line
+    )
+    assert fault_checks.of_inputs(images) == []
 
 
 def cross_entropy(smoothing: float, weights: list[float] | None = None) -> CrossEntropy:
@@ -151,22 +164,21 @@ def test_only_the_negative_of_a_loss_rises_towards_the_targets(case: str) -> Non
             assert fault_checks.rises_towards_targets(task(-1), outputs, targets, given)
 
 
-def test_a_leak_has_five_examples_that_the_run_trains_on() -> None:
-    def lines(shared: int, num_trained_on: int = 96) -> list[str]:
+def test_a_leak_is_at_least_five_examples_of_train_and_a_limit_hides_none() -> None:
+    def lines(shared: int, **limit: int) -> list[str]:
         config = config_of(*TINY, "data.normalize=none")
+        config["data"] |= limit
         config["data"]["source"] = {"_target_": "planted.rows", "shared": shared}
         allow(config)
-        objects = runs.build(config, CPU)
-        return fault_checks.leaks(objects.data, CPU.device, num_trained_on)
+        return fault_checks.leaks(training.build(config, CPU).data, CPU.device)
 
     assert lines(4) == []
     (line,) = lines(5)
     assert line.startswith("data.source: 5 of the first 32 val examples")
-    assert lines(20, num_trained_on=14) == []  # four of the shared ones
-    assert len(lines(20, num_trained_on=20)) == 1
+    assert lines(5, limit_train=8, batch_size=8) == [line]
 
 
-def test_equal_rows_by_chance_are_no_leak_and_copied_rows_are_one() -> None:
+def test_copied_rows_are_a_leak_and_rows_equal_by_chance_are_not() -> None:
     generator = torch.Generator().manual_seed(0)
     for few in (20, 100, 1000):  # of so many values
         for sizes in ((120, 30), (40, 400), (1000, 200)):
@@ -176,3 +188,47 @@ def test_equal_rows_by_chance_are_no_leak_and_copied_rows_are_one() -> None:
             assert shared <= 3 * fault_checks._by_chance(train, own)
     train = [bytes(str(value), "ascii") for value in range(120)]
     assert 3 * fault_checks._by_chance(train, train[:30]) < 15
+
+
+def trained(model: nn.Module, updates: int) -> nn.Module:
+    for _ in range(updates):
+        model(torch.randn(4, 3, 2, 2))
+    return model
+
+
+def test_a_short_run_tells_what_is_left_of_the_first_running_averages() -> None:
+    line = unsettled_averages(trained(nn.BatchNorm2d(3), 14), steps=7, num_micro_batches=2)
+    assert line is not None and line.startswith("7 steps: BatchNorm's running averages still hold")
+    assert f"hold {0.9**14:.0%} of" in line and "momentum above 0.1." in line
+    layer = nn.BatchNorm2d(3)
+    nn.init.constant_(layer.running_mean, 1.0)  # type: ignore[arg-type]
+    for _ in range(14):  # zeros in training: what is left is of the initial value
+        layer(torch.zeros(4, 3, 2, 2))
+    assert layer.running_mean is not None
+    assert layer.running_mean.tolist() == pytest.approx([0.9**14] * 3)
+
+
+def test_running_averages_that_have_settled_or_began_elsewhere_get_no_line() -> None:
+    def line(model: nn.Module, updates: int, **more: int) -> str | None:
+        steps = more.get("steps", updates)
+        return unsettled_averages(trained(model, updates), steps, num_micro_batches=1)
+
+    assert line(nn.BatchNorm2d(3), 28) is not None
+    assert line(nn.BatchNorm2d(3), 29) is None
+    assert line(nn.BatchNorm2d(3, momentum=0.5), 8) is None
+    assert line(nn.BatchNorm2d(3, momentum=None), 8) is None  # a mean over all batches
+    assert line(nn.BatchNorm2d(3, track_running_stats=False), 8) is None
+    assert line(nn.BatchNorm2d(3).eval(), 8) is None
+    assert line(nn.BatchNorm2d(3), 90, steps=8) is None  # loaded with its averages
+    assert line(nn.GroupNorm(1, 3), 8) is None
+
+
+@pytest.mark.parametrize("more", [(), ("debug=fast",)])
+def test_a_short_run_warns_of_its_running_averages_unless_it_debugs(
+    more: tuple[str, ...], tmp_path: Path
+) -> None:
+    given = ("model=cnn", "model.channels=[4]", "trainer.max_steps=2", "trainer.device=cpu", *more)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *given, "trainer.num_threads=1"]
+    done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert ("2 steps: BatchNorm's running averages still hold 81%" in done.stderr) == (not more)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from running import TINY, before_each_step, fingerprint, launched, train
 
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import writer
 from regrow.record.records import read_json, read_metrics
-from regrow.runs import training as runs
+from regrow.runs import training
 
 RUN = (
     *(*TINY, "hydra.run.dir=disk/run", "task.per_class=false", "task.auroc=false"),
@@ -56,7 +56,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as quiet:
-        quiet.setattr(runs, "draw", lambda folder: None)
+        quiet.setattr(training, "draw", lambda folder: None)
         train(folder, *RUN)
     return fingerprint(folder)
 
@@ -108,8 +108,8 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_it_grows_back(
         )
     run = disk.folder / "run"
     assert not (run / "summary.json").exists()
-    assert len({path.name for path in checkpoint.complete(run / "checkpoints")}) == 2
-    loaded = checkpoint.load_newest(run / "checkpoints")
+    assert len({path.name for path in writer.complete(run / "checkpoints")}) == 2
+    loaded = writer.load_newest(run / "checkpoints")
     assert loaded is not None and loaded[1]["step"] == 4
     assert loaded[1]["metrics_bytes"] <= (run / "metrics.jsonl").stat().st_size
     disk.empty()
@@ -121,7 +121,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_it_grows_back(
 def test_a_summary_that_finds_no_room_is_written_by_the_same_command_again(
     disk: Disk, whole: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure_once = runs.measure_once
+    measure_once = training.measure_once
 
     def then_full(*args: Any) -> Any:
         values = measure_once(*args)
@@ -129,7 +129,7 @@ def test_a_summary_that_finds_no_room_is_written_by_the_same_command_again(
         return values
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "measure_once", then_full)
+        patch.setattr(training, "measure_once", then_full)
         assert fails(capsys, 1).endswith("No space left on device")
     run = disk.folder / "run"
     assert not (run / "summary.json").exists() and not list(run.glob(".*.tmp"))
@@ -150,7 +150,7 @@ def test_a_start_on_a_full_disk_is_one_line(disk: Disk, capsys: pytest.CaptureFi
     assert launched(*RUN) is not None  # the little that was written does no harm
 
 
-def test_a_checkpoint_folder_that_cannot_be_written_is_said_and_the_run_goes_on(
+def test_a_checkpoint_folder_that_cannot_be_written_is_named_and_the_run_continues(
     tmp_path: Path,
     whole: str,
     monkeypatch: pytest.MonkeyPatch,

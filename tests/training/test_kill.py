@@ -20,7 +20,7 @@ from PIL import Image
 from processes import Process
 from running import TINY, config_of, fingerprint, train
 
-from regrow.runs import training as runs
+from regrow.runs import training
 
 RUN = (
     *(*TINY, "task.per_class=false", "task.auroc=false", "model.dropout=0.3"),
@@ -47,7 +47,7 @@ def killed(
     request.write_text(
         json.dumps({"config": config_of(*run), "jobs": jobs, "undisturbed": undisturbed})
     )
-    source, tests = Path(runs.__file__).parents[2], Path(__file__).parents[1]
+    source, tests = Path(training.__file__).parents[2], Path(__file__).parents[1]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(HARNESS), str(request)],

@@ -15,7 +15,7 @@ from test_ranks import distance
 
 from regrow.load import load_run
 from regrow.record.records import read_json
-from regrow.runs import training as runs
+from regrow.runs import training
 
 # Steps of 12 windows do not divide an epoch, and the text ends in the middle of a window.
 TEXT = "".join(f"Line {i % 7} of {i}, {'abc'[i % 3] * (i % 5)}.\n" for i in range(60))
@@ -123,7 +123,7 @@ def test_another_text_is_read_with_the_vocabulary_of_the_run(
     data = load_run(complete, data={"root": str(other)}).data
     assert data.preprocessing.vocabulary == load_run(complete).preprocessing.vocabulary
     assert data.source.vocabulary == data.preprocessing.vocabulary
-    alone = runs.instantiate(config_of(*SMALL, f"data.root='{other}'")["data"])
+    alone = training.instantiate(config_of(*SMALL, f"data.root='{other}'")["data"])
     assert alone.source.vocabulary != data.source.vocabulary
 
 

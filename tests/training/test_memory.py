@@ -18,7 +18,7 @@ from lab.tasks.tasks import Multiclass
 from regrow.errors import UserError
 from regrow.numerics import calls
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -85,7 +85,7 @@ def test_no_room_for_an_update_or_an_evaluation_is_one_line(
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_a_step_without_room_is_done_again_in_slices_that_fit(in_backward: bool) -> None:
+def test_a_step_without_room_is_done_again_in_micro_batches_that_fit(in_backward: bool) -> None:
     """BatchNorm and momentum would show any trace of the abandoned tries."""
     cramped, lines = trained(4, in_backward=in_backward)
     roomy, expected = trained(1000, slices=4)
@@ -118,14 +118,14 @@ def test_when_nothing_is_left_to_halve_one_line_says_what_to_change(
     assert "trainer.precision=bf16" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_loss_that_cannot_be_cut_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_cannot_be_split_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Multiclass, "sums_over_examples", False, raising=False)
     monkeypatch.setattr(
         Multiclass,
         "__setattr__",
         lambda s, n, v: n == "sums_over_examples" or s.__dict__.update({n: v}),
     )
-    with pytest.raises(UserError, match="this loss cannot be cut"):
+    with pytest.raises(UserError, match="this loss cannot be split"):
         trained(4)
 
 
@@ -138,19 +138,21 @@ def test_batchnorm_on_one_example_is_found_before_the_run_starts() -> None:
 
 
 def checked(*overrides: str) -> None:
-    objects = runs.build(config_of(*overrides), CPU)
+    objects = training.build(config_of(*overrides), CPU)
     before = [b.clone() for b in objects.state.model.buffers()]
     check_first_batch(objects, CPU)
     after = list(objects.state.model.buffers())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_any_other_error_is_no_lack_of_memory() -> None:
+def test_any_other_error_is_not_taken_for_a_lack_of_memory() -> None:
     assert not calls.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert calls.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough"))
 
 
-def test_the_number_of_slices_grows_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_micro_batches_is_kept_across_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resumed run keeps the number of micro-batches found, without running out again."""
     failures = []
     forward = step.forward
@@ -180,4 +182,4 @@ def test_a_run_without_room_for_one_example_ends_in_one_line(
     monkeypatch.setattr(step, "forward", crowded)
     config = config_of(*TINY)
     with pytest.raises(UserError, match="out of memory"):
-        runs.train(runs.build(config, CPU), config, tmp_path, CPU, StopRequest())
+        training.train(training.build(config, CPU), config, tmp_path, CPU, StopRequest())

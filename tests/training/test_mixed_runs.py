@@ -17,7 +17,7 @@ from running import train as trained
 from regrow.checkpoint import writer
 from regrow.config.targets import allow
 from regrow.errors import UserError
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.lab import lab
 
 MIXUP = "data.mixing={_target_: lab.data.augment.MixUp, alpha: 0.4}"
@@ -61,7 +61,7 @@ def test_a_run_that_samples_and_mixes_stops_resumes_and_splits(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_processes_and_slices_sample_and_mix_the_same(tmp_path: Path) -> None:
+def test_processes_and_micro_batches_sample_and_mix_the_same(tmp_path: Path) -> None:
     config = config_of(*BOTH)
     torch.set_num_threads(1)
     one = in_ranks.trained(CPU, config, tmp_path)
@@ -115,7 +115,7 @@ def test_a_loss_that_takes_no_soft_targets_is_found_before_the_run() -> None:
         config = config_of(*TINY, *overrides)
         config["loss"] = {"_target_": "test_mixed_runs.of_indices", "_partial_": True}
         allow(config)
-        objects = runs.build(config, CPU)
+        objects = training.build(config, CPU)
         if message is None:
             lab().check_first_batch(objects, CPU)
             continue

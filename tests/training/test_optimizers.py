@@ -219,7 +219,9 @@ def test_the_momentum_of_a_kernel_does_not_follow_its_layout_in_memory() -> None
         (["head", "*embed*"], True, {"0.weight", "conv.weight"}),
     ],
 )
-def test_what_muon_takes_is_named(modules: list[str], kernels: bool, left: set[str]) -> None:
+def test_muon_takes_the_matrices_that_its_options_leave_it(
+    modules: list[str], kernels: bool, left: set[str]
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model.add_module("head", nn.Linear(4, 3))
     model.add_module("embed", nn.Embedding(5, 4))

@@ -17,8 +17,7 @@ from running import CPU, TINY, batch_of, config_of
 from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, l1, mse, weighted
 from regrow.config.targets import allow
 from regrow.project import ROOT
-from regrow.runs import overfitting
-from regrow.runs import training as runs
+from regrow.runs import overfitting, training
 from regrow.runs.overfitting import Verdict
 
 ARGUMENTS = ("debug=overfit", "trainer.num_threads=1", "trainer.device=cpu", "model.hidden=[64]")
@@ -78,7 +77,7 @@ def test_several_processes_reach_the_verdict_of_one(strategy: str, tmp_path: Pat
 def test_a_share_of_the_batch_would_be_judged_by_other_losses() -> None:
     config = config_of(*TINY, "debug=overfit")
     allow(config)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     share = objects.data.train(device=CPU.device, rank=0, world_size=2)
     whole = objects.data.train(device=CPU.device)
     verdicts = [overfitting.judge(objects, each, [1.0]) for each in (objects.train, whole, share)]
@@ -153,8 +152,8 @@ def test_texts_with_equal_beginnings_raise_the_least_loss_of_tokens() -> None:
     texts = torch.tensor([[1, 2, 3], [1, 2, 4]])
     targets = torch.tensor([[2, 3, 0], [2, 4, 0]])
     config = config_of("data=text", "task=language", "model=gpt")
-    loss = runs.instantiate(config["loss"])
-    task = runs.instantiate({**config["task"], "num_classes": 5}, loss=loss)
+    loss = training.instantiate(config["loss"])
+    task = training.instantiate({**config["task"], "num_classes": 5}, loss=loss)
     found = overfitting._of_batch(task, torch.zeros(2, 3, 5), batch_of(texts, targets))
     assert found is not None  # only the token after 1, 2 cannot be known: one of three places
     assert found[1] == pytest.approx(math.log(2) / 3, abs=1e-6)
@@ -201,12 +200,12 @@ def test_a_verdict_takes_a_million_outputs_and_passes_of_a_micro_batch(classes: 
     assert torch.equal(cut, outputs[:, : cut.shape[1]])
 
 
-def test_a_verdict_on_part_of_a_text_is_that_of_the_whole_one_cut(
+def test_a_verdict_on_part_of_a_text_is_that_of_the_shorter_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_of("data=text", "task=language", "model=gpt")
-    loss = runs.instantiate(config["loss"])
-    task = runs.instantiate({**config["task"], "num_classes": 5}, loss=loss)
+    loss = training.instantiate(config["loss"])
+    task = training.instantiate({**config["task"], "num_classes": 5}, loss=loss)
     texts = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 0]])
     targets = torch.tensor([[2, 3, 0, 0], [2, 4, 0, 0]])
     outputs = torch.zeros(2, 4, 5)
@@ -216,7 +215,7 @@ def test_a_verdict_on_part_of_a_text_is_that_of_the_whole_one_cut(
     assert whole is not None and whole[1] == pytest.approx(math.log(2) / 2, abs=1e-6)
 
 
-def test_pixels_are_cut_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_limited_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overfitting, "MOST_NUMBERS", 3 * 2 * 4)
     task = SimpleNamespace(kind="segmentation")
     outputs, targets = torch.randn(1, 3, 8, 4), torch.zeros(1, 8, 4)
@@ -230,7 +229,7 @@ def test_pixels_are_cut_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_that_is_not_finite_is_not_reached_and_named(value: float) -> None:
     config = config_of(*TINY, "debug=overfit")
     allow(config)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     assert math.isfinite(overfitting.judge(objects, objects.train, [1.0]).loss)
     with torch.no_grad():
         for parameter in objects.state.model.parameters():
@@ -250,6 +249,10 @@ def test_a_resume_after_the_last_step_is_judged_by_all_steps() -> None:
     first, _, last = overfitting.lines(verdict._replace(trained=2.0), [], [2.0], 400)
     assert "after 400 steps (2 in the last step)" in first
     assert "trainer.max_steps=1200" in last
+    # Frozen parameters are said again, as they may be why.
+    said = overfitting.lines(verdict, [], [], 300, ["model: 2 of 4 parameters are frozen"])
+    assert said[2] == "model: 2 of 4 parameters are frozen" and len(said) == 4
+    assert len(overfitting.lines(verdict._replace(reached=True), [], [], 300, said[2:3])) == 1
     assert config_of("debug=overfit")["trainer"]["max_restarts"] == 0
     typed = config_of("debug=overfit", "trainer.max_restarts=2")
     assert typed["trainer"]["max_restarts"] == 2

@@ -14,7 +14,7 @@ from running import CPU, TINY, config_of, train_config
 from regrow.config.targets import allow
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
-from regrow.runs import training as runs
+from regrow.runs import training
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.lab import lab
 
@@ -40,10 +40,10 @@ def watched(folder: Path, overrides: tuple[str, ...], **nodes: str | dict[str, A
     torch.set_num_threads(1)
     allow(config)
     folder.mkdir(exist_ok=True)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     lab().check_first_batch(objects, CPU)
     watch = FirstSteps(objects, CPU, overfits=False)
-    runs.train(objects, config, folder, CPU, runs.StopRequest(), watch=watch)
+    training.train(objects, config, folder, CPU, training.StopRequest(), watch=watch)
     return watch
 
 
@@ -180,7 +180,7 @@ def test_a_deliberately_frozen_layer_is_only_a_note(
         assert [record.levelno for record in frozen] == [logging.INFO]
         assert "2 of 4 parameters" in frozen[0].getMessage()
         assert "last.weight, last.bias" in frozen[0].getMessage()
-    assert watch.faults == []
+    assert watch.faults == [] and watch.frozen == [frozen[0].getMessage()]
 
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -251,7 +251,7 @@ def test_a_normal_run_warns_of_what_needs_no_further_pass_and_of_nothing_else(
             outputs = {"num_outputs": 3} if name == "model" else {"_partial_": True}
             config[name] = {"_target_": target, **outputs}
         allow(config)
-        objects = runs.build(config, CPU)
+        objects = training.build(config, CPU)
         lab().check_first_batch(objects, CPU)
         return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 

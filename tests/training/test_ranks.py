@@ -16,8 +16,7 @@ from running import CPU, TINY, config_of
 from test_communication import worked_out
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from regrow.checkpoint import sharded as sharded_checkpoint
-from regrow.checkpoint import writer as checkpoint
+from regrow.checkpoint import sharded, writer
 from regrow.distributed.parallel import World
 from regrow.record import pictures
 
@@ -88,7 +87,7 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
         *("trained_sharded", "trained_sharded_in_slices"),
     ],
 )
-def test_processes_and_slices_do_not_move_the_maths(
+def test_processes_and_micro_batches_do_not_change_the_maths(
     way: str, one: dict[str, Any], several: Seen
 ) -> None:
     for rank in several:
@@ -137,7 +136,7 @@ def test_a_sharded_run_grows_back_from_its_checkpoint(several: Seen) -> None:
 
 
 def test_one_process_reads_what_several_have_sharded(several: Seen, folder: Path) -> None:
-    parts, facts = checkpoint.load(folder / "saved" / "step_00000003")
+    parts, facts = writer.load(folder / "saved" / "step_00000003")
     assert facts["step"] == 3 and {*facts["files"]} > {f"shards/__{r}_0.distcp" for r in range(3)}
     expected = several[0]["saved_sharded"]["at three"]
     for name, tensor in parts["model"].items():
@@ -178,8 +177,8 @@ def test_damage_of_a_shard_is_found_and_named(
     content = bytearray((copy / "shards" / file).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / "shards" / file).write_bytes(content)
-    with pytest.raises(checkpoint.DamagedCheckpoint, match=f"shards/{file} does not match"):
-        checkpoint.load(copy)
+    with pytest.raises(writer.DamagedCheckpoint, match=f"shards/{file} does not match"):
+        writer.load(copy)
 
 
 def test_an_index_of_shards_cannot_run_anything(
@@ -195,7 +194,7 @@ def test_an_index_of_shards_cannot_run_anything(
     index = pickle.loads((shards / ".metadata").read_bytes())
     name, entry = next(iter(index.state_dict_metadata.items()))
     empty = {name: torch.empty(entry.size, device="meta")}
-    assert name in sharded_checkpoint.read(shards, empty)
+    assert name in sharded.read(shards, empty)
     # A class on the stack, and the state for pickle's BUILD.
     rebound = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}S'ran'\nK\x01stb."
     foreign = {"no place in an index": Foreign(), "has no place": BytesStorageMetadata()}
@@ -204,8 +203,8 @@ def test_an_index_of_shards_cannot_run_anything(
         index.state_dict_metadata[name] = entry
         content = entry if isinstance(entry, bytes) else pickle.dumps(index)
         (shards / ".metadata").write_bytes(content)
-        with pytest.raises(sharded_checkpoint.ERRORS, match=f"{says}|metadata is None"):
-            sharded_checkpoint.read(shards, empty)
+        with pytest.raises(sharded.ERRORS, match=f"{says}|metadata is None"):
+            sharded.read(shards, empty)
     assert not hasattr(type(index), "ran")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Foreign()))  # the control: it would have

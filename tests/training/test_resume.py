@@ -23,7 +23,7 @@ from regrow.feeding.splits import Splits
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.processes.interrupt import StopRequest
-from regrow.runs import training as runs
+from regrow.runs import training
 
 STEPS = 12
 LEAN = ("task.per_class=false", "task.auroc=false")
@@ -140,7 +140,7 @@ def test_stops_twice_within_an_epoch_and_at_its_end_change_nothing(
     assert same(tmp_path, whole)
 
 
-def test_nor_where_the_sums_stay_on_the_device(
+def test_stops_change_nothing_where_the_sums_stay_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU acts as the device."""
@@ -199,7 +199,7 @@ def test_a_stop_wherever_the_loop_looks_changes_nothing(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         stop = StopAtQuestion(number)
-        summary = runs.train(runs.build(config, CPU), config, folder, CPU, stop)
+        summary = training.train(training.build(config, CPU), config, folder, CPU, stop)
         if stop.signal is None:
             assert summary["status"] == "completed"
             asked = stop.asked
@@ -211,7 +211,7 @@ def test_a_stop_wherever_the_loop_looks_changes_nothing(tmp_path: Path) -> None:
     assert asked >= 30
 
 
-def test_an_evaluation_that_was_cut_is_done_after_the_resume(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_is_done_after_the_resume(tmp_path: Path) -> None:
     run = (*TINY, *LEAN)
     summary = train(tmp_path, *run, stop_at=4)
     assert summary["status"] == "interrupted"
@@ -221,7 +221,7 @@ def test_an_evaluation_that_was_cut_is_done_after_the_resume(tmp_path: Path) -> 
     assert line["step"] == 4
 
 
-def test_a_stop_before_the_first_step_goes_on(tmp_path: Path) -> None:
+def test_a_run_stopped_before_its_first_step_resumes(tmp_path: Path) -> None:
     summary = train(tmp_path / "cut", *TINY, stop_at=0)
     assert (summary["status"], summary["steps"]) == ("interrupted", 0)
     train(tmp_path / "cut", *TINY)
@@ -229,7 +229,7 @@ def test_a_stop_before_the_first_step_goes_on(tmp_path: Path) -> None:
     assert same(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_raised_limit_goes_on_as_the_longer_run(tmp_path: Path) -> None:
+def test_a_raised_limit_gives_the_longer_run(tmp_path: Path) -> None:
     run = (*TINY, *LEAN, "scheduler=constant", "model.dropout=0.3", "trainer.ema_decay=0.9")
     train(tmp_path / "raised", *run, "trainer.max_epochs=1")
     short = metrics_of(tmp_path / "raised")
@@ -249,7 +249,7 @@ def test_a_complete_run_that_is_started_again_stays_as_it_is(tmp_path: Path) -> 
     assert fingerprint(tmp_path) == before
 
 
-def test_a_run_limited_by_time_alone_goes_on_from_the_seconds_it_had(tmp_path: Path) -> None:
+def test_a_resumed_run_limited_by_time_alone_counts_the_seconds_before(tmp_path: Path) -> None:
     run = (*TINY, *LEAN, "scheduler=constant", "trainer.max_epochs=null")
     summary = train(tmp_path, *run, "trainer.max_seconds=1e6", stop_at=5)
     assert summary["status"] == "interrupted"
@@ -379,7 +379,7 @@ def test_a_resume_that_loses_something_is_caught(
         train(tmp_path, *EVERYTHING, stop_at=6)  # in the evaluation after step 6
         config = config_of(*EVERYTHING)
         stops = StopAfterEvaluation()
-        runs.train(runs.build(config, CPU), config, tmp_path, CPU, stops)
+        training.train(training.build(config, CPU), config, tmp_path, CPU, stops)
     mistake(monkeypatch)
     train(tmp_path, *EVERYTHING)
     assert not same(tmp_path, whole)
@@ -403,12 +403,12 @@ def test_raw_and_averaged_weights_are_kept_around_an_evaluation(when: str, tmp_p
     whole = train(tmp_path / "whole", *run)
     folder = tmp_path / "cut"
     train(folder, *run, stop_at=3)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     stop = StopAfterEvaluation()
     if when == "before":
         assert train(folder, *run, stop_at=4)["status"] == "interrupted"
     else:
-        runs.train(objects, config, folder, CPU, stop)
+        training.train(objects, config, folder, CPU, stop)
     evaluated = [line["step"] for line in metrics_of(folder) if "val/loss" in line]
     assert evaluated == ([] if when == "before" else [4])
     parts = {
@@ -423,10 +423,10 @@ def test_raw_and_averaged_weights_are_kept_around_an_evaluation(when: str, tmp_p
 # fp16 below the config's check, which refuses it on a CPU
 
 
-def test_an_fp16_run_goes_on_with_its_loss_scale(
+def test_an_fp16_run_resumes_with_its_loss_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "set_numerics", lambda options, device: None)
+    monkeypatch.setattr(training, "set_numerics", lambda options, device: None)
     run = (*TINY, *LEAN, "model.dropout=0.3", "trainer.ema_decay=0.9", "trainer.precision=fp16")
     monkeypatch.setattr(
         "lab.build.LossScale", lambda device: LossScale(device, initial=2.0**27, growth_interval=3)
@@ -443,7 +443,7 @@ def test_an_fp16_run_goes_on_with_its_loss_scale(
     assert not same(tmp_path / "broken", tmp_path / "whole")
 
 
-def test_a_schedule_free_run_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_schedule_free_run_resumes_exactly(tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
     run = (
         *(*TINY, *LEAN, "optimizer._target_=schedulefree.AdamWScheduleFree", "~optimizer.fused"),

@@ -15,7 +15,7 @@ from lab.schedules import RunLength
 from regrow.config.check import check_signature
 from regrow.config.targets import allow
 from regrow.errors import UserError
-from regrow.runs import training as runs
+from regrow.runs import training
 
 PER_EPOCH, EPOCHS = 7, 9
 TOTAL = PER_EPOCH * EPOCHS
@@ -221,5 +221,5 @@ def test_timms_interface_is_stepped_with_its_count(interval: str) -> None:
 
 def test_the_whole_build_makes_it_from_yaml_alone() -> None:
     config = config_of(*RUN)
-    objects = runs.build(config, CPU)
+    objects = training.build(config, CPU)
     assert objects.state.state_dict()["schedule"]["count"] == 0

@@ -174,7 +174,7 @@ def test_plateau_is_torchs_on_any_history(mode: str, patience: int) -> None:
     assert caught > 0
 
 
-def test_plateau_takes_a_nan_for_no_improvement_and_goes_on_from_its_record() -> None:
+def test_plateau_takes_a_nan_for_no_improvement_and_resumes_from_its_record() -> None:
     settings: dict[str, Any] = {"factor": 0.5, "patience": 1, "min_delta": 0.0, "min_factor": 0.0}
     whole = Plateau(**settings, warmup_steps=0)
     for value in (1.0, math.nan, 1.0):
@@ -189,7 +189,7 @@ def test_plateau_takes_a_nan_for_no_improvement_and_goes_on_from_its_record() ->
     assert forgetful(10) != whole(10)
 
 
-def test_what_needs_the_number_of_steps_says_so_when_only_time_limits_the_run() -> None:
+def test_a_schedule_that_needs_the_number_of_steps_says_so_when_only_time_limits_the_run() -> None:
     for name in ("linear", "cosine", "onecycle"):
         node = read_yaml(CONF / "scheduler" / f"{name}.yaml")
         with pytest.raises(UserError, match=f"scheduler={name} needs the number of steps"):

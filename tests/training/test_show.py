@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from running import TINY, metrics_of, train
 
-from lab import evaluate, optim, step
-from lab import progress as show
+from lab import evaluate, optim, progress, step
 from regrow.distributed import parallel
 from regrow.numerics.totals import Totals
 
@@ -50,7 +49,7 @@ class Terminal:
 @pytest.fixture
 def drawn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the bars of a run of milliseconds, which would otherwise not appear."""
-    monkeypatch.setattr(show, "tqdm", functools.partial(show.tqdm, mininterval=0))
+    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, mininterval=0))
 
 
 RUN = (*TINY, "data.eval_batch_size=8")

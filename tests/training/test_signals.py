@@ -139,7 +139,7 @@ def test_a_signal_that_comes_by_two_ways_is_one(monkeypatch: pytest.MonkeyPatch)
         assert ended == [130, 143]
 
 
-def test_a_signal_cuts_a_wait_short() -> None:
+def test_a_signal_ends_a_wait_early() -> None:
     with pytest.raises(Interrupted), StopRequest() as stop:
         for _ in stop.while_waiting(iter(lambda: signal.raise_signal(signal.SIGTERM), 1)):
             raise AssertionError("the wait was to be cut short")

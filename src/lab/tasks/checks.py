@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from lab.tasks.losses import Loss, LossOutput, attribute, matched
-from regrow.errors import UserError
+from lab.tasks.losses import CrossEntropy, Loss, LossOutput, attribute, matched
+from regrow.errors import UserError, did_you_mean
 from regrow.feeding.tokens import IGNORED
 
 # Graph nodes that only move values, and those whose outputs are certainly logits.
@@ -32,6 +34,22 @@ def fits(loss: Loss, kind: str) -> None:
             f"loss={attribute(loss, 'name', loss)} does not fit task={kind}, it is for "
             f"{' and '.join(kinds)}. Leave loss out to get the task's own, or change task."
         )
+
+
+def weighted_by_name(loss: Loss, names: list[str]) -> Loss:
+    """Return the loss with `class_weights` by name as a list; classes that it leaves out weigh 1.
+
+    Raises UserError for an unknown name.
+    """
+    if not (isinstance(loss, CrossEntropy) and isinstance(loss.class_weights, dict)):
+        return loss
+    given = {str(name): weight for name, weight in loss.class_weights.items()}
+    if unknown := next((name for name in given if name not in names), None):
+        raise UserError(
+            f"loss.class_weights: there is no class {unknown}.{did_you_mean(unknown, names)} The "
+            f"classes are {', '.join(names)[:200]}."
+        )
+    return dataclasses.replace(loss, class_weights=[given.get(name, 1.0) for name in names])
 
 
 def one_per_class(loss: Loss, name: str, num_classes: int) -> None:

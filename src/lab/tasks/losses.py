@@ -22,6 +22,7 @@ from regrow.config.rules import require
 from regrow.errors import UserError
 
 _NO_TARGET = -(1 << 40)  # torch's default, -100, would silently ignore a broken target
+BALANCED = "balanced"  # class_weights that the build of a run replaces by a list
 FEW_CLASSES = 100  # up to here, probabilities as targets are faster than torch's label smoothing
 
 
@@ -94,7 +95,7 @@ class CrossEntropy:
     """
 
     label_smoothing: float  # 0 to 1, the mass spread over all classes
-    class_weights: list[float] | None  # one per class
+    class_weights: list[float] | dict[str, float] | None  # one per class; a task knows the names
     ignore_index: int | None
 
     name = "cross_entropy"
@@ -102,7 +103,14 @@ class CrossEntropy:
 
     def __post_init__(self) -> None:
         require("loss.label_smoothing", self.label_smoothing)
+        given: object = self.class_weights
+        if given == BALANCED:
+            raise UserError(
+                f"loss.class_weights={BALANCED}: only a run counts its training examples. Give a "
+                "list with a weight for each class."
+            )
         weights = self.class_weights
+        weights = [*weights.values()] if isinstance(weights, dict) else weights
         if weights is not None and (min(weights, default=0) < 0 or max(weights, default=0) <= 0):
             raise UserError(
                 f"loss.class_weights={weights} holds a negative number or nothing above zero. "

@@ -88,10 +88,11 @@ class Multiclass:
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
+        self.class_names = names_of(class_names, num_classes)
+        loss = checks.weighted_by_name(loss, self.class_names)
         checks.one_per_class(loss, "class_weights", num_classes)
         self.monitor = monitor
         self.num_classes = num_classes
-        self.class_names = names_of(class_names, num_classes)
         self.per_class, self.auroc, self.loss_fn = per_class, auroc, loss
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
         self.extra_metrics = extra_metrics
@@ -314,10 +315,11 @@ class Segmentation:
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
+        self.class_names = names_of(class_names, num_classes)
+        loss = checks.weighted_by_name(loss, self.class_names)
         checks.one_per_class(loss, "class_weights", num_classes)
         self.monitor = monitor
         self.num_classes = num_classes
-        self.class_names = names_of(class_names, num_classes)
         self.per_class, self.loss_fn = per_class, loss
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
         self.extra_metrics = extra_metrics
@@ -370,6 +372,7 @@ class Language:
         loss: Loss,
     ) -> None:
         checks.fits(loss, self.kind)
+        loss = checks.weighted_by_name(loss, names_of(None, num_classes))
         checks.one_per_class(loss, "class_weights", num_classes)
         self.monitor = monitor
         self.num_classes, self.loss_fn = num_classes, loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
 import sys
@@ -45,6 +47,7 @@ EXAMPLES = {
         ("find_lr.max_lr=1", "search below 1"),
     ),
 }
+NARROW = 33  # the column of comments on a page of one option
 BASE = "_base"  # the file of what all options of a group share
 OFTEN = ("data.num_classes", "data.input_shape", "data.normalize")
 SELDOM = ("data.target_kind", "data.num_outputs")  # an option sets them, and rarely a user
@@ -262,8 +265,6 @@ def _group(group: str, config: Any) -> Iterator[str]:
     is_typed = any(key_of(each) == group for each in config.hydra.overrides.task)
     if is_typed and len(chosen) == 1 and (base := _base_of(group, chosen[0])):
         yield from _option(group, chosen[0], base, config)
-        others = " ".join(name for name in options if name not in chosen)
-        yield from _wrapped(f"Others, which --help {group} describes:", others, column=8)
         return
     yield f"{group}=… chooses:"
     width = max(map(len, options)) + 2
@@ -296,25 +297,40 @@ def _base_of(group: str, name: str) -> Entry | None:
 def _option(group: str, name: str, base: Entry, config: Any) -> Iterator[str]:
     """Yield the keys of an option: its own with their comments, then the shared in short."""
     whole, path = option(group, name), places.file_of(group, name)
-    yield from _wrapped(f"{group}={name}:", head_of(path) if path is not None else "", column=4)
+    head = head_of(path) if path is not None else ""
+    yield from _wrapped(f"{group}={name}:", head, column=4, most=2)
     own, repeats, rest = [], [], []
     for key, entry, parent in _leaves(whole, group):
         name_below, shared = key.removeprefix(f"{group}."), _at(base, key.removeprefix(f"{group}."))
         is_usual = _current(key, entry, config) == _plain(entry.value) or _follows(key, config)
         is_shared = shared is not None and (shared.value == entry.value or key in SELDOM)
         if is_usual and (of := repeated(key, entry.value)) and key not in SELDOM:
-            repeats.append(f"{name_below} ({of})")
+            repeats.append(f"{name_below} ({of})" if _last(of) != _last(key) else name_below)
         elif is_usual and is_shared and key not in (*COMMON, *OFTEN):
-            rest.append(f"{name_below}={_plain(entry.value)}")
+            shipped = _plain(entry.value)
+            is_computed = "${" in shipped and ":" in shipped
+            rest.append(name_below if is_computed else f"{name_below}={shipped}")
         else:
             own.append((key, entry, parent))
-    for key, entry, parent in sorted(own, key=_is_optional):
-        yield from _key(key, entry, parent, config, most=2, with_values=False)
+    line = functools.partial(_key, config=config, most=1, with_values=False, column=NARROW)
+    own.sort(key=_is_optional)
+    for node, grouped in itertools.groupby(own, lambda each: each[0].rpartition(".")[0]):
+        keys = [*grouped]
+        is_alone = node == group or len(keys) == 1
+        if not is_alone:
+            yield f"  {node}:"
+        for key, entry, parent in keys:
+            yield from line(key, entry, parent, shown_as=key if is_alone else f"  .{_last(key)}")
     if repeats:
-        yield "Taken from another key, so set that one:"
-        yield from _wrapped("", ", ".join(repeats), column=2)
-    yield f"Also below {group}, at their defaults (--help {group}.KEY explains one):"
-    yield from _wrapped("", "  ".join(rest), column=2)
+        yield "Taken from another key, of the same name or in brackets, so set that one:"
+        yield from _wrapped("", " ".join(repeats), column=2)
+    more = f"--help {group}.KEY explains one; --help {group} lists the options"
+    yield f"Also below {group} ({more}):"
+    yield from _wrapped("", " ".join(rest), column=2)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _is_optional(each: tuple[str, Entry, Entry | None]) -> bool:
@@ -387,6 +403,8 @@ def _key(
     *,
     most: int = 9,
     with_values: bool = True,
+    column: int = 34,
+    shown_as: str | None = None,
 ) -> Iterator[str]:
     shipped, shown = _plain(entry.value), _current(path, entry, config)
     text, says = entry.comment, accepted(path, entry, parent)
@@ -396,7 +414,7 @@ def _key(
         shown, text = shipped, f"{followed}: {text}".removesuffix(": ")
     elif shown != shipped and "${" not in shipped and shipped != "???":
         text = f"{text} (default {shipped})".strip()
-    yield from _wrapped(f"  {path}={shown}", text, most=most)
+    yield from _wrapped(f"  {shown_as or path}={shown}", text, most=most, column=column)
 
 
 def _current(path: str, entry: Entry, config: Any) -> str:

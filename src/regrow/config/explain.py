@@ -14,8 +14,10 @@ from typing import Any
 from regrow.config import flags, leads, places
 from regrow.config.command_line import quoted, read, shell
 from regrow.config.keys import known_keys
+from regrow.config.origins import shown
 from regrow.config.rules import RULES
 from regrow.config.targets import HANDED_IN, HANDED_TO, locate, said_by
+from regrow.config.yaml_keys import Choice, choices_of, keys_of
 from regrow.dotted import walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import one_line
@@ -40,8 +42,8 @@ def composition_error(error: Exception) -> str:
         return _override_in_file(*found.groups())
     if found := re.search(r"In '([^']+)': Inv[^\n]+\n.*Group Default for '([^']+)' exists", text):
         return _override_in_file(*found.groups())  # Hydra 1.4
-    if found := re.search(r"Multiple values for ([^ ]+)\.", text):
-        return _chosen_twice(found[1])
+    if found := re.search(r"Multiple values for ([^ ]+)\.|^(\S+) appears more than once", text):
+        return _chosen_twice(found[1] or found[2])
     if found := re.search(r"config groups is not supported: '\++([^']+)'", text):
         return f"++{found[1]}: an option of a group is chosen without a plus: {found[1]}"
     if found := re.search(r"An item is already at '([^']+)'", text):
@@ -89,7 +91,7 @@ def hydras_value_error(error: Exception) -> str | None:
     """Return a ValueError that Hydra raises about a config in one line; None for any other."""
     text = one_line(str(error))
     if found := re.match(r"Invalid defaults list in '([^']+)', defaults must be a list", text):
-        return f"{_file(found[1])}: defaults must be a list: begin each of its lines with `- `."
+        return f"{_entry(found[1])}: defaults must be a list: begin each of its lines with `- `."
     if found := re.match(r"invalid literal for int\(\) with base 10: '(\w+)'$", text):
         for argument in sys.argv[1:]:
             key = argument.partition("=")[0].lstrip("+~")
@@ -123,21 +125,25 @@ def _missing_file(error: Any) -> str:
     parent = where[1].rpartition("/")[0] if where else ""
     inner = group.removeprefix(f"{parent}/")
     if where and parent and inner != group and places.is_group(inner):
-        return f"{_file(where[1])}: write `override /{inner}: {option}`, with a slash."
+        at = _entry(where[1], f"{inner}/{option}")
+        return f"{at}: write `override /{inner}: {option}`, with a slash."
     if where and not error.options:
-        return _missing_default(_file(where[1]), group, option)
+        return _missing_default(where[1], group, option)
     options = [each for each in error.options or [] if not each.startswith("_")]
     if not options:
         return _missing_primary(error.missing_cfg_file)
     hint = leads.of_option(group, option) or did_you_mean(option, options)
     if option in ("none", "false", "no") and group in leads.NONE:
-        return f"{group}={option}: there is no such option. {leads.NONE[group]}"
-    return f"{group}={option}: there is no such option.{hint} Use {', '.join(options)}."
+        hint, options = f" {leads.NONE[group]}", []
+    said = f"{_chosen_at(group, option)}{group}={option}: there is no such option.{hint}"
+    return f"{said} Use {', '.join(options)}." if options else said
 
 
-def _missing_default(file: str, group: str, option: str) -> str:
+def _missing_default(config: str, group: str, option: str) -> str:
     """Return the error for an entry of a file's defaults list that names no existing file."""
     missing = f"{group}/{option}".lstrip("/")
+    parent = config.rpartition("/")[0]
+    file = _entry(config, missing, missing.removeprefix(f"{parent}/"))
     if " " in missing or ":" in missing:
         return (
             f"{file}: an entry of its defaults list cannot be read. Write it as "
@@ -233,11 +239,64 @@ def _file(config: str) -> str:
     return f"{config.removesuffix('.yaml')}.yaml"
 
 
+def _entry(config: str, *wanted: str) -> str:
+    """Return file:line of an entry of a config's defaults list, else of the list.
+
+    `wanted` are its group and option, or a group with a slash at the end, or a name alone.
+    """
+    parent, _, name = config.rpartition("/")
+    if (path := places.file_of(parent, name)) is None:
+        return _file(config)  # a node of the ConfigStore
+    with contextlib.suppress(Exception):  # Hydra has read it, and the error matters more
+        lines = [
+            choice.line
+            for choice in choices_of(path)
+            if {f"{choice.group}/{choice.option}".lstrip("/"), f"{choice.group}/"} & {*wanted}
+        ]
+        return f"{shown(path)}:{(*lines, keys_of(path)['defaults'].line)[0]}"
+    return shown(path)
+
+
+def _entries() -> Iterator[tuple[Path, Choice]]:
+    """Yield the entries of the defaults lists of the primary config and of the chosen files."""
+    todo = [("", str(flags.typed(sys.argv[1:]).get("name", "train")))]
+    for argument in flags.split(sys.argv[1:])[1]:
+        group, _, value = argument.lstrip("+").partition("=")
+        if places.is_group(group):
+            todo += [(group, name) for name in places.names_in(value)]
+    seen: set[Path] = set()
+    while todo:
+        group, name = todo.pop(0)
+        path = places.file_of(group, name)
+        if path is None or path in seen:
+            continue
+        seen.add(path)
+        with contextlib.suppress(Exception):  # a file that cannot be read has its own error
+            for choice in choices_of(path):
+                yield path, choice
+                todo.append((choice.group or group, choice.option))
+
+
+def _chosen_at(group: str, option: str) -> str:
+    """Return `file:line: ` of the entry that chooses an option; "" without one, or if typed."""
+    for argument in flags.split(sys.argv[1:])[1]:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key == group and option in places.names_in(value):
+            return ""
+    found = (
+        f"{shown(path)}:{choice.line}: "
+        for path, choice in _entries()
+        if (choice.group, choice.option) == (group, option)
+    )
+    return next(found, "")
+
+
 def _override_in_file(config: str, key: str) -> str:
     """Return the error for an `override` in a file's defaults list that overrides nothing."""
     parent = config.rpartition("/")[0]
     name, _, package = key.partition("@")
     group = name.removeprefix(f"{parent}/") if parent else name
+    file = _entry(config, f"{group}/")
     if parent and package and package.split(".")[0] == parent.replace("/", "."):
         return (
             f"{_file(config)}: its first line must be `{places.HEADER}`, so that it overrides "
@@ -245,33 +304,29 @@ def _override_in_file(config: str, key: str) -> str:
         )
     if group != name and (places.is_group(group) or group.startswith("hydra/")):
         if replaced := leads.replaced(group):
-            return f"{_file(config)}: override /{group}: {replaced}"
-        return f"{_file(config)}: write `override /{group}`, with a slash."
+            return f"{file}: override /{group}: {replaced}"
+        return f"{file}: write `override /{group}`, with a slash."
     if package:
         outer = package.split(".")[0]
-        return f"{_file(config)}: its values do not go below {outer}. Choose it without @{outer}."
+        return f"{file}: its values do not go below {outer}. Choose it without @{outer}."
     if places.is_group(group):
         return (
-            f"{_file(config)}: `override /{group}` comes before anything chooses {group}. Write "
+            f"{file}: `override /{group}` comes before anything chooses {group}. Write "
             f"`/{group}: …` without `override`."
         )
     hint = leads.lead(group) or did_you_mean(group, places.groups())
-    return f"{_file(config)}: there is no group {group} to override.{hint}"
+    return f"{file}: there is no group {group} to override.{hint}"
 
 
 def _chosen_twice(group: str) -> str:
     for argument in sys.argv[1:]:
         if argument.startswith(f"+{group}="):
             return f"{argument}: an option is chosen without a plus: {argument[1:]}"
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition("=")
-        for name in places.names_in(value) if places.is_group(key) else ():
-            path = places.file_of(key, name)
-            defaults = places.read(path).get("defaults") if path is not None else None
-            for entry in defaults if isinstance(defaults, list) else ():
-                for each, option in entry.items() if isinstance(entry, Mapping) else ():
-                    if each in (group, f"/{group}"):
-                        return f"{key}/{name}.yaml: write `override /{group}: {option}`."
+    primary = places.file_of("", str(flags.typed(sys.argv[1:]).get("name", "train")))
+    for path, choice in _entries():
+        if choice.group == group and not choice.is_override and path != primary:
+            at = f"{shown(path)}:{choice.line}"
+            return f"{at}: write `override /{group}: {choice.option}`."
     return f"{group} is chosen twice. In a defaults list write `override /{group}: …`."
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from regrow.config import flags, places
 from regrow.config.composition import composition, defaults_of, hydra_as_it_was
 from regrow.config.hydra_access import typed_overrides
-from regrow.config.yaml_keys import keys_of
+from regrow.config.yaml_keys import choices_of, keys_of
 from regrow.dotted import walk
 from regrow.project import ROOT
 
@@ -30,7 +30,7 @@ class Layer:
 
     prefix: str
     keys: Mapping[str, str]
-    chooses: Mapping[str, str]  # the file, by group
+    chooses: Mapping[str, str]  # the line of the defaults list, by group
 
     def sets(self, key: str) -> str | None:
         """Return where this layer sets the dotted `key`, or a list or mapping that holds it."""
@@ -69,8 +69,23 @@ class Origins:
         places_of = (layer.sets(key) for layer in reversed(self.layers))
         return next((place for place in places_of if place is not None), None)
 
+    def of_call(self, node: str, said: str) -> str | None:
+        """Return where the argument comes from that an error of the node's target names.
+
+        `said` are the error's words. Without such an argument, where `_target_` comes from, unless
+        some argument was typed, which may be the cause.
+        """
+        its: Any = self.config
+        for part in node.split("."):
+            its = its[int(part) if isinstance(its, list) else part]
+        quoted = re.findall(r"['\"](\w+)['\"]", said)
+        named = [word for word in (*quoted, *re.findall(r"\w+", said)) if word in its]
+        if not named and any(typed.startswith(f"{node}.") for typed in self.typed):
+            return TYPED
+        return self.of(f"{node}.{[*named, '_target_'][0]}")
+
     def chose(self, group: str) -> str:
-        """Return TYPED, or the last file whose defaults list chooses an option of the group."""
+        """Return TYPED, or the last line of a defaults list that chooses an option of the group."""
         of_files = (
             layer.chooses[group] for layer in reversed(self.layers) if group in layer.chooses
         )
@@ -143,17 +158,10 @@ def _layer(default: Any) -> Iterator[Layer]:
     file, prefix = places.file_of(group, option), str(default.package or "")
     if file is not None:
         keys = {name: f"{shown(file)}:{key.line}" for name, key in keys_of(file).items()}
-        yield Layer(prefix, keys, dict.fromkeys(_chosen_in(file), shown(file)))
+        lines = {choice.group: f"{shown(file)}:{choice.line}" for choice in choices_of(file)}
+        yield Layer(prefix, keys, lines)
     elif isinstance(node := places.stored(f"{path.removesuffix('.yaml')}.yaml"), dict):
         yield Layer(prefix, {key: f"ConfigStore node {path}" for key, _ in walk(node)}, {})
-
-
-def _chosen_in(file: Path) -> Iterator[str]:
-    """Yield the groups that a file's defaults list chooses an option of."""
-    defaults = places.read(file).get("defaults")
-    for entry in defaults if isinstance(defaults, list) else ():
-        for group in entry if isinstance(entry, Mapping) else ():
-            yield re.sub(r"^(override|optional) ", "", str(group)).lstrip("/")
 
 
 def shown(file: Path) -> str:
@@ -185,11 +193,21 @@ def located(message: str) -> str:
 def located_in(message: str, source: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """Return what `located` does, for a config composed from `source` and `overrides`."""
     found = re.match(r"([A-Za-z_]\w*(?:\.[\w*-]+)*)(?=[=:, ])", message)
-    if found is None or places.is_group(found[1]) or found[1].split(".")[0] == "hydra":
+    if found is None or found[1].split(".")[0] == "hydra":
         return message  # a key of Hydra's is in files of its own, which no layer holds
-    if _is_typed(found[1], overrides):
+    key, rest = found[1], message[found.end() :]
+    called = re.match(r" \([\w.]+(?:, [^)]*)?\):", rest)  # a target, and where it failed
+    option = re.match(r"=([\w-]+)", rest)
+    is_group = places.is_group(key)
+    if not called and ((is_group and not option) or _is_typed(key, overrides)):
         return message  # composing again would take as long as the start
     place = None
     with contextlib.suppress(Exception):  # the error itself matters more than its place
-        place = origins(source, overrides).of(found[1])
+        its = origins(source, overrides)
+        if called:
+            place = its.of_call(key, rest[called.end() :])
+        elif not is_group:
+            place = its.of(key)
+        elif option and its.choices.get(key) == option[1]:
+            place = its.chose(key)
     return message if place in (None, TYPED) else f"{place}: {message}"

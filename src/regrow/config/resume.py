@@ -630,6 +630,16 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     return bool(ended)
 
 
+def has_changes(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return True if `config` changes a key of the run in `folder` that is not in `MAY_CHANGE`."""
+    recorded = recorded_config(folder, f"resume={folder}")
+    older.complete(recorded)
+    return any(
+        key != "resume" and MASK not in str(was) and not matches(key, MAY_CHANGE)
+        for key, (was, _) in differences(recorded, redact_all(dict(config))).items()
+    )
+
+
 def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, int]:
     """Return the limits that a complete run has reached, each with a doubled value."""
     patience = trainer["early_stopping"]["patience"]

@@ -244,6 +244,10 @@ RULES: dict[str, Rule] = {
     "data.cache": optional(choice("resized")),
     "data.cache_root": optional(text()),
     "data.cache_max_gb": number(0, above=True),
+    "data.root": optional(text()),
+    **below("data.source", "val_file test_file weight_column", optional(text())),
+    "data.source.train_file": text(),
+    **below("logger.wandb", "entity group", optional(NAME)),
     "data.source.decoder": choice("pillow", "torchvision"),
     "data.source.cache": optional(text()),
     **below("data.source", "cache_gb pool_mb timeout_seconds", number(0, above=True)),
@@ -264,7 +268,9 @@ RULES: dict[str, Rule] = {
     "model.views": choice("one", "mirror", "mirror_shift"),
     "model.patch_size": optional(integer(1)),
     "loss.label_smoothing": number(0, 1),
-    "loss.class_weights": optional(list_of(number(0))),
+    "loss.class_weights": optional(
+        either(choice("balanced"), either(list_of(number(0)), mapping_to(number(0))))
+    ),
     "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
     "loss.delta": number(0, above=True),
     "loss.beta": number(0),

@@ -15,7 +15,7 @@ from typing import Any
 
 from regrow.config.entries import Entry, in_conf, of_file, option, unique
 from regrow.config.leads import RECIPES
-from regrow.config.rules import RULES, applies, of_shipped
+from regrow.config.rules import RULES, Rule, applies, of_shipped
 from regrow.config.yaml_files import broken_files
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError
@@ -28,6 +28,23 @@ _BESIDE = "./schemas/"  # as the editor names them
 PRIMARY, RECIPE = "train", "experiment"
 INTERPOLATED = r"\$\{|^\?\?\?$"  # ??? must be given elsewhere
 OF_NODES = r"^_[a-z]+_$"  # what Hydra reads in any node, such as _partial_
+# Arguments of shipped torch targets that conf/ leaves at torch's defaults, from torch 2.11 to 2.15.
+# The run passes `params` and `optimizer`. A list here keeps the schemas the same for any torch.
+OF_TORCH: Mapping[str, tuple[str, ...]] = {
+    "torch.optim.Adagrad": ("differentiable", "fused", "maximize"),
+    "torch.optim.Adam": (
+        *("capturable", "decoupled_weight_decay", "differentiable", "foreach", "maximize"),
+    ),
+    "torch.optim.AdamW": ("capturable", "differentiable", "foreach", "maximize"),
+    "torch.optim.NAdam": ("capturable", "differentiable", "maximize"),
+    "torch.optim.RAdam": ("capturable", "differentiable", "maximize"),
+    "torch.optim.RMSprop": ("capturable", "differentiable", "maximize"),
+    "torch.optim.SGD": ("differentiable", "foreach", "maximize"),
+    "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts": ("last_epoch",),
+}
+SEVERAL = ("model", "optimizer", "scheduler")  # each takes nodes by name too
+# Keys that are null in some option, and otherwise a node: no value there tells of which type.
+OR_NODE = ("data.augmentation", "data.mixing", "data.source.collate")
 SHARED = 100  # characters; the schema of a key that is longer stands once in a file
 
 
@@ -209,6 +226,8 @@ def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
     found = [each for each in rules if each is not None]
     if nodes or len(found) < len(rules):
         found = []  # any value
+    if path in OR_NODE and all(entry.value is None for entry in entries):
+        found = [Rule("null, or a node with a _target_", {"type": ["object", "null"]})]
     says = " or ".join(unique(each.says for each in found))
     schemas = unique(json.dumps(each.schema) for each in found)
     made = (
@@ -252,7 +271,14 @@ def _node(path: str, entries: list[Entry], also: Mapping[str, Any] | None = None
         case = {**names, "properties": {"_target_": {"const": target}}}
         cases.append({"if": case, "then": closed(its)})
     if len(targets) > 1:
-        cases.append({"if": {"not": {"required": ["_target_"]}}, "then": closed(entries)})
+        chosen_elsewhere = closed(entries)
+        if path in SEVERAL and not chosen_elsewhere["additionalProperties"]:
+            chosen_elsewhere["additionalProperties"] = {
+                "type": "object",
+                "required": ["_target_"],
+                "errorMessage": f"No option of {path} has this key.",
+            }
+        cases.append({"if": {"not": {"required": ["_target_"]}}, "then": chosen_elsewhere})
         return {**schema, "allOf": cases}
     other = {**names, "properties": {"_target_": {"not": {"const": targets[0]}}}}
     return {**schema, "if": other, "then": True, "else": closed(entries)}
@@ -270,17 +296,19 @@ def _closed(path: str, entries: list[Entry], *, also: Mapping[str, Any]) -> dict
         else:
             properties[key] = _value(f"{path}.{key}" if path else key, its)
     # A foreign target may take arguments that its file leaves out: see `explain.takes`.
+    further = unique(word for entry in entries for word in OF_TORCH.get(entry.target or "", ()))
+    patterns = [OF_NODES, *([rf"^({'|'.join(sorted(further))})$"] if further else [])]
     foreign = any(entry.target and not _is_closed(entry.target) for entry in entries)
     is_open = foreign or path == "logger"  # a logger of one's own has a name of its own
     return {
         "properties": {**also, **properties},
-        "patternProperties": {OF_NODES: True},
+        "patternProperties": dict.fromkeys(patterns, True),
         "additionalProperties": is_open,
     }
 
 
 def _is_closed(target: str) -> bool:
-    return applies(target) and not target.startswith("torch.")
+    return target in OF_TORCH or (applies(target) and not target.startswith("torch."))
 
 
 def _or_interpolated(schema: Mapping[str, Any], says: str) -> dict[str, Any]:

@@ -110,18 +110,21 @@ def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
             raise
         if mistake := next((each for each in chain(error) if isinstance(each, UserError)), None):
             raise mistake from None
+        named = str(node["_target_"])
+        if refused := refused_argument(error, named):
+            raise UserError(refused) from error
         said = said_by(error)
         if "missing" in said and "required" in said:
             said += " " + _way_out(said, node, ())
-        raise UserError(f"_target_={node['_target_']}: {said}") from error
+        raise UserError(f"{_where(named)}: {said}") from error
 
 
 class _Raised(Exception):
     """A target raised an error when it was called. The error is the cause."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, given: Mapping[str, Any]) -> None:
         super().__init__(target)
-        self.target = target
+        self.target, self.given = target, given
 
     def in_words(self, node: Mapping[str, Any]) -> str:
         """Return the error in one line, with the key that names the target, and the place."""
@@ -130,20 +133,75 @@ class _Raised(Exception):
         known = _paths.get(self.target, set()) - {""}
         said = f"{type(error).__name__}: {brief(error)}"
         place = place_in(error) or _place_of_ours(error)
+        if not place and (refused := refused_argument(error, self.target)):
+            return refused
         if isinstance(error, SyntaxError) and error.filename:
             said, place = f"SyntaxError: {error.msg}", f"{shown(error.filename)}:{error.lineno}"
         if "missing" in said and "required" in said:
             said += ". " + _way_out(said, node, known)
-        foreign = re.search(r"unexpected keyword argument '(\w+)'", said)
-        if foreign and not place:  # the call itself refused it, not one inside the target
-            with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
-                parameters = inspect.signature(locate(self.target, "")).parameters
-                takes = f" It takes {', '.join(parameters)}."
-                said = f"{said.rstrip('.')}.{did_you_mean(foreign[1], parameters) or takes}"
-        said = f"{said.rstrip('.')}. {SHOWS_ALL}" if place else said
+        said = f"{said.rstrip('.')}{self._used_in(error)}. {SHOWS_ALL}" if place else said
         if len(known) == 1:
             return f"{next(iter(known))} ({self.target}{', ' * bool(place)}{place}): {said}"
         return f"_target_={self.target}{f' ({place})' * bool(place)}: {said}"
+
+    def _used_in(self, error: BaseException) -> str:
+        """Return the argument that the failed line of the user's code uses, if it is one alone."""
+        place = own_place(error, named_packages())
+        words = {*re.findall(r"\w+", place.text if place is not None else "")}
+        used = [key for key in self.given if key in words]
+        if len(used) != 1 or re.search(rf"\b{used[0]}\b", str(error)):
+            return ""
+        value = self.given[used[0]]
+        is_plain = value is None or isinstance(value, str | int | float | list)
+        return f" ({used[0]}={value})" if is_plain and str(value) not in str(error) else ""
+
+
+def refused_argument(error: BaseException, target: str) -> str | None:
+    """Return in one line which argument a target does not take; None for any other error.
+
+    `error` was raised by the call of the target, not inside it.
+    """
+    foreign = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or foreign is None:
+        return None
+    known, hint = _paths.get(target, set()) - {""}, ""
+    with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
+        parameters = inspect.signature(locate(target, "")).parameters
+        names = [name for name in parameters if name != "self" and name not in HANDED_IN]
+        hint = did_you_mean(foreign[1], names) or f" It takes {', '.join(names)}."
+    key = f"{next(iter(known))}.{foreign[1]}" if len(known) == 1 else foreign[1]
+    return f"{key}: {target} takes no such argument.{hint}"
+
+
+def call_failed(node: str, made: Any, error: BaseException) -> str:
+    """Return in one line an error of the call of what `instantiate` made of a partial node.
+
+    `node` is the node's key, or that of the mapping that holds it by name.
+    """
+    name = getattr(getattr(made, "func", made), "__name__", "")
+    found = [
+        (path, target)
+        for target, paths in _paths.items()
+        for path in paths
+        if f"{path}.".startswith(f"{node}.") and target.rpartition(".")[2] == name
+    ]
+    path, target = found[0] if len(found) == 1 else (node, "")
+    place = place_in(error)
+    if target and not place and (refused := refused_argument(error, target)):
+        return refused
+    named = ", ".join(filter(None, (target, place)))
+    return f"{path}{f' ({named})' * bool(named)}: {brief(error).rstrip('.')}."
+
+
+def _where(target: str, path: str = "") -> str:
+    """Return `path._target_=target`, with the path in the whole config if it is the only one."""
+    known = [
+        each
+        for each in _paths.get(target, ())
+        if each and (not path or each == path or each.endswith(f".{path}"))
+    ]
+    path = known[0] if len(known) == 1 else path
+    return f"{path}._target_={target}" if path else f"_target_={target}"
 
 
 def place_in(error: BaseException) -> str:
@@ -206,7 +264,7 @@ def _made(node: Mapping[str, Any], arguments: Mapping[str, Any], path: str = "")
         # The caller explains an error of torch's that depends on what it handed in.
         if arguments and own_place(error, named_packages()) is None:
             raise
-        raise _Raised(str(node["_target_"])) from error
+        raise _Raised(str(node["_target_"]), given) from error
 
 
 def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:
@@ -230,7 +288,9 @@ def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:
 
 def locate(target: str, path: str) -> Any:
     """Return the object that the dotted name `target` at `path` refers to. Raises UserError."""
-    where = f"{path}._target_={target}" if path else f"_target_={target}"
+    where = _where(target, path)
+    if target in moved.GONE:
+        raise UserError(f"{where}: version 0.1.0 had it, and nothing replaces it. Use another.")
     if (new := moved.in_text(target)) != target:
         raise UserError(f"{where}: it has moved. Write _target_: {new}")
     module, _, name = target.rpartition(".")

@@ -19,6 +19,15 @@ class Key(NamedTuple):
     comment: str
 
 
+class Choice(NamedTuple):
+    """An entry of a defaults list."""
+
+    group: str  # without `override`, a slash and a package; "" for a config's name alone
+    option: str
+    line: int  # from 1
+    is_override: bool = False
+
+
 def keys_of(path: Path) -> dict[str, Key]:
     """Return the keys of a YAML file by dotted name, in their order.
 
@@ -26,8 +35,34 @@ def keys_of(path: Path) -> dict[str, Key]:
     Raises OSError, ValueError or yaml.YAMLError for a file that cannot be read.
     """
     text = path.read_text(encoding="utf-8-sig")
-    root: Any = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return dict(_keys(root, text.splitlines(), ""))
+    return dict(_keys(_composed(text), text.splitlines(), ""))
+
+
+def choices_of(path: Path) -> list[Choice]:
+    """Return the entries of a file's defaults list, a list of options as one entry each.
+
+    Raises OSError, ValueError or yaml.YAMLError for a file that cannot be read.
+    """
+    root = _composed(path.read_text(encoding="utf-8-sig"))
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    lists = (value for key, value in pairs if key.value == "defaults")
+    return [choice for node in lists for entry in node.value for choice in _choices(entry)]
+
+
+def _choices(entry: Any) -> Iterator[Choice]:
+    if isinstance(entry, yaml.ScalarNode):
+        yield Choice("", entry.value, entry.start_mark.line + 1)
+    for key, value in entry.value if isinstance(entry, yaml.MappingNode) else ():
+        words = str(key.value).split()
+        options = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for option in options:
+            line = option.start_mark.line + 1
+            group = words[-1].lstrip("/").partition("@")[0]
+            yield Choice(group, str(option.value), line, words[0] == "override")
+
+
+def _composed(text: str) -> Any:
+    return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def head_of(path: Path) -> str:

@@ -143,8 +143,8 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def is_first(self, what: str) -> bool:
-        """Return True if no other process has asked for `what` before."""
+    def claim_first(self, what: str) -> bool:
+        """Claim `what` for this process. Returns True if no process has claimed it before."""
         return self.store is None or self.store.add(what, 1) == 1
 
 
@@ -333,10 +333,17 @@ def synchronises(forward: Any, last_slice: bool) -> contextlib.AbstractContextMa
     """Return a context that sums gradients over processes in the last micro-batch only."""
     # FSDP2. Look at the class: on a module, a missing attribute is slow to look up.
     if hasattr(type(forward), "set_requires_gradient_sync"):
-        forward.set_requires_gradient_sync(last_slice)
+        return _with_gradient_sync(forward, last_slice)
     if last_slice or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
+
+
+@contextlib.contextmanager
+def _with_gradient_sync(forward: Any, last_slice: bool) -> Iterator[None]:
+    """Set FSDP's flag, which holds until the next micro-batch sets it."""
+    forward.set_requires_gradient_sync(last_slice)
+    yield
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

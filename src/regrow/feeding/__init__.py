@@ -4,13 +4,15 @@ Public, by module; all else is private to this folder.
 
 batch: Batch, each, noise, parts_of
 broken_images: BrokenImages
+decoding: fit, size_of
 feeds: collated
 files: shown, without_gone
-images: class_folders, fit, image_folder, size_of
+images: class_folders, image_folder
 loaders: Data
 masks: as_written, mask_folder
 mixing: Mix
 preprocess: in_units, Normalizer, Preprocessing
+sampling: balanced_weights
 shards: shards
 splits: as_tensor, check_fractions, cut_examples, Examples, GIVEN, MapStyle, origins_of, Splits,
     strata_of

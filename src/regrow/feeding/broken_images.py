@@ -12,8 +12,9 @@ from pathlib import Path
 
 from regrow.config.command_line import quoted
 from regrow.errors import DataError
+from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.files import NUM_NAMES, shown
-from regrow.feeding.images import BrokenImage, ImageFiles
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.masks import MaskFiles
 from regrow.feeding.splits import GIVEN, Splits
 from regrow.record.manifest import cores

@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from regrow.errors import DataError, brief, machine_fault
 from regrow.feeding.batch import Batch, described, each, parts_of, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
-from regrow.feeding.images import BrokenImage
+from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.mixing import Pairs
 from regrow.feeding.mixing import single as alone
 from regrow.feeding.preprocess import Normalizer, rounding, single
@@ -36,6 +36,7 @@ from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, MapStyle
 from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, FailedTransform, Transformed, again, with_epochs
+from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Inputs, Store
 from regrow.randomness import generator, key, seed_step, states_kept
@@ -667,11 +668,7 @@ def _begin_worker(run: int, worker: int) -> None:
     """Set up a new worker of the process `run`, whose signals are blocked: see `_signals_held`."""
     # Torch's own watchdog watches the current parent, and so waits forever for a killed run.
     die_with_parent(run)
-    for number in FOR_THE_RUN:
-        signal.signal(number, signal.SIG_IGN)
-    # Ignore only the first SIGTERM: at exit Python terminates the remaining workers and joins them.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.signal(TO_A_WORKER, lambda *_: os._exit(0))  # for torch, 0 is not a failure
+    begin.data_worker(FOR_THE_RUN, TO_A_WORKER)
     sys.excepthook = functools.partial(_print_unless_lost, sys.excepthook)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FOR_THE_RUN, TO_A_WORKER})
 

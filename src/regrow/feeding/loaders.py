@@ -18,8 +18,9 @@ from regrow.feeding import identity
 from regrow.feeding.batch import Batch
 from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
+from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.feeds import FileFeed, MemoryFeed, input_names
-from regrow.feeding.images import BrokenImage, ImageFiles
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.mixing import Mix, pairs_of, softened
 from regrow.feeding.preprocess import (
     NUM_SAMPLED,
@@ -338,6 +339,16 @@ class Data:
             chosen=self._chosen(),
         )
 
+    def of_training_examples(self, name: str) -> Tensor | None:
+        """Return the training split's numbers of a `name`, of the examples trained on, or None.
+
+        They are an attribute of one number per example, such as targets. Raises DataError.
+        """
+        found, chosen = per_example(self.source.train, name), self._chosen()
+        if found is None:
+            return None
+        return found[: self._num_trained_on()] if chosen is None else found[chosen]
+
     @property
     def _softened_classes(self) -> int | None:
         """The number of classes if targets are indices, which mixing makes probabilities of."""
@@ -359,31 +370,28 @@ class Data:
         UserError for data that gives neither, or if all weights are zero.
         """
         train, asked = self.source.train, self.sampling
-        chosen = self._chosen()
-        kept = slice(self._num_trained_on()) if chosen is None else chosen
         if isinstance(asked, dict):
             asked = f"{{column: {asked['column']}}}"
         if asked == "balanced":
-            classes = per_example(train, "targets")
+            classes = self.of_training_examples("targets")
             if classes is None or (self.target_kind != "binary" and classes.is_floating_point()):
                 raise UserError(
                     f"data.sampling=balanced: {type(train).__name__} does not tell its classes. "
                     "Give the data set an attribute targets: a list of the class index of each "
                     "example."
                 )
-            classes = classes[kept]
             ignored = -100 if self.ignore_index is None else self.ignore_index
             weights = balancing(classes, (classes != ignored) & (classes != -100))
             missing = "every target is ignored"
         else:
-            found = per_example(train, "draw_weights")
+            found = self.of_training_examples("draw_weights")
             if found is None:
                 raise UserError(
                     f"data.sampling={asked}: this data has no column of draw weights. Use "
                     "it with data=csv, or give your data set an attribute draw_weights: a list of "
                     "a number for each example."
                 )
-            weights = found[kept].double()
+            weights = found.double()
             missing = "they are all zero for the training examples"
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise DataError(

@@ -16,19 +16,9 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
+from regrow.feeding.decoding import fit, formats_for, load_image, opened, to_tensor
 from regrow.feeding.files import LeftOut, contents_of, is_folder, keys_of_copies, shown
-from regrow.feeding.images import (
-    check_size,
-    find_images,
-    fit,
-    formats_for,
-    frames,
-    group_of,
-    load_image,
-    opened,
-    root_of,
-    to_tensor,
-)
+from regrow.feeding.images import check_size, find_images, frames, group_of, root_of
 from regrow.feeding.splits import (
     NAMES,
     Reading,

@@ -18,17 +18,17 @@ from torch import Tensor
 from regrow.config import older
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import each
-from regrow.feeding.files import KINDS_LEFT_OUT, LeftOut
-from regrow.feeding.images import (
+from regrow.feeding.decoding import (
     DECODERS,
     converted,
-    find_images,
     fit,
     load,
     pixels_of,
     suffixes_of,
     to_tensor,
 )
+from regrow.feeding.files import KINDS_LEFT_OUT, LeftOut
+from regrow.feeding.images import find_images
 from regrow.feeding.shards import ShardItems
 from regrow.feeding.splits import Examples, Reading, Splits, as_tensor
 from regrow.feeding.tables import read_table

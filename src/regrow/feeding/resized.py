@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.feeding.decoding import scaled_size, size_of, to_tensor
 from regrow.feeding.files import contents_of, unreadable
-from regrow.feeding.images import ImageFiles, scaled_size, size_of, to_tensor
+from regrow.feeding.images import ImageFiles
 from regrow.record import locks
 from regrow.record.manifest import cores
 from regrow.record.records import sync_folder

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regrow.errors import DataError
+from regrow.errors import DataError, UserError
 from regrow.feeding.batch import share
 from regrow.randomness import generator
 
@@ -67,6 +67,34 @@ def balancing(classes: Tensor, valid: Tensor) -> Tensor:
     found, number = torch.unique(classes, return_inverse=True)
     counts = torch.bincount(number[valid], minlength=len(found))
     return valid / counts[number].clamp(min=1).double()
+
+
+def balanced_weights(data: Any) -> list[float]:
+    """Return a loss weight per class: n / (k n_c) over the examples that are trained on.
+
+    These are scikit-learn's of class_weight="balanced", with the k classes that occur; the others
+    weigh 1. Ignored targets do not count. Raises UserError for data that does not tell its classes.
+    """
+    key = "loss.class_weights=balanced"
+    if data.target_kind != "multiclass":
+        raise UserError(
+            f"{key}: it counts examples by their class, and data.target_kind={data.target_kind}. "
+            "Give a list with a weight for each class."
+        )
+    classes = data.of_training_examples("targets")
+    if classes is None or classes.is_floating_point():
+        kind = type(data.source.train).__name__
+        raise UserError(
+            f"{key}: {kind} does not tell its classes. Give a list of a weight for each class, or "
+            "give the data set an attribute targets: the class index of each example."
+        )
+    valid = (classes >= 0) & (classes < data.num_classes)
+    if data.ignore_index is not None:
+        valid &= classes != data.ignore_index
+    counts = torch.bincount(classes[valid].long(), minlength=data.num_classes).double()
+    weights = counts.sum() / (counts.count_nonzero() * counts)
+    found: list[float] = weights.where(counts > 0, 1.0).tolist()
+    return found
 
 
 def per_example(split: Any, name: str) -> Tensor | None:

@@ -121,7 +121,7 @@ def file_of(value: Any) -> File | None:
 def _kind_of(content: bytes) -> str:
     from PIL import Image
 
-    from regrow.feeding.images import formats_for
+    from regrow.feeding.decoding import formats_for
 
     try:
         with Image.open(io.BytesIO(content), formats=formats_for("")) as image:

@@ -21,10 +21,8 @@ from regrow.feeding import shard_identity, shard_index
 from regrow.feeding.block_cache import cache_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.block_reader import Access, Reader
-from regrow.feeding.images import (
+from regrow.feeding.decoding import (
     augmented_by,
-    check_decoder,
-    check_size,
     converted,
     fit,
     formats_for,
@@ -32,7 +30,8 @@ from regrow.feeding.images import (
     opened,
     pixels_of,
     to_tensor,
-)  # fmt: skip
+)
+from regrow.feeding.images import check_decoder, check_size
 from regrow.feeding.remote import Folder, Remote, folder_of
 from regrow.feeding.sampling import Windows
 from regrow.feeding.shard_index import UNIT, Index

@@ -22,8 +22,9 @@ import torch
 
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding import identity
+from regrow.feeding.decoding import formats_by_suffix
 from regrow.feeding.feeds import seeded
-from regrow.feeding.images import ImageFiles, formats_by_suffix
+from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data
 from regrow.feeding.shard_index import END_BYTES, NAME, Facts, Index, Shard, parsed
 from regrow.feeding.shard_items import File, encoded, fields_of, file_of

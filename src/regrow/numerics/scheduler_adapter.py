@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.config.targets import place_in
-from regrow.errors import UserError
+from regrow.errors import UserError, brief
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class SchedulerAdapter:
         except UserError:
             raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            where = f" ({place})" if (place := place_in(error)) else ""
+            where = f", {place}" if (place := place_in(error)) else ""
             raise UserError(
-                f"scheduler._target_={self.name}{where}: {' '.join(str(error).split())}."
+                f"scheduler ({self.name}{where}): {brief(error).rstrip('.')}."
             ) from error
         self.by_time = hasattr(self.scheduler, "step_update")  # timm schedulers
         self.initial = _plain(self.scheduler.state_dict())

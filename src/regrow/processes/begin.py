@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from regrow.errors import UserError
@@ -62,6 +62,22 @@ def rank(environment: Mapping[str, str]) -> None:
     terminal.show()
     os.environ.update(environment)
     os.environ[KEEPS_HANDLERS] = ""
+
+
+def child(stopping: Iterable[signal.Signals]) -> None:
+    """Begin a rank that `ranks.start` started with the signals `stopping` blocked."""
+    rank({})
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)  # see `ranks.held`
+
+
+def data_worker(for_the_run: Iterable[signal.Signals], to_a_worker: signal.Signals) -> None:
+    """Begin a data worker: it ignores signals for its run, and ends at one of its own."""
+    for number in for_the_run:
+        signal.signal(number, signal.SIG_IGN)
+    # Ignore only the first SIGTERM: at exit Python terminates the remaining workers and joins them.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(to_a_worker, lambda *_: os._exit(0))  # for torch, 0 is not a failure
 
 
 def sweep() -> None:

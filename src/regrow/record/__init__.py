@@ -13,7 +13,7 @@ manifest: CHANGED, code_changes, code_sha256, cores, latest, NAME, name_some, na
     write_origin
 meter: Meter
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
-moved: in_config, in_text
+moved: GONE, in_config, in_text
 names: LOCK, refuse_foreign_run, refuse_foreign_sweep
 output: refuse_existing, refuse_existing_folder, remove_unfinished, whole_file, write_bytes,
     write_csv, write_images, write_text
@@ -22,9 +22,9 @@ ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run,
 pages: short_names
 pictures: by_range, has_room, in_the_set, joined, of_masks, of_wrong
 plots
-records: as_json, by_set, create, link_latest, load_status, load_summary, Lock, METRICS, NOT_SETS,
-    read_json, refuse_links, remove_start, remove_unused, set_status, set_step, sets_of, SUMMARY,
-    sync_folder, whole_lines, write_json, write_text
+records: as_json, by_set, create, link_latest, linked_latest, load_status, load_summary, Lock,
+    METRICS, NOT_SETS, read_json, refuse_links, remove_start, remove_unused, set_status, set_step,
+    sets_of, SUMMARY, sync_folder, unlink_latest, whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
 side_by_side: Importance, write_page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import operator
 import re
@@ -22,7 +21,7 @@ FILE = re.compile(r"step_(\d{8,})\.png")
 DOTS_PER_INCH = 100  # of figures
 GAP = 2  # pixels between the images of a batch
 NUM_SHOWN = 4  # images of each name on a run's page: the latest
-NUM_NAMES = 20  # names on a run's page: those logged last. The page embeds their images
+NUM_NAMES = 20  # names on a run's page: those logged last
 LONGEST_PART = 200  # bytes of a folder's name; file systems take 255
 FAR_ABOVE_1 = 10  # a larger value comes from another scale, such as 0 to 255
 
@@ -147,16 +146,15 @@ def _grid(batch: Tensor) -> Tensor:
     return grid
 
 
-def latest(folder: Path) -> dict[str, list[tuple[int, str]]]:
-    """Return the newest images of the newest names as (step, data URI), for a page."""
-    found: dict[str, list[tuple[int, str]]] = {}
+def latest(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the newest images of the newest names, each its `step` and its `image`, a PNG."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for image in reversed(logged(folder)):
         if image.name not in found and len(found) == NUM_NAMES:
             continue
         its = found.setdefault(image.name, [])
         if len(its) < NUM_SHOWN:
-            encoded = base64.b64encode(image.path.read_bytes()).decode("ascii")
-            its.insert(0, (image.step, f"data:image/png;base64,{encoded}"))
+            its.insert(0, {"step": image.step, "image": image.path.read_bytes()})
     return dict(sorted(found.items()))
 
 

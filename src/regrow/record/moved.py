@@ -8,10 +8,35 @@ from typing import Any
 
 from regrow.project import of_lab
 
-# Names in version 0.1.0, of modules and of classes that left theirs, each with its current name.
-# The first match counts: list longer names first. `lab` stands for the lab's package.
+
+def _each(old: str, new: str, names: str) -> dict[str, str]:
+    return {f"{old}.{name}": f"{new}.{name}" for name in names.split()}
+
+
+# Names in version 0.1.0, of modules and of what left theirs, each with its current name. The
+# longest match counts. `lab` stands for the lab's package.
 MOVED: Mapping[str, str] = {
+    "regrow.arguments": "regrow.cli.arguments",
     "regrow.check": "regrow.config.check",
+    **_each(
+        "regrow.check",
+        "regrow.config.rules",
+        "Rule choice either integer list_of mapping_to number optional text",
+    ),
+    **_each("regrow.compose", "regrow.config.job", "job_of with_override"),
+    **_each("regrow.config", "regrow.cli.entry", "check_arguments entry_point folder_named"),
+    **_each("regrow.config", "regrow.config.explain", "composition_error unknown_key"),
+    **_each(
+        "regrow.config",
+        "regrow.config.hydra_access",
+        "if_chosen plain version_arguments",
+    ),
+    **_each("regrow.config", "regrow.config.targets", "instantiate locate"),
+    "regrow.config.fail": "regrow.failing.fail",
+    "regrow.config.known_keys": "regrow.config.keys.known_keys",
+    "regrow.config.read_yaml": "regrow.config.yaml_files.read_yaml",
+    "regrow.console": "regrow.runs.console",
+    **_each("regrow.data.augment", "regrow.protocols", "Augmentation Store"),
     "regrow.data.batch": "regrow.feeding.batch",
     "regrow.data.feeds": "regrow.feeding.feeds",
     "regrow.data.files": "regrow.feeding.files",
@@ -22,7 +47,38 @@ MOVED: Mapping[str, str] = {
     "regrow.data.sampling": "regrow.feeding.sampling",
     "regrow.data.splits": "regrow.feeding.splits",
     "regrow.data.tables": "regrow.feeding.tables",
+    "regrow.find_lr": "regrow.runs.find_lr",
+    "regrow.inference": "regrow.runs.inference",
+    "regrow.job": "regrow.config.job",
+    "regrow.launch": "regrow.runs.session",
+    "regrow.launch.command": "regrow.config.command_line.command",
+    **_each("regrow.launch", "regrow.runs.banner", "conclude config_tree introduce longer"),
+    **_each("regrow.launch", "regrow.runs.launch", "launch submit"),
+    **_each("regrow.load", "regrow.runs.loaded", "preprocessing_record set_numerics swap"),
+    "regrow.models.freeze": "lab.models.freezing",
+    "regrow.models.init": "lab.models.initialisation",
+    "regrow.output": "regrow.record.output",
+    "regrow.outside": "regrow.processes.outside",
+    "regrow.parent": "regrow.processes.parent",
+    "regrow.ranks": "regrow.processes.ranks",
+    "regrow.ranks.python_path": "regrow.processes.begin.python_path",
+    "regrow.record.comparison.write_page": "regrow.record.side_by_side.write_page",
+    "regrow.record.folder": "regrow.record.records",
+    "regrow.record.report.compare": "regrow.record.comparison.compare",
+    "regrow.resume": "regrow.config.resume",
+    "regrow.roles": "regrow.config.roles",
+    "regrow.run": "regrow.runs.training",
+    "regrow.run.Objects": "regrow.protocols.Objects",
+    "regrow.run.tell_of_another_rate": "lab.progress.tell_of_another_rate",
+    **_each("regrow.run", "lab.build", "measured_by plan_of schedule_of steps_of"),
+    **_each("regrow.run", "regrow.runs.machine", "resolve_device set_numerics usable_cores"),
+    "regrow.start": "regrow.cli.start",
     "regrow.sweep.options": "regrow.sweep.kinds",
+    "regrow.sweep.plan": "regrow.sweep.planning",
+    "regrow.sweep.state": "regrow.sweep.ledger",
+    "regrow.sweep.trial": "regrow.runs.trial",
+    "regrow.weights": "regrow.runs.weights",
+    "regrow.worker": "regrow.runs.worker",
     "regrow.slurm": "regrow.processes.slurm",
     "regrow.training.activation_checkpointing": "regrow.distributed.activation_checkpointing",
     "regrow.training.checkpoint": "regrow.checkpoint.writer",
@@ -34,6 +90,31 @@ MOVED: Mapping[str, str] = {
     "regrow.training.precision": "regrow.numerics.precision",
     "regrow.training.sharding": "regrow.distributed.sharding",
     "regrow.tasks.exact": "regrow.numerics.exact",
+    "regrow.tasks.metrics.widest": "regrow.numerics.precision.widest",
+    "regrow.training.interrupt": "regrow.processes.interrupt",
+    "regrow.training.loop.StepResult": "lab.plan.StepResult",
+    "regrow.training.loop.at_least_float32": "regrow.numerics.precision.at_least_float32",
+    "regrow.training.loop.refuse_endless_skipping": "lab.faults.refuse_endless_skipping",
+    **_each("regrow.training.loop", "lab.evaluate", "evaluate measure"),
+    **_each("regrow.training.loop", "lab.step", "backward forward train_step"),
+    **_each(
+        "regrow.training.loop",
+        "regrow.numerics.calls",
+        "call is_out_of_memory say_if_out_of_memory",
+    ),
+    **_each(
+        "regrow.training.loop", "regrow.runs.model_checks", "check_first_batch check_one_example"
+    ),
+    **_each("regrow.training.optim", "regrow.numerics.totals", "gradient_norm numbers"),
+    **_each(
+        "regrow.training.plan",
+        "regrow.protocols",
+        "Batch EvalBatches Metrics Record Task TrainBatches Trial",
+    ),
+    "regrow.training.sharded_checkpoint": "regrow.checkpoint.sharded",
+    "regrow.training.show": "lab.progress",
+    "regrow.training.state.Buffers": "regrow.numerics.buffers.Buffers",
+    "regrow.training.state.weights_sha256": "regrow.checkpoint.digest.weights_sha256",
     "regrow.training.lr_finder": "regrow.runs.lr_finder",
     "regrow.training.model_checks": "regrow.runs.model_checks",
     "regrow.training.scheduler_adapter": "regrow.numerics.scheduler_adapter",
@@ -44,7 +125,24 @@ MOVED: Mapping[str, str] = {
     "regrow.tasks": "lab.tasks",
     "regrow.training": "lab",
 }
-_NAMES = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, MOVED))})(?!\w)")
+# Names in version 0.1.0 that nothing replaces.
+GONE = frozenset(
+    {
+        *("regrow.config.find_own_modules", "regrow.config.option_list"),
+        *("regrow.config.wrong_option", "regrow.resume.continues", "regrow.run.summarise"),
+        *("regrow.run.test_once", "regrow.sweep.frozen.taken_over"),
+        *("regrow.sweep.process.context_of", "regrow.sweep.process.have_threads_again"),
+        *("regrow.sweep.process.cores", "regrow.sweep.schedule.noting_signals"),
+        *("regrow.sweep.trial.storage_of", "regrow.training.loop.Slice"),
+        *("regrow.training.loop.count", "regrow.training.loop.gradients"),
+        *("regrow.training.loop.halve_slices", "regrow.training.show.running"),
+        *("regrow.training.sums.added", "regrow.training.sums.constant"),
+        *("regrow.training.sums.epoch_sums", "regrow.training.sums.read"),
+        "regrow.training.sums.slice_sums",
+    }
+)
+_LONGEST_FIRST = sorted(MOVED, key=len, reverse=True)
+_NAMES = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, _LONGEST_FIRST))})(?!\w)")
 
 
 def in_text(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import os
@@ -22,11 +23,25 @@ from regrow.record.redact import redact, redact_all
 
 NOTHING = Markup("<span class=muted>&ndash;</span>")
 LONG = 40  # characters of a value in a table
+MOST_BYTES = 1_000_000  # of a run's page, whatever its config and its table per class add
 NARROW, NARROW_NAME = 13, 60  # characters of a line and of a name below a small picture
 
 
 def write(path: Path, kind: str, **content: Any) -> None:
     """Write a page of the template's block `kind`. Text is escaped, secrets are masked."""
+    write_text(path, render(kind, **content))
+
+
+def render(kind: str, **content: Any) -> str:
+    """Return the page that `write` writes."""
+    script = _file("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    given = {"script": Markup(script), "digest": Markup(digest), **content}
+    return str(_template().render(kind=kind, **given))
+
+
+@functools.cache
+def _template() -> Any:
     import jinja2  # reading a record does not need it
 
     environment = jinja2.Environment(
@@ -40,11 +55,7 @@ def write(path: Path, kind: str, **content: Any) -> None:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"number": number, "duration": duration, "value": value, "code": code}
     environment.filters |= {"narrow": narrow}
-    script = _file("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("template.html")
-    text = template.render(kind=kind, script=Markup(script), digest=Markup(digest), **content)
-    write_text(path, text)
+    return environment.get_template("template.html")
 
 
 def _file(name: str) -> str:

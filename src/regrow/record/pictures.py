@@ -165,7 +165,7 @@ def in_the_set(
 def wrong_of(folder: Path) -> list[dict[str, Any]]:
     """Return the wrong examples of each set of a run, from its folder, as its page shows them.
 
-    `all_right` is the number of images of a set without a wrong one, else 0.
+    `all_right` is the number of images of a set without a wrong one, else 0. `image` is a PNG.
     """
     found = []
     for path in sorted((folder / "plots").glob("*.json")):
@@ -178,7 +178,7 @@ def wrong_of(folder: Path) -> list[dict[str, Any]]:
             files = wrong.get("file") or [""] * len(wrong["image"])  # older runs have none
             examples = [
                 {
-                    "image": b64encode(b64decode(image, validate=True)).decode("ascii"),
+                    "image": b64decode(image, validate=True),
                     "true": true,
                     "predicted": predicted,
                     "probability": "" if probability is None else f"{float(probability):.2f}",

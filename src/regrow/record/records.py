@@ -100,6 +100,22 @@ def link_latest(folder: Path, runs: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def linked_latest(runs: Path) -> Path | None:
+    """Return the folder that <runs>/latest points at, or None."""
+    link = runs / "latest"
+    return link.resolve() if link.is_symlink() and link.is_dir() else None
+
+
+def unlink_latest(folder: Path, runs: Path, before: Path | None) -> None:
+    """Point <runs>/latest at the folder `before` again, or remove it, if it points at `folder`."""
+    if linked_latest(runs) != folder.resolve():
+        return
+    if before is not None and before.is_dir():
+        link_latest(before, runs)
+    else:
+        (runs / "latest").unlink(missing_ok=True)
+
+
 def refuse_links(folder: Path, named: str, part: str = "", way_out: str = "") -> None:
     """Raise UserError for a link in the folder, or in a part of it, that leads out of the folder.
 

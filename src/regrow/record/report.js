@@ -22,7 +22,7 @@ function ticks(low, high, log, wanted) {
   if (log) {
     const found = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
-      for (const factor of high / low < 30 ? [1, 2, 5] : [1]) found.push(factor * 10 ** power);
+      for (const factor of high / low < 8 ? [1, 2, 3, 5] : high / low < 30 ? [1, 2, 5] : [1]) found.push(factor * 10 ** power);
     const inside = found.filter((it) => it >= low * 0.999 && it <= high * 1.001);
     const every = Math.ceil(inside.length / wanted);
     if (inside.length > 1) return inside.filter((_, index) => index % every === 0);

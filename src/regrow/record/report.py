@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from regrow.dotted import walk
 from regrow.errors import UserError
-from regrow.record import logged_images, manifest, moved, pages, pictures, plots
+from regrow.record import fitting, logged_images, manifest, moved, pages, pictures, plots
 from regrow.record.plots import Panel
 from regrow.record.records import (
     METRICS,
@@ -32,6 +34,8 @@ from regrow.record.redact import redact, redact_all
 
 # Keys that differ between any two runs without telling anything about them.
 BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name")
+LEAST_FOR_IMAGES = 300_000  # bytes of a page that plots leave to images, if it has some
+NOTES_BYTES = 2_000  # for the sentences about images that a page lacks
 
 
 @dataclass(frozen=True)
@@ -197,26 +201,79 @@ def _write(
         if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
     ]
     path = output or run.folder / "report.html"
-    pages.write(
-        path,
-        "run",
-        title=f"{run.name} · {run.folder.resolve().name}",
-        run=run,
-        tags=run.config.get("tags") or [],
-        header=["metric", *run.sets],
-        whole=[row for row in metrics if "/" not in row[0]],
-        per_class=[row for row in metrics if "/" in row[0]],  # e.g. f1/zero
-        figures=_figures(run),
-        charts=charts,
-        not_drawn=_not_drawn(run),
-        wrong=pictures.wrong_of(run.folder),
-        logged=logged_images.latest(run.folder),
-        most_wrong=pictures.NUM_WRONG,
-        facts=_facts(run),
-        manifest=json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
-        config=_as_yaml(run.config) if run.config else "",
-    )
+    content: dict[str, Any] = {
+        "title": f"{run.name} · {run.folder.resolve().name}",
+        "run": run,
+        "tags": run.config.get("tags") or [],
+        "header": ["metric", *run.sets],
+        "whole": [row for row in metrics if "/" not in row[0]],
+        "per_class": [row for row in metrics if "/" in row[0]],  # e.g. f1/zero
+        "figures": _figures(run),
+        "not_drawn": _not_drawn(run),
+        "most_wrong": pictures.NUM_WRONG,
+        "facts": _facts(run),
+        "manifest": json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
+        "config": _as_yaml(run.config) if run.config else "",
+    }
+    pages.write(path, "run", **content, **_fitted(run.folder, charts, content))
     return path
+
+
+def _fitted(folder: Path, charts: list[Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the charts and images for which the page of `content` has room."""
+    wrong, logged = pictures.wrong_of(folder), logged_images.latest(folder)
+    for its in wrong:
+        its["more"] = ""
+    images = _by_rank([its["examples"] for its in wrong])
+    images += _by_rank([its[::-1] for its in logged.values()])
+    least = (
+        min(sum(fitting.in_base64(it["image"]) for it in images), LEAST_FOR_IMAGES) + NOTES_BYTES
+    )
+    found: dict[str, Any] = {
+        "charts": [*charts],
+        "full": "",
+        "wrong": wrong,
+        "logged": logged,
+        "more": "",
+    }
+    while True:
+        for it in images:
+            it["source"] = ""
+        page = pages.render("run", **content, **found)
+        room = pages.MOST_BYTES - len(page.encode("utf-8", "backslashreplace"))
+        if room >= least or not found["charts"]:
+            break
+        found["charts"] = found["charts"][:-1]
+        names = ", ".join(f"plots/{it['name']}.png" for it in charts[len(found["charts"]) :])
+        found["full"] = f"Left out, as the page has at most 1 MB: {names}."
+    sources = fitting.fit([it["image"] for it in images], room - NOTES_BYTES)
+    for it, source in zip(images, sources, strict=True):
+        it["source"] = Markup(source)  # base64, which needs no escape
+    for its in wrong:
+        its["more"] = _more(its["examples"], len(its["examples"]), f"plots/{its['name']}.json")
+        its["examples"] = [it for it in its["examples"] if it["source"]]
+    count = len(logged_images.logged(folder))
+    found["more"] = _more([it for its in logged.values() for it in its], count, "images/")
+    shown = {name: [it for it in its if it["source"]] for name, its in logged.items()}
+    return {**found, "logged": {name: its for name, its in shown.items() if its}}
+
+
+def _by_rank(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the first of each group, then the second ones, and so on."""
+    ranked = [(rank, it) for its in groups for rank, it in enumerate(its)]
+    return [it for _, it in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _more(images: Sequence[Mapping[str, Any]], count: int, place: str) -> str:
+    """Return a sentence if the page lacks or scales down some of `count` images; else nothing."""
+    shown = [it for it in images if it["source"]]
+    scaled = sum(len(it["source"]) < fitting.in_base64(it["image"]) for it in shown)
+    if len(shown) == count and not scaled:
+        return ""
+    smaller = f", {scaled} with fewer pixels, as the page has at most 1 MB" if scaled else ""
+    return (
+        f"Shown: {len(shown)} of {count} images{smaller}. All are in {place} of the run's folder."
+    )
 
 
 _CAPTIONS = {

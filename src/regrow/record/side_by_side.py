@@ -29,7 +29,8 @@ from regrow.record.report import MISSING, Run, differing_keys, flatten, referenc
 DRAWN_RUNS = 40  # in a plot without scripts
 MOST_RUNS = 200  # in one with scripts; the table holds all runs
 MOST_PARAMETERS = 9  # with a plot each
-WIDE, SOME = 30, 8  # ratios of a parameter's largest to its smallest value
+WIDE, SOME, DOUBLE = 30, 8, 2  # ratios of a parameter's largest to its smallest value
+RATES = ("lr", "learning_rate", "weight_decay", "eps")  # or the end of a name: max_lr
 HEIGHT = (44, 296)  # of an axis of the parallel coordinates, from its top
 
 
@@ -199,7 +200,8 @@ class Axis:
 def axis_of(values: Sequence[str | None], key: str = "") -> Axis:
     """Return numbers as they are, logarithmic over a wide range; anything else as categories.
 
-    From `SOME` on, an axis is logarithmic if that spreads the values at least as evenly.
+    From `SOME` on, an axis is logarithmic if that spreads the values at least as evenly; from
+    `DOUBLE` on, if `key` names a rate, which acts by its ratio.
     """
     try:
         places = [float(str(value)) for value in values]
@@ -208,7 +210,10 @@ def axis_of(values: Sequence[str | None], key: str = "") -> Axis:
     if all(math.isfinite(place) for place in places):
         low, high = min(places), max(places)
         ratio = high / low if low > 0 else 0.0
-        return Axis(places, (), ratio >= WIDE or (ratio >= SOME and _is_evener_by_ratio(places)))
+        name = key.rpartition(".")[2]
+        is_rate = ratio >= DOUBLE and (name in RATES or name.endswith("_lr"))
+        is_wide = ratio >= WIDE or (ratio >= SOME and _is_evener_by_ratio(places))
+        return Axis(places, (), is_rate or is_wide)
     names = [*dict.fromkeys("–" if value is None else value for value in values)]
     places = [float(names.index("–" if value is None else value)) for value in values]
     return Axis(places, [pages.brief(name, key) for name in names], False)

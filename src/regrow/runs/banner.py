@@ -58,7 +58,8 @@ def facts(job: Job, objects: Objects, world: World) -> list[str]:
     trainer, batch = config["trainer"], config["data"]["batch_size"]
     slices, threads = trainer["accumulation_steps"], trainer["num_threads"]
     each = -(-batch // (world.size * slices))
-    split = f"{world.size} device{'s'[: world.size > 1]} × {slices} slice{'s'[: slices > 1]}"
+    parts = f"{slices} micro-batch{'es' if slices > 1 else ''}"
+    split = f"{world.size} device{'s'[: world.size > 1]} × {parts}"
     most = "" if batch == world.size * slices * each else "at most "
     length = objects.total_steps
     steps = "until time is up" if length is None else f"{length:,} step{'s'[: length != 1]}"

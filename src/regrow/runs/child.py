@@ -6,16 +6,13 @@ Importing torch takes seconds. A signal must end the rank during them, too.
 from __future__ import annotations
 
 import os
-import signal
 
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 from regrow.processes.signals import STOPPING
 
 if __name__ == "__main__":
-    begin.rank({})
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # see `ranks.held`
+    begin.child(STOPPING)
     die_with_parent(int(os.environ["REGROW_PARENT"]))
 
     from regrow.runs import worker

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from regrow.errors import UserError
@@ -26,6 +27,7 @@ from regrow.protocols import Batch, Data
 log = logging.getLogger(__name__)
 
 FIRST_STEPS = 5  # a random choice of layers or experts passes some over in a single step
+MOST_INITIAL = 0.05  # of the running averages; a momentum of 0.1 needs 29 updates
 LARGE = 3.0  # root mean square of inputs; standardised ones have 1, images from 0 to 1 less
 SMALL = 1e-3
 MOST_SHOWN = 8  # channels
@@ -124,18 +126,23 @@ def _is_sigmoid(logits: Tensor) -> bool:
     return node is not None and node.name().startswith("Sigmoid")
 
 
-def of_inputs(batch: Batch) -> list[str]:
-    """Return a line if floating-point inputs are far from the scale that models start for."""
+def of_inputs(batch: Batch, *, images: bool = False) -> list[str]:
+    """Return a line if floating-point inputs are far from the scale that models start for.
+
+    With `images` also of images (B, C, H, W) without a negative value, such as those from 0 to 1.
+    Many models train well on them, so a normal run does not say it.
+    """
     for tensor in parts_of(batch.inputs):
         if not tensor.is_floating_point() or tensor.numel() < 2 or not tensor.isfinite().all():
             continue
         values = tensor.detach().float()
         size, mean = float(values.square().mean().sqrt()), float(values.mean())
-        if SMALL <= size <= LARGE or size == 0:
+        is_raw = images and values.ndim == 4 and float(values.min()) >= 0
+        if size == 0 or (SMALL <= size <= LARGE and not is_raw):
             continue
         return [
             f"data.normalize: the inputs have a root mean square of {size:.3g} and a mean of "
-            f"{mean:.3g}, and models start for about 1. Set data.normalize=train. A data set "
+            f"{mean:.3g}, and models start for about 1 and 0. Set data.normalize=train. A data set "
             f"of your own standardises its numbers itself{_measured(values)}."
         ]
     return []
@@ -204,8 +211,32 @@ def without_gradient(names: list[str], steps: int) -> str:
     when = f"in the first {steps} steps" if steps > 1 else "in the first step"
     return (
         f"model: {listed(names)} got no gradient {when}, so they do not train: forward does not "
-        "use them, or detach() or no_grad() cuts them off. Correct forward, or say that it is "
-        "meant: requires_grad_(False)."
+        "use them, or detach() or no_grad() stops their gradient. Correct forward, or say that it "
+        "is meant: requires_grad_(False)."
+    )
+
+
+def unsettled_averages(model: torch.nn.Module, steps: int, num_micro_batches: int) -> str | None:
+    """Return a line if BatchNorm's running averages are mostly of before the run; else None.
+
+    A momentum of m leaves (1 - m)^n of the initial values after n updates. Layers that have more
+    updates than the run brought another state along, and those without any are in evaluation mode.
+    """
+    most, momentum = 0.0, 0.0
+    updates = steps * num_micro_batches
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm) or module.num_batches_tracked is None:
+            continue
+        if module.momentum is not None and 0 < int(module.num_batches_tracked) <= updates:
+            most, momentum = max(
+                (most, momentum), ((1 - module.momentum) ** updates, module.momentum)
+            )
+    if most <= MOST_INITIAL:
+        return None
+    return (
+        f"{steps} steps: BatchNorm's running averages still hold {most:.0%} of their initial "
+        "values, and evaluation uses them: val may look worse than the model is. Train for longer, "
+        f"or give the layers a momentum above {momentum:g}."
     )
 
 
@@ -215,20 +246,20 @@ def listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def leaks(data: Data, device: torch.device, num_trained_on: int) -> list[str]:
-    """Return a line for each set that shares inputs with the first `num_trained_on` of train.
+def leaks(data: Data, device: torch.device) -> list[str]:
+    """Return a line for each set that shares inputs with train, whatever `data.limit_train` is.
 
     Compares the inputs as the model gets them, unaugmented, of at most 20,000 examples per split
     and for at most 20 seconds. `data.overlap` compares all, where a data set offers keys.
     """
     until = time.monotonic() + MOST_SECONDS
-    train = [*_digests(data, "train", device, until, num_trained_on)]
+    # Train comes last, as it is the largest: no time may be left for what follows.
+    sets = {name: [*_digests(data, name, device, until)] for name in data.num_examples
+            if name != "train"}  # fmt: skip
+    train = [*_digests(data, "train", device, until)] if sets else []
     known = set(train)
     lines = []
-    for name in data.num_examples:
-        if name == "train":
-            continue
-        own = [*_digests(data, name, device, until, data.num_examples[name])]
+    for name, own in sets.items():
         shared = [place for place, digest in enumerate(own) if digest in known]
         least = max(LEAK * len(own), NATURAL * _by_chance(train, own))
         if len(shared) >= LEAST_SHARED and len(shared) > least:
@@ -255,10 +286,8 @@ def _by_chance(train: Sequence[bytes], own: Sequence[bytes]) -> float:
     return len(own) * max(rate(train), rate(own) * fewer)
 
 
-def _digests(
-    data: Data, name: str, device: torch.device, until: float, most: int
-) -> Iterator[bytes]:
-    read, most = 0, min(MOST_READ, most)
+def _digests(data: Data, name: str, device: torch.device, until: float) -> Iterator[bytes]:
+    read, most = 0, min(MOST_READ, data.num_examples[name])
     for batch in data.evaluation(name, device=device):
         columns = [tensor.detach().cpu().contiguous() for tensor in parts_of(batch.inputs)]
         for row in range(min(batch.num_local, most - read)):

@@ -49,6 +49,7 @@ class FirstSteps:
         self.losses: list[float] = []
         self.left = STEPS if world.mesh is None else 0
         self.model: nn.Module = objects.state.model
+        self.frozen: list[str] = []  # lines about parameters that require no gradient
         self.names = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
         self.got_gradient: set[str] = set()  # other than zero, in a backward pass
         self.was_given: set[str] = set()  # other than zero, when an optimizer stepped
@@ -67,11 +68,12 @@ class FirstSteps:
         if self.overfits:
             self._stop_dropout()
         if self.world.is_main:
-            for line in fault_checks.frozen_parameters(self.model):
+            self.frozen = fault_checks.frozen_parameters(self.model)
+            for line in self.frozen:
                 log.info("%s", line)
-            data, trained_on = self.objects.data, self.objects.train.num_examples
+            data = self.objects.data
             if getattr(data, "overlap", None) != "ignore":
-                self.tell(fault_checks.leaks(data, self.world.device, trained_on))
+                self.tell(fault_checks.leaks(data, self.world.device))
         return dataclasses.replace(plan, train_step=self)
 
     def _stop_dropout(self) -> None:
@@ -111,7 +113,8 @@ class FirstSteps:
         steps = self.objects.state.step
         failed = self.verdict.reached is False
         if self.world.is_main:
-            for line in overfitting.lines(self.verdict, self.faults, self.losses, steps):
+            said = overfitting.lines(self.verdict, self.faults, self.losses, steps, self.frozen)
+            for line in said:
                 log.log(logging.ERROR if failed else logging.INFO, "%s", line)
         if self.world.from_main(str(failed)) == str(True):
             if self.world.is_main and self.world.store is not None:
@@ -133,7 +136,7 @@ class FirstSteps:
         is_first = self.left == STEPS
         self.left -= 1
         if is_first:
-            self.tell(fault_checks.of_inputs(batch))
+            self.tell(fault_checks.of_inputs(batch, images=True))
         if is_first and self.world.size == 1 and not self.objects.state.evaluates:
             self._look_at_loss(batch)
         reference = {} if self.agreement is not None else self._reference(batch, plan)

@@ -11,7 +11,7 @@ from torch import Tensor
 from regrow.config.recorded import recorded_config
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
-from regrow.feeding.images import fit, size_of
+from regrow.feeding.decoding import fit, size_of
 from regrow.feeding.masks import as_written
 from regrow.processes.interrupt import StopRequest
 from regrow.randomness import Draws, states_kept

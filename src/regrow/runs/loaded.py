@@ -8,6 +8,7 @@ found.names, found.probabilities
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,6 +50,7 @@ from regrow.runs.predictions import Predictions, columns_of, joined, predictions
 log = logging.getLogger("regrow")
 
 PREPROCESSING = "preprocessing.json"
+CLASS_WEIGHTS = "class_weights"
 # Properties of the data that the model depends on. Other data must share them.
 OF_THE_MODEL = ("target_kind", "num_classes", "num_outputs", "input_shape", "class_names")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -207,7 +209,9 @@ class LoadedRun:
 def preprocessing_record(data: Any) -> dict[str, Any]:
     """Return the content of preprocessing.json: what prediction needs of the data."""
     names = {name: getattr(data, name) for name in ("class_names", "target_names")}
-    return {**data.preprocessing.to_dict(), **names, "input_names": data.input_names()}
+    counted = getattr(data, CLASS_WEIGHTS, None)
+    more = {} if counted is None else {CLASS_WEIGHTS: counted}
+    return {**data.preprocessing.to_dict(), **names, "input_names": data.input_names(), **more}
 
 
 def load_run(
@@ -275,7 +279,7 @@ def load_run(
     if task.get("target_names", ...) is None:
         task["target_names"] = target_names
     with naming_code(folder):
-        its_task = instantiate(task, loss=instantiate(config["loss"]))
+        its_task = instantiate(task, loss=instantiate(_loss_of(config, folder, given)))
     run = LoadedRun(
         folder=folder,
         config=config,
@@ -409,6 +413,7 @@ def _recorded(
         return None, None, None, None
     try:
         content: dict[str, Any] = read_json(path)
+        content.pop(CLASS_WEIGHTS, None)  # of the loss: see `_loss_of`
         keys = ("class_names", "target_names", "input_names")
         classes, targets, inputs = (_names(content.pop(key, None)) for key in keys)
         return Preprocessing.from_dict(content), classes, targets, inputs
@@ -418,6 +423,22 @@ def _recorded(
             *(given, PREPROCESSING, brief(error, 200)),
         )
         return None, None, None, None
+
+
+def _loss_of(config: Mapping[str, Any], folder: Path, given: Path) -> Mapping[str, Any]:
+    """Return the node of the loss, with the class weights that the run counted in its data."""
+    node: Mapping[str, Any] = config["loss"]
+    if node.get(CLASS_WEIGHTS) != "balanced":
+        return node
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = read_json(folder / PREPROCESSING).get(CLASS_WEIGHTS)
+    if not isinstance(found, list) or not all(type(weight) is float for weight in found):
+        raise UserError(
+            f"run={given}: its {PREPROCESSING} lacks the {CLASS_WEIGHTS} of "
+            "loss.class_weights=balanced. Copy the run's folder again."
+        )
+    return {**node, CLASS_WEIGHTS: found}
 
 
 def _refuse_downloads(node: Any) -> None:

@@ -62,8 +62,8 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
             call(model.train(), batch.inputs)
     except ValueError as error:  # BatchNorm cannot compute a variance
         raise UserError(
-            "the smallest slice of a step is one example, and this model cannot train on one: "
-            f"{str(error).splitlines()[0]}. Use data.drop_last=true, another data.batch_size, "
+            "a step's smallest micro-batch is one example, and this model cannot train on one: "
+            f"{brief(error)}. Use data.drop_last=true, another data.batch_size, "
             "fewer trainer.accumulation_steps or a model without BatchNorm."
         ) from None
     finally:

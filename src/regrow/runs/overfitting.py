@@ -223,11 +223,16 @@ class _NoSlope(Exception):
 
 
 def lines(
-    verdict: Verdict, faults: Sequence[str], losses: Sequence[float], steps: int
+    verdict: Verdict,
+    faults: Sequence[str],
+    losses: Sequence[float],
+    steps: int,
+    frozen: Sequence[str] = (),
 ) -> list[str]:
     """Return what to say about a verdict: what was reached, which checks fired, what to try.
 
-    `steps` are those of the run, `losses` those of this process: a resumed one has fewer.
+    `steps` are those of the run, `losses` those of this process: a resumed one has fewer. `frozen`
+    are lines that matter only if the least loss was not reached.
     """
     if verdict.reached is None and not verdict.constant_suffices:
         return [
@@ -260,6 +265,7 @@ def lines(
     return [
         f"debug=overfit: not reached. {of[0].upper()}{of[1:]}.",
         *(fired(faults) or ["checks: none of them fired."]),
+        *frozen,
         f"try: {advice(verdict, faults, losses, steps)}",
     ]
 

@@ -40,7 +40,7 @@ from regrow.project import ROOT
 from regrow.protocols import Objects
 from regrow.record import manifest, names, ownership, records
 from regrow.record.redact import redact, redact_all
-from regrow.runs import machine, training
+from regrow.runs import fault_checks, machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import log_file
 from regrow.runs.first_steps import FirstSteps
@@ -71,10 +71,12 @@ def run_job(job: Job, world: World) -> float | None:
         allow(job.config)  # it may keep targets of the table for older runs
         if not found.done:
             return run_in(job, found, world)
+        if found.has_changes:
+            refuse_changes(job, world)
         before_the_run.end()
         if world.is_main:
             draw_missing(Path(str(job.folder)), job)
-    return say_complete(Path(str(job.folder)), job)
+    return say_complete(Path(str(job.folder)), job, has_changes=found.has_changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Found:
     """The state of the job's folder before it runs."""
 
     done: bool = False  # the run is complete
+    has_changes: bool = False  # and the job names other keys than those that would extend it
     has_checkpoint: bool = False
     num_micro_batches: int = 1  # the least, after a rank ran out of memory
 
@@ -97,8 +100,10 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
         kept = stack.enter_context(claimed(folder, job))
         job = job.with_values(**kept or {})
         least = (records.load_status(folder) or {}).get("num_micro_batches")
+        done = kept is not None and resume.is_done(folder, job.config)
         found = Found(
-            done=kept is not None and resume.is_done(folder, job.config),
+            done=done,
+            has_changes=done and resume.has_changes(folder, job.config),
             has_checkpoint=writer.outline(folder / "checkpoints") is not None,
             num_micro_batches=least if isinstance(least, int) else 1,
         )
@@ -116,10 +121,32 @@ def draw_missing(folder: Path, job: Job) -> None:
         training.draw(folder)
 
 
-def say_complete(folder: Path, job: Job) -> float | None:
+def refuse_changes(job: Job, world: World) -> None:
+    """Raise UserError if a complete run cannot be resumed with the job's changes: see `run_in`."""
+    objects = training.build({**job.config, "init_from": None}, world, job.folder)
+    with contextlib.closing(objects.data):
+        if world.is_main:
+            folder = Path(str(job.folder))
+            refuse_other_state(objects, folder)
+            if (folder / manifest.NAME).is_file():
+                resume.refuse_other_data(folder, objects.data.fingerprint(), job.overrides)
+
+
+def refuse_other_state(objects: Objects, folder: Path) -> None:
+    """Raise UserError if the newest checkpoint in `folder` is of another model or has other parts.
+
+    Says how to get the run's code back if it has changed.
+    """
+    with naming_code(folder):
+        if outline := writer.outline(folder / "checkpoints"):
+            objects.state.refuse_other(outline)
+
+
+def say_complete(folder: Path, job: Job, *, has_changes: bool = False) -> float | None:
     """Log how to train longer, and return the best monitored value."""
     summary = records.load_summary(folder)
-    log.info("%s is complete. To train longer, raise what ended it:", folder)
+    so = ", so the changes have no effect" * has_changes
+    log.info("%s is complete%s. To train longer, raise what ended it:", folder, so)
     log.info("  %s", longer(folder, job, summary))
     best: float | None = summary["best"]["value"]
     return best
@@ -180,10 +207,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
         training.check_first_batch(objects, world)
     trial = trial_of(job, objects, world)
     if job.folder is not None and world.is_main:
-        folder = Path(job.folder)
-        with naming_code(folder):
-            if outline := writer.outline(folder / "checkpoints"):
-                objects.state.refuse_other(outline)
+        refuse_other_state(objects, Path(job.folder))
     world.barrier()  # a rank that fails before this line leaves no folder behind
     before_the_run.end()
     with contextlib.ExitStack() as stack:
@@ -203,12 +227,13 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 introduce(folder, job, objects, world)
                 if is_new and (far := objects.data.far_targets()) is not None:
                     log.warning("%s", far)
-            begun = False
+            begun, runs = False, Path("outputs", config["name"])
+            latest = records.linked_latest(runs)
 
             def begin() -> None:
                 nonlocal begun
                 begun = True
-                records.link_latest(folder, Path("outputs", config["name"]))
+                records.link_latest(folder, runs)
 
             watch = None
             if config["trainer"].get("find_faults"):
@@ -233,6 +258,13 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 if isinstance(cause, DataError) and objects.state.step > 0:
                     cause = DataError(after_a_change(cause, job, folder))
                 note_failure(cause, folder, job, objects.state.step, world)
+                if world.is_main and job.folder is None and objects.state.step == 0:
+                    with contextlib.suppress(OSError):
+                        records.unlink_latest(folder, runs, latest)
+                    if not isinstance(cause, OSError):  # which says how to resume
+                        log.info(
+                            "no step was completed: %s holds a log, and nothing to resume", folder
+                        )
                 if world.store is not None and isinstance(cause, Exception):
                     raise RunFailed(cause, objects.state.step) from raised
                 if is_plain(cause):
@@ -256,6 +288,8 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 log.warning(
                     "%s", in_warmup(objects.state.step, warmup)
                 )  # max_seconds or early stopping ended it
+            if (short := unsettled(job, objects)) is not None:
+                log.warning("%s", short)
             if job.draws:
                 training.draw(folder)  # the page shows the status, so write that first
             conclude(folder, job, summary)
@@ -263,6 +297,16 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             watch.report()
         best: float | None = summary["best"]["value"]
         return best
+
+
+def unsettled(job: Job, objects: Objects) -> str | None:
+    """Return the warning of a run that was too short for its BatchNorm layers, or None."""
+    state, config = objects.state, job.config
+    started = config["init_from"] or config["model"].get("pretrained")
+    if started or job.choices.get("debug"):
+        return None
+    micro_batches = max(objects.options.accumulation_steps, state.progress.num_micro_batches)
+    return fault_checks.unsettled_averages(state.evaluated, state.step, micro_batches)
 
 
 def after_a_change(error: DataError, job: Job, folder: Path) -> str:
@@ -320,7 +364,7 @@ def is_plain(error: BaseException) -> bool:
 
 def note_failure(error: BaseException, folder: Path, job: Job, step: int, world: World) -> None:
     """Record and log why the run failed, in the first rank that fails alone."""
-    if lost_the_others(error) or not world.is_first("to fail"):
+    if lost_the_others(error) or not world.claim_first("to fail"):
         return
     line = f"{type(error).__name__}: {error}"
     least = {}

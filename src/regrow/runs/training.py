@@ -305,7 +305,7 @@ def draw(folder: Path) -> None:
     try:
         report.draw(folder)
     except Exception:
-        log.warning("no pictures: the run itself is complete", exc_info=True)
+        log.warning("no plots and no report: the run itself is complete", exc_info=True)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def draw(run: Path) -> None:
     try:
         report.draw(run)
     except Exception:
-        log.warning("no pictures of %s", run, exc_info=True)
+        log.warning("no plots and no report of %s", run, exc_info=True)
 
 
 def summary_of(folder: Path, found: Comparison) -> list[str]:

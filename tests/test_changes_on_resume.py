@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", CHANGES_THE_MATHS)
-def test_what_changes_the_maths_is_refused_unless_it_is_named(
+def test_a_change_of_the_maths_is_refused_unless_it_is_named(
     change: str, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overrides = [*TINY, *change.split()]
@@ -55,7 +55,7 @@ def test_what_changes_the_maths_is_refused_unless_it_is_named(
 
 
 @pytest.mark.parametrize("change", LEAVES_IT)
-def test_what_leaves_the_maths_alone_may_change(
+def test_keys_that_leave_the_maths_alone_may_change(
     change: str, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
