@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,8 +31,9 @@ from regrow.config.explain import composition_error, wrong_options
 from regrow.config.hydras import refuse_typed
 from regrow.config.leads import RECIPES
 from regrow.config.own_modules import import_own_modules
+from regrow.config.ranges import check_ranges
 from regrow.config.resume import SWEEP, expand
-from regrow.config.rules import applies
+from regrow.config.rules import applies, require
 from regrow.config.schemas import OF_TORCH
 from regrow.config.targets import allow, instantiate, is_allowed, locate, shipped_targets
 from regrow.config.yaml_files import read_yaml
@@ -382,10 +384,34 @@ def test_a_module_in_the_root_of_the_repository_is_found(
     assert locate("a_module_of_ones_own.Net", "model").__name__ == "Net"
 
 
+def test_a_range_binds_each_of_several_models_and_no_class_of_ones_own() -> None:
+    wrong = {"_target_": "lab.models.mlp.MLP", "hidden": [8, 0]}
+    right = {**wrong, "hidden": [8]}
+    with pytest.raises(UserError, match=r"^model\.second\.hidden=\[8, 0\] must be a list, each"):
+        check_ranges({"model": {"first": right, "second": wrong}})
+    with pytest.raises(UserError, match=r"^model\.hidden=\[8, 0\] must be a list, each"):
+        check_ranges({"model": wrong})
+    own = {"_target_": "mine.Net", "hidden": [8, 0]}
+    check_ranges({"model": {"width": right, "second": own}})  # a name that is also a key
+
+
 def test_every_trainer_key_that_may_be_null_says_what_else_it_may_be() -> None:
     shipped = shipped_node("trainer", "default") or {}
     nulls = [f"trainer.{key}" for key, value in leaves(shipped).items() if value is None]
     assert [key for key in nulls if key not in RULES] == []
+
+
+def test_code_without_a_config_asks_the_same_rule() -> None:
+    require("model.hidden", (np.int64(8), 8))
+    require("loss.label_smoothing", np.float32(0.5))
+    for key, value in {
+        "model.hidden": (8, 0),
+        "loss.label_smoothing": np.float64("nan"),
+        "task.threshold": 1.0,
+        "model.channels": [],
+    }.items():
+        with pytest.raises(UserError, match=rf"^{re.escape(key)}=.* must be "):
+            require(key, value)
 
 
 @pytest.mark.parametrize(

@@ -292,11 +292,11 @@ COUNTED = """
 import runpy, sys
 from regrow.config import check
 from regrow.errors import UserError
-ours, calls = check._check_ranges, []
+ours, calls = check.check_ranges, []
 def counted(values):
     calls.append(values["seed"])
     ours(values)
-check._check_ranges = counted
+check.check_ranges = counted
 sys.path.insert(0, {scripts!r})
 sys.argv = [{scripts!r} + "/train.py", *sys.argv[1:]]
 try:

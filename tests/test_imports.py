@@ -164,9 +164,11 @@ def public_names(source: Path, wing: str) -> dict[str, set[str]]:
 
 
 def used_from_outside(source: Path) -> dict[str, dict[str, set[str]]]:
-    """Return the names that other wings and the lab use, by wing and module."""
+    """Return the names that other wings, the lab and the scripts use, by wing and module."""
     files, used = files_of(source), defaultdict[str, dict[str, set[str]]](dict)
-    for module, path in files.items():
+    users = [(wing_of(module), path) for module, path in files.items()]
+    users += [("scripts", path) for path in sorted((source.parent / "scripts").glob("*.py"))]
+    for user, path in users:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
@@ -177,7 +179,7 @@ def used_from_outside(source: Path) -> dict[str, dict[str, set[str]]]:
                 whole = f"{node.module}.{name.name}"
                 target = whole if whole in files else str(node.module)
                 wing, inner = wing_of(target), target.split(".")[2:]
-                if wing == wing_of(module) or not inner:
+                if wing == user or not inner:
                     continue
                 names = used[wing].setdefault(".".join(inner), set())
                 names |= uses_of(name.name, files[whole], tree) if target == whole else {name.name}
@@ -226,9 +228,13 @@ def test_a_use_of_a_private_name_is_found(tmp_path: Path) -> None:
         "record/a.py": "def secret(): ...\nf = 1",
         "runs/c.py": "from regrow.record import a\nfrom regrow.record.a import f\na.secret()",
     }
-    write(tmp_path, files)
-    assert public_names(tmp_path, "record") == {"a": {"f", "g", "h"}, "b": set()}
-    assert used_from_outside(tmp_path)["record"] == {"a": {"f", "secret"}}
+    source = tmp_path / "src"
+    write(source, files)
+    assert public_names(source, "record") == {"a": {"f", "g", "h"}, "b": set()}
+    assert used_from_outside(source)["record"] == {"a": {"f", "secret"}}
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "show.py").write_text("def f():\n    from regrow.record.a import own")
+    assert used_from_outside(source)["record"] == {"a": {"f", "own", "secret"}}
 
 
 IMPORTERS = ("src", "tests", "benchmarks", "scripts", "docs/site")

@@ -127,6 +127,25 @@ def test_a_target_set_after_compose_is_refused() -> None:
         regrow.build(config)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.batch_size", 0, r"data\.batch_size=0 must be an integer of at least 1\."),
+        ("data.overlap", "perhaps", r"data\.overlap=perhaps must be one of refuse, report, ignore"),
+        ("data.target_kind", "ranking", r"data\.target_kind=ranking must be one of multiclass"),
+        ("data.target_kind", "language", r"task=multiclass does not fit language targets"),
+        ("model.hidden", [0], r"model\.hidden=\[0\] must be a list, each an integer of at least 1"),
+    ],
+)
+def test_a_value_that_was_changed_after_the_check_is_checked(
+    key: str, value: object, message: str
+) -> None:
+    config = regrow.compose("train", TINY)
+    OmegaConf.update(config, key, value)
+    with pytest.raises(UserError, match=message):
+        regrow.build(config)
+
+
 def test_importing_the_package_imports_little() -> None:
     code = "import sys, regrow; print({'torch', 'hydra', 'omegaconf'} & {*sys.modules})"
     code += "; regrow.compose('train'); print('torch' in sys.modules)"

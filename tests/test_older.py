@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from finished import process, script
 from running import CPU, as_hydra_has_it, composed, config_of, metrics_of
 
 from lab import added, build
-from regrow import project
+from regrow import project, protocols
 from regrow.checkpoint import writer
 from regrow.config import older, places, resume
 from regrow.config.check import shipped_node
@@ -432,3 +434,17 @@ def test_the_records_are_of_that_time() -> None:
     for name in RUNS:
         manifest = json.loads((RECORDS / name / "manifest.json").read_text())
         assert manifest["git"]["commit"].startswith("8483121")
+
+
+def test_the_engine_reads_of_the_labs_lists_what_its_protocol_names() -> None:
+    names = set(protocols.Added.__annotations__)
+    assert names == set(re.findall(r'_of_lab\("(\w+)"\)', inspect.getsource(older)))
+    kinds = {
+        "ADDED_KEYS": AddedKey,
+        "EARLIER_DEFAULTS": older.EarlierDefault,
+        "REMOVED_KEYS": tuple,
+    }
+    assert names == set(kinds)
+    for name, kind in kinds.items():
+        rows = getattr(added, name)
+        assert isinstance(rows, tuple) and rows and all(isinstance(row, kind) for row in rows)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from regrow.protocols import Objects
+    from regrow.protocols import Config, Objects
 
 __all__ = ["__version__", "build", "compose"]
 
@@ -26,7 +26,7 @@ def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictCo
     return notebook.compose(config_name, overrides)
 
 
-def build(config: Mapping[str, Any] | DictConfig) -> Objects:
+def build(config: Mapping[str, Config] | DictConfig) -> Objects:
     """Return the objects that a config describes, as a run builds them, without starting one.
 
     These are `state.model`, `state.optimizer`, `data`, `task`, and the batches `train` and `val`.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter
+    from regrow.config.older import AddedKey, EarlierDefault
     from regrow.distributed.parallel import World
     from regrow.processes.interrupt import StopRequest
     from regrow.randomness import Draws
@@ -401,6 +402,17 @@ class Plan(Protocol):
 
     @property
     def step(self) -> object: ...
+
+
+class Added(Protocol):
+    """The lab's module `added`: what older records lack or have otherwise.
+
+    `regrow.config.older` reads it, and nothing else of the lab, before torch is imported.
+    """
+
+    ADDED_KEYS: tuple[AddedKey, ...]  # that an older record lacks
+    EARLIER_DEFAULTS: tuple[EarlierDefault, ...]  # that a record keeps
+    REMOVED_KEYS: tuple[tuple[str, str], ...]  # (`_target_`, key) that the code no longer accepts
 
 
 class Lab(Protocol):

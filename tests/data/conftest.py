@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from regrow.config.check import check_data
 from regrow.config.hydra_access import plain, version_arguments
 from regrow.config.targets import allow, instantiate
 from regrow.feeding.batch import Batch
@@ -26,7 +27,8 @@ def make_data() -> Callable[..., Data]:
             config = compose(name, overrides=list(overrides))
         root = OmegaConf.create({"seed": seed, "data": config})
         node = plain(root.data)
-        allow(node)  # as the check of a command line does
+        check_data(node)  # as the check of a command line does, and the next line too
+        allow(node)
         data = instantiate(node)
         assert isinstance(data, Data)
         return data

@@ -116,8 +116,8 @@ def test_alternate_flips_mirror_each_image_in_every_other_epoch() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"pad": -1}, r"pad=-1 is negative"),
-        ({"padding_mode": "zeros"}, "Choose from constant, reflect"),
+        ({"pad": -1}, r"pad=-1 must be an integer of at least 0"),
+        ({"padding_mode": "zeros"}, "must be one of constant, reflect"),
         ({"alternate_flips": True}, "flip=true too"),
     ],
 )

@@ -456,7 +456,7 @@ def test_a_corrupt_image_is_named_in_one_line(
         ("source.resize=8", "data.source.resize=8 is smaller than the crop 16 x 16"),
         ("root=/nowhere", "data.root=/nowhere: not a folder"),
         ("input_shape=[5]", "not an image's shape"),
-        ("normalize=nonsense", "data.normalize=nonsense is none of"),
+        ("normalize=nonsense", "data.normalize=nonsense must be one of train"),
         ("normalize={mean:[0.5],std:[0.5]}", "it takes 3 means"),
     ],
 )

@@ -144,7 +144,7 @@ def test_synthetic_examples_come_in_any_shape(
     assert (
         again.fingerprint() == data.fingerprint()
     )  # the run's seed changes the order, not the data
-    with pytest.raises(DataError, match="split train is empty"):
+    with pytest.raises(UserError, match=r"num_train=0 must be an integer of at least 1"):
         make_data("synthetic", "source.num_train=0")
 
 
@@ -199,15 +199,15 @@ def test_large_sets_are_normalised_by_the_batch_with_the_same_bits(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("batch_size=0", "data.batch_size=0 must be 1 or more"),
+        ("batch_size=0", "data.batch_size=0 must be an integer of at least 1."),
         ("eval_batch_size=0", "data.eval_batch_size=0"),
         ("num_workers=-1", "data.num_workers=-1"),
         ("num_classes=9", "out of range for data.num_classes=9"),
         ("num_outputs=9", "data.num_outputs=9"),
         ("input_shape=[1,9,9]", "Set data.input_shape=[1,8,8]"),
         ("class_names=[a,b]", "data.class_names has 2 names for data.num_classes=10"),
-        ("target_kind=ranking", "data.target_kind=ranking is none of"),
-        ("overlap=perhaps", "data.overlap=perhaps is none of"),
+        ("target_kind=ranking", "data.target_kind=ranking must be one of"),
+        ("overlap=perhaps", "data.overlap=perhaps must be one of"),
         ("source.val_fraction=0.9", "data.source.val_fraction=0.9"),
     ],
 )

@@ -123,12 +123,25 @@ def test_keys_that_are_not_one_per_example_are_not_compared() -> None:
         check_overlap(Splits(subset(one, range(5)), subset(one, range(4, 10)), None), "refuse")
 
 
-@pytest.mark.parametrize("fractions", [(0.6, 0.5), (-0.1, 0.2), (0.0, 1.0), (float("nan"), 0.1)])
+@pytest.mark.parametrize("fractions", [(0.6, 0.5), (0.0, 1.0)])
 def test_fractions_that_leave_nothing_to_train_on_are_refused(
     fractions: tuple[float, float],
 ) -> None:
     with pytest.raises(UserError, match="leave nothing to train on"):
         cut(range(10), np.zeros(10), val_fraction=fractions[0], test_fraction=fractions[1], seed=0)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("name", ["val_fraction", "test_fraction"])
+def test_a_fraction_out_of_range_is_refused_without_a_config_too(
+    name: str, fraction: float
+) -> None:
+    given = {"val_fraction": 0.1, "test_fraction": 0.1, name: fraction}
+    message = rf"data\.source\.{name}={fraction} must be a number from 0 to 1\."
+    with pytest.raises(UserError, match=message):
+        cut(range(10), np.zeros(10), seed=0, **given)
+    with pytest.raises(UserError, match=message):  # also where folds give the test split
+        cut(range(10), np.zeros(10), seed=0, folds=2, **given)
 
 
 def test_an_empty_split_is_named_and_a_fraction_of_zero_makes_no_split() -> None:

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.config.rules import require
 from regrow.errors import UserError
 from regrow.feeding.mixing import Mix
 from regrow.randomness import generator
 
-PADDING_MODES = ("constant", "reflect")
 WRITTEN_BYTES = 1 << 22  # up to this size all crops are written out, in some milliseconds
 
 
@@ -44,13 +44,8 @@ class CropFlip:
     only_moves_pixels = True  # so a mask may be one channel more
 
     def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise UserError(f"data.augmentation.pad={self.pad} is negative. Use 0 or more pixels.")
-        if self.padding_mode not in PADDING_MODES:
-            raise UserError(
-                f"data.augmentation.padding_mode={self.padding_mode} is unknown. "
-                f"Choose from {', '.join(PADDING_MODES)}."
-            )
+        require("data.augmentation.pad", self.pad)
+        require("data.augmentation.padding_mode", self.padding_mode)
         if self.alternate_flips and not self.flip:
             raise UserError(
                 "data.augmentation.alternate_flips=true mirrors nothing with flip=false. "

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.config.rules import require
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.images import image_folder as image_folder
 from regrow.feeding.masks import mask_folder as mask_folder
@@ -119,9 +120,9 @@ def digit_scenes(
                 mask[place] = mask[place].where(ink < 6, digits.targets[number])
         return Examples(texture.to(torch.uint8).unsqueeze(1), masks.to(torch.uint8))
 
+    require("data.source.num_train", num_train)
     train = drawn("train", cut.train, num_train)
-    if train is None:
-        raise DataError("split train is empty: data.source.num_train=0. Raise it.")
+    assert train is not None
     sets = (train, drawn("val", cut.val, num_val), drawn("test", cut.test, num_test))
     return Splits(*sets, origins=cut.origins)
 
@@ -226,9 +227,9 @@ def synthetic(
             inputs = (inputs * 40 + 128).round().clamp(0, 255).to(torch.uint8)
         return Examples(inputs.view(count, *input_shape), targets)
 
+    require("data.source.num_train", num_train)
     train = draw("train", num_train)
-    if train is None:
-        raise DataError("split train is empty: data.source.num_train=0. Raise it.")
+    assert train is not None
     return Splits(train, draw("val", num_val), draw("test", num_test))
 
 

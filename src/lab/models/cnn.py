@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lab.models import freezing, initialisation
 from lab.models.mlp import choice
+from regrow.config.rules import require
 from regrow.errors import UserError
 
 NORMS = ("none", "group", "batch")
@@ -34,8 +35,7 @@ class CNN(nn.Module):
     ) -> None:
         super().__init__()
         in_channels, height, width = image_shape(input_shape, SMALLEST_SIZE)
-        if not channels or min(channels) < 1:
-            raise UserError(f"model.channels={channels} is wrong. Give a width for each stage.")
+        require("model.channels", channels)
         choice("norm", norm, NORMS)
         size = min(height, width)
         stages: list[nn.Module] = []

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from lab.models import freezing, initialisation
+from regrow.config.rules import require
 from regrow.errors import UserError, did_you_mean
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -42,10 +43,8 @@ class MLP(nn.Module):
         freeze: list[str],
     ) -> None:
         super().__init__()
-        if min(input_shape, default=0) < 1:
-            raise UserError(f"model.input_shape={input_shape} is wrong. Give sizes of one or more.")
-        if min(hidden, default=1) < 1:
-            raise UserError(f"model.hidden={hidden} is wrong. Give widths of one or more.")
+        require("model.input_shape", input_shape)
+        require("model.hidden", hidden)
         choice("norm", norm, NORMS)
         choice("activation", activation, ACTIVATIONS)
         widths = [math.prod(input_shape), *hidden]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lab.models import freezing, initialisation
 from lab.models.cnn import NORMS, image_shape, stage
 from lab.models.mlp import choice
-from regrow.errors import UserError
+from regrow.config.rules import require
 
 
 class UNet(nn.Module):
@@ -34,8 +34,7 @@ class UNet(nn.Module):
         freeze: list[str],
     ) -> None:
         super().__init__()
-        if not channels or min(channels) < 1:
-            raise UserError(f"model.channels={channels} is wrong. Give a width for each stage.")
+        require("model.channels", channels)
         in_channels, _, _ = image_shape(input_shape, 2 ** (len(channels) - 1))
         choice("norm", norm, NORMS)
         widths = itertools.pairwise([in_channels, *channels])

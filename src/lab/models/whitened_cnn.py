@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lab.models import freezing
 from lab.models.cnn import image_shape
 from lab.models.mlp import choice
+from regrow.config.rules import require
 from regrow.errors import UserError
 
 VIEWS = ("one", "mirror", "mirror_shift")
@@ -44,8 +45,9 @@ class WhitenedCNN(nn.Module):
     ) -> None:
         super().__init__()
         in_channels, _, _ = image_shape(input_shape, SMALLEST_SIZE)
-        if len(channels) != 3 or min(channels) < 1:
-            raise UserError(f"model.channels={channels} is wrong. Give three widths of 1 or more.")
+        require("model.channels", channels)
+        if len(channels) != 3:
+            raise UserError(f"model.channels={channels} is wrong. Give three widths.")
         self.views = choice("views", views, VIEWS)
         directions = in_channels * PATCH**2
         self.whiten = nn.Conv2d(in_channels, 2 * directions, PATCH)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.config.rules import require
 from regrow.errors import UserError
 
 _NO_TARGET = -(1 << 40)  # torch's default, -100, would silently ignore a broken target
@@ -101,10 +102,7 @@ class CrossEntropy:
     kinds = ("multiclass", "segmentation", "language")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise UserError(
-                f"loss.label_smoothing={self.label_smoothing} is out of range. Choose 0 to 1."
-            )
+        require("loss.label_smoothing", self.label_smoothing)
         given: object = self.class_weights
         if given == BALANCED:
             raise UserError(
@@ -218,8 +216,6 @@ def l1(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
     """Return the absolute error, squared / (2 beta) below `beta`; (B,), the mean over D outputs."""
-    if beta < 0:
-        raise UserError(f"loss.beta={beta} is negative. Give zero (plain L1) or more.")
     outputs, targets = matched(outputs, targets)
     return per_example(F.smooth_l1_loss(outputs, targets, reduction="none", beta=beta))
 
@@ -229,8 +225,6 @@ def huber(outputs: Tensor, targets: Tensor, *, delta: float) -> Tensor:
 
     (B,), the mean over D outputs.
     """
-    if delta <= 0:
-        raise UserError(f"loss.delta={delta} is not above zero. Give the error where it bends.")
     outputs, targets = matched(outputs, targets)
     return per_example(F.huber_loss(outputs, targets, reduction="none", delta=delta))
 

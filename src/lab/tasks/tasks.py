@@ -24,7 +24,7 @@ from lab.tasks.metrics import (
     regression_metrics,
     segmentation_metrics,
 )
-from regrow.errors import UserError
+from regrow.config.rules import require
 from regrow.feeding.tokens import IGNORED
 from regrow.feeding.vocabulary import from_record
 from regrow.numerics.precision import widest
@@ -410,6 +410,5 @@ class Language:
 
 
 def _logit(threshold: float) -> float:
-    if not 0 < threshold < 1:
-        raise UserError(f"task.threshold={threshold} is out of range. Choose between 0 and 1.")
+    require("task.threshold", threshold)
     return math.log(threshold / (1 - threshold))

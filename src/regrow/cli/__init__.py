@@ -3,6 +3,7 @@
 Public, by module; all else is private to this folder.
 
 arguments: Arguments, Option, parse
+data_alone: data_of, datasets_of
 entry: entry_point
 notebook: build, compose
 start: start

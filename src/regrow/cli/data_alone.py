@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import flags
+from regrow.config.check import check_data
 from regrow.config.command_line import paths_as_typed, read
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
@@ -49,6 +50,7 @@ def data_of(overrides: Sequence[str]) -> Data:
     source = node.get("source")
     if isinstance(source, dict) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")
+    check_data(node)
     allow(node)
     found: Data = instantiate(node)
     return found

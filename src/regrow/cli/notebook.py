@@ -64,6 +64,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 def build(config: Mapping[str, Any] | DictConfig) -> Objects:
     """Return all objects of a run, on the config's device. Sets threads and seeds as a run does."""
+    from regrow.config.check import check_values
     from regrow.distributed.parallel import World
     from regrow.runs import machine, training
 
@@ -82,6 +83,7 @@ def build(config: Mapping[str, Any] | DictConfig) -> Objects:
         raise UserError("this is not a run's config. Make one with regrow.compose.") from None
     if count not in (1, "auto"):
         raise UserError(f"trainer.devices={count}: this is one process. Use trainer.devices=1.")
+    check_values(values)
     return training.build(values, World(device=machine.resolve_device(device)))
 
 

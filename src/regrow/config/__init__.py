@@ -2,7 +2,7 @@
 
 Public, by module; all else is private to this folder.
 
-check: check, check_group, check_once
+check: check, check_data, check_group, check_once, check_values
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
     shell
 composition: composition, hydra_as_it_was
@@ -22,6 +22,7 @@ origins: composed, located, located_in, Origins, origins, TYPED
 own_code: own_place, owner_of, places_of, shown
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
+ranges: check_ranges
 recorded: gives_masks, recorded_config, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, has_changes, if_trusted,
@@ -29,9 +30,9 @@ resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, has_change
     places_of, places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote,
     resumed, SWEEP
 roles: check_roles
-rules: applies, of_shipped, RULES
+rules: applies, of_shipped, require, RULES
+schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
-target_kinds: refuse_mixing, refuse_sampling
 targets: allow, call_failed, instantiate, locate, named_packages, place_in, SHOWS_ALL
 yaml_files: read_yaml, readable
 yaml_keys: head_of

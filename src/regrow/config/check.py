@@ -28,8 +28,9 @@ from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
 from regrow.config.origins import located
+from regrow.config.ranges import check_ranges
 from regrow.config.resume import check_recorded
-from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate
@@ -169,7 +170,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     check_recorded(values, typed_overrides(HydraConfig.get().overrides.task))
     allow(values)
     _check_keys(values, choices)
-    _check_ranges(values)
+    check_ranges(values)
     for name, node in (values["task"].get("extra_metrics") or {}).items():
         check_signature(node, f"task.extra_metrics.{name}")
     for index, node in enumerate(values["data"].get("transforms") or []):
@@ -177,6 +178,21 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_mixing(values["data"])
     loggers.check_choice(values["logger"])
     _check_combinations(values)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise UserError for values out of range, or that do not fit each other.
+
+    For a composed config that a notebook may have changed since its check. Imports no target.
+    """
+    check_ranges(values)
+    _check_combinations(values)
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raise UserError for values of the node `data` alone, as `check_values` does for all."""
+    check_ranges({"data": data})
+    _check_data(data)
 
 
 def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
@@ -250,33 +266,7 @@ def check_group(config: DictConfig, group: str) -> None:
     if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
         raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     _check_node(values[group], shipped_node(group, option) or {}, group)
-    _check_ranges({group: values[group]})
-
-
-def _check_ranges(values: Mapping[str, Any]) -> None:
-    there = dict(walk(values, closed=RULES))
-    for path in (path for path in RULES if path in there):  # reports a value's owner first
-        value = there[path]
-        is_text = isinstance(value, str) and "${" in value  # resolved elsewhere
-        is_known = not is_text and applies(_node_of(values, path).get("_target_"))
-        if is_known and not RULES[path].allows(value):
-            typed = f"{path}={value}"
-            raise UserError(
-                leads.as_shape(typed)
-                or f"{path}={_shown(value)} must be {RULES[path].says}.{_as_column(path, value)}"
-            )
-
-
-def _as_column(path: str, value: Any) -> str:
-    if path != "data.sampling" or not isinstance(value, str):
-        return ""
-    return f" For a column of that name: {shell([f'{path}={{column: {value}}}'])}"
-
-
-def _node_of(values: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    for key in path.split(".")[:-1]:
-        values = values[key]
-    return values
+    check_ranges({group: values[group]})
 
 
 def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
@@ -372,7 +362,7 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     if path == "data.augmentation" and node is None:
         return
     if not isinstance(node, Mapping):
-        raise UserError(f"{path}={_shown(node)} must be a mapping of keys to values.")
+        raise UserError(f"{path}={shown(node)} must be a mapping of keys to values.")
     if not shipped:  # this mapping accepts any key
         return
     target = node.get("_target_")
@@ -410,9 +400,9 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
         is_text = isinstance(value, str) and "${" not in value
         if applies(owner) or not is_text:  # a user's model may take a list as dropout
             return
-        example = f", such as its default, {_shown(shipped)}"
+        example = f", such as its default, {shown(shipped)}"
     if rule is not None and not rule.allows(value):
-        raise UserError(f"{path}={_shown(value)} must be {rule.says}{example}.")
+        raise UserError(f"{path}={shown(value)} must be {rule.says}{example}.")
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:
@@ -478,8 +468,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     source = data["source"]
     if isinstance(source, Mapping) and source.get("root", "") is None:
         raise UserError("data.root must be given: add data.root=…")
-    _check_folds(data)
-    refuse_sampling(data.get("sampling"), data.get("target_kind"))
+    _check_data(data)
     if trainer["precision"] == "fp16" and trainer["device"] in ("cpu", "mps"):
         raise UserError(
             f"trainer.precision=fp16 needs CUDA, and trainer.device={trainer['device']}. "
@@ -522,7 +511,7 @@ def _check_mixing(data: Mapping[str, Any]) -> None:
         return
     if not isinstance(node, Mapping):
         raise UserError(
-            f"data.mixing={_shown(node)} must be a node with a _target_, such as "
+            f"data.mixing={shown(node)} must be a node with a _target_, such as "
             f"{{_target_: {lab_name()}.data.augment.MixUp, alpha: 0.2}}, or null."
         )
     parameters = check_signature(node, "data.mixing")
@@ -530,9 +519,15 @@ def _check_mixing(data: Mapping[str, Any]) -> None:
         kinds = (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if parameter.default is parameter.empty and parameter.kind in kinds and needed not in node:
             raise UserError(f"data.mixing.{needed} must be given: {node['_target_']} needs it.")
-    name = str(node["_target_"]).rpartition(".")[2]
-    if data.get("augment"):
-        refuse_mixing(name, data.get("target_kind"), data.get("ignore_index"))
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+    _check_folds(data)
+    kind = data.get("target_kind")
+    refuse_sampling(data.get("sampling"), kind)
+    if data.get("augment") and isinstance(mixing := data.get("mixing"), Mapping):
+        name = str(mixing.get("_target_")).rpartition(".")[2]
+        refuse_mixing(name, kind, data.get("ignore_index"))
 
 
 def _check_folds(data: Mapping[str, Any]) -> None:
@@ -560,7 +555,3 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -23,13 +23,13 @@ from regrow.project import lab_name
 class EarlierDefault(NamedTuple):
     target: str  # `_target_` of the node that holds the key
     key: str
-    before: Any  # the default before it changed
+    before: object  # the default before it changed
 
 
 class AddedKey(NamedTuple):
     target: str | None  # `_target_` of the node that holds the key; None: the root of the config
     key: str  # from the root it may be dotted, for a node without a `_target_`
-    before: Any  # reproduces the behaviour from before the key existed
+    before: object  # reproduces the behaviour from before the key existed
     follows: str | None = None  # the dotted key that conf/ interpolates it from
 
 
@@ -78,6 +78,7 @@ def added_keys() -> tuple[AddedKey, ...]:
 
 
 def _of_lab(name: str) -> Any:
+    """Return one of the lab's lists: see `regrow.protocols.Added`, which needs torch."""
     return getattr(importlib.import_module(f"{lab_name()}.added"), name)
 
 

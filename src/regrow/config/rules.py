@@ -1,17 +1,20 @@
-"""Types, options and ranges of the keys in `conf/`, as data: the check and the schemas read them.
+"""Types, options and ranges of the keys in `conf/`, as data, each written here alone.
 
-A rule is a JSON Schema (draft 7) with words for its error. `fits` reads the part of that language
-that the rules use.
+The check of a config and the schemas read them. So do classes that Python code also calls without a
+config, by `require`. A rule is a JSON Schema (draft 7) with words for its error. `fits` reads the
+part of that language that the rules use.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from regrow.errors import UserError
 from regrow.project import lab_name
 
 Schema = Mapping[str, Any]
@@ -29,11 +32,16 @@ class Rule:
         return fits(value, self.schema) and self.also(value)
 
 
+def _is(value: Any, kind: type) -> bool:
+    """Return True for a number of a kind, also one of numpy's; true and false are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 TYPES: dict[str, Callable[[Any], bool]] = {
     "null": lambda v: v is None,
     "boolean": lambda v: isinstance(v, bool),
-    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    "number": lambda v: TYPES["integer"](v) or (isinstance(v, float) and math.isfinite(v)),
+    "integer": lambda v: _is(v, numbers.Integral),
+    "number": lambda v: _is(v, numbers.Real) and math.isfinite(v),
     "string": lambda v: isinstance(v, str),
     "array": lambda v: isinstance(v, list),
     "object": lambda v: isinstance(v, Mapping),
@@ -103,7 +111,7 @@ def number(
     words = f"a number {'above' if above else 'from'} {low:g}"
     if high is not None:
         schema["exclusiveMaximum" if below else "maximum"] = high
-        words += f" to {'below ' if below else ''}{high:g}"
+        words += f" {'and' if above and below else 'to'} {'below ' if below else ''}{high:g}"
     return Rule(words, schema)
 
 
@@ -120,8 +128,12 @@ def text() -> Rule:
     return Rule("text", {"type": "string", "minLength": 1})
 
 
-def list_of(rule: Rule) -> Rule:
-    return Rule(f"a list, each {rule.says}", {"type": "array", "items": rule.schema})
+def list_of(rule: Rule, *, least: int = 0) -> Rule:
+    """Return the rule of a list of values, at least so many."""
+    schema = {"type": "array", "items": rule.schema}
+    if not least:
+        return Rule(f"a list, each {rule.says}", schema)
+    return Rule(f"a list of {least} or more, each {rule.says}", {**schema, "minItems": least})
 
 
 def mapping_to(rule: Rule) -> Rule:
@@ -205,6 +217,7 @@ RULES: dict[str, Rule] = {
     "data.limit_by": choice("random", "first"),
     "data.ignore_index": optional(INTEGER),
     "data.input_shape": optional(SHAPE),
+    "model.input_shape": optional(list_of(integer(1), least=1)),
     "data.target_kind": optional(choice(*TARGET_KINDS)),
     "data.normalize": NORMALIZE,
     "data.overlap": choice("refuse", "report", "ignore"),
@@ -247,7 +260,8 @@ RULES: dict[str, Rule] = {
     "data.source.delimiter": Rule("one sign", {"type": "string", "minLength": 1, "maxLength": 1}),
     "data.source.target_columns": list_of(text()),
     "data.source.sets": optional(either(mapping_to(text()), list_of(text()))),
-    **below("model", "hidden channels", list_of(integer(1))),
+    "model.hidden": list_of(integer(1)),
+    "model.channels": list_of(integer(1), least=1),
     "model.dropout": number(0, 1),
     **below("model", "width depth heads layers", integer(1)),
     "model.norm_momentum": number(0, 1, above=True),
@@ -260,7 +274,7 @@ RULES: dict[str, Rule] = {
     "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
     "loss.delta": number(0, above=True),
     "loss.beta": number(0),
-    "task.threshold": number(0, 1),
+    "task.threshold": number(0, 1, above=True, below=True),
     "task.target_names": optional(list_of(NAME)),
     "task.extra_metrics": optional(NAMED_NODES),
     "param_groups.lr_scale": optional(mapping_to(number(0))),
@@ -356,3 +370,16 @@ def applies(target: object) -> bool:
     A user's own model may take a list as `dropout`.
     """
     return str(target or "regrow.").startswith((f"{lab_name()}.", "regrow.", "torch.optim."))
+
+
+def require(key: str, value: Any) -> None:
+    """Raise UserError unless the rule of `key` allows `value`; a tuple counts as a list.
+
+    For code that is also called without a config, which the check has not seen.
+    """
+    if not RULES[key].allows([*value] if isinstance(value, tuple) else value):
+        raise UserError(f"{key}={shown(value)} must be {RULES[key].says}.")
+
+
+def shown(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from regrow import protocols
+from regrow.protocols import Inputs, Targets
 from regrow.randomness import generator
 
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-Targets = Inputs  # a tensor for each of several heads
 
-
-def parts_of(value: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+def parts_of(value: Inputs) -> list[Tensor]:
     """Return the tensors of inputs or targets: at least one, all of the same examples."""
     if isinstance(value, Tensor):
         return [value]
@@ -26,7 +24,7 @@ def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     """Return the inputs, or targets, with `function` applied to every tensor."""
     if isinstance(inputs, Tensor):
         return function(inputs)
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         return {name: function(value) for name, value in inputs.items()}
     return tuple(function(value) for value in inputs)
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.config.target_kinds import refuse_mixing
 from regrow.errors import DataError, UserError
 from regrow.feeding.feeds import outside
 from regrow.feeding.images import ImageFiles
@@ -127,7 +126,6 @@ class DataChecks:
                 f"data.mixing={type(mixing).__name__} is not a regrow.feeding.mixing.Mix. Use "
                 f"{lab_name()}.data.augment.MixUp or CutMix, or a subclass of Mix."
             )
-        refuse_mixing(type(mixing).__name__, self.target_kind, self.ignore_index)
         if isinstance(train := self.source.train, Examples):
             refuse_integers(Normalizer(how)(train.inputs[:1]))
         if self.input_shape is not None:

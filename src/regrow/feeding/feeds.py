@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
-from regrow.feeding.batch import Batch, Inputs, described, each, parts_of, tensors_of
+from regrow.feeding.batch import Batch, described, each, parts_of, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.mixing import Pairs
@@ -38,7 +38,7 @@ from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, FailedTransform, Transformed, again, with_epochs
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
-from regrow.protocols import Store
+from regrow.protocols import Inputs, Store
 from regrow.randomness import generator, key, seed_step, states_kept
 
 log = logging.getLogger("regrow.data")
@@ -566,7 +566,7 @@ def input_names(
     inputs = collated([item], collate)
     if isinstance(inputs, Tensor):
         return None
-    return [str(name) for name in (inputs if isinstance(inputs, dict) else range(len(inputs)))]
+    return [str(name) for name in (inputs if isinstance(inputs, Mapping) else range(len(inputs)))]
 
 
 def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int | None:

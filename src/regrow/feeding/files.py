@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regrow.config.recorded import recorded_config
 from regrow.errors import DataError, UserError, brief, machine_fault
 
 OF_SUFFIX = "of suffix "
@@ -103,6 +102,8 @@ def without_gone(data: Mapping[str, Any], folder: Path, *, tells: bool = True) -
     gone = [it for it in listed if any(not os.path.lexists(p) for p in named_in([it], Path(root)))]
     if not gone:
         return data
+    from regrow.config.recorded import recorded_config  # imports OmegaConf
+
     recorded = recorded_config(folder, str(folder))["data"].get("source") or {}
     gone = [it for it in gone if it in (recorded.get("leave_out") or ())]
     if gone and tells:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.config.target_kinds import refuse_sampling
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
-from regrow.feeding.batch import Batch, Inputs
+from regrow.feeding.batch import Batch
 from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
 from regrow.feeding.decoding import BrokenImage
@@ -48,12 +47,11 @@ from regrow.feeding.tokens import TokenFeed, Tokens
 from regrow.feeding.transforms import Epochs, FromMemory, Transformed
 from regrow.phases import timed
 from regrow.project import lab_name
+from regrow.protocols import Inputs
 from regrow.randomness import generator
 from regrow.record.pictures import by_range
 
 log = logging.getLogger("regrow.data")
-
-KINDS = ("multiclass", "binary", "multilabel", "regression", "segmentation", "language")
 
 Feed = MemoryFeed | FileFeed | TokenFeed
 
@@ -651,16 +649,6 @@ class Data:
 
     def _check(self, augment: bool, augmentation: Any, normalize_targets: bool) -> None:
         checks = self._checks()
-        for name in ("batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}={getattr(self, name)} must be 1 or more.")
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers} must be 0 or more.")
-        if self.target_kind not in (*KINDS, None):
-            raise UserError(
-                f"data.target_kind={self.target_kind} is none of {', '.join(KINDS)}. For other "
-                "targets, set null."
-            )
         if self.target_kind == "multiclass" and self.num_classes == 1:
             raise UserError("data.num_classes=1: a classifier needs at least two classes.")
         for name, split in self.source.items():
@@ -683,7 +671,6 @@ class Data:
             checks.check_transforms(self.transforms, augmentation)
         elif augment and augmentation is not None:
             checks.check_augmentation(augmentation)
-        refuse_sampling(self.sampling, self.target_kind)
         checks.refuse_other_order(self.sampling, self.mixing)
 
     def _final(self, named: list[str]) -> list[str]:

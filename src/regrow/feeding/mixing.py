@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError
-from regrow.feeding.batch import Inputs
 from regrow.feeding.sampling import Share, rows_of
+from regrow.protocols import Inputs
 from regrow.randomness import generator
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrow.config import older
 from regrow.errors import DataError, UserError, brief
-from regrow.feeding.batch import Inputs, each
+from regrow.feeding.batch import each
 from regrow.feeding.decoding import (
     DECODERS,
     converted,
@@ -35,6 +35,7 @@ from regrow.feeding.tables import read_table
 from regrow.feeding.tokens import Tokens
 from regrow.feeding.vocabulary import is_record
 from regrow.numerics.precision import widest
+from regrow.protocols import Inputs
 
 # Mean and deviation of ImageNet's training images in 0 … 1, which torchvision's pretrained models
 # were trained with.
@@ -518,14 +519,10 @@ def _statistics(
     if normalize == "none":
         return None, None
     number = input_shape[0]
-    if isinstance(normalize, dict) and normalize.keys() == {"mean", "std"}:
+    if isinstance(normalize, dict):
         mean, std = list(normalize["mean"]), list(normalize["std"])
     elif normalize == "imagenet":
         mean, std = IMAGENET if number == 3 else ([0.449], [0.226])  # one channel: their mean
-    elif normalize != "train":
-        raise UserError(
-            f"data.normalize={normalize} is none of train, imagenet, none, {{mean: […], std: […]}}."
-        )
     elif kind == "tensor":
         raise UserError(
             "data.normalize=train cannot look into a data set of your own. Use none, or give "

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from regrow.config.rules import require
 from regrow.errors import DataError, UserError
 from regrow.randomness import generator
 from regrow.record.records import NOT_SETS
@@ -246,21 +247,23 @@ def check_fractions(
     val_fraction: float, test_fraction: float, folds: int | None = None, fold: int = 0
 ) -> None:
     """Raise UserError for fractions or folds that leave nothing to train on."""
+    require("data.source.val_fraction", val_fraction)
+    require("data.source.test_fraction", test_fraction)
     if folds is not None:
         if not (folds >= 2 and 0 <= fold < folds):
             raise UserError(
                 f"data.folds={folds} and data.fold={fold}: folds are numbered from 0 to folds - 1, "
                 "and there are 2 or more. Choose such a fold."
             )
-        if not 0 <= val_fraction < 1 - 1 / folds:
+        if not val_fraction < 1 - 1 / folds:
             raise UserError(
                 f"data.source.val_fraction={val_fraction} and data.folds={folds} leave nothing to "
                 "train on. Use a smaller fraction, which is of all examples."
             )
-    elif not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+    elif not val_fraction + test_fraction < 1:
         raise UserError(
             f"data.source.val_fraction={val_fraction} and test_fraction={test_fraction} leave "
-            f"nothing to train on. Both must be 0 or more, and their sum below 1."
+            "nothing to train on. Their sum must be below 1."
         )
 
 
@@ -498,8 +501,6 @@ def check_overlap(
     `keys()`, one hashable per example, are compared, and `torch.utils.data.Subset`s of them. Other
     data sets are compared only if they are the same object, or Subsets of it.
     """
-    if policy not in ("refuse", "report", "ignore"):
-        raise UserError(f"data.overlap={policy} is none of refuse, report, ignore.")
     if policy == "ignore":
         return {}
     parts = dict(splits.items())

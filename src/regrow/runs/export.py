@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.errors import UserError, brief
-from regrow.feeding.batch import Inputs, each
+from regrow.feeding.batch import each
 from regrow.feeding.preprocess import Normalizer
 from regrow.numerics.calls import call
+from regrow.protocols import Inputs
 from regrow.record.records import load_summary
 from regrow.runs.loaded import LoadedRun
 
@@ -230,7 +231,7 @@ def facts(run: LoadedRun, example: Inputs = ()) -> dict[str, Any]:
 def as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
     if isinstance(inputs, Tensor):
         return (inputs,)
-    return tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
+    return tuple(inputs.values()) if isinstance(inputs, Mapping) else tuple(inputs)
 
 
 def raw_example(run: LoadedRun, split: str | None) -> Inputs:

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from regrow.checkpoint import writer
 from regrow.config import older
 from regrow.config.own_modules import import_own_modules
+from regrow.config.ranges import check_ranges
 from regrow.config.recorded import recorded_config, refuse_other_folder
 from regrow.config.resume import downloads_elsewhere, places_of, refuse_remote
 from regrow.config.roles import check_roles
+from regrow.config.rules import RULES, applies, require
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import leaves
 from regrow.errors import UserError, brief, did_you_mean
-from regrow.feeding.batch import Inputs, each
+from regrow.feeding.batch import each
 from regrow.feeding.feeds import collated
 from regrow.feeding.files import without_gone
 from regrow.feeding.preprocess import Normalizer, Preprocessing, in_units
@@ -37,6 +39,7 @@ from regrow.feeding.splits import as_tensor
 from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.project import ROOT
+from regrow.protocols import Inputs
 from regrow.randomness import Draws, states_kept
 from regrow.record import manifest
 from regrow.record.records import read_json
@@ -102,6 +105,7 @@ class LoadedRun:
         where = f"run={self.folder}"
         check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
         refuse_remote(self.folder, where, self.config, self.typed)
+        check_ranges({"data": self.config["data"]})
         allow({"data": self.config["data"]})
         data = instantiate(without_gone(self.config["data"], self.folder))
         for note in data.notes:
@@ -344,7 +348,10 @@ def swap(data: dict[str, Any], new: Mapping[str, Any]) -> None:
                 f"data.{name} belongs to the trained model and stays {node[leaf]}. "
                 "Swap what is read, such as data.root."
             )
-        _check_type(name, value, node[leaf])
+        if f"data.{name}" in RULES and applies(node.get("_target_")):
+            require(f"data.{name}", value)
+        else:
+            _check_type(name, value, node[leaf])
         # conf/data interpolates one from the other, so replace both.
         if not parents and isinstance(source, dict) and source.get(leaf, ...) == node[leaf]:
             source[leaf] = value
@@ -360,10 +367,6 @@ def _pin(data: dict[str, Any], **found: Any) -> None:
 
 
 def _check_type(name: str, value: Any, old: Any) -> None:
-    if name in ("batch_size", "eval_batch_size") and (type(value) is not int or value < 1):
-        raise UserError(f"data.{name}={value} must be an integer of at least 1.")
-    if name == "num_workers" and (type(value) is not int or value < 0):
-        raise UserError(f"data.{name}={value} must be an integer of at least 0.")
     kinds = {
         bool: "true or false",
         int: "an integer",
@@ -373,8 +376,7 @@ def _check_type(name: str, value: Any, old: Any) -> None:
     }
     kind = type(old)
     fits = type(value) in (int, float) if kind is float else type(value) is kind
-    may_be_null = name in ("cache", "cache_root") and value is None
-    if kind in kinds and not fits and name != "normalize" and not may_be_null:
+    if kind in kinds and not fits:
         raise UserError(f"data.{name}={value} must be {kinds[kind]}.")
 
 
