@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from benchmarks.measure import Table
-from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, Facts
+from regrow.checkpoint.writer import CheckpointFacts, CheckpointOptions, CheckpointWriter
 
 ROUNDS = 5
 OPTIONS = CheckpointOptions(
@@ -49,7 +49,7 @@ def measure() -> Table:
     with tempfile.TemporaryDirectory() as folder:
         kept = CheckpointWriter(Path(folder) / "kept", OPTIONS, "max")
         for step in range(ROUNDS + 1):
-            facts = Facts(step, epoch=0, value=None, milestone=False, metrics_bytes=0)
+            facts = CheckpointFacts(step, epoch=0, value=None, milestone=False, metrics_bytes=0)
             new = CheckpointWriter(Path(folder) / "new", OPTIONS, "max")
             first_ones.append(new)
             clocked("making room for it, once", lambda: new.make_room(parts))  # noqa: B023

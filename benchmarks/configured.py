@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab.build import Objects
+from lab.build import BuiltObjects
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World
 from regrow.runs import training
@@ -29,7 +29,7 @@ def world_of(*overrides: str) -> World:
     return World(device=resolve_device(config_of(*overrides)["trainer"]["device"]))
 
 
-def build(world: World, *overrides: str) -> tuple[Objects, dict[str, Any]]:
+def build(world: World, *overrides: str) -> tuple[BuiltObjects, dict[str, Any]]:
     config = config_of(*overrides)
     allow(config)  # as the check of a command line does
     return training.build(config, world), config

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.configured import build
 from benchmarks.measure import Table, in_turn
 from regrow.distributed.parallel import World
-from regrow.feeding.batch import Batch
-from regrow.feeding.loaders import TrainBatches
+from regrow.feeding.batch import LoadedBatch
+from regrow.feeding.loaders import TrainLoader
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import training
 
@@ -126,8 +126,8 @@ def waiting(steps: int, *overrides: str) -> tuple[float, float]:
     asked: list[float] = []
     given: list[float] = []
 
-    class Watched(TrainBatches):
-        def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    class Watched(TrainLoader):
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[LoadedBatch]:
             now = time.perf_counter()
             for batch in super().epoch(epoch, start):
                 asked.append(now)

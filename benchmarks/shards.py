@@ -21,7 +21,7 @@ from benchmarks.measure import Table, in_turn
 from regrow.config.targets import allow, instantiate
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Normalizer
-from regrow.feeding.shard_index import Facts
+from regrow.feeding.shard_index import SourceFacts
 from regrow.feeding.shard_items import File, as_item, decoded, members_in
 from regrow.feeding.shards import ShardItems
 from regrow.feeding.writing_shards import Layout, OfItems, write_shards
@@ -116,7 +116,7 @@ def measure() -> list[Table]:
     for what, source in (("JPEG files of 160×120 pixels", Photos()), ("arrays of 64", Rows())):
         with tempfile.TemporaryDirectory() as folder:
             is_photo = isinstance(source, Photos)
-            facts = Facts("images" if is_photo else "items")
+            facts = SourceFacts("images" if is_photo else "items")
             sets = {"train": OfItems(source, {})}
             write_shards(Path(folder, "shards"), sets, facts, LAYOUT, overwrite=False)
             for workers in (0, 2):

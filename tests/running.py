@@ -25,12 +25,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lab import build, loop, optim, step
 from lab.options import TrainerOptions
-from lab.plan import Plan, StepPlan
+from lab.plan import LoopPlan, StepPlan
 from lab.state import TrainState, average_of
 from regrow.config.hydra_access import plain, version_arguments
 from regrow.config.targets import allow
 from regrow.distributed.parallel import Exchange, World
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
@@ -157,7 +157,7 @@ def options_of(**changes: Any) -> TrainerOptions:
 
 
 def before_each_step(
-    monkeypatch: pytest.MonkeyPatch, action: Callable[[TrainState, Plan], None]
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[TrainState, LoopPlan], None]
 ) -> None:
     """Call `action` with state and plan before each step of the runs of this process."""
     fit = lab().fit
@@ -216,7 +216,7 @@ class Bench:
             exchange=Exchange(world, StopRequest()),
             capture=build.capture_of(self.options, self.state, task, world, None),
         )
-        fields = dict.fromkeys((f.name for f in dataclasses.fields(Plan)), None)
+        fields = dict.fromkeys((f.name for f in dataclasses.fields(LoopPlan)), None)
         known = {
             "step": step_plan,
             "train_step": step.train_step,
@@ -228,10 +228,10 @@ class Bench:
             "meter": Meter(),
             "checkpoints": SimpleNamespace(saved=None, newest_until=lambda step: None),
         }
-        self.plan = Plan(**{**fields, **known})  # type: ignore[arg-type]
+        self.plan = LoopPlan(**{**fields, **known})  # type: ignore[arg-type]
         model.train()
 
-    def step(self, batch: Batch) -> dict[str, Any]:
+    def step(self, batch: LoadedBatch) -> dict[str, Any]:
         """Run one step and return its log line."""
         result = self.plan.train_step(self.state, batch, self.plan.step)
         self.state.progress.step += 1
@@ -239,8 +239,10 @@ class Bench:
         return self.record.lines[-1] if self.record.lines else {}
 
 
-def batch_of(inputs: Any, targets: torch.Tensor, weights: torch.Tensor | None = None) -> Batch:
-    return Batch(inputs, targets, weights, len(targets), len(targets))
+def batch_of(
+    inputs: Any, targets: torch.Tensor, weights: torch.Tensor | None = None
+) -> LoadedBatch:
+    return LoadedBatch(inputs, targets, weights, len(targets), len(targets))
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

@@ -528,7 +528,7 @@ def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int =
 NEEDS_A_NEIGHBOUR = re.compile(r"\blikewise\b|\bditto\b|\bas above\b|^the same\b", re.I)
 
 
-def faults_of_comments(entry: entries.Entry, path: str) -> list[str]:
+def faults_of_comments(entry: entries.KeyEntry, path: str) -> list[str]:
     """Return the keys below an option that lack a comment, or whose comment needs another's.
 
     A node's own keys explain it.

@@ -52,7 +52,7 @@ def sweep_in(folder: Path) -> Path:
     (code / "src" / "regrow" / "ownership.py").touch()
     (code / "origin.json").write_text('{"root": "/", "git": null}')
     entry = ownership.enter(ownership.digest_of_code(code, "the test"))
-    jobs = [ledger.Entry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
+    jobs = [ledger.JobEntry(0, "x", {"seed": "0"}, "0", ["seed=0"])]
     facts: dict[str, Any] = {"overrides": ["seed=0,1"], "launcher": [], "complete": False}
     ledger.write(folder, jobs, id=entry.id, **facts)
     return folder
@@ -617,7 +617,7 @@ def test_a_sweep_without_the_list_is_resumed_by_the_command_that_it_prints(
     with pytest.raises(UserError) as refused:
         resumed(own)
     assert digits_in(refused) == trust
-    ledger.add(own, ledger.Entry(1, "y", {"seed": "1"}, "1", ["seed=1"]))  # as a search does
+    ledger.add(own, ledger.JobEntry(1, "y", {"seed": "1"}, "1", ["seed=1"]))  # as a search does
     ledger.write(own, complete=False)
     assert resumed(own, trust)
 
@@ -637,7 +637,7 @@ def test_several_may_write_the_list_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    entered: list[ownership.Entry] = []
+    entered: list[ownership.ListedFolder] = []
     threads = [
         threading.Thread(target=lambda: entered.extend(ownership.enter() for _ in range(20)))
         for _ in range(8)

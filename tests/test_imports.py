@@ -133,6 +133,20 @@ def test_a_name_is_that_of_one_file(tmp_path: Path) -> None:
     assert shared_names(tmp_path) == {"kinds.py"}
 
 
+def shared_classes(source: Path) -> set[str]:
+    """Return the names that several classes of the two packages share, Protocols included."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files_of(source).values()]
+    names = [n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    return {name for name in names if names.count(name) > 1}
+
+
+def test_a_name_is_that_of_one_class(tmp_path: Path) -> None:
+    assert shared_classes(SOURCE) == set()
+    lazy = "def f():\n    class Entry: ..."
+    write(tmp_path, {"config/a.py": "class Entry: ...", "sweep/b.py": lazy})
+    assert shared_classes(tmp_path) == {"Entry"}
+
+
 def engine_imports_of_the_lab(source: Path) -> list[str]:
     """Return the engine's modules that name the lab: they must find it by its key."""
     name = lab_name()

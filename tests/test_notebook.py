@@ -288,9 +288,15 @@ def test_every_rank_finds_resolvers(project: Path, before: tuple[str, ...]) -> N
 # -- the page --------------------------------------------------------------------------------------
 
 
-def test_the_words_of_the_page_are_keys_options_and_scripts_of_ours() -> None:
-    text = (ROOT / "docs" / "hydra.md").read_text(encoding="utf-8")
-    rows = [line for line in text.partition("## From Hydra's words")[2].split("\n") if "|" in line]
+def test_the_words_of_the_tables_are_keys_options_and_scripts_of_ours() -> None:
+    rows = []
+    for page, heading in (
+        ("hydra.md", "## From Hydra's words"),
+        ("coming_from.md", "## Terms of lightning-hydra-template"),
+    ):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        section = text.partition(heading)[2].partition("\n## ")[0]
+        rows += [line for line in section.split("\n") if line.startswith("|")]
     words = [word for row in rows for word in re.findall("`([^`]+)`", row.split("|")[2])]
     assert len(words) > 60
     keys = {*known_keys(), "hydra.run.dir", "seed", "run", "checkpoint"}

@@ -24,7 +24,7 @@ from regrow.config.own_code import owner_of
 from regrow.config.targets import instantiate
 from regrow.errors import OwnCodeError
 from regrow.failing import SET_BY_US
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.sampling import permutation
 from regrow.project import ROOT
 from regrow.runs import first_calls
@@ -352,7 +352,7 @@ def test_the_shape_of_the_outputs_is_the_models_also_in_an_installed_package(
     monkeypatch.setattr(first_calls, "named_packages", lambda: frozenset({"own_losses"}))
     try:
         module = importlib.import_module("own_losses")
-        batch = Batch(torch.ones(4, 3), torch.ones(4, dtype=torch.long), None, 4, 4)
+        batch = LoadedBatch(torch.ones(4, 3), torch.ones(4, dtype=torch.long), None, 4, 4)
         with pytest.raises(OwnCodeError) as said, explained():
             module.forward(batch)
     finally:

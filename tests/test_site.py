@@ -73,7 +73,7 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
     import api
 
     text = api.pages()["reference/checkpoint.md"][1]
-    names = ("CheckpointOptions", "load_newest", "weights_sha256", "Facts")
+    names = ("CheckpointOptions", "load_newest", "weights_sha256", "CheckpointFacts")
     for name in names:
         assert re.search(rf"^### {name} \{{ #regrow\.checkpoint\.\w+\.{name} \}}$", text, re.M)
     assert "def weights_sha256(model: nn.Module) -> str:" in text

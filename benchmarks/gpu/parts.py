@@ -21,7 +21,7 @@ from benchmarks.gpu import loops
 from benchmarks.gpu.loops import Case
 from benchmarks.measure import Table
 from benchmarks.step import now
-from regrow.checkpoint.writer import CheckpointWriter, Facts
+from regrow.checkpoint.writer import CheckpointFacts, CheckpointWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 Results = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
@@ -166,7 +166,7 @@ def checkpoint(device: torch.device, is_tiny: bool) -> Table:
         writer = CheckpointWriter(Path(folder), OPTIONS, "max")
         writer.make_room(parts)
         for number in range(6):
-            facts = Facts(number, epoch=0, value=None, milestone=False, metrics_bytes=0)
+            facts = CheckpointFacts(number, epoch=0, value=None, milestone=False, metrics_bytes=0)
             found = {
                 "without a save": steps(lambda: None),
                 "with a save": steps(lambda: writer.save(parts(), facts, lambda position: None)),  # noqa: B023

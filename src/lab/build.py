@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lab import optim, several
 from lab.models.initialisation import StartsFromData, start_from_data
 from lab.options import TrainerOptions
-from lab.plan import Plan, StepPlan, StepResult
+from lab.plan import LoopPlan, StepPlan, StepResult
 from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
 from lab.step import train_step
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Objects:
+class BuiltObjects:
     """The objects that a config describes."""
 
     options: TrainerOptions
@@ -89,7 +89,7 @@ class Objects:
         return lines
 
 
-def build(config: Mapping[str, Any], world: World) -> Objects:
+def build(config: Mapping[str, Any], world: World) -> BuiltObjects:
     """Return all objects of a run, built in the order of their dependencies. Writes nothing."""
     several.check(config)
     seed = config["seed"]
@@ -183,7 +183,7 @@ def build(config: Mapping[str, Any], world: World) -> Objects:
             log.info("the model is compiled at its first batches, for some seconds or minutes")
         for each in several.by_name(model).values():
             each.compile()
-    return Objects(
+    return BuiltObjects(
         *(options, data, task, state, train, sets, total_steps, max(warmups), parameters, step)
     )
 
@@ -273,7 +273,7 @@ def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> S
     )
 
 
-def check_first_batch(objects: Objects, world: World) -> None:
+def check_first_batch(objects: BuiltObjects, world: World) -> None:
     """Raise UserError if model, task and data do not fit together. Leaves the run unchanged."""
     state, options = objects.state, objects.options
     model: nn.Module = several.by_name(state.model)[state.evaluates]
@@ -362,7 +362,9 @@ def distribute_all(model: nn.Module, options: DDPOptions, world: World, exchange
     )
 
 
-def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **record: Any) -> Plan:
+def plan_of(
+    objects: BuiltObjects, seed: int, world: World, stop: StopRequest, **record: Any
+) -> LoopPlan:
     """Return everything that stays the same during the run.
 
     `record` is the Plan's `record`, `checkpoints` and `trial`.
@@ -393,7 +395,7 @@ def plan_of(objects: Objects, seed: int, world: World, stop: StopRequest, **reco
     peak = flops.peak_of(world.device, options.precision, tf32=options.tf32)
     # To count the operations of a compiled model would run it uncompiled.
     meter = Meter(None if options.compile or peak is None else peak * world.size)
-    return Plan(
+    return LoopPlan(
         step=step,
         train_step=meter.counting(objects.train_step),
         meter=meter,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lab import optim
-from lab.plan import Plan
+from lab.plan import LoopPlan
 from lab.progress import advance, evaluation_bar
 from lab.state import TrainState
 from regrow.distributed import sharding
@@ -34,7 +34,7 @@ from regrow.record import pictures
 
 
 def evaluate(
-    state: TrainState, batches: EvalBatches, plan: Plan, *, name: str
+    state: TrainState, batches: EvalBatches, plan: LoopPlan, *, name: str
 ) -> tuple[dict[str, float], Mapping[str, Config]]:
     """Evaluate the weights to be kept (the average if there is one) on the set `name`.
 

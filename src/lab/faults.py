@@ -8,7 +8,7 @@ import math
 import torch
 
 from lab import optim
-from lab.plan import Plan, StepPlan
+from lab.plan import LoopPlan, StepPlan
 from lab.state import TrainState
 from regrow.errors import SlicesTooLarge, UserError
 from regrow.numerics.totals import Totals
@@ -17,7 +17,7 @@ from regrow.protocols import Batch
 log = logging.getLogger(__name__)
 
 
-def refuse_endless_skipping(state: TrainState, totals: Totals, plan: Plan) -> None:
+def refuse_endless_skipping(state: TrainState, totals: Totals, plan: LoopPlan) -> None:
     """Raise FloatingPointError after too many steps in a row with a non-finite loss or gradient."""
     in_a_row = int(state.skips[1].item())
     # fp16 lowers its loss scale after each overflow: allow for that search.

@@ -1,7 +1,7 @@
 """The training loop: every event of a run, by name, in order.
 
 To change what a run does, change these functions. `TrainState` holds what changes during a run,
-`Plan` what stays the same; the loop reads nothing else.
+`LoopPlan` what stays the same; the loop reads nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lab import optim
 from lab.evaluate import evaluate
 from lab.faults import refuse_endless_skipping
 from lab.options import TrainerOptions
-from lab.plan import Plan, StepResult
+from lab.plan import LoopPlan, StepResult
 from lab.progress import (
     advance,
     announce,
@@ -27,7 +27,7 @@ from lab.progress import (
 from lab.schedules import Plateau, improves
 from lab.several import by_name
 from lab.state import TrainState
-from regrow.checkpoint.writer import Facts
+from regrow.checkpoint.writer import CheckpointFacts
 from regrow.numerics.totals import WEIGHT
 from regrow.phases import phase
 from regrow.processes.interrupt import Interrupted
@@ -36,7 +36,7 @@ from regrow.record.records import by_set
 log = logging.getLogger(__name__)
 
 
-def fit(state: TrainState, plan: Plan) -> str:
+def fit(state: TrainState, plan: LoopPlan) -> str:
     """Train from `state` to the end. Returns "completed" or "interrupted".
 
     Raises OSError if the run finished but its last checkpoint could not be written.
@@ -75,7 +75,7 @@ def fit(state: TrainState, plan: Plan) -> str:
     return "completed"
 
 
-def report(state: TrainState, result: StepResult, plan: Plan) -> None:
+def report(state: TrainState, result: StepResult, plan: LoopPlan) -> None:
     """Log what is due after a step: metrics of the step and of the epoch, and histograms."""
     options, progress, step = plan.options, state.progress, state.step
     if due(step, options.log_every_steps):
@@ -104,7 +104,7 @@ def report(state: TrainState, result: StepResult, plan: Plan) -> None:
         state.sums.clear_()
 
 
-def settle(state: TrainState, plan: Plan) -> bool:
+def settle(state: TrainState, plan: LoopPlan) -> bool:
     """Evaluate and save if due after this step. Returns True if the run is over.
 
     What is due depends on the step alone, so a run interrupted between evaluation and checkpoint
@@ -147,14 +147,14 @@ def settle(state: TrainState, plan: Plan) -> bool:
     return over or stops
 
 
-def save(state: TrainState, plan: Plan) -> None:
+def save(state: TrainState, plan: LoopPlan) -> None:
     """Save a checkpoint of this step in the background, unless it is saved already."""
     evaluated = state.progress.evaluated_step == state.step
     if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
     plan.step.buffers.check_shapes()
     every = plan.options.checkpoint.milestones_every_epochs
-    facts = Facts(
+    facts = CheckpointFacts(
         step=state.step,
         epoch=state.epoch,
         value=state.progress.latest.get(plan.options.monitor or "") if evaluated else None,
@@ -165,7 +165,7 @@ def save(state: TrainState, plan: Plan) -> None:
     plan.checkpoints.saved = (state.step, evaluated)
 
 
-def finished(state: TrainState, plan: Plan) -> bool:
+def finished(state: TrainState, plan: LoopPlan) -> bool:
     progress, limit = state.progress, plan.options.max_seconds
     return (
         stopped_early(state, plan.options)
@@ -198,7 +198,7 @@ def take_in(values: Mapping[str, float], state: TrainState, options: TrainerOpti
         progress.evaluations_without_improvement += 1
 
 
-def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: Plan) -> None:
+def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: LoopPlan) -> None:
     """Log that early stopping ends the run, and why."""
     monitor = plan.options.monitor
     if not plan.world.is_main or monitor is None or not stopped_early(state, plan.options):
@@ -217,7 +217,7 @@ def tell_of_early_stop(values: Mapping[str, float], state: TrainState, plan: Pla
         )
 
 
-def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
+def tell_of_empty_epoch(state: TrainState, plan: LoopPlan) -> None:
     """Warn after an epoch in which every step had zero weight, so nothing was learnt."""
     was_bad = bool(state.skips[1].item())  # skipped steps have no sums either
     if plan.world.is_main and state.sums.read()[WEIGHT] == 0 and not was_bad:
@@ -228,7 +228,7 @@ def tell_of_empty_epoch(state: TrainState, plan: Plan) -> None:
         )
 
 
-def report_to_search(state: TrainState, plan: Plan) -> bool:
+def report_to_search(state: TrainState, plan: LoopPlan) -> bool:
     """Report to the search, if the run is a trial. Returns True if the search ends the run here."""
     if plan.trial is None:
         return False

@@ -76,7 +76,7 @@ class StepResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopPlan:
     """The part that the loop needs in addition. The first fields are also the step's."""
 
     step: StepPlan

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lab import optim
-from lab.plan import Plan
+from lab.plan import LoopPlan
 from lab.schedules import Stateful
 from lab.several import by_name
 from lab.state import TrainState
@@ -68,7 +68,7 @@ def histograms(model: nn.Module) -> dict[str, Tensor]:
     return {**weights, **gradients}
 
 
-def progress_bar(state: TrainState, plan: Plan) -> Any:
+def progress_bar(state: TrainState, plan: LoopPlan) -> Any:
     """Return a progress bar for the epoch, quiet if stderr is not a terminal."""
     if not (plan.options.progress_bar and plan.world.is_main and sys.stderr.isatty()):
         return QUIET
@@ -102,7 +102,7 @@ def advance(bar: Any, totals: Totals, score_name: str | None) -> None:
     bar.set_postfix(values)
 
 
-def announce(state: TrainState, plan: Plan, best_before: float | None) -> None:
+def announce(state: TrainState, plan: LoopPlan, best_before: float | None) -> None:
     """Log one line for an epoch or evaluation; `best_before` is the best value before it.
 
     "epoch 2" is the end of the second epoch, "in epoch 3" lies within the third, whose means of the

@@ -99,7 +99,7 @@ class EvalBatches(Protocol):
         ...
 
 
-class Metrics(Protocol):
+class MetricsLike(Protocol):
     names: tuple[str, ...]
 
     def update(self, outputs: Outputs, targets: Targets, weights: Tensor | None) -> None:
@@ -143,18 +143,28 @@ class Task(Protocol):
         ...
 
     def check(self, outputs: Outputs, targets: Targets) -> None:
-        """Raise UserError if outputs and targets of a first batch do not fit this task."""
+        """Raise UserError if outputs and targets of a first batch do not fit this task.
+
+        Called with gradients enabled where that is possible: the outputs' graph identifies a
+        sigmoid reliably, values do not.
+        """
         ...
 
     def predict(self, outputs: Outputs) -> Mapping[str, Tensor]:
-        """Return `prediction`, and `probability` if any, of each example."""
+        """Return `prediction`, and `probability` if any, of each example.
+
+        Probabilities are best in float64: in float32 there are ties.
+        """
         ...
 
     def running(self, outputs: Outputs, targets: Targets) -> Tensor | None:
-        """Return a cheap score per example, (B,), for the log of training; None without one."""
+        """Return a cheap score per example, (B,), for the log of training; None without one.
+
+        Must not wait for the device. Called with gradients enabled; the caller detaches the result.
+        """
         ...
 
-    def metrics(self, device: torch.device) -> Metrics:
+    def metrics(self, device: torch.device) -> MetricsLike:
         """Return fresh metrics of an evaluation."""
         ...
 
@@ -283,7 +293,7 @@ class State(Protocol):
         ...
 
 
-class Data(Protocol):
+class DataLike(Protocol):
     """A data set with its splits, as the engine uses it: see `regrow.feeding.loaders.Data`."""
 
     batch_size: int  # examples per step, over all processes
@@ -342,7 +352,7 @@ class Objects(Protocol):
     @property
     def options(self) -> Settings: ...
     @property
-    def data(self) -> Data: ...
+    def data(self) -> DataLike: ...
     @property
     def task(self) -> Task: ...
     @property
@@ -385,7 +395,7 @@ class StepTotals(Protocol):
         ...
 
 
-class StepResult(Protocol):
+class StepResultLike(Protocol):
     @property
     def totals(self) -> StepTotals:
         """Return the step's totals over all processes."""
@@ -396,7 +406,7 @@ class Plan(Protocol):
     """Everything that stays the same during a run. The engine reads only its step."""
 
     @property
-    def train_step(self) -> Callable[[State, Batch, object], StepResult]:
+    def train_step(self) -> Callable[[State, Batch, object], StepResultLike]:
         """Return the function that updates the weights once, from (state, batch, `step`)."""
         ...
 

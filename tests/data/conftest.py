@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from regrow.config.check import check_data
 from regrow.config.hydra_access import plain, version_arguments
 from regrow.config.targets import allow, instantiate
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -41,7 +41,7 @@ def cpu() -> torch.device:
     return torch.device("cpu")
 
 
-def _same(ours: list[Batch], theirs: list[Batch]) -> bool:
+def _same(ours: list[LoadedBatch], theirs: list[LoadedBatch]) -> bool:
     return len(ours) == len(theirs) and all(
         torch.equal(a.inputs, b.inputs)
         and torch.equal(a.targets, b.targets)
@@ -51,7 +51,7 @@ def _same(ours: list[Batch], theirs: list[Batch]) -> bool:
 
 
 @pytest.fixture
-def same() -> Callable[[list[Batch], list[Batch]], bool]:
+def same() -> Callable[[list[LoadedBatch], list[LoadedBatch]], bool]:
     return _same
 
 

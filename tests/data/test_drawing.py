@@ -13,7 +13,7 @@ from test_files import SMALL, Noisy, of_ones_own
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data
 from regrow.feeding.sampling import balancing, repeats_of, rows_of, sample
@@ -108,9 +108,9 @@ def test_an_ignored_target_is_never_drawn() -> None:
 
 @pytest.mark.parametrize("in_files", [False, True])
 def test_any_number_of_processes_and_workers_draws_the_same(
-    in_files: bool, same: Callable[[list[Batch], list[Batch]], bool]
+    in_files: bool, same: Callable[[list[LoadedBatch], list[LoadedBatch]], bool]
 ) -> None:
-    def batches(world_size: int = 1, start: int = 0, **changes: Any) -> list[Batch]:
+    def batches(world_size: int = 1, start: int = 0, **changes: Any) -> list[LoadedBatch]:
         options = {"sampling": "balanced", **changes}
         data = of_ones_own(Listed(13, 0), **options) if in_files else rare(**options)
         shares = [data.train(device=CPU, rank=rank, world_size=world_size)
@@ -129,11 +129,11 @@ def test_any_number_of_processes_and_workers_draws_the_same(
     assert not same(batches(sampling=None), whole)
 
 
-def joined(parts: tuple[Batch, ...]) -> Batch:
+def joined(parts: tuple[LoadedBatch, ...]) -> LoadedBatch:
     """Join the shares of all processes to their global batch."""
     inputs = torch.cat([part.inputs[: part.num_local] for part in parts])  # type: ignore[index]
     targets = torch.cat([part.targets[: part.num_local] for part in parts])  # type: ignore[index]
-    return Batch(inputs, targets, None, len(targets), parts[0].num_global)
+    return LoadedBatch(inputs, targets, None, len(targets), parts[0].num_global)
 
 
 def test_a_second_draw_in_an_epoch_is_augmented_another_way() -> None:

@@ -27,12 +27,12 @@ from lab.data.datasets import from_datasets
 from regrow.config.targets import instantiate
 from regrow.errors import DataError, UserError
 from regrow.feeding import feeds
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.decoding import load_image
 from regrow.feeding.loaders import Data
 
 Make = Callable[..., Data]
-Same = Callable[[list[Batch], list[Batch]], bool]
+Same = Callable[[list[LoadedBatch], list[LoadedBatch]], bool]
 CPU = torch.device("cpu")
 SMALL = ("num_classes=2", "input_shape=[3,16,16]", "source.resize=18", "batch_size=5")
 
@@ -100,7 +100,7 @@ def test_a_model_that_starts_from_data_needs_inputs_of_one_tensor() -> None:
         data.sample_inputs()
 
 
-def two_epochs(data: Data, start: int = 0) -> tuple[list[Batch], list[Batch]]:
+def two_epochs(data: Data, start: int = 0) -> tuple[list[LoadedBatch], list[LoadedBatch]]:
     train = data.train(device=CPU)
     return list(train.epoch(0, start)), list(train.epoch(1, start))
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from lab.data.augment import CropFlip
 from lab.data.datasets import digit_scenes
 from regrow.errors import DataError, UserError
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.masks import MaskFiles, as_written, load_mask
 from regrow.feeding.splits import Examples, Splits
@@ -46,12 +46,12 @@ def in_memory(count: int = 40, *, ignore_index: int | None = 255, **changed: Any
     return Data(**node)
 
 
-def pixels(batch: Batch) -> torch.Tensor:
+def pixels(batch: LoadedBatch) -> torch.Tensor:
     assert isinstance(batch.inputs, torch.Tensor)
     return (batch.inputs[:, 0] * 255).round().long()
 
 
-def agrees(batch: Batch, border: int = 255) -> bool:
+def agrees(batch: LoadedBatch, border: int = 255) -> bool:
     """Return True if each pixel has the shade of its class, and is black on the border."""
     classes = batch.targets.long()
     return torch.equal(pixels(batch), ((classes + 1) * SHADE).where(classes != border, 0))

@@ -17,13 +17,13 @@ from torch import Tensor
 from lab.data.augment import CutMix, MixUp
 from regrow.errors import DataError, UserError
 from regrow.feeding import mixing
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.mixing import Mix, pairs_of
 from regrow.feeding.sampling import Windows, permutation
 
 Make = Callable[..., Data]
-Same = Callable[[list[Batch], list[Batch]], bool]
+Same = Callable[[list[LoadedBatch], list[LoadedBatch]], bool]
 CPU = torch.device("cpu")
 COUNT, SIZE = 45, 11  # windows of 11, 11, 11, 11 and 1
 
@@ -48,7 +48,9 @@ def units(train: Any = None, mix: Mix | None = MixUp(alpha=0.7), **changes: Any)
     return of_ones_own(Unit() if train is None else train, **options)
 
 
-def batches_of(data: Data, epoch: int = 0, world_size: int = 1, start: int = 0) -> list[Batch]:
+def batches_of(
+    data: Data, epoch: int = 0, world_size: int = 1, start: int = 0
+) -> list[LoadedBatch]:
     """Return the global batches of an epoch, joined from the shares of all processes."""
     ranks = [
         list(data.train(device=CPU, rank=rank, world_size=world_size).epoch(epoch, start))
@@ -140,14 +142,14 @@ def test_memory_and_files_mix_the_same(same: Same) -> None:
         assert torch.allclose(found, rows @ weights, atol=1e-6)  # type: ignore[operator]
 
 
-def batches_of_rank(data: Data) -> list[Batch]:
+def batches_of_rank(data: Data) -> list[LoadedBatch]:
     return list(data.train(device=CPU).epoch(0))
 
 
 def test_draws_with_replacement_have_partners_of_their_own(same: Same) -> None:
     from regrow.feeding.splits import Examples
 
-    def batches(train: Any, world_size: int = 1, **changes: Any) -> list[Batch]:
+    def batches(train: Any, world_size: int = 1, **changes: Any) -> list[LoadedBatch]:
         return batches_of(units(train, sampling="balanced", **changes), 3, world_size)
 
     memory = Examples(torch.eye(COUNT), torch.tensor([0] * 30 + [1] * 13 + [2] * 2))

@@ -19,7 +19,7 @@ from torch import Tensor
 from lab.data.datasets import from_datasets
 from regrow.checkpoint import writer
 from regrow.errors import DataError, UserError
-from regrow.feeding.batch import Batch, parts_of, tensors_of
+from regrow.feeding.batch import LoadedBatch, parts_of, tensors_of
 from regrow.feeding.loaders import Data
 from regrow.numerics.calls import call
 from regrow.runs.training import build
@@ -132,8 +132,8 @@ def data_of(train_items: Any, **options: Any) -> Any:
     return Data(source=source, **{**node, **own, **options})
 
 
-def first_batch(data: Any) -> Batch:
-    batch: Batch = next(iter(data.train(device=CPU.device).epoch(0)))
+def first_batch(data: Any) -> LoadedBatch:
+    batch: LoadedBatch = next(iter(data.train(device=CPU.device).epoch(0)))
     return batch
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from lab.data.augment import MixUp
 from regrow.errors import UserError
 from regrow.feeding.loaders import Data
-from regrow.feeding.shard_index import Facts
+from regrow.feeding.shard_index import SourceFacts
 from regrow.feeding.splits import Examples
 from regrow.feeding.writing_shards import Layout, OfExamples, write_shards
 
@@ -31,7 +31,9 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards whose example i is the i-th unit vector: a mixture shows what it is made of."""
     folder = tmp_path_factory.mktemp("units") / "shards"
     examples = OfExamples(Examples(torch.eye(COUNT), torch.arange(COUNT) % 3), "units")
-    write_shards(folder, {"train": examples}, Facts("items", list("abc")), SMALL, overwrite=False)
+    write_shards(
+        folder, {"train": examples}, SourceFacts("items", list("abc")), SMALL, overwrite=False
+    )
     return folder
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from regrow.errors import DataError, UserError
 from regrow.feeding import resized
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data
 
@@ -56,7 +56,7 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def batches(data: Data, epochs: Sequence[int] = (0, 1)) -> list[Batch]:
+def batches(data: Data, epochs: Sequence[int] = (0, 1)) -> list[LoadedBatch]:
     train = data.train(device=CPU)
     found = [batch for epoch in epochs for batch in train.epoch(epoch)]
     sets = [name for name in data.num_examples if name != "train"]
@@ -65,7 +65,7 @@ def batches(data: Data, epochs: Sequence[int] = (0, 1)) -> list[Batch]:
     return found
 
 
-def same(ours: Sequence[Batch], theirs: Sequence[Batch]) -> bool:
+def same(ours: Sequence[LoadedBatch], theirs: Sequence[LoadedBatch]) -> bool:
     return len(ours) == len(theirs) and all(
         torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
         for a, b in zip(ours, theirs, strict=True)
@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(
     with pytest.raises(UserError, match=r"^data.cache_root=null: .*No space left on device\. Make"):
         make_data(*how)
     monkeypatch.undo()
-    place = resized.Place(in_place(photos).with_suffix(""), 3)
+    place = resized.CacheFiles(in_place(photos).with_suffix(""), 3)
     found = place.read()
     assert found is not None and len(found.entries) == 20
     assert same(batches(make_data(*how)), batches(make_data(*how, ON_THE_FLY)))
@@ -385,7 +385,7 @@ def test_a_complete_cache_on_a_read_only_disk_is_used(
     def refused(*_: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(resized.Place, "locked", refused)
+    monkeypatch.setattr(resized.CacheFiles, "locked", refused)
     assert same(batches(make_data(*how)), expected)
 
 

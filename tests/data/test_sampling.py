@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lab.data.augment import CropFlip
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.feeds import MemoryFeed
-from regrow.feeding.loaders import EvalBatches
+from regrow.feeding.loaders import EvalLoader
 from regrow.feeding.preprocess import Normalizer, Preprocessing
 from regrow.feeding.sampling import Windows, permutation
 from regrow.feeding.splits import Examples
@@ -25,7 +25,7 @@ def feed_of(count: int) -> MemoryFeed:
     return MemoryFeed(examples, Normalizer(AS_IS), CPU, store=None, seed=0)
 
 
-def real(batches: list[Batch]) -> list[int]:
+def real(batches: list[LoadedBatch]) -> list[int]:
     return [int(t) for batch in batches for t in batch.targets[: batch.num_local]]
 
 
@@ -37,7 +37,7 @@ def test_evaluation_sees_every_example_once_over_all_ranks(world_size: int, size
         lengths = set()
         for rank in range(world_size):
             windows = Windows(count, size * world_size, False, rank, world_size)
-            batches = list(EvalBatches(feed_of(count), windows)) if count else []
+            batches = list(EvalLoader(feed_of(count), windows)) if count else []
             assert all(len(batch.targets) <= size for batch in batches)
             assert all(batch.weights is None for batch in batches if batch.num_local)
             lengths.add(len(batches))
@@ -118,7 +118,7 @@ def test_epochs_and_seeds_have_permutations_of_their_own() -> None:
 @pytest.mark.parametrize("slices", [1, 2, 3, 7, 9])
 def test_micro_batches_hold_the_batch_and_empty_ones_weigh_nothing(slices: int) -> None:
     inputs = {"a": torch.arange(7.0), "b": torch.arange(14.0).view(7, 2)}
-    batch = Batch(inputs, torch.arange(7), None, 7, 20)
+    batch = LoadedBatch(inputs, torch.arange(7), None, 7, 20)
     parts = batch.split(slices)
     assert len(parts) == slices
     assert real(parts) == list(range(7))
@@ -128,7 +128,7 @@ def test_micro_batches_hold_the_batch_and_empty_ones_weigh_nothing(slices: int) 
 
 
 def test_an_empty_share_splits_into_empty_micro_batches() -> None:
-    batch = Batch(torch.ones(1, 2), torch.zeros(1), torch.zeros(1), 0, 3)
+    batch = LoadedBatch(torch.ones(1, 2), torch.zeros(1), torch.zeros(1), 0, 3)
     for part in batch.split(3):
         assert part.num_local == 0 and part.weights is not None and part.weights.sum() == 0
 

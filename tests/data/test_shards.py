@@ -35,7 +35,7 @@ from regrow.feeding.block_order import BlockOrder
 from regrow.feeding.loaders import Data
 from regrow.feeding.remote import Folder
 from regrow.feeding.sampling import Windows
-from regrow.feeding.shard_index import Facts, Index, parsed
+from regrow.feeding.shard_index import Index, SourceFacts, parsed
 from regrow.feeding.shards import read_index
 from regrow.feeding.splits import Examples
 from regrow.feeding.transforms import FailedTransform
@@ -74,7 +74,11 @@ def data_of(node: dict[str, Any]) -> Data:
 
 def numbers(folder: Path, count: int = COUNT, layout: Layout = SMALL) -> Index:
     return write_shards(
-        folder, {"train": OfItems(Numbers(count), {})}, Facts("items"), layout, overwrite=False
+        folder,
+        {"train": OfItems(Numbers(count), {})},
+        SourceFacts("items"),
+        layout,
+        overwrite=False,
     )
 
 
@@ -505,7 +509,7 @@ def test_an_example_of_wrong_bytes_names_its_shard(
             return item
 
     numbers_of = {"train": OfItems(Wrong(2), {})}
-    write_shards(tmp_path / "x", numbers_of, Facts("items"), SMALL, overwrite=False)
+    write_shards(tmp_path / "x", numbers_of, SourceFacts("items"), SMALL, overwrite=False)
     source: Any = data_of(options(str(tmp_path / "x"), tmp_path / "cache")).source.train
     with pytest.raises(DataError, match=rf"train example 0: raw.{suffix} cannot be read"):
         source[0]
@@ -821,7 +825,7 @@ def test_an_empty_set_is_refused_before_the_work(tmp_path: Path) -> None:
         datasets = {"train": Rows(np.ones(3)), "val": Rows(np.ones(3)), name: Rows()}
         sets = {set_: OfItems(rows, {}) for set_, rows in datasets.items()}
         with pytest.raises(UserError, match=f"the set {name} is empty"):
-            write_shards(tmp_path / "x", sets, Facts("items"), SMALL, overwrite=False)
+            write_shards(tmp_path / "x", sets, SourceFacts("items"), SMALL, overwrite=False)
         with pytest.raises(UserError, match=f"the set {name} is empty"):
             writing_shards.of_datasets(datasets, {})
     assert not any(tmp_path.iterdir())
@@ -882,7 +886,7 @@ def test_another_plan_starts_over_and_other_files_are_never_touched(tmp_path: Pa
         numbers(output)
     (output / "train" / "mine.txt").touch()
     fewer = {"train": OfItems(Numbers(100), {})}
-    index = write_shards(output, fewer, Facts("items"), SMALL, overwrite=True)
+    index = write_shards(output, fewer, SourceFacts("items"), SMALL, overwrite=True)
     there = {path.name for path in (output / "train").iterdir()}
     assert there == {"mine.txt", *(Path(shard.name).name for shard in index.sets["train"])}
     (tmp_path / "other").mkdir()
@@ -897,7 +901,7 @@ def test_a_command_killed_while_it_removes_earlier_shards_is_continued(
     fewer = {"train": OfItems(Numbers(100), {})}
 
     def write(output: Path) -> None:
-        write_shards(output, fewer, Facts("items"), SMALL, overwrite=True)
+        write_shards(output, fewer, SourceFacts("items"), SMALL, overwrite=True)
 
     def contents(folder: Path) -> dict[Path, bytes]:
         files = [path for path in folder.rglob("*") if path.is_file()]
@@ -936,7 +940,7 @@ def test_other_fields_are_another_plan(tmp_path: Path) -> None:
 
     def write(place: str, inputs: str) -> Index:
         sets = {"train": OfItems(rows, {"inputs": inputs, "targets": "y"})}
-        return write_shards(tmp_path / place, sets, Facts("items"), each, overwrite=False)
+        return write_shards(tmp_path / place, sets, SourceFacts("items"), each, overwrite=False)
 
     rows.dies_at = 3
     with pytest.raises(Killed):
@@ -949,11 +953,11 @@ def test_other_fields_are_another_plan(tmp_path: Path) -> None:
 def test_files_of_the_user_beside_the_sets_are_kept(tmp_path: Path) -> None:
     output = tmp_path / "shards"
     sets: dict[str, Any] = {"train": OfItems(Numbers(9), {}), "val": OfItems(Numbers(3), {})}
-    write_shards(output, sets, Facts("items"), SMALL, overwrite=False)
+    write_shards(output, sets, SourceFacts("items"), SMALL, overwrite=False)
     (output / "backup").mkdir()
     (output / "backup" / "000001.tar").touch()
     (output / "empty").mkdir()
-    write_shards(output, {"train": sets["train"]}, Facts("items"), SMALL, overwrite=True)
+    write_shards(output, {"train": sets["train"]}, SourceFacts("items"), SMALL, overwrite=True)
     there = {str(path.relative_to(output)) for path in output.rglob("*")}
     kept = {"backup", "backup/000001.tar", "empty"}
     assert there == {*kept, "index.json", "train", "train/000000.tar"}  # val is gone
@@ -964,13 +968,13 @@ def test_a_link_in_place_of_the_records_is_not_followed(tmp_path: Path) -> None:
     for name, overwrite in (("new", False), ("old", True)):
         output, thesis = tmp_path / name, tmp_path / f"{name}_thesis"
         if overwrite:
-            write_shards(output, sets, Facts("items"), SMALL, overwrite=False)
+            write_shards(output, sets, SourceFacts("items"), SMALL, overwrite=False)
         output.mkdir(exist_ok=True)
         thesis.mkdir()
         (thesis / "train-000001").write_text("chapter 1")
         (output / ".making").symlink_to(thesis)
         with pytest.raises(UserError, match="other files") if not overwrite else nullcontext():
-            write_shards(output, sets, Facts("items"), SMALL, overwrite=overwrite)
+            write_shards(output, sets, SourceFacts("items"), SMALL, overwrite=overwrite)
         assert [path.name for path in thesis.iterdir()] == ["train-000001"]
 
 
@@ -987,7 +991,7 @@ def test_a_closed_pipe_is_not_blamed_on_the_output(tmp_path: Path) -> None:
 
     sets = {"train": OfItems(Numbers(9), {})}
     with pytest.raises(BrokenPipeError):
-        write_shards(tmp_path / "x", sets, Facts("items"), SMALL, overwrite=False, told=told)
+        write_shards(tmp_path / "x", sets, SourceFacts("items"), SMALL, overwrite=False, told=told)
 
 
 # Images
@@ -1053,7 +1057,7 @@ def test_images_in_arrays_have_the_channels_that_are_asked_for(
 ) -> None:
     pixels = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8)
     sets = {"train": OfExamples(Examples(pixels, torch.arange(3)), "grey")}
-    write_shards(tmp_path / "grey", sets, Facts("images"), SMALL, overwrite=False)
+    write_shards(tmp_path / "grey", sets, SourceFacts("images"), SMALL, overwrite=False)
     how = ("num_classes=3", "normalize=none", "augment=false", "num_workers=0")
     for channels in (1, 3):
         shape = f"input_shape=[{channels},8,8]"
@@ -1072,7 +1076,7 @@ def test_a_mask_in_shards_is_neither_scaled_nor_augmented(tmp_path: Path) -> Non
     write_shards(
         tmp_path / "masks",
         {"train": OfItems(Listed([rows]), {})},
-        *(Facts("images"), SMALL),
+        *(SourceFacts("images"), SMALL),
         overwrite=False,
     )
     node = options(str(tmp_path / "masks"), tmp_path / "cache", "source.input_shape=[3,4,4]")
@@ -1159,7 +1163,7 @@ def test_a_named_set_is_evaluated_as_for_other_sources(
         return OfExamples(Examples(inputs, torch.arange(count) % 3), str(count))
 
     sets = {"train": examples(40), "val": examples(10), "night": examples(7)}
-    write_shards(tmp_path / "rows", sets, Facts("items", list("abc")), SMALL, overwrite=False)
+    write_shards(tmp_path / "rows", sets, SourceFacts("items", list("abc")), SMALL, overwrite=False)
     how = ("num_classes=3", "input_shape=[6]", "normalize=none", "augmentation=null")
     data = make_data("shards", f"root={tmp_path / 'rows'}", *how, "num_workers=0")
     assert data.num_examples == {"train": 40, "val": 10, "night": 7}
@@ -1196,7 +1200,11 @@ def test_a_broken_image_names_its_shard(tmp_path: Path, make_data: Callable[...,
             return ""
 
     write_shards(
-        tmp_path / "bad", {"train": OfItems(Bad(), {})}, Facts("images"), SMALL, overwrite=False
+        tmp_path / "bad",
+        {"train": OfItems(Bad(), {})},
+        SourceFacts("images"),
+        SMALL,
+        overwrite=False,
     )
     how = ("num_classes=3", "input_shape=[3,16,16]", "normalize=imagenet", "num_workers=0")
     data = make_data("shards", f"root={tmp_path / 'bad'}", *how)

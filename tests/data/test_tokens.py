@@ -14,7 +14,7 @@ import torch
 
 from regrow.errors import DataError, UserError
 from regrow.feeding import tokens, vocabulary
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.tokens import IGNORED, Tokens
 
@@ -67,7 +67,7 @@ def text_of(data: Data, name: str) -> str:
     return words_of(data).decode(split_of(data, name).row.tolist())
 
 
-def joined(batches: list[Batch]) -> torch.Tensor:
+def joined(batches: list[LoadedBatch]) -> torch.Tensor:
     return torch.cat([batch.inputs for batch in batches if batch.num_local])
 
 

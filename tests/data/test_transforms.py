@@ -17,14 +17,14 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError
 from regrow.feeding import feeds
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples
 from regrow.feeding.transforms import FailedTransform, Transformed
 from regrow.processes.interrupt import Interrupted
 
 Make = Callable[..., Data]
-Same = Callable[[list[Batch], list[Batch]], bool]
+Same = Callable[[list[LoadedBatch], list[LoadedBatch]], bool]
 CPU = torch.device("cpu")
 V2 = "torchvision.transforms.v2"
 RAND = f"{{_target_: {V2}.RandAugment, magnitude: 15}}"
@@ -32,7 +32,9 @@ ERASE = f"{{_target_: {V2}.RandomErasing, p: 0.7}}"
 MIX = "mixing={_target_: lab.data.augment.MixUp, alpha: 1.0}"
 
 
-def batches_of(data: Data, epoch: int = 1, world_size: int = 1, start: int = 0) -> list[Batch]:
+def batches_of(
+    data: Data, epoch: int = 1, world_size: int = 1, start: int = 0
+) -> list[LoadedBatch]:
     ranks = [
         list(data.train(device=CPU, rank=rank, world_size=world_size).epoch(epoch, start))
         for rank in range(world_size)
@@ -44,7 +46,7 @@ def batches_of(data: Data, epoch: int = 1, world_size: int = 1, start: int = 0) 
 @pytest.fixture(params=["memory", "crops", "files", "mixed"])
 def make(
     request: pytest.FixtureRequest, make_data: Make, image_root: Path
-) -> Callable[..., list[Batch]]:
+) -> Callable[..., list[LoadedBatch]]:
     """Makes the batches of an epoch, with RandAugment and RandomErasing."""
     digits = ("digits", "batch_size=9", "limit_train=30")
     arguments = {
@@ -56,7 +58,7 @@ def make(
 
     def batches(
         *overrides: str, epoch: int = 1, world_size: int = 1, start: int = 0, **options: Any
-    ) -> list[Batch]:
+    ) -> list[LoadedBatch]:
         given = (*arguments, f"transforms=[{RAND},{ERASE}]", "num_workers=0", *overrides)
         return batches_of(make_data(*given, **options), epoch, world_size, start)
 
@@ -64,7 +66,7 @@ def make(
 
 
 def test_images_are_drawn_by_seed_epoch_and_index(
-    make: Callable[..., list[Batch]], same: Same, global_state_unchanged: None
+    make: Callable[..., list[LoadedBatch]], same: Same, global_state_unchanged: None
 ) -> None:
     whole = make()
     assert same(make(world_size=2), whole) and same(make(start=1), whole[1:])
@@ -139,7 +141,7 @@ def test_a_transform_in_place_of_the_augmentation_takes_single_images(
 def test_a_pipeline_in_files_may_end_in_tensors(
     image_root: Path, make_data: Make, same: Same
 ) -> None:
-    def batches(*names: str, num_workers: int = 0) -> list[Batch]:
+    def batches(*names: str, num_workers: int = 0) -> list[LoadedBatch]:
         steps = [f"{{_target_: {V2}.RandomResizedCrop, size: [16,16]}}", *names]
         compose = f"{{_target_: {V2}.Compose, transforms: [{','.join(steps)}]}}"
         given = ("image_folder", f"root={image_root}", *SMALL, f"num_workers={num_workers}")
@@ -169,7 +171,7 @@ def images(count: int = 12) -> Examples:
 def test_numpy_and_random_are_seeded_too_and_weights_stay(
     same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def batches(**changes: Any) -> list[Batch]:
+    def batches(**changes: Any) -> list[LoadedBatch]:
         data = of_ones_own(images(), input_shape=[3, 4, 4], **changes)
         data.transforms = [Reads()]
         found = list(data.train(device=CPU).epoch(0))

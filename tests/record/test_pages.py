@@ -21,7 +21,7 @@ import yaml
 from fakes import make_run, write_lines
 
 from regrow.errors import UserError
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.record import comparison, logged_images, pages, pictures, plots, report, side_by_side
 from regrow.record.records import read_metrics, write_json
 
@@ -292,7 +292,7 @@ def photographs() -> dict[str, Any]:
     """Wrong images of noise, which no compression makes smaller."""
     torch.manual_seed(0)
     inputs, targets = torch.rand(20, 3, 224, 224), torch.zeros(20, dtype=torch.int64)
-    batch = Batch(inputs, targets, None, 20, 20)
+    batch = LoadedBatch(inputs, targets, None, 20, 20)
     told = {"prediction": targets + 1, "probability": torch.full((20, 2), 0.5)}
     return pictures.of_wrong(batch, targets, lambda _: told, ["cat", "dog"], None)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from running import CPU, config_of
 
 from lab import loop
-from lab.build import Objects, plan_of
+from lab.build import BuiltObjects, plan_of
 from lab.schedules import Plateau
 from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
@@ -48,7 +48,7 @@ def job(*overrides: str) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def built(*overrides: str) -> tuple[Objects, loop.Plan]:
+def built(*overrides: str) -> tuple[BuiltObjects, loop.Plan]:
     config = config_of(*SMALL, *overrides)
     objects = training.build(config, CPU)
     nowhere: dict[str, Any] = {"record": None, "checkpoints": None}
@@ -62,7 +62,7 @@ def range_tested(state: Any, plan: Any, test: RangeTest) -> Curve:
     return lr_finder.range_test(state, plan.train, step, test)
 
 
-def fingerprint(objects: Objects) -> str:
+def fingerprint(objects: BuiltObjects) -> str:
     """Return the SHA-256 of the whole state, and the files left beside it."""
     state = objects.state
     gradients = [p.grad for p in state.model.parameters()]

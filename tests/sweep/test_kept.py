@@ -35,13 +35,13 @@ class Composer:
 
     def plan(self, number: int, overrides: list[str], swept: list[str], *_: Any) -> Any:
         values = dict(o.partition("=")[::2] for o in swept)
-        entry = ledger.Entry(number, f"{number}", values, f"{number}", overrides)
+        entry = ledger.JobEntry(number, f"{number}", values, f"{number}", overrides)
         return Planned(entry)
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    entry: ledger.Entry
+    entry: ledger.JobEntry
     job: Any = dataclasses.field(default_factory=lambda: Job())
 
     @property
@@ -103,7 +103,9 @@ def test_a_sweep_resumes_with_its_launcher_unless_another_is_named(tmp_path: Pat
 def test_failed_jobs_that_a_command_does_not_name_are_tried_again_on_demand(
     tmp_path: Path,
 ) -> None:
-    entries = [ledger.Entry(n, f"{n}", {"seed": f"{n}"}, f"{n}", [f"seed={n}"]) for n in range(3)]
+    entries = [
+        ledger.JobEntry(n, f"{n}", {"seed": f"{n}"}, f"{n}", [f"seed={n}"]) for n in range(3)
+    ]
     for number, its in enumerate(("failed", "completed", "failed")):
         ledger.note(tmp_path, number, its)
     named: Any = [Planned(entries[2])]

@@ -116,7 +116,7 @@ def test_the_ranks_of_a_job_on_all_gpus_share_the_cores(monkeypatch: pytest.Monk
 
 
 def test_a_job_that_a_real_time_signal_killed_is_one_that_failed() -> None:
-    planned = planning.Planned(ledger.Entry(0, "", {}, ""), None)  # type: ignore[arg-type]
+    planned = planning.Planned(ledger.JobEntry(0, "", {}, ""), None)  # type: ignore[arg-type]
     for code, name in ((-40, "signal 40"), (-11, "SIGSEGV"), (-9, "SIGKILL (out of memory?)")):
         ended = local.how(planned, code)
         assert (ended.state, ended.reason) == ("failed", f"its process was killed by {name}")
@@ -179,7 +179,7 @@ def test_resume_never_refuses_a_folder_that_holds_a_sweep(tmp_path: Path) -> Non
 
 
 def test_a_killed_job_is_failed_and_one_still_marked_running_is_interrupted(tmp_path: Path) -> None:
-    entry = ledger.Entry(3, "x", {"seed": "1"}, "3")
+    entry = ledger.JobEntry(3, "x", {"seed": "1"}, "3")
     assert ledger.state_of(tmp_path, entry) == ("waiting", None)
     ledger.note(tmp_path, 3, "failed", "killed\nby SIGKILL token=abcdefgh123")
     assert ledger.state_of(tmp_path, entry) == ("failed", "killed by SIGKILL token=***")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lab.tasks.losses import BCEWithLogits, CrossEntropy, Loss, mse
-from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression, Task
+from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
 from regrow.errors import UserError
+from regrow.protocols import Task
 
 torch.set_num_threads(1)
 CE = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=None)

@@ -17,7 +17,7 @@ from running import TINY, as_hydra_has_it, composed, launched
 from torch import Tensor
 
 from regrow.distributed.parallel import World
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.record import pages, pictures, report
 from regrow.record.records import read_json
 from regrow.runs import banner
@@ -26,9 +26,9 @@ from regrow.runs.launch import launch
 NAMES = ["zero", "one", "two"]
 
 
-def batch_of(inputs: Any, targets: Tensor, num_local: int | None = None) -> Batch:
+def batch_of(inputs: Any, targets: Tensor, num_local: int | None = None) -> LoadedBatch:
     count = len(targets) if num_local is None else num_local
-    return Batch(inputs, targets, None, count, count)
+    return LoadedBatch(inputs, targets, None, count, count)
 
 
 def decoded(text: str) -> np.ndarray:

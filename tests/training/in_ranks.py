@@ -34,7 +34,7 @@ from lab.tasks.metrics import (
 )
 from regrow.checkpoint.digest import weights_sha256
 from regrow.checkpoint.sharded import Writers
-from regrow.checkpoint.writer import CheckpointWriter, Facts
+from regrow.checkpoint.writer import CheckpointFacts, CheckpointWriter
 from regrow.config.targets import allow
 from regrow.distributed.parallel import World, stopping_together
 from regrow.distributed.sharding import whole
@@ -174,7 +174,7 @@ def saved_sharded(world: World, config: Config, folder: Path) -> dict[str, Any]:
 
     objects, plan = new()
     steps(objects, plan, 3)
-    facts = Facts(step=3, epoch=0, value=None, milestone=False, metrics_bytes=0)
+    facts = CheckpointFacts(step=3, epoch=0, value=None, milestone=False, metrics_bytes=0)
     plan.checkpoints.save(objects.state.state_dict(), facts, lambda position: None)
     whole_model = {k: whole(v).clone() for k, v in objects.state.model.state_dict().items()}
     assert plan.checkpoints.wait()
@@ -198,7 +198,7 @@ def leg(world: World, config: Config, folder: Path, last: int) -> list[tuple[flo
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=writer)
     training.go_on(objects.state, writer, world)
     seen: list[tuple[float, float, int]] = steps(objects, plan, last)["seen"]
-    facts = Facts(step=last, epoch=0, value=None, milestone=False, metrics_bytes=0)
+    facts = CheckpointFacts(step=last, epoch=0, value=None, milestone=False, metrics_bytes=0)
     if writer.writes:
         writer.save(objects.state.state_dict(), facts, lambda position: None)
     assert writer.wait()

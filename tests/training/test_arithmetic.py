@@ -19,7 +19,7 @@ from lab import loop, optim, step
 from lab.tasks import losses
 from lab.tasks.custom import mse_plus_mae
 from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
@@ -158,7 +158,7 @@ def model_of(outputs: int, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def windows_of(
     kind: str, dtype: torch.dtype = torch.float64, *, weighted: bool = False
-) -> list[Batch]:
+) -> list[LoadedBatch]:
     random = torch.Generator().manual_seed(2)
     batches = []
     for size in WINDOWS:
@@ -182,7 +182,7 @@ def windows_of(
 
 
 def trained(
-    task: Any, outputs: int, batches: list[Batch], *, slices: int, **options: Any
+    task: Any, outputs: int, batches: list[LoadedBatch], *, slices: int, **options: Any
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Return the weights after a step for each batch, and the logged lines."""
     model = model_of(outputs, batches[0].inputs.dtype)
@@ -191,7 +191,7 @@ def trained(
     return [p.detach() for p in model.parameters()], lines
 
 
-def by_torch(reference: Reference, outputs: int, batches: list[Batch]) -> list[Tensor]:
+def by_torch(reference: Reference, outputs: int, batches: list[LoadedBatch]) -> list[Tensor]:
     """Return the weights after the same steps by torch's own loss over each whole batch."""
     model = model_of(outputs, batches[0].inputs.dtype)
     optimizer = SGD(model.parameters())
@@ -209,7 +209,7 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
 class MeanOfMeans:
     """A common mistake: each micro-batch's mean counts the same, whatever its size."""
 
-    def __init__(self, task: Any, batches: list[Batch], slices: int) -> None:
+    def __init__(self, task: Any, batches: list[LoadedBatch], slices: int) -> None:
         self.task, self.slices, self.batches = task, slices, iter(batches)
         self.calls = 0
 
@@ -312,7 +312,7 @@ def test_a_run_in_micro_batches_has_the_weights_of_the_run_without(
 # Logged numbers
 
 
-def true_norm(model: nn.Module, reference: Reference, batch: Batch) -> float:
+def true_norm(model: nn.Module, reference: Reference, batch: LoadedBatch) -> float:
     model = copy.deepcopy(model)
     model.zero_grad()
     reference(model(batch.inputs), batch.targets).backward()

@@ -18,7 +18,7 @@ from lab import optim
 from lab.tasks import losses
 from lab.tasks.tasks import Multiclass
 from regrow.checkpoint import writer
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import totals
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.precision import LossScale
@@ -51,7 +51,7 @@ def bench_of(make: Any, *, slices: int = 3, **options: Any) -> Bench:
     return Bench(model, task(), make, slices=slices, **{"ema_decay": 0.9, **options})
 
 
-def batch(number: int, bad: float | None = None) -> Batch:
+def batch(number: int, bad: float | None = None) -> LoadedBatch:
     random = torch.Generator().manual_seed(number)
     inputs = torch.randn(12, 6, generator=random)
     if bad is not None:

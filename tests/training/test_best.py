@@ -15,7 +15,7 @@ from running import CPU, TINY, config_of, train
 
 from lab import loop, progress, step
 from regrow.errors import UserError
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.runs import training
 
 NAN = math.nan
@@ -114,7 +114,9 @@ def test_an_equal_evaluation_after_a_skipped_step_does_not_become_the_best(
     def third_is_bad(state: Any, batch: Any, plan: Any) -> Any:
         if state.step == 2:
             bad = torch.full_like(batch.inputs, NAN)
-            batch = Batch(bad, batch.targets, batch.weights, batch.num_local, batch.num_global)
+            batch = LoadedBatch(
+                bad, batch.targets, batch.weights, batch.num_local, batch.num_global
+            )
         return train_step(state, batch, plan)
 
     monkeypatch.setattr(step, "train_step", third_is_bad)

@@ -98,7 +98,7 @@ def test_a_killed_build_is_finished_and_loses_only_the_last_images(
         time.sleep(draw.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)  # it is not collected yet
         killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        found = resized.Place(path.with_suffix(""), 3).read()
+        found = resized.CacheFiles(path.with_suffix(""), 3).read()
         numbers.append(len(found.entries) if found else 0)
     assert killed >= 2 and numbers == sorted(numbers)  # nothing that was synced is lost
     assert sum(0 < number < 60 for number in numbers) > 0

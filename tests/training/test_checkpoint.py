@@ -25,7 +25,12 @@ from lab import optim
 from lab.state import FOLLOWS, TrainState
 from lab.step import train_step
 from regrow.checkpoint import writer
-from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, DamagedCheckpoint, Facts
+from regrow.checkpoint.writer import (
+    CheckpointFacts,
+    CheckpointOptions,
+    CheckpointWriter,
+    DamagedCheckpoint,
+)
 from regrow.errors import UserError
 from regrow.numerics.totals import Skipped
 from regrow.record import loggers
@@ -306,9 +311,9 @@ def test_no_key_carries_the_prefix_of_a_wrapper(stopped: Path) -> None:
 # Rotation
 
 
-def facts(step: int, value: float | None = None, **more: Any) -> Facts:
+def facts(step: int, value: float | None = None, **more: Any) -> CheckpointFacts:
     known = {"epoch": step, "milestone": False, "metrics_bytes": 0}
-    return Facts(step=step, value=value, **{**known, **more})
+    return CheckpointFacts(step=step, value=value, **{**known, **more})
 
 
 def part(value: float = 0.0) -> dict[str, dict[str, Any]]:
@@ -623,7 +628,7 @@ def test_a_failed_write_is_reported_at_the_next_step(
     write = writer.write
     reported: dict[int, bool] = {}
 
-    def full_at_three(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
+    def full_at_three(folder: Path, parts: Any, facts: CheckpointFacts, *others: Any) -> Path:
         if facts.step == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, parts, facts, *others)
@@ -711,7 +716,7 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_named_when_another_is_test
 ) -> None:
     write = writer.write
 
-    def full_at_four(folder: Path, parts: Any, facts: Facts, *others: Any) -> Path:
+    def full_at_four(folder: Path, parts: Any, facts: CheckpointFacts, *others: Any) -> Path:
         if facts.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, parts, facts, *others)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from regrow.checkpoint import writer
-from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter, Facts
+from regrow.checkpoint.writer import CheckpointFacts, CheckpointOptions, CheckpointWriter
 from regrow.record.loggers import Jsonl
 
 OPTIONS = CheckpointOptions(
@@ -62,7 +62,7 @@ def save(saver: CheckpointWriter, step: int, value: float | None = None) -> None
         "model": {"weight": torch.full((3,), float(step))},
         "optimizer": {"state": {}},
     }
-    facts = Facts(step=step, epoch=step, value=value, milestone=False, metrics_bytes=0)
+    facts = CheckpointFacts(step=step, epoch=step, value=value, milestone=False, metrics_bytes=0)
     saver.save(parts, facts, lambda position: None)
     assert saver.wait()
 
@@ -128,7 +128,7 @@ def test_the_metrics_are_synced_before_the_checkpoint_that_knows_them(
     lines.log(1, 0, {"train/loss": 1.0})
     saver = CheckpointWriter(tmp_path / "checkpoints", OPTIONS, "max")
     position = lines.position()
-    facts = Facts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=position)
+    facts = CheckpointFacts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=position)
     saver.save({"model": {}}, facts, lines.sync)
     assert saver.wait()
     lines.close()
@@ -157,7 +157,7 @@ def test_a_step_whose_write_failed_may_be_saved_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(writer, "write", full)
-        facts = Facts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=0)
+        facts = CheckpointFacts(step=1, epoch=0, value=None, milestone=False, metrics_bytes=0)
         saver.save({"model": {}}, facts, lambda position: None)
         saver.saved = (1, False)  # as in the loop
         assert not saver.wait()

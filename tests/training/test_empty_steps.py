@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lab import optim
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import precision, totals
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Skipped, Totals
@@ -42,7 +42,7 @@ def task() -> Multiclass:
     )
 
 
-def batch(*classes: int, bad: bool = False) -> Batch:
+def batch(*classes: int, bad: bool = False) -> LoadedBatch:
     inputs = torch.randn(len(classes), 4, generator=torch.Generator().manual_seed(len(classes)))
     inputs[0, 0] = torch.nan if bad else inputs[0, 0]
     return batch_of(inputs, torch.tensor(classes))
@@ -149,7 +149,7 @@ def test_runs_with_empty_steps_end_and_resume_exactly(tmp_path: Path) -> None:
 
 
 def test_an_epoch_of_empty_steps_alone_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    def epoch(*batches: Batch) -> list[str]:
+    def epoch(*batches: LoadedBatch) -> list[str]:
         caplog.clear()
         run = bench(max_skipped_steps=5)
         run.state.steps_per_epoch = len(batches)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from lab.data.datasets import from_datasets
 from lab.schedules import Plateau
 from lab.state import TrainState
-from regrow.feeding.loaders import TrainBatches
+from regrow.feeding.loaders import TrainLoader
 from regrow.feeding.splits import Splits
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
@@ -335,13 +335,13 @@ def without_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_fast_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    epoch = TrainBatches.epoch
+    epoch = TrainLoader.epoch
 
-    def from_its_start(self: TrainBatches, number: int, start: int = 0) -> Iterator[Any]:
+    def from_its_start(self: TrainLoader, number: int, start: int = 0) -> Iterator[Any]:
         batches = list(epoch(self, number, 0))
         return iter(batches[: len(batches) - start])
 
-    monkeypatch.setattr(TrainBatches, "epoch", from_its_start)
+    monkeypatch.setattr(TrainLoader, "epoch", from_its_start)
 
 
 def with_the_weights_for_the_average(monkeypatch: pytest.MonkeyPatch) -> None:

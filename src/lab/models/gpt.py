@@ -68,7 +68,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.norm_2 = (nn.LayerNorm(width, bias=bias) for _ in range(2))
         self.attention = Attention(width, heads, dropout, bias)
-        self.mlp = MLP(width, dropout, bias)
+        self.mlp = FeedForward(width, dropout, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return projected
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     def __init__(self, width: int, dropout: float, bias: bool) -> None:
         super().__init__()
         self.expand = nn.Linear(width, 4 * width, bias=bias)

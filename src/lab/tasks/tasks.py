@@ -1,13 +1,14 @@
 """Tasks: how outputs become a loss, a prediction and metrics. There is a class per kind of target.
 
-All have the methods of `Task`. Shapes: B examples, C classes, labels or tokens, D values, T places.
+All have the methods of `regrow.protocols.Task`. Shapes: B examples, C classes, labels or tokens, D
+values, T places.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,42 +34,6 @@ from regrow.record.pictures import of_masks, of_wrong
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
-
-class Task(Protocol):
-    """The interface of a task for the loop, the scripts and the record."""
-
-    kind: str
-    monitor: str  # the metric that selects the best checkpoint
-    running_name: str | None
-    sums_over_examples: bool  # False: a batch cannot be split into micro-batches
-
-    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
-        """Return values and weights, with the examples' `weights` (B,) multiplied in."""
-        ...
-
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise `UserError` if a batch does not fit the task.
-
-        Best called with gradients enabled: the outputs' graph identifies a sigmoid reliably, values
-        do not.
-        """
-        ...
-
-    def running(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Return a score per example for the progress bar, without waiting for the device.
-
-        Called with gradients enabled; the caller detaches the result.
-        """
-        ...
-
-    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
-        """Return `prediction`, and `probability` if any, in float64: float32 makes ties."""
-        ...
-
-    def metrics(self, device: torch.device) -> Metrics:
-        """Return empty metrics for one pass over a split. Weights only exclude, where zero."""
-        ...
 
 
 class Multiclass:

@@ -60,7 +60,7 @@ class DamagedCheckpoint(Exception):
 
 
 @dataclass(frozen=True)
-class Facts:
+class CheckpointFacts:
     """The facts in a checkpoint's manifest, besides its files."""
 
     step: int
@@ -127,7 +127,7 @@ class CheckpointWriter:
         self._thread.start()
 
     @phased("checkpoint")
-    def save(self, parts: Parts, facts: Facts, sync: Callable[[int], None]) -> None:
+    def save(self, parts: Parts, facts: CheckpointFacts, sync: Callable[[int], None]) -> None:
         """Copy `parts` and write them in the background.
 
         `sync` makes the metrics durable up to `facts.metrics_bytes`, or raises OSError: a
@@ -211,7 +211,7 @@ class CheckpointWriter:
         return {name: copied(part, name) for name, part in parts.items()}, shards, pairs
 
     def _write(
-        self, parts: Parts, shards: Shards, facts: Facts, sync: Callable[[int], None]
+        self, parts: Parts, shards: Shards, facts: CheckpointFacts, sync: Callable[[int], None]
     ) -> None:
         def finish() -> None:
             rotate(self.folder, self.options, self.mode, written=facts.step)
@@ -233,7 +233,7 @@ def alone(work: Callable[[], T]) -> T | None:
 def write(
     folder: Path,
     parts: Parts,
-    facts: Facts,
+    facts: CheckpointFacts,
     shards: Shards | None = None,
     writers: Writers | None = None,
 ) -> Path:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from regrow.config import flags, places
 from regrow.config.command_line import quoted, shell
 from regrow.config.composition import composition, hydra_as_it_was
-from regrow.config.entries import Entry, accepted, inherited, of_file, option, repeated, set_at
+from regrow.config.entries import KeyEntry, accepted, inherited, of_file, option, repeated, set_at
 from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
 from regrow.config.resume import key_of
@@ -176,7 +176,9 @@ def _topic(topic: str, config: Any) -> Iterator[str]:
         yield from _page(key, entry, parent, where, config)
 
 
-def _page(key: str, entry: Entry, parent: Entry | None, where: str, config: Any) -> Iterator[str]:
+def _page(
+    key: str, entry: KeyEntry, parent: KeyEntry | None, where: str, config: Any
+) -> Iterator[str]:
     """Yield all that is known of one key."""
     shipped, here = _plain(entry.value), _current(key, entry, config)
     yield f"{key}={here}"
@@ -212,7 +214,7 @@ def _page(key: str, entry: Entry, parent: Entry | None, where: str, config: Any)
             yield from _wrapped(f"  {name}:", text, column=11)
 
 
-def _example(key: str, entry: Entry, parent: Entry | None, value: Any) -> str:
+def _example(key: str, entry: KeyEntry, parent: KeyEntry | None, value: Any) -> str:
     """Return a way to type the key with a value that it takes and does not have; "" for none."""
     rule = RULES.get(key) if applies(parent.target if parent else None) else None
     rule = rule or of_shipped(key, entry.value)
@@ -287,14 +289,14 @@ def _group(group: str, config: Any) -> Iterator[str]:
         yield from _keys(group, option(group, name), None, config)
 
 
-def _base_of(group: str, name: str) -> Entry | None:
+def _base_of(group: str, name: str) -> KeyEntry | None:
     """Return the keys that all options of a group share, if this option inherits them."""
     if BASE not in inherited(group, name):
         return None
     return option(group, BASE)
 
 
-def _option(group: str, name: str, base: Entry, config: Any) -> Iterator[str]:
+def _option(group: str, name: str, base: KeyEntry, config: Any) -> Iterator[str]:
     """Yield the keys of an option: its own with their comments, then the shared in short."""
     whole, path = option(group, name), places.file_of(group, name)
     head = head_of(path) if path is not None else ""
@@ -333,13 +335,13 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _is_optional(each: tuple[str, Entry, Entry | None]) -> bool:
+def _is_optional(each: tuple[str, KeyEntry, KeyEntry | None]) -> bool:
     return each[1].value != "???" and not each[1].comment.endswith("required")
 
 
 def _leaves(
-    entry: Entry, path: str, parent: Entry | None = None
-) -> Iterator[tuple[str, Entry, Entry | None]]:
+    entry: KeyEntry, path: str, parent: KeyEntry | None = None
+) -> Iterator[tuple[str, KeyEntry, KeyEntry | None]]:
     """Yield each key without keys below it: its dotted name, itself, and the node it is in."""
     if not entry.below:
         yield path, entry, parent
@@ -348,13 +350,13 @@ def _leaves(
             yield from _leaves(each, f"{path}.{name}", entry)
 
 
-def _at(entry: Entry | None, key: str) -> Entry | None:
+def _at(entry: KeyEntry | None, key: str) -> KeyEntry | None:
     for part in key.split("."):
         entry = entry.below.get(part) if entry is not None else None
     return entry
 
 
-def _entry(key: str, config: Any) -> tuple[Entry | None, Entry | None, str]:
+def _entry(key: str, config: Any) -> tuple[KeyEntry | None, KeyEntry | None, str]:
     """Return a key with its node, and the option or file that it belongs to."""
     group, *below = key.split(".")
     chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
@@ -377,7 +379,7 @@ def _entry(key: str, config: Any) -> tuple[Entry | None, Entry | None, str]:
     return None, None, ""
 
 
-def _keys(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterator[str]:
+def _keys(path: str, entry: KeyEntry, parent: KeyEntry | None, config: Any) -> Iterator[str]:
     """Yield the lines of a key, or of the keys below a node."""
     if not entry.below:
         yield from _key(path, entry, parent, config)
@@ -397,8 +399,8 @@ def _keys(path: str, entry: Entry, parent: Entry | None, config: Any) -> Iterato
 
 def _key(
     path: str,
-    entry: Entry,
-    parent: Entry | None,
+    entry: KeyEntry,
+    parent: KeyEntry | None,
     config: Any,
     *,
     most: int = 9,
@@ -417,12 +419,12 @@ def _key(
     yield from _wrapped(f"  {shown_as or path}={shown}", text, most=most, column=column)
 
 
-def _current(path: str, entry: Entry, config: Any) -> str:
+def _current(path: str, entry: KeyEntry, config: Any) -> str:
     """Return the text of the key's value, as `_held` gives it."""
     return _plain(_held(path, entry, config))
 
 
-def _held(path: str, entry: Entry, config: Any) -> Any:
+def _held(path: str, entry: KeyEntry, config: Any) -> Any:
     """Return the value in the composed config; the shipped one if the config lacks the key."""
     try:
         is_there = OmegaConf.select(config, path, default=..., throw_on_missing=False) is not ...
@@ -431,7 +433,7 @@ def _held(path: str, entry: Entry, config: Any) -> Any:
     return _resolved(config, path) if is_there else entry.value
 
 
-def _followed(path: str, entry: Entry, config: Any) -> str:
+def _followed(path: str, entry: KeyEntry, config: Any) -> str:
     """Return in words what a key of another group is here, if `path` takes its value; else ""."""
     if not _follows(path, config):
         return ""
@@ -451,7 +453,7 @@ def _follows(path: str, config: Any) -> bool:
         return False
 
 
-def _values(entry: Entry, prefix: str) -> Iterator[str]:
+def _values(entry: KeyEntry, prefix: str) -> Iterator[str]:
     for name, each in entry.below.items():
         if each.below:
             yield from _values(each, f"{prefix}{name}.")

@@ -6,7 +6,7 @@ check: check, check_data, check_group, check_once, check_values
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
     shell
 composition: composition, hydra_as_it_was
-entries: accepted, Entry, inherited, of_file, option, repeated, set_at
+entries: accepted, KeyEntry, inherited, of_file, option, repeated, set_at
 explain: composition_error, hydras_value_error, wrong_options
 flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,

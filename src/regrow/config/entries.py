@@ -23,13 +23,13 @@ Find = Callable[[str, str], Path | None]
 
 
 @dataclass(frozen=True)
-class Entry:
+class KeyEntry:
     """A key of one option: its value, its comment, and what stands below it."""
 
     option: str
     value: Any
     comment: str = ""
-    below: dict[str, Entry] = field(default_factory=dict)
+    below: dict[str, KeyEntry] = field(default_factory=dict)
 
     @property
     def target(self) -> str | None:
@@ -48,7 +48,7 @@ class Entry:
         return words if self.value in words else []
 
 
-def accepted(path: str, entry: Entry, parent: Entry | None) -> str:
+def accepted(path: str, entry: KeyEntry, parent: KeyEntry | None) -> str:
     """Return in words what values a key takes; "" if any."""
     if path in RULES and applies(parent.target if parent else None):
         return RULES[path].says
@@ -64,7 +64,9 @@ def in_conf(group: str, option: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def option(group: str, name: str, find: Find = places.file_of, seen: tuple[str, ...] = ()) -> Entry:
+def option(
+    group: str, name: str, find: Find = places.file_of, seen: tuple[str, ...] = ()
+) -> KeyEntry:
     """Return an option of a group with what it inherits; the comment of a key is the nearest.
 
     A key without one that repeats another key of the group, as `${..root}` does, has that key's.
@@ -79,7 +81,7 @@ def option(group: str, name: str, find: Find = places.file_of, seen: tuple[str, 
         own = _below(name, {k: v for k, v in content.items() if k != "defaults"}, {}, "")
     else:
         own, content = of_file(path, name), read_yaml(path)
-    found = Entry(name, {})
+    found = KeyEntry(name, {})
     defaults = content.get("defaults", [])
     for parent in defaults if isinstance(defaults, list) else []:
         if isinstance(parent, str) and parent not in ("_self_", name, *seen):
@@ -88,16 +90,16 @@ def option(group: str, name: str, find: Find = places.file_of, seen: tuple[str, 
     return found if seen else _explained(found, found, group, ())
 
 
-def _explained(entry: Entry, whole: Entry, group: str, path: tuple[str, ...]) -> Entry:
+def _explained(entry: KeyEntry, whole: KeyEntry, group: str, path: tuple[str, ...]) -> KeyEntry:
     """Return a key of the group `whole` with the comment of the key that its value repeats."""
     below = {k: _explained(its, whole, group, (*path, k)) for k, its in entry.below.items()}
     comment, repeats = entry.comment, repeated(f"{group}.{'.'.join(path)}", entry.value)
     if not comment and repeats.startswith(f"{group}."):
-        found: Entry | None = whole
+        found: KeyEntry | None = whole
         for part in repeats.split(".")[group.count("/") + 1 :]:
             found = found.below.get(part) if found is not None else None
         comment = found.comment if found is not None else ""
-    return Entry(entry.option, entry.value, comment, below)
+    return KeyEntry(entry.option, entry.value, comment, below)
 
 
 def repeated(path: str, value: Any) -> str:
@@ -134,7 +136,7 @@ def set_at(group: str, name: str, key: str) -> str:
     return ""
 
 
-def of_file(path: Path, name: str) -> Entry:
+def of_file(path: Path, name: str) -> KeyEntry:
     """Return the keys of one file, without what it inherits. Raises UserError for a list."""
     if not isinstance(read_yaml(path) or {}, dict):
         raise UserError(f"{path} is not a mapping. Write lines of `key: value`.")
@@ -143,22 +145,22 @@ def of_file(path: Path, name: str) -> Entry:
     return _below(name, content, comments, "")
 
 
-def _below(name: str, value: Any, comments: Mapping[str, str], path: str) -> Entry:
+def _below(name: str, value: Any, comments: Mapping[str, str], path: str) -> KeyEntry:
     below = {}
     if isinstance(value, Mapping):
         for key, its in value.items():
             below[str(key)] = _below(name, its, comments, f"{path}.{key}" if path else str(key))
-    return Entry(name, value, comments.get(path, ""), below)
+    return KeyEntry(name, value, comments.get(path, ""), below)
 
 
-def _merged(base: Entry, over: Entry, name: str) -> Entry:
+def _merged(base: KeyEntry, over: KeyEntry, name: str) -> KeyEntry:
     comment = over.comment or base.comment
     if not (base.below or over.below) or not isinstance(over.value, Mapping):
-        return Entry(name, over.value, comment, {})
+        return KeyEntry(name, over.value, comment, {})
     below = dict(base.below) if isinstance(base.value, Mapping) else {}
     for key, entry in over.below.items():
         below[key] = _merged(below[key], entry, name) if key in below else entry
-    return Entry(name, {key: entry.value for key, entry in below.items()}, comment, below)
+    return KeyEntry(name, {key: entry.value for key, entry in below.items()}, comment, below)
 
 
 def unique(items: Iterable[Any]) -> list[Any]:

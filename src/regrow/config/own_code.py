@@ -22,7 +22,7 @@ INSTALLED = ("site-packages", "dist-packages")
 Owner = Literal["own", "engine", "library"]
 
 
-class Place(NamedTuple):
+class CodeLine(NamedTuple):
     """A line of code that an error passed through."""
 
     frame: FrameType
@@ -46,16 +46,16 @@ class Place(NamedTuple):
         return f"{shown(self.file)}:{self.line}"
 
 
-def places_of(error: BaseException) -> Iterator[Place]:
+def places_of(error: BaseException) -> Iterator[CodeLine]:
     """Yield the places that an error passed through, the innermost first."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     summaries = traceback.extract_tb(error.__traceback__)
     for frame, summary in reversed([*zip(frames, summaries, strict=True)]):
         line = summary.lineno or 1
-        yield Place(frame, summary.filename, line, summary.end_lineno or line)
+        yield CodeLine(frame, summary.filename, line, summary.end_lineno or line)
 
 
-def own_place(error: BaseException, named: Collection[str] = ()) -> Place | None:
+def own_place(error: BaseException, named: Collection[str] = ()) -> CodeLine | None:
     """Return the innermost place in the user's code; None if the engine raised the error.
 
     What libraries raise belongs to the code that called them. Code is the user's if it is neither

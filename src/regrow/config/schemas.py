@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.config.entries import Entry, in_conf, of_file, option, unique
+from regrow.config.entries import KeyEntry, in_conf, of_file, option, unique
 from regrow.config.leads import RECIPES
 from regrow.config.rules import RULES, Rule, applies, of_shipped
 from regrow.config.yaml_files import broken_files
@@ -115,7 +115,7 @@ def of_group(group: str) -> dict[str, Any]:
     )
 
 
-def _definitions(group: str, entries: Iterable[Entry]) -> dict[str, Any]:
+def _definitions(group: str, entries: Iterable[KeyEntry]) -> dict[str, Any]:
     return {
         entry.option: {
             "title": f"{group}={entry.option}",
@@ -210,7 +210,7 @@ def _primaries() -> list[str]:
 # -- Keys ------------------------------------------------------------------------------------------
 
 
-def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
+def _value(path: str, entries: list[KeyEntry]) -> dict[str, Any]:
     """Return the schema of a key from its value in each option that has it."""
     nodes = [entry for entry in entries if isinstance(entry.value, Mapping)]
     rule = RULES.get(path)
@@ -241,7 +241,7 @@ def _value(path: str, entries: list[Entry]) -> dict[str, Any]:
     }
 
 
-def _words(entries: list[Entry], says: str) -> dict[str, Any]:
+def _words(entries: list[KeyEntry], says: str) -> dict[str, Any]:
     """Return what an editor shows of a key: its comments, and the values that it accepts."""
     comment = "; or: ".join(unique(entry.comment for entry in entries if entry.comment))
     found = {"description": comment} if comment else {}
@@ -251,7 +251,9 @@ def _words(entries: list[Entry], says: str) -> dict[str, Any]:
     return found
 
 
-def _node(path: str, entries: list[Entry], also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _node(
+    path: str, entries: list[KeyEntry], also: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the schema of a node: closed for each shipped `_target_`, and open for any other.
 
     `also` are further properties, by key.
@@ -284,7 +286,7 @@ def _node(path: str, entries: list[Entry], also: Mapping[str, Any] | None = None
     return {**schema, "if": other, "then": True, "else": closed(entries)}
 
 
-def _closed(path: str, entries: list[Entry], *, also: Mapping[str, Any]) -> dict[str, Any]:
+def _closed(path: str, entries: list[KeyEntry], *, also: Mapping[str, Any]) -> dict[str, Any]:
     """Return the properties of nodes with these keys, those of `also`, and no others."""
     keys = unique(key for entry in entries for key in entry.below)
     properties: dict[str, Any] = {}
@@ -340,19 +342,19 @@ def _flat(schema: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _listed(entries: list[Entry]) -> list[str]:
+def _listed(entries: list[KeyEntry]) -> list[str]:
     """Return the options that the comments list, if each comment is such a list and no more."""
     lists = [entry.listed() for entry in entries]
     return unique(word for words in lists for word in words) if all(lists) else []
 
 
-def _suggested(entries: list[Entry]) -> dict[str, Any]:
+def _suggested(entries: list[KeyEntry]) -> dict[str, Any]:
     """Return examples for a key whose comment begins with some of its values."""
     found = unique(word for entry in entries for word in entry.suggested())
     return {"examples": found} if found else {}
 
 
-def _default(entries: list[Entry]) -> dict[str, Any]:
+def _default(entries: list[KeyEntry]) -> dict[str, Any]:
     """Return the default, if all options that have the key agree on it."""
     values = unique(json.dumps(entry.value, default=str) for entry in entries)
     return {"default": json.loads(values[0])} if len(values) == 1 and values[0] != '"???"' else {}
@@ -370,7 +372,7 @@ def _names(group: str) -> Iterator[str]:
     yield from sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
-def _options_of(group: str) -> list[Entry]:
+def _options_of(group: str) -> list[KeyEntry]:
     paths = sorted((CONF / group).glob("*.yaml"))
     return [option(group, path.stem, in_conf) for path in paths]
 

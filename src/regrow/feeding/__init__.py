@@ -2,7 +2,7 @@
 
 Public, by module; all else is private to this folder.
 
-batch: Batch, each, noise, parts_of
+batch: LoadedBatch, each, noise, parts_of
 broken_images: BrokenImages
 decoding: fit, size_of
 feeds: collated

@@ -29,7 +29,7 @@ def each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     return tuple(function(value) for value in inputs)
 
 
-class Batch:
+class LoadedBatch:
     """Inputs (B, …), targets (B, …) and weights (B,), None for all one, on the device.
 
     `num_local` counts the real examples in it, `num_global` those of the whole window over all
@@ -56,13 +56,13 @@ class Batch:
         self.num_global = num_global
         self.first = first
 
-    def split(self, slices: int) -> list[Batch]:
+    def split(self, slices: int) -> list[LoadedBatch]:
         """Return `slices` micro-batches of nearly equal size; an empty one gets weight zero."""
         if slices == 1:
             return [self]
         return [self._slice(index, slices) for index in range(slices)]
 
-    def _slice(self, index: int, slices: int) -> Batch:
+    def _slice(self, index: int, slices: int) -> LoadedBatch:
         start, stop = share(0, self.num_local, index, slices)
         num_local = stop - start
         if num_local == 0:
@@ -74,17 +74,17 @@ class Batch:
             each(part, lambda tensor: tensor[start:stop]) for part in (self.inputs, self.targets)
         )
         first = self.first + start
-        return Batch(inputs, targets, weights, num_local, self.num_global, first)
+        return LoadedBatch(inputs, targets, weights, num_local, self.num_global, first)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> LoadedBatch:
         """Return the batch on `device`; the host does not wait if memory is pinned."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> LoadedBatch:
         """Return the batch with `function` applied to every tensor."""
         inputs, targets = each(self.inputs, function), each(self.targets, function)
         weights = None if self.weights is None else function(self.weights)
-        return Batch(inputs, targets, weights, self.num_local, self.num_global, self.first)
+        return LoadedBatch(inputs, targets, weights, self.num_local, self.num_global, self.first)
 
 
 def noise(seed: int, step: int, batch: protocols.Batch, *shape: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
-from regrow.feeding.batch import Batch, described, each, parts_of, tensors_of
+from regrow.feeding.batch import LoadedBatch, described, each, parts_of, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.mixing import Pairs
@@ -99,7 +99,7 @@ class MemoryFeed:
         *,
         repeats: Tensor | None = None,
         pairs: Pairs | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[LoadedBatch]:
         """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,).
 
         `repeats` (N,) count the earlier draws of the same example; `pairs` mix it with a partner.
@@ -136,7 +136,7 @@ class MemoryFeed:
                 if number >= start:
                     if not share.num_local:
                         w = torch.zeros(1, device=self.device)
-                    yield Batch(x, y, w, share.num_local, share.num_global, share.first)
+                    yield LoadedBatch(x, y, w, share.num_local, share.num_global, share.first)
 
     def _gather(self, indices: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return inputs, targets and weights at `indices`, with the store's rows for them."""
@@ -213,7 +213,7 @@ class FileFeed:
         *,
         repeats: Tensor | None = None,
         pairs: Pairs | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[LoadedBatch]:
         """Yield the batches of windows `start …`; the next one loads while one is in use.
 
         `repeats` (N,) count the earlier draws of the same example; `pairs` mix it with a partner.
@@ -234,7 +234,7 @@ class FileFeed:
             # Runs when `items` is collected or at interpreter exit, whichever comes first.
             util.Finalize(items, _stop, args=(items._workers,), exitpriority=1)  # type: ignore[attr-defined]
             self._seen = items if self.loader.persistent_workers else None
-        ready: Batch | None = None
+        ready: LoadedBatch | None = None
         try:
             for number in range(start, len(windows)):
                 coming = self._batch(next(items), windows, number, pairs)
@@ -256,7 +256,7 @@ class FileFeed:
         self.loader._iterator = self._seen = None
         self.items.release()
 
-    def _batch(self, item: Any, windows: Windows, number: int, pairs: Pairs | None) -> Batch:
+    def _batch(self, item: Any, windows: Windows, number: int, pairs: Pairs | None) -> LoadedBatch:
         if isinstance(item, _Broken):
             error = item.error()
             raise self.counted(error) if isinstance(error, BrokenImage) else error
@@ -286,7 +286,7 @@ class FileFeed:
         if share.num_local == 0 and pairs is None:
             weights = torch.zeros(1)
         sizes = (share.num_local, share.num_global, share.first)
-        batch = Batch(inputs, targets, weights, *sizes).to(self.device)
+        batch = LoadedBatch(inputs, targets, weights, *sizes).to(self.device)
         batch.inputs = self.normalize(batch.inputs)
         if pairs is None:
             return batch
@@ -304,7 +304,7 @@ class FileFeed:
         found = pairs.mixed(choices, own, others)
         if share.num_local == 0:
             found = *found[:2], torch.zeros(1, device=self.device)
-        return Batch(*found, *sizes)
+        return LoadedBatch(*found, *sizes)
 
 
 class _Plan:

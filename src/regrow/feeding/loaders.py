@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regrow.errors import DataError, UserError, did_you_mean
 from regrow.feeding import identity
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.broken_images import counted
 from regrow.feeding.data_checks import OF_CLASSES, DataChecks, order_of, takes_resized
 from regrow.feeding.decoding import BrokenImage
@@ -56,7 +56,7 @@ log = logging.getLogger("regrow.data")
 Feed = MemoryFeed | FileFeed | TokenFeed
 
 
-class TrainBatches:
+class TrainLoader:
     """One rank's share of the training windows; an epoch can start at any window at no cost.
 
     With draw weights (N,) an epoch is a sample with replacement, else each example once.
@@ -85,7 +85,7 @@ class TrainBatches:
         self.num_examples = rows
         self.steps_per_epoch = len(windows)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[LoadedBatch]:
         """Return the batches of the epoch's windows `start …`; nothing before `start` is read."""
         repeats = pairs = None
         if self._own_order is not None:
@@ -111,7 +111,7 @@ class TrainBatches:
         return timed("data", self._feed.read(*where, repeats=repeats, pairs=pairs))
 
 
-class EvalBatches:
+class EvalLoader:
     """One rank's share of a split in its own order: each example once, without padding or dropping.
 
     All ranks see equally many batches, so that their forward passes match. A rank without an
@@ -131,7 +131,7 @@ class EvalBatches:
         """Return the place in the split of the first of this rank's examples in a batch."""
         return self._windows.share(number).start
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         return self._feed.read(self._windows, self._order, 0, 0)
 
 
@@ -318,7 +318,7 @@ class Data:
         """The names of the sets that are measured during training."""
         return [name for name in self.num_examples if name not in ("train", *self.final)]
 
-    def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainBatches:
+    def train(self, *, device: torch.device, rank: int = 0, world_size: int = 1) -> TrainLoader:
         count = self._num_trained_on()
         windows = Windows(count, self.batch_size, self.drop_last, rank, world_size)
         if len(windows) == 0:
@@ -330,7 +330,7 @@ class Data:
         changed = rotates or self.augmentation is not None or bool(self.transforms)
         feed = self._feed("train", changed, device)
         draw_weights = None if self.sampling is None else self.draw_weights()
-        return TrainBatches(
+        return TrainLoader(
             *(feed, windows, self.seed, count),
             draw_weights=draw_weights,
             mixing=self.mixing,
@@ -354,13 +354,13 @@ class Data:
         """The number of classes if targets are indices, which mixing makes probabilities of."""
         return self.num_classes if self.target_kind == "multiclass" else None
 
-    def as_trained(self, batch: Batch) -> Batch:
+    def as_trained(self, batch: LoadedBatch) -> LoadedBatch:
         """Return a batch with targets as training has them: soft if it mixes examples."""
         if self.mixing is None or not isinstance(batch.targets, Tensor):
             return batch
         soft = softened(batch.targets, self._softened_classes)
         sizes = (batch.num_local, batch.num_global, batch.first)
-        return Batch(batch.inputs, soft, batch.weights, *sizes)
+        return LoadedBatch(batch.inputs, soft, batch.weights, *sizes)
 
     def draw_weights(self) -> Tensor:
         """Return what `sampling` weighs the draws of the training examples with, (N,) float64.
@@ -407,7 +407,7 @@ class Data:
 
     def evaluation(
         self, split: str, *, device: torch.device, rank: int = 0, world_size: int = 1
-    ) -> EvalBatches:
+    ) -> EvalLoader:
         """Return the unaugmented batches of a split. Raises UserError if it does not exist."""
         found = dict(self.source.items()).get(split)
         if found is None:
@@ -418,7 +418,7 @@ class Data:
         size = self.eval_batch_size * world_size
         windows = Windows(len(found), size, False, rank, world_size)
         order = found.file_order(windows) if hasattr(found, "file_order") else None
-        return EvalBatches(self._feed(split, False, device), windows, order)
+        return EvalLoader(self._feed(split, False, device), windows, order)
 
     def ids(self, name: str) -> Sequence[int | str]:
         """Return what names each example of a split in its source: a line, a file or a number."""

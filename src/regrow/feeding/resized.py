@@ -56,7 +56,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class Entry(NamedTuple):
+class CachedImage(NamedTuple):
     """The place of an image's pixels (C, H, W) in the file."""
 
     start: int
@@ -123,7 +123,9 @@ def keep_resized(
     how = splits[0]
     files = [file for split in splits for file in split.files]
     contents = contents_of(files, how.root)
-    places = [Place(folder / _name(how), how.channels) for folder in _folders(how.root, cache_root)]
+    places = [
+        CacheFiles(folder / _name(how), how.channels) for folder in _folders(how.root, cache_root)
+    ]
     kept = next(filter(None, (place.all_of(contents) for place in places)), None)
     if kept is None:
         kept = _made(places, how, dict(zip(contents, files, strict=True)), cache_root, max_gb)
@@ -154,12 +156,12 @@ def _name(how: ImageFiles) -> str:
     return f"{how.resize}-{colours}-{turned}-{how.decoder}-{digest}"
 
 
-class Found(NamedTuple):
+class CachedRecords(NamedTuple):
     """The valid records of an index."""
 
     pixels: Pixels
     channels: int
-    entries: Mapping[bytes, Entry]
+    entries: Mapping[bytes, CachedImage]
 
     @property
     def end(self) -> int:
@@ -167,17 +169,17 @@ class Found(NamedTuple):
         return max((entry.start + self.size_of(entry) for entry in self.entries.values()),
                    default=HEADER)  # fmt: skip
 
-    def size_of(self, entry: Entry) -> int:
+    def size_of(self, entry: CachedImage) -> int:
         return self.channels * entry.height * entry.width
 
     def of(self, contents: Sequence[bytes]) -> Kept:
         """Return the images with these contents; a content that is not there has no place."""
-        absent = Entry(0, 0, 0)
+        absent = CachedImage(0, 0, 0)
         entries = [self.entries.get(content, absent) for content in contents]
         return Kept(self.pixels, self.channels, np.array(entries, np.int64).reshape(-1, 3))
 
 
-class Place:
+class CacheFiles:
     """The files of one way to resize: path.pixels, path.index and path.lock."""
 
     def __init__(self, path: Path, channels: int) -> None:
@@ -186,7 +188,7 @@ class Place:
         )
         self.channels = channels
 
-    def read(self) -> Found | None:
+    def read(self) -> CachedRecords | None:
         """Return what is there; None without a pair of files that belong together."""
         try:
             content = self.index.read_bytes()
@@ -203,11 +205,11 @@ class Place:
                 continue
             sha256, *entry = RECORD.unpack(body)
             if entry[0] + self.channels * entry[1] * entry[2] <= num_bytes:
-                entries[sha256] = Entry(*entry)
+                entries[sha256] = CachedImage(*entry)
         number = header[len(TITLE) : len(TITLE) + 16]
-        return Found(Pixels(self.pixels, number), self.channels, entries)
+        return CachedRecords(Pixels(self.pixels, number), self.channels, entries)
 
-    def all_of(self, contents: Sequence[bytes]) -> Found | None:
+    def all_of(self, contents: Sequence[bytes]) -> CachedRecords | None:
         """Return what is there if it has all the contents."""
         found = self.read()
         complete = found is not None and all(content in found.entries for content in contents)
@@ -224,7 +226,7 @@ class Place:
         finally:
             os.close(descriptor)
 
-    def renew(self) -> Found:
+    def renew(self) -> CachedRecords:
         """Return a new, empty pair of files. Processes that read the old ones still have them."""
         for path in (self.index, self.pixels):
             path.unlink(missing_ok=True)
@@ -234,16 +236,16 @@ class Place:
                 file.write(_header(number))
                 os.fsync(file.fileno())
         sync_folder(self.index.parent)
-        return Found(Pixels(self.pixels, number), self.channels, {})
+        return CachedRecords(Pixels(self.pixels, number), self.channels, {})
 
 
 def _made(
-    places: Sequence[Place],
+    places: Sequence[CacheFiles],
     how: ImageFiles,
     wanted: Mapping[bytes, str],
     cache_root: str | None,
     max_gb: float,
-) -> Found:
+) -> CachedRecords:
     """Return the images of the `wanted` files, by content, in the first place to be written."""
     for place in places:
         try:
@@ -261,7 +263,9 @@ def _made(
     raise AssertionError("unreachable")
 
 
-def _add(place: Place, how: ImageFiles, wanted: Mapping[bytes, str], max_gb: float) -> Found:
+def _add(
+    place: CacheFiles, how: ImageFiles, wanted: Mapping[bytes, str], max_gb: float
+) -> CachedRecords:
     """Resize the files that are not there yet. Raises UserError, DataError, OSError."""
     assert how.resize is not None
     resize = how.resize
@@ -289,7 +293,9 @@ def _add(place: Place, how: ImageFiles, wanted: Mapping[bytes, str], max_gb: flo
     return made
 
 
-def _refuse_too_large(how: ImageFiles, place: Place, used: int, needed: int, max_gb: float) -> None:
+def _refuse_too_large(
+    how: ImageFiles, place: CacheFiles, used: int, needed: int, max_gb: float
+) -> None:
     if used + needed > max_gb * 1e9:
         raise UserError(
             f"data.cache_max_gb={max_gb:g}: the resized images take {_gigabytes(used + needed)}. "
@@ -307,8 +313,8 @@ def _refuse_too_large(how: ImageFiles, place: Place, used: int, needed: int, max
 
 def _write(
     pool: ThreadPoolExecutor,
-    place: Place,
-    found: Found,
+    place: CacheFiles,
+    found: CachedRecords,
     how: ImageFiles,
     missing: Mapping[bytes, str],
 ) -> None:

@@ -44,7 +44,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SourceFacts:
     """Facts about the examples from their source. kind: images or items.
 
     `disjoint`: the sets were compared, and no example is in two of them.
@@ -74,7 +74,7 @@ class Blocks:
 @dataclass(frozen=True)
 class Index:
     sets: dict[str, list[Shard]]
-    facts: Facts
+    facts: SourceFacts
     sha256: str = field(default="", compare=False)  # of the file's content
 
     def content(self) -> str:
@@ -120,7 +120,7 @@ def parsed(content: bytes, where: str) -> Index:
             f"{where} is of version {version}, and this code reads version {VERSION}. {again}"
         )
     try:
-        facts = Facts(**record["facts"])
+        facts = SourceFacts(**record["facts"])
         sets = {name: [_shard(each) for each in shards] for name, shards in record["sets"].items()}
         for name in sets:
             if name not in NAMES:
@@ -151,7 +151,7 @@ def _is_block(num_bytes: int, examples: int, crc: int) -> bool:
     return 0 < examples * UNIT <= num_bytes < MOST_BYTES and 0 <= crc < 2**32
 
 
-def _are_names(facts: Facts) -> bool:
+def _are_names(facts: SourceFacts) -> bool:
     lists = (facts.class_names, facts.target_names)
     fit = all(
         it is None or (isinstance(it, list) and all(isinstance(n, str) for n in it)) for it in lists

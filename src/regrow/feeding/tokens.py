@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.sampling import Windows
 from regrow.randomness import generator
 
@@ -85,7 +85,9 @@ class TokenFeed:
         if device.type != "cpu" and self.row.nbytes <= RESIDENT_BYTES:
             self.row = self.row.to(device)
 
-    def read(self, windows: Windows, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
+    def read(
+        self, windows: Windows, order: Tensor, epoch: int, start: int
+    ) -> Iterator[LoadedBatch]:
         """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,)."""
         rotation = None
         if self.rotates:
@@ -97,7 +99,7 @@ class TokenFeed:
             indices = order[share.start : share.stop]
             inputs, targets = self.split.windows(self.row, indices, rotation)
             weights = None if share.num_local else torch.zeros(1)
-            batch = Batch(inputs, targets, weights, share.num_local, share.num_global)
+            batch = LoadedBatch(inputs, targets, weights, share.num_local, share.num_global)
             yield batch.to(self.device)
 
 

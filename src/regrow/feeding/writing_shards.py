@@ -26,7 +26,7 @@ from regrow.feeding.decoding import formats_by_suffix
 from regrow.feeding.feeds import seeded
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data
-from regrow.feeding.shard_index import END_BYTES, NAME, Facts, Index, Shard, parsed
+from regrow.feeding.shard_index import END_BYTES, NAME, Index, Shard, SourceFacts, parsed
 from regrow.feeding.shard_items import File, encoded, fields_of, file_of
 from regrow.feeding.splits import NAMES, Examples, MapStyle, check_name
 from regrow.randomness import generator, key
@@ -38,7 +38,7 @@ PLAN = "plan"  # a hash, then the names of the sets
 _OURS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.\d+\.tmp")
 
 
-class Source(Protocol):
+class ShardSource(Protocol):
     """A set to write: its items by number, and a text that identifies it."""
 
     def __len__(self) -> int: ...
@@ -131,9 +131,9 @@ class OfItems:
             return identity.of_length(self.dataset) + chosen
 
 
-def of_data(data: Data) -> tuple[dict[str, Source], Facts]:
+def of_data(data: Data) -> tuple[dict[str, ShardSource], SourceFacts]:
     """Return the sets of a run's data, and what is known of them."""
-    sets: dict[str, Source] = {}
+    sets: dict[str, ShardSource] = {}
     are_images = True
     fingerprints = data.fingerprint()
     for name, split in data.source.items():
@@ -146,7 +146,7 @@ def of_data(data: Data) -> tuple[dict[str, Source], Facts]:
             OfExamples(split, digest) if isinstance(split, Examples) else OfItems(split, {})
         )
     names = data.source.class_names or data.class_names
-    facts = Facts(
+    facts = SourceFacts(
         "images" if are_images else "items", names, data.target_names, data.source.input_max
     )
     # `check_overlap` has refused an overlap, but it compares the contents of OfItems only if these
@@ -163,12 +163,12 @@ def _are_images(examples: Examples) -> bool:
 
 def of_datasets(
     datasets: Mapping[str, MapStyle], fields: Mapping[str, str]
-) -> tuple[dict[str, Source], Facts]:
+) -> tuple[dict[str, ShardSource], SourceFacts]:
     """Return map-style data sets, such as those of Hugging Face, and the facts in their features.
 
     Raises UserError.
     """
-    sets: dict[str, Source] = {}
+    sets: dict[str, ShardSource] = {}
     for name, dataset in datasets.items():
         if name not in NAMES:
             check_name(name)
@@ -181,14 +181,16 @@ def of_datasets(
     features = getattr(datasets["train"], "features", None)  # elsewhere these are the inputs
     columns = features if isinstance(features, Mapping) else {}
     names = getattr(columns.get(fields.get("targets", "targets")), "names", None)
-    facts = Facts("images" if is_image else "items", None if names is None else [*map(str, names)])
+    facts = SourceFacts(
+        "images" if is_image else "items", None if names is None else [*map(str, names)]
+    )
     return sets, facts
 
 
 def write_shards(
     output: Path,
-    sets: Mapping[str, Source],
-    facts: Facts,
+    sets: Mapping[str, ShardSource],
+    facts: SourceFacts,
     layout: Layout,
     *,
     overwrite: bool,
@@ -226,7 +228,7 @@ def write_shards(
         raise UserError(f"output={output} cannot be written: {error.strerror or error}.") from None
 
 
-def _refuse_empty(sets: Mapping[str, Source]) -> None:
+def _refuse_empty(sets: Mapping[str, ShardSource]) -> None:
     for name, source in sets.items():
         if len(source) == 0:
             raise UserError(f"the set {name} is empty. Give it examples, or leave it out.")
@@ -248,8 +250,8 @@ def refuse_other(output: Path, overwrite: bool) -> None:
 
 def _write(
     output: Path,
-    sets: Mapping[str, Source],
-    facts: Facts,
+    sets: Mapping[str, ShardSource],
+    facts: SourceFacts,
     layout: Layout,
     plan: str,
     told: Callable[[str], None],
@@ -285,7 +287,7 @@ def _write(
     return index
 
 
-def _plan(sets: Mapping[str, Source], facts: Facts, layout: Layout) -> str:
+def _plan(sets: Mapping[str, ShardSource], facts: SourceFacts, layout: Layout) -> str:
     """Return a hash of all that decides the shards' bytes, and the sets' names."""
     contents = []
     for name, source in sets.items():
@@ -354,7 +356,7 @@ def _finished(output: Path, name: str) -> list[Shard]:
 
 
 def _write_shard(
-    output: Path, name: str, number: int, source: Source, order: Sequence[int], layout: Layout
+    output: Path, name: str, number: int, source: ShardSource, order: Sequence[int], layout: Layout
 ) -> Shard:
     """Write the next shard, from the start of `order`.
 
@@ -379,7 +381,7 @@ def _write_shard(
 
 
 def _blocks(
-    name: str, source: Source, order: Sequence[int], layout: Layout
+    name: str, source: ShardSource, order: Sequence[int], layout: Layout
 ) -> Iterator[tuple[bytes, int]]:
     """Yield (block, example count); a block never splits an example."""
     parts: list[bytes] = []

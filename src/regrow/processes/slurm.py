@@ -121,7 +121,7 @@ def submit(job: Job, options: SlurmOptions) -> str:
             f"{job.folder} is queued already. To submit it again, cancel that: scancel {waiting}"
         )
     with submitting(folder / "slurm", options, job.config["name"]) as executor:
-        return str(executor.submit(Task(write_job(job))).job_id)
+        return str(executor.submit(SrunTask(write_job(job))).job_id)
 
 
 def submit_array(
@@ -132,7 +132,7 @@ def submit_array(
     Both mappings are by the sweep's number. Raises UserError with sbatch's message.
     """
     with submitting(sweep.resolve() / "slurm", options, name) as executor:
-        tasks = {n: Task(write_job(job), (sweep.resolve(), n)) for n, job in jobs.items()}
+        tasks = {n: SrunTask(write_job(job), (sweep.resolve(), n)) for n, job in jobs.items()}
         with executor.batch():
             submitted = {n: executor.submit(task) for n, task in tasks.items()}
         return {n: str(job.job_id) for n, job in submitted.items()}
@@ -219,7 +219,7 @@ def waiting_or_running(numbers: Sequence[str]) -> set[str]:
     return set(answer.stdout.split()) & set(numbers)
 
 
-class Task:
+class SrunTask:
     """A task of srun: one rank of the run, or all of them if it is the only task."""
 
     def __init__(self, job: Path, sweep: tuple[Path, int] | None = None) -> None:
@@ -276,7 +276,7 @@ class Task:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits for it
-        return submitit.helpers.DelayedSubmission(Task(self.job, self.sweep))
+        return submitit.helpers.DelayedSubmission(SrunTask(self.job, self.sweep))
 
     @property
     def refused(self) -> Path:

@@ -39,7 +39,7 @@ DIGITS = 12
 UNSEALED = ("seal", "complete")  # a job that ends on another machine changes "complete"
 
 
-class Entry(NamedTuple):
+class ListedFolder(NamedTuple):
     """One line of the list."""
 
     id: str
@@ -60,9 +60,9 @@ def state_folder() -> Path:
     return named / "regrow"
 
 
-def enter(code: str = NO_CODE) -> Entry:
+def enter(code: str = NO_CODE) -> ListedFolder:
     """Add a new entry to the list. Raises OSError if the list cannot be written."""
-    entry = Entry(secrets.token_hex(16), code, secrets.token_hex(32))
+    entry = ListedFolder(secrets.token_hex(16), code, secrets.token_hex(32))
     folder = _usable(state_folder(), make=True)
     with _alone(folder):
         path = folder / LIST
@@ -83,17 +83,17 @@ def reason_of(error: OSError) -> str:
     return f"{error.filename or 'the list of your folders'}: {error.strerror or error}"
 
 
-def entries() -> list[Entry]:
+def entries() -> list[ListedFolder]:
     """Return all entries; none if the list cannot be read, or if others may write it."""
     try:
         text = (_usable(state_folder()) / LIST).read_text(encoding="ascii", errors="replace")
     except OSError:
         return []
     lines = (line.split(" ") for line in text.splitlines())
-    return [Entry(*line) for line in lines if len(line) == 3]
+    return [ListedFolder(*line) for line in lines if len(line) == 3]
 
 
-def find(identity: object) -> Entry | None:
+def find(identity: object) -> ListedFolder | None:
     """Return the entry for an id that a folder holds, or None."""
     found = [entry for entry in entries() if entry.id == identity]
     return found[-1] if found else None
@@ -132,11 +132,11 @@ def _forget_the_oldest(path: Path) -> None:
 # -- seals and digits ------------------------------------------------------------------------------
 
 
-def seal_of(entry: Entry, content: Any) -> str:
+def seal_of(entry: ListedFolder, content: Any) -> str:
     return hmac.new(bytes.fromhex(entry.key), _bytes(content), hashlib.sha256).hexdigest()
 
 
-def _is_sealed(entry: Entry, content: Any, seal: object) -> bool:
+def _is_sealed(entry: ListedFolder, content: Any, seal: object) -> bool:
     with contextlib.suppress(ValueError):  # the key is not hexadecimal
         return hmac.compare_digest(seal_of(entry, content), str(seal))
     return False
@@ -170,7 +170,7 @@ def _is_trusted(digest: str) -> bool:
 # -- a run's folder --------------------------------------------------------------------------------
 
 
-def owner_of_job(entry: Entry, overrides: Sequence[str]) -> dict[str, Any]:
+def owner_of_job(entry: ListedFolder, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the content of a run's owner.json. Call it where the user's list is."""
     return {"id": entry.id, "seals": [seal_of(entry, ["run", *overrides])]}
 
@@ -228,7 +228,7 @@ def _kept(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in UNSEALED}
 
 
-def check_sweep(folder: Path, named: str) -> Entry | None:
+def check_sweep(folder: Path, named: str) -> ListedFolder | None:
     """Return the entry of the sweep in `folder`, or None if it is trusted by its digits.
 
     Raises UserError, which begins with `named`, for a sweep that is neither, and for one whose code
@@ -262,7 +262,7 @@ def check_sweep(folder: Path, named: str) -> Entry | None:
     )
 
 
-def _entered(code: str, content: Mapping[str, Any]) -> list[Entry]:
+def _entered(code: str, content: Mapping[str, Any]) -> list[ListedFolder]:
     """Return the entry of a sweep with this code and an intact seal, in a list; or no entry."""
     entry = find(content.get("id"))
     if entry is None or entry.code != code:

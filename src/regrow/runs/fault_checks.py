@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from regrow.errors import UserError
 from regrow.feeding.batch import parts_of
 from regrow.numerics.precision import widest
-from regrow.protocols import Batch, Data
+from regrow.protocols import Batch, DataLike
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def leaks(data: Data, device: torch.device) -> list[str]:
+def leaks(data: DataLike, device: torch.device) -> list[str]:
     """Return a line for each set that shares inputs with train, whatever `data.limit_train` is.
 
     Compares the inputs as the model gets them, unaugmented, of at most 20,000 examples per split
@@ -286,7 +286,7 @@ def _by_chance(train: Sequence[bytes], own: Sequence[bytes]) -> float:
     return len(own) * max(rate(train), rate(own) * fewer)
 
 
-def _digests(data: Data, name: str, device: torch.device, until: float) -> Iterator[bytes]:
+def _digests(data: DataLike, name: str, device: torch.device, until: float) -> Iterator[bytes]:
     read, most = 0, min(MOST_READ, data.num_examples[name])
     for batch in data.evaluation(name, device=device):
         columns = [tensor.detach().cpu().contiguous() for tensor in parts_of(batch.inputs)]

@@ -14,7 +14,7 @@ from regrow.config.own_code import own_place, owner_of, places_of, shown
 from regrow.config.targets import SHOWS_ALL, named_packages
 from regrow.distributed.parallel import lost_the_others
 from regrow.errors import OwnCodeError, UserError, in_a_line, machine_fault
-from regrow.feeding.batch import Batch
+from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import calls
 from regrow.numerics.calls import is_out_of_memory
 
@@ -113,7 +113,9 @@ def _shapes(error: Exception) -> Iterator[str]:
             return
         # The frame of the batch comes last: a loss may have given the name to something else.
         outputs = _shape(found.get("outputs")) or outputs
-        if (batch := next((v for v in found.values() if isinstance(v, Batch)), None)) is not None:
+        if (
+            batch := next((v for v in found.values() if isinstance(v, LoadedBatch)), None)
+        ) is not None:
             parts = {"outputs": outputs, "targets": _shape(batch.targets)}
             more = "".join(f", the {name} {shape}" for name, shape in parts.items() if shape)
             yield f"The inputs had shape {_shape(batch.inputs)}{more}."

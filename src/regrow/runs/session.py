@@ -80,7 +80,7 @@ def run_job(job: Job, world: World) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FolderState:
     """The state of the job's folder before it runs."""
 
     done: bool = False  # the run is complete
@@ -89,19 +89,19 @@ class Found:
     num_micro_batches: int = 1  # the least, after a rank ran out of memory
 
 
-def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, Found]:
+def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, FolderState]:
     """Return the final job and the state of its folder. `stack` takes the folder's lock.
 
     Fills in `trainer.devices`, `trainer.num_threads`, and the recorded values that a resume keeps.
     """
-    job, found = job.with_trainer(devices=machine.processes_here()), Found()
+    job, found = job.with_trainer(devices=machine.processes_here()), FolderState()
     if job.folder is not None and world.is_main:
         folder = Path(job.folder)
         kept = stack.enter_context(claimed(folder, job))
         job = job.with_values(**kept or {})
         least = (records.load_status(folder) or {}).get("num_micro_batches")
         done = kept is not None and resume.is_done(folder, job.config)
-        found = Found(
+        found = FolderState(
             done=done,
             has_changes=done and resume.has_changes(folder, job.config),
             has_checkpoint=writer.outline(folder / "checkpoints") is not None,
@@ -111,7 +111,7 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
     told = json.dumps([job.config, dataclasses.asdict(found)])
     config, fields = json.loads(world.from_main(told))
     threads = config["trainer"]["num_threads"] or machine.usable_cores()
-    return job.with_values(**config).with_trainer(num_threads=threads), Found(**fields)
+    return job.with_values(**config).with_trainer(num_threads=threads), FolderState(**fields)
 
 
 def draw_missing(folder: Path, job: Job) -> None:
@@ -189,7 +189,7 @@ def remove_empty_parents(folder: Path) -> None:
             parent.rmdir()
 
 
-def run_in(job: Job, found: Found, world: World) -> float | None:
+def run_in(job: Job, found: FolderState, world: World) -> float | None:
     """Build the objects and train in the job's folder, or in a new one if it names none."""
     # A checkpoint holds the weights, and the source of `init_from` may be gone or have changed.
     init_from = None if found.has_checkpoint else job.config["init_from"]

@@ -32,7 +32,7 @@ ENDED = (*GOOD, "failed")
 
 
 @dataclass(frozen=True)
-class Entry:
+class JobEntry:
     """A job, as sweep.json lists it."""
 
     number: int
@@ -75,7 +75,7 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) -> None:
+def write(folder: Path, entries: Sequence[JobEntry] | None = None, **facts: Any) -> None:
     """Update sweep.json with these facts, and with the list of jobs if it is given."""
     with alone(folder):
         content = {**read(folder), **redact_all(facts)}
@@ -84,7 +84,7 @@ def write(folder: Path, entries: Sequence[Entry] | None = None, **facts: Any) ->
         records.write_json(folder / FILE, ownership.sealed(content))
 
 
-def add(folder: Path, entry: Entry) -> None:
+def add(folder: Path, entry: JobEntry) -> None:
     """Add a job to sweep.json unless its number is listed."""
     with alone(folder):
         content = read(folder)
@@ -101,13 +101,13 @@ def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
         yield
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path) -> list[JobEntry]:
     """Return the jobs in sweep.json. Raises UserError for an entry that is not a valid job."""
     jobs = read(folder).get("jobs", [])
     found = []
     for job in jobs if isinstance(jobs, list) else [jobs]:
         try:
-            entry = Entry(**job)
+            entry = JobEntry(**job)
             texts = [entry.identity, entry.folder, *entry.overrides, *entry.swept]
             texts += entry.swept.values()
             fits = type(entry.number) is int and all(isinstance(text, str) for text in texts)
@@ -157,7 +157,7 @@ def noted(folder: Path, number: int) -> dict[str, Any]:
     return {}
 
 
-def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
+def state_of(folder: Path, entry: JobEntry) -> tuple[str, str | None]:
     """Return a job's state and, unless it ended well, the reason.
 
     The state is that of its run (running, completed, interrupted, failed), pruned, retried, or one
@@ -180,7 +180,7 @@ def state_of(folder: Path, entry: Entry) -> tuple[str, str | None]:
     return str(said.get("state", "waiting")), said.get("reason")
 
 
-def is_to_be_run(folder: Path, entry: Entry, *, retry: bool) -> bool:
+def is_to_be_run(folder: Path, entry: JobEntry, *, retry: bool) -> bool:
     """Return True if the job has not ended or, with `retry`, has failed."""
     return state_of(folder, entry)[0] not in (GOOD if retry else ENDED)
 

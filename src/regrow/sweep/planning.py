@@ -38,7 +38,7 @@ from regrow.sweep.kinds import Grid, Sets
 class Planned:
     """A job that is composed, checked and ready to run."""
 
-    entry: ledger.Entry
+    entry: ledger.JobEntry
     job: Job
 
     @property
@@ -157,7 +157,7 @@ class Composer:
         number: int,
         overrides: Sequence[str],
         swept: Sequence[str],
-        known: Mapping[str, ledger.Entry] | None = None,
+        known: Mapping[str, ledger.JobEntry] | None = None,
     ) -> Planned:
         """Compose and check one job. Raises UserError that names the job.
 
@@ -177,7 +177,7 @@ class Composer:
         number: int,
         overrides: list[str],
         swept: dict[str, str],
-        known: Mapping[str, ledger.Entry],
+        known: Mapping[str, ledger.JobEntry],
     ) -> Planned:
         try:
             cfg = self.composed(overrides)
@@ -205,12 +205,14 @@ class Composer:
             raise UserError(f"hydra.sweep.subdir={folder} is the sweep's own. Choose another name.")
         command = ["python", "scripts/train.py", *overrides]
         job = job_of(cfg, self.folder / folder, command)
-        entry = ledger.Entry(number, identity, swept, folder, overrides)
+        entry = ledger.JobEntry(number, identity, swept, folder, overrides)
         return Planned(entry, job.with_values(resume="auto"))
 
 
 def numbered(
-    composer: Composer, wanted: Sequence[tuple[list[str], list[str]]], known: Sequence[ledger.Entry]
+    composer: Composer,
+    wanted: Sequence[tuple[list[str], list[str]]],
+    known: Sequence[ledger.JobEntry],
 ) -> list[Planned]:
     """Return the wanted jobs. Jobs with a `known` config keep their numbers; others get new ones.
 
@@ -236,7 +238,7 @@ def numbered(
 
 
 def left_over(
-    composer: Composer, planned: Sequence[Planned], known: Sequence[ledger.Entry], *, retry: bool
+    composer: Composer, planned: Sequence[Planned], known: Sequence[ledger.JobEntry], *, retry: bool
 ) -> list[Planned]:
     """Return the unfinished jobs of earlier commands that this command does not plan.
 

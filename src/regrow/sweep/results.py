@@ -48,7 +48,7 @@ def rows_of(folder: Path) -> list[Row]:
     return rows
 
 
-def asked_since(entry: ledger.Entry, run: Run) -> list[str]:
+def asked_since(entry: ledger.JobEntry, run: Run) -> list[str]:
     """Return the overrides by which a job's run was changed outside the sweep."""
     shares = "trainer.num_threads="  # added by the sweep itself
     return [o for o in run.overrides if o not in entry.overrides and not o.startswith(shares)]

@@ -178,7 +178,7 @@ class Sweep:
     context: Any = None  # multiprocessing's
     gpus: list[str] = field(default_factory=gpus.visible)
     at_once: int = 1
-    entry: ownership.Entry | None = None  # in the list of the user's folders
+    entry: ownership.ListedFolder | None = None  # in the list of the user's folders
     shares: int = 1  # jobs that share the cores; fixed, because exact results depend on it
 
     @property
@@ -222,7 +222,7 @@ class Sweep:
         owner = ownership.owner_of_job(self.entry, as_recorded(planned.job))
         return dataclasses.replace(planned, job=dataclasses.replace(planned.job, owner=owner))
 
-    def write(self, entries: Sequence[ledger.Entry], **facts: Any) -> None:
+    def write(self, entries: Sequence[ledger.JobEntry], **facts: Any) -> None:
         """Write sweep.json, which makes the folder a sweep's, and update the link to the latest."""
         ledger.write(self.folder, entries, **self.facts, **facts)
         records.link_latest(self.folder, Path("outputs", self.facts["name"]))
@@ -248,7 +248,7 @@ def search(
     if options.sampler == "tpe":
         sweep.facts["multivariate"] = options.multivariate
     (likely,) = sweep.prepared([likely])
-    place: schedule.Place = local.Local(
+    place: schedule.Executor = local.Local(
         folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus)
     )
     if sweep.is_for_slurm:
@@ -283,7 +283,7 @@ def slurm_options(sweep: Sweep, jobs: Sequence[Planned]) -> slurm.SlurmOptions:
     return options
 
 
-def submit(sweep: Sweep, entries: Sequence[ledger.Entry], todo: Sequence[Planned]) -> int:
+def submit(sweep: Sweep, entries: Sequence[ledger.JobEntry], todo: Sequence[Planned]) -> int:
     """Submit the jobs in `todo` to Slurm as one array, and return 0. The last writes the page."""
     folder, name = sweep.folder, sweep.facts["name"]
     is_new = not (folder / ledger.FILE).exists()

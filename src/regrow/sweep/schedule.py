@@ -14,7 +14,7 @@ from regrow.sweep.planning import Planned
 from regrow.sweep.show import Show
 
 
-class Source(Protocol):
+class JobSource(Protocol):
     """A source of jobs."""
 
     def next(self) -> Planned | None:
@@ -23,7 +23,7 @@ class Source(Protocol):
     def ended(self, planned: Planned) -> None: ...
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """A place where jobs run."""
 
     @property
@@ -52,7 +52,7 @@ class Queue:
 class Stop:
     """A request to stop, by a signal or, with fail_fast, by a failed job."""
 
-    place: Place
+    place: Executor
     signals: list[int] = field(default_factory=list)
     failed: bool = False
 
@@ -71,7 +71,7 @@ class Stop:
             self.place.send(signal.SIGTERM)
 
 
-def run(folder: Path, source: Source, place: Place, show: Show, *, fail_fast: bool) -> Stop:
+def run(folder: Path, source: JobSource, place: Executor, show: Show, *, fail_fast: bool) -> Stop:
     """Run all jobs until they end or a stop is requested; return the request."""
     stop = Stop(place)
     with handled(STOPPING, stop.note), show:

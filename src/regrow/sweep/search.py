@@ -265,7 +265,7 @@ class Trials:
             planned = self.prepare(self.composer.plan(number, *self.space.overrides(params)))
         except UserError as error:
             swept = {key.lstrip("+"): str(value) for key, value in params.items()}
-            entry = ledger.Entry(number, "", swept, str(number))
+            entry = ledger.JobEntry(number, "", swept, str(number))
             ledger.add(folder, entry)
             ledger.note(folder, number, "failed", str(error))
             log.warning("trial %d failed: %s", number, error)
