@@ -22,6 +22,7 @@ from regrow.config import flags, older, registered
 from regrow.config.command_line import override
 from regrow.config.explain import composition_error
 from regrow.config.hydra_access import plain
+from regrow.config.own_modules import import_own_modules
 from regrow.config.recorded import recorded_config
 from regrow.config.resume import (
     ELSEWHERE,
@@ -31,6 +32,7 @@ from regrow.config.resume import (
     is_own,
     key_of,
     lacked_before,
+    named_by_command,
     places_of,
     places_of_conf,
     recorded_overrides,
@@ -116,7 +118,9 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"run={given}: there is nothing to compare with, as its {records.METRICS} or "
             f"{records.SUMMARY} cannot be read: {reason}. Restore that file."
         ) from None
-    check_roles(config, tuple(config), run, f"run={given}", others=places_of(run))
+    import_own_modules()
+    others, named = places_of(run), named_by_command(run)
+    check_roles(config, tuple(config), run, f"run={given}", others=others, named=named)
     if not isinstance(name, str) or not isinstance(threads, int):
         raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
     return config, manifest.latest(content)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from regrow.config.targets import allow, instantiate
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
+from regrow.project import ROOT
 from regrow.record.records import read_json
 from regrow.runs.training import build
 from regrow.runs.weights import load_weights
@@ -322,6 +324,45 @@ def test_a_target_of_another_role_is_foreign(run: Path) -> None:
     changed(run, model={"_target_": "torch.hub.load"})  # torch's, but not a module
     with pytest.raises(UserError, match="which no file in conf/model names"):
         load_run(run)
+
+
+@pytest.mark.slow
+def test_a_plain_callable_that_the_users_own_command_named_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transform need not be a module, and no file has to name it."""
+    here, own = tmp_path / "here", tmp_path / "own"
+    here.mkdir()
+    own.mkdir()
+    for name in ("Darker", "Lighter"):
+        with (own / "own_transforms.py").open("a") as file:
+            file.write(f"class {name}:\n    def __init__(self, by): self.by = by\n")
+            file.write("    def __call__(self, image): return image // self.by\n")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(own)
+
+    def done(script: str, *words: str) -> str:
+        command = [sys.executable, str(ROOT / "scripts" / script), *words]
+        path = {"PYTHONPATH": str(own), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    transforms = "data.transforms=[{_target_: own_transforms.Darker, by: 2}]"
+    few = ("trainer.max_epochs=1", "data.limit_train=64", "trainer.num_threads=1")
+    done("train.py", "model=cnn", transforms, *few, "hydra.run.dir=run")
+    assert "The run itself measured the same" in done("evaluate.py", "run=run", "split=test")
+    assert "identical:" in done("reproduce.py", "run=run")
+    done("train.py", "resume=run", "trainer.max_epochs=2")
+    run = Path("run")
+    assert resume.named_by_command(run) == {("data.transforms.0", "own_transforms.Darker")}
+    # config.yaml has no seal: another target is refused.
+    changed(run, data={"transforms": [{"_target_": "own_transforms.Lighter", "by": 2}]})
+    with pytest.raises(UserError, match=r"\.Lighter, which no file in conf/data names"):
+        _ = load_run("run").data
+    # The command of a copy that the list of the user's folders does not hold counts for nothing.
+    (run / ".hydra" / "owner.json").unlink()
+    assert resume.named_by_command(run) == frozenset()
 
 
 def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ def test_a_few_classes_stand_in_their_order_without_a_metric_that_repeats_anothe
     assert table(others, "test", "summary.json")[1].split() == ["accuracy", "recall", "f1"]
 
 
+def test_equal_metrics_stay_as_in_a_perfect_run() -> None:
+    perfect = {f"test/{metric}{name}": 1.0 for metric in ("accuracy", "precision", "recall", "f1")
+               for name in ("", "/a", "/b")}  # fmt: skip
+    assert table(perfect, "test", "")[1].split() == ["precision", "recall", "f1"]
+
+
 def test_a_table_of_many_classes_shows_the_ten_worst_and_names_the_file_of_all() -> None:
     lines = table(values(102), "test", "outputs/summary.json")
     assert lines[0] == "test, the worst 10 of 102 classes by f1 (all: outputs/summary.json)"

@@ -27,8 +27,8 @@ recorded: gives_masks, recorded_config, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, has_changes, if_trusted,
     is_done, is_foreign, is_of_the_launcher, is_own, key_of, LACKED, lacked_before, lacked_keys,
-    places_of, places_of_conf, reached, recorded_overrides, refuse_other_data, refuse_remote,
-    resumed, SWEEP
+    named_by_command, places_of, places_of_conf, reached, recorded_overrides, refuse_other_data,
+    refuse_remote, resumed, SWEEP
 roles: check_roles
 rules: applies, of_shipped, require, RULES
 schemas: write

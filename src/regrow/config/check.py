@@ -433,7 +433,8 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
         if "." not in path:
             left_out = " ".join(f"~{path}.{key}" for key in foreign)
             raise UserError(f"{said} To leave out what the option brings: {left_out}")
-        if {*foreign} <= {*typed_node(path)}:  # nothing was merged
+        is_item = path.rpartition(".")[2].isdigit()  # of a list, into which nothing is merged
+        if is_item or {*foreign} <= {*typed_node(path)}:
             raise UserError(f"{said} It takes {', '.join(parameters)}.")
         kept = leads.shown({key: value for key, value in node.items() if key not in foreign})
         words = shell([f"~{path}", f"+{path}={kept}"])

@@ -414,7 +414,8 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         return
     folder = Path(config["resume"])
     own = [key for override in typed(overrides) for key in targets_of(override)]
-    check_roles(config, tuple(config), folder, f"resume={folder}", own, places_of(folder))
+    others, named = places_of(folder), named_by_command(folder)
+    check_roles(config, tuple(config), folder, f"resume={folder}", own, others, named)
     refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
     refuse_remote(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
 
@@ -428,18 +429,37 @@ def places_of(folder: Path) -> list[Path]:
     return [*places.values(), *flags.folders(flags.absolute(sys.argv[1:]))]
 
 
+def named_by_command(folder: Path) -> frozenset[tuple[str, Any]]:
+    """Return the nodes and targets that the command of the user's own run named; its seal holds.
+
+    Empty for the run of somebody else.
+    """
+    if not is_own(folder):
+        return frozenset()
+    return frozenset(
+        (node, target)
+        for override in recorded_overrides(folder)
+        for node, target in _targets_of(override)
+        if isinstance(target, str)
+    )
+
+
 def targets_of(override: str) -> list[str]:
     """Return the dotted keys of the nodes whose `_target_` an override sets."""
+    return [node for node, _ in _targets_of(override)]
+
+
+def _targets_of(override: str) -> list[tuple[str, Any]]:
     key, _, value = override.partition("=")
     key = key.lstrip("+~")
     if key.endswith("._target_"):
-        return [key.removesuffix("._target_")]
+        return [(key.removesuffix("._target_"), value)]
     if "_target_" not in value:
         return []
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     content = OverridesParser.create().parse_override(override).value()
-    return [f"{key}.{path}" if path else key for path, _ in targets_in(content)]
+    return [(f"{key}.{path}" if path else key, target) for path, target in targets_in(content)]
 
 
 def resumed(

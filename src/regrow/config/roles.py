@@ -49,6 +49,7 @@ def check_roles(
     where: str,
     typed: Collection[str] = (),
     others: Collection[Path] = (),
+    named: Collection[tuple[str, Any]] = (),
 ) -> None:
     """Raise UserError for the first target that does not belong in its place, or interpolation.
 
@@ -57,7 +58,8 @@ def check_roles(
 
     `folder` is the run's, and `where` names it as the user did, such as run=outputs/digits/latest.
     The targets of `typed` nodes are the user's own and allowed; those of nodes below are not. Files
-    in `others`, which the user named, count like those of conf/.
+    in `others`, which the user named, count like those of conf/, and so do the `named` pairs of a
+    node and a target.
     """
     for path, key, value in _entries(config, ""):
         # Check all groups: they may refer to each other. Top-level values are never instantiated.
@@ -81,6 +83,8 @@ def check_roles(
                     "run's own or the current folder. It is not imported."
                 )
             if isinstance(value, str) and any(value in listed(group, each) for each in others):
+                continue
+            if isinstance(value, str) and (path, value) in named:
                 continue
             if not _fits(value, group, path):
                 raise UserError(

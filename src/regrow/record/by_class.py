@@ -15,8 +15,7 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
     """Return a table of the metrics of each class of the set `of`; empty if it has none.
 
     `values` holds test/f1 and test/f1/cat. Shows at most ten classes: of more, those with the worst
-    F1 or IoU, and `where` all are. Leaves out a metric that repeats another one, as a class's
-    accuracy repeats its recall.
+    F1 or IoU, and `where` all are. Leaves out accuracy where it repeats recall, as a class's does.
     """
     columns: dict[str, dict[str, float]] = {}
     for key, value in values.items():
@@ -24,8 +23,8 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
         metric, _, name = rest.partition("/")
         if its == of and name and f"{of}/{metric}" in values and isinstance(value, int | float):
             columns.setdefault(metric, {})[name] = value
-    told = [repr(column) for column in columns.values()]
-    columns = {it: columns[it] for n, it in enumerate(columns) if told[n] not in told[n + 1 :]}
+    if repr(columns.get("accuracy")) == repr(columns.get("recall")):  # NaN is equal to NaN here
+        columns.pop("accuracy", None)
     if not columns:
         return []
     rank = next((it for it in RANKS if it in columns), next(iter(columns)))

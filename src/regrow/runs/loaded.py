@@ -25,7 +25,7 @@ from regrow.config import older
 from regrow.config.own_modules import import_own_modules
 from regrow.config.ranges import check_ranges
 from regrow.config.recorded import recorded_config, refuse_other_folder
-from regrow.config.resume import downloads_elsewhere, places_of, refuse_remote
+from regrow.config.resume import downloads_elsewhere, named_by_command, places_of, refuse_remote
 from regrow.config.roles import check_roles
 from regrow.config.rules import RULES, applies, require
 from regrow.config.targets import allow, instantiate
@@ -103,7 +103,7 @@ class LoadedRun:
     def data(self) -> Any:
         """The run's data, normalised by the statistics of its training data."""
         where = f"run={self.folder}"
-        check_roles(self.config, ("data",), self.folder, where, others=places_of(self.folder))
+        _check_roles(self.config, ("data",), self.folder, where)
         refuse_remote(self.folder, where, self.config, self.typed)
         check_ranges({"data": self.config["data"]})
         allow({"data": self.config["data"]})
@@ -247,7 +247,7 @@ def load_run(
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
     with naming_code(folder):
-        check_roles(config, made, folder, f"run={given}", others=places_of(folder))
+        _check_roles(config, made, folder, f"run={given}")
     allow({group: config[group] for group in made})
     swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
@@ -462,10 +462,17 @@ def _names(value: Any) -> list[str] | None:
     return value
 
 
+def _check_roles(
+    config: Mapping[str, Any], groups: tuple[str, ...], folder: Path, where: str
+) -> None:
+    others, named = places_of(folder), named_by_command(folder)
+    check_roles(config, groups, folder, where, others=others, named=named)
+
+
 def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> list[str] | None:
     where = f"run={folder}"
     try:
-        check_roles(config, ("data",), folder, where, others=places_of(folder))
+        _check_roles(config, ("data",), folder, where)
         refuse_remote(folder, where, config, typed)
         allow({"data": config["data"]})
         node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells
