@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.config.recorded import gives_masks, refuse_other_folder
-from regrow.errors import UserError, printable
+from regrow.errors import DataError, UserError, printable
 from regrow.failing import in_one_line
 from regrow.record.output import (
     refuse_existing,
@@ -41,8 +42,12 @@ OPTIONS = {
     "device": Option(
         "auto, cpu, cuda or mps; without it the run's own", choices=("auto", "cpu", "cuda", "mps")
     ),
+    "skip_broken": Option(
+        "leave out images of the folder that cannot be read, and name them", False, kind="boolean"
+    ),
     "batch_size": Option("examples per forward pass", 256, kind="integer"),
 }
+SHOWN = 20  # names of images that are left out
 
 
 @in_one_line()
@@ -74,12 +79,13 @@ def predict(options: Arguments) -> None:
     from regrow.runs.loaded import load_run, set_numerics
     from regrow.runs.predictions import Glance
 
-    with console():
+    with console(), _with_a_way_on(source):
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
         set_numerics(run)
         with contextlib.closing(run):
             glance = Glance(run.task.kind, run.class_names)
-            how = (run, source, options["batch_size"])
+            broken: list[str] | None = [] if options["skip_broken"] else None
+            how = (run, source, options["batch_size"], broken)
             bar = {"unit": "example", "leave": False, "disable": None}
             if has_masks:
                 masks = tqdm(predict_masks(*how), **bar)
@@ -91,6 +97,23 @@ def predict(options: Arguments) -> None:
         print(line)
     written = f"{count:,} prediction{'s'[: count != 1]}"
     print(f"{written} of step {run.step} ({options['checkpoint']}) in {output}")
+    if broken:
+        more = f" and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
+        names = ", ".join(broken[:SHOWN])
+        print(printable(f"left out, as they cannot be read: {names}{more}"))
+
+
+@contextlib.contextmanager
+def _with_a_way_on(source: Path) -> Iterator[None]:
+    """Tell at a broken image of a folder how to go on without it."""
+    from regrow.feeding.decoding import BrokenImage
+
+    try:
+        yield
+    except BrokenImage as error:
+        if not source.is_dir():
+            raise
+        raise DataError(f"{error} To predict for the others: skip_broken=true") from None
 
 
 if __name__ == "__main__":

@@ -230,6 +230,34 @@ def test_a_broken_input_leaves_no_file(
     assert output.exists()
 
 
+def test_broken_images_of_a_folder_are_skipped_if_that_is_asked_for_and_named(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    images, output = tmp_path / "images", tmp_path / "out.csv"
+    images.mkdir()
+    for name in ("b.png", "d.png"):
+        Image.fromarray(np.full((8, 8), 9, np.uint8)).save(images / name)
+    for name in ("a.png", "c.png", "e.png"):  # a batch of two holds one, and the last one none
+        (images / name).write_text("no image")
+    arguments = [f"run={digits}", f"input={images}", f"output={output}", "batch_size=2"]
+    with one_line_and_exit_code_2(capsys, "To predict for the others: skip_broken=true"):
+        main(arguments)
+    main([*arguments, "skip_broken=true"])
+    said = capsys.readouterr().out
+    assert "2 predictions of" in said
+    start, _, names = said.splitlines()[-1].partition(": ")
+    assert start == "left out, as they cannot be read"
+    assert [Path(name).name for name in names.split(", ")] == ["a.png", "c.png", "e.png"]
+    rows = output.read_text().splitlines()[1:]
+    assert [Path(row.split(",")[0]).name for row in rows] == ["b.png", "d.png"]
+    for name in ("b.png", "d.png"):
+        (images / name).unlink()
+    with one_line_and_exit_code_2(capsys, "none of its 3 images can be read"):
+        main([*arguments, "skip_broken=true", "overwrite=true"])
+
+
 class Evil:
     def __reduce__(self) -> object:
         return os.mkdir, (os.environ["EVIL"],)

@@ -4,7 +4,7 @@ Public, by module; all else is private to this folder.
 
 batch: LoadedBatch, each, noise, parts_of
 broken_images: BrokenImages
-decoding: fit, size_of
+decoding: BrokenImage, fit, size_of
 feeds: collated
 files: shown, without_gone
 images: class_folders, image_folder

@@ -20,6 +20,7 @@ from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import each
 from regrow.feeding.decoding import (
     DECODERS,
+    BrokenImage,
     converted,
     fit,
     load,
@@ -114,18 +115,24 @@ class Preprocessing:
         """The shape of an example; empty for a data set of one's own that has no common shape."""
         return self.input_shape or []
 
-    def read(self, given: Any, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+    def read(
+        self, given: Any, batch_size: int, broken: list[str] | None = None
+    ) -> Iterator[tuple[list[str], Tensor]]:
         """Yield names and model inputs (B, …) on the CPU, batch by batch, of what is `given`.
 
         That is a path, or values in memory. A path names an image, a folder of images, an .npy
         array (N, …) in the data set's raw units, or a .csv with the feature columns by name. In
         memory: a Pillow image, a list of images or of their paths, a pandas DataFrame or Series, an
         array, a tensor or a list of numbers. Names are file paths, labels of a DataFrame's index,
-        or row numbers from 0. Raises UserError or DataError, which name the file and the row.
+        or row numbers from 0. Raises UserError or DataError, which name the file and the row. With
+        a list `broken`, images of a folder that cannot be read are left out and listed there.
         """
         normalize = Normalizer(self)
-        read = self._raw if isinstance(given, str | Path) else self._in_memory
-        for names, raw in read(given, batch_size):
+        if isinstance(given, str | Path):
+            batches = self._raw(given, batch_size, broken)
+        else:
+            batches = self._in_memory(given, batch_size)
+        for names, raw in batches:
             inputs = normalize(raw)
             assert isinstance(inputs, Tensor)
             yield names, inputs
@@ -156,7 +163,9 @@ class Preprocessing:
             rows = range(start, start + len(part))
             yield [labels[row] if labels else str(row) for row in rows], part
 
-    def _raw(self, given: str | Path, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+    def _raw(
+        self, given: str | Path, batch_size: int, broken: list[str] | None
+    ) -> Iterator[tuple[list[str], Tensor]]:
         path = Path(given)
         suffix = path.suffix.lower()
         if not path.exists():
@@ -165,8 +174,12 @@ class Preprocessing:
             self._must_be("image", path)
             files = self._files(path) if path.is_dir() else [path]
             for start in range(0, len(files), batch_size):
-                chosen = files[start : start + batch_size]
-                yield [str(file) for file in chosen], torch.stack([self._file(f) for f in chosen])
+                some = [*self._readable(files[start : start + batch_size], broken)]
+                if some:
+                    names, images = zip(*some, strict=True)
+                    yield [*names], torch.stack(images)
+            if broken and len(broken) == len(files):
+                raise DataError(f"input={path}: none of its {len(files):,} images can be read.")
         elif suffix == ".npy":
             array = self._array(path)
             for start in range(0, len(array), batch_size):
@@ -207,6 +220,18 @@ class Preprocessing:
         if left_out.counts:
             log.warning("%s", left_out)
         return files
+
+    def _readable(
+        self, files: list[Path], broken: list[str] | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and pixels. Appends files that cannot be read to `broken`, if it is there."""
+        for file in files:
+            try:
+                yield str(file), self._file(file)
+            except BrokenImage:
+                if broken is None:
+                    raise
+                broken.append(str(file))
 
     def _file(self, given: Any) -> Tensor:
         """Return an image's pixels, (C, H, W), from its path or from a Pillow image."""

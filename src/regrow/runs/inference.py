@@ -66,9 +66,12 @@ def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, str]]:
+def predict(
+    run: LoadedRun, path: Path, batch_size: int, broken: list[str] | None = None
+) -> Iterator[dict[str, str]]:
     """Yield the rows of `Predictions` for what is at `path`: an image, a folder, .npy or .csv.
 
+    With a list `broken`, images of a folder that cannot be read are left out and listed there.
     Raises UserError or DataError.
     """
     if run.task.kind == "language":
@@ -77,23 +80,25 @@ def predict(run: LoadedRun, path: Path, batch_size: int) -> Iterator[dict[str, s
             f"example. Use scripts/generate.py run={run.folder} prompt=…"
         )
     _refuse_several_inputs(run)
-    for names, outputs in run.outputs(path, batch_size):
+    for names, outputs in run.outputs(path, batch_size, broken):
         _refuse_other_outputs(run, outputs)
         yield from run.read_off(names, outputs).rows()
 
 
-def predict_masks(run: LoadedRun, path: Path, batch_size: int) -> Iterator[tuple[str, Image]]:
+def predict_masks(
+    run: LoadedRun, path: Path, batch_size: int, broken: list[str] | None = None
+) -> Iterator[tuple[str, Image]]:
     """Yield a name and a mask, as a PIL image, per example in `path`, for a segmentation.
 
     A pixel has the value that its class has in the run's own masks. A mask is as large as its image
     file; if the run crops its images (`data.source.resize`), as large as the crop. Names are
-    relative to a folder `path`.
+    relative to a folder `path`. `broken`: see `predict`.
     """
     _refuse_several_inputs(run)
     how = run.preprocessing
     values = (run.config["data"].get("source") or {}).get("mask_values")
     of_files = path.suffix.lower() != ".npy"
-    for names, outputs in run.outputs(path, batch_size):
+    for names, outputs in run.outputs(path, batch_size, broken):
         _refuse_other_outputs(run, outputs)
         masks = run.task.predict(outputs)["prediction"].cpu()
         for name, classes in zip(names, masks, strict=True):

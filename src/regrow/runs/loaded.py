@@ -137,21 +137,28 @@ class LoadedRun:
         parts = [self.read_off(*batch) for batch in self.outputs(inputs, batch_size)]
         return joined(parts)
 
-    def outputs(self, inputs: Any, batch_size: int) -> Iterator[tuple[list[str], Any]]:
-        """Yield names and the model's outputs, such as logits, batch by batch: see `predict`."""
+    def outputs(
+        self, inputs: Any, batch_size: int, broken: list[str] | None = None
+    ) -> Iterator[tuple[list[str], Any]]:
+        """Yield names and the model's outputs, such as logits, batch by batch: see `predict`.
+
+        With a list `broken`, images of a folder that cannot be read are left out and listed there.
+        """
         draws = Draws(self.config["seed"], "prediction", self.step, 0)
-        for number, (names, batch) in enumerate(self._batches(inputs, batch_size)):
+        for number, (names, batch) in enumerate(self._batches(inputs, batch_size, broken)):
             with torch.no_grad(), autocast(self.device, self.precision), states_kept():
                 draws.begin(number)
                 yield names, call(self.model, each(batch, lambda part: part.to(self.device)))
 
-    def _batches(self, inputs: Any, batch_size: int) -> Iterator[tuple[list[str], Inputs]]:
+    def _batches(
+        self, inputs: Any, batch_size: int, broken: list[str] | None = None
+    ) -> Iterator[tuple[list[str], Inputs]]:
         is_own = isinstance(inputs, list) and self.preprocessing.kind == "tensor"
         if is_own and inputs and isinstance(inputs[0], Mapping | tuple):
             yield from self._collated(inputs, batch_size)
             return
         if not self.input_names:
-            yield from self.preprocessing.read(inputs, batch_size)
+            yield from self.preprocessing.read(inputs, batch_size, broken)
             return
         if isinstance(inputs, Mapping):
             given = {str(name): value for name, value in inputs.items()}
