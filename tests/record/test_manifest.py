@@ -257,8 +257,8 @@ def test_changed_code_files_are_named(tmp_path: Path) -> None:
     (root / "my_models" / "net.py").unlink()
     (root / "conf").mkdir()
     (root / "conf" / "new.yaml").touch()
-    change = "The code has changed since: my_losses.py, my_models/net.py, conf/new.yaml differ."
-    assert manifest.code_changes(run, root) == change
+    change = "my_losses.py differs, my_models/net.py is gone, conf/new.yaml is new."
+    assert manifest.code_changes(run, root) == f"The code has changed since: {change}"
     older = read_json(run / "manifest.json")
     del older["code_files"]
     older["code_sha256"] = manifest.code_sha256(root, namespaces=False)

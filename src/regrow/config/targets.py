@@ -281,7 +281,7 @@ def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:
         )
     where = " in the model's file in conf/model" if {*paths} == {"model"} else ""
     return (
-        f"Give what is missing{where}. A recorded run that lacks it was made by other code: the "
+        f"Give what is missing{where}. If this is a recorded run's config, other code made it: the "
         "commit is in its manifest.json."
     )
 

@@ -197,8 +197,16 @@ def code_changes(folder: Path, root: Path) -> str | None:
         changed = [name for name in {**files, **now} if files.get(name) != now.get(name)]
         if not changed:
             return None
-        some = name_some(changed, key=_relevance(folder))
-        said = f"{some} differ{'s' if len(changed) == 1 else ''}"
+        kinds = {
+            ("differs", "differ"): [name for name in changed if name in files and name in now],
+            ("is gone", "are gone"): [name for name in changed if name not in now],
+            ("is new", "are new"): [name for name in changed if name not in files],
+        }
+        said = ", ".join(
+            f"{name_some(names, key=_relevance(folder))} {one if len(names) == 1 else several}"
+            for (one, several), names in kinds.items()
+            if names
+        )
     before, after = recorded.get("git") or {}, git(root) or {}
     if before.get("commit") != after.get("commit"):
         old, new = (str(it.get("commit") or "unknown")[:10] for it in (before, after))
