@@ -113,7 +113,7 @@ PLACES = {
     "-cn mytrain": "--config-name mytrain: there is no mytrain.yaml in conf.",
     "-cn D/mine.yaml": "it is a name, not a path. Use --config-dir D --config-name mine\n",
     "-cn mine hydra.searchpath=[D]": "hydra.searchpath is not searched for it. Use --config-dir /",
-    "-cn mine --config-path {D}": "mine.yaml: there is no train.yaml in {D}, which --config-path",
+    "-cn mine --config-path {D}": "mine.yaml:1: there is no train.yaml in {D}, which --config-path",
     "-cp D -cn mine": "where Hydra looks. To add a folder to conf/: --config-dir D\n",
     "-cd D -cn listed": "D/listed.yaml must hold keys and values",
     "-cn find_lr": "--config-name find_lr is for scripts/find_lr.py.",

@@ -470,7 +470,7 @@ class Forked:
 
 config, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 job = Job(config, str(folder), [], {}, {"overrides.yaml": "[]"}, ["train.py"], draws=False)
-task = slurm.Task(slurm.write_job(job))
+task = slurm.SrunTask(slurm.write_job(job))
 task.process = Forked(task.job)
 while not (folder / "checkpoints" / "last").exists():
     assert not os.waitid(os.P_PID, task.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)

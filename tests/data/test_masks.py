@@ -169,7 +169,7 @@ def test_the_ink_of_a_scene_is_brighter_than_its_texture() -> None:
 
 def test_a_split_without_scenes_is_left_out() -> None:
     assert scenes(num_val=0).val is None and scenes(num_test=0).test is None
-    with pytest.raises(DataError, match=r"data.source.num_train=0"):
+    with pytest.raises(UserError, match=r"data.source.num_train=0"):
         scenes(num_train=0)
 
 

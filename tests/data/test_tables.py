@@ -147,7 +147,7 @@ def test_a_target_out_of_range_is_named(
         (["source.target_columns=[]"], "names no column"),
         (["source.target_columns=[x,y]"], "takes one"),
         (["source.train_file=nowhere.csv"], "nowhere.csv cannot be read: No such file"),
-        (["source.delimiter=';;'"], "is not one character"),
+        (["source.delimiter=';;'"], "must be one character"),
         (["source.delimiter=';'"], "has no column 'x'"),
         (["source.test_fraction=0.001"], "split test is empty"),
         (["normalize_targets=true"], "is for regression"),

@@ -257,7 +257,7 @@ RULES: dict[str, Rule] = {
     "data.source.vocabulary": text(),
     "data.source.mask_values": optional(list_of(integer(0))),
     **below("data.source", "images_in masks_in", text()),
-    "data.source.delimiter": Rule("one sign", {"type": "string", "minLength": 1, "maxLength": 1}),
+    "data.source.delimiter": Rule("one character", {**text().schema, "maxLength": 1}),
     "data.source.target_columns": list_of(text()),
     "data.source.sets": optional(either(mapping_to(text()), list_of(text()))),
     "model.hidden": list_of(integer(1)),
