@@ -68,7 +68,7 @@ def test_help_and_config_show_what_the_terminal_can(
 @pytest.mark.slow
 def test_a_run_and_its_resume_end_well_on_an_ascii_terminal(tmp_path: Path) -> None:
     said = run(tmp_path, *SMALL, "hydra.run.dir=Ünï", PYTHONIOENCODING="ascii")
-    assert "|- data" in said and "slice x" in said
+    assert "|- data" in said and "micro-batch x" in said
     line = next(line for line in said.splitlines() if "resume=" in line and "max_steps" in line)
     line = line[line.index("$'") if "$'" in line else 0 :]
     assert line.startswith("$'resume=\\303\\234n\\303\\257'"), line
