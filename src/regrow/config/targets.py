@@ -281,8 +281,8 @@ def _way_out(said: str, node: Mapping[str, Any], paths: Collection[str]) -> str:
         )
     where = " in the model's file in conf/model" if {*paths} == {"model"} else ""
     return (
-        f"Give what is missing{where}. If this is a recorded run's config, other code made it: the "
-        "commit is in its manifest.json."
+        f"Give what is missing{where}. If this is a recorded run's config, it was made by other "
+        "code: the commit is in its manifest.json."
     )
 
 
