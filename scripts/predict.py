@@ -79,7 +79,7 @@ def predict(options: Arguments) -> None:
     from regrow.runs.loaded import load_run, set_numerics
     from regrow.runs.predictions import Glance
 
-    with console(), _with_a_way_on(source):
+    with console(), _offering_to_skip(source):
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
         set_numerics(run)
         with contextlib.closing(run):
@@ -104,8 +104,8 @@ def predict(options: Arguments) -> None:
 
 
 @contextlib.contextmanager
-def _with_a_way_on(source: Path) -> Iterator[None]:
-    """Tell at a broken image of a folder how to go on without it."""
+def _offering_to_skip(source: Path) -> Iterator[None]:
+    """Offer `skip_broken` in the error about a broken image of a folder."""
     from regrow.feeding.decoding import BrokenImage
 
     try:

@@ -430,9 +430,9 @@ def places_of(folder: Path) -> list[Path]:
 
 
 def named_by_command(folder: Path) -> frozenset[tuple[str, Any]]:
-    """Return the nodes and targets that the command of the user's own run named; its seal holds.
+    """Return the nodes and targets that the command of the user's own run named.
 
-    Empty for the run of somebody else.
+    A seal covers the command. Empty for the run of somebody else.
     """
     if not is_own(folder):
         return frozenset()

@@ -340,9 +340,9 @@ class Data:
         )
 
     def of_training_examples(self, name: str) -> Tensor | None:
-        """Return the training split's numbers of a `name`, of the examples trained on, or None.
+        """Return the attribute `name` of the examples that are trained on, (N,); None without one.
 
-        They are an attribute of one number per example, such as targets. Raises DataError.
+        The attribute holds one number per example, such as targets; else DataError.
         """
         found, chosen = per_example(self.source.train, name), self._chosen()
         if found is None:
