@@ -159,7 +159,7 @@ def set_step(folder: Path, step: int) -> None:
 def note_packages(folder: Path, root: Path) -> None:
     """Add the versions of all packages that this process imported, for the latest start.
 
-    Called at the end of a run, because reading them takes a third of a second. Ignores all errors.
+    Called at the end of a run, because reading them takes a while. Ignores all errors.
     """
     with contextlib.suppress(Exception):
         content = read_json(folder / NAME)
@@ -513,9 +513,13 @@ def imported_packages(root: Path) -> dict[str, str]:
             else:  # its metadata may not list modules
                 files = [file for file in imported.values() if file and _is_in(file, place)]
                 used = any(not _is_in(file, root.resolve()) for file in files)
-            name = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()  # spelled as in PACKAGES
-            if used and name not in found:  # the first on the path is the imported one
-                found[name] = one.version + ("" if place is None else _of_a_checkout(place))
+            if not used:
+                continue
+            headers = one.metadata  # parsed at each access
+            name = re.sub(r"[-_.]+", "-", headers["Name"]).lower()  # spelled as in PACKAGES
+            if name not in found:  # the first on the path is the imported one
+                suffix = "" if place is None else _of_a_checkout(place)
+                found[name] = headers["Version"] + suffix
     return found
 
 
