@@ -336,3 +336,45 @@ def test_a_run_starts_without_what_only_its_end_needs() -> None:
     slow = {"torchvision", "torchmetrics", "sklearn", "matplotlib", "wandb", "tensorboard", "PIL"}
     assert not loaded & slow
     assert "torch" in loaded
+
+
+CONFIGS = {"asked", "cfg", "config", "node", "nodes", "trainer"}
+# Dicts that the function changes, or its caller may: see docs/decisions.md.
+CHANGED = {
+    "config.older.complete",
+    "config.older.earlier",
+    "config.older.earlier_defaults",
+    "runs.loaded.LoadedRun",
+}
+
+
+def plain_mappings(source: Path) -> set[str]:
+    """Return the public functions and classes where a config is a mapping to Any."""
+    found = set()
+    for init in sorted((source / "regrow").glob("*/__init__.py")):
+        wing = init.parent.name
+        for module, names in public_names(source, wing).items():
+            for node in ast.parse(init.with_name(f"{module}.py").read_text("utf-8")).body:
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name not in names:
+                    continue
+                for each in ast.walk(node):
+                    if isinstance(each, ast.arg):
+                        name = each.arg
+                    elif isinstance(each, ast.AnnAssign) and each in node.body:
+                        name = ast.unparse(each.target)
+                    else:
+                        continue
+                    said = ast.unparse(each.annotation) if each.annotation else ""
+                    if isinstance(node, ast.FunctionDef) and isinstance(each, ast.AnnAssign):
+                        continue  # a local name
+                    if name in CONFIGS and "[str, Any]" in said:
+                        found.add(f"{wing}.{module}.{node.name}")
+    return found
+
+
+def test_a_public_function_says_which_of_its_arguments_is_a_config(tmp_path: Path) -> None:
+    assert plain_mappings(SOURCE) == CHANGED
+    code = "def f(config: Mapping[str, Any]): ...\ndef g(config: Mapping[str, Config]): ..."
+    public = '"""A.\n\nPublic, by module; all else is private to this folder.\n\na: f, g\n"""'
+    write(tmp_path, {"wing/a.py": code, "wing/__init__.py": public})
+    assert plain_mappings(tmp_path) == {"wing.a.f"}

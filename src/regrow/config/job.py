@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from regrow.config import flags, registered, resume
 from regrow.config.command_line import quoted
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.resume import ELSEWHERE
+from regrow.dotted import Checked
 from regrow.record.redact import redact
 
 
@@ -27,7 +28,7 @@ class Job:
     Nobody writes to its fields: `session.settled` and the methods return another job.
     """
 
-    config: Mapping[str, Any]  # resolved
+    config: Checked  # resolved
     folder: str | None  # the run's own; None: a new one under outputs/<name>
     overrides: list[str]
     choices: dict[str, Any]  # the chosen options, by group

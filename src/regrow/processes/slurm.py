@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.config.job import Job
+from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.processes import outside
 from regrow.processes.begin import SAFE_PATH, python_path
@@ -50,7 +51,7 @@ class SlurmOptions:
     sbatch: dict[str, Any] | None
 
 
-def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
+def check(options: SlurmOptions, trainer: Checked) -> None:
     """Raise UserError for options that Slurm rejects, or that fail once the job starts."""
     if is_missing():
         raise UserError(
@@ -64,7 +65,7 @@ def is_missing() -> bool:
     return shutil.which("sbatch") is None
 
 
-def check_request(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
+def check_request(options: SlurmOptions, trainer: Checked) -> None:
     """Do what `check` does on a machine without Slurm."""
     if options.jobs == "auto":
         raise UserError("launcher.jobs=auto: Slurm takes a number, or null for as many as it lets.")
