@@ -425,6 +425,7 @@ class Added(Protocol):
     REMOVED_KEYS: tuple[tuple[str, str], ...]  # (`_target_`, key) that the code no longer accepts
 
 
+@runtime_checkable
 class Lab(Protocol):
     """The functions of the package that the key `lab` names: see `regrow.runs.lab`."""
 
