@@ -182,7 +182,7 @@ class BCEWithLogits:
 
     def __post_init__(self) -> None:
         if min(self._factors, default=0) <= 0:
-            raise UserError(f"loss.pos_weight={self.pos_weight} is wrong. Give numbers above zero.")
+            raise UserError(f"loss.pos_weight={self.pos_weight} must be numbers above zero.")
 
     @property
     def _factors(self) -> tuple[float, ...]:
