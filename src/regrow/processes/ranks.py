@@ -106,7 +106,7 @@ def run(job: Job, count: int) -> float | None:
             raise SystemExit(1)
         restarts -= not memory
         log.warning("%s. Starting again from the last checkpoint.", error["text"])
-        job = dataclasses.replace(job.with_values(resume="auto"), folder=outcome.folder)
+        job = job.started_again().in_folder(outcome.folder)
 
 
 def start(job: Job, count: int) -> Outcome:

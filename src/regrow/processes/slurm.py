@@ -146,7 +146,7 @@ def write_job(job: Job) -> Path:
     (file.parents[1] / names.LOCK).touch()  # marks it as a run's folder: see `names`
     file.with_name("restarts").unlink(missing_ok=True)
     # A requeued job must resume; `launch.submit` has checked `resume` before.
-    records.write_text(file, job.with_values(resume="auto").to_json(), private=True)
+    records.write_text(file, job.started_again().to_json(), private=True)
     return file
 
 
