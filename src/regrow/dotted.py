@@ -1,4 +1,4 @@
-"""Dotted names: the keys of a config as on the command line, and the modules of a model."""
+"""A config as plain values, and dotted names: its keys as typed, and the modules of a model."""
 
 from __future__ import annotations
 
