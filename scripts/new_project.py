@@ -30,6 +30,13 @@ from update import BASE, ENGINE, HELPERS, RECORD, Refused, git
 
 ROOT = Path(__file__).resolve().parent.parent
 README = Path(__file__).with_suffix(".md")
+ON_IMAGES = Path("docs", "your_images.md")  # made from a section of the template's README
+LEAD = """\
+For your own images, lay them out as `photos/cat/*.jpg` and `photos/dog/*.jpg`.
+[Your model on your images](docs/your_images.md) writes a model in a file of your own, trains it on
+them, and predicts new ones.
+
+"""
 LAB = "lab"  # the package that a project renames
 TITLE = "Regrow"
 SET_UP = "make setup\nsource .venv/bin/activate"
@@ -217,23 +224,27 @@ def write_files(folder: Path, names: Names) -> None:
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
             )
+    if page := on_images():
+        (folder / ON_IMAGES).write_text(page, encoding="utf-8")
     (folder / RECORD).parent.mkdir()
     write_archive(folder, folder / BASE)
     record["engine"] = update.engine_hash(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    readme = README.read_text(encoding="utf-8").format_map(record | {"images": on_images()})
+    leads = {"images": LEAD if page else ""}
+    readme = README.read_text(encoding="utf-8").format_map(record | leads)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def on_images() -> str:
-    """Return the section on a model of one's own of the template's README; "" if it has none.
+    """Return the section on a model of one's own of the template's README, as a page of docs/.
 
-    Without the set-up, which a project's README has further up.
+    Without the set-up, which a project's README has. Returns "" if there is no such section.
     """
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search(r"(?ms)^## Your model on your images$.*?(?=^## )", text)
-    return found[0].replace(f"{SET_UP}\n", "") if found else ""
+    found = re.search(r"(?ms)^#(# Your model on your images$.*?)\s+(?=^## )", text)
+    text = found[1].replace(f"{SET_UP}\n", "") + "\n" if found else ""
+    return text.replace("](docs/", "](")
 
 
 def record_of(project: str, names: Names) -> dict[str, str]:

@@ -303,12 +303,18 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     record = json.loads((copy / ".template" / "record.json").read_text())
     assert record["template"] == "Regrow" and record["package"] == "deep_fish"
     readme = (copy / "README.md").read_text()
-    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 100
-    start = "## Your model on your images\n"
+    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") <= 45
+    for needed in ("make setup", "make train", "your_images.md", "data.root=photos", "make update"):
+        assert needed in readme
+    start = "# Your model on your images\n"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sections = [it.partition(start)[2].partition("\n## ")[0] for it in (text, readme)]
-    set_up, own = "make setup\nsource .venv/bin/activate\n", sections[1].strip()
-    assert set_up in sections[0] and own == sections[0].replace(set_up, "").strip()
+    section = text.partition(start)[2].partition("\n## ")[0]
+    set_up, page = "make setup\nsource .venv/bin/activate\n", copy / "docs" / "your_images.md"
+    own = page.read_text(encoding="utf-8")
+    assert own.startswith(start) and set_up in section
+    assert own == start + section.rstrip().replace(set_up, "").replace("](docs/", "](") + "\n"
+    for link in re.findall(r"\]\((\w[^)#:]*)", own):
+        assert (page.parent / link).exists(), link
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link

@@ -35,7 +35,7 @@ from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate
 from regrow.config.yaml_files import read_yaml, readable
-from regrow.dotted import walk
+from regrow.dotted import Config, walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import fail, in_one_line
 from regrow.project import CONF, lab_name
@@ -180,7 +180,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_combinations(values)
 
 
-def check_values(values: Mapping[str, Any]) -> None:
+def check_values(values: Mapping[str, Config]) -> None:
     """Raise UserError for values out of range, or that do not fit each other.
 
     For a composed config that a notebook may have changed since its check. Imports no target.
@@ -189,7 +189,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_combinations(values)
 
 
-def check_data(data: Mapping[str, Any]) -> None:
+def check_data(data: Mapping[str, Config]) -> None:
     """Raise UserError for values of the node `data` alone, as `check_values` does for all."""
     check_ranges({"data": data})
     _check_data(data)

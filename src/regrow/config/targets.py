@@ -17,6 +17,7 @@ from typing import Any
 
 from regrow.config.own_code import own_place, owner_of, places_of, shown
 from regrow.config.yaml_files import broken_files, readable
+from regrow.dotted import Config
 from regrow.errors import UserError, brief, chain, did_you_mean, machine_fault
 from regrow.project import ROOT
 from regrow.record import moved
@@ -89,7 +90,7 @@ def _refuse_unknown(target: Any, path: str) -> None:
         )
 
 
-def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
+def instantiate(node: Mapping[str, Config], **arguments: Any) -> Any:
     """Return the object that a node describes; `arguments` are those that only the run knows.
 
     Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from regrow.dotted import Config
 from regrow.project import ROOT
 from regrow.record import diff
 from regrow.record.diff import ORIGIN as ORIGIN
@@ -78,7 +79,7 @@ def write(
     data: Mapping[str, Any] | None,
     seeds: Mapping[str, Any],
     accepted: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Config] | None = None,
 ) -> dict[str, Any]:
     """Write manifest.json and, for code with changes, git.diff. Returns the manifest.
 

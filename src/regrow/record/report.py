@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from regrow.dotted import walk
+from regrow.dotted import Checked, walk
 from regrow.errors import UserError
 from regrow.record import fitting, logged_images, manifest, moved, pages, pictures, plots
 from regrow.record.plots import Panel
@@ -47,7 +47,7 @@ class Run:
     status: Mapping[str, Any]
     summary: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    config: Mapping[str, Any]
+    config: Checked
     overrides: Sequence[str]
     lines: Sequence[Mapping[str, Any]]
 
