@@ -235,9 +235,8 @@ def _others(
     group, _, below = key.partition(".")
     alike: dict[tuple[str, str, str], list[str]] = {}
     for name in places.options(group):
-        found, parent = option(group, name), None
-        for part in below.split("."):
-            found, parent = (found.below.get(part), found) if found else (None, None)
+        whole = option(group, name)
+        found, parent = _at(whole, below), _at(whole, below.rpartition(".")[0])
         if name != shown and found is not None and not found.below:
             facts = (_plain(found.value), accepted(key, found, parent), found.comment)
             alike.setdefault(facts, []).append(name)
@@ -398,7 +397,7 @@ def _leaves(
 
 
 def _at(entry: KeyEntry | None, key: str) -> KeyEntry | None:
-    for part in key.split("."):
+    for part in key.split(".") if key else ():
         entry = entry.below.get(part) if entry is not None else None
     return entry
 
