@@ -35,7 +35,7 @@ PINNED = "requirements.lock"
 RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
 TELL_SECONDS = 15.0
-# What the lock takes on Linux: most of it is PyTorch and its CUDA libraries.
+# Sizes of the lock on Linux: mostly PyTorch with its CUDA libraries.
 FETCHED_MB, INSTALLED_MB = 3_000, 6_300
 STEPS = ("step 1 of 3: an empty .venv", "step 2 of 3: packages", "step 3 of 3: this project")
 WITHOUT_LOCK = "make setup LOCK=no"
@@ -123,12 +123,12 @@ def megabytes(folder: Path) -> float:
 
 
 def progress(step: str, fetched: Path, *, pinned: bool) -> str:
-    """Return how far an installer is; "" for a step without a name.
+    """Return the step of an installer and how far it is; "" for a step without a name.
 
     pip fetches into the folder `fetched`; uv fetches into its cache, which is not counted.
     """
-    if not step:
-        return ""
+    if step != STEPS[1]:  # the others fetch nothing to speak of
+        return f" ({step})" if step else ""
     said = [step]
     for folder, most, done in ((fetched, FETCHED_MB, "fetched"), (VENV, INSTALLED_MB, "in .venv")):
         if size := megabytes(folder):
