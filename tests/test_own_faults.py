@@ -157,6 +157,18 @@ SAID = {
         "error: model.width=abc must be an integer, such as its default, 6.",
         "",
     ),
+    "model=small model.width=2.5": (
+        "error: model.width=2.5 must be an integer, such as its default, 6.",
+        "",
+    ),
+    "model=small model.width=0": (  # the layer's own error names no key
+        "error: {}" + at(HEAD) + ", in forward (Linear(in_features=0, out_features=10",
+        "shows the whole traceback. Set by the command: model.width=0.",
+    ),
+    "model=small model.width=-3": (
+        "error: model (my_models.Small, {}" + at("self.head = nn.Linear(width, 10)"),
+        " (model.width=-3). HYDRA_FULL_ERROR=1 shows",
+    ),
     "model=small model.width=[6]": (  # the class itself may take a list
         "error: model (my_models.Small, {}" + at("self.head = nn.Linear(width, 10)"),
         "TypeError: ",

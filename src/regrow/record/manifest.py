@@ -410,6 +410,8 @@ def git(root: Path) -> dict[str, Any] | None:
         "remote": _git(root, "config", "--get", "remote.origin.url"),
         "dirty": None if status is None else bool(status),
         "untracked": changes.untracked[:100],
+        "num_untracked": len(changes.untracked),
+        "num_untracked_data": changes.untracked_data,
         "diff_sha256": hashlib.sha256(changes.patch).hexdigest() if changes.patch else None,
         "diff_is_cut": bool(changes.cut),
         "redacted": redacted,

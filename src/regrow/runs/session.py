@@ -21,7 +21,7 @@ from regrow.checkpoint import writer
 from regrow.config import flags, registered, resume
 from regrow.config.job import Job, as_recorded
 from regrow.config.origins import located_in
-from regrow.config.targets import allow
+from regrow.config.targets import allow, note_typed
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import (
     DataError,
@@ -66,6 +66,7 @@ def run_all(job: Job) -> float | None:
 def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this rank's part of it, and return the best monitored value."""
     allow(job.config)  # another process may have composed and checked it
+    note_typed(job.overrides)
     with contextlib.ExitStack() as stack:
         job, found = settled(job, world, stack)
         allow(job.config)  # it may keep targets of the table for older runs
