@@ -41,6 +41,8 @@ LAB = "lab"  # the package that a project renames
 TITLE = "Regrow"
 SET_UP = "make setup\nsource .venv/bin/activate"
 
+TEMPLATE_PACKAGES = ("benchmarks",)  # in the root, and not the user's
+
 # Copied besides the engine, with the package `lab` renamed inside each file.
 PARTS = (
     f"src/{LAB}/",
@@ -172,7 +174,7 @@ def refuse_untracked(root: Path) -> None:
     """Raise Refused if a project would lack untracked modules or configs; data do not matter."""
     parts = ("src/", "scripts/", "conf/")
     found = untracked_files(root)
-    names = [name for name in found if name.startswith(parts) or "/" not in name]
+    names = [name for name in found if name.startswith(parts) or is_own_module(root, name)]
     if names := [name for name in names if is_source(name)]:
         add = shlex.join(["git", "-C", str(root), "add", "--", *names])
         raise Refused(
@@ -196,13 +198,19 @@ def listed_by_git(root: Path, *options: str) -> list[str]:
 
 def belongs_to_a_project(root: Path, name: str) -> bool:
     return (
-        # Copy top-level .py files too: users keep their own models there.
-        (name.startswith((*ENGINE, *PARTS)) or re.fullmatch(r"[^/]+\.py", name) is not None)
+        (name.startswith((*ENGINE, *PARTS)) or is_own_module(root, name))
         and name not in TEMPLATE_FILES
         and (root / name).is_file()
         and not any(part in name for part in SKIPPED)
         and not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
     )
+
+
+def is_own_module(root: Path, name: str) -> bool:
+    """Return True for a module in the root, or in a package there: users keep their models so."""
+    top, _, below = name.partition("/")
+    is_module = not below or (root / top / "__init__.py").is_file()
+    return name.endswith(".py") and is_module and top not in TEMPLATE_PACKAGES
 
 
 def rename(text: str, names: Names) -> str:

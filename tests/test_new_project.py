@@ -444,11 +444,13 @@ def test_without_git_the_same_files_are_found(
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     left_out = ("src/.DS_Store", "conf/a.pyc", "conf/local/default.yaml", "outputs/run/x", ".env")
-    for name in (*left_out, "src/.ruff_cache/x", "src/lab/my_cache.py"):
+    left_out += ("notes/draft.py", "benchmarks/more.py")  # the first is in no package
+    own = ["my_models/__init__.py", "my_models/nets/small.py", "src/lab/my_cache.py"]
+    for name in (*left_out, "src/.ruff_cache/x", *own):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
     monkeypatch.setattr(new_project, "git", lambda *arguments: None)
-    expected = [*new_project.files_to_copy(ROOT), "src/lab/my_cache.py"]
+    expected = [*new_project.files_to_copy(ROOT), *own]
     assert new_project.files_to_copy(root) == sorted(expected)
 
 

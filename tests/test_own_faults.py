@@ -159,7 +159,7 @@ SAID = {
     ),
     "model=small model.width=2.5": (
         "error: model.width=2.5 must be an integer, such as its default, 6.",
-        "",
+        " If it may be a fraction, write its default as 6.0.",
     ),
     "model=small model.width=0": (  # the layer's own error names no key
         "error: {}" + at(HEAD) + ", in forward (Linear(in_features=0, out_features=10",

@@ -409,7 +409,10 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
             return
         example = f", such as its default, {shown(shipped)}"
     if rule is not None and not rule.allows(value):
-        raise UserError(f"{path}={shown(value)} must be {rule.says}{example}.")
+        way_out = ""
+        if type(shipped) is int and isinstance(value, float) and not applies(owner):
+            way_out = f" If it may be a fraction, write its default as {shipped}.0."
+        raise UserError(f"{path}={shown(value)} must be {rule.says}{example}.{way_out}")
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:

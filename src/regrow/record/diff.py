@@ -21,13 +21,13 @@ LIMIT = 1_000_000  # bytes of the patch; files that do not fit are listed by nam
 SECONDS = 5.0
 HASHED_BYTES = 100_000_000  # of the listed files
 LISTED = 200
-# Override user settings that would produce a patch that `git apply` cannot read.
 # Untracked files with another suffix are data, such as photos, which the data's fingerprint covers.
 OF_CODE = {
     *("", ".c", ".cc", ".cfg", ".cpp", ".csv", ".cu", ".cuh", ".h", ".hpp", ".ini", ".ipynb"),
     *(".json", ".md", ".py", ".pyi", ".pyx", ".rs", ".sh", ".toml", ".tsv", ".txt", ".yaml"),
     ".yml",
 }
+# Override user settings that would produce a patch that `git apply` cannot read.
 AS_A_PATCH = (
     *("-c", "core.quotePath=true", "diff", "--no-ext-diff", "--no-textconv", "--no-color"),
     *("--binary", "--src-prefix=a/", "--dst-prefix=b/", "--unified=3", "--no-relative"),
