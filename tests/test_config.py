@@ -582,6 +582,29 @@ def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_pa
     assert max(map(len, said.splitlines())) <= 80
 
 
+SCREEN = 40  # lines; test_help_fits_on_a_screen has the shorter one of --help alone
+
+
+@pytest.mark.parametrize("option", sorted(places.options("data")))
+def test_help_of_each_data_set_stays_below_a_screen_and_names_each_of_its_keys(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*arguments: str) -> str:
+        help.show("train", *help.split(["--help", "data", f"data={option}", *arguments]))
+        return capsys.readouterr().out
+
+    said = shown()
+    words = {word.partition("=")[0].rpartition(".")[2] for word in said.split()}
+    keys = [key for key, _, _ in help._leaves(entries.option("data", option), "data")]
+    assert len(said.splitlines()) < SCREEN and not {key.rpartition(".")[2] for key in keys} - words
+    if option == "mask_folder":
+        assert "\n    and .crop_ratio .brightness .contrast .saturation .hue\n" in said
+        changed = shown("data.augmentation.hue=0.1")  # has its comment now
+        assert ".hue=0.1" in changed and "    and .crop_ratio .brightness .contrast" in changed
+        monkeypatch.setattr(help, "RARELY", ())  # the control
+        assert len(shown().splitlines()) > SCREEN
+
+
 def test_help_of_a_group_that_lacks_a_key_shows_it_as_missing(tmp_path: Path) -> None:
     said = help_of(tmp_path, "data=image_folder", "--help", "data")
     assert "  data.num_classes=???" in said and " num_outputs=${.num_classes}" in said
