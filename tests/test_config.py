@@ -490,13 +490,13 @@ def test_a_missing_number_of_classes_is_counted(
     monkeypatch.chdir(tmp_path)
     for name in ("cat", "dog", ".cache"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-    says = "photos holds 2 class folders (cat, dog), so add data.num_classes=2"
+    says = "photos holds 2 class folders (images): cat 0, dog 0. The folders cat and dog hold no"
     made = composed("data=image_folder", "data.root=photos")
     with pytest.raises(UserError, match=re.escape(f"data.num_classes must be given: {says}")):
         check(made, made.hydra.runtime.choices)
     for name in ("a", "b", "c"):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"3 class folders \(a, b, c\), so add data.num_classes=3"):
+    with pytest.raises(UserError, match=r"train holds 3 class .*\. Set data\.num_classes=3\.$"):
         check(made, made.hydra.runtime.choices)
     made = composed("data=mask_folder", "data.root=photos")  # folders say nothing there
     with pytest.raises(UserError, match=r"must be given: add data\.num_classes=…"):
@@ -749,10 +749,17 @@ def test_images_a_folder_too_deep_or_an_empty_class_are_told(
     said = run_train(tmp_path, *typed, "data.root=photos").stderr
     assert "photos holds one folder, inner, with" in said and "data.root=photos/inner" in said
     is_right = given == ["data.num_classes=2"]
+    assert "in it: cat 2, dog 3. If" in said
     assert ("data.num_classes=2" in said.partition("photos/inner")[2]) != is_right
     said = run_train(tmp_path, *typed, "data.root=three").stderr
     assert "no images" in said and "x" in said
-    assert ("cat 2, dog 3, x 0" in said) == is_right
+    assert ("cat 2, dog 3, x 0" in said) == (given != ["data.num_classes=3"])
+    if "x 0" not in said:
+        return
+    (tmp_path / "three" / "x" / "notes.txt").write_text("no image")
+    assert run_train(tmp_path, *typed, "data.root=three").stderr == said  # it still has none
+    Image.new("L", (8, 8)).save(tmp_path / "three" / "x" / "0.png")  # the control
+    assert "no images" not in run_train(tmp_path, *typed, "data.root=three").stderr
 
 
 def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all(

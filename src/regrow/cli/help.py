@@ -51,7 +51,7 @@ NARROW = 33  # the column of comments on a page of one option
 BASE = "_base"  # the file of what all options of a group share
 OFTEN = ("data.num_classes", "data.input_shape", "data.normalize")
 SELDOM = ("data.target_kind", "data.num_outputs")  # an option sets them, and rarely a user
-# Of several in one node, the page of an option shows names alone, if they have their defaults.
+# The page of an option names them alone, if a node has several of them with their defaults.
 RARELY = (
     *("crop_ratio", "brightness", "contrast", "saturation", "hue"),
     *("exif_orientation", "timeout_seconds", "retries"),
