@@ -30,6 +30,13 @@ from update import BASE, ENGINE, HELPERS, RECORD, Refused, git
 
 ROOT = Path(__file__).resolve().parent.parent
 README = Path(__file__).with_suffix(".md")
+ON_IMAGES = Path("docs", "your_images.md")  # made from a section of the template's README
+LEAD = """\
+For your own images, lay them out as `photos/cat/*.jpg` and `photos/dog/*.jpg`.
+[Your model on your images](docs/your_images.md) writes a model in a file of your own, trains it on
+them, and predicts new ones.
+
+"""
 LAB = "lab"  # the package that a project renames
 TITLE = "Regrow"
 SET_UP = "make setup\nsource .venv/bin/activate"
@@ -140,7 +147,10 @@ def required() -> set[str]:
 
 
 def files_to_copy(root: Path) -> list[str]:
-    """Return the files of a project that git tracks; if it tracks none, all of them but caches."""
+    """Return the files of a project that git tracks; if it tracks none, all of them but caches.
+
+    Each is copied as it is now, with changes that are not committed.
+    """
     names = listed_by_git(root) or [*update.files_in(root)]
     return [name for name in sorted(names) if belongs_to_a_project(root, name)]
 
@@ -151,6 +161,31 @@ def untracked_files(root: Path) -> list[str]:
         return []
     names = listed_by_git(root, "--others", "--exclude-standard")
     return [name for name in sorted(names) if belongs_to_a_project(root, name)]
+
+
+def is_source(name: str) -> bool:
+    """Return True for files that a run of the project may import or compose."""
+    return name.endswith(".py") if not name.startswith("conf/") else name.endswith(".yaml")
+
+
+def refuse_untracked(root: Path) -> None:
+    """Raise Refused if a project would lack untracked modules or configs; data do not matter."""
+    parts = ("src/", "scripts/", "conf/")
+    found = untracked_files(root)
+    names = [name for name in found if name.startswith(parts) or "/" not in name]
+    if names := [name for name in names if is_source(name)]:
+        add = shlex.join(["git", "-C", str(root), "add", "--", *names])
+        raise Refused(
+            f"git does not track {some(names)}, which would stay behind. Run `{add}`, or add "
+            "untracked=copy to take such files along, or untracked=leave to do without them. "
+            "Nothing was written."
+        )
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names, and the number of others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def listed_by_git(root: Path, *options: str) -> list[str]:
@@ -185,9 +220,9 @@ def copy_file(source: Path, target: Path, names: Names) -> None:
     shutil.copymode(source, target)
 
 
-def write_files(folder: Path, names: Names) -> None:
+def write_files(folder: Path, names: Names, *, untracked: bool = False) -> None:
     """Write the files of a project into the empty `folder`."""
-    for name in files_to_copy(ROOT):
+    for name in files_to_copy(ROOT) + (untracked_files(ROOT) if untracked else []):
         target = folder / name.replace(f"src/{LAB}/", f"src/{names.package}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.startswith(ENGINE):
@@ -217,23 +252,27 @@ def write_files(folder: Path, names: Names) -> None:
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
             )
+    if page := on_images():
+        (folder / ON_IMAGES).write_text(page, encoding="utf-8")
     (folder / RECORD).parent.mkdir()
     write_archive(folder, folder / BASE)
     record["engine"] = update.engine_hash(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    readme = README.read_text(encoding="utf-8").format_map(record | {"images": on_images()})
+    leads = {"images": LEAD if page else ""}
+    readme = README.read_text(encoding="utf-8").format_map(record | leads)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def on_images() -> str:
-    """Return the section on a model of one's own of the template's README; "" if it has none.
+    """Return the section on a model of one's own of the template's README, as a page of docs/.
 
-    Without the set-up, which a project's README has further up.
+    Without the set-up, which a project's README has. Returns "" if there is no such section.
     """
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search(r"(?ms)^## Your model on your images$.*?(?=^## )", text)
-    return found[0].replace(f"{SET_UP}\n", "") if found else ""
+    found = re.search(r"(?ms)^#(# Your model on your images$.*?)\s+(?=^## )", text)
+    text = found[1].replace(f"{SET_UP}\n", "") + "\n" if found else ""
+    return text.replace("](docs/", "](")
 
 
 def record_of(project: str, names: Names) -> dict[str, str]:
@@ -298,10 +337,13 @@ def first_commit(folder: Path, message: str) -> str:
     return "one commit on main"
 
 
-def make_project(name: str, destination: Path, *, files_only: bool = False) -> str:
+def make_project(
+    name: str, destination: Path, *, files_only: bool = False, untracked: str = "leave"
+) -> str:
     """Write the project and return what git did. `destination` appears complete or not at all.
 
-    `files_only` is for updates: the name may be in use, and no repository is made.
+    `files_only` is for updates: the name may be in use, and no repository is made. `untracked`
+    says what becomes of files that git does not track: see `UNTRACKED`.
     """
     names = names_of(name)
     if not files_only and (taken := taken_by(names.package)):
@@ -315,11 +357,13 @@ def make_project(name: str, destination: Path, *, files_only: bool = False) -> s
         raise Refused(f"dest={destination}: a file of this name exists. Choose another name.")
     if destination.is_dir() and any(destination.iterdir()):
         raise Refused(f"dest={destination} is not empty. Choose another folder, or empty it.")
+    if untracked == "refuse":
+        refuse_untracked(ROOT)
     destination.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         unfinished.chmod(0o777 & ~current_umask())  # mkdtemp makes private folders
-        write_files(unfinished, names)
+        write_files(unfinished, names, untracked=untracked == "copy")
         if not files_only:
             write_schemas(unfinished)
         message = f"Begin {names.title} from {update.named(update.read_record(unfinished))}"
@@ -341,16 +385,23 @@ USAGE = f"""{__doc__.partition(chr(10) + chr(10))[0]}
 
   name=…       'Deep Fish' gives the package deep_fish; also as the first argument
   dest=…       a folder that is new or empty; also as the second argument
-  files_only=… true: write the files alone, without a git repository [false]"""
+  untracked=…  refuse: write nothing if git does not track a module or config of yours
+               copy: take the files along that git does not track
+               leave: do without them [refuse; with files_only=true leave]
+  files_only=… true: write the files alone, without a git repository [false]
+
+Files that git tracks are copied as they are now, changes that are not committed included. Data,
+runs and what .gitignore names stay behind."""
+UNTRACKED = ("refuse", "copy", "leave")
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """Return name, dest and files_only. Raises Refused for anything else."""
+    """Return name, dest, files_only and untracked. Raises Refused for anything else."""
     options = {"files_only": "false"}
     unnamed = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key in ("name", "dest", "files_only"):
+        if equals and key in ("name", "dest", "files_only", "untracked"):
             options[key] = value
         else:
             unnamed.append(argument)
@@ -364,6 +415,10 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
             raise Refused(f"{key} must be given: {key}=… See --help.")
     if options["files_only"] not in ("true", "false"):
         raise Refused("files_only must be true or false.")
+    # An update compares with what git tracks in the template.
+    options.setdefault("untracked", "leave" if options["files_only"] == "true" else "refuse")
+    if options["untracked"] not in UNTRACKED:
+        raise Refused(f"untracked must be one of {', '.join(UNTRACKED)}.")
     return options
 
 
@@ -382,17 +437,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     dest = Path(options["dest"]).expanduser()
     try:
-        done = make_project(options["name"], dest, files_only=options["files_only"] == "true")
+        files_only, choice = options["files_only"] == "true", options["untracked"]
+        done = make_project(options["name"], dest, files_only=files_only, untracked=choice)
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
-    if untracked := untracked_files(ROOT):
-        more = f" and {len(untracked) - 10} more" if len(untracked) > 10 else ""
-        add = shlex.join(["git", "-C", str(ROOT), "add", "--", *untracked])
+    if choice != "copy" and (left := untracked_files(ROOT)):
         print(
-            f"not copied, as git does not track them: {', '.join(untracked[:10])}{more}\n"
-            f"to have them there, run `{add}`, "
-            f"remove {shlex.quote(str(dest))} and run this command again",
+            f"not copied, as git does not track them: {some(left)}\nto have them there, remove "
+            f"{shlex.quote(str(dest))} and run this command again with untracked=copy",
             file=sys.stderr,
         )
     if not importlib.util.find_spec("ruff"):

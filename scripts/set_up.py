@@ -19,9 +19,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,9 @@ PINNED = "requirements.lock"
 RANGES = "requirements-dev.txt"  # includes requirements.txt
 MADE_FROM = (PINNED, RANGES, "requirements.txt")
 TELL_SECONDS = 15.0
+# Sizes of the lock on Linux: mostly PyTorch with its CUDA libraries.
+FETCHED_MB, INSTALLED_MB = 3_000, 6_300
+STEPS = ("step 1 of 3: an empty .venv", "step 2 of 3: packages", "step 3 of 3: this project")
 WITHOUT_LOCK = "make setup LOCK=no"
 ERROR = re.compile(r"\s*(error\b|×)", re.IGNORECASE)  # starts uv's and pip's failure messages
 # pip prints it for each package and each place of its configuration that lacks the package.
@@ -108,14 +112,40 @@ def alone() -> Iterator[int | None]:
         yield file.fileno()
 
 
+def megabytes(folder: Path) -> float:
+    """Return the size of the files in a folder that another process may be changing."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += (Path(place) / name).lstat().st_size
+    return size / 1e6
+
+
+def progress(step: str, fetched: Path, *, pinned: bool) -> str:
+    """Return the step of an installer and how far it is; "" for a step without a name.
+
+    pip fetches into the folder `fetched`; uv fetches into its cache, which is not counted.
+    """
+    if step != STEPS[1]:  # the others fetch nothing to speak of
+        return f" ({step})" if step else ""
+    said = [step]
+    for folder, most, done in ((fetched, FETCHED_MB, "fetched"), (VENV, INSTALLED_MB, "in .venv")):
+        if size := megabytes(folder):
+            about = f" of about {most:,}" if pinned and sys.platform == "linux" else ""
+            said.append(f"{size:,.0f}{about} MB {done}")
+    return f" ({', '.join(said)})"
+
+
 @contextlib.contextmanager
-def told_to_wait() -> Iterator[None]:
+def told_to_wait(progressed: Callable[[], str]) -> Iterator[None]:
     """Print a line every few seconds: without a terminal, installers are silent for minutes."""
     done, started = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not done.wait(TELL_SECONDS):
-            say(f"still fetching and installing, {time.monotonic() - started:.0f} s so far")
+            seconds = time.monotonic() - started
+            say(f"still fetching and installing{progressed()}, {seconds:.0f} s so far")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -126,8 +156,13 @@ def told_to_wait() -> Iterator[None]:
         teller.join()
 
 
-def call(*command: str | Path, lock: int | None) -> bool:
-    """Run an installer and return True if it succeeded. Exits at a hash mismatch."""
+def call(*command: str | Path, lock: int | None, step: str = "", pinned: bool = False) -> bool:
+    """Run an installer and return True if it succeeded. Exits at a hash mismatch.
+
+    `step` names the step for the lines that tell its progress, `pinned` that it is the lock's.
+    """
+    # Not removed if this process is stopped: the installer may still be working there.
+    temporary = Path(tempfile.mkdtemp(prefix="set-up-"))
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
@@ -135,14 +170,14 @@ def call(*command: str | Path, lock: int | None) -> bool:
         stdout=sys.stderr,
         stderr=subprocess.PIPE,
         # uv's own certificates lack those that a company adds to the system's.
-        env={"UV_SYSTEM_CERTS": "1"} | os.environ,
+        env={"UV_SYSTEM_CERTS": "1"} | os.environ | {"TMPDIR": str(temporary)},
         pass_fds=() if lock is None else (lock,),
         text=True,
         encoding="utf-8",
         errors="replace",
     )
     held, num_ignored = [], 0
-    with process, told_to_wait():
+    with process, told_to_wait(lambda: progress(step, temporary, pinned=pinned)):
         assert process.stderr is not None
         for line in process.stderr:
             if held or ERROR.match(line):  # a hash mismatch prints one line of our own instead
@@ -151,6 +186,7 @@ def call(*command: str | Path, lock: int | None) -> bool:
                 num_ignored += 1
             else:
                 print(line, end="", file=sys.stderr, flush=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     if num_ignored:
         say(f"pip ignored {num_ignored} locations of its configuration, which do not exist")
     if process.returncode and (file := mismatch("".join(held))):
@@ -236,7 +272,11 @@ def begin() -> bool:
         say("installing into the .venv that is here")
         mark({"adopted": "yes"})
         return False
-    say(f"making .venv with Python {target['python']}; on Linux some 3 GB to fetch, 6 GB on disk")
+    fetched, on_disk = (round(size / 1000) for size in (FETCHED_MB, INSTALLED_MB))
+    say(
+        f"making .venv with Python {target['python']}; on Linux some {fetched} GB to fetch, "
+        f"{on_disk} GB on disk"
+    )
     mark({})
     return True
 
@@ -245,9 +285,10 @@ def create(uv: str | None, lock: int | None) -> None:
     empty_venv()
     base = getattr(sys, "_base_executable", None) or sys.executable  # .venv's own may be in use
     if importlib.util.find_spec("ensurepip"):
-        made = call(base, "-m", "venv", VENV, lock=lock)
+        made = call(base, "-m", "venv", VENV, lock=lock, step=STEPS[0])
     elif uv:
-        made = call(uv, "venv", "-q", "--allow-existing", "--python", base, VENV, lock=lock)
+        empty = (uv, "venv", "-q", "--allow-existing", "--python", base, VENV)
+        made = call(*empty, lock=lock, step=STEPS[0])
     else:
         sys.exit(f"set-up: {base} cannot make environments; install its venv module, or uv")
     if not made:
@@ -269,10 +310,13 @@ def install(uv: str | None, lock: int | None, *, pinned: bool) -> str:
             say(f"{PINNED} could not be installed here; trying the ranges of requirements.txt")
         hashes = ["--require-hashes"] if requirements == PINNED else []
         for installer in installers:
-            if not call(*installer, *hashes, "-r", requirements, lock=lock):
+            step, is_lock = STEPS[1], requirements == PINNED
+            packages = (*installer, *hashes, "-r", requirements)
+            if not call(*packages, lock=lock, step=step, pinned=is_lock):
                 continue
             # The build tool is already installed, so nothing more is fetched.
-            if call(*installer, "--no-deps", "--no-build-isolation", "-e", ".", lock=lock):
+            own = (*installer, "--no-deps", "--no-build-isolation", "-e", ".")
+            if call(*own, lock=lock, step=STEPS[2]):
                 return requirements
     sys.exit(
         "set-up: no installer succeeded (their messages are above); the same command tries again"

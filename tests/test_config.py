@@ -511,8 +511,8 @@ def test_a_node_without_a_target_is_named(tmp_path: Path) -> None:
     done = run_train(tmp_path, *given)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: model=mine: it has no _target_, which names the class or function to call. Did you "
-        "mean _target_ for target?\n"
+        "error: model=mine: model/mine.yaml has no _target_, which names the class or function to "
+        "call. Did you mean _target_ for target?\n"
     )
 
 
@@ -799,6 +799,66 @@ def test_help_reads_odd_options_of_a_group(tmp_path: Path) -> None:
     (folder / "one.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match=r"one.yaml is not a mapping"):
         entries.option("model", "one", lambda group, name: folder / f"{name}.yaml")
+
+
+def test_help_of_a_key_that_the_chosen_option_lacks_lists_all_options_that_have_it(
+    tmp_path: Path,
+) -> None:
+    said = help_of(tmp_path, "--help", "model.width").splitlines()
+    assert said[0] == "model.width=128 with model=gpt; the chosen model=mlp has no such key"
+    assert "  others:  model=vit: default 192, values per patch; ViT-B/16 has 768" in said
+    assert said[-2:] == [
+        "  choose:  model=gpt, or another option that has the key",
+        "  type:    model.width=256",
+    ]
+    chosen = help_of(tmp_path, "--help", "model.width", "model=vit").splitlines()
+    assert chosen[0] == "model.width=192"  # the chosen option first
+    assert "  others:  model=gpt: default 128, values per token" in chosen
+    assert not any(line.startswith("  choose:") for line in chosen)
+    rates = help_of(tmp_path, "--help", "optimizer.lr")
+    assert "  optimizer=adam, radam, rmsprop: default 0.001, learning rate\n" in rates
+
+
+def test_help_says_what_ones_own_option_is_from_its_source_alone(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    own = tmp_path_factory.mktemp("own")
+    (own / "my_models.py").write_text(OWN_CLASSES)
+    for name in ("Said", "Silent", "made", "Absent"):
+        (own / "model").mkdir(exist_ok=True)
+        text = f"_target_: my_models.{name}\n"
+        (own / "model" / f"own_{name.lower()}.yaml").write_text(text)
+    given = ("--help", "model", "--config-dir", str(own))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(own))
+        said = help_of(tmp_path, *given)
+    for name, text in {
+        "own_said": "Two convolutions, in one line.",
+        "own_silent": "my_models.Silent",
+        "own_made": "A function.",
+        "own_absent": "my_models.Absent",
+    }.items():
+        assert re.search(rf"(?m)^  {name} +{re.escape(text)}$", said), said
+
+
+OWN_CLASSES = """
+raise RuntimeError("imported")
+
+
+class Said:
+    \'\'\'Two convolutions,
+    in one line.
+
+    More.
+    \'\'\'
+
+
+class Silent: ...
+
+
+def made():
+    "A function."
+"""
 
 
 def test_help_masks_a_secret(tmp_path: Path) -> None:

@@ -336,3 +336,79 @@ def test_a_run_starts_without_what_only_its_end_needs() -> None:
     slow = {"torchvision", "torchmetrics", "sklearn", "matplotlib", "wandb", "tensorboard", "PIL"}
     assert not loaded & slow
     assert "torch" in loaded
+
+
+CONFIGS = {"asked", "cfg", "config", "node", "nodes", "trainer"}
+# Dicts that the function changes, or its caller may: see docs/decisions.md.
+CHANGED = {
+    "config.older.complete",
+    "config.older.earlier",
+    "config.older.earlier_defaults",
+    "runs.loaded.LoadedRun",
+}
+
+
+def plain_mappings(source: Path) -> set[str]:
+    """Return the public functions and classes where a config is a mapping to Any."""
+    found = set()
+    for init in sorted((source / "regrow").glob("*/__init__.py")):
+        wing = init.parent.name
+        for module, names in public_names(source, wing).items():
+            for node in ast.parse(init.with_name(f"{module}.py").read_text("utf-8")).body:
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name not in names:
+                    continue
+                for each in ast.walk(node):
+                    if isinstance(each, ast.arg):
+                        name = each.arg
+                    elif isinstance(each, ast.AnnAssign) and each in node.body:
+                        name = ast.unparse(each.target)
+                    else:
+                        continue
+                    said = ast.unparse(each.annotation) if each.annotation else ""
+                    if isinstance(node, ast.FunctionDef) and isinstance(each, ast.AnnAssign):
+                        continue  # a local name
+                    if name in CONFIGS and "[str, Any]" in said:
+                        found.add(f"{wing}.{module}.{node.name}")
+    return found
+
+
+def test_a_public_function_says_which_of_its_arguments_is_a_config(tmp_path: Path) -> None:
+    assert plain_mappings(SOURCE) == CHANGED
+    code = "def f(config: Mapping[str, Any]): ...\ndef g(config: Mapping[str, Config]): ..."
+    public = '"""A.\n\nPublic, by module; all else is private to this folder.\n\na: f, g\n"""'
+    write(tmp_path, {"wing/a.py": code, "wing/__init__.py": public})
+    assert plain_mappings(tmp_path) == {"wing.a.f"}
+
+
+def protocols_in(source: Path) -> set[str]:
+    trees = [ast.parse(path.read_text("utf-8")) for path in files_of(source).values()]
+    classes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    return {each.name for each in classes if "Protocol" in map(ast.unparse, each.bases)}
+
+
+def casts_to_a_protocol(source: Path) -> set[str]:
+    """Return the modules that cast to a Protocol, or annotate what `instantiate` returns so."""
+    protocols, found = protocols_in(source), set()
+    for module, path in files_of(source).items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            said: ast.AST | None = None
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "cast":
+                said = node.args[0] if node.args else None
+            elif isinstance(node, ast.AnnAssign) and node.value is not None:
+                made = ast.unparse(node.value)
+                said = node.annotation if re.search(r"\binstantiate\(", made) else None
+            names = set(re.findall(r"\w+", ast.unparse(said))) if said is not None else set()
+            if names & protocols:
+                found.add(module)
+    return found
+
+
+def test_only_the_build_casts_what_a_config_makes_to_a_protocol(tmp_path: Path) -> None:
+    assert casts_to_a_protocol(SOURCE) == {f"{lab_name()}.build"}
+    files = {
+        "a.py": "class Task(Protocol): ...\ntask = cast(Task, instantiate(node))",
+        "b.py": "task: list[Task] = [targets.instantiate(node)]",
+        "c.py": "task: dict[str, int] = instantiate(node)\nother = memoryview(b'').cast('B')",
+    }
+    write(tmp_path, {f"wing/{name}": code for name, code in files.items()})
+    assert casts_to_a_protocol(tmp_path) == {"regrow.wing.a", "regrow.wing.b"}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from running import launched
 
 from regrow.config.job import Job
 from regrow.config.yaml_files import read_yaml
+from regrow.project import ROOT
 from regrow.runs import machine, session
 
 Made = list[tuple[Job, str]]
@@ -54,3 +59,37 @@ def test_a_write_to_a_job_is_noticed(made: Made, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session, "introduce", write)
     launched("trainer.max_steps=2")
     assert [job for job, before in made if job.to_json() != before]
+
+
+def test_no_field_of_a_job_can_be_set_and_none_is_a_list() -> None:
+    made = Job({}, None, ["a=1"], {}, {}, ["train.py"])  # type: ignore[arg-type]
+    again = Job(**json.loads(made.to_json()))
+    assert again == made and again.overrides == ("a=1",) and again.command == ("train.py",)
+    for field in dataclasses.fields(Job):
+        value = getattr(made, field.name)
+        assert not isinstance(value, list | set | bytearray), field.name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, value)
+
+
+def changed_jobs(code: str) -> list[str]:
+    """Return the calls that copy a job with other fields, or write past its being frozen."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    named = [(ast.unparse(call.func), [*map(ast.unparse, call.args)]) for call in calls]
+    return [
+        f"{function}({of[0]})"
+        for function, of in named
+        if re.search(r"(^|\.)(replace|__setattr__)$", function)
+        and of
+        and re.search(r"(^|\W)job$", of[0])
+    ]
+
+
+def test_only_the_module_of_the_job_makes_a_changed_one() -> None:
+    files = [path for path in sorted((ROOT / "src").rglob("*.py")) if path.name != "job.py"]
+    found = [call for path in files for call in changed_jobs(path.read_text("utf-8"))]
+    assert len(files) > 100 and found == []
+    control = "a = dataclasses.replace(planned.job, trial=t)\nb = replace(job, folder=None)"
+    assert changed_jobs(control) == ["dataclasses.replace(planned.job)", "replace(job)"]
+    assert changed_jobs("replace(planned, job=job); text.replace('job', 'run')") == []
+    assert changed_jobs("object.__setattr__(job, 'folder', None)") == ["object.__setattr__(job)"]

@@ -127,33 +127,80 @@ def write(root: Path, texts: dict[str, str]) -> None:
         (root / name).write_text(text)
 
 
-def test_an_untracked_file_is_named_after_the_copy_with_the_way_to_have_it(
+def test_nothing_is_written_without_the_users_own_untracked_code(
     new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HOME", str(tmp_path))
     assert new_project.main(["class", "dest=~/copy"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    before = sorted(tmp_path.rglob("*"))
+    assert new_project.main(["Deep Fish", "dest=~/copy"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"does not track {', '.join(sorted(UNTRACKED))}," in said
+    assert "untracked=copy" in said and "untracked=leave" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+    command = re.findall("`(.*)`", said)[0]
+    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
     assert new_project.main(["Deep Fish", "dest=~/copy"]) == 0
     said = capsys.readouterr()
-    told, way, end = said.err.split("\n")
-    assert told == f"not copied, as git does not track them: {', '.join(sorted(UNTRACKED))}"
-    assert way.endswith(f", remove {tmp_path}/copy and run this command again") and end == ""
+    assert said.err == ""
     assert f"cd {tmp_path}/copy && make test" in said.out
     assert "a .venv of its own there: 6 GB" in said.out
-    copy = tmp_path / "copy"
-    assert not (copy / "conf").exists()
+    holds_the_untracked(tmp_path / "copy")
 
-    command = re.findall("`(.*)`", way)[0]
-    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
-    shutil.rmtree(copy)
-    assert new_project.main(["Deep Fish", "dest=~/copy"]) == 0
-    assert capsys.readouterr().err == ""
+
+def holds_the_untracked(copy: Path) -> None:
     target = (copy / "conf/model/mine.yaml").read_text()
     assert target == "_target_: deep_fish.models.mine.Mine\n"
     assert (copy / "my models.py").read_text() == "from deep_fish import loop\n"
     assert (copy / "conf/data/ü.yaml").exists()
     assert (copy / "src/deep_fish/models/mine.py").exists()
+    assert not (copy / "photos").exists()
+
+
+def test_untracked_code_is_taken_along_or_left_as_asked(
+    new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any
+) -> None:
+    copied, left = tmp_path / "copied", tmp_path / "left"
+    assert new_project.main(["Deep Fish", str(copied), "untracked=copy"]) == 0
+    assert capsys.readouterr().err == ""
+    holds_the_untracked(copied)
+    assert new_project.main(["Deep Fish", str(left), "untracked=leave"]) == 0
+    told, way, end = capsys.readouterr().err.split("\n")
+    assert told == f"not copied, as git does not track them: {', '.join(sorted(UNTRACKED))}"
+    assert f"remove {left} and" in way and way.endswith("untracked=copy") and end == ""
+    assert not (left / "conf").exists()
+    assert new_project.main(["Deep Fish", str(tmp_path / "other"), "untracked=maybe"]) == 2
+    assert "untracked must be one of refuse, copy, leave" in capsys.readouterr().err
+    assert new_project.main(["--help"]) == 0
+    assert "untracked=…" in capsys.readouterr().out
+
+
+def test_untracked_files_that_are_not_code_do_not_stop_a_new_project(
+    new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for name in UNTRACKED:
+        (template / name).unlink()
+    write(template, dict.fromkeys(("data/x.csv", "outputs/digits/a/train.log", "b.jpg"), ""))
+    write(template, dict.fromkeys(("src/lab/__pycache__/loop.pyc", "conf/notes.txt"), ""))
+    write(template, dict.fromkeys(("src/lab/a.npy", "notes/a.py", "conf/local/me.yaml"), ""))
+    (template / "src/lab/loop.py").write_text("changed = 1\n")  # tracked, and not committed
+    assert new_project.main(["Deep Fish", str(tmp_path / "copy")]) == 0
+    assert "not copied, as git does not track them: conf/notes.txt, src/lab/a.npy\n" in (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "copy/src/deep_fish/loop.py").read_text() == "changed = 1\n"
+    record = json.loads((tmp_path / "copy/.template/record.json").read_text())
+    assert record["commit"].endswith(" with changes")
+
+
+def test_an_update_takes_the_template_without_untracked_files(
+    new_project: ModuleType, template: Path, tmp_path: Path
+) -> None:
+    assert new_project.main(["Deep Fish", str(tmp_path / "copy"), "files_only=true"]) == 0
+    assert not (tmp_path / "copy/conf").exists()
 
 
 def test_a_folder_that_git_does_not_track_is_copied_whole(
@@ -175,7 +222,7 @@ def test_a_module_in_the_root_keeps_its_name(
 
 
 def test_arguments_without_a_key_are_those_that_are_missing(new_project: ModuleType) -> None:
-    both = {"name": "Foo", "dest": "../foo", "files_only": "false"}
+    both = {"name": "Foo", "dest": "../foo", "files_only": "false", "untracked": "refuse"}
     for given in (["Foo", "../foo"], ["name=Foo", "../foo"], ["../foo", "name=Foo"],
                   ["dest=../foo", "Foo"]):  # fmt: skip
         assert new_project.parse(given) == both
@@ -303,12 +350,18 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
     record = json.loads((copy / ".template" / "record.json").read_text())
     assert record["template"] == "Regrow" and record["package"] == "deep_fish"
     readme = (copy / "README.md").read_text()
-    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") < 100
-    start = "## Your model on your images\n"
+    assert readme.startswith("# Deep Fish\n") and 30 < readme.count("\n") <= 45
+    for needed in ("make setup", "make train", "your_images.md", "data.root=photos", "make update"):
+        assert needed in readme
+    start = "# Your model on your images\n"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sections = [it.partition(start)[2].partition("\n## ")[0] for it in (text, readme)]
-    set_up, own = "make setup\nsource .venv/bin/activate\n", sections[1].strip()
-    assert set_up in sections[0] and own == sections[0].replace(set_up, "").strip()
+    section = text.partition(start)[2].partition("\n## ")[0]
+    set_up, page = "make setup\nsource .venv/bin/activate\n", copy / "docs" / "your_images.md"
+    own = page.read_text(encoding="utf-8")
+    assert own.startswith(start) and set_up in section
+    assert own == start + section.rstrip().replace(set_up, "").replace("](docs/", "](") + "\n"
+    for link in re.findall(r"\]\((\w[^)#:]*)", own):
+        assert (page.parent / link).exists(), link
     assert f"Regrow {record['version']}, commit {record['commit']}" in readme
     for link in re.findall(r"\]\((\w[^)#:]*)", readme):
         assert (copy / link).exists(), link
@@ -435,4 +488,6 @@ def run(
 def run_script(
     name: str, destination: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    return run(ROOT, os.environ | environment, str(SCRIPT), name, str(destination))
+    return run(
+        ROOT, os.environ | environment, str(SCRIPT), name, str(destination), "untracked=leave"
+    )

@@ -22,7 +22,7 @@ from torch import nn
 
 from regrow.config.own_code import owner_of
 from regrow.config.targets import instantiate
-from regrow.errors import OwnCodeError
+from regrow.errors import OwnCodeError, UserError
 from regrow.failing import SET_BY_US
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.sampling import permutation
@@ -156,6 +156,18 @@ SAID = {
     "model=small model.width=abc": (
         "error: model.width=abc must be an integer, such as its default, 6.",
         "",
+    ),
+    "model=small model.width=2.5": (
+        "error: model.width=2.5 must be an integer, such as its default, 6.",
+        "",
+    ),
+    "model=small model.width=0": (  # the layer's own error names no key
+        "error: {}" + at(HEAD) + ", in forward (Linear(in_features=0, out_features=10",
+        "shows the whole traceback. Set by the command: model.width=0.",
+    ),
+    "model=small model.width=-3": (
+        "error: model (my_models.Small, {}" + at("self.head = nn.Linear(width, 10)"),
+        " (model.width=-3). HYDRA_FULL_ERROR=1 shows",
     ),
     "model=small model.width=[6]": (  # the class itself may take a list
         "error: model (my_models.Small, {}" + at("self.head = nn.Linear(width, 10)"),
@@ -423,3 +435,29 @@ def test_an_error_in_a_shipped_model_names_its_line(mine: Path, tmp_path: Path) 
     done = start(mine, tmp_path, "model=cnn", "model.input_shape=[2,8,8]", "--check")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: src/lab/models/cnn.py:")
+
+
+def test_a_lab_without_a_function_that_the_engine_calls_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        "build": "build = check_first_batch = plan_of = print",
+        "evaluate": "measure_split = print",
+        "loop": "fit = print",
+    }
+    for name, code in made.items():
+        path = tmp_path / "half_a_lab" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("regrow.runs.lab.lab_name", lambda: "half_a_lab")
+    found = importlib.import_module("regrow.runs.lab").lab.__wrapped__
+    with pytest.raises(
+        UserError, match=r"^lab=half_a_lab: there is no half_a_lab\.loop\.summary, "
+    ):
+        found()
+    importlib.import_module("half_a_lab.loop").summary = print  # type: ignore[attr-defined]
+    assert found().summary is print
+    monkeypatch.setattr("regrow.runs.lab.lab_name", lambda: "no_lab")
+    with pytest.raises(UserError, match=r"^lab=no_lab: the module no_lab is missing"):
+        found()

@@ -293,7 +293,7 @@ def test_an_error_of_a_check_has_the_place_that_a_start_gives(tmp_path: Path) ->
     path.write_text("# @package _global_\nmodel:\n  norm: bach\n", encoding="utf-8")
     bad = dataclasses.replace(
         job("model.norm=bach"),
-        source={**flags.DEFAULT, "dir": str(tmp_path)}, overrides=["experiment=late"],
+        source={**flags.DEFAULT, "dir": str(tmp_path)}, overrides=("experiment=late",),
     )  # fmt: skip
     with pytest.raises(UserError) as raised:
         preview.report(bad)
@@ -320,7 +320,7 @@ def test_a_check_refuses_what_slurm_would(
 def test_values_of_this_machine_and_of_a_primary_config_differ(tmp_path: Path) -> None:
     def differences(name: str = "train") -> list[str]:
         source = {**flags.DEFAULT, "name": name, "dir": str(tmp_path)}
-        return list(preview._differences(dataclasses.replace(plain, source=source, overrides=[])))
+        return list(preview._differences(dataclasses.replace(plain, source=source, overrides=())))
 
     plain = job()
     mine = tmp_path / "mine.yaml"

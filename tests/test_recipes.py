@@ -144,9 +144,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that new_project.py made, with this Python as `python` on its PATH."""
     folder = tmp_path_factory.mktemp("made") / "project"
     script = ROOT / "scripts" / "new_project.py"
-    subprocess.run(
-        [sys.executable, str(script), "my_project", str(folder)], check=True, capture_output=True
-    )
+    command = [sys.executable, str(script), "my_project", str(folder), "untracked=leave"]
+    subprocess.run(command, check=True, capture_output=True)
     python = folder / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")

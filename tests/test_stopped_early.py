@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,11 +37,11 @@ def splits(**options):
 """
 
 
-def start(folder: Path, *arguments: str, by: Any = forked.popen) -> Any:
+def start(folder: Path, *arguments: str, by: Any = forked.popen, **more: str) -> Any:
     return by(
         [sys.executable, str(TRAIN), *RUN, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": forked.python_path(folder)},
+        env={**os.environ, "PYTHONPATH": forked.python_path(folder), **more},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -120,3 +122,57 @@ def test_a_signal_while_ranks_start_leaves_one_line(
     until(is_time)
     assert stopped(process, number) == SAID
     assert [*tmp_path.iterdir()] == []
+
+
+def of_rank(rank: int, starter: str, port: int) -> dict[str, str]:
+    """Return the variables that torchrun or srun sets for one of two processes."""
+    if starter == "torchrun":
+        return {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+    return {
+        **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1"},
+        **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
+        **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+    }
+
+
+def hosts(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
+
+
+@both
+@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+def test_a_signal_while_a_rank_started_outside_waits_for_another_leaves_one_line(
+    starter: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    process = start(tmp_path, "trainer=ddp", **of_rank(0, starter, port))
+    met = tmp_path / ".meeting-7.0.0"
+    until(met.exists if starter == "srun" else lambda: hosts(port))
+    assert stopped(process, number) == SAID
+    assert [*tmp_path.iterdir()] == []
+
+
+@both
+def test_a_signal_while_ranks_started_outside_read_data_leaves_one_line(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "slow_data.py").write_text(SLOW_DATA)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    given = ("trainer=ddp", "data.source._target_=slow_data.splits")
+    processes = [start(tmp_path, *given, **of_rank(rank, "torchrun", port)) for rank in range(2)]
+    until((tmp_path / "reached").exists)
+    assert (tmp_path / "runs" / "one" / ".lock").is_file()  # the control
+    for process in processes:
+        os.killpg(process.pid, number)
+    said = [process.communicate(timeout=30)[1] for process in processes]
+    assert processes[0].returncode == 128 + number and said[0] == SAID
+    assert "Traceback" not in said[1]
+    assert not (tmp_path / "runs").exists()

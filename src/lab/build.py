@@ -36,6 +36,7 @@ from regrow.distributed.parallel import (
     distribute,
     synchronise_batch_norm,
 )
+from regrow.dotted import Checked
 from regrow.errors import UserError, did_you_mean
 from regrow.feeding.sampling import balanced_weights
 from regrow.numerics import flops, scheduler_adapter
@@ -89,7 +90,7 @@ class BuiltObjects:
         return lines
 
 
-def build(config: Mapping[str, Any], world: World) -> BuiltObjects:
+def build(config: Checked, world: World) -> BuiltObjects:
     """Return all objects of a run, built in the order of their dependencies. Writes nothing."""
     several.check(config)
     seed = config["seed"]
@@ -188,7 +189,7 @@ def build(config: Mapping[str, Any], world: World) -> BuiltObjects:
     )
 
 
-def optimizers_of(config: Mapping[str, Any], model: nn.Module) -> dict[str, Optimizer]:
+def optimizers_of(config: Checked, model: nn.Module) -> dict[str, Optimizer]:
     """Return the optimizers by name; a single one, of all models, has the empty name."""
     make = several.each(config["optimizer"], instantiate)
     settings = config["param_groups"]
@@ -204,7 +205,7 @@ def optimizers_of(config: Mapping[str, Any], model: nn.Module) -> dict[str, Opti
 
 def with_monitor(
     options: TrainerOptions,
-    config: Mapping[str, Any],
+    config: Checked,
     task: Any,
     device: torch.device,
     sets: Collection[str],
@@ -248,7 +249,7 @@ def measured_by(task: Any, device: torch.device, sets: Collection[str]) -> list[
     return [f"{name}/{it}" for name in sets for it in ("loss", *task.metrics(device).names)]
 
 
-def schedule_of(node: Mapping[str, Any], optimizer: Any, length: RunLength) -> Schedule:
+def schedule_of(node: Checked, optimizer: Any, length: RunLength) -> Schedule:
     """Return the lab's schedule, or an adapter for a scheduler of torch or timm."""
     target = locate(node["_target_"], "scheduler")
     if not scheduler_adapter.adapts(target):

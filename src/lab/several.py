@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from regrow.dotted import Checked, Config
 from regrow.errors import UserError
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def full(kind: str, name: str, separator: str = ".") -> str:
     return f"{kind}{separator}{name}" if name else kind
 
 
-def names_in(node: Mapping[str, Any]) -> list[str]:
+def names_in(node: Mapping[str, Config]) -> list[str]:
     """Return the names of the several things that a node of a config describes; [""] for one."""
     return [""] if "_target_" in node else [str(name) for name in node]
 
@@ -57,7 +58,7 @@ def refuse_foreign(patterns: Iterable[str], key: str, names: Collection[str]) ->
             )
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Checked) -> None:
     """Raise UserError unless the names of models, optimizers and schedules fit together."""
     models, optimizers, schedulers = (
         names_in(config[group]) for group in ("model", "optimizer", "scheduler")

@@ -1,14 +1,21 @@
-"""Dotted names: the keys of a config as on the command line, and the modules of a model."""
+"""A config as plain values, and dotted names: its keys as typed, and the modules of a model."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Container, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+# A config, or any other plain value: what YAML and JSON hold.
+Config: TypeAlias = "Mapping[str, Config] | Sequence[Config] | str | float | bool | None"
+
+# A config to read by its keys, whose types `config.check` has checked. mypy cannot see that, and
+# would have each reader narrow each value again.
+Checked: TypeAlias = Mapping[str, Any]
 
 
 def walk(
-    node: Mapping[str, Any], prefix: str = "", closed: Container[str] = ()
+    node: Mapping[str, Config], prefix: str = "", closed: Container[str] = ()
 ) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) for all keys below `node`, a mapping before its own keys.
 
@@ -21,7 +28,7 @@ def walk(
             yield from walk(value, f"{full}.", closed)
 
 
-def leaves(node: Mapping[str, Any]) -> dict[str, Any]:
+def leaves(node: Mapping[str, Config]) -> dict[str, Any]:
     """Return the values by dotted key, without mappings."""
     return {key: value for key, value in walk(node) if not isinstance(value, Mapping)}
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.dotted import Config as Config
+
 if TYPE_CHECKING:
     from regrow.checkpoint.writer import CheckpointOptions, CheckpointWriter
     from regrow.config.older import AddedKey, EarlierDefault
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 # when a lab must change, and say in docs/migrations.md how.
 VERSION = 1
 
-# A config, or any other plain value: what YAML and JSON hold.
-Config: TypeAlias = "Mapping[str, Config] | Sequence[Config] | str | float | bool | None"
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # (B, …): a model's arguments
 # (B, …); for several heads, a tensor each, by name or by place
 Targets: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -425,6 +425,7 @@ class Added(Protocol):
     REMOVED_KEYS: tuple[tuple[str, str], ...]  # (`_target_`, key) that the code no longer accepts
 
 
+@runtime_checkable
 class Lab(Protocol):
     """The functions of the package that the key `lab` names: see `regrow.runs.lab`."""
 

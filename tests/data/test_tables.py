@@ -8,6 +8,7 @@ import torch
 
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
+from regrow.feeding.tables import read_header
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
@@ -160,6 +161,17 @@ def test_an_error_about_a_table_says_what_it_holds_in_one_line(
     with pytest.raises(UserError) as caught:
         make_data(*call, *overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_table_that_is_read_without_a_config_keeps_the_rule_of_its_delimiter(
+    folder: Path,
+) -> None:
+    for delimiter in (";;", ""):
+        with pytest.raises(UserError) as caught:
+            read_header(folder / "rows.csv", delimiter)
+        said = f"data.source.delimiter={delimiter} must be one character."
+        assert str(caught.value) == said
+    assert read_header(folder / "rows.csv", ",")[:2] == ["x", "y"]
 
 
 def test_an_empty_file_and_one_without_rows_are_named(make_data: Make, folder: Path) -> None:

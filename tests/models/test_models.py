@@ -310,7 +310,7 @@ def test_freeze_returns_the_names_of_what_is_frozen() -> None:
         ("cnn", [1, 4, 8], {}, "smaller than 8x8"),
         ("cnn", [1, 8, 8], {"channels": []}, "model.channels="),
         ("whitened_cnn", [1, 8, 8], {}, "smaller than 9x9"),
-        ("whitened_cnn", [3, 32, 32], {"channels": [8, 8]}, "Give three widths"),
+        ("whitened_cnn", [3, 32, 32], {"channels": [8, 8]}, "there are three stages. Give three"),
         ("whitened_cnn", [3, 32, 32], {"views": "ten"}, "one, mirror, mirror_shift"),
         ("resnet18", [30], {}, "Use model=mlp"),
         ("resnet18", [3, 32, 32], {"depth": 34}, "model.depth=34"),

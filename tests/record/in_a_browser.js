@@ -35,3 +35,13 @@ function contrasts() {
     Math.min(...[...document.querySelectorAll(selector)].map((it) => light(getComputedStyle(it)[property])).map((it) => Math.max(it, card) / Math.min(it, card)));
   return [card, Math.min(least("svg.plot text", "fill"), least(".title, .tools .key, p", "color")), least("svg.plot g path", "stroke")];
 }
+
+// The widths of the section's table and its frame, and the places of the first row's first two cells.
+function tableOf(section, scrollTo = 0) {
+  const heads = [...document.querySelectorAll("section h2")];
+  const frame = heads.find((it) => it.textContent === section).parentElement.querySelector(".scroll");
+  frame.scrollLeft = scrollTo;
+  const cells = [...frame.querySelectorAll("tbody tr:first-child > *")];
+  const [first, second] = cells.map((it) => it.getBoundingClientRect().left);
+  return { table: frame.scrollWidth, frame: frame.clientWidth, columns: cells.length, scrolled: frame.scrollLeft, first, second };
+}

@@ -170,6 +170,36 @@ def test_a_page_of_a_hundred_runs_is_small_and_fits(tab: Tab, hundred: Path, wid
     assert tab.requests == [hundred.resolve().as_uri()] and tab.errors == []
 
 
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of runs that differ in four settings, with six metrics each."""
+    folder = tmp_path_factory.mktemp("four")
+    for index in range(16):
+        made = make_run(
+            folder / str(index), lr=(0.001, 0.0003)[index % 2], seed=index // 2 % 2,
+            optimizer=("adamw", "sgd")[index // 4 % 2], speed=2 + index * 7 % 11,
+        )  # fmt: skip
+        config = yaml.safe_load((made / "config.yaml").read_text())
+        config["model"]["dropout"] = (0.1, 0.25)[index // 8]
+        (made / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = [report.load(it) for it in report.find_runs(folder)]
+    found = comparison.compare(comparison.rows_of(runs))
+    return side_by_side.write_page(found, folder / "comparison.html")
+
+
+def test_the_runs_of_four_settings_fit_and_keep_their_names_where_they_do_not(
+    tab: Tab, four: Path
+) -> None:
+    tab.open(four, width=1200)
+    wide = ask(tab, "tableOf('Runs')")
+    assert wide["columns"] >= 12 and wide["table"] <= wide["frame"]
+    tab.open(four, width=600)
+    before = ask(tab, "tableOf('Runs')")
+    after = ask(tab, "tableOf('Runs', 200)")
+    assert before["table"] > before["frame"] and after["scrolled"] == 200  # the control
+    assert after["first"] == before["first"] and after["second"] == before["second"] - 200
+
+
 def test_a_click_on_the_head_of_a_column_sorts_its_numbers(tab: Tab, hundred: Path) -> None:
     tab.open(hundred)
     rising, falling = (ask(tab, "sortedBy('val/accuracy')") for _ in range(2))

@@ -116,6 +116,33 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     assert not {"link", "iframe", "object"} & set(page.tags)
 
 
+def test_the_page_shows_the_command_of_each_resume_and_folds_the_later_ones(
+    tmp_path: Path,
+) -> None:
+    folder = make_run(tmp_path / "run")
+    first = json.loads((folder / "manifest.json").read_text())
+    once = {"step": 40, "started": "2026-11-21T11:00:00+01:00"}  # by the same command
+    later = {**once, "command": f"python scripts/train.py resume={EVIL}", "step": None}
+
+    def shown(*resumes: dict[str, Any]) -> tuple[str, str]:
+        write_json(folder / "manifest.json", {**first, "resumes": [*resumes]})
+        page = report.write(folder)
+        facts = page.read_text().partition("<h2>Facts</h2>")[2].partition("</section>")[0]
+        return facts, Page(page).text
+
+    assert "resumed" not in shown()[0]
+    facts, text = shown(once, later)
+    when = "2026-11-21T11:00:00+01:00"
+    assert f"resumed 2 times {when} from step 40: {first['command']} {when}: python" in text
+    assert f"{when}: python scripts/train.py resume={EVIL} steps" in text
+    assert "<details>" not in facts and EVIL not in facts
+    facts, text = shown(*[once] * 200)
+    opened, _, folded = facts.partition("<details>")
+    assert opened.count(first["command"]) == 1 + report.OPEN_RESUMES
+    assert folded.count(first["command"]) == report.MOST_RESUMES - report.OPEN_RESUMES
+    assert "the 197 later ones" in text and "and 100 more, in manifest.json" in text
+
+
 def test_a_page_runs_its_own_script_and_no_other(tmp_path: Path) -> None:
     """The page names the hash of that script, by which a browser refuses all others."""
     page = report.write(make_run(tmp_path / "run"))

@@ -105,6 +105,40 @@ def test_a_silent_installer_gets_a_line_every_few_seconds(
     assert "set-up: still fetching and installing, 0 s so far" in capfd.readouterr().err
 
 
+def test_the_line_says_which_step_it_is_and_how_much_is_there(
+    set_up: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(set_up, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(set_up, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(sys, "platform", "linux")
+    program = (
+        "import pathlib, sys, tempfile, time\n"
+        "for folder, size in ((tempfile.gettempdir(), 1234), (sys.argv[1], 2)):\n"
+        "    path = pathlib.Path(folder, 'a', 'b')\n"
+        "    path.parent.mkdir(parents=True)\n"
+        "    with path.open('wb') as file:\n"
+        "        file.truncate(size * 1_000_000)\n"
+        "print(tempfile.gettempdir())\n"
+        "time.sleep(0.5)\n"
+    )
+    step = set_up.STEPS[1]
+    command = (sys.executable, "-c", program, tmp_path / ".venv")
+    assert set_up.call(*command, lock=None, step=step, pinned=True)
+    said = capfd.readouterr().err
+    assert (
+        f"still fetching and installing ({step}, 1,234 of about 3,000 MB fetched, "
+        "2 of about 6,300 MB in .venv), 0 s so far\n" in said
+    )
+    assert not Path(said.splitlines()[0]).exists()
+    monkeypatch.setattr(sys, "platform", "darwin")  # whose packages are smaller
+    shutil.rmtree(tmp_path / ".venv")
+    assert set_up.call(*command, lock=None, step=step, pinned=True)
+    assert f"({step}, 1,234 MB fetched, 2 MB in .venv), 0 s" in capfd.readouterr().err
+
+
 def test_an_installers_lines_show_as_they_come_but_for_an_error(
     set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

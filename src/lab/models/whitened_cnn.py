@@ -47,7 +47,9 @@ class WhitenedCNN(nn.Module):
         in_channels, _, _ = image_shape(input_shape, SMALLEST_SIZE)
         require("model.channels", channels)
         if len(channels) != 3:
-            raise UserError(f"model.channels={channels} is wrong. Give three widths.")
+            raise UserError(
+                f"model.channels={channels}: there are three stages. Give three widths."
+            )
         self.views = choice("views", views, VIEWS)
         directions = in_channels * PATCH**2
         self.whiten = nn.Conv2d(in_channels, 2 * directions, PATCH)

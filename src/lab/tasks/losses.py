@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,20 +43,17 @@ def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutp
     Its weights are None only for one value per example. A scalar, from a loss that is not a sum
     over examples, is given to each example, so that their mean is that scalar.
     """
-    if isinstance(result, Tensor):
-        result = LossOutput(result)
-    elif type(result) is tuple:
-        result = LossOutput(*result)
-    values, own, components = result
+    loss = LossOutput(result) if isinstance(result, Tensor) else LossOutput(*result)
+    values, own, components = loss
     if values.ndim == 0:
         values = values.expand(num_examples)
         components = {name: part.expand(num_examples) for name, part in components.items()}
-        result = LossOutput(values, None, components)
+        loss = LossOutput(values, None, components)
     if values.ndim > 1 and own is None:
         own = torch.ones_like(values)
-        result = LossOutput(values, own, components)
+        loss = LossOutput(values, own, components)
     if weights is None:
-        return cast(LossOutput, result)
+        return loss
     if values.ndim > 1:
         weights = weights.view(-1, *[1] * (values.ndim - 1)).expand(values.shape)
     return LossOutput(values, weights if own is None else own * weights, components)
@@ -185,7 +182,7 @@ class BCEWithLogits:
 
     def __post_init__(self) -> None:
         if min(self._factors, default=0) <= 0:
-            raise UserError(f"loss.pos_weight={self.pos_weight} is wrong. Give numbers above zero.")
+            raise UserError(f"loss.pos_weight={self.pos_weight} must be numbers above zero.")
 
     @property
     def _factors(self) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
 from regrow.config.resume import key_of
 from regrow.config.rules import RULES, applies, of_shipped
+from regrow.config.target_docs import said_by_target
 from regrow.config.yaml_files import read_yaml
 from regrow.config.yaml_keys import head_of
 from regrow.errors import UserError, did_you_mean
@@ -186,7 +187,14 @@ def _page(
 ) -> Iterator[str]:
     """Yield all that is known of one key."""
     shipped, here = _plain(entry.value), _current(key, entry, config)
-    yield f"{key}={here}"
+    group, _, below = key.partition(".")
+    chosen = config.hydra.runtime.choices.get(group)
+    option_of = where.partition("=")[2]
+    is_chosen = option_of in places.names_in(chosen or "")
+    lacks = bool(option_of) and not is_chosen and bool(chosen)
+    yield f"{key}={here}" + (
+        f" with {where}; the chosen {group}={chosen} has no such key" if lacks else ""
+    )
     if entry.comment:
         yield from _wrapped("", entry.comment, column=2)
     rows = {"values": accepted(key, entry, parent)}
@@ -196,13 +204,8 @@ def _page(
         followed = _followed(key, entry, config)
         followed = followed or (f"{here} here" if "${" in shipped and here != shipped else "")
         rows["default"] = f"{shipped}  ({followed})" if followed else shipped
-    group, _, below = key.partition(".")
-    chosen = config.hydra.runtime.choices.get(group)
-    if "=" in where:
-        name = where.partition("=")[2]
-        rows["set in"] = f"{set_at(group, name, below) or 'the ConfigStore'} ({where})"
-        if name not in places.names_in(chosen or ""):
-            rows["note"] = f"the chosen {group}={chosen} has no such key"
+    if option_of:
+        rows["set in"] = f"{set_at(group, option_of, below) or 'the ConfigStore'} ({where})"
     else:
         rows["set in"] = set_at("", Path(where).stem, key) or where
     if (of := repeated(key, entry.value)) and key.rpartition(".")[2] not in OTHERS:
@@ -214,9 +217,43 @@ def _page(
             own = _entry(typed, config)
             entry, parent = (own[0], own[1]) if own[0] is not None else (entry, parent)
         rows["type"] = _example(typed, entry, parent, value)
+    typed_last = rows.pop("type")
     for name, text in rows.items():
         if text:
             yield from _wrapped(f"  {name}:", text, column=11)
+    if option_of and group not in RECIPES:
+        yield from _others(key, option_of, (entry, parent), with_alike=not is_chosen)
+    if lacks:
+        yield f"  choose:  {where}, or another option that has the key"
+    if typed_last:
+        yield from _wrapped("  type:", typed_last, column=11)
+
+
+def _others(
+    key: str, shown: str, first: tuple[KeyEntry, KeyEntry | None], *, with_alike: bool
+) -> Iterator[str]:
+    """Yield a line for the other options with this key: default, and range and meaning if others.
+
+    Options whose key is the same share a line; those like the `first` are left out if the key can
+    be used as it is.
+    """
+    group, _, below = key.partition(".")
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for name in places.options(group):
+        whole = option(group, name)
+        found, parent = _at(whole, below), _at(whole, below.rpartition(".")[0])
+        if name != shown and found is not None and not found.below:
+            facts = (_plain(found.value), accepted(key, found, parent), found.comment)
+            alike.setdefault(facts, []).append(name)
+    entry, its = first
+    usual = (_plain(entry.value), accepted(key, entry, its), entry.comment)
+    if not with_alike:
+        alike.pop(usual, None)
+    for number, (facts, names) in enumerate(alike.items()):
+        default = f"default {facts[0]}"
+        more = [new for new, old in zip(facts[1:], usual[1:], strict=True) if new not in ("", old)]
+        text = f"{group}={', '.join(names)}: {', '.join([default, *more])}"
+        yield from _wrapped("  others:" if number == 0 else "", text, column=11)
 
 
 def _example(key: str, entry: KeyEntry, parent: KeyEntry | None, value: Any) -> str:
@@ -277,7 +314,7 @@ def _group(group: str, config: Any) -> Iterator[str]:
     width = max(map(len, options)) + 2
     for name in options:
         path = places.file_of(group, name)
-        says = head_of(path) if path is not None else "registered in Hydra's ConfigStore"
+        says = _said_of(path) if path is not None else "registered in Hydra's ConfigStore"
         mark = "*" if name in chosen else " "
         yield from _wrapped(f"{mark} {name}", says, column=width + 2, most=2)
     if group in RECIPES:
@@ -294,6 +331,15 @@ def _group(group: str, config: Any) -> Iterator[str]:
         yield from _keys(group, option(group, name), None, config)
 
 
+def _said_of(path: Path) -> str:
+    """Return the comment at the top of an option's file; else what its target is."""
+    content = read_yaml(path)
+    target = content.get("_target_") if isinstance(content, dict) else None
+    if (head := head_of(path)) or not isinstance(target, str):
+        return head
+    return said_by_target(target) or target
+
+
 def _base_of(group: str, name: str) -> KeyEntry | None:
     """Return the keys that all options of a group share, if this option inherits them."""
     if BASE not in inherited(group, name):
@@ -304,7 +350,7 @@ def _base_of(group: str, name: str) -> KeyEntry | None:
 def _option(group: str, name: str, base: KeyEntry, config: Any) -> Iterator[str]:
     """Yield the keys of an option: its own with their comments, then the shared in short."""
     whole, path = option(group, name), places.file_of(group, name)
-    head = head_of(path) if path is not None else ""
+    head = _said_of(path) if path is not None else ""
     yield from _wrapped(f"{group}={name}:", head, column=4, most=2)
     own, repeats, rest = [], [], []
     for key, entry, parent in _leaves(whole, group):
@@ -368,7 +414,7 @@ def _leaves(
 
 
 def _at(entry: KeyEntry | None, key: str) -> KeyEntry | None:
-    for part in key.split("."):
+    for part in key.split(".") if key else ():
         entry = entry.below.get(part) if entry is not None else None
     return entry
 

@@ -17,6 +17,7 @@ from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydra_access import plain
 from regrow.config.own_modules import import_own_modules
+from regrow.dotted import Config
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     return resolved
 
 
-def build(config: Mapping[str, Any] | DictConfig) -> Objects:
+def build(config: Mapping[str, Config] | DictConfig) -> Objects:
     """Return all objects of a run, on the config's device. Sets threads and seeds as a run does."""
     from regrow.config.check import check_values
     from regrow.distributed.parallel import World

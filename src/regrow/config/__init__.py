@@ -19,7 +19,7 @@ keys: known_keys
 leads: lead, RECIPES, shown
 older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
     earlier_defaults, EarlierDefault, EARLY_EXTENSIONS, line, removed
-origins: composed, located, located_in, Origins, origins, TYPED
+origins: composed, located, located_in, Origins, origins, shown, TYPED
 own_code: own_place, owner_of, places_of, shown
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
@@ -34,7 +34,9 @@ roles
 rules: applies, of_shipped, require, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
-targets: allow, call_failed, instantiate, locate, named_packages, place_in, SHOWS_ALL
+target_docs: said_by_target
+targets: allow, call_failed, instantiate, locate, named_packages, note_typed, place_in, SHOWS_ALL,
+    typed_below
 yaml_files: read_yaml, readable
 yaml_keys: head_of
 """

@@ -27,14 +27,15 @@ from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
 from regrow.config.origins import located
+from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
 from regrow.config.resume import check_recorded
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
-from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate
+from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
 from regrow.config.yaml_files import read_yaml, readable
-from regrow.dotted import walk
+from regrow.dotted import Config, walk
 from regrow.errors import UserError, did_you_mean
 from regrow.failing import fail, in_one_line
 from regrow.project import CONF, lab_name
@@ -166,7 +167,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     for group in ("model", "optimizer", "scheduler", "loss", "task"):
         _refuse_without_target(group, values[group], choices)
-    check_recorded(values, typed_overrides(HydraConfig.get().overrides.task))
+    typed = typed_overrides(HydraConfig.get().overrides.task)
+    check_recorded(values, typed)
+    note_typed(typed)
     allow(values)
     _check_keys(values, choices)
     check_ranges(values)
@@ -179,7 +182,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_combinations(values)
 
 
-def check_values(values: Mapping[str, Any]) -> None:
+def check_values(values: Mapping[str, Config]) -> None:
     """Raise UserError for values out of range, or that do not fit each other.
 
     For a composed config that a notebook may have changed since its check. Imports no target.
@@ -188,7 +191,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_combinations(values)
 
 
-def check_data(data: Mapping[str, Any]) -> None:
+def check_data(data: Mapping[str, Config]) -> None:
     """Raise UserError for values of the node `data` alone, as `check_values` does for all."""
     check_ranges({"data": data})
     _check_data(data)
@@ -200,9 +203,11 @@ def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping
         return
     near = next((key for key in node if str(key).strip("_") in ("target", "class")), None)
     hint = f" Did you mean _target_ for {near}?" if near else ""
+    option = choices.get(group)
+    path = places.file_of(group, option) if isinstance(option, str) else None
     raise UserError(
-        f"{group}={choices.get(group)}: it has no _target_, which names the class or function to "
-        f"call.{hint}"
+        f"{group}={option}: {file_shown(path) if path else 'it'} has no _target_, which names the "
+        f"class or function to call.{hint}"
     )
 
 
@@ -362,7 +367,9 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
     rule, example = of_shipped(path, shipped), ""
     if path in RULES:  # which only bind the project's own classes
         is_text = isinstance(value, str) and "${" not in value
-        if applies(owner) or not is_text:  # a user's model may take a list as dropout
+        # A width of 16 takes no 2.5. A learning rate of 1 may become 0.5: its rule allows it.
+        is_part = isinstance(value, float) and not RULES[path].allows(value)
+        if applies(owner) or not (is_text or is_part):  # a user's model may take a list as dropout
             return
         example = f", such as its default, {shown(shipped)}"
     if rule is not None and not rule.allows(value):

@@ -17,6 +17,7 @@ from regrow.config import flags, registered, resume
 from regrow.config.command_line import quoted
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.resume import ELSEWHERE
+from regrow.dotted import Checked, Config
 from regrow.record.redact import redact
 
 
@@ -24,30 +25,76 @@ from regrow.record.redact import redact
 class Job:
     """A run's config and place, as JSON data: `Job(**json.loads(job.to_json())) == job`.
 
-    Nobody writes to its fields: `session.settled` and the methods return another job.
+    Nobody writes to its fields. Each reason to change one has a method here, which returns another
+    job.
     """
 
-    config: Mapping[str, Any]  # resolved
+    config: Checked  # resolved
     folder: str | None  # the run's own; None: a new one under outputs/<name>
-    overrides: list[str]
-    choices: dict[str, Any]  # the chosen options, by group
-    composed: dict[str, str]  # what Hydra composed, by file name in `.hydra/`
-    command: list[str]
-    source: dict[str, Any] | None = None  # the config it was composed from: see flags.py
+    overrides: tuple[str, ...]
+    choices: Mapping[str, Any]  # the chosen options, by group
+    composed: Mapping[str, str]  # what Hydra composed, by file name in `.hydra/`
+    command: tuple[str, ...]
+    source: Mapping[str, Any] | None = None  # the config it was composed from: see flags.py
     draws: bool = True  # plots and page, at the end of the run
-    owner: dict[str, Any] | None = None  # its folder's owner.json, made where the user's list is
-    trial: dict[str, Any] | None = None  # of a search that may end the run: see sweep/trial.py
+    owner: Mapping[str, Any] | None = None  # its folder's owner.json, made where the user's list is
+    trial: Mapping[str, Any] | None = None  # of a search that may end the run: see sweep/trial.py
+
+    def __post_init__(self) -> None:
+        for name in ("overrides", "command"):  # JSON gives lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
-    def with_values(self, **values: Any) -> Job:
+    def resuming(self, kept: Mapping[str, Config] | None) -> Job:
+        """Return the job with what a resume keeps of the record, or as it is for a new run."""
+        return self._with_values(**kept or {})
+
+    def of_processes(self, count: int, num_threads: int | None) -> Job:
+        """Return the job of `count` ranks, with `num_threads` each, as a run or its preview has."""
+        return self._with_trainer(devices=count, num_threads=num_threads)
+
+    def monitoring(self, metric: str | None, mode: str | None) -> Job:
+        """Return the job with the monitor that the built task and data have."""
+        return self._with_trainer(monitor=metric, mode=mode)
+
+    def started_again(self) -> Job:
+        """Return the job as it continues in its folder: a sweep's, a restart's, a requeued one."""
+        return self._with_values(resume="auto")
+
+    def in_folder(self, folder: str | None) -> Job:
+        """Return the job in the folder that was made for it."""
+        return dataclasses.replace(self, folder=folder)
+
+    def owned(self, owner: Mapping[str, Any]) -> Job:
+        """Return the job with its entry in the user's list of folders."""
+        return dataclasses.replace(self, owner=owner)
+
+    def of_sweep(self, group: str, num_threads: int | None, *, draws: bool) -> Job:
+        """Return a sweep's job: its `group` in wandb, and its threads, unless its config says them.
+
+        None for `num_threads` leaves them to the run.
+        """
+        job = dataclasses.replace(self, draws=draws)
+        tracker = job.config["logger"].get("wandb")
+        if isinstance(tracker, Mapping) and tracker.get("group", ...) is None:
+            job = with_override(job, "logger.wandb.group", group)
+        if num_threads is not None and job.config["trainer"]["num_threads"] is None:
+            job = with_override(job, "trainer.num_threads", num_threads)
+        return job
+
+    def of_trial(self, trial: Mapping[str, Any]) -> Job:
+        """Return the job with what a search must know to end it early."""
+        return dataclasses.replace(self, trial=trial)
+
+    def _with_values(self, **values: Any) -> Job:
         """Return the job with other values at the top of its config."""
         return dataclasses.replace(self, config={**self.config, **values})
 
-    def with_trainer(self, **values: Any) -> Job:
+    def _with_trainer(self, **values: Any) -> Job:
         """Return the job with other values in the node `trainer`."""
-        return self.with_values(trainer={**self.config["trainer"], **values})
+        return self._with_values(trainer={**self.config["trainer"], **values})
 
 
 def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
@@ -74,11 +121,11 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
     return Job(
         config=plain(cfg),
         folder=None if folder is None else str(folder),
-        overrides=overrides,
+        overrides=tuple(overrides),
         choices=choices,
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()}
         | ({registered.NAME: nodes} if (nodes := registered.text(redact)) is not None else {}),
-        command=list(command),
+        command=tuple(command),
         source=flags.source_of(hydra),
     )
 
@@ -109,7 +156,7 @@ def with_override(job: Job, key: str, value: Any) -> Job:
     return dataclasses.replace(
         job,
         config=config,
-        overrides=[*job.overrides, line],
+        overrides=(*job.overrides, line),
         composed=composed,
-        command=[*job.command, line],
+        command=(*job.command, line),
     )

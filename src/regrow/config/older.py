@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from regrow.config.command_line import override
-from regrow.dotted import leaves
+from regrow.dotted import Config, leaves
 from regrow.project import lab_name
 
 
@@ -101,7 +101,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def removed(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+def removed(config: Mapping[str, Config], prefix: str = "") -> list[str]:
     """Return the dotted keys of a recorded config that this code no longer accepts."""
     target = config.get("_target_")
     rows = _of_lab("REMOVED_KEYS")
@@ -181,7 +181,7 @@ def adopt(config: dict[str, Any], added: Mapping[str, Any], typed: Iterable[str]
     return adopted
 
 
-def line(where: str, keys: Mapping[str, Any]) -> str:
+def line(where: str, keys: Mapping[str, Config]) -> str:
     """Return one line about the keys that have an earlier value in an older record."""
     return (
         f"{where} is older than these keys or their defaults, and keeps what the code did then: "
@@ -189,7 +189,7 @@ def line(where: str, keys: Mapping[str, Any]) -> str:
     )
 
 
-def as_overrides(keys: Mapping[str, Any]) -> list[str]:
+def as_overrides(keys: Mapping[str, Config]) -> list[str]:
     """Return the keys as overrides; a node as one for each of its values."""
     return [as_override(key, value) for key, value in leaves(keys).items()]
 

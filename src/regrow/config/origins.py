@@ -16,7 +16,7 @@ from regrow.config import flags, places
 from regrow.config.composition import composition, defaults_of, hydra_as_it_was
 from regrow.config.hydra_access import typed_overrides
 from regrow.config.yaml_keys import choices_of, keys_of
-from regrow.dotted import walk
+from regrow.dotted import Config, walk
 from regrow.project import ROOT
 
 TYPED = "command line"
@@ -47,7 +47,7 @@ class Origins:
     layers: Sequence[Layer]  # in the order in which they are merged
     typed: Collection[str]  # keys
     chosen: Collection[str]  # groups whose option was typed
-    config: Mapping[str, Any]  # composed, with its interpolations
+    config: Mapping[str, Config]  # composed, with its interpolations
     choices: Mapping[str, Any]  # the chosen options, by group
 
     def of(self, key: str, hops: int = _HOPS) -> str | None:

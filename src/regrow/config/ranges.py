@@ -8,13 +8,13 @@ from typing import Any
 from regrow.config import leads
 from regrow.config.command_line import shell
 from regrow.config.rules import RULES, applies, shown
-from regrow.dotted import walk
+from regrow.dotted import Config, walk
 from regrow.errors import UserError
 
 OF_SEVERAL = ("model", "optimizer", "scheduler")  # may hold nodes by name: see `lab.several`
 
 
-def check_ranges(values: Mapping[str, Any]) -> None:
+def check_ranges(values: Mapping[str, Config]) -> None:
     """Raise UserError for the first value of a config, or of a part of one, outside its range."""
     for prefix, part in _parts(values):
         there = dict(walk(part, closed=RULES))

@@ -21,7 +21,7 @@ from regrow.config.recorded import recorded_config
 from regrow.config.roles import check_roles
 from regrow.config.targets import targets_in
 from regrow.config.yaml_files import read_yaml, readable
-from regrow.dotted import leaves, matches
+from regrow.dotted import Checked, Config, leaves, matches
 from regrow.errors import UserError, brief, printable
 from regrow.project import lab_name
 from regrow.record import manifest, monitor, moved, ownership
@@ -181,7 +181,7 @@ def if_trusted(folder: Path) -> str:
     return ""
 
 
-def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable[str]) -> bool:
+def downloads_elsewhere(folder: Path, config: Mapping[str, Config], typed: Iterable[str]) -> bool:
     """Return True if data would be downloaded to a path that someone else may have recorded.
 
     A path is safe if it was `typed` (keys, with or without `data.`), or if the folder is the
@@ -202,7 +202,7 @@ def downloads_elsewhere(folder: Path, config: Mapping[str, Any], typed: Iterable
 
 
 def refuse_remote(
-    folder: Path, where: str, config: Mapping[str, Any], typed: Iterable[str]
+    folder: Path, where: str, config: Mapping[str, Config], typed: Iterable[str]
 ) -> None:
     """Raise UserError if a run's data is behind a URL that someone else may have recorded.
 
@@ -420,7 +420,7 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
 
 
 def check_roles_of_run(
-    config: Mapping[str, Any],
+    config: Mapping[str, Config],
     groups: Collection[str],
     folder: Path,
     where: str,
@@ -473,9 +473,7 @@ def _targets_of(override: str) -> list[tuple[str, Any]]:
     return [(f"{key}.{path}" if path else key, target) for path, target in targets_in(content)]
 
 
-def resumed(
-    folder: Path, asked: Mapping[str, Any], overrides: Sequence[str]
-) -> dict[str, Any] | None:
+def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str, Any] | None:
     """Return the `asked` config as it resumes the run in `folder`, or None if there is none.
 
     `overrides` are those of this start, recorded ones included: see `expand`. Logs what changes.
@@ -635,7 +633,7 @@ def _change_of(name: str, was: Any, **now: Any) -> str:
     return f"{name}: other content in {counts[1]:,} examples"
 
 
-def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
+def is_done(folder: Path, config: Checked) -> bool:
     """Return True if the run in `folder` is complete and `config` does not extend it.
 
     Raises UserError if a limit was changed to a value that the run has already reached.
@@ -661,7 +659,7 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     return bool(ended)
 
 
-def has_changes(folder: Path, config: Mapping[str, Any]) -> bool:
+def has_changes(folder: Path, config: Mapping[str, Config]) -> bool:
     """Return True if `config` changes a key of the run in `folder` that is not in `MAY_CHANGE`."""
     recorded = recorded_config(folder, f"resume={folder}")
     older.complete(recorded)
@@ -671,7 +669,7 @@ def has_changes(folder: Path, config: Mapping[str, Any]) -> bool:
     )
 
 
-def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, int]:
+def reached(summary: Mapping[str, Any], trainer: Checked) -> dict[str, int]:
     """Return the limits that a complete run has reached, each with a doubled value."""
     patience = trainer["early_stopping"]["patience"]
     waited = summary["evaluations_without_improvement"]
@@ -688,7 +686,7 @@ def reached(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(old: Mapping[str, Config], new: Mapping[str, Config]) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ, with both values, "absent" for a missing key."""
     before, after = leaves(old), leaves(new)
     return {

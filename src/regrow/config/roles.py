@@ -21,6 +21,7 @@ from regrow.config import places
 from regrow.config.leads import RECIPES
 from regrow.config.targets import HYDRAS_OWN, locate
 from regrow.config.yaml_files import readable
+from regrow.dotted import Config
 from regrow.errors import UserError
 from regrow.project import CONF, ROOT
 
@@ -43,7 +44,7 @@ PURE_METRICS = tuple(
 
 
 def check_roles(
-    config: Mapping[str, Any],
+    config: Mapping[str, Config],
     groups: Collection[str],
     folder: Path,
     where: str,

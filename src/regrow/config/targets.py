@@ -11,15 +11,17 @@ import importlib.util
 import inspect
 import re
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from regrow.config.own_code import own_place, owner_of, places_of, shown
 from regrow.config.yaml_files import broken_files, readable
+from regrow.dotted import Config
 from regrow.errors import UserError, brief, chain, did_you_mean, machine_fault
 from regrow.project import ROOT
 from regrow.record import moved
+from regrow.record.redact import redact
 
 SHOWS_ALL = "HYDRA_FULL_ERROR=1 shows the whole traceback."
 HANDED_IN = frozenset({"params", "length", "optimizer", "outputs", "targets"})  # the run passes it
@@ -29,6 +31,7 @@ HYDRAS_OWN = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 # Targets that this process may instantiate in addition to those in conf/: see `allow`.
 _allowed: set[str] = set()
 _paths: dict[str, set[str]] = {}  # where the allowed configs name a target
+_typed: list[str] = []  # the overrides of this process's job
 
 
 def allow(*nodes: Any) -> None:
@@ -41,6 +44,19 @@ def allow(*nodes: Any) -> None:
         if isinstance(target, str):
             _allowed.add(target)
             _paths.setdefault(target, set()).add(path)
+
+
+def note_typed(overrides: Iterable[str]) -> None:
+    """Note the overrides of the job, for errors of what a config describes."""
+    _typed[:] = overrides
+
+
+def typed_below(path: str, error: BaseException) -> str:
+    """Return the typed values of a node's keys, of which `error` names none; "" for none."""
+    found = [line for line in (each.lstrip("+") for each in _typed) if line.startswith(f"{path}.")]
+    keys = [line.partition("=")[0].rpartition(".")[2] for line in found]
+    is_said = any(re.search(rf"\b{re.escape(key)}\b", str(error)) for key in keys)
+    return "" if is_said else redact(", ".join(found))
 
 
 def is_allowed(target: Any) -> bool:
@@ -89,7 +105,7 @@ def _refuse_unknown(target: Any, path: str) -> None:
         )
 
 
-def instantiate(node: Mapping[str, Any], **arguments: Any) -> Any:
+def instantiate(node: Mapping[str, Config], **arguments: Any) -> Any:
     """Return the object that a node describes; `arguments` are those that only the run knows.
 
     Raises UserError for a target that is not allowed, cannot be imported or rejects its arguments.
@@ -139,7 +155,11 @@ class _Raised(Exception):
             said, place = f"SyntaxError: {error.msg}", f"{shown(error.filename)}:{error.lineno}"
         if "missing" in said and "required" in said:
             said += ". " + _way_out(said, node, known)
-        said = f"{said.rstrip('.')}{self._used_in(error)}. {SHOWS_ALL}" if place else said
+        if place:
+            used = self._used_in(error)
+            if not used and len(known) == 1 and (typed := typed_below(next(iter(known)), error)):
+                used = f" ({typed})"
+            said = f"{said.rstrip('.')}{used}. {SHOWS_ALL}"
         if len(known) == 1:
             return f"{next(iter(known))} ({self.target}{', ' * bool(place)}{place}): {said}"
         return f"_target_={self.target}{f' ({place})' * bool(place)}: {said}"

@@ -15,9 +15,9 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from regrow.config.class_folders import is_hidden
+from regrow.dotted import Config
 from regrow.errors import DataError, UserError, brief, machine_fault
 
 OF_SUFFIX = "of suffix "
@@ -86,7 +86,9 @@ def named_in(leave_out: Iterable[str], root: Path) -> list[str]:
     return [os.fspath(root / name) for name in names]
 
 
-def without_gone(data: Mapping[str, Any], folder: Path, *, tells: bool = True) -> Mapping[str, Any]:
+def without_gone(
+    data: Mapping[str, Config], folder: Path, *, tells: bool = True
+) -> Mapping[str, Config]:
     """Return a data node to build: without paths of `source.leave_out` that are recorded and gone.
 
     `folder` is the run's, whose config.yaml keeps them. Such a file was deleted since, or is not

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from regrow.config.rules import require
 from regrow.errors import DataError, UserError
 from regrow.feeding.splits import (
     Examples,
@@ -149,8 +150,7 @@ def _is_number(text: str) -> bool:
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, cells) of each row of the file."""
-    if len(delimiter) != 1:
-        raise UserError(f"data.source.delimiter={delimiter!r} is not one character.")
+    require("data.source.delimiter", delimiter)  # a table may be read without a config
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv_format.reader(file, delimiter=delimiter, strict=True)

@@ -30,6 +30,11 @@ HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
 handed: dict[str, str] = {}
 
 
+def _quieten() -> None:
+    # torch warns while it builds a layer of width 0. The layer's first call says it in one line.
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+
+
 def main() -> None:
     """Begin a command: every script calls this before it imports torch or Hydra."""
     terminal.show()
@@ -45,6 +50,7 @@ def main() -> None:
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
         os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
     # Hydra skips a missing search path entry and then composes a different config.
+    _quieten()
     warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
     if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
@@ -60,6 +66,7 @@ def main() -> None:
 def rank(environment: Mapping[str, str]) -> None:
     """Begin one of a run's processes. `environment` holds what its launcher left unset."""
     terminal.show()
+    _quieten()
     os.environ.update(environment)
     os.environ[KEEPS_HANDLERS] = ""
 

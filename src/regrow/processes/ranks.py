@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from regrow.config.job import Job
+from regrow.dotted import Checked
 from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
 from regrow.processes.begin import python_path
@@ -42,7 +43,7 @@ class Outcome:
     error: dict[str, Any] | None  # reported by the first process that failed
 
 
-def count_of(trainer: Mapping[str, Any]) -> int:
+def count_of(trainer: Checked) -> int:
     """Return the number of processes on this machine. Raises UserError for an impossible one."""
     import torch
 
@@ -105,7 +106,7 @@ def run(job: Job, count: int) -> float | None:
             raise SystemExit(1)
         restarts -= not memory
         log.warning("%s. Starting again from the last checkpoint.", error["text"])
-        job = dataclasses.replace(job.with_values(resume="auto"), folder=outcome.folder)
+        job = job.started_again().in_folder(outcome.folder)
 
 
 def start(job: Job, count: int) -> Outcome:

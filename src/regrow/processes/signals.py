@@ -41,11 +41,13 @@ class _BeforeTheRun:
 
     def __init__(self) -> None:
         self._handlers = contextlib.ExitStack()
+        self.is_active = False
         self._undo: list[Callable[[], object]] = [remove_created, remove_unfinished]
 
     def begin(self) -> None:
         numbers = [n for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN]  # e.g. nohup
         self._handlers.enter_context(handled(numbers, self._note))
+        self.is_active = True
         os.register_at_fork(after_in_child=self.end)
 
     def undo(self, function: Callable[[], object]) -> None:
@@ -55,6 +57,7 @@ class _BeforeTheRun:
     def end(self) -> None:
         """Restore the earlier handlers. Call it before the run writes what stays."""
         self._handlers.close()
+        self.is_active = False
 
     def _note(self, number: int, frame: object) -> None:
         for function in self._undo:

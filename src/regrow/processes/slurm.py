@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.config.job import Job
+from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.processes import outside
 from regrow.processes.begin import SAFE_PATH, python_path
@@ -50,7 +51,7 @@ class SlurmOptions:
     sbatch: dict[str, Any] | None
 
 
-def check(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
+def check(options: SlurmOptions, trainer: Checked) -> None:
     """Raise UserError for options that Slurm rejects, or that fail once the job starts."""
     if is_missing():
         raise UserError(
@@ -64,7 +65,7 @@ def is_missing() -> bool:
     return shutil.which("sbatch") is None
 
 
-def check_request(options: SlurmOptions, trainer: Mapping[str, Any]) -> None:
+def check_request(options: SlurmOptions, trainer: Checked) -> None:
     """Do what `check` does on a machine without Slurm."""
     if options.jobs == "auto":
         raise UserError("launcher.jobs=auto: Slurm takes a number, or null for as many as it lets.")
@@ -145,7 +146,7 @@ def write_job(job: Job) -> Path:
     (file.parents[1] / names.LOCK).touch()  # marks it as a run's folder: see `names`
     file.with_name("restarts").unlink(missing_ok=True)
     # A requeued job must resume; `launch.submit` has checked `resume` before.
-    records.write_text(file, job.with_values(resume="auto").to_json(), private=True)
+    records.write_text(file, job.started_again().to_json(), private=True)
     return file
 
 

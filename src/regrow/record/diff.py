@@ -22,6 +22,12 @@ SECONDS = 5.0
 HASHED_BYTES = 100_000_000  # of the listed files
 LISTED = 200
 # Override user settings that would produce a patch that `git apply` cannot read.
+# Untracked files with another suffix are data, such as photos, which the data's fingerprint covers.
+OF_CODE = {
+    *("", ".c", ".cc", ".cfg", ".cpp", ".csv", ".cu", ".cuh", ".h", ".hpp", ".ini", ".ipynb"),
+    *(".json", ".md", ".py", ".pyi", ".pyx", ".rs", ".sh", ".toml", ".tsv", ".txt", ".yaml"),
+    ".yml",
+}
 AS_A_PATCH = (
     *("-c", "core.quotePath=true", "diff", "--no-ext-diff", "--no-textconv", "--no-color"),
     *("--binary", "--src-prefix=a/", "--dst-prefix=b/", "--unified=3", "--no-relative"),
@@ -37,7 +43,8 @@ class Changes:
     left_out: dict[str, str | None] = field(default_factory=dict)  # SHA-256 by name
     cut: bool = False  # True if code was left out
     not_listed: int = 0  # number of further files left out
-    untracked: list[str] = field(default_factory=list)
+    untracked: list[str] = field(default_factory=list)  # of code
+    untracked_data: int = 0  # number of other untracked files
 
 
 def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -> bytes | None:
@@ -93,6 +100,9 @@ def changes_of(root: Path, top: Path, *, limit: int | None = None) -> Changes:
                 found.patch += part
     inside = os.path.relpath(root.resolve(), top.resolve())
     for name in _names(root, "ls-files", "--others", "--exclude-standard", "--full-name"):
+        if Path(name).suffix.lower() not in OF_CODE:
+            found.untracked_data += 1
+            continue
         found.untracked.append(_shown(name))
         addition = None
         if _is_new_code(name, "" if inside == "." else f"{inside}/", top):

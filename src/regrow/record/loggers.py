@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from regrow.dotted import Config
 from regrow.errors import UserError, brief
 from regrow.extras import require
 from regrow.record import logged_images
@@ -524,7 +525,7 @@ def open_loggers(
     position: int | None,
     resume_step: int | None,
     run_name: str,
-    config: Mapping[str, Any] | None,
+    config: Mapping[str, Config] | None,
 ) -> Loggers:
     """Return loggers of metrics.jsonl, truncated to `position`, and of the config's nodes.
 
@@ -567,7 +568,7 @@ def _taken_by(node: Callable[..., Logger], given: Mapping[str, Any]) -> dict[str
     return {key: value for key, value in given.items() if key in parameters}
 
 
-def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, Any]) -> None:
+def check_required(node: Mapping[str, Config], path: str, parameters: Mapping[str, Any]) -> None:
     """Raise UserError if a logger needs an argument that neither the config nor the run gives.
 
     `parameters` are those of its signature, by name.
@@ -584,7 +585,7 @@ def check_required(node: Mapping[str, Any], path: str, parameters: Mapping[str, 
         )
 
 
-def check_choice(nodes: Mapping[str, Mapping[str, Any]]) -> None:
+def check_choice(nodes: Mapping[str, Mapping[str, Config]]) -> None:
     """Raise UserError for a missing package or an unknown mode, without importing the trackers.
 
     Called before any folder is created.

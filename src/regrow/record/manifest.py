@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from regrow.dotted import Config
 from regrow.project import ROOT
 from regrow.record import diff
 from regrow.record.diff import ORIGIN as ORIGIN
@@ -78,7 +79,7 @@ def write(
     data: Mapping[str, Any] | None,
     seeds: Mapping[str, Any],
     accepted: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Config] | None = None,
 ) -> dict[str, Any]:
     """Write manifest.json and, for code with changes, git.diff. Returns the manifest.
 
@@ -159,7 +160,7 @@ def set_step(folder: Path, step: int) -> None:
 def note_packages(folder: Path, root: Path) -> None:
     """Add the versions of all packages that this process imported, for the latest start.
 
-    Called at the end of a run, because reading them takes a third of a second. Ignores all errors.
+    Called at the end of a run, because reading them takes a while. Ignores all errors.
     """
     with contextlib.suppress(Exception):
         content = read_json(folder / NAME)
@@ -409,6 +410,8 @@ def git(root: Path) -> dict[str, Any] | None:
         "remote": _git(root, "config", "--get", "remote.origin.url"),
         "dirty": None if status is None else bool(status),
         "untracked": changes.untracked[:100],
+        "num_untracked": len(changes.untracked),
+        "num_untracked_data": changes.untracked_data,
         "diff_sha256": hashlib.sha256(changes.patch).hexdigest() if changes.patch else None,
         "diff_is_cut": bool(changes.cut),
         "redacted": redacted,
@@ -513,9 +516,13 @@ def imported_packages(root: Path) -> dict[str, str]:
             else:  # its metadata may not list modules
                 files = [file for file in imported.values() if file and _is_in(file, place)]
                 used = any(not _is_in(file, root.resolve()) for file in files)
-            name = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()  # spelled as in PACKAGES
-            if used and name not in found:  # the first on the path is the imported one
-                found[name] = one.version + ("" if place is None else _of_a_checkout(place))
+            if not used:
+                continue
+            headers = one.metadata  # parsed at each access
+            name = re.sub(r"[-_.]+", "-", headers["Name"]).lower()  # spelled as in PACKAGES
+            if name not in found:  # the first on the path is the imported one
+                suffix = "" if place is None else _of_a_checkout(place)
+                found[name] = headers["Version"] + suffix
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow.dotted import Checked, Config
 from regrow.errors import UserError
 
 MODES = ("max", "min")
@@ -100,7 +101,7 @@ def _is_qualifier(word: str) -> bool:
     return word in _QUALIFIERS or re.fullmatch(r"(top|at|k)?\d+", word) is not None
 
 
-def of_run(config: Mapping[str, Any]) -> str | None:
+def of_run(config: Checked) -> str | None:
     """Return the direction of a run's monitor: from the trainer, the task, or the metric's name.
 
     None if the run has no monitor, or only torchmetrics can tell.
@@ -137,7 +138,7 @@ def of_metrics(metrics: Any, monitor: str) -> str | None:
     return {True: "max", False: "min"}.get(higher) if isinstance(higher, bool) else None
 
 
-def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null") -> None:
+def refuse_without(values: Checked, why: str = "trainer.monitor=null") -> None:
     """Raise UserError for settings that need a monitor, in the config of a run without one."""
     patience = values["trainer"]["early_stopping"]["patience"]
     if patience is not None:
@@ -153,7 +154,7 @@ def refuse_without(values: Mapping[str, Any], why: str = "trainer.monitor=null")
         )
 
 
-def refuse_unmeasured(key: str, metric: str, data: Mapping[str, Any], others: str = "") -> None:
+def refuse_unmeasured(key: str, metric: str, data: Checked, others: str = "") -> None:
     """Raise UserError for a metric of a set that is not measured during training.
 
     `others` is what else the key takes.
@@ -167,7 +168,7 @@ def refuse_unmeasured(key: str, metric: str, data: Mapping[str, Any], others: st
         )
 
 
-def lacks_val(source: Mapping[str, Any]) -> bool:
+def lacks_val(source: Mapping[str, Config]) -> bool:
     """Return True if one of our data sources certainly has no validation split.
 
     False if only reading the data can tell.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from regrow.dotted import Config
 from regrow.project import of_lab
 
 
@@ -163,7 +164,7 @@ def in_text(text: str) -> str:
     return _NAMES.sub(lambda found: of_lab(MOVED[found[0]]), text)
 
 
-def in_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def in_config(config: Mapping[str, Config]) -> dict[str, Any]:
     """Return a copy of a recorded config with the current name in every `_target_`."""
     return {
         key: in_text(value) if key == "_target_" and isinstance(value, str) else _renamed(value)

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from regrow.dotted import walk
+from regrow.dotted import Checked, walk
 from regrow.errors import UserError
 from regrow.record import by_class, fitting, logged_images, manifest, moved, pages, pictures, plots
 from regrow.record.plots import Panel
@@ -37,6 +37,7 @@ BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name"
 LEAST_FOR_IMAGES = 300_000  # bytes of a page that plots leave to images, if it has some
 LONGEST_NAME = 200  # characters of a metric, or of a tag, in a page
 MOST_TAGS = 100
+OPEN_RESUMES, MOST_RESUMES = 3, 100  # whose commands a page shows, and shows or folds
 NOTES_BYTES = 2_000  # for the sentences about images that a page lacks
 
 
@@ -49,7 +50,7 @@ class Run:
     status: Mapping[str, Any]
     summary: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    config: Mapping[str, Any]
+    config: Checked
     overrides: Sequence[str]
     lines: Sequence[Mapping[str, Any]]
 
@@ -367,13 +368,12 @@ def _facts(run: Run) -> dict[str, Any]:
         ", ".join(str(it.get("name")) for it in hardware.get("accelerators") or []),
     ]
     versions = [f"{k} {v}" for k, v in packages.items() if k in ("torch", "hydra-core")]
-    resumes = len(facts.get("resumes") or [])
     found = {
         "command": pages.code(facts.get("command")),
         "folder": pages.code(run.folder),
         "commit": f"{commit} ({git.get('branch') or 'no branch'}{changed})" if commit else "",
         "started": facts.get("started"),
-        "resumed": f"{resumes} times" if resumes else "",
+        "resumed": _resumes(facts),
         "steps": pages.number(summary.get("steps", run.status.get("step"))),
         "epochs": pages.number(summary.get("epochs")),
         "machine": ", ".join(part for part in machine if part),
@@ -381,6 +381,32 @@ def _facts(run: Run) -> dict[str, Any]:
         "weights": pages.code(summary.get("weights_sha256")),
     }
     return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _resumes(facts: Mapping[str, Any]) -> Markup | str:
+    """Return when, from which step and with which command a run was resumed; "" if it was not."""
+    starts = facts.get("resumes") or []
+    said = []
+    for start in starts[:MOST_RESUMES]:
+        step = f" from step {pages.number(start['step'])}" if start.get("step") is not None else ""
+        # A resume records what differs from the first start.
+        command = pages.code(start.get("command") or facts.get("command"))
+        when = start.get("started") or facts.get("started") or ""
+        said.append(Markup("<div>{}{}: {}</div>").format(when, step, command))
+    if not said:
+        return ""
+    more = len(starts) - len(said)
+    if more:
+        said.append(Markup("<div>{}</div>").format(f"and {more} more, in {manifest.NAME}"))
+    shown, folded = said[:OPEN_RESUMES], said[OPEN_RESUMES:]
+    times = "once" if len(starts) == 1 else f"{len(starts)} times"
+    text = Markup("<div>{}</div>").format(times) + Markup("").join(shown)
+    if folded:
+        later = f"the {len(starts) - len(shown)} later ones"
+        text += Markup("<details><summary>{}</summary>{}</details>").format(
+            later, Markup("").join(folded)
+        )
+    return text
 
 
 # -- where configs differ --------------------------------------------------------------------------

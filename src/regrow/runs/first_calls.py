@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.config.own_code import own_place, owner_of, places_of, shown
-from regrow.config.targets import SHOWS_ALL, named_packages
+from regrow.config.targets import SHOWS_ALL, named_packages, typed_below
 from regrow.distributed.parallel import lost_the_others
 from regrow.errors import OwnCodeError, UserError, in_a_line, machine_fault
 from regrow.feeding.batch import LoadedBatch
@@ -56,7 +56,9 @@ def in_words(error: Exception) -> str | None:
     text = _cut(in_a_line(error), MOST).rstrip(".")
     kind = type(error).__name__
     said = f"{kind}: {text}" if text else kind
-    return " ".join([f"{where}: {said}.", *_shapes(error), SHOWS_ALL])
+    typed = typed_below("model", error)
+    set_to = [f"Set by the command: {typed}."] if typed else []
+    return " ".join([f"{where}: {said}.", *_shapes(error), SHOWS_ALL, *set_to])
 
 
 def _deepest_of_ours(error: Exception) -> str | None:

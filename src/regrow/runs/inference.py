@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regrow.config.recorded import recorded_config
 from regrow.distributed.parallel import World
+from regrow.dotted import Config
 from regrow.errors import UserError
 from regrow.feeding.decoding import fit, size_of
 from regrow.feeding.masks import as_written
@@ -47,7 +48,7 @@ def draws_of(run: LoadedRun, split: str) -> Draws:
     return Draws(run.config["seed"], split, run.step, 0, watch=True)
 
 
-def other_draws(run: LoadedRun, swapped: Mapping[str, Any]) -> list[str]:
+def other_draws(run: LoadedRun, swapped: Mapping[str, Config]) -> list[str]:
     """Return the reasons why a model that draws may draw different numbers than in its run."""
     config = recorded_config(run.folder, str(run.folder))
     recorded = config["data"]

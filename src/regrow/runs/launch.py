@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -106,13 +105,13 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     folder = Path(job.folder or records.create(Path("outputs"), job.config["name"]))
     try:
         with claimed(folder, job) as kept:
-            job = job.with_values(**kept or {})
+            job = job.resuming(kept)
             if kept is not None and resume.is_done(folder, job.config):
                 draw_missing(folder, job)
                 say_complete(folder, job)
                 return
             # If Slurm rejects the job, `claimed` removes the empty folder.
-            number = slurm.submit(owned(dataclasses.replace(job, folder=str(folder))), options)
+            number = slurm.submit(owned(job.in_folder(str(folder))), options)
     except UserError:
         if job.folder is None:
             remove_empty_parents(folder)
@@ -130,4 +129,4 @@ def owned(job: Job) -> Job:
     except OSError as error:
         log.warning("this run is not entered as yours (%s)", ownership.reason_of(error))
         return job
-    return dataclasses.replace(job, owner=ownership.owner_of_job(entry, as_recorded(job)))
+    return job.owned(ownership.owner_of_job(entry, as_recorded(job)))

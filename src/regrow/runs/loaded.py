@@ -28,7 +28,7 @@ from regrow.config.recorded import recorded_config, refuse_other_folder
 from regrow.config.resume import check_roles_of_run, downloads_elsewhere, refuse_remote
 from regrow.config.rules import RULES, applies, require
 from regrow.config.targets import allow, instantiate
-from regrow.dotted import leaves
+from regrow.dotted import Config, leaves
 from regrow.errors import UserError, brief, did_you_mean
 from regrow.feeding.batch import each
 from regrow.feeding.feeds import collated
@@ -225,7 +225,7 @@ def load_run(
     *,
     which: str = "best",
     device: str | None = None,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Config] | None = None,
 ) -> LoadedRun:
     """Return the run in `folder`, loaded from the folder alone. The data need not exist.
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.numerics import memory
 from regrow.record import manifest
@@ -36,7 +35,7 @@ def resolve_device(name: str, index: int = 0) -> torch.device:
     return torch.device(name, index) if name == "cuda" else torch.device(name)
 
 
-def set_numerics(trainer: Mapping[str, Any], device: torch.device) -> None:
+def set_numerics(trainer: Checked, device: torch.device) -> None:
     """Set this process's switches that results and speed depend on, from the node `trainer`."""
     if trainer["precision"] == "fp16" and device.type != "cuda":
         raise UserError(

@@ -75,7 +75,7 @@ def _report(job: Job) -> None:
         if isinstance(trainer["devices"], int):
             count = trainer["devices"]
     threads = trainer["num_threads"] or machine.usable_cores()
-    job = job.with_trainer(devices=count, num_threads=threads)
+    job = job.of_processes(count, threads)
     world = World(device=device)
     objects = training.build(_alone(job.config, device), world, job.folder)
     with contextlib.closing(objects.data):
@@ -306,7 +306,7 @@ def _resumed(job: Job, folder: Path) -> Job:
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
     if folder.is_dir():
         names.refuse_foreign_run(folder)
-    return job.with_values(**resume.resumed(folder, job.config, job.overrides) or {})
+    return job.resuming(resume.resumed(folder, job.config, job.overrides))
 
 
 def _folder(job: Job) -> str:

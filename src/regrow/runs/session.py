@@ -21,7 +21,7 @@ from regrow.checkpoint import writer
 from regrow.config import flags, registered, resume
 from regrow.config.job import Job, as_recorded
 from regrow.config.origins import located_in
-from regrow.config.targets import allow
+from regrow.config.targets import allow, note_typed
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import (
     DataError,
@@ -66,6 +66,7 @@ def run_all(job: Job) -> float | None:
 def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this rank's part of it, and return the best monitored value."""
     allow(job.config)  # another process may have composed and checked it
+    note_typed(job.overrides)
     with contextlib.ExitStack() as stack:
         job, found = settled(job, world, stack)
         allow(job.config)  # it may keep targets of the table for older runs
@@ -94,11 +95,12 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
 
     Fills in `trainer.devices`, `trainer.num_threads`, and the recorded values that a resume keeps.
     """
-    job, found = job.with_trainer(devices=machine.processes_here()), FolderState()
+    threads = job.config["trainer"]["num_threads"]
+    job, found = job.of_processes(machine.processes_here(), threads), FolderState()
     if job.folder is not None and world.is_main:
         folder = Path(job.folder)
         kept = stack.enter_context(claimed(folder, job))
-        job = job.with_values(**kept or {})
+        job = job.resuming(kept)
         least = (records.load_status(folder) or {}).get("num_micro_batches")
         done = kept is not None and resume.is_done(folder, job.config)
         found = FolderState(
@@ -111,7 +113,8 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
     told = json.dumps([job.config, dataclasses.asdict(found)])
     config, fields = json.loads(world.from_main(told))
     threads = config["trainer"]["num_threads"] or machine.usable_cores()
-    return job.with_values(**config).with_trainer(num_threads=threads), FolderState(**fields)
+    job = job.resuming(config).of_processes(config["trainer"]["devices"], threads)
+    return job, FolderState(**fields)
 
 
 def draw_missing(folder: Path, job: Job) -> None:
@@ -200,7 +203,7 @@ def run_in(job: Job, found: FolderState, world: World) -> float | None:
 
 def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int) -> float | None:
     """Train the built objects and write the run's record."""
-    job = job.with_trainer(monitor=objects.options.monitor, mode=objects.options.mode)
+    job = job.monitoring(objects.options.monitor, objects.options.mode)
     config = job.config
     objects.state.progress.num_micro_batches = num_micro_batches
     if config["trainer"]["check_first_batch"]:

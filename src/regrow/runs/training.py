@@ -22,6 +22,7 @@ from regrow.distributed import sharding
 from regrow.distributed.parallel import (
     World,
 )
+from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.feeding.files import shown, without_gone
 from regrow.processes.interrupt import Interrupted, StopRequest
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "weights.pt"
 
 
-def build(config: Mapping[str, Any], world: World, folder: str | None = None) -> Objects:
+def build(config: Checked, world: World, folder: str | None = None) -> Objects:
     """Set this process's switches, and return the objects of a run. Writes nothing.
 
     `folder` is the one that the run is resumed in, if it holds one: see `files.without_gone`.

@@ -8,13 +8,13 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow.checkpoint import writer
 from regrow.config.yaml_files import read_yaml
+from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.extras import require
 from regrow.record import moved
@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
     log.info("init_from: %d of %d tensors from %s", len(fitting), len(own), source)
 
 
-def warn_of_other_splits(source: Path, data: Mapping[str, Any]) -> None:
+def warn_of_other_splits(source: Path, data: Checked) -> None:
     """Log a warning if the run of the weights split the same data in a different way."""
     folders = [source, *source.resolve().parents[:3]]  # a run, or a checkpoint of one
     recorded = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)

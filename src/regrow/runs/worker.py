@@ -96,8 +96,11 @@ def job_from(store: Any) -> str:
 
 
 def lead(job: Job) -> NoReturn:
-    """As rank 0 of processes started from outside, send the job to the other ranks and run it."""
-    before_the_run.end()
+    """As rank 0 of processes started from outside, send the job to the other ranks and run it.
+
+    A signal still ends this process with one line, until the run has a folder.
+    """
+    before_the_run.undo(outside.have_met)
     trainer = job.config["trainer"]
     local = machine.processes_here()
     if trainer["devices"] not in ("auto", 1, local):
@@ -109,15 +112,10 @@ def lead(job: Job) -> NoReturn:
     store.set("job", job.to_json())
     code = 0
     try:
-        with handled([signal.SIGTERM], lambda *_: sys.exit(128 + signal.SIGTERM)):
-            outside.wait_for_all(store, trainer["timeout_seconds"])
+        outside.wait_for_all(store, trainer["timeout_seconds"])
     except UserError as error:
         tell(str(error))
         code = 2
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except SystemExit as end:
-        code = int(end.code or 0)
     if code:  # the other ranks end when the store does
         outside.have_met()
         if job.folder is not None:
@@ -155,8 +153,9 @@ def work(job: Job, store: Any) -> NoReturn:
     """Run this process's part of the job, and exit."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     shown = console() if rank == 0 else contextlib.nullcontext()
+    numbers = [] if before_the_run.is_active else [signal.SIGINT]
     try:
-        with handled([signal.SIGINT], signal.default_int_handler), shown:
+        with handled(numbers, signal.default_int_handler), shown:
             run_part(job, store, rank, size)
         code = 0
     except SystemExit as end:

@@ -24,7 +24,7 @@ from regrow.config.check import check
 from regrow.config.command_line import paths_as_typed, quoted, refuse_unusable
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydras import check_settings
-from regrow.config.job import Job, job_of, with_override
+from regrow.config.job import Job, job_of
 from regrow.config.resume import CHANGED, key_of
 from regrow.errors import UserError, brief
 from regrow.record.comparison import label_of
@@ -206,7 +206,7 @@ class Composer:
         command = ["python", "scripts/train.py", *overrides]
         job = job_of(cfg, self.folder / folder, command)
         entry = ledger.JobEntry(number, identity, swept, folder, overrides)
-        return Planned(entry, job.with_values(resume="auto"))
+        return Planned(entry, job.started_again())
 
 
 def numbered(
@@ -285,23 +285,6 @@ def refuse_another(folder: Path, fixed: Mapping[str, str], swept: Sequence[str])
                 f"{new or '~' + key}: the sweep in {folder} was made with "
                 f"{old or 'no such override'}. Vary it, or use another folder."
             )
-
-
-def in_group(planned: Planned, group: str) -> Planned:
-    """Return the job with `group` as its wandb group, which all jobs of a sweep share."""
-    tracker = planned.job.config["logger"].get("wandb")
-    if not isinstance(tracker, Mapping) or tracker.get("group", ...) is not None:
-        return planned
-    job = with_override(planned.job, "logger.wandb.group", group)
-    return dataclasses.replace(planned, job=job)
-
-
-def with_threads(planned: Planned, count: int) -> Planned:
-    """Return the job with `count` threads, unless its config sets a number."""
-    if planned.job.config["trainer"]["num_threads"] is not None:
-        return planned
-    job = with_override(planned.job, "trainer.num_threads", count)
-    return dataclasses.replace(planned, job=job)
 
 
 def overrides_of(config: DictConfig) -> list[str]:

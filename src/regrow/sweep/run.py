@@ -210,17 +210,14 @@ class Sweep:
         return [self.prepare(one) for one in planned]
 
     def prepare(self, planned: Planned) -> Planned:
-        planned = planning.in_group(planned, self.folder.name)
-        job = dataclasses.replace(planned.job, draws=self.options.pictures == "all")
-        planned = dataclasses.replace(planned, job=job)
+        threads = None
         if not self.is_for_slurm:
             trainer = planned.job.config["trainer"]
             threads = local.threads_of(trainer, self.shares, len(self.gpus))
-            planned = planning.with_threads(planned, threads)
-        if self.entry is None:
-            return planned
-        owner = ownership.owner_of_job(self.entry, as_recorded(planned.job))
-        return dataclasses.replace(planned, job=dataclasses.replace(planned.job, owner=owner))
+        job = planned.job.of_sweep(self.folder.name, threads, draws=self.options.pictures == "all")
+        if self.entry is not None:
+            job = job.owned(ownership.owner_of_job(self.entry, as_recorded(job)))
+        return dataclasses.replace(planned, job=job)
 
     def write(self, entries: Sequence[ledger.JobEntry], **facts: Any) -> None:
         """Write sweep.json, which makes the folder a sweep's, and update the link to the latest."""

@@ -278,7 +278,7 @@ class Trials:
             "metrics": self.metrics,
             "pruner": pruner_options(self.options),
         }
-        return dataclasses.replace(planned, job=dataclasses.replace(planned.job, trial=told))
+        return dataclasses.replace(planned, job=planned.job.of_trial(told))
 
     def ended(self, planned: Planned) -> None:
         """Tell Optuna the result of a trial; an interrupted trial stays open."""
