@@ -67,8 +67,9 @@ build/site-tools/complete: docs/site/requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target build/site-tools -r $<
 	@touch $@
 
-reference: schemas ## rewrite docs/keys.md and the diagrams of the pages
+reference: schemas ## rewrite docs/keys.md, docs/reference/ and the diagrams of the pages
 	@$(PY) docs/site/keys.py
+	@$(PY) docs/site/api.py
 	@$(PY) docs/site/images.py
 
 site: setup build/site-tools/complete ## build the site in build/site/html; a warning is an error

@@ -26,19 +26,17 @@ from regrow.config.own_modules import import_own_modules
 from regrow.config.recorded import recorded_config
 from regrow.config.resume import (
     ELSEWHERE,
+    check_roles_of_run,
     differences,
     downloads_elsewhere,
     is_foreign,
     is_own,
     key_of,
     lacked_before,
-    named_by_command,
-    places_of,
     places_of_conf,
     recorded_overrides,
     refuse_remote,
 )
-from regrow.config.roles import check_roles
 from regrow.errors import UserError, brief, printable
 from regrow.failing import in_one_line, tell
 from regrow.feeding.files import without_gone
@@ -119,8 +117,7 @@ def record_of(run: Path, given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{records.SUMMARY} cannot be read: {reason}. Restore that file."
         ) from None
     import_own_modules()
-    others, named = places_of(run), named_by_command(run)
-    check_roles(config, tuple(config), run, f"run={given}", others=others, named=named)
+    check_roles_of_run(config, tuple(config), run, f"run={given}")
     if not isinstance(name, str) or not isinstance(threads, int):
         raise UserError(f"run={given}: its config.yaml has no name or no trainer.num_threads.")
     return config, manifest.latest(content)

@@ -26,6 +26,7 @@ FOLDERS = (".ci", ".github", "benchmarks", "conf", "docs", "scripts", "src", "te
 LEFT_OUT = {
     "tests/older/": "runs recorded by earlier versions: they stay as they were written",
     "benchmarks/RESULTS.md": "`make bench` writes it",
+    "docs/reference/": "`make reference` writes it: see the docstrings",
     "tests/english.py": "holds the patterns",
     "tests/test_english.py": "holds sentences that must be found",
 }

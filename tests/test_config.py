@@ -490,13 +490,13 @@ def test_a_missing_number_of_classes_is_counted(
     monkeypatch.chdir(tmp_path)
     for name in ("cat", "dog", ".cache"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-    says = "photos holds 2 class folders (cat, dog), so add data.num_classes=2"
+    says = "photos holds 2 class folders (images): cat 0, dog 0. The folders cat and dog hold no"
     made = composed("data=image_folder", "data.root=photos")
     with pytest.raises(UserError, match=re.escape(f"data.num_classes must be given: {says}")):
         check(made, made.hydra.runtime.choices)
     for name in ("a", "b", "c"):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"3 class folders \(a, b, c\), so add data.num_classes=3"):
+    with pytest.raises(UserError, match=r"train holds 3 class .*\. Set data\.num_classes=3\.$"):
         check(made, made.hydra.runtime.choices)
     made = composed("data=mask_folder", "data.root=photos")  # folders say nothing there
     with pytest.raises(UserError, match=r"must be given: add data\.num_classes=…"):
@@ -580,6 +580,29 @@ def test_help_of_a_group_shows_its_options_and_the_keys_of_the_chosen_one(tmp_pa
     assert "linear; the first step" in line and "(default null)" in said
     assert "[an integer of at least 0, or null]" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
+
+
+SCREEN = 40  # lines; test_help_fits_on_a_screen has the shorter one of --help alone
+
+
+@pytest.mark.parametrize("option", sorted(places.options("data")))
+def test_help_of_each_data_set_stays_below_a_screen_and_names_each_of_its_keys(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*arguments: str) -> str:
+        help.show("train", *help.split(["--help", "data", f"data={option}", *arguments]))
+        return capsys.readouterr().out
+
+    said = shown()
+    words = {word.partition("=")[0].rpartition(".")[2] for word in said.split()}
+    keys = [key for key, _, _ in help._leaves(entries.option("data", option), "data")]
+    assert len(said.splitlines()) < SCREEN and not {key.rpartition(".")[2] for key in keys} - words
+    if option == "mask_folder":
+        assert "\n    and .crop_ratio .brightness .contrast .saturation .hue\n" in said
+        changed = shown("data.augmentation.hue=0.1")  # has its comment now
+        assert ".hue=0.1" in changed and "    and .crop_ratio .brightness .contrast" in changed
+        monkeypatch.setattr(help, "RARELY", ())  # the control
+        assert len(shown().splitlines()) > SCREEN
 
 
 def test_help_of_a_group_that_lacks_a_key_shows_it_as_missing(tmp_path: Path) -> None:
@@ -726,10 +749,17 @@ def test_images_a_folder_too_deep_or_an_empty_class_are_told(
     said = run_train(tmp_path, *typed, "data.root=photos").stderr
     assert "photos holds one folder, inner, with" in said and "data.root=photos/inner" in said
     is_right = given == ["data.num_classes=2"]
+    assert "in it: cat 2, dog 3. If" in said
     assert ("data.num_classes=2" in said.partition("photos/inner")[2]) != is_right
     said = run_train(tmp_path, *typed, "data.root=three").stderr
     assert "no images" in said and "x" in said
-    assert ("cat 2, dog 3, x 0" in said) == is_right
+    assert ("cat 2, dog 3, x 0" in said) == (given != ["data.num_classes=3"])
+    if "x 0" not in said:
+        return
+    (tmp_path / "three" / "x" / "notes.txt").write_text("no image")
+    assert run_train(tmp_path, *typed, "data.root=three").stderr == said  # it still has none
+    Image.new("L", (8, 8)).save(tmp_path / "three" / "x" / "0.png")  # the control
+    assert "no images" not in run_train(tmp_path, *typed, "data.root=three").stderr
 
 
 def test_a_call_that_refuses_an_argument_suggests_one_or_lists_all(

@@ -157,6 +157,23 @@ def test_an_experiment_takes_the_keys_of_any_option_and_no_others(group: str) ->
     assert problems("experiment.json", {group: several}) == []
 
 
+def test_an_experiment_takes_only_the_keys_of_the_option_that_it_chooses() -> None:
+    def fails(option: str | None, **node: Any) -> bool:
+        chosen = ["_self_"] if option is None else [{"override /optimizer": option}, "_self_"]
+        return problems("experiment.json", {"defaults": chosen, "optimizer": node}) != []
+
+    assert fails("adamw", momentum=0.9) and not fails("adamw", weight_decay=0.1)
+    assert fails("sgd", betas=[0.9, 0.99]) and not fails("sgd", momentum=0.9)
+    assert not fails("adamw", _target_="mine.Optimizer", momentum=0.9)
+    assert not fails(None, momentum=0.9) and not fails("mine", momentum=0.9)
+    cases = contents()["experiment.json"]["allOf"]
+    for case in cases:  # each leads to a definition
+        (node,) = case["then"]["properties"].values()
+        name, _, place = node["$ref"].partition("#/definitions/")
+        assert place in contents()[name]["definitions"]
+    assert len(cases) > 50
+
+
 def test_a_misspelt_key_fails_at_the_top_of_an_experiment() -> None:
     assert problems("experiment.json", {"trianer": {}}) != []
     assert problems("experiment.json", {"lab": "lab"}) != []  # conf/train.yaml alone has it

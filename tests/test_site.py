@@ -61,10 +61,11 @@ def test_a_link_to_nothing_and_a_page_outside_the_menu_are_named(
 def test_links_lead_within_the_site_and_code_stays_as_it_is(pages: ModuleType) -> None:
     places = {"src/regrow": "reference/regrow.md"}
     text = (
-        "See [a](../../README.md#x), [b](../../src/regrow).\n- one\n```\n[c](../../d)\n- e\n```\n"
+        "See [a](../../README.md#x), [b](../../src/regrow), `c[d](e)`.\n"
+        "- one\n```\n[c](../../d)\n- e\n```\n"
     )
     assert pages.rewritten(text, "docs/recipes/page.md", places) == (
-        "See [a](../repository/README.md#x), [b](../reference/regrow.md).\n\n- one\n"
+        "See [a](../repository/README.md#x), [b](../reference/regrow.md), `c[d](e)`.\n\n- one\n"
         "```\n[c](../../d)\n- e\n```\n"
     )
 
@@ -75,13 +76,41 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
     text = api.pages()["reference/checkpoint.md"][1]
     names = ("CheckpointOptions", "load_newest", "weights_sha256", "CheckpointFacts")
     for name in names:
-        assert re.search(rf"^### {name} \{{ #regrow\.checkpoint\.\w+\.{name} \}}$", text, re.M)
+        assert re.search(rf"^### {name}$", text, re.M)
     assert "def weights_sha256(model: nn.Module) -> str:" in text
     assert "    keep_last: int\n" in text  # a field
     protocols = api.pages()["reference/protocols.md"][1]
-    assert "### Task {" in protocols and "\nInputs: TypeAlias = Tensor | Sequence" in protocols
+    assert "### Task\n" in protocols and "\nInputs: TypeAlias = Tensor | Sequence" in protocols
     with pytest.raises(api.NotFound, match=r"regrow\.checkpoint\.digest has no nothing"):
         api.section("regrow.checkpoint.digest", ["nothing"])
+
+
+def test_the_api_reference_in_docs_is_that_of_the_docstrings() -> None:
+    import api
+
+    written = {
+        path.relative_to(api.DOCS).as_posix(): path.read_text(encoding="utf-8")
+        for path in (api.DOCS / api.FOLDER).iterdir()
+    }
+    made = {place: text for place, (_, text) in api.pages().items()}
+    assert written == made, "run make reference"
+    index = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"\]\((reference/\w+\.md)\)", index)} == {*made}
+
+
+def test_a_changed_docstring_changes_the_api_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control."""
+    import api
+
+    before = api.section("regrow.project", None)
+    source = (api.SOURCE / "regrow" / "project.py").read_text(encoding="utf-8")
+    (tmp_path / "regrow").mkdir()
+    monkeypatch.setattr(api, "SOURCE", tmp_path)
+    for text, is_same in ((source, True), (source.replace("def lab_name", "def its_name"), False)):
+        (tmp_path / "regrow" / "project.py").write_text(text, encoding="utf-8")
+        assert (api.section("regrow.project", None) == before) is is_same
 
 
 def test_words_in_angle_brackets_are_not_tags() -> None:

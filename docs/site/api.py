@@ -1,7 +1,7 @@
-"""The API reference as Markdown, from the source alone: nothing is imported.
+"""Write docs/reference/, the API reference, from the source: python docs/site/api.py.
 
-A wing's page has the names that the docstring of its `__init__` lists, a page of the lab all names
-that have a docstring. A signature is printed as it stands in the source.
+Nothing is imported. A wing's page has the names that the docstring of its `__init__` lists, a page
+of the lab all names that have a docstring. A signature is printed as it stands in the source.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import ast
 import html
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src"
+DOCS = ROOT / "docs"
+FOLDER = "reference"
 LISTED = re.compile(r"^(\w+)(?:: (.+(?:\n    .+)*))?$", re.MULTILINE)  # module: name, name
 SHOWN_VALUE = 3  # lines; of a longer constant, only the name is shown
 SPECIAL = ("__init__", "__call__", "__iter__", "__len__", "__getitem__")
@@ -25,11 +28,11 @@ class NotFound(Exception):
 
 
 def pages() -> dict[str, tuple[str, str]]:
-    """Return (path of the source, Markdown) for each page, by its path in the site."""
+    """Return (path of the source, Markdown) for each page, by its path in docs/."""
     engine = SOURCE / "regrow"
     wings = sorted(path.parent for path in engine.glob("*/__init__.py"))
     found = {
-        f"reference/{wing.name}.md": (f"src/regrow/{wing.name}", page_of_wing(wing))
+        f"{FOLDER}/{wing.name}.md": (f"src/regrow/{wing.name}", page_of_wing(wing))
         for wing in wings
     }
     entries = {
@@ -40,13 +43,16 @@ def pages() -> dict[str, tuple[str, str]]:
     }
     text = "# regrow\n\nThe names that a notebook or a project uses most.\n\n"
     text += "\n".join(section(name, names) for name, names in entries.items())
-    found["reference/regrow.md"] = ("src/regrow", text)
+    found[f"{FOLDER}/regrow.md"] = ("src/regrow", text)
     own = definitions(parse(engine / "protocols.py"))
     names = [name for name, node in own if not isinstance(node, ast.ImportFrom)]
     protocols = section("regrow.protocols", names).replace("## ", "# ", 1)
-    found["reference/protocols.md"] = ("src/regrow/protocols.py", protocols)
-    found["reference/lab.md"] = ("src/lab", page_of_lab())
-    return found
+    found[f"{FOLDER}/protocols.md"] = ("src/regrow/protocols.py", protocols)
+    found[f"{FOLDER}/lab.md"] = ("src/lab", page_of_lab())
+    return {
+        place: (path, re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n")
+        for place, (path, text) in found.items()
+    }
 
 
 def page_of_wing(wing: Path) -> str:
@@ -85,7 +91,7 @@ def section(module: str, names: list[str] | None) -> str:
     for name in names:
         if name not in defined:
             raise NotFound(f"{module} has no {name}: see the docstring of its wing")
-        parts.append(entry(module, name, defined[name], lines))
+        parts.append(entry(name, defined[name], lines))
     return "\n".join(parts)
 
 
@@ -102,8 +108,8 @@ def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
             yield from ((alias.asname or alias.name, node) for alias in node.names)
 
 
-def entry(module: str, name: str, node: ast.stmt, lines: list[str]) -> str:
-    heading = f"### {name} {{ #{module}.{name} }}\n\n"
+def entry(name: str, node: ast.stmt, lines: list[str]) -> str:
+    heading = f"### {name}\n\n"
     if isinstance(node, ast.ClassDef):
         return heading + code(stub(node, lines)) + prose(docstring(node)) + methods(node) + "\n"
     if isinstance(node, Definition):
@@ -168,3 +174,18 @@ def docstring(node: ast.Module | ast.stmt) -> str:
 
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    (DOCS / FOLDER).mkdir(exist_ok=True)
+    wanted = pages()
+    for path in sorted((DOCS / FOLDER).glob("*.md")):
+        if path.relative_to(DOCS).as_posix() not in wanted:
+            path.unlink()
+    for place, (_, text) in wanted.items():
+        (DOCS / place).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

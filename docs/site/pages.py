@@ -1,4 +1,4 @@
-"""The pages of the site as Markdown: docs/, what its pages link to, and the API reference.
+"""The pages of the site as Markdown: docs/, and what its pages link to.
 
 A page of docs/ may link to any file of the repository by its relative path, so that the links work
 where the repository is browsed. On the site, Markdown and images that are reached in this way stand
@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("zensical.toml")
 STYLE = Path(__file__).with_name("style.css")
 FENCE = re.compile(r"^\s*(```+|~~~+)")
-LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
+LINK = re.compile(
+    r"(\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))|`[^`]*`"
+)  # or code, without groups
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
 ELSEWHERE = re.compile(r"^(?:[a-z]+:|#)")
 BESIDE = "repository/"
@@ -31,12 +33,9 @@ COPIED = (".svg", ".png")
 
 def write(folder: Path) -> list[str]:
     """Write all pages into the new `folder`. Returns the mistakes, a line each."""
-    generated = api.pages()
     mistakes: list[str] = []
-    places = {path: place for place, (path, _) in generated.items()}
+    places = {path: place for place, (path, _) in api.pages().items()}
     places |= {f"{path}/__init__.py": place for path, place in places.items()}
-    for place, (_, text) in generated.items():
-        put(folder / place, text)
     named = [*named_in(tomllib.loads(CONFIG.read_text(encoding="utf-8"))["project"]["nav"])]
     own = [
         path.relative_to(ROOT).as_posix()
@@ -101,7 +100,7 @@ def prose_lines(text: str) -> Iterator[tuple[int, str]]:
 
 def links_of(text: str) -> Iterator[str]:
     for _, line in prose_lines(text):
-        yield from (found[2] for found in LINK.finditer(line))
+        yield from (found[2] for found in LINK.finditer(line) if found[2])
 
 
 def target_of(page: str, link: str) -> tuple[str, str] | None:
@@ -126,7 +125,7 @@ def rewritten(text: str, path: str, places: dict[str, str]) -> str:
     here = posixpath.dirname(place_of(path, places)) or "."
 
     def within(found: re.Match[str]) -> str:
-        target = target_of(path, found[2])
+        target = target_of(path, found[2]) if found[2] else None
         if target is None:
             return found[0]
         there = posixpath.relpath(place_of(target[0], places), here)

@@ -19,9 +19,10 @@ from PIL import Image, ImageOps
 from running import config_of
 
 from regrow.config import older
+from regrow.config.class_folders import NOT_READ, formats_by_suffix
 from regrow.errors import DataError, UserError
 from regrow.feeding import files
-from regrow.feeding.decoding import NOT_READ, formats_by_suffix, load_image
+from regrow.feeding.decoding import load_image
 from regrow.feeding.files import contents_of, keys_of_copies
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Preprocessing

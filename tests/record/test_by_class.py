@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from regrow.record.by_class import table
+from regrow.record.by_class import MOST_CELLS, first, of_page, table
 
 
 def values(count: int) -> dict[str, float]:
@@ -51,3 +51,35 @@ def test_a_set_without_metrics_of_classes_has_no_table() -> None:
 def test_a_long_name_is_shortened_and_one_with_a_slash_is_whole() -> None:
     lines = table({"val/f1": 0.5, f"val/f1/{'x' * 99}": 0.1, "val/f1/a/b": 0.9}, "val", "")
     assert [line.split()[0] for line in lines[2:]] == ["x" * 23 + "…", "a/b"]
+
+
+def rows(count: int) -> list[list[float | str | None]]:
+    """Return the rows of two sets' classes; on the last set, the first of them are the best."""
+    found: list[list[float | str | None]] = [["aux/note", 1.0, None]]
+    for metric in ("recall", "f1"):
+        found += [[f"{metric}/c{n}", n / count, 1 - n / count] for n in range(count)]
+    return found
+
+
+def test_a_page_has_all_of_fifty_classes_and_the_worst_fifty_of_more() -> None:
+    few = rows(50)
+    assert of_page(few, ["val", "test"], {"recall", "f1"}) == (few, "")
+    many = rows(1000)
+    many[-1][-1], many[-2][-1] = math.nan, None  # classes that the last set lacks
+    shown, said = of_page(many, ["val", "test"], {"recall", "f1"})
+    assert said == "Shown: the 50 worst of 1,000 classes by test/f1."
+    names = [f"c{n}" for n in range(997, 947, -1)]
+    assert [row[0] for row in shown] == [
+        "aux/note", *(f"{metric}/{name}" for metric in ("recall", "f1") for name in names)
+    ]  # fmt: skip
+    unmeasured = [[name, value, None] for name, value, _ in many]
+    assert of_page(unmeasured, ["val", "test"], {"recall", "f1"})[1].endswith("by val/f1.")
+
+
+def test_many_sets_and_many_metrics_leave_fewer_rows() -> None:
+    wide = [[f"f1/c{n}", *([n / 60] * 399)] for n in range(60)]
+    shown, said = of_page(wide, [f"s{n}" for n in range(399)], {"f1"})
+    assert len(shown) == 10 and said == "Shown: the 10 worst of 60 classes by s398/f1."
+    long = [[f"metric {n}", 0.5] for n in range(MOST_CELLS)]
+    assert first(long, 2) == (long[:2000], "Shown: the first 2,000 of 4,000 rows.")
+    assert first(long[:2000], 2) == (long[:2000], "")

@@ -22,7 +22,16 @@ from fakes import make_run, write_lines
 
 from regrow.errors import UserError
 from regrow.feeding.batch import LoadedBatch
-from regrow.record import comparison, logged_images, pages, pictures, plots, report, side_by_side
+from regrow.record import (
+    by_class,
+    comparison,
+    logged_images,
+    pages,
+    pictures,
+    plots,
+    report,
+    side_by_side,
+)
 from regrow.record.records import read_metrics, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -331,6 +340,73 @@ def test_a_page_full_of_photographs_stays_below_a_megabyte(tmp_path: Path) -> No
     page = report.write(folder)
     assert page.read_text().count("<img ") == pictures.NUM_WRONG
     assert page.stat().st_size < 1_000_000
+
+
+def test_a_long_text_ends_after_a_line_and_says_how_much_is_shown() -> None:
+    text = "".join(f"<{number}>\n" for number in range(1000))
+    shown, said = pages.clipped(text, 500)
+    assert text.startswith(shown) and shown.endswith(">\n")
+    assert 400 < len(shown.replace("<", "&lt;").replace(">", "&gt;")) <= 500
+    assert said == f"Shown: the first {len(shown)} of 5,890 characters."
+    assert pages.clipped("é" * 100, 51)[0] == "é" * 25  # bytes, of a single line
+    assert pages.clipped(text, 20_000) == (text, "")
+
+
+def wide(folder: Path) -> Path:
+    """A run of 1,000 classes and five sets, whose config, manifest and notes are of megabytes."""
+    make_run(folder, state="failed")
+    (folder / "metrics.jsonl").write_text("")  # no plot is left out to make room
+    (folder / "plots" / "test.json").unlink()
+    summary = json.loads((folder / "summary.json").read_text())
+    for shift, its in enumerate(("val", "night", "fog", "snow", "test")):
+        values = {f"{its}/loss": 1.0}
+        for metric in ("accuracy", "precision", "recall", "f1"):
+            names = [(n, f"{its}/{metric}/{n:03d}{'<' * 300}") for n in range(1000)]
+            values |= {f"{its}/{metric}": 0.5} | {name: (n + shift) / 2000 for n, name in names}
+        summary[its] = values
+    write_json(folder / "summary.json", summary)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"tags": ["<" * 190] * 1500, "notes": "<" * 260_000, "more": "<" * 260_000}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = json.loads((folder / "manifest.json").read_text())
+    facts |= {"command": "<" * 260_000, "changed": ["<" * 900] * 300}
+    write_json(folder / "manifest.json", facts)
+    status = json.loads((folder / "status.json").read_text())
+    write_json(folder / "status.json", status | {"error": "<" * 260_000})
+    return folder
+
+
+@pytest.mark.slow
+def test_a_page_of_many_classes_sets_and_settings_is_bounded_and_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = wide(tmp_path / "run")
+    page = report.write(folder)
+    assert 300_000 < page.stat().st_size < 1_000_000
+    read = Page(page)
+    assert "Shown: the 50 worst of 1,000 classes by test/f1. All are in summary.json" in read.text
+    assert read.text.index(f"f1/000{'<' * 100}") < read.text.index(f"f1/049{'<' * 100}")
+    assert "f1/050" not in read.text and "and 1,400 more, in config.yaml" in read.text
+    for name in ("config.yaml", "manifest.json"):
+        assert re.search(
+            rf"Shown: the first [\d,]+ of [\d,]+ characters. All are in {name}", read.text
+        )
+    assert {"summary.json", "config.yaml", "manifest.json"} <= {*read.links}
+    assert len(re.findall(r"… \(Shown: the first [\d,]+ of", read.text)) == 3
+    assert size_without(monkeypatch, folder, by_class, "MOST_OF_PAGE", "MOST_CELLS") > 1_000_000
+    assert size_without(monkeypatch, folder, pages, "MOST_OF_TEXT") > 1_000_000
+    assert size_without(monkeypatch, folder, pages, "MOST_OF_WORDS") > 1_000_000
+    assert size_without(monkeypatch, folder, report, "MOST_TAGS") > 1_000_000
+
+
+def size_without(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, module: ModuleType, *bounds: str
+) -> int:
+    """Return the page's size without these bounds: the negative control."""
+    with monkeypatch.context() as patched:
+        for bound in bounds:
+            patched.setattr(module, bound, 10**9)
+        return report.write(folder).stat().st_size
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from test_comparison import grid, row
 from test_pages import Page
 
-from regrow.record import comparison, pages, plots, side_by_side
+from regrow.record import comparison, importances, pages, plots, side_by_side
 from regrow.runs.trial import STORAGE, STUDY, open_storage
 from regrow.sweep import results
 
@@ -56,14 +56,51 @@ def test_the_effects_of_a_grid_are_shares_of_the_variance() -> None:
         for lr, drop, seed in itertools.product("12", "05", "01")
     }
     short = {"optimizer.lr": "lr", "model.dropout": "dropout", "seed": "seed"}
-    found = side_by_side.effects(swept(values), short)
+    found = importances.effects(swept(values), short)
     total = 0.2**2 + 0.1**2 + 0.01**2  # the variance, but for a common factor
     assert found.shares["lr"] == pytest.approx(0.2**2 / total)
     assert found.shares["dropout"] == pytest.approx(0.1**2 / total)
     assert found.shares["interactions and seeds"] == pytest.approx(0.01**2 / total)
     values.pop(("1", "0", "1"))
-    found = side_by_side.effects(swept(values), short)
+    found = importances.effects(swept(values), short)
     assert found.shares == {} and "not each combination" in found.note
+
+
+def test_optunas_importances_of_a_grid_are_those_of_a_known_function() -> None:
+    """Without interactions and noise, they are the main effects: of 0.2 and 0.1, 4 to 1."""
+    short = {"optimizer.lr": "lr", "model.dropout": "dropout", "seed": "seed"}
+    values = {
+        (lr, drop, seed): 0.5 + (lr == "1") * 0.2 + (drop == "0") * 0.1
+        for lr, drop, seed in itertools.product("12", "05", "0123")
+    }
+    found = importances.of_table(swept(values), short)
+    assert found.shares == pytest.approx({"lr": 0.8, "dropout": 0.2}, abs=0.05)
+    assert "Optuna's functional ANOVA over 16 runs" in found.note
+    assert found == importances.of_table(swept(values), short)
+    other = {(drop, lr, seed): value for (lr, drop, seed), value in values.items()}  # the control
+    turned = importances.of_table(swept(other), short)
+    assert turned.shares == pytest.approx({"lr": 0.2, "dropout": 0.8}, abs=0.05)
+    same = importances.of_table(swept(dict.fromkeys(values, 0.5)), short)
+    assert same.shares == {} and same.note == "Not computed: val/accuracy does not vary."
+
+
+def test_main_effects_stand_in_for_optunas_importances_with_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ImportError("no module named optuna")
+
+    values = {(lr, drop, "0"): float(lr) + float(drop) for lr in "123" for drop in "0579"}
+    found = importances.of_table(swept(values), {})
+    monkeypatch.setattr(importances, "of_study", fail)
+    instead = importances.of_table(swept(values), {})
+    effects = importances.effects(swept(values), {})
+    assert instead.shares == effects.shares != found.shares
+    assert instead.note == f"{effects.note} Optuna's failed: no module named optuna"
+    few = swept({key: value for key, value in values.items() if key[0] != "3"})
+    shown = importances.of_table(few, {})
+    assert shown.shares == importances.effects(few, {}).shares
+    assert shown.note.endswith("(main effects of the grid). Optuna's importances need 10 runs.")
 
 
 def test_optuna_tells_how_much_a_searched_parameter_matters(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ NARROW = 33  # the column of comments on a page of one option
 BASE = "_base"  # the file of what all options of a group share
 OFTEN = ("data.num_classes", "data.input_shape", "data.normalize")
 SELDOM = ("data.target_kind", "data.num_outputs")  # an option sets them, and rarely a user
+# The page of an option names them alone, if a node has several of them with their defaults.
+RARELY = (
+    *("crop_ratio", "brightness", "contrast", "saturation", "hue"),
+    *("exif_orientation", "timeout_seconds", "retries"),
+)
 # Values to type for keys whose own value suggests none, by the last part of the key. These keys
 # can be typed even where they follow another, such as trainer.monitor.
 OTHERS: dict[str, list[Any]] = {
@@ -367,8 +372,20 @@ def _option(group: str, name: str, base: KeyEntry, config: Any) -> Iterator[str]
         is_alone = node == group or len(keys) == 1
         if not is_alone:
             yield f"  {node}:"
+        named = [
+            key
+            for key, entry, _ in keys
+            if _last(key) in RARELY and _current(key, entry, config) == _plain(entry.value)
+        ]
+        named = named if len(named) > 1 else []
         for key, entry, parent in keys:
-            yield from line(key, entry, parent, shown_as=key if is_alone else f"  .{_last(key)}")
+            if key not in named:
+                shown_as = key if is_alone else f"  .{_last(key)}"
+                yield from line(key, entry, parent, shown_as=shown_as)
+        if named:
+            yield from _wrapped(
+                "", " ".join(["and", *(f".{_last(key)}" for key in named)]), column=4
+            )
     if repeats:
         yield "Taken from another key, of the same name or in brackets, so set that one:"
         yield from _wrapped("", " ".join(repeats), column=2)

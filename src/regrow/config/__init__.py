@@ -3,6 +3,7 @@
 Public, by module; all else is private to this folder.
 
 check: check, check_data, check_group, check_once, check_values
+class_folders: described, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
     shell
 composition: composition, hydra_as_it_was
@@ -25,11 +26,11 @@ places: file_of, folders, groups, is_group, names_in, options, primary_file
 ranges: check_ranges
 recorded: gives_masks, recorded_config, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
-resume: CHANGED, differences, downloads_elsewhere, ELSEWHERE, expand, has_changes, if_trusted,
-    is_done, is_foreign, is_of_the_launcher, is_own, key_of, LACKED, lacked_before, lacked_keys,
-    named_by_command, places_of, places_of_conf, reached, recorded_overrides, refuse_other_data,
+resume: CHANGED, check_roles_of_run, differences, downloads_elsewhere, ELSEWHERE, expand,
+    has_changes, if_trusted, is_done, is_foreign, is_of_the_launcher, is_own, key_of, LACKED,
+    lacked_before, lacked_keys, places_of_conf, reached, recorded_overrides, refuse_other_data,
     refuse_remote, resumed, SWEEP
-roles: check_roles
+roles
 rules: applies, of_shipped, require, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created

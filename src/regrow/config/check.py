@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from regrow.config import leads, places
+from regrow.config import class_folders, leads, places
 from regrow.config.command_line import shell
 from regrow.config.explain import composition_error, takes, typed_node, where_own_keys_go
 from regrow.config.hydra_access import plain, typed_overrides
@@ -155,7 +154,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             "data.input_shape": " (null where examples have no common shape)",
         }.get(missing[0], "")
         if missing[0] == "data.num_classes" and (found := _class_folders(config)):
-            raise UserError(f"data.num_classes must be given: {_of_folders(config, found)}{others}")
+            raise UserError(f"data.num_classes must be given{others}: {found}")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
     for group in GROUPS:
@@ -212,55 +211,20 @@ def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping
     )
 
 
-def _class_folders(config: DictConfig) -> list[str]:
-    """Return the names of the class folders of data=image_folder; empty for other data."""
-    target = OmegaConf.select(config, "data.source._target_")
-    root = OmegaConf.select(config, "data.source.root", throw_on_resolution_failure=False)
+def _class_folders(config: DictConfig) -> str:
+    """Return what the folder of data=image_folder holds, in words; "" for other data and none."""
+    source = OmegaConf.select(config, "data.source", throw_on_resolution_failure=False)
+    if not isinstance(source, DictConfig):
+        return ""
+    named = ("_target_", "root", "extensions", "leave_out")
+    target, root, extensions, leave_out = (
+        OmegaConf.select(source, key, throw_on_resolution_failure=False) for key in named
+    )
     if not str(target).endswith(".image_folder") or not root:
-        return []
-    folder = Path(str(root))
-    folder = folder / "train" if (folder / "train").is_dir() else folder
+        return ""
     with contextlib.suppress(OSError):
-        return _folders_in(folder)
-    return []
-
-
-def _folders_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[:1] not in "._")
-
-
-def _of_folders(config: DictConfig, found: list[str]) -> str:
-    """Return what the folder of images holds, and the number of classes or the root to type."""
-    root = Path(str(config.data.root))
-    is_split = (root / "train").is_dir()
-    inner: list[str] = []
-    empty: list[str] = []
-    with contextlib.suppress(OSError):
-        if len(found) == 1 and not is_split:
-            inside = root / found[0]
-            inner = _folders_in(inside / "train" if (inside / "train").is_dir() else inside)
-        folder = root / "train" if is_split else root
-        empty = [name for name in found if not any(files for *_, files in os.walk(folder / name))]
-    if len(inner) > 1:
-        words = shell([f"data.root={root / found[0]}", f"data.num_classes={len(inner)}"])
-        return (
-            f"{root} holds one folder, {found[0]}, with {len(inner)} folders in it "
-            f"({', '.join(inner)[:200]}). If these are the classes, use {words}"
-        )
-    said = f"{root} holds {len(found)} class folders ({', '.join(found)[:200]})"
-    if empty and len(found) > len(empty):
-        named, have = ", ".join(map(repr, empty)), "has" if len(empty) == 1 else "have"
-        few = len(found) - len(empty)
-        return (
-            f"{said}, of which {named} {have} no images. Without empty folders, add "
-            f"data.num_classes={few}"
-        )
-    if len(found) == 1:
-        return (
-            f"{root} holds one class folder, {found[0]}. A classifier needs at least two: add a "
-            "folder for each other class"
-        )
-    return f"{said}, so add data.num_classes={len(found)}"
+        return class_folders.seen(Path(str(root)), extensions, leave_out or ())
+    return ""
 
 
 @_with_place()

@@ -414,10 +414,21 @@ def check_recorded(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         return
     folder = Path(config["resume"])
     own = [key for override in typed(overrides) for key in targets_of(override)]
-    others, named = places_of(folder), named_by_command(folder)
-    check_roles(config, tuple(config), folder, f"resume={folder}", own, others, named)
+    check_roles_of_run(config, tuple(config), folder, f"resume={folder}", own)
     refuse_download(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
     refuse_remote(folder, f"resume={folder}", config, map(key_of, typed(overrides)))
+
+
+def check_roles_of_run(
+    config: Mapping[str, Config],
+    groups: Collection[str],
+    folder: Path,
+    where: str,
+    typed: Collection[str] = (),
+) -> None:
+    """Do `roles.check_roles`, and allow the files and targets that the user's commands name."""
+    others, named = places_of(folder), named_by_command(folder)
+    check_roles(config, groups, folder, where, typed, others, named)
 
 
 def places_of(folder: Path) -> list[Path]:

@@ -147,7 +147,19 @@ def of_recipes() -> dict[str, Any]:
         "type": "object",
         "properties": {"defaults": _defaults({"override /": "/"}), **keys},
         "additionalProperties": False,
+        "allOf": [case for group in sorted(keys.keys() & _groups()) for case in _chosen(group)],
     }
+
+
+def _chosen(group: str) -> Iterator[dict[str, Any]]:
+    """Yield, for each option of a group, that a file which chooses it sets keys of that option."""
+    for name in [*_names(group)] if group != "logger" else ():  # a list chooses several
+        key = f"override /{group}"
+        entry = {"type": "object", "required": [key], "properties": {key: {"const": name}}}
+        yield {
+            "if": {"required": ["defaults"], "properties": {"defaults": {"contains": entry}}},
+            "then": {"properties": {group: {"$ref": f"{group}.json#/definitions/{name}"}}},
+        }
 
 
 def _top_level() -> dict[str, Any]:

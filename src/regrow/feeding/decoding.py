@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.errors import DataError, UserError, brief
+from regrow.config.class_folders import NOT_READ, OPENED_AS, formats_by_suffix
+from regrow.errors import DataError, brief
 from regrow.feeding.files import (
     shown,
     unreadable,
@@ -28,21 +29,6 @@ if TYPE_CHECKING:
 
 AnImage = TypeVar("AnImage", "Image", Tensor, "Image | Tensor")
 
-# Formats that Pillow registers but that are not read: they need another program, are only
-# identified, or may contain a file of any format, including one that another program would run.
-NOT_READ = {
-    "EPS": "goes to Ghostscript, which runs it as a program",
-    "WMF": "needs Windows",
-    "BUFR": "is identified only",
-    "GRIB": "is identified only",
-    "HDF5": "is identified only",
-    "MPEG": "is a video, identified only",
-    "IPTC": "may contain any other format, EPS too",
-    "FPX": "needs the package olefile",
-    "MIC": "needs the package olefile",
-}
-# Formats that another format's decoder opens.
-OPENED_AS = {"MPO": "JPEG"}
 # Formats that often hold several frames, of which the first is read.
 OF_FRAMES = frozenset({"AVIF", "DCX", "FLI", "GIF", "MPO", "PSD", "TIFF", "WEBP"})
 NUM_LOOKED_AT = 256  # files opened to check for several frames
@@ -54,33 +40,6 @@ AUTO = "auto"
 OF_JPEG = b"\xff\xd8"  # the first bytes of one
 OF_TORCHVISION = ("image_stable.so", "image.so")  # names of its library, since 0.29 and before
 UNCHANGED = 0  # torchvision.io.ImageReadMode: colours as RGB, grey as grey
-
-
-@functools.cache
-def formats_by_suffix() -> dict[str, str]:
-    """Return the raster formats that Pillow decodes by itself, by lower-case suffix."""
-    from PIL import Image
-
-    found = Image.registered_extensions()
-    return {
-        suffix: name
-        for suffix, name in sorted(found.items())
-        if OPENED_AS.get(name, name) in Image.OPEN and name not in NOT_READ
-    }
-
-
-def suffixes_of(extensions: Sequence[str] | None) -> frozenset[str]:
-    """Return the suffixes to read; None: all that Pillow decodes by itself. Raises UserError."""
-    known = formats_by_suffix()
-    if extensions is None:
-        return frozenset(known)
-    chosen = frozenset(f".{extension.lower().lstrip('.')}" for extension in extensions)
-    if unknown := sorted(chosen - known.keys()):
-        raise UserError(
-            f"data.source.extensions: Pillow does not decode {unknown[0]} by itself. Convert these "
-            f"files, or choose from {', '.join(sorted(known))}."
-        )
-    return chosen
 
 
 @functools.cache

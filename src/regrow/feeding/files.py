@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from regrow.config.class_folders import is_hidden
 from regrow.dotted import Config
 from regrow.errors import DataError, UserError, brief, machine_fault
 
@@ -25,7 +26,6 @@ NAMED = "named in data.source.leave_out"
 NUM_NAMES = 3  # names shown per reason to leave files out
 NUM_SUFFIXES = 8  # suffixes named; the others are counted
 # Folders that systems and archivers create. Some contain images, such as thumbnails.
-OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 END = 4096  # bytes at each end of a file, compared before its contents
 CHUNK = 1 << 20
 NUM_READERS = 4  # threads that read contents; hashing releases the GIL
@@ -121,10 +121,6 @@ def shown(path: str | Path) -> str:
     """Return the path on one line, even if its bytes are not UTF-8 or it contains a newline."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return text if text.isprintable() else repr(text)[1:-1]
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError | OSError:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
+from regrow.config.class_folders import described, formats_by_suffix, is_hidden, suffixes_of
 from regrow.errors import DataError, UserError
 from regrow.feeding.decoding import (
     AUTO,
@@ -22,13 +23,11 @@ from regrow.feeding.decoding import (
     OF_FRAMES,
     augmented_by,
     centred,
-    formats_by_suffix,
     formats_for,
     load,
     scaled,
     scaled_size,
     sides,
-    suffixes_of,
     to_tensor,
 )
 from regrow.feeding.files import (
@@ -36,7 +35,6 @@ from regrow.feeding.files import (
     contents_of,
     find_files,
     is_folder,
-    is_hidden,
     key_of_ends,
     keys_of_copies,
     of_two_classes,
@@ -245,7 +243,13 @@ def image_folder(
         given = f" and data.class_names={class_names}" if class_names is not None else ""
         raise UserError(
             f"data.num_classes={num_classes}{given}, but {folders['train']} holds "
-            + _what_is_there(folders["train"], found, num_classes, reading)
+            + described(
+                folders["train"],
+                found,
+                num_classes,
+                lambda inside: _folders(inside, reading),
+                lambda inside: len(find_images(inside, reading, LeftOut(inside))),
+            )
         )
     classes = class_names or found
     if "train" in names:
@@ -417,45 +421,6 @@ def _look_beside(
             left_out.add("hidden", folder / name)
         elif name not in read:
             left_out.add(where, folder / name)
-
-
-def _what_is_there(folder: Path, found: list[str], num_classes: int, reading: Reading) -> str:
-    """Return the folders of classes with their images in words, and the likely correction."""
-
-    def count(name: str, where: Path = folder) -> int:
-        return len(find_images(where / name, reading, LeftOut(where)))
-
-    if len(found) == 1:
-        inside = folder / found[0]
-        inner = _folders(inside, reading)
-        if "train" in inner:
-            inner, of_classes = _folders(inside / "train", reading), inside / "train"
-        else:
-            of_classes = inside
-        if len(inner) > 1:
-            shown_inner = ", ".join(f"{name} {count(name, of_classes)}" for name in inner[:20])
-            number = f" data.num_classes={len(inner)}" * (len(inner) != num_classes)
-            return (
-                f"one folder, {found[0]}, with these folders and images in it: {shown_inner}. If "
-                f"these are the classes, set data.root={inside}{number}."
-            )
-    counts = {name: count(name) for name in found[:20]}
-    listed = ", ".join(f"{name} {number}" for name, number in counts.items())
-    more = ", …" if len(found) > len(counts) else ""
-    said = f"{len(found)} class folders (images): {listed}{more}."
-    if empty := [name for name, number in counts.items() if number == 0]:
-        *others, last = empty
-        those = f"folders {', '.join(others)} and {last} hold" if others else f"folder {last} holds"
-        said += f" The {those}"
-        if len(found) - len(empty) == num_classes:
-            return f"{said} no images: add some, or remove the folder{'s' * bool(others)}."
-        said += " no images."
-    if len(found) == 1:
-        said = said.replace("1 class folders", "one class folder")
-        return f"{said} A classifier needs at least two: add a folder for each other class."
-    if len(found) == num_classes:
-        return f"{said} Set data.class_names to the names of these folders, in quotes."
-    return f"{said} Set data.num_classes={len(found)}."
 
 
 def _of_class(folder: Path, root: Path, reading: Reading, left_out: LeftOut) -> list[Path]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from regrow.config import older
+from regrow.config.class_folders import suffixes_of
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding.batch import each
 from regrow.feeding.decoding import (
@@ -25,7 +26,6 @@ from regrow.feeding.decoding import (
     fit,
     load,
     pixels_of,
-    suffixes_of,
     to_tensor,
 )
 from regrow.feeding.files import KINDS_LEFT_OUT, LeftOut

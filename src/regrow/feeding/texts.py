@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from regrow.config.class_folders import is_hidden
 from regrow.errors import DataError, UserError
 from regrow.feeding.files import (
     LeftOut,
@@ -23,7 +24,6 @@ from regrow.feeding.files import (
     contents_of,
     find_files,
     is_folder,
-    is_hidden,
     shown,
     unreadable,
 )

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
+from regrow.config.class_folders import formats_by_suffix
 from regrow.errors import DataError, UserError, brief
 from regrow.feeding import identity
-from regrow.feeding.decoding import formats_by_suffix
 from regrow.feeding.feeds import seeded
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data

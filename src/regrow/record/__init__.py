@@ -6,6 +6,7 @@ by_class: table
 comparison: as_text, compare, Comparison, label_of, OUT_OF_FOLD, Row, rows_of, shown, table_of,
     write_csv, write_out_of_fold
 earlier: differences, write_over
+importances: Importance, of_study
 locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
 manifest: CHANGED, code_changes, code_sha256, cores, latest, NAME, name_some, namespace_files,
@@ -27,5 +28,5 @@ records: as_json, by_set, create, link_latest, linked_latest, load_status, load_
     sets_of, SUMMARY, sync_folder, unlink_latest, whole_lines, write_json, write_text
 redact: MASK, redact, redact_all
 report: draw, find_runs, is_run, load, Run
-side_by_side: Importance, write_page
+side_by_side: write_page
 """

@@ -1,12 +1,13 @@
-"""A table of each class's metrics, for the terminal."""
+"""A table of each class's metrics, for the terminal and for a run's page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-MOST = 10  # classes
+MOST, MOST_OF_PAGE = 10, 50  # classes
+MOST_CELLS = 4_000  # of a page's table: some 300 kB
 WIDEST = 24  # characters of a class's name
 RANKS = ("f1", "iou")  # the worst classes are those of the lowest
 
@@ -27,7 +28,7 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
         columns.pop("accuracy", None)
     if not columns:
         return []
-    rank = next((it for it in RANKS if it in columns), next(iter(columns)))
+    rank = _rank(columns)
     names = [*dict.fromkeys(name for column in columns.values() for name in column)]
     title = f"{of}, by class"
     if len(names) > MOST:
@@ -42,3 +43,53 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
         cells = (columns[it].get(name, math.nan) for it in columns)
         rows.append(" ".join([shown.ljust(width), *(f"{cell:>9.4g}" for cell in cells)]))
     return [title, *(f"  {row}" for row in rows)]
+
+
+def of_page(
+    rows: Sequence[Sequence[Any]], sets: Sequence[str], metrics: Collection[str]
+) -> tuple[list[Sequence[Any]], str]:
+    """Return the rows of a page's table, and a sentence about those that it lacks; empty if none.
+
+    A row is a name such as f1/cat, and a value for each of `sets`. Of more than 50 classes, or of
+    more cells than fit, those with the worst F1 or IoU on the last set are shown, the worst first.
+    Names whose first part is not one of the `metrics` are of no class; they stand before.
+    """
+    columns: dict[str, dict[str, Sequence[Any]]] = {}
+    others: list[Sequence[Any]] = []
+    for row in rows:
+        metric, _, name = str(row[0]).partition("/")
+        if metric in metrics:
+            columns.setdefault(metric, {})[name] = row
+        else:
+            others.append(row)
+    names = [*dict.fromkeys(name for column in columns.values() for name in column)]
+    width = len(sets) + 1
+    most = min(MOST_OF_PAGE, MOST_CELLS // width // max(1, len(columns)))
+    others, left_out = first(others, width)
+    if len(names) <= most:
+        return [*others, *(row for column in columns.values() for row in column.values())], left_out
+    rank = _rank(columns)
+    numbers = {name: [_number(value) for value in row[1:]] for name, row in columns[rank].items()}
+    measured = [index for its in numbers.values() for index, it in enumerate(its) if it < math.inf]
+    last = max(measured, default=0)
+    worst = sorted(names, key=lambda name: numbers[name][last] if name in numbers else math.inf)
+    chosen = worst[:most]
+    shown = [column[name] for column in columns.values() for name in chosen if name in column]
+    said = f"Shown: the {most} worst of {len(names):,} classes by {sets[last]}/{rank}."
+    return [*others, *shown], f"{left_out} {said}".strip()
+
+
+def first(rows: Sequence[Sequence[Any]], width: int) -> tuple[list[Sequence[Any]], str]:
+    """Return the first rows of `width` cells that fit a page, and a sentence if that is not all."""
+    most = max(1, MOST_CELLS // width)
+    said = f"Shown: the first {most:,} of {len(rows):,} rows." if len(rows) > most else ""
+    return [*rows[:most]], said
+
+
+def _rank(columns: Collection[str]) -> str:
+    return next((it for it in RANKS if it in columns), next(iter(columns)))
+
+
+def _number(value: Any) -> float:
+    """Return the value, or infinity for none and NaN: such a class is not among the worst."""
+    return value if isinstance(value, int | float) and not math.isnan(value) else math.inf

@@ -24,6 +24,8 @@ from regrow.record.redact import redact, redact_all
 NOTHING = Markup("<span class=muted>&ndash;</span>")
 LONG = 40  # characters of a value in a table
 MOST_BYTES = 1_000_000  # of a run's page, whatever its config and its table per class add
+MOST_OF_TEXT = 100_000  # bytes of config.yaml, and of manifest.json, in a run's page
+MOST_OF_WORDS = 10_000  # of its notes, its tags, its error and each fact
 NARROW, NARROW_NAME = 13, 60  # characters of a line and of a name below a small picture
 
 
@@ -54,7 +56,7 @@ def _template() -> Any:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"number": number, "duration": duration, "value": value, "code": code}
-    environment.filters |= {"narrow": narrow}
+    environment.filters |= {"narrow": narrow, "brief": brief_words}
     return environment.get_template("template.html")
 
 
@@ -92,7 +94,29 @@ def link(path: Path, start: Path) -> str:
 
 
 def code(content: Any) -> str:
-    return Markup("<code>{}</code>").format(redact(str(content))) if content else ""
+    return Markup("<code>{}</code>").format(brief_words(content)) if content else ""
+
+
+def clipped(text: str, most: int) -> tuple[str, str]:
+    """Return the first lines that take at most `most` bytes of a page, and a sentence if not all.
+
+    Of a single line that is longer, returns its first part.
+    """
+    whole, found = len(text), text
+    while (size := len(Markup.escape(found).encode("utf-8", "backslashreplace"))) > most:
+        found = found[: min(len(found) - 1, len(found) * most // size)]
+    if len(found) == whole:
+        return text, ""
+    found = found[: found.rfind("\n") + 1] or found
+    return found, f"Shown: the first {len(found):,} of {whole:,} characters."
+
+
+def brief_words(content: Any) -> Any:
+    """Return words of the user's, of which a page has room for the first ten thousand bytes."""
+    if content is None or isinstance(content, Markup):
+        return content
+    words, said = clipped(redact(str(content)), MOST_OF_WORDS)
+    return f"{words}… ({said})" if said else words
 
 
 def number(content: Any) -> Any:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from regrow.dotted import Checked, walk
 from regrow.errors import UserError
-from regrow.record import fitting, logged_images, manifest, moved, pages, pictures, plots
+from regrow.record import by_class, fitting, logged_images, manifest, moved, pages, pictures, plots
 from regrow.record.plots import Panel
 from regrow.record.records import (
     METRICS,
@@ -35,6 +35,8 @@ from regrow.record.redact import redact, redact_all
 # Keys that differ between any two runs without telling anything about them.
 BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name")
 LEAST_FOR_IMAGES = 300_000  # bytes of a page that plots leave to images, if it has some
+LONGEST_NAME = 200  # characters of a metric, or of a tag, in a page
+MOST_TAGS = 100
 OPEN_RESUMES, MOST_RESUMES = 3, 100  # whose commands a page shows, and shows or folds
 NOTES_BYTES = 2_000  # for the sentences about images that a page lacks
 
@@ -196,28 +198,62 @@ def _write(
         )
         for name, figure in drawn.items()
     ]
-    metrics: list[list[Any]] = [
+    metrics: list[Sequence[Any]] = [
         [name, *(its.get(name) for its in run.sets.values())]
         for name in dict.fromkeys(name for its in run.sets.values() for name in its)
         if not any(isinstance(its.get(name), list | dict) for its in run.sets.values())
     ]
     path = output or run.folder / "report.html"
+    whole = [row for row in metrics if "/" not in row[0]]
+    per_class = [row for row in metrics if "/" in row[0]]  # e.g. f1/zero
+    names = {row[0] for row in whole}
+    shown, lacks_classes = by_class.of_page(per_class, [*run.sets], names)
+    whole, lacks_metrics = by_class.first(whole, len(run.sets) + 1)
+    config_text = _as_yaml(run.config) if run.config else ""
+    manifest_text = json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else ""
     content: dict[str, Any] = {
         "title": f"{run.name} · {run.folder.resolve().name}",
         "run": run,
-        "tags": run.config.get("tags") or [],
+        "tags": _tags(run),
         "header": ["metric", *run.sets],
-        "whole": [row for row in metrics if "/" not in row[0]],
-        "per_class": [row for row in metrics if "/" in row[0]],  # e.g. f1/zero
+        "whole": [[_short(row[0]), *row[1:]] for row in whole],
+        "lacks_metrics": lacks_metrics,
+        "per_class": [[_short(row[0]), *row[1:]] for row in shown],
+        "lacks_classes": lacks_classes,
+        "values": _file_of_values(run, path),
         "figures": _figures(run),
         "not_drawn": _not_drawn(run),
         "most_wrong": pictures.NUM_WRONG,
         "facts": _facts(run),
-        "manifest": json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
-        "config": _as_yaml(run.config) if run.config else "",
+        "records": {
+            "config.yaml": _record(run.folder / "config.yaml", config_text, path),
+            "manifest.json": _record(run.folder / manifest.NAME, manifest_text, path),
+        },
     }
     pages.write(path, "run", **content, **_fitted(run.folder, charts, content))
     return path
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _tags(run: Run) -> list[str]:
+    tags = run.config.get("tags") or []
+    found, more = [_short(str(tag)) for tag in tags[:MOST_TAGS]], len(tags) - MOST_TAGS
+    return [*found, f"and {more:,} more, in config.yaml"] if more > 0 else found
+
+
+def _file_of_values(run: Run, page: Path) -> dict[str, str]:
+    """Return the file that has all metrics of the page, and a link to it."""
+    name = SUMMARY if any(sets_of(run.summary).values()) else METRICS
+    return {"name": name, "href": pages.link(run.folder / name, page.parent)}
+
+
+def _record(file: Path, text: str, page: Path) -> dict[str, str]:
+    """Return what the page shows of a file, and a link to it."""
+    shown, lacks = pages.clipped(text, pages.MOST_OF_TEXT)
+    return {"text": shown, "lacks": lacks, "href": pages.link(file, page.parent)}
 
 
 def _fitted(folder: Path, charts: list[Any], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from regrow.record.comparison import (
     table_of,
     verdict,
 )
+from regrow.record.importances import Importance, of_table
 from regrow.record.plots import COLOURS, Line, Panel
 from regrow.record.report import MISSING, Run, differing_keys, flatten, references
 
@@ -32,15 +33,6 @@ MOST_PARAMETERS = 9  # with a plot each
 WIDE, SOME, DOUBLE = 30, 8, 2  # ratios of a parameter's largest to its smallest value
 RATES = ("lr", "learning_rate", "weight_decay", "eps")  # or the end of a name: max_lr
 HEIGHT = (44, 296)  # of an axis of the parallel coordinates, from its top
-
-
-@dataclass(frozen=True)
-class Importance:
-    """How much of a metric each parameter explains, as shares of one; or why that is unknown."""
-
-    shares: Mapping[str, float]
-    note: str
-    rest: str = ""  # the entry that is not a parameter
 
 
 def write_page(
@@ -81,7 +73,8 @@ def write_page(
             "rows": [[r.job, r.label, r.state, r.reason or "", r.log or ""] for r in remarked],
         },
         parameters=_scatter(comparison, done, varied, short, labels),
-        importance=importance or (effects(comparison, short) if varied and len(keys) > 1 else None),
+        importance=importance
+        or (of_table(comparison, short) if varied and len(keys) > 1 else None),
         parallel=_parallel(comparison, done, varied, short, labels),
         curves=_curves(comparison, rows, labels, texts),
         header=["run", "status", *numbers, *short.values()],
@@ -258,42 +251,6 @@ def _scatter(
     more = f"The first {MOST_PARAMETERS} of {len(varied)}. " if len(varied) > len(panels) else ""
     caption = f"{more}{comparison.metric} of each run over each parameter."
     return pages.chart("parameters", figure, panels, len(panels), caption)
-
-
-def effects(comparison: Comparison, short: Mapping[str, str]) -> Importance:
-    """Return the main effects of a grid: the share of the variance between a parameter's means.
-
-    Only if each combination ran equally often: else the parameters' shares overlap.
-    """
-    done = [row for its in comparison.settings for row in its.rows]
-    metric = comparison.metric
-    keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
-    levels = {key: [row.swept.get(key, "") for row in done] for key in keys}
-    counts = Counter(zip(*levels.values(), strict=True))
-    num_whole = math.prod(len({*its}) for its in levels.values())
-    values = [row.value(metric) or 0.0 for row in done]
-    mean = statistics.fmean(values) if values else 0.0
-    total = sum((value - mean) ** 2 for value in values)
-    if not total or len(counts) != num_whole or len({*counts.values()}) > 1:
-        why = "not each combination of the values ran equally often"
-        return Importance({}, f"Not computed: {why if total else f'{metric} does not vary'}.")
-    shares = {}
-    for key, its in levels.items():
-        of_level = [
-            [value for value, one in zip(values, its, strict=True) if one == level]
-            for level in {*its}
-        ]
-        between = sum(len(some) * (statistics.fmean(some) - mean) ** 2 for some in of_level)
-        shares[short.get(key, key)] = between / total
-    shares = dict(sorted(shares.items(), key=lambda pair: -pair[1]))
-    repeats = any(key in row.swept for row in done for key in REPEATS)
-    rest = " and ".join(
-        [*(["interactions"] if len(keys) > 1 else []), *(["seeds"] if repeats else [])]
-    )
-    if rest:
-        shares[rest] = max(0.0, 1 - sum(shares.values()))
-    note = f"Share of the variance of {metric} over all runs that each parameter explains by itself"
-    return Importance(shares, f"{note} (main effects of the grid).", rest)
 
 
 def _parallel(

@@ -25,8 +25,7 @@ from regrow.config import older
 from regrow.config.own_modules import import_own_modules
 from regrow.config.ranges import check_ranges
 from regrow.config.recorded import recorded_config, refuse_other_folder
-from regrow.config.resume import downloads_elsewhere, named_by_command, places_of, refuse_remote
-from regrow.config.roles import check_roles
+from regrow.config.resume import check_roles_of_run, downloads_elsewhere, refuse_remote
 from regrow.config.rules import RULES, applies, require
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import Config, leaves
@@ -103,7 +102,7 @@ class LoadedRun:
     def data(self) -> Any:
         """The run's data, normalised by the statistics of its training data."""
         where = f"run={self.folder}"
-        _check_roles(self.config, ("data",), self.folder, where)
+        check_roles_of_run(self.config, ("data",), self.folder, where)
         refuse_remote(self.folder, where, self.config, self.typed)
         check_ranges({"data": self.config["data"]})
         allow({"data": self.config["data"]})
@@ -254,7 +253,7 @@ def load_run(
     # `LoadedRun.data` checks the data node: predicting does not read it.
     made = ("model", "task", "loss")
     with naming_code(folder):
-        _check_roles(config, made, folder, f"run={given}")
+        check_roles_of_run(config, made, folder, f"run={given}")
     allow({group: config[group] for group in made})
     swap(config["data"], data or {})
     if downloads_elsewhere(folder, config, data or {}):
@@ -469,17 +468,10 @@ def _names(value: Any) -> list[str] | None:
     return value
 
 
-def _check_roles(
-    config: Mapping[str, Any], groups: tuple[str, ...], folder: Path, where: str
-) -> None:
-    others, named = places_of(folder), named_by_command(folder)
-    check_roles(config, groups, folder, where, others=others, named=named)
-
-
 def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> list[str] | None:
     where = f"run={folder}"
     try:
-        _check_roles(config, ("data",), folder, where)
+        check_roles_of_run(config, ("data",), folder, where)
         refuse_remote(folder, where, config, typed)
         allow({"data": config["data"]})
         node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells

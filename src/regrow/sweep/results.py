@@ -12,8 +12,8 @@ from regrow.config.resume import key_of
 from regrow.errors import UserError
 from regrow.record import comparison, manifest, pages, report, side_by_side
 from regrow.record.comparison import Comparison, Row
+from regrow.record.importances import Importance, of_study
 from regrow.record.report import Run
-from regrow.record.side_by_side import Importance
 from regrow.runs.trial import STORAGE, STUDY, open_storage
 from regrow.sweep import ledger
 
@@ -85,7 +85,6 @@ def write_page(
 def importance_of(folder: Path, found: Comparison) -> Importance:
     """Return Optuna's importances of a search's parameters, by functional ANOVA."""
     import optuna
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -93,10 +92,7 @@ def importance_of(folder: Path, found: Comparison) -> Importance:
         first = (lambda trial: trial.values[0]) if len(study.directions) > 1 else None
         complete = (optuna.trial.TrialState.COMPLETE,)
         count = len(study.get_trials(deepcopy=False, states=complete))
-        # 64 trees over 1,000 trials took 29 s. The seed is that of the trees: a page repeats.
-        trees = max(8, min(64, 6400 // max(1, count)))
-        evaluator = FanovaImportanceEvaluator(n_trees=trees, seed=0)
-        shares = get_param_importances(study, evaluator=evaluator, target=first)
+        shares = of_study(study, count, first)
     except Exception as error:  # as for a search of one trial; the sweep itself is complete
         return Importance({}, f"Not computed: {' '.join(str(error).split())}")
     if not shares:

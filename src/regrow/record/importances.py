@@ -1,0 +1,134 @@
+"""How much of a metric each parameter explains: Optuna's functional ANOVA, or main effects."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regrow.record.comparison import REPEATS, Comparison, Row
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+FEWEST_RUNS = 10  # to fit trees to: with fewer, their shares are those of the draws
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much of a metric each parameter explains, as shares of one; or why that is unknown."""
+
+    shares: Mapping[str, float]
+    note: str
+    rest: str = ""  # the entry that is not a parameter
+
+
+def of_study(
+    study: Study, count: int, target: Callable[[Any], float] | None = None
+) -> dict[str, float]:
+    """Return Optuna's importances by parameter, over `count` complete trials. They sum to one."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    # 64 trees over 1,000 trials took 29 s. The seed is that of the trees: a page repeats.
+    trees = max(8, min(64, 6400 // max(1, count)))
+    evaluator = FanovaImportanceEvaluator(n_trees=trees, seed=0)
+    return get_param_importances(study, evaluator=evaluator, target=target)
+
+
+def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
+    """Return Optuna's importances of a grid's parameters: each finished run is a trial.
+
+    Each level of a parameter counts as much as any other. Seeds and folds are repetitions. Of few
+    runs, and without Optuna's importances, returns the main effects, and the note says so.
+    """
+    done = [row for its in comparison.settings for row in its.rows]
+    keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
+    values = [row.value(comparison.metric) or 0.0 for row in done]
+    if len({*values}) < 2:
+        return Importance({}, f"Not computed: {comparison.metric} does not vary.")
+    if len(done) < FEWEST_RUNS:
+        found = effects(comparison, short)
+        few = f"Optuna's importances need {FEWEST_RUNS} runs."
+        return Importance(found.shares, f"{found.note} {few}", found.rest)
+    try:
+        shares = of_study(_study(done, keys, values), len(done))
+    except Exception as error:  # as of a version that Optuna does not support; the runs are done
+        found, why = effects(comparison, short), " ".join(str(error).split()) or repr(error)
+        return Importance(found.shares, f"{found.note} Optuna's failed: {why}", found.rest)
+    note = (
+        f"Share of the variance of {comparison.metric} that each parameter explains: Optuna's "
+        f"functional ANOVA over {len(done)} runs. It is rough below about a hundred."
+    )
+    return Importance({short.get(key, key): share for key, share in shares.items()}, note)
+
+
+def _study(done: Sequence[Row], keys: Sequence[str], values: Sequence[float]) -> Study:
+    """Return a study in memory, with a trial for each run, whose values are ranks of levels."""
+    import optuna
+    from optuna.distributions import IntDistribution
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    levels = {key: _ranked({row.swept.get(key, "") for row in done}) for key in keys}
+    distributions: dict[str, Any] = {
+        key: IntDistribution(0, len(its) - 1) for key, its in levels.items()
+    }
+    study.add_trials(
+        [
+            optuna.create_trial(
+                params={key: its[row.swept.get(key, "")] for key, its in levels.items()},
+                distributions=distributions,
+                value=value,
+            )
+            for row, value in zip(done, values, strict=True)
+        ]
+    )
+    return study
+
+
+def _ranked(levels: Collection[str]) -> dict[str, int]:
+    """Return the rank of each level, by its number if all are numbers."""
+    try:
+        ordered = sorted(levels, key=float)
+    except ValueError:
+        ordered = sorted(levels)
+    return {level: rank for rank, level in enumerate(ordered)}
+
+
+def effects(comparison: Comparison, short: Mapping[str, str]) -> Importance:
+    """Return the main effects of a grid: the share of the variance between a parameter's means.
+
+    Only if each combination ran equally often: else the parameters' shares overlap.
+    """
+    done = [row for its in comparison.settings for row in its.rows]
+    metric = comparison.metric
+    keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
+    levels = {key: [row.swept.get(key, "") for row in done] for key in keys}
+    counts = Counter(zip(*levels.values(), strict=True))
+    num_whole = math.prod(len({*its}) for its in levels.values())
+    values = [row.value(metric) or 0.0 for row in done]
+    mean = statistics.fmean(values) if values else 0.0
+    total = sum((value - mean) ** 2 for value in values)
+    if not total or len(counts) != num_whole or len({*counts.values()}) > 1:
+        why = "not each combination of the values ran equally often"
+        return Importance({}, f"Not computed: {why if total else f'{metric} does not vary'}.")
+    shares = {}
+    for key, its in levels.items():
+        of_level = [
+            [value for value, one in zip(values, its, strict=True) if one == level]
+            for level in {*its}
+        ]
+        between = sum(len(some) * (statistics.fmean(some) - mean) ** 2 for some in of_level)
+        shares[short.get(key, key)] = between / total
+    shares = dict(sorted(shares.items(), key=lambda pair: -pair[1]))
+    repeats = any(key in row.swept for row in done for key in REPEATS)
+    rest = " and ".join(
+        [*(["interactions"] if len(keys) > 1 else []), *(["seeds"] if repeats else [])]
+    )
+    if rest:
+        shares[rest] = max(0.0, 1 - sum(shares.values()))
+    note = f"Share of the variance of {metric} over all runs that each parameter explains by itself"
+    return Importance(shares, f"{note} (main effects of the grid).", rest)
