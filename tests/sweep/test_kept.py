@@ -12,6 +12,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from sweeping import begun
 
+from regrow.config.job import Job
 from regrow.config.resume import expand_sweep
 from regrow.errors import UserError
 from regrow.project import CONF
@@ -25,6 +26,8 @@ SEARCH = kinds.Search(
     pruner_startup_trials=5, pruner_warmup_evaluations=2, max_failures=10,
 )  # fmt: skip
 RATES: dict[str, BaseDistribution] = {"lr": CategoricalDistribution(["0.1", "0.2"])}
+
+JOB = Job(config={}, folder=None, overrides=(), choices={}, composed={}, command=())
 
 
 class Composer:
@@ -42,16 +45,11 @@ class Composer:
 @dataclasses.dataclass(frozen=True)
 class Planned:
     entry: ledger.JobEntry
-    job: Any = dataclasses.field(default_factory=lambda: Job())
+    job: Job = JOB
 
     @property
     def number(self) -> int:
         return self.entry.number
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    trial: Any = None
 
 
 def trials(folder: Path, space: dict[str, BaseDistribution] = RATES, **changes: Any) -> Any:

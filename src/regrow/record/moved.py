@@ -145,6 +145,7 @@ GONE = frozenset(
         *("regrow.config.find_own_modules", "regrow.config.option_list"),
         *("regrow.config.wrong_option", "regrow.resume.continues", "regrow.run.summarise"),
         *("regrow.run.test_once", "regrow.sweep.frozen.taken_over"),
+        *("regrow.sweep.plan.in_group", "regrow.sweep.plan.with_threads"),
         *("regrow.sweep.process.context_of", "regrow.sweep.process.have_threads_again"),
         *("regrow.sweep.process.cores", "regrow.sweep.schedule.noting_signals"),
         *("regrow.sweep.trial.storage_of", "regrow.training.loop.Slice"),
