@@ -207,10 +207,10 @@ def belongs_to_a_project(root: Path, name: str) -> bool:
 
 
 def is_own_module(root: Path, name: str) -> bool:
-    """Return True for a module in the root, or in a package there: users keep their models so."""
+    """Return True for a module in the root and for files of a package there: the user's."""
     top, _, below = name.partition("/")
-    is_module = not below or (root / top / "__init__.py").is_file()
-    return name.endswith(".py") and is_module and top not in TEMPLATE_PACKAGES
+    in_package = bool(below) and (root / top / "__init__.py").is_file()
+    return (in_package or (not below and name.endswith(".py"))) and top not in TEMPLATE_PACKAGES
 
 
 def rename(text: str, names: Names) -> str:

@@ -127,7 +127,7 @@ def progress(step: str, fetched: Path, *, pinned: bool) -> str:
 
     pip fetches into the folder `fetched`; uv fetches into its cache, which is not counted.
     """
-    if step != STEPS[1]:  # the others fetch nothing to speak of
+    if step != STEPS[1]:  # the other steps fetch almost nothing
         return f" ({step})" if step else ""
     said = [step]
     for folder, most, done in ((fetched, FETCHED_MB, "fetched"), (VENV, INSTALLED_MB, "in .venv")):
@@ -159,7 +159,7 @@ def told_to_wait(progressed: Callable[[], str]) -> Iterator[None]:
 def call(*command: str | Path, lock: int | None, step: str = "", pinned: bool = False) -> bool:
     """Run an installer and return True if it succeeded. Exits at a hash mismatch.
 
-    `step` names the step for the lines that tell its progress, `pinned` that it is the lock's.
+    The lines of progress name `step`. `pinned` is True if the packages are those of a lock file.
     """
     # Not removed if this process is stopped: the installer may still be working there.
     temporary = Path(tempfile.mkdtemp(prefix="set-up-"))

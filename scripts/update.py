@@ -30,6 +30,7 @@ HELPERS = (
     "tests/forked.py",
     "tests/running.py",
 )  # of all tests
+SHARED = ("src/", "scripts/", "tests/", "conf/", "docs/", ".")  # folders of Python files of both
 GENERATED = ("schemas/",)  # not merged: `make schemas` writes them again
 RECORD, BASE, PATCH = ".template/record.json", ".template/base.tar.gz", ".template/lab.patch"
 PROTOCOLS = "src/regrow/protocols.py"
@@ -95,6 +96,7 @@ def update(given: Mapping[str, str], folder: Path) -> list[str]:
         raise Refused(f"FROM={source} is {named(new)}, which is older than {named(record)}.")
     with tarfile.open(ROOT / BASE) as archive:
         archive.extractall(base, filter="data")
+    forget_users_files(base, theirs, checkout, record["package"])
     engine: Changes = dict.fromkeys(files_in(ROOT, *ENGINE))
     engine |= {name: theirs / name for name in files_in(theirs, *ENGINE)}
     changes = engine | merged(record, new, folder, given.get("KEEP", "").split())
@@ -102,9 +104,12 @@ def update(given: Mapping[str, str], folder: Path) -> list[str]:
     changes[PATCH] = patch_of_lab(record["package"], folder)
     changes = {name: file for name, file in changes.items() if not same(ROOT / name, file)}
     put_in_place(changes, folder)
+    others = sorted(set(changes) - set(engine))
+    gone = [name for name in others if changes[name] is None]
     return [
         f"{named(record)} → {named(new)}. Changed, besides the engine: "
-        + (", ".join(sorted(set(changes) - set(engine))) or "nothing"),
+        + (", ".join(name for name in others if name not in gone) or "nothing")
+        + (f". Deleted, as in the template: {', '.join(gone)}" if gone else ""),
         *changes_since(record["version"], checkout),
         *(
             [
@@ -164,7 +169,8 @@ def checkout_of(source: str, folder: Path) -> Path:
     checkout = Path(source).expanduser().absolute()
     if not (checkout / PROTOCOLS).is_file():
         checkout = folder / "checkout"
-        if git(folder, "clone", "-q", "--depth=1", "--", source, str(checkout)) is None:
+        clone = ("clone", "-q", "--filter=blob:none")  # with its history, for `was_shipped`
+        if git(folder, *clone, "--", source, str(checkout)) is None:
             raise Refused(f"FROM={source} is neither a checkout nor a URL that git can clone.")
     if not all((checkout / name).is_file() for name in (PROTOCOLS, "scripts/new_project.py")):
         raise Refused(f"FROM={source} is not the template.")
@@ -212,6 +218,22 @@ def render(checkout: Path, record: dict[str, Any], target: Path) -> None:
         raise Refused(f"{script} failed: {done.stderr.strip()}")
 
 
+def forget_users_files(base: Path, theirs: Path, checkout: Path, package: str) -> None:
+    """Remove from `base` what the template never had: a project begins with its user's files too.
+
+    They would look as if the template had deleted them.
+    """
+    for name in files_in(base) - files_in(theirs):
+        if not was_shipped(name, checkout, package):
+            (base / name).unlink()
+
+
+def was_shipped(name: str, checkout: Path, package: str) -> bool:
+    """Return True if the history of `checkout` has a project's file."""
+    path = name.replace(f"src/{package}/", "src/lab/", 1)
+    return bool(git(checkout, "log", "-1", "--format=%h", "--", path))
+
+
 def same(one: Path, other: Path | None) -> bool:
     """Return True if both files have the same content, or neither exists."""
     if one.is_file() and other is not None and other.is_file():
@@ -220,9 +242,10 @@ def same(one: Path, other: Path | None) -> bool:
 
 
 def is_own(path: str, package: str) -> bool:
-    """Return True for the user's package and its tests, which no update changes."""
+    """Return True for what no update changes: the user's package, tests and modules in the root."""
     is_test = path.startswith("tests/") and not path.startswith(ENGINE) and path not in HELPERS
-    return is_test or path.startswith(f"src/{package}/")
+    is_module = path.endswith(".py") and not path.startswith(SHARED)
+    return is_test or is_module or path.startswith(f"src/{package}/")
 
 
 def merged(

@@ -445,7 +445,8 @@ def test_without_git_the_same_files_are_found(
         (root / name).write_bytes(b"")
     left_out = ("src/.DS_Store", "conf/a.pyc", "conf/local/default.yaml", "outputs/run/x", ".env")
     left_out += ("notes/draft.py", "benchmarks/more.py")  # the first is in no package
-    own = ["my_models/__init__.py", "my_models/nets/small.py", "src/lab/my_cache.py"]
+    own = ["my_models/__init__.py", "my_models/labels.json", "my_models/nets/small.py"]
+    own += ["src/lab/my_cache.py"]
     for name in (*left_out, "src/.ruff_cache/x", *own):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")

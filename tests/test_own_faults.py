@@ -27,6 +27,7 @@ from regrow.failing import SET_BY_US
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.sampling import permutation
 from regrow.project import ROOT
+from regrow.protocols import Lab
 from regrow.runs import first_calls
 from regrow.runs.first_calls import explained
 
@@ -158,8 +159,8 @@ SAID = {
         "",
     ),
     "model=small model.width=2.5": (
-        "error: model.width=2.5 must be an integer, such as its default, 6.",
-        " If it may be a fraction, write its default as 6.0.",
+        "error: model (my_models.Small, {}" + at("self.head = nn.Linear(width, 10)"),
+        " (width=2.5). HYDRA_FULL_ERROR=1 shows",
     ),
     "model=small model.width=0": (  # the layer's own error names no key
         "error: {}" + at(HEAD) + ", in forward (Linear(in_features=0, out_features=10",
@@ -451,7 +452,10 @@ def test_a_lab_without_a_function_that_the_engine_calls_is_one_line(
         path.write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("regrow.runs.lab.lab_name", lambda: "half_a_lab")
-    found = importlib.import_module("regrow.runs.lab").lab.__wrapped__
+    module = importlib.import_module("regrow.runs.lab")
+    found = module.lab.__wrapped__
+    named = [name for names in module.FUNCTIONS.values() for name in names]
+    assert sorted(named) == sorted(name for name in vars(Lab) if name[0] != "_")
     with pytest.raises(
         UserError, match=r"^lab=half_a_lab: there is no half_a_lab\.loop\.summary, "
     ):

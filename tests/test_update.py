@@ -160,6 +160,36 @@ def test_an_update_keeps_every_edit_and_stages_the_rest(project: Path, template:
     assert "My own model." in both and "# A change of the lab." in both
 
 
+def test_an_update_deletes_and_replaces_no_file_that_a_project_took_from_its_users_clone(
+    made: Path, template: Path, tmp_path: Path
+) -> None:
+    mine = {
+        "my_models.py": "WIDTH = 3\n",
+        "my_package/__init__.py": "",
+        "my_package/labels.json": "[]\n",
+        "conf/model/mine.yaml": "_target_: my_models.Mine\n",
+        "src/lab/models/mine.py": '"""Mine."""\n',
+    }
+    git(tmp_path, "clone", "-q", str(made / "template"), "clone")
+    for name, text in mine.items():
+        (tmp_path / "clone" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "clone" / name).write_text(text)
+    commit(tmp_path / "clone", "My models")
+    done = script(tmp_path / "clone", "new_project", "Deep Fish", str(tmp_path / "own"))
+    assert done.returncode == 0, done.stderr
+    (template / "my_package").mkdir()  # another user's clone
+    (template / "my_package/__init__.py").write_text("THEIRS = True\n")
+    commit(template, "Not mine")
+    done = script(tmp_path / "own", "update", f"FROM={template}")
+    assert done.returncode == 0, done.stderr
+    assert "Deleted, as in the template: scripts/predict.py" in done.stdout  # the negative control
+    assert not (tmp_path / "own/scripts/predict.py").exists()
+    for name, text in mine.items():
+        name = name.replace("src/lab", "src/deep_fish")
+        assert (tmp_path / "own" / name).read_text() == text
+    assert "mine.py" not in (tmp_path / "own/.template/lab.patch").read_text()
+
+
 def test_an_update_is_undone_by_a_reset(project: Path, template: Path) -> None:
     before = contents(project)
     assert script(project, "update", f"FROM={template}").returncode == 0

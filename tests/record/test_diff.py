@@ -145,17 +145,20 @@ def test_photos_and_archives_are_counted_and_code_is_listed_and_restored(
         (top / "photos" / f"{number}.JPG").write_bytes(bytes([number % 256, 0, 1]))
     (top / "photos.tar.gz").write_bytes(b"\0")
     (top / "table.csv").write_text("a\n")
+    (top / "weights.pt").write_bytes(b"\0")  # no fingerprint of data covers it
     (top / "my_models.py").write_text("width = 3\n")
     told = manifest.git(top)
-    assert told is not None and told["untracked"] == ["my_models.py", "table.csv"]
-    assert (told["num_untracked"], told["num_untracked_data"]) == (2, 301)
-    assert [*told["not_in_diff"]] == ["table.csv"] and told["not_in_diff_nor_listed"] == 0
+    assert told is not None and told["untracked"] == ["my_models.py", "table.csv", "weights.pt"]
+    assert (told["num_untracked"], told["num_untracked_media"]) == (3, 301)
+    assert [*told["not_in_diff"]] == ["table.csv", "weights.pt"] and told[
+        "not_in_diff_nor_listed"
+    ] == 0
     assert "my_models.py" in restored(top, told["diff"], tmp_path / "clean")
     for number in range(150):
         (top / f"note_{number:03}.txt").touch()
     told = manifest.git(top)
     assert told is not None
-    assert (len(told["untracked"]), told["num_untracked"]) == (100, 152)
+    assert (len(told["untracked"]), told["num_untracked"]) == (100, 153)
 
 
 def test_files_too_large_for_the_diff_are_listed_and_the_rest_restores(

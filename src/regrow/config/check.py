@@ -367,9 +367,7 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
     rule, example = of_shipped(path, shipped), ""
     if path in RULES:  # which only bind the project's own classes
         is_text = isinstance(value, str) and "${" not in value
-        # A width of 16 takes no 2.5. A learning rate of 1 may become 0.5: its rule allows it.
-        is_part = isinstance(value, float) and not RULES[path].allows(value)
-        if applies(owner) or not (is_text or is_part):  # a user's model may take a list as dropout
+        if applies(owner) or not is_text:  # a user's model may take a list as dropout
             return
         example = f", such as its default, {shown(shipped)}"
     if rule is not None and not rule.allows(value):

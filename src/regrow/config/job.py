@@ -55,6 +55,10 @@ class Job:
         """Return the job of `count` ranks, with `num_threads` each, as a run or its preview has."""
         return self._with_trainer(devices=count, num_threads=num_threads)
 
+    def settled(self, config: Checked, num_threads: int) -> Job:
+        """Return the job with the config that rank 0 has settled, and its threads."""
+        return self._with_values(**config)._with_trainer(num_threads=num_threads)
+
     def monitoring(self, metric: str | None, mode: str | None) -> Job:
         """Return the job with the monitor that the built task and data have."""
         return self._with_trainer(monitor=metric, mode=mode)
@@ -72,7 +76,7 @@ class Job:
         return dataclasses.replace(self, owner=owner)
 
     def of_sweep(self, group: str, num_threads: int | None, *, draws: bool) -> Job:
-        """Return a sweep's job: its `group` in wandb, and its threads, unless its config says them.
+        """Return a sweep's job: its `group` in wandb, and its threads, unless its config sets them.
 
         None for `num_threads` leaves them to the run.
         """

@@ -53,7 +53,8 @@ def note_typed(overrides: Iterable[str]) -> None:
 
 def typed_below(path: str, error: BaseException) -> str:
     """Return the typed values of a node's keys, of which `error` names none; "" for none."""
-    found = [line for line in (each.lstrip("+") for each in _typed) if line.startswith(f"{path}.")]
+    typed = (line.lstrip("+") for line in _typed)
+    found = [line for line in typed if line.startswith(f"{path}.") and "._target_=" not in line]
     keys = [line.partition("=")[0].rpartition(".")[2] for line in found]
     is_said = any(re.search(rf"\b{re.escape(key)}\b", str(error)) for key in keys)
     return "" if is_said else redact(", ".join(found))

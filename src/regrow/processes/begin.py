@@ -49,8 +49,8 @@ def main() -> None:
     # the second says that the user did not ask for tracebacks.
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
         os.environ |= {"HYDRA_FULL_ERROR": "1", SET_BY_US: "1"}
-    # Hydra skips a missing search path entry and then composes a different config.
     _quieten()
+    # Hydra skips a missing search path entry and then composes a different config.
     warnings.filterwarnings("error", r"provider=hydra\.searchpath", UserWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
     if {"-i", "--info"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:

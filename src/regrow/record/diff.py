@@ -21,11 +21,11 @@ LIMIT = 1_000_000  # bytes of the patch; files that do not fit are listed by nam
 SECONDS = 5.0
 HASHED_BYTES = 100_000_000  # of the listed files
 LISTED = 200
-# Untracked files with another suffix are data, such as photos, which the data's fingerprint covers.
-OF_CODE = {
-    *("", ".c", ".cc", ".cfg", ".cpp", ".csv", ".cu", ".cuh", ".h", ".hpp", ".ini", ".ipynb"),
-    *(".json", ".md", ".py", ".pyi", ".pyx", ".rs", ".sh", ".toml", ".tsv", ".txt", ".yaml"),
-    ".yml",
+# Suffixes of untracked files that are only counted, as there may be thousands of them.
+OF_MEDIA = {
+    *(".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    *(".avi", ".flac", ".mkv", ".mov", ".mp3", ".mp4", ".ogg", ".wav"),
+    *(".7z", ".gz", ".tar", ".tgz", ".zip"),
 }
 # Override user settings that would produce a patch that `git apply` cannot read.
 AS_A_PATCH = (
@@ -43,8 +43,8 @@ class Changes:
     left_out: dict[str, str | None] = field(default_factory=dict)  # SHA-256 by name
     cut: bool = False  # True if code was left out
     not_listed: int = 0  # number of further files left out
-    untracked: list[str] = field(default_factory=list)  # of code
-    untracked_data: int = 0  # number of other untracked files
+    untracked: list[str] = field(default_factory=list)  # except media
+    untracked_media: int = 0  # number of images, recordings and archives
 
 
 def run_git(root: Path, *arguments: str, limit: int, seconds: float = SECONDS) -> bytes | None:
@@ -100,8 +100,8 @@ def changes_of(root: Path, top: Path, *, limit: int | None = None) -> Changes:
                 found.patch += part
     inside = os.path.relpath(root.resolve(), top.resolve())
     for name in _names(root, "ls-files", "--others", "--exclude-standard", "--full-name"):
-        if Path(name).suffix.lower() not in OF_CODE:
-            found.untracked_data += 1
+        if Path(name).suffix.lower() in OF_MEDIA:
+            found.untracked_media += 1
             continue
         found.untracked.append(_shown(name))
         addition = None

@@ -411,7 +411,7 @@ def git(root: Path) -> dict[str, Any] | None:
         "dirty": None if status is None else bool(status),
         "untracked": changes.untracked[:100],
         "num_untracked": len(changes.untracked),
-        "num_untracked_data": changes.untracked_data,
+        "num_untracked_media": changes.untracked_media,
         "diff_sha256": hashlib.sha256(changes.patch).hexdigest() if changes.patch else None,
         "diff_is_cut": bool(changes.cut),
         "redacted": redacted,

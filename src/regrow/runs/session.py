@@ -113,8 +113,7 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
     told = json.dumps([job.config, dataclasses.asdict(found)])
     config, fields = json.loads(world.from_main(told))
     threads = config["trainer"]["num_threads"] or machine.usable_cores()
-    job = job.resuming(config).of_processes(config["trainer"]["devices"], threads)
-    return job, FolderState(**fields)
+    return job.settled(config, threads), FolderState(**fields)
 
 
 def draw_missing(folder: Path, job: Job) -> None:

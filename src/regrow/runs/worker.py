@@ -98,7 +98,8 @@ def job_from(store: Any) -> str:
 def lead(job: Job) -> NoReturn:
     """As rank 0 of processes started from outside, send the job to the other ranks and run it.
 
-    A signal still ends this process with one line, until the run has a folder.
+    A signal still ends this process with one line, until the run has a folder. A signal to this
+    process alone takes effect once the other ranks have answered it, or have ended.
     """
     before_the_run.undo(outside.have_met)
     trainer = job.config["trainer"]
@@ -110,17 +111,14 @@ def lead(job: Job) -> NoReturn:
         )
     store = meet()
     store.set("job", job.to_json())
-    code = 0
     try:
         outside.wait_for_all(store, trainer["timeout_seconds"])
-    except UserError as error:
+    except UserError as error:  # the other ranks end when the store does
         tell(str(error))
-        code = 2
-    if code:  # the other ranks end when the store does
         outside.have_met()
         if job.folder is not None:
             leave_nothing(Path(job.folder))
-        leave(code)
+        leave(2)
     work(job, store)
 
 
