@@ -57,6 +57,11 @@ class Small(nn.Module):
         return self.head(self.body(x))  # the head
 
 
+class Scaled(Small):
+    def __init__(self, drop: float = 0, either: "int | float" = 1, scale=1.0, count=1, num: int=1):
+        super().__init__(1, 6, None)
+
+
 class Layers(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.Sequential(nn.ReLU(), nn.Linear(9, 10)))
@@ -93,6 +98,7 @@ def splits(**given):
 LINES = {text.strip(): number for number, text in enumerate(MODELS.splitlines(), 1)}
 FILES = {
     "model/small": "_target_: my_models.Small\ngroups: 1\nwidth: 6\nfails_at: null\n",
+    "model/scaled": "_target_: my_models.Scaled\ndrop: 0\neither: 1\nscale: 1\ncount: 1\nnum: 1\n",
     "model/layers": "_target_: my_models.Layers\n",
     "model/nested": "_target_: my_models.Nested\n",
     "model/plain": "_target_: my_models.plain\n",
@@ -193,6 +199,18 @@ SAID = {
         "",
     ),
 }
+
+
+@pytest.mark.parametrize("key", ["drop", "either", "scale", "count", "num"])
+def test_a_fraction_is_taken_for_an_integer_if_the_signature_says_so(
+    key: str, mine: Path, tmp_path: Path
+) -> None:
+    done = start(mine, tmp_path, "model=scaled", f"model.{key}=0.5", "--check")
+    if key in ("count", "num"):
+        said = f"error: model.{key}=0.5 must be an integer. If it may be a fraction, write its def"
+        assert done.returncode == 2 and done.stderr.startswith(said), done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("given", SAID)

@@ -373,8 +373,20 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
     if rule is not None and not rule.allows(value):
         way_out = ""
         if type(shipped) is int and isinstance(value, float) and not applies(owner):
+            if _takes_fractions(owner, path):
+                return
             way_out = f" If it may be a fraction, write its default as {shipped}.0."
         raise UserError(f"{path}={shown(value)} must be {rule.says}{example}.{way_out}")
+
+
+def _takes_fractions(target: object, path: str) -> bool:
+    """Return True if the signature of a user's target says so: by type or default. Imports it."""
+    parent, _, key = path.rpartition(".")
+    with contextlib.suppress(UserError, TypeError, ValueError):
+        parameter = inspect.signature(locate(str(target), parent)).parameters.get(key)
+        if parameter is not None:
+            return "float" in str(parameter.annotation) or isinstance(parameter.default, float)
+    return False
 
 
 def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.Parameter]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from regrow.errors import printable
 from regrow.project import ROOT
 
 
@@ -25,7 +26,7 @@ def said_by_target(target: str) -> str:
                 kinds = (ast.ClassDef, ast.FunctionDef)
                 if isinstance(node, kinds) and node.name == name:
                     said = (ast.get_docstring(node) or "").partition("\n\n")[0]
-                    return " ".join(said.split())
+                    return printable(" ".join(said.split()))
     return ""
 
 
