@@ -3,7 +3,7 @@
 Public, by module; all else is private to this folder.
 
 check: check, check_data, check_group, check_once, check_values
-class_folders: described, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
+class_folders: classes_in_words, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
     shell
 composition: composition, hydra_as_it_was
