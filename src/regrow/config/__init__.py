@@ -30,7 +30,7 @@ resume: CHANGED, check_roles_of_run, differences, downloads_elsewhere, ELSEWHERE
     has_changes, if_trusted, is_done, is_foreign, is_of_the_launcher, is_own, key_of, LACKED,
     lacked_before, lacked_keys, places_of_conf, reached, recorded_overrides, refuse_other_data,
     refuse_remote, resumed, SWEEP
-roles
+roles: check_roles
 rules: applies, of_shipped, require, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created
