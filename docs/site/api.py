@@ -57,15 +57,23 @@ def pages() -> dict[str, tuple[str, str]]:
 
 
 def with_unique_headings(page: str) -> str:
-    """Return the page with the module before each name that several of its modules have."""
+    """Return the page with the module before each name that stands there several times.
+
+    Anchors are in lower case: `Origins` beside `origins` of one module gets its kind too.
+    """
     names = Counter(name.lower() for name in re.findall(r"^### (\w+)$", page, re.MULTILINE))
-    module, lines = "", []
+    module, lines, taken = "", [], set[str]()
     for line in page.split("\n"):
         if line.startswith("## "):
             module = line.rpartition(".")[2]
         name = line.removeprefix("### ")
-        repeats = name != line and names[name.lower()] > 1
-        lines.append(f"### {module}.{name}" if repeats else line)
+        if name != line and names[name.lower()] > 1:
+            line = f"### {module}.{name}"
+            if line.lower() in taken:
+                kind = "constant" if name.isupper() else "function" if name.islower() else "class"
+                line += f" ({kind})"
+            taken.add(line.lower())
+        lines.append(line)
     return "\n".join(lines)
 
 
