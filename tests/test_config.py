@@ -498,6 +498,17 @@ def test_a_missing_number_of_classes_is_counted(
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
     with pytest.raises(UserError, match=r"train holds 3 class .*\. Set data\.num_classes=3\.$"):
         check(made, made.hydra.runtime.choices)
+    for given, says in {
+        "extensions=[3]": "=[3] must be",
+        "extensions=jpg": "=jpg must be",
+        "extensions=[jpgg]": ": Pillow does not decode .jpgg",
+        "leave_out=3": "=3 must be a list",
+        "leave_out=[3]": "=[3] must be a list",
+    }.items():
+        made = composed("data=image_folder", "data.root=photos", f"data.source.{given}")
+        says = f"data.source.{given.partition('=')[0]}{says}"
+        with pytest.raises(UserError, match=rf"^{re.escape(says)}[^\n]*\.$"):
+            check(made, made.hydra.runtime.choices)
     made = composed("data=mask_folder", "data.root=photos")  # folders say nothing there
     with pytest.raises(UserError, match=r"must be given: add data\.num_classes=…"):
         check(made, made.hydra.runtime.choices)

@@ -166,6 +166,11 @@ def test_an_experiment_takes_only_the_keys_of_the_option_that_it_chooses() -> No
     assert fails("sgd", betas=[0.9, 0.99]) and not fails("sgd", momentum=0.9)
     assert not fails("adamw", _target_="mine.Optimizer", momentum=0.9)
     assert not fails(None, momentum=0.9) and not fails("mine", momentum=0.9)
+    chosen = {"defaults": [{"override /optimizer": "adamw"}]}
+    assert len(problems("experiment.json", {**chosen, "optimizer": {"lrr": 1}})) == 1
+    chosen = {"defaults": [{"override /data": "digits"}]}
+    assert problems("experiment.json", {**chosen, "data": {"augmentation": None}}) == []
+    assert problems("experiment.json", {**chosen, "data": {"source": None}}) != []
     cases = contents()["experiment.json"]["allOf"]
     for case in cases:  # each leads to a definition
         (node,) = case["then"]["properties"].values()

@@ -85,6 +85,22 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
         api.section("regrow.checkpoint.digest", ["nothing"])
 
 
+def test_the_headings_of_a_page_of_the_reference_differ() -> None:
+    import api
+
+    def repeats(text: str) -> set[str]:
+        found = [line.lower() for line in re.findall(r"^##+ .*$", text, re.M)]
+        return {line for line in found if found.count(line) > 1}
+
+    assert not any(repeats(text) for _, text in api.pages().values())
+    page = "## a.one\n### write\n## a.two\n### write\n### WRITE\n### read"
+    assert repeats(page)  # the control
+    made = api.with_unique_headings(page)
+    assert [line for line in made.split("\n") if line.startswith("### ")] == [
+        *("### one.write", "### two.write", "### two.WRITE (constant)", "### read")
+    ]
+
+
 def test_the_api_reference_in_docs_is_that_of_the_docstrings() -> None:
     import api
 

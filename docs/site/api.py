@@ -10,6 +10,7 @@ import ast
 import html
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +51,30 @@ def pages() -> dict[str, tuple[str, str]]:
     found[f"{FOLDER}/protocols.md"] = ("src/regrow/protocols.py", protocols)
     found[f"{FOLDER}/lab.md"] = ("src/lab", page_of_lab())
     return {
-        place: (path, re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n")
+        place: (path, re.sub(r"\n{3,}", "\n\n", with_unique_headings(text)).rstrip("\n") + "\n")
         for place, (path, text) in found.items()
     }
+
+
+def with_unique_headings(page: str) -> str:
+    """Return the page with the module before each name that stands there several times.
+
+    Anchors are in lower case: `Origins` beside `origins` of one module gets its kind too.
+    """
+    names = Counter(name.lower() for name in re.findall(r"^### (\w+)$", page, re.MULTILINE))
+    module, lines, taken = "", [], set[str]()
+    for line in page.split("\n"):
+        if line.startswith("## "):
+            module = line.rpartition(".")[2]
+        name = line.removeprefix("### ")
+        if name != line and names[name.lower()] > 1:
+            line = f"### {module}.{name}"
+            if line.lower() in taken:
+                kind = "constant" if name.isupper() else "function" if name.islower() else "class"
+                line += f" ({kind})"
+            taken.add(line.lower())
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def page_of_wing(wing: Path) -> str:

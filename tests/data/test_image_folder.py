@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from running import config_of
 
 from regrow.config import older
-from regrow.config.class_folders import NOT_READ, formats_by_suffix
+from regrow.config.class_folders import NOT_READ, contents_in_words, count_images, formats_by_suffix
 from regrow.errors import DataError, UserError
 from regrow.feeding import files
 from regrow.feeding.decoding import load_image
@@ -634,3 +634,42 @@ def test_a_set_without_a_class_and_a_folder_of_one_class_are_named(
         make_data("image_folder", f"root={tmp_path / 'one'}", *SMALL)
     with pytest.raises(UserError, match=r"data\.num_classes=1: a classifier needs at least two"):
         make_data("image_folder", f"root={tmp_path / 'one'}", *SMALL, "num_classes=1")
+
+
+def test_images_are_counted_without_torch_as_they_are_found(tmp_path: Path) -> None:
+    root, cat = tmp_path / "photos", tmp_path / "photos" / "cat"
+    for name in (
+        "a.png",
+        "B.PNG",
+        "c.jpg",
+        "d.txt",
+        ".e.png",
+        "in/f.png",
+        ".in/g.png",
+        "@eaDir/h.png",
+    ):
+        (cat / name).parent.mkdir(parents=True, exist_ok=True)
+        (cat / name).write_bytes(b"x")
+    (cat / "empty.png").touch()
+    (cat / "folder.png").mkdir()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "i.png").write_bytes(b"x")
+    (cat / "linked").symlink_to(tmp_path / "far")
+    (cat / "linked.png").symlink_to(tmp_path / "far" / "i.png")
+    (cat / "dead.png").symlink_to(tmp_path / "nothing")
+    os.mkfifo(cat / "pipe.png")
+
+    def counts(*leave_out: str) -> tuple[int, int]:
+        left_out = files.LeftOut(root)
+        found = files.find_files(cat, {".png"}, leave_out, left_out)
+        return count_images(cat, root, {".png"}, leave_out), len(found)
+
+    assert counts() == (8, 8)
+    assert counts("hidden") == (5, 5)
+    assert counts("empty") == (7, 7)
+    assert counts("hidden", "empty", "cat/in", "./cat/a.png") == (2, 2)
+    assert counts("in", "a.png") == (8, 8)  # paths are below the root
+    assert len([*cat.rglob("*.png")]) not in (8, 5, 7, 2)  # a plain search differs
+    (root / "dog").mkdir()
+    said = contents_in_words(root, ["png"], ("hidden", "empty", "cat/in"))
+    assert "2 class folders (images): cat 3, dog 0. The folder dog holds no images" in said

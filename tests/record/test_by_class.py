@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from regrow.record.by_class import MOST_CELLS, first, of_page, table
+from regrow.record.by_class import MOST_CELLS, first_rows, of_page, table
 
 
 def values(count: int) -> dict[str, float]:
@@ -81,5 +81,10 @@ def test_many_sets_and_many_metrics_leave_fewer_rows() -> None:
     shown, said = of_page(wide, [f"s{n}" for n in range(399)], {"f1"})
     assert len(shown) == 10 and said == "Shown: the 10 worst of 60 classes by s398/f1."
     long = [[f"metric {n}", 0.5] for n in range(MOST_CELLS)]
-    assert first(long, 2) == (long[:2000], "Shown: the first 2,000 of 4,000 rows.")
-    assert first(long[:2000], 2) == (long[:2000], "")
+    assert first_rows(long, 2) == (long[:2000], "Shown: the first 2,000 of 4,000 rows.")
+    assert first_rows(long[:2000], 2) == (long[:2000], "")
+    metrics = [f"m{n}" for n in range(401)]
+    many = [[f"{metric}/c{n}", *([n / 3] * 9)] for metric in metrics for n in range(3)]
+    shown, said = of_page(many, [f"s{n}" for n in range(9)], metrics)
+    assert [row[0] for row in shown[:2]] == ["m0/c0", "m1/c0"] and len(shown) == 401
+    assert said == "Shown: the 1 worst of 3 classes by s8/m0."

@@ -52,7 +52,7 @@ NARROW = 33  # the column of comments on a page of one option
 BASE = "_base"  # the file of what all options of a group share
 OFTEN = ("data.num_classes", "data.input_shape", "data.normalize")
 SELDOM = ("data.target_kind", "data.num_outputs")  # an option sets them, and rarely a user
-# The page of an option names them alone, if a node has several of them with their defaults.
+# If several of these keys of a node have their defaults, an option's page shows only their names.
 RARELY = (
     *("crop_ratio", "brightness", "contrast", "saturation", "hue"),
     *("exif_orientation", "timeout_seconds", "retries"),
@@ -209,15 +209,14 @@ def _page(
     else:
         rows["set in"] = set_at("", Path(where).stem, key) or where
     if (of := repeated(key, entry.value)) and key.rpartition(".")[2] not in OTHERS:
-        rows["type"] = f"{of}=…, whose value this key takes"
+        example = f"{of}=…, whose value this key takes"
     else:
         value, typed = _held(key, entry, config), key
         if group in RECIPES:  # its keys are those of other groups
             typed = below
             own = _entry(typed, config)
             entry, parent = (own[0], own[1]) if own[0] is not None else (entry, parent)
-        rows["type"] = _example(typed, entry, parent, value)
-    typed_last = rows.pop("type")
+        example = _example(typed, entry, parent, value)
     for name, text in rows.items():
         if text:
             yield from _wrapped(f"  {name}:", text, column=11)
@@ -225,8 +224,8 @@ def _page(
         yield from _others(key, option_of, (entry, parent), with_alike=not is_chosen)
     if lacks:
         yield f"  choose:  {where}, or another option that has the key"
-    if typed_last:
-        yield from _wrapped("  type:", typed_last, column=11)
+    if example:
+        yield from _wrapped("  type:", example, column=11)
 
 
 def _others(
@@ -234,8 +233,8 @@ def _others(
 ) -> Iterator[str]:
     """Yield a line for the other options with this key: default, and range and meaning if others.
 
-    Options whose key is the same share a line; those like the `first` are left out if the key can
-    be used as it is.
+    Options whose key is the same share a line; options with the facts of `first` are left out
+    unless `with_alike`.
     """
     group, _, below = key.partition(".")
     alike: dict[tuple[str, str, str], list[str]] = {}

@@ -3,7 +3,7 @@
 Public, by module; all else is private to this folder.
 
 check: check, check_data, check_group, check_once, check_values
-class_folders: described, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
+class_folders: classes_in_words, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
 command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
     shell
 composition: composition, hydra_as_it_was
@@ -30,7 +30,7 @@ resume: CHANGED, check_roles_of_run, differences, downloads_elsewhere, ELSEWHERE
     has_changes, if_trusted, is_done, is_foreign, is_of_the_launcher, is_own, key_of, LACKED,
     lacked_before, lacked_keys, places_of_conf, reached, recorded_overrides, refuse_other_data,
     refuse_remote, resumed, SWEEP
-roles
+roles: check_roles
 rules: applies, of_shipped, require, RULES
 schemas: write
 started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_start, remove_created

@@ -30,7 +30,7 @@ from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
 from regrow.config.resume import check_recorded
-from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, shown
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, require, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
@@ -217,13 +217,15 @@ def _class_folders(config: DictConfig) -> str:
     if not isinstance(source, DictConfig):
         return ""
     named = ("_target_", "root", "extensions", "leave_out")
-    target, root, extensions, leave_out = (
-        OmegaConf.select(source, key, throw_on_resolution_failure=False) for key in named
-    )
-    if not str(target).endswith(".image_folder") or not root:
-        return ""
-    with contextlib.suppress(OSError):
-        return class_folders.seen(Path(str(root)), extensions, leave_out or ())
+    with contextlib.suppress(OSError, OmegaConfBaseException):
+        found = [OmegaConf.select(source, it, throw_on_resolution_failure=False) for it in named]
+        found = [OmegaConf.to_container(it) if OmegaConf.is_config(it) else it for it in found]
+        target, root, extensions, leave_out = found
+        if not str(target).endswith(".image_folder") or not root:
+            return ""
+        require("data.source.extensions", extensions)  # the check of all values comes later
+        require("data.source.leave_out", leave_out or [])
+        return class_folders.contents_in_words(Path(str(root)), extensions, leave_out or ())
     return ""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from regrow.config.command_line import shell
 from regrow.errors import UserError
 
+# Folders that systems and archivers create. Some contain images, such as thumbnails.
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SHOWN = 20  # folders
 # Formats that Pillow registers but that are not read: they need another program, are only
@@ -63,7 +64,9 @@ def suffixes_of(extensions: Sequence[str] | None) -> frozenset[str]:
     return chosen
 
 
-def seen(root: Path, extensions: Sequence[str] | None, leave_out: Collection[str]) -> str:
+def contents_in_words(
+    root: Path, extensions: Sequence[str] | None, leave_out: Collection[str]
+) -> str:
     """Return what `root`, or its folder train, holds, and the number of classes to type.
 
     Returns nothing if it has no folders. Raises OSError, and UserError for an unknown extension.
@@ -75,26 +78,35 @@ def seen(root: Path, extensions: Sequence[str] | None, leave_out: Collection[str
         return [it for it in names if not ("hidden" in leave_out and is_hidden(it))]
 
     def count(folder: Path) -> int:
-        """Count as `files.find_files` does, but for paths of `leave_out`."""
-        found = 0
-        for inside, below, names in os.walk(folder):
-            if "hidden" in leave_out:
-                below[:] = [name for name in below if not is_hidden(name)]
-                names = [name for name in names if not is_hidden(name)]
-            files = (Path(inside, it) for it in names if Path(it).suffix.lower() in suffixes)
-            found += sum(it.is_file() and not _is_left_out(it, leave_out) for it in files)
-        return found
+        return count_images(folder, root, suffixes, leave_out)
 
     where = root / "train" if (root / "train").is_dir() else root
     names = folders(where)
-    return f"{where} holds {described(where, names, None, folders, count)}" if names else ""
+    return f"{where} holds {classes_in_words(where, names, None, folders, count)}" if names else ""
 
 
-def _is_left_out(file: Path, leave_out: Collection[str]) -> bool:
-    return "empty" in leave_out and file.stat().st_size == 0
+def count_images(
+    folder: Path, root: Path, suffixes: Collection[str], leave_out: Collection[str]
+) -> int:
+    """Return the number of files that `files.find_files` finds, without keeping their names.
+
+    Paths in `leave_out` are below `root`. Passes over folders that cannot be read.
+    """
+    named = {root / os.path.normpath(it) for it in leave_out if it not in ("hidden", "empty")}
+
+    def is_left_out(path: Path) -> bool:
+        return path in named or ("hidden" in leave_out and is_hidden(path.name))
+
+    found = 0
+    for inside, below, names in os.walk(folder):
+        below[:] = [name for name in below if not is_left_out(Path(inside, name))]
+        files = [Path(inside, name) for name in names if Path(name).suffix.lower() in suffixes]
+        files = [file for file in files if not is_left_out(file) and file.is_file()]
+        found += sum("empty" not in leave_out or file.stat().st_size > 0 for file in files)
+    return found
 
 
-def described(
+def classes_in_words(
     folder: Path,
     found: Sequence[str],
     num_classes: int | None,
@@ -129,8 +141,9 @@ def described(
         if len(found) - len(empty) == num_classes:
             return f"{said}: add some, or remove the folder{'s' * bool(others)}."
         if num_classes is None and len(found) - len(empty) > 1:
+            images = f"images to {'them' if others else 'it'}"
             few = f"data.num_classes={len(found) - len(empty)}"
-            return f"{said}: remove the folder{'s' * bool(others)} and set {few}, or add some."
+            return f"{said}: remove the folder{'s' * bool(others)} and set {few}, or add {images}."
         said += "."
     if len(found) == 1:
         said = said.replace("1 class folders", "one class folder")

@@ -26,6 +26,7 @@ EDITOR = ROOT / ".vscode" / "settings.json"
 DRAFT = "http://json-schema.org/draft-07/schema#"
 _BESIDE = "./schemas/"  # as the editor names them
 PRIMARY, RECIPE = "train", "experiment"
+BASE = "_base"  # the file of what all options of a group share
 INTERPOLATED = r"\$\{|^\?\?\?$"  # ??? must be given elsewhere
 OF_NODES = r"^_[a-z]+_$"  # what Hydra reads in any node, such as _partial_
 # Arguments of shipped torch targets that conf/ leaves at torch's defaults, from torch 2.11 to 2.15.
@@ -140,6 +141,9 @@ def of_primaries() -> dict[str, Any]:
 def of_recipes() -> dict[str, Any]:
     """Return the schema of files that override keys of other groups, such as experiments."""
     keys = {key: its for key, its in _top_level().items() if key != "lab"}  # of conf/train.yaml
+    chosen = {group: [*_chosen(group)] for group in sorted(keys.keys() & _groups())}
+    # A condition holds the keys of such a group, so that an editor reports a wrong one once.
+    keys |= {group: True for group, cases in chosen.items() if cases}
     return {
         "$schema": DRAFT,
         "title": "overrides",
@@ -147,19 +151,28 @@ def of_recipes() -> dict[str, Any]:
         "type": "object",
         "properties": {"defaults": _defaults({"override /": "/"}), **keys},
         "additionalProperties": False,
-        "allOf": [case for group in sorted(keys.keys() & _groups()) for case in _chosen(group)],
+        "allOf": [case for cases in chosen.values() for case in cases],
     }
 
 
 def _chosen(group: str) -> Iterator[dict[str, Any]]:
-    """Yield, for each option of a group, that a file which chooses it sets keys of that option."""
-    for name in [*_names(group)] if group != "logger" else ():  # a list chooses several
-        key = f"override /{group}"
-        entry = {"type": "object", "required": [key], "properties": {key: {"const": name}}}
-        yield {
-            "if": {"required": ["defaults"], "properties": {"defaults": {"contains": entry}}},
-            "then": {"properties": {group: {"$ref": f"{group}.json#/definitions/{name}"}}},
+    """Yield an if/then per option: a file that chooses it may only set that option's keys.
+
+    The last is for a file that chooses none of them, and may set the keys of each.
+    """
+    key = f"override /{group}"
+
+    def case(is_chosen: bool, options: dict[str, Any], definition: str) -> dict[str, Any]:
+        entry = {"type": "object", "required": [key], "properties": {key: options}}
+        chooses = {"required": ["defaults"], "properties": {"defaults": {"contains": entry}}}
+        return {
+            "if": chooses if is_chosen else {"not": chooses},
+            "then": {"properties": {group: {"$ref": f"{group}.json#/definitions/{definition}"}}},
         }
+
+    if names := [*_names(group)] if group != "logger" else []:  # a list chooses several
+        yield from (case(True, {"const": name}, name) for name in names)
+        yield case(False, {"enum": names}, "node")
 
 
 def _top_level() -> dict[str, Any]:
@@ -228,7 +241,7 @@ def _value(path: str, entries: list[KeyEntry]) -> dict[str, Any]:
     rule = RULES.get(path)
     if rule is None and nodes and any(entry.value for entry in nodes):
         schema = _node(path, nodes)
-        if len(nodes) < len(entries):
+        if len(nodes) < len(entries) or _is_null_in_base(path):
             schema["type"] = [*schema["type"], "null"]
         return {**_words(entries, ""), **schema}
     if rule is None and (listed := _listed(entries)):
@@ -251,6 +264,17 @@ def _value(path: str, entries: list[KeyEntry]) -> dict[str, Any]:
         **_suggested(entries),
         **_default(entries),
     }
+
+
+def _is_null_in_base(path: str) -> bool:
+    """Return True if the key is null in the `_base.yaml` of its group: every option takes null."""
+    group, *below = path.split(".")
+    if not (CONF / group / f"{BASE}.yaml").is_file():
+        return False
+    entry: KeyEntry | None = option(group, BASE, in_conf)
+    for key in below:
+        entry = entry.below.get(key) if entry is not None else None
+    return entry is not None and entry.value is None
 
 
 def _words(entries: list[KeyEntry], says: str) -> dict[str, Any]:

@@ -25,7 +25,6 @@ KINDS_LEFT_OUT = ("hidden", "empty")  # words of data.source.leave_out; others a
 NAMED = "named in data.source.leave_out"
 NUM_NAMES = 3  # names shown per reason to leave files out
 NUM_SUFFIXES = 8  # suffixes named; the others are counted
-# Folders that systems and archivers create. Some contain images, such as thumbnails.
 END = 4096  # bytes at each end of a file, compared before its contents
 CHUNK = 1 << 20
 NUM_READERS = 4  # threads that read contents; hashing releases the GIL

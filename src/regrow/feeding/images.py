@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from regrow.config.class_folders import described, formats_by_suffix, is_hidden, suffixes_of
+from regrow.config.class_folders import classes_in_words, formats_by_suffix, is_hidden, suffixes_of
 from regrow.errors import DataError, UserError
 from regrow.feeding.decoding import (
     AUTO,
@@ -243,7 +243,7 @@ def image_folder(
         given = f" and data.class_names={class_names}" if class_names is not None else ""
         raise UserError(
             f"data.num_classes={num_classes}{given}, but {folders['train']} holds "
-            + described(
+            + classes_in_words(
                 folders["train"],
                 found,
                 num_classes,

@@ -50,9 +50,9 @@ def of_page(
 ) -> tuple[list[Sequence[Any]], str]:
     """Return the rows of a page's table, and a sentence about those that it lacks; empty if none.
 
-    A row is a name such as f1/cat, and a value for each of `sets`. Of more than 50 classes, or of
-    more cells than fit, those with the worst F1 or IoU on the last set are shown, the worst first.
-    Names whose first part is not one of the `metrics` are of no class; they stand before.
+    A row is a name such as f1/cat, and a value for each of `sets`. If there are more than 50
+    classes, or more cells than fit, returns those with the worst F1 or IoU on the last set, worst
+    first. Rows whose name does not start with one of `metrics` belong to no class and come first.
     """
     columns: dict[str, dict[str, Sequence[Any]]] = {}
     others: list[Sequence[Any]] = []
@@ -64,8 +64,8 @@ def of_page(
             others.append(row)
     names = [*dict.fromkeys(name for column in columns.values() for name in column)]
     width = len(sets) + 1
-    most = min(MOST_OF_PAGE, MOST_CELLS // width // max(1, len(columns)))
-    others, left_out = first(others, width)
+    most = max(1, min(MOST_OF_PAGE, MOST_CELLS // width // max(1, len(columns))))
+    others, left_out = first_rows(others, width)
     if len(names) <= most:
         return [*others, *(row for column in columns.values() for row in column.values())], left_out
     rank = _rank(columns)
@@ -79,7 +79,7 @@ def of_page(
     return [*others, *shown], f"{left_out} {said}".strip()
 
 
-def first(rows: Sequence[Sequence[Any]], width: int) -> tuple[list[Sequence[Any]], str]:
+def first_rows(rows: Sequence[Sequence[Any]], width: int) -> tuple[list[Sequence[Any]], str]:
     """Return the first rows of `width` cells that fit a page, and a sentence if that is not all."""
     most = max(1, MOST_CELLS // width)
     said = f"Shown: the first {most:,} of {len(rows):,} rows." if len(rows) > most else ""
@@ -91,5 +91,5 @@ def _rank(columns: Collection[str]) -> str:
 
 
 def _number(value: Any) -> float:
-    """Return the value, or infinity for none and NaN: such a class is not among the worst."""
+    """Return the value; infinity if it is None or NaN, so that such a class sorts last."""
     return value if isinstance(value, int | float) and not math.isnan(value) else math.inf

@@ -14,7 +14,7 @@ from regrow.record.comparison import REPEATS, Comparison, Row
 if TYPE_CHECKING:
     from optuna import Study
 
-FEWEST_RUNS = 10  # to fit trees to: with fewer, their shares are those of the draws
+FEWEST_RUNS = 10  # to fit trees to: with fewer, the trees' shares depend on the random draws
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,10 @@ def of_study(
 def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
     """Return Optuna's importances of a grid's parameters: each finished run is a trial.
 
-    Each level of a parameter counts as much as any other. Seeds and folds are repetitions. Of few
-    runs, and without Optuna's importances, returns the main effects, and the note says so.
+    Each level of a parameter counts as much as any other. Seeds and folds are repetitions.
+    Returns main effects, with a note, if there are few runs or Optuna fails.
     """
-    done = [row for its in comparison.settings for row in its.rows]
-    keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
-    values = [row.value(comparison.metric) or 0.0 for row in done]
+    done, keys, values = _trials(comparison)
     if len({*values}) < 2:
         return Importance({}, f"Not computed: {comparison.metric} does not vary.")
     if len(done) < FEWEST_RUNS:
@@ -63,6 +61,13 @@ def of_table(comparison: Comparison, short: Mapping[str, str]) -> Importance:
         f"functional ANOVA over {len(done)} runs. It is rough below about a hundred."
     )
     return Importance({short.get(key, key): share for key, share in shares.items()}, note)
+
+
+def _trials(comparison: Comparison) -> tuple[list[Row], list[str], list[float]]:
+    """Return the finished runs, the keys of their parameters, and each run's value."""
+    done = [row for its in comparison.settings for row in its.rows]
+    keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
+    return done, keys, [row.value(comparison.metric) or 0.0 for row in done]
 
 
 def _study(done: Sequence[Row], keys: Sequence[str], values: Sequence[float]) -> Study:
@@ -103,13 +108,11 @@ def effects(comparison: Comparison, short: Mapping[str, str]) -> Importance:
 
     Only if each combination ran equally often: else the parameters' shares overlap.
     """
-    done = [row for its in comparison.settings for row in its.rows]
+    done, keys, values = _trials(comparison)
     metric = comparison.metric
-    keys = [k for k in dict.fromkeys(k for row in done for k in row.swept) if k not in REPEATS]
     levels = {key: [row.swept.get(key, "") for row in done] for key in keys}
     counts = Counter(zip(*levels.values(), strict=True))
     num_whole = math.prod(len({*its}) for its in levels.values())
-    values = [row.value(metric) or 0.0 for row in done]
     mean = statistics.fmean(values) if values else 0.0
     total = sum((value - mean) ** 2 for value in values)
     if not total or len(counts) != num_whole or len({*counts.values()}) > 1:

@@ -100,7 +100,7 @@ def code(content: Any) -> str:
 def clipped(text: str, most: int) -> tuple[str, str]:
     """Return the first lines that take at most `most` bytes of a page, and a sentence if not all.
 
-    Of a single line that is longer, returns its first part.
+    If the first line alone is longer, returns its beginning.
     """
     whole, found = len(text), text
     while (size := len(Markup.escape(found).encode("utf-8", "backslashreplace"))) > most:
@@ -112,7 +112,7 @@ def clipped(text: str, most: int) -> tuple[str, str]:
 
 
 def brief_words(content: Any) -> Any:
-    """Return words of the user's, of which a page has room for the first ten thousand bytes."""
+    """Return the user's text, cut to 10,000 bytes."""
     if content is None or isinstance(content, Markup):
         return content
     words, said = clipped(redact(str(content)), MOST_OF_WORDS)

@@ -37,7 +37,8 @@ BOOKKEEPING = ("resume", "init_from", "hydra", "logger", "notes", "tags", "name"
 LEAST_FOR_IMAGES = 300_000  # bytes of a page that plots leave to images, if it has some
 LONGEST_NAME = 200  # characters of a metric, or of a tag, in a page
 MOST_TAGS = 100
-OPEN_RESUMES, MOST_RESUMES = 3, 100  # whose commands a page shows, and shows or folds
+OPEN_RESUMES, MOST_RESUMES = 3, 100  # resumes shown open; resumes shown at all
+MOST_OF_RESUMES = 50_000  # bytes of their commands together
 NOTES_BYTES = 2_000  # for the sentences about images that a page lacks
 
 
@@ -208,7 +209,7 @@ def _write(
     per_class = [row for row in metrics if "/" in row[0]]  # e.g. f1/zero
     names = {row[0] for row in whole}
     shown, lacks_classes = by_class.of_page(per_class, [*run.sets], names)
-    whole, lacks_metrics = by_class.first(whole, len(run.sets) + 1)
+    whole, lacks_metrics = by_class.first_rows(whole, len(run.sets) + 1)
     config_text = _as_yaml(run.config) if run.config else ""
     manifest_text = json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else ""
     content: dict[str, Any] = {
@@ -386,11 +387,15 @@ def _facts(run: Run) -> dict[str, Any]:
 def _resumes(facts: Mapping[str, Any]) -> Markup | str:
     """Return when, from which step and with which command a run was resumed; "" if it was not."""
     starts = facts.get("resumes") or []
-    said = []
+    said: list[Markup] = []
+    size = 0
     for start in starts[:MOST_RESUMES]:
         step = f" from step {pages.number(start['step'])}" if start.get("step") is not None else ""
         # A resume records what differs from the first start.
         command = pages.code(start.get("command") or facts.get("command"))
+        size += len(command.encode("utf-8", "backslashreplace"))
+        if size > MOST_OF_RESUMES and said:
+            break
         when = start.get("started") or facts.get("started") or ""
         said.append(Markup("<div>{}{}: {}</div>").format(when, step, command))
     if not said:
