@@ -17,6 +17,7 @@ from waiting import until
 
 from regrow.errors import UserError
 from regrow.processes import outside
+from regrow.processes.signals import NOTHING
 from regrow.project import CONF
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -145,7 +146,7 @@ def test_a_signal_ends_the_wait_for_the_others(number: signal.Signals, tmp_path:
     assert "waiting for rank 1" in process.stderr.readline()
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and errors == ""
+    assert process.returncode == 128 + number and errors == f"{NOTHING}\n"
     assert [*tmp_path.iterdir()] == []
 
 

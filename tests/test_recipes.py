@@ -215,11 +215,13 @@ def striped(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_of_a_new_project_works_as_printed(made: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_new_project_on_ones_own_images_works_as_printed(
+    made: Path, tmp_path: Path
+) -> None:
     project = tmp_path / "project"
     shutil.copytree(made, project, symlinks=True)
     striped(project)
-    text = (project / "README.md").read_text(encoding="utf-8")
+    text = (project / "docs/your_images.md").read_text(encoding="utf-8")
     assert [file for file, _ in blocks(text)] == ["my_models.py", "conf/model/small.yaml", None]
     said = follow(text, project)
     assert "60 predictions" in said

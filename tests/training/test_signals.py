@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,36 @@ def test_a_signal_ends_a_wait_early() -> None:
             raise AssertionError("the wait was to be cut short")
 
 
-def test_a_signal_within_a_destructor_stops_the_next_wait() -> None:
+def arrives(*_: object) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def with_destructor() -> object:
     class Dropped:
         def __del__(self) -> None:
-            signal.raise_signal(signal.SIGTERM)
+            arrives()
 
+    return Dropped()
+
+
+def with_finalizer() -> object:
+    dropped = type("Dropped", (), {})()
+    weakref.finalize(dropped, arrives)
+    return dropped
+
+
+def with_finalizer_of_a_process() -> object:
+    """As the queues of data workers have."""
+    dropped = type("Dropped", (), {})()
+    multiprocessing.util.Finalize(dropped, arrives)
+    return dropped
+
+
+@pytest.mark.parametrize("make", [with_destructor, with_finalizer, with_finalizer_of_a_process])
+def test_a_signal_within_a_destructor_stops_the_next_wait(make: Callable[[], object]) -> None:
     def items() -> Iterator[int]:
         yield 1
-        Dropped()
+        make()
         yield 2
 
     seen = []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
@@ -13,6 +15,12 @@ from typing import TypeVar
 from regrow.processes.signals import STOPPING, handled
 
 T = TypeVar("T")
+
+# Called when an object is dropped, as destructors are.
+_FINALIZERS = {
+    multiprocessing.util.Finalize.__call__.__code__,
+    weakref.finalize.__call__.__code__,
+}
 
 
 class Interrupted(Exception):
@@ -83,7 +91,7 @@ def _must_finish(frame: FrameType | None) -> bool:
     """
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "__del__":
+        if code.co_name == "__del__" or code in _FINALIZERS:
             return True
         if code.co_name == "put" and code.co_filename == multiprocessing.queues.__file__:
             return True
