@@ -422,3 +422,15 @@ def test_code_missing_from_the_record_is_named(
         git = {**content["git"], "commit": commit}
         write_json(other / "manifest.json", {**content, "git": git})
         assert manifest.way_back(other, root).endswith(f"commit, {commit}, is not in {root}.")
+
+
+@pytest.mark.parametrize("found", ["abc", [1], {"name": "x"}])
+def test_damaged_accelerators_are_told_and_not_used(
+    found: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {"hardware": {"cpu": "x", "accelerators": [{"name": "A"}]}}
+    write_json(tmp_path / manifest.NAME, whole)
+    assert manifest.read(tmp_path) == whole and not caplog.records  # the negative control
+    write_json(tmp_path / manifest.NAME, {"hardware": {"accelerators": found}})
+    assert manifest.read(tmp_path) == {"hardware": {"accelerators": []}}
+    assert "its accelerators are damaged and not used" in caplog.text

@@ -146,6 +146,11 @@ def read(folder: Path) -> dict[str, Any]:
     if not isinstance(resumes, list) or not all(isinstance(it, dict) for it in resumes):
         log.warning("%s: its resumes are damaged and not used", folder / NAME)
         content["resumes"] = []
+    hardware = content.get("hardware") or {}
+    found = hardware.get("accelerators") or []
+    if not isinstance(found, list) or not all(isinstance(it, dict) for it in found):
+        log.warning("%s: its accelerators are damaged and not used", folder / NAME)
+        hardware["accelerators"] = []
     return content
 
 

@@ -381,7 +381,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "versions": ", ".join(versions),
         "weights": pages.code(summary.get("weights_sha256")),
     }
-    return {name: value for name, value in found.items() if value not in (None, "")}
+    return {name: pages.brief_words(it) for name, it in found.items() if it not in (None, "")}
 
 
 def _resumes(facts: Mapping[str, Any]) -> Markup | str:
@@ -393,11 +393,12 @@ def _resumes(facts: Mapping[str, Any]) -> Markup | str:
         step = f" from step {pages.number(start['step'])}" if start.get("step") is not None else ""
         # A resume records what differs from the first start.
         command = pages.code(start.get("command") or facts.get("command"))
-        size += len(command.encode("utf-8", "backslashreplace"))
+        when = pages.brief_words(start.get("started") or facts.get("started") or "")
+        line = Markup("<div>{}{}: {}</div>").format(when, step, command)
+        size += len(line.encode("utf-8", "backslashreplace"))
         if size > MOST_OF_RESUMES and said:
             break
-        when = start.get("started") or facts.get("started") or ""
-        said.append(Markup("<div>{}{}: {}</div>").format(when, step, command))
+        said.append(line)
     if not said:
         return ""
     more = len(starts) - len(said)
