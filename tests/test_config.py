@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -54,7 +55,7 @@ BAD = {
     "list it. Add `foreach: true` to that file, or type a plus for this run alone: "
     "+optimizer.foreach=true",
     "+optimizer.params=[]": "torch.optim.AdamW has no such key. It takes lr, betas,",
-    "+model.patch_size=3": "MLP has no such key. It is one of model=vit.",
+    "+model.patch_size=3": "MLP has no such key. model=vit has it.",
     "+trainer.fast_dev_run=true": "TrainerOptions has no such key. Here that is debug=fast.",
     "trainer.accelerator=gpu": "Here that is trainer.device=cpu, cuda or mps.",
     "task_name=x": "task_name: there is no such key. Here that is name.",
@@ -160,7 +161,7 @@ BAD = {
     "lr = 0.1": "Did you mean optimizer.lr?",
     "lr=0.1": "lr: there is no such key. Did you mean optimizer.lr?",
     "trainer.lr=0.1": "trainer.lr: there is no such key. Did you mean optimizer.lr?",
-    "loss.beta=1": "the chosen loss has no such key. It is one of loss=smooth_l1.",
+    "loss.beta=1": "the chosen loss has no such key. loss=smooth_l1 has it.",
     "data.source.delimiter=,": "needs quotes",
     "data.source.delimiter=;": "needs quotes",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
@@ -318,7 +319,7 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
         return [[*arguments, *found[1].split()]]
     if found := re.search(r"(?:needs quotes|of that name): (.+)$", said):
         return [[*others, *shlex.split(found[1])]]
-    if found := re.search(r"It is one of (\S+)\.$", said):
+    if found := re.search(r"no such key\. (\S+) has it\.$", said):
         return [[found[1], last]]
     found = re.search(r"one of (?:its options: )?([\w, ]+)", said)
     words = re.findall(r"\w+", found[1]) if found else []
@@ -961,3 +962,22 @@ def test_a_command_line_lets_its_own_targets_through(monkeypatch: pytest.MonkeyP
 def test_the_schemas_know_the_further_arguments_of_every_shipped_torch_target() -> None:
     shipped = {target for target in shipped_targets() if target.startswith("torch.optim.")}
     assert {*OF_TORCH} == shipped
+
+
+def test_a_check_and_a_run_whose_reader_goes_away_end_well(tmp_path: Path) -> None:
+    run = (
+        "data=synthetic",
+        "trainer.max_steps=2",
+        "trainer.progress_bar=false",
+        "hydra.run.dir=run",
+    )
+    for arguments in ((*run, "--check"), run):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, str(TRAIN), *arguments, "trainer.device=cpu"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        # matplotlib may log, through Hydra, that it looks for fonts for the first time.
+        assert done.returncode == 0 and b"error: " not in done.stderr, done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "completed"
+    assert "nothing reads the output any more" in (tmp_path / "run" / "train.log").read_text()

@@ -191,7 +191,7 @@ def with_config(run: Path, text: str) -> None:
         (lambda run: with_config(run, "- 1"), "it holds a list"),
         (lambda run: without(run, "trainer", "device"), "has no trainer.device"),
         (lambda run: without(run, "model", "_target_"), "has no model._target_"),
-        (lambda run: shutil.rmtree(run / "checkpoints"), "There is none."),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "this run (completed) has no checkpoint"),
         (lambda run: changed(run, model={"hidden": [13]}), "not those of the model"),
         (lambda run: changed(run, model={"hiden": [13]}), "hiden"),
     ],

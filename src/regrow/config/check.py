@@ -359,7 +359,8 @@ def _refuse_key(full: str, target: Any, shipped: Mapping[str, Any]) -> NoReturn:
     hint = leads.lead(full) or did_you_mean(full, (f"{path}.{key}" for key in known))
     others = [option for option in known_keys().get(full, []) if not option.startswith("_")]
     if not hint and others:
-        hint = f" It is one of {path.split('.')[0]}={', '.join(others)}."
+        have = "has" if len(others) == 1 else "have"
+        hint = f" {path.split('.')[0]}={', '.join(others)} {have} it."
     if not hint and known:
         hint = f" It takes {', '.join(known)}."
     raise UserError(f"{full}: {target or path} has no such key.{hint}")

@@ -423,7 +423,7 @@ def unknown_key(name: str, *, sign: str = "") -> str:
     ):
         return (
             f"{name}: the chosen {group} has no such key. "
-            f"It is one of {group}={', '.join(options)}."
+            f"{group}={', '.join(options)} {'has' if len(options) == 1 else 'have'} it."
         )
     here = [key for key in keys if key.startswith(f"{group}.")]
     hint = did_you_mean(name, here or keys) or did_you_mean(name.rpartition(".")[2], keys)

@@ -13,10 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from regrow.errors import printable
+from regrow.processes import terminal
 from regrow.project import lab_name
 from regrow.record.redact import redact
 
 log = logging.getLogger("regrow")
+to_file = logging.getLogger("regrow.file")
 
 
 def _have_a_lock_of_our_own() -> None:
@@ -48,7 +50,12 @@ class _BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
+        try:
+            tqdm.write(self.format(record), file=stream)
+        except BrokenPipeError:  # as after `| head`: the run and its train.log go on
+            if not terminal.drop_unread():
+                raise
+            to_file.warning("nothing reads the output any more, so it is written here alone")
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from regrow.project import ROOT
 from regrow.protocols import Inputs
 from regrow.randomness import Draws, states_kept
 from regrow.record import manifest
-from regrow.record.records import read_json
+from regrow.record.records import load_status, read_json
 from regrow.runs import machine
 from regrow.runs.other_code import naming_code
 from regrow.runs.predictions import Predictions, columns_of, joined, predictions_of
@@ -508,10 +508,16 @@ def _checkpoint(folder: Path, which: str) -> tuple[Path, writer.Parts, dict[str,
     there = writer.complete(folder)
     names = [name for name in ("best", "last") if writer.named(folder, name).is_dir()]
     names += [path.name for path in there]
+    if not names:
+        status = load_status(folder.parent) or {}
+        raise UserError(
+            f"{_shown(folder.parent)}: this run ({status.get('state')}) has no checkpoint yet. "
+            f"Resume it with resume={_shown(folder.parent)}, or name another run."
+        )
     if which not in names:
         raise UserError(
             f"checkpoint={which}: {_shown(folder)} has no such checkpoint. "
-            f"There is {', '.join(names) or 'none'}."
+            f"There is {', '.join(names)}."
         )
     while True:
         path = writer.named(folder, which)
