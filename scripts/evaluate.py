@@ -49,7 +49,7 @@ def evaluate(options: Arguments) -> None:
     # these import torch: only after the arguments are checked
     from regrow.record.records import as_json, load_summary
     from regrow.runs.console import console
-    from regrow.runs.inference import draws_of, other_draws
+    from regrow.runs.inference import changed_split, draws_of, other_draws
     from regrow.runs.inference import evaluate as measured
     from regrow.runs.loaded import load_run, set_numerics
 
@@ -63,6 +63,7 @@ def evaluate(options: Arguments) -> None:
         draws = draws_of(run, split)
         with contextlib.closing(run):
             values = measured(run, split, draws)
+            changed = "" if options.data else changed_split(run, split)
 
     shown = {key: value for key, value in values.items() if key.count("/") == 1}
     width = max(len(key) for key in shown)
@@ -80,6 +81,7 @@ def evaluate(options: Arguments) -> None:
         "split": split,
         "examples": run.data.num_examples[split],
         "swapped": options.data,
+        "changed": changed or None,
         "device": str(run.device),
         "precision": run.precision,
         "values": values,
@@ -100,6 +102,14 @@ def evaluate(options: Arguments) -> None:
     told = (summary or {}).get(split)  # a pruned trial has no test
     if split in run.data.num_examples and checkpoint == "best" and not options.data and told:
         print(f"\nThe run itself measured {compared(told, values)}.")
+    if changed:
+        print(
+            printable(
+                f"\nThe data has changed since the run ({changed}). If its splits are drawn by "
+                f"fractions, they are drawn again, and {split} may hold examples that the run "
+                "trained on."
+            )
+        )
     if draws.drawn and (reasons := other_draws(run, options.data)):
         print(
             "\nThe model or its loss draws random numbers in evaluation, so these numbers may "

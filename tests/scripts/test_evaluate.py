@@ -283,3 +283,24 @@ def test_a_run_made_and_measured_from_outside(tmp_path: Path) -> None:
     assert "The run itself measured the same." in done.stdout
     (written,) = (tmp_path / "outputs" / "debug" / "latest").glob("evaluation_*.json")
     assert written.name == "evaluation_test.json"
+
+
+def test_a_split_that_is_drawn_again_from_other_data_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    rows = [f"{n % 7},{n % 5},{'ab'[n % 2]}\n" for n in range(120)]
+    table.write_text("x,y,kind\n" + "".join(rows))
+    source = (f"data.source.train_file={table}", "data.source.target_columns=[kind]")
+    run = finished(tmp_path / "run", "data=csv", *source, "data.input_shape=[2]",
+        "data.num_classes=2", "data.num_outputs=2", "data.target_kind=multiclass")  # fmt: skip
+    capsys.readouterr()
+    told = "The data has changed since the run (test: "
+    main([f"run={run}"])
+    assert told not in capsys.readouterr().out  # the negative control
+    assert read_json(run / "evaluation_test.json")["changed"] is None
+    table.write_text("x,y,kind\n" + "".join(rows[:100]))
+    main([f"run={run}"])
+    said = capsys.readouterr().out
+    assert told in said and "test may hold examples that the run trained on" in said
+    assert read_json(run / "evaluation_test.json")["changed"].startswith("test: ")

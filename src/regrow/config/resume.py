@@ -611,6 +611,20 @@ def refuse_other_data(
     return changed
 
 
+def change_of_split(folder: Path, name: str, fingerprint: Mapping[str, Any]) -> str:
+    """Return how a split differs from the one that the run in `folder` recorded; "" if it does not.
+
+    `fingerprint` is the split's. Returns "" also if the run recorded none.
+    """
+    recorded = manifest.read(folder)
+    for later in recorded.get("resumes", []):
+        recorded |= later
+    before = (recorded.get("data") or {}).get(name)
+    if not isinstance(before, dict) or before == fingerprint:
+        return ""
+    return _change_of(name, before, **{"is": fingerprint})
+
+
 def recorded_data(folder: Path) -> dict[str, Any]:
     """Return the data's fingerprint at the run's latest start; empty if it is lost."""
     recorded = manifest.read(folder)

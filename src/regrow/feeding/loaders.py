@@ -518,10 +518,12 @@ class Data:
         shown = inputs.float().cpu() * std.view(per_channel) + mean.view(per_channel)
         return (shown * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return count and SHA-256 of each split, over contents of tensors, files or some items."""
+    def fingerprint(self, *names: str) -> dict[str, Any]:
+        """Return count and SHA-256 of the splits, over contents of tensors, files or some items."""
         found, unknown = {}, {}
         for name, split in self.source.items():
+            if names and name not in names:
+                continue
             try:
                 digest = _sha256(split, self.identity)
             except identity.Unknown as error:

@@ -7,7 +7,7 @@ export: exported
 fault_checks: Untrained
 find_lr: find_lr
 generation: generate
-inference: draws_of, evaluate, other_draws, predict, predict_masks
+inference: changed_split, draws_of, evaluate, other_draws, predict, predict_masks
 launch: launch
 loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from regrow.config.recorded import recorded_config
+from regrow.config.resume import change_of_split
 from regrow.distributed.parallel import World
 from regrow.dotted import Config
 from regrow.errors import UserError
 from regrow.feeding.decoding import fit, size_of
+from regrow.feeding.loaders import Data
 from regrow.feeding.masks import as_written
 from regrow.processes.interrupt import StopRequest
 from regrow.randomness import Draws, states_kept
@@ -41,6 +43,17 @@ def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str
             bar=split,
         )
     return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def changed_split(run: LoadedRun, split: str) -> str:
+    """Return how a split differs from the one that the run recorded; "" if it does not.
+
+    Reads the split's contents again. Returns "" also where only the type and the length of the data
+    are known, or the data are not `regrow.feeding.loaders.Data`.
+    """
+    if not isinstance(run.data, Data) or split not in run.data.num_examples:
+        return ""
+    return change_of_split(run.folder, split, run.data.fingerprint(split)[split])
 
 
 def draws_of(run: LoadedRun, split: str) -> Draws:
