@@ -28,8 +28,8 @@ recorded: gives_masks, recorded_config, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, change_of_split, check_roles_of_run, differences, downloads_elsewhere,
     ELSEWHERE, expand, has_changes, if_trusted, is_done, is_foreign, is_of_the_launcher, is_own,
-    key_of, LACKED, lacked_before, lacked_keys, places_of_conf, reached, recorded_overrides, refuse_other_data,
-    refuse_remote, resumed, SWEEP
+    key_of, LACKED, lacked_before, lacked_keys, places_of_conf, reached, recorded_overrides,
+    refuse_other_data, refuse_remote, resumed, SWEEP
 roles: check_roles
 rules: applies, of_shipped, require, RULES
 schemas: write
