@@ -62,6 +62,11 @@ class Scaled(Small):
         super().__init__(1, 6, None)
 
 
+class Wide(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 11))
+
+
 class Layers(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.Sequential(nn.ReLU(), nn.Linear(9, 10)))
@@ -99,6 +104,7 @@ LINES = {text.strip(): number for number, text in enumerate(MODELS.splitlines(),
 FILES = {
     "model/small": "_target_: my_models.Small\ngroups: 1\nwidth: 6\nfails_at: null\n",
     "model/scaled": "_target_: my_models.Scaled\ndrop: 0\neither: 1\nscale: 1\ncount: 1\nnum: 1\n",
+    "model/wide": "# Mine.\n_target_: my_models.Wide\n",
     "model/layers": "_target_: my_models.Layers\n",
     "model/nested": "_target_: my_models.Nested\n",
     "model/plain": "_target_: my_models.plain\n",
@@ -187,6 +193,10 @@ SAID = {
     "model=small optimizer=mine": (
         ".yaml:1: optimizer (my_models.Optimizer, {}" + at('raise ValueError(f"not {lr}")'),
         "): not 0.5.",
+    ),
+    "model=wide": (  # the choice of the task, in conf/train.yaml, is right
+        "/conf/model/wide.yaml:2: task=multiclass needs outputs of shape (B, 10), got (B, 11).",
+        "Give the model 10 outputs.",
     ),
     "model=small optimizer=mine optimizer.lr=3": (  # a typed value may be the cause
         "error: optimizer (my_models.Optimizer, {}my_models.py:",

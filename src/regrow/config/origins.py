@@ -208,6 +208,8 @@ def located_in(message: str, source: Mapping[str, Any], overrides: Sequence[str]
             place = its.of_call(key, rest[called.end() :])
         elif not is_group:
             place = its.of(key)
+        elif re.match(r"=[\w-]+ needs (?:outputs|the model)", rest):
+            place = its.of("model._target_")  # the model is at fault, not the choice of the task
         elif option and its.choices.get(key) == option[1]:
             place = its.chose(key)
     return message if place in (None, TYPED) else f"{place}: {message}"
