@@ -251,7 +251,13 @@ def test_changed_code_files_are_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, root)
     (root / "notes.txt").touch()  # not code
+    (root / "scratch.py").touch()  # imported by nothing that is as it was
     assert manifest.code_changes(run, root) is None
+    (root / "resolvers.py").touch()  # every start imports it
+    change = "resolvers.py, scratch.py are new."
+    assert manifest.code_changes(run, root) == f"The code has changed since: {change}"
+    (root / "resolvers.py").unlink()
+    (root / "scratch.py").unlink()
     (root / "my_losses.py").write_text("x = 2\n")
     assert manifest.code_changes(run, root) == "The code has changed since: my_losses.py differs."
     (root / "my_models" / "net.py").unlink()
