@@ -616,10 +616,7 @@ def change_of_split(folder: Path, name: str, fingerprint: Mapping[str, Any]) -> 
 
     `fingerprint` is the split's. Returns "" also if the run recorded none.
     """
-    recorded = manifest.read(folder)
-    for later in recorded.get("resumes", []):
-        recorded |= later
-    before = (recorded.get("data") or {}).get(name)
+    before = (_latest_data(folder) or {}).get(name)
     if not isinstance(before, dict) or before == fingerprint:
         return ""
     return _change_of(name, before, **{"is": fingerprint})
@@ -627,10 +624,7 @@ def change_of_split(folder: Path, name: str, fingerprint: Mapping[str, Any]) -> 
 
 def recorded_data(folder: Path) -> dict[str, Any]:
     """Return the data's fingerprint at the run's latest start; empty if it is lost."""
-    recorded = manifest.read(folder)
-    for later in recorded.get("resumes", []):
-        recorded |= later
-    data = recorded.get("data")
+    data = _latest_data(folder)
     if isinstance(data, dict) and all(isinstance(it, dict) for it in data.values()):
         return data
     log.warning(
@@ -638,6 +632,13 @@ def recorded_data(folder: Path) -> dict[str, Any]:
         folder / manifest.NAME,
     )
     return {}
+
+
+def _latest_data(folder: Path) -> Any:
+    recorded = manifest.read(folder)
+    for later in recorded.get("resumes", []):
+        recorded |= later
+    return recorded.get("data")
 
 
 def _change_of(name: str, was: Any, **now: Any) -> str:

@@ -221,7 +221,10 @@ def code_changes(folder: Path, root: Path) -> str | None:
 
 
 def _is_unused(name: str) -> bool:
-    """Return True for a new module in the root, such as a script: unchanged code imports none."""
+    """Return True for a new module in the root, such as a script: unchanged code imports none.
+
+    Except `resolvers.py`, which each start imports.
+    """
     return "/" not in name and name != "resolvers.py"
 
 

@@ -52,7 +52,7 @@ class _BarHandler(logging.Handler):
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         try:
             tqdm.write(self.format(record), file=stream)
-        except BrokenPipeError:  # as after `| head`: the run and its train.log go on
+        except BrokenPipeError:  # as after `| head`: the run and its train.log continue
             if not terminal.drop_unread():
                 raise
             to_file.warning("nothing reads the output any more, so it is written here alone")

@@ -48,8 +48,8 @@ def evaluate(run: LoadedRun, split: str, draws: Draws | None = None) -> dict[str
 def changed_split(run: LoadedRun, split: str) -> str:
     """Return how a split differs from the one that the run recorded; "" if it does not.
 
-    Reads the split's contents again. Returns "" also where only the type and the length of the data
-    are known, or the data are not `regrow.feeding.loaders.Data`.
+    Reads the split's contents again. Where items cannot be compared, their type and number are.
+    Returns "" also for data that are not `regrow.feeding.loaders.Data`.
     """
     if not isinstance(run.data, Data) or split not in run.data.num_examples:
         return ""
