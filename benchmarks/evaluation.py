@@ -36,7 +36,7 @@ def table(what: str, *overrides: str, device: torch.device = CPU) -> Table:
     def ours() -> None:
         bar, draws = evaluation_bar(None, val), Draws(0, "val", 0, 0)
         with states_kept():  # as lab/evaluate.py does
-            evaluate.measure(model, task, val, world, "fp32", bar, draws)
+            evaluate.measure(model, task, val, world, "fp32", bar, draws, shows=False)
 
     @torch.no_grad()
     def bare() -> None:

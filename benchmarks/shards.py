@@ -106,7 +106,7 @@ class InFileOrder(IterableDataset[Any]):
         fields = dict(decoded(suffix, content) for suffix, content in parts)
         for field, value in fields.items():
             if isinstance(value, File):
-                fields[field] = self.items._image(field, value)
+                fields[field] = self.items._image(field, value, "")
         return as_item(fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -76,3 +77,10 @@ def test_a_seeding_costs_what_the_decisions_say() -> None:
     title = "Seeding a micro-batch"
     assert 0.03 <= ratio(title, "seeding") <= 0.05
     assert "3 to 5 % of a small MLP's step" in prose("docs/decisions.md")
+
+
+def test_the_benchmark_of_seeding_replaces_functions_that_are_there() -> None:
+    from benchmarks import seeding
+
+    for name in (seeding.KEY, seeding.SEED):
+        assert callable(pkgutil.resolve_name(name))
