@@ -253,7 +253,7 @@ def skips_on_device(optimizer: Optimizer | dict[str, Optimizer], device: torch.d
         return False
     if isinstance(optimizer, dict):
         return all(skips_on_device(each, device) for each in optimizer.values())
-    if isinstance(optimizer, MuonWithAdamW):
+    if type(optimizer) is MuonWithAdamW:  # a subclass may count in Python
         is_sharded = any(
             sharding.is_sharded(p) for g in optimizer.param_groups for p in g["params"]
         )

@@ -161,7 +161,7 @@ def test_captured_steps_have_the_bits_of_uncaptured_ones(
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch advises against fp32
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_compiled_steps_are_captured_with_the_same_bits(
     precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -250,26 +250,11 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured_and_one_line_says_why(
     assert_same(found, expected)
 
 
-class CountingSGD(torch.optim.Optimizer):
-    """Averages its iterates with a weight that it counts in Python, as schedule-free ones do."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr, "k": 0})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["k"] += 1
-            for p in group["params"]:
-                z = self.state[p].setdefault("z", p.clone())
-                z.sub_(group["lr"] * p.grad)
-                p.lerp_(z, 1 / group["k"])
-
-
 def test_the_update_of_an_optimizer_that_counts_in_python_is_not_captured(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    make = functools.partial(CountingSGD, lr=0.1)
+    schedulefree = pytest.importorskip("schedulefree")
+    make = functools.partial(schedulefree.AdamWScheduleFree, lr=0.01)
     assert_same(trained(True, make=make), trained(False, make=make))
     assert "update is not captured" in caplog.text
 
@@ -321,11 +306,21 @@ def test_without_memory_the_graphs_go_before_the_micro_batches_are_halved(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+COMPILED = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"), pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled"),
+    [
+        *(("fp32", False), ("bf16", False), ("fp16", False)),
+        *(pytest.param(precision, True, marks=COMPILED) for precision in ("fp32", "bf16")),
+    ],
+)
 def test_a_run_may_change_between_the_two_at_a_resume(
-    precision: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    precision: str, compiled: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, uncaptured = (*RUN, f"trainer.precision={precision}"), "trainer.capture=false"
+    run = (*RUN, f"trainer.precision={precision}", f"trainer.compile={str(compiled).lower()}")
+    uncaptured = "trainer.capture=false"
     train(tmp_path / "uncaptured", *run, uncaptured, world=GPU)
     assert CAPTURED not in caplog.text
     train(tmp_path / "captured", *run, world=GPU)
@@ -339,7 +334,8 @@ def test_a_run_may_change_between_the_two_at_a_resume(
 
 
 DEADLY = """
-import os, signal, sys
+import logging, os, signal, sys
+logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from running import train
 from test_cuda_capture import GPU
@@ -355,13 +351,21 @@ train(Path(sys.argv[1]), *sys.argv[2:], world=GPU)
 
 
 @pytest.mark.parametrize("captured_first", [True, False])
-def test_a_killed_run_may_change_between_the_two(captured_first: bool, tmp_path: Path) -> None:
-    run, off = (*RUN, "trainer.checkpoint.save_every_steps=10"), "trainer.capture=false"
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILED)])
+def test_a_killed_run_may_change_between_the_two(
+    captured_first: bool, compiled: bool, tmp_path: Path
+) -> None:
+    run = (*RUN, "trainer.checkpoint.save_every_steps=10")
+    run, off = (*run, f"trainer.compile={str(compiled).lower()}"), "trainer.capture=false"
     first, then = (run, (*run, off)) if captured_first else ((*run, off), run)
     paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", DEADLY, str(tmp_path / "killed"), *first]
-    done = subprocess.run(command, env={**os.environ, **paths}, check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    done = subprocess.run(
+        command, env={**os.environ, **paths}, check=False, timeout=240, capture_output=True
+    )
+    said = done.stderr.decode()
+    assert done.returncode == -signal.SIGKILL, said
+    assert (CAPTURED in said) == captured_first
     train(tmp_path / "killed", *then, world=GPU)
     train(tmp_path / "whole", *run, off, world=GPU)
     assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
