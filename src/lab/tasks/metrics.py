@@ -107,9 +107,11 @@ class Metrics:
         return {} if values["_seen"][0] == 0 else self._recipe.details(values)
 
     def higher_is_better(self, monitor: str) -> bool | None:
-        """Return torchmetrics' `higher_is_better` for a metric such as val/f1/cat, else None."""
-        found = {**self._recipe.build(), **self._extra}.get(monitor.split("/")[1])
-        higher = getattr(found, "higher_is_better", None)
+        """Return torchmetrics' `higher_is_better` for an extra metric; the names of others say it.
+
+        So a run imports torchmetrics, which takes a second or two, at its first evaluation.
+        """
+        higher = getattr(self._extra.get(monitor.split("/")[1]), "higher_is_better", None)
         return higher if isinstance(higher, bool) else None
 
     def rehearse(self, outputs: Tensor, targets: Tensor) -> None:
