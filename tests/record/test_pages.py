@@ -306,6 +306,17 @@ def test_the_throughput_counts_the_examples_of_smaller_last_batches(tmp_path: Pa
     assert "718" in Page(report.write(folder)).text
 
 
+def test_the_page_shows_the_medians_of_what_the_log_says_of_speed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    text = Page(report.write(folder)).text
+    assert "waiting for data 3.0 %" in " ".join(text.split()) and "MFU 17.4 %" in " ".join(
+        text.split()
+    )
+    lines = [{"step": 1, "train/loss": 0.5, "time/waiting_for_data": "much", "time/mfu": math.nan}]
+    write_lines(folder, lines)
+    assert "MFU" not in Page(report.write(folder)).text  # such as on an unknown card
+
+
 def test_wrong_images_are_shown_with_truth_and_prediction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,7 @@ class Run:
 
     @property
     def examples_per_second(self) -> float | None:
-        """Training examples by the time of the run, evaluations included."""
+        """Training examples by the time of training, without evaluations."""
         data = self.config.get("data")
         batch = data.get("batch_size") if isinstance(data, Mapping) else None
         known = [self.summary.get("steps"), self.summary.get("seconds"), batch]
@@ -80,6 +81,12 @@ class Run:
         if isinstance(count, int) and count and not data.get("drop_last"):
             each = count / math.ceil(count / each)  # an epoch's last batch may be smaller
         return steps * each / seconds
+
+    def share(self, key: str) -> str:
+        """Return the median over the log of a share, 0 … 1, in percent; "" if it was not logged."""
+        _, values = plots.series(self.lines, key)
+        known = [value for value in values if math.isfinite(value)]
+        return f"{100 * statistics.median(known):.1f} %" if known else ""
 
     @cached_property
     def sets(self) -> Mapping[str, Mapping[str, Any]]:
@@ -353,6 +360,8 @@ def _figures(run: Run) -> dict[str, Any]:
     found["parameters"] = run.summary.get("parameters")
     rate = run.examples_per_second
     found["examples per second"] = round(rate) if rate and rate >= 10 else rate
+    found["waiting for data"] = run.share("time/waiting_for_data")
+    found["MFU"] = run.share("time/mfu")
     found["time"] = pages.duration(run.summary.get("seconds"))
     return {name: value for name, value in found.items() if value not in (None, "")}
 
