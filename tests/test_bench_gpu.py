@@ -62,20 +62,34 @@ def test_images_packed_into_one_file_come_back_bit_for_bit(tmp_path: Path) -> No
     assert not torch.equal(found.flip(0), images)  # the control
 
 
+def run(part: str, results: Path) -> str:
+    arguments = (part, "device=cpu", "size=tiny", f"results={results}", "page=")
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_a_part_runs_and_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
-    def run() -> str:
-        arguments = ("step", "device=cpu", "size=tiny", f"results={tmp_path}", "page=")
-        command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    assert "step: mlp took" in run()
+    assert "step: mlp took" in run("step", tmp_path)
     stored = json.loads((tmp_path / "step.json").read_text())
     assert stored["mlp"]["table"]["seconds"].keys() == {"train.py", "bare loop"}
     del stored["resnet18"]  # as after an interruption
     (tmp_path / "step.json").write_text(json.dumps(stored))
-    said = run()
+    said = run("step", tmp_path)
     assert "step: mlp is there" in said and "step: resnet18 took" in said
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "stored"),
+    [("resnet50", {"resnet50", "checkpoint", "evaluation"}), ("cifar", {"cifar10"})],
+)
+def test_the_other_parts_run(part: str, stored: set[str], tmp_path: Path) -> None:
+    run(part, tmp_path)
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found.keys() == stored
+    assert all(min(its) > 0 for one in found.values() for its in one["table"]["seconds"].values())
