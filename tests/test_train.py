@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -18,6 +19,7 @@ from lab.models.mlp import MLP
 from regrow.config.resume import expand
 from regrow.errors import UserError
 from regrow.project import CONF
+from regrow.record import records
 from regrow.record.records import Lock, read_json
 from regrow.runs import training
 
@@ -355,6 +357,32 @@ def test_a_resume_with_another_model_is_one_line_and_changes_nothing(
     (line,) = (x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:"))
     assert message in line and "init_from=" in line
     assert (tmp_path / "mine" / "config.yaml").read_bytes() == before
+
+
+def test_a_run_logs_what_was_said_before_its_folder_was_there(tmp_path: Path) -> None:
+    launched("hydra.run.dir=a", "trainer.max_epochs=1")
+    launched("hydra.run.dir=b", "init_from=a", "trainer.max_epochs=1")
+    launched("hydra.run.dir=b", "init_from=a", "trainer.max_epochs=2")
+    text = (tmp_path / "b" / "train.log").read_text()
+    assert text.count(" tensors from a\n") == 1
+    assert text.count("changed: trainer.max_epochs from 1 to 2\n") == 1
+
+
+def test_a_resume_begins_at_the_step_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    set_status = records.set_status
+
+    def note(folder: Path, state: records.State, *, step: int, **more: Any) -> None:
+        steps.append((state, step))
+        set_status(folder, state, step=step, **more)
+
+    monkeypatch.setattr(records, "set_status", note)
+    launched("hydra.run.dir=a", "trainer.max_epochs=1")
+    launched("hydra.run.dir=a", "trainer.max_epochs=2")
+    assert steps[0] == ("running", 0) and steps[-1] == ("completed", 8)
+    assert steps[steps.index(("completed", 4)) + 1] == ("running", 4)
 
 
 def test_data_that_changed_since_is_refused(

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -69,12 +70,26 @@ def console() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def early_lines() -> Iterator[None]:
+    """Keep the lines inside for `log_file`: a run makes its objects before its folder."""
+    with _attached(MemoryHandler(1000)):
+        yield
+
+
+@contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Write the same log to `train.log` inside, with the time and the rank."""
+    """Write the same log to `train.log` inside, with the time and the rank.
+
+    Begins with those lines that `early_lines` kept.
+    """
     handler = _LogFile(folder / "train.log", encoding="utf-8", errors="backslashreplace")
     text = f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(_FileFormat(text))
     handler.addFilter(lambda record: record.name != "regrow.terminal")  # short forms
+    for early in [each for each in log.handlers if isinstance(each, MemoryHandler)]:
+        early.setTarget(handler)
+        early.flush()
+        _detach(early)
     with _attached(handler):
         yield
 
@@ -88,9 +103,13 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
     try:
         yield
     finally:
-        for each in (log, logging.getLogger(lab_name())):
-            each.removeHandler(handler)
+        _detach(handler)
         handler.close()
+
+
+def _detach(handler: logging.Handler) -> None:
+    for each in (log, logging.getLogger(lab_name())):
+        each.removeHandler(handler)
 
 
 class _ConsoleFormat(logging.Formatter):

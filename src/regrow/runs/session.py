@@ -42,7 +42,7 @@ from regrow.record import manifest, names, ownership, records
 from regrow.record.redact import redact, redact_all
 from regrow.runs import fault_checks, machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
-from regrow.runs.console import log_file
+from regrow.runs.console import early_lines, log_file
 from regrow.runs.first_steps import FirstSteps
 from regrow.runs.loaded import preprocessing_record
 from regrow.runs.other_code import naming_code
@@ -68,6 +68,7 @@ def run_job(job: Job, world: World) -> float | None:
     allow(job.config)  # another process may have composed and checked it
     note_typed(job.overrides)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(early_lines())
         job, found = settled(job, world, stack)
         allow(job.config)  # it may keep targets of the table for older runs
         if not found.done:
@@ -225,7 +226,9 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 ) from error
             pids = world.gather(os.getpid())
             if world.is_main:
-                records.set_status(folder, "running", step=0, pids=pids)
+                saved = writer.complete(folder / "checkpoints").values()
+                step = max((manifest["step"] for manifest in saved), default=0)
+                records.set_status(folder, "running", step=step, pids=pids)
                 introduce(folder, job, objects, world)
                 if is_new and (far := objects.data.far_targets()) is not None:
                     log.warning("%s", far)
