@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ class Split:
 def data_of(classes: list[int], num_classes: int, **more: Any) -> Any:
     """Return a stand-in for the data whose training split has these classes."""
     data = SimpleNamespace(
-        target_kind="multiclass", ignore_index=None, num_classes=num_classes,
+        target_kind="multiclass", ignore_index=None, num_classes=num_classes, sampling=None,
         source=SimpleNamespace(train=Split(torch.tensor(classes))),
     )  # fmt: skip
     vars(data).update(more)
@@ -57,6 +58,21 @@ def test_balanced_weights_count_neither_ignored_targets_nor_absent_classes() -> 
         balanced_weights(data_of([0, 1], 2, target_kind="segmentation"))
     with pytest.raises(UserError, match=r"does not tell its classes\. Give a list"):
         balanced_weights(data_of([0, 1], 2, source=SimpleNamespace(train=[3, 4])))
+
+
+def test_counting_rare_classes_twice_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("regrow")
+    log.addHandler(caplog.handler)
+    try:
+        balanced_weights(data_of([0, 0, 1], 2))
+        assert not caplog.messages
+        balanced_weights(data_of([0, 0, 1], 2, sampling="balanced"))
+    finally:
+        log.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {
+        "loss.class_weights=balanced and data.sampling=balanced count rare classes twice. Leave "
+        "one out."
+    }
 
 
 RUN = (*TINY, "loss.label_smoothing=0.1")

@@ -7,6 +7,7 @@ of each window. A run that resumes at window 700 starts there, without replaying
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from torch import Tensor
 from regrow.errors import DataError, UserError
 from regrow.feeding.batch import share
 from regrow.randomness import generator
+
+log = logging.getLogger("regrow")
 
 MOST_WAYS = 16  # in which one epoch augments an example in memory, each from a table of its own
 
@@ -91,6 +94,8 @@ def balanced_weights(data: Any) -> list[float]:
     valid = (classes >= 0) & (classes < data.num_classes)
     if data.ignore_index is not None:
         valid &= classes != data.ignore_index
+    if data.sampling == "balanced":
+        log.warning("%s and data.sampling=balanced count rare classes twice. Leave one out.", key)
     counts = torch.bincount(classes[valid].long(), minlength=data.num_classes).double()
     weights = counts.sum() / (counts.count_nonzero() * counts)
     found: list[float] = weights.where(counts > 0, 1.0).tolist()
