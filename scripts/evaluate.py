@@ -15,6 +15,7 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
+from regrow.config.recorded import as_shown
 from regrow.errors import UserError, printable
 from regrow.failing import in_one_line
 from regrow.record import by_class
@@ -67,7 +68,8 @@ def evaluate(options: Arguments) -> None:
 
     shown = {key: value for key, value in values.items() if key.count("/") == 1}
     width = max(len(key) for key in shown)
-    print(f"{options['run']}, step {run.step} ({checkpoint}), {split}: ", end="")
+    its = f"{as_shown(options['run'], run.folder)}, step {run.step} ({checkpoint}), {split}"
+    print(printable(its), end=": ")
     print(f"{run.data.num_examples[split]:,} examples, on {run.device} in {run.precision}\n")
     for key, value in shown.items():
         print(printable(f"  {key.ljust(width)}  {value:.5g}"))

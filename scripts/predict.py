@@ -20,7 +20,7 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
-from regrow.config.recorded import gives_masks, refuse_other_folder
+from regrow.config.recorded import as_shown, gives_masks, refuse_other_folder
 from regrow.errors import DataError, UserError, printable
 from regrow.failing import in_one_line
 from regrow.record.output import (
@@ -96,7 +96,8 @@ def predict(options: Arguments) -> None:
     for line in glance.lines():
         print(line)
     written = f"{count:,} prediction{'s'[: count != 1]}"
-    print(f"{written} of step {run.step} ({options['checkpoint']}) in {output}")
+    its = f"{as_shown(options['run'], run.folder)}, step {run.step} ({options['checkpoint']})"
+    print(printable(f"{written} of {its}, in {output}"))
     if broken:
         more = f" and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
         names = ", ".join(broken[:SHOWN])

@@ -58,7 +58,18 @@ def test_a_terminal_shows_the_first_rows_the_counts_and_the_file(
         told = counts.removeprefix("counts: ").split(", ")
         names = [row["prediction"] for row in rows]
         assert sorted(told) == sorted(f"{name} {names.count(name)}" for name in {*names})
-        assert last.startswith(f"{count} predictions of step ") and f"{count}.csv" in last
+        assert last.startswith(f"{count} predictions of {digits}, step ") and f"{count}.csv" in last
+
+
+def test_a_link_to_a_run_is_told_with_its_folder(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latest = tmp_path / "latest"
+    latest.symlink_to(digits)
+    np.save(tmp_path / "images.npy", load_run(digits).data.source.test.inputs.numpy()[:1])
+    predicted(latest, tmp_path / "images.npy", tmp_path / "1.csv")
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"1 prediction of {latest} ({digits.name}), step ")
 
 
 def test_a_regression_is_in_the_units_of_its_targets(diabetes: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ own_code: own_place, owner_of, places_of, shown
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
 ranges: check_ranges
-recorded: gives_masks, recorded_config, refuse_other_folder
+recorded: as_shown, gives_masks, recorded_config, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
 resume: CHANGED, change_of_split, check_roles_of_run, differences, downloads_elsewhere,
     ELSEWHERE, expand, has_changes, if_trusted, is_done, is_foreign, is_of_the_launcher, is_own,

@@ -65,6 +65,11 @@ def refuse_other_folder(folder: Path, given: Path | None = None) -> None:
         )
 
 
+def as_shown(given: str, folder: Path) -> str:
+    """Return a run's folder as it was given, with the folder's own name if that was a link."""
+    return given if Path(given).name == folder.name else f"{given} ({folder.name})"
+
+
 def gives_masks(folder: Path) -> bool:
     """Return True if the run in `folder` is a segmentation; False if its config is unreadable."""
     try:

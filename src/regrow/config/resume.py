@@ -508,7 +508,7 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
         named |= older.following(config, named)
-    refused = []
+    refused, named_so = [], ""
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
             continue
@@ -518,9 +518,13 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
             log.warning("changed by name: %s from %s to %s", key, old, new)
         else:
             refused.append(f"{key} was {old} and would be {new}")
+            if new != "absent":
+                such = command_line.shell([older.as_override(key, new)])
+                named_so = named_so or f", such as {such},"
     if refused:
         way_out = (
-            "Name a key on the command line to change it all the same, or start a new run."
+            f"Name a key on the command line{named_so} to change it all the same, or start a new "
+            "run."
             if by_name
             else "Use another folder, or "
             + command_line.shell([f"resume={folder}"])
