@@ -94,6 +94,7 @@ check: setup ## check formatting, lint and types
 	@$(PY) -m ruff check .
 # >>> template only
 	@$(PY) tests/english.py
+	@$(PY) -m mypy --config-file= --ignore-missing-imports --python-version 3.11 benchmarks
 # <<< template only
 	@$(PY) -m mypy
 

@@ -131,7 +131,7 @@ def muon(kernels: list[nn.Parameter], momenta: list[Tensor], rate: float) -> Non
         assert kernel.grad is not None
         momentum.mul_(MOMENTUM).add_(kernel.grad)
         update = orthogonal(kernel.grad.add(momentum, alpha=MOMENTUM).flatten(1))
-        kernel *= len(kernel) ** 0.5 / kernel.norm()
+        kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
         kernel.sub_(update.view(kernel.shape), alpha=rate)
 
 

@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.configured import build
+from benchmarks.configured import build, config_of
 from benchmarks.measure import in_turn, per_second
 from benchmarks.step import by_hand, pure, train_py
+from regrow.config.targets import allow, instantiate
 from regrow.distributed.parallel import World
 from regrow.record import loggers, records, report
 from regrow.sweep import ledger, results
@@ -166,8 +167,6 @@ def data() -> Growth:
 
 
 def folders() -> Growth:
-    from regrow.feeding.images import image_folder
-
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for size in (1_000, 10_000, 100_000):
         with tempfile.TemporaryDirectory() as folder:
@@ -175,17 +174,15 @@ def folders() -> Growth:
                 path = Path(folder) / f"class_{number % 10}" / f"{number // 10}.jpg"
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(number.to_bytes(8, "little") * 64)
+            config = config_of(
+                *("data=image_folder", f"data.root={folder}", "data.num_classes=10"),
+                *("data.input_shape=[3,8,8]", "data.source.resize=8"),
+                "data.source.val_fraction=0.1",
+                "data.source.test_fraction=0.1",
+            )
+            allow(config)
             with clocked(found, "list, and look for copies, s", size):
-                splits = image_folder(
-                    root=folder,
-                    input_shape=[3, 8, 8],
-                    resize=8,
-                    num_classes=10,
-                    class_names=None,
-                    val_fraction=0.1,
-                    test_fraction=0.1,
-                    seed=0,
-                )
+                splits = instantiate(config["data"]["source"])
             with clocked(found, "fingerprint, s", size):
                 for _, split in splits.items():
                     split.fingerprint()  # type: ignore[union-attr]

@@ -85,7 +85,10 @@ def by_hand(inputs: Tensor, targets: Tensor, *, slices: int) -> Callable[[], Non
     model = mlp()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     local = 64 // SIZE

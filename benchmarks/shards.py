@@ -89,7 +89,8 @@ class InFileOrder(IterableDataset[Any]):
                     yield self._item((suffix, content[a:b]) for suffix, a, b in members)
 
     def _by_tarfile(self, path: Path) -> Iterator[Any]:
-        last, parts = "", []
+        last = ""
+        parts: list[tuple[str, bytes]] = []
         with tarfile.open(path, "r|") as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")

@@ -189,7 +189,10 @@ def by_hand(
     """A typical hand-written loop; without the `before` steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     loaded = DataLoader(TensorDataset(inputs, targets), batch_size=64, shuffle=True)
     log: list[Any] = []

@@ -134,8 +134,12 @@ class ByHand:
         self.forward = torch.compile(self.model) if compiles else self.model
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            groups,
             lr=torch.tensor(RATE, device=device) if graph else RATE,
             capturable=graph,
             fused=True,

@@ -29,8 +29,8 @@ def read(*, root: str, download: bool, val_fraction: float, seed: int) -> Splits
         sys.exit(f"benchmarks: {root} lacks {', '.join(missing)}")
     images = {name: unpack(path) for name, path in paths.items()}
     labels = torch.from_numpy(np.load(next(Path(root).rglob("labels.npy")))).long()
-    train = torch.cat([images[f"train_{number}"] for number in range(5)])
-    examples = Examples(train, labels[: len(train)])
+    inputs = torch.cat([images[f"train_{number}"] for number in range(5)])
+    examples = Examples(inputs, labels[: len(inputs)])
     train, val, _ = cut_examples(examples, val_fraction=val_fraction, test_fraction=0.0, seed=seed)
     return Splits(train, val, Examples(images["test_0"], labels[len(examples) :]))
 
