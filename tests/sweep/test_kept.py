@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +186,21 @@ def test_an_interrupted_search_makes_the_proposals_of_an_uninterrupted_one(tmp_p
         for folder in (whole, cut_)
     )
     assert points == others and len({lr for _, lr in points}) == 14
+
+
+def test_a_genetic_search_proceeds_by_generations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each generation descends from the better ones of the one before."""
+    small = functools.partial(optuna.samplers.NSGAIISampler, population_size=8)
+    monkeypatch.setattr(optuna.samplers, "NSGAIISampler", small)
+    # With one key, each value would be a mutation.
+    space: dict[str, BaseDistribution] = {key: FloatDistribution(0, 1) for key in ("lr", *"abc")}
+    its = trials(tmp_path, space, sampler="nsgaii", n_trials=48)
+    while (one := its.next()) is not None:
+        complete(its, one)
+    rates = [float(entry.swept["lr"]) for entry in ledger.entries(tmp_path)]
+    assert statistics.fmean(rates[-16:]) < 0.3 < statistics.fmean(rates[:8])
 
 
 @pytest.mark.parametrize(
