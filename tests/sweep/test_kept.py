@@ -115,6 +115,26 @@ def test_failed_jobs_that_a_command_does_not_name_are_tried_again_on_demand(
     assert [one.number for one in again] == [0]
 
 
+def test_no_trial_takes_the_folder_and_so_the_result_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Composer.plan
+
+    def in_one(*arguments: Any) -> Planned:
+        return Planned(dataclasses.replace(plan(*arguments).entry, folder="one"))
+
+    monkeypatch.setattr(Composer, "plan", in_one)
+    its = trials(tmp_path)
+    complete(its, its.next())
+    assert its.next() is None
+    states = [ledger.state_of(tmp_path, entry) for entry in ledger.entries(tmp_path)]
+    said = (
+        "hydra.sweep.subdir=one: job {} would share it with job 0. Put ${{hydra.job.num}} into it."
+    )
+    assert states == [("completed", None), *(("failed", said.format(n)) for n in (1, 2))]
+    assert [one.state.name for one in its.study.trials] == ["COMPLETE", "FAIL", "FAIL"]
+
+
 def test_an_interrupted_retry_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     its = trials(tmp_path)
     one = its.next()

@@ -269,6 +269,8 @@ class Trials:
             ):
                 raise UserError("it was proposed for another search space")
             planned = self.prepare(self.composer.plan(number, *self.space.overrides(params)))
+            taken = {one.folder: one.number for one in ledger.entries(folder)}
+            planning.refuse_shared(planned.entry, taken)
         except UserError as error:
             swept = {key.lstrip("+"): str(value) for key, value in params.items()}
             entry = ledger.JobEntry(number, "", swept, str(number))
