@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from sweeping import begun
 
+from regrow.config import flags
 from regrow.config.job import Job
 from regrow.config.resume import expand_sweep
 from regrow.errors import UserError
@@ -78,6 +81,22 @@ def test_a_users_own_folder_named_code_is_not_taken_for_a_copy(tmp_path: Path) -
     assert not thesis.exists()
 
 
+def test_code_that_an_editor_has_open_is_frozen_without_the_editors_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emacs locks a file by a link to nothing, whose name ends in that of the file."""
+    root, places, sweep = tmp_path / "root", tmp_path / "places", tmp_path / "sweep"
+    for folder in (*(root / part for part in (*frozen.PARTS, "mine")), places, sweep):
+        folder.mkdir(parents=True)
+    for file in (root / "models.py", root / "mine" / "data.py", places / "my.yaml"):
+        file.touch()
+        file.with_name(f".#{file.name}").symlink_to("me@machine.123")
+    monkeypatch.setattr(frozen, "ROOT", root)
+    code, _ = frozen.freeze(sweep, {**flags.DEFAULT, "dir": str(places)})
+    found = [path.relative_to(code) for name in ("*.py", "*.yaml") for path in code.rglob(name)]
+    assert sorted(map(str, found)) == ["mine/data.py", "models.py", "places/dir/my.yaml"]
+
+
 def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"name": "x", "kind": "list of jobs"}
     made = run.Sweep(tmp_path, SEARCH, {}, facts)
@@ -111,6 +130,26 @@ def test_failed_jobs_that_a_command_does_not_name_are_tried_again_on_demand(
     assert planning.left_over(composer, named, entries, retry=False) == []
     again = planning.left_over(composer, named, entries[:1], retry=True)
     assert [one.number for one in again] == [0]
+
+
+def test_no_trial_takes_the_folder_and_so_the_result_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Composer.plan
+
+    def in_one(*arguments: Any) -> Planned:
+        return Planned(dataclasses.replace(plan(*arguments).entry, folder="one"))
+
+    monkeypatch.setattr(Composer, "plan", in_one)
+    its = trials(tmp_path)
+    complete(its, its.next())
+    assert its.next() is None
+    states = [ledger.state_of(tmp_path, entry) for entry in ledger.entries(tmp_path)]
+    said = (
+        "hydra.sweep.subdir=one: job {} would share it with job 0. Put ${{hydra.job.num}} into it."
+    )
+    assert states == [("completed", None), *(("failed", said.format(n)) for n in (1, 2))]
+    assert [one.state.name for one in its.study.trials] == ["COMPLETE", "FAIL", "FAIL"]
 
 
 def test_an_interrupted_retry_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +223,21 @@ def test_an_interrupted_search_makes_the_proposals_of_an_uninterrupted_one(tmp_p
         for folder in (whole, cut_)
     )
     assert points == others and len({lr for _, lr in points}) == 14
+
+
+def test_a_genetic_search_proceeds_by_generations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each generation descends from the better ones of the one before."""
+    small = functools.partial(optuna.samplers.NSGAIISampler, population_size=8)
+    monkeypatch.setattr(optuna.samplers, "NSGAIISampler", small)
+    # With one key, each value would be a mutation.
+    space: dict[str, BaseDistribution] = {key: FloatDistribution(0, 1) for key in ("lr", *"abc")}
+    its = trials(tmp_path, space, sampler="nsgaii", n_trials=48)
+    while (one := its.next()) is not None:
+        complete(its, one)
+    rates = [float(entry.swept["lr"]) for entry in ledger.entries(tmp_path)]
+    assert statistics.fmean(rates[-16:]) < 0.3 < statistics.fmean(rates[:8])
 
 
 @pytest.mark.parametrize(

@@ -225,16 +225,21 @@ def numbered(
     for overrides, swept in wanted:
         found = composer.plan(following, overrides, swept, by_identity)
         if found.number == following:
-            if found.entry.folder in folders:
-                raise UserError(
-                    f"hydra.sweep.subdir={found.entry.folder}: job {found.number} would share it "
-                    f"with job {folders[found.entry.folder]}. Put ${{hydra.job.num}} into it."
-                )
+            refuse_shared(found.entry, folders)
             by_identity[found.entry.identity] = found.entry
             folders[found.entry.folder] = found.number
             following += 1
         planned.setdefault(found.number, found)
     return [*planned.values()]
+
+
+def refuse_shared(entry: ledger.JobEntry, folders: Mapping[str, int]) -> None:
+    """Raise UserError if the job's folder is that of another one: see its number in `folders`."""
+    if (other := folders.get(entry.folder, entry.number)) != entry.number:
+        raise UserError(
+            f"hydra.sweep.subdir={entry.folder}: job {entry.number} would share it with job "
+            f"{other}. Put ${{hydra.job.num}} into it."
+        )
 
 
 def left_over(

@@ -204,26 +204,32 @@ class Trials:
             if len(asked) >= self.total + again:
                 return None
             if len(asked) == len(trials):
-                self.study.enqueue_trial(self._proposal(trials, len(asked)))
+                self.study.add_trial(self._proposal(trials, len(asked)))
             asked_for = self.study.ask(self.space.varied)
             if (planned := self._planned(asked_for.number, asked_for.params)) is not None:
                 return planned
 
-    def _proposal(self, trials: Sequence[Any], number: int) -> dict[str, Any]:
-        """Return the parameters of the next trial.
+    def _proposal(self, trials: Sequence[Any], number: int) -> Any:
+        """Return the next trial, to be added to the study in one write.
 
-        Asks a copy of the study in memory; the caller enqueues the result. Optuna writes a trial
-        parameter by parameter, so a killed process would leave an incomplete trial.
+        Asks a copy of the study in memory. Optuna writes a trial parameter by parameter, so a
+        killed process would leave an incomplete trial. `system_attrs` are the sampler's notes, such
+        as the trial's generation, without which NSGA-II would draw every trial at random.
         """
+        notes: dict[str, Any] = {}
         if self.options.sampler == "grid":
             combinations = self.space.combinations()
-            return combinations[number - sum("retry_of" in one.user_attrs for one in trials)]
-        copy = optuna.create_study(
-            directions=self.study.directions, sampler=sampler_of(self.options, number)
+            params = combinations[number - sum("retry_of" in one.user_attrs for one in trials)]
+        else:
+            copy = optuna.create_study(
+                directions=self.study.directions, sampler=sampler_of(self.options, number)
+            )
+            copy.add_trials(trials)
+            params = copy.ask(self.space.varied).params
+            notes = copy.get_trials(deepcopy=False)[-1].system_attrs
+        return optuna.trial.create_trial(  # as `enqueue_trial` does, which takes no notes
+            state=TrialState.WAITING, system_attrs={**notes, "fixed_params": params}
         )
-        copy.add_trials(trials)
-        params: dict[str, Any] = copy.ask(self.space.varied).params
-        return params
 
     def take_up(self) -> None:
         """Take over an earlier start's trials: report those that have ended, resume the others."""
@@ -263,6 +269,8 @@ class Trials:
             ):
                 raise UserError("it was proposed for another search space")
             planned = self.prepare(self.composer.plan(number, *self.space.overrides(params)))
+            taken = {one.folder: one.number for one in ledger.entries(folder)}
+            planning.refuse_shared(planned.entry, taken)
         except UserError as error:
             swept = {key.lstrip("+"): str(value) for key, value in params.items()}
             entry = ledger.JobEntry(number, "", swept, str(number))
