@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_a_setting_is_one_however_it_was_typed() -> None:
     assert setting.monitored.count == 2 and setting.label == "lr=1e-3 wd=0"
     swept = [{"act": "relu", "seed": "0"}, {"act": "gelu", "seed": "1"}]
     assert len(comparison.compare([row(i, its, 0.5) for i, its in enumerate(swept)]).settings) == 2
+
+
+def test_settings_that_differ_in_the_last_digit_are_two() -> None:
+    runs = [row(i, {}, 0.5).run for i in range(2)]
+    runs = [
+        replace(run, config={**run.config, "data": {"source": {"seed": 20261128 + i}}})
+        for i, run in enumerate(runs) if run is not None
+    ]  # fmt: skip
+    found = comparison.compare(comparison.rows_of(runs))
+    assert [its.label for its in found.settings] == [
+        "data.source.seed=20261128", "data.source.seed=20261129"
+    ]  # fmt: skip
 
 
 def test_the_direction_is_that_of_the_runs_that_monitored_the_metric() -> None:

@@ -185,9 +185,8 @@ def _number(text: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return text in which 0 and 0.0 are equal."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:g}" if is_number else str(value)
+    """Return text in which 0 and 0.0 are equal, with all digits."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison:
