@@ -89,6 +89,21 @@ def test_settings_that_differ_in_the_last_digit_are_two() -> None:
     ]  # fmt: skip
 
 
+def test_an_override_that_all_runs_have_is_in_no_label_whatever_its_sign() -> None:
+    runs = [
+        replace(
+            run,
+            overrides=["+model.extra=1", "~local", f"optimizer.lr={lr}"],
+            config={**run.config, "optimizer": {"lr": lr}},
+        )
+        for lr in (0.1, 0.2)
+        if (run := row(0, {}, 0.5).run) is not None
+    ]
+    assert [its.swept for its in comparison.rows_of(runs)] == [
+        {"optimizer.lr": "0.1"}, {"optimizer.lr": "0.2"}
+    ]  # fmt: skip
+
+
 def test_the_direction_is_that_of_the_runs_that_monitored_the_metric() -> None:
     rows = grid({"1": [0.5], "2": [0.9]})
     last = row(9, {"lr": "3", "seed": "0"}, 0.1, mode="min")

@@ -156,8 +156,9 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     typed = [
         {
             key: value
-            for key, _, value in (o.lstrip("+").partition("=") for o in run.overrides)
-            if f"{key}={value}" not in common and key.split(".")[0] not in BOOKKEEPING
+            for override in run.overrides
+            for key, _, value in [override.lstrip("+").partition("=")]
+            if override not in common and key.split(".")[0] not in BOOKKEEPING
         }
         for run in runs
     ]
