@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regrow.record import comparison
+from regrow.record import comparison, side_by_side
 from regrow.record.comparison import Row
 from regrow.record.report import Run
 
@@ -122,6 +123,17 @@ def test_a_run_that_was_pruned_is_in_no_mean() -> None:
     found = comparison.compare(comparison.rows_of(runs))
     assert [r.state for r in found.rows] == ["completed", "completed", "pruned"]
     assert sum(len(setting.rows) for setting in found.settings) == 2
+
+
+def test_another_metric_that_is_nan_for_one_seed_is_shown_as_nan(tmp_path: Path) -> None:
+    rows = grid({"1": [0.5, 0.6, 0.7]})
+    assert rows[1].run is not None
+    rows[1].run.summary["test"]["test/accuracy"] = math.nan  # type: ignore[index]
+    found = comparison.compare(rows)
+    header, (cells,) = comparison.table_of(found)
+    assert cells[header.index("test/accuracy")] == "nan"
+    page = side_by_side.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<dt>test/accuracy<dd>nan" in page
 
 
 def test_one_seed_each_claims_nothing() -> None:

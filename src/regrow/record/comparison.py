@@ -245,6 +245,8 @@ def shown(value: float) -> str:
 
 
 def spread(of: Estimate) -> str:
+    if of.count and not math.isfinite(of.mean):
+        return str(of.mean)
     return shown(of.mean) + (f" ± {shown(of.sd)}" if of.count > 1 else "")
 
 
