@@ -504,6 +504,12 @@ def test_a_value_that_follows_from_another_key_is_not_listed_as_a_difference() -
     assert report.differing_keys(configs) == ["seed", "data.seed", "opt._target_", "opt.eps"]
 
 
+def test_runs_are_found_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("10", "9", "\u00b2"):  # a superscript two is a digit, and no number of Python's
+        make_run(tmp_path / name, epochs=1)
+    assert [it.name for it in report.find_runs(tmp_path)] == ["\u00b2", "9", "10"]
+
+
 def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Path) -> None:
     overrides = [["model=cnn", "seed=0", "notes=x"], ["model=cnn", "seed=1"], ["model=cnn"]]
     for index, own in enumerate(overrides):

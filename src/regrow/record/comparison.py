@@ -15,7 +15,7 @@ from regrow.record import monitor, output
 from regrow.record.output import harmless
 from regrow.record.records import sets_of, write_text
 from regrow.record.redact import redact
-from regrow.record.report import BOOKKEEPING, Run, differing_keys, flatten, references
+from regrow.record.report import BOOKKEEPING, Run, differing_keys, flatten, natural, references
 from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate
 
 REPEATS = ("seed", "data.fold")  # runs that differ only in these are of one setting
@@ -346,7 +346,7 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
         first = next(i for i, one in enumerate(rows) if _same_but_fold(one, row))
         with file.open(newline="", encoding="utf-8") as lines:
             for line in csv.DictReader(lines):
-                order = (first, _natural(line["example"]), number)
+                order = (first, natural(line["example"]), number)
                 found.append((order, {**before, "fold": str(row.fold), **line}))
     found.sort(key=lambda pair: pair[0])
     if found:
@@ -355,7 +355,3 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
 
 def _same_but_fold(one: Row, other: Row) -> bool:
     return one.setting == other.setting and one.seed == other.seed
-
-
-def _natural(text: str) -> tuple[int, str]:
-    return (int(text), "") if text.isdecimal() else (-1, text)

@@ -139,11 +139,12 @@ def find_runs(folder: Path) -> list[Path]:
             found.append(Path(root))
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return sorted(found, key=_natural)
+    return sorted(found, key=lambda path: [*map(natural, path.parts)])
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
+def natural(text: str) -> tuple[int, str]:
+    """Return a sort key that orders numbers by their value, after other texts."""
+    return (int(text), "") if text.isdecimal() else (-1, text)
 
 
 def _mapping(path: Path) -> dict[str, Any]:
