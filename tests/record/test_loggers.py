@@ -178,6 +178,23 @@ def test_csv_adds_columns_as_they_come_and_holds_what_jsonl_holds(tmp_path: Path
     assert (tmp_path / "metrics.csv").read_text().splitlines() == text
 
 
+def test_csv_recovers_from_a_line_that_a_full_disk_tore(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = Csv(**runtime(tmp_path))
+    loggers = Loggers(Jsonl(tmp_path), {"csv": table})
+    loggers.log(1, 0, {"a": 1.0})
+    with table.path.open("a", encoding="utf-8") as file:
+        file.write("2,0,0.")  # the next line joins it
+    loggers.log(3, 0, {"a": 3.0})
+    loggers.log(4, 0, {"b": 4.0})
+    loggers.close()
+    assert table.path.read_text().splitlines() == [
+        "step,epoch,a,b", "1,0,1.0,", "3,0,3.0,", "4,0,,4.0"
+    ]  # fmt: skip
+    assert "logger csv" not in caplog.text
+
+
 def test_no_cell_of_csv_is_a_formula(tmp_path: Path) -> None:
     table = Csv(**runtime(tmp_path))
     table.log(1, 0, {"=1+1": 0.5})

@@ -200,7 +200,8 @@ class Csv:
         with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, self.columns)
             next(reader, None)  # the header
-            rows: list[dict[str, Any]] = list(reader)
+            # A full disk may have joined two lines: the cells beyond the columns are dropped.
+            rows = [{key: each[key] for key in self.columns} for each in reader]
         self._rewrite([*rows, row])
 
     def _cells(self, row: Mapping[str, Any]) -> list[Any]:
