@@ -527,6 +527,9 @@ def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Pat
     shutil.copytree(tmp_path / "0", tmp_path / "again")
     page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
     assert {"seed=0 0", "seed=0 again", "seed=1"} <= set(page.words)
+    (tmp_path / "2" / ".hydra" / "config.yaml").unlink()  # the others still tell
+    page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert "data.seed" not in page.text
 
 
 def test_metrics_of_single_classes_are_folded_away(tmp_path: Path) -> None:

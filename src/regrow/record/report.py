@@ -463,7 +463,7 @@ def references(folders: Sequence[Path]) -> set[str]:
     return {
         key
         for key in keys
-        if all(re.fullmatch(r"\$\{[\w.]+\}", str(flat.get(key, "${}"))) for flat in composed)
+        if all(re.fullmatch(r"\$\{[\w.]+\}", str(flat[key])) for flat in composed if key in flat)
     }
 
 
