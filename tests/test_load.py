@@ -658,6 +658,19 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
     assert not made.exists()
 
 
+def test_inputs_of_several_lengths_are_refused(run: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a + b)[:, :3]
+
+    loaded = dataclasses.replace(load_run(run), input_names=["a", "b"], model=Sum())
+    plain = dataclasses.replace(loaded.preprocessing, mean=None, std=None)
+    loaded = dataclasses.replace(loaded, recorded=plain)
+    assert len(loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(3, 6)})) == 3
+    with pytest.raises(UserError, match=r"inputs: batches of 3 and 5 examples"):
+        loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(5, 6)}, batch_size=3)
+
+
 def test_a_pretrained_model_is_not_downloaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
