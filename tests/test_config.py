@@ -981,3 +981,20 @@ def test_a_check_and_a_run_whose_reader_goes_away_end_well(tmp_path: Path) -> No
         assert done.returncode == 0 and b"error: " not in done.stderr, done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "completed"
     assert "nothing reads the output any more" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/full"])
+def test_a_line_that_cannot_be_shown_ends_no_run(place: str) -> None:
+    code = (
+        "import logging; from regrow.runs.console import console; log = logging.getLogger('regrow')"
+        "\nwith console():\n for _ in range(2): log.info('x' * 99_999); log.warning('x' * 99_999)"
+    )
+    if place == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(place, os.O_WRONLY)
+    command = [sys.executable, "-u", "-c", code]  # as ranks are started, so that nothing is kept
+    done = subprocess.run(command, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0

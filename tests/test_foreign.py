@@ -385,6 +385,9 @@ def test_a_run_that_is_killed_between_its_seal_and_its_overrides_stays_its_users
     assert ownership.is_own_run(folder, ["seed=1"])
     assert ownership.is_own_run(folder, ["seed=1", "notes=more"])
     assert not ownership.is_own_run(folder, ["seed=2"])
+    held = json.loads((folder / ownership.OWNER).read_text())
+    (folder / ownership.OWNER).write_text(json.dumps({**held, "seals": ["\u00e9"]}))
+    assert not ownership.is_own_run(folder, ["seed=1"])
 
 
 def test_a_run_of_this_command_is_the_users_and_stays_so(

@@ -33,7 +33,7 @@ from regrow.load import load_run
 from regrow.project import ROOT
 from regrow.record.records import read_json
 from regrow.runs.training import build
-from regrow.runs.weights import load_weights
+from regrow.runs.weights import load_weights, warn_of_other_splits
 
 
 @pytest.fixture(scope="module")
@@ -604,6 +604,14 @@ def test_a_warning_names_weights_of_a_run_with_other_splits(
         assert "data.source.seed was 0 and is 1" in caplog.text
 
 
+@pytest.mark.parametrize("text", ["data: coco.yaml", "[1]", "a: [", "x: !!python/name:os.getcwd"])
+def test_another_programs_config_beside_weights_is_not_read_as_a_runs(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    warn_of_other_splits(tmp_path / "weights.pt", {"source": {"_target_": "x"}})
+
+
 def test_names_on_one_side_only_are_said(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -623,6 +631,7 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
     torch.save({"weight": Evil(made)}, tmp_path / "evil.pt")
     torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "nested.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pt")
     torch.save({"other": torch.ones(7)}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("hello world")
     (tmp_path / "empty.pt").touch()
@@ -633,6 +642,7 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
         ("evil.pt", "holds more than tensors and plain values, and is not opened"),
         ("nested.pt", "Save its entry 'state_dict' alone."),
         ("list.pt", "a dict of tensors is expected"),
+        ("numbers.pt", "a dict of tensors is expected"),
         ("other.pt", "none of its 1 tensors fits this model"),
         ("text.pt", "no state_dict can be read"),
         ("empty.pt", "no state_dict can be read"),
@@ -646,6 +656,19 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert f"init_from={tmp_path / name}" in str(caught.value)
     assert not made.exists()
+
+
+def test_inputs_of_several_lengths_are_refused(run: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a + b)[:, :3]
+
+    loaded = dataclasses.replace(load_run(run), input_names=["a", "b"], model=Sum())
+    plain = dataclasses.replace(loaded.preprocessing, mean=None, std=None)
+    loaded = dataclasses.replace(loaded, recorded=plain)
+    assert len(loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(3, 6)})) == 3
+    with pytest.raises(UserError, match=r"inputs: batches of 3 and 5 examples"):
+        loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(5, 6)}, batch_size=3)
 
 
 def test_a_pretrained_model_is_not_downloaded_again(

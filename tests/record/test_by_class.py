@@ -48,6 +48,11 @@ def test_a_set_without_metrics_of_classes_has_no_table() -> None:
     assert table(whole, "test", "summary.json") == table(values(4), "val", "summary.json") == []
 
 
+def test_many_classes_of_which_none_is_measured_have_no_table() -> None:
+    unknown = dict.fromkeys(values(21), math.nan)
+    assert table(unknown, "test", "summary.json") == []
+
+
 def test_a_long_name_is_shortened_and_one_with_a_slash_is_whole() -> None:
     lines = table({"val/f1": 0.5, f"val/f1/{'x' * 99}": 0.1, "val/f1/a/b": 0.9}, "val", "")
     assert [line.split()[0] for line in lines[2:]] == ["x" * 23 + "…", "a/b"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regrow.record import comparison
+from regrow.record import comparison, side_by_side
 from regrow.record.comparison import Row
 from regrow.record.report import Run
 
@@ -76,6 +78,33 @@ def test_a_setting_is_one_however_it_was_typed() -> None:
     assert len(comparison.compare([row(i, its, 0.5) for i, its in enumerate(swept)]).settings) == 2
 
 
+def test_settings_that_differ_in_the_last_digit_are_two() -> None:
+    runs = [row(i, {}, 0.5).run for i in range(2)]
+    runs = [
+        replace(run, config={**run.config, "data": {"source": {"seed": 20261128 + i}}})
+        for i, run in enumerate(runs) if run is not None
+    ]  # fmt: skip
+    found = comparison.compare(comparison.rows_of(runs))
+    assert [its.label for its in found.settings] == [
+        "data.source.seed=20261128", "data.source.seed=20261129"
+    ]  # fmt: skip
+
+
+def test_an_override_that_all_runs_have_is_in_no_label_whatever_its_sign() -> None:
+    runs = [
+        replace(
+            run,
+            overrides=["+model.extra=1", "~local", f"optimizer.lr={lr}"],
+            config={**run.config, "optimizer": {"lr": lr}},
+        )
+        for lr in (0.1, 0.2)
+        if (run := row(0, {}, 0.5).run) is not None
+    ]
+    assert [its.swept for its in comparison.rows_of(runs)] == [
+        {"optimizer.lr": "0.1"}, {"optimizer.lr": "0.2"}
+    ]  # fmt: skip
+
+
 def test_the_direction_is_that_of_the_runs_that_monitored_the_metric() -> None:
     rows = grid({"1": [0.5], "2": [0.9]})
     last = row(9, {"lr": "3", "seed": "0"}, 0.1, mode="min")
@@ -94,6 +123,17 @@ def test_a_run_that_was_pruned_is_in_no_mean() -> None:
     found = comparison.compare(comparison.rows_of(runs))
     assert [r.state for r in found.rows] == ["completed", "completed", "pruned"]
     assert sum(len(setting.rows) for setting in found.settings) == 2
+
+
+def test_another_metric_that_is_nan_for_one_seed_is_shown_as_nan(tmp_path: Path) -> None:
+    rows = grid({"1": [0.5, 0.6, 0.7]})
+    assert rows[1].run is not None
+    rows[1].run.summary["test"]["test/accuracy"] = math.nan  # type: ignore[index]
+    found = comparison.compare(rows)
+    header, (cells,) = comparison.table_of(found)
+    assert cells[header.index("test/accuracy")] == "nan"
+    page = side_by_side.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<dt>test/accuracy<dd>nan" in page
 
 
 def test_one_seed_each_claims_nothing() -> None:

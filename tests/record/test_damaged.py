@@ -27,7 +27,7 @@ from regrow.runs.launch import launch
 FILES = ("manifest.json", "summary.json", "status.json", "preprocessing.json", "config.yaml")
 DAMAGES = {"empty": "", "torn": '{"a": [1, ', "a_list": "[1]", "of_wrong_types": ""}
 WRONG = {
-    "manifest.json": {"resumes": 3, "data": [1], "git": "x"},
+    "manifest.json": {"resumes": 3, "data": [1], "git": "x", "code_files": [1]},
     "summary.json": {"steps": "x", "best": [], "val": 3, "test": "y", "seconds": None},
     "status.json": {"state": 3, "step": "x", "pids": None},
     "preprocessing.json": {"kind": 3, "input_shape": "x"},

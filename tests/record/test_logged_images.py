@@ -269,3 +269,6 @@ def test_small_images_stay_as_they_are_and_leave_their_room_to_large_ones() -> N
     assert sum(map(bool, found[:9])) == 3 and sum(map(len, found)) <= 3 * fitting.LEAST_BYTES
     assert fitting.fit([large], 100) == fitting.fit([b"torn" * 99_999], 50_000) == [""]
     assert fitting.fit([], 0) == []
+    parts = large.split(b"IDAT")
+    assert len(parts) > 2  # so that reading meets the damage after it has opened the image
+    assert fitting.fit([b"IDAT".join(parts[:2]) + b"\x00AT!" + parts[2]], 50_000) == [""]

@@ -178,6 +178,23 @@ def test_csv_adds_columns_as_they_come_and_holds_what_jsonl_holds(tmp_path: Path
     assert (tmp_path / "metrics.csv").read_text().splitlines() == text
 
 
+def test_csv_recovers_from_a_line_that_a_full_disk_tore(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = Csv(**runtime(tmp_path))
+    loggers = Loggers(Jsonl(tmp_path), {"csv": table})
+    loggers.log(1, 0, {"a": 1.0})
+    with table.path.open("a", encoding="utf-8") as file:
+        file.write("2,0,0.")  # the next line joins it
+    loggers.log(3, 0, {"a": 3.0})
+    loggers.log(4, 0, {"b": 4.0})
+    loggers.close()
+    assert table.path.read_text().splitlines() == [
+        "step,epoch,a,b", "1,0,1.0,", "3,0,3.0,", "4,0,,4.0"
+    ]  # fmt: skip
+    assert "logger csv" not in caplog.text
+
+
 def test_no_cell_of_csv_is_a_formula(tmp_path: Path) -> None:
     table = Csv(**runtime(tmp_path))
     table.log(1, 0, {"=1+1": 0.5})
@@ -294,7 +311,13 @@ def test_tensorboard_is_filled_from_the_record_when_a_kill_emptied_its_buffer(
         assert shown(tmp_path, "train/loss") == [(step, float(step)) for step in range(1, 7)]
 
 
-def test_a_run_that_begins_again_shows_nothing_of_the_first_attempt(tmp_path: Path) -> None:
+def test_a_run_that_begins_again_shows_nothing_of_the_first_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer import event_file_writer
+
+    # The second file's name ends with 10, and 10 comes before 9 where both begin alike.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     with quietly():
         for value in (1.0, 2.0):
             writer = tensorboard(tmp_path, None)

@@ -80,6 +80,11 @@ def test_a_run_counts_its_flops_once_and_keeps_its_bits(
         ("NVIDIA A10", 125),
         ("NVIDIA A10G", 70),
         ("NVIDIA B200", None),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
     ],
 )
 def test_a_card_is_known_by_its_name(name: str, tflops: int | None) -> None:

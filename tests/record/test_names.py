@@ -54,6 +54,21 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(
         refuse_foreign_run(folder)
 
 
+def test_a_file_that_a_living_run_renames_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "run", ".lock", ".status.json.4711.tmp")
+    scanned = os.scandir
+
+    def renamed_after(path: Path) -> list[os.DirEntry[str]]:
+        entries = [*scanned(path)]
+        (folder / ".status.json.4711.tmp").rename(folder / "status.json")
+        return entries
+
+    monkeypatch.setattr(os, "scandir", renamed_after)
+    refuse_foreign_run(folder)
+
+
 def test_a_folder_left_by_a_killed_start_is_used_again(tmp_path: Path) -> None:
     refuse_foreign_run(tmp_path / "new")
     folder = make(tmp_path / "run", ".lock", ".hydra/overrides.yaml", "config.yaml", "train.log",

@@ -515,6 +515,12 @@ def test_a_value_that_follows_from_another_key_is_not_listed_as_a_difference() -
     assert report.differing_keys(configs) == ["seed", "data.seed", "opt._target_", "opt.eps"]
 
 
+def test_runs_are_found_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("10", "9", "\u00b2"):  # a superscript two is a digit, and no number of Python's
+        make_run(tmp_path / name, epochs=1)
+    assert [it.name for it in report.find_runs(tmp_path)] == ["\u00b2", "9", "10"]
+
+
 def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Path) -> None:
     overrides = [["model=cnn", "seed=0", "notes=x"], ["model=cnn", "seed=1"], ["model=cnn"]]
     for index, own in enumerate(overrides):
@@ -532,6 +538,9 @@ def test_runs_side_by_side_are_called_by_the_overrides_that_differ(tmp_path: Pat
     shutil.copytree(tmp_path / "0", tmp_path / "again")
     page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
     assert {"seed=0 0", "seed=0 again", "seed=1"} <= set(page.words)
+    (tmp_path / "2" / ".hydra" / "config.yaml").unlink()  # the others still tell
+    page = Page(compare(report.find_runs(tmp_path), tmp_path / "c.html"))
+    assert "data.seed" not in page.text
 
 
 def test_metrics_of_single_classes_are_folded_away(tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ def test_one_seed_has_no_spread() -> None:
     assert differences({0: 0.5}, [{0: 0.4}]) == [None]
 
 
+def test_a_value_that_is_not_finite_leaves_no_spread() -> None:
+    for value in (math.nan, math.inf):
+        found = estimate([0.5, value, 0.7])
+        assert found.count == 3 and repr(found.mean) == repr(value) and math.isnan(found.sd)
+
+
 def test_the_same_seeds_are_compared_seed_by_seed() -> None:
     one, other = values(0.9, 1), values(0.8, 2)
     (found,) = differences(one, [other])

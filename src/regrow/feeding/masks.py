@@ -118,14 +118,16 @@ class MaskFiles:
         return image, numbers.as_subclass(Tensor)
 
     def _classes(self, numbers: Tensor, index: int) -> Tensor:
-        classes = self._class_of[numbers.long().clamp(0, NUM_VALUES - 1)]
-        unknown = classes == NO_CLASS
+        values = numbers.long()
+        places = values.clamp(0, NUM_VALUES - 1)
+        classes = self._class_of[places]
+        unknown = (classes == NO_CLASS) | (places != values)
         if bool(unknown.any()):
-            values = self.mask_values or f"0 … {self.num_classes - 1}"
+            known = self.mask_values or f"0 … {self.num_classes - 1}"
             ignored = "" if self.ignore_index is None else f" or {self.ignore_index} (ignored)"
             raise DataError(
                 f"{shown(self.masks[index])}: the value {int(numbers[unknown][0])} is not one of "
-                f"the classes {values}{ignored}. Set data.num_classes, or data.source.mask_values "
+                f"the classes {known}{ignored}. Set data.num_classes, or data.source.mask_values "
                 "to the value of each class."
             )
         return classes.to(self._dtype)

@@ -22,9 +22,15 @@ PEAK = {
 }
 
 
+# Words in the names of cards that have fewer or more FLOP/s than the one they are named after.
+OTHER = re.compile(r"\b(MIG|Laptop|D|Ti|NVL|\d+Q)\b")  # part of a card, a virtual one, variants
+
+
 def peak_of_card(name: str) -> float | None:
     """Return the dense FLOP/s at 16 bits of a card by torch's name for it; None if unknown."""
     name = name.removeprefix("NVIDIA ")
+    if OTHER.search(name):
+        return None
     return next((peak for card, peak in PEAK.items() if re.match(rf"{card}\b", name)), None)
 
 

@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+from typing import TextIO
 
 ERRORS = "regrow-shown"
 # ASCII replacements for the characters that this package prints.
@@ -35,13 +36,17 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ERRORS, _replace)
 
 
-def drop_unread() -> bool:
-    """Drop all output if the reader of stdout has gone, as `| head -1` does, and return True."""
+def drop_unread(stream: TextIO | None = None) -> bool:
+    """Drop a stream's output if its reader has gone, as `| head -1` does, and return True.
+
+    Without a `stream`, that is stdout.
+    """
+    stream = sys.stdout if stream is None else stream
     try:
-        descriptor = sys.stdout.fileno()
+        descriptor = stream.fileno()
         with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # stdout is missing or closed
+            stream.flush()
+    except (AttributeError, OSError, ValueError):  # it is missing or closed
         return False
     poll = select.poll()
     poll.register(descriptor, 0)

@@ -33,6 +33,8 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
     title = f"{of}, by class"
     if len(names) > MOST:
         worst = [name for name in names if not math.isnan(columns[rank].get(name, math.nan))]
+        if not worst:  # as of a set whose pixels are all ignored
+            return []
         worst.sort(key=lambda name: columns[rank][name])
         title = f"{of}, the worst {len(worst[:MOST])} of {len(names)} classes by {rank}"
         title, names = f"{title} (all: {where})", worst[:MOST]

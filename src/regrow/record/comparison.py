@@ -15,7 +15,7 @@ from regrow.record import monitor, output
 from regrow.record.output import harmless
 from regrow.record.records import sets_of, write_text
 from regrow.record.redact import redact
-from regrow.record.report import BOOKKEEPING, Run, differing_keys, flatten, references
+from regrow.record.report import BOOKKEEPING, Run, differing_keys, flatten, natural, references
 from regrow.record.statistics import LEVEL, Difference, Estimate, differences, estimate
 
 REPEATS = ("seed", "data.fold")  # runs that differ only in these are of one setting
@@ -156,8 +156,9 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     typed = [
         {
             key: value
-            for key, _, value in (o.lstrip("+").partition("=") for o in run.overrides)
-            if f"{key}={value}" not in common and key.split(".")[0] not in BOOKKEEPING
+            for override in run.overrides
+            for key, _, value in [override.lstrip("+").partition("=")]
+            if override not in common and key.split(".")[0] not in BOOKKEEPING
         }
         for run in runs
     ]
@@ -185,9 +186,8 @@ def _number(text: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return text in which 0 and 0.0 are equal."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:g}" if is_number else str(value)
+    """Return text in which 0 and 0.0 are equal, with all digits."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison:
@@ -245,6 +245,8 @@ def shown(value: float) -> str:
 
 
 def spread(of: Estimate) -> str:
+    if of.count and not math.isfinite(of.mean):
+        return str(of.mean)
     return shown(of.mean) + (f" ± {shown(of.sd)}" if of.count > 1 else "")
 
 
@@ -344,7 +346,7 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
         first = next(i for i, one in enumerate(rows) if _same_but_fold(one, row))
         with file.open(newline="", encoding="utf-8") as lines:
             for line in csv.DictReader(lines):
-                order = (first, _natural(line["example"]), number)
+                order = (first, natural(line["example"]), number)
                 found.append((order, {**before, "fold": str(row.fold), **line}))
     found.sort(key=lambda pair: pair[0])
     if found:
@@ -353,7 +355,3 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
 
 def _same_but_fold(one: Row, other: Row) -> bool:
     return one.setting == other.setting and one.seed == other.seed
-
-
-def _natural(text: str) -> tuple[int, str]:
-    return (int(text), "") if text.isdecimal() else (-1, text)

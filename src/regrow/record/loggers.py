@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import secrets
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -200,7 +201,8 @@ class Csv:
         with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, self.columns)
             next(reader, None)  # the header
-            rows: list[dict[str, Any]] = list(reader)
+            # A full disk may have joined two lines: the cells beyond the columns are dropped.
+            rows = [{key: each[key] for key in self.columns} for each in reader]
         self._rewrite([*rows, row])
 
     def _cells(self, row: Mapping[str, Any]) -> list[Any]:
@@ -236,8 +238,10 @@ class TensorBoard:
         kept = -1 if resume_step is None else resume_step
         old = sorted(path.glob("events.out.tfevents.*"))
         self.shown = {event for event in _events(old) if event[0] <= kept}
-        # Files are read in the order of their names, which begin with a time in seconds: a run
-        # resumed within the same second still comes later.
+        # Files are read in the order of their names: a time in seconds, then texts such as the
+        # process id, of which 10 comes before 9. So a resume waits for the next second.
+        while old and old[-1].name.startswith(f"events.out.tfevents.{int(time.time()):010d}."):
+            time.sleep(0.05)
         self.writer = SummaryWriter(
             str(path),
             purge_step=kept + 1 if old else None,

@@ -138,7 +138,7 @@ def latest(content: Mapping[str, Any]) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any]:
     """Return the content of manifest.json; empty if it is missing or damaged."""
     content = read_damaged(folder / NAME, {})
-    for key in ("git", "data", "packages", "hardware", "environment", "seeds"):
+    for key in ("git", "code_files", "data", "packages", "hardware", "environment", "seeds"):
         if not isinstance(content.get(key), dict | None):
             log.warning("%s: its %s is damaged and not used", folder / NAME, key)
             del content[key]

@@ -89,7 +89,10 @@ def _refuse(folder: Path, key: str, is_own: Any, is_ours: bool, what: str) -> No
         return
     found = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in found:
-        mode = entry.stat(follow_symlinks=False).st_mode
+        try:
+            mode = entry.stat(follow_symlinks=False).st_mode
+        except FileNotFoundError:  # a temporary file of the run that is writing here
+            continue
         fits = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (is_ours and entry.is_dir())
         if stat.S_ISDIR(mode) and entry.name not in FOLDERS:
             fits = False

@@ -137,7 +137,7 @@ def seal_of(entry: ListedFolder, content: Any) -> str:
 
 
 def _is_sealed(entry: ListedFolder, content: Any, seal: object) -> bool:
-    with contextlib.suppress(ValueError):  # the key is not hexadecimal
+    with contextlib.suppress(ValueError, TypeError):  # key not hexadecimal, seal not ASCII
         return hmac.compare_digest(seal_of(entry, content), str(seal))
     return False
 

@@ -30,6 +30,7 @@ _KNOWN_FORMS = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
 )
 _HARMLESS = {"null", "none", "true", "false", "str", MASK}
+_NO_SECRET = re.compile(r"|none|null|<.*>", re.IGNORECASE)  # no value, or a marker such as <image>
 
 
 def redact(text: str, secrets: Sequence[str] | None = None) -> str:
@@ -51,7 +52,7 @@ def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
     if isinstance(value, Mapping):
         return {
             key: MASK
-            if isinstance(item, str) and item and is_secret_name(str(key))
+            if isinstance(item, str) and is_secret_name(str(key)) and not _NO_SECRET.fullmatch(item)
             else redact_all(item, secrets)
             for key, item in value.items()
         }

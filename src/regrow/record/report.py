@@ -146,11 +146,12 @@ def find_runs(folder: Path) -> list[Path]:
             found.append(Path(root))
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return sorted(found, key=_natural)
+    return sorted(found, key=lambda path: [*map(natural, path.parts)])
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
+def natural(text: str) -> tuple[int, str]:
+    """Return a sort key that orders numbers by their value, after other texts."""
+    return (int(text), "") if text.isdecimal() else (-1, text)
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -471,7 +472,7 @@ def references(folders: Sequence[Path]) -> set[str]:
     return {
         key
         for key in keys
-        if all(re.fullmatch(r"\$\{[\w.]+\}", str(flat.get(key, "${}"))) for flat in composed)
+        if all(re.fullmatch(r"\$\{[\w.]+\}", str(flat[key])) for flat in composed if key in flat)
     }
 
 

@@ -20,6 +20,7 @@ from regrow.record.comparison import (
     interval,
     label_of,
     shown,
+    spread,
     table_of,
     verdict,
 )
@@ -136,11 +137,11 @@ def _best(
     setting = comparison.settings[0]
     found, rows = setting.monitored, setting.rows
     mean = f"mean {comparison.metric}" if found.count > 1 else comparison.metric
-    figures = {mean: shown(found.mean) + (f" ± {shown(found.sd)}" if found.count > 1 else "")}
+    figures = {mean: spread(found)}
     if reach := interval(found):
         figures["95% interval"] = reach
     for name, its in zip(comparison.others, setting.others, strict=True):
-        figures[name] = shown(its.mean) + (f" ± {shown(its.sd)}" if its.count > 1 else "")
+        figures[name] = spread(its)
     run = rows[0].run
     if run is not None and (count := run.summary.get("parameters")) is not None:
         figures["parameters"] = pages.number(count)

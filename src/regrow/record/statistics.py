@@ -16,7 +16,7 @@ FEWEST = 3  # seeds: with two, equal differences are common, because accuracies 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds; NaN where there are too few seeds."""
+    """A mean over seeds; NaN where there are too few seeds, or a value is not finite."""
 
     count: int
     mean: float
@@ -46,7 +46,7 @@ def estimate(values: Sequence[float], overlap: float = 0.0) -> Estimate:
     (2004).
     """
     count, mean = len(values), statistics.fmean(values) if values else math.nan
-    if count < 2:
+    if count < 2 or not math.isfinite(mean):  # NaN has no deviation
         return Estimate(count, mean, math.nan, math.nan, math.nan)
     sd = statistics.stdev(values)
     if count < FEWEST:

@@ -53,10 +53,9 @@ class _BarHandler(logging.Handler):
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         try:
             tqdm.write(self.format(record), file=stream)
-        except BrokenPipeError:  # as after `| head`: the run and its train.log continue
-            if not terminal.drop_unread():
-                raise
-            to_file.warning("nothing reads the output any more, so it is written here alone")
+        except OSError:  # as after `| head`, or on a full disk: the run and its train.log continue
+            if terminal.drop_unread(stream):
+                to_file.warning("nothing reads the output any more, so it is written here alone")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from regrow.errors import UserError, brief
 from regrow.feeding.batch import each
 from regrow.feeding.preprocess import Normalizer
 from regrow.numerics.calls import call
+from regrow.numerics.capture import same
 from regrow.protocols import Inputs
 from regrow.record.records import load_summary
 from regrow.runs.loaded import LoadedRun
@@ -199,15 +200,9 @@ def same_weights(run: LoadedRun, content: bytes) -> bool:
     from safetensors.torch import load
 
     found, own = load(content), run.model.state_dict()
-    return found.keys() == own.keys() and all(
-        found[name].dtype == value.dtype
-        and torch.equal(*(_bits(tensor) for tensor in (found[name], value.cpu())))
-        for name, value in own.items()
+    return found.keys() == own.keys() and same(
+        [found[name] for name in own], [value.cpu() for value in own.values()]
     )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def facts(run: LoadedRun, example: Inputs = ()) -> dict[str, Any]:

@@ -173,7 +173,11 @@ class LoadedRun:
         by_place = self.input_names == [str(place) for place in range(len(given))]
         normalize = Normalizer(self.preprocessing)
         parts = {name: as_tensor(given[name], f"inputs: {name}") for name in self.input_names}
-        count = len(next(iter(parts.values())))
+        count, *others = dict.fromkeys(len(part) for part in parts.values())
+        if others:
+            raise UserError(
+                f"inputs: batches of {count} and {others[0]} examples. Give as many each."
+            )
         for start in range(0, count, batch_size):
             chosen = {name: part[start : start + batch_size] for name, part in parts.items()}
             names = [str(row) for row in range(start, min(start + batch_size, count))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.checkpoint import writer
-from regrow.config.yaml_files import read_yaml
+from regrow.config.yaml_files import readable
 from regrow.dotted import Checked
 from regrow.errors import UserError
 from regrow.extras import require
@@ -66,11 +66,9 @@ def load_weights(model: nn.Module, source: Path) -> None:
 def warn_of_other_splits(source: Path, data: Checked) -> None:
     """Log a warning if the run of the weights split the same data in a different way."""
     folders = [source, *source.resolve().parents[:3]]  # a run, or a checkpoint of one
-    recorded = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
-    if recorded is None:
-        return
-    its = moved.in_config(read_yaml(recorded)).get("data") or {}
-    there, here = its.get("source"), data["source"]
+    recorded = next((it for f in folders for _, it in readable("config.yaml", f)), {})
+    its, here = moved.in_config(recorded).get("data"), data["source"]
+    there = its.get("source") if isinstance(its, dict) else None  # or another program's file
     if not isinstance(there, dict) or there.get("_target_") != here.get("_target_"):
         return
     changed = [
@@ -136,7 +134,9 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
         raise UserError(f"init_from={source}: no state_dict can be read ({reason}).") from None
     if isinstance(content, dict):  # results of get_extra_state belong to their run
         content = {k: v for k, v in content.items() if not str(k).endswith("_extra_state")}
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
         items = content.items() if isinstance(content, dict) else ()
         nested = [str(key) for key, value in items if isinstance(value, dict)]
         hint = f" Save its entry {nested[0]!r} alone." if nested else ""
