@@ -236,7 +236,7 @@ def check_group(config: DictConfig, group: str) -> None:
     option = HydraConfig.get().runtime.choices.get(group)
     if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
         raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
-    _check_node(values[group], shipped_node(group, option) or {}, group)
+    _check_node(values[group], _known_node(group, option) or {}, group)
     check_ranges({group: values[group]})
 
 
@@ -281,7 +281,7 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
         names = places.names_in(choices.get(group) or "")
         if len(names) != 1 or not isinstance(values.get(group), Mapping):
             continue
-        shipped = shipped_node(group, names[0])
+        shipped = _known_node(group, names[0])
         if shipped is not None:
             _check_node(values[group], shipped, group)
 
@@ -328,6 +328,19 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     `owner` is the `_target_` that takes the node as an argument.
     """
     if not isinstance(shipped, Mapping):
+def _known_node(group: str, option: str) -> dict[str, Any] | None:
+    """Return `shipped_node`; of launcher=local, which passes them over, with Slurm's keys as well.
+
+    conf/local/default.yaml may set those for each start with launcher=slurm.
+    """
+    node = shipped_node(group, option)
+    if group != "launcher" or node is None or "_target_" in node:
+        return node
+    others = [shipped_node(group, each) or {} for each in places.options(group)]
+    keys = {key: value for each in others for key, value in each.items() if key != "_target_"}
+    return keys | node
+
+
         _check_type(node, shipped, path, owner)
         return
     if path == "data.augmentation" and node is None:
