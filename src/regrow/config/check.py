@@ -199,7 +199,7 @@ def check_data(data: Mapping[str, Config]) -> None:
 
 def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
     """Raise UserError for a node without a class. Several, by name, are a mapping of nodes."""
-    if "_target_" in node or all(isinstance(each, Mapping) for each in node.values()):
+    if "_target_" in node or (node and all(isinstance(it, Mapping) for it in node.values())):
         return
     near = next((key for key in node if str(key).strip("_") in ("target", "class")), None)
     hint = f" Did you mean _target_ for {near}?" if near else ""
