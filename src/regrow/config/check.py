@@ -46,6 +46,8 @@ GROUPS = (
     *("launcher", "sweep"),
 )
 
+# Keys that a run reads besides those of the trainer, so that ~key cannot leave them out.
+NEEDED = ("data.source", "name", "param_groups", "resume", "seed")
 
 # The tasks that each shipped loss is for.
 LOSSES = {
@@ -143,6 +145,11 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     `config` may hold the node `hydra`. `choices` are the chosen options, by group.
     """
     config = without_hydra(config)
+    typed = typed_overrides(HydraConfig.get().overrides.task)
+    for line in typed:
+        key = line.removeprefix("~").partition("=")[0]
+        if line.startswith("~") and (key.startswith("trainer.") or key in NEEDED):
+            raise UserError(f"{line}: a run needs this key. Give it a value instead: {key}=…")
     missing = [
         key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
     ]
@@ -167,7 +174,6 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     for group in ("model", "optimizer", "scheduler", "loss", "task"):
         _refuse_without_target(group, values[group], choices)
-    typed = typed_overrides(HydraConfig.get().overrides.task)
     check_recorded(values, typed)
     note_typed(typed)
     allow(values)
@@ -322,12 +328,6 @@ def shipped_node(group: str, option: str) -> dict[str, Any] | None:
     return _merged(node, content)
 
 
-def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> None:
-    """Raise UserError if a node's keys or types differ from the shipped ones.
-
-    `owner` is the `_target_` that takes the node as an argument.
-    """
-    if not isinstance(shipped, Mapping):
 def _known_node(group: str, option: str) -> dict[str, Any] | None:
     """Return `shipped_node`; of launcher=local, which passes them over, with Slurm's keys as well.
 
@@ -341,6 +341,12 @@ def _known_node(group: str, option: str) -> dict[str, Any] | None:
     return keys | node
 
 
+def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> None:
+    """Raise UserError if a node's keys or types differ from the shipped ones.
+
+    `owner` is the `_target_` that takes the node as an argument.
+    """
+    if not isinstance(shipped, Mapping):
         _check_type(node, shipped, path, owner)
         return
     if path == "data.augmentation" and node is None:
