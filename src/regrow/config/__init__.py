@@ -17,7 +17,7 @@ hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
 leads: lead, RECIPES, shown
-older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
+older: ADDED_PREPROCESSING, AddedKey, adopt, as_override, as_overrides, complete, earlier,
     earlier_defaults, EarlierDefault, EARLY_EXTENSIONS, line, removed
 origins: composed, located, located_in, Origins, origins, shown, TYPED
 own_code: own_place, owner_of, places_of, shown
