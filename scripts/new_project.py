@@ -443,7 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
-    dest = Path(options["dest"]).expanduser()
+    dest = Path(options["dest"]).expanduser().absolute()  # `.` becomes another folder
     try:
         files_only, choice = options["files_only"] == "true", options["untracked"]
         done = make_project(options["name"], dest, files_only=files_only, untracked=choice)

@@ -160,6 +160,21 @@ def holds_the_untracked(copy: Path) -> None:
     assert not (copy / "photos").exists()
 
 
+def test_the_command_that_follows_works_from_the_folder_that_became_the_project(
+    new_project: ModuleType,
+    template: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    assert new_project.main(["Deep Fish", ".", "untracked=leave"]) == 0
+    command = re.findall(r"(cd .*) && make test", capsys.readouterr().out)[0]
+    found = subprocess.run(f"{command} && ls", shell=True, capture_output=True, text=True)
+    assert "README.md" in found.stdout, found.stderr
+
+
 def test_untracked_code_is_taken_along_or_left_as_asked(
     new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any
 ) -> None:
