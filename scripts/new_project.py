@@ -133,7 +133,8 @@ def taken_by(package: str) -> str | None:
     if package in sys.stdlib_module_names:
         return "a module of Python"
     module = f"{package}.py"
-    uses = (ROOT / package, ROOT / "src" / package, ROOT / "scripts" / module, ROOT / module)
+    uses = [ROOT / package, ROOT / "src" / package, ROOT / module]
+    uses += [ROOT / folder / module for folder in ("scripts", "tests")]  # they import one another
     if any(path.exists() for path in uses):
         return "a folder, script or module of this repository"
     if package in required() or importlib.util.find_spec(package) is not None:

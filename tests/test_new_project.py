@@ -76,6 +76,7 @@ def test_a_name_is_given_all_its_forms(
         ("scikit-learn", "module named scikit_learn"),
         ("tests", "folder"),
         ("train", "named train"),
+        ("running", "script or module"),  # of the tests, which import one another
         ("regrow", "folder"),
         ("lab", "folder"),
     ],
