@@ -79,11 +79,6 @@ PARTS = (
     "tests/training/test_schedules.py",
 )
 TEMPLATE_FILES = ("scripts/new_project.py", "scripts/new_project.md")
-# Path fragments to skip; they matter where git cannot tell which files are tracked.
-SKIPPED = (
-    *("__pycache__/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".pyc", ".egg-info/"),
-    *(".ipynb_checkpoints/", ".DS_Store"),
-)
 
 TEMPLATE_ONLY = re.compile(r"(?ms)^[ \t]*# >>> template only\n.*?^[ \t]*# <<< template only\n")
 # A module's name, not the word in prose.
@@ -202,7 +197,7 @@ def belongs_to_a_project(root: Path, name: str) -> bool:
         (name.startswith((*ENGINE, *PARTS)) or is_own_module(root, name))
         and name not in TEMPLATE_FILES
         and (root / name).is_file()
-        and not any(part in name for part in SKIPPED)
+        and not any(part in name for part in update.SKIPPED)
         and not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
     )
 

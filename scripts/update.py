@@ -35,6 +35,11 @@ GENERATED = ("schemas/",)  # not merged: `make schemas` writes them again
 RECORD, BASE, PATCH = ".template/record.json", ".template/base.tar.gz", ".template/lab.patch"
 PROTOCOLS = "src/regrow/protocols.py"
 MIGRATIONS = "docs/migrations.md"
+# Path fragments to skip; they matter where git cannot tell which files are tracked.
+SKIPPED = (
+    *("__pycache__/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".pyc", ".egg-info/"),
+    *(".ipynb_checkpoints/", ".DS_Store"),
+)
 
 Changes = dict[str, Path | None]  # by path: the file with the new content; None deletes it
 
@@ -62,13 +67,10 @@ def git(folder: Path, *arguments: str, lines: Iterable[str] = (), **environment:
 
 
 def files_in(root: Path, *parts: str) -> set[str]:
-    """Return the files below the folders `parts` of `root`, relative to it, without caches."""
-    return {
-        path.relative_to(root).as_posix()
-        for part in parts or (".",)
-        for path in (root / part).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+    """Return the files below the folders `parts` of `root`, relative to it, without SKIPPED."""
+    paths = (path for part in parts or (".",) for path in (root / part).rglob("*"))
+    names = (path.relative_to(root).as_posix() for path in paths if path.is_file())
+    return {name for name in names if not any(part in name for part in SKIPPED)}
 
 
 def engine_hash(root: Path) -> str:
@@ -141,7 +143,7 @@ def refuse_edits(record: dict[str, Any]) -> None:
     top = git(ROOT, "rev-parse", "--show-toplevel")
     if top is None or Path(top.rstrip("\n")).resolve() != ROOT:
         raise Refused(f"{ROOT} is not the root of a git repository. Then nobody could go back.")
-    said = git(ROOT, "status", "--porcelain", "-z", "-uall")
+    said = git(ROOT, "status", "--porcelain", "-z", "-uall", "--no-renames")
     if said is None:
         raise Refused("git status failed, so your edits cannot be told.")
     status = said.split("\0")

@@ -273,6 +273,17 @@ def test_an_unclean_tree_is_refused(project: Path, template: Path) -> None:
     assert_refused(project, template, "git does not know docs/more")
 
 
+def test_a_renamed_file_is_named_in_full_and_a_systems_file_is_no_edit(
+    project: Path, template: Path
+) -> None:
+    (project / "src/regrow/.DS_Store").write_bytes(b"")  # ignored by git
+    git(project, "mv", "notes.txt", "other.txt")
+    said = "these changes are not committed: notes.txt, other.txt. Commit"
+    assert_refused(project, template, said)
+    commit(project, "Rename")
+    assert script(project, "update", f"FROM={template}").returncode == 0
+
+
 def test_another_version_of_the_protocols_is_refused(project: Path, template: Path) -> None:
     edit(template / "src/regrow/protocols.py", "VERSION = 1", "VERSION = 2")
     commit(template, "Other Protocols")
