@@ -97,7 +97,8 @@ def update(given: Mapping[str, str], folder: Path) -> list[str]:
     if order(new["version"]) < order(record["version"]):
         raise Refused(f"FROM={source} is {named(new)}, which is older than {named(record)}.")
     with tarfile.open(ROOT / BASE) as archive:
-        archive.extractall(base, filter="data")
+        # Python 3.11.3 and older have no filters. The archive is this project's own.
+        archive.extractall(base, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     forget_users_files(base, theirs, checkout, record["package"])
     engine: Changes = dict.fromkeys(files_in(ROOT, *ENGINE))
     engine |= {name: theirs / name for name in files_in(theirs, *ENGINE)}
@@ -172,7 +173,7 @@ def checkout_of(source: str, folder: Path) -> Path:
     if not (checkout / PROTOCOLS).is_file():
         checkout = folder / "checkout"
         clone = ("clone", "-q", "--filter=blob:none")  # with its history, for `was_shipped`
-        if git(folder, *clone, "--", source, str(checkout)) is None:
+        if git(Path(), *clone, "--", source, str(checkout)) is None:
             raise Refused(f"FROM={source} is neither a checkout nor a URL that git can clone.")
     if not all((checkout / name).is_file() for name in (PROTOCOLS, "scripts/new_project.py")):
         raise Refused(f"FROM={source} is not the template.")
