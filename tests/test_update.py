@@ -273,7 +273,7 @@ def test_an_unclean_tree_is_refused(project: Path, template: Path) -> None:
     assert_refused(project, template, "git does not know docs/more")
 
 
-def test_a_renamed_file_is_named_in_full_and_a_systems_file_is_no_edit(
+def test_a_renamed_file_is_named_in_full_and_a_systems_file_is_not_an_edit(
     project: Path, template: Path
 ) -> None:
     (project / "src/regrow/.DS_Store").write_bytes(b"")  # ignored by git
