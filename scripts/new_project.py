@@ -446,6 +446,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("new_project: stopped. Nothing was written.", file=sys.stderr)
+        return 130
     if choice != "copy" and (left := untracked_files(ROOT)):
         print(
             f"not copied, as git does not track them: {some(left)}\nto have them there, remove "

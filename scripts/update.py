@@ -380,6 +380,9 @@ def main(arguments: Sequence[str]) -> int:
     except (Refused, OSError) as error:
         print(f"update: {error} Nothing was changed.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("update: stopped. Nothing was changed.", file=sys.stderr)
+        return 130
     print("\n\n".join(report))
     return 0
 

@@ -212,6 +212,21 @@ def test_untracked_files_that_are_not_code_do_not_stop_a_new_project(
     assert record["commit"].endswith(" with changes")
 
 
+def test_an_interruption_is_one_line_and_leaves_nothing(
+    new_project: ModuleType, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(new_project, "write_archive", stopped)
+    assert new_project.main(["Deep Fish", str(tmp_path / "copy"), "untracked=leave"]) == 130
+    assert capsys.readouterr().err == "new_project: stopped. Nothing was written.\n"
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(new_project.update, "update", stopped)
+    assert new_project.update.main(["FROM=x"]) == 130
+    assert capsys.readouterr().err == "update: stopped. Nothing was changed.\n"
+
+
 def test_an_update_takes_the_template_without_untracked_files(
     new_project: ModuleType, template: Path, tmp_path: Path
 ) -> None:
