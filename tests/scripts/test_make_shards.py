@@ -148,6 +148,8 @@ def test_a_command_killed_at_any_instant_is_continued_by_itself(
         (("output=a", "folder=none"), "data.root=none: not a folder."),
         (("output=a", "data=digits", "block_mb=0"), "block_mb=0 must be more than 0."),
         (("output=a", "data.train.count=3"), "data.train: without data=… or folder=…, it must"),
+        (("output=a", "data._target_=x", "data.path=a,b"), "quotes: 'data.path=\"a,b\"'"),
+        (("output=a", "data._target_=x", "data.path=a=b"), "quotes: 'data.path=\"a=b\"'"),
         (("output=a", "data=digits", "inputs=x"), "inputs=… and targets=… are given together"),
         (("output=a", "data=digits", "seeds=1"), "seeds: there is no such key. Did you mean seed?"),
         (
