@@ -11,11 +11,11 @@ ARGS =
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# PYTHON=… chooses the interpreter; by default, the first one that is new enough is used. LOCK=no installs the
-# version ranges of requirements.txt instead of the lock file: for CPU wheels, or a mirror that builds its own
-# files. Later set-ups of the same .venv keep this choice until LOCK=yes.
+# PYTHON=… chooses the interpreter; by default, it is that of .venv, or the first one that is new enough. LOCK=no
+# installs the version ranges of requirements.txt instead of the lock file: for CPU wheels, or a mirror that builds
+# its own files. Later set-ups of the same .venv keep this choice until LOCK=yes.
 setup: ## build or update .venv
-	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+	@for python in $(PYTHON) $(PY) python3 python3.13 python3.12 python3.11 python; do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			exec "$$python" scripts/set_up.py $(if $(filter command,$(origin LOCK)),lock=$(LOCK)); \
 		fi; \

@@ -1,7 +1,6 @@
 """Find this checkout's package and what it needs: every script imports this module first.
 
-For any Python, also one that is too old for the rest or has nothing installed: it is that which
-this speaks to.
+It runs in any Python: one that is too old, or lacks the packages, gets the line that says so.
 """
 
 import os

@@ -63,7 +63,7 @@ def make(options: Arguments, overrides: list[str]) -> None:
         raise UserError("inputs=… and targets=… are given together, for data._target_=… alone.")
     # these import torch: only after the arguments are checked
     from regrow.cli.data_alone import data_of, datasets_of
-    from regrow.config.command_line import override
+    from regrow.config.command_line import override, shell
     from regrow.feeding.images import class_folders
     from regrow.feeding.writing_shards import (
         Layout,
@@ -103,8 +103,8 @@ def make(options: Arguments, overrides: list[str]) -> None:
     counts = {name: sum(s.num_examples for s in shards) for name, shards in index.sets.items()}
     print(f"{', '.join(f'{name} {count:,}' for name, count in counts.items())} in {output}")
     if facts.class_names:
-        number = len(facts.class_names)
-        print(f"data=shards data.source.root={output} data.num_classes={number}")
+        place, number = override("data.source.root", output), len(facts.class_names)
+        print(shell(["data=shards", place, f"data.num_classes={number}"]))
 
 
 if __name__ == "__main__":

@@ -79,11 +79,6 @@ PARTS = (
     "tests/training/test_schedules.py",
 )
 TEMPLATE_FILES = ("scripts/new_project.py", "scripts/new_project.md")
-# Path fragments to skip; they matter where git cannot tell which files are tracked.
-SKIPPED = (
-    *("__pycache__/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".pyc", ".egg-info/"),
-    *(".ipynb_checkpoints/", ".DS_Store"),
-)
 
 TEMPLATE_ONLY = re.compile(r"(?ms)^[ \t]*# >>> template only\n.*?^[ \t]*# <<< template only\n")
 # A module's name, not the word in prose.
@@ -133,7 +128,8 @@ def taken_by(package: str) -> str | None:
     if package in sys.stdlib_module_names:
         return "a module of Python"
     module = f"{package}.py"
-    uses = (ROOT / package, ROOT / "src" / package, ROOT / "scripts" / module, ROOT / module)
+    uses = [ROOT / package, ROOT / "src" / package, ROOT / module]
+    uses += [ROOT / folder / module for folder in ("scripts", "tests")]  # they import one another
     if any(path.exists() for path in uses):
         return "a folder, script or module of this repository"
     if package in required() or importlib.util.find_spec(package) is not None:
@@ -201,7 +197,7 @@ def belongs_to_a_project(root: Path, name: str) -> bool:
         (name.startswith((*ENGINE, *PARTS)) or is_own_module(root, name))
         and name not in TEMPLATE_FILES
         and (root / name).is_file()
-        and not any(part in name for part in SKIPPED)
+        and not any(part in name for part in update.SKIPPED)
         and not (name.startswith("conf/local/") and name.endswith(".yaml"))  # this machine's
     )
 
@@ -443,13 +439,16 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
-    dest = Path(options["dest"]).expanduser()
+    dest = Path(options["dest"]).expanduser().absolute()  # `.` becomes another folder
     try:
         files_only, choice = options["files_only"] == "true", options["untracked"]
         done = make_project(options["name"], dest, files_only=files_only, untracked=choice)
     except (Refused, OSError) as error:
         print(f"new_project: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("new_project: stopped. Nothing was written.", file=sys.stderr)
+        return 130
     if choice != "copy" and (left := untracked_files(ROOT)):
         print(
             f"not copied, as git does not track them: {some(left)}\nto have them there, remove "

@@ -154,7 +154,7 @@ def arguments_of(
     arguments = [o for o in arguments if key_of(o) not in kept]
     arguments += ["logger=[jsonl]", *(older.as_override(*item) for item in kept.items())]
     typed = {key_of(o) for o in arguments}
-    if keys := {key: value for key, value in added.items() if key not in typed}:
+    if keys := older.adopt(composed(arguments, source), added, typed):  # others are as they were
         print(older.line(f"run={given}", keys))
         arguments += older.as_overrides(keys)
     refuse_remote(run, f"run={given}", config, ())

@@ -257,9 +257,10 @@ def begin() -> bool:
             why = "requirements changed" if is_new else f"installing what {other} says"
             say(f"{why}, bringing .venv up to date")
             return False
-        say("making .venv again: another Python, or the folder was moved")
-        return True
-    if UNFINISHED.exists():
+        if stamp.get("adopted") != "yes":
+            say("making .venv again: another Python, or the folder was moved")
+            return True
+    elif UNFINISHED.exists():
         adopted = read(UNFINISHED).get("adopted") == "yes"
         next_step = "resuming" if adopted else "making .venv from scratch"
         say(f"an earlier set-up was interrupted, {next_step}")
@@ -324,8 +325,8 @@ def install(uv: str | None, lock: int | None, *, pinned: bool) -> str:
 
 
 def finish(installed_from: str) -> None:
-    chosen = {"lock": read(UNFINISHED)["lock"]}
-    content = wanted() | {"installed_from": installed_from} | chosen
+    kept = {key: it for key, it in read(UNFINISHED).items() if key in ("adopted", "lock")}
+    content = wanted() | {"installed_from": installed_from} | kept
     with UNFINISHED.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()

@@ -35,6 +35,11 @@ GENERATED = ("schemas/",)  # not merged: `make schemas` writes them again
 RECORD, BASE, PATCH = ".template/record.json", ".template/base.tar.gz", ".template/lab.patch"
 PROTOCOLS = "src/regrow/protocols.py"
 MIGRATIONS = "docs/migrations.md"
+# Path fragments to skip; they matter where git cannot tell which files are tracked.
+SKIPPED = (
+    *("__pycache__/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".pyc", ".egg-info/"),
+    *(".ipynb_checkpoints/", ".DS_Store"),
+)
 
 Changes = dict[str, Path | None]  # by path: the file with the new content; None deletes it
 
@@ -62,13 +67,10 @@ def git(folder: Path, *arguments: str, lines: Iterable[str] = (), **environment:
 
 
 def files_in(root: Path, *parts: str) -> set[str]:
-    """Return the files below the folders `parts` of `root`, relative to it, without caches."""
-    return {
-        path.relative_to(root).as_posix()
-        for part in parts or (".",)
-        for path in (root / part).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+    """Return the files below the folders `parts` of `root`, relative to it, without SKIPPED."""
+    paths = (path for part in parts or (".",) for path in (root / part).rglob("*"))
+    names = (path.relative_to(root).as_posix() for path in paths if path.is_file())
+    return {name for name in names if not any(part in name for part in SKIPPED)}
 
 
 def engine_hash(root: Path) -> str:
@@ -95,7 +97,8 @@ def update(given: Mapping[str, str], folder: Path) -> list[str]:
     if order(new["version"]) < order(record["version"]):
         raise Refused(f"FROM={source} is {named(new)}, which is older than {named(record)}.")
     with tarfile.open(ROOT / BASE) as archive:
-        archive.extractall(base, filter="data")
+        # Python 3.11.3 and older have no filters. The archive is this project's own.
+        archive.extractall(base, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     forget_users_files(base, theirs, checkout, record["package"])
     engine: Changes = dict.fromkeys(files_in(ROOT, *ENGINE))
     engine |= {name: theirs / name for name in files_in(theirs, *ENGINE)}
@@ -141,7 +144,7 @@ def refuse_edits(record: dict[str, Any]) -> None:
     top = git(ROOT, "rev-parse", "--show-toplevel")
     if top is None or Path(top.rstrip("\n")).resolve() != ROOT:
         raise Refused(f"{ROOT} is not the root of a git repository. Then nobody could go back.")
-    said = git(ROOT, "status", "--porcelain", "-z", "-uall")
+    said = git(ROOT, "status", "--porcelain", "-z", "-uall", "--no-renames")
     if said is None:
         raise Refused("git status failed, so your edits cannot be told.")
     status = said.split("\0")
@@ -170,7 +173,7 @@ def checkout_of(source: str, folder: Path) -> Path:
     if not (checkout / PROTOCOLS).is_file():
         checkout = folder / "checkout"
         clone = ("clone", "-q", "--filter=blob:none")  # with its history, for `was_shipped`
-        if git(folder, *clone, "--", source, str(checkout)) is None:
+        if git(Path(), *clone, "--", source, str(checkout)) is None:
             raise Refused(f"FROM={source} is neither a checkout nor a URL that git can clone.")
     if not all((checkout / name).is_file() for name in (PROTOCOLS, "scripts/new_project.py")):
         raise Refused(f"FROM={source} is not the template.")
@@ -377,6 +380,9 @@ def main(arguments: Sequence[str]) -> int:
     except (Refused, OSError) as error:
         print(f"update: {error} Nothing was changed.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("update: stopped. Nothing was changed.", file=sys.stderr)
+        return 130
     print("\n\n".join(report))
     return 0
 

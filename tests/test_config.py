@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from running import composed
 
+from regrow import compose
 from regrow.cli import help
 from regrow.cli.entry import check_arguments
 from regrow.cli.help import OF_HYDRA
@@ -60,6 +61,8 @@ BAD = {
     "trainer.accelerator=gpu": "Here that is trainer.device=cpu, cuda or mps.",
     "task_name=x": "task_name: there is no such key. Here that is name.",
     "+mykey=3": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
+    "~trainer.monitor": "~trainer.monitor: a run needs this key. Give it a value instead: trainer",
+    "~data.source": "~data.source: a run needs this key. Give it a value instead: data.source=…",
     "~logger": "~logger: the group cannot be left out. For none beside metrics.jsonl, which is",
     "experiment=null": "experiment=null: leave it out.",
     "debug=false": "debug=false: leave it out.",
@@ -526,6 +529,22 @@ def test_a_node_without_a_target_is_named(tmp_path: Path) -> None:
         "error: model=mine: model/mine.yaml has no _target_, which names the class or function to "
         "call. Did you mean _target_ for target?\n"
     )
+    path.write_text("# Nothing yet.\n")
+    done = run_train(tmp_path, *given)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model=mine: model/mine.yaml has no _target_, which names")
+
+
+def test_slurms_keys_may_stand_in_this_machines_config_without_its_launcher() -> None:
+    """`+` puts them there as conf/local/default.yaml does."""
+    for launcher in ("local", "slurm"):
+        plus = "+" * (launcher == "local")
+        config = compose(overrides=[f"launcher={launcher}", f"{plus}launcher.partition=gpu"])
+        assert config.launcher.partition == "gpu"
+    with pytest.raises(UserError, match=r"Did you mean launcher\.partition\?"):
+        compose(overrides=["+launcher.partitoin=gpu"])
+    with pytest.raises(UserError, match=r"launcher\.partition=3 must be text, or null"):
+        compose(overrides=["+launcher.partition=3"])
 
 
 def help_of(folder: Path, *arguments: str, script: str = "train.py", code: int = 0) -> str:

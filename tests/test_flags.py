@@ -75,6 +75,16 @@ def test_a_source_is_typed_as_it_was_recorded(tmp_path: Path, monkeypatch: Any) 
     assert flags.arguments_of(None) == flags.arguments_of(flags.DEFAULT) == []
 
 
+def test_the_folder_in_an_advice_is_quoted_for_the_shell(place: Path) -> None:
+    (place / "D").rename(place / "my D")
+    advice = "--config-dir 'my D'"
+    given = ("-cn", "my D/mytrain.yaml")
+    assert f"Use {advice} --config-name mytrain\n" in run(place, *given, code=2)
+    assert f"To add a folder to conf/: {advice}\n" in run(place, "-cp", "my D", code=2)
+    given = ("-cn", "mytrain", "hydra.searchpath=[my D]")
+    assert f"Use --config-dir '{place}/my D'\n" in run(place, *given, code=2)
+
+
 def test_a_folder_adds_no_search_path_by_itself(tmp_path: Path) -> None:
     for key, value in {"dir": "/evil", "path": "/evil", "searchpath": ["file:///evil"]}.items():
         source = {**flags.DEFAULT, key: value}

@@ -76,6 +76,7 @@ def test_a_name_is_given_all_its_forms(
         ("scikit-learn", "module named scikit_learn"),
         ("tests", "folder"),
         ("train", "named train"),
+        ("running", "script or module"),  # of the tests, which import one another
         ("regrow", "folder"),
         ("lab", "folder"),
     ],
@@ -160,6 +161,21 @@ def holds_the_untracked(copy: Path) -> None:
     assert not (copy / "photos").exists()
 
 
+def test_the_command_that_follows_works_from_the_folder_that_became_the_project(
+    new_project: ModuleType,
+    template: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    assert new_project.main(["Deep Fish", ".", "untracked=leave"]) == 0
+    command = re.findall(r"(cd .*) && make test", capsys.readouterr().out)[0]
+    found = subprocess.run(f"{command} && ls", shell=True, capture_output=True, text=True)
+    assert "README.md" in found.stdout, found.stderr
+
+
 def test_untracked_code_is_taken_along_or_left_as_asked(
     new_project: ModuleType, template: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -194,6 +210,21 @@ def test_untracked_files_that_are_not_code_do_not_stop_a_new_project(
     assert (tmp_path / "copy/src/deep_fish/loop.py").read_text() == "changed = 1\n"
     record = json.loads((tmp_path / "copy/.template/record.json").read_text())
     assert record["commit"].endswith(" with changes")
+
+
+def test_an_interruption_is_one_line_and_leaves_nothing(
+    new_project: ModuleType, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(new_project, "write_archive", stopped)
+    assert new_project.main(["Deep Fish", str(tmp_path / "copy"), "untracked=leave"]) == 130
+    assert capsys.readouterr().err == "new_project: stopped. Nothing was written.\n"
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(new_project.update, "update", stopped)
+    assert new_project.update.main(["FROM=x"]) == 130
+    assert capsys.readouterr().err == "update: stopped. Nothing was changed.\n"
 
 
 def test_an_update_takes_the_template_without_untracked_files(

@@ -273,6 +273,37 @@ def test_an_unclean_tree_is_refused(project: Path, template: Path) -> None:
     assert_refused(project, template, "git does not know docs/more")
 
 
+def test_a_renamed_file_is_named_in_full_and_a_systems_file_is_not_an_edit(
+    project: Path, template: Path
+) -> None:
+    (project / "src/regrow/.DS_Store").write_bytes(b"")  # ignored by git
+    git(project, "mv", "notes.txt", "other.txt")
+    said = "these changes are not committed: notes.txt, other.txt. Commit"
+    assert_refused(project, template, said)
+    commit(project, "Rename")
+    assert script(project, "update", f"FROM={template}").returncode == 0
+
+
+def test_an_update_from_a_relative_bare_clone_in_an_older_python(
+    project: Path, template: Path, tmp_path: Path
+) -> None:
+    git(tmp_path, "clone", "-q", "--bare", "template", "bare.git")
+    # Before 3.11.4, extractall took no filter.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import tarfile\n"
+        "del tarfile.data_filter\n"
+        "now = tarfile.TarFile.extractall\n"
+        "tarfile.TarFile.extractall = lambda self, path: now(self, path, filter='tar')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "scripts/update.py", "FROM=../bare.git"],
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        cwd=project, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_updated(project)
+
+
 def test_another_version_of_the_protocols_is_refused(project: Path, template: Path) -> None:
     edit(template / "src/regrow/protocols.py", "VERSION = 1", "VERSION = 2")
     commit(template, "Other Protocols")

@@ -179,6 +179,19 @@ def test_a_script_asks_before_it_overwrites_what_the_user_named(
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_report_that_is_interrupted_prints_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    report = script("report")
+    monkeypatch.setattr(report, "make", stopped)
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(tmp_path)])
+    assert ended.value.code == 130
+
+
 def test_an_output_is_a_regular_file_or_nothing(tmp_path: Path) -> None:
     make(tmp_path, "file")
     (tmp_path / "link").symlink_to(tmp_path / "file")

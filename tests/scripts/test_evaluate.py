@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 import torch
 from finished import SCRIPTS, finished, one_line_and_exit_code_2, process, script
 
+from regrow.cli.arguments import Option, parse
 from regrow.config.yaml_files import read_yaml
+from regrow.errors import UserError
 from regrow.record.records import read_json
 
 main = script("evaluate").main
@@ -304,3 +307,18 @@ def test_a_split_that_is_drawn_again_from_other_data_is_told(
     said = capsys.readouterr().out
     assert told in said and "test may hold examples that the run trained on" in said
     assert read_json(run / "evaluation_test.json")["changed"].startswith("test: ")
+
+
+def test_a_swapped_key_is_read_as_on_hydras_command_line() -> None:
+    given = ["data.root=2026-11-28", "data.source.root=2026-13-45", "data.noise=1e-3"]
+    found = parse(given, {}, text="", takes_data=True)
+    assert found.data == {"root": "2026-11-28", "source.root": "2026-13-45", "noise": 1e-3}
+
+
+def test_only_a_script_about_a_run_says_that_the_rest_comes_from_it() -> None:
+    for options, said in (
+        ({"run": Option("")}, "There are run; all else"),
+        ({}, "There are none."),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            parse(["x=1"], options, text="")

@@ -83,14 +83,16 @@ def test_a_folder_of_images_becomes_shards_of_its_files(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (20, 26, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    done = make("folder=photos", "output=shards", "data.source.test_fraction=0", cwd=tmp_path)
+    done = make("folder=photos", "output=my (shards)", "data.source.test_fraction=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "my (shards)").rename(tmp_path / "shards")
     index = read_index(Folder(str(tmp_path / "shards")))
     assert index.facts.kind == "images" and index.facts.class_names == ["a", "b"]
     shard = (tmp_path / "shards" / "train" / "000000.tar").read_bytes()
     for file in (tmp_path / "photos" / "train").rglob("*.png"):
         assert file.read_bytes() in shard
-    assert "data=shards data.source.root=shards data.num_classes=2" in done.stdout
+    line = "data=shards 'data.source.root=\"my (shards)\"' data.num_classes=2"
+    assert line in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,8 @@ def test_a_command_killed_at_any_instant_is_continued_by_itself(
         (("output=a", "folder=none"), "data.root=none: not a folder."),
         (("output=a", "data=digits", "block_mb=0"), "block_mb=0 must be more than 0."),
         (("output=a", "data.train.count=3"), "data.train: without data=… or folder=…, it must"),
+        (("output=a", "data._target_=x", "data.path=a,b"), "quotes: 'data.path=\"a,b\"'"),
+        (("output=a", "data._target_=x", "data.path=a=b"), "quotes: 'data.path=\"a=b\"'"),
         (("output=a", "data=digits", "inputs=x"), "inputs=… and targets=… are given together"),
         (("output=a", "data=digits", "seeds=1"), "seeds: there is no such key. Did you mean seed?"),
         (

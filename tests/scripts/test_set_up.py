@@ -212,6 +212,51 @@ def test_another_lock_than_that_of_a_complete_venv_is_installed(
     assert read_json(set_up.STAMP)["lock"] == "no"
 
 
+@pytest.mark.parametrize("changed", ["python", "place", "requirements"])
+def test_a_venv_made_by_hand_is_never_emptied(
+    changed: str, set_up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "mine").touch()
+    for name, path in {
+        "VENV": venv,
+        "PYTHON": venv / "bin" / "python",
+        "STAMP": venv / ".set-up-complete",
+        "UNFINISHED": venv / ".set-up-unfinished",
+        "LOCK_FILE": tmp_path / "lock",
+    }.items():
+        monkeypatch.setattr(set_up, name, path)
+
+    def stopped(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["set_up.py"])
+    monkeypatch.setattr(set_up, "install", lambda *_, **__: "it")
+    set_up.main()
+    before = set_up.wanted()
+    monkeypatch.setattr(set_up, "wanted", lambda: before | {changed: "another"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(set_up, "install", stopped)
+        set_up.main()
+    set_up.main()
+    assert (venv / "mine").exists()
+    assert read_json(set_up.STAMP)[changed] == "another"
+
+
+def test_make_keeps_the_interpreter_of_a_venv_unless_another_is_named(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "set_up.py").write_text("import sys; print(sys.executable)")
+    for name in ("other", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(sys.executable)
+        arguments = ["make", "-s", "setup", *([f"PYTHON={tmp_path / name}"] * (name == "other"))]
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == str(tmp_path / name), done.stderr
+
+
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     wheels = str(folder.parent / "wheels")
     # No network, and only pip: uv may be missing.

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError, did_you_mean
 
 
@@ -55,9 +56,10 @@ def parse(
             data[key.removeprefix("data.")] = _plain(key, value)
         elif key not in options:
             known = f"{', '.join(options)}{' and data.…' if takes_data else ''}"
+            rest = "; all else comes from the run" if "run" in options else ""
             raise UserError(
-                f"{key}: there is no such key.{did_you_mean(key, options)} There are {known}; "
-                "all else comes from the run."
+                f"{key}: there is no such key.{did_you_mean(key, options)} "
+                f"There are {known or 'none'}{rest}."
             )
         else:
             values[key] = _value(key, value, options[key])
@@ -98,7 +100,7 @@ def _value(key: str, value: str, option: Option) -> Any:
 
 def _plain(key: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value) if value else ""
+        return plain_value(value) if value else ""
     except yaml.YAMLError:
         raise UserError(f"{key}={value} cannot be read. Put text with signs into quotes.") from None
 

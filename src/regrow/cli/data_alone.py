@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import flags
 from regrow.config.check import check_data
-from regrow.config.command_line import paths_as_typed, read
+from regrow.config.command_line import paths_as_typed, quoted, read, shell
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydra_access import plain
@@ -63,11 +63,16 @@ def datasets_of(overrides: Sequence[str]) -> dict[str, Any]:
     """
     node: dict[str, Any] = {}
     for override in paths_as_typed(overrides, multirun=False):
-        *parents, last = override.partition("=")[0].split(".")[1:]
+        value = read(override)
+        key, _, text = override.partition("=")
+        if value is ... or hasattr(value, "is_sweep_override"):  # an error, or several values
+            typed = shell([f"{key}={quoted(text)}"])
+            raise UserError(f"{override} is not one value. Text with signs needs quotes: {typed}")
+        *parents, last = key.split(".")[1:]
         place = node
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = read(override)
+        place[last] = value
     allow(node)
     made = instantiate(node) if "_target_" in node else {
         name: instantiate(each) for name, each in node.items() if _has_target(name, each)

@@ -17,7 +17,7 @@ hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
 keys: known_keys
 leads: lead, RECIPES, shown
-older: ADDED_PREPROCESSING, AddedKey, as_override, as_overrides, complete, earlier,
+older: ADDED_PREPROCESSING, AddedKey, adopt, as_override, as_overrides, complete, earlier,
     earlier_defaults, EarlierDefault, EARLY_EXTENSIONS, line, removed
 origins: composed, located, located_in, Origins, origins, shown, TYPED
 own_code: own_place, owner_of, places_of, shown
@@ -37,7 +37,7 @@ started: CHECK, check_only, is_check, is_started, is_train, note_missing, note_s
 target_docs: said_by_target
 targets: allow, call_failed, instantiate, locate, named_packages, note_typed, place_in, SHOWS_ALL,
     typed_below
-yaml_files: read_yaml, readable
+yaml_files: plain_value, read_yaml, readable
 yaml_keys: head_of
 """
 

@@ -46,6 +46,8 @@ GROUPS = (
     *("launcher", "sweep"),
 )
 
+# Keys that a run reads besides those of the trainer, so that ~key cannot leave them out.
+NEEDED = ("data.source", "name", "param_groups", "resume", "seed")
 
 # The tasks that each shipped loss is for.
 LOSSES = {
@@ -143,6 +145,11 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     `config` may hold the node `hydra`. `choices` are the chosen options, by group.
     """
     config = without_hydra(config)
+    typed = typed_overrides(HydraConfig.get().overrides.task)
+    for line in typed:
+        key = line.removeprefix("~").partition("=")[0]
+        if line.startswith("~") and (key.startswith("trainer.") or key in NEEDED):
+            raise UserError(f"{line}: a run needs this key. Give it a value instead: {key}=…")
     missing = [
         key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
     ]
@@ -167,7 +174,6 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     for group in ("model", "optimizer", "scheduler", "loss", "task"):
         _refuse_without_target(group, values[group], choices)
-    typed = typed_overrides(HydraConfig.get().overrides.task)
     check_recorded(values, typed)
     note_typed(typed)
     allow(values)
@@ -199,7 +205,7 @@ def check_data(data: Mapping[str, Config]) -> None:
 
 def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
     """Raise UserError for a node without a class. Several, by name, are a mapping of nodes."""
-    if "_target_" in node or all(isinstance(each, Mapping) for each in node.values()):
+    if "_target_" in node or (node and all(isinstance(it, Mapping) for it in node.values())):
         return
     near = next((key for key in node if str(key).strip("_") in ("target", "class")), None)
     hint = f" Did you mean _target_ for {near}?" if near else ""
@@ -236,7 +242,7 @@ def check_group(config: DictConfig, group: str) -> None:
     option = HydraConfig.get().runtime.choices.get(group)
     if not isinstance(values.get(group), Mapping) or not isinstance(option, str):
         raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
-    _check_node(values[group], shipped_node(group, option) or {}, group)
+    _check_node(values[group], _known_node(group, option) or {}, group)
     check_ranges({group: values[group]})
 
 
@@ -281,7 +287,7 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
         names = places.names_in(choices.get(group) or "")
         if len(names) != 1 or not isinstance(values.get(group), Mapping):
             continue
-        shipped = shipped_node(group, names[0])
+        shipped = _known_node(group, names[0])
         if shipped is not None:
             _check_node(values[group], shipped, group)
 
@@ -320,6 +326,19 @@ def shipped_node(group: str, option: str) -> dict[str, Any] | None:
         if isinstance(parent, str) and parent != "_self_":
             node = _merged(node, shipped_node(group, parent) or {})
     return _merged(node, content)
+
+
+def _known_node(group: str, option: str) -> dict[str, Any] | None:
+    """Return `shipped_node`; of launcher=local, which passes them over, with Slurm's keys as well.
+
+    conf/local/default.yaml may set those for each start with launcher=slurm.
+    """
+    node = shipped_node(group, option)
+    if group != "launcher" or node is None or "_target_" in node:
+        return node
+    others = [shipped_node(group, each) or {} for each in places.options(group)]
+    keys = {key: value for each in others for key, value in each.items() if key != "_target_"}
+    return keys | node
 
 
 def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> None:

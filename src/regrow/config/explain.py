@@ -154,7 +154,7 @@ def _missing_default(config: str, group: str, option: str) -> str:
     if (main := flags.typed(sys.argv[1:]).get("path")) and missing == "train":
         return (
             f"{file}: there is no train.yaml in {main}, which --config-path puts in the place of "
-            f"conf/. To add a folder: --config-dir {main}"
+            f"conf/. To add a folder: {shell(['--config-dir', main])}"
         )
     hint = did_you_mean(option, places.options(group)) if group else ""
     return f"{file}: its defaults list names {missing}.yaml, which is nowhere.{hint}"
@@ -170,12 +170,13 @@ def _missing_primary(name: str) -> str:
     said, file = f"--config-name {name}:", f"{name.removesuffix('.yaml')}.yaml"
     for place in [str(place) for place in given.get("searchpath", [])]:
         if place.startswith("file://") and Path(place.removeprefix("file://"), file).is_file():
-            folder = place.removeprefix("file://")
-            return f"{said} {flags.SEARCH_PATH} is not searched for it. Use --config-dir {folder}"
+            typed = shell(["--config-dir", place.removeprefix("file://")])
+            return f"{said} {flags.SEARCH_PATH} is not searched for it. Use {typed}"
     if "/" in file and Path(file).is_file():
         path = Path(file)
-        added = "" if path.parent.resolve() == CONF else f"--config-dir {path.parent} "
-        return f"{said} it is a name, not a path. Use {added}--config-name {path.stem}"
+        added = [] if path.parent.resolve() == CONF else ["--config-dir", str(path.parent)]
+        typed = shell([*added, "--config-name", path.stem])
+        return f"{said} it is a name, not a path. Use {typed}"
     main = str(given.get("path") or "conf").removeprefix("file://")
     folders = [main, *([given["dir"]] if "dir" in given else [])]
     names = [p.stem for folder in places.folders() for p in folder.glob("[!_]*.yaml")]

@@ -120,7 +120,8 @@ def _refuse_no_folder(flag: str, value: str) -> None:
         return
     _refuse_record(Path(value), f"{flag} {value}")
     beside = "" if Path(value).is_absolute() else f" in {ROOT / 'scripts'}, where Hydra looks"
-    added = f" To add a folder to conf/: --config-dir {value}" if Path(value).is_dir() else ""
+    typed = shell(["--config-dir", value])
+    added = f" To add a folder to conf/: {typed}" if Path(value).is_dir() else ""
     raise UserError(f"{flag} {value}: there is no such folder{beside}.{added}")
 
 

@@ -368,7 +368,7 @@ def is_of_the_launcher(override: str) -> bool:
 
 
 def followed(folder: Path) -> list[str]:
-    """Return what resuming the run in `folder` uses of its record: see `composed.as_recorded`."""
+    """Return what resuming the run in `folder` uses of its record: see `job.as_recorded`."""
     places = flags.followed_places(flags.recorded(folder))
     return [*recorded_overrides(folder), *places, *registered.recorded(folder)]
 

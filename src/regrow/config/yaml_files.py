@@ -14,7 +14,12 @@ from regrow.project import CONF, ROOT
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads 1e-3 as a number, as Hydra does; PyYAML follows YAML 1.1 and reads a text."""
+    """Reads 1e-3 as a number and 2026-11-28 as text, as Hydra does; PyYAML follows YAML 1.1."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
@@ -48,6 +53,11 @@ def broken_files() -> list[str]:
             line = f":{mark.line + 1}" if mark is not None else ""
             found.append(f"{path.relative_to(ROOT)}{line}")
     return found
+
+
+def plain_value(text: str) -> Any:
+    """Return the value that `text` has behind a key. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
