@@ -188,6 +188,21 @@ def test_windows_begin_elsewhere_in_each_epoch_and_cover_the_text(
     assert first == second
 
 
+def test_a_limit_trains_on_the_beginning_of_the_text_in_every_epoch(
+    root: Path, of: Any, cpu: torch.device
+) -> None:
+    (root / "2.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 600))))
+    given = (f"root='{root / '2.txt'}'", "source.val_fraction=0", "source.test_fraction=0")
+    for rotates in ("true", "false"):
+        limited = of(*given, "limit_train=10", f"augment={rotates}").train(device=cpu)
+        for epoch in range(3):
+            batches = list(limited.epoch(epoch))
+            tokens = torch.cat([part.flatten() for b in batches for part in (b.inputs, b.targets)])
+            # Each character is another token, in the order of the text.
+            assert sum(len(b.inputs) for b in batches) == 10
+            assert tokens.unique().tolist() == [*range(1, 10 * CONTEXT + 2)]
+
+
 def test_a_token_file_is_written_once_and_is_the_map_that_windows_come_from(
     of: Any, cache: Path, root: Path
 ) -> None:
