@@ -163,6 +163,8 @@ def test_windows_are_a_function_of_seed_and_epoch(
     for batch, shares in zip(whole, steps, strict=True):
         assert torch.equal(batch.inputs, joined(list(shares)))
         assert sum(share.num_local for share in shares) == batch.num_global == batch.num_local
+        places = [share.first + at for share in shares for at in range(share.num_local)]
+        assert places == [*range(batch.num_global)]
     assert not same(list(data.train(device=cpu).epoch(2)), whole)
     other = Data.train(of(), device=cpu)
     other._seed = 1

@@ -100,8 +100,8 @@ class TokenFeed:
             indices = order[share.start : share.stop]
             inputs, targets = self.split.windows(row, indices, rotation)
             weights = None if share.num_local else torch.zeros(1)
-            batch = LoadedBatch(inputs, targets, weights, share.num_local, share.num_global)
-            yield batch.to(self.device)
+            sizes = (share.num_local, share.num_global, share.first)
+            yield LoadedBatch(inputs, targets, weights, *sizes).to(self.device)
 
 
 def _unsigned(tokens: Tensor) -> Tensor:
