@@ -307,6 +307,20 @@ def test_masks_of_sixteen_bits_hold_more_than_256_classes(make_data: Make, tmp_p
     assert np.array_equal(np.array(load_mask(tmp_path / "again.png")), batch.targets[0])
 
 
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_values_beyond_sixteen_bits_are_not_taken_for_the_nearest_class(
+    tmp_path: Path, value: int
+) -> None:
+    pixels = np.zeros((4, 4), np.int32)
+    pixels[1, 2] = value
+    Image.fromarray(pixels).save(tmp_path / "mask.tif")
+    Image.new("L", (4, 4)).save(tmp_path / "image.png")
+    paths = ([f"{tmp_path}/image.png"], [f"{tmp_path}/mask.tif"])
+    files = MaskFiles(*paths, [4, 4], 1, None, str(tmp_path), True, 2, 65535, None)
+    with pytest.raises(DataError, match=rf"mask.tif: the value {value} is not one of the classes"):
+        files[0]
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [

@@ -56,6 +56,6 @@ def _scaled(image: bytes, most: int) -> bytes:
                 if buffer.tell() <= most:
                     return buffer.getvalue()
                 scale *= 0.9
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # also of a bad chunk
         pass
     return b""
