@@ -329,6 +329,11 @@ def test_values_beyond_sixteen_bits_are_not_taken_for_the_nearest_class(
             (),
             r"images/0/00.png has no mask: .*\.\*",
         ),
+        (
+            lambda root: (root / "images/0/00.png").rename(root / "images/0/00.jpg"),
+            ("source.extensions=[.jpg]",),  # of masks too
+            r"00.jpg has no mask: .* Left out of .*: \d+ of suffix .png \(masks/",
+        ),
         (lambda root: (root / "masks").rename(root / "m"), (), "masks: there is no such folder"),
         (
             lambda root: (root / "images").rename(root / "m"),
