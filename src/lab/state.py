@@ -211,7 +211,7 @@ class TrainState:
         models = [full("model", name) for name in by_name(self.model)]
         there, here = (
             {
-                name: tuple(getattr(value, "shape", ()))
+                f"{model}.{name}": tuple(getattr(value, "shape", ()))
                 for model in models
                 for name, value in part[model].items()
             }

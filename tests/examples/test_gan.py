@@ -102,6 +102,14 @@ def test_names_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
             train(tmp_path, *GAN, change)
 
 
+def test_a_checkpoint_of_another_model_is_refused_by_its_name(tmp_path: Path) -> None:
+    train(tmp_path, *GAN, stop_at=2)
+    for name in ("generator", "discriminator"):
+        said = rf"is of another model: model\.{name}\.body\.0\.bias is \(8,\) there and \(6,\) here"
+        with pytest.raises(UserError, match=said):
+            train(tmp_path, *GAN, f"model.{name}.hidden=[6]")
+
+
 def test_a_bad_update_of_one_model_is_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
