@@ -102,6 +102,14 @@ def test_names_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
             train(tmp_path, *GAN, change)
 
 
+def test_an_optimizer_of_all_models_is_refused_by_a_step_that_names_them(tmp_path: Path) -> None:
+    (experiment,) = (text for text in SMALL if text.startswith("experiment="))
+    single = ("data=ring", "task=gan_ring", "loss=mse", "model=gan", "step=gan", "optimizer=adam")
+    own = [text for text in GAN if text != experiment]
+    with pytest.raises(UserError, match="step needs discriminator, and the config has a single"):
+        train(tmp_path, *single, *own, "trainer.mode=max")
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_its_name(tmp_path: Path) -> None:
     train(tmp_path, *GAN, stop_at=2)
     for name in ("generator", "discriminator"):
