@@ -39,6 +39,14 @@ def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
     assert_grows_back(tmp_path, GAN, STEPS, "optimizer.generator.lr=0.0011")
 
 
+def test_a_resume_clips_as_before_if_a_part_of_the_discriminator_is_frozen(tmp_path: Path) -> None:
+    run = (*GAN, "model.discriminator.freeze=[body.0]", "trainer.clip_norm=0.05")
+    train(tmp_path / "whole", *run)
+    train(tmp_path / "parts", *run, stop_at=3)
+    train(tmp_path / "parts", *run)
+    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
+
+
 def test_micro_batches_draw_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "one", *GAN)
     train(tmp_path / "three", *GAN, "trainer.accumulation_steps=3")

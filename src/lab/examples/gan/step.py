@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from lab.faults import make_room
@@ -55,10 +57,23 @@ def tell_apart(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor,
 def deceive(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor, Totals]:
     """Return the generator's losses, (B,): how sure the discriminator is of what is generated."""
     models: Any = state.model
-    discriminator = models["discriminator"].requires_grad_(False)
-    scores = discriminator(plan.forward(latent(state, batch, plan)))[:, 0]
-    discriminator.requires_grad_(True)
+    points = plan.forward(latent(state, batch, plan))
+    with frozen(models["discriminator"]):
+        scores = models["discriminator"](points)[:, 0]
     return losses_and_totals(softplus(-scores), batch, "generator")
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let the model's parameters get no gradient inside."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def latent(state: TrainState, batch: Batch, plan: StepPlan) -> Tensor:
