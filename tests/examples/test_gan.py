@@ -47,6 +47,12 @@ def test_a_resume_clips_as_before_if_a_part_of_the_discriminator_is_frozen(tmp_p
     assert distance(tmp_path / "whole", tmp_path / "parts") == 0
 
 
+def test_the_step_computes_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    train(tmp_path / "fp32", *GAN)
+    train(tmp_path / "bf16", *GAN, "trainer.precision=bf16")
+    assert 0 < distance(tmp_path / "fp32", tmp_path / "bf16") < 0.1
+
+
 def test_micro_batches_draw_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "one", *GAN)
     train(tmp_path / "three", *GAN, "trainer.accumulation_steps=3")

@@ -47,9 +47,10 @@ def tell_apart(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor,
     """Return the discriminator's losses, (B,), on real points and on as many generated ones."""
     assert isinstance(batch.inputs, Tensor)
     models: Any = state.model
-    with torch.no_grad():
-        generated = models["generator"](latent(state, batch, plan))
-    scores = plan.forward(torch.cat([batch.inputs, generated]))[:, 0]  # one call, as DDP needs
+    with plan.autocast():
+        with torch.no_grad():
+            generated = models["generator"](latent(state, batch, plan))
+        scores = plan.forward(torch.cat([batch.inputs, generated]))[:, 0]  # one call, as DDP needs
     real, fake = scores.split(len(generated))
     return losses_and_totals(softplus(-real) + softplus(fake), batch, "discriminator")
 
@@ -57,9 +58,8 @@ def tell_apart(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor,
 def deceive(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor, Totals]:
     """Return the generator's losses, (B,): how sure the discriminator is of what is generated."""
     models: Any = state.model
-    points = plan.forward(latent(state, batch, plan))
-    with frozen(models["discriminator"]):
-        scores = models["discriminator"](points)[:, 0]
+    with plan.autocast(), frozen(models["discriminator"]):
+        scores = models["discriminator"](plan.forward(latent(state, batch, plan)))[:, 0]
     return losses_and_totals(softplus(-scores), batch, "generator")
 
 
