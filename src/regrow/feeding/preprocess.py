@@ -285,7 +285,7 @@ class Preprocessing:
         kind = array.dtype if is_known else np.dtype(wide)
         tensor = torch.from_numpy(np.array(array, dtype=kind, order="C"))
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
+            row = int((~tensor.isfinite()).nonzero()[0][0])
             raise DataError(f"{what}, row {start + row}: a value is NaN or infinite.")
         if self.kind == "integer" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise DataError(
