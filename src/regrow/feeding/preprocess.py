@@ -523,12 +523,14 @@ def preprocessing(
 def _kind(splits: Splits, normalize: Any, integers: str) -> str:
     """Return the kind of the inputs, see `Preprocessing`.
 
-    In memory, uint8 (N, C, H, W) is an image; other integers that are not normalised are integer. A
-    user's data set is not touched.
+    In memory, uint8 (N, C, H, W) is an image; other integers that are not normalised are integer,
+    or features as `integers` says. A user's data set is not touched.
     """
     if isinstance(splits.train, Examples):
         inputs = splits.train.inputs
-        if inputs.dtype == torch.uint8 and (inputs.ndim == 4 or integers == "float32"):
+        # Older records have float32, and took all of one channel for images.
+        of_older = integers == "float32" and inputs.ndim > 2 and inputs.shape[1] == 1
+        if inputs.dtype == torch.uint8 and (inputs.ndim == 4 or of_older):
             return "image"
         if inputs.dtype in INTEGERS and normalize == "none" and integers == "int64":
             return "integer"
