@@ -120,6 +120,18 @@ def test_folds_are_refused_beside_a_folder_test(root: Path, of: Any) -> None:
         of("folds=3")
 
 
+def test_a_document_in_two_splits_is_counted_among_the_documents(root: Path, of: Any) -> None:
+    for name, numbers in {"train": (0, 3), "val": (2, 5)}.items():
+        (root / name).mkdir()
+        for number in numbers:
+            (root / f"{number}.txt").rename(root / name / f"{number}.txt")
+    (root / "val" / "5.txt").write_bytes((root / "train" / "3.txt").read_bytes())
+    with pytest.raises(
+        DataError, match=r"^1 of the 2 val examples are in train too.* .*/val/5\.txt"
+    ):
+        of("source.test_fraction=0")
+
+
 def test_folders_of_the_splits_are_taken_as_they_are(root: Path, of: Any) -> None:
     for name, number in {"train": 0, "val": 2, "test": 3}.items():
         (root / name).mkdir()

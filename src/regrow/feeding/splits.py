@@ -519,7 +519,7 @@ def check_overlap(
         if not copies and not by_group:
             continue
         overlaps[f"{one}/{other}"] = len(copies) + len(by_group)
-        size = len(parts[other])
+        size = len(keys[other])  # of a text these are its documents
         said = [
             f"{len(indices)} of the {size} {other} examples {how} {one} too, the first is "
             f"{_describe(parts[other], indices[0])}"
