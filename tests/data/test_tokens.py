@@ -154,6 +154,8 @@ def test_an_evaluation_predicts_every_token_but_the_first_once(of: Any, cpu: tor
     for name in ("train", "val", "test"):
         split = split_of(data, name)
         batches = list(data.evaluation(name, device=cpu))
+        raw = torch.cat([*data.raw_inputs(name)])  # which an export is compared on
+        assert torch.equal(raw, joined(batches))
         targets = torch.cat([batch.targets.flatten() for batch in batches])
         assert targets[targets != IGNORED].tolist() == split.row[1:].tolist()
         assert (targets != IGNORED).sum() == len(split.row) - 1 > len(targets) - CONTEXT
