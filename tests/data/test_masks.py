@@ -21,6 +21,7 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.masks import MaskFiles, as_written, load_mask
 from regrow.feeding.splits import Examples, Splits
+from regrow.feeding.writing_shards import of_data
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
@@ -385,6 +386,17 @@ def test_a_transform_of_one_image_is_refused(make_data: Make, folder: Path) -> N
     data.augmentation = transforms.RandomVerticalFlip()
     with pytest.raises(DataError, match=r"RandomVerticalFlip: Type.*a PIL image and a Mask\. Use"):
         list(data.train(device=CPU).epoch(0))
+
+
+def test_shards_of_masks_of_another_size_are_not_a_continuation(
+    make_data: Make, folder: Path
+) -> None:
+    def plan(*overrides: str) -> str:
+        sets, _ = of_data(make_data("mask_folder", f"root={folder}", *FILES, *overrides))
+        return sets["train"].fingerprint()
+
+    assert plan() == plan() != plan("input_shape=[1,8,8]")
+    assert plan("source.resize=16") != plan("source.resize=20")
 
 
 def test_masks_without_an_image_are_counted(make_data: Make, folder: Path) -> None:
