@@ -30,6 +30,7 @@ from regrow.feeding.masks import MaskFiles
 from regrow.feeding.shard_index import END_BYTES, NAME, Index, Shard, SourceFacts, parsed
 from regrow.feeding.shard_items import File, encoded, fields_of, file_of
 from regrow.feeding.splits import NAMES, Examples, MapStyle, check_name
+from regrow.feeding.streams import Stream
 from regrow.randomness import generator, key
 from regrow.record import locks
 from regrow.record.output import whole_file
@@ -135,7 +136,12 @@ class OfItems:
 
 
 def of_data(data: Data) -> tuple[dict[str, ShardSource], SourceFacts]:
-    """Return the sets of a run's data, and what is known of them."""
+    """Return the sets of a run's data, and what is known of them. Raises UserError for a stream."""
+    if isinstance(data.source.train, Stream):
+        raise UserError(
+            "data.source: train is an IterableDataset, and shards are written of numbered items. "
+            "Give a data set with __len__ and __getitem__."
+        )
     sets: dict[str, ShardSource] = {}
     are_images = True
     fingerprints = data.fingerprint()
