@@ -192,6 +192,14 @@ def test_tokens_in_memory_stay_integers(dtype: torch.dtype) -> None:
         assert batch.inputs.dtype == torch.float32 and batch.inputs.shape == (4, 4)
 
 
+def test_bfloat16_in_memory_is_read_as_float32() -> None:
+    rows = torch.randn(4, 4)
+    data = data_of(Examples(rows.bfloat16(), CLASSES))
+    batch = next(iter(data.evaluation("val", device=CPU)))
+    assert torch.equal(batch.inputs, rows.bfloat16().float())
+    assert data.fingerprint() == data_of(Examples(rows.bfloat16().float(), CLASSES)).fingerprint()
+
+
 def test_predict_takes_integers_as_they_are(tmp_path: Path) -> None:
     how = data_of(Examples(torch.arange(16).view(4, 4), CLASSES)).preprocessing
     np.save(tmp_path / "tokens.npy", np.arange(8, dtype=np.int32).reshape(2, 4))

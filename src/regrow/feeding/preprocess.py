@@ -156,8 +156,7 @@ class Preprocessing:
             labels = [str(label) for label in given.index]
             given = _of_frame(given, self.columns)
         values = as_tensor(given, what)
-        wide = values.float() if values.dtype == torch.bfloat16 else values
-        array = self._batched(wide.numpy(), what)
+        array = self._batched(values.numpy(), what)
         for start in range(0, len(array), batch_size):
             part = self._part(array[start : start + batch_size], what, start)
             rows = range(start, start + len(part))

@@ -141,6 +141,8 @@ def as_tensor(value: Any, what: str) -> Tensor:
             array = array.astype(np.float64)
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     tensor: Tensor = value.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # which numpy lacks
+        tensor = tensor.float()
     if tensor.ndim == 0 or tensor.is_complex() or tensor.layout != torch.strided:
         kind = "one number" if tensor.ndim == 0 else "complex or sparse numbers"
         raise DataError(f"{what}: {kind}. Give a dense tensor of real numbers (N, …).")
