@@ -51,7 +51,8 @@ def parameter_groups(
         names = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise UserError(
             f"param_groups.lr_scale={dict(lr_scale)}: no trainable parameter matches "
-            f"{', '.join(sorted(unused))}. The model's parts are {', '.join(names)}."
+            f"{', '.join(sorted(unused))}, or earlier patterns, which count, match the same. The "
+            f"model's parts are {', '.join(names)}."
         )
     if not groups:
         if any(True for _ in model.parameters()):

@@ -56,7 +56,6 @@ def clock(state: TrainState, device: torch.device) -> dict[str, float]:
 
 def memory_mb() -> float:
     """Return this process's peak memory in MiB."""
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

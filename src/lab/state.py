@@ -116,13 +116,21 @@ class TrainState:
     ) -> Skipped:
         """Update the weights with `gradients * factor`, clipped, if norm and loss are finite.
 
-        `name` is that of the optimizer; it is empty for a single one. Raises UserError if memory
-        does not suffice.
+        `name` is that of the optimizer; it is empty for a single one. Raises UserError if there is
+        none of this name, or if memory does not suffice.
         """
-        optimizer = by_name(self.optimizer)[name]
+        optimizers = by_name(self.optimizer)
+        if name not in optimizers:
+            wanted, given = (
+                ", ".join(filter(None, names)) or "a single one" for names in ([name], optimizers)
+            )
+            raise UserError(
+                f"optimizer: the step needs {wanted}, and the config has {given}. Name those that "
+                "the step needs, as model does, or choose another step."
+            )
         try:
             return optim.update(
-                optimizer, gradients, norm, factor=factor, clipping=clipping, totals=totals
+                optimizers[name], gradients, norm, factor=factor, clipping=clipping, totals=totals
             )
         except RuntimeError as error:
             say_if_out_of_memory(
@@ -211,7 +219,7 @@ class TrainState:
         models = [full("model", name) for name in by_name(self.model)]
         there, here = (
             {
-                name: tuple(getattr(value, "shape", ()))
+                f"{model}.{name}": tuple(getattr(value, "shape", ()))
                 for model in models
                 for name, value in part[model].items()
             }

@@ -186,12 +186,18 @@ def test_tokens_in_memory_stay_integers(dtype: torch.dtype) -> None:
     batch = next(iter(data_of(Examples(tokens, CLASSES)).evaluation("val", device=CPU)))
     assert batch.inputs.dtype == torch.int64 and torch.equal(batch.inputs, tokens.long())
     for changes in ({"integers": "float32"}, {"normalize": "train"}):
-        if dtype == torch.uint8:
-            continue
         batch = next(
             iter(data_of(Examples(tokens, CLASSES), **changes).evaluation("val", device=CPU))
         )
-        assert batch.inputs.dtype == torch.float32
+        assert batch.inputs.dtype == torch.float32 and batch.inputs.shape == (4, 4)
+
+
+def test_bfloat16_in_memory_is_read_as_float32() -> None:
+    rows = torch.randn(4, 4)
+    data = data_of(Examples(rows.bfloat16(), CLASSES))
+    batch = next(iter(data.evaluation("val", device=CPU)))
+    assert torch.equal(batch.inputs, rows.bfloat16().float())
+    assert data.fingerprint() == data_of(Examples(rows.bfloat16().float(), CLASSES)).fingerprint()
 
 
 def test_predict_takes_integers_as_they_are(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from regrow.feeding import feeds
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.decoding import load_image
 from regrow.feeding.loaders import Data
+from regrow.processes.interrupt import Interrupted, StopRequest
 
 Make = Callable[..., Data]
 Same = Callable[[list[LoadedBatch], list[LoadedBatch]], bool]
@@ -443,6 +444,19 @@ def test_a_corrupt_image_is_named_in_one_line(
         list(data.train(device=CPU).epoch(0))
     assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
     data.close()
+
+
+@pytest.mark.parametrize("method", ["convert", "getexif"])
+def test_a_stop_while_an_image_is_read_does_not_make_it_a_broken_one(
+    method: str, make_data: Make, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    data = make_data("image_folder", f"root={image_root}", *SMALL, "num_workers=0")
+    batches = data.train(device=CPU).epoch(0)
+    monkeypatch.setattr(Image.Image, method, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted), StopRequest() as stop:
+        next(stop.while_waiting(batches))
 
 
 @pytest.mark.parametrize(

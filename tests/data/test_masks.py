@@ -21,6 +21,7 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.masks import MaskFiles, as_written, load_mask
 from regrow.feeding.splits import Examples, Splits
+from regrow.feeding.writing_shards import of_data
 
 Make = Callable[..., Data]
 CPU = torch.device("cpu")
@@ -307,6 +308,20 @@ def test_masks_of_sixteen_bits_hold_more_than_256_classes(make_data: Make, tmp_p
     assert np.array_equal(np.array(load_mask(tmp_path / "again.png")), batch.targets[0])
 
 
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_values_beyond_sixteen_bits_are_not_taken_for_the_nearest_class(
+    tmp_path: Path, value: int
+) -> None:
+    pixels = np.zeros((4, 4), np.int32)
+    pixels[1, 2] = value
+    Image.fromarray(pixels).save(tmp_path / "mask.tif")
+    Image.new("L", (4, 4)).save(tmp_path / "image.png")
+    paths = ([f"{tmp_path}/image.png"], [f"{tmp_path}/mask.tif"])
+    files = MaskFiles(*paths, [4, 4], 1, None, str(tmp_path), True, 2, 65535, None)
+    with pytest.raises(DataError, match=rf"mask.tif: the value {value} is not one of the classes"):
+        files[0]
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [
@@ -314,6 +329,11 @@ def test_masks_of_sixteen_bits_hold_more_than_256_classes(make_data: Make, tmp_p
             lambda root: (root / "masks/0/00.png").unlink(),
             (),
             r"images/0/00.png has no mask: .*\.\*",
+        ),
+        (
+            lambda root: (root / "images/0/00.png").rename(root / "images/0/00.jpg"),
+            ("source.extensions=[.jpg]",),  # of masks too
+            r"00.jpg has no mask: .* Left out of .*: \d+ of suffix .png \(masks/",
         ),
         (lambda root: (root / "masks").rename(root / "m"), (), "masks: there is no such folder"),
         (
@@ -366,6 +386,17 @@ def test_a_transform_of_one_image_is_refused(make_data: Make, folder: Path) -> N
     data.augmentation = transforms.RandomVerticalFlip()
     with pytest.raises(DataError, match=r"RandomVerticalFlip: Type.*a PIL image and a Mask\. Use"):
         list(data.train(device=CPU).epoch(0))
+
+
+def test_shards_of_masks_of_another_size_are_not_a_continuation(
+    make_data: Make, folder: Path
+) -> None:
+    def plan(*overrides: str) -> str:
+        sets, _ = of_data(make_data("mask_folder", f"root={folder}", *FILES, *overrides))
+        return sets["train"].fingerprint()
+
+    assert plan() == plan() != plan("input_shape=[1,8,8]")
+    assert plan("source.resize=16") != plan("source.resize=20")
 
 
 def test_masks_without_an_image_are_counted(make_data: Make, folder: Path) -> None:

@@ -100,6 +100,7 @@ def test_wrong_inputs_are_one_line(make_data: Make, tmp_path: Path) -> None:
         (digits, "none.npy", np.zeros((0, 8, 8)), "holds no examples"),
         (digits, "text.npy", np.array(["a"]), "no plain numbers"),
         (table, "few.npy", np.zeros((3, 4)), "rows of shape [4], this run's model takes [30]"),
+        (table, "row.npy", np.array([1, np.nan]), "row 1: a value is NaN or infinite"),
         (table, "rows.csv", None, "features have no names"),
         (digits, "rows.csv", None, "model takes images of shape [1, 8, 8]"),
         (

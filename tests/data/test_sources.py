@@ -146,6 +146,10 @@ def test_synthetic_examples_come_in_any_shape(
     )  # the run's seed changes the order, not the data
     with pytest.raises(UserError, match=r"num_train=0 must be an integer of at least 1"):
         make_data("synthetic", "source.num_train=0")
+    with pytest.raises(
+        UserError, match=r"data.target_kind=segmentation: synthetic .* Use multiclass"
+    ):
+        make_data("synthetic", "target_kind=segmentation")
 
 
 def test_digits_are_read_without_heavy_imports() -> None:

@@ -18,6 +18,7 @@ from lab.data.datasets import from_datasets
 from regrow.config.targets import allow, instantiate
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
+from regrow.feeding.writing_shards import of_data
 
 COUNT = 300
 CPU = torch.device("cpu")
@@ -138,6 +139,13 @@ def test_a_stream_that_ends_early_is_one_line() -> None:
 def test_a_stream_is_for_training_alone() -> None:
     with pytest.raises(UserError, match=r"split val: .* only train can be"):
         from_datasets(train=[(torch.ones(1), 0)], val=Noisy(), test=None, collate=None)  # type: ignore[arg-type]
+
+
+def test_a_stream_cannot_be_written_as_shards() -> None:
+    with pytest.raises(
+        UserError, match="IterableDataset, and shards are written of numbered items"
+    ):
+        of_data(data_of(node_of("test_streams.Noisy")))
 
 
 def test_a_streams_identity_is_its_fingerprint_or_its_length(

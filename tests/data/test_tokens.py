@@ -120,6 +120,18 @@ def test_folds_are_refused_beside_a_folder_test(root: Path, of: Any) -> None:
         of("folds=3")
 
 
+def test_a_document_in_two_splits_is_counted_among_the_documents(root: Path, of: Any) -> None:
+    for name, numbers in {"train": (0, 3), "val": (2, 5)}.items():
+        (root / name).mkdir()
+        for number in numbers:
+            (root / f"{number}.txt").rename(root / name / f"{number}.txt")
+    (root / "val" / "5.txt").write_bytes((root / "train" / "3.txt").read_bytes())
+    with pytest.raises(
+        DataError, match=r"^1 of the 2 val examples are in train too.* .*/val/5\.txt"
+    ):
+        of("source.test_fraction=0")
+
+
 def test_folders_of_the_splits_are_taken_as_they_are(root: Path, of: Any) -> None:
     for name, number in {"train": 0, "val": 2, "test": 3}.items():
         (root / name).mkdir()
@@ -142,6 +154,8 @@ def test_an_evaluation_predicts_every_token_but_the_first_once(of: Any, cpu: tor
     for name in ("train", "val", "test"):
         split = split_of(data, name)
         batches = list(data.evaluation(name, device=cpu))
+        raw = torch.cat([*data.raw_inputs(name)])  # which an export is compared on
+        assert torch.equal(raw, joined(batches))
         targets = torch.cat([batch.targets.flatten() for batch in batches])
         assert targets[targets != IGNORED].tolist() == split.row[1:].tolist()
         assert (targets != IGNORED).sum() == len(split.row) - 1 > len(targets) - CONTEXT
@@ -163,6 +177,8 @@ def test_windows_are_a_function_of_seed_and_epoch(
     for batch, shares in zip(whole, steps, strict=True):
         assert torch.equal(batch.inputs, joined(list(shares)))
         assert sum(share.num_local for share in shares) == batch.num_global == batch.num_local
+        places = [share.first + at for share in shares for at in range(share.num_local)]
+        assert places == [*range(batch.num_global)]
     assert not same(list(data.train(device=cpu).epoch(2)), whole)
     other = Data.train(of(), device=cpu)
     other._seed = 1
@@ -186,6 +202,21 @@ def test_windows_begin_elsewhere_in_each_epoch_and_cover_the_text(
     fixed = of("augment=false").train(device=cpu)
     first, second = ({tuple(w) for b in fixed.epoch(e) for w in b.inputs.tolist()} for e in (0, 1))
     assert first == second
+
+
+def test_a_limit_trains_on_the_beginning_of_the_text_in_every_epoch(
+    root: Path, of: Any, cpu: torch.device
+) -> None:
+    (root / "2.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 600))))
+    given = (f"root='{root / '2.txt'}'", "source.val_fraction=0", "source.test_fraction=0")
+    for rotates in ("true", "false"):
+        limited = of(*given, "limit_train=10", f"augment={rotates}").train(device=cpu)
+        for epoch in range(3):
+            batches = list(limited.epoch(epoch))
+            tokens = torch.cat([part.flatten() for b in batches for part in (b.inputs, b.targets)])
+            # Each character is another token, in the order of the text.
+            assert sum(len(b.inputs) for b in batches) == 10
+            assert tokens.unique().tolist() == [*range(1, 10 * CONTEXT + 2)]
 
 
 def test_a_token_file_is_written_once_and_is_the_map_that_windows_come_from(

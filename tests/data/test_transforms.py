@@ -213,7 +213,7 @@ def test_data_that_transforms_do_not_fit_is_an_error_of_one_line(make_data: Make
 class OfTensors:
     """Takes a tensor, and `raises` in its place if that is given."""
 
-    def __init__(self, raises: Exception | None = None) -> None:
+    def __init__(self, raises: BaseException | None = None) -> None:
         self.raises = raises
 
     def __call__(self, image: Any) -> Any:
@@ -242,7 +242,7 @@ def test_an_error_of_ones_own_augmentation_is_one_line(
 
 
 def test_an_error_of_a_transform_in_memory_names_both_keys_and_passes_others_on() -> None:
-    def made(error: Exception) -> Transformed:
+    def made(error: BaseException) -> Transformed:
         return Transformed([(torch.ones(3, 4, 4, dtype=torch.uint8), 0)], [OfTensors(error)], 255.0)
 
     with pytest.raises(

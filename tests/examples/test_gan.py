@@ -39,6 +39,20 @@ def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
     assert_grows_back(tmp_path, GAN, STEPS, "optimizer.generator.lr=0.0011")
 
 
+def test_a_resume_clips_as_before_if_a_part_of_the_discriminator_is_frozen(tmp_path: Path) -> None:
+    run = (*GAN, "model.discriminator.freeze=[body.0]", "trainer.clip_norm=0.05")
+    train(tmp_path / "whole", *run)
+    train(tmp_path / "parts", *run, stop_at=3)
+    train(tmp_path / "parts", *run)
+    assert distance(tmp_path / "whole", tmp_path / "parts") == 0
+
+
+def test_the_step_computes_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    train(tmp_path / "fp32", *GAN)
+    train(tmp_path / "bf16", *GAN, "trainer.precision=bf16")
+    assert 0 < distance(tmp_path / "fp32", tmp_path / "bf16") < 0.1
+
+
 def test_micro_batches_draw_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "one", *GAN)
     train(tmp_path / "three", *GAN, "trainer.accumulation_steps=3")
@@ -100,6 +114,22 @@ def test_names_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             train(tmp_path, *GAN, change)
+
+
+def test_an_optimizer_of_all_models_is_refused_by_a_step_that_names_them(tmp_path: Path) -> None:
+    (experiment,) = (text for text in SMALL if text.startswith("experiment="))
+    single = ("data=ring", "task=gan_ring", "loss=mse", "model=gan", "step=gan", "optimizer=adam")
+    own = [text for text in GAN if text != experiment]
+    with pytest.raises(UserError, match="step needs discriminator, and the config has a single"):
+        train(tmp_path, *single, *own, "trainer.mode=max")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_name(tmp_path: Path) -> None:
+    train(tmp_path, *GAN, stop_at=2)
+    for name in ("generator", "discriminator"):
+        said = rf"is of another model: model\.{name}\.body\.0\.bias is \(8,\) there and \(6,\) here"
+        with pytest.raises(UserError, match=said):
+            train(tmp_path, *GAN, f"model.{name}.hidden=[6]")
 
 
 def test_a_bad_update_of_one_model_is_left_out_and_counted(

@@ -16,6 +16,7 @@ from running import before_each_step, train
 from test_gan import finished
 
 from lab.examples.thaw import step
+from regrow.errors import UserError
 from regrow.project import CONF
 
 EXAMPLE = Path(step.__file__).parent / "conf"
@@ -43,6 +44,13 @@ def test_frozen_weights_move_from_the_given_step_on(
     assert len(moved) == 7
     assert all(names == {"head.weight", "head.bias"} for names in moved[:4])
     assert all(any(name.startswith("body.") for name in names) for names in moved[4:])
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"step.frozen=\['bdy.\*'\]: .* parts are body, dropout, head"
+    ):
+        train(tmp_path, *RUN, "step.frozen=[bdy.*]")
 
 
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:

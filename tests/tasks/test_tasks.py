@@ -124,6 +124,7 @@ BAD: list[tuple[Task, Tensor, Tensor, str]] = [
     (multilabel(), logits(32, 4, 6), ones(32, 4), r"Pool over dimension 2 .*mean\(2\)\.$"),
     (multiclass(), logits(32, 5), ones(31), r"outputs of shape \(B, 10\), got \(32, 5\)"),
     (multiclass(), logits(32), ones(32), "outputs of shape"),
+    (multiclass(), logits(), ones(32), r"outputs of shape \(B, 10\), got \(\)\. Give the model 10"),
     (multiclass(), logits(32, 10), ones(32, 10), "use task=multilabel"),
     (multiclass(), logits(32, 10), ones(32, 1), r"class indices of shape \(32,\), got \(32, 1\)"),
     (multiclass(), logits(32, 10), ones(31), r"class indices of shape \(32,\), got \(31,\)"),

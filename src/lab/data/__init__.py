@@ -1,1 +1,1 @@
-"""Data sets, the order of examples, and batches on the device."""
+"""Data sources, and the augmentation of training examples."""

@@ -211,18 +211,25 @@ def synthetic(
     width = int(np.prod(input_shape))
     teacher = torch.randn(width, num_outputs, generator=generator(seed, "teacher")) / width**0.5
 
+    made: dict[str, Callable[[Tensor], Tensor]] = {
+        "multiclass": lambda scores: scores.argmax(1),
+        "binary": lambda scores: (scores[:, 0] > 0).float(),
+        "multilabel": lambda scores: (scores > 0).float(),
+        "regression": lambda scores: scores.squeeze(1),
+    }
+    if target_kind not in made:
+        raise UserError(
+            f"data.target_kind={target_kind}: synthetic examples have targets of another kind. Use "
+            f"{', '.join(made)}, or other data."
+        )
+
     def draw(name: str, count: int) -> Examples | None:
         if count == 0:
             return None
         random = generator(seed, name)
         inputs = torch.randn(count, width, generator=random)
         scores = inputs @ teacher + noise * torch.randn(count, num_outputs, generator=random)
-        targets = {
-            "multiclass": lambda: scores.argmax(1),
-            "binary": lambda: (scores[:, 0] > 0).float(),
-            "multilabel": lambda: (scores > 0).float(),
-            "regression": lambda: scores.squeeze(1),
-        }[target_kind]()
+        targets = made[target_kind](scores)
         if len(input_shape) == 3:
             inputs = (inputs * 40 + 128).round().clamp(0, 255).to(torch.uint8)
         return Examples(inputs.view(count, *input_shape), targets)

@@ -42,7 +42,7 @@ def resnet(
 
     makers = {18: (resnet18, ResNet18_Weights), 50: (resnet50, ResNet50_Weights)}
     if depth not in makers:
-        raise UserError(f"model.depth={depth} is not to be had. Choose 18 or 50.")
+        raise UserError(f"model.depth={depth} is not available. Choose 18 or 50.")
     channels, height, width = image_shape(input_shape, 8)
     _one_start(pretrained, init)
     make, weights = makers[depth]
@@ -101,7 +101,7 @@ def vit(
     chosen["mlp_ratio"] = mlp_ratio
     if pretrained and chosen != VIT_B_16:
         wanted = " ".join(f"model.{key}={value}" for key, value in VIT_B_16.items())
-        raise UserError(f"model.pretrained=true is to be had for ViT-B/16 only. Set {wanted}.")
+        raise UserError(f"model.pretrained=true is available for ViT-B/16 only. Set {wanted}.")
     model: Any = VisionTransformer(
         image_size=height,
         patch_size=patch_size,

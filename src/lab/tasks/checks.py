@@ -69,7 +69,7 @@ def multiclass(
     Expects (B, C, …) outputs; (B, …) int64 class indices or (B, C, …) probabilities as targets.
     """
     _real("multiclass", outputs)
-    shape, expected = tuple(targets.shape), (outputs.shape[0], *outputs.shape[2:])
+    shape, expected = tuple(targets.shape), (*outputs.shape[:1], *outputs.shape[2:])
     is_one_per_example = targets.ndim == (2 if targets.is_floating_point() else 1)
     has_places = outputs.ndim > 2 and is_one_per_example
     if outputs.ndim < 2 or outputs.shape[1] != num_classes or has_places:

@@ -37,6 +37,7 @@ from regrow.feeding.splits import Examples, MapStyle
 from regrow.feeding.streams import Stream
 from regrow.feeding.transforms import Epochs, FailedTransform, Transformed, again, with_epochs
 from regrow.processes import begin
+from regrow.processes.interrupt import Interrupted
 from regrow.processes.parent import die_with_parent
 from regrow.protocols import Inputs, Store
 from regrow.randomness import generator, key, seed_step, states_kept
@@ -243,7 +244,7 @@ class FileFeed:
                 ready = coming
             if ready is not None:
                 yield ready
-        except (Exception, KeyboardInterrupt):
+        except (Exception, KeyboardInterrupt, Interrupted):
             self.close()
             raise
         finally:

@@ -465,7 +465,11 @@ class Data:
         if isinstance(found, Examples):
             yield from torch.split(found.inputs, size)
             return
-        feed = self._new_feed(split, False, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        if isinstance(found, Tokens):  # which are not normalised
+            yield from (batch.inputs for batch in self.evaluation(split, device=cpu))
+            return
+        feed = self._new_feed(split, False, cpu)
         assert isinstance(feed, FileFeed)
         feed.normalize = lambda inputs: inputs
         windows = Windows(len(found), size, False, 0, 1)

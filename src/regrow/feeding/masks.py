@@ -331,6 +331,7 @@ def _pairs(
             raise DataError(
                 f"{shown(file)} has no mask: no image {shown(masks / name)}.* is there. Add it, "
                 "remove the image, or set data.source.mask_suffix to the end of the masks' names."
+                f"{left_out.sentence()}"
             )
         found.append((file, of_name[name]))
         used.add(name)

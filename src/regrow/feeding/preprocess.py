@@ -156,8 +156,7 @@ class Preprocessing:
             labels = [str(label) for label in given.index]
             given = _of_frame(given, self.columns)
         values = as_tensor(given, what)
-        wide = values.float() if values.dtype == torch.bfloat16 else values
-        array = self._batched(wide.numpy(), what)
+        array = self._batched(values.numpy(), what)
         for start in range(0, len(array), batch_size):
             part = self._part(array[start : start + batch_size], what, start)
             rows = range(start, start + len(part))
@@ -285,7 +284,7 @@ class Preprocessing:
         kind = array.dtype if is_known else np.dtype(wide)
         tensor = torch.from_numpy(np.array(array, dtype=kind, order="C"))
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
+            row = int((~tensor.isfinite()).nonzero()[0][0])
             raise DataError(f"{what}, row {start + row}: a value is NaN or infinite.")
         if self.kind == "integer" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise DataError(
@@ -523,12 +522,14 @@ def preprocessing(
 def _kind(splits: Splits, normalize: Any, integers: str) -> str:
     """Return the kind of the inputs, see `Preprocessing`.
 
-    In memory, uint8 (N, C, H, W) is an image; other integers that are not normalised are integer. A
-    user's data set is not touched.
+    In memory, uint8 (N, C, H, W) is an image; other integers that are not normalised are integer,
+    or features as `integers` says. A user's data set is not touched.
     """
     if isinstance(splits.train, Examples):
         inputs = splits.train.inputs
-        if inputs.dtype == torch.uint8 and (inputs.ndim == 4 or integers == "float32"):
+        # Older records have float32, and took all of one channel for images.
+        of_older = integers == "float32" and inputs.ndim > 2 and inputs.shape[1] == 1
+        if inputs.dtype == torch.uint8 and (inputs.ndim == 4 or of_older):
             return "image"
         if inputs.dtype in INTEGERS and normalize == "none" and integers == "int64":
             return "integer"

@@ -141,6 +141,8 @@ def as_tensor(value: Any, what: str) -> Tensor:
             array = array.astype(np.float64)
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     tensor: Tensor = value.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # which numpy lacks
+        tensor = tensor.float()
     if tensor.ndim == 0 or tensor.is_complex() or tensor.layout != torch.strided:
         kind = "one number" if tensor.ndim == 0 else "complex or sparse numbers"
         raise DataError(f"{what}: {kind}. Give a dense tensor of real numbers (N, …).")
@@ -519,7 +521,7 @@ def check_overlap(
         if not copies and not by_group:
             continue
         overlaps[f"{one}/{other}"] = len(copies) + len(by_group)
-        size = len(parts[other])
+        size = len(keys[other])  # of a text these are its documents
         said = [
             f"{len(indices)} of the {size} {other} examples {how} {one} too, the first is "
             f"{_describe(parts[other], indices[0])}"

@@ -58,10 +58,10 @@ class Tokens:
     ) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (B, context), int64, of windows `indices` (B,).
 
-        `row` is `tensor()`, on the device of `indices`. With a `rotation` the row is a circle that
-        begins there, so that all windows are full.
+        `row` is `tensor()` or its beginning, on the device of `indices`. With a `rotation` the row
+        is a circle that begins there, so that all windows are full.
         """
-        length = len(self.row)
+        length = len(row)
         places = torch.arange(self.context + 1, device=indices.device)
         places = indices[:, None] * self.context + places
         if rotation is None:
@@ -89,18 +89,19 @@ class TokenFeed:
         self, windows: Windows, order: Tensor, epoch: int, start: int
     ) -> Iterator[LoadedBatch]:
         """Yield the batches of an epoch's windows `start …`; its examples come in `order` (N,)."""
+        row = self.row[: windows.num_examples * self.split.context + 1]  # data.limit_train's part
         rotation = None
         if self.rotates:
             random = generator(self.seed, "rotation", epoch)
-            rotation = int(torch.randint(len(self.split.row), (), generator=random))
-        order = order.to(self.row.device)
+            rotation = int(torch.randint(len(row), (), generator=random))
+        order = order.to(row.device)
         for number in range(start, len(windows)):
             share = windows.share(number)
             indices = order[share.start : share.stop]
-            inputs, targets = self.split.windows(self.row, indices, rotation)
+            inputs, targets = self.split.windows(row, indices, rotation)
             weights = None if share.num_local else torch.zeros(1)
-            batch = LoadedBatch(inputs, targets, weights, share.num_local, share.num_global)
-            yield batch.to(self.device)
+            sizes = (share.num_local, share.num_global, share.first)
+            yield LoadedBatch(inputs, targets, weights, *sizes).to(self.device)
 
 
 def _unsigned(tokens: Tensor) -> Tensor:

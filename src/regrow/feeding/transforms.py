@@ -17,7 +17,6 @@ from regrow.config.targets import SHOWS_ALL
 from regrow.errors import DataError, UserError, brief, machine_fault
 from regrow.feeding.sampling import MOST_WAYS
 from regrow.feeding.splits import Examples
-from regrow.processes.interrupt import Interrupted
 from regrow.protocols import Store
 from regrow.randomness import key
 
@@ -39,7 +38,7 @@ def applied(transform: Callable[..., Any], *given: Any, key: str, advice: str) -
     """
     try:
         return transform(*given)
-    except (UserError, Interrupted):
+    except UserError:
         raise
     except Exception as error:
         if machine_fault(error) is not None:

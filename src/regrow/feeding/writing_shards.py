@@ -26,9 +26,11 @@ from regrow.feeding import identity
 from regrow.feeding.feeds import seeded
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.loaders import Data
+from regrow.feeding.masks import MaskFiles
 from regrow.feeding.shard_index import END_BYTES, NAME, Index, Shard, SourceFacts, parsed
 from regrow.feeding.shard_items import File, encoded, fields_of, file_of
 from regrow.feeding.splits import NAMES, Examples, MapStyle, check_name
+from regrow.feeding.streams import Stream
 from regrow.randomness import generator, key
 from regrow.record import locks
 from regrow.record.output import whole_file
@@ -99,11 +101,13 @@ class OfImages:
 class OfItems:
     """Any map-style data set.
 
-    `fields` maps a field's name in the shard to its name in the data set's rows.
+    `fields` maps a field's name in the shard to its name in the data set's rows. `how` tells what
+    decides an item's bytes besides the data set's fingerprint.
     """
 
     dataset: MapStyle
     fields: Mapping[str, str]
+    how: str = ""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -122,7 +126,7 @@ class OfItems:
         return {option: row[name] for option, name in self.fields.items()}
 
     def fingerprint(self) -> str:
-        chosen = f" {[*self.fields.items()]}" if self.fields else ""
+        chosen = f" {[*self.fields.items()]}" if self.fields else self.how
         if hasattr(self.dataset, "fingerprint"):
             return f"{self.dataset.fingerprint()}{chosen}"
         try:
@@ -132,7 +136,12 @@ class OfItems:
 
 
 def of_data(data: Data) -> tuple[dict[str, ShardSource], SourceFacts]:
-    """Return the sets of a run's data, and what is known of them."""
+    """Return the sets of a run's data, and what is known of them. Raises UserError for a stream."""
+    if isinstance(data.source.train, Stream):
+        raise UserError(
+            "data.source: train is an IterableDataset, and shards are written of numbered items. "
+            "Give a data set with __len__ and __getitem__."
+        )
     sets: dict[str, ShardSource] = {}
     are_images = True
     fingerprints = data.fingerprint()
@@ -142,8 +151,11 @@ def of_data(data: Data) -> tuple[dict[str, ShardSource], SourceFacts]:
             sets[name] = OfImages(split, digest)
             continue
         are_images = are_images and isinstance(split, Examples) and _are_images(split)
+        how = ""
+        if isinstance(split, MaskFiles):  # whose items are resized
+            how = repr(dataclasses.replace(split, files=[], masks=[], groups=None, root=""))
         sets[name] = (
-            OfExamples(split, digest) if isinstance(split, Examples) else OfItems(split, {})
+            OfExamples(split, digest) if isinstance(split, Examples) else OfItems(split, {}, how)
         )
     names = data.source.class_names or data.class_names
     facts = SourceFacts(

@@ -23,8 +23,12 @@ _FINALIZERS = {
 }
 
 
-class Interrupted(Exception):
-    """Raised where waiting for the end of a step would take too long, as in an evaluation."""
+class Interrupted(BaseException):
+    """Raised where waiting for the end of a step would take too long, as in an evaluation.
+
+    Like KeyboardInterrupt it is not an Exception: code that reads data, ours or a user's, would
+    take it for a broken example.
+    """
 
 
 class StopRequest:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from lab.faults import make_room
@@ -45,9 +47,10 @@ def tell_apart(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor,
     """Return the discriminator's losses, (B,), on real points and on as many generated ones."""
     assert isinstance(batch.inputs, Tensor)
     models: Any = state.model
-    with torch.no_grad():
-        generated = models["generator"](latent(state, batch, plan))
-    scores = plan.forward(torch.cat([batch.inputs, generated]))[:, 0]  # one call, as DDP needs
+    with plan.autocast():
+        with torch.no_grad():
+            generated = models["generator"](latent(state, batch, plan))
+        scores = plan.forward(torch.cat([batch.inputs, generated]))[:, 0]  # one call, as DDP needs
     real, fake = scores.split(len(generated))
     return losses_and_totals(softplus(-real) + softplus(fake), batch, "discriminator")
 
@@ -55,10 +58,22 @@ def tell_apart(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor,
 def deceive(state: TrainState, batch: Batch, plan: StepPlan) -> tuple[Tensor, Totals]:
     """Return the generator's losses, (B,): how sure the discriminator is of what is generated."""
     models: Any = state.model
-    discriminator = models["discriminator"].requires_grad_(False)
-    scores = discriminator(plan.forward(latent(state, batch, plan)))[:, 0]
-    discriminator.requires_grad_(True)
+    with plan.autocast(), frozen(models["discriminator"]):
+        scores = models["discriminator"](plan.forward(latent(state, batch, plan)))[:, 0]
     return losses_and_totals(softplus(-scores), batch, "generator")
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let the model's parameters get no gradient inside."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def latent(state: TrainState, batch: Batch, plan: StepPlan) -> Tensor:

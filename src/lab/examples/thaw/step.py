@@ -9,6 +9,7 @@ from lab.plan import StepPlan, StepResult
 from lab.state import TrainState
 from lab.step import accumulate, forward, update
 from regrow.dotted import matches
+from regrow.errors import UserError
 from regrow.protocols import Batch
 
 
@@ -18,7 +19,7 @@ def thaw_step(
     """Update the weights; those whose names match `frozen` only from step `until_step` on.
 
     What is frozen follows from the step alone, so a resumed run freezes the same. The gradients are
-    dropped, not left out: DDP and FSDP expect all of them.
+    dropped, not left out: DDP and FSDP expect all of them. Raises UserError if none match.
     """
     plan.buffers.remember()
     plan.exchange.begin()
@@ -26,7 +27,12 @@ def thaw_step(
     while not accumulate(state, batch, plan, forward):
         make_room(state, batch, plan)
     if state.step < until_step:
-        for name, parameter in state.model.named_parameters():
-            if matches(name, frozen):
-                parameter.grad = None
+        chosen = [p for name, p in state.model.named_parameters() if matches(name, frozen)]
+        if not chosen:
+            raise UserError(
+                f"step.frozen={[*frozen]}: no parameter of the model matches. Its parts are "
+                f"{', '.join(name for name, _ in state.model.named_children())}."
+            )
+        for parameter in chosen:
+            parameter.grad = None
     return update(state, batch.num_global, plan.exchange.wait(), state.step, plan)
