@@ -7,6 +7,7 @@ The same command gives the same text: `seed` decides the draws. The text goes to
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import _start  # noqa: F401  finds the package or explains the set-up
@@ -47,7 +48,9 @@ def generate(options: Arguments) -> None:
         set_numerics(run)
         prompt = str(options["prompt"])
         settings = {key: options[key] for key in ("tokens", "temperature", "top_k", "seed")}
-        for piece in (prompt, *pieces(run, prompt, **settings)):
+        text = pieces(run, prompt, **settings)
+        first = next(text, "")  # raises for a prompt that the model does not take
+        for piece in itertools.chain((prompt, first), text):
             print(piece, end="", flush=True)
     print()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from finished import finished, one_line_and_exit_code_2, script
 
 from regrow.feeding.vocabulary import from_record
 from regrow.load import load_run
+from regrow.runs import generation
 from regrow.runs.generation import drawn
 
 main = script("generate").main
@@ -38,6 +40,21 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_prompt_is_continued(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = said(capsys, f"run={text}", "prompt=abc", "tokens=40", "temperature=0")
     assert found == ("abcdefghijk\n" * 4)[:43] + "\n"
+
+
+def test_the_text_is_shown_while_it_is_drawn(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    def pieces(*_: object, **settings: object) -> Iterator[str]:
+        for piece in "xyz":
+            shown.append(capsys.readouterr().out)
+            yield piece
+
+    monkeypatch.setattr(generation, "generate", pieces)
+    main([f"run={text}", "prompt=abc"])
+    assert shown == ["", "abcx", "y"]
 
 
 def test_the_seed_decides_the_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
