@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +100,31 @@ def test_a_text_of_byte_pairs_comes_out_whole(
     found = said(capsys, f"run={run}", "prompt=naïve 漢", "tokens=50", "temperature=3")
     assert found.startswith("naïve 漢") and len(words.encode(found)) > 20
     found.encode("utf-8")
+
+
+def test_a_token_with_half_a_character_before_the_end_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Words:
+        end, size, pieces = 0, 2, (b"", b"ab\xc3")
+
+        def encode(self, text: str) -> torch.Tensor:
+            return torch.tensor([], dtype=torch.int64)
+
+        def decode(self, tokens: list[int]) -> str:
+            return b"".join(self.pieces[token] for token in tokens).decode("utf-8", "replace")
+
+    class Model(torch.nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(1 - inputs, 2).float()  # the end follows 1
+
+    monkeypatch.setattr(generation, "vocabulary_of", lambda run: Words())
+    run: Any = SimpleNamespace(
+        preprocessing=SimpleNamespace(input_shape=[8]),
+        **{"device": torch.device("cpu"), "precision": "fp32", "model": Model()},
+    )
+    settings: Any = {"temperature": 0, "top_k": None, "seed": 0}
+    assert [*generation.generate(run, "", tokens=9, **settings)] == ["ab\ufffd"]
 
 
 def test_a_text_that_cannot_be_continued_is_an_error_of_one_line(

@@ -65,9 +65,8 @@ def generate(
         if not text.endswith("\ufffd"):  # a character's bytes may be several tokens
             yield text
             shown = len(row) - 1
-    else:
-        if shown < len(row) - 1:
-            yield words.decode(row[1 + shown :])
+    if shown < len(row) - 1:
+        yield words.decode(row[1 + shown :])
 
 
 def drawn(logits: Tensor, temperature: float, top_k: int | None, random: torch.Generator) -> int:
