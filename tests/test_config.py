@@ -61,8 +61,8 @@ BAD = {
     "trainer.accelerator=gpu": "Here that is trainer.device=cpu, cuda or mps.",
     "task_name=x": "task_name: there is no such key. Here that is name.",
     "+mykey=3": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
-    "~trainer.monitor": "~trainer.monitor: a run needs this key. Give it a value instead: trainer",
-    "~data.source": "~data.source: a run needs this key. Give it a value instead: data.source=…",
+    "~trainer.monitor": "~trainer.monitor: a run needs this key. Leave ~trainer.monitor out.",
+    "~data.source": "~data.source: a run needs this key. Leave ~data.source out.",
     "~logger": "~logger: the group cannot be left out. For none beside metrics.jsonl, which is",
     "experiment=null": "experiment=null: leave it out.",
     "debug=false": "debug=false: leave it out.",
@@ -316,6 +316,8 @@ def ways_out(arguments: list[str], said: str) -> list[list[str]]:
         return [[*others, f"{key}={found[1]}"]]
     if "Use bf16." in said:
         return [[*others, f"{key}=bf16"]]
+    if said.endswith(f"Leave {last} out."):
+        return [others]
     if "Set one." in said:
         return [[SET_ONE[" ".join(arguments)]]]
     if found := re.search(r"(~\S+( ~\S+)*)$", said):

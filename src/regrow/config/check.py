@@ -149,7 +149,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     for line in typed:
         key = line.removeprefix("~").partition("=")[0]
         if line.startswith("~") and (key.startswith("trainer.") or key in NEEDED):
-            raise UserError(f"{line}: a run needs this key. Give it a value instead: {key}=…")
+            raise UserError(f"{line}: a run needs this key. Leave {line} out.")
     missing = [
         key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
     ]
