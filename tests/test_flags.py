@@ -170,6 +170,16 @@ def test_a_frozen_copy_holds_the_folders_of_a_config(place: Path) -> None:
     assert not (place / "none").exists()
 
 
+def test_a_frozen_copy_within_a_config_folder_holds_neither_itself_nor_records(place: Path) -> None:
+    """The folder may be the current one, where the runs are too."""
+    write_text_in(place / "outputs" / "run" / "manifest.json", "{}")
+    write_text_in(place / "outputs" / "run" / "config.yaml", "seed: 0\n")
+    copies = place / "outputs" / "sweep" / ".code" / flags.COPIES
+    frozen.copy_places({**flags.DEFAULT, "dir": str(place)}, copies)
+    found = [path.relative_to(copies / "dir") for path in copies.rglob("*.yaml")]
+    assert sorted(map(str, found)) == ["D/model/wide.yaml", "D/mytrain.yaml"]
+
+
 NARROW = tuple(one for one in SMALL if not one.startswith("model."))
 
 

@@ -10,8 +10,8 @@ importances: Importance, of_study
 locks: in_use_by, TELL_SECONDS, wait_for
 loggers: check_choice, check_required, KILLED, open_loggers
 manifest: CHANGED, code_changes, code_sha256, cores, latest, NAME, name_some, namespace_files,
-    not_restored, note_packages, own_packages, own_root, read, set_step, way_back, write,
-    write_origin
+    not_restored, note_packages, OF_RECORDS, own_packages, own_root, read, set_step, way_back,
+    write, write_origin
 meter: Meter
 monitor: by_name, contradiction, lacks_val, of_metrics, of_run, refuse_unmeasured, refuse_without
 moved: GONE, in_config, in_text

@@ -115,12 +115,22 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
 
 
 def copy_places(source: Mapping[str, Any], target: Path) -> None:
-    """Copy the YAML files of the folders that a source adds, from which jobs are composed."""
+    """Copy the YAML files of the folders that a source adds, from which jobs are composed.
+
+    Leaves out hidden folders and those of runs and sweeps: a source may add the current folder.
+    """
+
+    def may_hold_configs(folder: Path) -> bool:
+        is_record = any((folder / name).exists() for name in manifest.OF_RECORDS)
+        return not (folder.name.startswith(".") or is_record)
+
     for name, place in flags.folders_of(source).items():
-        for file in place.rglob("*.yaml"):
-            copy = target / name / file.relative_to(place)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+        for root, folders, files in os.walk(place):
+            folders[:] = [inner for inner in folders if may_hold_configs(Path(root, inner))]
+            for file in (Path(root, each) for each in files if each.endswith(".yaml")):
+                copy = target / name / file.relative_to(place)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
         records.write_json(target / "source.json", source)
 
 
