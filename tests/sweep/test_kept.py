@@ -14,6 +14,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from sweeping import begun
 
+from regrow.config import flags
 from regrow.config.job import Job
 from regrow.config.resume import expand_sweep
 from regrow.errors import UserError
@@ -78,6 +79,22 @@ def test_a_users_own_folder_named_code_is_not_taken_for_a_copy(tmp_path: Path) -
     frozen.claim(tmp_path, "digits", [], "auto").release()
     run.leave_nothing(tmp_path)
     assert not thesis.exists()
+
+
+def test_code_that_an_editor_has_open_is_frozen_without_the_editors_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emacs locks a file by a link to nothing, whose name ends in that of the file."""
+    root, places, sweep = tmp_path / "root", tmp_path / "places", tmp_path / "sweep"
+    for folder in (*(root / part for part in (*frozen.PARTS, "mine")), places, sweep):
+        folder.mkdir(parents=True)
+    for file in (root / "models.py", root / "mine" / "data.py", places / "my.yaml"):
+        file.touch()
+        file.with_name(f".#{file.name}").symlink_to("me@machine.123")
+    monkeypatch.setattr(frozen, "ROOT", root)
+    code, _ = frozen.freeze(sweep, {**flags.DEFAULT, "dir": str(places)})
+    found = [path.relative_to(code) for name in ("*.py", "*.yaml") for path in code.rglob(name)]
+    assert sorted(map(str, found)) == ["mine/data.py", "models.py", "places/dir/my.yaml"]
 
 
 def test_a_search_and_a_list_of_jobs_do_not_mix(tmp_path: Path) -> None:

@@ -97,12 +97,12 @@ def freeze(folder: Path, source: Mapping[str, Any] = flags.DEFAULT) -> tuple[Pat
             shutil.copytree(
                 ROOT / part, temporary / part, ignore=ignored, ignore_dangling_symlinks=True
             )
-        for file in manifest.namespace_files(ROOT):  # single files: the folders may hold data
-            target = temporary / file.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, target)
-        for module in ROOT.glob("*.py"):
-            shutil.copy2(module, temporary)
+        # Single files of a namespace package: its folders may hold data.
+        for file in (*ROOT.glob("*.py"), *manifest.namespace_files(ROOT)):
+            if file.is_file():  # an editor's lock is a link to nothing
+                target = temporary / file.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
         copy_places(source, temporary / flags.COPIES)
         registered.write(temporary)
     except OSError as error:
@@ -127,7 +127,8 @@ def copy_places(source: Mapping[str, Any], target: Path) -> None:
     for name, place in flags.folders_of(source).items():
         for root, folders, files in os.walk(place):
             folders[:] = [inner for inner in folders if may_hold_configs(Path(root, inner))]
-            for file in (Path(root, each) for each in files if each.endswith(".yaml")):
+            found = (Path(root, each) for each in files if each.endswith(".yaml"))
+            for file in filter(Path.is_file, found):
                 copy = target / name / file.relative_to(place)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
