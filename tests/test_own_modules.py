@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 
+from regrow.processes import begin
 from regrow.project import ROOT
 
 NET = """
@@ -46,6 +47,20 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, target in (("net", "my_net.Net"), ("deep", "my_models.deep.net.Net")):
         (folder / "conf" / "model" / f"{name}.yaml").write_text(f"_target_: {target}\n")
     return folder
+
+
+def test_code_below_the_prefix_of_python_is_found_and_pythons_own_folders_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Docker images keep a project in /usr/src/app, below the prefix of Debian's Python."""
+    monkeypatch.setattr(sys, "prefix", "/usr/src/app/.venv")
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    code = ["/usr/src/app/sweep/code/src", "/usr/src/app/src", "/mine/lib/python"]
+    own = ["/usr/lib/python311.zip", "/usr/lib/python3.11/lib-dynload"]
+    own += ["/usr/src/app/.venv/lib64/python3.11/site-packages", "/usr/lib/python3/dist-packages"]
+    own += ["/usr/local/lib/python3.11/dist-packages", ""]
+    monkeypatch.setattr(sys, "path", [*own, *code, str(ROOT)])
+    assert begin.python_path().split(os.pathsep) == code
 
 
 def start(project: Path, *command: str) -> str:

@@ -1,7 +1,7 @@
 """The first call in each kind of process: set its environment, warnings, signals and streams.
 
-Only this module, `machine.set_numerics`, which depends on the config, and the wandb logger write to
-`os.environ`.
+Only this module, `machine.set_numerics`, which depends on the config, and the loggers of wandb and
+MLflow write to `os.environ`.
 """
 
 from __future__ import annotations
@@ -139,10 +139,12 @@ def python_path() -> str:
 
     Leaves out the repository's root, which `import_own_modules` puts last: at the front, a user's
     module named `profile` would shadow Python's own. `-P` likewise keeps out the current folder.
+    Python finds its own folders, such as lib/python3.12 of its prefix, by itself. A prefix like
+    /usr may hold the code as well.
     """
-    own = (sys.prefix, sys.base_prefix)
-    added = [path for path in sys.path if not any(Path(path).is_relative_to(o) for o in own)]
-    added = [path for path in added if Path(path) != ROOT]
+    prefixes = "|".join(map(re.escape, (sys.prefix, sys.base_prefix)))
+    own = re.compile(rf"({prefixes})/(.*/)?lib\w*/python")
+    added = [path for path in sys.path if not own.match(path) and Path(path) != ROOT]
     refuse_separator(*added)
     return os.pathsep.join(dict.fromkeys(path for path in added if path))
 
