@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def test_a_stop_lets_all_jobs_save_though_they_have_just_begun(
     process = begin(tmp_path, *TWO)
     until(lambda: both_have_saved(folder))
     process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # as by `timeout`, which signals the group as well
     assert "stopped. Resume with: " in finish(process, code=130)
     states = {row["job"]: row["status"] for row in table(folder)}
     assert "interrupted" in states.values() and {*states.values()} <= {"interrupted", "completed"}

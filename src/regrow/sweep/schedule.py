@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -55,13 +56,20 @@ class Stop:
     place: Executor
     signals: list[int] = field(default_factory=list)
     failed: bool = False
+    _noted: float = 0.0
 
     @property
     def wished(self) -> bool:
         return bool(self.signals) or self.failed
 
     def note(self, number: int, frame: object = None) -> None:
-        """Handle a signal: the first lets all jobs save and end, the second kills them."""
+        """Handle a signal: the first lets all jobs save and end, the second kills them.
+
+        As for a run, the same signal within a second counts as the first: see `StopRequest`.
+        """
+        if self.signals == [number] and time.monotonic() - self._noted < 1:
+            return
+        self._noted = time.monotonic()
         self.signals.append(number)
         self.place.send(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
 
