@@ -236,6 +236,7 @@ def become(
     import types
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the server blocks some, as that of a sweep
     if session:
         os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)

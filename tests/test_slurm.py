@@ -22,11 +22,13 @@ import pytest
 import slurm
 from running import TINY, config_of, fingerprint, train
 
-from regrow.errors import UserError
+from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
-from regrow.processes.slurm import SlurmOptions, check
+from regrow.processes.slurm import SlurmOptions, check, waiting_or_running
 from regrow.project import CONF
 from regrow.record.records import read_json
+from regrow.sweep import ledger
+from regrow.sweep.cluster import Cluster
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 TWO = (*TINY, "trainer=ddp", "trainer.devices=2", "trainer.device=cpu", "trainer.num_threads=1")
@@ -443,6 +445,22 @@ def test_without_slurm_it_is_one_line_and_nothing_is_written(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         check(OPTIONS, {"devices": 1, "device": "auto"})
+
+
+def test_jobs_are_not_taken_for_ended_while_slurm_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that is resumed asks first; a search asks again later."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Socket timed out' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert waiting_or_running([]) == set()
+    with pytest.raises(MachineFault, match="launcher=slurm: slurm_load_jobs error: Socket timed"):
+        waiting_or_running(["12"])
+    place = Cluster(tmp_path, OPTIONS, {3: None})  # type: ignore[dict-item]
+    ledger.note(tmp_path, 3, "queued", slurm="12")
+    assert place.ended(0) == [] and len(place.running) == 1
 
 
 ON_TIME = """

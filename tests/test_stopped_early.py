@@ -16,8 +16,7 @@ import forked
 import pytest
 from waiting import until
 
-from regrow.processes import ranks
-from regrow.processes.signals import STOPPING
+from regrow.processes.signals import STOPPING, held
 from regrow.project import ROOT
 
 TRAIN = ROOT / "scripts" / "train.py"
@@ -101,7 +100,7 @@ def test_a_process_that_is_started_with_signals_held_gets_none_before_it_asks() 
         return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
     assert blocked() == 0  # the control
-    with ranks.held():
+    with held():
         assert blocked() == sum(STOPPING)
     assert blocked() == 0
 

@@ -160,16 +160,25 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return table(folder / "sweep")
 
 
+def server_of(jobs: list[int]) -> int:
+    """Return the process that forked the jobs."""
+    status = Path(f"/proc/{jobs[0]}/status").read_text()
+    (server,) = [int(x.split()[1]) for x in status.splitlines() if x.startswith("PPid:")]
+    return server
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)]
 )
 def test_a_stop_lets_all_jobs_save_and_the_same_command_resumes(
     number: signal.Signals, tmp_path: Path, untouched: list[dict[str, str]]
 ) -> None:
+    """Ctrl-C and `timeout` signal the whole group, with the process that forks the jobs."""
     folder = tmp_path / "sweep"
     with under_way(tmp_path, *FOUR) as process:
         until(lambda: len([*folder.glob("*/checkpoints/last")]) >= 2)
+        os.kill(server_of(pids_of(folder)), number)
         process.send_signal(number)
         said, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + number, said
@@ -268,10 +277,8 @@ def test_a_killed_server_ends_its_jobs_and_is_said(tmp_path: Path) -> None:
     with under_way(tmp_path, *FOUR, "sweep.fail_fast=true") as process:
         until(lambda: len(pids_of(folder)) == 2)
         pids = pids_of(folder)
-        status = Path(f"/proc/{pids[0]}/status").read_text()
-        (server,) = [int(x.split()[1]) for x in status.splitlines() if x.startswith("PPid:")]
-        assert server != process.pid
-        os.kill(server, signal.SIGKILL)
+        assert server_of(pids) != process.pid
+        os.kill(server_of(pids), signal.SIGKILL)
         until(lambda: not any(alive(pid) for pid in pids), seconds=10)
         process.communicate(timeout=60)
     assert process.returncode == 1

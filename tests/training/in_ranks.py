@@ -368,7 +368,7 @@ def evaluated_with_own_buffers(world: World, config: Config, folder: Path) -> An
     saved = SimpleNamespace(saved=None)
     plan = plan_of(objects, 0, world, StopRequest(), record=None, checkpoints=saved)
     model = objects.state.model
-    model.register_buffer("statistic", torch.full((2,), float(world.rank + 5)))
+    model.register_buffer("statistic", torch.full((2, 2), float(world.rank + 5))[:, 0])  # has gaps
     model.register_buffer("cache", torch.zeros(world.rank + 1), persistent=False)
     loop.evaluate(objects.state, objects.sets["val"], plan, name="val")
     return [*model.get_buffer("statistic").tolist(), len(model.get_buffer("cache"))]

@@ -137,7 +137,9 @@ class World:
             if min(self.gather(int(alike))) == 0:
                 buffers = {name: its for name, its in buffers.items() if name not in shapes}
         for buffer in buffers.values():
-            dist.broadcast(buffer, 0)
+            sent = buffer.contiguous()  # gloo takes a view's elements for adjacent
+            dist.broadcast(sent, 0)
+            buffer.copy_(sent)
 
     def barrier(self) -> None:
         if self.size > 1:

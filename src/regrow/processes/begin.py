@@ -19,7 +19,7 @@ from pathlib import Path
 from regrow.errors import UserError
 from regrow.failing import SET_BY_US
 from regrow.processes import terminal
-from regrow.processes.signals import before_the_run
+from regrow.processes.signals import STOPPING, before_the_run
 from regrow.project import ROOT
 
 SAFE_PATH = "PYTHONSAFEPATH"  # same as Python's option -P
@@ -75,7 +75,7 @@ def child(stopping: Iterable[signal.Signals]) -> None:
     """Begin a rank that `ranks.start` started with the signals `stopping` blocked."""
     rank({})
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)  # see `ranks.held`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)  # see `signals.held`
 
 
 def data_worker(for_the_run: Iterable[signal.Signals], to_a_worker: signal.Signals) -> None:
@@ -97,9 +97,10 @@ def sweep() -> None:
 @contextlib.contextmanager
 def server() -> Iterator[None]:
     """Begin the server that a sweep forks its jobs from. Make its imports inside this context."""
-    # Only the sweep handles Ctrl-C. The signal was blocked when this process started.
+    # Only the sweep and the jobs handle signals, which may be sent to the whole group: a server
+    # that dies takes its jobs with it. A job unblocks them once it can handle them, see `job`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     # OpenBLAS would start its threads on import. `job` restores their number.
     is_given = "OPENBLAS_NUM_THREADS" in os.environ
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -117,6 +118,7 @@ def job(environment: Mapping[str, str], log: int) -> None:
     # Start data workers as in a single run: forked where that is the default.
     multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, stream in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, stream)

@@ -25,7 +25,7 @@ from regrow.dotted import Checked
 from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
 from regrow.processes.begin import python_path
-from regrow.processes.signals import STOPPING, before_the_run, handled, tell_of_nothing
+from regrow.processes.signals import STOPPING, before_the_run, handled, held, tell_of_nothing
 from regrow.record import records
 
 log = logging.getLogger("regrow")
@@ -226,16 +226,6 @@ class Forwarded:
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-
-@contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Block signals, also in processes that start inside, which unblock them once they can."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

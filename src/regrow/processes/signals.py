@@ -32,6 +32,16 @@ def handled(
             signal.signal(number, earlier)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Block STOPPING, also in processes that start inside, which unblock it once they can."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _BeforeTheRun:
     """The handlers of `scripts/train.py` until its run has a folder: importing torch takes seconds.
 

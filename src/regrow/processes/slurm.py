@@ -20,7 +20,7 @@ from typing import Any
 
 from regrow.config.job import Job
 from regrow.dotted import Checked
-from regrow.errors import UserError
+from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
 from regrow.processes.begin import SAFE_PATH, python_path
 from regrow.processes.ranks import STOPPED
@@ -211,11 +211,16 @@ def why_refused(said: str) -> str:
 
 
 def waiting_or_running(numbers: Sequence[str]) -> set[str]:
-    """Return those of Slurm's job numbers that are queued or running."""
+    """Return those of Slurm's job numbers that are queued or running.
+
+    Raises MachineFault if Slurm does not answer.
+    """
     if not numbers:
         return set()
     command = ["squeue", "--noheader", "--array", "--format=%i"]
-    answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if answer.returncode:
+        raise MachineFault(f"launcher=slurm: {why_refused(answer.stderr)}")
     # Print an array's jobs as 12_3; Slurm also has separate numbers for them.
     return set(answer.stdout.split()) & set(numbers)
 

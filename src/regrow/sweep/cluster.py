@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from regrow.config.job import Job
+from regrow.errors import MachineFault
 from regrow.processes import slurm
 from regrow.sweep import ledger
 from regrow.sweep.local import Ended
@@ -74,7 +74,7 @@ class Cluster:
         self._asked = time.monotonic()
         try:
             there = queued(self.folder, [*self._running])
-        except subprocess.CalledProcessError:  # Slurm's controller may be unavailable for a while
+        except MachineFault:  # Slurm's controller may be unavailable for a while
             return []
         found = []
         for number in set(self._running) - there:

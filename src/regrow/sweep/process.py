@@ -22,6 +22,7 @@ from regrow.errors import UserError, in_a_line
 from regrow.failing import show_traceback, tell
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
+from regrow.processes.signals import held
 from regrow.record.redact import redact
 from regrow.sweep import ledger
 
@@ -33,11 +34,8 @@ def make_context(*, fresh: bool) -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["regrow.sweep.preloaded"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        multiprocessing.forkserver.ensure_running()  # it ignores Ctrl-C: see preloaded.py
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with held():  # the server keeps these signals blocked: see `begin.server`
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
