@@ -203,7 +203,8 @@ def test_a_resume_keeps_the_recorded_direction_unless_another_is_typed(
     assert resumed(mode="min")["mode"] == "min"
     assert resumed(mode="max")["mode"] == "max"  # an older record, with the wrong one
     assert resumed("trainer.mode=min", mode="max")["mode"] == "min"
-    assert resumed("trainer.monitor=val/accuracy", mode="min")["mode"] == "max"  # follows
+    with pytest.raises(UserError, match=r"^trainer.monitor=val/accuracy: the run in run chose its"):
+        resumed("trainer.monitor=val/accuracy", mode="min")
 
 
 def test_tables_rank_by_the_direction() -> None:

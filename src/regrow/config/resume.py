@@ -508,6 +508,7 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
     if by_name:
         named |= {key_of(override) for override in typed(overrides)}
         named |= older.following(config, named)
+    refuse_other_monitor(recorded, config, folder)
     refused, named_so = [], ""
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
@@ -585,6 +586,20 @@ def keep_monitor(recorded: Mapping[str, Any], config: dict[str, Any], new: set[s
         trainer["mode"] = monitor.of_run(config)
         return {"trainer.mode"}
     return set()
+
+
+def refuse_other_monitor(recorded: Mapping[str, Any], config: Checked, folder: Path) -> None:
+    """Raise UserError if the run's best value, and those of its checkpoints, are of another metric.
+
+    A run without a monitor has none, and one that no longer has a monitor compares none.
+    """
+    before, now = (each["trainer"].get("monitor") for each in (recorded, config))
+    if before != now and None not in (before, now):
+        fresh = command_line.shell([f"init_from={folder}", f"trainer.monitor={now}"])
+        raise UserError(
+            f"trainer.monitor={now}: the run in {folder} chose its best weights by {before}, which "
+            f"cannot be compared. Leave it out, or start a new run: {fresh}"
+        )
 
 
 def refuse_other_data(
