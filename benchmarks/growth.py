@@ -189,7 +189,7 @@ def folders() -> Growth:
     return Growth(
         title="Growth of a start with the files of an image folder",
         note="Files of 512 bytes, in the page cache. To find copies each is opened once; the "
-        "fingerprint is of names and sizes.",
+        "fingerprint is of names, sizes and the ends of the contents.",
         picture="folders",
         of="files",
         costs=found,
