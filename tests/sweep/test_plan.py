@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from hydra import initialize_config_dir
@@ -24,7 +22,7 @@ from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import Lock, create
-from regrow.sweep import frozen, gpus, ledger, local, planning, schedule, search
+from regrow.sweep import frozen, gpus, ledger, local, planning, search
 from regrow.sweep.composed import Composed
 
 LOADER: Any = None  # Hydra's parser only needs one for glob(…)
@@ -230,51 +228,6 @@ def test_configs_composed_for_many_jobs_are_those_composed_for_each(
         found, its = (OmegaConf.to_yaml(c.hydra) for c in (composed(lines), expected))
         assert found == its
         assert composed(lines)._metadata.resolver_cache == expected._metadata.resolver_cache
-
-
-class Place:
-    """Where two jobs run at once, of which the earlier ends at each look."""
-
-    def __init__(self) -> None:
-        self.running: list[Any] = []
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.running) < 2
-
-    def start(self, planned: Any) -> bool:
-        self.running.append(planned)
-        return True
-
-    def ended(self, seconds: float) -> list[local.Ended]:
-        return [local.Ended(self.running.pop(0), "completed", None)]
-
-    def send(self, number: int, only: Any = None) -> None: ...
-
-
-def test_an_idle_core_prepares_the_plots_once_while_the_last_job_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(schedule, "outcome", lambda *_: "completed")
-    still_running: list[list[int]] = []
-    silent = MagicMock()
-    for jobs, expected in (([1, 2, 3, 4], [[4]]), ([1], [[1]]), ([], [])):
-        still_running.clear()
-        place, done = Place(), threading.Event()
-
-        def prepare(place: Place = place, done: threading.Event = done) -> None:
-            still_running.append([*place.running])
-            done.set()
-
-        def ended(seconds: float, place: Place = place, done: threading.Event = done) -> Any:
-            if len(place.running) == 1:
-                assert done.wait(10)  # the thread was started before the last job ended
-            return Place.ended(place, seconds)
-
-        monkeypatch.setattr(place, "ended", ended)
-        queue: Any = schedule.Queue([*jobs])  # type: ignore[list-item]
-        schedule.run(tmp_path, queue, place, silent, fail_fast=False, idle=prepare)
-        assert still_running == expected
 
 
 @pytest.mark.parametrize(

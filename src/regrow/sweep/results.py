@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
 import os
 from pathlib import Path
@@ -71,13 +69,6 @@ def write_table(folder: Path) -> Comparison:
     if all(row.state in ledger.ENDED for row in found.rows):
         comparison.write_out_of_fold(found.rows, folder / comparison.OUT_OF_FOLD)
     return found
-
-
-def prepare() -> None:
-    """Import what draws plots and pages, which takes a second."""
-    for name in ("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "jinja2"):
-        with contextlib.suppress(Exception):  # drawing will report it
-            importlib.import_module(name)
 
 
 def write_page(

@@ -163,8 +163,7 @@ def _run(
     show = Show(folder, len(jobs), len(jobs) - len(todo), sweep.at_once)
     place = local.Local(folder, sweep.at_once, sweep.context, gpus.Leases(sweep.gpus))
     queue = schedule.Queue(todo)
-    fail_fast = options.fail_fast
-    stop = schedule.run(folder, queue, place, show, fail_fast=fail_fast, idle=results.prepare)
+    stop = schedule.run(folder, queue, place, show, fail_fast=options.fail_fast)
     return conclude(sweep, stop.signals, len(entries))
 
 
@@ -264,8 +263,7 @@ def search(
     done = sum(ledger.state_of(folder, one)[0] in ledger.ENDED for one in ledger.entries(folder))
     introduce(folder, f"{total} trials", done, sweep.at_once, [likely] * total)
     show = Show(folder, total, done, sweep.at_once)
-    fail_fast = options.fail_fast
-    stop = schedule.run(folder, trials, place, show, fail_fast=fail_fast, idle=results.prepare)
+    stop = schedule.run(folder, trials, place, show, fail_fast=options.fail_fast)
     code = conclude(sweep, stop.signals, total)
     if len(metrics) > 1:
         log.info("no trial beats these in all of %s:", ", ".join(metrics))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -81,21 +79,9 @@ class Stop:
             self.place.send(signal.SIGTERM)
 
 
-def run(
-    folder: Path,
-    source: JobSource,
-    place: Executor,
-    show: Show,
-    *,
-    fail_fast: bool,
-    idle: Callable[[], object] = lambda: None,
-) -> Stop:
-    """Run all jobs until they end or a stop is requested; return the request.
-
-    Runs `idle` in a thread once a core has no job left to run while others still run.
-    """
+def run(folder: Path, source: JobSource, place: Executor, show: Show, *, fail_fast: bool) -> Stop:
+    """Run all jobs until they end or a stop is requested; return the request."""
     stop = Stop(place)
-    spare = threading.Thread(target=idle, daemon=True)
     with handled(STOPPING, stop.note), show:
         waiting: Planned | None = None
         while True:
@@ -110,8 +96,6 @@ def run(
                 waiting = None
             if not place.running and (stop.wished or waiting is None):
                 return stop
-            if waiting is None and place.has_room and spare.ident is None:
-                spare.start()
             for ended in place.ended(0.3):
                 its = outcome(folder, ended, stop)
                 source.ended(ended.planned)
