@@ -413,3 +413,13 @@ def test_only_the_build_casts_what_a_config_makes_to_a_protocol(tmp_path: Path) 
     }
     write(tmp_path, {f"wing/{name}": code for name, code in files.items()})
     assert casts_to_a_protocol(tmp_path) == {"regrow.wing.a", "regrow.wing.b"}
+
+
+def test_a_run_is_built_without_torchmetrics() -> None:
+    """Importing it takes a second or two and 120 MiB, which the first step need not wait for."""
+    loaded = modules_after(
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        "from running import CPU, TINY, allow, config_of, training; "
+        "config = config_of(*TINY); allow(config); training.build(config, CPU)"
+    )
+    assert "torchmetrics" not in loaded and "torch" in loaded
