@@ -176,6 +176,18 @@ def test_the_places_that_pip_ignores_are_one_line_and_other_warnings_stay(
     assert capfd.readouterr().err == ""
 
 
+def set_up_in(venv: Path, set_up: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the set-up build this environment."""
+    for name, path in {
+        "VENV": venv,
+        "PYTHON": venv / "bin" / "python",
+        "STAMP": venv / ".set-up-complete",
+        "UNFINISHED": venv / ".set-up-unfinished",
+        "LOCK_FILE": venv.parent / "lock",
+    }.items():
+        monkeypatch.setattr(set_up, name, path)
+
+
 def test_another_lock_than_that_of_a_complete_venv_is_installed(
     set_up: ModuleType,
     tmp_path: Path,
@@ -184,14 +196,7 @@ def test_another_lock_than_that_of_a_complete_venv_is_installed(
 ) -> None:
     venv = tmp_path / ".venv"
     (venv / "bin").mkdir(parents=True)
-    for name, path in {
-        "VENV": venv,
-        "PYTHON": venv / "bin" / "python",
-        "STAMP": venv / ".set-up-complete",
-        "UNFINISHED": venv / ".set-up-unfinished",
-        "LOCK_FILE": tmp_path / "lock",
-    }.items():
-        monkeypatch.setattr(set_up, name, path)
+    set_up_in(venv, set_up, monkeypatch)
     set_up.PYTHON.touch()
     made = set_up.wanted() | {"installed_from": set_up.PINNED, "lock": "yes"}
     set_up.STAMP.write_text(json.dumps(made))
@@ -220,14 +225,7 @@ def test_a_venv_made_by_hand_is_never_emptied(
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)
     (venv / "mine").touch()
-    for name, path in {
-        "VENV": venv,
-        "PYTHON": venv / "bin" / "python",
-        "STAMP": venv / ".set-up-complete",
-        "UNFINISHED": venv / ".set-up-unfinished",
-        "LOCK_FILE": tmp_path / "lock",
-    }.items():
-        monkeypatch.setattr(set_up, name, path)
+    set_up_in(venv, set_up, monkeypatch)
 
     def stopped(*_: object, **__: object) -> str:
         raise KeyboardInterrupt

@@ -559,8 +559,8 @@ def _target_that_takes(name: str) -> str | None:
 def _chosen(group: str) -> Any:
     """Return the node of a group's chosen option, without values from the command line.
 
-    To compose it takes a quarter of the time of the whole error. Only recipes, and a `_target_` on
-    the command line, make that necessary.
+    Composing the config takes a quarter of the error's whole time. Only a recipe, or a `_target_`
+    on the command line, requires it.
     """
     lines = dict(line.partition("=")[::2] for line in flags.split(sys.argv[1:])[1])
     if any(key in leads.RECIPES or key.endswith("._target_") for key in lines):

@@ -227,7 +227,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             pids = world.gather(os.getpid())
             if world.is_main:
                 saved = writer.complete(folder / "checkpoints").values()
-                step = max((manifest["step"] for manifest in saved), default=0)
+                step = max((each["step"] for each in saved), default=0)
                 records.set_status(folder, "running", step=step, pids=pids)
                 introduce(folder, job, objects, world)
                 if is_new and (far := objects.data.far_targets()) is not None:
