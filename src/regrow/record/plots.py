@@ -95,9 +95,10 @@ def figures(folder: Path, panels: Mapping[str, Sequence[Panel]] | None = None) -
             )
     there = {name: figure for name, figure in found.items() if figure is not None}
     for figure in there.values():  # lay out once, not for each file written
-        with _any_glyph():
-            figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        if (engine := figure.get_layout_engine()) is not None:
+            with _any_glyph():
+                engine.execute(figure)
+            figure.set_layout_engine(None)  # "none" would draw each once more before it is written
     return there
 
 
