@@ -18,6 +18,7 @@ from regrow.cli.arguments import Arguments, Option, parse
 from regrow.config.recorded import as_shown
 from regrow.errors import UserError, printable
 from regrow.failing import in_one_line
+from regrow.processes.begin import ending
 from regrow.record import by_class
 from regrow.record.earlier import differences, write_over
 from regrow.record.output import refuse_existing, write_text
@@ -37,6 +38,7 @@ OPTIONS = {
 }
 
 
+@ending()
 @in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments

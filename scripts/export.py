@@ -19,6 +19,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.extras import require
 from regrow.failing import in_one_line
+from regrow.processes.begin import ending
 from regrow.record.output import refuse_existing, write_bytes
 
 NEEDS = {
@@ -36,6 +37,7 @@ OPTIONS = {
 }
 
 
+@ending()
 @in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments

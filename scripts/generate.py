@@ -14,6 +14,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.failing import in_one_line
+from regrow.processes.begin import ending
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
@@ -31,6 +32,7 @@ OPTIONS = {
 }
 
 
+@ending()
 @in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments

@@ -23,6 +23,7 @@ from regrow.cli.arguments import Arguments, Option, parse
 from regrow.config.recorded import as_shown, gives_masks, refuse_other_folder
 from regrow.errors import DataError, UserError, printable
 from regrow.failing import in_one_line
+from regrow.processes.begin import ending
 from regrow.record.output import (
     refuse_existing,
     refuse_existing_folder,
@@ -50,6 +51,7 @@ OPTIONS = {
 SHOWN = 20  # names of images that are left out
 
 
+@ending()
 @in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments

@@ -17,6 +17,7 @@ from regrow.cli.arguments import Option, parse
 from regrow.config.resume import SWEEP
 from regrow.errors import UserError, machine_fault, printable
 from regrow.failing import in_one_line, tell
+from regrow.processes.begin import ending
 from regrow.record import comparison, report, side_by_side
 from regrow.record.output import refuse_existing
 from regrow.sweep import results
@@ -27,6 +28,7 @@ OPTIONS = {
 }
 
 
+@ending()
 @in_one_line()
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments

@@ -55,6 +55,7 @@ def entry_point(
     arguments: dict[str, Any] = {"config_path": str(CONF), "config_name": config_name}
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        @begin.ending()
         @in_one_line()
         def main() -> None:
             asked = help.is_asked(sys.argv[1:])

@@ -23,8 +23,7 @@ from typing import Any
 from regrow.config.job import Job
 from regrow.dotted import Checked
 from regrow.errors import MachineFault, UserError
-from regrow.processes import outside
-from regrow.processes.begin import python_path
+from regrow.processes import begin, outside
 from regrow.processes.signals import STOPPING, before_the_run, handled, held, tell_of_nothing
 from regrow.record import records
 
@@ -120,6 +119,7 @@ def start(job: Job, count: int) -> Outcome:
     server = outside.host_store(listener)
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
     before_the_run.end()
+    begin.built()
     with forwarding() as forwarded, private_folder() as private:
         path = Path(private, "job.json")  # private: the ranks execute it
         try:
@@ -197,7 +197,7 @@ def environment(rank: int, count: int, port: int, job: Path) -> dict[str, str]:
         # By default gloo listens on the interface that the machine's name resolves to.
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
         "REGROW_JOB": str(job),
-        "PYTHONPATH": python_path(),
+        "PYTHONPATH": begin.python_path(),
     }
 
 

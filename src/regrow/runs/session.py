@@ -33,7 +33,7 @@ from regrow.errors import (
     machine_fault,
 )
 from regrow.feeding.broken_images import BrokenImages
-from regrow.processes import ranks
+from regrow.processes import begin, ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.processes.signals import before_the_run
 from regrow.project import ROOT
@@ -65,6 +65,7 @@ def run_all(job: Job) -> float | None:
 
 def run_job(job: Job, world: World) -> float | None:
     """Run the job, or this rank's part of it, and return the best monitored value."""
+    begin.imported()
     allow(job.config)  # another process may have composed and checked it
     note_typed(job.overrides)
     with contextlib.ExitStack() as stack:
@@ -213,6 +214,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
         refuse_other_state(objects, Path(job.folder))
     world.barrier()  # a rank that fails before this line leaves no folder behind
     before_the_run.end()
+    begin.built()
     with contextlib.ExitStack() as stack:
         with StopRequest() as stop:  # install the handlers before there is a folder
             try:
@@ -235,7 +237,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
             begun, runs = False, Path("outputs", config["name"])
             latest = records.linked_latest(runs)
 
-            def begin() -> None:
+            def note_begun() -> None:
                 nonlocal begun
                 begun = True
                 records.link_latest(folder, runs)
@@ -246,7 +248,7 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                 watch = FirstSteps(objects, world, overfits=overfits)
             try:
                 summary = training.train(
-                    objects, config, folder, world, stop, trial, accepted, begin, watch
+                    objects, config, folder, world, stop, trial, accepted, note_begun, watch
                 )
                 if world.is_main:
                     manifest.note_packages(folder, ROOT)

@@ -47,6 +47,7 @@ def run(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]) -> N
     128 + signal if the sweep was stopped. A sweep that fails before it plans a job leaves nothing.
     """
     enter(config)
+    begin.built()  # its jobs build the objects
     told = begin.handed
     lock = records.Lock.taken_over(Path(told[frozen.FOLDER]), int(told[frozen.LOCK]))
     with lock, console():
