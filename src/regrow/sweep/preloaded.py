@@ -20,7 +20,6 @@ OF_THE_LAB = (
 die_with_parent(os.getppid())
 
 with begin.server():
-    import sklearn.datasets
     import torch._dynamo  # else building the first optimizer imports it
     import torchmetrics.classification
 
