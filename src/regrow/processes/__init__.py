@@ -2,7 +2,8 @@
 
 Public, by module; all else is private to this folder.
 
-begin: child, data_worker, handed, job, main, python_path, rank, refuse_separator, server, sweep
+begin: built, child, data_worker, ending, handed, imported, job, main,
+    python_path, rank, refuse_separator, server, sweep
 interrupt: Interrupted, StopRequest
 outside: absent, arrive, check_environment, check_size, have_met, is_in_a_shell, meet,
     others_in_words, PATIENCE, srun_environment, started_from_outside, wait_for_all, wait_until
