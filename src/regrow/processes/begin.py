@@ -74,7 +74,7 @@ def _leave() -> None:
 
     Freeing one module after the other took a second.
     """
-    with contextlib.suppress(OSError):  # of a closed pipe, which Python reports
+    with contextlib.suppress(OSError, ValueError):  # of a closed stream, which Python reports
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         if _exit_code is not None:
