@@ -37,17 +37,19 @@ def prose(name: str) -> str:
 
 def test_figures_on_cifar10_are_those_of_the_notes() -> None:
     _, by_hand, _ = trained("by hand, seed 0")
-    _, eight, accuracy_of_eight = trained("train.py, seed 0, in one go with it")
-    epochs, seconds, accuracy = trained("train.py, seed 0, alone")
-    _, _, other_accuracy = trained("train.py, seed 100, beside other work")
+    _, eight, _ = trained("train.py, seed 0, in one go with it")
+    epochs, seconds, of_nine = trained("train.py, seed 0, alone")
+    _, _, other_of_nine = trained("train.py, seed 100, beside other work")
+    first, second = (trained(f"train.py, seed {n}, one thread, with pauses") for n in (0, 1))
     an_epoch = f"{seconds / epochs:.0f} s"
     readme, header = prose("README.md"), prose("conf/experiment/cifar10_fast.yaml")
     assert f"takes {an_epoch} an epoch on two cores" in readme
     assert f"eight epochs took {eight / by_hand:.2f} of" in readme
-    assert f"{100 * other_accuracy:.1f} and {100 * accuracy:.1f} % of CIFAR-10's" in readme
+    assert f"{100 * first[2]:.1f} and {100 * second[2]:.1f} % of CIFAR-10's" in readme
     assert f"{an_epoch} of training an epoch on two CPU cores" in header
-    assert f"test accuracy {other_accuracy:.3f} and {accuracy:.3f}" in header
-    assert f"after eight epochs {accuracy_of_eight:.3f}" in header
+    assert f"test accuracy {first[2]:.3f} and {second[2]:.3f}" in header
+    assert f"after nine epochs {other_of_nine:.3f} and {of_nine:.3f}" in header
+    assert first[0] == second[0] == 10 and "max_epochs: 10" in header
 
 
 def test_figures_on_a_step_are_those_of_the_results() -> None:
