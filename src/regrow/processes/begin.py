@@ -64,7 +64,7 @@ def ending() -> Iterator[None]:
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
-    except Exception:  # not after Ctrl-C, which Python answers with the signal itself
+    except Exception:  # Ctrl-C that nothing has caught ends Python by the signal itself
         _exit_code = 1
         raise
 
