@@ -432,6 +432,16 @@ def test_a_task_brings_its_loss_and_monitor(task: str, data: str) -> None:
         assert config.loss["_target_"].endswith(".mse")
 
 
+def test_the_advice_to_leave_out_arguments_works_also_for_those_that_are_null() -> None:
+    given = ("scheduler._target_=torch.optim.lr_scheduler.StepLR", "+scheduler.step_size=2")
+    config = composed(*given)
+    with pytest.raises(UserError, match=r"warmup_steps, .*\.final_factor") as caught:
+        check(config, config.hydra.runtime.choices)
+    _, _, advice = str(caught.value).partition("To leave out what the option brings: ")
+    config = composed(*given, *advice.split())
+    check(config, config.hydra.runtime.choices)
+
+
 def test_a_task_without_its_data_is_refused() -> None:
     config = composed("task=binary")
     with pytest.raises(UserError, match="Use task=multiclass"):

@@ -437,7 +437,9 @@ def check_signature(node: Mapping[str, Any], path: str) -> Mapping[str, inspect.
         hint = did_you_mean(foreign[0], parameters) if len(foreign) == 1 else ""
         said = f"{named}: {target} takes no such argument.{hint}"
         if "." not in path:
-            left_out = " ".join(f"~{path}.{key}" for key in foreign)
+            # Hydra deletes no null: ~key would be refused until the key has a value.
+            set_first = {key: f"{path}.{key}=0 " if node[key] is None else "" for key in foreign}
+            left_out = " ".join(f"{value}~{path}.{key}" for key, value in set_first.items())
             raise UserError(f"{said} To leave out what the option brings: {left_out}")
         is_item = path.rpartition(".")[2].isdigit()  # of a list, into which nothing is merged
         if is_item or {*foreign} <= {*typed_node(path)}:
