@@ -99,7 +99,7 @@ def test_splits_in_files_of_their_own_and_a_row_in_two_is_refused(
         ("1,,a,0,0,1", "line 62, column 'y': the cell is empty"),
         ("1,nan,a,0,0,1", "line 62, column 'y': the cell holds 'nan'"),
         ('1,"2,a,0,0,1', "line 62: unexpected end of data"),
-        ("1,2,\udcff,0,0,1", "no UTF-8"),
+        ("1,2,\udcff,0,0,1", "not UTF-8 (invalid start byte). Save the file as UTF-8."),
     ],
 )
 def test_a_broken_line_is_named(make_data: Make, folder: Path, line: str, message: str) -> None:

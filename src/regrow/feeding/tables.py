@@ -161,7 +161,8 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}, after line {reader.line_num}: no UTF-8 ({error.reason})."
+                    f"{path}, after line {reader.line_num}: not UTF-8 ({error.reason}). "
+                    "Save the file as UTF-8."
                 ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
