@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def test_an_experiment_opens_as_a_lab_note_and_is_sound(option: str) -> None:
     config = composed(f"experiment={option}")
     check(config, config.hydra.runtime.choices)
     assert config.name == option
+
+
+def test_gpt2_keeps_its_precision_and_its_micro_batches_on_several_gpus() -> None:
+    page = (CONF.parent / "docs" / "recipes" / "language.md").read_text(encoding="utf-8")
+    (several,) = re.findall(r"or several\n\(`(.*)`\)", page)
+    one, config = (composed("experiment=gpt2_124m", *more) for more in ((), several.split()))
+    assert config.trainer.precision == one.trainer.precision == "bf16"
+    devices, slices = config.trainer.devices, config.trainer.accumulation_steps
+    assert devices > 1 and devices * slices == one.trainer.accumulation_steps
 
 
 @pytest.mark.parametrize("option", sorted({*EXPERIMENTS} - {*CIFAR, *LARGE}))

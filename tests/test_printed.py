@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -54,6 +55,13 @@ def commands() -> list[str]:
     block = text.partition("## What you type")[2].split("```")[1]
     lines = block.replace("\\\n", " ").strip().splitlines()
     return [" ".join(line.partition("  #")[0].split()) for line in lines]
+
+
+def test_the_readme_names_every_config_group() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"^conf/ +the config groups: ([\w,\s]+?)$\n(?=scripts/)", text, re.M)
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    assert {*re.findall(r"\w+", named)} == groups - {"local"}  # which git ignores
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,24 @@ def test_a_workflow_calls_targets_that_the_makefile_has() -> None:
     assert {"site", "test-nightly", "lock", "workflows"} <= called <= targets
 
 
+def test_contributing_names_the_commands_that_need_no_set_up() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    needs = {
+        name: {*before.split(), *re.findall(r"\$\(MAKE\) ([a-z-]+)", lines)}
+        for name, before, lines in re.findall(
+            r"^([a-z-]+):([^#=\n]*)##.*\n((?:\t.*\n)*)", makefile, re.M
+        )
+    }
+
+    def is_set_up(name: str) -> bool:
+        return name == "setup" or any(map(is_set_up, needs.get(name, ())))
+
+    (said,) = re.findall(r"Every command below except (.*) first builds", page)
+    without = {name for name in re.findall(r"`make ([a-z-]+)", page) if not is_set_up(name)}
+    assert without == {*re.findall(r"`make ([a-z-]+)`", said)}
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "says"),
     [

@@ -29,7 +29,7 @@ def compose(config_name: str = "train", overrides: Sequence[str] = ()) -> DictCo
 def build(config: Mapping[str, Config] | DictConfig) -> Objects:
     """Return the objects that a config describes, as a run builds them, without starting one.
 
-    These are `state.model`, `state.optimizer`, `data`, `task`, and the batches `train` and `val`.
+    These are `state.model`, `state.optimizer`, `data`, `task`, and the batches: `train` and `sets`.
     Sets this process's seeds and threads as a run does. `objects.data.close()` ends the data's
     workers. Raises UserError, for example for a target that neither conf/ nor `compose` named.
     """

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from running import composed
 
-from regrow.config.check import check
+from regrow.config.check import check, shipped_node
 from regrow.errors import DataError, UserError
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples, cut, cut_examples
+from regrow.project import CONF
 
 Make = Callable[..., Data]
 SIZES = {"digits": 1797, "digits_attributes": 1797, "breast_cancer": 569, "diabetes": 442}
@@ -212,6 +213,16 @@ def test_impossible_folds_are_refused_before_the_data_is_read(
     with pytest.raises(UserError) as error:
         check(composed(*overrides), {})
     assert message in str(error.value)
+
+
+def test_the_recipe_names_every_source_that_makes_folds() -> None:
+    page = (CONF.parent / "docs" / "recipes" / "folds.md").read_text(encoding="utf-8")
+    options = [path.stem for path in (CONF / "data").glob("[!_]*.yaml")]
+    made = {
+        name for name in options if "folds" in (shipped_node("data", name) or {}).get("source", {})
+    }
+    assert len(made) > 8
+    assert made == {name for name in options if f"`{name}`" in page}
 
 
 def test_folds_beside_a_test_split_are_refused(make_data: Make, tmp_path: Path) -> None:

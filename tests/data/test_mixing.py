@@ -21,6 +21,7 @@ from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.mixing import Mix, pairs_of
 from regrow.feeding.sampling import Windows, permutation
+from regrow.project import CONF
 
 Make = Callable[..., Data]
 Same = Callable[[list[LoadedBatch], list[LoadedBatch]], bool]
@@ -175,6 +176,19 @@ def test_one_process_reads_nothing_twice_and_two_read_their_partners() -> None:
         windows = Windows(COUNT, SIZE, False, rank, 2)
         own = sum(max(1, windows.share(number).num_local) for number in range(len(windows)))
         assert len(batches[-1].targets) == 1 and own < len(read) <= 2 * own  # type: ignore[arg-type]
+
+
+def test_two_processes_read_some_1_4_times_as_many_examples() -> None:
+    count, size = 64 * 200, 64
+    how: dict[str, Any] = {"seed": 0, "epoch": 0, "num_classes": None}
+    pairs = pairs_of(MixUp(alpha=1.0), torch.arange(count), None, size, **how)
+    read = sum(
+        len(pairs.read_by(windows.share(number))[0])
+        for windows in (Windows(count, size, False, rank, 2) for rank in range(2))
+        for number in range(len(windows))
+    )
+    page = (CONF.parent / "docs" / "recipes" / "mixing.md").read_text(encoding="utf-8")
+    assert f"with two processes some {read / count:.1f} times" in page
 
 
 def test_a_rank_without_an_example_in_the_last_window_still_gets_a_batch() -> None:

@@ -4,7 +4,7 @@ A run's config holds every key that existed at its time. Later versions add keys
 default that changes the maths. `complete` gives an older record the value that reproduces what the
 code did without the key, so that resume, evaluate, predict and reproduce keep the run's meaning.
 
-The rows of the lab's own options are in its module `older`, beside the options: see `added_keys`.
+The rows of the lab's own options are in its module `added`: see `added_keys`.
 """
 
 from __future__ import annotations
