@@ -28,7 +28,6 @@ OPTIONS = {
 }
 
 
-@ending()
 @in_one_line()
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
@@ -104,4 +103,5 @@ def of_sweep(folder: Path, output: Path | None) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending():
+        sys.exit(main())

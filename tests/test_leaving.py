@@ -60,3 +60,9 @@ def test_a_run_exits_at_once_but_after_its_exit_handlers_and_threads(
     assert (tmp_path / "handled").exists() and (tmp_path / "joined").exists()
     assert "leaked" not in ended.stderr
     assert bool(ended.stderr) == (code != 0), ended.stderr
+
+
+def test_a_script_that_returns_its_exit_code_ends_with_it(tmp_path: Path) -> None:
+    report = [sys.executable, str(SCRIPTS / "report.py"), "nowhere"]
+    ended = subprocess.run(report, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: nowhere: no run is there.")
