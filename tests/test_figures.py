@@ -86,3 +86,14 @@ def test_the_benchmark_of_seeding_replaces_functions_that_are_there() -> None:
 
     for name in (seeding.KEY, seeding.SEED):
         assert callable(pkgutil.resolve_name(name))
+
+
+def test_the_list_of_recipes_has_the_figures_of_the_page_on_rare_classes() -> None:
+    rows = re.findall(
+        r"^(\S+) +3 .*\] +(\d\.\d+) ±",
+        (ROOT / "docs/recipes/rare_classes.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    weighted, balanced, plain = (f"{float(accuracy):.3f}" for _, accuracy in rows)
+    said = f"test accuracy: plain {plain}, balanced {balanced}, weighted loss {weighted} (n=3)"
+    assert said in prose("docs/recipes/README.md")
