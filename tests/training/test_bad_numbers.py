@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def test_a_run_continues_after_a_skipped_step_as_if_its_batch_had_not_been() -> 
         if bad is None:
             without.step(batch(number))
     assert same(held_by(skipped), held_by(without))
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.float64], repeat=2)])
+def test_a_device_finds_the_same_numbers_not_finite_as_the_host(dtypes: Any) -> None:
+    numbers = [0.0, -0.0, 1.5, -1e30, 1e38, torch.inf, -torch.inf, torch.nan]
+    for norm, loss in itertools.product(numbers, repeat=2):
+        pair = [torch.tensor(n, dtype=dtype) for n, dtype in zip((norm, loss), dtypes, strict=True)]
+        found = totals.either_is_not_finite(*pair)
+        assert found.dtype == torch.bool
+        assert bool(found) is not (math.isfinite(norm) and math.isfinite(loss))
 
 
 def test_a_step_that_is_not_checked_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_flat_buffers_change_no_number_and_take_one_copy_per_dtype() -> None:
     torch.testing.assert_close(flat.state_dict(), own.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("skipped", [True, torch.tensor(1.0), False, torch.tensor(0.0)])
+@pytest.mark.parametrize("skipped", [True, torch.tensor(True), False, torch.tensor(False)])
 @pytest.mark.parametrize("flat", [True, False])
 def test_only_a_skipped_step_restores_them(skipped: Any, flat: bool) -> None:
     model, _ = networks()
@@ -67,6 +67,22 @@ def test_a_buffer_of_which_the_model_keeps_a_view_stays_where_it_is() -> None:
     Buffers(model, flat=True)
     model.sums.add_(1)  # type: ignore[operator, union-attr]
     assert model.first.tolist() == [1, 1]
+
+
+def test_buffers_that_share_one_memory_are_moved_unless_they_overlap() -> None:
+    model, _ = networks()
+    for _ in range(2):  # the second time, they are parts of the first one's flat tensors
+        assert len(Buffers(model, flat=True).now) == 2
+    held = Buffers(model, flat=True)  # still uses the flat tensors
+    assert len(Buffers(model, flat=True).now) == 6
+    del held
+    model = nn.Module()
+    model.register_buffer("most", torch.zeros(3))
+    memory = model.most.untyped_storage()  # type: ignore[operator, union-attr]
+    model.register_buffer("last", torch.empty(0).set_(memory, 2, (1,)))  # type: ignore[call-overload]
+    assert len(Buffers(model, flat=True).now) == 2
+    model.most.add_(1)  # type: ignore[operator]
+    assert model.last.tolist() == [1]  # type: ignore[operator]
 
 
 class Placed(nn.Module):
@@ -120,7 +136,7 @@ def test_a_buffer_that_grows_from_nothing_is_restored() -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("skipped", [True, torch.tensor(1.0), False, torch.tensor(0.0)])
+@pytest.mark.parametrize("skipped", [True, torch.tensor(True), False, torch.tensor(False)])
 @pytest.mark.parametrize("rebound", [0, 1])
 def test_a_buffer_of_two_modules_is_restored_in_both(
     rebound: int, skipped: Any, flat: bool

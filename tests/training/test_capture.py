@@ -325,6 +325,51 @@ def test_noise_of_kernels_is_allowed_unless_they_are_deterministic(
 
 
 @pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("failing", [8, 9, 10])  # the replay, the step itself, the step once more
+def test_a_comparison_without_enough_memory_frees_the_graphs_and_changes_nothing(
+    failing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = itertools.count()
+
+    def noise() -> float:
+        number = next(calls)
+        if number == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1e-3 if number == 8 else 0.0  # so that the replay differs
+
+    model = network()
+    expected = weights_after(capture.Eager(), copy.deepcopy(model))
+    graphs = graphs_of(model, deterministic=False)
+    assert same(weights_after(graphs, model, noise=noise), expected)
+    assert not graphs.is_on and "leave too little memory" in caplog.text
+
+
+class Short(torch.optim.SGD):
+    """Has no memory left at the end of one step, counted from zero."""
+
+    failing, steps = -1, 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.steps += 1
+        if self.steps == self.failing + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("failing", [4, 5])  # the replayed update, and the update itself
+def test_an_update_compared_without_enough_memory_happens_once(failing: int) -> None:
+    model = network()
+    other = copy.deepcopy(model)
+    expected = weights_after(capture.Eager(), other, Short(other.parameters(), lr=0.1))
+    optimizer = Short(model.parameters(), lr=0.1)
+    optimizer.failing = failing
+    graphs = graphs_of(model, optimizer)
+    assert same(weights_after(graphs, model, optimizer), expected)
+    assert optimizer.steps > failing and not graphs.is_on
+
+
+@pytest.mark.usefixtures("on_a_cpu")
 def test_a_difference_beyond_noise_turns_capture_off(caplog: pytest.LogCaptureFixture) -> None:
     model, kernels = network(), itertools.cycle((0.0, 1e-4, 2e-4))
     graphs = graphs_of(model, deterministic=False)

@@ -125,7 +125,7 @@ def test_skipped_and_empty_steps_are_told_apart_on_the_device() -> None:
     """With the tensors of a device that nobody has waited for."""
     run = bench()
     run.state.sums = Totals(torch.zeros(4, dtype=torch.float64))
-    one, zero = torch.ones(()), torch.zeros(())
+    one, zero = torch.tensor(True), torch.tensor(False)
     step = Totals(torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64))
     for skipped, empty in ((zero, zero), (one, zero), (one, one), (one, zero), (True, one)):
         run.state.finish_step(step, Skipped(skipped, empty), 0, run.options)  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def test_micro_batches_do_not_make_a_step_empty(tmp_path: Path) -> None:
 
 
 def test_an_empty_step_leaves_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    for empty in (True, torch.ones(())):
+    for empty in (True, torch.tensor(True)):
         scale = LossScale(CPU.device, growth_interval=2)
         scale.update(False)
         before = scale.state_dict()
@@ -187,7 +187,7 @@ def test_an_empty_step_leaves_the_scale(monkeypatch: pytest.MonkeyPatch) -> None
         scale.update(False)
         assert scale.value == 2.0**17  # the second good step
     with_zero = LossScale(CPU.device)
-    with_zero.update(torch.ones(()), torch.zeros(()))
+    with_zero.update(torch.tensor(True), torch.tensor(False))
     assert with_zero.value == 2.0**15
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from regrow.errors import UserError
 from regrow.numerics.totals import Skipped
 
 SKIPPED = Skipped(True)
-ALONE = 2  # references to a storage that one tensor uses: the tensor's and ours
+OURS = 1  # reference to a storage, taken to count those of the tensors
 ALIGNMENT = 64  # bytes: a vector of any CPU, and more than a GPU's kernels ask for
 Place = tuple[dict[str, Tensor | None], str]  # a module's buffers, and a name
 
@@ -53,7 +53,7 @@ class Buffers:
                     self.caches.append((module._buffers, name))
         self.buffers = [_at(place) for place in self.places]
         distinct = {id(buffer): buffer for buffer in self.buffers if buffer.numel()}
-        movable = {key for key, buffer in distinct.items() if flat and _owns_its_memory(buffer)}
+        movable = {id(buffer) for buffer in _movable(distinct.values())} if flat else set()
         self.now = [buffer for key, buffer in distinct.items() if key not in movable]
         self.now += _flat([buffer for key, buffer in distinct.items() if key in movable])
         self.before = [buffer.detach().clone() for buffer in self.now]
@@ -133,14 +133,27 @@ def _at(place: Place) -> Tensor:
     return buffer
 
 
-def _owns_its_memory(buffer: Tensor) -> bool:
-    """Return True if no other tensor, such as a view that the model keeps, shares the memory."""
-    return (
-        type(buffer) is Tensor
-        and buffer.layout == torch.strided
-        and buffer.is_contiguous()
-        and torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) == ALONE
-    )
+def _movable(buffers: Iterable[Tensor]) -> list[Tensor]:
+    """Return those whose memory no other tensor shares, such as a view that the model keeps.
+
+    Several may be parts of one memory, as they are after an earlier `Buffers` of the same model.
+    """
+    sharing: dict[int, list[Tensor]] = {}
+    for buffer in buffers:
+        if type(buffer) is Tensor and buffer.layout == torch.strided and buffer.is_contiguous():
+            sharing.setdefault(buffer.untyped_storage()._cdata, []).append(buffer)
+    return [
+        buffer
+        for memory, parts in sharing.items()
+        if torch._C._storage_Use_Count(memory) == len(parts) + OURS and not _overlap(parts)
+        for buffer in parts
+    ]
+
+
+def _overlap(parts: list[Tensor]) -> bool:
+    """Return True if two contiguous parts of one memory have a byte in common."""
+    ends = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    return any(end > start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
 def _flat(buffers: list[Tensor]) -> Iterator[Tensor]:

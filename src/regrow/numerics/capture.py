@@ -285,34 +285,41 @@ class Graphs(Eager):
             now = [p.grad for p in self.parameters if p.grad is not None]
             return [*tensors, *now, *tensors_in(outputs)]
 
-        try:
-            saved = _copies(kept)
+        def both_ways() -> tuple[R, str | None]:
+            saved.extend(_copies(kept))
             replayed = _copies(left_by(recorded.replay(given, seed)))
+            restore()
+            result, reason = watched(piece, given, seed, self.objects)
+            if reason is None and changed:
+                reason = f"{changed} was changed since they were recorded"
+            if reason is not None or same(replayed, left_by(result)):
+                return result, reason
+            noise = 0.0
+            if not self.deterministic:
+                uncaptured = _copies(left_by(result))
+                restore()
+                result, _ = watched(piece, given, seed, self.objects)
+                noise = distance(uncaptured, left_by(result))
+            if distance(replayed, left_by(result)) <= NOISE * noise:
+                return result, None
+            return result, (
+                f"replay {self.recording.replays} differs from the step itself. Those since the "
+                "last comparison may differ as well"
+            )
+
+        try:
+            result, reason = both_ways()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            restore()
-            self.release()
-            return super().run(piece, given, seed)
+        else:
+            if reason is not None:
+                self._stop(reason)
+            return result
         restore()
-        result, reason = watched(piece, given, seed, self.objects)
-        if reason is None and changed:
-            reason = f"{changed} was changed since they were recorded"
-        if reason is None and not same(replayed, left_by(result)):
-            noise = 0.0
-            if not self.deterministic:
-                eager = _copies(left_by(result))
-                restore()
-                result, _ = watched(piece, given, seed, self.objects)
-                noise = distance(eager, left_by(result))
-            if not distance(replayed, left_by(result)) <= NOISE * noise:
-                reason = (
-                    f"replay {self.recording.replays} differs from the step itself. Those since "
-                    "the last comparison may differ as well"
-                )
-        if reason is not None:
-            self._stop(reason)
-        return result
+        saved.clear()
+        self.release()
+        return super().run(piece, given, seed)
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -42,7 +42,7 @@ class LossScale:
         self.growth_interval = growth_interval
 
     def update(self, skipped: bool | Tensor, empty: bool | Tensor = False) -> None:
-        """Update the scale. `skipped`: 1.0 or True if the gradient was not finite.
+        """Update the scale. `skipped`: True if the gradient was not finite.
 
         An `empty` step, whose weights were all zero, leaves the scale unchanged.
         """
@@ -54,8 +54,8 @@ class LossScale:
         value = self.value * (1 - 0.5 * skipped) * (1 + grows)
         good_steps = good_steps * (good_steps < self.growth_interval)
         if isinstance(empty, Tensor):
-            value = torch.where(empty.bool(), self.value, value)
-            good_steps = torch.where(empty.bool(), self.good_steps, good_steps)
+            value = torch.where(empty, self.value, value)
+            good_steps = torch.where(empty, self.good_steps, good_steps)
         self.value.copy_(value)
         self.good_steps.copy_(good_steps)
 

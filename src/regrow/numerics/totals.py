@@ -117,9 +117,14 @@ class Totals(NamedTuple):
                 pairs = zip(self.values, step.read(), strict=False)  # an epoch has no components
                 self.values[:] = [a + b for a, b in pairs]
             return
-        more = torch.as_tensor(step.values, device=self.values.device)[: len(self.values)]
-        bad = torch.as_tensor(skipped.update, device=self.values.device).bool()
-        self.values.add_(torch.where(bad, 0.0, more))
+        if skipped.update is True:
+            return
+        more = torch.as_tensor(step.values, device=self.values.device)
+        if step.components:  # of which an epoch has none
+            more = more[:COUNTED]
+        if skipped.update is not False:
+            more = torch.where(skipped.update, scalar(0.0, like=more), more)
+        self.values.add_(more)
 
     def clear_(self) -> None:
         """Set an epoch's totals to zero, in the memory that a CUDA graph adds to."""
@@ -166,11 +171,11 @@ class Totals(NamedTuple):
         if not self.weighted:
             return False
         weight = self.values[WEIGHT]
-        return weight.eq(0).float() if isinstance(weight, Tensor) else weight == 0
+        return weight.eq(0) if isinstance(weight, Tensor) else weight == 0
 
 
 class Skipped(NamedTuple):
-    """True where a step was skipped: bools if the host knows, else () tensors of 1.0 or 0.0."""
+    """True where a step was skipped: bools if the host knows, else () tensors of bool."""
 
     update: Tensor | bool  # nothing changed, because the loss or a gradient is not finite
     empty: Tensor | bool = False  # … or because all weights are zero: not a fault
@@ -199,7 +204,8 @@ class Skipped(NamedTuple):
             torch._foreach_lerp_(values, others, weight)
         elif self.update is not True:  # avoids asking the device whether the step was skipped
             differences = [*torch._foreach_sub(others, values)]
-            torch._foreach_mul_(differences, weight * (1 - self.update))
+            share = weight if self.update is False else weight * ~self.update
+            torch._foreach_mul_(differences, share)
             torch._foreach_add_(values, differences)
 
     def restore_(self, values: Tensor, before: Tensor) -> None:
@@ -207,7 +213,7 @@ class Skipped(NamedTuple):
         if self.update is True:
             values.copy_(before)
         elif self.update is not False:
-            values.copy_(torch.where(self.update.bool(), before, values))
+            torch.where(self.update, before, values, out=values)
 
     def count_in(self, skips: Tensor, empty_steps: Tensor) -> None:
         """Count the step in `skips` (2,), of bad steps in total and in a row, or `empty_steps`.
@@ -215,12 +221,12 @@ class Skipped(NamedTuple):
         An empty step is not a bad one: it neither starts nor ends a streak of bad steps.
         """
         if isinstance(self.update, Tensor) or isinstance(self.empty, Tensor):
-            bad = torch.as_tensor(self.update, dtype=torch.float32, device=skips.device)
+            bad = torch.as_tensor(self.update, device=skips.device)
             streak_goes_on = bad
             if isinstance(self.empty, Tensor):
                 empty_steps += self.empty
-                streak_goes_on = torch.maximum(bad, self.empty)
-                bad = bad * (1 - self.empty)
+                streak_goes_on = bad | self.empty
+                bad = bad & ~self.empty
             skips += bad
             skips[1].mul_(streak_goes_on)
         elif self.empty:
@@ -234,10 +240,10 @@ class Skipped(NamedTuple):
         """Return the gradients' norm for the log, `norm * factor`; 0 for an empty step."""
         if self.empty is True:
             return 0.0
-        found = norm if isinstance(factor, float) and factor == 1.0 else norm * factor
+        found = times(norm, factor)
         if isinstance(self.empty, Tensor):
             found = torch.as_tensor(found, device=self.empty.device)
-            return torch.where(self.empty.bool(), 0.0, found)
+            return torch.where(self.empty, 0.0, found)
         return found
 
 
@@ -258,6 +264,19 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Creating a tensor costs a copy to the device at each step.
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def times(value: Tensor | float, factor: Tensor | float) -> Tensor | float:
+    """Return the product, without an operation on the device for a factor of one."""
+    return value if isinstance(factor, float) and factor == 1.0 else value * factor
+
+
+def either_is_not_finite(first: Tensor, second: Tensor | float) -> Tensor:
+    """Return a () tensor of bool, from two operations on the device."""
+    second = torch.as_tensor(second, device=first.device)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    mixed = first.to(dtype).lerp(second.to(dtype), 0.0)  # first + 0 (second - first)
+    return mixed.ne(mixed)
 
 
 def numbers(first: Tensor | float, *others: Tensor | float) -> list[float]:
