@@ -11,6 +11,6 @@ flops: peak_of, peak_of_card
 memory: keep_freed_memory
 precision: at_least_float32, autocast, LossScale, widest
 scheduler_adapter: adapts, refuse_metric, SchedulerAdapter
-totals: COUNTED, EXAMPLES, gradient_norm, LOSS, numbers, ratio, scalar, SCORE, Skipped, sum_dtype,
-    Totals, WEIGHT, weighted, without_waiting
+totals: COUNTED, either_is_not_finite, EXAMPLES, gradient_norm, LOSS, numbers, ratio, scalar, SCORE,
+    Skipped, sum_dtype, times, Totals, WEIGHT, weighted, without_waiting
 """
