@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import DataError, UserError
-from regrow.feeding.feeds import outside
+from regrow.feeding.feeds import out_of_range, outside
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.mixing import Mix, refuse_integers
 from regrow.feeding.preprocess import Normalizer, Preprocessing
@@ -191,10 +191,7 @@ class DataChecks:
         wrong = outside(targets, number, self.ignore_index)
         if wrong is not None:
             row = int((targets == wrong).nonzero()[0][0])
-            raise DataError(
-                f"split {name}, example {row}: class {wrong} is out of range for "
-                f"data.num_classes={number}: 0 … {number - 1}."
-            )
+            raise DataError(f"split {name}, example {row}: {out_of_range(wrong, number)}")
 
 
 def order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:

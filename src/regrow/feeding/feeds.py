@@ -463,8 +463,7 @@ class _Seeded:
             files = getattr(self.dataset, "files", None)
             where = f" ({files[index]})" if files is not None else ""
             raise DataError(
-                f"{self.name} example {index}{where}: class {wrong} is out of range "
-                f"for data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
+                f"{self.name} example {index}{where}: {out_of_range(wrong, self.num_classes)}"
             )
 
 
@@ -538,10 +537,7 @@ class _Collate:
         elif self.collate is not None and self.num_classes is not None:
             wrong = outside(found[1], self.num_classes, self.ignore_index)
             if wrong is not None:
-                return _Broken(
-                    f"{self.name}: a batch has class {wrong}, which is out of range for "
-                    f"data.num_classes={self.num_classes}: 0 … {self.num_classes - 1}."
-                )
+                return _Broken(f"{self.name}, in a batch: {out_of_range(wrong, self.num_classes)}")
         inputs, targets, weights = found
         # A worker cannot send a tensor with a graph.
         inputs, targets = each(inputs, Tensor.detach), each(targets, Tensor.detach)
@@ -568,6 +564,14 @@ def input_names(
     if isinstance(inputs, Tensor):
         return None
     return [str(name) for name in (inputs if isinstance(inputs, Mapping) else range(len(inputs)))]
+
+
+def out_of_range(wrong: int, num_classes: int) -> str:
+    """Return an error's words for what `outside` found, with the way out."""
+    return (
+        f"class {wrong} is out of range for data.num_classes={num_classes}: 0 … {num_classes - 1}. "
+        "Number the classes from 0, or set data.num_classes and data.num_outputs to their number."
+    )
 
 
 def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int | None:

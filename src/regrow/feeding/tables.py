@@ -336,7 +336,7 @@ def _targets(
             raise UserError(
                 f"data.num_classes={count}, but {len(names)} classes were found in column "
                 f"{columns[0]!r} of {table.path}: {shown}. Set data.num_classes={len(names)} "
-                f"and data.num_outputs."
+                f"and data.num_outputs={len(names)}."
             )
         index_of = {name: index for index, name in enumerate(names or [])}
         # Accept indices only if no class name is a number.
