@@ -523,20 +523,28 @@ def imported_packages(root: Path) -> dict[str, str]:
     found = {}
     for one in importlib.metadata.distributions():
         with contextlib.suppress(Exception):  # a package with broken metadata has no version
-            place = _editable(one)
+            place, name = _editable(one), _header(one, "Name")
             if place is None:
-                used = not imported.keys().isdisjoint(_modules_of(one))
+                used = name in imported or not imported.keys().isdisjoint(_modules_of(one))
             else:  # its metadata may not list modules
                 files = [file for file in imported.values() if file and _is_in(file, place)]
                 used = any(not _is_in(file, root.resolve()) for file in files)
             if not used:
                 continue
-            headers = one.metadata  # parsed at each access
-            name = re.sub(r"[-_.]+", "-", headers["Name"]).lower()  # spelled as in PACKAGES
+            name = re.sub(r"[-_.]+", "-", name).lower()  # spelled as in PACKAGES
             if name not in found:  # the first on the path is the imported one
                 suffix = "" if place is None else _of_a_checkout(place)
-                found[name] = headers["Version"] + suffix
+                found[name] = _header(one, "Version") + suffix
     return found
+
+
+def _header(one: importlib.metadata.Distribution, name: str) -> str:
+    """Return a header of the package's metadata, whose parser would read the whole README too."""
+    text = one.read_text("METADATA") or one.read_text("PKG-INFO") or ""
+    found = re.search(rf"^{name}:(.*)$", text, re.MULTILINE)
+    if found is None:
+        raise LookupError(name)
+    return found[1].strip()
 
 
 def _modules_of(one: importlib.metadata.Distribution) -> set[str]:

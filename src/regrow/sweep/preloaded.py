@@ -11,6 +11,8 @@ import os
 from regrow.processes import begin
 from regrow.processes.parent import die_with_parent
 
+# Each job imports scripts/train.py as its main module.
+OF_TRAIN_PY = ("regrow.cli.entry", "regrow.cli.start")
 # The modules of the lab that most runs use. A removed one costs nothing.
 OF_THE_LAB = (
     *("build", "loop", "data.augment", "data.datasets", "models.cnn", "models.mlp"),
@@ -25,11 +27,13 @@ with begin.server():
 
     # Code that cannot be imported must not end the server: each job that needs it reports that.
     with contextlib.suppress(Exception):
+        from regrow.config import explain, hydras
         from regrow.feeding import loaders
+        from regrow.numerics import exact
         from regrow.project import lab_name
         from regrow.record import plots
         from regrow.runs import worker
 
-        for module in OF_THE_LAB:
+        for module in (*OF_TRAIN_PY, *(f"{lab_name()}.{name}" for name in OF_THE_LAB)):
             with contextlib.suppress(Exception):
-                importlib.import_module(f"{lab_name()}.{module}")
+                importlib.import_module(module)
