@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,37 @@ def test_a_script_that_returns_its_exit_code_ends_with_it(tmp_path: Path) -> Non
     report = [sys.executable, str(SCRIPTS / "report.py"), "nowhere"]
     ended = subprocess.run(report, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("error: nowhere: no run is there.")
+
+
+@pytest.mark.slow
+def test_a_file_that_a_module_leaves_open_is_complete(tmp_path: Path) -> None:
+    """The process is then taken apart, which closes it. Without a stderr, a run ends well too."""
+    own = OWN + '\nLOG = Path("log").open("w")\nLOG.write("kept")\n'
+    (tmp_path / "watched.py").write_text(own)
+    run = [sys.executable, str(SCRIPTS / "train.py"), *TINY, "trainer.max_steps=3"]
+    subprocess.run(
+        ["bash", "-c", f"exec {shlex.join(run)} 2>&-"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert (tmp_path / "log").read_text() == "kept"
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_handlers_that_are_older_than_the_command_are_called(tmp_path: Path, early: bool) -> None:
+    """Coverage of child processes has such a one. Without any, the process leaves at once."""
+    register = "import atexit, pathlib; atexit.register(pathlib.Path('handled').touch)" * early
+    leaves = "import os; from pathlib import Path; real = os._exit"
+    leaves += "\nos._exit = lambda code: (Path('left').touch(), real(code))"
+    (tmp_path / "sitecustomize.py").write_text(f"{register}\n{leaves}\n")
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPTS / "report.py"), "nowhere"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert (tmp_path / "handled").exists() is early
+    assert (tmp_path / "left").exists() is not early

@@ -101,11 +101,8 @@ def build(make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optim
                 group.update({"fused": False} if "fused" in group else {})
     device = optimizer.param_groups[0]["params"][0].device
     if skips_on_device(optimizer, device):  # its rate is then a tensor, which a CUDA graph reads
-        rates: dict[float, Tensor] = {}  # one for all groups of a rate
         for group in optimizer.param_groups:
-            if (lr := group["base_lr"]) not in rates:
-                rates[lr] = torch.tensor(float(group["lr"]), device=device)
-            group["lr"] = rates[lr]
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
             group.update({"capturable": True} if "capturable" in group else {})
     return optimizer
 
@@ -165,13 +162,12 @@ def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Set each group's learning rate for the next update. It depends on the step alone."""
-    shared: Tensor | None = None
     for group in optimizer.param_groups:
         lr = group["base_lr"] * factor
-        if not _is_on_device(group["lr"]):
+        if _is_on_device(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
             group["lr"] = lr
-        elif group["lr"] is not shared:
-            shared = group["lr"].fill_(lr)
 
 
 def _is_on_device(lr: float | Tensor) -> bool:
@@ -435,27 +431,17 @@ def muon_on_device(muon: torch.optim.Muon, skipped: Tensor) -> None:
         gradients: list[Tensor] = []
         momenta: list[Tensor] = []
         muon._init_group(group, matrices, gradients, momenta)
-        if not matrices:
-            continue
-        means = torch._foreach_lerp(momenta, gradients, 1 - group["momentum"])
-        if group["nesterov"]:
-            directions = torch._foreach_lerp(gradients, means, group["momentum"])
-        else:
-            directions = means
-        steps = [
-            _muon._zeropower_via_newtonschulz(
-                direction, group["ns_coefficients"], group["ns_steps"], group["eps"]
-            ).to(matrix.dtype)
-            for direction, matrix in zip(directions, matrices, strict=True)
-        ]
-        shapes = [matrix.shape for matrix in matrices]
-        ratios = [_muon._adjust_lr(1.0, group["adjust_lr_fn"], shape) for shape in shapes]
-        torch._foreach_mul_(steps, ratios)
-        torch._foreach_mul_(steps, group["lr"])
-        moved = torch._foreach_mul(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(moved, steps)
-        for old, new in zip([*momenta, *matrices], [*means, *moved], strict=True):
-            torch.where(bad, old, new, out=old)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        for matrix, gradient, momentum in zip(matrices, gradients, momenta, strict=True):
+            mean = momentum.lerp(gradient, 1 - group["momentum"])
+            update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+            update = _muon._zeropower_via_newtonschulz(
+                update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            ratio = _muon._adjust_lr(1.0, group["adjust_lr_fn"], matrix.shape)
+            moved = matrix * decay - update.to(matrix.dtype) * (group["lr"] * ratio)
+            torch.where(bad, momentum, mean, out=momentum)
+            torch.where(bad, matrix, moved, out=matrix)
 
 
 def _split(

@@ -46,7 +46,7 @@ def test_flat_buffers_change_no_number_and_take_one_copy_per_dtype() -> None:
     torch.testing.assert_close(flat.state_dict(), own.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("skipped", [True, torch.tensor(True), False, torch.tensor(False)])
+@pytest.mark.parametrize("skipped", [True, False, *map(torch.tensor, (True, False, 1.0, 0.0))])
 @pytest.mark.parametrize("flat", [True, False])
 def test_only_a_skipped_step_restores_them(skipped: Any, flat: bool) -> None:
     model, _ = networks()
@@ -83,6 +83,28 @@ def test_buffers_that_share_one_memory_are_moved_unless_they_overlap() -> None:
     assert len(Buffers(model, flat=True).now) == 2
     model.most.add_(1)  # type: ignore[operator]
     assert model.last.tolist() == [1]  # type: ignore[operator]
+
+
+class Rotary(nn.Module):
+    """Casts a cache to the type of its inputs, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cosines", torch.ones(3), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.cosines = self.cosines.to(inputs.dtype)
+        return inputs * self.cosines
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_cache_that_forward_casts_is_restored_in_its_new_type(skipped: bool) -> None:
+    model = Rotary()
+    buffers = Buffers(model, flat=True)
+    buffers.remember()
+    model(torch.ones(2, 3, dtype=torch.bfloat16))
+    buffers.restore(Skipped(torch.tensor(skipped)))
+    assert model.cosines.dtype == torch.bfloat16 and model.cosines.tolist() == [1, 1, 1]
 
 
 class Placed(nn.Module):
@@ -136,7 +158,7 @@ def test_a_buffer_that_grows_from_nothing_is_restored() -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("skipped", [True, torch.tensor(True), False, torch.tensor(False)])
+@pytest.mark.parametrize("skipped", [True, False, *map(torch.tensor, (True, False, 1.0, 0.0))])
 @pytest.mark.parametrize("rebound", [0, 1])
 def test_a_buffer_of_two_modules_is_restored_in_both(
     rebound: int, skipped: Any, flat: bool

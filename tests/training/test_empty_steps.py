@@ -121,11 +121,12 @@ def test_bad_steps_are_counted_beside_them(on_host: bool, monkeypatch: pytest.Mo
         run.step(batch(0, 0, 1, 2, bad=True))
 
 
-def test_skipped_and_empty_steps_are_told_apart_on_the_device() -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_skipped_and_empty_steps_are_told_apart_on_the_device(dtype: torch.dtype) -> None:
     """With the tensors of a device that nobody has waited for."""
     run = bench()
     run.state.sums = Totals(torch.zeros(4, dtype=torch.float64))
-    one, zero = torch.tensor(True), torch.tensor(False)
+    one, zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
     step = Totals(torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64))
     for skipped, empty in ((zero, zero), (one, zero), (one, one), (one, zero), (True, one)):
         run.state.finish_step(step, Skipped(skipped, empty), 0, run.options)  # type: ignore[arg-type]
@@ -178,7 +179,7 @@ def test_micro_batches_do_not_make_a_step_empty(tmp_path: Path) -> None:
 
 
 def test_an_empty_step_leaves_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    for empty in (True, torch.tensor(True)):
+    for empty in (True, torch.tensor(True), torch.ones(())):
         scale = LossScale(CPU.device, growth_interval=2)
         scale.update(False)
         before = scale.state_dict()

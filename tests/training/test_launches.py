@@ -24,10 +24,11 @@ from regrow.numerics import totals
 from regrow.numerics.buffers import Buffers
 
 LAYERS = 6
-# Three find bad numbers and tell the optimizer, which takes one more. One leaves a bad step out of
-# the epoch's sums, two count such steps, and three save the buffers and put them back. One sets the
-# rate and one adds up the score. The loop by hand has one that we lack.
-EXTRA = 11
+# Three find bad numbers and tell the optimizer, in whose update that is one more. One leaves a bad
+# step out of the epoch's sums and two count such steps. One saves the buffers; two for each of two
+# dtypes put them back. One sets the rate and one adds up the score. The loop by hand has one that
+# a step lacks.
+EXTRA = 13
 
 
 class Launches(TorchDispatchMode):

@@ -12,7 +12,7 @@ from regrow.errors import UserError
 from regrow.numerics.totals import Skipped
 
 SKIPPED = Skipped(True)
-OURS = 1  # reference to a storage, taken to count those of the tensors
+OURS = 1  # reference to a storage, held by the count of its references
 ALIGNMENT = 64  # bytes: a vector of any CPU, and more than a GPU's kernels ask for
 Place = tuple[dict[str, Tensor | None], str]  # a module's buffers, and a name
 

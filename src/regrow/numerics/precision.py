@@ -54,8 +54,8 @@ class LossScale:
         value = self.value * (1 - 0.5 * skipped) * (1 + grows)
         good_steps = good_steps * (good_steps < self.growth_interval)
         if isinstance(empty, Tensor):
-            value = torch.where(empty, self.value, value)
-            good_steps = torch.where(empty, self.good_steps, good_steps)
+            value = torch.where(empty.bool(), self.value, value)
+            good_steps = torch.where(empty.bool(), self.good_steps, good_steps)
         self.value.copy_(value)
         self.good_steps.copy_(good_steps)
 

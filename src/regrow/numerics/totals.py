@@ -123,7 +123,7 @@ class Totals(NamedTuple):
         if step.components:  # of which an epoch has none
             more = more[:COUNTED]
         if skipped.update is not False:
-            more = torch.where(skipped.update, scalar(0.0, like=more), more)
+            more = torch.where(skipped.update.bool(), scalar(0.0, like=more), more)
         self.values.add_(more)
 
     def clear_(self) -> None:
@@ -175,7 +175,10 @@ class Totals(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """True where a step was skipped: bools if the host knows, else () tensors of bool."""
+    """True where a step was skipped: bools if the host knows, else () tensors of bool.
+
+    Tensors of 1.0 and 0.0 are taken as well, at the price of an operation on the device.
+    """
 
     update: Tensor | bool  # nothing changed, because the loss or a gradient is not finite
     empty: Tensor | bool = False  # … or because all weights are zero: not a fault
@@ -204,7 +207,7 @@ class Skipped(NamedTuple):
             torch._foreach_lerp_(values, others, weight)
         elif self.update is not True:  # avoids asking the device whether the step was skipped
             differences = [*torch._foreach_sub(others, values)]
-            share = weight if self.update is False else weight * ~self.update
+            share = weight if self.update is False else weight * ~self.update.bool()
             torch._foreach_mul_(differences, share)
             torch._foreach_add_(values, differences)
 
@@ -213,7 +216,7 @@ class Skipped(NamedTuple):
         if self.update is True:
             values.copy_(before)
         elif self.update is not False:
-            torch.where(self.update, before, values, out=values)
+            values.copy_(torch.where(self.update.bool(), before, values))
 
     def count_in(self, skips: Tensor, empty_steps: Tensor) -> None:
         """Count the step in `skips` (2,), of bad steps in total and in a row, or `empty_steps`.
@@ -221,12 +224,13 @@ class Skipped(NamedTuple):
         An empty step is not a bad one: it neither starts nor ends a streak of bad steps.
         """
         if isinstance(self.update, Tensor) or isinstance(self.empty, Tensor):
-            bad = torch.as_tensor(self.update, device=skips.device)
+            bad = torch.as_tensor(self.update, device=skips.device).bool()
             streak_goes_on = bad
             if isinstance(self.empty, Tensor):
-                empty_steps += self.empty
-                streak_goes_on = bad | self.empty
-                bad = bad & ~self.empty
+                empty = self.empty.bool()
+                empty_steps += empty
+                streak_goes_on = bad | empty
+                bad = bad & ~empty
             skips += bad
             skips[1].mul_(streak_goes_on)
         elif self.empty:
@@ -243,7 +247,7 @@ class Skipped(NamedTuple):
         found = times(norm, factor)
         if isinstance(self.empty, Tensor):
             found = torch.as_tensor(found, device=self.empty.device)
-            return torch.where(self.empty, 0.0, found)
+            return torch.where(self.empty.bool(), 0.0, found)
         return found
 
 
@@ -272,7 +276,10 @@ def times(value: Tensor | float, factor: Tensor | float) -> Tensor | float:
 
 
 def either_is_not_finite(first: Tensor, second: Tensor | float) -> Tensor:
-    """Return a () tensor of bool, from two operations on the device."""
+    """Return a () tensor of bool, from two operations on the device.
+
+    Also True if the difference of two finite numbers has no finite value in their dtype.
+    """
     second = torch.as_tensor(second, device=first.device)
     dtype = torch.promote_types(first.dtype, second.dtype)
     mixed = first.to(dtype).lerp(second.to(dtype), 0.0)  # first + 0 (second - first)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import io
 import logging
 import os
 import re
 import signal
+import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,24 +33,32 @@ KEEPS_HANDLERS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 # Prefixes of variables that one command hands to another, and whose children must not inherit.
 HANDED = ("REGROW_SWEEP", "REGROW_CONFIG_STORE")
 handed: dict[str, str] = {}
+# Loaded into a process from outside, such as a profiler, which may write its data at the exit.
+INJECTED = ("LD_PRELOAD", "CUDA_INJECTION64_PATH")
 _exit_code: int | None = None
+_puts_off = False
 
 
 def _put_off_collecting() -> None:
     # The imports make a million objects that stay. Searching them for garbage, again and again,
     # took a fifth of the time of a run of one epoch.
+    global _puts_off
+    _puts_off = True
     gc.disable()
 
 
 def imported() -> None:
-    """Never search what exists by now for garbage, if this process puts off collecting it."""
-    if not gc.isenabled():
+    """Collect garbage from here on, but never search what exists by now, if this was put off."""
+    if _puts_off:
         gc.freeze()
+        gc.enable()
 
 
 def built() -> None:
-    """Collect garbage from here on, if this process put it off until its objects were built."""
-    if not gc.isenabled():
+    """Never search the objects of a run either, if collecting garbage was put off."""
+    global _puts_off
+    if _puts_off:
+        _puts_off = False
         gc.collect()
         gc.freeze()
         gc.enable()
@@ -56,7 +66,7 @@ def built() -> None:
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Note how this process ends, for `_leave`. All that it does belongs inside this context."""
+    """Note how this process ends, for `_leave`. Everything it does must happen inside."""
     global _exit_code
     try:
         yield
@@ -72,15 +82,35 @@ def ending() -> Iterator[None]:
 def _leave() -> None:
     """As the last exit handler, end the process without taking the interpreter apart.
 
-    Freeing one module after the other took a second.
+    Freeing one module after the other took a second. If a file is still open for writing, it is
+    done nevertheless: an object of the user's must perhaps be closed.
     """
-    with contextlib.suppress(OSError, ValueError):  # of a closed stream, which Python reports
+    with contextlib.suppress(OSError, ValueError):  # of a closed or full one: Python reports that
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
-        if _exit_code is not None:
-            logging.shutdown()
-            os._exit(_exit_code)
+        logging.shutdown()
+        if _exit_code is not None and not _writes_files():
+            os._exit(_exit_code & 0xFF)
     gc.unfreeze()  # or libraries report what is frozen as leaks
+
+
+def _writes_files() -> bool:
+    """Return True if a file is open for writing, beside stdout and stderr, or if nothing tells."""
+    flushed = set()
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        with contextlib.suppress(OSError, ValueError):
+            flushed.add(stream.fileno())
+    try:
+        descriptors = [int(path.name) for path in Path("/dev/fd").iterdir()]
+    except (OSError, ValueError):
+        return True
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # that of the listing is closed by now
+            is_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            if is_file and not is_read and descriptor not in flushed:
+                return True
+    return False
 
 
 def _quieten() -> None:
@@ -90,7 +120,10 @@ def _quieten() -> None:
 
 def main() -> None:
     """Begin a command: every script calls this before it imports torch or Hydra."""
-    atexit.register(_leave)  # the first to be registered is the last to be called
+    # The first handler to be registered is the last to be called. Others than that of logging, such
+    # as those that measure coverage in child processes, would not be called.
+    if atexit._ncallbacks() <= 1 and not any(os.environ.get(name) for name in INJECTED):
+        atexit.register(_leave)
     terminal.show()
     handed.update({k: os.environ.pop(k) for k in list(os.environ) if k.startswith(HANDED)})
     is_train = Path(sys.argv[0]).resolve() == ROOT / "scripts" / "train.py"
