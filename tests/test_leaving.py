@@ -26,6 +26,10 @@ def late():
 
 
 class Watched(MLP):
+    def _apply(self, *arguments, **named):  # by `model.to(device)`, while the run is built
+        Path("built").write_text(f"{gc.isenabled()} {gc.get_freeze_count() > 100_000}")
+        return super()._apply(*arguments, **named)
+
     def forward(self, inputs):
         if self.training and Path("collects").exists() and FAILS:
             raise FAILS
@@ -57,7 +61,8 @@ def test_a_run_exits_at_once_but_after_its_exit_handlers_and_threads(
         text=True,
     )
     assert ended.returncode == code, ended.stderr
-    assert (tmp_path / "collects").read_text() == "True True"
+    for name in ("built", "collects"):
+        assert (tmp_path / name).read_text() == "True True"
     assert (tmp_path / "handled").exists() and (tmp_path / "joined").exists()
     assert "leaked" not in ended.stderr
     assert bool(ended.stderr) == (code != 0), ended.stderr
@@ -84,9 +89,16 @@ def test_a_file_that_a_module_leaves_open_is_complete(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "kept"
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_handlers_that_are_older_than_the_command_are_called(tmp_path: Path, early: bool) -> None:
-    """Coverage of child processes has such a one. Without any, the process leaves at once."""
+@pytest.mark.parametrize(
+    ("early", "environment"), [(True, {}), (False, {"CUDA_INJECTION64_PATH": "x"}), (False, {})]
+)
+def test_handlers_of_others_are_called(
+    tmp_path: Path, early: bool, environment: dict[str, str]
+) -> None:
+    """Those older than the command, as for coverage of child processes, and those of profilers.
+
+    Without any, the process leaves at once.
+    """
     register = "import atexit, pathlib; atexit.register(pathlib.Path('handled').touch)" * early
     leaves = "import os; from pathlib import Path; real = os._exit"
     leaves += "\nos._exit = lambda code: (Path('left').touch(), real(code))"
@@ -94,10 +106,10 @@ def test_handlers_that_are_older_than_the_command_are_called(tmp_path: Path, ear
     ended = subprocess.run(
         [sys.executable, str(SCRIPTS / "report.py"), "nowhere"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), **environment},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 2, ended.stderr
     assert (tmp_path / "handled").exists() is early
-    assert (tmp_path / "left").exists() is not early
+    assert (tmp_path / "left").exists() is not (early or bool(environment))

@@ -69,7 +69,7 @@ def histograms(model: nn.Module) -> dict[str, Tensor]:
 
 def progress_bar(state: TrainState, plan: LoopPlan) -> Any:
     """Return a progress bar for the epoch, quiet if stderr is not a terminal."""
-    if not (plan.options.progress_bar and plan.world.is_main and shows_bars()):
+    if not (plan.options.progress_bar and plan.world.is_main and sys.stderr.isatty()):
         return QUIET
     return tqdm(
         total=state.steps_per_epoch,
@@ -80,13 +80,9 @@ def progress_bar(state: TrainState, plan: LoopPlan) -> Any:
     )
 
 
-def shows_bars() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()  # None if it was closed at the start
-
-
 def evaluation_bar(name: str | None, batches: EvalBatches) -> Any:
     """Return a progress bar for an evaluation, quiet without a name or a terminal at stderr."""
-    if name is None or not shows_bars():
+    if name is None or not sys.stderr.isatty():
         return QUIET
     return tqdm(total=len(batches), desc=name, unit="batch", leave=False)
 

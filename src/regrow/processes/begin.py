@@ -82,8 +82,8 @@ def ending() -> Iterator[None]:
 def _leave() -> None:
     """As the last exit handler, end the process without taking the interpreter apart.
 
-    Freeing one module after the other took a second. If a file is still open for writing, it is
-    done nevertheless: an object of the user's must perhaps be closed.
+    Freeing one module after the other took a second. While a file is open for writing, Python ends
+    as usual, since only the end of the user's object may write its last lines.
     """
     with contextlib.suppress(OSError, ValueError):  # of a closed or full one: Python reports that
         for stream in filter(None, (sys.stdout, sys.stderr)):

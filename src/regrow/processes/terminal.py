@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+from pathlib import Path
 from typing import TextIO
 
 ERRORS = "regrow-shown"
@@ -57,7 +58,15 @@ def drop_unread(stream: TextIO | None = None) -> bool:
 
 
 def show(encoding: str | None = None) -> None:
-    """Make stdout and stderr accept any text, in `encoding` if it is given."""
+    """Make stdout and stderr accept any text, in `encoding` if it is given.
+
+    One that was closed before the start, as by `2>&-`, becomes one that drops it. Its descriptor is
+    taken with it, or the next file to be opened would receive what libraries print.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            dropping = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  until the exit
+            setattr(sys, name, dropping)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors=ERRORS)
