@@ -68,6 +68,17 @@ def test_an_unreadable_cell_is_named_by_line_and_column(
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("header", ["a,b,y", "a,b,y,"])
+def test_a_comma_at_the_end_of_each_line_is_recognised(
+    header: str, make_data: Make, tmp_path: Path
+) -> None:
+    text = rows("1").replace("\n", ",\n").replace("a,b,y,", header)
+    with pytest.raises(DataError, match=r"line 2.*Remove the ',' at the end of each line") as error:
+        table(make_data, tmp_path, text)
+    assert "\n" not in str(error.value)
+    assert table(make_data, tmp_path, rows("1"))
+
+
 def test_lines_and_columns_that_are_left_out_are_named(
     make_data: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
