@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_only_the_key_typed_at_the_resume_accepts_other_data(
     start(*CSV, "trainer.max_epochs=1", "data.changed=accept")  # no effect, now or later
     write_rows(90)
     assert "train: 70 examples then, 63 now" in (line := refusal(capsys, MORE))
-    assert "resume=run data.changed=accept" in line
+    assert f"resume=run {MORE} data.changed=accept" in line
     for named in ("data.num_workers=2", "data.root=.", "data.batch_size=10", "data.changed=refuse"):
         assert "the data has changed" in refusal(capsys, MORE, named), named
     assert "resumes" not in json.loads(Path("run/manifest.json").read_text())
@@ -129,6 +130,22 @@ def test_only_the_key_typed_at_the_resume_accepts_other_data(
     assert "train: 63 examples then, 56 now" in refusal(capsys, "trainer.max_epochs=4")
     resumed("trainer.max_epochs=4", "data.changed=accept")
     assert "is now step 3 of 6 in epoch 3" in capsys.readouterr().err
+
+
+def test_each_refusal_of_another_seed_names_all_that_it_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_rows()
+    start(*CSV, "trainer.max_epochs=1")
+    with pytest.raises(SystemExit):
+        resumed(MORE, "seed=1")
+    (named,) = re.findall("to change it all the same: (.*)", capsys.readouterr().err)
+    assert named == "data.seed=1 data.source.seed=1"
+    with pytest.raises(SystemExit):
+        resumed(MORE, "seed=1", *named.split())
+    (again,) = re.findall("as it is now: resume=run (.*)", capsys.readouterr().err)
+    resumed(*again.split())
+    assert OmegaConf.load("run/config.yaml").data.source.seed == 1
 
 
 def test_the_same_command_again_accepts_where_it_says_so(

@@ -275,7 +275,10 @@ def test_without_the_row_a_resume_is_refused(
         found["trainer"]["brand_new"] = True
         return found
 
-    absent = r"trainer\.brand_new was absent and would be True.* give it a row in .*\.added\.$"
+    absent = (
+        r"trainer\.brand_new was absent and would be True.* give it a row in .*\.added\. "
+        r".*: trainer\.brand_new=true$"
+    )
     with pytest.raises(UserError, match=absent):
         resume.resumed(folder, config(), overrides)
     row = AddedKey("lab.options.TrainerOptions", "brand_new", False)

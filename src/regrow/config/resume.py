@@ -509,7 +509,7 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
         named |= {key_of(override) for override in typed(overrides)}
         named |= older.following(config, named)
     refuse_other_monitor(recorded, config, folder)
-    refused, named_so = [], ""
+    refused, named_so = [], []
     for key, (old, new) in differences(recorded, redact_all(config)).items():
         if key == "resume" or MASK in str(old):  # a masked secret cannot be compared
             continue
@@ -520,19 +520,18 @@ def resumed(folder: Path, asked: Checked, overrides: Sequence[str]) -> dict[str,
         else:
             refused.append(f"{key} was {old} and would be {new}")
             if new != "absent":
-                such = command_line.shell([older.as_override(key, new)])
-                named_so = named_so or f", such as {such},"
+                named_so.append(older.as_override(key, new))
     if refused:
+        words = f": {command_line.shell(named_so)}" if named_so else ""
         way_out = (
-            f"Name a key on the command line{named_so} to change it all the same, or start a new "
-            "run."
+            f"Start a new run, or name each key, to change it all the same{words}"
             if by_name
             else "Use another folder, or "
             + command_line.shell([f"resume={folder}"])
             + " with the keys to change."
         )
         if any(" was absent and " in line for line in refused):
-            way_out += f" If you added a key, give it a row in {lab_name()}.added."
+            way_out = f"If you added a key, give it a row in {lab_name()}.added. {way_out}"
         raise UserError(f"{folder} holds a run of another config: {'; '.join(refused)}. {way_out}")
     return config
 
@@ -615,11 +614,13 @@ def refuse_other_data(
         for name in (*fingerprint, *(name for name in before if name not in fingerprint))
         if before and fingerprint.get(name) != before.get(name)
     }
-    values = [o.partition("=")[2] for o in typed(overrides) if key_of(o) == CHANGED]
+    now = typed(overrides)
+    values = [o.partition("=")[2] for o in now if key_of(o) == CHANGED]
     if changed and values[-1:] != ["accept"]:
         shown = "; ".join(_change_of(name, **both) for name, both in changed.items())
+        more = [o for o in now if key_of(o) != CHANGED] if now != [*overrides] else []
         typed_now = command_line.shell(
-            [command_line.override("resume", folder), f"{CHANGED}=accept"]
+            [command_line.override("resume", folder), *more, f"{CHANGED}=accept"]
         )
         raise UserError(
             f"{folder}: the data has changed since that run began ({shown}). Put it back, start a "
