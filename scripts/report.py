@@ -14,12 +14,12 @@ from pathlib import Path
 import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Option, parse
-from regrow.config.resume import SWEEP
 from regrow.errors import UserError, machine_fault, printable
 from regrow.failing import in_one_line, tell
 from regrow.processes.begin import ending
 from regrow.record import comparison, report, side_by_side
 from regrow.record.output import refuse_existing
+from regrow.record.ownership import SWEEP
 from regrow.sweep import results
 
 OPTIONS = {

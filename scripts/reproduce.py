@@ -19,24 +19,20 @@ import _start  # noqa: F401  finds the package or explains the set-up
 
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.config import flags, older, registered
-from regrow.config.command_line import override
+from regrow.config.command_line import key_of, override
 from regrow.config.explain import composition_error
-from regrow.config.hydra_access import plain
-from regrow.config.own_modules import import_own_modules
-from regrow.config.recorded import recorded_config
-from regrow.config.resume import (
-    ELSEWHERE,
+from regrow.config.foreign import (
     check_roles_of_run,
-    differences,
     downloads_elsewhere,
     is_foreign,
     is_own,
-    key_of,
-    lacked_before,
     places_of_conf,
-    recorded_overrides,
     refuse_remote,
 )
+from regrow.config.hydra_access import plain
+from regrow.config.own_modules import import_own_modules
+from regrow.config.recorded import ELSEWHERE, recorded_config, recorded_overrides
+from regrow.config.resumed_config import differences, lacked_before
 from regrow.errors import UserError, brief, printable
 from regrow.failing import in_one_line, tell
 from regrow.feeding.files import without_gone

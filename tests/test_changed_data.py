@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from running import as_hydra_has_it, composed
 
-from regrow.config import resume
+from regrow.config import command_line, resume
 from regrow.config.yaml_files import read_yaml
 from regrow.feeding import identity
 from regrow.feeding.splits import Splits
@@ -338,10 +338,10 @@ def test_a_recorded_path_to_leave_out_may_be_gone_and_a_typed_one_may_not(
 def test_a_key_that_the_run_was_given_already_is_named_by_typing_it_again() -> None:
     """Its value may have changed in conf/ since, behind an unchanged override."""
     overrides = ["optimizer=sgd", "resume=run", "optimizer=sgd", "optimizer.lr=1"]
-    assert resume.typed(overrides) == ["optimizer=sgd", "optimizer.lr=1"]
-    assert resume.typed(["optimizer=sgd", "resume=auto"]) == ["optimizer=sgd", "resume=auto"]
+    assert command_line.typed(overrides) == ["optimizer=sgd", "optimizer.lr=1"]
+    assert command_line.typed(["optimizer=sgd", "resume=auto"]) == ["optimizer=sgd", "resume=auto"]
     forged = ["resume=mine", "data.changed=accept", "resume=run"]  # a record that holds the key
-    assert resume.typed(forged) == []
+    assert command_line.typed(forged) == []
 
 
 def test_a_sweep_is_the_same_with_and_without_the_leave() -> None:

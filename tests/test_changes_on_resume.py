@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from running import TINY, config_of
 
-from regrow.config.resume import MAY_CHANGE, resumed
+from regrow.config.resumed_config import MAY_CHANGE, resumed
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import write_text

@@ -34,7 +34,7 @@ from regrow.config.hydras import refuse_typed
 from regrow.config.leads import RECIPES
 from regrow.config.own_modules import import_own_modules
 from regrow.config.ranges import check_ranges
-from regrow.config.resume import SWEEP, expand
+from regrow.config.resume import expand
 from regrow.config.rules import applies, require
 from regrow.config.schemas import OF_TORCH
 from regrow.config.targets import allow, instantiate, is_allowed, locate, shipped_targets
@@ -42,6 +42,7 @@ from regrow.config.yaml_files import read_yaml
 from regrow.dotted import leaves
 from regrow.errors import UserError, did_you_mean
 from regrow.project import CONF
+from regrow.record.ownership import SWEEP
 
 TRAIN = CONF.parent / "scripts" / "train.py"
 

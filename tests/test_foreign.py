@@ -20,7 +20,7 @@ import pytest
 import yaml
 from running import config_of, launched
 
-from regrow.config import flags, resume, roles
+from regrow.config import flags, foreign, recorded, resume, roles
 from regrow.errors import UserError, printable
 from regrow.failing import fail
 from regrow.project import ROOT
@@ -395,12 +395,12 @@ def test_a_run_of_this_command_is_the_users_and_stays_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     launched("trainer.max_epochs=1", "hydra.run.dir=run")
-    assert resume.is_own(Path("run"))
+    assert foreign.is_own(Path("run"))
     Path("run").rename("moved")
     launched("trainer.max_epochs=2", "hydra.run.dir=moved", "notes=more")
-    assert resume.is_own(Path("moved"))
+    assert foreign.is_own(Path("moved"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-    assert not resume.is_own(Path("moved"))
+    assert not foreign.is_own(Path("moved"))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "train.log", ".lock", "plots"])
@@ -453,7 +453,7 @@ def test_a_config_folder_of_the_users_names_targets(
     folder = run_in(tmp_path / "run", "model=made")
 
     def check() -> None:
-        places = resume.places_of(folder)
+        places = foreign.places_of(folder)
         roles.check_roles(
             {"model": {"_target_": "lab.create_model"}}, ("model",), folder, "run", others=places
         )
@@ -467,7 +467,7 @@ def test_a_config_folder_of_the_users_names_targets(
     monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", str(mine.parent)])
     check()
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    ownership.enter_run(folder, resume.followed(folder), None)
+    ownership.enter_run(folder, recorded.followed(folder), None)
     check()
     with pytest.raises(UserError, match="no file in conf/loss names"):
         roles.check_roles(
@@ -485,7 +485,7 @@ def test_a_foreign_record_that_hides_its_download_is_refused(tmp_path: Path) -> 
 
     def check(*more: str) -> None:
         overrides = ["data=mnist", "data.source.root=evil", f"resume={folder}", *more]
-        resume.check_recorded(config_of(*overrides), overrides)
+        foreign.check_recorded(config_of(*overrides), overrides)
 
     check()  # the user's own
     (folder / ".hydra" / "owner.json").unlink()
@@ -503,30 +503,30 @@ def test_a_foreign_record_names_no_server_to_read_from(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", "data=shards", *place)
     source = {"root": "http://evil/x", "cache": "/victim"}
     config = {"data": {"root": None, "source": source}}
-    resume.refuse_remote(folder, "run", config, [])  # the user's own
+    foreign.refuse_remote(folder, "run", config, [])  # the user's own
     local = {"data": {"root": "x", "source": {**source, "root": "x"}}}
     (folder / ".hydra" / "owner.json").unlink()
-    resume.refuse_remote(folder, "run", local, [])
+    foreign.refuse_remote(folder, "run", local, [])
     for typed in ([], ["source.root"], ["data.source.cache"], ["data.root"]):
         with pytest.raises(UserError, match="it would read data from http://evil/x and keep it"):
-            resume.refuse_remote(folder, "run", config, typed)
-    resume.refuse_remote(folder, "run", config, iter(["data.source.root", "source.cache"]))
+            foreign.refuse_remote(folder, "run", config, typed)
+    foreign.refuse_remote(folder, "run", config, iter(["data.source.root", "source.cache"]))
 
 
 def test_a_foreign_record_names_no_folder_for_resized_images(tmp_path: Path) -> None:
     typed = ["data.root=x", "data.cache_root=/victim"]
     folder = run_in(tmp_path / "run", "data=resized_folder", *typed)
     config: dict[str, Any] = {"data": {"root": "x", "cache": "resized", "cache_root": "/victim"}}
-    resume.refuse_remote(folder, "run", config, [])  # the user's own
+    foreign.refuse_remote(folder, "run", config, [])  # the user's own
     other = {"data": {**config["data"], "cache_root": "/other"}}  # config.yaml has no seal
     with pytest.raises(UserError, match="it would keep resized images in /other"):
-        resume.refuse_remote(folder, "run", other, [])
+        foreign.refuse_remote(folder, "run", other, [])
     (folder / ".hydra" / "owner.json").unlink()
     with pytest.raises(UserError, match=r"in /victim, .*data\.cache=null"):
-        resume.refuse_remote(folder, "run", config, ["data.root"])
-    resume.refuse_remote(folder, "run", config, ["data.cache_root"])
+        foreign.refuse_remote(folder, "run", config, ["data.root"])
+    foreign.refuse_remote(folder, "run", config, ["data.cache_root"])
     for safe in ({"cache": None}, {"cache_root": None}):
-        resume.refuse_remote(folder, "run", {"data": {**config["data"], **safe}}, [])
+        foreign.refuse_remote(folder, "run", {"data": {**config["data"], **safe}}, [])
 
 
 def test_a_foreign_record_hides_no_server_deeper_in_its_data(tmp_path: Path) -> None:
@@ -539,16 +539,16 @@ def test_a_foreign_record_hides_no_server_deeper_in_its_data(tmp_path: Path) -> 
         config = {"data": {"root": None, "source": source}}
         for typed in ([], ["data.source.root"], ["root"], [f"data.{key}.root"]):
             with pytest.raises(UserError, match=f"from http://evil/x.*Add data.{key}.root="):
-                resume.refuse_remote(folder, "run", config, typed)
-        resume.refuse_remote(folder, "run", config, [f"data.{key}.root", f"{key}.cache"])
+                foreign.refuse_remote(folder, "run", config, typed)
+        foreign.refuse_remote(folder, "run", config, [f"data.{key}.root", f"{key}.cache"])
     # The user's own record typed it.
     typed = ["+data.source.inner.root=http://evil/x", "+data.source.inner.cache=/victim"]
     folder = run_in(tmp_path / "own", "data=shards", "data.source.root=x", *typed)
     config = {"data": {"root": None, "source": {"root": "x", "inner": inner}}}
-    resume.refuse_remote(folder, "run", config, [])
+    foreign.refuse_remote(folder, "run", config, [])
     (folder / ".hydra" / "owner.json").unlink()
     with pytest.raises(UserError, match="from http://evil/x"):
-        resume.refuse_remote(folder, "run", config, [])
+        foreign.refuse_remote(folder, "run", config, [])
 
 
 def test_the_class_names_of_a_foreign_run_are_not_asked_of_its_server(
@@ -680,4 +680,4 @@ def test_wandbs_own_links_do_not_stop_a_resume(tmp_path: Path) -> None:
     records.refuse_links(folder, "hydra.run.dir=run")
     (folder / "checkpoints").symlink_to(tmp_path)  # the negative control
     with pytest.raises(UserError, match=r"checkpoints is a link .* add trust=[0-9a-f]{12}$"):
-        records.refuse_links(folder, "hydra.run.dir=run", way_out=resume.if_trusted(folder))
+        records.refuse_links(folder, "hydra.run.dir=run", way_out=foreign.if_trusted(folder))

@@ -23,8 +23,8 @@ from torch import nn
 
 from regrow.checkpoint import writer
 from regrow.checkpoint.digest import weights_sha256
-from regrow.config import resume
-from regrow.config.resume import downloads_elsewhere, targets_of
+from regrow.config import foreign
+from regrow.config.foreign import downloads_elsewhere, targets_of
 from regrow.config.roles import check_roles
 from regrow.config.targets import allow, instantiate
 from regrow.config.yaml_files import read_yaml
@@ -221,7 +221,7 @@ def test_a_load_that_fails_after_a_change_of_code_says_how_to_get_it_back(
     assert way not in said(which="step_1")  # not a matter of the code
     changed(run, model={"hiden": [12]})
     assert "hiden" in (now := said()) and way in now
-    monkeypatch.setattr(resume, "is_own", lambda folder: False)
+    monkeypatch.setattr(foreign, "is_own", lambda folder: False)
     assert said().endswith(f"{run / 'manifest.json'} names its commit.") and "apply" not in said()
     changed(run, model={"hidden": [12]})
     config = read_yaml(run / "config.yaml")
@@ -355,14 +355,14 @@ def test_a_plain_callable_that_the_users_own_command_named_is_made_again(
     assert "identical:" in done("reproduce.py", "run=run")
     done("train.py", "resume=run", "trainer.max_epochs=2")
     run = Path("run")
-    assert resume.named_by_command(run) == {("data.transforms.0", "own_transforms.Darker")}
+    assert foreign.named_by_command(run) == {("data.transforms.0", "own_transforms.Darker")}
     # config.yaml has no seal: another target is refused.
     changed(run, data={"transforms": [{"_target_": "own_transforms.Lighter", "by": 2}]})
     with pytest.raises(UserError, match=r"\.Lighter, which no file in conf/data names"):
         _ = load_run("run").data
     # The command of a copy that the list of the user's folders does not hold counts for nothing.
     (run / ".hydra" / "owner.json").unlink()
-    assert resume.named_by_command(run) == frozenset()
+    assert foreign.named_by_command(run) == frozenset()
 
 
 def test_any_module_may_stand_in_the_place_of_the_model(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from running import CPU, TINY, composed, config_of, launched, metrics_of, train
 from lab import loop
 from lab.build import measured_by
 from lab.tasks.metrics import Metrics
-from regrow.config import resume
+from regrow.config import resume, resumed_config
 from regrow.config.check import check
+from regrow.config.recorded import ELSEWHERE
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
@@ -193,9 +194,9 @@ def test_a_resume_keeps_the_recorded_direction_unless_another_is_typed(
         config = config_of(*TINY, "trainer.max_steps=4", "trainer.monitor=val/loss", *typed)
         record = {**recorded, "trainer": {**recorded["trainer"], "mode": mode}}
         write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
-        for group in resume.ELSEWHERE:
+        for group in ELSEWHERE:
             del config[group]
-        kept = resume.resumed(run, {**config, "resume": "run"}, [*overrides, *typed])
+        kept = resumed_config.resumed(run, {**config, "resume": "run"}, [*overrides, *typed])
         assert kept is not None
         trainer: dict[str, Any] = kept["trainer"]
         return trainer

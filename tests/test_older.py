@@ -20,7 +20,7 @@ from running import CPU, as_hydra_has_it, composed, config_of, metrics_of
 from lab import added, build
 from regrow import project, protocols
 from regrow.checkpoint import writer
-from regrow.config import older, places, resume
+from regrow.config import older, places, resume, resumed_config
 from regrow.config.check import shipped_node
 from regrow.config.job import job_of
 from regrow.config.older import AddedKey
@@ -103,8 +103,8 @@ def test_a_killed_run_resumes_to_the_same_end(
     train(f"resume={name}")
     assert_same_run(Path(name), Path("whole", name))
     now = recorded(Path(name))
-    assert resume.differences(before, now).keys() <= {"resume"}
-    assert resume.lacked_before(Path(name)) == [*added]
+    assert resumed_config.differences(before, now).keys() <= {"resume"}
+    assert resumed_config.lacked_before(Path(name)) == [*added]
     changing = [record.message for record in caplog.records if KEPT in record.message]
     assert len(changing) <= 1
     for key in added:  # only a difference from today's default is logged
@@ -280,13 +280,13 @@ def test_without_the_row_a_resume_is_refused(
         r".*: trainer\.brand_new=true$"
     )
     with pytest.raises(UserError, match=absent):
-        resume.resumed(folder, config(), overrides)
+        resumed_config.resumed(folder, config(), overrides)
     row = AddedKey("lab.options.TrainerOptions", "brand_new", False)
     monkeypatch.setattr(added, "ADDED_KEYS", (*added.ADDED_KEYS, row))
-    kept = resume.resumed(folder, config(), overrides)
+    kept = resumed_config.resumed(folder, config(), overrides)
     assert kept is not None and kept["trainer"]["brand_new"] is False
     assert "trainer.brand_new=false" in caplog.text
-    typed = resume.resumed(folder, config(), [*overrides, "trainer.brand_new=true"])
+    typed = resumed_config.resumed(folder, config(), [*overrides, "trainer.brand_new=true"])
     assert typed is not None and typed["trainer"]["brand_new"] is True
 
 
@@ -299,7 +299,7 @@ def test_an_ignored_index_that_a_resume_adds_reaches_the_data(root: Path) -> Non
         config["resume"] = str(folder)
         config["loss"]["ignore_index"] = config["data"]["ignore_index"] = index
         overrides = resume.expand([f"resume={folder}", *typed])
-        kept = resume.resumed(folder, config, overrides)
+        kept = resumed_config.resumed(folder, config, overrides)
         assert kept is not None and kept["data"]["ignore_index"] == index
 
 
@@ -316,7 +316,7 @@ def test_a_run_keeps_the_default_that_it_recorded(
     def resumed(value: Any = "auto", *typed: str) -> Any:
         config = as_now(folder)
         config["data"]["source"]["resize"] = value
-        kept = resume.resumed(folder, config, [*overrides, *typed])
+        kept = resumed_config.resumed(folder, config, [*overrides, *typed])
         assert kept is not None
         return kept["data"]["source"]["resize"]
 
@@ -348,14 +348,14 @@ def test_a_typed_key_reaches_those_that_follow_it(root: Path) -> None:
     folder = Path("regression")
     for typed, dtype in ((["data.target_dtype=float64"], "float64"), ([], "float32")):
         config = as_now(folder, target_dtype="float64")
-        kept = resume.resumed(folder, config, resume.expand([f"resume={folder}", *typed]))
+        kept = resumed_config.resumed(folder, config, resume.expand([f"resume={folder}", *typed]))
         assert kept is not None and kept["data"]["target_dtype"] == dtype
         assert kept["data"]["source"]["target_dtype"] == dtype
 
 
 def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -> None:
     folder = Path("averages")
-    lacked = resume.lacked_keys(folder)
+    lacked = resumed_config.lacked_keys(folder)
     assert "trainer.ema_warmup" in lacked
     completed = as_now(folder) | {"resume": "auto"}
     completed["trainer"]["ema_warmup"] = False
@@ -363,11 +363,11 @@ def test_a_second_resume_keeps_what_the_record_lacked_at_the_first(root: Path) -
     overrides = resume.expand([f"resume={folder}"])
     with pytest.raises(UserError, match=r"trainer\.ema_warmup was False and would be True"):
         # The same as a new record: it had the key, and its value merely equals the earlier one.
-        resume.resumed(folder, as_now(folder), overrides)
-    (folder / resume.LACKED).write_text(json.dumps(lacked))
-    kept = resume.resumed(folder, as_now(folder), overrides)
+        resumed_config.resumed(folder, as_now(folder), overrides)
+    (folder / resumed_config.LACKED).write_text(json.dumps(lacked))
+    kept = resumed_config.resumed(folder, as_now(folder), overrides)
     assert kept is not None and kept["trainer"]["ema_warmup"] is False
-    assert resume.lacked_keys(folder) == lacked
+    assert resumed_config.lacked_keys(folder) == lacked
 
 
 def test_a_field_of_the_progress_that_the_record_lacks_needs_a_row(

@@ -13,7 +13,7 @@ import yaml
 from finished import finished, script
 from running import TINY
 
-from regrow.config import resume
+from regrow.config import recorded, resume
 from regrow.config.targets import allow, instantiate
 from regrow.config.yaml_files import read_yaml
 from regrow.record import ownership
@@ -78,7 +78,7 @@ def test_only_trust_starts_the_loggers_of_a_foreign_run(foreign: Path) -> None:
         return [a for a in resume.expand(["resume=run", *more]) if "logger.mine" in a]
 
     assert loggers() == []
-    digits = ownership.digest_of_run(resume.recorded_overrides(foreign))[: ownership.DIGITS]
+    digits = ownership.digest_of_run(recorded.recorded_overrides(foreign))[: ownership.DIGITS]
     assert len(loggers(f"trust={digits}")) == 1  # the negative control
 
 

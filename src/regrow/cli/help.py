@@ -16,12 +16,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from regrow.config import flags, places
-from regrow.config.command_line import quoted, shell
+from regrow.config.command_line import key_of, quoted, shell
 from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.entries import KeyEntry, accepted, inherited, of_file, option, repeated, set_at
 from regrow.config.keys import known_keys
 from regrow.config.leads import RECIPES, lead
-from regrow.config.resume import key_of
 from regrow.config.rules import RULES, applies, of_shipped
 from regrow.config.target_docs import said_by_target
 from regrow.config.yaml_files import read_yaml

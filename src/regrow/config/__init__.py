@@ -2,16 +2,19 @@
 
 Public, by module; all else is private to this folder.
 
+changed_data: CHANGED, change_of_split, refuse_other_data
 check: check, check_data, check_group, check_once, check_values
 class_folders: classes_in_words, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
-command_line: command, escaped, override, path_of, paths_as_typed, quoted, read, refuse_unusable,
-    shell
+command_line: command, escaped, key_of, override, path_of, paths_as_typed, quoted, read,
+    refuse_unusable, shell, typed
 composition: composition, hydra_as_it_was
 entries: accepted, KeyEntry, inherited, of_file, option, repeated, set_at
 explain: composition_error, hydras_value_error, wrong_options
 flags: absolute, arguments_of, check, CHECK, copied_source, COPIES, DEFAULT, folders, folders_of,
     followed, in_copy, MULTIRUN, of_sweep, others, PLACES, recorded, refuse_records, SEARCH_PATH,
     source_of, split, typed
+foreign: check_roles_of_run, downloads_elsewhere, if_trusted, is_foreign, is_own, places_of_conf,
+    refuse_remote
 hydra_access: is_named, output_dir, plain, register_resolver, typed_overrides, version_arguments
 hydras: check_settings, refuse_typed
 job: as_recorded, Job, job_of, with_override
@@ -24,12 +27,12 @@ own_code: own_place, owner_of, places_of, shown
 own_modules: import_own_modules
 places: file_of, folders, groups, is_group, names_in, options, primary_file
 ranges: check_ranges
-recorded: as_shown, gives_masks, recorded_config, refuse_other_folder
+recorded: as_shown, ELSEWHERE, gives_masks, is_of_the_launcher, recorded_config,
+    recorded_overrides, refuse_other_folder
 registered: ELSEWHERE, NAME, take_up, write
-resume: CHANGED, change_of_split, check_roles_of_run, differences, downloads_elsewhere,
-    ELSEWHERE, expand, has_changes, if_trusted, is_done, is_foreign, is_of_the_launcher, is_own,
-    key_of, LACKED, lacked_before, lacked_keys, places_of_conf, reached, recorded_overrides,
-    refuse_other_data, refuse_remote, resumed, SWEEP
+resume: expand
+resumed_config: differences, has_changes, is_done, LACKED, lacked_before, lacked_keys, reached,
+    resumed
 roles: check_roles
 rules: applies, of_shipped, require, RULES
 schemas: write

@@ -23,13 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from regrow.config import class_folders, leads, places
 from regrow.config.command_line import shell
 from regrow.config.explain import composition_error, takes, typed_node, where_own_keys_go
+from regrow.config.foreign import check_recorded
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.hydras import check_settings
 from regrow.config.keys import known_keys
 from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
-from regrow.config.resume import check_recorded
 from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, require, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling

@@ -55,6 +55,19 @@ def override(key: str, value: str | Path) -> str:
     return f"{key}={quoted(str(value))}"
 
 
+def key_of(override: str) -> str:
+    """Return the key of an override, such as `a.b@c` of `+a.b@c=1` or `a.b` of `~a.b`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def typed(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides typed for this start: all, or those after `expand`'s resume=<folder>."""
+    places = [number for number, override in enumerate(overrides) if key_of(override) == "resume"]
+    if not places or overrides[places[-1]].partition("=")[2] in ("auto", "never"):
+        return list(overrides)
+    return list(overrides[places[-1] + 1 :])
+
+
 def paths_as_typed(arguments: Sequence[str], *, multirun: bool) -> list[str]:
     """Return the arguments, with paths quoted where Hydra's grammar would reject or alter them.
 

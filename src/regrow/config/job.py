@@ -13,10 +13,10 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from regrow.config import flags, registered, resume
-from regrow.config.command_line import quoted
+from regrow.config import flags, registered
+from regrow.config.command_line import key_of, quoted
 from regrow.config.hydra_access import plain, typed_overrides
-from regrow.config.resume import ELSEWHERE
+from regrow.config.recorded import ELSEWHERE, is_of_the_launcher, overrides_in
 from regrow.dotted import Checked, Config
 from regrow.record.redact import redact
 
@@ -109,10 +109,8 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
     hydra = HydraConfig.get()
     if folder is not None and folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
-    overrides = [
-        o for o in typed_overrides(hydra.overrides.task) if not resume.is_of_the_launcher(o)
-    ]
-    kept = [o for o in overrides if resume.key_of(o) != "resume"]
+    overrides = [o for o in typed_overrides(hydra.overrides.task) if not is_of_the_launcher(o)]
+    kept = [o for o in overrides if key_of(o) != "resume"]
     choices = {str(g): option for g, option in hydra.runtime.choices.items() if g not in ELSEWHERE}
     cfg, its_hydra = copy.deepcopy(cfg), cast(DictConfig, copy.deepcopy(hydra))
     OmegaConf.set_struct(cfg, False)
@@ -140,7 +138,7 @@ def as_recorded(job: Job) -> list[str]:
     These are the overrides as the run's folder will hold them, the places that its config came
     from, and a digest of registered nodes.
     """
-    overrides = resume.overrides_in(redact(job.composed["overrides.yaml"]))
+    overrides = overrides_in(redact(job.composed["overrides.yaml"]))
     nodes = job.composed.get(registered.NAME)
     seal = registered.sealed(None if nodes is None else nodes.encode())
     return [*overrides, *flags.followed_places(job.source), *seal]
@@ -155,7 +153,7 @@ def with_override(job: Job, key: str, value: Any) -> Job:
         node = node[parent]
     node[last] = value
     line = f"{key}={quoted(value) if isinstance(value, str) else value}"
-    kept = [o for o in job.overrides if resume.key_of(o) != "resume"]
+    kept = [o for o in job.overrides if key_of(o) != "resume"]
     composed = {**job.composed, "overrides.yaml": OmegaConf.to_yaml([*kept, line])}
     return dataclasses.replace(
         job,

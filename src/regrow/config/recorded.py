@@ -1,4 +1,4 @@
-"""The config of a recorded run."""
+"""The config of a recorded run, and the overrides that started it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
-from regrow.config import hydra_access
+from regrow.config import flags, hydra_access, registered
+from regrow.config.command_line import key_of
 from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError, brief
 from regrow.record import moved
 
+# About where a run is started and by which package, not about the run.
+ELSEWHERE = ("launcher", "sweep", "lab")
 MASKS = "segmentation"
 CHOICE = re.compile(r"\$\{hydra:runtime\.choices\.(\w+)\}")
 ALLOWED = re.compile(r"\$\{(if_chosen:|oc\.select:)?[\w.,]*\}")
@@ -51,6 +55,35 @@ def recorded_config(folder: Path, where: str) -> dict[str, Any]:
         ) from None
     log.warning("%s: its config.yaml is damaged (%s). Its copy in .hydra is used.", where, reason)
     return config
+
+
+def followed(folder: Path) -> list[str]:
+    """Return what resuming the run in `folder` uses of its record: see `job.as_recorded`."""
+    places = flags.followed_places(flags.recorded(folder))
+    return [*recorded_overrides(folder), *places, *registered.recorded(folder)]
+
+
+def recorded_overrides(folder: Path) -> list[str]:
+    """Return the overrides that started the run in `folder`. Raises UserError if unreadable."""
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        return overrides_in(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = brief(error)
+        raise UserError(f"resume={folder}: {path} cannot be read: {reason}") from None
+
+
+def overrides_in(text: str) -> list[str]:
+    """Return the overrides in the text of an overrides.yaml. Raises ValueError or YAMLError."""
+    overrides = yaml.safe_load(text) or []
+    if not isinstance(overrides, list):
+        raise ValueError("a list of overrides is expected")
+    return [str(override) for override in overrides]
+
+
+def is_of_the_launcher(override: str) -> bool:
+    """Return True if an override is of the group launcher or sweep, which no run records."""
+    return key_of(override).split(".")[0] in ELSEWHERE
 
 
 def refuse_other_folder(folder: Path, given: Path | None = None) -> None:

@@ -218,7 +218,7 @@ class Data:
         if self.augmentation is not None and _in_memory(source) and not _stores(augmentation):
             # It takes single images, as the transforms do.
             self.augmentation, self.transforms = None, [augmentation, *self.transforms]
-        self.overlap, self.changed = overlap, changed  # the latter is for resume.py
+        self.overlap, self.changed = overlap, changed  # the latter is for changed_data.py
         self.identity = identity
         self.augment = augment
         self.folds, self.fold = folds, fold  # the source has cut them

@@ -19,7 +19,7 @@ names: LOCK, refuse_foreign_run, refuse_foreign_sweep
 output: refuse_existing, refuse_existing_folder, remove_unfinished, whole_file, write_bytes,
     write_csv, write_images, write_text
 ownership: check_sweep, digest_of_code, digest_of_run, DIGITS, enter, enter_run, ListedFolder, find,
-    is_own_run, owner_of_job, reason_of, remove_caches, sealed, take_trust, trust_of
+    is_own_run, owner_of_job, reason_of, remove_caches, sealed, SWEEP, take_trust, trust_of
 pages: short_names
 pictures: by_range, has_room, in_the_set, joined, of_masks, of_wrong
 plots

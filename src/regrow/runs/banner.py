@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.config import flags, resume
-from regrow.config.command_line import command
+from regrow.config import flags, resumed_config
+from regrow.config.command_line import command, key_of
 from regrow.config.job import Job
+from regrow.config.recorded import recorded_overrides
 from regrow.distributed.parallel import World
 from regrow.errors import UserError
 from regrow.protocols import Objects
@@ -27,7 +28,7 @@ OF_IMAGES = ("image_folder", "resized_folder", "mask_folder")  # sources, whose 
 def introduce(folder: Path, job: Job, objects: Objects, world: World) -> None:
     """Log what is about to run, and the command that resumes it."""
     config = redact_all(dict(job.config))
-    typed = {resume.key_of(override) for override in job.overrides}
+    typed = {key_of(override) for override in job.overrides}
     for logger, first in (("regrow.terminal", typed), ("regrow.file", None)):
         for line in config_tree(config, job.choices, num_processes=world.size, first=first):
             logging.getLogger(logger).info("%s", line)
@@ -97,7 +98,7 @@ def what_is_odd(config: Mapping[str, Any], objects: Objects) -> list[str]:
 def unread_root(job: Job) -> list[str]:
     """Return a line if `data.root` was typed for data that reads no folder; else none."""
     data, source = job.config["data"], job.config["data"]["source"]
-    typed = [o for o in job.overrides if resume.key_of(o) == "data.root"]
+    typed = [o for o in job.overrides if key_of(o) == "data.root"]
     if not typed or not isinstance(source, Mapping) or "root" in source:
         return []
     named = f"data={job.choices.get('data')}"
@@ -114,13 +115,13 @@ def interrupted(folder: Path, job: Job) -> Path | None:
         return None
 
     def own(overrides: Iterable[str]) -> list[str]:
-        return [o for o in overrides if resume.key_of(o) not in ("hydra.run.dir", "resume")]
+        return [o for o in overrides if key_of(o) not in ("hydra.run.dir", "resume")]
 
     status = records.load_status(latest)
     if status is None or status["state"] != "interrupted":
         return None
     with contextlib.suppress(UserError):
-        if own(resume.recorded_overrides(latest)) == own(job.overrides):
+        if own(recorded_overrides(latest)) == own(job.overrides):
             place, here = latest.resolve(), Path.cwd()
             return place.relative_to(here) if place.is_relative_to(here) else place
     return None
@@ -160,7 +161,7 @@ def conclude(folder: Path, job: Job, summary: Mapping[str, Any]) -> None:
     log.info("        %s", command(f"run={folder}", f"split={split}", script="evaluate.py"))
     if files := _new_files(job.config["data"]):
         log.info("        %s", command(f"run={folder}", f"input={files}", script="predict.py"))
-    kept = [o for o in job.overrides if resume.key_of(o) not in ("seed", "resume")]
+    kept = [o for o in job.overrides if key_of(o) not in ("seed", "resume")]
     log.info("        %s", command("-m", *flags.arguments_of(job.source), *kept, "seed=0,1,2"))
 
 
@@ -192,7 +193,7 @@ def config_tree(
     groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
     for name, values in {"run": plain, **groups}.items():
         option = choices.get(name) or ""
-        flat = resume.differences({}, values)
+        flat = resumed_config.differences({}, values)
         shown = {key: _short(new) for key, (_, new) in flat.items() if _is_shown(key, new)}
         if num_processes == 1 and name == "trainer":
             shown = {k: v for k, v in shown.items() if k.partition(".")[0] not in OF_SEVERAL}
@@ -238,7 +239,7 @@ def _in_one_line(shown: dict[str, str], first: list[str], room: int) -> dict[str
 
 def longer(folder: Path, job: Job, summary: Mapping[str, Any]) -> str:
     """Return the command that trains a complete run for as long again."""
-    limits = resume.reached(summary, job.config["trainer"])
+    limits = resumed_config.reached(summary, job.config["trainer"])
     return again(job, folder, *(f"{key}={more}" for key, more in limits.items()))
 
 

@@ -14,9 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from regrow.config import flags, resume
+from regrow.config import flags
 from regrow.config.check import check_once
-from regrow.config.command_line import command
+from regrow.config.command_line import command, key_of
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.origins import located
 from regrow.config.targets import instantiate
@@ -126,8 +126,8 @@ def train_command(
     kept = [
         override
         for override in overrides
-        if not resume.key_of(override).startswith(("find_lr.", "hydra."))
-        and resume.key_of(override) not in ("optimizer.lr", "resume")
+        if not key_of(override).startswith(("find_lr.", "hydra."))
+        and key_of(override) not in ("optimizer.lr", "resume")
     ]
     sign = "" if "lr" in config["optimizer"] else "+"
     places = flags.arguments_of({**(source or flags.DEFAULT), "name": "train"})

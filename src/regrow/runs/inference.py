@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from regrow.config.changed_data import change_of_split
 from regrow.config.recorded import recorded_config
-from regrow.config.resume import change_of_split
 from regrow.distributed.parallel import World
 from regrow.dotted import Config
 from regrow.errors import UserError

@@ -11,10 +11,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from regrow.config import resume
+from regrow.config import resumed_config
 from regrow.config.check import check_once
+from regrow.config.command_line import key_of
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.job import Job, as_recorded, job_of
+from regrow.config.recorded import is_of_the_launcher
 from regrow.config.started import is_check, remove_created
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
@@ -56,10 +58,10 @@ def _launch(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check_once(cfg, hydra.runtime.choices)
     for override in typed_overrides(hydra.overrides.task):
-        if resume.key_of(override).split(".")[0] == "sweep":
+        if key_of(override).split(".")[0] == "sweep":
             raise UserError(f"{override}: sweep keys only apply to sweeps. Add -m, or remove it.")
     for override in typed_overrides(hydra.overrides.hydra):
-        if resume.key_of(override).startswith("hydra.sweep."):
+        if key_of(override).startswith("hydra.sweep."):
             raise UserError(f"{override} is of a sweep. A run's folder is hydra.run.dir=….")
     folder = output_dir() if is_named("hydra.run.dir") else None
     job = job_of(cfg, folder, [Path(sys.executable).name, *sys.argv])
@@ -86,7 +88,7 @@ def _launch(cfg: DictConfig) -> float | None:
     with console():
         if "_target_" in launcher:
             given = typed_overrides(HydraConfig.get().overrides.task)
-            typed = [o for o in given if resume.is_of_the_launcher(o)]
+            typed = [o for o in given if is_of_the_launcher(o)]
             submit(job, launcher, typed)
             return None
         return run_all(job)
@@ -106,7 +108,7 @@ def submit(job: Job, launcher: Mapping[str, Any], typed: Sequence[str]) -> None:
     try:
         with claimed(folder, job) as kept:
             job = job.resuming(kept)
-            if kept is not None and resume.is_done(folder, job.config):
+            if kept is not None and resumed_config.is_done(folder, job.config):
                 draw_missing(folder, job)
                 say_complete(folder, job)
                 return

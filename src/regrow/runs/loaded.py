@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from regrow.checkpoint import writer
 from regrow.config import older
+from regrow.config.foreign import check_roles_of_run, downloads_elsewhere, refuse_remote
 from regrow.config.own_modules import import_own_modules
 from regrow.config.ranges import check_ranges
 from regrow.config.recorded import recorded_config, refuse_other_folder
-from regrow.config.resume import check_roles_of_run, downloads_elsewhere, refuse_remote
 from regrow.config.rules import RULES, applies, require
 from regrow.config.targets import allow, instantiate
 from regrow.dotted import Config, leaves

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from regrow.config import resume
+from regrow.config import foreign
 from regrow.errors import UserError
 from regrow.project import ROOT
 from regrow.record import manifest
@@ -23,6 +23,6 @@ def naming_code(folder: Path) -> Iterator[None]:
     except UserError as error:
         if not (advice := manifest.way_back(folder, ROOT)):
             raise
-        if not resume.is_own(folder):
+        if not foreign.is_own(folder):
             advice = f" {manifest.CHANGED} {folder / manifest.NAME} names its commit."
         raise type(error)(f"{error}{advice}") from error

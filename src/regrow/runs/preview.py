@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.config import flags, places, resume
+from regrow.config import flags, places, resumed_config
 from regrow.config.job import Job
 from regrow.config.leads import RECIPES, shown
 from regrow.config.origins import TYPED, composed, located_in, origins
@@ -28,7 +28,7 @@ from regrow.processes import ranks
 from regrow.processes.interrupt import StopRequest
 from regrow.project import CONF
 from regrow.protocols import Batch, Objects
-from regrow.record import names
+from regrow.record import names, ownership
 from regrow.record.records import load_status
 from regrow.record.redact import redact
 from regrow.runs import first_calls, machine, training
@@ -302,18 +302,18 @@ def _scaled(number: float) -> str:
 
 def _resumed(job: Job, folder: Path) -> Job:
     """Return the job as it would resume the run in `folder`, if there is one. Writes nothing."""
-    if (folder / resume.SWEEP).is_file():
+    if (folder / ownership.SWEEP).is_file():
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
     if folder.is_dir():
         names.refuse_foreign_run(folder)
-    return job.resuming(resume.resumed(folder, job.config, job.overrides))
+    return job.resuming(resumed_config.resumed(folder, job.config, job.overrides))
 
 
 def _folder(job: Job) -> str:
     if job.folder is None:
         return f"outputs/{job.config['name']}/<date>_<time>-<suffix>, a new one"
     folder = Path(job.folder)
-    if resume.is_done(folder, job.config):
+    if resumed_config.is_done(folder, job.config):
         return f"{folder}, whose run is complete"
     status = load_status(folder)
     return f"{folder}, resumed from step {status['step']}" if status else str(folder)

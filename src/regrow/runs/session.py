@@ -18,9 +18,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from regrow.checkpoint import writer
-from regrow.config import flags, registered, resume
+from regrow.config import changed_data, flags, foreign, registered, resumed_config
 from regrow.config.job import Job, as_recorded
 from regrow.config.origins import located_in
+from regrow.config.recorded import ELSEWHERE
 from regrow.config.targets import allow, note_typed
 from regrow.distributed.parallel import World, lost_the_others
 from regrow.errors import (
@@ -104,10 +105,10 @@ def settled(job: Job, world: World, stack: contextlib.ExitStack) -> tuple[Job, F
         kept = stack.enter_context(claimed(folder, job))
         job = job.resuming(kept)
         least = (records.load_status(folder) or {}).get("num_micro_batches")
-        done = kept is not None and resume.is_done(folder, job.config)
+        done = kept is not None and resumed_config.is_done(folder, job.config)
         found = FolderState(
             done=done,
-            has_changes=done and resume.has_changes(folder, job.config),
+            has_changes=done and resumed_config.has_changes(folder, job.config),
             has_checkpoint=writer.outline(folder / "checkpoints") is not None,
             num_micro_batches=least if isinstance(least, int) else 1,
         )
@@ -133,7 +134,7 @@ def refuse_changes(job: Job, world: World) -> None:
             folder = Path(str(job.folder))
             refuse_other_state(objects, folder)
             if (folder / manifest.NAME).is_file():
-                resume.refuse_other_data(folder, objects.data.fingerprint(), job.overrides)
+                changed_data.refuse_other_data(folder, objects.data.fingerprint(), job.overrides)
 
 
 def refuse_other_state(objects: Objects, folder: Path) -> None:
@@ -162,16 +163,16 @@ def claimed(folder: Path, job: Job) -> Iterator[dict[str, Any] | None]:
 
     Raises UserError if the folder holds a sweep or what is not a run's.
     """
-    if (folder / resume.SWEEP).is_file():
+    if (folder / ownership.SWEEP).is_file():
         raise UserError(f"hydra.run.dir={folder} holds a sweep. Choose another folder.")
     names.refuse_foreign_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume.is_own(folder):
-        records.refuse_links(folder, f"hydra.run.dir={folder}", way_out=resume.if_trusted(folder))
+    if not foreign.is_own(folder):
+        records.refuse_links(folder, f"hydra.run.dir={folder}", way_out=foreign.if_trusted(folder))
     with records.Lock(folder):
         before_the_run.undo(functools.partial(records.remove_unused, folder))
         try:
-            yield resume.resumed(folder, job.config, job.overrides)
+            yield resumed_config.resumed(folder, job.config, job.overrides)
         finally:
             records.remove_unused(folder)
 
@@ -318,7 +319,7 @@ def unsettled(job: Job, objects: Objects) -> str | None:
 
 def after_a_change(error: DataError, job: Job, folder: Path) -> str:
     """Return the error of a run that has taken steps, and how to continue with repaired data."""
-    accepted = f"{resume.CHANGED}=accept"
+    accepted = f"{changed_data.CHANGED}=accept"
     if not isinstance(error, BrokenImages):
         return f"{error} If this changes the data, resume with: {again(job, folder, accepted)}"
     names = "" if error.leave_out else " The log names them."
@@ -395,10 +396,10 @@ def write_start(folder: Path, job: Job, objects: Objects) -> dict[str, Any]:
     """
     data, accepted = objects.data.fingerprint(), {}
     if (folder / manifest.NAME).is_file():
-        accepted = resume.refuse_other_data(folder, data, job.overrides)
+        accepted = changed_data.refuse_other_data(folder, data, job.overrides)
     (folder / ".hydra").mkdir(exist_ok=True)
-    if lacked := resume.lacked_keys(folder):  # keep them: config.yaml is overwritten
-        records.write_json(folder / resume.LACKED, lacked)
+    if lacked := resumed_config.lacked_keys(folder):  # keep them: config.yaml is overwritten
+        records.write_json(folder / resumed_config.LACKED, lacked)
     recorded = OmegaConf.create(redact_all(dict(job.config)))
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     ownership.enter_run(folder, as_recorded(job), job.owner)
@@ -422,5 +423,6 @@ def write_start(folder: Path, job: Job, objects: Objects) -> dict[str, Any]:
 
 def seeds_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every seed in the config by its dotted key, such as the seed of the split."""
-    flat = resume.differences({}, {k: v for k, v in config.items() if k not in resume.ELSEWHERE})
+    kept = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    flat = resumed_config.differences({}, kept)
     return {key: value for key, (_, value) in flat.items() if key.split(".")[-1] == "seed"}

@@ -13,10 +13,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from regrow.config import flags
-from regrow.config.resume import ELSEWHERE, SWEEP
+from regrow.config.recorded import ELSEWHERE
 from regrow.errors import UserError
 from regrow.record import locks, ownership, records
 from regrow.record.comparison import label_of
+from regrow.record.ownership import SWEEP
 from regrow.record.redact import redact, redact_all
 
 FILE = SWEEP
@@ -55,7 +56,7 @@ def identity_of(cfg: DictConfig) -> str:
     assert isinstance(config, dict)
     kept = {key: value for key, value in config.items() if key not in ASIDE}
     if isinstance(kept.get("data"), dict):
-        kept["data"].pop("changed", None)  # applies to one start only: see resume.refuse_other_data
+        kept["data"].pop("changed", None)  # applies to one start only: see changed_data.py
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 

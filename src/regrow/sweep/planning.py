@@ -20,12 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from regrow.config.changed_data import CHANGED
 from regrow.config.check import check
-from regrow.config.command_line import paths_as_typed, quoted, refuse_unusable
+from regrow.config.command_line import key_of, paths_as_typed, quoted, refuse_unusable
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydras import check_settings
 from regrow.config.job import Job, job_of
-from regrow.config.resume import CHANGED, key_of
 from regrow.errors import UserError, brief
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from regrow.config import flags
-from regrow.config.command_line import command
-from regrow.config.resume import key_of
+from regrow.config.command_line import command, key_of
 from regrow.errors import UserError
 from regrow.record import comparison, manifest, pages, report, side_by_side
 from regrow.record.comparison import Comparison, Row

@@ -17,11 +17,11 @@ from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
 from regrow.config import flags
+from regrow.config.changed_data import CHANGED
 from regrow.config.check import check_group
-from regrow.config.command_line import command
+from regrow.config.command_line import command, key_of
 from regrow.config.hydra_access import is_named, plain
 from regrow.config.job import as_recorded
-from regrow.config.resume import CHANGED, key_of
 from regrow.config.targets import instantiate
 from regrow.errors import UserError
 from regrow.processes import begin, outside, slurm

@@ -29,7 +29,7 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
-from regrow.config.resume import key_of
+from regrow.config.command_line import key_of
 from regrow.errors import UserError
 from regrow.record import monitor, records
 from regrow.runs import trial
