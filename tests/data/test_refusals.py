@@ -16,6 +16,7 @@ from lab.data.datasets import from_datasets
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
 from regrow.errors import DataError, UserError
+from regrow.feeding.feeds import outside
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples, Splits
 
@@ -129,6 +130,13 @@ def test_targets_that_the_loss_leaves_out_need_not_be_a_class(
 
 def generated() -> Any:
     yield torch.zeros(4), 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_a_class_is_in_range_whatever_holds_it(dtype: torch.dtype) -> None:
+    targets = torch.tensor([0, 3, 127], dtype=dtype)
+    assert outside(targets, 128, -100) is outside(targets, 40_000, 255) is None
+    assert outside(targets, 127, 200) == 127 and outside(targets, 3, None) == 3
 
 
 @pytest.mark.parametrize(
