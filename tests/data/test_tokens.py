@@ -219,6 +219,19 @@ def test_a_limit_trains_on_the_beginning_of_the_text_in_every_epoch(
             assert tokens.unique().tolist() == [*range(1, 10 * CONTEXT + 2)]
 
 
+@pytest.mark.parametrize("limit", ["limit_train=null", "limit_train=40"])
+def test_a_model_that_starts_from_data_sees_windows_of_the_whole_text(
+    limit: str, of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regrow.feeding.loaders.NUM_SAMPLED", 7)
+    data = of(limit)
+    split = split_of(data, "train")
+    count = 40 if "40" in limit else len(split)
+    assert len(split) > 80
+    expected = [split[place * count // 7][0] for place in range(7)]
+    assert torch.equal(data.sample_inputs(), torch.stack(expected))
+
+
 def test_a_token_file_is_written_once_and_is_the_map_that_windows_come_from(
     of: Any, cache: Path, root: Path
 ) -> None:
