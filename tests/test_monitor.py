@@ -55,6 +55,12 @@ NO_VAL = (*TINY, "data.source.num_val=0")
         *((f"val/{name}", None) for name in ("-loss", "1-accuracy", "100 - f1", "inv_mse")),
         *((f"val/{name}", "max") for name in ("1-shot-accuracy", "top-1-acc", "5-fold-auc")),
         ("night/accuracy", "max"),
+        # These names mislead: D² is a share that is explained, and a distance is called similarity.
+        *((f"val/d2_{name}_score", None) for name in ("absolute_error", "brier", "log_loss")),
+        *((f"val/{name}", "max") for name in ("d2", "d2_score", "hamming_score")),
+        *((f"val/{name}", "min") for name in ("hamming", "HammingDistance", "hamming_loss")),
+        ("val/LearnedPerceptualImagePatchSimilarity", "min"),
+        ("val/deep_image_structure_and_texture_similarity", "min"),
     ],
 )
 def test_the_name_tells_the_direction(metric: str, mode: str | None) -> None:

@@ -13,12 +13,22 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import v2
 
 from regrow.config import older
 from regrow.errors import DataError
 from regrow.feeding import decoding
-from regrow.feeding.decoding import TURNED, fit, load, load_image, pixels_of, scaled, turned
+from regrow.feeding.decoding import (
+    TURNED,
+    fit,
+    load,
+    load_image,
+    pixels_of,
+    scaled,
+    size_of,
+    turned,
+)
 from regrow.feeding.loaders import Data
 from regrow.feeding.preprocess import Preprocessing
 
@@ -200,6 +210,23 @@ def test_a_file_and_its_content_are_read_alike(tmp_path: Path) -> None:
             for given in (None, content)
         ]
         assert torch.equal(found[0], found[1]), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_the_size_of_an_image_is_known_before_it_is_decoded(upright: bool, tmp_path: Path) -> None:
+    """A predicted mask gets it, and the cache of resized images plans its room with it."""
+    damaged = PngInfo()
+    damaged.add_text("Raw profile type exif", "\nexif\n3\nno hexadecimal digits")
+    contents = {
+        **COLOURS,
+        **{f"TIFF {n}": encoded(photo(40, 50), "TIFF", tiffinfo={0x0112: n}) for n in TURNED},
+        "PNG, damaged EXIF data": encoded(photo(40, 50), "PNG", pnginfo=damaged),
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"file.{'tif' if name.startswith('TIFF') else 'png'}"
+        path.write_bytes(content)
+        image = load_image(path, 3, exif_orientation=upright)
+        assert size_of(path, exif_orientation=upright) == (image.height, image.width), name
 
 
 def test_an_error_names_the_file_alone(tmp_path: Path) -> None:

@@ -183,6 +183,18 @@ def test_parts_of_a_data_set_know_their_classes() -> None:
     assert data.draw_weights().tolist() == [0.5, 0.5, 1.0]
 
 
+def test_classes_in_one_byte_are_all_drawn() -> None:
+    """In uint8, -100 is 156."""
+    wide = Listed(13, 0)
+    wide.targets = [n * 13 for n in range(13)]
+    narrow = Listed(13, 0)
+    narrow.targets = torch.tensor(wide.targets, dtype=torch.uint8)  # type: ignore[assignment]
+    assert wide.targets[12] == 156
+    how = {"sampling": "balanced", "num_classes": 200, "num_outputs": 200}
+    for data in (of_ones_own(narrow, **how), of_ones_own(wide, **how)):
+        assert data.draw_weights().tolist() == [1.0] * 13
+
+
 def table(make: Make, folder: Path, text: str, *more: str) -> Data:
     (folder / "rows.csv").write_text(text, encoding="utf-8")
     return make(

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from test_exact_numbers import CLASSES, CPU, data_of
+from test_files import of_ones_own
 
 from lab.data.datasets import from_datasets
 from lab.tasks.losses import CrossEntropy
 from lab.tasks.tasks import Multiclass
 from regrow.errors import DataError, UserError
+from regrow.feeding.feeds import outside
 from regrow.feeding.loaders import Data
 from regrow.feeding.splits import Examples, Splits
 
@@ -129,6 +131,32 @@ def test_targets_that_the_loss_leaves_out_need_not_be_a_class(
 
 def generated() -> Any:
     yield torch.zeros(4), 0
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+def test_a_label_that_is_not_0_or_1_is_named_wherever_it_is(kind: str) -> None:
+    """A task looks at the first batch alone."""
+
+    def data(wrong: float, row: int) -> Data:
+        targets = torch.tensor([0.0, 1.0]).repeat(20)
+        targets[row] = wrong
+        if kind == "multilabel":
+            targets = torch.stack([targets.clamp(0, 1)] * 2 + [targets], 1)
+        sizes = {"num_classes": None, "num_outputs": 1} if kind == "binary" else {}
+        return of_ones_own(Examples(torch.randn(40, 4), targets), target_kind=kind, **sizes)
+
+    for soft in (0.0, 0.25, 1.0):
+        assert data(soft, 0).num_examples == {"train": 40}
+    for wrong in (2, -1, 1.5):
+        with pytest.raises(DataError, match=rf"^split train, example 33: {kind} .* got {wrong}\."):
+            data(wrong, 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_a_class_is_in_range_whatever_holds_it(dtype: torch.dtype) -> None:
+    targets = torch.tensor([0, 3, 127], dtype=dtype)
+    assert outside(targets, 128, -100) is outside(targets, 40_000, 255) is None
+    assert outside(targets, 127, 200) == 127 and outside(targets, 3, None) == 3
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from regrow.errors import DataError, UserError
-from regrow.feeding import tokens, vocabulary
+from regrow.feeding import texts, tokens, vocabulary
 from regrow.feeding.batch import LoadedBatch
 from regrow.feeding.loaders import Data
 from regrow.feeding.tokens import IGNORED, Tokens
@@ -219,6 +219,19 @@ def test_a_limit_trains_on_the_beginning_of_the_text_in_every_epoch(
             assert tokens.unique().tolist() == [*range(1, 10 * CONTEXT + 2)]
 
 
+@pytest.mark.parametrize("limit", ["limit_train=null", "limit_train=40"])
+def test_a_model_that_starts_from_data_sees_windows_of_the_whole_text(
+    limit: str, of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regrow.feeding.loaders.NUM_SAMPLED", 7)
+    data = of(limit)
+    split = split_of(data, "train")
+    count = 40 if "40" in limit else len(split)
+    assert len(split) > 80
+    expected = [split[place * count // 7][0] for place in range(7)]
+    assert torch.equal(data.sample_inputs(), torch.stack(expected))
+
+
 def test_a_token_file_is_written_once_and_is_the_map_that_windows_come_from(
     of: Any, cache: Path, root: Path
 ) -> None:
@@ -250,6 +263,27 @@ def test_a_damaged_token_file_is_made_again(
         assert split_of(of(), "train").row.tolist() == expected
     assert "is damaged: it is made again" in caplog.text
     assert path.read_bytes() != content
+
+
+@pytest.mark.parametrize("step", ["_vocabulary", "_tokens"])
+def test_a_text_that_changes_while_it_is_read_is_not_kept(
+    step: str, of: Any, root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its tokens would be found by the contents that it had before."""
+    path, read = root / "3.txt", getattr(texts, step)
+    before = path.read_text()
+
+    def changed(*given: Any) -> Any:
+        path.write_text(before.replace("cat", "act"))
+        return read(*given)
+
+    monkeypatch.setattr(texts, step, changed)
+    with pytest.raises(DataError, match=r"3\.txt was changed while it was read"):
+        of("source.val_fraction=0", "source.test_fraction=0")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    path.write_text(before)
+    assert before in text_of(of("source.val_fraction=0", "source.test_fraction=0"), "train")
 
 
 def test_without_a_cache_the_tokens_stay_in_memory(

@@ -118,6 +118,23 @@ def test_the_crop_before_a_transform_differs_by_epoch(make_data: Make) -> None:
     assert len(seen.unique(dim=0)) > 2
 
 
+def test_a_transform_in_place_leaves_the_images_in_memory_as_they_were(
+    make_data: Make, same: Same
+) -> None:
+    """Else an epoch would depend on those before it, on a resume and on the workers."""
+
+    def epochs(erase: str, num_workers: int) -> list[LoadedBatch]:
+        how = ("synthetic", "augmentation=null", "source.num_train=20", f"transforms=[{erase}]")
+        data = make_data(*how, f"num_workers={num_workers}")
+        found = [batch for number in range(3) for batch in data.train(device=CPU).epoch(number)]
+        data.close()
+        return found
+
+    in_place = f"{{_target_: {V2}.RandomErasing, p: 0.7, inplace: true}}"
+    whole = epochs(ERASE, 0)
+    assert same(epochs(in_place, 0), whole) and same(epochs(in_place, 1), whole)
+
+
 def test_an_evaluation_is_not_transformed(make_data: Make, same: Same) -> None:
     sets = [
         list(make_data("digits", *more).evaluation("train", device=CPU))

@@ -66,6 +66,19 @@ def test_the_effects_of_a_grid_are_shares_of_the_variance() -> None:
     assert found.shares == {} and "not each combination" in found.note
 
 
+def test_a_number_that_is_spelled_in_two_ways_is_one_level() -> None:
+    def found(*lrs: str) -> list[importances.Importance]:
+        values = {
+            (lr, drop, seed): 0.5 + (number > 0) * 0.2 + (drop == "0") * 0.1 + int(seed) / 100
+            for drop, seed in itertools.product("05", "012")
+            for number, lr in enumerate(lrs if drop == "0" else ("1e-3", "1e-2"))
+        }
+        return [how(swept(values), {}) for how in (importances.effects, importances.of_table)]
+
+    assert found("0.001", "0.01") == found("1e-3", "1e-2")
+    assert all(it.shares["optimizer.lr"] > 0.5 for it in found("0.001", "0.01"))
+
+
 def test_optunas_importances_of_a_grid_are_those_of_a_known_function() -> None:
     """Without interactions and noise, they are the main effects: of 0.2 and 0.1, 4 to 1."""
     short = {"optimizer.lr": "lr", "model.dropout": "dropout", "seed": "seed"}

@@ -60,6 +60,16 @@ def test_balanced_weights_count_neither_ignored_targets_nor_absent_classes() -> 
         balanced_weights(data_of([0, 1], 2, source=SimpleNamespace(train=[3, 4])))
 
 
+@pytest.mark.parametrize("ignore_index", [None, -1, -100])
+def test_classes_in_one_byte_are_all_counted(ignore_index: int | None) -> None:
+    """In uint8, 256 is 0, -1 is 255 and -100 is 156."""
+    classes = np.random.default_rng(0).permutation(np.repeat(np.arange(256), np.arange(256) + 1))
+    narrow = data_of([], 256, ignore_index=ignore_index)
+    narrow.source.train = Split(torch.from_numpy(classes.astype(np.uint8)))
+    expected = compute_class_weight("balanced", classes=np.arange(256), y=classes)
+    assert balanced_weights(narrow) == pytest.approx(expected.tolist(), rel=1e-12)
+
+
 def test_counting_rare_classes_twice_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("regrow")
     log.addHandler(caplog.handler)

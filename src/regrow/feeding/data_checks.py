@@ -161,6 +161,8 @@ class DataChecks:
         elif not bool(targets.isfinite().all()):
             row = int((~targets.isfinite()).nonzero()[0][0])
             raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
+        elif self.target_kind in ("binary", "multilabel"):
+            self._check_labels(name, targets)
         if self.target_kind is None or self.num_outputs is None:
             return
         of_classes = dict.fromkeys(OF_CLASSES, self.num_classes)
@@ -192,6 +194,17 @@ class DataChecks:
         if wrong is not None:
             row = int((targets == wrong).nonzero()[0][0])
             raise DataError(f"split {name}, example {row}: {out_of_range(wrong, number)}")
+
+    def _check_labels(self, name: str, targets: Tensor) -> None:
+        """Raise DataError for a label outside 0 … 1, of which a loss would have no minimum."""
+        wrong = (targets < 0) | (targets > 1)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0][0])
+            raise DataError(
+                f"split {name}, example {row}: {self.target_kind} needs targets of 0 and 1, got "
+                f"{targets[wrong][0]:g}. For class indices use task=multiclass, for real values "
+                "task=regression."
+            )
 
 
 def order_of(train: Split) -> Callable[[Windows, int, int], Any] | None:

@@ -34,7 +34,8 @@ OF_FRAMES = frozenset({"AVIF", "DCX", "FLI", "GIF", "MPO", "PSD", "TIFF", "WEBP"
 NUM_LOOKED_AT = 256  # files opened to check for several frames
 TURNED = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
           6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
-SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+# Those that swap width and height.
+SIDEWAYS = ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")
 DECODERS = ("pillow", "torchvision")
 AUTO = "auto"
 OF_JPEG = b"\xff\xd8"  # the first bytes of one
@@ -218,7 +219,7 @@ def turned(pixels: Tensor, method: str | None) -> Tensor:
     """Return (C, H, W) pixels transposed as Pillow's `Transpose` of this name does."""
     if method is None:
         return pixels
-    if method in ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270"):
+    if method in SIDEWAYS:
         pixels = pixels.transpose(1, 2)
     axes = {
         "FLIP_LEFT_RIGHT": [2],
@@ -239,11 +240,13 @@ def scaled_size(height: int, width: int, resize: int) -> tuple[int, int]:
 
 
 def size_of(path: str | Path, *, exif_orientation: bool) -> tuple[int, int]:
-    """Return (H, W) of the image that `load_image` returns, from the file's header alone."""
+    """Return (H, W) of the image that `load_image` returns, mostly from the file's header alone."""
     from PIL import Image
 
     with opened(path), Image.open(path, formats=formats_for(Path(path).suffix.lower())) as file:
-        is_turned = exif_orientation and file.getexif().get(0x0112) in SIDEWAYS
+        if file.format == "TIFF" and _turn_of(file) is not None:
+            file.load()  # which turns it; versions of Pillow differ in the size before
+        is_turned = exif_orientation and _turn_of(file) in SIDEWAYS
         return (file.width, file.height) if is_turned else (file.height, file.width)
 
 

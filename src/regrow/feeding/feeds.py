@@ -581,8 +581,7 @@ def outside(targets: Tensor, num_classes: int, ignore_index: int | None) -> int 
     """
     if targets.is_floating_point() or targets.is_complex():
         return None
-    if targets.dtype == torch.uint8:  # a comparison with -100 would wrap around
-        targets = targets.long()
+    targets = targets.long()  # a narrow type would wrap the other number of a comparison around
     wrong = ((targets < 0) & (targets != -100)) | (targets >= num_classes)
     if ignore_index is not None:
         wrong &= targets != ignore_index

@@ -442,15 +442,14 @@ class Data:
             chosen = torch.tensor(train.sample(NUM_SAMPLED, count))
         if isinstance(train, Examples):
             found = [Normalizer(self.preprocessing)(train.inputs[chosen])]
+        elif isinstance(train, Tokens):  # whose feed reads no further than as many windows reach
+            found = [train.windows(train.tensor(), chosen)[0]]
         else:
             feed = self._new_feed("train", False, torch.device("cpu"))
-            assert not isinstance(feed, MemoryFeed)
+            assert isinstance(feed, FileFeed)
             windows = Windows(len(chosen), self.eval_batch_size, False, 0, 1)
-            try:
+            with contextlib.closing(feed):
                 found = [batch.inputs for batch in feed.read(windows, chosen, 0, 0)]
-            finally:
-                if isinstance(feed, FileFeed):
-                    feed.close()
         tensors = [inputs for inputs in found if isinstance(inputs, Tensor)]
         if len(tensors) < len(found):
             raise UserError(

@@ -105,6 +105,7 @@ def balanced_weights(data: Any) -> list[float]:
 def per_example(split: Any, name: str) -> Tensor | None:
     """Return a split's attribute of one number per example, (N,), or None if it has none.
 
+    Integers become int64: uint8 takes -100 for 156 in a comparison, and 256 for 0.
     Looks into `torch.utils.data.Subset`s. Raises DataError unless there is one number per example.
     """
     if isinstance(split, torch.utils.data.Subset):
@@ -125,7 +126,7 @@ def per_example(split: Any, name: str) -> Tensor | None:
             f"split train: {type(split).__name__}.{name} must hold one number for each of the "
             f"{len(split)} examples. For data.sampling, give such a list."
         )
-    return found
+    return found if found.is_floating_point() else found.long()
 
 
 class Share(NamedTuple):

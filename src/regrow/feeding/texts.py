@@ -120,13 +120,13 @@ def text(
     fractions = {"val": val_fraction, "test": test_fraction if folds is None else 0.0}
     wanted = {name: share for name, share in fractions.items() if name not in own}
     parts = _cut(own.pop("train"), wanted, seed, folds, fold) | own
-    words = _vocabulary(vocabulary, vocabulary_size, parts)
+    words = _vocabulary(vocabulary, vocabulary_size, parts, root)
     if words.size > vocabulary_size:
         raise UserError(
             f"data.num_classes={vocabulary_size}, but the vocabulary has {words.size} tokens: an "
             f"end token and {words.size - 1} others. Set data.num_classes={words.size}."
         )
-    found = {name: _tokens(part, words, input_shape[0]) for name, part in parts.items()}
+    found = {name: _tokens(part, words, input_shape[0], root) for name, part in parts.items()}
     for name, split in found.items():
         if len(split.row) < 2:
             raise DataError(
@@ -239,7 +239,7 @@ def _divided(documents: list[Document], size: int) -> tuple[list[Document], list
     return documents, []
 
 
-def _vocabulary(name: str, size: int, parts: dict[str, list[Document]]) -> Vocabulary:
+def _vocabulary(name: str, size: int, parts: dict[str, list[Document]], root: str) -> Vocabulary:
     """Return the vocabulary that `name` asks for; one that is learnt from the text is kept."""
     if name not in (CHARACTERS, BYTE_PAIRS):
         return from_file(Path(name), KEY)
@@ -257,12 +257,13 @@ def _vocabulary(name: str, size: int, parts: dict[str, list[Document]]) -> Vocab
             found = learnt_byte_pairs(blocks, size, f"{KEY}={name}")
         else:
             found = Characters(set().union(*map(set, blocks)))
+        _refuse_changed(documents, root)
         with contextlib.suppress(OSError), whole_file(path) as file:
             file.write(json.dumps(found.record()).encode())
     return found
 
 
-def _tokens(documents: list[Document], words: Vocabulary, context: int) -> Tokens:
+def _tokens(documents: list[Document], words: Vocabulary, context: int, root: str) -> Tokens:
     """Return a split whose row is the memory map of a token file; without a cache, in memory.
 
     The name of the file holds a hash of all that it is made of, and one of its contents: a damaged
@@ -273,7 +274,7 @@ def _tokens(documents: list[Document], words: Vocabulary, context: int) -> Token
     with _kept() as folder:
         sha256 = _whole(folder, made_of)
         try:
-            sha256 = sha256 or _write(folder, made_of, _encoded(documents, words, dtype))
+            sha256 = sha256 or _write(folder, made_of, _encoded(documents, words, dtype, root))
             path = folder / f"{made_of}-{sha256}.bin"
             # "c" never writes to the file either; torch warns about a read-only array.
             row: Any = (
@@ -281,15 +282,18 @@ def _tokens(documents: list[Document], words: Vocabulary, context: int) -> Token
             )
         except OSError as error:
             log.info("no token file is kept (%s): the tokens stay in memory", error.strerror)
-            row = np.concatenate([np.empty(0, dtype), *_encoded(documents, words, dtype)])
+            row = np.concatenate([np.empty(0, dtype), *_encoded(documents, words, dtype, root)])
             sha256 = hashlib.sha256(row.tobytes()).hexdigest()
     return Tokens(row, context, sha256, _keys(documents), [each.file for each in documents])
 
 
 def _encoded(
-    documents: list[Document], words: Vocabulary, dtype: np.dtype[Any]
+    documents: list[Document], words: Vocabulary, dtype: np.dtype[Any], root: str
 ) -> Iterator[npt.NDArray[Any]]:
-    """Yield the tokens of all documents, each followed by an end token."""
+    """Yield the tokens of all documents, each followed by an end token.
+
+    Raises DataError at the end if a file has changed meanwhile.
+    """
     for document in documents:
         for block in document.blocks():
             try:
@@ -300,6 +304,17 @@ def _encoded(
                     "data.source.vocabulary=bpe has all bytes."
                 ) from None
         yield np.array([words.end], dtype)
+    _refuse_changed(documents, root)
+
+
+def _refuse_changed(documents: Sequence[Document], root: str) -> None:
+    """Raise DataError if a file no longer has the contents by which what is kept is named."""
+    known = {each.file: each.sha256 for each in documents}
+    for file, sha256 in zip(known, contents_of([*known], root), strict=True):
+        if sha256 != known[file]:
+            raise DataError(
+                f"{shown(file)} was changed while it was read. Start again once it is complete."
+            )
 
 
 def _write(folder: Path, made_of: str, parts: Iterator[npt.NDArray[Any]]) -> str:

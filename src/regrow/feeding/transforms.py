@@ -80,7 +80,7 @@ class FromMemory:
     def drawn(self, index: int, earlier: int) -> tuple[Tensor, ...]:
         """Return an example that the epoch has drawn a number of times before."""
         if self.store is None:
-            image = self.examples.inputs[index]
+            image = self.examples.inputs[index].clone()  # a transform may work in place
         else:
             way = earlier % MOST_WAYS
             if way not in self.tables:

@@ -77,18 +77,19 @@ def _study(done: Sequence[Row], keys: Sequence[str], values: Sequence[float]) ->
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    levels = {key: _ranked({row.swept.get(key, "") for row in done}) for key in keys}
+    settings = [dict(row.setting) for row in done]
+    levels = {key: _ranked({its.get(key, "") for its in settings}) for key in keys}
     distributions: dict[str, Any] = {
         key: IntDistribution(0, len(its) - 1) for key, its in levels.items()
     }
     study.add_trials(
         [
             optuna.create_trial(
-                params={key: its[row.swept.get(key, "")] for key, its in levels.items()},
+                params={key: its[setting.get(key, "")] for key, its in levels.items()},
                 distributions=distributions,
                 value=value,
             )
-            for row, value in zip(done, values, strict=True)
+            for setting, value in zip(settings, values, strict=True)
         ]
     )
     return study
@@ -110,7 +111,8 @@ def effects(comparison: Comparison, short: Mapping[str, str]) -> Importance:
     """
     done, keys, values = _trials(comparison)
     metric = comparison.metric
-    levels = {key: [row.swept.get(key, "") for row in done] for key in keys}
+    settings = [dict(row.setting) for row in done]  # in which 1e-3 and 0.001 are one level
+    levels = {key: [it.get(key, "") for it in settings] for key in keys}
     counts = Counter(zip(*levels.values(), strict=True))
     num_whole = math.prod(len({*its}) for its in levels.values())
     mean = statistics.fmean(values) if values else 0.0
@@ -122,7 +124,7 @@ def effects(comparison: Comparison, short: Mapping[str, str]) -> Importance:
     for key, its in levels.items():
         of_level = [
             [value for value, one in zip(values, its, strict=True) if one == level]
-            for level in {*its}
+            for level in dict.fromkeys(its)  # a set's order, and with it the sum's, would vary
         ]
         between = sum(len(some) * (statistics.fmean(some) - mean) ** 2 for some in of_level)
         shares[short.get(key, key)] = between / total

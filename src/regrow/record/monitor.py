@@ -23,7 +23,7 @@ def _words(text: str) -> frozenset[str]:
 
 # Words in the names of metrics: more is better, then less is better.
 _MORE = _words(
-    "acc accuracy ap auc aucpr aupr auprc auroc bleu chrf concordance corrcoef correlation dice "
+    "acc accuracy ap auc aucpr aupr auprc auroc bleu chrf concordance corrcoef correlation d2 dice "
     "dsc f f1 f2 fbeta f1score fscore hit hits iou jaccard kappa kendall map mcc matthews meteor "
     "miou mrr ndcg npv pearson ppv prauc precision psnr purity r2 r2score recall reward "
     "rocauc rouge rouge1 rouge2 rougel sensitivity similarity spearman specificity ssim success "
@@ -47,7 +47,6 @@ _WHOLE = {
     "bits_per_byte": "min",
     "exact_match": "max",
     "explained_variance": "max",
-    "d2": "max",
     "log_likelihood": "max",
     "loglikelihood": "max",
     "neg_log_likelihood": "min",
@@ -59,6 +58,10 @@ _WHOLE = {
     "true_negative_rate": "max",
     "hit_rate": "max",
     "win_rate": "max",
+    "hamming_score": "max",
+    # These two measure distances.
+    "deep_image_structure_and_texture_similarity": "min",
+    "learned_perceptual_image_patch_similarity": "min",
 }
 # Words that reverse the direction (neg_mean_squared_error, one_minus_accuracy) or measure something
 # else about the metric (drop_in_accuracy).
