@@ -295,6 +295,27 @@ def test_names_and_values_of_other_tools(make_data: Make, tmp_path: Path) -> Non
     assert set(found.unique().tolist()) == {0, 1}
 
 
+def test_an_ignored_class_takes_no_other_value_beside_its_own(tmp_path: Path) -> None:
+    def classes(values: list[int], ignore_index: int) -> list[int]:
+        paths = ([f"{tmp_path}/image.png"], [f"{tmp_path}/mask.png"])
+        rest = (str(tmp_path), True, len(values), ignore_index, values)
+        found: list[int] = MaskFiles(*paths, [2, 2], 1, None, *rest)[0][1].flatten().tolist()
+        return found
+
+    Image.new("L", (2, 2)).save(tmp_path / "image.png")
+    Image.fromarray(np.array([[0, 10], [20, 30]], np.uint8)).save(tmp_path / "mask.png")
+    assert classes([0, 10, 20, 30], 0) == [0, 1, 2, 3]
+    assert classes([10, 20, 30, 0], 255) == [3, 0, 1, 2]
+    with pytest.raises(
+        DataError, match=r"the value 0 .* \[10, 20, 30\]\. To ignore it, put 0 first"
+    ):
+        classes([10, 20, 30], 0)  # 0 was taken for the class of 10, which is ignored
+    with pytest.raises(
+        DataError, match=r"the value 0 .* or 255 \(ignored\)\. Set data\.num_classes"
+    ):
+        classes([10, 20, 30], 255)
+
+
 def test_masks_of_sixteen_bits_hold_more_than_256_classes(make_data: Make, tmp_path: Path) -> None:
     for number in range(10):
         mask = np.full((16, 16), 290 + number, np.uint16)

@@ -123,12 +123,18 @@ class MaskFiles:
         classes = self._class_of[places]
         unknown = (classes == NO_CLASS) | (places != values)
         if bool(unknown.any()):
+            value = int(numbers[unknown][0])
             known = self.mask_values or f"0 … {self.num_classes - 1}"
-            ignored = "" if self.ignore_index is None else f" or {self.ignore_index} (ignored)"
+            way_out = "Set data.num_classes, or data.source.mask_values to the value of each class."
+            ignored = ""
+            if (also := self._ignored_value) is not None:
+                ignored = f" or {also} (ignored)"
+            elif value == self.ignore_index:  # a class has this index
+                way_out = f"To ignore it, put {value} first in data.source.mask_values, and "
+                way_out += "use data.ignore_index=0 with one class more."
             raise DataError(
-                f"{shown(self.masks[index])}: the value {int(numbers[unknown][0])} is not one of "
-                f"the classes {known}{ignored}. Set data.num_classes, or data.source.mask_values "
-                "to the value of each class."
+                f"{shown(self.masks[index])}: the value {value} is not one of the classes "
+                f"{known}{ignored}. {way_out}"
             )
         return classes.to(self._dtype)
 
@@ -136,11 +142,20 @@ class MaskFiles:
     def _class_of(self) -> Tensor:
         """The class of each value of a pixel, (65536,), or NO_CLASS."""
         table = torch.full((NUM_VALUES,), NO_CLASS)
-        if self.ignore_index is not None and 0 <= self.ignore_index < NUM_VALUES:
-            table[self.ignore_index] = self.ignore_index
+        if (ignored := self._ignored_value) is not None:
+            table[ignored] = ignored
         values = range(self.num_classes) if self.mask_values is None else self.mask_values
         table[list(values)] = torch.arange(self.num_classes)
         return table
+
+    @property
+    def _ignored_value(self) -> int | None:
+        """The value of pixels that are ignored beside all classes, if there is one.
+
+        With `mask_values`, an index below their number is that of a class, and no pixel's value.
+        """
+        index, least = self.ignore_index, 0 if self.mask_values is None else self.num_classes
+        return index if index is not None and least <= index < NUM_VALUES else None
 
     @property
     def _dtype(self) -> torch.dtype:
