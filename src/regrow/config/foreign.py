@@ -1,4 +1,4 @@
-"""What the record of somebody else's run may not do: download, read from a server, name code."""
+"""Limit the record of somebody else's run: no downloads, servers, loggers or code that it names."""
 
 from __future__ import annotations
 

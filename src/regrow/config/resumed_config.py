@@ -1,4 +1,4 @@
-"""What a resumed run may change of its recorded config."""
+"""Compare the config of a resumed run with the recorded one, and refuse what must not change."""
 
 from __future__ import annotations
 
