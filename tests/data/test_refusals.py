@@ -152,6 +152,19 @@ def test_a_label_that_is_not_0_or_1_is_named_wherever_it_is(kind: str) -> None:
             data(wrong, 33)
 
 
+def test_a_soft_target_that_is_no_distribution_is_named_wherever_it_is() -> None:
+    def data(*row: float) -> Data:
+        targets = torch.full((40, 3), 1 / 3)
+        targets[33] = torch.tensor(row)
+        return of_ones_own(Examples(torch.randn(40, 4), targets), target_kind="multiclass")
+
+    for good in ((0.0, 0.25, 0.75), (0.0, 1.0, 0.0)):
+        assert data(*good).num_examples == {"train": 40}
+    for wrong in ((5.0, 5.0, 5.0), (0.0, 0.0, 0.0), (-1.0, 1.0, 1.0)):
+        with pytest.raises(DataError, match=r"^split train, example 33: a soft target of multicl"):
+            data(*wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
 def test_a_class_is_in_range_whatever_holds_it(dtype: torch.dtype) -> None:
     targets = torch.tensor([0, 3, 127], dtype=dtype)

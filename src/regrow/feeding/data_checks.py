@@ -163,6 +163,8 @@ class DataChecks:
             raise DataError(f"split {name}, example {row}: the target is NaN or infinite.")
         elif self.target_kind in ("binary", "multilabel"):
             self._check_labels(name, targets)
+        elif self.target_kind == "multiclass" and targets.ndim > 1:
+            self._check_probabilities(name, targets)
         if self.target_kind is None or self.num_outputs is None:
             return
         of_classes = dict.fromkeys(OF_CLASSES, self.num_classes)
@@ -204,6 +206,17 @@ class DataChecks:
                 f"split {name}, example {row}: {self.target_kind} needs targets of 0 and 1, got "
                 f"{targets[wrong][0]:g}. For class indices use task=multiclass, for real values "
                 "task=regression."
+            )
+
+    def _check_probabilities(self, name: str, targets: Tensor) -> None:
+        """Raise DataError for a soft target (C, …) that is no distribution over the classes."""
+        tolerance = 1e-3 if targets.dtype in (torch.float32, torch.float64) else 2e-2
+        wrong = ((targets.float().sum(1) - 1).abs() >= tolerance) | (targets < 0).any(1)
+        if bool(wrong.any()):
+            raise DataError(
+                f"split {name}, example {int(wrong.nonzero()[0][0])}: a soft target of multiclass "
+                "has no negative value, and its values sum to one. For 0 and 1 per label use "
+                "task=multilabel, for real values task=regression."
             )
 
 
