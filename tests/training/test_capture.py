@@ -429,6 +429,7 @@ def test_a_run_that_is_not_captured_says_why_in_one_line() -> None:
         "several processes share them": {"world": two},
         "step._target_ is not lab.step.train_step": {"step": print},
         "trainer.detect_anomaly=true": {"detect_anomaly": True},
+        "trainer.profile=true": {"profile": True},
         "trainer.activation_checkpointing": {"activation_checkpointing": ["0"]},
         "fewer than 50": {"total": 49},
     }.items():
