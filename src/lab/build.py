@@ -339,6 +339,8 @@ def capture_of(
         reason = "step._target_ is not lab.step.train_step, the one that is known to allow it"
     elif options.detect_anomaly:
         reason = "trainer.detect_anomaly=true reads every operation's result"
+    elif options.profile:
+        reason = "trainer.profile=true waits for the device at each phase of a step"
     elif options.activation_checkpointing:
         reason = "trainer.activation_checkpointing reads random states on the host"
     elif total_steps is not None and total_steps < LEAST_STEPS:

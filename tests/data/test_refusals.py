@@ -152,7 +152,7 @@ def test_a_label_that_is_not_0_or_1_is_named_wherever_it_is(kind: str) -> None:
             data(wrong, 33)
 
 
-def test_a_soft_target_that_is_no_distribution_is_named_wherever_it_is() -> None:
+def test_a_soft_target_that_is_not_a_distribution_is_named_wherever_it_is() -> None:
     def data(*row: float) -> Data:
         targets = torch.full((40, 3), 1 / 3)
         targets[33] = torch.tensor(row)

@@ -232,6 +232,32 @@ def test_a_model_that_starts_from_data_sees_windows_of_the_whole_text(
     assert torch.equal(data.sample_inputs(), torch.stack(expected))
 
 
+def test_windows_of_a_text_too_large_for_a_gpu_are_sent_from_pinned_memory(
+    of: Any, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "RESIDENT_BYTES", 0)
+    moved: list[tuple[torch.Tensor, bool]] = []
+    pinned: list[torch.Tensor] = []
+
+    def to(values: torch.Tensor, device: Any, non_blocking: bool = False) -> torch.Tensor:
+        if device != cpu:  # the order of an epoch stays there
+            moved.append((values, non_blocking))
+        return values
+
+    def pin_memory(values: torch.Tensor) -> torch.Tensor:
+        pinned.append(values)
+        return values
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    for pins in (True, False):
+        moved.clear()
+        pinned.clear()
+        batches = [*of(f"pin_memory={pins}").train(device=torch.device("cuda", 0)).epoch(0)]
+        assert len(moved) == 2 * len(batches) and all(waits_not for _, waits_not in moved)
+        assert pinned == [values for values, _ in moved if pins]
+
+
 def test_a_token_file_is_written_once_and_is_the_map_that_windows_come_from(
     of: Any, cache: Path, root: Path
 ) -> None:

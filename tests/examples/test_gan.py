@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -157,6 +158,21 @@ def test_noise_depends_on_seed_step_and_example_alone(tmp_path: Path) -> None:
     others = [noise(1, 5, batch, 2), noise(0, 6, batch, 2)]
     assert not any(torch.equal(whole, other) for other in others)
     assert len({tuple(row) for row in whole.tolist()}) == 16
+
+
+def test_noise_for_a_gpu_comes_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+    calls: list[Any] = []
+    to = lambda values, *given, **more: calls.append((*given, more)) or values  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: calls.append("pinned") or values)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch: Any = SimpleNamespace(
+        targets=torch.zeros(3).as_subclass(OnGPU), num_local=3, num_global=5, first=1
+    )
+    assert noise(0, 5, batch, 2).shape == (3, 2)
+    assert calls == ["pinned", (OnGPU.device, {"non_blocking": True})]
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -26,6 +26,7 @@ from lab.tasks.tasks import Multiclass
 from regrow.distributed.parallel import World
 from regrow.numerics import capture
 from regrow.numerics.capture import Recording, distance, mapped, same, tensors_in, watched
+from regrow.numerics.totals import scalar
 from regrow.randomness import seed_step
 
 
@@ -428,11 +429,20 @@ def test_a_run_that_is_not_captured_says_why_in_one_line() -> None:
         "several processes share them": {"world": two},
         "step._target_ is not lab.step.train_step": {"step": print},
         "trainer.detect_anomaly=true": {"detect_anomaly": True},
+        "trainer.profile=true": {"profile": True},
         "trainer.activation_checkpointing": {"activation_checkpointing": ["0"]},
         "fewer than 50": {"total": 49},
     }.items():
         assert reason in str(reason_for(**given))  # type: ignore[arg-type]
     assert reason_for(total=50) is None and reason_for(total=None) is None
+
+
+def test_a_constant_that_a_graph_may_read_keeps_its_memory() -> None:
+    like = torch.zeros(())
+    first = scalar(7.0, like)
+    for number in range(1000):  # as batches of many sizes need, while a graph replays another one
+        scalar(1 / (1 + number), like)
+    assert scalar(7.0, like) is first
 
 
 class Counting(optim.MuonWithAdamW):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from running import config_of, fingerprint, metrics_of, train
+from torch import Tensor, nn
 from waits import no_wait_for_the_gpu
 
+from lab import optim
 from lab.build import plan_of
 from regrow.distributed.parallel import World
+from regrow.numerics.totals import Skipped, Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.runs import training
 
@@ -98,6 +102,30 @@ def test_no_step_waits_for_the_gpu(precision: str) -> None:
         for batch in batches[1:]:
             plan.train_step(objects.state, batch, plan.step)
             objects.state.progress.step += 1
+
+
+def test_an_empty_step_does_not_wait_for_the_gpu_and_changes_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(4, device=GPU.device))
+    groups = [{"params": [parameter], "lr_scale": 1.0}]
+    optimizer = optim.build(functools.partial(torch.optim.AdamW, lr=0.1, fused=True), groups)
+
+    def step(weight: Tensor, gradient: Tensor) -> Skipped:
+        parameter.grad = gradient
+        return optim.update(
+            optimizer,
+            [gradient],
+            torch.linalg.vector_norm(gradient),
+            factor=4 / weight,
+            clipping=optim.Clipping(None, None),
+            totals=Totals(torch.stack([weight * 0, weight, weight, weight]), weighted=True),
+        )
+
+    first = step(torch.tensor(2.0, device=GPU.device), torch.ones(4, device=GPU.device))
+    before = parameter.detach().clone()
+    with no_wait_for_the_gpu():
+        second = step(torch.zeros((), device=GPU.device), torch.zeros(4, device=GPU.device))
+    assert [bool(told) for told in (*first, *second)] == [False, False, True, True]
+    assert torch.equal(parameter, before) and not torch.equal(before, torch.ones_like(before))
 
 
 def memory_kept() -> int:

@@ -87,6 +87,13 @@ class LoadedBatch:
         return LoadedBatch(inputs, targets, weights, self.num_local, self.num_global, self.first)
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return values of the CPU on `device`; they are pinned, so that the host need not wait."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def noise(seed: int, step: int, batch: protocols.Batch, *shape: int) -> Tensor:
     """Return normal random numbers for each example of a batch, (B, *shape), on its device.
 
@@ -95,7 +102,7 @@ def noise(seed: int, step: int, batch: protocols.Batch, *shape: int) -> Tensor:
     """
     numbers = torch.randn(batch.num_global, *shape, generator=generator(seed, "noise", step))
     example = parts_of(batch.targets)[0]
-    return numbers[batch.first :][: len(example)].to(example.device)
+    return sent(numbers[batch.first :][: len(example)], example.device)
 
 
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -209,7 +209,7 @@ class DataChecks:
             )
 
     def _check_probabilities(self, name: str, targets: Tensor) -> None:
-        """Raise DataError for a soft target (C, …) that is no distribution over the classes."""
+        """Raise DataError for a soft target (C, …) that is not a distribution over the classes."""
         tolerance = 1e-3 if targets.dtype in (torch.float32, torch.float64) else 2e-2
         wrong = ((targets.float().sum(1) - 1).abs() >= tolerance) | (targets < 0).any(1)
         if bool(wrong.any()):

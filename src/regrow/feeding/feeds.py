@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from regrow.errors import DataError, brief, machine_fault
-from regrow.feeding.batch import LoadedBatch, described, each, parts_of, tensors_of
+from regrow.feeding.batch import LoadedBatch, described, each, parts_of, sent, tensors_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
 from regrow.feeding.decoding import BrokenImage
 from regrow.feeding.mixing import Pairs
@@ -293,13 +293,8 @@ class FileFeed:
             return batch
         size = share.stop - share.start
         pixels, soft, weights = alone(batch.inputs), alone(batch.targets), batch.weights
-        # From pinned memory, so that the host does not wait for the device.
-        slots, choices = (
-            (part.pin_memory() if self.device.type == "cuda" else part).to(
-                self.device, non_blocking=True
-            )
-            for part in (slots, pairs.choices[share.start : share.stop])
-        )
+        slots = sent(slots, self.device)
+        choices = sent(pairs.choices[share.start : share.stop], self.device)
         own = pixels[:size], soft[:size], None if weights is None else weights[:size]
         others = pixels[slots], soft[slots], None if weights is None else weights[slots]
         found = pairs.mixed(choices, own, others)

@@ -570,7 +570,9 @@ class Data:
             feed = (self._standardised(split), normalizer, device)
             return MemoryFeed(*feed, store=store, seed=self.seed, border=border)
         if isinstance(split, Tokens):
-            return TokenFeed(split, device, seed=self.seed, rotates=augmented)
+            return TokenFeed(
+                split, device, seed=self.seed, rotates=augmented, pin_memory=self.pin_memory
+            )
         if isinstance(split, Examples):
             store = None if augmentation is None else augmentation.store(split.inputs)
             split = FromMemory(self._standardised(split), store, self.seed)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from regrow.feeding.batch import LoadedBatch
+from regrow.feeding.batch import LoadedBatch, sent
 from regrow.feeding.sampling import Windows
 from regrow.randomness import generator
 
@@ -79,8 +79,11 @@ class TokenFeed:
     If it `rotates`, each epoch cuts its windows elsewhere, by (seed, epoch).
     """
 
-    def __init__(self, split: Tokens, device: torch.device, *, seed: int, rotates: bool) -> None:
+    def __init__(
+        self, split: Tokens, device: torch.device, *, seed: int, rotates: bool, pin_memory: bool
+    ) -> None:
         self.split, self.device, self.seed, self.rotates = split, device, seed, rotates
+        self.pin_memory = pin_memory
         self.row = split.tensor()
         if device.type != "cpu" and self.row.nbytes <= RESIDENT_BYTES:
             self.row = self.row.to(device)
@@ -101,7 +104,11 @@ class TokenFeed:
             inputs, targets = self.split.windows(row, indices, rotation)
             weights = None if share.num_local else torch.zeros(1)
             sizes = (share.num_local, share.num_global, share.first)
-            yield LoadedBatch(inputs, targets, weights, *sizes).to(self.device)
+            batch = LoadedBatch(inputs, targets, weights, *sizes)
+            if self.pin_memory and not row.is_cuda:
+                yield batch.map(lambda part: sent(part, self.device))
+            else:
+                yield batch.to(self.device)
 
 
 def _unsigned(tokens: Tensor) -> Tensor:

@@ -264,7 +264,7 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return _constant(value, like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: CUDA graphs read the memory of those that they have used
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Creating a tensor costs a copy to the device at each step.
     return torch.full((), value, dtype=dtype, device=device)
