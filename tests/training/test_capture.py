@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -9,7 +10,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -300,6 +301,27 @@ def test_a_replay_that_differs_turns_capture_off_with_one_line(
     assert same(weights_after(graphs, model, factor=factor), expected)
     (line,) = [text for text in caplog.messages if "from here on" in text]
     assert "replay 3 differs from the step itself" in line and not graphs.is_on
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("reads", [[1, 1, 0, 0, 0, 1], [1, 1, 1]])
+def test_reads_of_the_device_before_a_recording_do_not_count_after_it(
+    reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each recording may meet two: another thread may read, or the checks of the first steps."""
+    each = iter([*reads, *[0] * 100])
+
+    @contextlib.contextmanager
+    def scripted() -> Iterator[list[str]]:
+        yield ["loop.py:1"] * next(each)
+
+    monkeypatch.setattr(capture, "host_reads", scripted)
+    model, factor = network(), halved_from(12)
+    expected = weights_after(capture.Eager(), copy.deepcopy(model), factor=factor)
+    graphs = graphs_of(model)
+    graphs.settings = lambda: HELD["factor"]  # another one is another recording
+    assert same(weights_after(graphs, model, factor=factor), expected)
+    assert graphs.is_on == (len(reads) > 3) and len(graphs.recordings) == 2 * graphs.is_on
 
 
 @pytest.mark.usefixtures("on_a_cpu")

@@ -248,7 +248,7 @@ class Graphs(Eager):
 
     def _keep(self) -> None:
         self.recordings[self.shape] = self.recording
-        self.mode = EAGER
+        self.mode, self.host_reads = EAGER, 0
         torch.cuda.empty_cache()
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         own = [s for s in segments if tuple(s["segment_pool_id"]) == tuple(self.pool)]
