@@ -107,12 +107,18 @@ class Recoloured:
         raise AssertionError("never called")
 
 
+NEGATIVE = Splits(  # as -100, which a loss of torch ignores
+    Examples(torch.zeros(3, 1, 7, 9, dtype=torch.uint8), torch.full((3, 7, 9), -100)), None, None
+)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"augmentation": Recoloured()}, "Recoloured does not move masks with their images"),
         ({"ignore_index": -100}, "data.ignore_index=-100 .* augmented as bytes"),
         ({"num_classes": 300, "num_outputs": 300}, "data.num_classes=300: masks in memory"),
+        ({"source": NEGATIVE}, "a mask holds a negative value, and masks in memory are augmented"),
         ({"num_classes": 3, "num_outputs": 3}, "example 0: class [34] is out of range"),
         ({"num_outputs": 4}, "data.num_outputs=4, but segmentation targets .* take 5"),
         ({"num_classes": None}, "data.num_classes=null, and segmentation targets need it"),

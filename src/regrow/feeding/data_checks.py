@@ -83,6 +83,12 @@ class DataChecks:
                     f"{self.num_classes}: masks in memory are augmented as bytes. Use indices of "
                     "0 to 255, or data.augment=false."
                 )
+            if bool((train.targets < 0).any()):
+                raise UserError(
+                    "split train: a mask holds a negative value, and masks in memory are augmented "
+                    "as bytes. Use data.ignore_index=255 for what is ignored, or "
+                    "data.augment=false."
+                )
 
     def check_transforms(self, transforms: list[Any], augmentation: Any) -> None:
         """Raise UserError unless the training split gives images that `transforms` take."""

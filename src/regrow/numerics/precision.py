@@ -72,8 +72,9 @@ class LossScale:
 
 
 def widest(values: Tensor) -> Tensor:
-    """Return `values` in float64, in which probabilities of different logits do not tie.
+    """Return `values` in float64, in which probabilities of different logits rarely tie.
 
+    A sigmoid is 1 for all logits from 37 on.
     The result is on the CPU for MPS, which has no float64.
     """
     return (values.cpu() if values.device.type == "mps" else values).double()
