@@ -163,6 +163,29 @@ def test_an_error_about_a_table_says_what_it_holds_in_one_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_advice_about_a_number_of_classes_can_be_followed(
+    make_data: Make, tmp_path: Path
+) -> None:
+    """It led in a circle for one class, and for a binary target of three."""
+
+    def refusal(kind: str, names: tuple[str, ...], outputs: int) -> str:
+        rows = "".join(f"{row},{names[row % len(names)]}\n" for row in range(60))
+        (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}")
+        with pytest.raises(UserError) as caught:
+            make_data(*arguments(tmp_path, kind, "kind", outputs, 1))
+        return str(caught.value)
+
+    for kind, outputs in (("multiclass", 3), ("binary", 1)):
+        said = refusal(kind, ("yes",), outputs)
+        assert "holds one class alone: yes." in said and "num_classes=1" not in said
+    three = ("no", "yes", "maybe")
+    said = refusal("binary", three, 1)
+    words = "Set task=multiclass data.target_kind=multiclass data.num_classes=3 and data.num_ou"
+    assert words in said
+    four = refusal("multiclass", (*three, "never"), 3)
+    assert "Set data.num_classes=4 and data.num_outputs=4." in four  # the negative control
+
+
 def test_a_table_that_is_read_without_a_config_keeps_the_rule_of_its_delimiter(
     folder: Path,
 ) -> None:

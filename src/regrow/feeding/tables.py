@@ -337,12 +337,19 @@ def _targets(
 
     if kind in ("multiclass", "binary"):
         count = 2 if kind == "binary" else num_classes
+        if names is not None and len(names) == 1:
+            raise UserError(
+                f"data.num_classes={count}, but column {columns[0]!r} of {table.path} holds one "
+                f"class alone: {names[0]}. A classifier needs at least two: add rows of another "
+                "class, or name another column in data.source.target_columns."
+            )
         if names is not None and len(names) != count:
             shown = _list(names)
+            set_kind = "task=multiclass data.target_kind=multiclass " * (kind == "binary")
             raise UserError(
                 f"data.num_classes={count}, but {len(names)} classes were found in column "
-                f"{columns[0]!r} of {table.path}: {shown}. Set data.num_classes={len(names)} "
-                f"and data.num_outputs={len(names)}."
+                f"{columns[0]!r} of {table.path}: {shown}. Set {set_kind}"
+                f"data.num_classes={len(names)} and data.num_outputs={len(names)}."
             )
         index_of = {name: index for index, name in enumerate(names or [])}
         # Accept indices only if no class name is a number.
