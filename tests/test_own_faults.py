@@ -70,6 +70,15 @@ class Leaving(Small):
             raise SystemExit(0)  # leaves
 
 
+class Function:
+    def __call__(self, x):
+        return x
+
+
+def forgets_to_return():
+    nn.Sequential(*Layers())
+
+
 class Wide(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 11))
@@ -113,6 +122,8 @@ FILES = {
     "model/small": "_target_: my_models.Small\ngroups: 1\nwidth: 6\nfails_at: null\n",
     "model/scaled": "_target_: my_models.Scaled\ndrop: 0\neither: 1\nscale: 1\ncount: 1\nnum: 1\n",
     "model/leaving": "_target_: my_models.Leaving\ngroups: 1\nwidth: 6\nfails_at: null\n",
+    "model/function": "_target_: my_models.Function\n",
+    "model/forgets": "_target_: my_models.forgets_to_return\n",
     "model/wide": "# Mine.\n_target_: my_models.Wide\n",
     "model/layers": "_target_: my_models.Layers\n",
     "model/nested": "_target_: my_models.Nested\n",
@@ -291,6 +302,15 @@ def test_code_that_leaves_the_program_never_looks_like_a_complete_run(
     assert "failed at step 1: sys.exit() ended the run before its last step" in done.stderr
     assert "raise SystemExit(0)  # leaves" in done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_model_that_is_not_a_module_is_one_line(mine: Path, tmp_path: Path) -> None:
+    for option, made in (("function", "Function"), ("forgets", "NoneType")):
+        done = start(mine, tmp_path, f"model={option}", "hydra.run.dir=run")
+        assert done.returncode == 2, done.stderr
+        said = f"error: model: its _target_ gave {made}, which is not a torch.nn.Module."
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.slow
