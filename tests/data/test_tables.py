@@ -186,6 +186,21 @@ def test_the_advice_about_a_number_of_classes_can_be_followed(
     assert "Set data.num_classes=4 and data.num_outputs=4." in four  # the negative control
 
 
+def test_a_number_that_float32_makes_infinite_is_named(make_data: Make, tmp_path: Path) -> None:
+    """It gave a loss of NaN in the set that holds it, and no word."""
+    rows = "".join(f"{row},{row % 2}\n" for row in range(60))
+    (tmp_path / "rows.csv").write_text(f"x,even\n{rows}")
+    call = arguments(tmp_path, "binary", "even", 1, 1, "source.test_file=test.csv")
+    for value, normalize in (("1e41", "train"), ("1e39", "none")):
+        (tmp_path / "test.csv").write_text(f"x,even\n80,0\n{value},1\n")
+        with pytest.raises(DataError) as caught:
+            make_data(*call, f"normalize={normalize}")
+        assert "split test, example 1, column 'x': 1e+" in str(caught.value)
+    (tmp_path / "test.csv").write_text("x,even\n80,0\n1e39,1\n")
+    far = make_data(*call).source.test  # the negative control: standardised, it is within float32
+    assert far is not None and len(far) == 2
+
+
 def test_a_table_that_is_read_without_a_config_keeps_the_rule_of_its_delimiter(
     folder: Path,
 ) -> None:
