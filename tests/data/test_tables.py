@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,23 @@ def test_the_advice_about_a_number_of_classes_can_be_followed(
     assert words in said
     four = refusal("multiclass", (*three, "never"), 3)
     assert "Set data.num_classes=4 and data.num_outputs=4." in four  # the negative control
+
+
+def test_classes_that_are_counted_from_one_can_be_named_as_the_error_says(
+    make_data: Make, tmp_path: Path
+) -> None:
+    rows = "".join(f"{row},{row % 3 + 1}\n" for row in range(60))
+    (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}")
+    call = arguments(tmp_path, "multiclass", "kind", 3, 1)
+    with pytest.raises(DataError, match=r"class '3' is none of the 3 classes 0 … 2\.") as caught:
+        make_data(*call)
+    (advice,) = re.findall(r"If 1, 2, 3 are the classes: '(?:data\.)(.*)'$", str(caught.value))
+    data = make_data(*call, advice)
+    assert data.class_names == ["1", "2", "3"]
+    (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}61,4\n")
+    with pytest.raises(DataError) as caught:  # the negative control: four classes are not three
+        make_data(*call)
+    assert "class_names" not in str(caught.value)
 
 
 def test_a_number_that_float32_makes_infinite_is_named(make_data: Make, tmp_path: Path) -> None:
