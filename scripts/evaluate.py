@@ -19,6 +19,7 @@ from regrow.config.recorded import as_shown
 from regrow.errors import UserError, printable
 from regrow.failing import in_one_line
 from regrow.processes.begin import ending
+from regrow.processes.terminal import may_be_unread
 from regrow.record import by_class
 from regrow.record.earlier import differences, write_over
 from regrow.record.output import refuse_existing, write_text
@@ -40,6 +41,7 @@ OPTIONS = {
 
 @ending()
 @in_one_line()
+@may_be_unread()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     evaluate(parse(given, OPTIONS, text=__doc__ or "", takes_data=True))

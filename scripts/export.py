@@ -20,6 +20,7 @@ from regrow.cli.arguments import Arguments, Option, parse
 from regrow.extras import require
 from regrow.failing import in_one_line
 from regrow.processes.begin import ending
+from regrow.processes.terminal import may_be_unread
 from regrow.record.output import refuse_existing, write_bytes
 
 NEEDS = {
@@ -39,6 +40,7 @@ OPTIONS = {
 
 @ending()
 @in_one_line()
+@may_be_unread()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     export(parse(given, OPTIONS, text=__doc__ or "", takes_data=True))

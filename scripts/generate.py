@@ -15,6 +15,7 @@ import _start  # noqa: F401  finds the package or explains the set-up
 from regrow.cli.arguments import Arguments, Option, parse
 from regrow.failing import in_one_line
 from regrow.processes.begin import ending
+from regrow.processes.terminal import may_be_unread
 
 OPTIONS = {
     "run": Option("the run's folder", required=True),
@@ -34,6 +35,7 @@ OPTIONS = {
 
 @ending()
 @in_one_line()
+@may_be_unread()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     generate(parse(given, OPTIONS, text=__doc__ or ""))

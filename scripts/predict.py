@@ -24,6 +24,7 @@ from regrow.config.recorded import as_shown, gives_masks, refuse_other_folder
 from regrow.errors import DataError, UserError, printable
 from regrow.failing import in_one_line
 from regrow.processes.begin import ending
+from regrow.processes.terminal import may_be_unread
 from regrow.record.output import (
     refuse_existing,
     refuse_existing_folder,
@@ -53,6 +54,7 @@ SHOWN = 20  # names of images that are left out
 
 @ending()
 @in_one_line()
+@may_be_unread()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     predict(parse(given, OPTIONS, text=__doc__ or ""))

@@ -17,6 +17,7 @@ from regrow.cli.arguments import Option, parse
 from regrow.errors import UserError, machine_fault, printable
 from regrow.failing import in_one_line, tell
 from regrow.processes.begin import ending
+from regrow.processes.terminal import may_be_unread
 from regrow.record import comparison, report, side_by_side
 from regrow.record.output import refuse_existing
 from regrow.record.ownership import SWEEP
@@ -29,6 +30,7 @@ OPTIONS = {
 
 
 @in_one_line()
+@may_be_unread()
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"output={output} must end in .html.")
             refuse_existing(output, options["overwrite"])
         print(printable(str(make(folders, output, overwrite=options["overwrite"]))))
+    except BrokenPipeError:  # `| head -1` closes the pipe early
+        raise
     except (UserError, OSError) as error:
         tell(str(machine_fault(error) or error))
         return 2

@@ -36,6 +36,7 @@ from regrow.config.resumed_config import differences, lacked_before
 from regrow.errors import UserError, brief, printable
 from regrow.failing import in_one_line, tell
 from regrow.feeding.files import without_gone
+from regrow.processes.terminal import may_be_unread
 from regrow.project import CONF
 from regrow.record import manifest, records
 from regrow.record.redact import redact_all
@@ -50,6 +51,7 @@ ROOT = CONF.parent
 
 
 @in_one_line()
+@may_be_unread()
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     options = parse(given, OPTIONS, text=__doc__ or "")

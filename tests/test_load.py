@@ -647,7 +647,7 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
         ("text.pt", "no state_dict can be read"),
         ("empty.pt", "no state_dict can be read"),
         ("cut.pt", "no state_dict can be read"),
-        ("folder", "manifest.json is missing"),
+        ("folder", "manifest.json is missing. Give a folder such as outputs/digits/latest"),
         ("run", "has no checkpoint yet"),
         ("nothing.pt", "there is no such file or folder"),
     ):

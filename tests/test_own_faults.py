@@ -62,6 +62,23 @@ class Scaled(Small):
         super().__init__(1, 6, None)
 
 
+class Leaving(Small):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except KeyError:
+            raise SystemExit(0)  # leaves
+
+
+class Function:
+    def __call__(self, x):
+        return x
+
+
+def forgets_to_return():
+    nn.Sequential(*Layers())
+
+
 class Wide(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 11))
@@ -104,6 +121,9 @@ LINES = {text.strip(): number for number, text in enumerate(MODELS.splitlines(),
 FILES = {
     "model/small": "_target_: my_models.Small\ngroups: 1\nwidth: 6\nfails_at: null\n",
     "model/scaled": "_target_: my_models.Scaled\ndrop: 0\neither: 1\nscale: 1\ncount: 1\nnum: 1\n",
+    "model/leaving": "_target_: my_models.Leaving\ngroups: 1\nwidth: 6\nfails_at: null\n",
+    "model/function": "_target_: my_models.Function\n",
+    "model/forgets": "_target_: my_models.forgets_to_return\n",
     "model/wide": "# Mine.\n_target_: my_models.Wide\n",
     "model/layers": "_target_: my_models.Layers\n",
     "model/nested": "_target_: my_models.Nested\n",
@@ -266,6 +286,31 @@ def test_the_first_steps_error_is_one_line_and_its_traceback_is_in_the_log(
     assert "Traceback" in log and "lab/step.py" in log and log.rstrip().endswith(line[7:])
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 0
+
+
+def test_code_that_leaves_the_program_never_looks_like_a_complete_run(
+    mine: Path, tmp_path: Path
+) -> None:
+    """At the first call in one line with its place, and later as any other error."""
+    for fails_at in (1, 2):  # a check's call, and the first step's
+        done = start(mine, tmp_path, "model=leaving", f"model.fails_at={fails_at}")
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert at("raise SystemExit(0)  # leaves") in line and "SystemExit: 0." in line
+    done = start(mine, tmp_path, "model=leaving", "model.fails_at=3", "hydra.run.dir=run")
+    assert done.returncode == 1
+    assert "failed at step 1: sys.exit() ended the run before its last step" in done.stderr
+    assert "raise SystemExit(0)  # leaves" in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_model_that_is_not_a_module_is_one_line(mine: Path, tmp_path: Path) -> None:
+    for option, made in (("function", "Function"), ("forgets", "NoneType")):
+        done = start(mine, tmp_path, f"model={option}", "hydra.run.dir=run")
+        assert done.returncode == 2, done.stderr
+        said = f"error: model: its _target_ gave {made}, which is not a torch.nn.Module."
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
 
     seed_everything(key(seed, "model"))
     models = several.each(config["model"], instantiate)
+    model_checks.check_types(models)
     model: nn.Module = models[""] if "" in models else several.Models(models)
     if model_checks.has_lazy_parts(model):
         with states_kept():

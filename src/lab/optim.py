@@ -56,7 +56,10 @@ def parameter_groups(
         )
     if not groups:
         if any(True for _ in model.parameters()):
-            raise UserError("model.freeze leaves nothing to train. Freeze fewer modules.")
+            raise UserError(
+                "model: requires_grad is false for all parameters, which leaves nothing to train. "
+                "Leave it true for some, or freeze fewer modules."
+            )
         raise UserError(
             "model: it has no parameters, so there is nothing to train. Assign its layers to "
             "attributes, or use nn.ModuleList and nn.ParameterList."

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,61 @@ def test_an_error_about_a_table_says_what_it_holds_in_one_line(
     with pytest.raises(UserError) as caught:
         make_data(*call, *overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_advice_about_a_number_of_classes_can_be_followed(
+    make_data: Make, tmp_path: Path
+) -> None:
+    """It led in a circle for one class, and for a binary target of three."""
+
+    def refusal(kind: str, names: tuple[str, ...], outputs: int) -> str:
+        rows = "".join(f"{row},{names[row % len(names)]}\n" for row in range(60))
+        (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}")
+        with pytest.raises(UserError) as caught:
+            make_data(*arguments(tmp_path, kind, "kind", outputs, 1))
+        return str(caught.value)
+
+    for kind, outputs in (("multiclass", 3), ("binary", 1)):
+        said = refusal(kind, ("yes",), outputs)
+        assert "holds one class alone: yes." in said and "num_classes=1" not in said
+    three = ("no", "yes", "maybe")
+    said = refusal("binary", three, 1)
+    words = "Set task=multiclass data.target_kind=multiclass data.num_classes=3 and data.num_ou"
+    assert words in said
+    four = refusal("multiclass", (*three, "never"), 3)
+    assert "Set data.num_classes=4 and data.num_outputs=4." in four  # the negative control
+
+
+def test_classes_that_are_counted_from_one_can_be_named_as_the_error_says(
+    make_data: Make, tmp_path: Path
+) -> None:
+    rows = "".join(f"{row},{row % 3 + 1}\n" for row in range(60))
+    (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}")
+    call = arguments(tmp_path, "multiclass", "kind", 3, 1)
+    with pytest.raises(DataError, match=r"class '3' is none of the 3 classes 0 … 2\.") as caught:
+        make_data(*call)
+    (advice,) = re.findall(r"If 1, 2, 3 are the classes: '(?:data\.)(.*)'$", str(caught.value))
+    data = make_data(*call, advice)
+    assert data.class_names == ["1", "2", "3"]
+    (tmp_path / "rows.csv").write_text(f"x,kind\n{rows}61,4\n")
+    with pytest.raises(DataError) as caught:  # the negative control: four classes are not three
+        make_data(*call)
+    assert "class_names" not in str(caught.value)
+
+
+def test_a_number_that_float32_makes_infinite_is_named(make_data: Make, tmp_path: Path) -> None:
+    """It gave a loss of NaN in the set that holds it, and no word."""
+    rows = "".join(f"{row},{row % 2}\n" for row in range(60))
+    (tmp_path / "rows.csv").write_text(f"x,even\n{rows}")
+    call = arguments(tmp_path, "binary", "even", 1, 1, "source.test_file=test.csv")
+    for value, normalize in (("1e41", "train"), ("1e39", "none")):
+        (tmp_path / "test.csv").write_text(f"x,even\n80,0\n{value},1\n")
+        with pytest.raises(DataError) as caught:
+            make_data(*call, f"normalize={normalize}")
+        assert "split test, example 1, column 'x': 1e+" in str(caught.value)
+    (tmp_path / "test.csv").write_text("x,even\n80,0\n1e39,1\n")
+    far = make_data(*call).source.test  # the negative control: standardised, it is within float32
+    assert far is not None and len(far) == 2
 
 
 def test_a_table_that_is_read_without_a_config_keeps_the_rule_of_its_delimiter(

@@ -511,7 +511,7 @@ REFUSED: list[tuple[type, tuple[str, ...], str]] = [
     (Attached, (), r"the buffer memory keeps the graph.*\.detach\(\)"),
     (UnusedLazy, (), r"other\.weight, other\.bias of lazy modules"),
     (LazyThatMakes, (), r"forward makes made\. Register it in __init__"),
-    (Frozen, (), r"leaves nothing to train"),
+    (Frozen, (), r"requires_grad is false for all parameters, which leaves nothing to train"),
     (Empty, (), r"model: it has no parameters"),
     (Detached, (), r"outputs depend on no trainable parameter"),
     (InAList, (), r"parameter of shape \(6, 6\) that the model does not list.*nn\.ModuleList"),

@@ -4,12 +4,14 @@ import csv
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from finished import finished, one_line_and_exit_code_2, script
+from finished import SCRIPTS, finished, one_line_and_exit_code_2, script
 
 from regrow.load import load_run
 from regrow.record.output import write_csv
@@ -39,6 +41,26 @@ def test_classes_are_what_an_evaluation_sees(digits: Path, tmp_path: Path) -> No
         digits, tmp_path / "images.npy", tmp_path / "o2.csv", "checkpoint=step_00000040"
     )
     assert others != rows
+
+
+def test_a_reader_that_has_gone_gets_the_file_and_no_traceback(
+    digits: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "images.npy", load_run(digits).data.source.test.inputs.numpy()[:3])
+    for given in (
+        ("predict", f"run={digits}", "input=images.npy", "output=out.csv"),
+        ("evaluate", f"run={digits}", "output=out.json"),
+        ("report", str(digits)),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)  # as `| head -1` does, sooner or later
+        command = [sys.executable, SCRIPTS / f"{given[0]}.py", *given[1:]]
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr, done.stderr
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 4
 
 
 def test_a_terminal_shows_the_first_rows_the_counts_and_the_file(

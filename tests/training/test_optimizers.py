@@ -261,7 +261,7 @@ def test_rates_and_decay_follow_the_rules_of_the_groups() -> None:
     with pytest.raises(UserError, match="matches 6, or earlier patterns, which count, match the"):
         optim.parameter_groups(model, lr_scale={"*": 0.1, "6": 1}, decay_norms_and_biases=False)
     model.requires_grad_(False)
-    with pytest.raises(UserError, match="leaves nothing to train"):
+    with pytest.raises(UserError, match="requires_grad is false for all parameters"):
         optim.parameter_groups(model, lr_scale={}, decay_norms_and_biases=False)
 
 

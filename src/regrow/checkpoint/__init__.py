@@ -4,6 +4,7 @@ Public, by module; all else is private to this folder.
 
 digest: weights_sha256
 sharded: Writers
-writer: CheckpointOptions, CheckpointWriter, complete, DamagedCheckpoint, evaluated_part,
-    evaluated_weights, CheckpointFacts, fill, load, load_newest, named, outline, Parts, read, rotate
+writer: CheckpointFacts, CheckpointOptions, CheckpointWriter, complete, DamagedCheckpoint,
+    evaluated_part, evaluated_weights, fill, load, load_newest, MANIFEST, named, outline, Parts,
+    read, rotate
 """

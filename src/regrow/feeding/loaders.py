@@ -243,6 +243,7 @@ class Data:
             raise counted(source, error) from None
         if self.mixing is not None:
             self._checks().check_mixing(self.mixing, self.preprocessing)
+        self._refuse_overflow()
         self._warn_of_rounding()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
@@ -627,6 +628,24 @@ class Data:
             f"the targets have a mean of {mean:.4g} and a standard deviation of {deviation:.4g}: a "
             "model starts near 0 and learns them slowly. Set data.normalize_targets=true"
         )
+
+    def _refuse_overflow(self) -> None:
+        """Raise DataError for a number of a table that float32 makes infinite."""
+        normalize, columns = Normalizer(self.preprocessing), self.source.columns
+        for name, split in self.source.items():
+            if not isinstance(split, Examples) or split.inputs.dtype != torch.float64:
+                continue
+            for start in range(0, len(split), NUM_SAMPLED):
+                rows = split.inputs[start : start + NUM_SAMPLED]
+                lost = (normalize.features(rows).isinf() & rows.isfinite()).nonzero()
+                if len(lost):
+                    at = lost[0].tolist()
+                    column = f", column {columns[at[1]]!r}" if columns else ""
+                    raise DataError(
+                        f"split {name}, example {start + at[0]}{column}: {float(rows[*at]):g} is "
+                        "too large for float32, which models compute in. Correct it, or write "
+                        "the column in another unit."
+                    )
 
     def _warn_of_rounding(self) -> None:
         """Warn if float32, which models compute in, would lose digits of the data."""

@@ -307,6 +307,15 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
+def _naming(table: Table, count: int | None) -> str:
+    """Return how to name the numbers of a target column as its classes; "" if they do not fit."""
+    found = {cells[0] for cells in table.texts}
+    if len(found) != count or not all(_is_index(word) and word == str(int(word)) for word in found):
+        return ""
+    named = ",".join(sorted(found, key=int))
+    return f" If {_list(sorted(found, key=int))} are the classes: 'data.class_names=[{named}]'"
+
+
 def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
     """Return the target column's distinct words, sorted, or None if they are class indices."""
     ignored = set() if ignore_index is None else {str(ignore_index)}
@@ -337,12 +346,19 @@ def _targets(
 
     if kind in ("multiclass", "binary"):
         count = 2 if kind == "binary" else num_classes
+        if names is not None and len(names) == 1:
+            raise UserError(
+                f"data.num_classes={count}, but column {columns[0]!r} of {table.path} holds one "
+                f"class alone: {names[0]}. A classifier needs at least two: add rows of another "
+                "class, or name another column in data.source.target_columns."
+            )
         if names is not None and len(names) != count:
             shown = _list(names)
+            set_kind = "task=multiclass data.target_kind=multiclass " * (kind == "binary")
             raise UserError(
                 f"data.num_classes={count}, but {len(names)} classes were found in column "
-                f"{columns[0]!r} of {table.path}: {shown}. Set data.num_classes={len(names)} "
-                f"and data.num_outputs={len(names)}."
+                f"{columns[0]!r} of {table.path}: {shown}. Set {set_kind}"
+                f"data.num_classes={len(names)} and data.num_outputs={len(names)}."
             )
         index_of = {name: index for index, name in enumerate(names or [])}
         # Accept indices only if no class name is a number.
@@ -355,6 +371,7 @@ def _targets(
                 raise DataError(
                     f"{where(row)}: class {cells[0][:40]!r} is none of the {count} classes "
                     f"{_list(names) if names else f'0 … {(count or 0) - 1}'}."
+                    f"{_naming(table, count) if not names else ''}"
                 )
         classes = torch.tensor([index_of[cells[0]] for cells in table.texts])
         return classes if kind == "multiclass" else classes.float()

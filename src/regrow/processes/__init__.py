@@ -11,5 +11,5 @@ parent: die_with_parent
 ranks: count_of, run, STOPPED
 signals: before_the_run, handled, held, STOPPING, tell_of_nothing
 slurm: check, check_request, is_missing, SlurmOptions, submit, submit_array, waiting_or_running
-terminal: drop_unread
+terminal: drop_unread, may_be_unread
 """

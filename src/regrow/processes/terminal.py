@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -55,6 +56,17 @@ def drop_unread(stream: TextIO | None = None) -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return True
+
+
+@contextlib.contextmanager
+def may_be_unread() -> Iterator[None]:
+    """Exit with 1 and without a word once the reader of stdout has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not drop_unread():
+            raise
+        raise SystemExit(1) from None
 
 
 def show(encoding: str | None = None) -> None:

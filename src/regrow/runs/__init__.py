@@ -12,7 +12,7 @@ launch: launch
 loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device
 model_checks: check, check_first_batch, check_forward, check_one_example, check_soft_targets,
-    described, has_lazy_parts, materialise
+    check_types, described, has_lazy_parts, materialise
 predictions: Glance, Predictions
 training: build
 trial: open_storage, remove_torn_line, STORAGE, STUDY

@@ -31,7 +31,7 @@ def explained(is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, UserError | FloatingPointError) or not is_first():
             raise
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
@@ -43,7 +43,7 @@ def explained(is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
         raise OwnCodeError(said) from error
 
 
-def in_words(error: Exception) -> str | None:
+def in_words(error: BaseException) -> str | None:
     """Return place, code, error and shapes in one line; None if the engine raised the error."""
     modules = _modules(error)
     if (own := own_place(error, named_packages())) is not None:
@@ -61,11 +61,11 @@ def in_words(error: Exception) -> str | None:
     return " ".join([f"{where}: {said}.", *_shapes(error), SHOWS_ALL, *set_to])
 
 
-def _deepest_of_ours(error: Exception) -> str | None:
+def _deepest_of_ours(error: BaseException) -> str | None:
     return next((p.file for p in places_of(error) if owner_of(p.file) == "engine"), None)
 
 
-def _modules(error: Exception) -> list[nn.Module]:
+def _modules(error: BaseException) -> list[nn.Module]:
     """Return the nn.Modules of the innermost run of library frames, outermost first.
 
     These are the layers that the deepest frame of the user's or the engine's was calling.
@@ -100,7 +100,7 @@ def _class_of(modules: Sequence[nn.Module]) -> str:
     return "model"
 
 
-def _shapes(error: Exception) -> Iterator[str]:
+def _shapes(error: BaseException) -> Iterator[str]:
     """Yield at most one sentence with the shapes.
 
     Those of the inputs if the model failed; of inputs, outputs and targets if the loss or task did.

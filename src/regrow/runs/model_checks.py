@@ -73,6 +73,17 @@ def check_one_example(model: nn.Module, batch: Batch, precision: str) -> None:
 HALF = (torch.float16, torch.bfloat16)
 
 
+def check_types(models: Mapping[str, object]) -> None:
+    """Raise UserError if one of the models by name, "" for a single one, is not a module."""
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            key = f"model.{name}" if name else "model"
+            raise UserError(
+                f"{key}: its _target_ gave {type(model).__name__}, which is not a torch.nn.Module. "
+                "Derive the class from nn.Module, or return the module from the function."
+            )
+
+
 def has_lazy_parts(model: nn.Module) -> bool:
     return any(is_lazy(tensor) for tensor in _tensors(model).values())
 

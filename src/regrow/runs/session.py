@@ -263,6 +263,8 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
                     manifest.note_packages(folder, ROOT)
                 fault = None if lost_the_others(raised) else machine_fault(raised)
                 cause = fault or raised
+                if isinstance(cause, SystemExit) and not cause.code:  # of the user's code
+                    cause = RuntimeError("sys.exit() ended the run before its last step")
                 if isinstance(cause, DataError) and objects.state.step > 0:
                     cause = DataError(after_a_change(cause, job, folder))
                 note_failure(cause, folder, job, objects.state.step, world)

@@ -105,6 +105,12 @@ def _weights(source: Path) -> Mapping[str, Tensor]:
         run, source = source, best if best.is_dir() else writer.named(folder, "last")
         if not source.is_dir():
             raise UserError(f"init_from={run}: that run has no checkpoint yet.")
+    elif source.is_dir() and not (source / writer.MANIFEST).exists():
+        raise UserError(
+            f"init_from={source}: it is neither a run's folder nor a checkpoint's: "
+            f"{source.name}/{writer.MANIFEST} is missing. Give a folder such as "
+            "outputs/digits/latest, one in its checkpoints/, or a file of weights."
+        )
     if not source.exists():
         raise UserError(f"init_from={source}: there is no such file or folder.")
     try:
