@@ -295,7 +295,7 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
     with states_kept():
-        model_checks.check_forward(
+        odd = model_checks.check_forward(
             model,
             averaged,
             first,
@@ -305,6 +305,8 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
             needs_all=uses_ddp and not options.ddp.find_unused_parameters,
             compiles=options.compile,
         )
+    for line in odd if world.is_main else ():
+        log.warning("%s", line)
     sharding.free(model)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from running import (
@@ -173,7 +174,22 @@ class Positions(Base):
         return self.out(inputs) * (1 + self.table[: len(inputs), None])
 
 
-TRAINS = [Integers, Lazy, Double, Wrapped, Counting, Positions]
+class Notes(Base):
+    """Keeps in plain attributes what no later output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.scale: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.calls += 1
+        if self.scale is None:  # a cache
+            self.scale = torch.full((6,), 0.5)
+        return self.out(inputs * self.scale)
+
+
+TRAINS = [Integers, Lazy, Double, Wrapped, Counting, Positions, Notes]
 
 
 def config_with(model: type, *overrides: str) -> dict[str, Any]:
@@ -406,6 +422,41 @@ class Averages(Base):
         return self.out(inputs - self.mean)
 
 
+class Anneals(Base):
+    """Lowers a temperature at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 2.0
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.temperature *= 0.99
+        return self.out(inputs) / self.temperature
+
+
+class OwnDraws(Base):
+    """Draws from a generator of its own, which no step seeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = np.random.default_rng(0)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(inputs + self.draws.normal())
+
+
+class RunningMean(Base):
+    """Keeps a tensor that is not a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(6)
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.mean.lerp_(inputs.detach().mean(0), 0.1)
+        return self.out(inputs - self.mean)
+
+
 class Attached(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -532,6 +583,23 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_anything_starts(
     with pytest.raises(UserError, match=line) as raised:
         check_first_batch(training.build(config_with(model, *options), CPU), CPU)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "attribute"),
+    [(Anneals, "temperature"), (OwnDraws, "draws"), (RunningMean, "mean"), (Notes, "")],
+)
+def test_state_that_no_checkpoint_holds_is_one_line(
+    model: type, attribute: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects = training.build(config_with(model), CPU)
+    check_first_batch(objects, CPU)
+    said = [line for line in caplog.messages if "Register it as a buffer" in line]
+    name = f"{model.__name__}.{attribute}"
+    assert len(said) == bool(attribute)
+    assert all(f"forward changes {name}, and the outputs" in line for line in said)
+    if model is Anneals:  # once evaluated, once in training mode; then a copy was called
+        assert objects.state.model.temperature == 2.0 * 0.99 * 0.99
 
 
 def test_no_checkpoint_holds_a_buffer_whose_shape_the_last_step_changed(

@@ -4,7 +4,7 @@ Public, by module; all else is private to this folder.
 
 buffers: Buffers, caches
 calls: call, is_out_of_memory, say_if_out_of_memory
-capture: Eager, Graphs, LEAST_STEPS, same
+capture: attributes_of, differing, Eager, Graphs, LEAST_STEPS, same
 exact: BinaryAUROC, ClassCounts, ExactR2, MulticlassAUROC, MultilabelAUROC, Seen, TokenSums
 extra: check, fresh, rehearse, update
 flops: peak_of, peak_of_card

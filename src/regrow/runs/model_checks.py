@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from regrow.errors import UserError, brief
 from regrow.feeding.batch import parts_of
 from regrow.numerics.buffers import Buffers, caches
 from regrow.numerics.calls import call
+from regrow.numerics.capture import attributes_of, differing
 from regrow.numerics.precision import autocast
 from regrow.protocols import Batch, Task
 from regrow.randomness import states_kept
@@ -187,26 +189,41 @@ def check_forward(
     is_sharded: bool,
     needs_all: bool,
     compiles: bool,
-) -> None:
+) -> list[str]:
     """Raise UserError for faults that only a forward pass in training mode shows. Leaves no trace.
 
     `before`: the model as `described` before any forward pass. `needs_all`: True if each trainable
-    parameter must get a gradient, as in DDP.
+    parameter must get a gradient, as in DDP. Returns warnings.
     """
     if batch.num_local < 2:  # BatchNorm may refuse one example
-        return
+        return []
+    warnings = []
     # With few examples, an expert of several may see none.
     few = batch if needs_all else _few(batch)
     with _buffers_kept(model, averaged), autocast(parts_of(batch.targets)[0].device, precision):
+        attributes = attributes_of([model.train()])
         try:
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-                outputs = call(model.train(), few.inputs)
+                outputs = call(model, few.inputs)
         except Exception:  # e.g. ghost batch normalisation, which needs more than two examples
-            return
+            return []
         grown = _check_buffers(model, before)
-        if grown and not is_sharded:  # else all ranks must run equally many passes
+        attribute = differing(attributes, attributes_of([model]))
+        if (grown or attribute) and not is_sharded:  # else all ranks must run equally many passes
             with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-                _check_caches(model, few, grown)
+                depends = _depends_on_history(model if grown else _copied(model), few)
+            if depends and grown:
+                raise UserError(
+                    f"model: forward changes {', '.join(grown)}, and the outputs for the same "
+                    "inputs with it. A checkpoint holds no buffer of persistent=False, so a "
+                    "resumed run would differ. Keep nothing of one batch for the next one."
+                )
+            if depends:
+                warnings.append(
+                    f"model: forward changes {attribute}, and the outputs for the same inputs with "
+                    "it. A checkpoint does not hold it, so a resumed run would differ. Register it "
+                    "as a buffer."
+                )
         nodes = [*_graph(outputs)]
         leaves = {id(leaf): leaf for leaf in map(_leaf, nodes) if leaf is not None}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -218,6 +235,7 @@ def check_forward(
             _check_leaves(model, leaves, names, needs_all)
         if averaged is not None and not is_sharded:
             _check_copy(averaged, few, names)
+    return warnings
 
 
 def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:
@@ -245,29 +263,42 @@ def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:
     return [name for name in changed if name in cached]
 
 
-def _check_caches(model: nn.Module, few: Batch, grown: list[str]) -> None:
-    """Raise UserError if outputs depend on the caches' history, which checkpoints do not hold."""
+def _copied(model: nn.Module) -> nn.Module | None:
+    """Return a copy, whose attributes may change, or None if the model cannot be copied."""
+    with contextlib.suppress(Exception):  # copying may raise errors of many classes
+        return copy.deepcopy(model)
+    return None
+
+
+def _depends_on_history(model: nn.Module | None, few: Batch) -> bool:
+    """Return True if outputs depend on earlier ones by what checkpoints do not hold.
+
+    These are caches (non-persistent buffers) and plain attributes.
+    """
+    if model is None:
+        return False
     found = []
     cached = caches(model)
     persistent = {n: b.clone() for n, b in model.named_buffers() if n not in cached}
     with _buffers_kept(model):
-        for _ in range(2):  # the second pass starts with the first one's caches
+        for _ in range(2):  # the second pass starts with what the first one left
             with states_kept():
                 found.append([*_found(call(model, few.inputs))])
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
                     if name in persistent:
                         buffer.copy_(persistent[name])
-    for first, second in zip(*found, strict=True):
-        one, two = (t if t.is_complex() else t.float() for t in (first, second))
-        tolerance = (0.0, 0.0) if one.device.type == "cpu" else (1e-3, 1e-5)
-        is_alike = one.shape == two.shape and torch.allclose(one, two, *tolerance, equal_nan=True)
-        if not is_alike:
-            raise UserError(
-                f"model: forward changes {', '.join(grown)}, and the outputs for the same inputs "
-                "with it. A checkpoint holds no buffer of persistent=False, so a resumed run would "
-                "differ. Keep nothing of one batch for the next one."
-            )
+    pairs = [
+        [t if t.is_complex() else t.float() for t in pair] for pair in zip(*found, strict=True)
+    ]
+    return not all(
+        one.shape == two.shape and torch.allclose(one, two, *_tolerance(one), equal_nan=True)
+        for one, two in pairs
+    )
+
+
+def _tolerance(outputs: Tensor) -> tuple[float, float]:
+    return (0.0, 0.0) if outputs.device.type == "cpu" else (1e-3, 1e-5)
 
 
 def _check_leaves(
