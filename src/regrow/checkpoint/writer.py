@@ -280,8 +280,8 @@ def write_parts(folder: Path, parts: Parts) -> dict[str, Any]:
                 hashed = _HashingFile(file)
                 torch.save(part, cast(BinaryIO, hashed))
                 _sync(file)
-        except RuntimeError as error:  # torch's zip writer wraps a failed write
-            raise OSError(str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # torch's zip writer hides why a write failed
+            raise hashed.failure or OSError(str(error).splitlines()[0]) from error
         files[f"{name}.pt"] = {"bytes": hashed.size, "sha256": hashed.sha256.hexdigest()}
     return files
 
@@ -574,11 +574,16 @@ class _HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
