@@ -143,7 +143,11 @@ def number(text: str, where: str) -> float:
     if not text:
         raise DataError(f"{where}: the cell is empty. Fill it in or remove the line.")
     marks = re.fullmatch(r"[-+]?[\d.,'_\s]+", text)
-    way_out = "Write numbers as 1234.5." if marks else "Fill it in or remove the line."
+    way_out = (
+        "Write numbers as 1234.5."
+        if marks
+        else "Write a number, or name the columns of numbers in data.source.feature_columns."
+    )
     raise DataError(
         f"{where}: the cell holds {text[:40]!r}, which is not a finite number. {way_out}"
     )
