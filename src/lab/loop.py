@@ -151,15 +151,19 @@ def settle(state: TrainState, plan: LoopPlan) -> bool:
 
 def save(state: TrainState, plan: LoopPlan) -> None:
     """Save a checkpoint of this step in the background, unless it is saved already."""
-    evaluated = state.progress.evaluated_step == state.step
+    progress = state.progress
+    evaluated = progress.evaluated_step == state.step
     if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
     plan.step.buffers.check_shapes()
     every = plan.options.checkpoint.milestones_every_epochs
+    value = progress.latest.get(plan.options.monitor or "") if evaluated else None
+    if value == progress.best_value and state.step != progress.best_step:
+        value = None  # a tie that `take_in` ignored: rotation would give it to the latest step
     facts = CheckpointFacts(
         step=state.step,
         epoch=state.epoch,
-        value=state.progress.latest.get(plan.options.monitor or "") if evaluated else None,
+        value=value,
         milestone=state.step_in_epoch == 0 and due(state.epoch, every),
         metrics_bytes=plan.record.position(),
     )
