@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -593,6 +594,25 @@ class FullDisk:
             real(descriptor)
 
         monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:  # the control: a disk that fails is told
+        with pytest.raises(OSError, match="Input/output"):
+            writer.write(tmp_path, part(1), facts(1))
+        return
+    writer.load(writer.write(tmp_path, part(1), facts(1)))
 
 
 @pytest.mark.parametrize("background", [True, False])

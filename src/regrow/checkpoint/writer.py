@@ -9,6 +9,7 @@ flipped bit; the manifest check does not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -601,6 +602,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it syncs no folders, as SMB
+            raise
     finally:
         os.close(descriptor)
 
