@@ -152,6 +152,20 @@ def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_is_used(
     assert not (folder / "step_00000007").exists()
 
 
+def test_a_copy_that_followed_the_links_ends_the_same(
+    whole: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)  # as by `scp -r`
+    assert not (folder / "checkpoints" / "last").is_symlink()  # the control
+    assert train(folder, *RUN)["status"] == "completed"
+    assert "not saved" not in warnings_of(caplog)
+    assert fingerprint(folder) == fingerprint(whole)
+    for name in ("last", "best"):
+        links = [each / "checkpoints" / name for each in (folder, whole)]
+        assert links[0].readlink() == links[1].readlink()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_whose_newest_checkpoint_is_damaged_ends_the_same(
     damage: Callable[[Path], None], whole: Path, stopped: Path, tmp_path: Path

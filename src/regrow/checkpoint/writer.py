@@ -612,6 +612,10 @@ def _sync_folder(folder: Path) -> None:
 def _point(link: Path, target: Path) -> None:
     """Point the symbolic link at `target`, atomically; see `named`."""
     temporary = link.with_name(f".tmp-{link.name}")
+    if not link.is_symlink() and (link / MANIFEST).is_file():
+        # A copy of the run was made that followed its links, as by `scp -r`.
+        link.rename(temporary)
+        shutil.rmtree(temporary)
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(target.name)
