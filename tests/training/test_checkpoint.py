@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -608,6 +609,24 @@ class FullDisk:
             real(descriptor)
 
         monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_that_the_disk_cannot_read_is_damaged(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(stopped / "checkpoints", folder, symlinks=True)
+    real = hashlib.file_digest
+
+    def digest(file: Any, kind: Any) -> Any:
+        if file.name.endswith("step_00000007/model.pt"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    loaded = writer.load_newest(folder)
+    assert loaded is not None and loaded[1]["step"] == 6
+    assert "step_00000007/model.pt cannot be read: Input/output error" in warnings_of(caplog)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
