@@ -636,6 +636,20 @@ def test_the_list_does_not_grow_without_end(
     assert ownership.entries()[-5:] == entered[-5:]
 
 
+def test_an_entry_that_a_full_disk_has_torn_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    first = ownership.enter()
+    write = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda file, line: write(file, line[:40]))
+        with pytest.raises(OSError, match="No space left"):
+            ownership.enter()
+    second = ownership.enter()
+    assert [ownership.find(one.id) for one in (first, second)] == [first, second]
+
+
 def test_several_may_write_the_list_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from running import TINY, config_of, fingerprint, train
 
 from regrow.errors import MachineFault, UserError
 from regrow.processes import outside
-from regrow.processes.slurm import SlurmOptions, check, waiting_or_running
+from regrow.processes.slurm import SlurmOptions, SrunTask, check, waiting_or_running
 from regrow.project import CONF
 from regrow.record.records import read_json
 from regrow.sweep import ledger
@@ -512,6 +512,14 @@ def test_a_task_whose_time_is_up_saves_and_comes_back(tmp_path: Path) -> None:
     assert json.loads(done.stderr.splitlines()[-1]) == [143, "interrupted", 0], done.stderr
     assert "resuming from step" in (tmp_path / "run" / "train.log").read_text()
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_a_task_whose_time_is_up_after_its_run_has_ended_comes_back(tmp_path: Path) -> None:
+    """It may still write the table of a sweep, or ask Slurm whether it is preempted."""
+    task = SrunTask(tmp_path / "slurm" / "job.json")
+    task.process = subprocess.Popen(["true"])
+    task.process.wait()
+    assert task.checkpoint().function.job == task.job
 
 
 NO_CLUSTER = """#!/bin/sh

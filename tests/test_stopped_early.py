@@ -35,6 +35,25 @@ def splits(**options):
         time.sleep(60)
 """
 
+# Collects garbage for a minute where the run does so before it trains.
+SLOW_GARBAGE = """
+import gc, pathlib, time
+
+from lab.data.datasets import synthetic
+
+
+def splits(**options):
+    collect = gc.collect
+
+    def slowly():
+        collect()
+        pathlib.Path("reached").touch()
+        time.sleep(60)
+
+    gc.collect = slowly
+    return synthetic(**options)
+"""
+
 
 def start(folder: Path, *arguments: str, by: Any = forked.popen, **more: str) -> Any:
     return by(
@@ -87,6 +106,19 @@ def test_a_signal_while_the_data_is_read_leaves_no_folder(
     until((tmp_path / "reached").exists)
     # The controls: both are removed again.
     assert (tmp_path / "runs" / "one" / ".lock").is_file() and [*tmp_path.glob(".kept.bin.*.tmp")]
+    assert stopped(process, number) == SAID
+    assert {path.name for path in tmp_path.iterdir()} <= {"slow_data.py", "reached", "__pycache__"}
+
+
+@both
+def test_a_signal_while_garbage_is_collected_leaves_no_folder(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """The last thing before a run handles signals itself takes a tenth of a second."""
+    (tmp_path / "slow_data.py").write_text(SLOW_GARBAGE)
+    process = start(tmp_path, "data=synthetic", "data.source._target_=slow_data.splits")
+    until((tmp_path / "reached").exists)
+    assert (tmp_path / "runs" / "one" / ".lock").is_file()  # the control
     assert stopped(process, number) == SAID
     assert {path.name for path in tmp_path.iterdir()} <= {"slow_data.py", "reached", "__pycache__"}
 

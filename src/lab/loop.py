@@ -42,6 +42,7 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
     Raises OSError if the run finished but its last checkpoint could not be written.
     """
     together = plan.world.size > 1  # then no rank may stop alone: see Exchange
+    is_cut = False
     try:
         state.model.train()
         tell_of_another_rate(state)
@@ -64,10 +65,11 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
                     if over := settle(state, plan):
                         break
     except Interrupted:
+        is_cut = True  # even after the last step: its evaluation is then missing
         save(state, plan)
     plan.step.capture.close()
     saved = plan.checkpoints.wait()
-    if not finished(state, plan):
+    if is_cut or not finished(state, plan):
         return "interrupted"
     if not saved:
         raise OSError(f"the weights of step {state.step}, the last, could not be saved")
@@ -149,15 +151,19 @@ def settle(state: TrainState, plan: LoopPlan) -> bool:
 
 def save(state: TrainState, plan: LoopPlan) -> None:
     """Save a checkpoint of this step in the background, unless it is saved already."""
-    evaluated = state.progress.evaluated_step == state.step
+    progress = state.progress
+    evaluated = progress.evaluated_step == state.step
     if plan.checkpoints.saved == (state.step, evaluated) or not plan.checkpoints.writes:
         return
     plan.step.buffers.check_shapes()
     every = plan.options.checkpoint.milestones_every_epochs
+    value = progress.latest.get(plan.options.monitor or "") if evaluated else None
+    if value == progress.best_value and state.step != progress.best_step:
+        value = None  # a tie that `take_in` ignored: rotation would give it to the latest step
     facts = CheckpointFacts(
         step=state.step,
         epoch=state.epoch,
-        value=state.progress.latest.get(plan.options.monitor or "") if evaluated else None,
+        value=value,
         milestone=state.step_in_epoch == 0 and due(state.epoch, every),
         metrics_bytes=plan.record.position(),
     )

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -295,6 +296,21 @@ def test_without_the_purge_steps_would_show_twice(tmp_path: Path) -> None:
                 writer.add_scalar("train/loss", 1.0, step)
             writer.close()
         assert len(shown(tmp_path, "train/loss")) == 8
+
+
+def test_tensorboard_shows_each_step_once_after_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine's clock may be behind as well."""
+    now = time.time()
+    with quietly():
+        for back, start in ((0, 1), (-1, 3), (100, 5), (200, 7)):
+            monkeypatch.setattr(time, "time", lambda back=back: now - back)
+            writer = tensorboard(tmp_path, start - 1 if start > 1 else None)
+            for step in range(start, start + 5):
+                writer.log(step, 0, {"train/loss": 1 / step})
+            writer.close()
+        assert [step for step, _ in shown(tmp_path, "train/loss")] == list(range(1, 12))
 
 
 def test_tensorboard_is_filled_from_the_record_when_a_kill_emptied_its_buffer(

@@ -125,6 +125,13 @@ def test_an_equal_evaluation_after_a_skipped_step_does_not_become_the_best(
     assert summary["best"]["step"] == 2
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
     assert "were not saved" not in caplog.text
+    # The end of a run, like a stop, saves such a step too. It must not push out the best.
+    evaluations([0.5, 0.9, 0.9, 0.7])
+    for steps in (3, 4):
+        summary = train(tmp_path / "short", *TINY, *EACH_STEP, f"trainer.max_steps={steps}")
+        assert summary["best"]["step"] == 2
+        assert (tmp_path / "short" / "checkpoints" / "best").resolve().name == "step_00000002"
+    assert "were not saved" not in caplog.text
 
 
 def test_early_stopping_and_plateau_take_an_equal_evaluation_for_no_improvement() -> None:

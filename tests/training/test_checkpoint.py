@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -149,6 +151,20 @@ def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_is_used(
     assert "Going back to step_00000006" in warned
     assert (folder / "damaged_step_00000007").is_dir()  # set aside, and kept
     assert not (folder / "step_00000007").exists()
+
+
+def test_a_copy_that_followed_the_links_ends_the_same(
+    whole: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)  # as by `scp -r`
+    assert not (folder / "checkpoints" / "last").is_symlink()  # the control
+    assert train(folder, *RUN)["status"] == "completed"
+    assert "not saved" not in warnings_of(caplog)
+    assert fingerprint(folder) == fingerprint(whole)
+    for name in ("last", "best"):
+        links = [each / "checkpoints" / name for each in (folder, whole)]
+        assert links[0].readlink() == links[1].readlink()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -593,6 +609,43 @@ class FullDisk:
             real(descriptor)
 
         monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_that_the_disk_cannot_read_is_damaged(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(stopped / "checkpoints", folder, symlinks=True)
+    real = hashlib.file_digest
+
+    def digest(file: Any, kind: Any) -> Any:
+        if file.name.endswith("step_00000007/model.pt"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    loaded = writer.load_newest(folder)
+    assert loaded is not None and loaded[1]["step"] == 6
+    assert "step_00000007/model.pt cannot be read: Input/output error" in warnings_of(caplog)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:  # the control: a disk that fails is told
+        with pytest.raises(OSError, match="Input/output"):
+            writer.write(tmp_path, part(1), facts(1))
+        return
+    writer.load(writer.write(tmp_path, part(1), facts(1)))
 
 
 @pytest.mark.parametrize("background", [True, False])

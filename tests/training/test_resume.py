@@ -221,6 +221,18 @@ def test_an_interrupted_evaluation_is_done_after_the_resume(tmp_path: Path) -> N
     assert line["step"] == 4
 
 
+@pytest.mark.parametrize("sets", ["with_a_test", "without_a_test"])
+def test_a_run_stopped_in_its_last_evaluation_is_not_complete(tmp_path: Path, sets: str) -> None:
+    run = (*TINY, *LEAN, "data.eval_batch_size=6")
+    run += ("data.source.num_test=0",) if sets == "without_a_test" else ()
+    train(tmp_path / "whole", *run)
+    summary = train(tmp_path / "cut", *run, stop_at=STEPS)
+    assert (summary["status"], summary["steps"]) == ("interrupted", STEPS)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    train(tmp_path / "cut", *run)
+    assert same(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_run_stopped_before_its_first_step_resumes(tmp_path: Path) -> None:
     summary = train(tmp_path / "cut", *TINY, stop_at=0)
     assert (summary["status"], summary["steps"]) == ("interrupted", 0)

@@ -9,6 +9,7 @@ flipped bit; the manifest check does not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -52,6 +53,8 @@ SHARDS = "shards"  # a checkpoint's folder of sharded tensors
 PAGE_BYTES = 4096  # the smallest page size of kernels
 SMALL_BYTES = 1 << 20  # of weights: for less, make_room does not start a thread
 SERIAL_ELEMENTS = 1 << 14  # above this, a second thread would start its own team of threads
+# The errors of a block that the disk cannot read, or that fails a checksum of the file system.
+UNREADABLE = {getattr(errno, name, errno.EIO) for name in ("EIO", "EBADMSG", "EUCLEAN")}
 FORMAT = 1  # of the folder; readers refuse newer formats
 
 
@@ -379,9 +382,17 @@ def verify(path: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(
                 f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
             )
-        with file.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != expected["sha256"]:
-                raise DamagedCheckpoint(f"{path.name}/{name} does not match its SHA-256")
+        try:
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            if error.errno not in UNREADABLE:  # such as a missing permission
+                raise
+            raise DamagedCheckpoint(
+                f"{path.name}/{name} cannot be read: {error.strerror}"
+            ) from None
+        if found != expected["sha256"]:
+            raise DamagedCheckpoint(f"{path.name}/{name} does not match its SHA-256")
     return content
 
 
@@ -606,6 +617,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it syncs no folders, as SMB
+            raise
     finally:
         os.close(descriptor)
 
@@ -613,6 +627,10 @@ def _sync_folder(folder: Path) -> None:
 def _point(link: Path, target: Path) -> None:
     """Point the symbolic link at `target`, atomically; see `named`."""
     temporary = link.with_name(f".tmp-{link.name}")
+    if not link.is_symlink() and (link / MANIFEST).is_file():
+        # A copy of the run was made that followed its links, as by `scp -r`.
+        link.rename(temporary)
+        shutil.rmtree(temporary)
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(target.name)

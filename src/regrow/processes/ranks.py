@@ -118,8 +118,8 @@ def start(job: Job, count: int) -> Outcome:
     port = listener.getsockname()[1]
     server = outside.host_store(listener)
     store = dist.PrefixStore("attempt_0", server)  # type: ignore[attr-defined]
+    begin.built()  # before the handlers change: see `session.run_objects`
     before_the_run.end()
-    begin.built()
     with forwarding() as forwarded, private_folder() as private:
         path = Path(private, "job.json")  # private: the ranks execute it
         try:

@@ -281,7 +281,8 @@ class SrunTask:
 
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits for it
+            with contextlib.suppress(ChildProcessError):  # __call__ is past its end already
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__ waits
         return submitit.helpers.DelayedSubmission(SrunTask(self.job, self.sweep))
 
     @property

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 
 GIVEN = ("folder", "resume_step", "run_name", "config")  # passed to each logger that takes them
+EVENTS = "events.out.tfevents."  # begins the names of TensorBoard's files
 KILLED = 255  # the exit code that wandb shows as killed, not as failed
 
 
@@ -236,12 +237,9 @@ class TensorBoard:
 
         path = folder / "tensorboard"
         kept = -1 if resume_step is None else resume_step
-        old = sorted(path.glob("events.out.tfevents.*"))
+        old = sorted(path.glob(f"{EVENTS}*"))
         self.shown = {event for event in _events(old) if event[0] <= kept}
-        # Files are read in the order of their names: a time in seconds, then texts such as the
-        # process id, of which 10 comes before 9. So a resume waits for the next second.
-        while old and old[-1].name.startswith(f"events.out.tfevents.{int(time.time()):010d}."):
-            time.sleep(0.05)
+        _date_back(old)
         self.writer = SummaryWriter(
             str(path),
             purge_step=kept + 1 if old else None,
@@ -277,6 +275,20 @@ class TensorBoard:
 
     def close(self, exit_code: int = 0) -> None:
         self.writer.close()
+
+
+def _date_back(files: list[Path]) -> None:
+    """Rename sorted event files so that a new one comes after them, and their order stays.
+
+    TensorBoard reads files in the order of their names: a time in seconds, then texts such as the
+    process id, of which 10 comes before 9. The last file may be of this second, or of a later one
+    if the clock was set back or the run resumes on another machine.
+    """
+    start = int(time.time()) - len(files)
+    for latest, file in enumerate(files, start):
+        seconds, _, rest = file.name.removeprefix(EVENTS).partition(".")
+        if seconds.isdecimal() and int(seconds) > latest:
+            file.rename(file.with_name(f"{EVENTS}{latest:010d}.{rest}"))
 
 
 def _events(paths: Iterable[Path]) -> Iterator[tuple[int, str]]:

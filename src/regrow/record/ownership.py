@@ -66,11 +66,16 @@ def enter(code: str = NO_CODE) -> ListedFolder:
     folder = _usable(state_folder(), make=True)
     with _alone(folder):
         path = folder / LIST
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
         try:
             os.fchmod(descriptor, 0o600)
-            os.write(descriptor, f"{' '.join(entry)}\n".encode())
+            line = f"{' '.join(entry)}\n".encode()
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line  # a full disk has torn the last entry
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             if os.fstat(descriptor).st_size > MOST_BYTES:
                 _forget_the_oldest(path)
         finally:

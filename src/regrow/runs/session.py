@@ -214,8 +214,9 @@ def run_objects(job: Job, objects: Objects, world: World, num_micro_batches: int
     if job.folder is not None and world.is_main:
         refuse_other_state(objects, Path(job.folder))
     world.barrier()  # a rank that fails before this line leaves no folder behind
-    before_the_run.end()
+    # First, because it takes a tenth of a second, in which a signal may come.
     begin.built()
+    before_the_run.end()
     with contextlib.ExitStack() as stack:
         with StopRequest() as stop:  # install the handlers before there is a folder
             try:
