@@ -210,8 +210,13 @@ def check_forward(
         grown = _check_buffers(model, before)
         attribute = differing(attributes, attributes_of([model]))
         if (grown or attribute) and not is_sharded:  # else all ranks must run equally many passes
-            with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-                depends = _depends_on_history(model if grown else _copied(model), few)
+            depends = False
+            with (
+                torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext(),
+                contextlib.nullcontext() if grown else contextlib.suppress(Exception),
+            ):
+                # A copy, which may fail, as nothing takes back what happens to an attribute.
+                depends = _depends_on_history(model if grown else copy.deepcopy(model), few)
             if depends and grown:
                 raise UserError(
                     f"model: forward changes {', '.join(grown)}, and the outputs for the same "
@@ -263,20 +268,11 @@ def _check_buffers(model: nn.Module, before: Mapping[str, str]) -> list[str]:
     return [name for name in changed if name in cached]
 
 
-def _copied(model: nn.Module) -> nn.Module | None:
-    """Return a copy, whose attributes may change, or None if the model cannot be copied."""
-    with contextlib.suppress(Exception):  # copying may raise errors of many classes
-        return copy.deepcopy(model)
-    return None
-
-
-def _depends_on_history(model: nn.Module | None, few: Batch) -> bool:
+def _depends_on_history(model: nn.Module, few: Batch) -> bool:
     """Return True if outputs depend on earlier ones by what checkpoints do not hold.
 
     These are caches (non-persistent buffers) and plain attributes.
     """
-    if model is None:
-        return False
     found = []
     cached = caches(model)
     persistent = {n: b.clone() for n, b in model.named_buffers() if n not in cached}
