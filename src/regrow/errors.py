@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -210,6 +210,12 @@ def printable(text: str) -> str:
 # difflib's ratio for one letter missing, added or moved. With its default of 0.6, `test` matches
 # `notes`.
 SIMILAR = 0.75
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, listed
 from regrow.feeding.feeds import out_of_range, outside
 from regrow.feeding.images import ImageFiles
 from regrow.feeding.mixing import Mix, refuse_integers
@@ -150,7 +150,7 @@ class DataChecks:
         found = list(split.inputs.shape[1:])
         if found != self.input_shape:
             columns = self.source.columns
-            what = f": the columns {', '.join(columns[:20])}" if columns else ""
+            what = f": the columns {listed(columns)}" if columns else ""
             raise UserError(
                 f"data.input_shape={self.input_shape}, but the {name} examples are of shape "
                 f"{found}{what}. Set data.input_shape=[{','.join(map(str, found))}]."

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from regrow.config.class_folders import classes_in_words, formats_by_suffix, is_hidden, suffixes_of
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, listed
 from regrow.feeding.decoding import (
     AUTO,
     DECODERS,
@@ -261,9 +261,7 @@ def image_folder(
 
     def read(where: Path) -> ImageFiles:
         if others := [name for name in _folders(where, reading) if name not in classes]:
-            raise DataError(
-                f"{where / others[0]} is none of the classes {', '.join(classes[:20])}."
-            )
+            raise DataError(f"{where / others[0]} is none of the classes {listed(classes)}.")
         _look_beside(where, classes, reading, "beside the class folders", left_out)
         paths = [(path, number) for number, name in enumerate(classes)
                  for path in _of_class(where / name, folder, reading, left_out)]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrow.config import older
 from regrow.config.class_folders import suffixes_of
-from regrow.errors import DataError, UserError, brief
+from regrow.errors import DataError, UserError, brief, listed
 from regrow.feeding.batch import each
 from regrow.feeding.decoding import (
     DECODERS,
@@ -364,7 +364,7 @@ def _of_frame(frame: Any, columns: list[str] | None) -> npt.NDArray[Any]:
     there = [str(name) for name in frame.columns]
     names = there if columns is None else columns
     if missing := [name for name in names if name not in there]:
-        raise DataError(f"inputs: no column {missing[0]!r}. There are {', '.join(there[:20])}.")
+        raise DataError(f"inputs: no column {missing[0]!r}. There are {listed(there)}.")
     found = []
     for name in names:
         column = frame.iloc[:, there.index(name)]

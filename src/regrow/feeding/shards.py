@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from regrow.errors import DataError, UserError, brief, did_you_mean
+from regrow.errors import DataError, UserError, brief, did_you_mean, listed
 from regrow.feeding import shard_identity, shard_index
 from regrow.feeding.block_cache import cache_of
 from regrow.feeding.block_order import BlockOrder, FileOrder
@@ -281,7 +281,7 @@ def shards(
     if theirs is not None and num_classes is not None and len(theirs) != num_classes:
         raise UserError(
             f"data.num_classes={num_classes}, but the shards hold {len(theirs)} classes: "
-            f"{', '.join(theirs[:20])}. Set data.num_classes={len(theirs)}."
+            f"{listed(theirs)}. Set data.num_classes={len(theirs)}."
         )
     class_names = text_names(class_names)
     if class_names is not None and theirs not in (None, class_names):

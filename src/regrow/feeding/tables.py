@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regrow.config.rules import require
-from regrow.errors import DataError, UserError
+from regrow.errors import DataError, UserError, listed
 from regrow.feeding.splits import (
     Examples,
     Splits,
@@ -63,7 +63,7 @@ def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str])
             hint = f""" Is {others[0]!r} its delimiter? Then add {sign}'data.source.delimiter="{
                 others[0] if not sign else chr(92) + "t"
             }"'."""
-        raise DataError(f"{path} has no column {missing[0]!r}; it has {_list(header)}.{hint}")
+        raise DataError(f"{path} has no column {missing[0]!r}; it has {listed(header)}.{hint}")
     numeric = [(header.index(name), name) for name in columns]
     textual = [(header.index(name), name) for name in texts]
     read = [Column() for _ in numeric]
@@ -103,7 +103,7 @@ def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str])
     if blank:
         log.info("%s: left out %d blank line%s", path, blank, "s"[: blank > 1])
     if unused:
-        log.info("%s: columns that are not used: %s", path, _list(unused))
+        log.info("%s: columns that are not used: %s", path, listed(unused))
     if "" in columns:
         log.warning(
             "%s: column %d has no name and is used as a feature: is it the index that pandas "
@@ -178,11 +178,6 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _list(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def csv(
     *,
     root: str,
@@ -243,8 +238,8 @@ def csv(
         columns = [name for name in header if name not in others]
     if not columns or set(columns) & {*others}:
         raise UserError(
-            f"data.source.feature_columns: {_list(columns) or 'no column'} cannot be the features "
-            f"beside target, weight and group {_list(others)}. Choose others."
+            f"data.source.feature_columns: {listed(columns) or 'no column'} cannot be the features "
+            f"beside target, weight and group {listed(others)}. Choose others."
         )
 
     files = {"train": train_file, "val": val_file, "test": test_file, **(sets or {})}
@@ -317,7 +312,7 @@ def _naming(table: Table, count: int | None) -> str:
     if len(found) != count or not all(_is_index(word) and word == str(int(word)) for word in found):
         return ""
     named = ",".join(sorted(found, key=int))
-    return f" If {_list(sorted(found, key=int))} are the classes: 'data.class_names=[{named}]'"
+    return f" If {listed(sorted(found, key=int))} are the classes: 'data.class_names=[{named}]'"
 
 
 def _found_names(table: Table, ignore_index: int | None) -> list[str] | None:
@@ -357,7 +352,7 @@ def _targets(
                 "class, or name another column in data.source.target_columns."
             )
         if names is not None and len(names) != count:
-            shown = _list(names)
+            shown = listed(names)
             set_kind = "task=multiclass data.target_kind=multiclass " * (kind == "binary")
             raise UserError(
                 f"data.num_classes={count}, but {len(names)} classes were found in column "
@@ -374,7 +369,7 @@ def _targets(
             if cells[0] not in index_of:
                 raise DataError(
                     f"{where(row)}: class {cells[0][:40]!r} is none of the {count} classes "
-                    f"{_list(names) if names else f'0 … {(count or 0) - 1}'}."
+                    f"{listed(names) if names else f'0 … {(count or 0) - 1}'}."
                     f"{_naming(table, count) if not names else ''}"
                 )
         classes = torch.tensor([index_of[cells[0]] for cells in table.texts])

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from regrow.dotted import Config
+from regrow.errors import listed
 from regrow.project import ROOT
 from regrow.record import diff
 from regrow.record.diff import ORIGIN as ORIGIN
@@ -287,8 +288,7 @@ def not_restored(git: Mapping[str, Any]) -> list[str]:
 
 def name_some(names: Sequence[str], most: int = 5, key: Callable[[str], Any] | None = None) -> str:
     """Return the first names, and the number of others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names, key=key)[:most]) + more
+    return listed(sorted(names, key=key), most)
 
 
 def _relevance(folder: Path) -> Callable[[str], tuple[int, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from regrow.errors import UserError
+from regrow.errors import UserError, listed
 from regrow.feeding.batch import parts_of
 from regrow.numerics.precision import widest
 from regrow.protocols import Batch, DataLike
@@ -167,7 +167,7 @@ def frozen_parameters(model: torch.nn.Module) -> list[str]:
         return []
     return [
         f"model: {len(frozen)} of {len(named)} parameters are frozen (requires_grad=False): "
-        f"{listed(frozen)}. If that is not meant, look at model.freeze and requires_grad_()."
+        f"{listed(frozen, 4)}. If that is not meant, look at model.freeze and requires_grad_()."
     ]
 
 
@@ -210,7 +210,7 @@ def without_gradient(names: list[str], steps: int) -> str:
     """Return the line about parameters that got no gradient in the first `steps` steps."""
     when = f"in the first {steps} steps" if steps > 1 else "in the first step"
     return (
-        f"model: {listed(names)} got no gradient {when}, so they do not train: forward does not "
+        f"model: {listed(names, 4)} got no gradient {when}, so they do not train: forward does not "
         "use them, or detach() or no_grad() stops their gradient. Correct forward, or say that it "
         "is meant: requires_grad_(False)."
     )
@@ -238,12 +238,6 @@ def unsettled_averages(model: torch.nn.Module, steps: int, num_micro_batches: in
         "values, and evaluation uses them: val may look worse than the model is. Train for longer, "
         f"or give the layers a momentum above {momentum:g}."
     )
-
-
-def listed(names: list[str], most: int = 4) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def leaks(data: DataLike, device: torch.device) -> list[str]:

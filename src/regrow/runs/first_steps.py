@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regrow.distributed.parallel import World
-from regrow.errors import UserError
+from regrow.errors import UserError, listed
 from regrow.feeding.loaders import Data
 from regrow.numerics.buffers import Buffers
 from regrow.numerics.calls import call
@@ -24,7 +24,6 @@ from regrow.numerics.totals import weighted
 from regrow.protocols import Batch, Objects, State
 from regrow.randomness import seed_step, states_kept
 from regrow.runs import fault_checks, overfitting
-from regrow.runs.fault_checks import listed
 from regrow.runs.overfitting import Verdict
 
 log = logging.getLogger(__name__)
@@ -298,7 +297,7 @@ class FirstSteps:
             hooked = any(p._backward_hooks for name, p in self._trained() if name in without)
             cause = "a hook on it returns zeros" if hooked else "detach(), no_grad() or a hook"
             lines.append(
-                f"model: the gradients of {listed(without)} are zero in each of these {STEPS} "
+                f"model: the gradients of {listed(without, 4)} are zero in each of these {STEPS} "
                 "steps, though they require one. Unless a later step trains them, this is a frozen "
                 f"layer: look for {cause} in forward, or say that it is meant: "
                 "requires_grad_(False)."
@@ -306,7 +305,7 @@ class FirstSteps:
         left = self.got_gradient - self.in_optimizer - self.moved
         if self.in_optimizer and (foreign := [name for name in names if name in left]):
             lines.append(
-                f"optimizer: it does not hold {listed(foreign)}, which get gradients and "
+                f"optimizer: it does not hold {listed(foreign, 4)}, which get gradients and "
                 "never change. Give all trainable parameters to the optimizer, or freeze these."
             )
         left = self.got_gradient & self.in_optimizer - self.was_given - self.moved
@@ -314,7 +313,7 @@ class FirstSteps:
         if dropped and self.was_given:
             log.info(
                 "step: it drops the gradients of %s in these %d steps, so they do not train",
-                *(listed(dropped), STEPS),
+                *(listed(dropped, 4), STEPS),
             )
         self.tell(lines)
 
