@@ -42,7 +42,7 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
     Raises OSError if the run finished but its last checkpoint could not be written.
     """
     together = plan.world.size > 1  # then no rank may stop alone: see Exchange
-    is_cut = False
+    is_interrupted = False
     try:
         state.model.train()
         tell_of_another_rate(state)
@@ -65,11 +65,11 @@ def fit(state: TrainState, plan: LoopPlan) -> str:
                     if over := settle(state, plan):
                         break
     except Interrupted:
-        is_cut = True  # even after the last step: its evaluation is then missing
+        is_interrupted = True  # even after the last step: its evaluation is then missing
         save(state, plan)
     plan.step.capture.close()
     saved = plan.checkpoints.wait()
-    if is_cut or not finished(state, plan):
+    if is_interrupted or not finished(state, plan):
         return "interrupted"
     if not saved:
         raise OSError(f"the weights of step {state.step}, the last, could not be saved")

@@ -31,7 +31,7 @@ def is_own(folder: Path) -> bool:
 
 
 def if_trusted(folder: Path) -> str:
-    """Return the hint `trust=…` for the end of an error, or "" if there is no record to trust."""
+    """Return the hint `trust=…` for the end of an error, or "" without a record to trust."""
     with contextlib.suppress(UserError, OSError):
         digits = ownership.digest_of_run(followed(folder))[: ownership.DIGITS]
         return f" If the run is yours, add trust={digits}"

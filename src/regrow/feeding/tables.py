@@ -73,21 +73,21 @@ def read_table(path: Path, delimiter: str, columns: list[str], texts: list[str])
     rows = _rows(path, delimiter)
     next(rows)
     blank = 0
+    way_out = f"Remove the {delimiter!r} at the end of each line."  # if each ends with one
     for line, row in rows:
         if not row:
             blank += 1
             continue
         where = f"{path}, line {line}"
-        ends_each = f"Remove the {delimiter!r} at the end of each line."
         if len(row) != len(header):
             is_at_end = len(row) == len(header) + 1 and not row[-1]
             raise DataError(
                 f"{where}: {len(row)} cells where the header names {len(header)}. "
-                f"{ends_each if is_at_end else 'Fix or remove the line.'}"
+                f"{way_out if is_at_end else 'Fix or remove the line.'}"
             )
         if not header[-1] and not row[-1] and "" in columns:
             raise DataError(
-                f"{where}: the last column has no name, and its cell is empty. {ends_each}"
+                f"{where}: the last column has no name, and its cell is empty. {way_out}"
             )
         features.append(
             [
