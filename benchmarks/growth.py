@@ -188,8 +188,8 @@ def folders() -> Growth:
                     split.fingerprint()  # type: ignore[union-attr]
     return Growth(
         title="Growth of a start with the files of an image folder",
-        note="Files of 512 bytes, in the page cache. To find copies each is opened once; the "
-        "fingerprint is of names, sizes and the ends of the contents.",
+        note="Files of 512 bytes, in the page cache, too new for a hash of them to be kept. Copies "
+        "are found by the first and last bytes of each; the fingerprint is over all contents.",
         picture="folders",
         of="files",
         costs=found,
