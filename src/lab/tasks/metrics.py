@@ -217,9 +217,11 @@ def multiclass_metrics(
         from regrow.numerics.exact import ClassCounts, MulticlassAUROC
 
         same: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
-        metrics: dict[str, Any] = {"counts": ClassCounts(num_classes)}
+        metrics: dict[str, Any]
         if num_classes <= MAX_CONFUSION:
             metrics = {"confusion": tm.MulticlassConfusionMatrix(**same)}
+        else:
+            metrics = {"counts": ClassCounts(num_classes)}
         return metrics | ({"auroc": MulticlassAUROC(average="none", **same)} if auroc else {})
 
     def flatten(outputs: Tensor, targets: Tensor) -> Rows:
