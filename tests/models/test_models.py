@@ -20,6 +20,7 @@ from lab.models.mlp import MLP
 from lab.models.vision import fitting_patch, resnet, vit
 from lab.models.whitened_cnn import WhitenedCNN, largest
 from regrow.errors import UserError
+from regrow.distributed.parallel import synchronise_batch_norm
 
 torch.set_num_threads(1)
 FACTORIES: dict[str, Any] = {
@@ -287,6 +288,15 @@ def test_frozen_norms_stay_in_evaluation_mode_also_in_a_copy() -> None:
 
 
 def test_freeze_returns_the_names_of_what_is_frozen() -> None:
+def test_frozen_norms_stay_frozen_where_the_others_are_synchronised() -> None:
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+    model: Any = nn.Sequential(*layers)
+    freeze(model, ["0", "1"])
+    model = synchronise_batch_norm(model, torch.device("cuda")).train()
+    assert not model[1].training
+    assert isinstance(model[3], nn.SyncBatchNorm) and model[3].training  # the control
+
+
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert freeze(model, ["0"]) == ["0.weight", "0.bias"]
     assert freeze(nn.Linear(2, 2), []) == []
