@@ -128,6 +128,19 @@ def test_smoothed_labels_do_not_change_the_metrics() -> None:
     assert not torch.equal(lossy[0].values, lossy[1].values)
 
 
+def test_the_ignored_token_of_the_loss_does_not_count_in_the_metrics() -> None:
+    inputs, targets = examples(4)
+    ignored = int(targets[targets != IGNORED][0])
+    outputs, values = model()(inputs).detach(), []
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=ignored)
+    without = targets.where(targets != ignored, IGNORED)
+    for made, its in ((task(loss), targets), (task(), without), (task(), targets)):
+        found = made.metrics(CPU)
+        found.update(outputs, its, None)
+        values.append(found.scalars())
+    assert values[0] == values[1] != values[2]
+
+
 def test_without_a_vocabulary_bytes_are_unknown() -> None:
     made = task()
     made.vocabulary = None
