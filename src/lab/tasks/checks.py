@@ -188,8 +188,11 @@ def language(outputs: Tensor, targets: Tensor, *, num_classes: int) -> None:
         )
 
 
-def regression(outputs: Tensor, targets: Tensor) -> None:
-    """Raise UserError unless outputs and targets are floating-point, finite and of one shape."""
+def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
+    """Raise UserError unless outputs and targets are floating-point, finite and of one shape.
+
+    Several outputs are the columns of (B, num_outputs): each has metrics of its own.
+    """
     _real("regression", outputs)
     if not targets.is_floating_point():
         raise UserError(
@@ -208,6 +211,12 @@ def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
 
     A loss with `sums_over_examples=False` may return any shape.
     """
+    if num_outputs > 1 and tuple(outputs.shape[1:]) != (num_outputs,):
+        raise UserError(
+            f"task=regression needs outputs of shape (B, {num_outputs}), got "
+            f"{_per_example(outputs, targets)}. Make data.num_outputs the number of values per "
+            "example, or 1 to measure all values alike."
+        )
     with torch.no_grad():
         result = loss(outputs.detach(), targets)
     output = LossOutput(result) if isinstance(result, Tensor) else LossOutput(*result)

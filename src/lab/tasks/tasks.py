@@ -243,7 +243,7 @@ class Regression:
         return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        checks.regression(outputs, targets)
+        checks.regression(outputs, targets, self.num_outputs)
         checks.returned(self.loss_fn, *matched(outputs, targets))
         self.metrics(outputs.device).rehearse(outputs, targets)
 
