@@ -206,6 +206,7 @@ def test_the_defaults_have_eight_hundred_thousand_parameters_and_tied_weights() 
         ),
         (torch.zeros(2, 3, 11), torch.zeros(2, dtype=torch.int64), r"per place, \(2, 3\)"),
         (torch.zeros(2, 3, 11), torch.zeros(2, 3), "torch.float32 of shape"),
+        (torch.zeros(2, 3, 11), torch.zeros(2, 3).int(), r"torch.int32 .* give targets.long\(\)"),
         (torch.zeros(1, 1, 11), torch.tensor([[11]]), "got token 11 with data.num_classes=11"),
         (torch.zeros(1, 1, 11), torch.tensor([[-1]]), "got token -1"),
     ],
