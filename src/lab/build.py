@@ -143,6 +143,14 @@ def build(config: Checked, world: World) -> BuiltObjects:
             "batch cannot be split into micro-batches. Use trainer.accumulation_steps=1."
         )
 
+    step = instantiate(config["step"])
+    if world.size > 1 and not task.sums_over_examples and getattr(step, "func", step) is train_step:
+        raise UserError(
+            f"trainer.devices={world.size}: this loss is not a sum over examples, and each process "
+            "would compute it on its own share of the batch. Use trainer.devices=1, or a step that "
+            "gathers the rows: see docs/recipes/your_step.md."
+        )
+
     averaged = average_of(model) if options.ema_decay is not None else None
     activation_checkpointing.apply(model, options.activation_checkpointing)
     if world.mesh is not None:
@@ -172,7 +180,6 @@ def build(config: Checked, world: World) -> BuiltObjects:
         accumulation_steps=slices,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    step = instantiate(config["step"])
     try:
         inspect.signature(step).bind(state, None, None)
     except TypeError as error:

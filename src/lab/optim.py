@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -132,8 +133,10 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
             f"the checkpoint's optimizer does not fit: {' '.join(str(error).split())}. Leave "
             "optimizer and param_groups as they were, or start a new run with init_from=…"
         ) from error
+    names = (SETTINGS | inspect.signature(type(optimizer)).parameters.keys()) - {"params", "lr"}
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
-        group.update({name: fresh[name] for name in SETTINGS & fresh.keys()})
+        _refuse_without_moments(optimizer, group, fresh)
+        group.update({name: fresh[name] for name in names & fresh.keys()})
         lr = group["lr"] = float(group["lr"])
         if _is_on_device(fresh["lr"]):
             group["lr"] = fresh["lr"].fill_(lr)
@@ -144,6 +147,19 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     layout = torch.empty_like(parameter, dtype=value.dtype)
                     moments[name] = layout.copy_(sharding.part_like(value, parameter))
+
+
+def _refuse_without_moments(
+    optimizer: Optimizer, saved: Mapping[str, Any], configured: Mapping[str, Any]
+) -> None:
+    for name, kind in NEED_MOMENTS.items():
+        if isinstance(optimizer, kind) and configured[name] and not saved.get(name):
+            value, before = (str(its).lower() for its in (configured[name], saved.get(name)))
+            raise UserError(
+                f"optimizer.{name}={value}: the checkpoint lacks the moments that this needs, as "
+                f"it was written with {before}. Use optimizer.{name}={before}, or start a new run "
+                "with init_from=…"
+            )
 
 
 def is_of_another(optimizer: Optimizer, state: Mapping[str, Any], before: str | None) -> bool:
@@ -198,11 +214,18 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
 
 CLASS = "class"  # the key of the optimizer's class in its part of a checkpoint
 
-# Keys of a parameter group that are not part of an optimizer's state.
+# Keys of a parameter group that are settings and not state, besides the arguments of its class.
 SETTINGS = {
     *("base_lr", "lr_scale", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps"),
     *("alpha", "centered", "lr_decay", "momentum_decay", "ns_steps", "adjust_lr_fn"),
     *("fused", "foreach", "capturable"),
+}
+# Settings that take a further tensor per parameter from the state, unless they are zero or false.
+# SGD begins its momentum where there is none.
+NEED_MOMENTS: Mapping[str, type[Optimizer]] = {
+    "momentum": torch.optim.RMSprop,
+    "centered": torch.optim.RMSprop,
+    "amsgrad": torch.optim.Adam,  # and AdamW
 }
 
 

@@ -82,6 +82,16 @@ def test_the_probe_of_an_example_is_fitted_to_all_others() -> None:
     assert (scores.argmax(1) == labels).double().mean() < with_itself
 
 
+def test_an_example_of_weight_zero_is_not_probed() -> None:
+    torch.manual_seed(0)
+    rows, labels = torch.randn(10, 3), torch.arange(10) % 2
+    metrics = probe.Probe(2, torch.device("cpu"))
+    metrics.update(rows, labels)
+    before = metrics.scalars()
+    metrics.update(rows[:1], 1 - labels[:1], torch.zeros(1))
+    assert metrics.scalars() == before
+
+
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:
     assert_grows_back(tmp_path, RUN, 5, "step.strength=0.21")
 

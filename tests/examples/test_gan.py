@@ -16,7 +16,7 @@ import torch
 from growing import assert_grows_back, distance, weights
 from running import CPU, config_of, metrics_of, train
 
-from lab.examples.gan import step
+from lab.examples.gan import ring, step
 from lab.state import TrainState
 from regrow.checkpoint import writer
 from regrow.errors import UserError
@@ -34,6 +34,13 @@ SMALL = (
 )
 GAN = (f"hydra.searchpath=[file://{EXAMPLE}]", *SMALL)
 STEPS = 8
+
+
+def test_an_example_of_weight_zero_is_not_counted() -> None:
+    metrics = ring.CoverageMetrics(ring.centres(8), 0.3)
+    metrics.update(ring.centres(8), torch.zeros(8))
+    metrics.update(torch.full((1, 2), 9.0), torch.zeros(1), torch.zeros(1))
+    assert metrics.scalars() == {"modes": 8.0, "near": 1.0}
 
 
 def test_stops_at_each_step_in_turn_change_no_bit(tmp_path: Path) -> None:

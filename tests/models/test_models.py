@@ -17,14 +17,16 @@ from lab.models.cnn import CNN
 from lab.models.freezing import freeze
 from lab.models.initialisation import SCHEMES, apply, start_from_data
 from lab.models.mlp import MLP
+from lab.models.unet import UNet
 from lab.models.vision import fitting_patch, resnet, vit
 from lab.models.whitened_cnn import WhitenedCNN, largest
+from regrow.distributed.parallel import synchronise_batch_norm
 from regrow.errors import UserError
 
 torch.set_num_threads(1)
 FACTORIES: dict[str, Any] = {
     "mlp": MLP, "cnn": CNN, "whitened_cnn": WhitenedCNN,
-    "resnet18": resnet, "resnet50": resnet, "vit": vit,
+    "resnet18": resnet, "resnet50": resnet, "vit": vit, "unet": UNet,
 }  # fmt: skip
 
 
@@ -286,6 +288,15 @@ def test_frozen_norms_stay_in_evaluation_mode_also_in_a_copy() -> None:
     assert not torch.equal(plain.body[0][1].running_mean, mean)
 
 
+def test_frozen_norms_stay_frozen_where_the_others_are_synchronised() -> None:
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+    model: Any = nn.Sequential(*layers)
+    freeze(model, ["0", "1"])
+    model = synchronise_batch_norm(model, torch.device("cuda")).train()
+    assert not model[1].training
+    assert isinstance(model[3], nn.SyncBatchNorm) and model[3].training  # the control
+
+
 def test_freeze_returns_the_names_of_what_is_frozen() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert freeze(model, ["0"]) == ["0.weight", "0.bias"]
@@ -315,6 +326,7 @@ def test_freeze_returns_the_names_of_what_is_frozen() -> None:
         ("resnet18", [30], {}, "Use model=mlp"),
         ("resnet18", [3, 32, 32], {"depth": 34}, "model.depth=34"),
         ("resnet18", [3, 32, 32], {"pretrained": True, "init": "he"}, "model.init=he"),
+        ("unet", [1, 8, 8], {"channels": [4] * 5}, "than 16x16, .* Give fewer model.channels"),
         ("vit", [3, 32, 40], {}, "not square"),
         ("vit", [3, 32, 32], {"patch_size": 5}, "model.patch_size=5"),
         ("vit", [3, 31, 31], {}, "no patch divides"),

@@ -128,6 +128,19 @@ def test_smoothed_labels_do_not_change_the_metrics() -> None:
     assert not torch.equal(lossy[0].values, lossy[1].values)
 
 
+def test_the_ignored_token_of_the_loss_does_not_count_in_the_metrics() -> None:
+    inputs, targets = examples(4)
+    ignored = int(targets[targets != IGNORED][0])
+    outputs, values = model()(inputs).detach(), []
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=None, ignore_index=ignored)
+    without = targets.where(targets != ignored, IGNORED)
+    for made, its in ((task(loss), targets), (task(), without), (task(), targets)):
+        found = made.metrics(CPU)
+        found.update(outputs, its, None)
+        values.append(found.scalars())
+    assert values[0] == values[1] != values[2]
+
+
 def test_without_a_vocabulary_bytes_are_unknown() -> None:
     made = task()
     made.vocabulary = None
@@ -193,6 +206,7 @@ def test_the_defaults_have_eight_hundred_thousand_parameters_and_tied_weights() 
         ),
         (torch.zeros(2, 3, 11), torch.zeros(2, dtype=torch.int64), r"per place, \(2, 3\)"),
         (torch.zeros(2, 3, 11), torch.zeros(2, 3), "torch.float32 of shape"),
+        (torch.zeros(2, 3, 11), torch.zeros(2, 3).int(), r"torch.int32 .* give targets.long\(\)"),
         (torch.zeros(1, 1, 11), torch.tensor([[11]]), "got token 11 with data.num_classes=11"),
         (torch.zeros(1, 1, 11), torch.tensor([[-1]]), "got token -1"),
     ],

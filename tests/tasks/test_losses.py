@@ -292,6 +292,16 @@ def test_a_loss_may_return_values_or_a_pair_or_a_single_number() -> None:
     assert tokens.weights is not None and tokens.weights.sum() == 12
 
 
+def test_a_loss_over_pairs_is_the_mean_over_them() -> None:
+    pairs = torch.arange(6.0)  # of four examples
+    assert weighted(pairs, None, 4).weights is not None  # the loop divides by four without
+    total, weight = sums(weighted(pairs, None, 4), size=4)
+    assert total / weight == pairs.mean()
+    with pytest.raises(UserError, match="6 values for 4 examples that have weights"):
+        weighted(pairs, torch.ones(4), 4)
+    assert weighted(pairs, torch.zeros(1), 1).weights is not None  # a share without examples
+
+
 @pytest.mark.parametrize(
     ("make", "key"),
     [

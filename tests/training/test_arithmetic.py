@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from running import TINY, Bench, batch_of, metrics_of, train
+from running import CPU, TINY, Bench, batch_of, config_of, metrics_of, train
 from torch import Tensor, nn
 
 from lab import loop, optim, step
 from lab.tasks import losses
 from lab.tasks.custom import mse_plus_mae
 from lab.tasks.tasks import Binary, Multiclass, Multilabel, Regression
+from regrow.distributed.parallel import World
+from regrow.errors import UserError
 from regrow.feeding.batch import LoadedBatch
 from regrow.numerics import capture, totals
 from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
+from regrow.runs import training
 
 CLASSES = 5
 WEIGHTS = [0.5, 1.0, 2.0, 4.0, 0.25]  # exact in float32, so that float64 shows its digits
@@ -558,3 +561,19 @@ def test_dropout_that_draws_from_the_ambient_state_is_caught(
     monkeypatch.setattr(capture, "seed_step", lambda value: None)
     found = weights_by_evaluations(tmp_path / "unseeded", *run)
     assert found["every"] != found["never"]
+
+
+def test_a_loss_that_does_not_sum_over_examples_is_not_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = (*TINY, "trainer.strategy=ddp")
+    monkeypatch.setattr(losses.CrossEntropy, "sums_over_examples", False, raising=False)
+    with pytest.raises(UserError, match=r"accumulation_steps=2: this loss is not a sum"):
+        training.build(config_of(*whole, "trainer.accumulation_steps=2"), CPU)
+    two = World(device=CPU.device, size=2)
+    with pytest.raises(UserError, match=r"devices=2: this loss is not a sum"):
+        training.build(config_of(*whole), two)
+    training.build(config_of(*whole), CPU)
+    thaw = ("step._target_=lab.examples.thaw.step.thaw_step", "+step.frozen=[]")
+    own = config_of(*whole, *thaw, "+step.until_step=0")
+    training.build(own, two)  # a step of one's own may gather the rows

@@ -67,6 +67,56 @@ def learn(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[tor
     return [p.detach().clone() for p in model.parameters()]
 
 
+def resumed(kind: Any, before: dict[str, Any], after: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return an optimizer of the settings `after` with the state of one that made a step before."""
+
+    def made(settings: dict[str, Any]) -> torch.optim.Optimizer:
+        model = nn.Linear(3, 2)
+        model(torch.ones(4, 3)).sum().backward()
+        groups = optim.parameter_groups(model, lr_scale=None, decay_norms_and_biases=True)
+        return optim.build(functools.partial(kind, lr=0.1, **settings), groups)
+
+    earlier = made(before)
+    earlier.step()
+    later = made(after)
+    optim.load(later, {**earlier.state_dict(), optim.CLASS: kind.__qualname__})
+    return later
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "before", "after"),
+    [
+        (torch.optim.NAdam, "decoupled_weight_decay", True, False),
+        (torch.optim.SGD, "maximize", False, True),
+        (torch.optim.SGD, "momentum", 0.0, 0.9),
+        (torch.optim.Adam, "amsgrad", True, False),
+        (torch.optim.Adadelta, "rho", 0.9, 0.5),  # a class without a file in conf/
+    ],
+)
+def test_a_setting_is_the_configured_one_after_a_resume(
+    kind: Any, name: str, before: Any, after: Any
+) -> None:
+    later = resumed(kind, {name: before}, {name: after})
+    assert later.param_groups[0][name] == after
+    later.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "before", "after"),
+    [
+        (torch.optim.RMSprop, "momentum", 0.0, 0.9),
+        (torch.optim.RMSprop, "centered", False, True),
+        (torch.optim.Adam, "amsgrad", False, True),
+        (torch.optim.AdamW, "amsgrad", False, True),
+    ],
+)
+def test_a_setting_whose_moments_the_checkpoint_lacks_is_one_line(
+    kind: Any, name: str, before: Any, after: Any
+) -> None:
+    with pytest.raises(UserError, match=f"optimizer.{name}=.* lacks the moments"):
+        resumed(kind, {name: before}, {name: after})
+
+
 MUON: dict[str, Any] = {
     "lr": 0.01,
     "momentum": 0.95,

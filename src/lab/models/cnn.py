@@ -70,7 +70,9 @@ def stage(before: int, after: int, norm: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def image_shape(input_shape: list[int], smallest: int) -> tuple[int, int, int]:
+def image_shape(
+    input_shape: list[int], smallest: int, way_out: str = "Use model=mlp."
+) -> tuple[int, int, int]:
     """Return (C, H, W). Raises UserError unless the data are images of at least that size."""
     if len(input_shape) != 3:
         raise UserError(
@@ -81,6 +83,6 @@ def image_shape(input_shape: list[int], smallest: int) -> tuple[int, int, int]:
     if min(height, width) < smallest:
         raise UserError(
             f"data.input_shape={list(input_shape)} is smaller than {smallest}x{smallest}, the "
-            "least this model takes. Use model=mlp."
+            f"least this model takes. {way_out}"
         )
     return channels, height, width

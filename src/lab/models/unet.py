@@ -35,7 +35,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         require("model.channels", channels)
-        in_channels, _, _ = image_shape(input_shape, 2 ** (len(channels) - 1))
+        fewer = "Give fewer model.channels, or larger images."
+        in_channels, _, _ = image_shape(input_shape, 2 ** (len(channels) - 1), fewer)
         choice("norm", norm, NORMS)
         widths = itertools.pairwise([in_channels, *channels])
         self.down = nn.ModuleList(stage(before, after, norm) for before, after in widths)

@@ -121,9 +121,14 @@ def segmentation(
         )
     expected = (outputs.shape[0], *outputs.shape[2:])
     if targets.is_floating_point() or tuple(targets.shape) != expected:
+        fix = "Let the model's outputs be as large as the masks."
+        if targets.is_floating_point():
+            fix = "Let the data give targets.long()."
+        elif targets.ndim != 3:
+            fix = "Let the data give one class index per pixel, (B, H, W)."
         raise UserError(
             f"task=segmentation needs class indices of shape {expected}, got {targets.dtype} of "
-            f"shape {tuple(targets.shape)}. Let the model's outputs be as large as the masks."
+            f"shape {tuple(targets.shape)}. {fix}"
         )
     _in_range("segmentation", targets.long(), num_classes, ignore_index)
     _no_softmax(outputs, logits)
@@ -175,9 +180,11 @@ def language(outputs: Tensor, targets: Tensor, *, num_classes: int) -> None:
             f"{_per_example(outputs, targets)}. {_give(num_classes)}"
         )
     if targets.dtype != torch.int64 or targets.shape != outputs.shape[:2]:
+        is_index = targets.shape == outputs.shape[:2] and not targets.is_floating_point()
+        fix = "Let the data give targets.long()." if is_index else "Use data=text."
         raise UserError(
             f"task=language needs an int64 token per place, {tuple(outputs.shape[:2])}, got "
-            f"{targets.dtype} of shape {tuple(targets.shape)}. Use data=text."
+            f"{targets.dtype} of shape {tuple(targets.shape)}. {fix}"
         )
     kept = targets[targets != IGNORED]
     if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < num_classes:
@@ -188,8 +195,11 @@ def language(outputs: Tensor, targets: Tensor, *, num_classes: int) -> None:
         )
 
 
-def regression(outputs: Tensor, targets: Tensor) -> None:
-    """Raise UserError unless outputs and targets are floating-point, finite and of one shape."""
+def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
+    """Raise UserError unless outputs and targets are floating-point, finite and of one shape.
+
+    Several outputs are the columns of (B, num_outputs): each has metrics of its own.
+    """
     _real("regression", outputs)
     if not targets.is_floating_point():
         raise UserError(
@@ -201,6 +211,12 @@ def regression(outputs: Tensor, targets: Tensor) -> None:
             "task=regression got a target that is NaN or infinite. Leave such examples out of data."
         )
     matched(outputs, targets)
+    if num_outputs > 1 and tuple(outputs.shape[1:]) != (num_outputs,):
+        raise UserError(
+            f"task=regression needs outputs of shape (B, {num_outputs}), got "
+            f"{_per_example(outputs, targets)}. Make data.num_outputs the number of values per "
+            "example, or 1 to measure all values alike."
+        )
 
 
 def returned(loss: Loss, outputs: Tensor, targets: Tensor) -> None:

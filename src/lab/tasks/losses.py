@@ -49,11 +49,16 @@ def weighted(result: Any, weights: Tensor | None, num_examples: int) -> LossOutp
         values = values.expand(num_examples)
         components = {name: part.expand(num_examples) for name, part in components.items()}
         loss = LossOutput(values, None, components)
-    if values.ndim > 1 and own is None:
+    if own is None and (values.ndim > 1 or len(values) != num_examples):
         own = torch.ones_like(values)
         loss = LossOutput(values, own, components)
     if weights is None:
         return loss
+    if len(weights) not in (1, len(values)):
+        raise UserError(
+            f"loss returned {len(values)} values for {len(weights)} examples that have weights. "
+            "Return one value per example, or a single one, or leave the weights out of the data."
+        )
     if values.ndim > 1:
         weights = weights.view(-1, *[1] * (values.ndim - 1)).expand(values.shape)
     return LossOutput(values, weights if own is None else own * weights, components)
@@ -212,7 +217,10 @@ def l1(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def smooth_l1(outputs: Tensor, targets: Tensor, *, beta: float) -> Tensor:
-    """Return the absolute error, squared / (2 beta) below `beta`; (B,), the mean over D outputs."""
+    """Return the absolute error less beta / 2, and below `beta` its square / (2 beta).
+
+    (B,), the mean over D outputs.
+    """
     outputs, targets = matched(outputs, targets)
     return per_example(F.smooth_l1_loss(outputs, targets, reduction="none", beta=beta))
 

@@ -328,10 +328,13 @@ def multilabel_metrics(
     )
 
 
-def language_metrics(num_tokens: int, num_bytes: list[int] | None) -> Recipe:
+def language_metrics(
+    num_tokens: int, num_bytes: list[int] | None, ignore_index: int | None = None
+) -> Recipe:
     """Return the recipe for perplexity, accuracy and, given each token's bytes, bits per byte.
 
-    All of them are over tokens, and of the plain cross entropy, whatever the loss is.
+    All of them are over tokens, and of the plain cross entropy, whatever the loss is. Targets of
+    -100 or of `ignore_index` do not count.
     """
     names = ("perplexity", "accuracy") + (() if num_bytes is None else ("bits_per_byte",))
 
@@ -347,7 +350,10 @@ def language_metrics(num_tokens: int, num_bytes: list[int] | None) -> Recipe:
         return torch.stack([losses, outputs.argmax(1).to(losses.dtype)], 1), targets
 
     def finish(rows: Tensor, targets: Tensor) -> Rows:
-        return rows[targets != IGNORED], targets[targets != IGNORED]
+        keep = targets != IGNORED
+        if ignore_index is not None:
+            keep &= targets != ignore_index
+        return rows[keep], targets[keep]
 
     def scalars(values: dict[str, Tensor]) -> dict[str, float]:
         loss, right, tokens, total_bytes = values["sums"]

@@ -243,7 +243,7 @@ class Regression:
         return weighted(self.loss_fn(*matched(outputs, targets)), weights, len(outputs))
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        checks.regression(outputs, targets)
+        checks.regression(outputs, targets, self.num_outputs)
         checks.returned(self.loss_fn, *matched(outputs, targets))
         self.metrics(outputs.device).rehearse(outputs, targets)
 
@@ -322,7 +322,8 @@ class Segmentation:
 class Language:
     """The next of C tokens at each place: logits (B, T, C), targets (B, T) int64.
 
-    A target of -100 does not count. `vocabulary` is the record of the data's, if it has one.
+    A target of -100, or of the loss's `ignore_index`, does not count. `vocabulary` is the record of
+    the data's, if it has one.
     """
 
     kind = "language"
@@ -343,6 +344,7 @@ class Language:
         self.num_classes, self.loss_fn = num_classes, loss
         self.sums_over_examples = bool(attribute(loss, "sums_over_examples", True))
         self.extra_metrics = extra_metrics
+        self.ignore_index: int | None = attribute(loss, "ignore_index", None)
         self.vocabulary: Mapping[str, str] | None = None
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> LossOutput:
@@ -371,7 +373,8 @@ class Language:
     def metrics(self, device: torch.device) -> Metrics:
         known = self.vocabulary
         num_bytes = None if known is None else from_record(known, "task=language").num_bytes()
-        return Metrics(language_metrics(self.num_classes, num_bytes), device, self.extra_metrics)
+        recipe = language_metrics(self.num_classes, num_bytes, self.ignore_index)
+        return Metrics(recipe, device, self.extra_metrics)
 
 
 def _logit(threshold: float) -> float:

@@ -349,7 +349,7 @@ def _with_gradient_sync(forward: Any, last_slice: bool) -> Iterator[None]:
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with BatchNorm synchronised over all processes.
+    """Return the model with BatchNorm synchronised over all processes, but for frozen norms.
 
     Raises UserError if the device is not CUDA.
     """
@@ -359,5 +359,10 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
             "Use trainer.sync_batch_norm=false."
         )
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    # A frozen norm has its own `train`, which keeps it in evaluation mode. A new module would not.
+    named = [*model.named_modules(remove_duplicate=False)]
+    frozen = {name: module for name, module in named if "train" in vars(module)}
     converted: nn.Module = convert(model)
+    for name, module in frozen.items():
+        converted.set_submodule(name, module)
     return converted

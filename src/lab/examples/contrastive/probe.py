@@ -51,6 +51,8 @@ class Probe:
         self.rows, self.num_classes = Rows().to(device), num_classes
 
     def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        if weights is not None:  # zero for what a process without examples holds
+            outputs, targets = outputs[weights != 0], targets[weights != 0]
         self.rows.update(F.normalize(outputs.float(), dim=1), targets)
 
     def scalars(self) -> dict[str, float]:

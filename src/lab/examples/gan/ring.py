@@ -96,6 +96,8 @@ class CoverageMetrics:
         self.counts = Counts(len(centres)).to(centres.device)
 
     def update(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        if weights is not None:  # zero for what a process without examples holds
+            outputs = outputs[weights != 0]
         distance, nearest = torch.cdist(outputs.float(), self.centres).min(1)
         self.counts.update(nearest[distance < self.reach], len(outputs))
 
