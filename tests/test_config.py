@@ -158,6 +158,7 @@ BAD = {
     "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
     "brings: ~model.input_shape ~model.num_outputs ~model.hidden",
     "resume=/no/such/folder": "there is no run in that folder",
+    "++resume=.": "with a plus, it does not resume that run. Type it: resume=.",
     "logger=wandbb": "Did you mean wandb?",
     "trainer": "such as optimizer.lr=0.1. Give trainer a value: trainer=…",
     "optimizer.lr=1 optimizer.lr": "optimizer.lr=0.1. Give optimizer.lr a value: optimizer.lr=…",

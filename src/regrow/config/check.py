@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,6 +174,7 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     for group in ("model", "optimizer", "scheduler", "loss", "task"):
         _refuse_without_target(group, values[group], choices)
+    _check_resume(values["resume"], typed)
     check_recorded(values, typed)
     note_typed(typed)
     allow(values)
@@ -186,6 +187,19 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
     _check_mixing(values["data"])
     loggers.check_choice(values["logger"])
     _check_combinations(values)
+
+
+def _check_resume(resume: object, typed: Sequence[str]) -> None:
+    """Raise UserError for a folder that `expand` has not seen: its run would not be resumed."""
+    if resume in ("auto", "never"):
+        return
+    if not isinstance(resume, str) or not Path(resume).is_dir():
+        raise UserError(f"resume={shown(resume)} must be auto, never or the folder of a run.")
+    if not any(line.startswith("resume=") for line in typed):
+        raise UserError(
+            f"resume={resume}: from a file, or with a plus, it does not resume that run. Type it: "
+            f"{shell([f'resume={resume}'])}"
+        )
 
 
 def check_values(values: Mapping[str, Config]) -> None:
@@ -509,9 +523,6 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         monitor.refuse_without(values)
     else:
         monitor.refuse_unmeasured("trainer.monitor", str(trainer["monitor"]), data)
-    resume = values["resume"]
-    if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
-        raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
 
 
 def _check_mixing(data: Mapping[str, Any]) -> None:
