@@ -227,6 +227,7 @@ OWN = {
     "callbacks__c": "_target_: torch.nn.Identity\nz: 1\n",
     "model__wide": "defaults: [mlp]\nhidden: [99]\n",
     "experiment__mine": f"{HEADER}my_own: 4\n",
+    "logger__mine": "mine: {_target_: my_loggers.Mine, _partial_: true, least: 1e-3}\n",
 }
 
 
@@ -237,6 +238,7 @@ MINE = "--config-dir D -cn mytrain2 "
     ("arguments", "says"),
     [
         (f"{MINE} experiment=mine model=wide {WRONG}", SAID),
+        (f"{MINE} logger=mine {WRONG}", SAID),  # 1e-3 is a number
         (f"{MINE} my_ownn=1", "my_ownn: there is no such key. Did you mean my_own?"),
         (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where the user's own keys belong
         (f"{MINE} model=wide +model.hiden=[1]", "Did you mean model.hidden?"),

@@ -289,8 +289,8 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
             _check_node(value, top[key], key)
     shipped_loggers: dict[str, Any] = {}
     for folder in reversed(places.folders()):
-        for path in sorted((folder / "logger").glob("*.yaml")):
-            shipped_loggers |= places.read(path)
+        for _, content in readable("logger/*.yaml", folder):
+            shipped_loggers |= content
     for name, node in values["logger"].items():
         if name in shipped_loggers:
             _check_node(node, shipped_loggers[name], f"logger.{name}")
