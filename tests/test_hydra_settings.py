@@ -82,6 +82,8 @@ EXPERIMENTS = {
     "# @package _group_\nseed: 1\n": "experiment/x.yaml: its first line must be",
     "# @package _global\nseed: 1\n": "experiment/x.yaml: its first line must be",
     f"\ufeff{HEADER}seed: 1\n": "it begins with an invisible mark (BOM)",
+    f"{HEADER}data: null\n": "data is not chosen. Use data=… with an option of conf/data.",
+    f"{HEADER}defaults:\n  - override /data: null\n": "data is not chosen.",
     f"{HEADER}resume: .\n": "resume=.: from a file, or with a plus, it does not resume that run.",
     f"{HEADER}resume: null\n": "resume=null must be auto, never or the folder of a run.",
     f"{HEADER}mykey: 3\n": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
