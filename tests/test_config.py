@@ -64,6 +64,8 @@ BAD = {
     "+mykey=3": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
     "~trainer.monitor": "~trainer.monitor: a run needs this key. Leave ~trainer.monitor out.",
     "~data.source": "~data.source: a run needs this key. Leave ~data.source out.",
+    "~data.final_sets": "~data.final_sets: a run needs this key. Leave ~data.final_sets out.",
+    "~step._target_": "step=default: conf/step/default.yaml has no _target_, which names",
     "~logger": "~logger: the group cannot be left out. For none beside metrics.jsonl, which is",
     "experiment=null": "experiment=null: leave it out.",
     "debug=false": "debug=false: leave it out.",
@@ -158,6 +160,7 @@ BAD = {
     "model._target_=torch.nn.Linear": "takes no such argument. To leave out what the option "
     "brings: ~model.input_shape ~model.num_outputs ~model.hidden",
     "resume=/no/such/folder": "there is no run in that folder",
+    "++resume=.": "with a plus, it does not resume that run. Type it: resume=.",
     "logger=wandbb": "Did you mean wandb?",
     "trainer": "such as optimizer.lr=0.1. Give trainer a value: trainer=…",
     "optimizer.lr=1 optimizer.lr": "optimizer.lr=0.1. Give optimizer.lr a value: optimizer.lr=…",
@@ -546,6 +549,31 @@ def test_a_node_without_a_target_is_named(tmp_path: Path) -> None:
     done = run_train(tmp_path, *given)
     assert done.returncode == 2
     assert done.stderr.startswith("error: model=mine: model/mine.yaml has no _target_, which names")
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "says"),
+    [
+        ("trainer", "max_epochs: 3\n", "_target_, max_steps, max_seconds and "),
+        ("data", "source: {_target_: lab.data.datasets.digits}\n", "_target_, final_sets, which"),
+    ],
+)
+def test_an_option_that_does_not_build_on_the_base_is_told_how(
+    option: str, text: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "D" / option).mkdir(parents=True)
+    (tmp_path / "D" / option / "mine.yaml").write_text(text)
+    done = run_train(tmp_path, "--config-dir", "D", f"{option}=mine")
+    base = {"trainer": "default", "data": "_base"}[option]
+    assert done.returncode == 2 and says in done.stderr
+    assert done.stderr.startswith(f"error: {option}=mine: D/{option}/mine.yaml lacks ")
+    assert done.stderr.endswith(f" Begin the file with `defaults: [{base}, _self_]`.\n")
+
+
+def test_a_metric_of_ones_own_task_may_be_no_node() -> None:
+    made = composed("task.extra_metrics={}")
+    made.task = {**made.task, "_target_": "collections.OrderedDict", "extra_metrics": ["f2"]}
+    check(made, made.hydra.runtime.choices)
 
 
 def test_slurms_keys_may_stand_in_this_machines_config_without_its_launcher() -> None:

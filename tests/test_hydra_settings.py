@@ -82,6 +82,10 @@ EXPERIMENTS = {
     "# @package _group_\nseed: 1\n": "experiment/x.yaml: its first line must be",
     "# @package _global\nseed: 1\n": "experiment/x.yaml: its first line must be",
     f"\ufeff{HEADER}seed: 1\n": "it begins with an invisible mark (BOM)",
+    f"{HEADER}data: null\n": "data is not chosen. Use data=… with an option of conf/data.",
+    f"{HEADER}defaults:\n  - override /data: null\n": "data is not chosen.",
+    f"{HEADER}resume: .\n": "resume=.: from a file, or with a plus, it does not resume that run.",
+    f"{HEADER}resume: null\n": "resume=null must be auto, never or the folder of a run.",
     f"{HEADER}mykey: 3\n": "mykey: there is no such key. Keys of your own go into conf/train.yaml.",
     f"{HEADER}hydra:\n  sweeper:\n    params:\n      seed: 0,1\n": "hydra.sweeper.params={seed:0,1}"
     ": write sweep.params instead",
@@ -225,6 +229,7 @@ OWN = {
     "callbacks__c": "_target_: torch.nn.Identity\nz: 1\n",
     "model__wide": "defaults: [mlp]\nhidden: [99]\n",
     "experiment__mine": f"{HEADER}my_own: 4\n",
+    "logger__mine": "mine: {_target_: my_loggers.Mine, _partial_: true, least: 1e-3}\n",
 }
 
 
@@ -235,6 +240,7 @@ MINE = "--config-dir D -cn mytrain2 "
     ("arguments", "says"),
     [
         (f"{MINE} experiment=mine model=wide {WRONG}", SAID),
+        (f"{MINE} logger=mine {WRONG}", SAID),  # 1e-3 is a number
         (f"{MINE} my_ownn=1", "my_ownn: there is no such key. Did you mean my_own?"),
         (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where the user's own keys belong
         (f"{MINE} model=wide +model.hiden=[1]", "Did you mean model.hidden?"),

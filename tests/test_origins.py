@@ -174,6 +174,11 @@ MISTAKES = {
         "_target_: torch.optim.lr_scheduler.StepLR\ninterval: epoch\nstep_size: 0\ngama: 1\n",
         ":4: scheduler.gama: torch.optim.lr_scheduler.StepLR takes no such argument. Did you mean ",
     ),
+    "scheduler/brief": (
+        "_target_: lab.schedules.cosine\n_partial_: true\nwarmup_steps: null\n"
+        "warmup_fraction: null\n",
+        ":1: scheduler (lab.schedules.cosine): cosine() missing 1 required keyword-only argument:",
+    ),
     "model/misspelt": (
         f"{MODEL}depht: 2\n",
         ":3: model.depht: net_of_origins.Net takes no such argument. Did you mean depth?",

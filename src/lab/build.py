@@ -27,7 +27,7 @@ from lab.schedules import RunLength, Schedule
 from lab.state import TrainState, average_of, too_short_for_average
 from lab.step import train_step
 from lab.tasks.losses import BALANCED
-from regrow.config.targets import instantiate, locate
+from regrow.config.targets import call_failed, instantiate, locate
 from regrow.distributed import activation_checkpointing, sharding
 from regrow.distributed.parallel import (
     DDPOptions,
@@ -261,7 +261,13 @@ def schedule_of(node: Checked, optimizer: Any, length: RunLength) -> Schedule:
     """Return the lab's schedule, or an adapter for a scheduler of torch or timm."""
     target = locate(node["_target_"], "scheduler")
     if not scheduler_adapter.adapts(target):
-        schedule: Schedule = instantiate(node)(length=length)
+        make_one = instantiate(node)
+        try:
+            schedule: Schedule = make_one(length=length)
+        except UserError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise UserError(call_failed("scheduler", make_one, error)) from error
         return schedule
     scheduler_adapter.refuse_metric(target, node["_target_"])
 

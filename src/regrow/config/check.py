@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
 from regrow.config.yaml_files import read_yaml, readable
 from regrow.dotted import Config, walk
-from regrow.errors import UserError, did_you_mean
+from regrow.errors import UserError, did_you_mean, listed
 from regrow.failing import fail, in_one_line
 from regrow.project import CONF, lab_name
 from regrow.record import loggers, monitor
@@ -47,7 +47,9 @@ GROUPS = (
 )
 
 # Keys that a run reads besides those of the trainer, so that ~key cannot leave them out.
-NEEDED = ("data.source", "name", "param_groups", "resume", "seed")
+NEEDED = ("data.final_sets", "data.source", "name", "param_groups", "resume", "seed")
+# The keys that a run reads of a group, and the option that gives them; (): all that it has.
+READ = {"data": ("_base", ("_target_", "source", "final_sets")), "trainer": ("default", ())}
 
 # The tasks that each shipped loss is for.
 LOSSES = {
@@ -150,9 +152,12 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         key = line.removeprefix("~").partition("=")[0]
         if line.startswith("~") and (key.startswith("trainer.") or key in NEEDED):
             raise UserError(f"{line}: a run needs this key. Leave {line} out.")
-    missing = [
-        key for key, value in walk(plain(config, resolve=False), closed=RULES) if value == "???"
-    ]
+    unresolved = plain(config, resolve=False)  # others may follow a key of what is left out
+    for group in GROUPS:
+        _refuse_unchosen(group, unresolved.get(group))
+    for group in READ:
+        _refuse_lacking(group, unresolved[group], choices)
+    missing = [key for key, value in walk(unresolved, closed=RULES) if value == "???"]
     if missing:
         others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         hint = {
@@ -164,28 +169,37 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
             raise UserError(f"data.num_classes must be given{others}: {found}")
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
-    for group in GROUPS:
-        if isinstance(values.get(group), str):
-            raise UserError(
-                f"{group}={values[group]}: keys belong here, and this is a text. To choose an "
-                f"option in a file, write `- override /{group}: {values[group]}` below defaults."
-            )
-        if not isinstance(values.get(group), Mapping):
-            raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
-    for group in ("model", "optimizer", "scheduler", "loss", "task"):
+    for group in ("model", "optimizer", "scheduler", "loss", "task", "step"):
         _refuse_without_target(group, values[group], choices)
+    _check_resume(values["resume"], typed)
     check_recorded(values, typed)
     note_typed(typed)
     allow(values)
     _check_keys(values, choices)
     check_ranges(values)
-    for name, node in (values["task"].get("extra_metrics") or {}).items():
-        check_signature(node, f"task.extra_metrics.{name}")
-    for index, node in enumerate(values["data"].get("transforms") or []):
-        check_signature(node, f"data.transforms.{index}")
-    _check_mixing(values["data"])
+    task, data = values["task"], values["data"]
+    if applies(task.get("_target_")):  # another class may take what it likes by these names
+        for name, node in (task.get("extra_metrics") or {}).items():
+            check_signature(node, f"task.extra_metrics.{name}")
+    if applies(data.get("_target_")):
+        for index, node in enumerate(data.get("transforms") or []):
+            check_signature(node, f"data.transforms.{index}")
+    _check_mixing(data)
     loggers.check_choice(values["logger"])
     _check_combinations(values)
+
+
+def _check_resume(resume: object, typed: Sequence[str]) -> None:
+    """Raise UserError for a folder that `expand` has not seen: its run would not be resumed."""
+    if resume in ("auto", "never"):
+        return
+    if not isinstance(resume, str) or not Path(resume).is_dir():
+        raise UserError(f"resume={shown(resume)} must be auto, never or the folder of a run.")
+    if not any(line.startswith("resume=") for line in typed):
+        raise UserError(
+            f"resume={resume}: from a file, or with a plus, it does not resume that run. Type it: "
+            f"{shell([f'resume={resume}'])}"
+        )
 
 
 def check_values(values: Mapping[str, Config]) -> None:
@@ -209,12 +223,40 @@ def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping
         return
     near = next((key for key in node if str(key).strip("_") in ("target", "class")), None)
     hint = f" Did you mean _target_ for {near}?" if near else ""
+    raise UserError(
+        f"{_file_of(group, choices)} has no _target_, which names the class or function to call."
+        f"{hint}"
+    )
+
+
+def _refuse_unchosen(group: str, node: object) -> None:
+    """Raise UserError unless a group holds keys, or is an interpolation."""
+    if isinstance(node, str) and "${" not in node:
+        raise UserError(
+            f"{group}={node}: keys belong here, and this is a text. To choose an option in a file, "
+            f"write `- override /{group}: {node}` below defaults."
+        )
+    if not isinstance(node, Mapping | str):
+        raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
+
+
+def _refuse_lacking(group: str, node: Any, choices: Mapping[str, Any]) -> None:
+    """Raise UserError for an option of one's own that does not build on that of `READ`."""
+    base, keys = READ[group]
+    wanted = keys or [*(shipped_node(group, base) or {})]
+    lacking = [key for key in wanted if key not in node] if isinstance(node, Mapping) else []
+    if lacking:
+        raise UserError(
+            f"{_file_of(group, choices)} lacks {listed(lacking, 3)}, which a run reads. Begin the "
+            f"file with `defaults: [{base}, _self_]`."
+        )
+
+
+def _file_of(group: str, choices: Mapping[str, Any]) -> str:
+    """Return `group=option: ` and the file of the chosen option, for an error."""
     option = choices.get(group)
     path = places.file_of(group, option) if isinstance(option, str) else None
-    raise UserError(
-        f"{group}={option}: {file_shown(path) if path else 'it'} has no _target_, which names the "
-        f"class or function to call.{hint}"
-    )
+    return f"{group}={option}: {file_shown(path) if path else 'it'}"
 
 
 def _class_folders(config: DictConfig) -> str:
@@ -275,8 +317,8 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
             _check_node(value, top[key], key)
     shipped_loggers: dict[str, Any] = {}
     for folder in reversed(places.folders()):
-        for path in sorted((folder / "logger").glob("*.yaml")):
-            shipped_loggers |= places.read(path)
+        for _, content in readable("logger/*.yaml", folder):
+            shipped_loggers |= content
     for name, node in values["logger"].items():
         if name in shipped_loggers:
             _check_node(node, shipped_loggers[name], f"logger.{name}")
@@ -509,9 +551,6 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         monitor.refuse_without(values)
     else:
         monitor.refuse_unmeasured("trainer.monitor", str(trainer["monitor"]), data)
-    resume = values["resume"]
-    if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
-        raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
 
 
 def _check_mixing(data: Mapping[str, Any]) -> None:
