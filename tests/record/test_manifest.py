@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from regrow.record import diff, manifest
 from regrow.record.records import read_json, write_json
-from regrow.record.redact import redact, redact_all
+from regrow.record.redact import redact, redact_all, redact_yaml
 
 TOKENS = {
     "in the environment": "s3cr3t-from-the-environment",
@@ -183,6 +184,36 @@ def test_text_without_a_secret_is_not_redacted(text: str, monkeypatch: pytest.Mo
 def test_secrets_are_redacted(text: str) -> None:
     assert "abcdef" not in redact(text) and "hunter2" not in redact(text)
     assert "***" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+logger.mine.token='abcdef&hunter2 x'",
+        "logger.mine.password='it: is #hunter2'",
+        "++logger.mine.passphrase=correct abcdef hunter2",
+        '+logger.mine.secret="it\'s abcdef"',
+        r"+logger.mine.secret='it\'s abcdef'",
+    ],
+)
+def test_no_part_of_a_secret_with_spaces_or_quotes_is_left(override: str) -> None:
+    masked = f"{override.partition('=')[0]}=***"
+    line = shlex.join(["train.py", override, "notes=it's mine"])
+    found = redact(line)
+    assert shlex.split(found) == ["train.py", masked, "notes=it's mine"]
+    assert redact_all([override, "seed=1"]) == [masked, "seed=1"]
+    key, value = override.partition("=")[::2]
+    content = {"a": {key.rpartition(".")[2]: value, "n": 1.0e-5}, "overrides": [override]}
+    text = yaml.safe_dump(content)
+    assert "abcdef" not in redact_yaml(text) and "hunter2" not in redact_yaml(text)
+    assert yaml.safe_load(redact_yaml(text))["a"]["n"] == 1.0e-5
+
+
+def test_yaml_without_a_secret_is_kept_to_the_letter() -> None:
+    text = "# a note\na: {token: '${oc.env:TOKEN}', auth: null}\nb: [pad_token=x y z, token=null]\n"
+    assert redact_yaml(text) == text
+    tagged = "a: !!python/tuple [1]\npassword: hunter2\n"  # not plain YAML, and masked all the same
+    assert redact_yaml(tagged) == tagged.replace("hunter2", "***")
 
 
 def test_nested_values_are_masked_by_their_key() -> None:
