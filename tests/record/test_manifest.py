@@ -256,6 +256,18 @@ def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None
     assert manifest.code_changes(tmp_path / "run", root) is None
 
 
+def test_a_resume_with_the_same_changes_records_them_once(tmp_path: Path) -> None:
+    root, run = repository(tmp_path / "root"), tmp_path / "run"
+    (root / "src" / "a.py").write_text("x = 2\n")
+    first = write(run, root)
+    told = write(run, root)
+    assert first["git"]["diff"] == "git.diff" and "git" not in told["resumes"][0]
+    assert manifest.latest(told)["git"] == first["git"]
+    (root / "src" / "a.py").write_text("x = 3\n")
+    assert write(run, root)["resumes"][1]["git"]["diff"] == "git.2.diff"
+    assert sorted(path.name for path in run.glob("*.diff")) == ["git.2.diff", "git.diff"]
+
+
 def test_changed_files_that_the_config_names_come_first_and_commands_last(tmp_path: Path) -> None:
     root, run = repository(tmp_path / "root"), tmp_path / "run"
     names = [
