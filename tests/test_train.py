@@ -176,6 +176,30 @@ def test_a_value_that_looks_like_a_secret_is_hidden_and_the_run_resumes(
         launched("hydra.run.dir=mine", "trainer.max_epochs=2", *secrets, "seed=3")
 
 
+class Mine:
+    """A logger with secrets."""
+
+    def __init__(self, token: str, password: str, passphrase: str, secret: str) -> None: ...
+    def log(self, step: int, epoch: int, values: Any) -> None: ...
+
+
+def test_no_part_of_a_secret_with_spaces_or_quotes_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"token": "'abc&planted x'", "password": "'it: is #planted'",
+              "passphrase": "correct planted battery", "secret": '"it\'s planted"'}  # fmt: skip
+    secrets = [f"+logger.mine.{key}={value}" for key, value in values.items()]
+    for epochs in (1, 2):
+        launched("hydra.run.dir=mine", f"trainer.max_epochs={epochs}",
+                 f"+logger.mine._target_={__name__}.Mine", *secrets)  # fmt: skip
+    told = capsys.readouterr()
+    assert "planted" not in told.out + told.err
+    written = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
+    for path in written:  # but for this test, which a diff may hold
+        assert path.suffix == ".diff" or b"planted" not in path.read_bytes(), path
+    assert read_json(tmp_path / "mine" / "status.json")["state"] == "completed"
+
+
 @pytest.mark.parametrize("limit", ["trainer.max_epochs=2", "trainer.max_steps=12"])
 def test_a_complete_run_is_refused_a_limit_that_it_has_reached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str

@@ -43,6 +43,28 @@ def test_a_table_of_many_classes_shows_the_ten_worst_and_names_the_file_of_all()
     ]
 
 
+def test_the_worst_targets_have_the_lowest_r2_or_else_the_largest_error() -> None:
+    names = [f"t{n}" for n in range(60)]
+    found = {f"test/{metric}": 0.5 for metric in ("mae", "rmse", "r2")}
+    for number, name in enumerate(names):  # the first is the best
+        found |= {f"test/mae/{name}": number, f"test/rmse/{name}": 2.0 * number}
+        found[f"test/r2/{name}"] = 1 - number / 60
+    worst, page = names[:-11:-1], names[:9:-1]
+    lines = table(found, "test", "summary.json")
+    assert lines[0] == "test, the worst 10 of 60 targets by r2 (all: summary.json)"
+    assert [line.split()[0] for line in lines[2:]] == worst
+    errors = {key: value for key, value in found.items() if not key.startswith("test/r2")}
+    lines = table(errors, "test", "summary.json")  # of a task of the user's own
+    assert "by mae" in lines[0] and [line.split()[0] for line in lines[2:]] == worst
+    for metrics in (["mae", "rmse", "r2"], ["mae", "rmse"]):
+        rows = [[f"{its}/{name}", found[f"test/{its}/{name}"]] for its in metrics for name in names]
+        shown, said = of_page([*rows, ["mae/t60", None]], ["test"], {*metrics})
+        assert [row[0] for row in shown[:50]] == [f"mae/{name}" for name in page]
+        assert said.startswith("Shown: the 50 worst of 61 ")
+    two = {"test/mae": 1.0, "test/r2": 0.5, "test/mae/a": 1.0, "test/r2/a": 0.5}
+    assert table(two, "test", "summary.json")[0] == "test, by target"
+
+
 def test_a_set_without_metrics_of_classes_has_no_table() -> None:
     whole = {key: value for key, value in values(4).items() if key.count("/") == 1}
     assert table(whole, "test", "summary.json") == table(values(4), "val", "summary.json") == []

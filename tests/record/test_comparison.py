@@ -175,3 +175,25 @@ def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
     assert header[2] == f"'{formula}"
     assert first == [f"'{formula}", "failed", "'@x", "", "'+folder", "'\tit broke", "'-log"]
     assert second == ["1", "failed", "' =1+1", "", "-1.5", "'\uff1d1", "logs/1.log"]
+
+
+def test_predictions_of_folds_of_other_classes_stand_under_their_own_columns(
+    tmp_path: Path,
+) -> None:
+    rows, written = [], []
+    for number, (data, classes) in enumerate({"two": "ab", "three": "abc"}.items()):
+        run = row(number, {}, 0.5).run
+        assert run is not None
+        folder = tmp_path / data
+        folder.mkdir()
+        its = {"example": "0", "target": "a", **{f"probability/{name}": name for name in classes}}
+        with (folder / "predictions_test.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*its][::-1] if data == "three" else [*its])
+            writer.writeheader()
+            writer.writerow(its)
+        run = replace(run, folder=folder, config={"data": {"folds": 3, "fold": 0}})
+        rows.append(Row(data, "completed", {"data": data, "data.fold": "0"}, 0, run, data))
+        written.append({"data": data, "fold": "0", "probability/c": "", **its})
+    comparison.write_out_of_fold(rows, tmp_path / "all.csv")
+    with (tmp_path / "all.csv").open(newline="") as file:
+        assert [*csv.DictReader(file)] == written

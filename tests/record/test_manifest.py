@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from regrow.record import diff, manifest
 from regrow.record.records import read_json, write_json
-from regrow.record.redact import redact, redact_all
+from regrow.record.redact import redact, redact_all, redact_yaml
 
 TOKENS = {
     "in the environment": "s3cr3t-from-the-environment",
@@ -185,6 +186,36 @@ def test_secrets_are_redacted(text: str) -> None:
     assert "***" in redact(text)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+logger.mine.token='abcdef&hunter2 x'",
+        "logger.mine.password='it: is #hunter2'",
+        "++logger.mine.passphrase=correct abcdef hunter2",
+        '+logger.mine.secret="it\'s abcdef"',
+        r"+logger.mine.secret='it\'s abcdef'",
+    ],
+)
+def test_no_part_of_a_secret_with_spaces_or_quotes_is_left(override: str) -> None:
+    masked = f"{override.partition('=')[0]}=***"
+    line = shlex.join(["train.py", override, "notes=it's mine"])
+    found = redact(line)
+    assert shlex.split(found) == ["train.py", masked, "notes=it's mine"]
+    assert redact_all([override, "seed=1"]) == [masked, "seed=1"]
+    key, value = override.partition("=")[::2]
+    content = {"a": {key.rpartition(".")[2]: value, "n": 1.0e-5}, "overrides": [override]}
+    text = yaml.safe_dump(content)
+    assert "abcdef" not in redact_yaml(text) and "hunter2" not in redact_yaml(text)
+    assert yaml.safe_load(redact_yaml(text))["a"]["n"] == 1.0e-5
+
+
+def test_yaml_without_a_secret_is_kept_to_the_letter() -> None:
+    text = "# a note\na: {token: '${oc.env:TOKEN}', auth: null}\nb: [pad_token=x y z, token=null]\n"
+    assert redact_yaml(text) == text
+    tagged = "a: !!python/tuple [1]\npassword: hunter2\n"  # not plain YAML, and masked all the same
+    assert redact_yaml(tagged) == tagged.replace("hunter2", "***")
+
+
 def test_nested_values_are_masked_by_their_key() -> None:
     value = {"a": [{"token": "x1", "n": 3}], "url": "http://u:p@h", "secret": None}
     expected = {"a": [{"token": "***", "n": 3}], "url": "http://***@h", "secret": None}
@@ -223,6 +254,18 @@ def test_a_resume_keeps_the_first_record_and_adds_itself(tmp_path: Path) -> None
     assert "+x = 3" in (tmp_path / "run" / resume["git"]["diff"]).read_text()
     assert "packages" not in resume  # only the differences
     assert manifest.code_changes(tmp_path / "run", root) is None
+
+
+def test_a_resume_with_the_same_changes_records_them_once(tmp_path: Path) -> None:
+    root, run = repository(tmp_path / "root"), tmp_path / "run"
+    (root / "src" / "a.py").write_text("x = 2\n")
+    first = write(run, root)
+    told = write(run, root)
+    assert first["git"]["diff"] == "git.diff" and "git" not in told["resumes"][0]
+    assert manifest.latest(told)["git"] == first["git"]
+    (root / "src" / "a.py").write_text("x = 3\n")
+    assert write(run, root)["resumes"][1]["git"]["diff"] == "git.2.diff"
+    assert sorted(path.name for path in run.glob("*.diff")) == ["git.2.diff", "git.diff"]
 
 
 def test_changed_files_that_the_config_names_come_first_and_commands_last(tmp_path: Path) -> None:

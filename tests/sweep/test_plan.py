@@ -189,6 +189,17 @@ def test_a_killed_job_is_failed_and_one_still_marked_running_is_interrupted(tmp_
     assert ledger.state_of(tmp_path, entry)[0] == "interrupted"
 
 
+def test_a_sweep_with_a_secret_goes_with_its_own_command(tmp_path: Path) -> None:
+    """The record masks it, so that another one cannot be told from it."""
+    overrides = ["model.token=abcdefgh", "model.passphrase=correct horse"]
+    fixed = planning.fixed_by(overrides, [])
+    ledger.write(tmp_path, [], fixed=fixed, varied=[], overrides=overrides)
+    assert ledger.is_open(tmp_path, overrides) and "horse" not in str(ledger.read(tmp_path))
+    planning.refuse_another(tmp_path, fixed, [])
+    with pytest.raises(UserError, match=r"^~model\.passphrase: .* with model\.passphrase=\*\*\*\."):
+        planning.refuse_another(tmp_path, {"model.token": fixed["model.token"]}, [])
+
+
 def test_jobs_that_were_made_otherwise_are_not_mixed_in(tmp_path: Path) -> None:
     fixed = planning.fixed_by(["optimizer=adamw", "seed=0,1", "tags=[a]", "sweep=grid"], ["seed=0"])
     assert fixed == {"optimizer": "optimizer=adamw"}

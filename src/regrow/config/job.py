@@ -18,7 +18,7 @@ from regrow.config.command_line import key_of, quoted
 from regrow.config.hydra_access import plain, typed_overrides
 from regrow.config.recorded import ELSEWHERE, is_of_the_launcher, overrides_in
 from regrow.dotted import Checked, Config
-from regrow.record.redact import redact
+from regrow.record.redact import redact_all, redact_yaml
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         cfg.pop(group, None)
     cfg.pop("hydra", None)
     its_hydra.overrides.task, its_hydra.runtime.choices = overrides, choices
+    if (masked := redact_all(overrides)) != overrides:  # joined, secrets would not be told apart
+        its_hydra.job.override_dirname = ",".join(masked)
     composed = {"overrides.yaml": kept, "config.yaml": cfg, "hydra.yaml": its_hydra}
     return Job(
         config=plain(cfg),
@@ -126,7 +128,7 @@ def job_of(cfg: DictConfig, folder: Path | None, command: Sequence[str]) -> Job:
         overrides=tuple(overrides),
         choices=choices,
         composed={name: OmegaConf.to_yaml(content) for name, content in composed.items()}
-        | ({registered.NAME: nodes} if (nodes := registered.text(redact)) is not None else {}),
+        | ({registered.NAME: nodes} if (nodes := registered.text(redact_yaml)) is not None else {}),
         command=tuple(command),
         source=flags.source_of(hydra),
     )
@@ -138,7 +140,7 @@ def as_recorded(job: Job) -> list[str]:
     These are the overrides as the run's folder will hold them, the places that its config came
     from, and a digest of registered nodes.
     """
-    overrides = overrides_in(redact(job.composed["overrides.yaml"]))
+    overrides = overrides_in(redact_yaml(job.composed["overrides.yaml"]))
     nodes = job.composed.get(registered.NAME)
     seal = registered.sealed(None if nodes is None else nodes.encode())
     return [*overrides, *flags.followed_places(job.source), *seal]

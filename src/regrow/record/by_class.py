@@ -1,4 +1,4 @@
-"""A table of each class's metrics, for the terminal and for a run's page."""
+"""A table of the metrics of each class or target, for the terminal and for a run's page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from regrow.record import monitor
+
 MOST, MOST_OF_PAGE = 10, 50  # classes
 MOST_CELLS = 4_000  # of a page's table: some 300 kB
 WIDEST = 24  # characters of a class's name
-RANKS = ("f1", "iou")  # the worst classes are those of the lowest
+RANKS = ("f1", "iou", "r2")  # the worst have the lowest; errors have the units of their targets
 
 
 def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
     """Return a table of the metrics of each class of the set `of`; empty if it has none.
 
     `values` holds test/f1 and test/f1/cat. Shows at most ten classes: of more, those with the worst
-    F1 or IoU, and `where` all are. Leaves out accuracy where it repeats recall, as a class's does.
+    F1 or IoU, or targets with the worst R², and `where` all are. Leaves out accuracy where it
+    repeats recall, as a class's does.
     """
     columns: dict[str, dict[str, float]] = {}
     for key, value in values.items():
@@ -30,13 +33,14 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
         return []
     rank = _rank(columns)
     names = [*dict.fromkeys(name for column in columns.values() for name in column)]
-    title = f"{of}, by class"
+    title = f"{of}, by {each(columns)}"
     if len(names) > MOST:
         worst = [name for name in names if not math.isnan(columns[rank].get(name, math.nan))]
         if not worst:  # as of a set whose pixels are all ignored
             return []
-        worst.sort(key=lambda name: columns[rank][name])
-        title = f"{of}, the worst {len(worst[:MOST])} of {len(names)} classes by {rank}"
+        worst.sort(key=lambda name: _sign(rank) * columns[rank][name])
+        what = _several(columns)
+        title = f"{of}, the worst {len(worst[:MOST])} of {len(names)} {what} by {rank}"
         title, names = f"{title} (all: {where})", worst[:MOST]
     short = [name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…" for name in names]
     width = max(len(name) for name in short)
@@ -74,10 +78,15 @@ def of_page(
     numbers = {name: [_number(value) for value in row[1:]] for name, row in columns[rank].items()}
     measured = [index for its in numbers.values() for index, it in enumerate(its) if it < math.inf]
     last = max(measured, default=0)
-    worst = sorted(names, key=lambda name: numbers[name][last] if name in numbers else math.inf)
-    chosen = worst[:most]
+
+    def order(name: str) -> float:
+        value = numbers[name][last] if name in numbers else math.inf
+        return _sign(rank) * value if value < math.inf else math.inf
+
+    chosen = sorted(names, key=order)[:most]
     shown = [column[name] for column in columns.values() for name in chosen if name in column]
-    said = f"Shown: the {most} worst of {len(names):,} classes by {sets[last]}/{rank}."
+    what = _several(columns)
+    said = f"Shown: the {most} worst of {len(names):,} {what} by {sets[last]}/{rank}."
     return [*others, *shown], f"{left_out} {said}".strip()
 
 
@@ -86,6 +95,20 @@ def first_rows(rows: Sequence[Sequence[Any]], width: int) -> tuple[list[Sequence
     most = max(1, MOST_CELLS // width)
     said = f"Shown: the first {most:,} of {len(rows):,} rows." if len(rows) > most else ""
     return [*rows[:most]], said
+
+
+def each(metrics: Collection[str]) -> str:
+    """Return the word for what has metrics of its own: a target of a regression, or a class."""
+    return "target" if "r2" in metrics else "class"
+
+
+def _several(metrics: Collection[str]) -> str:
+    return {"target": "targets", "class": "classes"}[each(metrics)]
+
+
+def _sign(rank: str) -> int:
+    """Return -1 if less of a metric is better, so that the largest value is the worst."""
+    return -1 if monitor.by_name(rank) == "min" else 1
 
 
 def _rank(columns: Collection[str]) -> str:

@@ -349,8 +349,11 @@ def write_out_of_fold(rows: Sequence[Row], path: Path) -> None:
                 order = (first, natural(line["example"]), number)
                 found.append((order, {**before, "fold": str(row.fold), **line}))
     found.sort(key=lambda pair: pair[0])
+    # Settings of other data or classes have other columns.
+    columns = dict.fromkeys(key for _, row in found for key in row)
     if found:
-        output.write_csv((row for _, row in found), path, overwrite=True)
+        table = ({key: row.get(key, "") for key in columns} for _, row in found)
+        output.write_csv(table, path, overwrite=True)
 
 
 def _same_but_fold(one: Row, other: Row) -> bool:

@@ -112,7 +112,8 @@ def write(
     now = redact_all(now)
     if first := read(folder):
         now["packages"] = _other_versions(now["packages"], first.get("packages") or {})
-        same = {key for key, value in now.items() if first.get(key) == value}
+        recorded = {**first, "git": _without_diff(first.get("git"))}
+        same = {key for key, value in now.items() if recorded.get(key) == value}
         resume = {"step": None, **{k: v for k, v in now.items() if k not in same}}
         if accepted:
             resume["changed_data"] = dict(accepted)
@@ -127,6 +128,11 @@ def write(
         _write_patch(folder, "git.diff", patch, now["git"])
     write_json(folder / NAME, now)
     return now
+
+
+def _without_diff(git: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return a recorded git entry as it was before its patch had a file."""
+    return None if git is None else {key: its for key, its in git.items() if key != "diff"}
 
 
 def latest(content: Mapping[str, Any]) -> dict[str, Any]:

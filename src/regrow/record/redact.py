@@ -22,6 +22,14 @@ _ASSIGNED = re.compile(
     (?:: \s* str \s* (?:\| \s* None \s*)? )? [=:] \s* )
     ( "[^"\n]{{4,}}" | '[^'\n]{{4,}}' | [^\s"',;&\\)\]}}]{{4,}} )"""
 )
+# An override, whose value may have spaces and quotes, and the same as a word that shlex quoted.
+_OVERRIDE = re.compile(
+    rf"(\+{{0,2}}{_NAME}=)(?![$<]|(?:null|none|true|false)\Z)[^\n]{{4,}}", re.IGNORECASE
+)
+_WORD = re.compile(
+    rf"""(?ix) (?<![\w'"]) ' (\+{{0,2}}{_NAME}=) (?! [$<] | (?:null|none|true|false)' )
+    (?: [^'\n] | '"'"' ){{4,}} ' (?!")"""
+)
 _IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})[^\s/@'\"]+@", re.IGNORECASE)
 _KNOWN_FORMS = re.compile(
     r"(?:\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bhf_[A-Za-z0-9]{20,}"
@@ -30,7 +38,8 @@ _KNOWN_FORMS = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
 )
 _HARMLESS = {"null", "none", "true", "false", "str", MASK}
-_NO_SECRET = re.compile(r"|none|null|<.*>", re.IGNORECASE)  # no value, or a marker such as <image>
+# No value, a reference, or a marker such as <image>.
+_NO_SECRET = re.compile(r"|none|null|<.*>|\$\{.*\}", re.IGNORECASE)
 
 
 def redact(text: str, secrets: Sequence[str] | None = None) -> str:
@@ -43,11 +52,15 @@ def redact(text: str, secrets: Sequence[str] | None = None) -> str:
         text = text.replace(value, _masked(value))
     text = _IN_URL.sub(rf"\1{MASK}@", text)
     text = _KNOWN_FORMS.sub(lambda match: _masked(match[0]), text)
+    text = _WORD.sub(rf"'\1{MASK}'", text)
     return _ASSIGNED.sub(_mask_assigned, text)
 
 
 def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
-    """Return a nested value with every string redacted; under a secret key, the whole string."""
+    """Return a nested value with every string redacted; under a secret key, the whole string.
+
+    Strings of a list may be overrides.
+    """
     secrets = _environment_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
@@ -57,8 +70,31 @@ def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redact_all(item, secrets) for item in value]
+        return [
+            f"{found[1]}{MASK}"
+            if isinstance(item, str) and (found := _OVERRIDE.fullmatch(item))
+            else redact_all(item, secrets)
+            for item in value
+        ]
     return redact(value, secrets) if isinstance(value, str) else value
+
+
+def redact_yaml(text: str) -> str:
+    """Return the text of a YAML file redacted: under a secret key, the whole value.
+
+    In a text alone, a value without quotes ends at its first space or sign.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content = yaml.load(text, Loader=loader)
+        masked = redact_all(content)
+    except (yaml.YAMLError, RecursionError):  # such as a tag for a Python object
+        return redact(text)
+    if masked == content:
+        return text
+    return yaml.safe_dump(masked, sort_keys=False, allow_unicode=True)
 
 
 @functools.lru_cache(maxsize=4096)

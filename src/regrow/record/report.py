@@ -229,6 +229,7 @@ def _write(
         "lacks_metrics": lacks_metrics,
         "per_class": [[_short(row[0]), *row[1:]] for row in shown],
         "lacks_classes": lacks_classes,
+        "each": by_class.each(names),
         "values": _file_of_values(run, path),
         "figures": _figures(run),
         "not_drawn": _not_drawn(run),

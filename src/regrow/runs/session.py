@@ -40,7 +40,7 @@ from regrow.processes.signals import before_the_run
 from regrow.project import ROOT
 from regrow.protocols import Objects
 from regrow.record import manifest, names, ownership, records
-from regrow.record.redact import redact, redact_all
+from regrow.record.redact import redact_all, redact_yaml
 from regrow.runs import fault_checks, machine, training
 from regrow.runs.banner import again, conclude, in_warmup, introduce, longer
 from regrow.runs.console import early_lines, log_file
@@ -407,7 +407,7 @@ def write_start(folder: Path, job: Job, objects: Objects) -> dict[str, Any]:
     records.write_text(folder / "config.yaml", OmegaConf.to_yaml(recorded))
     ownership.enter_run(folder, as_recorded(job), job.owner)
     for name, content in job.composed.items():
-        text = content if name == registered.NAME else redact(content)  # has no secrets left
+        text = content if name == registered.NAME else redact_yaml(content)  # none left
         records.write_text(folder / ".hydra" / name, text)
     records.write_json(folder / "preprocessing.json", preprocessing_record(objects.data))
     if (folder / manifest.NAME).is_file() and (changes := manifest.code_changes(folder, ROOT)):

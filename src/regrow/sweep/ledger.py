@@ -134,7 +134,7 @@ def is_open(
         return False
     return bool(
         content
-        and content.get("overrides") == [redact(o) for o in overrides]
+        and content.get("overrides") == redact_all(overrides)
         and flags.of_sweep(folder) == source
         and not content.get("complete")
     )

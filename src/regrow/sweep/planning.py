@@ -28,7 +28,7 @@ from regrow.config.hydras import check_settings
 from regrow.config.job import Job, job_of
 from regrow.errors import UserError, brief
 from regrow.record.comparison import label_of
-from regrow.record.redact import MASK, redact
+from regrow.record.redact import MASK, redact_all
 from regrow.sweep import ledger
 from regrow.sweep.composed import Composed
 from regrow.sweep.kinds import Grid, Sets
@@ -283,9 +283,11 @@ def refuse_another(folder: Path, fixed: Mapping[str, str], swept: Sequence[str])
     content = ledger.read(folder)
     before: dict[str, str] = content.get("fixed", {})
     varied = {key_of(o) for o in swept} | set(content.get("varied", []))
+    masked = redact_all(dict(fixed))
     for key in [*before, *fixed]:
-        old, new = before.get(key), redact(fixed[key]) if key in fixed else None
+        old, new = before.get(key), masked.get(key)
         if content and key not in varied and old != new:
+            old, new = (f"{key}={MASK}" if it == MASK else it for it in (old, new))
             raise UserError(
                 f"{new or '~' + key}: the sweep in {folder} was made with "
                 f"{old or 'no such override'}. Vary it, or use another folder."
