@@ -147,7 +147,9 @@ class LoadedRun:
         for number, (names, batch) in enumerate(self._batches(inputs, batch_size, broken)):
             with torch.no_grad(), autocast(self.device, self.precision), states_kept():
                 draws.begin(number)
-                yield names, call(self.model, each(batch, lambda part: part.to(self.device)))
+                outputs = call(self.model, each(batch, lambda part: part.to(self.device)))
+            # Not inside: the caller's code would have no gradients, autocast and our seeds.
+            yield names, outputs
 
     def _batches(
         self, inputs: Any, batch_size: int, broken: list[str] | None = None
