@@ -19,6 +19,7 @@ from lab.models.initialisation import SCHEMES, apply, start_from_data
 from lab.models.mlp import MLP
 from lab.models.vision import fitting_patch, resnet, vit
 from lab.models.whitened_cnn import WhitenedCNN, largest
+from regrow.distributed.parallel import synchronise_batch_norm
 from regrow.errors import UserError
 
 torch.set_num_threads(1)
@@ -284,6 +285,18 @@ def test_frozen_norms_stay_in_evaluation_mode_also_in_a_copy() -> None:
     mean = plain.body[0][1].running_mean.clone()
     plain.train()(torch.randn(4, 1, 8, 8))
     assert not torch.equal(plain.body[0][1].running_mean, mean)
+
+
+def test_frozen_norms_stay_in_evaluation_mode_when_they_are_synchronised() -> None:
+    model: Any = made("cnn", [1, 8, 8], freeze=["body.0"])
+    model = synchronise_batch_norm(model, torch.device("cuda"))  # which converts on any machine
+    for candidate in (model, copy.deepcopy(model)):
+        norms = candidate.body[0][1], candidate.body[2][1]
+        assert all(type(norm) is nn.SyncBatchNorm for norm in norms)
+        assert [norm.training for norm in norms] == [False, True]
+        candidate.eval()
+        candidate.train()
+        assert [norm.training for norm in norms] == [False, True]
 
 
 def test_freeze_returns_the_names_of_what_is_frozen() -> None:

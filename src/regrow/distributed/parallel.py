@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -351,13 +352,19 @@ def _with_gradient_sync(forward: Any, last_slice: bool) -> Iterator[None]:
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model with BatchNorm synchronised over all processes.
 
-    Raises UserError if the device is not CUDA.
+    A frozen norm stays in evaluation mode. Raises UserError if the device is not CUDA.
     """
     if device.type != "cuda":
         raise UserError(
             f"trainer.sync_batch_norm=true needs CUDA, and the device is {device.type}. "
             "Use trainer.sync_batch_norm=false."
         )
+    # torch makes new modules, which lack a method `train` of the instance: see `model.freeze`.
+    methods = {name: vars(module).get("train") for name, module in model.named_modules()}
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
     converted: nn.Module = convert(model)
+    for name, train in methods.items():
+        if isinstance(train, MethodType):
+            module: Any = converted.get_submodule(name)
+            module.train = MethodType(train.__func__, module)
     return converted
