@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,13 +197,25 @@ def test_near_ties_are_left_out_and_counted() -> None:
         "probability": torch.tensor([[0.500001, 0.499999], [0.2, 0.8], [0.1, 0.9]]).double(),
     }
     found = {**expected, "prediction": torch.tensor([1, 1, 1])}
-    ties = export._ties(None, expected)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(task=SimpleNamespace(kind="multiclass"))
+    ties = export._ties(run, expected)
     assert ties is not None and ties.tolist() == [True, False, False]
     agreement, one = export.Agreement(), torch.ones(1).double()
     agreement.add(found, expected, ties, one)
     assert agreement.holds
     agreement.add({**found, "prediction": torch.tensor([0, 0, 1])}, expected, ties, one)
     assert agreement.others == 1 and not agreement.holds
+
+
+def test_near_ties_of_tokens_are_between_classes_not_places() -> None:
+    shares = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.8, 0.1]], [[0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]])
+    expected = {"prediction": shares.argmax(-1), "probability": shares}  # (B, T), (B, T, C)
+    run: Any = SimpleNamespace(task=SimpleNamespace(kind="language"))
+    ties = export._ties(run, expected)
+    assert ties is not None and ties.tolist() == [[True, False], [False, False]]
+    one_place = {name: value[:, :1] for name, value in expected.items()}
+    ties = export._ties(run, one_place)
+    assert ties is not None and ties.tolist() == [[True], [False]]
 
 
 def test_a_file_that_differs_from_the_model_is_not_written(tmp_path: Path, capsys: Any) -> None:

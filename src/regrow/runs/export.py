@@ -274,8 +274,9 @@ def _ties(run: LoadedRun, expected: dict[str, Tensor]) -> Tensor | None:
     if shares is None:
         return None
     if shares.ndim > expected["prediction"].ndim:
-        two = shares.topk(2, dim=1).values
-        return two.select(1, 0) - two.select(1, 1) <= 2 * TOLERANCE
+        class_dim = -1 if run.task.kind == "language" else 1
+        two = shares.topk(2, dim=class_dim).values
+        return two.select(class_dim, 0) - two.select(class_dim, 1) <= 2 * TOLERANCE
     return (shares - getattr(run.task, "threshold", 0.5)).abs() <= TOLERANCE
 
 
