@@ -32,6 +32,7 @@ from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.project import ROOT
 from regrow.record.records import read_json
+from regrow.runs.loaded import set_numerics
 from regrow.runs.training import build
 from regrow.runs.weights import load_weights, warn_of_other_splits
 
@@ -140,6 +141,15 @@ def test_a_missing_device_is_an_error_only_where_it_was_asked_for(
         load_run(run, device="cuda")
     with pytest.raises(UserError, match="device=gpu must be one of"):
         load_run(run, device="gpu")
+
+
+def test_a_compiled_run_is_used_where_there_is_no_compiler(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    changed(run, trainer={"compile": True})
+    set_numerics(load_run(run))
+    assert torch.get_num_threads() == 1
 
 
 def test_a_run_still_in_training_is_read_again_where_its_checkpoint_went(

@@ -329,7 +329,8 @@ def set_numerics(run: LoadedRun) -> None:
 
     For scripts; a notebook keeps its own settings.
     """
-    options = {**run.config["trainer"], "precision": run.precision, "detect_anomaly": False}
+    of_training = {"detect_anomaly": False, "compile": False}  # nothing here is compiled
+    options = {**run.config["trainer"], "precision": run.precision, **of_training}
     machine.set_numerics(options, run.device)
 
 
