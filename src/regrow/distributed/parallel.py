@@ -72,7 +72,7 @@ class World:
 
         Raises UserError if there are none.
         """
-        if not gradients and self.mesh is None:
+        if not gradients:
             raise UserError(
                 "step: no parameter has a gradient when the weights are updated. Call zero_grad() "
                 "before the backward pass, not after it, and keep some gradients."
