@@ -668,7 +668,7 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
     assert not made.exists()
 
 
-def test_inputs_of_several_lengths_are_refused(run: Path) -> None:
+def test_inputs_of_several_lengths_or_of_none_are_refused(run: Path) -> None:
     class Sum(nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return (a + b)[:, :3]
@@ -679,6 +679,8 @@ def test_inputs_of_several_lengths_are_refused(run: Path) -> None:
     assert len(loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(3, 6)})) == 3
     with pytest.raises(UserError, match=r"inputs: batches of 3 and 5 examples"):
         loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(5, 6)}, batch_size=3)
+    with pytest.raises(UserError, match=r"inputs: batches of no examples"):
+        loaded.predict({"a": torch.ones(0, 6), "b": torch.ones(0, 6)})
 
 
 def test_a_pretrained_model_is_not_downloaded_again(

@@ -180,6 +180,8 @@ class LoadedRun:
             raise UserError(
                 f"inputs: batches of {count} and {others[0]} examples. Give as many each."
             )
+        if not count:
+            raise UserError("inputs: batches of no examples. Give at least one.")
         for start in range(0, count, batch_size):
             chosen = {name: part[start : start + batch_size] for name, part in parts.items()}
             names = [str(row) for row in range(start, min(start + batch_size, count))]
