@@ -32,6 +32,7 @@ from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.project import ROOT
 from regrow.record.records import read_json
+from regrow.runs.loaded import set_numerics
 from regrow.runs.training import build
 from regrow.runs.weights import load_weights, warn_of_other_splits
 
@@ -140,6 +141,15 @@ def test_a_missing_device_is_an_error_only_where_it_was_asked_for(
         load_run(run, device="cuda")
     with pytest.raises(UserError, match="device=gpu must be one of"):
         load_run(run, device="gpu")
+
+
+def test_a_compiled_run_is_used_where_there_is_no_compiler(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    changed(run, trainer={"compile": True})
+    set_numerics(load_run(run))
+    assert torch.get_num_threads() == 1
 
 
 def test_a_run_still_in_training_is_read_again_where_its_checkpoint_went(
@@ -658,7 +668,7 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path: Path) -> None:
     assert not made.exists()
 
 
-def test_inputs_of_several_lengths_are_refused(run: Path) -> None:
+def test_inputs_of_several_lengths_or_of_none_are_refused(run: Path) -> None:
     class Sum(nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return (a + b)[:, :3]
@@ -669,6 +679,8 @@ def test_inputs_of_several_lengths_are_refused(run: Path) -> None:
     assert len(loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(3, 6)})) == 3
     with pytest.raises(UserError, match=r"inputs: batches of 3 and 5 examples"):
         loaded.predict({"a": torch.ones(3, 6), "b": torch.ones(5, 6)}, batch_size=3)
+    with pytest.raises(UserError, match=r"inputs: batches of no examples"):
+        loaded.predict({"a": torch.ones(0, 6), "b": torch.ones(0, 6)})
 
 
 def test_a_pretrained_model_is_not_downloaded_again(

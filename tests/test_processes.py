@@ -204,6 +204,14 @@ def test_a_sharded_run_grows_back_and_is_read_by_one_process(
 
 
 @pytest.mark.slow
+def test_a_sharded_run_begins_where_one_process_has_a_single_example(tmp_path: Path) -> None:
+    """The check of its first batch must make as many passes in each process, or all would wait."""
+    few = ("data.source.num_val=3", "trainer.timeout_seconds=60", "trainer.max_epochs=1")
+    run(tmp_path / "few", *TWO, "trainer=fsdp", *few)
+    assert read_json(tmp_path / "few" / "status.json")["state"] == "completed"
+
+
+@pytest.mark.slow
 def test_a_run_starts_again_by_itself_after_a_process_was_killed(
     whole: str, tmp_path: Path
 ) -> None:

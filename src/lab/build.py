@@ -307,17 +307,20 @@ def check_first_batch(objects: BuiltObjects, world: World) -> None:
     if smallest // (state.num_micro_batches * world.size) <= 1:
         model_checks.check_one_example(model, first, options.precision)
     uses_ddp = world.size > 1 and world.mesh is None
-    with states_kept():
-        odd = model_checks.check_forward(
-            model,
-            averaged,
-            first,
-            options.precision,
-            before=before,
-            is_sharded=world.mesh is not None,
-            needs_all=uses_ddp and not options.ddp.find_unused_parameters,
-            compiles=options.compile,
-        )
+    odd = []
+    # A sharded forward pass takes all processes, and some may have a single example.
+    if world.mesh is None or min(world.gather(first.num_local)) > 1:
+        with states_kept():
+            odd = model_checks.check_forward(
+                model,
+                averaged,
+                first,
+                options.precision,
+                before=before,
+                is_sharded=world.mesh is not None,
+                needs_all=uses_ddp and not options.ddp.find_unused_parameters,
+                compiles=options.compile,
+            )
     for line in odd if world.is_main else ():
         log.warning("%s", line)
     sharding.free(model)

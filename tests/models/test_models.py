@@ -289,12 +289,14 @@ def test_frozen_norms_stay_in_evaluation_mode_also_in_a_copy() -> None:
 
 
 def test_frozen_norms_stay_frozen_where_the_others_are_synchronised() -> None:
-    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
-    model: Any = nn.Sequential(*layers)
-    freeze(model, ["0", "1"])
-    model = synchronise_batch_norm(model, torch.device("cuda")).train()
-    assert not model[1].training
-    assert isinstance(model[3], nn.SyncBatchNorm) and model[3].training  # the control
+    model: Any = made("cnn", [1, 8, 8], freeze=["body.0"])
+    model = synchronise_batch_norm(model, torch.device("cuda"))  # which converts on any machine
+    for candidate in (model, copy.deepcopy(model)):
+        frozen, other = candidate.body[0][1], candidate.body[2][1]
+        assert isinstance(other, nn.SyncBatchNorm)
+        for mode in (True, False, True):
+            candidate.train(mode)
+            assert (frozen.training, other.training) == (False, mode)
 
 
 def test_freeze_returns_the_names_of_what_is_frozen() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,8 @@ def test_near_ties_are_left_out_and_counted() -> None:
         "probability": torch.tensor([[0.500001, 0.499999], [0.2, 0.8], [0.1, 0.9]]).double(),
     }
     found = {**expected, "prediction": torch.tensor([1, 1, 1])}
-    ties = export._ties(None, expected)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(task=SimpleNamespace(kind="multiclass"))
+    ties = export._ties(run, expected)
     assert ties is not None and ties.tolist() == [True, False, False]
     agreement, one = export.Agreement(), torch.ones(1).double()
     agreement.add(found, expected, ties, one)
@@ -205,17 +207,57 @@ def test_near_ties_are_left_out_and_counted() -> None:
     assert agreement.others == 1 and not agreement.holds
 
 
-def test_a_file_that_differs_from_the_model_is_not_written(tmp_path: Path, capsys: Any) -> None:
-    model = f"model._target_={__name__}.Fickle"
+def test_near_ties_of_tokens_are_between_classes_not_places() -> None:
+    shares = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.8, 0.1]], [[0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]])
+    expected = {"prediction": shares.argmax(-1), "probability": shares}  # (B, T), (B, T, C)
+    run: Any = SimpleNamespace(task=SimpleNamespace(kind="language"))
+    ties = export._ties(run, expected)
+    assert ties is not None and ties.tolist() == [[True, False], [False, False]]
+    one_place = {name: value[:, :1] for name, value in expected.items()}
+    ties = export._ties(run, one_place)
+    assert ties is not None and ties.tolist() == [[True], [False]]
+
+
+class NeedsTwo(Fickle):
+    """Cannot be called with one example."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs.unsqueeze(1)).squeeze()  # type: ignore[no-any-return]
+
+
+def run_of(model: type[Fickle], folder: Path) -> Path:
     arguments = ("~model.hidden", "~model.activation", "~model.norm", "~model.dropout")
-    run = finished(
-        tmp_path / "run",
+    return finished(
+        folder,
         *(each for each in TINY if not each.startswith("model.")),
-        *(model, *arguments, "~model.init", "~model.freeze"),
+        *(f"model._target_={__name__}.{model.__name__}", *arguments),
+        *("~model.init", "~model.freeze"),
     )
+
+
+def test_a_file_that_differs_from_the_model_is_not_written(tmp_path: Path, capsys: Any) -> None:
+    run = run_of(Fickle, tmp_path / "run")
     with one_line_and_exit_code_2(capsys, "the file does not compute what the model does"):
         exported(run, tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists() and {*tmp_path.iterdir()} == {run}
+
+
+def test_a_model_that_cannot_be_called_or_held_is_an_error_of_one_line(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = run_of(NeedsTwo, tmp_path / "run")
+    with one_line_and_exit_code_2(capsys, "fails on test examples, or on one alone: Dimension out"):
+        exported(run, tmp_path / "model.pt2")
+
+    def unknown(*_: object, **__: object) -> None:  # as torch raises it: the reason comes last
+        raise RuntimeError("cannot convert\nin several lines") from ValueError("No function svd.")
+
+    monkeypatch.setattr(torch.onnx, "export", unknown)
+    loaded = load_run(digits, device="cpu")
+    said = r"^format=onnx: ONNX cannot hold this model: No function svd\. Use format=pt2\.$"
+    with pytest.raises(UserError, match=said):
+        export.onnx(loaded, export.raw_example(loaded, None))
+    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_an_export_needs_the_data_only_for_its_check(

@@ -307,6 +307,13 @@ def test_a_misspelt_key_ends_it_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_range_test_without_a_suggestion_leaves_no_folder(tmp_path: Path) -> None:
+    flat = ("find_lr.min_lr=1", "find_lr.max_lr=2", "find_lr.num_steps=20")
+    done = process("find_lr", *SMALL, *flat, "hydra.run.dir=tests/lr", folder=tmp_path)
+    assert done.returncode == 2 and "the loss fell at no rate" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_range_test_from_outside(tmp_path: Path) -> None:
     done = process("find_lr", *SMALL, "model=mlp", folder=tmp_path)

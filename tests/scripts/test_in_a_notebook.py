@@ -161,6 +161,23 @@ def test_each_task_has_its_names(diabetes: Path, tmp_path: Path) -> None:
         assert names == [label for label, share in zip(labels, shares, strict=True) if share > 0.5]
 
 
+def test_between_two_batches_the_callers_settings_are_its_own(tmp_path: Path) -> None:
+    """Also of two models side by side, whose settings would be restored in the wrong order."""
+    run = finished(tmp_path / "run", "trainer.precision=bf16")
+    one, other = load_run(run), load_run(run)
+    images = one.data.source.test.inputs[:6]
+    torch.manual_seed(0)
+    expected = torch.rand(3).tolist()
+    torch.manual_seed(0)
+    drawn = []
+    for (_, outputs), _ in zip(one.outputs(images, 2), other.outputs(images, 2), strict=False):
+        assert outputs.dtype == torch.bfloat16 and not outputs.requires_grad
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        drawn.append(torch.rand(()).item())
+    assert drawn == expected
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

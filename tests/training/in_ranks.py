@@ -346,7 +346,8 @@ def stopped(world: World, config: Config, folder: Path) -> list[int]:
 def told(world: World, config: Config, folder: Path) -> list[Any]:
     firsts = world.gather(int(world.claim_first("a thing")))
     texts = world.gather_texts("ö" * world.rank)
-    return [world.from_main(f"ä {world.rank}"), world.gather(world.rank * 10), firsts, texts]
+    main = world.from_main(f"ä\udcff {world.rank}")  # with a byte of a path that is not UTF-8
+    return [main, world.gather(world.rank * 10), firsts, texts]
 
 
 def wrong_images(world: World, config: Config, folder: Path) -> Any:

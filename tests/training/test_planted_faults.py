@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -129,6 +130,9 @@ def test_an_update_without_any_gradient_is_an_error_of_one_line(tmp_path: Path) 
             watched(
                 tmp_path / str(len(overrides)), overrides, model=NET, step="planted.dropping_step"
             )
+    for world in (CPU, dataclasses.replace(CPU, mesh=object())):  # of a sharded model too
+        with pytest.raises(UserError, match=r"^step: no parameter has a gradient when .*zero_grad"):
+            world.norm([])
 
 
 FEW = {"_target_": "planted.rows", "shared": 0, "values": 4}

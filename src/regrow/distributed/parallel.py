@@ -71,7 +71,7 @@ class World:
 
         Raises UserError if there are none.
         """
-        if not gradients and self.mesh is None:
+        if not gradients:
             raise UserError(
                 "step: no parameter has a gradient when the weights are updated. Call zero_grad() "
                 "before the backward pass, not after it, and keep some gradients."
@@ -104,13 +104,15 @@ class World:
         """Return the main process's text, in every process."""
         if self.size == 1:
             return text
-        content = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
+        # A folder's name may hold bytes that are not UTF-8.
+        sent = text.encode("utf-8", "surrogateescape")
+        content = torch.tensor([*sent], dtype=torch.uint8, device=self.device)
         length = torch.tensor(len(content), device=self.device)
         dist.broadcast(length, 0)
         if not self.is_main:
             content = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
         dist.broadcast(content, 0)
-        return bytes(content.tolist()).decode()
+        return bytes(content.tolist()).decode("utf-8", "surrogateescape")
 
     def gather_texts(self, text: str) -> list[str]:
         """Return every process's text, by rank."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.errors import UserError, brief
+from regrow.errors import UserError, brief, chain, machine_fault
 from regrow.feeding.batch import each
 from regrow.feeding.preprocess import Normalizer
 from regrow.numerics.calls import call
@@ -117,8 +117,16 @@ def exported(run: LoadedRun, form: str, *, check: bool) -> tuple[bytes, str]:
     content = (onnx if form == "onnx" else pt2)(run, example)
     if split is None:
         return content, "not checked, as check=false says"
-    function = (of_onnx if form == "onnx" else of_pt2)(content)
-    found = compare(run, function, raw_batches(run, split))
+    try:
+        function = (of_onnx if form == "onnx" else of_pt2)(content)
+        found = compare(run, function, raw_batches(run, split))
+    except Exception as error:  # of the model or of what runs the file: of any class
+        if isinstance(error, UserError) or machine_fault(error) is not None:
+            raise
+        raise UserError(
+            f"format={form}: the model or the file fails on {split} examples, or on one alone: "
+            f"{brief(error, 200)}. Nothing was written. Let the model take a batch of any size."
+        ) from error
     if not found.holds:
         raise UserError(
             f"format={form}: the file does not compute what the model does: {found.sentence()}. "
@@ -133,10 +141,17 @@ def onnx(run: LoadedRun, example: Inputs) -> bytes:
     names = run.input_names or ["inputs"]
     outputs = [*FromRaw(run)(*as_tuple(example))]
     program = _program(run, example, "onnx")
-    with _quiet():
-        made: Any = torch.onnx.export(
-            program, dynamo=True, input_names=names, output_names=outputs, verbose=False
-        )
+    try:
+        with _quiet():
+            made: Any = torch.onnx.export(
+                program, dynamo=True, input_names=names, output_names=outputs, verbose=False
+            )
+    except Exception as error:  # its last cause names the operation that ONNX lacks
+        *_, cause = chain(error)
+        reason = brief(cause, 300).rstrip(".")
+        raise UserError(
+            f"format=onnx: ONNX cannot hold this model: {reason}. Use format=pt2."
+        ) from error
     model = made.model_proto
     for key, value in facts(run, example).items():
         entry = model.metadata_props.add()
@@ -274,8 +289,9 @@ def _ties(run: LoadedRun, expected: dict[str, Tensor]) -> Tensor | None:
     if shares is None:
         return None
     if shares.ndim > expected["prediction"].ndim:
-        two = shares.topk(2, dim=1).values
-        return two.select(1, 0) - two.select(1, 1) <= 2 * TOLERANCE
+        class_dim = -1 if run.task.kind == "language" else 1
+        two = shares.topk(2, dim=class_dim).values
+        return two.select(class_dim, 0) - two.select(class_dim, 1) <= 2 * TOLERANCE
     return (shares - getattr(run.task, "threshold", 0.5)).abs() <= TOLERANCE
 
 

@@ -19,6 +19,7 @@ from regrow.config.check import check_once
 from regrow.config.command_line import command, key_of
 from regrow.config.hydra_access import is_named, output_dir, plain, typed_overrides
 from regrow.config.origins import located
+from regrow.config.started import remove_created
 from regrow.config.targets import instantiate
 from regrow.distributed.parallel import World
 from regrow.errors import UserError, machine_fault
@@ -52,6 +53,8 @@ def find_lr(cfg: DictConfig) -> float:
         if (fault := machine_fault(error)) is None:
             raise
         fail(str(fault), code=1)
+    finally:
+        remove_created()  # Hydra's folder, if nothing was written there
 
 
 def _find_lr(cfg: DictConfig) -> float:

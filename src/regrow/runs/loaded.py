@@ -147,7 +147,9 @@ class LoadedRun:
         for number, (names, batch) in enumerate(self._batches(inputs, batch_size, broken)):
             with torch.no_grad(), autocast(self.device, self.precision), states_kept():
                 draws.begin(number)
-                yield names, call(self.model, each(batch, lambda part: part.to(self.device)))
+                outputs = call(self.model, each(batch, lambda part: part.to(self.device)))
+            # Not inside: the caller's code would have no gradients, autocast and our seeds.
+            yield names, outputs
 
     def _batches(
         self, inputs: Any, batch_size: int, broken: list[str] | None = None
@@ -178,6 +180,8 @@ class LoadedRun:
             raise UserError(
                 f"inputs: batches of {count} and {others[0]} examples. Give as many each."
             )
+        if not count:
+            raise UserError("inputs: batches of no examples. Give at least one.")
         for start in range(0, count, batch_size):
             chosen = {name: part[start : start + batch_size] for name, part in parts.items()}
             names = [str(row) for row in range(start, min(start + batch_size, count))]
@@ -327,7 +331,8 @@ def set_numerics(run: LoadedRun) -> None:
 
     For scripts; a notebook keeps its own settings.
     """
-    options = {**run.config["trainer"], "precision": run.precision, "detect_anomaly": False}
+    of_training = {"detect_anomaly": False, "compile": False}  # nothing here is compiled
+    options = {**run.config["trainer"], "precision": run.precision, **of_training}
     machine.set_numerics(options, run.device)
 
 
