@@ -1,4 +1,4 @@
-"""Measure a trained run on a split. All comes from the run's folder; data keys can be swapped.
+"""Measure a trained run on a split. The folder says where the data are; data keys can be swapped.
 
 python scripts/evaluate.py run=outputs/digits/latest split=test
 python scripts/evaluate.py run=outputs/digits/latest split=val checkpoint=last data.root=/new/data

@@ -57,6 +57,7 @@ PARTS = (
     ".vscode/settings.json",
     "LICENSE",
     "Makefile",
+    "docs/coming_from.md",
     "docs/hydra.md",
     "docs/recipes/",
     "docs/scaling.md",

@@ -1,6 +1,6 @@
 """Predict with a trained run, from its folder alone.
 
-python scripts/predict.py run=outputs/digits/latest input=pictures/ output=predictions.csv
+python scripts/predict.py run=outputs/digits/latest input=images/ output=predictions.csv
 
 The input is an image, a folder of images, an .npy array (N, …) in the data's own raw units, or a
 .csv with the columns that the run was trained on. The output has a line per example: its name, the

@@ -73,6 +73,14 @@ def test_the_readme_says_of_each_key_what_a_resume_does() -> None:
         assert free is (does == "takes"), key
 
 
+def test_the_readme_names_the_key_that_is_refused_by_name_too(run: Path) -> None:
+    readme = (CONF.parent / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (.+) \| refuses, also by name\b", readme, re.M) == ["`trainer.monitor`"]
+    overrides = [*TINY, "trainer.monitor=val/loss"]
+    with pytest.raises(UserError, match="which cannot be compared"):
+        resumed(run, {**config_of(*overrides), "resume": str(run)}, overrides)
+
+
 def test_the_number_of_threads_comes_from_the_record_unless_the_processes_change(run: Path) -> None:
     """Bits depend on it. TINY recorded one thread; the resumed command leaves it null."""
     unasked = [option for option in TINY if not option.startswith("trainer.num_threads")]

@@ -398,6 +398,38 @@ def test_a_project_carries_its_name_and_its_origin(copy: Path) -> None:
         assert (copy / link).exists(), link
 
 
+def broken_links(page: Path) -> list[str]:
+    """Return the links of a Markdown page that lead to no file, or to no heading of one."""
+
+    def prose(path: Path) -> str:
+        text = path.read_text(encoding="utf-8")
+        return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+    found = []
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page))):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        there = target.exists()
+        if there and anchor:
+            headings = re.findall(r"^#+ (.*)$", prose(target), re.MULTILINE)
+            words = [re.sub(r"[^\w -]", "", heading.lower()) for heading in headings]
+            there = anchor in [each.replace(" ", "-") for each in words]
+        if not there:
+            found.append(f"{page.name}: {link}")
+    return found
+
+
+def test_every_link_of_a_projects_pages_leads_to_a_file_or_a_heading_of_it(
+    copy: Path, tmp_path: Path
+) -> None:
+    pages = [copy / "README.md", *(copy / "docs").rglob("*.md")]
+    assert len(pages) > 30
+    assert not [link for page in pages for link in broken_links(page)]
+    page = tmp_path / "a.md"  # the control
+    page.write_text("# Not here\n[a](b.md) [c](#not-here) [d](a.md#nor-here) `[e](f.md)`\n")
+    assert broken_links(page) == ["a.md: b.md", "a.md: a.md#nor-here"]
+
+
 def test_a_project_passes_its_own_checks(copy: Path) -> None:
     for command in (["check"], ["format", "--check"]):
         done = run(copy, dict(os.environ), "-m", "ruff", *command, "--no-cache", ".")

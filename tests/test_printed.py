@@ -132,6 +132,29 @@ def planned(place: Path, overrides: list[str]) -> int:
         return len(planning.numbered(composer, planning.grid(loader, overrides), []))
 
 
+def expanded(command: str) -> list[str]:
+    """Return the overrides that bash or zsh would expand or refuse: brackets outside of quotes."""
+    outside = re.sub(r"'[^']*'|\"[^\"]*\"", "", command.partition("  #")[0])
+    return re.findall(r"\S*\w=\S*[][(){}*?]\S*", outside)
+
+
+def test_no_shell_expands_a_printed_command() -> None:
+    """zsh refuses data.input_shape=[5], as a pattern that matches no file."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/recipes").iterdir()]
+    lines = [
+        line
+        for page in pages
+        for block in re.findall(r"^```(?:\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+        for line in block.replace("\\\n", " ").splitlines()
+        if re.match(r"(python|torchrun .*) scripts/", line)
+    ]
+    lines += re.findall(r"# .*: (-m .*)", (CONF / "sweep" / "optuna.yaml").read_text("utf-8"))
+    assert len(lines) > 100
+    assert not [word for line in lines for word in expanded(line)]
+    found = expanded("python scripts/train.py a.b=[5] 'c=[5]' d=choice(1,2) \"e={f: 1}\"  # g=[1]")
+    assert found == ["a.b=[5]", "d=choice(1,2)"]  # the control
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_is_accepted(command: str, place: Path) -> None:
     words = shlex.split(command)

@@ -81,6 +81,9 @@ def test_the_api_reference_has_each_name_that_a_wing_lists() -> None:
     assert "    keep_last: int\n" in text  # a field
     protocols = api.pages()["reference/protocols.md"][1]
     assert "### Task\n" in protocols and "\nInputs: TypeAlias = Tensor | Sequence" in protocols
+    of_users = api.pages()["reference/regrow.md"][1]
+    for name in ("compose", "build", "load_run", "LoadedRun", "Predictions", "UserError"):
+        assert re.search(rf"^### {name}$", of_users, re.M)
     with pytest.raises(api.NotFound, match=r"regrow\.checkpoint\.digest has no nothing"):
         api.section("regrow.checkpoint.digest", ["nothing"])
 

@@ -43,7 +43,10 @@ def pages() -> dict[str, tuple[str, str]]:
         "regrow.randomness": None,
     }
     text = "# regrow\n\nThe names that a notebook or a project uses most.\n\n"
-    text += "\n".join(section(name, names) for name, names in entries.items())
+    text += "\n".join(
+        imported(name) if name == "regrow.load" else section(name, names)
+        for name, names in entries.items()
+    )
     found[f"{FOLDER}/regrow.md"] = ("src/regrow", text)
     own = definitions(parse(engine / "protocols.py"))
     names = [name for name, node in own if not isinstance(node, ast.ImportFrom)]
@@ -97,9 +100,7 @@ def page_of_lab() -> str:
 
 def section(module: str, names: list[str] | None) -> str:
     """Return what a module's docstring and `names` say; with None, all that have a docstring."""
-    place = SOURCE.joinpath(*module.split("."))
-    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    text = path.read_text(encoding="utf-8")
+    text = source_of(module).read_text(encoding="utf-8")
     tree = ast.parse(text)
     lines = text.splitlines()
     defined = dict(definitions(tree))
@@ -115,6 +116,22 @@ def section(module: str, names: list[str] | None) -> str:
             raise NotFound(f"{module} has no {name}: see the docstring of its wing")
         parts.append(entry(name, defined[name], lines))
     return "\n".join(parts)
+
+
+def imported(module: str) -> str:
+    """Return what `section` does for a module whose names are all imported, as regrow.load's."""
+    tree = parse(source_of(module))
+    parts = [f"## {module}\n\n{prose(docstring(tree))}\n"]
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [each.name for each in node.names]
+            parts.append(section(node.module, names).partition("\n### ")[2])
+    return "\n### ".join(parts)
+
+
+def source_of(module: str) -> Path:
+    place = SOURCE.joinpath(*module.split("."))
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
 def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:

@@ -238,7 +238,7 @@ def one_step() -> str:
         NEUTRAL,
         "a kill loses nothing",
         [
-            "The same command loads the newest whole checkpoint",
+            "The resumed run loads the newest whole checkpoint",
             "and repeats the steps after it, with the same bits.",
         ],
         mono=False,

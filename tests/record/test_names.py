@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from running import TINY
 from regrow.errors import UserError
 from regrow.project import ROOT
 from regrow.record import records
-from regrow.record.names import is_of_a_run, is_temporary, refuse_foreign_run, refuse_foreign_sweep
+from regrow.record.names import (
+    LOCK,
+    RUN,
+    is_of_a_run,
+    is_temporary,
+    refuse_foreign_run,
+    refuse_foreign_sweep,
+)
 from regrow.record.output import refuse_existing, write_text
 from regrow.record.records import Lock
 
@@ -31,6 +39,16 @@ def make(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine", encoding="utf-8")
     return folder
+
+
+def test_the_readme_names_every_file_that_a_run_writes() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## A run's folder")[2].partition("\n## ")[0]
+    named = {name.partition("/")[0] for name in re.findall("`([^`]+)`", table)}
+    assert "report.html" in named and "predictions_test.csv" in named
+    # A range test has a folder of its own.
+    own = {name for name in RUN if name != LOCK and not name.startswith("lr_finder.")}
+    assert own <= named, own - named
 
 
 @pytest.mark.parametrize("name", MINE)
