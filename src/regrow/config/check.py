@@ -173,7 +173,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         if not isinstance(values.get(group), Mapping):
             raise UserError(f"{group} is not chosen. Use {group}=… with an option of conf/{group}.")
     for group in ("model", "optimizer", "scheduler", "loss", "task"):
-        _refuse_without_target(group, values[group], choices)
+        # `{}` is the loss of a task of the user's own that brings one.
+        if group != "loss" or values["loss"] or _is_shipped(values["task"]):
+            _refuse_without_target(group, values[group], choices)
     check_recorded(values, typed)
     note_typed(typed)
     allow(values)
@@ -458,7 +460,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     trainer, data = values["trainer"], values["data"]
     task, loss = (values[group].get("_target_", "").split(".")[-1] for group in ("task", "loss"))
     kind = task.lower()
-    shipped_task = values["task"].get("_target_", "").startswith(f"{lab_name()}.tasks.")
+    shipped_task = _is_shipped(values["task"])
     if shipped_task and data.get("target_kind") not in (None, kind):
         raise UserError(
             f"task={kind} does not fit {data['target_kind']} targets, which this data set has. "
@@ -512,6 +514,10 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     resume = values["resume"]
     if resume not in ("auto", "never") and not Path(str(resume)).is_dir():
         raise UserError(f"resume={resume} must be auto, never or the folder of a run.")
+
+
+def _is_shipped(task: Mapping[str, Any]) -> bool:
+    return str(task.get("_target_", "")).startswith(f"{lab_name()}.tasks.")
 
 
 def _check_mixing(data: Mapping[str, Any]) -> None:
