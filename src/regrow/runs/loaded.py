@@ -277,7 +277,9 @@ def load_run(
         name = str(config["task"].get("evaluates"))
         node = node[name]
     _refuse_downloads(node)
-    with naming_code(folder):
+    # A step may load a frozen model: what is drawn for weights that are replaced must not change
+    # what the step draws next.
+    with naming_code(folder), states_kept():
         model: nn.Module = instantiate(node)
         _load(model, parts.get(writer.evaluated_part(parts, name), {}), which)
     model.to(chosen).eval()
