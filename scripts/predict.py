@@ -81,13 +81,13 @@ def predict(options: Arguments) -> None:
     from regrow.runs.inference import predict as predictions
     from regrow.runs.inference import predict_masks
     from regrow.runs.loaded import load_run, set_numerics
-    from regrow.runs.predictions import Glance
+    from regrow.runs.predictions import Glance, kind_of
 
     with console(), _offering_to_skip(source):
         run = load_run(options["run"], which=options["checkpoint"], device=options["device"])
         set_numerics(run)
         with contextlib.closing(run):
-            glance = Glance(run.task.kind, run.class_names)
+            glance = Glance(kind_of(run.task), run.class_names)
             broken: list[str] | None = [] if options["skip_broken"] else None
             how = (run, source, options["batch_size"], broken)
             bar = {"unit": "example", "leave": False, "disable": None}

@@ -576,6 +576,22 @@ def test_a_metric_of_ones_own_task_may_be_no_node() -> None:
     check(made, made.hydra.runtime.choices)
 
 
+def test_a_loss_without_a_target_is_for_a_task_that_brings_its_own(tmp_path: Path) -> None:
+    for group, text in {
+        "loss": "{} # the task brings its own\n",
+        "task": "_target_: lab.examples.contrastive.probe.Embedding\nnum_classes: 10\n"
+        "monitor: val/probe_accuracy\n",
+    }.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{'for_' * (group == 'loss')}mine.yaml").write_text(text)
+    given = ["--config-dir", str(tmp_path), "--check", "trainer.mode=max"]
+    done = run_train(tmp_path, *given, "task=mine")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run_train(tmp_path, *given, "loss=for_mine")  # of task=multiclass
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: loss=for_mine: loss/for_mine.yaml has no _target_")
+
+
 def test_slurms_keys_may_stand_in_this_machines_config_without_its_launcher() -> None:
     """`+` puts them there as conf/local/default.yaml does."""
     for launcher in ("local", "slurm"):

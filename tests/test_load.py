@@ -8,12 +8,14 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -31,6 +33,7 @@ from regrow.config.yaml_files import read_yaml
 from regrow.errors import UserError
 from regrow.load import load_run
 from regrow.project import ROOT
+from regrow.randomness import seed_everything
 from regrow.record.records import read_json
 from regrow.runs.loaded import set_numerics
 from regrow.runs.training import build
@@ -101,6 +104,18 @@ def test_a_run_comes_back_as_it_was(run: Path) -> None:
     assert load_run(run).step == summary["best"]["step"]
     older = load_run(run, which="step_00000004")
     assert older.step == 4 and weights_sha256(older.model) != summary["weights_sha256"]
+
+
+def test_loading_a_run_leaves_what_is_drawn_next(run: Path) -> None:
+    """A step that loads a frozen teacher draws the same dropout where it resumes."""
+
+    def drawn_after(load: bool) -> list[float]:
+        seed_everything(3)
+        if load:
+            load_run(run)
+        return [float(torch.rand(())), float(numpy.random.rand()), random.random()]
+
+    assert drawn_after(load=True) == drawn_after(load=False)
 
 
 def test_the_averaged_weights_are_those_one_gets(tmp_path: Path) -> None:

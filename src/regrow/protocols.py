@@ -135,6 +135,12 @@ class Loss(Protocol):
 
 
 class Task(Protocol):
+    """The meaning of the outputs.
+
+    An attribute `kind` says what the predictions are. Those of multiclass, binary, multilabel and
+    regression are a table: see `regrow.runs.predictions`. With any other, or none, they are arrays.
+    """
+
     running_name: str | None  # of the score that `running` gives
     sums_over_examples: bool  # False: the loss of a batch is not a sum, so it cannot be split
 

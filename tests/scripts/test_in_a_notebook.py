@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 
 from regrow.errors import UserError
 from regrow.load import Predictions, load_run
+from regrow.runs import inference
+from regrow.runs.export import facts
 
 predict_script = script("predict").main
 
@@ -176,6 +179,41 @@ def test_between_two_batches_the_callers_settings_are_its_own(tmp_path: Path) ->
         drawn.append(torch.rand(()).item())
     assert drawn == expected
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+class Own:
+    """A task as a user writes it, without a `kind` and without classes."""
+
+    def predict(self, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"prediction": outputs.double()}
+
+
+class OwnNumbers(Own):
+    kind = "regression"
+
+
+def test_a_task_without_a_kind_gives_arrays_and_says_that_it_has_no_table(
+    digits: Path, tmp_path: Path
+) -> None:
+    run = dataclasses.replace(load_run(digits), task=Own())
+    images = run.data.source.test.inputs[:3]
+    np.save(tmp_path / "images.npy", images.numpy())
+    found = run.predict(images)
+    assert found.prediction.shape == (3, 10) and found.classes == run.class_names
+    assert facts(run)["task"] == "Own"
+    message = "^predictions of a task of kind Own have no columns. .*prediction, an array"
+    with pytest.raises(UserError, match=message):
+        found.rows()
+    with pytest.raises(UserError, match=message):
+        [*inference.predict(run, tmp_path / "images.npy", 256)]
+    run = dataclasses.replace(run, task=OwnNumbers())
+    rows = [*inference.predict(run, tmp_path / "images.npy", 256)]
+    assert [float(rows[2][f"prediction/{place}"]) for place in range(10)] == [*found.prediction[2]]
+
+
+def test_a_task_without_classes_has_no_names_of_them(digits: Path) -> None:
+    run = dataclasses.replace(load_run(digits), task=Own(), class_names=None)
+    assert run.predict(run.data.source.test.inputs[:3]).classes == []
 
 
 @pytest.mark.parametrize(

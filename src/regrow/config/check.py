@@ -170,7 +170,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=…{hint}{others}")
     values = plain(config)
     for group in ("model", "optimizer", "scheduler", "loss", "task", "step"):
-        _refuse_without_target(group, values[group], choices)
+        # `{}` is the loss of a task of the user's own that brings one.
+        if group != "loss" or values["loss"] or _is_shipped(values["task"]):
+            _refuse_without_target(group, values[group], choices)
     _check_resume(values["resume"], typed)
     check_recorded(values, typed)
     note_typed(typed)
@@ -500,7 +502,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     trainer, data = values["trainer"], values["data"]
     task, loss = (values[group].get("_target_", "").split(".")[-1] for group in ("task", "loss"))
     kind = task.lower()
-    shipped_task = values["task"].get("_target_", "").startswith(f"{lab_name()}.tasks.")
+    shipped_task = _is_shipped(values["task"])
     if shipped_task and data.get("target_kind") not in (None, kind):
         raise UserError(
             f"task={kind} does not fit {data['target_kind']} targets, which this data set has. "
@@ -551,6 +553,10 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         monitor.refuse_without(values)
     else:
         monitor.refuse_unmeasured("trainer.monitor", str(trainer["monitor"]), data)
+
+
+def _is_shipped(task: Mapping[str, Any]) -> bool:
+    return str(task.get("_target_", "")).startswith(f"{lab_name()}.tasks.")
 
 
 def _check_mixing(data: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ loaded: load_run, LoadedRun, set_numerics
 machine: resolve_device
 model_checks: check, check_first_batch, check_forward, check_one_example, check_soft_targets,
     check_types, described, has_lazy_parts, materialise
-predictions: Glance, Predictions
+predictions: Glance, kind_of, Predictions
 training: build
 trial: open_storage, remove_torn_line, STORAGE, STUDY
 weights: load_weights, warn_of_other_splits

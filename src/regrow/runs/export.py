@@ -22,6 +22,7 @@ from regrow.numerics.capture import same
 from regrow.protocols import Inputs
 from regrow.record.records import load_summary
 from regrow.runs.loaded import LoadedRun
+from regrow.runs.predictions import kind_of
 
 # Outputs may differ by this much. The difference of two values of a regression is divided by the
 # deviation of the targets if the data standardises them, or by the value if that is larger.
@@ -225,7 +226,7 @@ def facts(run: LoadedRun, example: Inputs = ()) -> dict[str, Any]:
     summary = load_summary(run.folder, whole=False)
     best = (summary.get("best") or {}).get("step", summary.get("steps"))
     return {
-        "task": run.task.kind,
+        "task": kind_of(run.task),
         "class_names": run.class_names,
         "preprocessing": run.preprocessing.to_dict(),
         "inputs": [

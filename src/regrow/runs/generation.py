@@ -13,13 +13,15 @@ from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast, widest
 from regrow.randomness import generator
 from regrow.runs.loaded import LoadedRun
+from regrow.runs.predictions import kind_of
 
 
 def vocabulary_of(run: LoadedRun) -> Vocabulary:
     """Return the vocabulary of a run on text. Raises UserError for any other run."""
     record = None if run.recorded is None else run.recorded.vocabulary
-    if run.task.kind != "language" or record is None:
-        what = f"task={run.task.kind}" if run.task.kind != "language" else "data without a text"
+    kind = kind_of(run.task)
+    if kind != "language" or record is None:
+        what = f"task={kind}" if kind != "language" else "data without a text"
         raise UserError(
             f"run={run.folder}: not a language model of a text, but {what}. Name a run of "
             "task=language data=text."

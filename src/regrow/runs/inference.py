@@ -21,6 +21,7 @@ from regrow.randomness import Draws, states_kept
 from regrow.record.records import load_status
 from regrow.runs.lab import lab
 from regrow.runs.loaded import LoadedRun
+from regrow.runs.predictions import kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,7 +89,7 @@ def predict(
     With a list `broken`, images of a folder that cannot be read are left out and listed there.
     Raises UserError or DataError.
     """
-    if run.task.kind == "language":
+    if kind_of(run.task) == "language":
         raise UserError(
             f"run={run.folder}: a language model continues a text, and a table has one row per "
             f"example. Use scripts/generate.py run={run.folder} prompt=…"
@@ -128,14 +129,14 @@ def predict_masks(
 
 def gives_rows(task: Any, outputs: Any) -> bool:
     """Return True if each example's output is one row of a table."""
-    dimensions = DIMENSIONS.get(getattr(task, "kind", ""), ())
+    dimensions = DIMENSIONS.get(kind_of(task), ())
     return isinstance(outputs, Tensor) and outputs.ndim in dimensions
 
 
 def _refuse_other_outputs(run: LoadedRun, outputs: Any) -> None:
     """Raise UserError for outputs that do not fit one row per example."""
-    is_known = run.task.kind in DIMENSIONS
-    has_masks = run.task.kind == "segmentation"
+    is_known = kind_of(run.task) in DIMENSIONS
+    has_masks = kind_of(run.task) == "segmentation"
     if has_masks and isinstance(outputs, Tensor) and outputs.ndim == 4:
         return
     if gives_rows(run.task, outputs) or not (is_known or has_masks):

@@ -44,7 +44,7 @@ from regrow.record import manifest
 from regrow.record.records import load_status, read_json
 from regrow.runs import machine
 from regrow.runs.other_code import naming_code
-from regrow.runs.predictions import Predictions, columns_of, joined, predictions_of
+from regrow.runs.predictions import Predictions, columns_of, joined, kind_of, predictions_of
 
 log = logging.getLogger("regrow")
 
@@ -197,7 +197,7 @@ class LoadedRun:
 
     def read_off(self, names: list[str], outputs: Any) -> Predictions:
         """Return the predictions that the task reads off the model's `outputs` for a batch."""
-        kind = self.task.kind
+        kind = kind_of(self.task)
         found = self.task.predict(outputs)
         if "prediction" not in found:
             raise UserError(
@@ -281,7 +281,9 @@ def load_run(
         name = str(config["task"].get("evaluates"))
         node = node[name]
     _refuse_downloads(node)
-    with naming_code(folder):
+    # A step may load a frozen model: what is drawn for weights that are replaced must not change
+    # what the step draws next.
+    with naming_code(folder), states_kept():
         model: nn.Module = instantiate(node)
         _load(model, parts.get(writer.evaluated_part(parts, name), {}), which)
     model.to(chosen).eval()

@@ -25,7 +25,7 @@ class Predictions:
     """The predictions for N examples, in their order.
 
     inputs: the file of each example, its label in a table's index, or its row from 0.
-    kind: the task's: multiclass, binary, multilabel or regression.
+    kind: the task's: multiclass, binary, multilabel or regression; see `kind_of` for others.
     classes: the names of C classes or labels, or of the values of a regression.
     prediction: (N,) class indices; (N, C) of 0 and 1 for multilabel; (N,) or (N, C) float64 values
         in the targets' own units for a regression. A class per pixel or token gives (N, …).
@@ -77,7 +77,10 @@ class Predictions:
             "regression": self._regression,
         }
         if self.kind not in of_kind:
-            raise UserError(f"predictions of a task of kind {self.kind} have no columns.")
+            raise UserError(
+                f"predictions of a task of kind {self.kind} have no columns. Use run.predict(…)."
+                f"prediction, an array, or give your task a kind that has: {', '.join(of_kind)}."
+            )
         rows = of_kind[self.kind]()
         return [{"input": name, **row} for name, row in zip(self.inputs, rows, strict=True)]
 
@@ -169,18 +172,27 @@ def _labels(row: Mapping[str, str]) -> list[str]:
     return [name for (title, _, name), value in named if title == "predicted" and float(value)]
 
 
+def kind_of(task: Any) -> str:
+    """Return a task's `kind`; of a user's own that has none, the name of its class."""
+    return str(getattr(task, "kind", type(task).__name__))
+
+
 def columns_of(
     task: Any,
     prediction: Tensor,
     class_names: Sequence[str] | None,
     target_names: Sequence[str] | None,
 ) -> list[str]:
-    """Return the names of the classes, or of a regression's values; positions if none are known."""
-    if task.kind == "regression":
+    """Return the names of the classes, or of a regression's values; positions if none are known.
+
+    A user's own task may have no classes.
+    """
+    kind = kind_of(task)
+    if kind == "regression":
         count, known = prediction[:1].numel(), target_names
     else:
-        count, known = 2 if task.kind == "binary" else task.num_classes, class_names
-    fits = known is not None and (task.kind != "regression" or len(known) == count)
+        count, known = 2 if kind == "binary" else getattr(task, "num_classes", 0), class_names
+    fits = known is not None and (kind != "regression" or len(known) == count)
     return [str(name) for name in known] if fits and known else [str(i) for i in range(count)]
 
 

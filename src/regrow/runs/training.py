@@ -298,7 +298,10 @@ def write_predictions(folder: Path, *what: Any) -> None:
     from regrow.runs import set_predictions
 
     if not set_predictions.write(folder, *what):
-        log.warning("no predictions are written: the model gives more than a row per example")
+        log.warning(
+            "no predictions are written: a table needs a row per example, of a task whose kind is "
+            "multiclass, binary, multilabel or regression"
+        )
 
 
 def draw(folder: Path) -> None:
