@@ -84,6 +84,7 @@ GOOD: list[tuple[Task, Tensor, Tensor]] = [
     (binary(), logits(32, 1), ones(32).float()),
     (multilabel(), logits(32, 4), ones(32, 4)),
     (regression(), logits(32, 1), logits(32)),
+    (regression(num_outputs=2), logits(32, 5, 2), logits(32, 5, 2)),  # two series of five steps
     (regression(), logits(32), logits(32, 1).double()),
     (regression(num_outputs=3), logits(32, 3), logits(32, 3)),
 ]  # fmt: skip
@@ -142,8 +143,9 @@ BAD: list[tuple[Task, Tensor, Tensor, str]] = [
     (regression(), logits(32, 1), ones(32), "task=multiclass"),
     (regression(), logits(32, 2), logits(32), "data.num_outputs"),
     (regression(num_outputs=2), logits(32, 4), logits(32, 4),
-     r"outputs of shape \(B, 2\), got \(B, 4\)\. Make data\.num_outputs"),
-    (regression(num_outputs=2), logits(32), logits(32), r"outputs of shape \(B, 2\), got \(B,\)"),
+     r"outputs of shape \(B, …, 2\), got \(B, 4\)\. Make data\.num_outputs"),
+    (regression(num_outputs=2), logits(32), logits(32),
+     r"outputs of shape \(B, …, 2\), got \(B,\)"),
     (regression(), logits(32, 1), torch.full((32,), torch.inf), "NaN or infinite"),
     (regression(lambda o, t: (o - t).square().mean()), logits(32), logits(32),
      "loss returned values of shape"),

@@ -198,7 +198,7 @@ def language(outputs: Tensor, targets: Tensor, *, num_classes: int) -> None:
 def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
     """Raise UserError unless outputs and targets are floating-point, finite and of one shape.
 
-    Several outputs are the columns of (B, num_outputs): each has metrics of its own.
+    Several outputs are the last dimension of (B, …, num_outputs): each has metrics of its own.
     """
     _real("regression", outputs)
     if not targets.is_floating_point():
@@ -211,9 +211,9 @@ def regression(outputs: Tensor, targets: Tensor, num_outputs: int) -> None:
             "task=regression got a target that is NaN or infinite. Leave such examples out of data."
         )
     matched(outputs, targets)
-    if num_outputs > 1 and tuple(outputs.shape[1:]) != (num_outputs,):
+    if num_outputs > 1 and (outputs.ndim < 2 or outputs.shape[-1] != num_outputs):
         raise UserError(
-            f"task=regression needs outputs of shape (B, {num_outputs}), got "
+            f"task=regression needs outputs of shape (B, …, {num_outputs}), got "
             f"{_per_example(outputs, targets)}. Make data.num_outputs the number of values per "
             "example, or 1 to measure all values alike."
         )
