@@ -46,7 +46,7 @@ from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, EvalBatches, TrainBatches
-from regrow.randomness import key, seed_everything, states_kept
+from regrow.randomness import key, seed_data, seed_everything, states_kept
 from regrow.record import monitor
 from regrow.record.meter import Meter
 from regrow.runs import model_checks
@@ -95,6 +95,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
     several.check(config)
     seed = config["seed"]
     options: TrainerOptions = instantiate(config["trainer"])
+    seed_data(seed)
     data = instantiate(config["data"])
     share = {"device": world.device, "rank": world.rank, "world_size": world.size}
     train = data.train(**share)
