@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -113,7 +113,7 @@ def test_loading_a_run_leaves_what_is_drawn_next(run: Path) -> None:
         seed_everything(3)
         if load:
             load_run(run)
-        return [float(torch.rand(())), float(numpy.random.rand()), random.random()]
+        return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
     assert drawn_after(load=True) == drawn_after(load=False)
 
@@ -142,6 +142,27 @@ def test_the_data_is_read_only_when_it_is_asked_for(run: Path) -> None:
     with pytest.raises(UserError, match=r"data\.batch_size=0"):
         _ = loaded.data
     assert load_run(run, data={"batch_size": 5}).data.batch_size == 5
+
+
+def test_a_source_that_draws_gives_the_examples_of_the_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[float]] = []
+
+    def draws(node: Any, **more: Any) -> Any:
+        if node.get("_target_") == "regrow.feeding.loaders.Data":
+            drawn.append([torch.rand(1).item(), np.random.rand(), random.random()])
+        return instantiate(node, **more)
+
+    for module in ("lab.build", "regrow.runs.loaded"):
+        monkeypatch.setattr(f"{module}.instantiate", draws)
+    build(config_of(*TINY), CPU)
+    loaded, state = load_run(run), torch.get_rng_state()
+    loaded.data.close()
+    assert torch.equal(torch.get_rng_state(), state)  # a notebook's own draws go on as before
+    build(config_of(*TINY, "seed=1"), CPU)
+    *same, other = drawn
+    assert same == [same[0]] * len(same) and other != same[0]
 
 
 def test_a_missing_device_is_an_error_only_where_it_was_asked_for(

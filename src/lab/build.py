@@ -46,7 +46,7 @@ from regrow.numerics.precision import LossScale
 from regrow.numerics.totals import Totals
 from regrow.processes.interrupt import StopRequest
 from regrow.protocols import Batch, EvalBatches, TrainBatches
-from regrow.randomness import key, seed_everything, states_kept
+from regrow.randomness import key, seed_data, seed_everything, states_kept
 from regrow.record import monitor
 from regrow.record.meter import Meter
 from regrow.runs import model_checks
@@ -95,6 +95,7 @@ def build(config: Checked, world: World) -> BuiltObjects:
     several.check(config)
     seed = config["seed"]
     options: TrainerOptions = instantiate(config["trainer"])
+    seed_data(seed)
     data = instantiate(config["data"])
     share = {"device": world.device, "rank": world.rank, "world_size": world.size}
     train = data.train(**share)
@@ -121,6 +122,12 @@ def build(config: Checked, world: World) -> BuiltObjects:
     if options.sync_batch_norm:
         model = synchronise_batch_norm(model, world.device)
     if options.channels_last:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 5:
+                raise UserError(
+                    f"trainer.channels_last=true is for images, and {name} of the model, "
+                    f"{list(parameter.shape)}, is for volumes. Use trainer.channels_last=false."
+                )
         model.to(memory_format=torch.channels_last)
 
     task_node = dict(config["task"])

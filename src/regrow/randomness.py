@@ -58,6 +58,14 @@ def seed_everything(value: int) -> None:
     random.seed(value)
 
 
+def seed_data(seed: int) -> None:
+    """Seed the global state for a source that draws its examples or splits from it.
+
+    It then gives the same ones at each start, in each process and in every command.
+    """
+    seed_everything(key(seed, "data"))
+
+
 def seed_step(value: int, *, on_device: bool = True) -> None:
     """Seed all that a model or a loss draws from: torch, its device, numpy and `random`.
 

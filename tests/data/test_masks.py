@@ -80,6 +80,8 @@ def test_masks_in_memory_move_with_their_images(ignore_index: int) -> None:
 
 def test_a_mirrored_border_needs_no_ignored_class() -> None:
     options = {"pad": 2, "flip": True, "padding_mode": "reflect", "alternate_flips": True}
+    with pytest.raises(UserError, match=r"pad=2: loss\.ignore_index=null.*padding_mode=reflect"):
+        in_memory(ignore_index=None)
     data = in_memory(ignore_index=None, augmentation=CropFlip(**options))  # type: ignore[arg-type]
     batches = list(data.train(device=CPU).epoch(0))
     assert all(agrees(batch) for batch in batches)

@@ -94,6 +94,20 @@ def test_the_loss_of_two_heads_is_the_sum_of_theirs(page: str) -> None:
     assert {*found.components} == {"digit", "even"}
 
 
+def test_the_class_weights_of_a_head_are_factors_of_its_loss(page: str) -> None:
+    def parts(*overrides: str) -> tuple[Any, Tensor]:
+        objects = build(config_of(page, "experiment=heads", *QUICK, *overrides), CPU)
+        batch = next(iter(objects.data.evaluation("val", device=CPU.device)))
+        outputs = call(objects.state.model.eval(), batch.inputs)
+        return objects.task.loss(outputs, batch.targets, None).components, batch.targets["digit"]
+
+    plain, digits = parts()
+    weights = [float(digit) for digit in range(10)]
+    weighed, _ = parts(f"task.tasks.digit.loss.class_weights={weights}")
+    assert torch.allclose(weighed["digit"], plain["digit"] * digits)
+    assert torch.equal(weighed["even"], plain["even"])  # the control
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs the extra lora")

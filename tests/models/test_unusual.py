@@ -717,3 +717,19 @@ def counts() -> Splits:
     draws = torch.Generator().manual_seed(0)
     train, val = (torch.randint(0, 90, (n, 6), generator=draws) for n in (50, 20))
     return Splits(Examples(train, train[:, 0] % 3), Examples(val, val[:, 0] % 3), None)
+
+
+class Volumes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv3d(1, 3, 3, padding=1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.kernel(inputs.view(-1, 1, 1, 2, 3)).mean((2, 3, 4))
+        return outputs
+
+
+def test_a_memory_format_of_images_for_a_model_of_volumes_is_one_line() -> None:
+    training.build(config_with(Volumes), CPU)
+    with pytest.raises(UserError, match=r"kernel.weight of the model, \[3, 1, 3, 3, 3\], .*=false"):
+        training.build(config_with(Volumes, "trainer.channels_last=true"), CPU)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from running import CPU, TINY, config_of, fingerprint, metrics_of, train, train_config
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset, random_split
 
 from lab.data.datasets import from_datasets
 from lab.schedules import Plateau
@@ -506,6 +506,26 @@ def test_workers_and_stops_change_nothing(tmp_path: Path) -> None:
             train_config(folder, read_by(workers), stop_at=stop)
         train_config(folder, read_by(2 - workers))  # their number may change
         assert same(folder, tmp_path / "whole")
+
+
+def drawn() -> Splits:
+    """Examples and splits from the ambient state, like those of torch's random_split."""
+    inputs = torch.randn(80, 6)
+    rows = TensorDataset(inputs, inputs.argmax(1) % 3)
+    train, val, test = random_split(rows, [50, 20, 10])
+    return from_datasets(train=train, val=val, test=test, collate=None)
+
+
+def test_a_source_that_draws_gives_the_same_splits_at_each_start(tmp_path: Path) -> None:
+    config = config_of(*TINY, *LEAN, "data.normalize=none")
+    config["data"] |= {"source": {"_target_": f"{__name__}.drawn"}}
+    train_config(tmp_path / "whole", config)
+    torch.rand(3)  # the process has drawn something else by then
+    train_config(tmp_path / "cut", config, stop_at=5)
+    train_config(tmp_path / "cut", config)
+    assert same(tmp_path / "cut", tmp_path / "whole")
+    train_config(tmp_path / "other", {**config, "seed": 1})  # the control
+    assert not same(tmp_path / "other", tmp_path / "whole")
 
 
 def test_examples_that_draw_without_a_seed_are_caught(

@@ -16,6 +16,7 @@ from regrow.config.explain import composition_error, hydras_value_error, wrong_o
 from regrow.config.hydra_access import plain
 from regrow.config.targets import allow, instantiate
 from regrow.errors import UserError
+from regrow.randomness import seed_data
 
 if TYPE_CHECKING:
     from regrow.feeding.loaders import Data
@@ -52,6 +53,7 @@ def data_of(overrides: Sequence[str]) -> Data:
         raise UserError("data.root must be given: add data.root=…")
     check_data(node)
     allow(node)
+    seed_data(node["seed"])
     found: Data = instantiate(node)
     return found
 

@@ -39,7 +39,7 @@ from regrow.numerics.calls import call
 from regrow.numerics.precision import autocast
 from regrow.project import ROOT
 from regrow.protocols import Inputs
-from regrow.randomness import Draws, states_kept
+from regrow.randomness import Draws, seed_data, states_kept
 from regrow.record import manifest
 from regrow.record.records import load_status, read_json
 from regrow.runs import machine
@@ -106,7 +106,7 @@ class LoadedRun:
         refuse_remote(self.folder, where, self.config, self.typed)
         check_ranges({"data": self.config["data"]})
         allow({"data": self.config["data"]})
-        data = instantiate(without_gone(self.config["data"], self.folder))
+        data = _made(without_gone(self.config["data"], self.folder), self.config["seed"])
         for note in data.notes:
             log.warning("%s", note)
         if self.recorded is not None:
@@ -486,10 +486,17 @@ def _names_in(config: Mapping[str, Any], folder: Path, typed: Iterable[str]) -> 
         refuse_remote(folder, where, config, typed)
         allow({"data": config["data"]})
         node = without_gone(config["data"], folder, tells=False)  # a later use of the data tells
-        names: list[str] | None = instantiate(node).class_names
+        names: list[str] | None = _made(node, config["seed"]).class_names
     except UserError:
         return None  # the data is missing or another's: classes go by their numbers
     return names
+
+
+def _made(node: Any, seed: int) -> Any:
+    """Return the data of a node, as the run made it. Leaves the global generators as they are."""
+    with states_kept():
+        seed_data(seed)
+        return instantiate(node)
 
 
 def _device(name: str | None, recorded: str) -> torch.device:
