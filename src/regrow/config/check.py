@@ -30,7 +30,7 @@ from regrow.config.keys import known_keys
 from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
-from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, require, shown
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
@@ -440,7 +440,7 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
             if _takes_fractions(owner, path):
                 return
             way_out = f" If it may be a fraction, write its default as {shipped}.0."
-        raise UserError(f"{path}={shown(value)} must be {rule.says}{example}.{way_out}")
+        raise UserError(refusal(path, value, rule, f"{rule.says}{example}") + way_out)
 
 
 def _takes_fractions(target: object, path: str) -> bool:
