@@ -176,6 +176,8 @@ BAD = {
     "loss.beta=1": "the chosen loss has no such key. loss=smooth_l1 has it.",
     "data.source.delimiter=,": "needs quotes",
     "data.source.delimiter=;": "needs quotes",
+    "optimizer.lr=${oc.decode:${oc.env:NOPE,0.1}}": "needs quotes: 'optimizer.lr=\"${oc.decode:${",
+    "data.class_names=[a;b,Kuh,3]": "needs quotes: 'data.class_names=[\"a;b\",Kuh,3]'",
     "trainer.precision=fp16 trainer.device=cpu": "Use trainer.precision=bf16.",
     "scheduler.warmup_steps=1 scheduler.warmup_fraction=0.1": "say the same thing twice",
     "trainer.strategy=dpp": "trainer.strategy=dpp must be one of ddp, fsdp",
