@@ -337,8 +337,7 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
 def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
     """Raise UserError if a top-level key results from a package, or from a dotted key in a file."""
     if "." in key:
-        nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
-        raise UserError(f"{key}: only the command line takes dots. In a file, write `{nested}`.")
+        _refuse_dots(key)
     for group in leads.RECIPES:
         for option in places.names_in(choices.get(group) or ""):
             path = places.file_of(group, option)
@@ -352,6 +351,11 @@ def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
                     f"{argument}: a group has one place here. Write {group}={option} without @."
                     + (where_own_keys_go() if package == key else "")
                 )
+
+
+def _refuse_dots(key: str, node: str = "") -> NoReturn:
+    nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
+    raise UserError(f"{node}{key}: only the command line takes dots. In a file, write `{nested}`.")
 
 
 def shipped_node(group: str, option: str) -> dict[str, Any] | None:
@@ -404,6 +408,8 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     for key, value in node.items():
         if key in shipped:
             _check_node(value, shipped[key], f"{path}.{key}", target)
+        elif "." in str(key):
+            _refuse_dots(str(key), f"{path}.")
         elif not (isinstance(target, str) and takes(target, path, key)):
             _refuse_key(f"{path}.{key}", target, shipped)
 
