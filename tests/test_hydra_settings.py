@@ -78,6 +78,8 @@ EXPERIMENTS = {
     f"{HEADER}defaults:\n  - digits_mpl\n": "its defaults list names experiment/digits_mpl.yaml, "
     "which is nowhere. Did you mean digits_mlp?",
     f"{HEADER}optimizer.lr: 0.5\n": "In a file, write `optimizer: {lr: …}`.",
+    f"{HEADER}trainer:\n  checkpoint.keep_last: 3\n": "trainer.checkpoint.keep_last: only the "
+    "command line takes dots. In a file, write `checkpoint: {keep_last: …}`.",
     f"{HEADER}optimizer: sgd\n": "write `- override /optimizer: sgd` below defaults.",
     "# @package _group_\nseed: 1\n": "experiment/x.yaml: its first line must be",
     "# @package _global\nseed: 1\n": "experiment/x.yaml: its first line must be",

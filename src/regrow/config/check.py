@@ -30,7 +30,7 @@ from regrow.config.keys import known_keys
 from regrow.config.origins import located
 from regrow.config.origins import shown as file_shown
 from regrow.config.ranges import check_ranges
-from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, require, shown
+from regrow.config.rules import RULES, TARGET_KINDS, applies, of_shipped, refusal, require, shown
 from regrow.config.started import is_started, note_missing
 from regrow.config.target_kinds import refuse_mixing, refuse_sampling
 from regrow.config.targets import HANDED_IN, HANDED_TO, allow, locate, note_typed
@@ -339,8 +339,7 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
 def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
     """Raise UserError if a top-level key results from a package, or from a dotted key in a file."""
     if "." in key:
-        nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
-        raise UserError(f"{key}: only the command line takes dots. In a file, write `{nested}`.")
+        _refuse_dots(key)
     for group in leads.RECIPES:
         for option in places.names_in(choices.get(group) or ""):
             path = places.file_of(group, option)
@@ -354,6 +353,11 @@ def _refuse_misplaced(key: str, choices: Mapping[str, Any]) -> None:
                     f"{argument}: a group has one place here. Write {group}={option} without @."
                     + (where_own_keys_go() if package == key else "")
                 )
+
+
+def _refuse_dots(key: str, node: str = "") -> NoReturn:
+    nested = ": {".join(key.split(".")) + ": …" + "}" * key.count(".")
+    raise UserError(f"{node}{key}: only the command line takes dots. In a file, write `{nested}`.")
 
 
 def shipped_node(group: str, option: str) -> dict[str, Any] | None:
@@ -406,6 +410,8 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     for key, value in node.items():
         if key in shipped:
             _check_node(value, shipped[key], f"{path}.{key}", target)
+        elif "." in str(key):
+            _refuse_dots(str(key), f"{path}.")
         elif not (isinstance(target, str) and takes(target, path, key)):
             _refuse_key(f"{path}.{key}", target, shipped)
 
@@ -442,7 +448,7 @@ def _check_type(value: Any, shipped: Any, path: str, owner: object) -> None:
             if _takes_fractions(owner, path):
                 return
             way_out = f" If it may be a fraction, write its default as {shipped}.0."
-        raise UserError(f"{path}={shown(value)} must be {rule.says}{example}.{way_out}")
+        raise UserError(refusal(path, value, rule, f"{rule.says}{example}") + way_out)
 
 
 def _takes_fractions(target: object, path: str) -> bool:

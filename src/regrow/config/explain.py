@@ -194,12 +194,43 @@ def _unreadable(error: Any) -> str:
     advice = f"{key}={quoted(value)}"
     if not equals or read(advice) is ...:  # the key is invalid
         return f"{error.override} cannot be read: {reason}"
+    if _is_interpolation(value):  # Hydra reads one within another in quotes alone
+        advice = f"{key}='{value}'" if '"' in value else f'{key}="{value}"'
+    items = _with_quotes(value)
+    if items and read(f"{key}={items}") is not ...:
+        return (
+            f"{error.override} cannot be read. Text with signs needs quotes: "
+            f"{shell([f'{key}={items}'])}"
+        )
     if value[:1] in "[{":
         return (
             f"{error.override} cannot be read as a list or mapping: {reason}. If it is one "
             f"text: {shell([advice])}"
         )
     return f"{error.override} cannot be read. Text with signs needs quotes: {shell([advice])}"
+
+
+def _is_interpolation(value: str) -> bool:
+    """Return True if OmegaConf reads an interpolation in the text; one quote may go around it."""
+    from omegaconf.errors import GrammarParseError
+    from omegaconf.grammar_parser import parse
+
+    if "${" not in value or {"'", '"'} <= {*value}:
+        return False
+    with contextlib.suppress(GrammarParseError):
+        parse(value)
+        return True
+    return False
+
+
+def _with_quotes(value: str) -> str:
+    """Return a plain list with quotes around the items that need them; "" for any other value."""
+    found = re.fullmatch(r"\[([^\[\]{}()'\"]+)\]", value)
+    items = [item.strip() for item in found[1].split(",")] if found else []
+    if not items or not all(items):
+        return ""
+    shown = (item if read(f"x={item}") is not ... else quoted(item) for item in items)
+    return f"[{','.join(shown)}]"
 
 
 def _broken_line(override: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from regrow.config import leads
 from regrow.config.command_line import shell
-from regrow.config.rules import RULES, applies, shown
+from regrow.config.rules import RULES, applies, refusal
 from regrow.dotted import Config, walk
 from regrow.errors import UserError
 
@@ -24,7 +24,7 @@ def check_ranges(values: Mapping[str, Config]) -> None:
             is_known = not is_text and applies(_node_of(part, path).get("_target_"))
             if is_known and not RULES[path].allows(value):
                 full = f"{prefix}{path.partition('.')[2]}" if prefix else path
-                said = f"{full}={shown(value)} must be {RULES[path].says}."
+                said = refusal(full, value, RULES[path])
                 raise UserError(leads.as_shape(f"{full}={value}") or said + _as_column(path, value))
 
 

@@ -7,6 +7,7 @@ part of that language that the rules use.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import re
@@ -14,6 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
+from regrow.config.command_line import override, shell
+from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError
 from regrow.project import lab_name
 
@@ -372,13 +377,33 @@ def applies(target: object) -> bool:
     return str(target or "regrow.").startswith((f"{lab_name()}.", "regrow.", "torch.optim."))
 
 
+def refusal(key: str, value: Any, rule: Rule, says: str = "") -> str:
+    """Return the error for a value that a rule refuses; `says` replaces the rule's words.
+
+    Text that looks like a value that the rule allows, and a number in place of text, are explained:
+    an error shows neither's quotes.
+    """
+    said = f"{key}={shown(value)} must be {says or rule.says}."
+    if TYPES["integer"](value) and rule.allows(str(value)):
+        return f"{said} In quotes it is text: {shell([override(key, str(value))])}"
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            meant = plain_value(value)
+            if meant is not None and meant != value and rule.allows(meant):
+                return (
+                    f"{said} This is text. Leave out its quotes; of an environment variable, write "
+                    "${oc.decode:${oc.env:NAME}}."
+                )
+    return said
+
+
 def require(key: str, value: Any) -> None:
     """Raise UserError unless the rule of `key` allows `value`; a tuple counts as a list.
 
     For code that is also called without a config, which the check has not seen.
     """
     if not RULES[key].allows([*value] if isinstance(value, tuple) else value):
-        raise UserError(f"{key}={shown(value)} must be {RULES[key].says}.")
+        raise UserError(refusal(key, value, RULES[key]))
 
 
 def shown(value: Any) -> str:
