@@ -70,6 +70,30 @@ def test_a_seed_that_was_run_twice_counts_once() -> None:
     assert setting.monitored.count == 3
 
 
+def test_a_seed_that_was_run_twice_with_another_result_is_named() -> None:
+    values = {"0": 0.5, "1": 0.5, "2": 0.6}
+    rows = [
+        row(i, {"lr": "1", "seed": seed}, value) for i, (seed, value) in enumerate(values.items())
+    ]
+    assert comparison.compare(rows).repeated == []
+    other = row(3, {"lr": "1", "seed": "2"}, 0.7)  # as of other code
+    found = comparison.compare([*rows, other, row(4, {"lr": "1", "seed": "1"}, 0.5)])
+    assert found.repeated == [other] and found.settings[0].monitored.count == 3
+
+
+def test_a_run_without_a_monitor_is_compared_by_its_last_weights_or_named() -> None:
+    rows = grid({"1": [0.5], "2": [0.9], "3": [0.7], "4": [0.1]})
+    for number, value in ((2, 0.7), (3, None)):
+        run = rows[number].run
+        assert run is not None
+        run.summary["best"] |= {"metric": None, "value": None}  # type: ignore[index]
+        run.summary["val"]["val/accuracy"] = value  # type: ignore[index]
+    found = comparison.compare(rows)
+    assert [setting.label for setting in found.settings] == ["lr=2", "lr=3", "lr=1"]
+    assert found.left_out == [rows[3]]
+    assert comparison.compare(rows[3:]).left_out == []  # there is no metric to compare by
+
+
 def test_a_setting_is_one_however_it_was_typed() -> None:
     swept = [{"lr": "1e-3", "wd": "0", "seed": "0"}, {"wd": "0", "lr": "0.001", "seed": "1"}]
     (setting,) = comparison.compare([row(i, its, 0.5) for i, its in enumerate(swept)]).settings
