@@ -45,6 +45,17 @@ def test_settings_are_ordered_by_their_mean_and_told_apart() -> None:
     assert found.best is not None and found.best.swept == {"lr": "3", "seed": "0"}
 
 
+def test_small_values_keep_their_digits() -> None:
+    values = {"1": [3.1e-5, 3.3e-5, 3.2e-5], "2": [5.1e-5, 5.2e-5, 5.4e-5]}
+    header, rows = comparison.table_of(comparison.compare(grid(values, mode="min")))
+    best, other = (dict(zip(header, cells, strict=True)) for cells in rows)
+    assert best["val/accuracy"] == "3.2e-05 ± 1e-06" and best["verdict"] == "best"
+    assert other["from the best"] == "+2.03e-05" and other["verdict"] == "worse"
+    assert [comparison.shown(it) for it in (0.0, 1e-3, 0.5, 123.45, math.inf)] == [
+        *("0.0000", "0.0010", "0.5000", "123.5", "inf")
+    ]
+
+
 def test_less_is_better_where_the_mode_says_so() -> None:
     found = comparison.compare(grid({"1": [0.5, 0.4], "2": [0.9, 0.8]}, mode="min"))
     assert [setting.label for setting in found.settings] == ["lr=1", "lr=2"]

@@ -245,8 +245,13 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     return Comparison(rows, metric, mode, others, settings, left_out, repeated)
 
 
-def shown(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}" if abs(value) >= 100 else f"{value:.4f}"
+def shown(value: float, sign: str = "") -> str:
+    """Return four decimals, or as many digits as tell a small or a large value from others."""
+    if math.isnan(value):
+        return ""
+    size = abs(value)
+    how = ".4g" if size >= 100 else ".3g" if 0 < size < 1e-3 else ".4f"
+    return f"{value:{sign}{how}}"
 
 
 def spread(of: Estimate) -> str:
@@ -290,7 +295,7 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         row = [its.label, str(its.monitored.count), spread(its.monitored), interval(its.monitored)]
         for found in its.others:
             row += [spread(found), interval(found)] if has_folds else [spread(found)]
-        difference = f"{its.from_best.mean:+.4f}" if its.from_best else ""
+        difference = shown(its.from_best.mean, "+") if its.from_best else ""
         row += [difference, interval(its.from_best), verdict(its, index == 0)]
         rows.append(row)
     empty = {i for i in range(1, len(header)) if not any(row[i] for row in rows)}
