@@ -472,14 +472,17 @@ def test_online_without_a_login_is_one_line_and_no_prompt(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_an_online_logger_without_a_network_continues_offline(tmp_path: Path) -> None:
     environment = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = wandb_run(
-        [str(tmp_path), None, None, 1, 3, "close"], environment, mode="online", timeout_seconds=4
-    )
-    assert done.returncode == 0, done.stderr
-    assert "kept offline" in done.stderr
-    history = [it for it in offline_records(tmp_path) if it["type"] == "history"]
-    assert len(history) == 2
-    assert "a" * 40 not in done.stderr
+    position = None
+    for resume_step, first, last in ((None, 1, 5), (4, 5, 7)):  # what is sent later is one run
+        done = wandb_run(
+            [str(tmp_path), position, resume_step, first, last, "close"],
+            environment, mode="online", timeout_seconds=4,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "kept offline" in done.stderr and "a" * 40 not in done.stderr
+        history = [it for it in offline_records(tmp_path) if it["type"] == "history"]
+        assert len(history) == last - 1
+        position = int(done.stdout or 0)
 
 
 def test_the_choice_is_checked_before_anything_is_made(

@@ -349,9 +349,9 @@ class Wandb:
             if chosen == "online" and not wandb.login(verify=False, prompt=False):
                 raise UserError(_NO_LOGIN)
             identity = _wandb_identity(folder)
-            if chosen == "offline":
-                # An offline run cannot query the server, so each attempt holds the whole run.
-                _set_aside_offline_runs(folder)
+            # An offline run cannot query the server, so each attempt holds the whole run. One that
+            # is online now, and falls back to offline, does too.
+            _set_aside_offline_runs(folder)
             arguments: dict[str, Any] = {
                 "project": project,
                 "entity": entity,
