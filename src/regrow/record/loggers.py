@@ -390,6 +390,10 @@ class Wandb:
         # Skip steps that the server already has: a resumed run logs the same numbers.
         if self.run is not None and step >= self.first_step:
             self.run.log({**values, "epoch": epoch}, step=step)
+        elif self.run is not None and step == self.first_step - 1:
+            # A run that stopped in an evaluation or its test has sent a part of this step, and
+            # wandb takes no second row of a step. Its results are those of the summary at least.
+            self.run.summary.update(dict(values))
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         if self.run is None or step < self.first_step:
