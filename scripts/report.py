@@ -94,6 +94,12 @@ def make(folders: list[Path], output: Path | None, *, overwrite: bool) -> Path:
     if found.left_out:
         others = ", ".join(os.path.relpath(row.job) for row in found.left_out)
         print(f"note: not compared, as they have no {found.metric}: {printable(others)}")
+    if found.repeated:
+        others = ", ".join(os.path.relpath(row.job) for row in found.repeated)
+        print(
+            f"note: not counted, as another run of the same setting and seed is, with another "
+            f"{found.metric}: {printable(others)}"
+        )
     comparison.write_csv(found.rows, output.with_suffix(".csv"))
     return side_by_side.write_page(found, output)
 

@@ -45,6 +45,17 @@ def test_settings_are_ordered_by_their_mean_and_told_apart() -> None:
     assert found.best is not None and found.best.swept == {"lr": "3", "seed": "0"}
 
 
+def test_small_values_keep_their_digits() -> None:
+    values = {"1": [3.1e-5, 3.3e-5, 3.2e-5], "2": [5.1e-5, 5.2e-5, 5.4e-5]}
+    header, rows = comparison.table_of(comparison.compare(grid(values, mode="min")))
+    best, other = (dict(zip(header, cells, strict=True)) for cells in rows)
+    assert best["val/accuracy"] == "3.2e-05 ± 1e-06" and best["verdict"] == "best"
+    assert other["from the best"] == "+2.03e-05" and other["verdict"] == "worse"
+    assert [comparison.shown(it) for it in (0.0, 1e-3, 0.5, 123.45, math.inf)] == [
+        *("0.0000", "0.0010", "0.5000", "123.5", "inf")
+    ]
+
+
 def test_less_is_better_where_the_mode_says_so() -> None:
     found = comparison.compare(grid({"1": [0.5, 0.4], "2": [0.9, 0.8]}, mode="min"))
     assert [setting.label for setting in found.settings] == ["lr=1", "lr=2"]
@@ -68,6 +79,30 @@ def test_a_seed_that_was_run_twice_counts_once() -> None:
     rows = [row(i, {"lr": "1", "seed": seed}, 0.5) for i, seed in enumerate("0012")]
     (setting,) = comparison.compare(rows).settings
     assert setting.monitored.count == 3
+
+
+def test_a_seed_that_was_run_twice_with_another_result_is_named() -> None:
+    values = {"0": 0.5, "1": 0.5, "2": 0.6}
+    rows = [
+        row(i, {"lr": "1", "seed": seed}, value) for i, (seed, value) in enumerate(values.items())
+    ]
+    assert comparison.compare(rows).repeated == []
+    other = row(3, {"lr": "1", "seed": "2"}, 0.7)  # as of other code
+    found = comparison.compare([*rows, other, row(4, {"lr": "1", "seed": "1"}, 0.5)])
+    assert found.repeated == [other] and found.settings[0].monitored.count == 3
+
+
+def test_a_run_without_a_monitor_is_compared_by_its_last_weights_or_named() -> None:
+    rows = grid({"1": [0.5], "2": [0.9], "3": [0.7], "4": [0.1]})
+    for number, value in ((2, 0.7), (3, None)):
+        run = rows[number].run
+        assert run is not None
+        run.summary["best"] |= {"metric": None, "value": None}  # type: ignore[index]
+        run.summary["val"]["val/accuracy"] = value  # type: ignore[index]
+    found = comparison.compare(rows)
+    assert [setting.label for setting in found.settings] == ["lr=2", "lr=3", "lr=1"]
+    assert found.left_out == [rows[3]]
+    assert comparison.compare(rows[3:]).left_out == []  # there is no metric to compare by
 
 
 def test_a_setting_is_one_however_it_was_typed() -> None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -27,6 +28,7 @@ from regrow.record.loggers import (
     Jsonl,
     Loggers,
     TensorBoard,
+    Wandb,
     check_choice,
     check_required,
     open_loggers,
@@ -438,6 +440,58 @@ def test_an_offline_run_is_whole_in_wandbs_own_file_after_a_crash_and_a_resume(
             assert b"planted-in" not in path.read_bytes(), path
 
 
+class Server:
+    """Takes rows as wandb's server does: none of a step before the last one of an earlier start."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.summary: dict[str, Any] = {}
+        self.url, self.starting_step = "https://wandb.example", 0
+
+    def init(self, **_: Any) -> Server:
+        self.starting_step = max(self.rows, default=-1) + 1
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        assert step >= self.starting_step
+        self.rows.setdefault(step, {}).update(values)
+        self.summary.update(values)
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+def test_results_after_a_stop_in_an_evaluation_are_in_wandbs_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    kinds = {"Settings": dict, "Histogram": object, "Image": object, "setup": lambda _: None}
+    fake = SimpleNamespace(**kinds, login=lambda **_: True, init=server.init)
+    fake.errors = SimpleNamespace(CommError=ConnectionError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    nodes: Any = {"wandb": functools.partial(Wandb, **{**SETTINGS, "mode": "online"})}
+
+    def opened(position: int | None, step: int | None) -> Loggers:
+        return open_loggers(tmp_path, nodes, position=position, **without_folder(tmp_path, step))
+
+    first = opened(None, None)
+    for step in (1, 2, 3):
+        first.log(step, 0, {"train/loss": 1 / step})
+    position = first.position()
+    first.close(255)  # in the evaluation of step 3
+    second = opened(position, 3)
+    second.log(3, 0, {"val/loss": 0.5})
+    assert server.summary["val/loss"] == 0.5 and server.summary["train/loss"] == 1 / 3
+    second.log(4, 0, {"train/loss": 0.25})
+    second.log(4, 0, {"val/loss": 0.4})
+    second.close()
+    assert (server.summary["val/loss"], server.summary["train/loss"]) == (0.4, 0.25)
+    assert [(step, its.get("train/loss")) for step, its in server.rows.items()] == [
+        (1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)
+    ]  # fmt: skip
+    assert not first.complained | second.complained
+
+
 def test_disabled_makes_nothing_and_imports_nothing(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from regrow.record.loggers import Wandb\n"
@@ -472,14 +526,17 @@ def test_online_without_a_login_is_one_line_and_no_prompt(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_an_online_logger_without_a_network_continues_offline(tmp_path: Path) -> None:
     environment = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = wandb_run(
-        [str(tmp_path), None, None, 1, 3, "close"], environment, mode="online", timeout_seconds=4
-    )
-    assert done.returncode == 0, done.stderr
-    assert "kept offline" in done.stderr
-    history = [it for it in offline_records(tmp_path) if it["type"] == "history"]
-    assert len(history) == 2
-    assert "a" * 40 not in done.stderr
+    position = None
+    for resume_step, first, last in ((None, 1, 5), (4, 5, 7)):  # what is sent later is one run
+        done = wandb_run(
+            [str(tmp_path), position, resume_step, first, last, "close"],
+            environment, mode="online", timeout_seconds=4,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "kept offline" in done.stderr and "a" * 40 not in done.stderr
+        history = [it for it in offline_records(tmp_path) if it["type"] == "history"]
+        assert len(history) == last - 1
+        position = int(done.stdout or 0)
 
 
 def test_the_choice_is_checked_before_anything_is_made(

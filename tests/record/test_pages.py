@@ -595,6 +595,21 @@ def test_the_script_writes_one_page_for_one_run_and_one_for_several(
         assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_a_run_that_repeats_another_with_another_result_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, speed in (("a", 5.0), ("b", 5.0), ("c", 1.0)):
+        make_run(tmp_path / name, speed=speed)
+    main = script().main
+    assert main(["a", "b"]) == 0 and "not counted" not in capsys.readouterr().out
+    assert main(["a", "b", "c"]) == 0
+    assert (
+        "note: not counted, as another run of the same setting and seed is, with another "
+        "val/accuracy: c\n"
+    ) in capsys.readouterr().out
+
+
 def test_paths_of_a_glob_that_are_not_runs_are_left_out_with_one_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,7 @@ class Comparison:
     others: Sequence[str]  # the same metric on the other sets
     settings: Sequence[Setting]  # the best first
     left_out: Sequence[Row]  # completed, but without that metric
+    repeated: Sequence[Row]  # of another value than a counted run of the same setting and seed
 
     @property
     def best(self) -> Row | None:
@@ -195,8 +196,8 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
 
     `mode` is max or min, by default that of the runs.
     """
-    completed = [row for row in rows if row.monitored]
-    monitored = [row.monitored for row in completed]
+    completed = [row for row in rows if row.run is not None and row.state == "completed"]
+    monitored = [row.monitored for row in completed if row.monitored]
     metric = metric or max(dict.fromkeys(monitored), key=monitored.count, default="")
     values = {row.job: value for row in completed if (value := row.value(metric)) is not None}
     done = [row for row in completed if row.job in values]
@@ -208,10 +209,14 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
     names = dict.fromkeys(key for row in done for key in row.metrics())
     others = [key for key in names if base and key.partition("/")[2] == base and key != metric]
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    repeated = []
     for row in done:
         its = groups.setdefault(row.setting, [])
-        if row.seed is None or all(one.repeat != row.repeat for one in its):  # each counts once
+        same = [one for one in its if row.seed is not None and one.repeat == row.repeat]
+        if not same:  # each counts once
             its.append(row)
+        elif values[row.job] != values[same[0].job]:  # as of other code, or other first weights
+            repeated.append(row)
     sign = 1 if mode == "max" else -1
 
     def order(item: tuple[object, Sequence[Row]]) -> float:
@@ -236,12 +241,17 @@ def compare(rows: Sequence[Row], metric: str = "", mode: str = "") -> Comparison
         )
         for (_, its), difference in zip(ordered, apart, strict=True)
     ]
-    left_out = [row for row in completed if row.job not in values]
-    return Comparison(rows, metric, mode, others, settings, left_out)
+    left_out = [row for row in completed if metric and row.job not in values]
+    return Comparison(rows, metric, mode, others, settings, left_out, repeated)
 
 
-def shown(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}" if abs(value) >= 100 else f"{value:.4f}"
+def shown(value: float, sign: str = "") -> str:
+    """Return four decimals, or as many digits as tell a small or a large value from others."""
+    if math.isnan(value):
+        return ""
+    size = abs(value)
+    how = ".4g" if size >= 100 else ".3g" if 0 < size < 1e-3 else ".4f"
+    return f"{value:{sign}{how}}"
 
 
 def spread(of: Estimate) -> str:
@@ -285,7 +295,7 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         row = [its.label, str(its.monitored.count), spread(its.monitored), interval(its.monitored)]
         for found in its.others:
             row += [spread(found), interval(found)] if has_folds else [spread(found)]
-        difference = f"{its.from_best.mean:+.4f}" if its.from_best else ""
+        difference = shown(its.from_best.mean, "+") if its.from_best else ""
         row += [difference, interval(its.from_best), verdict(its, index == 0)]
         rows.append(row)
     empty = {i for i in range(1, len(header)) if not any(row[i] for row in rows)}

@@ -349,9 +349,9 @@ class Wandb:
             if chosen == "online" and not wandb.login(verify=False, prompt=False):
                 raise UserError(_NO_LOGIN)
             identity = _wandb_identity(folder)
-            if chosen == "offline":
-                # An offline run cannot query the server, so each attempt holds the whole run.
-                _set_aside_offline_runs(folder)
+            # An offline run cannot query the server, so each attempt holds the whole run. One that
+            # is online now, and falls back to offline, does too.
+            _set_aside_offline_runs(folder)
             arguments: dict[str, Any] = {
                 "project": project,
                 "entity": entity,
@@ -390,6 +390,10 @@ class Wandb:
         # Skip steps that the server already has: a resumed run logs the same numbers.
         if self.run is not None and step >= self.first_step:
             self.run.log({**values, "epoch": epoch}, step=step)
+        elif self.run is not None and step == self.first_step - 1:
+            # A run that stopped in an evaluation or its test has sent a part of this step, and
+            # wandb takes no second row of a step. Its results are those of the summary at least.
+            self.run.summary.update(dict(values))
 
     def log_histograms(self, step: int, tensors: Mapping[str, Any]) -> None:
         if self.run is None or step < self.first_step:
