@@ -274,6 +274,27 @@ def test_a_check_refuses_a_micro_batch_that_a_start_refuses(
     assert reported(caplog, *given, "data.batch_size=10")
 
 
+@pytest.mark.parametrize(
+    ("override", "needs"),
+    [
+        ("trainer.precision=fp16", "trainer.precision=fp16 needs CUDA"),
+        ("trainer.sync_batch_norm=true", "trainer.sync_batch_norm=true needs CUDA"),
+        ("trainer.compile=true", "trainer.compile=true needs a C++ compiler"),
+    ],
+)
+def test_a_setting_that_a_start_here_would_refuse_is_told(
+    override: str,
+    needs: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = reported(caplog, override)
+    told = next(it for it in said if it.endswith("A start here would fail."))
+    assert told.startswith(needs) and line(said, "memory: about")
+    assert not [it for it in reported(caplog) if "would fail" in it]  # the control
+
+
 def test_a_check_evaluates_few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     check = preview.lab().check_first_batch

@@ -20,8 +20,8 @@ from regrow.config.job import Job
 from regrow.config.leads import RECIPES, shown
 from regrow.config.origins import TYPED, composed, located_in, origins
 from regrow.config.targets import allow
-from regrow.distributed.parallel import World
-from regrow.dotted import leaves
+from regrow.distributed.parallel import World, synchronise_batch_norm
+from regrow.dotted import Checked, leaves
 from regrow.errors import UserError
 from regrow.feeding.splits import GIVEN
 from regrow.processes import ranks
@@ -66,7 +66,7 @@ def _report(job: Job) -> None:
     allow(job.config)
     if job.folder is not None:
         job = _resumed(job, Path(job.folder))
-    trainer, note = job.config["trainer"], ""
+    trainer, note, unfit = job.config["trainer"], "", ""
     try:
         device = machine.resolve_device(trainer["device"])
         count = ranks.count_of(trainer)
@@ -74,6 +74,8 @@ def _report(job: Job) -> None:
         device, count, note = torch.device("cpu"), 1, f"{error} Measured on the CPU."
         if isinstance(trainer["devices"], int):
             count = trainer["devices"]
+    if not note:
+        unfit = _unfit(trainer, device)
     threads = trainer["num_threads"] or machine.usable_cores()
     job = job.of_processes(count, threads)
     world = World(device=device)
@@ -94,8 +96,8 @@ def _report(job: Job) -> None:
         odd = [*what_is_odd(job.config, objects), *unread_root(job)]
         for line in [*objects.data.notes, *odd]:
             log.warning("%s", line)
-        if note:
-            log.warning("%s", note)
+        for line in filter(None, (note, unfit)):
+            log.warning("%s", line)
         batch = min(job.config["data"]["batch_size"], objects.train.num_examples)
         with first_calls.explained():
             cost = measured(objects, job.config["seed"], world, -(-batch // split))
@@ -107,6 +109,17 @@ def _report(job: Job) -> None:
     log.info("folder: %s", _folder(job))
     for line in _differences(job):
         log.info("%s", line)
+
+
+def _unfit(trainer: Checked, device: torch.device) -> str:
+    """Return what a start on the device would refuse, of that which `_alone` leaves out; or ""."""
+    try:
+        machine.set_numerics(trainer, device)
+        if trainer["sync_batch_norm"]:
+            synchronise_batch_norm(nn.Sequential(), device)
+    except UserError as error:
+        return f"{error} A start here would fail."
+    return ""
 
 
 def _alone(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
