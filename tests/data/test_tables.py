@@ -148,7 +148,7 @@ def test_a_target_out_of_range_is_named(
         (["source.feature_columns=[x,kind]"], "cannot be the features"),
         (["source.target_columns=[]"], "names no column"),
         (["source.target_columns=[x,y]"], "takes one"),
-        (["source.train_file=nowhere.csv"], "nowhere.csv cannot be read: No such file"),
+        (["source.train_file=nowhere.csv"], "No such file or directory. Names of tables are"),
         (["source.delimiter=';;'"], "must be one character"),
         (["source.delimiter=';'"], "has no column 'x'"),
         (["source.test_fraction=0.001"], "split test is empty"),

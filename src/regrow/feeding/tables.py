@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv as csv_format
+import errno
 import logging
 import math
 import re
@@ -175,7 +176,10 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                     "Save the file as UTF-8."
                 ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        way_out = "Make it readable."
+        if error.errno == errno.ENOENT:
+            way_out = "Names of tables are relative to data.root: set that, or give a full path."
+        raise DataError(f"{path} cannot be read: {error.strerror}. {way_out}") from None
 
 
 def csv(
