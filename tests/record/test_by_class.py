@@ -43,6 +43,33 @@ def test_a_table_of_many_classes_shows_the_ten_worst_and_names_the_file_of_all()
     ]
 
 
+def errors(count: int) -> dict[str, float]:
+    """Return the metrics of the targets of a regression; the later ones are the worse ones."""
+    found = {"test/mae": 1.0, "test/rmse": 2.0, "test/r2": 0.5}
+    for number in range(count):
+        found |= {f"test/mae/day{number}": number / 10, f"test/rmse/day{number}": number / 5}
+        found[f"test/r2/day{number}"] = 1 - number / count
+    return found
+
+
+def test_the_worst_targets_of_a_regression_are_those_of_the_lowest_r2() -> None:
+    assert table(errors(3), "test", "")[0] == "test, by target"
+    lines = table(errors(14), "test", "summary.json")
+    assert lines[0] == "test, the worst 10 of 14 targets by r2 (all: summary.json)"
+    assert [line.split()[0] for line in lines[2:]] == [f"day{n}" for n in range(13, 3, -1)]
+
+
+def test_the_worst_of_an_error_are_those_of_the_highest() -> None:
+    own = {key: value for key, value in errors(60).items() if "r2" not in key}
+    lines = table(own, "test", "summary.json")
+    assert lines[0] == "test, the worst 10 of 60 classes by mae (all: summary.json)"
+    assert [line.split()[0] for line in lines[2:]] == [f"day{n}" for n in range(59, 49, -1)]
+    given = [[key.removeprefix("test/"), value] for key, value in own.items() if key.count("/") > 1]
+    shown, said = of_page(given, ["test"], {"mae", "rmse"})
+    assert said == "Shown: the 50 worst of 60 classes by test/mae."
+    assert [row[0] for row in shown[:50]] == [f"mae/day{n}" for n in range(59, 9, -1)]
+
+
 def test_a_set_without_metrics_of_classes_has_no_table() -> None:
     whole = {key: value for key, value in values(4).items() if key.count("/") == 1}
     assert table(whole, "test", "summary.json") == table(values(4), "val", "summary.json") == []

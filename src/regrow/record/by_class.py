@@ -1,4 +1,4 @@
-"""A table of each class's metrics, for the terminal and for a run's page."""
+"""A table of the metrics of each class, or target, for the terminal and for a run's page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from regrow.record import monitor
+
 MOST, MOST_OF_PAGE = 10, 50  # classes
 MOST_CELLS = 4_000  # of a page's table: some 300 kB
 WIDEST = 24  # characters of a class's name
-RANKS = ("f1", "iou")  # the worst classes are those of the lowest
+RANKS = ("f1", "iou", "r2")  # the worst classes, or targets, are those of the lowest
 
 
 def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
-    """Return a table of the metrics of each class of the set `of`; empty if it has none.
+    """Return a table of the metrics of each class or target of the set `of`; empty without any.
 
     `values` holds test/f1 and test/f1/cat. Shows at most ten classes: of more, those with the worst
-    F1 or IoU, and `where` all are. Leaves out accuracy where it repeats recall, as a class's does.
+    F1, IoU or R², and `where` all are. Leaves out accuracy where it repeats recall, as a class's
+    does.
     """
     columns: dict[str, dict[str, float]] = {}
     for key, value in values.items():
@@ -30,13 +33,14 @@ def table(values: Mapping[str, Any], of: str, where: str) -> list[str]:
         return []
     rank = _rank(columns)
     names = [*dict.fromkeys(name for column in columns.values() for name in column)]
-    title = f"{of}, by class"
+    title = f"{of}, by {unit_of(columns)}"
     if len(names) > MOST:
         worst = [name for name in names if not math.isnan(columns[rank].get(name, math.nan))]
         if not worst:  # as of a set whose pixels are all ignored
             return []
-        worst.sort(key=lambda name: columns[rank][name])
-        title = f"{of}, the worst {len(worst[:MOST])} of {len(names)} classes by {rank}"
+        sign = _sign(rank)
+        worst.sort(key=lambda name: sign * columns[rank][name])
+        title = f"{of}, the worst {len(worst[:MOST])} of {len(names)} {_plural(columns)} by {rank}"
         title, names = f"{title} (all: {where})", worst[:MOST]
     short = [name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…" for name in names]
     width = max(len(name) for name in short)
@@ -53,8 +57,9 @@ def of_page(
     """Return the rows of a page's table, and a sentence about those that it lacks; empty if none.
 
     A row is a name such as f1/cat, and a value for each of `sets`. If there are more than 50
-    classes, or more cells than fit, returns those with the worst F1 or IoU on the last set, worst
-    first. Rows whose name does not start with one of `metrics` belong to no class and come first.
+    classes, or more cells than fit, returns those with the worst F1, IoU or R² on the last set,
+    worst first. Rows whose name does not start with one of `metrics` belong to no class, and come
+    before the others.
     """
     columns: dict[str, dict[str, Sequence[Any]]] = {}
     others: list[Sequence[Any]] = []
@@ -71,13 +76,16 @@ def of_page(
     if len(names) <= most:
         return [*others, *(row for column in columns.values() for row in column.values())], left_out
     rank = _rank(columns)
-    numbers = {name: [_number(value) for value in row[1:]] for name, row in columns[rank].items()}
+    sign = _sign(rank)
+    numbers = {
+        name: [_number(value, sign) for value in row[1:]] for name, row in columns[rank].items()
+    }
     measured = [index for its in numbers.values() for index, it in enumerate(its) if it < math.inf]
     last = max(measured, default=0)
     worst = sorted(names, key=lambda name: numbers[name][last] if name in numbers else math.inf)
     chosen = worst[:most]
     shown = [column[name] for column in columns.values() for name in chosen if name in column]
-    said = f"Shown: the {most} worst of {len(names):,} classes by {sets[last]}/{rank}."
+    said = f"Shown: the {most} worst of {len(names):,} {_plural(columns)} by {sets[last]}/{rank}."
     return [*others, *shown], f"{left_out} {said}".strip()
 
 
@@ -88,10 +96,25 @@ def first_rows(rows: Sequence[Sequence[Any]], width: int) -> tuple[list[Sequence
     return [*rows[:most]], said
 
 
+def unit_of(metrics: Collection[str]) -> str:
+    """Return what the metrics are measured of: the targets of a regression, or classes."""
+    return "target" if "r2" in metrics else "class"
+
+
+def _plural(metrics: Collection[str]) -> str:
+    return {"class": "classes"}.get(unit_of(metrics), "targets")
+
+
 def _rank(columns: Collection[str]) -> str:
     return next((it for it in RANKS if it in columns), next(iter(columns)))
 
 
-def _number(value: Any) -> float:
-    """Return the value; infinity if it is None or NaN, so that such a class sorts last."""
-    return value if isinstance(value, int | float) and not math.isnan(value) else math.inf
+def _sign(rank: str) -> int:
+    """Return -1 for an error, of which the worst class has the highest; else 1."""
+    return -1 if monitor.by_name(rank) == "min" else 1
+
+
+def _number(value: Any, sign: int) -> float:
+    """Return the value times `sign`; infinity for None and NaN, so that such a class is last."""
+    is_number = isinstance(value, int | float) and not math.isnan(value)
+    return sign * value if is_number else math.inf

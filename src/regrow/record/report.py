@@ -227,6 +227,7 @@ def _write(
         "header": ["metric", *run.sets],
         "whole": [[_short(row[0]), *row[1:]] for row in whole],
         "lacks_metrics": lacks_metrics,
+        "unit": by_class.unit_of(names),
         "per_class": [[_short(row[0]), *row[1:]] for row in shown],
         "lacks_classes": lacks_classes,
         "values": _file_of_values(run, path),
