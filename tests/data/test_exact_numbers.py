@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,33 @@ def data_of(train: Any, **changes: Any) -> Data:
 
 
 CLASSES = torch.tensor([0, 1, 2, 0])
+
+
+def test_series_whose_small_features_are_flattened_are_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("regrow"), "propagate", True)
+    random = torch.Generator().manual_seed(0)
+    scales = torch.tensor([200.0, 0.5, 0.3])  # of sales, price and promotion
+    series = torch.randn(40, 12, 3, generator=random) * scales  # (N, time, features)
+    some = {"target_kind": "regression", "num_classes": None, "num_outputs": 1}
+
+    def said(inputs: torch.Tensor, normalize: Any = "train") -> str:
+        caplog.clear()
+        how = {"input_shape": [*inputs.shape[1:]], "normalize": normalize, **some}
+        data_of(Examples(inputs, torch.zeros(len(inputs))), **how)
+        return caplog.text
+
+    assert "data.normalize=train: of inputs [12, 3] it takes the first dimension" in said(series)
+    assert "have deviations of 0.00" in caplog.text
+    for fine in (
+        series.transpose(1, 2),  # (N, features, time)
+        series / scales,
+        series[:, :, :1],
+        torch.cat([series[:, :, :1], torch.ones(40, 12, 1)], 2),  # a constant one
+    ):
+        assert said(fine) == ""
+    assert said(series, "none") == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])

@@ -240,6 +240,19 @@ def test_a_genetic_search_proceeds_by_generations(
     assert statistics.fmean(rates[-16:]) < 0.3 < statistics.fmean(rates[:8])
 
 
+def test_a_search_over_folds_or_seeds_is_warned_of() -> None:
+    choice = CategoricalDistribution(["0", "1"])
+
+    def said(*keys: str, **changes: Any) -> str | None:
+        space = search.Space([], {**RATES, **dict.fromkeys(keys, choice)})
+        return search.warning_of(space, dataclasses.replace(SEARCH, **changes))
+
+    assert said() is None
+    assert str(said("data.fold")).startswith("data.fold: the search takes each value for another")
+    assert str(said("seed", "+data.fold")).startswith("seed and data.fold: the search")
+    assert said("data.fold", sampler="grid") is None  # which tries them all
+
+
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [

@@ -54,6 +54,7 @@ from regrow.record.pictures import by_range
 log = logging.getLogger("regrow.data")
 
 Feed = MemoryFeed | FileFeed | TokenFeed
+FLATTENED = 0.05  # a feature of a deviation below this, where models expect 1
 
 
 class TrainLoader:
@@ -245,6 +246,8 @@ class Data:
             self._checks().check_mixing(self.mixing, self.preprocessing)
         self._refuse_overflow()
         self._warn_of_rounding()
+        if normalize == "train":
+            self._warn_of_mixed_features()
         self.target_mean = self.preprocessing.target_mean
         self.target_std = self.preprocessing.target_std
 
@@ -662,6 +665,30 @@ class Data:
                     "it. Set %s, which standardises in float64.",
                     *(what, lost, way_out),
                 )
+
+    def _warn_of_mixed_features(self) -> None:
+        """Warn of series (time, features) whose small features the normalisation flattens.
+
+        Statistics are those of each place in the first dimension, as of channels.
+        """
+        train, how = self.source.train, self.preprocessing
+        if not isinstance(train, Examples) or how.kind != "table" or train.inputs.ndim != 3:
+            return
+        first, last = train.inputs.shape[1:]
+        if last >= first:  # more likely (channels, time)
+            return
+        some = train.inputs[:: -(-len(train) // NUM_SAMPLED)]
+        spread = Normalizer(how).features(some).std(0, correction=0).amax(0)  # (features,)
+        spread = spread[spread > 0]  # not of constants
+        if len(spread) < 2 or float(spread.amin()) > FLATTENED:
+            return
+        log.warning(
+            "data.normalize=train: of inputs [%d, %d] it takes the first dimension for channels. "
+            "The places of the last one then have deviations of %.2g to %.2g, so that the model "
+            "hardly sees some. If these are features, normalise them in data.source and set "
+            "data.normalize=none, or give inputs [features, time].",
+            *(first, last, float(spread.amin()), float(spread.amax())),
+        )
 
     def _checks(self) -> DataChecks:
         return DataChecks(

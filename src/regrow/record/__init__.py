@@ -3,8 +3,8 @@
 Public, by module; all else is private to this folder.
 
 by_class: table
-comparison: as_text, compare, Comparison, label_of, OUT_OF_FOLD, Row, rows_of, shown, table_of,
-    write_csv, write_out_of_fold
+comparison: as_text, compare, Comparison, label_of, OUT_OF_FOLD, REPEATS, Row, rows_of, shown,
+    table_of, write_csv, write_out_of_fold
 earlier: differences, write_over
 importances: Importance, of_study
 locks: in_use_by, TELL_SECONDS, wait_for

@@ -252,6 +252,8 @@ def search(
     if sweep.is_for_slurm:
         place = cluster.Cluster(folder, slurm_options(sweep, [likely]))
         sweep.at_once = place.at_once
+    if (odd := search.warning_of(space, options)) is not None:
+        log.warning("%s", odd)
     sweep.write(
         ledger.entries(folder),
         total=total,

@@ -32,6 +32,7 @@ from optuna.trial import TrialState
 from regrow.config.command_line import key_of
 from regrow.errors import UserError
 from regrow.record import monitor, records
+from regrow.record.comparison import REPEATS
 from regrow.runs import trial
 from regrow.sweep import ledger, planning
 from regrow.sweep.kinds import Search
@@ -85,6 +86,18 @@ def space_of(composer: Composer, options: Search, arguments: Sequence[str]) -> S
             "'optimizer.lr=tag(log,interval(1e-4,1e-1))', or sweep.params."
         )
     return Space([*fixed.values()], varied)
+
+
+def warning_of(space: Space, options: Search) -> str | None:
+    """Return a warning for a search over seeds or folds, of which it prefers the easiest."""
+    found = [key for key in map(key_of, space.varied) if key in REPEATS]
+    if not found or options.sampler == "grid":
+        return None
+    return (
+        f"{' and '.join(found)}: the search takes each value for another setting, and prefers the "
+        f"easiest. Give it one value, such as {found[0]}=0, and then compare the best settings "
+        "over several without sweep=optuna"
+    )
 
 
 def refuse_another(folder: Path, space: Space, options: Search) -> None:
