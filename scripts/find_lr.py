@@ -1,4 +1,4 @@
-"""Look for a learning rate: `python scripts/find_lr.py model=cnn`. Options as of train.py, and
+"""Look for a learning rate: `python scripts/find_lr.py model=cnn`. Options as for train.py, and
 `find_lr.…` (see `conf/find_lr.yaml`)."""
 
 import _start  # noqa: F401  finds the package or explains the set-up

@@ -5,7 +5,7 @@ python scripts/make_shards.py data=digits output=digits_shards
 python scripts/make_shards.py data._target_=datasets.load_dataset data.path=mnist \\
     inputs=image targets=label output=mnist_shards
 
-Give one source: a folder of images as of data=image_folder, a data set of conf/data, or map-style
+Give one source: a folder of images as for data=image_folder, a data set of conf/data, or map-style
 data sets by their `_target_`. An interrupted command continues when it is repeated. The index is
 written last.
 """

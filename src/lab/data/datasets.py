@@ -391,7 +391,7 @@ def from_datasets(
     data set that keeps its own random state. uint8 images (C, H, W) can be normalised with
     `normalize: imagenet` or a given mean and std. A resume compares 16 items of each split with
     those of the earlier run; a method `fingerprint()` that returns a text replaces that. A method
-    `set_epoch(epoch)`, as of a curriculum, is called in each process before the first item of an
+    `set_epoch(epoch)`, for a curriculum, is called in each process before the first item of an
     epoch; evaluations are epoch 0. `data.sampling` reads an attribute `targets` or `draw_weights`.
     """
     return Splits(train, val, test, sets or {}, collate=collate)
