@@ -32,7 +32,7 @@ from regrow.record import (
     report,
     side_by_side,
 )
-from regrow.record.records import read_metrics, write_json
+from regrow.record.records import read_metrics, set_status, write_json
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert(1)</script>"
@@ -141,6 +141,23 @@ def test_the_page_shows_the_command_of_each_resume_and_folds_the_later_ones(
     assert opened.count(first["command"]) == 1 + report.OPEN_RESUMES
     assert folded.count(first["command"]) == report.MOST_RESUMES - report.OPEN_RESUMES
     assert "the 197 later ones" in text and "and 100 more, in manifest.json" in text
+
+
+def test_the_page_says_of_which_step_the_results_of_a_run_are_that_trains_longer(
+    tmp_path: Path,
+) -> None:
+    folder = make_run(tmp_path / "run")
+    said = "These are the results of step 240, where the run was complete."
+    assert said not in Page(report.write(folder)).text
+    set_status(folder, "interrupted", step=240, pids=[])  # resumed, and no step was taken
+    assert said not in Page(report.write(folder)).text
+    set_status(folder, "interrupted", step=1300, pids=[])
+    text = Page(report.write(folder)).text
+    assert f"{said} It was resumed to train longer, and is at step 1,300." in text
+    assert "steps 1 300 epochs" in text
+    (folder / "summary.json").unlink()  # a run that was never complete
+    text = Page(report.write(folder)).text
+    assert "These are the results" not in text and "steps 1 300" in text
 
 
 def test_a_page_runs_its_own_script_and_no_other(tmp_path: Path) -> None:

@@ -82,6 +82,20 @@ class Run:
             each = count / math.ceil(count / each)  # an epoch's last batch may be smaller
         return steps * each / seconds
 
+    @property
+    def steps(self) -> Any:
+        """The steps that the run has taken, which may be more than those of its summary."""
+        steps, now = self.summary.get("steps"), self.status.get("step")
+        return now if steps is None or self.has_older_results else steps
+
+    @property
+    def has_older_results(self) -> bool:
+        """True if the run was complete, was resumed to train longer, and is not complete again."""
+        steps, now = self.summary.get("steps"), self.status.get("step")
+        if not isinstance(steps, int) or not isinstance(now, int):
+            return False
+        return self.state != "completed" and now > steps
+
     def share(self, key: str) -> str:
         """Return the median over the log of a share, 0 … 1, in percent; "" if it was not logged."""
         _, values = plots.series(self.lines, key)
@@ -227,6 +241,7 @@ def _write(
         "header": ["metric", *run.sets],
         "whole": [[_short(row[0]), *row[1:]] for row in whole],
         "lacks_metrics": lacks_metrics,
+        "older": _older_results(run),
         "per_class": [[_short(row[0]), *row[1:]] for row in shown],
         "lacks_classes": lacks_classes,
         "each": by_class.each(names),
@@ -331,6 +346,16 @@ _CAPTIONS = {
 }
 
 
+def _older_results(run: Run) -> str:
+    """Return a sentence if the results are those of an earlier end; empty if they are not."""
+    if not run.has_older_results:
+        return ""
+    return (
+        f"These are the results of step {run.summary['steps']:,}, where the run was complete. It "
+        f"was resumed to train longer, and is at step {run.steps:,}."
+    )
+
+
 def _not_drawn(run: Run) -> str:
     """Return a sentence about the plots that a short run lacks; empty if it has all."""
     titles = plots.too_short(run.lines)
@@ -386,7 +411,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "commit": f"{commit} ({git.get('branch') or 'no branch'}{changed})" if commit else "",
         "started": facts.get("started"),
         "resumed": _resumes(facts),
-        "steps": pages.number(summary.get("steps", run.status.get("step"))),
+        "steps": pages.number(run.steps),
         "epochs": pages.number(summary.get("epochs")),
         "machine": ", ".join(part for part in machine if part),
         "versions": ", ".join(versions),

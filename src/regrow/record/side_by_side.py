@@ -99,7 +99,7 @@ def _cells(
         "state": row.state,
         "numbers": [
             *(run.metrics(split).get(name) for split, name in columns),
-            run.summary.get("steps", run.status.get("step")),
+            run.steps,
             pages.duration(run.summary.get("seconds")),
         ],
         "swept": [
