@@ -583,6 +583,22 @@ def test_a_metric_of_ones_own_task_may_be_no_node() -> None:
     check(made, made.hydra.runtime.choices)
 
 
+def test_an_augmentation_that_a_file_merges_into_its_options_is_told_as_that(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    text = "defaults: [mask_folder, _self_]\nroot: .\nnum_classes: 2\naugmentation:\n"
+    text += "  _target_: torch.nn.Dropout\n  p: 0.3\n"
+    (tmp_path / "data" / "mine.yaml").write_text(text)
+    done = run_train(tmp_path, "--config-dir", str(tmp_path), "data=mine", "task=segmentation")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "data.augmentation.input_shape, data.augmentation.crop_scale, " in done.stderr
+    assert done.stderr.endswith(
+        "Hydra merges a node into the option's. To replace it: '~data.augmentation' "
+        "'+data.augmentation={_target_:torch.nn.Dropout,p:0.3}'\n"
+    )
+
+
 def test_a_loss_without_a_target_is_for_a_task_that_brings_its_own(tmp_path: Path) -> None:
     for group, text in {
         "loss": "{} # the task brings its own\n",

@@ -404,7 +404,9 @@ def _check_node(node: Any, shipped: Any, path: str, owner: object = None) -> Non
     if not shipped:  # this mapping accepts any key
         return
     target = node.get("_target_")
-    if target != shipped.get("_target_"):
+    # A file that builds on an option may put another class there, and keeps the option's keys.
+    is_replaced = path == "data.augmentation" and isinstance(target, str) and not applies(target)
+    if target != shipped.get("_target_") or is_replaced:
         check_signature(node, path)
         return
     for key, value in node.items():
