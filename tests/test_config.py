@@ -108,6 +108,16 @@ BAD = {
     "data.class_names=[true,false]": 'would read something else: "no"), or null.',
     "loss.class_weights=balance": "must be balanced, or a list, each a number from 0, or a mapping",
     "loss.class_weights={cat:-1}": "must be balanced, or a list",
+    "task=binary data=breast_cancer loss.pos_weight=0": "pos_weight=0 must be a number above 0, or",
+    **{
+        f"data=image_folder data.root=. data.num_classes=2 data.augmentation.{key}": says
+        for key, says in {
+            "hue=0.7": "data.augmentation.hue=0.7 must be a number from 0 to 0.5.",
+            "brightness=-1": "data.augmentation.brightness=-1 must be a number from 0.",
+            "crop_scale=[1,0.1]": "must be a list of two numbers above 0, the least and the gre",
+            "crop_ratio=[0,1]": "must be a list of two numbers above 0, the least and the gre",
+        }.items()
+    },
     "loss.ignore_index=zzz": "loss.ignore_index=zzz must be an integer, or null.",
     "hydra.run.dir=/proc/x": "hydra.run.dir=/proc/x: /proc/x: No such file or directory.",
     "optimizr=adam": "optimizr: there is no such key. Did you mean optimizer?",

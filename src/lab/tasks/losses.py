@@ -186,8 +186,7 @@ class BCEWithLogits:
     kinds = ("binary", "multilabel")
 
     def __post_init__(self) -> None:
-        if min(self._factors, default=0) <= 0:
-            raise UserError(f"loss.pos_weight={self.pos_weight} must be numbers above zero.")
+        require("loss.pos_weight", self.pos_weight)
 
     @property
     def _factors(self) -> tuple[float, ...]:

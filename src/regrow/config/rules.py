@@ -169,6 +169,11 @@ BETAS = Rule(
     "a list of two numbers, 0 or more and below 1",
     {**list_of(number(0, 1, below=True)).schema, "minItems": 2, "maxItems": 2},
 )
+RANGE = Rule(
+    "a list of two numbers above 0, the least and the greatest",
+    {**list_of(number(0, above=True)).schema, "minItems": 2, "maxItems": 2},
+    lambda value: value[0] <= value[1],
+)
 SHAPE = Rule("a list of integers of at least 1, such as '[3,64,64]'", list_of(integer(1)).schema)
 DIRECTION = choice("maximize", "minimize")
 STATISTICS = Rule(
@@ -239,6 +244,9 @@ RULES: dict[str, Rule] = {
     "data.source.group": optional(either(text(), integer(1))),
     "data.augmentation.pad": integer(0),
     "data.augmentation.padding_mode": choice("constant", "reflect"),
+    **below("data.augmentation", "crop_scale crop_ratio", RANGE),
+    **below("data.augmentation", "brightness contrast saturation", number(0)),
+    "data.augmentation.hue": number(0, 0.5),
     **below("data.source", "val_fraction test_fraction", number(0, 1)),
     "data.source.num_train": integer(1),
     **below("data.source", "extensions feature_columns", optional(list_of(text()))),
@@ -276,7 +284,7 @@ RULES: dict[str, Rule] = {
     "loss.class_weights": optional(
         either(choice("balanced"), either(list_of(number(0)), mapping_to(number(0))))
     ),
-    "loss.pos_weight": optional(either(number(0), list_of(number(0)))),
+    "loss.pos_weight": optional(either(number(0, above=True), list_of(number(0, above=True)))),
     "loss.delta": number(0, above=True),
     "loss.beta": number(0),
     "task.threshold": number(0, 1, above=True, below=True),

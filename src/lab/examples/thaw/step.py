@@ -16,7 +16,7 @@ from regrow.protocols import Batch
 def thaw_step(
     state: TrainState, batch: Batch, plan: StepPlan, *, frozen: Sequence[str], until_step: int
 ) -> StepResult:
-    """Update the weights; those whose names match `frozen` only from step `until_step` on.
+    """Update the weights; those whose names match `frozen` only after the first `until_step` steps.
 
     What is frozen follows from the step alone, so a resumed run freezes the same. The gradients are
     dropped, not left out: DDP and FSDP expect all of them. Raises UserError if none match.
