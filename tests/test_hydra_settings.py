@@ -244,6 +244,10 @@ MINE = "--config-dir D -cn mytrain2 "
         (f"{MINE} experiment=mine model=wide {WRONG}", SAID),
         (f"{MINE} logger=mine {WRONG}", SAID),  # 1e-3 is a number
         (f"{MINE} my_ownn=1", "my_ownn: there is no such key. Did you mean my_own?"),
+        (
+            f"{MINE} optimizer.foreach=true",
+            "type a plus for this run alone: +optimizer.foreach=true",
+        ),
         (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where the user's own keys belong
         (f"{MINE} model=wide +model.hiden=[1]", "Did you mean model.hidden?"),
         (f"{MINE} model=wyde", "there is no such option. Did you mean wide?"),
