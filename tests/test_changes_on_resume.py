@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 from running import TINY, config_of
 
-from regrow.config.resumed_config import MAY_CHANGE, resumed
+from regrow.config.resumed_config import MAY_CHANGE, differences, resumed
+from regrow.config.rules import of_shipped
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import write_text
@@ -61,6 +63,14 @@ def test_keys_that_leave_the_maths_alone_may_change(
     caplog.set_level(logging.INFO)
     assert resumed(run, config_of(*TINY, change), [*TINY, change])
     assert f"changed: {change.partition('=')[0].partition('[')[0]}" in caplog.text
+
+
+def test_nan_and_infinity_in_a_file_of_ones_own_are_accepted_and_equal() -> None:
+    was = {"model": {"missing": math.nan, "most": math.inf}}
+    assert differences(was, {"model": {"missing": float("nan"), "most": math.inf}}) == {}
+    assert [*differences(was, {"model": {"missing": 0.0, "most": math.inf}})] == ["model.missing"]
+    for value in was["model"].values():
+        assert of_shipped("model.missing", value) is None  # any value
 
 
 def test_the_readme_says_of_each_key_what_a_resume_does() -> None:
