@@ -267,6 +267,19 @@ def test_help_lists_the_groups_of_the_search_path(tmp_path: Path) -> None:
     assert "  callbacks  c\n" in run(tmp_path, *MINE.split(), "--help")
 
 
+def test_help_of_a_group_within_a_group_shows_keys_that_can_be_typed(tmp_path: Path) -> None:
+    node = "_target_: mine.Part\nwidth: 16 # channels\n"
+    own = "_target_: mine.Net\ndefaults: [{part: small}, _self_]\n"
+    written(tmp_path / "D", model__mine=own)
+    written(tmp_path / "D" / "model", part__small=node, part__big=node.replace("16", "64"))
+    given = ("--config-dir", "D", "model=mine", "--help")
+    said = run(tmp_path, *given, "model/part", "model.part.width=3")
+    assert "  model.part.width=3 " in said and "(default 16)" in said
+    said = run(tmp_path, *given, "model.part.width")
+    assert said.startswith("model.part.width=16\n") and "D/model/part/small.yaml:2" in said
+    assert "model/part=big: default 64" in said and "model.part.width=32" in said
+
+
 def test_a_help_of_ones_own_is_hydras(tmp_path: Path) -> None:
     own = "defaults: [train, _self_]\nhydra: {help: {template: 'Mine: $CONFIG'}}\n"
     written(tmp_path / "D", mine=own)
