@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from running import TINY, config_of
+from running import TINY, composed, config_of
 
-from regrow.config.resumed_config import MAY_CHANGE, resumed
+from regrow.config.resume import expand
+from regrow.config.resumed_config import MAY_CHANGE, differences, resumed
+from regrow.config.rules import of_shipped
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import write_text
@@ -61,6 +64,34 @@ def test_keys_that_leave_the_maths_alone_may_change(
     caplog.set_level(logging.INFO)
     assert resumed(run, config_of(*TINY, change), [*TINY, change])
     assert f"changed: {change.partition('=')[0].partition('[')[0]}" in caplog.text
+
+
+def test_a_resume_leaves_out_what_a_newly_chosen_option_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".hydra").mkdir()
+    before = ["optimizer.betas=[0.9,0.95]", "optimizer.lr=0.1", "+optimizer.foreach=true"]
+    write_text(tmp_path / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(before))
+
+    def expanded(*typed: str) -> list[str]:
+        lines = expand([f"resume={tmp_path}", *typed])
+        config = composed(*(line for line in lines if not line.startswith("resume=")))
+        assert config.optimizer._target_  # Hydra takes the whole line
+        return [line for line in lines if "optimizer" in line]
+
+    assert expanded("optimizer=sgd") == ["optimizer.lr=0.1", "optimizer=sgd"]
+    assert "optimizer=sgd lacks what the run's command sets" in capsys.readouterr().err
+    assert expanded("optimizer=adam")[:2] == before[:2]
+    assert expanded("~optimizer.foreach") == [*before, "~optimizer.foreach"]
+    assert expanded("~optimizer.lr") == [before[0], before[2], "~optimizer.lr"]
+
+
+def test_nan_and_infinity_in_a_file_of_ones_own_are_accepted_and_equal() -> None:
+    was = {"model": {"missing": math.nan, "most": math.inf}}
+    assert differences(was, {"model": {"missing": float("nan"), "most": math.inf}}) == {}
+    assert [*differences(was, {"model": {"missing": 0.0, "most": math.inf}})] == ["model.missing"]
+    for value in was["model"].values():
+        assert of_shipped("model.missing", value) is None  # any value
 
 
 def test_the_readme_says_of_each_key_what_a_resume_does() -> None:

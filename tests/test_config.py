@@ -69,6 +69,7 @@ BAD = {
     "~logger": "~logger: the group cannot be left out. For none beside metrics.jsonl, which is",
     "experiment=null": "experiment=null: leave it out.",
     "debug=false": "debug=false: leave it out.",
+    "model=[cnn]": "model takes the name of one of its options: cnn, gpt, mlp,",
     "model=[cnn,null]": "model takes the name of one of its options: cnn, gpt, mlp,",
     "model.hidden=sort(3,1,2)": "add -m. A key that takes a list: model.hidden=[1,2,3].",
     "+experiment=digits_mlp": "an option is chosen without a plus: experiment=digits_mlp",

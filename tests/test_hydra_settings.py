@@ -244,6 +244,10 @@ MINE = "--config-dir D -cn mytrain2 "
         (f"{MINE} experiment=mine model=wide {WRONG}", SAID),
         (f"{MINE} logger=mine {WRONG}", SAID),  # 1e-3 is a number
         (f"{MINE} my_ownn=1", "my_ownn: there is no such key. Did you mean my_own?"),
+        (
+            f"{MINE} optimizer.foreach=true",
+            "type a plus for this run alone: +optimizer.foreach=true",
+        ),
         (f"{MINE} +mine=1", "D/mytrain2.yaml."),  # where the user's own keys belong
         (f"{MINE} model=wide +model.hiden=[1]", "Did you mean model.hidden?"),
         (f"{MINE} model=wyde", "there is no such option. Did you mean wide?"),
@@ -261,6 +265,19 @@ def test_keys_and_groups_of_ones_own_come_from_any_place_on_the_search_path(
 def test_help_lists_the_groups_of_the_search_path(tmp_path: Path) -> None:
     written(tmp_path / "D", **OWN)
     assert "  callbacks  c\n" in run(tmp_path, *MINE.split(), "--help")
+
+
+def test_help_of_a_group_within_a_group_shows_keys_that_can_be_typed(tmp_path: Path) -> None:
+    node = "_target_: mine.Part\nwidth: 16 # channels\n"
+    own = "_target_: mine.Net\ndefaults: [{part: small}, _self_]\n"
+    written(tmp_path / "D", model__mine=own)
+    written(tmp_path / "D" / "model", part__small=node, part__big=node.replace("16", "64"))
+    given = ("--config-dir", "D", "model=mine", "--help")
+    said = run(tmp_path, *given, "model/part", "model.part.width=3")
+    assert "  model.part.width=3 " in said and "(default 16)" in said
+    said = run(tmp_path, *given, "model.part.width")
+    assert said.startswith("model.part.width=16\n") and "D/model/part/small.yaml:2" in said
+    assert "model/part=big: default 64" in said and "model.part.width=32" in said
 
 
 def test_a_help_of_ones_own_is_hydras(tmp_path: Path) -> None:

@@ -315,6 +315,16 @@ def test_a_swapped_key_is_read_as_on_hydras_command_line() -> None:
     assert found.data == {"root": "2026-11-28", "source.root": "2026-13-45", "noise": 1e-3}
 
 
+def test_a_folder_whose_name_is_a_number_is_taken_literally(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("20261128", "2026_11_28"):
+        Path(name).mkdir()
+        found = parse([f"data.root={name}", "data.batch_size=1_0"], {}, text="", takes_data=True)
+        assert found.data == {"root": name, "batch_size": 10}
+
+
 def test_only_a_script_about_a_run_says_that_the_rest_comes_from_it() -> None:
     for options, said in (
         ({"run": Option("")}, "There are run; all else"),

@@ -22,7 +22,7 @@ from regrow.config.hydra_access import version_arguments
 from regrow.errors import UserError
 from regrow.project import CONF
 from regrow.record.records import Lock, create
-from regrow.sweep import frozen, gpus, ledger, local, planning, search
+from regrow.sweep import frozen, gpus, kinds, ledger, local, planning, search
 from regrow.sweep.composed import Composed
 
 LOADER: Any = None  # Hydra's parser only needs one for glob(…)
@@ -49,6 +49,18 @@ def test_a_grid_is_every_combination_in_the_order_of_the_command() -> None:
 def test_the_later_of_two_overrides_of_a_key_wins() -> None:
     assert [swept for _, swept in planning.grid(LOADER, ["a=1,2", "a=3,4"])] == [["a=3"], ["a=4"]]
     assert planning.grid(LOADER, ["a=1,2", "a=3"]) == [(["a=3"], [])]
+
+
+def test_a_file_of_sets_is_read_with_the_values_that_hydra_reads(tmp_path: Path) -> None:
+    file = tmp_path / "sets.yaml"
+    file.write_text("- {notes: 2026-11-28, optimizer.lr: 1e-3}\n- seed=1 model=cnn\n")
+    options = kinds.Sets(
+        params=None, fail_fast=False, retry_failed=False, pictures="none", sets=[], file=str(file)
+    )
+    assert planning.sets_of(options) == [
+        ["notes=2026-11-28", "optimizer.lr=0.001"],
+        ["seed=1", "model=cnn"],
+    ]
 
 
 def test_values_of_yaml_are_typed_as_one_types_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from regrow.config.command_line import PATHS
 from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError, did_you_mean
 
@@ -53,7 +55,8 @@ def parse(
         if not equals or not key or key.startswith("-"):
             raise UserError(f"{argument}: arguments are key=value. --help lists the keys.")
         if takes_data and key.startswith("data."):
-            data[key.removeprefix("data.")] = _plain(key, value)
+            is_path = key in PATHS and os.path.lexists(value)  # literally, as train.py takes it
+            data[key.removeprefix("data.")] = value if is_path else _plain(key, value)
         elif key not in options:
             known = f"{', '.join(options)}{' and data.…' if takes_data else ''}"
             rest = "; all else comes from the run" if "run" in options else ""

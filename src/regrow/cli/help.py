@@ -186,9 +186,10 @@ def _page(
 ) -> Iterator[str]:
     """Yield all that is known of one key."""
     shipped, here = _plain(entry.value), _current(key, entry, config)
-    group, _, below = key.partition(".")
+    named, _, option_of = where.partition("=")
+    group = named if option_of else key.partition(".")[0]
+    below = key[len(group) + 1 :]  # a slash of the group is a dot of the key
     chosen = config.hydra.runtime.choices.get(group)
-    option_of = where.partition("=")[2]
     is_chosen = option_of in places.names_in(chosen or "")
     lacks = bool(option_of) and not is_chosen and bool(chosen)
     yield f"{key}={here}" + (
@@ -220,7 +221,8 @@ def _page(
         if text:
             yield from _wrapped(f"  {name}:", text, column=11)
     if option_of and group not in RECIPES:
-        yield from _others(key, option_of, (entry, parent), with_alike=not is_chosen)
+        its = (entry, parent)
+        yield from _others(group, below, option_of, its, with_alike=not is_chosen)
     if lacks:
         yield f"  choose:  {where}, or another option that has the key"
     if example:
@@ -228,15 +230,15 @@ def _page(
 
 
 def _others(
-    key: str, shown: str, first: tuple[KeyEntry, KeyEntry | None], *, with_alike: bool
+    group: str, below: str, shown: str, first: tuple[KeyEntry, KeyEntry | None], *, with_alike: bool
 ) -> Iterator[str]:
     """Yield a line for the other options with this key: default, and range and meaning if others.
 
     Options whose key is the same share a line; options with the facts of `first` are left out
     unless `with_alike`.
     """
-    group, _, below = key.partition(".")
     alike: dict[tuple[str, str, str], list[str]] = {}
+    key = f"{group.replace('/', '.')}.{below}"
     for name in places.options(group):
         whole = option(group, name)
         found, parent = _at(whole, below), _at(whole, below.rpartition(".")[0])
@@ -326,7 +328,7 @@ def _group(group: str, config: Any) -> Iterator[str]:
         return
     for name in chosen:
         yield f"Keys of {group}={name}:"
-        yield from _keys(group, option(group, name), None, config)
+        yield from _keys(group.replace("/", "."), option(group, name), None, config)
 
 
 def _said_of(path: Path) -> str:
@@ -419,10 +421,13 @@ def _at(entry: KeyEntry | None, key: str) -> KeyEntry | None:
 
 def _entry(key: str, config: Any) -> tuple[KeyEntry | None, KeyEntry | None, str]:
     """Return a key with its node, and the option or file that it belongs to."""
-    group, *below = key.split(".")
-    chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
+    parts = key.split(".")
     found, parent, where = None, None, ""
-    if places.is_group(group):
+    for number in range(1, max(len(parts), 2)):  # a group may lie in a group
+        group, below = "/".join(parts[:number]), parts[number:]
+        if not places.is_group(group):
+            break
+        chosen = places.names_in(config.hydra.runtime.choices.get(group) or "")
         options = [*chosen, *(each for each in places.options(group) if each not in chosen)]
         for name in options:
             found, parent, where = option(group, name), None, f"{group}={name}"

@@ -391,7 +391,8 @@ def wrong_options(arguments: Sequence[str]) -> str | None:
             continue
         names = list(_plain_values(argument))
         wrong = [each for each in names if each is not ... and not isinstance(each, str)]
-        if not (wrong or value == ""):
+        is_one = (CONF / group).is_dir() and group not in (*leads.RECIPES, "logger")
+        if not (wrong or value == "" or (is_one and isinstance(read(argument), list))):
             continue
         none = wrong == [None] or wrong == [False] or value == ""
         if none and group in leads.RECIPES:
@@ -596,10 +597,21 @@ def _chosen(group: str) -> Any:
     lines = dict(line.partition("=")[::2] for line in flags.split(sys.argv[1:])[1])
     if any(key in leads.RECIPES or key.endswith("._target_") for key in lines):
         return _of_choices().get(group)
-    primary = places.file_of("", flags.typed(sys.argv[1:]).get("name", "train"))
-    by_default = {} if primary is None else {c.group: c.option for c in choices_of(primary)}
+    by_default = _by_default(str(flags.typed(sys.argv[1:]).get("name", "train")))
     option = lines.get(group, by_default.get(group))
     return entries.option(group, option).value if option else None
+
+
+def _by_default(name: str, seen: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the options that a primary config chooses, and those that it builds on, by group."""
+    path = places.file_of("", name)
+    found: dict[str, str] = {}
+    for choice in choices_of(path) if path is not None else ():
+        if choice.group:
+            found[choice.group] = choice.option
+        elif choice.option not in ("_self_", name, *seen):
+            found |= _by_default(choice.option, (*seen, name))
+    return found
 
 
 def _of_choices() -> Any:

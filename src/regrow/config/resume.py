@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from regrow.config import command_line, flags, older, registered
+from regrow.config import command_line, entries, flags, older, places, registered
 from regrow.config.changed_data import CHANGED
 from regrow.config.command_line import key_of
 from regrow.config.foreign import downloads_elsewhere, is_foreign, is_own, without_loggers
+from regrow.config.leads import RECIPES
 from regrow.config.recorded import recorded_overrides
 from regrow.config.yaml_files import read_yaml
-from regrow.errors import UserError
+from regrow.dotted import walk
+from regrow.errors import UserError, printable
 from regrow.record import moved, ownership
 from regrow.record.ownership import SWEEP
 from regrow.record.records import read_json
@@ -44,9 +47,12 @@ def expand(arguments: Sequence[str]) -> list[str]:
         )
     if any(a in ("-m", "--multirun") for a in arguments):
         raise UserError(f"resume={folder} resumes one run. Leave out --multirun.")
-    keys = {key_of(a) for a in new}
+    recorded_lines = [moved.in_text(a) for a in recorded_overrides(folder)]
+    added = {key_of(a) for a in recorded_lines if a.startswith("+")}
+    # ~key takes a recorded +key away again, so that one must stay in front of it.
+    keys = {key_of(a) for a in new if not (a.startswith("~") and key_of(a) in added)}
     keys |= {*older.removed(_recorded_config(folder)), CHANGED}
-    old = [moved.in_text(a) for a in recorded_overrides(folder) if key_of(a) not in keys]
+    old = [a for a in recorded_lines if key_of(a) not in keys]
     if own := is_own(folder):
         registered.take_up(folder / ".hydra")
     for override in old:  # the folder may come from someone else
@@ -59,6 +65,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         old = without_loggers(folder, old)
         if downloads_elsewhere(folder, _recorded_config(folder), keys):
             old.append("data.source.download=false")
+    old = _without_lacked(folder, old, new)
     refuse_masked(folder, old)
     chosen = flags.followed(
         f"resume={folder}", flags.recorded(folder), flags.typed(arguments), is_own=own
@@ -96,6 +103,28 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
         *new,
         command_line.override("hydra.sweep.dir", folder),
     ]
+
+
+def _without_lacked(folder: Path, old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Return the recorded overrides without keys that a newly typed option of a group lacks.
+
+    Prints a line about those, which Hydra would refuse although nobody has typed them now.
+    """
+    kept = list(old)
+    for group, _, name in (line.partition("=") for line in new):
+        if not places.is_group(group) or group in RECIPES or name not in places.options(group):
+            continue
+        node = entries.option(group, name).value
+        has = {f"{group}.{key}" for key, _ in walk(node)}
+        lacked = [a for a in kept if key_of(a).startswith(f"{group}.") and key_of(a) not in has]
+        if lacked:
+            print(
+                f"note: resume={folder}: {group}={name} lacks what the run's command sets, which "
+                f"is left out: {printable(', '.join(lacked))}",
+                file=sys.stderr,
+            )
+            kept = [a for a in kept if a not in lacked]
+    return kept
 
 
 def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:

@@ -260,8 +260,9 @@ def reached(summary: Mapping[str, Any], trainer: Checked) -> dict[str, int]:
 def differences(old: Mapping[str, Config], new: Mapping[str, Config]) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ, with both values, "absent" for a missing key."""
     before, after = leaves(old), leaves(new)
-    return {
+    both = {
         key: (before.get(key, "absent"), after.get(key, "absent"))
         for key in sorted({*before, *after})
-        if before.get(key, "absent") != after.get(key, "absent")
     }
+    # NaN differs from itself, and has not changed.
+    return {k: (a, b) for k, (a, b) in both.items() if a != b and not (a != a and b != b)}

@@ -362,6 +362,8 @@ def of_shipped(path: str, shipped: Any) -> Rule | None:
     """Return the rule of a key without one in RULES, by its shipped value; None: any value."""
     if shipped is None or shipped == "???" or (isinstance(shipped, str) and "${" in shipped):
         return None
+    if isinstance(shipped, float) and not math.isfinite(shipped):  # of a class of one's own
+        return None
     kinds = {
         bool: Rule("true or false", {"type": "boolean"}),
         int: INTEGER,

@@ -26,6 +26,7 @@ from regrow.config.command_line import key_of, paths_as_typed, quoted, refuse_un
 from regrow.config.explain import composition_error, hydras_value_error, wrong_options
 from regrow.config.hydras import check_settings
 from regrow.config.job import Job, job_of
+from regrow.config.yaml_files import plain_value
 from regrow.errors import UserError, brief
 from regrow.record.comparison import label_of
 from regrow.record.redact import MASK, redact_all
@@ -84,7 +85,7 @@ def sets_of(options: Sets) -> list[list[str]]:
         path = Path(options.file)
         try:
             text = path.read_text(encoding="utf-8")
-            content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else None
+            content = plain_value(text) if path.suffix in (".yaml", ".yml") else None
         except (OSError, ValueError, yaml.YAMLError) as error:
             said = error.strerror if isinstance(error, OSError) else brief(error)
             raise UserError(f"sweep.file={options.file}: {said}") from None
