@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import launched
+from running import TINY, composed, launched
 
-from regrow.config.job import Job
+import regrow
+from regrow.config.job import Job, job_of
 from regrow.config.yaml_files import read_yaml
 from regrow.project import ROOT
 from regrow.runs import machine, session
@@ -70,6 +71,16 @@ def test_no_field_of_a_job_can_be_set_and_none_is_a_list() -> None:
         assert not isinstance(value, list | set | bytearray), field.name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, field.name, value)
+
+
+def test_a_mapping_of_numbers_has_the_same_keys_in_a_job_its_json_and_a_notebook() -> None:
+    """A run gets its job as JSON, whose keys are text."""
+    mapping = ("loss=cross_entropy", "loss.class_weights={0: 2.0, 1: 1.0}")
+    job = job_of(composed(*TINY, *mapping), None, [])
+    assert Job(**json.loads(job.to_json())) == job
+    config = regrow.compose("train", [*TINY, *mapping])
+    assert job.config["loss"]["class_weights"] == {"0": 2.0, "1": 1.0}
+    assert config.loss.class_weights == {"0": 2.0, "1": 1.0}
 
 
 def changed_jobs(code: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -83,7 +84,16 @@ def typed_overrides(node: Any) -> list[str]:
 
 
 def plain(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
-    """Return the config as plain dicts, lists and values."""
+    """Return the config as plain dicts, lists and values; keys are text, as in a run's JSON."""
     container = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    found: dict[str, Any] = _with_text_keys(container)
+    return found
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            json.dumps(key) if isinstance(key, int | float) else str(key): _with_text_keys(item)
+            for key, item in value.items()
+        }
+    return [_with_text_keys(item) for item in value] if isinstance(value, list) else value
