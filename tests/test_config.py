@@ -552,6 +552,21 @@ def test_a_missing_number_of_classes_is_counted(
         check(made, made.hydra.runtime.choices)
 
 
+def test_matplotlib_lists_the_fonts_of_a_machine_without_a_word(tmp_path: Path) -> None:
+    key = "task.extra_metrics={kappa:{_target_:torchmetrics.CohenKapa}}"
+    fonts = tmp_path / "fonts"
+    done = subprocess.run(  # a new process: one that is forked has imported matplotlib
+        [sys.executable, str(TRAIN), key],
+        cwd=tmp_path,
+        env={**os.environ, "MPLCONFIGDIR": str(fonts)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert [*fonts.glob("fontlist*")]  # the control: it has listed them
+
+
 def test_a_node_without_a_target_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     path = tmp_path / "model" / "mine.yaml"

@@ -116,6 +116,8 @@ def _writes_files() -> bool:
 def _quieten() -> None:
     # torch warns while it builds a layer of width 0. The layer's first call says it in one line.
     warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+    # At its first import on a machine, matplotlib says in Hydra's log that it has listed the fonts.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
 
 
 def main() -> None:
