@@ -254,14 +254,13 @@ def schedule_of(node: Checked, optimizer: Any, length: RunLength) -> Schedule:
     """Return the lab's schedule, or an adapter for a scheduler of torch or timm."""
     target = locate(node["_target_"], "scheduler")
     if not scheduler_adapter.adapts(target):
-        make_one = instantiate(node)
+        make_one: Callable[..., Schedule] = instantiate(node)
         try:
-            schedule: Schedule = make_one(length=length)
+            return make_one(length=length)
         except UserError:
             raise
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(call_failed("scheduler", make_one, error)) from error
-        return schedule
     scheduler_adapter.refuse_metric(target, node["_target_"])
 
     def make(node: Mapping[str, Any], stand_in: Any) -> Any:
