@@ -5,7 +5,7 @@ Public, by module; all else is private to this folder.
 changed_data: CHANGED, change_of_split, refuse_other_data
 check: check, check_data, check_group, check_once, check_values
 class_folders: classes_in_words, formats_by_suffix, is_hidden, NOT_READ, OPENED_AS, suffixes_of
-command_line: command, escaped, key_of, override, path_of, paths_as_typed, quoted, read,
+command_line: command, escaped, key_of, override, path_of, paths_as_typed, PATHS, quoted, read,
     refuse_unusable, shell, typed
 composition: composition, hydra_as_it_was
 entries: accepted, KeyEntry, inherited, of_file, option, repeated, set_at
