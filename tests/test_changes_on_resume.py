@@ -79,8 +79,9 @@ def test_a_resume_leaves_out_what_a_newly_chosen_option_lacks(
         assert config.optimizer._target_  # Hydra takes the whole line
         return [line for line in lines if "optimizer" in line]
 
-    assert expanded("optimizer=sgd") == ["optimizer.lr=0.1", "optimizer=sgd"]
-    assert "optimizer=sgd lacks what the run's command sets" in capsys.readouterr().err
+    assert expanded("optimizer=sgd") == [*before[1:], "optimizer=sgd"]
+    said = "the optimizer that was chosen now lacks what the run's command sets, which is left out"
+    assert f"{said}: optimizer.betas=[0.9,0.95]\n" in capsys.readouterr().err
     assert expanded("optimizer=adam")[:2] == before[:2]
     assert expanded("~optimizer.foreach") == [*before, "~optimizer.foreach"]
     assert expanded("~optimizer.lr") == [before[0], before[2], "~optimizer.lr"]

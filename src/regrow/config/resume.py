@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from regrow.config import command_line, entries, flags, older, places, registered
+from regrow.config import command_line, flags, older, places, registered
 from regrow.config.changed_data import CHANGED
 from regrow.config.command_line import key_of
+from regrow.config.composition import composition, hydra_as_it_was
 from regrow.config.foreign import downloads_elsewhere, is_foreign, is_own, without_loggers
 from regrow.config.leads import RECIPES
 from regrow.config.recorded import recorded_overrides
 from regrow.config.yaml_files import read_yaml
-from regrow.dotted import walk
 from regrow.errors import UserError, printable
 from regrow.record import moved, ownership
 from regrow.record.ownership import SWEEP
@@ -65,12 +65,12 @@ def expand(arguments: Sequence[str]) -> list[str]:
         old = without_loggers(folder, old)
         if downloads_elsewhere(folder, _recorded_config(folder), keys):
             old.append("data.source.download=false")
-    old = _without_lacked(folder, old, new)
-    refuse_masked(folder, old)
     chosen = flags.followed(
         f"resume={folder}", flags.recorded(folder), flags.typed(arguments), is_own=own
     )
     new = [line for line in new if key_of(line) != flags.SEARCH_PATH]
+    old = _without_lacked(folder, old, new, chosen)
+    refuse_masked(folder, old)
     given = [*flags.others(given), *flags.arguments_of(chosen)]
     place = command_line.override("hydra.run.dir", folder.resolve())
     return [*given, *old, command_line.override("resume", folder), *new, place]
@@ -105,26 +105,48 @@ def expand_sweep(folder: Path, arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _without_lacked(folder: Path, old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Return the recorded overrides without keys that a newly typed option of a group lacks.
+def _without_lacked(
+    folder: Path, old: Sequence[str], new: Sequence[str], source: Mapping[str, Any]
+) -> list[str]:
+    """Return the recorded overrides without keys that newly typed options of groups lack.
 
     Prints a line about those, which Hydra would refuse although nobody has typed them now.
     """
-    kept = list(old)
-    for group, _, name in (line.partition("=") for line in new):
-        if not places.is_group(group) or group in RECIPES or name not in places.options(group):
-            continue
-        node = entries.option(group, name).value
-        has = {f"{group}.{key}" for key, _ in walk(node)}
-        lacked = [a for a in kept if key_of(a).startswith(f"{group}.") and key_of(a) not in has]
-        if lacked:
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = [key_of(line) for line in new if places.is_group(key_of(line))]
+    below = tuple(f"{group.replace('/', '.')}." for group in groups if group not in RECIPES)
+    asked = [a for a in old if key_of(a).startswith(below) and not a.startswith(("+", "~"))]
+    if not asked:
+        return list(old)
+    try:
+        with hydra_as_it_was():
+            config = composition(source, [*(a for a in old if a not in asked), *new])
+    except (HydraException, OmegaConfBaseException):
+        return list(old)  # Hydra will report it
+    values = OmegaConf.to_container(config)
+    lacked = [a for a in asked if _lacks(values, key_of(a))]
+    for group in groups:
+        if its := [a for a in lacked if key_of(a).startswith(f"{group.replace('/', '.')}.")]:
             print(
-                f"note: resume={folder}: {group}={name} lacks what the run's command sets, which "
-                f"is left out: {printable(', '.join(lacked))}",
+                f"note: resume={folder}: the {group} that was chosen now lacks what the run's "
+                f"command sets, which is left out: {printable(', '.join(its))}",
                 file=sys.stderr,
             )
-            kept = [a for a in kept if a not in lacked]
-    return kept
+    return [a for a in old if a not in lacked]
+
+
+def _lacks(values: Any, key: str) -> bool:
+    """Return True if a mapping on the way to a dotted key lacks the next part."""
+    for part in key.split("."):
+        if not isinstance(values, Mapping):
+            return False
+        if part not in values:
+            return True
+        values = values[part]
+    return False
 
 
 def refuse_masked(folder: Path, overrides: Sequence[str]) -> None:

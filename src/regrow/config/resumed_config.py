@@ -264,5 +264,11 @@ def differences(old: Mapping[str, Config], new: Mapping[str, Config]) -> dict[st
         key: (before.get(key, "absent"), after.get(key, "absent"))
         for key in sorted({*before, *after})
     }
-    # NaN differs from itself, and has not changed.
-    return {k: (a, b) for k, (a, b) in both.items() if a != b and not (a != a and b != b)}
+    return {key: (a, b) for key, (a, b) in both.items() if not _equal(a, b)}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return True if two values are equal; NaN, which differs from itself, has not changed."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other or (one != one and other != other))
