@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from regrow.record import diff, manifest
 from regrow.record.records import read_json, write_json
@@ -214,6 +215,13 @@ def test_yaml_without_a_secret_is_kept_to_the_letter() -> None:
     assert redact_yaml(text) == text
     tagged = "a: !!python/tuple [1]\npassword: hunter2\n"  # not plain YAML, and masked all the same
     assert redact_yaml(tagged) == tagged.replace("hunter2", "***")
+
+
+def test_yaml_with_a_secret_keeps_the_types_of_all_else() -> None:
+    content = {"db_password": 12345678, "a": "1e-3", "n": 1e-05, "day": "2026-11-28", "token": 3000}
+    text = redact_yaml(OmegaConf.to_yaml(content))
+    assert OmegaConf.create(text) == {**content, "db_password": "***"}
+    assert redact_all(content) == {**content, "db_password": "***"}
 
 
 def test_nested_values_are_masked_by_their_key() -> None:

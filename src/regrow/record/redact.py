@@ -17,6 +17,8 @@ _NAME = (
     r"\w*password|\w*passwd|passphrase|credentials?|auth|pat)"
 )
 _SECRET_NAME = re.compile(_NAME + r"\Z", re.IGNORECASE)
+# A number under any other name, such as image_token, may be no secret.
+_PASSWORD = re.compile(r"[\w.-]*(?:password|passwd|passphrase)", re.IGNORECASE)
 _ASSIGNED = re.compile(
     rf"""(?ix) ((?<![\w.-]) ["']? {_NAME} ["']? \s*
     (?:: \s* str \s* (?:\| \s* None \s*)? )? [=:] \s* )
@@ -59,14 +61,12 @@ def redact(text: str, secrets: Sequence[str] | None = None) -> str:
 def redact_all(value: Any, secrets: Sequence[str] | None = None) -> Any:
     """Return a nested value with every string redacted; under a secret key, the whole string.
 
-    Strings of a list may be overrides.
+    A number is masked under the key of a password alone. Strings of a list may be overrides.
     """
     secrets = _environment_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
-            key: MASK
-            if isinstance(item, str) and is_secret_name(str(key)) and not _NO_SECRET.fullmatch(item)
-            else redact_all(item, secrets)
+            key: MASK if _is_secret(str(key), item) else redact_all(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -85,16 +85,25 @@ def redact_yaml(text: str) -> str:
     In a text alone, a value without quotes ends at its first space or sign.
     """
     import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         content = yaml.load(text, Loader=loader)
-        masked = redact_all(content)
-    except (yaml.YAMLError, RecursionError):  # such as a tag for a Python object
+        if redact_all(content) == content:
+            return text
+        values = OmegaConf.to_container(OmegaConf.create(text))  # it reads 1e-3 as a number
+        return OmegaConf.to_yaml(OmegaConf.create(redact_all(values)))
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError):  # such as a tag for an object
         return redact(text)
-    if masked == content:
-        return text
-    return yaml.safe_dump(masked, sort_keys=False, allow_unicode=True)
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return is_secret_name(key) and not _NO_SECRET.fullmatch(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and _PASSWORD.fullmatch(key) is not None
 
 
 @functools.lru_cache(maxsize=4096)
