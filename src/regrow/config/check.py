@@ -41,15 +41,10 @@ from regrow.failing import fail, in_one_line
 from regrow.project import CONF, lab_name
 from regrow.record import loggers, monitor
 
-GROUPS = (
-    *("data", "task", "loss", "model", "optimizer", "scheduler", "step", "trainer"),
-    *("launcher", "sweep"),
-)
-
 # Keys that a run reads besides those of the trainer, so that ~key cannot leave them out.
 NEEDED = ("data.final_sets", "data.source", "name", "param_groups", "resume", "seed")
-# The keys that a run reads of a group, and the option that gives them; (): all that it has.
-READ = {"data": ("_base", ("_target_", "source", "final_sets")), "trainer": ("default", ())}
+# The option that a group's files build on, and those of its keys that a run reads; (): all of them.
+BASES = {"data": ("_base", ("_target_", "source", "final_sets")), "trainer": ("default", ())}
 
 # The tasks that each shipped loss is for.
 LOSSES = {
@@ -153,9 +148,9 @@ def check(config: DictConfig, choices: Mapping[str, Any]) -> None:
         if line.startswith("~") and (key.startswith("trainer.") or key in NEEDED):
             raise UserError(f"{line}: a run needs this key. Leave {line} out.")
     unresolved = plain(config, resolve=False)  # others may follow a key of what is left out
-    for group in GROUPS:
+    for group in leads.GROUPS:
         _refuse_unchosen(group, unresolved.get(group))
-    for group in READ:
+    for group in BASES:
         _refuse_lacking(group, unresolved[group], choices)
     missing = [key for key, value in walk(unresolved, closed=RULES) if value == "???"]
     if missing:
@@ -233,7 +228,7 @@ def _refuse_without_target(group: str, node: Mapping[str, Any], choices: Mapping
 
 def _refuse_unchosen(group: str, node: object) -> None:
     """Raise UserError unless a group holds keys, or is an interpolation."""
-    if isinstance(node, str) and "${" not in node:
+    if isinstance(node, str) and "${" not in node and node != "???":
         raise UserError(
             f"{group}={node}: keys belong here, and this is a text. To choose an option in a file, "
             f"write `- override /{group}: {node}` below defaults."
@@ -243,8 +238,8 @@ def _refuse_unchosen(group: str, node: object) -> None:
 
 
 def _refuse_lacking(group: str, node: Any, choices: Mapping[str, Any]) -> None:
-    """Raise UserError for an option of one's own that does not build on that of `READ`."""
-    base, keys = READ[group]
+    """Raise UserError for an option of one's own that does not build on that of `BASES`."""
+    base, keys = BASES[group]
     wanted = keys or [*(shipped_node(group, base) or {})]
     lacking = [key for key in wanted if key not in node] if isinstance(node, Mapping) else []
     if lacking:
@@ -327,7 +322,7 @@ def _check_keys(values: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
         else:
             parameters = check_signature(node, f"logger.{name}")
             loggers.check_required(node, f"logger.{name}", parameters)
-    for group in GROUPS:
+    for group in leads.GROUPS:
         names = places.names_in(choices.get(group) or "")
         if len(names) != 1 or not isinstance(values.get(group), Mapping):
             continue

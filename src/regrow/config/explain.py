@@ -391,8 +391,8 @@ def wrong_options(arguments: Sequence[str]) -> str | None:
             continue
         names = list(_plain_values(argument))
         wrong = [each for each in names if each is not ... and not isinstance(each, str)]
-        is_one = (CONF / group).is_dir() and group not in (*leads.RECIPES, "logger")
-        if not (wrong or value == "" or (is_one and isinstance(read(argument), list))):
+        several = group in leads.GROUPS and isinstance(read(argument), list)
+        if not (wrong or value == "" or several):
             continue
         none = wrong == [None] or wrong == [False] or value == ""
         if none and group in leads.RECIPES:

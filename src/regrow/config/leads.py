@@ -80,6 +80,11 @@ OPTIONS = {
     "logger": {"many_loggers": "[csv,tensorboard,wandb]"},
 }
 
+# Groups of each of which a run has one option.
+GROUPS = (
+    *("data", "task", "loss", "model", "optimizer", "scheduler", "step", "trainer"),
+    *("launcher", "sweep"),
+)
 # Groups whose files hold values of other groups. None is chosen by default.
 RECIPES = ("experiment", "debug", "local")
 # How to choose no option of a group.
