@@ -133,7 +133,11 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
             f"the checkpoint's optimizer does not fit: {' '.join(str(error).split())}. Leave "
             "optimizer and param_groups as they were, or start a new run with init_from=…"
         ) from error
-    names = (SETTINGS | inspect.signature(type(optimizer)).parameters.keys()) - {"params", "lr"}
+    kind = type(optimizer)
+    # A class of the user's own may change its arguments as it trains: they are then state.
+    is_known = kind.__module__.startswith(("torch.optim.", __name__))
+    arguments = inspect.signature(kind).parameters.keys() if is_known else set()
+    names = (SETTINGS | arguments) - {"params", "lr"}
     for group, fresh in zip(optimizer.param_groups, configured, strict=True):
         _refuse_without_moments(optimizer, group, fresh)
         group.update({name: fresh[name] for name in names & fresh.keys()})
@@ -153,7 +157,7 @@ def _refuse_without_moments(
     optimizer: Optimizer, saved: Mapping[str, Any], configured: Mapping[str, Any]
 ) -> None:
     for name, kind in NEED_MOMENTS.items():
-        if isinstance(optimizer, kind) and configured[name] and not saved.get(name):
+        if isinstance(optimizer, kind) and configured.get(name) and not saved.get(name):
             value, before = (str(its).lower() for its in (configured[name], saved.get(name)))
             raise UserError(
                 f"optimizer.{name}={value}: the checkpoint lacks the moments that this needs, as "

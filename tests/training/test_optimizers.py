@@ -101,6 +101,23 @@ def test_a_setting_is_the_configured_one_after_a_resume(
     later.step()
 
 
+class Annealed(torch.optim.SGD):
+    """An optimizer of the user's own that changes an argument of its own as it trains."""
+
+    def __init__(self, params: Any, lr: float, heat: float) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["heat"] = heat
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["heat"] /= 2
+
+
+def test_an_argument_that_a_class_of_ones_own_changes_is_state() -> None:
+    assert resumed(Annealed, {"heat": 1.0}, {"heat": 1.0}).param_groups[0]["heat"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "before", "after"),
     [
